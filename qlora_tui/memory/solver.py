@@ -5,21 +5,25 @@ The largest model size that fits with a recipe; Qwen2.5's shapes represent each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Estimate, Verdict, check_fit, estimate
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.step_choice import describe_slowdown
 from qlora_tui.memory.weights import frozen_weights, quantized_experts
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
+
+Key = TypeVar("Key")
 
 LENGTH_STEP = 128
 MAX_ROWS = 1024
@@ -59,6 +63,20 @@ class MemorySaving:
     @property
     def fits(self) -> bool:
         return self.verdict.fits_even_if_tight
+
+
+def what_if(
+    variants: Iterable[tuple[Key, Recipe]], architecture: Architecture, budget: MemoryBudget
+) -> dict[Key, Verdict]:
+    """Estimate variants of a recipe, some 10 ms each: other lengths, ranks, targets, precisions or presets.
+
+    Those are left out whose targets the model does not have.
+    """
+    verdicts = {}
+    for key, recipe in variants:
+        with suppress(UserError):
+            verdicts[key] = check_fit(estimate(recipe, architecture, device=budget.device), budget.bytes)
+    return verdicts
 
 
 def largest_settings(

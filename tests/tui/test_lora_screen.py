@@ -11,9 +11,12 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.lora.choice_table import choice_costs, choice_lines
-from qlora_tui.tui.screens.lora.module_table import ModuleTable, adapter_parameters, state, toggled
-from qlora_tui.tui.screens.lora.target_input import parse_targets
+from qlora_tui.tui.screens.lora.adapter_costs import (
+    choice_costs,
+    choice_lines,
+)
+from qlora_tui.tui.screens.lora.module_grid import ModuleTable, adapter_parameters, state, toggled
+from qlora_tui.tui.screens.lora.screen import parse_targets
 from qlora_tui.tui.screens.memory.items_panel import item_lines
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, open_on

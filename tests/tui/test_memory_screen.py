@@ -11,8 +11,8 @@ from qlora_tui.memory.step import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
+from qlora_tui.tui.screens.memory.peak_panel import parts_of, stacked_bar
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
-from qlora_tui.tui.screens.memory.stacked_bar import parts_of, stacked_bar
 from qlora_tui.tui.widgets.controls import ViList
 from tests.support.counting import count_allocations
 from tests.support.nvml_stub import install_nvml_stub

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import msgspec
 from textual import work
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
-from qlora_tui.recipe.targets import match_modules, resolve_targets, to_patterns
+from qlora_tui.recipe.targets import (
+    assign_pattern_values,
+    match_modules,
+    resolve_targets,
+    split_patterns,
+    syntax_error,
+    to_patterns,
+)
 from qlora_tui.tui.key_names import settings_title
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.lora.choice_table import ChoicesPanel, choice_costs
-from qlora_tui.tui.screens.lora.controls import setting_advice, setting_lines
-from qlora_tui.tui.screens.lora.custom_value import custom_value, custom_value_prompt
-from qlora_tui.tui.screens.lora.module_grid import ModuleGrid
-from qlora_tui.tui.screens.lora.module_table import ModuleTable
-from qlora_tui.tui.screens.lora.settings_list import SettingsList
-from qlora_tui.tui.screens.lora.target_input import parse_targets
-from qlora_tui.tui.screens.lora.term_panel import TermPanel, one_line
-from qlora_tui.tui.screens.lora.totals import (
+from qlora_tui.tui.screens.lora.adapter_costs import (
+    ChoicesPanel,
     MemoryDeltas,
     adapter_text,
+    choice_costs,
     cursor_text,
     format_delta,
     memory_deltas,
 )
+from qlora_tui.tui.screens.lora.adapter_settings import (
+    SettingsList,
+    TermPanel,
+    one_line,
+    setting_advice,
+    setting_lines,
+)
+from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.widgets.controls import TextField
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.model_problem import ModelProblem
@@ -141,7 +155,6 @@ class LoraScreen(WorkScreen):
         self._show_term()
 
     def action_toggle_modules(self) -> None:
-        """Select or deselect the modules under the cursor; or step the setting, where that has the cursor."""
         settings = self.query_one(SettingsList)
         if settings.has_focus:
             settings.action_step(1)
@@ -149,30 +162,36 @@ class LoraScreen(WorkScreen):
             self.query_one(ModuleGrid).toggle()
 
     def action_block(self) -> None:
-        """Start a block, or toggle the one that was started."""
         if self._table is not None:
             self.query_one(ModuleGrid).toggle_block_selection()
 
     def action_all_linear(self) -> None:
-        """Every linear module."""
         self.qlora_app.edit("lora.target_modules", (ALL_LINEAR,))
 
-    def action_set_custom_value(self, name: str) -> None:
-        """Ask for a custom rank or alpha of the modules under the cursor."""
+    @work
+    async def action_set_custom_value(self, name: str) -> None:
+        """Ask for a rank or alpha that only the modules under the cursor have."""
         recipe, modules = self.qlora_app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
             return
-
-        def on_result(text: str | None) -> None:
-            if text is not None:
-                self.qlora_app.edit(*custom_value(recipe, name, modules, architecture, text))
-                self.query_one(ModuleGrid).action_clear_block()
-
-        self.app.push_screen(custom_value_prompt(recipe, name, modules, architecture), on_result)
+        names = {module.name for module in modules}
+        setting, usual = f"lora.{name}", get_setting(recipe, f"lora.{name}")
+        prompt = TextPromptScreen(
+            f"{name.title()} of {', '.join(to_patterns(names, architecture.targets))}",
+            f"{pluralize(len(names), 'module')}. Leave empty for {format_value(usual)}, as for all others.",
+            "",
+            lambda text: validate_number(setting, text),
+        )
+        text = await self.app.push_screen_wait(prompt)
+        if text is not None:
+            number = msgspec.convert(text.strip() or usual, fields()[setting].type, strict=False)
+            own = get_setting(recipe, f"{setting}_pattern")
+            patterns = assign_pattern_values(own, usual, names, number, architecture.targets)
+            self.qlora_app.edit(f"{setting}_pattern", patterns)
+            self.query_one(ModuleGrid).action_clear_block()
 
     def action_edit_targets(self) -> None:
-        """Edit the target patterns as text; the modules follow while they are typed."""
         field = self.query_one("#targets-input", Input)
         field.value = ", ".join(self.qlora_app.workbench.recipe.lora.target_modules)
         field.display = True
@@ -309,3 +328,43 @@ class LoraScreen(WorkScreen):
             update_if_changed(self.query_one("#under-cursor", Static), one_line(path))
         else:
             self._show_cursor()
+
+
+def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
+    """Parse typed patterns, each kind written out.
+
+    Raises UserError for one that is wrong or touches nothing.
+    """
+    patterns = tuple(_written_out(pattern, modules) for pattern in split_patterns(text) if pattern)
+    if not patterns:
+        raise UserError(
+            "No target modules", what="LoRA needs at least one module.", fix="Write all-linear, or q,v."
+        )
+    for pattern in patterns:
+        if error := syntax_error(pattern):
+            raise UserError("Not a target pattern", what=error[0], fix=error[1])
+    match_modules(patterns, modules)
+    return patterns
+
+
+def validate_number(setting: str, text: str) -> str:
+    """Return what is wrong with a typed number for a setting, or an empty string. Empty is valid."""
+    field = fields()[setting]
+    try:
+        if text.strip():
+            msgspec.convert(text.strip(), field.type, strict=False)
+    except msgspec.ValidationError:
+        return f"It must be {field.expected}."
+    return ""
+
+
+def _written_out(pattern: str, modules: Sequence[LinearModule]) -> str:
+    """Expand ``8-23.q`` to ``8-23.q_proj`` if exactly one kind starts with ``q_`` and none is named ``q``."""
+    layers, dot, kind = pattern.rpartition(".")
+    kinds = dict.fromkeys(module.kind for module in modules)
+    if kind in kinds or kind == ALL_LINEAR:
+        return pattern
+    if kind == "all":
+        return f"{layers}{dot}{ALL_LINEAR}"
+    meant = [name for name in kinds if name.startswith(f"{kind}_")]
+    return f"{layers}{dot}{meant[0]}" if len(meant) == 1 else pattern

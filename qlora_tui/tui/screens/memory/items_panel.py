@@ -9,7 +9,7 @@ from qlora_tui.formatting import capitalize, format_bytes, format_percent
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item
 from qlora_tui.tui.render.charts import bar
-from qlora_tui.tui.screens.memory.stacked_bar import BarPart, part_of, parts_of
+from qlora_tui.tui.screens.memory.peak_panel import BarPart, part_of, parts_of
 from qlora_tui.tui.widgets.controls import HEADING, ViList
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel

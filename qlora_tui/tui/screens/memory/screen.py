@@ -32,13 +32,17 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.memory.fit_panel import FitPanel
 from qlora_tui.tui.screens.memory.items_panel import ItemsPanel
-from qlora_tui.tui.screens.memory.peak_panel import PeakPanel
-from qlora_tui.tui.screens.memory.settings_table import settings_table
-from qlora_tui.tui.screens.memory.solution import METHOD_OF_PRECISION, Solution, next_targets, solve
-from qlora_tui.tui.screens.memory.text import budget_words, peak_time, peak_words
+from qlora_tui.tui.screens.memory.peak_panel import PeakPanel, budget_words, peak_time, peak_words
 from qlora_tui.tui.screens.memory.timeline_graph import TimelinePanel
+from qlora_tui.tui.screens.memory.what_fits import (
+    METHOD_OF_PRECISION,
+    FitPanel,
+    Solution,
+    next_targets,
+    settings_table,
+    solve,
+)
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.model_problem import ModelProblem
@@ -168,7 +172,6 @@ class MemoryScreen(WorkScreen):
         self._show_all()
 
     def action_targets(self) -> None:
-        """Select the next choice that this model has; all-linear after a custom one."""
         architecture = self._architecture()
         kinds = architecture.kinds() if architecture else ()
         now = self.qlora_app.workbench.recipe.lora.target_modules
@@ -180,21 +183,17 @@ class MemoryScreen(WorkScreen):
         self._show_all()
 
     def action_use(self) -> None:
-        """Train in the precision whose breakdown is shown."""
         self.qlora_app.edit("quantization.method", METHOD_OF_PRECISION[self.precision])
 
     def action_apply(self) -> None:
-        """Apply the cheapest change that fits."""
         self._apply(0)
 
     def action_choose(self) -> None:
-        """Go to the changes that make it fit, or back."""
         self.remove_class("-timeline")
         choices = self.query_one(FitPanel).choices
         (self.query_one("#items") if choices.has_focus else choices).focus()
 
     def action_timeline(self) -> None:
-        """In a low window, show the step in the place of the items, or the items again."""
         self.toggle_class("-timeline")
         self.call_after_refresh(self._show_all)
         if not self.has_class("-timeline"):

@@ -7,8 +7,9 @@ from textual.content import Content
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_gib, pluralize
-from qlora_tui.memory import check_fit, estimate
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.estimate import Verdict
+from qlora_tui.memory.solver import what_if
 from qlora_tui.recipe.diff import DESCRIPTIVE, diff_recipes
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.presets import Preset
@@ -23,31 +24,19 @@ _LABEL_WIDTH = 80
 _MIN_BAR, _MAX_BAR = 6, 24
 
 
-def preset_line(preset: Preset, current: str, need: tuple[int, str] | None, width: int) -> Content:
+def preset_line(preset: Preset, current: str, verdict: Verdict | None, width: int) -> Content:
     """Its name, and the memory with it; ● marks the one the recipe started as, ✗ one that cannot be read."""
     mark, style = ("● ", "$accent") if preset.name == current else ("  ", "")
     if preset.problem:
         mark, style = "✗ ", "$error"
     line = Content.assemble((mark, style), preset.name, ("" if preset.shipped else "  yours", "$text-muted"))
-    if need is None or width < _NEED_WIDTH:
+    if verdict is None or width < _NEED_WIDTH:
         return line
-    bytes_, word = need
-    figures = Content.assemble(f"{format_bytes(bytes_)} ", (VERDICT_SIGN[word], VERDICT_STYLE[word]))
+    word = verdict.word
+    needed = f"{format_bytes(verdict.needed_bytes)} "
+    figures = Content.assemble(needed, (VERDICT_SIGN[word], VERDICT_STYLE[word]))
     space = max(1, width - line.cell_length - figures.cell_length)
     return Content.assemble(line, " " * space, figures)
-
-
-def preset_need(
-    preset: Preset, recipe: Recipe, architecture: Architecture | UserError, budget: MemoryBudget
-) -> tuple[int, str] | None:
-    """Bytes and verdict of the recipe with the preset; None without a model, or for other targets."""
-    if isinstance(architecture, UserError) or preset.problem:
-        return None
-    try:
-        opened = estimate(preset.recipe(recipe), architecture, device=budget.device)
-    except UserError:
-        return None
-    return opened.total_bytes, check_fit(opened, budget.bytes).word
 
 
 def preview(
@@ -93,18 +82,17 @@ def _memory(
     if isinstance(architecture, UserError):
         return []
     lines = []
-    for label, each in (("now", recipe), ("then", opened)):
-        if each is None:
+    variants = {"now": recipe} if opened is None else {"now": recipe, "then": opened}
+    verdicts = what_if(variants.items(), architecture, budget)
+    for label in variants:
+        verdict = verdicts.get(label)
+        if verdict is None:
+            lines.append(Content.styled("This model does not have the targets of the recipe.", "$text-muted"))
             continue
-        try:
-            estimated = estimate(each, architecture, device=budget.device)
-        except UserError as problem:
-            lines.append(Content.styled(problem.what, "$text-muted"))
-            continue
-        word = check_fit(estimated, budget.bytes).word
-        figures = f"{format_gib(estimated.total_bytes)} of {format_gib(budget.bytes)} GiB"
+        word = verdict.word
+        figures = f"{format_gib(verdict.needed_bytes)} of {format_gib(budget.bytes)} GiB"
         cells = min(_MAX_BAR, width - 16 - len(figures) - len(word))
-        drawn = bar(estimated.total_bytes / budget.bytes, cells) + " " if cells >= _MIN_BAR else ""
+        drawn = bar(verdict.needed_bytes / budget.bytes, cells) + " " if cells >= _MIN_BAR else ""
         head = (f"{f'memory {label}':<12} ", "$text-muted")
         lines.append(
             Content.assemble(head, (drawn, "$secondary"), figures, "  ", (word, VERDICT_STYLE[word]))

@@ -16,7 +16,10 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
+from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_path
+from qlora_tui.memory.estimate import Verdict
+from qlora_tui.memory.solver import what_if
 from qlora_tui.recipe.presets import (
     Preset,
     PresetSnapshot,
@@ -32,7 +35,7 @@ from qlora_tui.tui.recipe_undo import notify_opened
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
 from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
-from qlora_tui.tui.screens.presets.preset_preview import preset_line, preset_need, preview
+from qlora_tui.tui.screens.presets.preset_preview import preset_line, preview
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
 if TYPE_CHECKING:
@@ -177,10 +180,11 @@ class PresetsScreen(ModalScreen[None]):
         list_, budget = self.query_one(ViList), self.qlora_app.memory_budget
         recipe, model = self.qlora_app.workbench.recipe, self.qlora_app.workbench.architecture()
         width = list_.scrollable_content_region.width
-        lines = [
-            (p.name, preset_line(p, current, preset_need(p, recipe, model, budget), width)) for p in shown
-        ]
-        list_.show(lines, select)
+        verdicts: dict[str, Verdict] = {}
+        if not isinstance(model, UserError):
+            opened = ((preset.name, preset.recipe(recipe)) for preset in shown if not preset.problem)
+            verdicts = what_if(opened, model, budget)
+        list_.show([(p.name, preset_line(p, current, verdicts.get(p.name), width)) for p in shown], select)
         self._show_preview()
 
     def _show_preview(self) -> None:

@@ -61,7 +61,7 @@ _READ_BUDGET_S = 0.3
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
     """An order, and how the title of the list says it."""
 
     label: str
@@ -74,12 +74,12 @@ def _best_loss(summary: RunSummary) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
 
 
-_ORDERS = (
-    _Order("newest first", None),
-    _Order("lowest loss first", _best_loss),
-    _Order("by name", lambda summary: summary.name.casefold()),
-    _Order("by model and settings", lambda summary: (summary.model.casefold(), summary.settings)),
-    _Order("longest training first", lambda summary: -(summary.seconds or 0.0)),
+ORDERS = (
+    Order("newest first", None),
+    Order("lowest loss first", _best_loss),
+    Order("by name", lambda summary: summary.name.casefold()),
+    Order("by model and settings", lambda summary: (summary.model.casefold(), summary.settings)),
+    Order("longest training first", lambda summary: -(summary.seconds or 0.0)),
 )
 
 
@@ -101,7 +101,7 @@ class RunsScreen(EvaluationActions):
     def __init__(self) -> None:
         super().__init__()
         self.listing: Listing | None = None
-        self.order = _ORDERS[0]
+        self.order = ORDERS[0]
         self.marked: tuple[str, ...] = ()
         """The runs selected for a comparison."""
         self._summaries = SummaryCache()
@@ -218,7 +218,7 @@ class RunsScreen(EvaluationActions):
         # What was read before a run was deleted still lists it.
         summaries = [row for row in self.listing.summaries if row.id not in self.qlora_app.deleted_runs]
         matching = [row for row in summaries if self._filter in _search_text(row)]
-        rows = _in_order(matching, self.listing.waiting, self.order)
+        rows = in_order(matching, self.listing.waiting, self.order)
         any_unmeasured = any(row.best is None and row.loss is not None for row in rows)
         self._show_title(len(rows), len(summaries), any_unmeasured=any_unmeasured)
         self.set_class(not rows, "-empty")
@@ -316,7 +316,7 @@ class RunsScreen(EvaluationActions):
         self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
 
     def action_sort(self) -> None:
-        self.order = _ORDERS[(_ORDERS.index(self.order) + 1) % len(_ORDERS)]
+        self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]
         self.show_listing()
 
     def action_filter(self) -> None:
@@ -445,7 +445,7 @@ class RunsScreen(EvaluationActions):
         return succeeded
 
 
-def _in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: _Order) -> list[RunSummary]:
+def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: Order) -> list[RunSummary]:
     """Sort the runs that ended; the active one and the queue stay above them."""
     if order.key is None:
         return list(summaries)

@@ -1,0 +1,367 @@
+"""What fits in the memory budget, what would make the recipe fit, and how that is shown.
+
+:func:`solve` is slow and runs in a thread: it also finds out whether the model is converted first, from
+a header of hundreds of thousands of tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from textual.content import Content
+from textual.message import Message
+from textual.widgets import Static
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import GIB, format_gib, pluralize
+from qlora_tui.memory import (
+    Estimate,
+    MemorySaving,
+    StepChoice,
+    Verdict,
+    WhatFits,
+    cheapest_changes,
+    check_fit,
+    choose_step,
+    largest_settings,
+    minimum_bytes,
+)
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.estimate import PRECISIONS, Precision, with_precision
+from qlora_tui.memory.explain import describe_choice, describe_speedup
+from qlora_tui.memory.levels import Conversion
+from qlora_tui.memory.solver import what_if
+from qlora_tui.memory.step_choice import describe_host_memory
+from qlora_tui.recipe.fields import fields, get_setting, replace_setting
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name
+from qlora_tui.tui.render.labels import VERDICT_STYLE, refusal_words, verdict_words
+from qlora_tui.tui.screens.memory.peak_panel import spare_words
+from qlora_tui.tui.setting_stepper import step_value
+from qlora_tui.tui.widgets.controls import ViList
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
+from qlora_tui.tui.widgets.panel import Panel
+
+HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
+"""Settings that keys of the Memory screen double and halve."""
+CYCLED_SETTINGS = ("lora.target_modules", "training.gradient_checkpointing")
+"""Settings of which one key selects the next choice."""
+METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
+"""Value of ``quantization.method`` for each precision."""
+TARGETS: tuple[tuple[str, ...], ...] = (
+    ("all-linear",),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "v_proj"),
+)
+"""The choices of the key ``t``: those of the QLoRA paper, of many recipes, and of the LoRA paper."""
+_KEYS, _NAME, _NOW, _MAX = 4, 11, 6, 8
+"""Cells of the columns before the change; a long value takes some of the name's."""
+
+
+@dataclass(frozen=True)
+class KeyEffect:
+    """What a key would do: the setting's next value, and the bytes that it adds, mostly fewer than 0."""
+
+    value: Any
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What fits in the memory budget; empty until it is computed."""
+
+    fitting: Mapping[Precision, WhatFits] = field(default_factory=dict)
+    """How far each setting could go, by precision."""
+    lowered: Mapping[Precision, Mapping[str, KeyEffect]] = field(default_factory=dict)
+    """What halving a setting, or its next choice, changes, by its path; without those at their least."""
+    changes: tuple[MemorySaving, ...] = ()
+    """Changes that make the recipe fit, the cheapest first."""
+    least_bytes: int = 0
+    """What the recipe still needs with every change; 0 if it fits or some change makes it fit."""
+    step: StepChoice | None = None
+    """What the run does with free memory; None if the recipe does not fit."""
+    host_memory: str = ""
+    """What the recipe keeps in host memory and its cost, in sentences; empty where it keeps nothing."""
+    conversion: Conversion | None = None
+    """The conversion that a GGUF file needs before its first run."""
+
+
+def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
+    """Compute it, in a thread. ``fits``: whether the recipe fits as it is."""
+    device, available = budget.device, budget.bytes
+    variants = {precision: with_precision(recipe, precision) for precision in PRECISIONS}
+    changes = cheapest_changes(recipe, architecture, available, device=device)
+    return Solution(
+        fitting={
+            precision: largest_settings(variant, architecture, available, device=device)
+            for precision, variant in variants.items()
+        },
+        lowered={
+            precision: _lowered(variant, architecture, budget) for precision, variant in variants.items()
+        },
+        changes=changes,
+        least_bytes=0 if fits or changes else minimum_bytes(recipe, architecture, device=device),
+        step=choose_step(recipe, architecture, available, device=device) if fits else None,
+        host_memory=describe_host_memory(recipe, architecture, device),
+        conversion=_conversion(recipe.model.id),
+    )
+
+
+def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...]:
+    """Return the next choice that a model with these kinds has; all-linear after a custom one."""
+    choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
+    index = choices.index(now) + 1 if now in choices else 0
+    return choices[index % len(choices)]
+
+
+def _lowered(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> dict[str, KeyEffect]:
+    """What each setting's key for less would change, or its only key."""
+    lower: dict[str, Any] = {}
+    for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
+        value = get_setting(recipe, path)
+        if path == "lora.target_modules":
+            lower[path] = next_targets(value, architecture.kinds())
+        else:
+            lower[path] = step_value(fields()[path], value, -1 if path in HALVED_SETTINGS else 1)
+        if lower[path] == value:
+            del lower[path]
+    changed = {path: replace_setting(recipe, path, value) for path, value in lower.items()}
+    variants = {"": recipe, **changed}.items()
+    needed = {path: verdict.needed_bytes for path, verdict in what_if(variants, architecture, budget).items()}
+    now = needed.pop("")
+    return {path: KeyEffect(lower[path], bytes_ - now) for path, bytes_ in needed.items()}
+
+
+def _conversion(model_id: str) -> Conversion | None:
+    if not model_id.endswith(".gguf"):
+        return None
+    from qlora_tui.training.gguf_conversion import pending_conversion  # loads tokenizers
+
+    return pending_conversion(model_id)
+
+
+def settings_table(
+    recipe: Recipe,
+    fitting: WhatFits | None,
+    lowered: Mapping[str, KeyEffect],
+    context_tokens: int | None,
+    width: int,
+) -> Content:
+    """A line for each setting; the others stay as they are for its largest value and its change.
+
+    Args:
+        recipe: The settings as they are.
+        fitting: The largest values that fit; None until they are computed.
+        lowered: What the key for less changes, by the setting's path.
+        context_tokens: The length that the model was trained for; None where it is unknown.
+        width: Of the table, in cells; 38 or more.
+    """
+    training, is_known = recipe.training, fitting is not None
+    head = f"{'setting':<{_NAME}}{'now':>{_NOW}}{'max fit':>{_MAX}}"
+    lines = [_line(Content(""), head, "halving", width).stylize("dim")]
+    counted = (
+        ("length", "length", recipe.data.max_length, fitting and fitting.sequence_length),
+        ("batch", "micro-batch", training.micro_batch_size, fitting and fitting.micro_batch),
+        ("rank", "rank", recipe.lora.rank, fitting and fitting.rank),
+    )
+    for path, (command, name, now, most) in zip(HALVED_SETTINGS, counted, strict=True):
+        fits = "…" if most is None else f"{most:,}" if most else "none"
+        text = f"{name}{now:>{_NAME + _NOW - len(name)},}{fits:>{_MAX}}"
+        keys = Content(" ").join(key_label(f"memory.{command}_{way}") for way in ("up", "down"))
+        lines.append(_line(keys, text, _change_words(lowered.get(path), is_known=is_known), width))
+        if name == "length" and context_tokens is not None and now > context_tokens:
+            warning = f"! the model's context is {context_tokens:,}"
+            lines.append(_line(Content(""), warning, "", width).stylize("$warning"))
+    chosen = (
+        ("targets", "targets", recipe.lora.target_modules),
+        ("checkpointing", "recompute", training.gradient_checkpointing),
+    )
+    for path, (command, name, choice) in zip(CYCLED_SETTINGS, chosen, strict=True):
+        after = lowered.get(path)
+        arrow = "" if after is None else f" → {_choice_words(after.value)}"
+        text = f"{name:<{_NAME - 1}}{_choice_words(choice)}{arrow}"
+        change = _change_words(after, is_known=is_known)
+        lines.append(_line(key_label(f"memory.{command}"), text, change, width))
+    return Content("\n").join(lines)
+
+
+def _line(keys: Content, text: str, change: str, width: int) -> Content:
+    room = width - _KEYS
+    # In a narrow window the names of targets leave no room for the unit.
+    if len(text) + len(change) >= room:
+        text, change = text.replace(" → ", "→"), change.removesuffix(" GiB")
+    if len(text) + len(change) >= room:
+        text, change = re.sub(" targets?→", "→", text), change.removesuffix(" need")
+    if len(text) + len(change) >= room:
+        text = f"{text[: max(0, room - len(change) - 2)]}… "
+    return Content.assemble(
+        keys, " " * max(1, _KEYS - keys.cell_length), text, change.rjust(room - len(text))
+    )
+
+
+def format_change(bytes_: int) -> str:
+    """``-0.1``: a change in GiB; without a sign where it rounds to 0."""
+    text = f"{bytes_ / GIB:+.1f}"
+    return "0.0" if float(text) == 0 else text
+
+
+def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
+    if change is None:
+        return "–" if is_known else "…"
+    # Auto needs what on needs; it only takes more where more is free.
+    return f"{format_change(change.bytes)} GiB" if change.bytes else "same need"
+
+
+def _choice_words(value: Any) -> str:
+    """``q,k,v,o`` for modules with long names, of which ``q_proj`` is one."""
+    if isinstance(value, str):
+        return value
+    names = ",".join(name.removesuffix("_proj") for name in value)
+    return names if len(names) <= len("all-linear") else pluralize(len(value), "target")
+
+
+class FitPanel(Panel):
+    """The verdict as its title, the changes that make the recipe fit, and notes on the estimate."""
+
+    class Chosen(Message):
+        """Enter was pressed on a change, or it was clicked."""
+
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+    def __init__(self) -> None:
+        self.choices = ViList(id="choices")
+        self._notes = Static(id="fit-notes")
+        super().__init__("Fit", self.choices, self._notes, id="fit-panel")
+
+    def offer(self, *, changes: bool) -> None:
+        """Show the keys for changes, or none."""
+        self.show_keys((("memory.apply", "apply ▸"), ("memory.choose", "choose")) if changes else ())
+
+    def show(
+        self,
+        name: str,
+        estimate: Estimate,
+        budget: MemoryBudget,
+        solution: Solution,
+        refusal: UserError | None,
+        length_warning: UserError | None,
+        *,
+        is_recipe: bool,
+    ) -> None:
+        """Show an estimate of the precision ``name``; ``is_recipe``: it is that of the recipe.
+
+        ``refusal``: why the model cannot be trained.
+        """
+        verdict = check_fit(estimate, budget.bytes)
+        self.show_title(_verdict_title(verdict, name, can_train=refusal is None))
+        self.choices.display = bool(solution.changes)
+        self.choices.show(choice_lines(solution.changes, self.choices.scrollable_content_region.width))
+        notes = [] if refusal is None else [_refusal_text(refusal)]
+        notes += list(_notes(estimate, budget, solution, length_warning, is_recipe=is_recipe))
+        notes.append(Content.styled(_uncertainty(verdict), "$text-muted"))
+        update_if_changed(self._notes, Content("\n").join(notes))
+
+    def on_option_list_option_selected(self, event: ViList.OptionSelected) -> None:
+        """Say which change it was."""
+        event.stop()
+        self.post_message(self.Chosen(event.option_index))
+
+
+def _notes(
+    estimate: Estimate,
+    budget: MemoryBudget,
+    solution: Solution,
+    length_warning: UserError | None,
+    *,
+    is_recipe: bool,
+) -> Iterator[Content]:
+    if solution.least_bytes:
+        yield _nothing_helps(solution.least_bytes)
+    if solution.changes and not is_recipe:
+        yield Content("The changes are for the precision of the recipe.")
+    if conversion := solution.conversion:
+        on_cpu = budget.device.kind == "cpu"
+        yield Content(conversion.words(estimate.process_bytes if on_cpu else None))
+    if length_warning is not None:
+        # The setting itself is shown among the settings.
+        yield Content.styled(f"{length_warning.why} {length_warning.fix}", "$warning")
+    if solution.step is not None and is_recipe:
+        yield _step_text(solution.step, estimate.total_bytes)
+    if solution.host_memory and is_recipe:
+        yield Content(solution.host_memory)
+    yield from map(Content, estimate.notes)
+
+
+def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[str, Content]]:
+    """(number, text) of each change that makes it fit, the cheapest first: what it is, memory, and cost."""
+    lines = []
+    for number, change in enumerate(changes):
+        key = bare_key("memory.apply") if not number else ""
+        head = Content.assemble(
+            (f"{'▸' if not number else ' '} {key:<2}", "$accent bold"),
+            (change.label, "bold" if not number else ""),
+        )
+        word = change.verdict.word
+        details = Content.assemble(
+            f"{format_gib(change.estimate.total_bytes)} GiB ",
+            (word, VERDICT_STYLE[word]),
+            (f", {change.cost}" if change.cost else "", "$text-muted"),
+        )
+        wrapped = [*_hanging(head, width), *(Content("    ") + part for part in details.wrap(width - 4))]
+        lines.append((str(number), Content("\n").join(wrapped)))
+    return lines
+
+
+def _hanging(line: Content, width: int) -> list[Content]:
+    """Wrap a line whose first four cells are a mark."""
+    first, rest = line[:4], line[4:]
+    return [(Content("    ") if number else first) + part for number, part in enumerate(rest.wrap(width - 4))]
+
+
+def _step_text(choice: StepChoice, least_bytes: int) -> Content:
+    """What the run does with free memory, and what that gains.
+
+    ``least_bytes``: the memory that it needs, as the bars show it.
+    """
+    chosen = describe_choice(choice)
+    if not chosen:
+        return Content("Too little memory is left to keep activations of layers, which are recomputed.")
+    total, faster = format_gib(choice.estimate.total_bytes), describe_speedup(choice.speedup)
+    return Content.assemble(
+        f"The run needs {format_gib(least_bytes)} GiB. With ",
+        (f"{format_gib(choice.least_free_bytes)} GiB", "bold"),
+        f" free it takes {total} and is about {faster}: {chosen}.",
+    )
+
+
+def _nothing_helps(least_bytes: int) -> Content:
+    """The text shown if no change makes it fit."""
+    return highlight_keys(
+        "No change makes it fit: with every change that saves memory it still needs "
+        f"{format_gib(least_bytes)} GiB. Select a smaller model with {key_name('go.models')}, "
+        "or use a larger GPU."
+    )
+
+
+def _uncertainty(verdict: Verdict) -> str:
+    low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
+    return f"Expected: {low} to {high} GiB. Uncertain: {verdict.reason}."
+
+
+def _refusal_text(refusal: UserError) -> Content:
+    return Content.assemble(
+        (f"{refusal_words(refusal)}. ", "$error"),
+        highlight_keys(f"{key_name('go.models')} says what to do."),
+    )
+
+
+def _verdict_title(verdict: Verdict, precision: str, *, can_train: bool) -> Content:
+    """``NF4 fits, 17.0 GiB to spare``: the verdict as a title."""
+    word, style = verdict_words(verdict.word, can_train=can_train)
+    return Content.styled(f"{precision} {word}, {spare_words(verdict)}", style)
