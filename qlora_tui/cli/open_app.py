@@ -51,8 +51,8 @@ def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | 
     import msgspec
 
     from qlora_tui.tui.app import QloraApp
-    from qlora_tui.tui.monochrome import has_no_colors
-    from qlora_tui.tui.stderr_capture import capture_stderr
+    from qlora_tui.tui.line_filters import has_no_colors
+    from qlora_tui.tui.process import capture_stderr
 
     settings = load_settings()
     if gpu_gib:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Callable
 from functools import cached_property, partial
 from importlib import import_module
@@ -17,16 +18,14 @@ from textual.signal import Signal
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
-from qlora_tui.tui import escapes, themes
+from qlora_tui.tui import desktop, themes
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
 from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, NUMBERED_SCREENS
-from qlora_tui.tui.disk_faults import DiskFaults
 from qlora_tui.tui.key_names import key_names
-from qlora_tui.tui.monochrome import TWO_COLORS
-from qlora_tui.tui.recipe_undo import redo_recipe, undo_recipe
+from qlora_tui.tui.line_filters import TWO_COLORS
+from qlora_tui.tui.process import DiskFaults, install_shutdown_handlers
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.shutdown import install_shutdown_handlers
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.terminal_app import TerminalApp
 
@@ -88,7 +87,7 @@ class QloraApp(TerminalApp):
     @cached_property
     def workbench(self) -> Workbench:
         """The recipe being edited, as it was when the app was last closed."""
-        from qlora_tui.tui.draft_saving import open_workbench
+        from qlora_tui.tui.draft import open_workbench
 
         workbench = open_workbench(self.draft)
         for problem in (workbench.draft_error, workbench.preset_error):
@@ -112,10 +111,21 @@ class QloraApp(TerminalApp):
         return budget_for(self.system_status.gpu, None if given is None else round(given * GIB))
 
     async def action_quit(self) -> None:
-        """Leave the app; runs continue."""
-        from qlora_tui.tui.leaving import leave
+        self.leave()
 
-        leave(self, None)
+    def leave(self, run: RunDir | None = None) -> None:
+        """Exit at once, since nothing is lost: runs continue.
+
+        The terminal then shows how to come back to ``run`` if it is active, or else to the active run.
+        """
+        from qlora_tui.runs.status import ACTIVE, read_status
+
+        for candidate in (run, self.system_status.active):
+            if candidate is not None and read_status(candidate).state in ACTIVE:
+                attach = f"qlora-tui attach {shlex.quote(candidate.id)}"
+                self.exit(message=f"{candidate.id} continues. Run `{attach}` to come back to it.")
+                return
+        self.exit()
 
     def on_load(self) -> None:
         # Before there is a screen: with its widgets every style sheet would be read once more, and its keys
@@ -130,7 +140,7 @@ class QloraApp(TerminalApp):
             self.notify(f"Theme {self.settings.theme!r} does not exist.", severity="warning")
         if self.settings.keymap:
             self._report_keymap_errors()
-        self.write_escape(escapes.PUSH_TITLE)
+        self.write_escape(desktop.PUSH_TITLE)
         if not self.is_headless:
             install_shutdown_handlers(self._leave)
         if self._watched_run is not None:
@@ -144,7 +154,7 @@ class QloraApp(TerminalApp):
         await show_run(self, run)
 
     def on_unmount(self) -> None:
-        self.write_escape(escapes.POP_TITLE)
+        self.write_escape(desktop.POP_TITLE)
 
     @work
     async def _report_keymap_errors(self) -> None:
@@ -199,7 +209,7 @@ class QloraApp(TerminalApp):
 
     def recipe_edited(self) -> None:
         """Save and show the workbench's recipe after it changed."""
-        from qlora_tui.tui.draft_saving import save_or_ask
+        from qlora_tui.tui.draft import save_or_ask
 
         try:
             save_or_ask(self)
@@ -216,9 +226,7 @@ class QloraApp(TerminalApp):
 
     @work(group="copy")
     async def _copy(self, text: str) -> None:
-        from qlora_tui.tui import clipboard
-
-        await clipboard.copy(self, text)
+        await desktop.copy(self, text)
 
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
         """Show a notification as plain text: names of runs and files may contain brackets.
@@ -229,7 +237,6 @@ class QloraApp(TerminalApp):
         super().notify(message, markup=False, **how)
 
     def action_dismiss_notifications(self) -> None:
-        """Dismiss all notifications."""
         self.clear_notifications()
 
     def show_error(self, problem: UserError) -> None:
@@ -272,7 +279,6 @@ class QloraApp(TerminalApp):
             await self.switch_mode(mode)
 
     def action_help(self) -> None:
-        """Show the keys and terms of the current screen."""
         from qlora_tui.tui.screens.modals.help import screen_help
 
         here = self.screen
@@ -280,7 +286,6 @@ class QloraApp(TerminalApp):
             self.push_screen(screen_help(here.MODE, here.HELP_TEXT, here.SCREEN_COMMANDS))
 
     def action_keys(self) -> None:
-        """Show every key of every screen."""
         from qlora_tui.tui.screens.modals.help import all_keys_screen
 
         self.push_screen(all_keys_screen())
@@ -290,25 +295,21 @@ class QloraApp(TerminalApp):
         self.notify(f"Press {key_names('app.quit')} to quit the app. Runs continue without it.")
 
     def action_presets(self) -> None:
-        """Browse, open and save presets."""
         from qlora_tui.tui.screens.presets.screen import PresetsScreen
 
         self.push_screen(PresetsScreen())
 
     def action_settings(self) -> None:
-        """Change the settings in config.toml."""
         from qlora_tui.tui.screens.settings.screen import SettingsScreen
 
         self.push_screen(SettingsScreen())
 
     def action_assume_gpu(self) -> None:
-        """Ask for the memory of a GPU to estimate for."""
         from qlora_tui.tui.screens.modals.dialogs import ask_gpu_size
 
         ask_gpu_size(self)
 
     def action_check_machine(self) -> None:
-        """Test whether this machine can train."""
         from qlora_tui.tui.screens.modals.machine_report import MachineReportScreen
 
         self.push_screen(MachineReportScreen())
@@ -319,11 +320,13 @@ class QloraApp(TerminalApp):
         self.call_later(self.simulate_key, key)
 
     def action_undo(self) -> None:
-        """Undo the last change to the recipe."""
+        from qlora_tui.tui.workbench import undo_recipe
+
         undo_recipe(self)
 
     def action_redo(self) -> None:
-        """Redo the change that was undone."""
+        from qlora_tui.tui.workbench import redo_recipe
+
         redo_recipe(self)
 
     def _start_polling(self) -> None:
@@ -339,13 +342,11 @@ class QloraApp(TerminalApp):
             system_status = await asyncio.to_thread(self._poll_in_thread)
         finally:
             self._polling = False
-        from qlora_tui.tui.draft_saving import tell_of_change
+        from qlora_tui.tui.draft import tell_of_change
 
         tell_of_change(self)
         for news in system_status.ended_runs:
-            from qlora_tui.tui.run_notifications import notify_run_ended
-
-            notify_run_ended(self, news)
+            desktop.notify_run_ended(self, news)
         if themes.user_theme_mtimes() != self._loaded_theme_mtimes:
             had_theme = self._wanted_theme in self.available_themes
             self._load_themes()

@@ -1,34 +1,37 @@
 """The base of the app: what is sent to the terminal, and when.
 
-Of each line only the part that differs is sent, without control characters, and without colors if NO_COLOR
-is set.
+Textual sends the whole screen whenever a screen opens, closes or is laid out again: a page of help over a
+terminal of 160×50 is 100 kB, two seconds on a slow link, and most of it is unchanged. Here only the cells of
+a line that differ are sent, without control characters, and without colors if NO_COLOR is set.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.control import Control
 from textual.await_complete import AwaitComplete
 from textual.events import Resize
 from textual.filter import LineFilter
 from textual.screen import Screen
+from textual.strip import Strip
 
-from qlora_tui.tui import gc_tuning
-from qlora_tui.tui.glyph_fallback import fallback_glyphs
-from qlora_tui.tui.monochrome import MonochromeFilter
-from qlora_tui.tui.screen_diff import ScreenDiff, TerminalContents
+from qlora_tui.tui import process
+from qlora_tui.tui.line_filters import MonochromeFilter, VisibleTextFilter, fallback_glyphs
 from qlora_tui.tui.textual_compat import (
     CachedStylesheet,
     ChopsUpdate,
     CompositorUpdate,
     HookedApp,
+    LayoutUpdate,
     clear_style_caches,
     full_update,
 )
-from qlora_tui.tui.visible_lines import VisibleTextFilter
+from qlora_tui.tui.widgets.line_widgets import changed_cells
 
 _VISIBLE_TEXT = VisibleTextFilter()
 _MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
@@ -70,7 +73,7 @@ class TerminalApp(HookedApp):
         if not self.shown.is_set():
             # Work that was deferred until the first frame starts now.
             self.shown.set()
-            gc_tuning.enable_gc()
+            process.enable_gc()
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """The filters that each line passes before it is painted."""
@@ -80,3 +83,76 @@ class TerminalApp(HookedApp):
         gone = super().pop_screen()
         clear_style_caches()
         return gone
+
+
+class TerminalContents:
+    """The lines that were sent to the terminal."""
+
+    def __init__(self, fallback_glyphs: Mapping[int, str]) -> None:
+        self._lines: list[Strip] = []
+        self._fallback_glyphs = fallback_glyphs
+        """Substitutes for characters that the terminal's font lacks, for ``str.translate``."""
+
+    def invalidate(self) -> None:
+        """The terminal may show anything: the next update is sent whole."""
+        self._lines = []
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the terminal may show anything."""
+        return not self._lines
+
+    def diff(self, update: CompositorUpdate, console: Console) -> str:
+        """Return the escape sequences that apply ``update``, and assume that they are sent."""
+        text = self._diff(update, console)
+        return text.translate(self._fallback_glyphs) if self._fallback_glyphs else text
+
+    def _diff(self, update: CompositorUpdate, console: Console) -> str:
+        if isinstance(update, LayoutUpdate):
+            lines = [_plain(strips) for strips in update.strips]
+            if len(lines) != len(self._lines):
+                self._lines = lines
+                return update.render_segments(console)
+            return self._send(dict(enumerate(lines)), console)
+        if isinstance(update, ChopsUpdate) and self._lines:
+            return self._send(self._full_lines(update), console)
+        self.invalidate()
+        return update.render_segments(console)
+
+    def _full_lines(self, update: ChopsUpdate) -> dict[int, Strip]:
+        """Each line that an update of parts touches, whole."""
+        lines: dict[int, Strip] = {}
+        for y, x1, x2 in update.spans:
+            line = lines.get(y, self._lines[y])
+            for end, (x, strip) in zip(update.chop_ends[y], update.chops[y].items(), strict=False):
+                if strip is None or x > x2 or end <= x1:
+                    continue
+                end = end if x2 > x >= x1 and end <= x2 else min(end, x2)
+                line = Strip.join([line.crop(0, x), strip.crop(0, end - x), line.crop(end)])
+            lines[y] = line
+        return {y: _plain([line]) for y, line in lines.items()}
+
+    def _send(self, lines: dict[int, Strip], console: Console) -> str:
+        sent = []
+        for y, line in lines.items():
+            start, end = changed_cells(self._lines[y], line)
+            if end > start:
+                sent.append(Control.move_to(start, y).segment.text + line.crop(start, end).render(console))
+            self._lines[y] = line
+        return "".join(sent)
+
+
+class ScreenDiff(CompositorUpdate):
+    """An update that sends only differences, computed when it is written: some updates never are."""
+
+    def __init__(self, update: CompositorUpdate, terminal_contents: TerminalContents) -> None:
+        self._update = update
+        self._terminal_contents = terminal_contents
+
+    def render_segments(self, console: Console) -> str:
+        return self._terminal_contents.diff(self._update, console)
+
+
+def _plain(strips: Iterable[Strip]) -> Strip:
+    """A line without metadata such as click actions, so that lines are compared by looks."""
+    return Strip.join(strips).discard_meta().simplify()

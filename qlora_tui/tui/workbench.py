@@ -1,14 +1,16 @@
-"""The recipe being edited, and what follows from it.
+"""The recipe being edited, with undo, and what follows from it: architecture and estimates.
 
-:mod:`qlora_tui.tui.draft_saving` saves it to a file as it changes.
+:mod:`qlora_tui.tui.draft` saves it to a file as it changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_tui.memory import Device, Estimate
     from qlora_tui.memory.estimate import Precision
     from qlora_tui.memory.step import StepTrace
+    from qlora_tui.tui.app import QloraApp
 
 # The first frame shows neither architecture nor estimate, so it does not wait for their packages:
 # they are imported where they are first needed.
@@ -197,6 +200,48 @@ class Workbench:
         self._now = state
 
 
+def undo_recipe(app: QloraApp) -> None:
+    """Undo the last change of the recipe."""
+    nothing = "Nothing to undo: the recipe was not changed."
+    _move(app, app.workbench.undo, "Undone", nothing, f"Press {key_name('app.redo')} to redo.")
+
+
+def redo_recipe(app: QloraApp) -> None:
+    """Redo the change that was undone."""
+    nothing = "Nothing to redo: no change was undone."
+    _move(app, app.workbench.redo, "Redone", nothing, f"Press {key_name('app.undo')} to undo.")
+
+
+def notify_opened(app: QloraApp, before: Recipe) -> None:
+    """Show which preset was opened, and how much it changed."""
+    changes = _changes(before, app.workbench.recipe)
+    app.notify(f"Opened {app.workbench.preset}: {changes}. Press {key_name('app.undo')} to undo.")
+
+
+def _move(app: QloraApp, move: Callable[[], bool], done: str, nothing: str, reverse: str) -> None:
+    workbench = app.workbench
+    before, preset = workbench.recipe, workbench.preset
+    if not move():
+        app.notify(nothing)
+        return
+    app.recipe_edited()
+    # Screens show a change of one setting; a preset changes many, most of them on other screens.
+    if workbench.preset != preset:
+        now = (
+            f"the preset is {workbench.preset} again"
+            if workbench.preset
+            else "the recipe has no preset again"
+        )
+        app.notify(f"{done}: {now}, {_changes(before, workbench.recipe)}. {reverse}")
+
+
+def _changes(before: Recipe, after: Recipe) -> str:
+    from qlora_tui.recipe.diff import DESCRIPTIVE, diff_recipes
+
+    changes = [change for change in diff_recipes(before, after) if change.path not in DESCRIPTIVE]
+    return f"{pluralize(len(changes), 'setting')} changed"
+
+
 def _read(model: str) -> Architecture | UserError:
     if not model:
         return UserError(
@@ -224,3 +269,6 @@ def _with_model_and_data(recipe: Recipe, source: Recipe) -> Recipe:
     for path in ("model.id", "model.revision", "lora.init_from", "data.sources", "data.validation_path"):
         recipe = replace_setting(recipe, path, get_setting(source, path))
     return recipe
+
+
+# Home is painted without the recipe package, so the comparison is imported where it is used.

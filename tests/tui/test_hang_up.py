@@ -10,9 +10,8 @@ import pytest
 
 from bench.terminal import Terminal
 from qlora_tui import paths
-from qlora_tui.tui.draft import Draft
-from qlora_tui.tui.draft_saving import open_workbench
-from qlora_tui.tui.stderr_capture import screen_on
+from qlora_tui.tui.draft import Draft, open_workbench
+from qlora_tui.tui.process import screen_on
 from tests.tui.terminal_emulator import DEADLINE_S, see
 
 pytestmark = pytest.mark.slow

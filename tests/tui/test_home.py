@@ -21,7 +21,7 @@ from qlora_tui.runs.events import Failed
 from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.runs.status import State
-from qlora_tui.tui import escapes, system_monitor
+from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
 from qlora_tui.tui.screens.home.screen import HomeScreen
@@ -164,7 +164,7 @@ async def test_a_run_that_ends_notifies_on_other_screens(
     said = "".join(written)
     assert said.count("\x1b]9;owls failed: The disk is full.\a") == 1
     assert "\x1b]2;owls failed: The disk is full.\a" in said
-    assert said.index(escapes.PUSH_TITLE) < said.index("\x1b]2;") < said.index(escapes.POP_TITLE)
+    assert said.index(desktop.PUSH_TITLE) < said.index("\x1b]2;") < said.index(desktop.POP_TITLE)
 
 
 async def test_a_first_runs_result_is_news_in_the_first_session(make_app: MakeApp) -> None:

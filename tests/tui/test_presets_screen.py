@@ -13,8 +13,7 @@ from qlora_tui import paths
 from qlora_tui.recipe.presets import find_preset, save
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.draft import Draft
-from qlora_tui.tui.draft_saving import open_workbench
+from qlora_tui.tui.draft import Draft, open_workbench
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.controls import ViList
 from tests.tui.screen_assertions import wait_for_text, wait_until

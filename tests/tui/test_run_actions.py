@@ -16,7 +16,7 @@ from qlora_tui.recipe.presets import find_preset
 from qlora_tui.runs import actions, run_queue, trash
 from qlora_tui.runs.directory import RunDir, all_runs, find_run
 from qlora_tui.runs.status import State, read_status
-from qlora_tui.tui import escapes
+from qlora_tui.tui import desktop
 from qlora_tui.tui.app import QloraApp
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
@@ -208,8 +208,8 @@ async def test_copying_says_what_took_it(
 
 def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
     raw = "\x1b]52;c;b3dscw==\a"
-    assert escapes.set_clipboard("owls", {}) == raw
-    assert escapes.set_clipboard("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
+    assert desktop.set_clipboard("owls", {}) == raw
+    assert desktop.set_clipboard("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
 
 
 async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(

@@ -22,7 +22,7 @@ LATER = ("qlora_tui.recipe", "qlora_tui.catalog", "qlora_tui.memory", "qlora_tui
 UNTIL_SHOWN = """
 import asyncio, gc, sys
 gc.disable()  # as the command line does
-from qlora_tui.tui import gc_tuning
+from qlora_tui.tui import process
 from qlora_tui.tui.app import QloraApp
 
 async def main():
@@ -33,7 +33,7 @@ async def main():
         await app.shown.wait()
         frozen = gc.get_freeze_count()
         kept = [[] for _ in range(1000)]
-        gc_tuning.freeze_objects()
+        process.freeze_objects()
         assert gc.isenabled() and 0 < frozen < gc.get_freeze_count() - 900
     print(*loaded)
 

@@ -57,7 +57,7 @@ def test_display_takes_a_screen_and_an_update() -> None:
 )
 def test_updates_have_the_fields_that_the_diff_reads(update: type, fields: set[str]) -> None:
     parameters = set(inspect.signature(update).parameters)
-    assert fields <= parameters, f"{update.__name__} changed: adapt TerminalContents in screen_diff.py"
+    assert fields <= parameters, f"{update.__name__} changed: adapt TerminalContents in terminal_app.py"
 
 
 def test_style_caches_can_be_cleared() -> None:

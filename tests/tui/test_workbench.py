@@ -9,8 +9,7 @@ from qlora_tui.catalog.local_models import ModelNotFoundError
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe, Source
-from qlora_tui.tui.draft import Draft
-from qlora_tui.tui.draft_saving import open_workbench
+from qlora_tui.tui.draft import Draft, open_workbench
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.workstation import config_folder
 

@@ -10,7 +10,7 @@ from textual.messages import Prune
 from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
 
-from qlora_tui.tui import gc_tuning
+from qlora_tui.tui import process
 from qlora_tui.tui.commands import Command, screen_commands
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.system_status import SystemStatus
@@ -85,7 +85,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
     def on_mount(self) -> None:
         self.qlora_app.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
         self.qlora_app.system_status_changed.subscribe(self, self._system_status_changed, immediate=True)
-        self.set_timer(_FREEZE_AFTER_S, gc_tuning.freeze_objects)
+        self.set_timer(_FREEZE_AFTER_S, process.freeze_objects)
 
     def on_screen_resume(self) -> None:
         self.refresh_now()

@@ -31,12 +31,12 @@ from qlora_tui.recipe.presets import (
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.key_names import bare_key, key_name
-from qlora_tui.tui.recipe_undo import notify_opened
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
 from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
 from qlora_tui.tui.screens.presets.preset_preview import preset_line, preview
 from qlora_tui.tui.widgets.controls import TextField, ViList
+from qlora_tui.tui.workbench import notify_opened
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

@@ -27,7 +27,7 @@ from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
-from qlora_tui.tui.folders import open_folder
+from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import key_name, name_keys
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions

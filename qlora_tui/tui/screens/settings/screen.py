@@ -18,8 +18,8 @@ from qlora_tui.runs.notify import RunNotification
 from qlora_tui.settings import Settings, config_path
 from qlora_tui.settings_file import save_setting
 from qlora_tui.tui.commands import screen_commands
+from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.run_notifications import notify_run_ended
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.screens.settings.rows import (
     ROWS,

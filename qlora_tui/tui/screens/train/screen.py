@@ -26,10 +26,9 @@ from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
+from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.draft import draft_written_at
-from qlora_tui.tui.folders import open_folder
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.leaving import leave
 from qlora_tui.tui.render.labels import SIGNS
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, ask_search
@@ -380,7 +379,7 @@ class TrainScreen(EvaluationActions):
         self.show_recipe(self.qlora_app.workbench.recipe)
 
     def action_detach(self) -> None:
-        leave(self.qlora_app, self.run)
+        self.qlora_app.leave(self.run)
 
     def action_next_tab(self, places: int) -> None:
         """Show the next tab under the graph; before a run, go between recipe and checks."""

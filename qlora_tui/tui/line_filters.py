@@ -1,0 +1,194 @@
+"""What each painted line passes on its way to the terminal.
+
+:class:`VisibleTextFilter` shows control characters, so that no text can control the terminal;
+:class:`MonochromeFilter` replaces colors where there are none; :func:`fallback_glyphs` are substitutes for
+characters that the Linux console lacks.
+"""
+
+from __future__ import annotations
+
+import curses
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+from rich.cells import cell_len
+from rich.color import Color as RichColor
+from rich.segment import Segment
+from rich.style import Style
+from textual.color import Color
+from textual.filter import LineFilter
+from textual.theme import Theme
+
+from qlora_tui.visible import visible
+
+_BLANKS = re.compile(" {2,}$")
+
+
+class VisibleTextFilter(LineFilter):
+    """Shows control characters as symbols.
+
+    Textual laid out the line as if these characters had no width. The line keeps its width: what a symbol
+    adds is taken from the spaces after it, or from the end of the line if there are too few.
+    """
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        """Return the same list if there are no control characters."""
+        for text, style, control in segments:
+            if (not text.isprintable() and _shown(text) != text) or control or (style and style.link):
+                return _of_same_width(segments)
+        return segments
+
+
+def _of_same_width(segments: list[Segment]) -> list[Segment]:
+    width = sum(cell_len(segment.text) for segment in segments)
+    shown: list[Segment] = []
+    surplus = 0
+    for text, style, _ in segments:
+        safe = _shown(text)
+        surplus += cell_len(safe) - cell_len(text)
+        if surplus > 0 and (blanks := _BLANKS.search(safe)):
+            taken = min(surplus, len(blanks[0]) - 1)
+            safe, surplus = safe[: len(safe) - taken], surplus - taken
+        shown.append(Segment(safe, style.update_link(None) if style and style.link else style))
+    return Segment.adjust_line_length(shown, width)
+
+
+def _shown(text: str) -> str:
+    # A line has no line breaks, and a tab would shift what follows.
+    return visible(text.replace("\t", " ").replace("\n", "␊"))
+
+
+_FOREGROUND, _BACKGROUND = "#ffffff", "#000000"
+_HALF = 0.5
+
+TWO_COLORS = Theme(
+    name="two-colors",
+    dark=True,
+    primary=_FOREGROUND,
+    secondary=_FOREGROUND,
+    warning=_FOREGROUND,
+    error=_FOREGROUND,
+    success=_FOREGROUND,
+    accent=_FOREGROUND,
+    foreground=_FOREGROUND,
+    background=_BACKGROUND,
+    surface=_BACKGROUND,
+    panel=_BACKGROUND,
+    boost=_BACKGROUND,
+    variables={
+        "text-muted": _FOREGROUND,
+        "text-disabled": _FOREGROUND,
+        "block-cursor-foreground": _BACKGROUND,
+        "block-cursor-background": _FOREGROUND,
+        "block-cursor-blurred-foreground": _FOREGROUND,
+        "block-cursor-blurred-background": _BACKGROUND,
+        "block-cursor-blurred-text-style": "bold",
+        "block-hover-background": _BACKGROUND,
+        "input-cursor-foreground": _BACKGROUND,
+        "input-cursor-background": _FOREGROUND,
+        "input-selection-foreground": _BACKGROUND,
+        "input-selection-background": _FOREGROUND,
+        "screen-selection-foreground": _BACKGROUND,
+        "screen-selection-background": _FOREGROUND,
+        "border-blurred": _FOREGROUND,
+        "scrollbar": _FOREGROUND,
+        "scrollbar-hover": _FOREGROUND,
+        "scrollbar-active": _FOREGROUND,
+        "scrollbar-background": _BACKGROUND,
+        "scrollbar-background-hover": _BACKGROUND,
+        "scrollbar-background-active": _BACKGROUND,
+    },
+)
+"""The theme of two colors."""
+
+
+def has_no_colors() -> bool:
+    """Whether the terminal in ``TERM`` has no colors; an unknown terminal has colors."""
+    try:
+        curses.setupterm(fd=1)
+    except (curses.error, OSError):
+        return False
+    return curses.tigetnum("colors") <= 0
+
+
+class MonochromeFilter(LineFilter):
+    """Replaces colors by the attributes reverse and dim."""
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        return [
+            Segment(text, None if style is None else _without_colors(style), control)
+            for text, style, control in segments
+        ]
+
+
+@lru_cache(1024)
+def _without_colors(style: Style) -> Style:
+    on_foreground = _is_foreground(style.bgcolor, otherwise=False)
+    faint = style.dim or not (on_foreground or _is_foreground(style.color, otherwise=True))
+    # Textual finds what was clicked by the meta.
+    reverse = bool(style.reverse) != on_foreground
+    return style.without_color + Style(dim=faint, reverse=reverse, meta=style.meta or None)
+
+
+def _is_foreground(color: RichColor | None, *, otherwise: bool) -> bool:
+    if color is None or color.is_default:
+        return otherwise
+    return Color.from_rich_color(color).brightness > _HALF
+
+
+_FALLBACKS = {
+    "_": "▁▂▔",
+    "▄": "▃▅",
+    "█": "▆▇▋▊▉▙▛▜▟",
+    "▌": "▏▎▍▖▘",
+    "▐": "▕▗▝",
+    "▒": "▚▞",
+    "┌": "╭",
+    "┐": "╮",
+    "└": "╰",
+    "┘": "╯↵⏎",
+    "═": "━",
+    "║": "┃‖",
+    "►": "▸▶❯",
+    "◄": "◂◀❮",
+    "▲": "▴",
+    "▼": "▾",
+    "•": "●⬤",
+    "○": "◌◯",
+    "♦": "◆",
+    "√": "✓✔",
+    "x": "✗✘×",
+    "*": "★✱",
+    "!": "⚠",
+    "<": "‹⟨",
+    ">": "›⟩",
+    "[": "⟦",
+    "]": "⟧",
+    "-": "–—−",
+    "|": "✂",
+    "~": "…⋯",
+    "'": "’‘",
+    "> ": "🔎",
+    '"': "“”",
+}
+_CONTROL_PICTURES = range(0x2400, 0x2422)
+"""The symbols that control characters are shown as."""
+_UPPER = 0x01 | 0x02 | 0x08 | 0x10
+"""The dots of a braille cell's upper two rows."""
+
+
+def fallback_glyphs(terminal: str) -> Mapping[int, str]:
+    """For ``str.translate``: what to send instead; empty where ``TERM`` names a terminal that needs none."""
+    if terminal != "linux":
+        return {}
+    return (
+        {ord(one): fallback for fallback, glyphs in _FALLBACKS.items() for one in glyphs}
+        | {0x2800 + dots: _half_blocks(dots) for dots in range(256)}
+        | dict.fromkeys(_CONTROL_PICTURES, "?")
+    )
+
+
+def _half_blocks(dots: int) -> str:
+    upper, lower = dots & _UPPER, dots & ~_UPPER
+    return "█" if upper and lower else "▀" if upper else "▄" if lower else " "

@@ -1,0 +1,154 @@
+"""The process of the app: garbage collection, its end from outside, its standard error, full disks."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from textual.app import App
+from textual.worker import WorkerFailed
+
+from qlora_tui.errors import UserError, disk_problem
+
+_is_tuned = False
+
+
+def enable_gc() -> None:
+    """Enable garbage collection, once the first frame has been sent."""
+    global _is_tuned
+    if not gc.isenabled():
+        _is_tuned = True
+        gc.enable()
+        gc.freeze()
+
+
+def freeze_objects() -> None:
+    """Exempt all current objects from garbage collection: scanning them would delay a key."""
+    if _is_tuned:
+        gc.collect()
+        gc.freeze()
+
+
+_BY_SIGNAL = 128
+"""Added to its number: the exit code of what a signal ended, as shells have it."""
+
+
+def install_shutdown_handlers(leave: Callable[[int], object]) -> None:
+    """Call ``leave`` with an exit code, once, when the terminal is closed or on SIGHUP or SIGTERM."""
+    _on_terminal_lost(lambda: leave(_BY_SIGNAL + signal.SIGHUP))
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            _on_signal(number, leave)
+
+
+def _on_terminal_lost(leave: Callable[[], object]) -> None:
+    gone = select.epoll()
+    for stream in (sys.__stdin__, sys.__stderr__):
+        if stream is not None:
+            # A file is always there, and is nothing to wait for.
+            with suppress(PermissionError):
+                gone.register(stream.fileno(), 0)  # No events requested: a hang-up is always reported.
+
+    def is_gone() -> None:
+        loop.remove_reader(gone.fileno())
+        gone.close()
+        leave()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(gone.fileno(), is_gone)
+
+
+def _on_signal(number: signal.Signals, leave: Callable[[int], object]) -> None:
+    loop = asyncio.get_running_loop()
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        # A second signal ends the app at once.
+        signal.signal(number, signal.SIG_DFL)
+        loop.call_soon_threadsafe(leave, _BY_SIGNAL + number)
+
+    signal.signal(number, handler)
+
+
+_NATIVE = 2
+
+
+@contextmanager
+def capture_stderr(log: Path) -> Iterator[None]:
+    """Redirect within the ``with`` block, in which the app runs."""
+    before = sys.__stderr__
+    terminal = os.dup(_NATIVE)
+    with log.open("ab") as file, screen_on(os.dup(terminal)) as screen:
+        os.dup2(file.fileno(), _NATIVE)
+        sys.__stderr__ = screen  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            sys.__stderr__ = before  # type: ignore[misc]
+            os.dup2(terminal, _NATIVE)
+            os.close(terminal)
+
+
+def screen_on(terminal: int) -> io.TextIOWrapper:
+    """Where to paint, given the descriptor of a terminal; closing it closes that."""
+    return io.TextIOWrapper(io.BufferedWriter(_Terminal(terminal, "wb")), encoding="utf-8")
+
+
+class _Terminal(io.FileIO):
+    """A terminal stream that ignores writes once the terminal is closed.
+
+    Textual's thread that writes would end by the error, and the app wait for ever for its queue to empty.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(memoryview(data).cast("B"))
+
+
+REPEAT_S = 30.0
+"""Seconds before the same problem is reported again: what is done every second fails every second."""
+
+
+class DiskFaults:
+    """Handles disk errors, and no others."""
+
+    def __init__(self) -> None:
+        self._reported_at: dict[str, float] = {}
+        self.ended_by: UserError | None = None
+        """Why the app had to end: Textual ends the part of it in which a message fails."""
+
+    def handle(self, app: App[Any], error: Exception) -> bool:
+        """Report a disk error; return False for any other error.
+
+        An error in a worker becomes a notification; one in a message handler ends the app.
+        """
+        if isinstance(error, WorkerFailed):
+            return self.notify(app, error.error)
+        problem = disk_problem(error) if isinstance(error, OSError) else None
+        if problem is not None:
+            self.ended_by = problem
+            app.exit(return_code=problem.exit_code)
+        return problem is not None
+
+    def notify(self, app: App[Any], error: BaseException) -> bool:
+        """Notify the user of a disk error, not too often; return False for any other error."""
+        problem = disk_problem(error) if isinstance(error, OSError) else None
+        if problem is None:
+            return False
+        if time.monotonic() - self._reported_at.get(problem.code, -REPEAT_S) >= REPEAT_S:
+            self._reported_at[problem.code] = time.monotonic()
+            app.notify(str(problem), severity="error", timeout=10)
+        return True
