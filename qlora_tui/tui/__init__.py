@@ -17,7 +17,7 @@ breakpoints    widths and heights that app turns into the classes -narrow, -wide
                that of panels in a small window
 desktop        clipboard, window title, notifications, folders
 process        garbage collection, signals, standard error, a disk that cannot be written; clock is the time
-recent_paths   data and models opened by path lately, in files
+ui_state       recent paths and prompts and other things remembered for convenience, in one file
 
 screens/       a package for each screen, and one for modals
 widgets/       widgets that two screens or more share

@@ -98,11 +98,11 @@ def test_what_is_damaged_is_shown_as_what_it_is(recipe: Recipe) -> None:
 
 
 def test_damaged_notes_of_the_app_are_forgotten(tmp_path: Path) -> None:
-    from qlora_tui.tui import recent_paths
+    from qlora_tui.tui import ui_state
 
-    recent_paths.add_recent("data", tmp_path)
+    ui_state.add_recent("data", tmp_path)
     for content in (b'["\xff"]', DEEP, b'["\\u0000", "' + b"x" * 5000 + b'"]'):
-        recent_paths._file("data").write_bytes(content)
-        assert recent_paths.load_recent("data") == []
-    recent_paths.add_recent("data", tmp_path)
-    assert recent_paths.load_recent("data") == [tmp_path]
+        ui_state._file().write_bytes(content)
+        assert ui_state.recent_paths("data") == []
+    ui_state.add_recent("data", tmp_path)
+    assert ui_state.recent_paths("data") == [tmp_path]

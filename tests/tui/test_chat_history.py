@@ -23,8 +23,8 @@ from qlora_tui.tui.screens.chat.saved_conversations import (
     new_conversation_path,
 )
 from qlora_tui.tui.screens.chat.screen import ChatScreen
-from qlora_tui.tui.screens.chat.system_prompts import load_system_prompts
 from qlora_tui.tui.screens.chat.transcript import transcript_path
+from qlora_tui.tui.ui_state import recent
 from tests.tui.chat_screen import OUTCOME, chat_of, finished, rest
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import open_on
@@ -225,7 +225,7 @@ async def test_system_prompts_are_offered_again_in_another_session() -> None:
             field.text = remembered or "Be kind."
             await pilot.press("enter")
             await wait_for_text(pilot, "system: Be ki")
-    assert load_system_prompts() == ["Be kind."]
+    assert recent("system_prompts") == ("Be kind.",)
 
 
 def saved_turn(prompt: str) -> ChatTurn:

@@ -307,12 +307,6 @@ def test_a_licence_is_read_from_the_front_of_the_readme(tmp_path: Path) -> None:
     assert read_license(tmp_path) == "llama3.1"
 
 
-def test_the_speed_of_a_download_is_remembered() -> None:
-    assert downloads.last_speed() is None
-    downloads.save_speed(12.5e6)
-    assert downloads.last_speed() == 12.5e6
-
-
 def test_a_killed_child_is_an_error_with_a_fix(hub: FakeHub) -> None:
     hub.stalls = threading.Event()
 

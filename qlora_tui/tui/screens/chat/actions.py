@@ -19,8 +19,8 @@ from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.sampling_settings import ChatSettingsScreen
 from qlora_tui.tui.screens.chat.saved_conversations import SavedConversation, list_conversations
 from qlora_tui.tui.screens.chat.source_picker import ChatSourceScreen, chat_runs
-from qlora_tui.tui.screens.chat.system_prompts import load_system_prompts, remember_system_prompt
 from qlora_tui.tui.screens.modals.dialogs import ask_search
+from qlora_tui.tui.ui_state import add_recent, recent
 
 
 class ChatActions(ChoiceActions):
@@ -130,10 +130,10 @@ class ChatActions(ChoiceActions):
         def on_result(given: tuple[Sampling, str] | None) -> None:
             if given is not None:
                 self.sampling, self.system_prompt = given
-                remember_system_prompt(self.system_prompt)
+                add_recent("system_prompts", self.system_prompt)
                 self.show_header()
 
-        settings = ChatSettingsScreen(self.sampling, self.system_prompt, load_system_prompts())
+        settings = ChatSettingsScreen(self.sampling, self.system_prompt, recent("system_prompts"))
         self.app.push_screen(settings, on_result)
 
     def action_choose_source(self) -> None:

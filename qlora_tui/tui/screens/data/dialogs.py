@@ -19,9 +19,9 @@ from qlora_tui.data.formats import parts_of
 from qlora_tui.formatting import format_bytes, format_path
 from qlora_tui.recipe.schema import Preferences
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.screens.modals.list_picker import ListPicker
+from qlora_tui.tui.ui_state import Kind, add_recent, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
 _SHOWN = 500
@@ -44,7 +44,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
     def __init__(
         self,
         title: str,
-        kind: str,
+        kind: Kind,
         endings: tuple[str, ...],
         start: Path | None = None,
         is_id: Callable[[str], bool] = lambda text: False,
@@ -148,7 +148,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
     def _list(self, part: str) -> None:
         self._show_location(format_path(self._folder))
         wanted = part.lower()
-        recent_matches = [p for p in load_recent(self._kind) if wanted in str(p).lower()][:_RECENT]
+        recent_matches = [p for p in recent_paths(self._kind) if wanted in str(p).lower()][:_RECENT]
         here = [p for p in self._entries() if wanted in p.name.lower()]
         # A name that begins so is likelier meant than one that holds it somewhere.
         here.sort(key=lambda p: not p.name.lower().startswith(wanted))

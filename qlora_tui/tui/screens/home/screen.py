@@ -14,12 +14,12 @@ from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import Static
 
-from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.ui_state import load_ui_state, save_ui_state
 from qlora_tui.tui.widgets.controls import ViScroll
 from qlora_tui.tui.widgets.line_widgets import DiffWidget, Graph, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
@@ -135,7 +135,7 @@ class HomeScreen(WorkScreen):
         """Whether the demo model is being downloaded; the next step shows its progress."""
         self._reader: HomeReader | None = None
         self._started_at = clock.now()
-        self._seen_at = _load_last_seen() or self._started_at
+        self._seen_at = load_ui_state().last_seen or self._started_at
         self._reading = False
 
     def compose_body(self) -> Iterable[Widget]:
@@ -356,10 +356,4 @@ class HomeScreen(WorkScreen):
 
 def _save_last_seen() -> None:
     """Remember that the app was looked at: what ends later is news at the next start."""
-    (paths.state_dir() / "seen").touch(mode=0o600)
-
-
-def _load_last_seen() -> float:
-    """Unix time of the last look before this start; 0 at the first."""
-    path = paths.state_dir() / "seen"
-    return path.stat().st_mtime if path.exists() else 0.0
+    save_ui_state(last_seen=clock.now())

@@ -20,15 +20,15 @@ from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
 
-from qlora_tui import paths, worker
+from qlora_tui import worker
 from qlora_tui.catalog.download import start_download
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
+from qlora_tui.tui.ui_state import save_ui_state
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
 
@@ -101,7 +101,7 @@ class Download:
         finally:
             pipe.close()
         if self.path is not None and self.bytes_per_s is not None:
-            save_speed(self.bytes_per_s)
+            save_ui_state(download_bytes_per_s=self.bytes_per_s)
 
     def _on_message(self, message: worker.Message | None) -> None:
         match message:
@@ -143,23 +143,6 @@ def ask_for_demo(app: App[object], then: str, on_yes: Callable[[], object]) -> N
             on_yes()
 
     app.push_screen(question, on_result)
-
-
-def save_speed(bytes_per_s: float) -> None:
-    """For the next guess at how long a download will take."""
-    atomic_write(_speed_path(), f"{bytes_per_s:.0f}\n")
-
-
-def last_speed() -> float | None:
-    """Bytes a second of the last download that ended well; None before the first."""
-    try:
-        return float(_speed_path().read_text()) or None
-    except (OSError, ValueError):
-        return None
-
-
-def _speed_path() -> Path:
-    return paths.state_dir() / "download-speed"
 
 
 class DownloadsPanel(Panel):

@@ -19,7 +19,6 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
-from qlora_tui.tui.recent_paths import add_recent, load_recent
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.screens.models import downloads
@@ -37,6 +36,7 @@ from qlora_tui.tui.screens.models.model_facts import (
     validate_model_path,
 )
 from qlora_tui.tui.screens.models.model_list import DEMO_LINE, HUB, LOCAL, STARTER, ListedModels, starters
+from qlora_tui.tui.ui_state import add_recent, load_ui_state, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.tui.widgets.panel import Panel
 
@@ -233,7 +233,7 @@ class ModelsScreen(WorkScreen):
         if choose is not None:
             folders.append(choose)
         is_first = self._models.local is None
-        self._models.local = await asyncio.to_thread(list_local_models, [*folders, *load_recent("models")])
+        self._models.local = await asyncio.to_thread(list_local_models, [*folders, *recent_paths("models")])
         if is_first and select is None:
             select = next((m.path for m in self._models.local if current in (m.id, str(m.path))), None)
         within = [m for m in self._models.local if choose is not None and m.path.is_relative_to(choose)]
@@ -284,7 +284,8 @@ class ModelsScreen(WorkScreen):
             chosen = self.qlora_app.workbench.recipe.model.id in (local.id, str(local.path))
             title, lines = local.name, local_facts(local, is_current=chosen)
         elif hub is not None:
-            title, lines = hub.id, hub_facts(hub, self._models.hub_facts.get(hub.id), downloads.last_speed())
+            speed = load_ui_state().download_bytes_per_s or None
+            title, lines = hub.id, hub_facts(hub, self._models.hub_facts.get(hub.id), speed)
         elif starter is not None:
             title = starter.id
             lines = starter_facts(starter.license, starter.architecture, starter.download_bytes)

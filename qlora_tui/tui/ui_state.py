@@ -1,0 +1,77 @@
+"""What the app remembers between two starts for convenience, in one file: nothing depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui import paths
+from qlora_tui.decoding import decode_json
+from qlora_tui.files import atomic_write
+
+_MAX_RECENT = 20
+Kind: TypeAlias = Literal["data", "models", "system_prompts"]
+
+
+class UiState(Struct, frozen=True, omit_defaults=True):
+    """The content of ``ui_state.json``."""
+
+    recent: Mapping[Kind, tuple[str, ...]] = {}
+    """Paths and texts that were used lately, the newest first."""
+    last_seen: float = 0.0
+    """Unix time when the app was last looked at: what ended later is news at the next start."""
+    download_bytes_per_s: float = 0.0
+    """Of the last download that ended well; 0 before the first."""
+
+
+_DECODER = msgspec.json.Decoder(UiState)
+
+
+def load_ui_state() -> UiState:
+    """Read the file; the defaults if there is none, or it cannot be read."""
+    try:
+        return decode_json(_file().read_bytes(), _DECODER)
+    except (OSError, msgspec.MsgspecError):
+        return UiState()
+
+
+def save_ui_state(**changes: Any) -> None:
+    """Change some fields, if the disk allows it."""
+    state = msgspec.structs.replace(load_ui_state(), **changes)
+    with suppress(OSError, UnicodeEncodeError):
+        atomic_write(_file(), msgspec.json.encode(state))
+
+
+def recent(kind: Kind) -> tuple[str, ...]:
+    """Return the last ones of a kind, the newest first."""
+    return load_ui_state().recent.get(kind, ())
+
+
+def recent_paths(kind: Kind) -> list[Path]:
+    """Return the last paths of a kind that are still there, the newest first."""
+    return [path for path in map(Path, recent(kind)) if _exists(path)]
+
+
+def add_recent(kind: Kind, text: str | Path) -> None:
+    """Put one in front."""
+    state, added = load_ui_state().recent, str(text)
+    if added:
+        texts = (added, *(other for other in state.get(kind, ()) if other != added))
+        save_ui_state(recent={**state, kind: texts[:_MAX_RECENT]})
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A name too long for the file system, or a folder that may not be read.
+        return False
+
+
+def _file() -> Path:
+    return paths.state_dir() / "ui_state.json"
