@@ -48,7 +48,7 @@ def format_value(value: Any) -> str:
         case dict():
             return ", ".join(f"{key} = {format_value(part)}" for key, part in value.items()) or "none"
         case _:
-            return str(value) or "none"
+            return "none" if value is None else str(value) or "none"
 
 
 def _format_source(source: Source) -> str:

@@ -1,4 +1,4 @@
-"""The settings as data: the source of forms, ``--set`` and the reference page."""
+"""Settings as data, of a recipe or another struct: the source of forms, ``--set`` and the reference page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WITHOUT_EFFECT_ON_WEIGHTS = (
 
 
 class Field(Struct, frozen=True, kw_only=True):
-    """One setting as declared in :mod:`qlora_tui.recipe.schema`."""
+    """One setting, as a struct declares it: :mod:`qlora_tui.recipe.schema`, or the settings of the app."""
 
     path: str
     """``lora.rank``: the TOML table and key."""
@@ -129,19 +129,27 @@ class Field(Struct, frozen=True, kw_only=True):
         return " of " + " and ".join(parts) if parts else ""
 
 
-@cache
 def fields() -> dict[str, Field]:
-    """Return every setting by its path, in the order of declaration."""
-    ordered: dict[str, Field] = {}
-    by_path = {field.path: field for field in _declared_fields(Recipe, "")}
-    for member in msgspec.structs.fields(Recipe):
+    """Return every setting of a recipe by its path, in the order of declaration."""
+    return fields_of(Recipe)
+
+
+@cache
+def fields_of(struct: type[Struct]) -> dict[str, Field]:
+    """Return every setting that a struct or a struct in it declares, by its path, in that order.
+
+    A setting is a field with a ``Meta`` that has a title.
+    """
+    hints = get_type_hints(struct, include_extras=True)
+    declared: dict[str, Field] = {}
+    for member in msgspec.structs.fields(struct):
         if isinstance(member.default, Struct):
-            ordered.update(
-                {field.path: field for field in _declared_fields(type(member.default), f"{member.name}.")}
-            )
-        else:
-            ordered[member.name] = by_path[member.name]
-    return ordered
+            for path, field in fields_of(type(member.default)).items():
+                inner_path = f"{member.name}.{path}"
+                declared[inner_path] = msgspec.structs.replace(field, path=inner_path)
+        elif any(meta.title for meta in _metas(hints[member.name])):
+            declared[member.name] = _field(member, hints[member.name])
+    return declared
 
 
 @cache
@@ -150,15 +158,14 @@ def sections() -> tuple[str, ...]:
     return tuple(dict.fromkeys(field.section for field in fields().values() if field.section))
 
 
-@cache
 def source_fields() -> dict[str, Field]:
     """Return the fields of one table of ``data.sources``, by key."""
-    return {field.path: field for field in _declared_fields(Source, "")}
+    return fields_of(Source)
 
 
-def get_setting(recipe: Recipe, path: str) -> Any:
-    """Return the value of a setting, such as ``lora.rank``, in a recipe."""
-    value: Any = recipe
+def get_setting(settings: Struct, path: str) -> Any:
+    """Return the value of a setting, such as ``lora.rank``, in a recipe or another struct."""
+    value: Any = settings
     for part in path.split("."):
         value = getattr(value, part)
     return value
@@ -185,46 +192,52 @@ def _count(count: int, unit: str) -> str:
     return f"{count} {unit}" + ("" if count == 1 else "s")
 
 
-def _declared_fields(struct: type[Struct], prefix: str) -> list[Field]:
-    hints = get_type_hints(struct, include_extras=True)
-    declared = msgspec.structs.fields(struct)
-    return [_field(prefix + f.name, hints[f.name], f) for f in declared if _is_setting(hints[f.name])]
+def _metas(hint: Any) -> list[Meta]:
+    """The declarations of a hint, the outer one first: bounds of an optional number are inside it."""
+    if get_origin(hint) is Annotated:
+        type_, *metas = get_args(hint)
+        return [*metas, *_metas(type_)]
+    inner = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    return [meta for each in inner for meta in _metas(each)]
 
 
-def _is_setting(hint: Any) -> bool:
-    return get_origin(hint) is Annotated
-
-
-def _field(path: str, hint: Any, declared: msgspec.structs.FieldInfo) -> Field:
-    type_, meta = get_args(hint)
-    assert isinstance(meta, Meta)
+def _field(declared: msgspec.structs.FieldInfo, hint: Any) -> Field:
+    metas = _metas(hint)
+    meta, type_ = metas[0], get_args(hint)[0]
+    bounds = metas[-1]
+    low, high = (bounds.gt, bounds.ge), (bounds.lt, bounds.le)
+    kind, choices = _kind(type_)
     factory = declared.default_factory
     return Field(
-        path=path,
-        kind=_kind(type_),
-        label=meta.title or path,
+        path=declared.name,
+        kind=kind,
+        label=meta.title or declared.name,
         help=meta.description or "",
         memory=(meta.extra or {}).get("memory", ""),
         default=declared.default if factory is msgspec.NODEFAULT else factory(),
         type=hint,
-        choices=get_args(type_) if get_origin(type_) is Literal else (),
-        minimum=meta.gt if meta.gt is not None else meta.ge,
-        maximum=meta.lt if meta.lt is not None else meta.le,
-        exclusive_minimum=meta.gt is not None,
-        exclusive_maximum=meta.lt is not None,
+        choices=choices,
+        minimum=next((bound for bound in low if bound is not None), None),
+        maximum=next((bound for bound in high if bound is not None), None),
+        exclusive_minimum=bounds.gt is not None,
+        exclusive_maximum=bounds.lt is not None,
         min_length=meta.min_length or 0,
         max_length=meta.max_length,
     )
 
 
-def _kind(type_: Any) -> Kind:
-    origin = get_origin(type_)
-    assert origin not in (Union, UnionType), "a setting has one type"
+def _kind(type_: Any) -> tuple[Kind, tuple[str, ...]]:
+    """How a value is edited, and its choices. An optional number is a number, one or a text is a text."""
+    origin, inner = get_origin(type_), get_args(type_)
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin in (Union, UnionType):
+        return ("text", ()) if str in inner else _kind(inner[0])
     if origin is Literal:
-        return "choice"
+        return "choice", inner
     if origin is tuple:
-        return "texts" if get_args(type_)[0] is str else "tables"
+        return ("texts" if inner[0] is str else "tables"), ()
     if origin is dict:
-        return "names" if get_args(type_)[1] is str else "numbers"
+        return ("names" if inner[1] is str else "numbers"), ()
     kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "text"}
-    return kinds[type_]
+    return kinds[type_], ()

@@ -51,7 +51,7 @@ def set_title(text: str) -> str:
     return f"\x1b]2;{_printable(text)}\a"
 
 
-def notification(text: str, environment: Mapping[str, str] = os.environ) -> str:
+def notification_escape(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return OSC 9: a desktop notification, if the terminal has them."""
     osc = f"\x1b]9;{_printable(text)}\a"
     return _for_tmux(osc) if environment.get("TMUX") else osc
@@ -142,6 +142,6 @@ def notify_run_ended(app: QloraApp, notification: RunNotification) -> None:
     if wanted.title:
         app.write_escape(set_title(notification.text))
     if wanted.desktop:
-        app.write_escape(notification(notification.text))
+        app.write_escape(notification_escape(notification.text))
     if wanted.bell:
         app.bell()

@@ -13,7 +13,7 @@ from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import screen as train_module
-from qlora_tui.tui.screens.train.settings_form import SettingsForm
+from qlora_tui.tui.widgets.settings_form import SettingsForm
 from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on

@@ -2,6 +2,6 @@
 
 ``panel`` is the frame of everything on a screen; ``bars`` are its first and last line. ``recipe_strip`` is
 on screens that edit the recipe; ``model_problem`` replaces the content of those that need a model.
-``controls`` has lists, scrolled text and text fields; ``line_widgets`` paint lines of text, and repaint only
-cells that changed.
+``settings_form`` edits declared settings. ``controls`` has lists, scrolled text and text fields;
+``line_widgets`` paint lines of text, and repaint only cells that changed.
 """

@@ -1,1 +1,1 @@
-"""Settings of the app: ``screen`` changes them, ``rows`` declares them."""
+"""Settings of the app: ``screen`` is a form over :class:`qlora_tui.settings.Settings`."""

@@ -1,7 +1,8 @@
-"""The launch half of the Train screen: the recipe as a form, and its checks."""
+"""The launch half of the Train screen: the recipe as a form, what its settings do, and its checks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from textual.app import ComposeResult
@@ -11,7 +12,7 @@ from textual.widgets import Static
 
 from qlora_tui.formatting import abbreviate_home, pluralize
 from qlora_tui.recipe.conflicts import require_runnable
-from qlora_tui.recipe.fields import fields
+from qlora_tui.recipe.fields import Field, fields
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
@@ -20,11 +21,10 @@ from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
-from qlora_tui.tui.screens.train.setting_notes import SettingNotes
-from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from qlora_tui.tui.widgets.controls import ViScroll
 from qlora_tui.tui.widgets.line_widgets import DiffWidget, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.settings_form import SettingsForm
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -65,12 +65,11 @@ SIGNS: dict[Outcome, tuple[str, str]] = {
 }
 
 
-def _paths() -> list[str]:
+def _form_fields() -> list[Field]:
     """The name, then training: that is what is decided here."""
     order = {"": 0, "training": 1, "data": 2, "lora": 3, "quantization": 4, "model": 5}
-    known = [field for field in fields().values() if field.path not in _NOT_IN_FORM]
-    known.sort(key=lambda field: order.get(field.section, len(order)))
-    return [field.path for field in known]
+    shown = [field for field in fields().values() if field.path not in _NOT_IN_FORM]
+    return sorted(shown, key=lambda field: order.get(field.section, len(order)))
 
 
 class LaunchPane(Vertical):
@@ -82,11 +81,11 @@ class LaunchPane(Vertical):
     def compose(self) -> ComposeResult:
         yield Panel("Launch", LaunchVerdict(), id="verdict-panel")
         with Container(id="launch-body"):
-            yield Panel("Recipe", SettingsForm(_paths(), id="recipe-form"), id="recipe-panel")
+            yield Panel("Recipe", SettingsForm(_form_fields(), id="recipe-form"), id="recipe-panel")
             with Vertical(id="checks-column"):
                 with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
                     yield CheckList()
-                notes = SettingNotes([fields()[path] for path in _paths()])
+                notes = SettingNotes(_form_fields())
                 yield Panel("What the settings do", notes, id="notes-panel")
 
     def on_setting_list_moved(self) -> None:
@@ -101,6 +100,56 @@ class LaunchPane(Vertical):
         """The results of the checks, and whether the run can start."""
         self.query_one(LaunchVerdict).show(checks, recipe)
         self.query_one(CheckList).show(checks)
+
+
+class SettingNotes(DiffWidget):
+    """The help of as many settings as there is room for; that of the selected one is marked.
+
+    It turns pages instead of scrolling, so that a step of the cursor changes two notes and not all of them.
+    """
+
+    DEFAULT_CSS = """
+    SettingNotes {
+        height: 1fr;
+    }
+    """
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        super().__init__()
+        self._fields = fields
+        self._selected = fields[0]
+
+    def select(self, field: Field) -> None:
+        """Mark this setting, on its page."""
+        self._selected = field
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Content]:
+        return next(page for page, shown in self._pages(width, height) if self._selected in shown)
+
+    def _pages(self, width: int, height: int) -> Iterator[tuple[list[Content], list[Field]]]:
+        """Pages of at most ``height`` lines with their settings; a note is not divided between two."""
+        page: list[Content] = []
+        shown: list[Field] = []
+        for field in self._fields:
+            lines = note_lines(field, width, is_selected=field == self._selected)
+            if shown and len(page) + len(lines) > height:
+                yield page, shown
+                page, shown = [], []
+            page += lines
+            shown.append(field)
+        yield page, shown
+
+
+def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
+    """``▸ Epochs  training.epochs``, and below it what the setting does and its effect on memory."""
+    head = Content.assemble(
+        ("▸ " if is_selected else "  ", "bold $accent"),
+        (field.label, "bold" if is_selected else "$primary"),
+        (f"  {field.path}", "dim"),
+    )
+    text = Content(field.help + (f" Memory: {field.memory}" if field.memory else ""))
+    return [head, *(Content(" " * 2) + line for line in text.wrap(max(20, width - 2)))]
 
 
 class LaunchVerdict(DiffWidget):

@@ -37,8 +37,8 @@ from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launc
 from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.run_graph import zoom_start
-from qlora_tui.tui.screens.train.settings_form import SettingsForm
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -192,7 +192,7 @@ class TrainScreen(EvaluationActions):
             return False
         return action not in _STATES or self.state in _STATES[action]
 
-    def on_settings_form_edited(self, event: SettingsForm.Edited) -> None:
+    def on_setting_edited(self, event: SettingEdited) -> None:
         """Change the recipe."""
         self.qlora_app.edit(event.path, event.value)
 
