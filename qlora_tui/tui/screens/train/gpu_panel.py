@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from textual.content import Content
 
 from qlora_tui.formatting import format_bytes, format_gib
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Reading
-from qlora_tui.tui.render.charts import bar, blocks, labeled
+from qlora_tui.tui.render.charts import bar, blocks
 from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _HOT_C = 83
 _LABEL = 8
 """Cells of the name before a chart."""
-_row = partial(labeled, cells=_LABEL)
 _MIN_CHART = 6
 _SHORT_ROWS, _TALL_ROWS = 2, 11
 """Rows up to which there are two lines, and from which charts are two rows high."""
@@ -77,143 +75,116 @@ class GpuPanel(DiffWidget):
         machine = self._machine
         if not machine.readings:
             return [Content.styled("No readings yet.", "dim")]
-        gpu = machine.readings[-1].gpu
+        meters = _meters(machine)
         if height <= _SHORT_ROWS:
-            return _gpu_short(machine, gpu, width) if gpu else _cpu_short(machine, width)
-        rows = 2 if height >= _TALL_ROWS else 1
-        return _gpu_lines(machine, gpu, width, rows) if gpu else _cpu_lines(machine, width, rows)
+            return _short_lines(machine, meters, width)
+        return _lines(machine, meters, width, rows=2 if height >= _TALL_ROWS else 1)
 
 
-def _gpu_lines(machine: MachineState, gpu: GpuMetrics, width: int, rows: int) -> list[Content]:
+@dataclass(frozen=True)
+class _Meter:
+    """One quantity: its value now, and how it is drawn."""
+
+    name: str
+    value: str | Content
+    line: int | None = None
+    """Its line in a small window; None if it is left out there."""
+    history: tuple[float | None, ...] = ()
+    """A value for each reading, which makes it a chart."""
+    top: float = 1.0
+    """The value at the top of the chart."""
+    bar: tuple[int | None, int | None] | None = None
+    """Used and total bytes, which make it a bar with the estimate below it."""
+
+
+def _meters(machine: MachineState) -> tuple[_Meter, ...]:
     readings = machine.readings
-    util, power, temperature = _percent(gpu.utilization_percent), _power(gpu), _temperature(gpu)
-    memory = f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB"
-    chart = _chart_cells(width, util, memory, power, temperature.plain)
-    powers = [None if s.gpu is None else s.gpu.power_w for s in readings]
-    degrees = [None if s.gpu is None else s.gpu.temperature_c for s in readings]
-    return [
-        *_meter("util", _chart([_utilization(s) for s in readings], readings, chart, rows, 100.0), util),
-        *_memory_lines(machine, gpu.memory_used_bytes, gpu.memory_total_bytes, memory, chart),
-        *_meter("power", _chart(powers, readings, chart, rows, gpu.power_limit_w or 1.0), power),
-        *_meter("temp", _chart(degrees, readings, chart, rows, 100.0), temperature),
-        _row("clock", f"{_megahertz(gpu)}   fan {_percent(gpu.fan_percent)}"),
-        _row("slowed", _throttle(gpu)),
-        _row("trainer", f"{format_bytes(readings[-1].rss_bytes)}, CPU {readings[-1].cpu_percent:.0f}%"),
-    ]
-
-
-def _gpu_short(machine: MachineState, gpu: GpuMetrics, width: int) -> list[Content]:
-    used, total = gpu.memory_used_bytes, gpu.memory_total_bytes
-    chart = max(0, min(24, width - 60))
-    drawn = _chart([_utilization(s) for s in machine.readings], machine.readings, chart, 1, 100.0)[0]
-    tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
-    first = Content.assemble(
-        ("util ", "dim"),
-        f"{_percent(gpu.utilization_percent)} ",
-        drawn,
-        ("  memory ", "dim"),
-        f"{format_gib(used)} of {format_gib(total)} GiB",
-        (tick, "dim"),
-    )
-    second = Content.assemble(
-        ("power ", "dim"),
-        _power(gpu),
-        ("  temp ", "dim"),
-        _temperature(gpu),
-        ("  slowed ", "dim"),
-        _throttle(gpu),
-    )
-    return [first, second]
-
-
-def _cpu_lines(machine: MachineState, width: int, rows: int) -> list[Content]:
-    reading = machine.readings[-1]
-    used = f"{reading.cpu_percent:.0f}% of {machine.cores} cores"
-    memory = _host_memory(machine, reading)
-    chart = _chart_cells(width, used, memory)
-    percents = [s.cpu_percent for s in machine.readings]
-    return [
-        *_meter("CPU", _chart(percents, machine.readings, chart, rows, 100.0 * machine.cores), used),
-        *_memory_lines(machine, reading.rss_bytes, machine.host_bytes, memory, chart),
-        Content.styled("No GPU in this run.", "dim"),
-    ]
-
-
-def _cpu_short(machine: MachineState, width: int) -> list[Content]:
-    reading = machine.readings[-1]
-    chart = max(0, min(24, width - 60))
-    top = 100.0 * machine.cores
-    drawn = _chart([s.cpu_percent for s in machine.readings], machine.readings, chart, 1, top)[0]
-    tick = "" if machine.estimate_bytes is None else f"  estimate {format_gib(machine.estimate_bytes)}"
-    return [
-        Content.assemble(
-            ("CPU ", "dim"),
-            f"{reading.cpu_percent:.0f}% of {machine.cores} cores ",
-            drawn,
-            ("  memory ", "dim"),
-            _host_memory(machine, reading),
-            (tick, "dim"),
+    last, gpus = readings[-1], [reading.gpu for reading in readings]
+    gpu = last.gpu
+    if gpu is None:
+        used, total = last.rss_bytes, machine.host_bytes
+        memory = format_gib(used) + ("" if total is None else f" of {format_gib(total)}") + " GiB"
+        percent = f"{last.cpu_percent:.0f}% of {machine.cores} cores"
+        history = tuple(reading.cpu_percent for reading in readings)
+        return (
+            _Meter("CPU", percent, 0, history, 100.0 * machine.cores),
+            _Meter("memory", memory, 0, bar=(used, total)),
         )
-    ]
+    used, total = gpu.memory_used_bytes, gpu.memory_total_bytes
+    memory = f"{format_gib(used)} of {format_gib(total)} GiB"
+    powers = tuple(None if each is None else each.power_w for each in gpus)
+    degrees = tuple(None if each is None else each.temperature_c for each in gpus)
+    utilizations = tuple(None if each is None else each.utilization_percent for each in gpus)
+    clock = "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
+    return (
+        _Meter("util", _percent(gpu.utilization_percent), 0, utilizations, 100.0),
+        _Meter("memory", memory, 0, bar=(used, total)),
+        _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w or 1.0),
+        _Meter("temp", _temperature(gpu), 1, degrees, 100.0),
+        _Meter("clock", f"{clock}   fan {_percent(gpu.fan_percent)}"),
+        _Meter("slowed", _throttle(gpu), 1),
+        _Meter("trainer", f"{format_bytes(last.rss_bytes)}, CPU {last.cpu_percent:.0f}%"),
+    )
 
 
-def _host_memory(machine: MachineState, reading: Reading) -> str:
-    total = "" if machine.host_bytes is None else f" of {format_gib(machine.host_bytes)}"
-    return f"{format_gib(reading.rss_bytes)}{total} GiB"
+def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: int) -> list[Content]:
+    """A line or two for each meter; all charts end in the same column, with their values beside them."""
+    drawn = [Content.assemble(meter.value) for meter in meters if meter.history or meter.bar]
+    cells = width - _LABEL - max(value.cell_length for value in drawn) - 1
+    cells = cells if cells >= _MIN_CHART else 0
+    lines: list[Content] = []
+    for meter in meters:
+        if meter.history:
+            *above, last = _chart(meter, machine.readings, cells, rows)
+        elif meter.bar:
+            used, total = meter.bar
+            above, last = [], Content.styled(bar(used / total if used and total else 0.0, cells), "$primary")
+        else:
+            above, last = [], Content("")
+        gap = " " if last.cell_length else ""
+        lines += [Content(" " * _LABEL) + row for row in above]
+        lines.append(Content.assemble((f"{meter.name:<{_LABEL}}", "dim"), last, gap, meter.value))
+        if meter.bar and meter.bar[1] and machine.estimate_bytes is not None:
+            text = f"estimate {format_gib(machine.estimate_bytes)}"
+            place = round(machine.estimate_bytes / meter.bar[1] * cells) - 1
+            place = min(max(place, 0), max(0, cells - 1))
+            # A value beside the bar is longer than this text, so that it always fits.
+            tick = " " * place + f"▲ {text}" if cells else text
+            lines.append(Content.assemble(" " * _LABEL, (tick, "$accent")))
+    if machine.readings[-1].gpu is None:
+        lines.append(Content.styled("No GPU in this run.", "dim"))
+    return lines
 
 
-def _chart_cells(width: int, *values: str) -> int:
-    """Cells of the charts, so that all end in the same column and each has its value beside it."""
-    cells = width - _LABEL - max(map(len, values)) - 1
-    return cells if cells >= _MIN_CHART else 0
+def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) -> list[Content]:
+    """The most important meters in a line or two, the first with a small chart."""
+    cells = max(0, min(24, width - 60))
+    lines: list[list[Content]] = [[], []]
+    for number, meter in enumerate(meters):
+        if meter.line is None:
+            continue
+        part = Content.assemble((f"{meter.name} ", "dim"), meter.value)
+        if not number:
+            part = Content.assemble(part, " ", _chart(meter, machine.readings, cells, 1)[0])
+        if meter.bar and machine.estimate_bytes is not None:
+            part += Content.styled(f"  estimate {format_gib(machine.estimate_bytes)}", "dim")
+        lines[meter.line].append(part)
+    return [Content("  ").join(parts) for parts in lines if parts]
 
 
-def _meter(name: str, chart: list[Content], value: str | Content) -> list[Content]:
-    """Label, chart and value; of a chart of two rows, they are beside the lower one."""
-    above = [Content(" " * _LABEL) + row for row in chart[:-1]]
-    gap = " " if chart[-1].cell_length else ""
-    return [*above, Content.assemble((f"{name:<{_LABEL}}", "dim"), chart[-1], gap, value)]
-
-
-def _memory_lines(
-    machine: MachineState, used: int | None, total: int | None, value: str, cells: int
-) -> list[Content]:
-    """A bar against all there is; below it, where the estimate is."""
-    drawn = Content.styled(bar(used / total if used is not None and total else 0.0, cells), "$primary")
-    lines = _meter("memory", [drawn], value)
-    if machine.estimate_bytes is None or not total:
-        return lines
-    text = f"estimate {format_gib(machine.estimate_bytes)}"
-    place = min(max(round(machine.estimate_bytes / total * cells) - 1, 0), max(0, cells - 1))
-    # A value beside the bar is longer than this text, so that it always fits.
-    tick = " " * place + f"▲ {text}" if cells else text
-    return [*lines, Content.assemble(" " * _LABEL, (tick, "$accent"))]
-
-
-def _chart(
-    values: Sequence[float | None], readings: Sequence[Reading], width: int, rows: int, top: float
-) -> list[Content]:
+def _chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: int) -> list[Content]:
     """One column a second, the newest at the right end."""
     slots: list[float | None] = [None] * width
-    if width and readings:
-        end = readings[-1].at
-        for value, reading in zip(values, readings, strict=True):
-            slot = width - 1 - math.floor(end - reading.at + 0.5)
-            if 0 <= slot < width:
-                slots[slot] = value
-        _fill_gaps(slots)
-    return [Content.styled(row, "$secondary") for row in blocks(slots, 0.0, top, rows)]
-
-
-def _fill_gaps(slots: list[float | None]) -> None:
-    """Fill single seconds that fell between two readings."""
+    end = readings[-1].at
+    for value, reading in zip(meter.history, readings, strict=True):
+        slot = width - 1 - math.floor(end - reading.at + 0.5)
+        if 0 <= slot < width:
+            slots[slot] = value
     for place in range(1, len(slots) - 1):
+        # A single second that fell between two readings.
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
-
-
-def _utilization(reading: Reading) -> float | None:
-    return None if reading.gpu is None else reading.gpu.utilization_percent
+    return [Content.styled(row, "$secondary") for row in blocks(slots, 0.0, meter.top, rows)]
 
 
 def _percent(value: int | None) -> str:
@@ -231,10 +202,6 @@ def _temperature(gpu: GpuMetrics) -> Content:
         return Content("NA")
     hot = gpu.temperature_c >= _HOT_C
     return Content.styled(f"{gpu.temperature_c} °C{' hot' if hot else ''}", "$warning" if hot else "")
-
-
-def _megahertz(gpu: GpuMetrics) -> str:
-    return "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
 
 
 def _throttle(gpu: GpuMetrics) -> Content:
