@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +19,7 @@ from qlora_tui.recipe.schema import Lora, Recipe, Source
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.themes import load_themes
+from qlora_tui.tui.ui_state import save_ui_state
 from tests.catalog.models import make_cached
 from tests.tui.chat_screen import OUTCOME, chat_of, finished
 from tests.tui.contrast import colors_of, illegible
@@ -55,9 +55,7 @@ def keys(pressed: str, *texts: str) -> Before:
 
 def home(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
     three_runs()
-    seen = paths.state_dir() / "seen"
-    seen.touch()
-    os.utime(seen, (BEGAN - 1000, BEGAN - 1000))
+    save_ui_state(last_seen=BEGAN - 1000)
     return QloraApp(), keys("", "while you were away", "tickets-b", "poems-c")
 
 
