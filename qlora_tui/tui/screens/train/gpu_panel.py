@@ -102,23 +102,22 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
     last, gpus = readings[-1], [reading.gpu for reading in readings]
     gpu = last.gpu
     if gpu is None:
-        used, total = last.rss_bytes, machine.host_bytes
-        memory = format_gib(used) + ("" if total is None else f" of {format_gib(total)}") + " GiB"
+        total = "" if machine.host_bytes is None else f" of {format_gib(machine.host_bytes)}"
+        memory = f"{format_gib(last.rss_bytes)}{total} GiB"
         percent = f"{last.cpu_percent:.0f}% of {machine.cores} cores"
         history = tuple(reading.cpu_percent for reading in readings)
         return (
             _Meter("CPU", percent, 0, history, 100.0 * machine.cores),
-            _Meter("memory", memory, 0, bar=(used, total)),
+            _Meter("memory", memory, 0, bar=(last.rss_bytes, machine.host_bytes)),
         )
-    used, total = gpu.memory_used_bytes, gpu.memory_total_bytes
-    memory = f"{format_gib(used)} of {format_gib(total)} GiB"
+    memory = f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB"
     powers = tuple(None if each is None else each.power_w for each in gpus)
     degrees = tuple(None if each is None else each.temperature_c for each in gpus)
     utilizations = tuple(None if each is None else each.utilization_percent for each in gpus)
     clock = "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
     return (
         _Meter("util", _percent(gpu.utilization_percent), 0, utilizations, 100.0),
-        _Meter("memory", memory, 0, bar=(used, total)),
+        _Meter("memory", memory, 0, bar=(gpu.memory_used_bytes, gpu.memory_total_bytes)),
         _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w or 1.0),
         _Meter("temp", _temperature(gpu), 1, degrees, 100.0),
         _Meter("clock", f"{clock}   fan {_percent(gpu.fan_percent)}"),
