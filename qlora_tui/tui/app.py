@@ -142,7 +142,7 @@ class QloraApp(TerminalApp):
             self._report_keymap_errors()
         self.write_escape(desktop.PUSH_TITLE)
         if not self.is_headless:
-            install_shutdown_handlers(self._leave)
+            install_shutdown_handlers(lambda exit_code: self.exit(return_code=exit_code))
         if self._watched_run is not None:
             self.call_after_refresh(self._watch, self._watched_run)
         self.set_interval(SYSTEM_POLL_INTERVAL_S, self._start_polling)
@@ -163,9 +163,6 @@ class QloraApp(TerminalApp):
         await self.shown.wait()
         for problem in validate_keymap(self.settings.keymap):
             self.notify(problem, severity="warning", timeout=10)
-
-    def _leave(self, exit_code: int) -> None:
-        self.exit(return_code=exit_code)
 
     @property
     def _wanted_theme(self) -> str:

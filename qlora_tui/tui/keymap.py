@@ -20,7 +20,10 @@ def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
     problems = [_unknown_command(name) for name in keymap if name not in COMMANDS]
     for name, keys in keymap.items():
         problems += [_invalid_key(name, key) for key in keys.split(",") if not _is_key(key)]
-    return problems + [_key_conflict(key, *pair) for key, pair in _shared_keys(keymap)]
+    for key, (mine, other) in _shared_keys(keymap):
+        both = f"config.toml: {mine} and {other} both have the key {key}."
+        problems.append(f"{both} Give one of them another in [keymap].")
+    return problems
 
 
 def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -66,7 +69,3 @@ def _invalid_key(name: str, key: str) -> str:
         written = "+".join([*modifiers, near[0]])
     hint = f' Write "{written}".' if _is_key(written) else ""
     return f'config.toml: {name} in [keymap] has the key "{key}", which does not exist.{hint}'
-
-
-def _key_conflict(key: str, mine: str, other: str) -> str:
-    return f"config.toml: {mine} and {other} both have the key {key}. Give one of them another in [keymap]."

@@ -89,13 +89,14 @@ def setting_lines(recipe: Recipe, base: Recipe, dora_cost: str, width: int) -> l
 
 
 def setting_advice(path: str, recipe: Recipe, base: Recipe, dora_cost: str) -> str:
-    """Advice on a setting of this recipe; ``dora_cost`` is the memory of DoRA, where it is known."""
-    words = advice(path, recipe.lora)
-    if path == "lora.alpha" and (changed := changed_scale(recipe.lora, base.lora)):
-        words = changed
+    """Advice on a setting of this recipe; ``dora_cost`` is the memory of DoRA if it is known."""
+    lora, now, before = recipe.lora, _scale(recipe.lora), _scale(base.lora)
+    is_scaled_by_rank = lora.rank != base.lora.rank and lora.alpha == base.lora.alpha and now != before
+    if path == "lora.alpha" and is_scaled_by_rank:
+        return f"Scales the update by {now:.3g} instead of {before:.3g}: alpha is unchanged."
     if path == "lora.use_dora" and dora_cost:
-        words = f"{dora_cost}. {words}"
-    return words
+        return f"{dora_cost}. {advice(path, lora)}"
+    return advice(path, lora)
 
 
 def term_of(path: str) -> str:
@@ -113,16 +114,9 @@ def control_line(path: str, recipe: Recipe, base: Recipe) -> Content:
     )
 
 
-def scale_of(lora: Lora) -> float:
+def _scale(lora: Lora) -> float:
     """The factor of the update B·A: alpha/rank, or alpha/√rank with rsLoRA."""
     return lora.alpha / (sqrt(lora.rank) if lora.use_rslora else lora.rank)
-
-
-def changed_scale(lora: Lora, base: Lora) -> str:
-    """What became of the scale where the rank changed and alpha did not follow; empty otherwise."""
-    if lora.rank == base.rank or lora.alpha != base.alpha or scale_of(lora) == scale_of(base):
-        return ""
-    return f"Scales the update by {scale_of(lora):.3g} instead of {scale_of(base):.3g}: alpha is unchanged."
 
 
 def advice(path: str, lora: Lora) -> str:
@@ -133,7 +127,7 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.rank":
             return "On q and v, ranks 1 to 8 did as well as 64 (LoRA paper)."
         case "lora.alpha":
-            return f"Scales the update by {scale_of(lora):.3g}, much like the learning rate."
+            return f"Scales the update by {_scale(lora):.3g}, much like the learning rate."
         case "lora.dropout":
             return "QLoRA paper: 0.1 to 13B, 0.05 above. 0 saves memory."
         case "lora.use_rslora" if lora.use_rslora:
@@ -146,13 +140,6 @@ def advice(path: str, lora: Lora) -> str:
             return "They learn at a tenth of the rate, as in Unsloth's example, unless another is set."
         case _:
             return "Unsloth trains them for continued pretraining."
-
-
-def targets_advice(lora: Lora) -> str:
-    """One line on the choice of modules."""
-    if lora.target_modules == (ALL_LINEAR,):
-        return "The QLoRA paper needed all layers to match full fine-tuning."
-    return "In the QLoRA paper, fewer layers fell short of full fine-tuning."
 
 
 class TermPanel(Panel):
@@ -177,7 +164,11 @@ class TermPanel(Panel):
         kinds = {module.kind for module in modules}
         kind = next(iter(kinds)) if len(kinds) == 1 else ""
         term = kind if kind in GLOSSARY else "target modules"
-        self._show(kind or "Target modules", term, targets_advice(lora))
+        if lora.target_modules == (ALL_LINEAR,):
+            advice = "The QLoRA paper needed all layers to match full fine-tuning."
+        else:
+            advice = "In the QLoRA paper, fewer layers fell short of full fine-tuning."
+        self._show(kind or "Target modules", term, advice)
 
     def _show(self, title: str, term: str, advice: str) -> None:
         self.show_title(title)

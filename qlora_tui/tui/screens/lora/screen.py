@@ -125,7 +125,11 @@ class LoraScreen(WorkScreen):
             self._table = None if isinstance(architecture, UserError) else ModuleTable(architecture)
         self.query_one(ModelProblem).show(missing)
         self.set_class(missing is not None, "-no-model")
-        self._show_targets(recipe)
+        text = ", ".join(recipe.lora.target_modules)
+        title = Content.assemble("Target modules", (f": {text}", "$foreground not bold"))
+        self.query_one("#modules-panel", Panel).show_title(title)
+        self._show_chosen(recipe.lora.target_modules, recipe)
+        self._show_cursor()
         self._show_controls_and_totals(recipe)
         key = (recipe, self.qlora_app.memory_budget)
         if key != self._deltas_key and not isinstance(architecture, UserError):
@@ -254,20 +258,25 @@ class LoraScreen(WorkScreen):
             can_train = self.qlora_app.workbench.model_refusal() is None
             self.query_one(ChoicesPanel).show(costs, can_train=can_train)
 
-    def _deltas_for(self, recipe: Recipe) -> MemoryDeltas | None:
-        return self._deltas[1] if self._deltas is not None and self._deltas[0] == recipe else None
-
-    def _dora_cost(self, recipe: Recipe) -> str:
-        deltas = self._deltas_for(recipe)
-        return format_delta(deltas.dora_bytes) if deltas else ""
-
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
-        self._show_controls(recipe)
-        deltas = self._deltas_for(recipe)
-        text = adapter_text(
-            self.qlora_app.workbench, self.qlora_app.memory_budget, deltas, max(20, self.size.width - 4)
-        )
+        settings = self.query_one(SettingsList)
+        width = settings.scrollable_content_region.width
+        base = self.qlora_app.workbench.preset_recipe
+        settings.show(setting_lines(recipe, base, self._dora_cost, width))
+        self._show_term()
+        app, width = self.qlora_app, max(20, self.size.width - 4)
+        text = adapter_text(app.workbench, app.memory_budget, self._known_deltas, width)
         update_if_changed(self.query_one("#lora-totals", Static), text)
+
+    @property
+    def _known_deltas(self) -> MemoryDeltas | None:
+        """The differences in memory of the recipe as it is; None until they are computed."""
+        is_known = self._deltas is not None and self._deltas[0] == self.qlora_app.workbench.recipe
+        return self._deltas[1] if self._deltas is not None and is_known else None
+
+    @property
+    def _dora_cost(self) -> str:
+        return format_delta(self._known_deltas.dora_bytes) if self._known_deltas else ""
 
     def _close_targets_input(self) -> None:
         self.query_one("#targets-input").display = False
@@ -277,13 +286,6 @@ class LoraScreen(WorkScreen):
     def _show_error(self, problem: UserError) -> None:
         text = f"✗ {problem.what} ▸ {problem.fix}" if problem.fix else f"✗ {problem.what}"
         update_if_changed(self.query_one("#under-cursor", Static), Content.styled(text, "$error"))
-
-    def _show_targets(self, recipe: Recipe) -> None:
-        text = ", ".join(recipe.lora.target_modules)
-        title = Content.assemble("Target modules", (f": {text}", "$foreground not bold"))
-        self.query_one("#modules-panel", Panel).show_title(title)
-        self._show_chosen(recipe.lora.target_modules, recipe)
-        self._show_cursor()
 
     def _show_chosen(self, patterns: tuple[str, ...], recipe: Recipe) -> None:
         if self._table is not None:
@@ -304,23 +306,12 @@ class LoraScreen(WorkScreen):
             cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block),
         )
 
-    def _show_controls(self, recipe: Recipe) -> None:
-        settings = self.query_one(SettingsList)
-        width = settings.scrollable_content_region.width
-        base = self.qlora_app.workbench.preset_recipe
-        settings.show(setting_lines(recipe, base, self._dora_cost(recipe), width))
-        self._show_term()
-
     def _show_term(self) -> None:
         """Explain the setting that was last changed or is under the cursor, or the modules there."""
-        recipe, base, path = (
-            self.qlora_app.workbench.recipe,
-            self.qlora_app.workbench.preset_recipe,
-            self._explained,
-        )
-        panel = self.query_one(TermPanel)
+        workbench, path, panel = self.qlora_app.workbench, self._explained, self.query_one(TermPanel)
+        recipe, base = workbench.recipe, workbench.preset_recipe
         if path:
-            panel.show_setting(path, setting_advice(path, recipe, base, self._dora_cost(recipe)))
+            panel.show_setting(path, setting_advice(path, recipe, base, self._dora_cost))
         else:
             panel.show_modules(self.query_one(ModuleGrid).under_cursor, recipe.lora)
         if path and not panel.display and self._table is not None:

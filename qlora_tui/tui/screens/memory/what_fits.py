@@ -22,7 +22,6 @@ from qlora_tui.memory import (
     Estimate,
     MemorySaving,
     StepChoice,
-    Verdict,
     WhatFits,
     cheapest_changes,
     check_fit,
@@ -259,12 +258,14 @@ class FitPanel(Panel):
         ``refusal``: why the model cannot be trained.
         """
         verdict = check_fit(estimate, budget.bytes)
-        self.show_title(_verdict_title(verdict, name, can_train=refusal is None))
+        word, style = verdict_words(verdict.word, can_train=refusal is None)
+        self.show_title(Content.styled(f"{name} {word}, {spare_words(verdict)}", style))
         self.choices.display = bool(solution.changes)
         self.choices.show(choice_lines(solution.changes, self.choices.scrollable_content_region.width))
-        notes = [] if refusal is None else [_refusal_text(refusal)]
-        notes += list(_notes(estimate, budget, solution, length_warning, is_recipe=is_recipe))
-        notes.append(Content.styled(_uncertainty(verdict), "$text-muted"))
+        notes = list(_notes(estimate, budget, solution, refusal, length_warning, is_recipe=is_recipe))
+        low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
+        uncertainty = f"Expected: {low} to {high} GiB. Uncertain: {verdict.reason}."
+        notes.append(Content.styled(uncertainty, "$text-muted"))
         update_if_changed(self._notes, Content("\n").join(notes))
 
     def on_option_list_option_selected(self, event: ViList.OptionSelected) -> None:
@@ -277,12 +278,20 @@ def _notes(
     estimate: Estimate,
     budget: MemoryBudget,
     solution: Solution,
+    refusal: UserError | None,
     length_warning: UserError | None,
     *,
     is_recipe: bool,
 ) -> Iterator[Content]:
+    if refusal is not None:
+        what_to_do = highlight_keys(f"{key_name('go.models')} says what to do.")
+        yield Content.assemble((f"{refusal_words(refusal)}. ", "$error"), what_to_do)
     if solution.least_bytes:
-        yield _nothing_helps(solution.least_bytes)
+        yield highlight_keys(
+            "No change makes it fit: with every change that saves memory it still needs "
+            f"{format_gib(solution.least_bytes)} GiB. Select a smaller model with {key_name('go.models')}, "
+            "or use a larger GPU."
+        )
     if solution.changes and not is_recipe:
         yield Content("The changes are for the precision of the recipe.")
     if conversion := solution.conversion:
@@ -313,15 +322,11 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
             (word, VERDICT_STYLE[word]),
             (f", {change.cost}" if change.cost else "", "$text-muted"),
         )
-        wrapped = [*_hanging(head, width), *(Content("    ") + part for part in details.wrap(width - 4))]
+        # The first four cells are a mark, under which the rest is indented.
+        pieces = [*head[4:].wrap(width - 4), *details.wrap(width - 4)]
+        wrapped = [(Content("    ") if below else head[:4]) + piece for below, piece in enumerate(pieces)]
         lines.append((str(number), Content("\n").join(wrapped)))
     return lines
-
-
-def _hanging(line: Content, width: int) -> list[Content]:
-    """Wrap a line whose first four cells are a mark."""
-    first, rest = line[:4], line[4:]
-    return [(Content("    ") if number else first) + part for number, part in enumerate(rest.wrap(width - 4))]
 
 
 def _step_text(choice: StepChoice, least_bytes: int) -> Content:
@@ -338,30 +343,3 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
         (f"{format_gib(choice.least_free_bytes)} GiB", "bold"),
         f" free it takes {total} and is about {faster}: {chosen}.",
     )
-
-
-def _nothing_helps(least_bytes: int) -> Content:
-    """The text shown if no change makes it fit."""
-    return highlight_keys(
-        "No change makes it fit: with every change that saves memory it still needs "
-        f"{format_gib(least_bytes)} GiB. Select a smaller model with {key_name('go.models')}, "
-        "or use a larger GPU."
-    )
-
-
-def _uncertainty(verdict: Verdict) -> str:
-    low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
-    return f"Expected: {low} to {high} GiB. Uncertain: {verdict.reason}."
-
-
-def _refusal_text(refusal: UserError) -> Content:
-    return Content.assemble(
-        (f"{refusal_words(refusal)}. ", "$error"),
-        highlight_keys(f"{key_name('go.models')} says what to do."),
-    )
-
-
-def _verdict_title(verdict: Verdict, precision: str, *, can_train: bool) -> Content:
-    """``NF4 fits, 17.0 GiB to spare``: the verdict as a title."""
-    word, style = verdict_words(verdict.word, can_train=can_train)
-    return Content.styled(f"{precision} {word}, {spare_words(verdict)}", style)

@@ -15,7 +15,7 @@ from textual.widgets import Static
 from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
+from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.screens.train.log_tail import SIGNS, Level, LogEntry, LogTail, tabs_title
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
@@ -23,7 +23,6 @@ from qlora_tui.tui.screens.train.run_graph import LossGraph, loss_plot, step_cha
 from qlora_tui.tui.screens.train.run_panels import (
     FactList,
     RunHeader,
-    RunOutcomeText,
     StartStages,
     evaluation_lines,
     health_lines,
@@ -101,7 +100,9 @@ class LivePane(Vertical):
         self._snapshot = snapshot
         self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
         self.query_one(RunHeader).show(snapshot, clock.now())
-        self._show_outcome(snapshot, active, answers)
+        outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Static)
+        update_if_changed(box, outcome or Content(""))
+        box.display = outcome is not None
         self._show_graph(snapshot, from_step)
         self._show_side(snapshot)
         self.show_tab(self._front)
@@ -190,13 +191,6 @@ class LivePane(Vertical):
         log.anchor()
         log.focus()
 
-    def _show_outcome(self, snapshot: RunSnapshot, active: str, answers: str) -> None:
-        outcome = outcome_text(snapshot)
-        box = self.query_one("#run-outcome", Static)
-        content = Content("") if outcome is None else _outcome_content(outcome, active, answers)
-        update_if_changed(box, content)
-        box.display = outcome is not None
-
     def _left_out(self) -> str:
         """The filters that hide lines."""
         search = f"/{self._search}" if self._search else ""
@@ -215,15 +209,9 @@ class LivePane(Vertical):
 
 
 def _entries(snapshot: RunSnapshot, tab: str) -> Sequence[LogEntry]:
-    match tab:
-        case "log":
-            return snapshot.entries
-        case "output":
-            return snapshot.output
-        case "answers":
-            return _sample_entries(snapshot)
-        case _:
-            return _health_entries(snapshot)
+    if tab in ("log", "output"):
+        return snapshot.entries if tab == "log" else snapshot.output
+    return _sample_entries(snapshot) if tab == "answers" else _health_entries(snapshot)
 
 
 def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
@@ -261,17 +249,3 @@ def _health_note(snapshot: RunSnapshot) -> str:
     if snapshot.health:
         return f"!{len(snapshot.health)}"
     return "✓" if snapshot.step else ""
-
-
-def _outcome_content(outcome: RunOutcomeText, active: str, answers: str) -> Content:
-    """``active``: the id of the run that is training while this one has ended."""
-    first, *others = outcome.text.splitlines() or [""]
-    lines = [Content.styled(first, "bold $error" if outcome.is_error else ""), *map(Content, others)]
-    lines.append(highlight_keys(outcome.next_step))
-    if active:
-        watch = highlight_keys(f"   {key_name('train.another')} watch it")
-        lines.append(Content.assemble(("● ", "$primary"), f"{active} is running now.", watch))
-    if answers:
-        stop = highlight_keys(f"   {key_name('train.answers')} stop")
-        lines.append(Content.assemble(("● ", "$primary"), f"Comparing answers: {answers}.", stop))
-    return Content("\n").join(line for line in lines if line)

@@ -5,7 +5,6 @@ the stages before the first step, warnings, setup, evaluations and answers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -28,7 +27,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.defects import find_defect
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, Phase, PhaseChanged, phase_label
-from qlora_tui.runs.status import ACTIVE
+from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.charts import bar, labeled
@@ -58,6 +57,25 @@ _ENDINGS = {
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
 """(what, when during training) of each request to end the run."""
+
+
+_LABEL = 8
+"""Cells of the name before a value."""
+_ROWS_WITH_HEADS = 4
+"""Lines of the evaluations from which there is one for the heads of their columns."""
+_TO_COME: dict[Phase, str] = {
+    "loading": "the model's weights",
+    "tokenizing": "the rows of the data",
+    "probing": "the first step, and the memory of the longest batch",
+    "evaluating": "validation loss before training",
+    "training": "the first step",
+}
+"""What each stage is about, in the order in which a run first comes to them."""
+_STAGE_CELLS = 13
+"""Cells of a sign and the name of a stage."""
+_MAX_BAR = 30
+_MIN_WIDTH_FOR_BAR = 60
+_row = partial(labeled, cells=_LABEL)
 
 
 class RunHeader(DiffWidget):
@@ -254,61 +272,53 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     return facts
 
 
-@dataclass(frozen=True)
-class RunOutcomeText:
-    """The text under the header of a run that has ended."""
+def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> Content | None:
+    """What happened, why, and what to do; None while the run is active.
 
-    text: str
-    next_step: str
-    is_error: bool = False
-
-
-def outcome_text(snapshot: RunSnapshot) -> RunOutcomeText | None:
-    """What happened, why, and what to do; None while the run is active."""
-    state, view = snapshot.status.state, snapshot.view
-    again, prepare = key_name("train.resume"), f"{key_name('train.prepare')} prepare another run"
-    chat = key_name("train.chat")
-    resume_hint = (
-        f"▸ {again} resume from the last checkpoint"
-        if view.checkpoints
-        else f"▸ {again} resume from step 0"
-        if view.attempt
-        else f"▸ {again} queue it"
-    )
-    match state:
+    Args:
+        snapshot: The run.
+        active: Id of the run that is training while this one has ended.
+        answers: How far the comparison of this run's answers is; empty while they are not measured.
+    """
+    status, view = snapshot.status, snapshot.view
+    is_error = status.state in ("failed", "lost", "unreadable", "gone")
+    text, offers = status.detail, []
+    if status.state in (*RESUMABLE, "lost"):
+        where = "from the last checkpoint" if view.checkpoints else "from step 0"
+        resume = f"resume {where}" if view.checkpoints or view.attempt else "queue it"
+        offers.append(f"{key_name('train.resume')} {resume}")
+    match status.state:
         case "finished":
-            reason = view.ending.reason if isinstance(view.ending, Finished) else snapshot.status.detail
+            reason = view.ending.reason if isinstance(view.ending, Finished) else status.detail
             reason_text = "" if reason in ("", ALL_STEPS_DONE) else f"{capitalize(reason)}. "
-            return RunOutcomeText(
-                f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}",
-                f"▸ {chat} chat with it   {prepare}",
-            )
+            text = f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}"
+            offers.append(f"{key_name('train.chat')} chat with it")
         case "failed":
             if isinstance(view.ending, Failed):
                 failed = view.ending
-                text = "\n".join(
-                    part for part in (f"{failed.title}: {failed.what}", failed.why, failed.fix) if part
-                )
-            else:
-                text = snapshot.status.detail
-            return RunOutcomeText(abbreviate_home(text), f"{resume_hint}   {prepare}", is_error=True)
-        case "lost":
-            return RunOutcomeText(snapshot.status.detail, f"{resume_hint}   {prepare}", is_error=True)
+                text = "\n".join(filter(None, (f"{failed.title}: {failed.what}", failed.why, failed.fix)))
+            text = abbreviate_home(text)
         case "stopped" | "paused":
-            offer = f"   {chat} chat with its adapter" if view.checkpoints else ""
-            return RunOutcomeText(snapshot.status.detail, f"{resume_hint}{offer}   {prepare}")
+            if view.checkpoints:
+                offers.append(f"{key_name('train.chat')} chat with its adapter")
         case "unreadable" | "gone":
-            offer = f"▸ {key_name('train.another')} show other runs   {prepare}"
-            return RunOutcomeText(snapshot.status.detail, offer, is_error=True)
+            offers.append(f"{key_name('train.another')} show other runs")
+        case "lost":
+            pass
         case _:
             return None
-
-
-_LABEL = 8
-"""Cells of the name before a value."""
-_ROWS_WITH_HEADS = 4
-"""Lines of the evaluations from which there is one for the heads of their columns."""
-_row = partial(labeled, cells=_LABEL)
+    offers.append(f"{key_name('train.prepare')} prepare another run")
+    first, *others = text.splitlines() or [""]
+    lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
+    lines.append(highlight_keys(f"▸ {'   '.join(offers)}"))
+    for note, command, verb in (
+        (active and f"{active} is running now.", "train.another", "watch it"),
+        (answers and f"Comparing answers: {answers}.", "train.answers", "stop"),
+    ):
+        if note:
+            key = highlight_keys(f"   {key_name(command)} {verb}")
+            lines.append(Content.assemble(("● ", "$primary"), note, key))
+    return Content("\n").join(line for line in lines if line)
 
 
 class FactList(DiffWidget):
@@ -451,20 +461,6 @@ def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:
             )
         )
     return lines
-
-
-_TO_COME: dict[Phase, str] = {
-    "loading": "the model's weights",
-    "tokenizing": "the rows of the data",
-    "probing": "the first step, and the memory of the longest batch",
-    "evaluating": "validation loss before training",
-    "training": "the first step",
-}
-"""What each stage is about, in the order in which a run first comes to them."""
-_STAGE_CELLS = 13
-"""Cells of a sign and the name of a stage."""
-_MAX_BAR = 30
-_MIN_WIDTH_FOR_BAR = 60
 
 
 def is_starting(snapshot: RunSnapshot) -> bool:
