@@ -3,9 +3,9 @@
 app            the frame: screens, themes, keys, and the polling that every screen shares
 workbench      the recipe being edited with undo, and what follows from it (architecture, estimate)
 draft          the file that the recipe is kept in, which several apps may share
-commands       every screen and every command, read from commands.toml; command_palette offers them; keymap
-               checks the user's keymap, which qlora_tui/settings.py reads and app applies
-key_names      keys inside sentences, as the user's keymap has them: [u], Enter
+commands       every screen and every command, read from commands.toml; command_palette offers them
+key_names      keys inside sentences, as the user's keymap has them: [u], Enter; checks of the keymap, which
+               qlora_tui/settings.py reads and app applies
 system_monitor polls this machine's GPU and the list of runs once a second; system_status is what it returns
                (the figures of a run on Train come from its telemetry)
 setting_stepper  the next value of a setting when its key is pressed

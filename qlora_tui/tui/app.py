@@ -158,7 +158,7 @@ class QloraApp(TerminalApp):
 
     @work
     async def _report_keymap_errors(self) -> None:
-        from qlora_tui.tui.keymap import validate_keymap
+        from qlora_tui.tui.key_names import validate_keymap
 
         await self.shown.wait()
         for problem in validate_keymap(self.settings.keymap):

@@ -1,4 +1,4 @@
-"""Keys inside sentences, as the user's keymap has them: ``[u]`` for a character, ``Enter`` or ``Ctrl+P``.
+"""Keys as the user's keymap has them, inside sentences: ``[u]`` for a character, ``Enter`` or ``Ctrl+P``.
 
 ``key_name("app.undo")`` is the key of a command. A constant text names the command instead, as in
 ``Press {app.undo} to undo.``, and is passed through ``name_keys`` when it is shown.
@@ -7,21 +7,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.keys import _character_to_key, format_key
+from textual.keys import KEY_NAME_REPLACEMENTS, Keys, _character_to_key, format_key
 from textual.style import Style
 
 from qlora_tui.settings import Settings
-from qlora_tui.tui.commands import COMMANDS
+from qlora_tui.tui.commands import COMMANDS, SCREENS, commands_by_screen
 from qlora_tui.tui.textual_compat import active_app
 
 _KEYS = re.compile(
     r"\[[^\s\[\]]{1,3}\]|\b(?:Enter|Esc|Tab|Space|Backspace|F\d{1,2}|(?:Ctrl|Alt|Shift)\+\w+)(?![\w-])"
 )
 _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
+_MODIFIERS = frozenset(("ctrl", "shift", "alt", "meta", "super", "hyper"))
+_KEY_NAMES = frozenset((*(key.value for key in Keys), *KEY_NAME_REPLACEMENTS.values()))
 
 
 def key_name(command_id: str) -> str:
@@ -104,6 +107,68 @@ def key_label(command_id: str) -> Content:
 def command_key(command_id: str) -> str:
     """The first key of a command in Textual's notation."""
     return _keys(command_id)[0]
+
+
+def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
+    """A sentence for each unknown command, each unknown key, and each key that two commands share."""
+    problems = [_unknown_command(name) for name in keymap if name not in COMMANDS]
+    for name, keys in keymap.items():
+        problems += [_invalid_key(name, key) for key in keys.split(",") if not _is_key(key)]
+    for key, (mine, other) in _shared_keys(keymap):
+        both = f"config.toml: {mine} and {other} both have the key {key}."
+        problems.append(f"{both} Give one of them another in [keymap].")
+    return problems
+
+
+def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Keys that a command of the keymap shares with another command on the same screen."""
+    everywhere, *screens = commands_by_screen()
+    # In a modal, the app's own keys do nothing.
+    without_app_keys = {"Everywhere", *(entry.label for entry in SCREENS if entry.is_modal)}
+    for heading, commands in [everywhere, *screens]:
+        offered = commands if heading in without_app_keys else (*commands, *everywhere[1])
+        for mine in (command for command in commands if command.id in keymap):
+            for other in offered:
+                for key in {*mine.keys(keymap)} & {*other.keys(keymap)}:
+                    # Some keys have two commands by default, of which one is offered at a time.
+                    if other.id != mine.id and key not in mine.key.split(","):
+                        yield key, (mine.id, other.id)
+
+
+def _is_key(key: str) -> bool:
+    """Whether Textual has a key of this name: ``q``, ``ctrl+o``, ``shift+tab``, ``slash``."""
+    *modifiers, base = key.split("+")
+    return _MODIFIERS.issuperset(modifiers) and (len(base) == 1 or base in _KEY_NAMES or _is_character(base))
+
+
+def _is_character(name: str) -> bool:
+    try:
+        unicodedata.lookup(name.replace("_", " "))
+    except KeyError:
+        return False
+    return name == name.lower()
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    from difflib import get_close_matches  # for a keymap with a mistake only
+
+    return next(iter(get_close_matches(name, known, 1)), "")
+
+
+def _unknown_command(name: str) -> str:
+    near = _nearest(name, COMMANDS)
+    meant = f" Did you mean {near}?" if near else ""
+    listed = f"Press {key_name('app.keys')} to list all commands."
+    return f"config.toml: {name} in [keymap] is not a command.{meant} {listed}"
+
+
+def _invalid_key(name: str, key: str) -> str:
+    written = key.strip().replace("^", "ctrl+")
+    *modifiers, base = written.split("+")
+    if not _is_key(written) and (near := _nearest(base, _KEY_NAMES)):
+        written = "+".join([*modifiers, near])
+    hint = f' Write "{written}".' if _is_key(written) else ""
+    return f'config.toml: {name} in [keymap] has the key "{key}", which does not exist.{hint}'
 
 
 def _pressing(key: str) -> Style:

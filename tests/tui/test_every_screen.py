@@ -12,7 +12,7 @@ import pytest
 
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.commands import SCREENS, ScreenEntry, screen_commands
-from qlora_tui.tui.keymap import validate_keymap
+from qlora_tui.tui.key_names import validate_keymap
 from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_on

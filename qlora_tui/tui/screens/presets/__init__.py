@@ -1,4 +1,1 @@
-"""Presets: ``screen`` lists them, ``preset_files`` saves, imports, exports and edits their files.
-
-``preset_preview`` shows what opening one would change.
-"""
+"""Presets: ``screen`` lists them and previews a change; ``preset_files`` writes their files."""
