@@ -162,13 +162,14 @@ def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) 
     for number, meter in enumerate(meters):
         if meter.line is None:
             continue
-        part = Content.assemble((f"{meter.name} ", "dim"), meter.value)
+        gap = "  " if lines[meter.line] else ""
+        part = Content.assemble((f"{gap}{meter.name} ", "dim"), meter.value)
         if not number:
             part = Content.assemble(part, " ", _chart(meter, machine.readings, cells, 1)[0])
         if meter.bar and machine.estimate_bytes is not None:
             part += Content.styled(f"  estimate {format_gib(machine.estimate_bytes)}", "dim")
         lines[meter.line].append(part)
-    return [Content("  ").join(parts) for parts in lines if parts]
+    return [Content("").join(parts) for parts in lines if parts]
 
 
 def _chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: int) -> list[Content]:
