@@ -390,16 +390,22 @@ class RunsScreen(EvaluationActions):
         if name is not None:
             self._act_on(summary.run, lambda run: run_actions.rename(run, name))
 
-    @work
-    async def action_delete(self) -> None:
+    def action_delete(self) -> None:
         """Move the run to the trash; ask first only if something else uses it."""
-        summary = self.current
-        if summary is None:
+        if self.current is None:
             return
-        if uses := run_actions.uses_of(summary.run):
-            text = f"{summary.name} is in use: {'; '.join(uses)}."
-            if not await self.app.push_screen_wait(ConfirmScreen("Delete the run?", text, "Delete")):
-                return
+        if uses := run_actions.uses_of(self.current.run):
+            self._ask_and_delete(self.current, uses)
+        else:
+            self._delete(self.current)
+
+    @work
+    async def _ask_and_delete(self, summary: RunSummary, uses: Sequence[str]) -> None:
+        text = f"{summary.name} is in use: {'; '.join(uses)}."
+        if await self.app.push_screen_wait(ConfirmScreen("Delete the run?", text, "Delete")):
+            self._delete(summary)
+
+    def _delete(self, summary: RunSummary) -> None:
         if self._act_on(summary.run, trash.put):
             self.qlora_app.deleted_runs.append(summary.id)
             self.show_listing()
