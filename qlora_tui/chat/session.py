@@ -43,12 +43,11 @@ from qlora_tui.chat.logits_check import (
     use_library_code,
 )
 from qlora_tui.chat.output_head import ModelHead
-from qlora_tui.data.answer_decoder import AnswerDecoder
 from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thought_splitter import ThoughtSplitter
-from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.tokenizer_guard import panics_as_errors
+from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
+from qlora_tui.data.tokenizer_files import panics_as_errors
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import short_model_name
 from qlora_tui.locks import hold_folder

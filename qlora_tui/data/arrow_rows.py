@@ -14,9 +14,8 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.data.bounds import LARGEST_ROW_BYTES, MIB, TooLarge, check_expansion
 from qlora_tui.data.confined import Confined, KilledError
-from qlora_tui.data.row import Row, distinct_names
+from qlora_tui.data.row import LARGEST_ROW_BYTES, MIB, Row, TooLarge, check_expansion, distinct_names
 from qlora_tui.data.text_reader import Position
 from qlora_tui.errors import UserError
 

@@ -23,8 +23,7 @@ from msgspec import Struct
 
 from qlora_tui.data.chat_template import ChatTemplate, Span, Tools, Turns
 from qlora_tui.data.conversation import RowRejectedError
-from qlora_tui.data.thinking import OPENED
-from qlora_tui.data.thought_text import TAGS, after_thought, answered, tags_of
+from qlora_tui.data.template_capabilities import OPENED, TAGS, after_thought, answered, tags_of
 
 _OPEN, _CLOSE = "\U000f0002", "\U000f0003"
 _PROBES = ("\U000f0004", "\U000f0005")

@@ -1,7 +1,14 @@
-"""Conversation types, independent of the file format."""
+"""Conversation types, independent of the file format, and the media that a row may hold besides text.
+
+Images, video and audio are detected in columns, typed parts and placeholders, so that no run trains on the
+text without them.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -72,3 +79,119 @@ class RowRejectedError(Exception):
 
     def __reduce__(self) -> tuple[type[RowRejectedError], tuple[str, str]]:
         return (RowRejectedError, (self.kind, self.reason))
+
+
+_MEDIA = {"image": "an image", "video": "a video", "audio": "audio"}
+_COLUMN = re.compile(r"(?:input_|output_)?(image|video|audio)s?(?:_(?:url|path|file|bytes))?s?")
+"""``images``, ``image_path``, ``audios``: the names that LLaVA, LLaMA-Factory, ms-swift and the Hub use."""
+_PART = re.compile(r"(?:input_)?(image|video|audio)(?:_url|_file)?")
+_FILE_COLUMNS = ("file_name", "file", "path")
+"""Columns in the ``metadata.jsonl`` of an ImageFolder or AudioFolder."""
+_ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff"),
+    *(".wav", ".mp3", ".flac", ".ogg", ".mp4", ".avi", ".mov", ".mkv", ".webm"),
+)
+_TAG = r"<(?:image|video|audio)>"
+_PLACEHOLDER = re.compile(
+    rf"\A\s*{_TAG}"  # before the question
+    rf"|^\s*(?:{_TAG}\s*)+$"  # on a separate line
+    rf"|[.?!:\n]\s*{_TAG}\s*\Z",  # after it
+    re.MULTILINE,
+)
+"""Placeholders only in their usual positions: a question about HTML may contain ``<video>`` mid-sentence."""
+_EMBEDDED = re.compile(
+    r"<(img|image|video|audio)>(?P<path>[^\s<>]+)</\1>"  # Qwen-VL and Qwen-Audio
+    r"|<\|(?:image|vision|video|audio)\w*\|>"  # control tokens of a vision model
+    r"|<(?:image|video|audio)[ _]?\d+>"  # MMMU
+)
+"""Media inside a sentence; a path between tags is told from HTML by how it looks."""
+_CODE_BLOCK = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
+"""Fenced code blocks, as in Markdown."""
+_STRUCTS = ({"bytes", "path"}, {"array", "sampling_rate"}, {"array", "path", "sampling_rate"})
+"""Keys of an image or a sound as the ``datasets`` library stores it in Parquet."""
+
+
+def medium_of(part_type: Any) -> str | None:
+    """Return ``an image`` for a content part type such as ``image_url``; None for other types."""
+    match = _PART.fullmatch(str(part_type))
+    return _MEDIA[match[1]] if match else None
+
+
+def media_column(fields: Mapping[str, Any]) -> str:
+    """Return a sentence on the first column of a row with an image, video or audio; empty if none has one."""
+    suspects = _suspect_columns(tuple(fields))
+    for column, value in fields.items():
+        if isinstance(value, str):
+            if column not in suspects:
+                continue
+        elif _is_struct(value):
+            return f"The column {column!r} holds an image, a video or audio as bytes."
+        if not value or column not in suspects or _is_switch(value):
+            continue
+        if medium := suspects[column]:
+            return f"The column {column!r} holds {medium}."
+        if isinstance(value, str) and value.lower().endswith(_ENDINGS):
+            return f"The column {column!r} names an image, a video or audio: {value}."
+    return ""
+
+
+def placeholder(messages: Iterable[Message]) -> str:
+    """Return a sentence on the first turn with a placeholder for a medium; empty if none has one.
+
+    Code blocks are skipped. In an answer ``<video>`` and ``<audio>`` are elements of HTML; ``<image>`` is
+    not.
+    """
+    for number, message in enumerate(messages, 1):
+        text = message.content
+        if ">" not in text or message.role not in ("user", "assistant"):
+            continue
+        if message.role == "user" and (medium := _embedded(text)):
+            return f"Turn {number} has the placeholder {medium}."
+        if not _PLACEHOLDER.search(text):
+            continue
+        prose = _CODE_BLOCK.sub("\ncode\n", text)
+        match = _PLACEHOLDER.search(prose)
+        tag = re.search(_TAG, match[0]) if match else None
+        if tag is None or f"</{tag[0][1:]}" in text:
+            continue
+        if message.role == "user" or tag[0] == "<image>":
+            return f"Turn {number} has the placeholder {tag[0]}."
+    return ""
+
+
+def _embedded(text: str) -> str:
+    """Return the first medium inside the sentences of a question; empty if there is none."""
+    if not _EMBEDDED.search(text):
+        return ""
+    for match in _EMBEDDED.finditer(_CODE_BLOCK.sub("\ncode\n", text)):
+        path = match["path"]
+        if path is None or "/" in path or path.lower().endswith(_ENDINGS):
+            return match[0]
+    return ""
+
+
+@lru_cache(maxsize=1024)
+def _suspect_columns(columns: tuple[str, ...]) -> dict[str, str]:
+    """Return the columns that hold a medium by their names, with the medium; empty for a file name column.
+
+    Cached, because it runs for every row and most rows have the same columns.
+    """
+    suspects = {}
+    for column in columns:
+        name = str(column).lower()
+        if match := _COLUMN.fullmatch(name):
+            suspects[column] = _MEDIA[match[1]]
+        elif name in _FILE_COLUMNS:
+            suspects[column] = ""
+    return suspects
+
+
+def _is_struct(value: Any) -> bool:
+    if isinstance(value, list) and value:
+        value = value[0]
+    return isinstance(value, dict) and value.keys() in _STRUCTS
+
+
+def _is_switch(value: Any) -> bool:
+    """Return whether the value is a number or a flag, such as a count of images, rather than a medium."""
+    return isinstance(value, bool | int | float)

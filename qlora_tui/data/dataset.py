@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from qlora_tui.checksums import mismatch, write_checksums
 from qlora_tui.data.dataset_report import Counts
-from qlora_tui.data.dataset_scan import DatasetScanner
+from qlora_tui.data.dataset_scan import DatasetScanner, Work, open_worker_pool
 from qlora_tui.data.excluded_rows import (
     EVERY_FILE,
     all_excluded,
@@ -37,7 +37,6 @@ from qlora_tui.data.split import Split
 from qlora_tui.data.store import Samples, Store, Writer
 from qlora_tui.data.text_reader import Position
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.worker_pool import Work, open_worker_pool
 from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import abandoned_in, delete_abandoned, discard, new_draft
 from qlora_tui.errors import UserError

@@ -1,11 +1,118 @@
-"""Types of the report on data. Cheap to import, for the Data screen."""
+"""The report on data: its types, lengths, and sentences on reasoning. Cheap to import, for the app."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
 from msgspec import Struct, field
 
-from qlora_tui.data.length_stats import Lengths
 from qlora_tui.data.problems import DataProblem
+from qlora_tui.formatting import pluralize
+from qlora_tui.recipe.schema import Data, Thinking
+
+if TYPE_CHECKING:
+    from qlora_tui.data.template_capabilities import Switch, TemplateCapabilities
+_BINS = 24
+
+
+class Bin(Struct, frozen=True):
+    """Samples longer than the bin before and at most ``up_to``."""
+
+    up_to: int
+    count: int
+
+
+class Lengths(Struct, frozen=True):
+    """Length distribution of the samples, before truncation."""
+
+    unit: str
+    """``tokens``, or ``characters`` where no tokenizer was given."""
+    count: int = 0
+    mean: float = 0.0
+    p50: int = 0
+    p90: int = 0
+    p99: int = 0
+    longest: int = 0
+    longest_row: int = 0
+    histogram: tuple[Bin, ...] = ()
+    within: tuple[tuple[int, int], ...] = ()
+    """Each percentile and the longest, with the exact number of samples that are no longer."""
+
+
+class LengthCounter:
+    """Collects lengths one at a time."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self._counts: Counter[int] = Counter()
+        self._longest_row = 0
+        self._longest = -1
+
+    def add(self, lengths: Iterable[int], row: int) -> None:
+        """Add the samples of one row."""
+        for length in lengths:
+            self._counts[length] += 1
+            if length > self._longest:
+                self._longest, self._longest_row = length, row
+
+    def above(self, limit: int) -> int:
+        """Count the samples longer than ``limit``."""
+        return sum(count for length, count in self._counts.items() if length > limit)
+
+    def summary(self) -> Lengths:
+        """Compute percentiles (nearest rank) and the histogram."""
+        if not self._counts:
+            return Lengths(self.unit)
+        ordered = sorted(self._counts.items())
+        total = sum(count for _, count in ordered)
+        p50, p90, p99 = (_percentile(ordered, total, percent) for percent in (50, 90, 99))
+        return Lengths(
+            unit=self.unit,
+            count=total,
+            mean=sum(length * count for length, count in ordered) / total,
+            p50=p50,
+            p90=p90,
+            p99=p99,
+            longest=self._longest,
+            longest_row=self._longest_row,
+            histogram=_histogram(ordered, p99),
+            within=tuple((length, total - self.above(length)) for length in (p50, p90, p99, self._longest)),
+        )
+
+
+def _percentile(ordered: list[tuple[int, int]], total: int, percent: int) -> int:
+    rank = -(-total * percent // 100)
+    seen = 0
+    for length, count in ordered:
+        seen += count
+        if seen >= rank:
+            return length
+    return ordered[-1][0]
+
+
+def _histogram(ordered: list[tuple[int, int]], p99: int) -> tuple[Bin, ...]:
+    """Compute even bins for nearly all samples, and one last bin for a tail that would flatten the others."""
+    longest = ordered[-1][0]
+    width = _round_width(min(longest, 1.15 * p99) / (_BINS - 1))
+    bins: Counter[int] = Counter()
+    for length, count in ordered:
+        bins[min(max(0, length - 1) // width, _BINS - 1)] += count
+    last = max(bins)
+    ends = [(n + 1) * width for n in range(last)]
+    ends.append(longest if last == _BINS - 1 else (last + 1) * width)
+    return tuple(Bin(end, bins[n]) for n, end in enumerate(ends))
+
+
+def _round_width(least: float) -> int:
+    """Return the smallest readable width not below ``least``: 1 to 6 or 8, times a power of ten."""
+    power = 1
+    while True:
+        for digit in (1, 2, 3, 4, 5, 6, 8):
+            if digit * power >= least:
+                return digit * power
+        power *= 10
 
 
 class Counts(Struct):
@@ -97,3 +204,88 @@ class Shown(Struct, frozen=True):
     """Text of each token in the loss, for each sample, but for the first token of a sample: it has none."""
     sides: tuple[str, ...] = ()
     """Of each sample, under a preference method: ``chosen``, ``rejected``, ``good`` or ``bad``."""
+
+
+def thinking_sentences(
+    notes: Mapping[str, int], conversations: int, traits: TemplateCapabilities | None, data: Data
+) -> tuple[str, ...]:
+    """Return up to two sentences, on the reasoning and on the switch of the template.
+
+    ``notes`` counts conversations by kind of note, ``conversations`` is their total number. Without a model
+    (``traits`` is None) rows with reasoning are counted.
+    """
+    if traits is None:
+        present = notes.get("reasoning-present", 0)
+        where = f"{present:,} of {pluralize(conversations, 'row')}"
+        return (f"Reasoning: {where}; choose a model to see how it is rendered.",) if present else ()
+    left_out = notes.get("reasoning-left-out", 0)
+    with_reasoning = notes.get("reasoning-learned", 0) + notes.get("reasoning-read", 0)
+    sentences = []
+    if with_reasoning or left_out:
+        sentences.append(
+            _on_reasoning(with_reasoning or left_out, conversations, bool(left_out), notes, data)
+        )
+    elif traits.thinks and conversations:
+        sentences.append(f"Reasoning: in none of {pluralize(conversations, 'row')}.")
+    on_switch = _on_switch(notes, with_reasoning, conversations, traits, data)
+    return (*sentences, on_switch) if on_switch else tuple(sentences)
+
+
+def _on_reasoning(rows: int, conversations: int, left_out: bool, notes: Mapping[str, int], data: Data) -> str:
+    where = "to learn" if data.reasoning_in_loss else "only read"
+    text = f"Reasoning: {rows:,} of {pluralize(conversations, 'row')}, {'left out' if left_out else where}"
+    split = notes.get("reasoning-split", 0)
+    if split:
+        text += f"; the template drops it from earlier turns: {pluralize(split, 'row')} split into samples"
+    return f"{text}."
+
+
+def _on_switch(
+    notes: Mapping[str, int],
+    with_reasoning: int,
+    conversations: int,
+    traits: TemplateCapabilities,
+    data: Data,
+) -> str:
+    switch = traits.switch
+    if switch is None and traits.opens_thought:
+        closed = notes.get("thought-closed", 0)
+        closing = f"; it is closed at once in {pluralize(closed, 'row')} without reasoning" if closed else ""
+        return f"Thinking: the template always opens a thought and has no switch{closing}."
+    if switch is None:
+        no_effect = data.thinking == "on" or (data.thinking == "off" and not notes.get("reasoning-left-out"))
+        return (
+            f"Thinking: {data.thinking} changes nothing, for this template has no switch."
+            if no_effect
+            else ""
+        )
+    if not switch.can_turn_off:
+        return _on_effort(switch, data)
+    on, off = notes.get("thinking-on", 0), notes.get("thinking-off", 0)
+    if data.thinking == "on":
+        empty = conversations - with_reasoning
+        but = (
+            f"; an empty thought is learned from {pluralize(empty, 'row')} without reasoning" if empty else ""
+        )
+        return f"Thinking: on for every row ({switch.variable}){but}."
+    if data.thinking == "off" or (off and not on):
+        why = "" if data.thinking == "off" else ", for none has reasoning"
+        return f"Thinking: off for every row ({switch.variable}){why}."
+    if on and off:
+        return f"Thinking: on for the {on:,} with reasoning, off for {off:,} ({switch.variable})."
+    return f"Thinking: on for every row ({switch.variable}), for each has reasoning." if on else ""
+
+
+def _on_effort(switch: Switch, data: Data) -> str:
+    name, least = switch.variable, switch.off[switch.variable]
+    if data.thinking == "off":
+        return f"Thinking: {name} = {least}; this template cannot turn it off."
+    return f"Thinking: {name} as the template has it; it can be lowered, not turned off."
+
+
+def prompt_thinking(setting: Thinking, notes: Mapping[str, int]) -> Thinking:
+    """Return the prompt setting for a model trained on this data: as set or, with ``auto``, as most rows."""
+    on, off = notes.get("thinking-on", 0), notes.get("thinking-off", 0)
+    if setting != "auto" or not (on or off):
+        return setting
+    return "on" if on >= off else "off"

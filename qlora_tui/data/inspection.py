@@ -15,28 +15,29 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.data.bounds import DamagedFileError
-from qlora_tui.data.checks import conversation_findings, sample_findings
 from qlora_tui.data.conversation import Conversation, RowRejectedError
-from qlora_tui.data.dataset_report import NO_SUCH_ROW, Counts, FileReport, Report, Shown
-from qlora_tui.data.dataset_scan import DatasetScanner
-from qlora_tui.data.error_cache import cache_errors, file_fingerprint, tokenizer_fingerprint
+from qlora_tui.data.dataset_report import (
+    NO_SUCH_ROW,
+    Counts,
+    FileReport,
+    LengthCounter,
+    Report,
+    Shown,
+    thinking_sentences,
+)
+from qlora_tui.data.dataset_scan import DatasetScanner, open_worker_pool
 from qlora_tui.data.excluded_rows import excluded_by_file
-from qlora_tui.data.length_stats import LengthCounter
-from qlora_tui.data.long_texts import max_characters
-from qlora_tui.data.preference_samples import last_samples, side_names
-from qlora_tui.data.problems import DataProblem, none_used, problem_of
+from qlora_tui.data.problems import DataProblem, max_characters, none_used, problem_of
+from qlora_tui.data.quick_check import cache_errors, file_fingerprint, tokenizer_fingerprint
+from qlora_tui.data.read import row_at
 from qlora_tui.data.render import RenderOptions, pieces, render, trained_texts
-from qlora_tui.data.row import Row
-from qlora_tui.data.row_index import row_at
-from qlora_tui.data.row_result import RowProcessor, RowResult
+from qlora_tui.data.row import DamagedFileError, Row
+from qlora_tui.data.row_result import RowProcessor, RowResult, conversation_findings, sample_findings
+from qlora_tui.data.samples import last_samples, side_names, truncate
 from qlora_tui.data.sources import SourceFile, conversation_of, open_file_of, open_source
 from qlora_tui.data.text_reader import Position
-from qlora_tui.data.thinking_facts import thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.truncation import truncate
-from qlora_tui.data.untrained_tokens import untrained_problem
-from qlora_tui.data.worker_pool import open_worker_pool
+from qlora_tui.data.trainable_tokens import untrained_problem
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 

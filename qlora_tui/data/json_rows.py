@@ -10,9 +10,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from qlora_tui.data.bounds import DEEPEST, MAX_VALUES, is_too_deep
 from qlora_tui.data.chat_formats import turn_keys
-from qlora_tui.data.row import Row
+from qlora_tui.data.row import DEEPEST, MAX_VALUES, Row, is_too_deep
 from qlora_tui.data.text_reader import BOM, NUL_BYTES, BrokenFileError, Stream
 
 _LARGEST_ROW_CHARACTERS = 64 << 20

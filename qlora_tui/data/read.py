@@ -1,17 +1,20 @@
-"""Rows from files: JSON, JSONL, CSV, TSV, Parquet and text, plain or compressed, and folders of them.
+"""Rows from files, plain or compressed: all of them in order, or one by its number.
 
-Used by ``formats`` (for the first rows) and by ``dataset`` and ``inspection`` (to stream all of them). Only a
-chunk of the file is in memory at a time. A row that cannot be read, and after which the next one can, is a
-``Row`` with ``error`` set; a file that cannot be read to its end raises ``UserError``.
+Used by ``formats`` (for the first rows) and by ``dataset`` and ``inspection`` (to stream all of them). Only
+a chunk of the file is in memory at a time. A row that cannot be read, and after which the next one can, is a
+``Row`` with ``error`` set; a file that cannot be read to its end raises ``UserError``. One row of a large
+JSONL file is found through an index of the lines in each megabyte, built only as far as needed.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,21 +22,24 @@ from typing import Any
 import msgspec
 
 from qlora_tui.data.arrow_rows import arrow_rows
-from qlora_tui.data.bounds import (
+from qlora_tui.data.json_rows import json_rows, repeated_key_warning, without_repeats
+from qlora_tui.data.row import (
     DEEPEST,
     LARGEST_ROW_BYTES,
     DamagedFileError,
+    Line,
+    Row,
     TooLarge,
+    distinct_names,
     is_too_deep,
     line_over_bound,
     rough_bytes,
     row_too_large,
     too_large,
 )
-from qlora_tui.data.json_rows import json_rows, repeated_key_warning, without_repeats
-from qlora_tui.data.row import Line, Row, distinct_names
 from qlora_tui.data.text_reader import (
     BOM,
+    CHUNK_BYTES,
     NUL_BYTES,
     BrokenFileError,
     Position,
@@ -58,22 +64,6 @@ SUFFIXES = {
 }
 """Format of a file by the end of its name (before ``.gz`` or ``.zst``)."""
 COMPRESSED = (".gz", ".zst", ".zstd")
-_VALIDATION = ("valid", "validation", "val", "dev", "eval", "evaluation")
-_HELD_OUT = (*_VALIDATION, "test", "heldout", "holdout")
-"""Words in the names of files, and of folders that hold them, that are not for training."""
-_DOCUMENTS = ("readme", "license", "licence")
-"""Texts about the data, by the beginning of their names, in ``.md``, ``.txt`` or ``.text``."""
-_METADATA = {
-    "dataset_info.json": ("features", "splits", "builder_name", "file_name", "hf_hub_url", "ms_hub_url"),
-    "dataset_infos.json": ("features", "splits"),
-    "dataset_dict.json": ("splits",),
-    "state.json": ("_data_files", "_fingerprint"),
-}
-"""Files in which ``datasets`` and LLaMA-Factory describe data, each with keys of which it has one, at the top
-or one level below. A file of the same name that holds rows is data."""
-_MAX_METADATA_BYTES = 4 << 20
-_LEFT_OUT_NAMED = 5
-"""Files left out for one reason that a note names."""
 _MAX_CELLS = 1_000_000
 _LEAST_LINES_INSIDE = 5
 """Fewer lines inside a value that look like rows are taken for its text."""
@@ -93,134 +83,6 @@ def kind_of(path: Path) -> str:
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
     return SUFFIXES.get(Path(name).suffix, "")
-
-
-def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
-    """Return the data files of ``path``, and a note that names what else a folder holds, with the reasons.
-
-    A folder gives its files, sorted by name, including subfolders and linked ones. Where only some names mark
-    files as held out of training, these are left out; for ``validation`` the others are, and those for tests
-    where some are for validation.
-    """
-    if not path.exists():
-        raise UserError(
-            "No such data",
-            what=f"{path} does not exist.",
-            fix="Check the path; relative paths start at the folder you are in.",
-        )
-    if not path.is_dir():
-        _check_regular(path)
-        return [path], ""
-    left_out: dict[str, list[str]] = {}
-    files = []
-    for relative in files_inside(path):
-        file = path / relative
-        if file.is_dir() and not relative.name.startswith("."):
-            left_out.setdefault("a link to a folder around it", []).append(str(relative))
-        elif relative.name.startswith("."):
-            left_out.setdefault("hidden", []).append(str(relative))
-        elif not kind_of(file):
-            left_out.setdefault("of no known kind", []).append(str(relative))
-        elif _describes_data(file):
-            left_out.setdefault("about the data", []).append(str(relative))
-        elif os.path.lexists(file):  # else deleted since the search
-            _check_regular(file)
-            files.append(relative)
-    if not files:
-        raise UserError(
-            "No data in the folder",
-            what=f"{path} holds no file that ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
-            why=_left_out_note(left_out),
-            fix="Name a folder with data files, or a file.",
-        )
-    held_out = [file for file in files if _is_named(file, _HELD_OUT)]
-    if validation:
-        chosen = [file for file in files if _is_named(file, _VALIDATION)] or held_out or files
-    else:
-        chosen = [file for file in files if file not in held_out] or files
-    if others := [str(file) for file in files if file not in chosen]:
-        reason = "not named as validation" if validation else "named as validation or test"
-        left_out = {reason: others} | left_out
-    return [path / file for file in chosen], _left_out_note(left_out)
-
-
-def files_inside(folder: Path) -> list[Path]:
-    """Return all files in a folder and its subfolders, relative to it and sorted.
-
-    Linked subfolders are searched, each once; hidden ones, and links to a folder around this one, are
-    returned in place of their files.
-    Raises ``UserError`` for a subfolder that cannot be searched. One that disappears meanwhile is skipped.
-    """
-
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise _cannot_read(Path(error.filename), error)
-
-    inside: list[Path] = []
-    searched = set()
-    top = folder.resolve()
-    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        relative = Path(place).relative_to(folder)
-        state = Path(place).stat()
-        if (state.st_dev, state.st_ino) in searched:  # a link to a folder that was searched, or around it
-            subfolders.clear()
-            continue
-        searched.add((state.st_dev, state.st_ino))
-        skipped = [
-            name
-            for name in subfolders
-            if name.startswith(".")
-            or (Path(place, name).is_symlink() and top.is_relative_to(Path(place, name).resolve()))
-        ]
-        subfolders[:] = sorted(name for name in subfolders if name not in skipped)
-        inside += [relative / name for name in (*names, *skipped)]
-    return sorted(inside)
-
-
-def _check_regular(path: Path) -> None:
-    if path.is_file():
-        return
-    is_dangling = path.is_symlink() and not path.exists()
-    what = "a link to a file that does not exist" if is_dangling else "a pipe, a socket or a device"
-    raise UserError(
-        "Not a file",
-        what=f"{path} is {what}.",
-        why="" if is_dangling else "Data is read more than once.",
-        fix="Fetch the file, or delete the link."
-        if is_dangling
-        else "Save its content to a file, and name that.",
-    )
-
-
-def _describes_data(path: Path) -> bool:
-    """Return whether a file is about the data rather than data, by its name and, of JSON, its content."""
-    name = path.name.lower()
-    if name.split(".")[0] in _DOCUMENTS:
-        return kind_of(path) == "text"
-    keys = _METADATA.get(name)
-    try:
-        if keys is None or path.stat().st_size > _MAX_METADATA_BYTES:
-            return False
-        value = _decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError, RecursionError):
-        return False  # read as data, which says what is wrong
-    levels = [value, *value.values()] if isinstance(value, dict) else []
-    return any(isinstance(level, dict) and key in level for level in levels for key in keys)
-
-
-def _is_named(path: Path, words: Sequence[str]) -> bool:
-    """Return whether a word in the name of a file, or of a folder that holds it, is one of ``words``."""
-    name = path.as_posix().lower().replace("held-out", "heldout").replace("held_out", "heldout")
-    return any(word in words for word in re.split(r"[^a-z]+", name.replace("hold-out", "holdout")))
-
-
-def _left_out_note(left_out: dict[str, list[str]]) -> str:
-    """Return the names of files by why they are left out; empty where none is."""
-    parts = []
-    for reason, names in left_out.items():
-        more = f" and {len(names) - _LEFT_OUT_NAMED:,} more" if len(names) > _LEFT_OUT_NAMED else ""
-        parts.append(f"{', '.join(names[:_LEFT_OUT_NAMED])}{more} ({reason})")
-    return f"not read: {'; '.join(parts)}" if parts else ""
 
 
 def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
@@ -533,3 +395,56 @@ _READERS: dict[str, Callable[[Stream], Iterator[Row | Line]]] = {
     "tsv": _tsv_rows,
     "text": _text_rows,
 }
+
+
+_INDEXED_BYTES = 4 << 20
+"""Smaller files are read from their start."""
+
+
+def row_at(path: Path, number: int) -> Row | None:
+    """Return the row with this number, or the next existing one; None past the end. Raises ``UserError``."""
+    stat = path.stat()
+    if path.name.lower().endswith((".jsonl", ".ndjson")) and stat.st_size >= _INDEXED_BYTES:
+        return _line_row(path, number, _index(path, stat.st_size, stat.st_mtime_ns))
+    return next((row for row in rows(path) if row.number >= number), None)
+
+
+class _LineIndex:
+    """Number of line ends before each megabyte of a file, counted only as far as needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = array("Q", [0])
+
+    def chunk_of(self, line: int) -> tuple[int, int]:
+        """Return the last megabyte that begins before this line, and the number of line ends before it."""
+        if self._before[-1] < line - 1:
+            self._count_on(line)
+        chunk = max(0, bisect_left(self._before, line - 1) - 1)
+        return chunk, self._before[chunk]
+
+    def _count_on(self, line: int) -> None:
+        with self._path.open("rb") as file:
+            file.seek((len(self._before) - 1) * CHUNK_BYTES)
+            while self._before[-1] < line - 1 and (chunk := file.read(CHUNK_BYTES)):
+                self._before.append(self._before[-1] + chunk.count(b"\n"))
+
+
+@lru_cache(maxsize=4)
+def _index(path: Path, size: int, modified_ns: int) -> _LineIndex:
+    """Return the index of a file with this size and modification time."""
+    return _LineIndex(path)
+
+
+def _line_row(path: Path, number: int, index: _LineIndex) -> Row | None:
+    chunk, before = index.chunk_of(number)
+    with path.open("rb") as file:
+        file.seek(chunk * CHUNK_BYTES)
+        # A line over the length limit comes in parts: the first reports that it is too long.
+        lines = iter(lambda: file.readline(LARGEST_ROW_BYTES + 1), b"")
+        for line_number, line in enumerate(lines, before + 1):
+            if line_number >= number:
+                row = jsonl_row(line_number, line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line)
+                if row is not None:
+                    return row
+    return None

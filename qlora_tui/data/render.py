@@ -15,19 +15,20 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.data.assistant_spans import SampleText, find_assistant_spans
-from qlora_tui.data.bounds import MAX_CHARACTERS
 from qlora_tui.data.chat_template import ChatTemplate
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.dataset_report import Piece
-from qlora_tui.data.sample_tokens import (
+from qlora_tui.data.row import MAX_CHARACTERS
+from qlora_tui.data.samples import (
     TokenizedSample,
     mark_control_tokens,
     span_edges,
     tokenize_by_span,
     tokenize_sample,
 )
-from qlora_tui.data.template_capabilities import TemplateCapabilities, adapt_conversation
-from qlora_tui.data.thinking import (
+from qlora_tui.data.template_capabilities import (
+    TemplateCapabilities,
+    adapt_conversation,
     reasoning_of,
     resolve_thinking,
     separate_reasoning,

@@ -1,25 +1,298 @@
 """The recipe's sources as files with a format each, and their rows as conversations.
 
-Used by ``dataset`` (to tokenize) and ``inspection`` (to report).
+A source is a file, a folder, or a dataset of the Hub. ``datasets`` imports numpy, pandas and more, so it
+downloads the latter in a child process; its Arrow files are read in place in the Hugging Face cache, and
+their location is stored, so that the next use makes no request. ``format_choices`` says what each format
+would read of a file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, RowRejectedError
-from qlora_tui.data.formats import SNIFFED_ROWS, Detection, detect, parse
-from qlora_tui.data.hub_dataset import hub_files, is_hub_id
-from qlora_tui.data.read import files_inside, files_of, first_rows, kind_of, rows, unreadable
+from qlora_tui.data.formats import NOT_IN_FORMAT, PARTS, SNIFFED_ROWS, Detection, RowFormat, detect, parse
+from qlora_tui.data.problems import shorten
+from qlora_tui.data.read import SUFFIXES, _cannot_read, _decode, first_rows, kind_of, rows, unreadable
 from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import Position
+from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
+from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.formatting import uncapitalize
+from qlora_tui.gpu.torch_env import online_environ
+from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Data, Source
+from qlora_tui.worker import run_job
+
+TRAINING_SPLITS = ("train", "training", "train_sft", "sft")
+_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+
+class HubFiles(Struct, frozen=True):
+    """Files that the child process downloaded."""
+
+    files: tuple[str, ...]
+    split: str
+
+
+_FILES = msgspec.json.Decoder(HubFiles)
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether ``name`` may be a dataset id: ``owner/name``, optionally with ``:subset``."""
+    return _ID.fullmatch(name) is not None and not name.startswith(("./", "../", "~"))
+
+
+def hub_files(name: str) -> tuple[list[Path], str]:
+    """Return the files of a dataset's training split, downloaded if needed, and a note on them.
+
+    Raises ``UserError`` where the dataset does not exist or cannot be reached.
+    """
+    cached = _read_cached(name)
+    if cached is None:
+        cached = _fetch(name)
+        if not cached.files:
+            raise UserError(
+                "No such data",
+                what=f"{name} has no files in the cache after its download: split {cached.split} is empty.",
+                fix="Choose another dataset, or download its files and name their folder.",
+            )
+        atomic_write(_cache_path(name), msgspec.json.encode(cached))
+    other = "" if cached.split in TRAINING_SPLITS else ", because it has none for training"
+    return [Path(file) for file in cached.files], f"hub dataset {name}, split {cached.split}{other}"
+
+
+def is_training_split(name: str) -> bool:
+    """Return whether the split of an earlier download is for training. Makes no request to the Hub."""
+    cached = _read_cached(name)
+    return cached is not None and cached.split in TRAINING_SPLITS
+
+
+def local_files(name: str) -> list[Path] | None:
+    """Return the files of an earlier download, else None. Makes no request to the Hub."""
+    cached = _read_cached(name)
+    return None if cached is None else [Path(file) for file in cached.files]
+
+
+def _cache_path(name: str) -> Path:
+    return private_dir(cache_dir() / "datasets") / f"{name.replace('/', '--').replace(':', '@')}.json"
+
+
+def _read_cached(name: str) -> HubFiles | None:
+    try:
+        files = decode_json(_cache_path(name).read_bytes(), _FILES)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return files if files.files and all(Path(file).is_file() for file in files.files) else None
+
+
+def _fetch(name: str) -> HubFiles:
+    return run_job(
+        "qlora_tui.data.sources:download_split",
+        name,
+        result=HubFiles,
+        title="No such data",
+        subject=f"The process that downloads {name}",
+        fix="Check the name and the connection.",
+        environ=online_environ(),
+    )
+
+
+def download_split(name: str) -> HubFiles:
+    """Download the training split of a dataset, as a job. Raises UserError.
+
+    ``trust_remote_code`` is never set, so the library refuses a dataset that is a script.
+    """
+    import datasets
+
+    path, _, subset = name.partition(":")
+    try:
+        names = datasets.get_dataset_split_names(path, subset or None)
+        split = next((s for s in TRAINING_SPLITS if s in names), names[0])
+        loaded = datasets.load_dataset(path, subset or None, split=split)
+    except Exception as error:  # the library raises a dozen kinds, from its own to its HTTP client's
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            "No such data",
+            what=f"{name} is neither a local file nor a dataset that the Hub provides: {text[:400]}",
+            fix=_fix(text, type(error).__name__),
+        ) from None
+    return HubFiles(tuple(file["filename"] for file in loaded.cache_files), split)
+
+
+def _fix(text: str, kind: str) -> str:
+    if "Missing config name" in text:
+        return "Add the subset after a colon: owner/name:subset."
+    if "Gated" in kind or "401" in text or "403" in text or "gated" in text:
+        return "Accept its terms on its page, then log in: hf auth login."
+    if "script" in text:
+        return "Dataset scripts are never run. Download the data files and use their paths."
+    return "Check the name and the connection."
+
+
+_VALIDATION = ("valid", "validation", "val", "dev", "eval", "evaluation")
+
+
+_HELD_OUT = (*_VALIDATION, "test", "heldout", "holdout")
+"""Words in the names of files, and of folders that hold them, that are not for training."""
+
+
+_DOCUMENTS = ("readme", "license", "licence")
+"""Texts about the data, by the beginning of their names, in ``.md``, ``.txt`` or ``.text``."""
+
+
+_METADATA = {
+    "dataset_info.json": ("features", "splits", "builder_name", "file_name", "hf_hub_url", "ms_hub_url"),
+    "dataset_infos.json": ("features", "splits"),
+    "dataset_dict.json": ("splits",),
+    "state.json": ("_data_files", "_fingerprint"),
+}
+"""Files in which ``datasets`` and LLaMA-Factory describe data, each with keys of which it has one, at the top
+or one level below. A file of the same name that holds rows is data."""
+
+
+_MAX_METADATA_BYTES = 4 << 20
+
+
+_LEFT_OUT_NAMED = 5
+"""Files left out for one reason that a note names."""
+
+
+def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
+    """Return the data files of ``path``, and a note that names what else a folder holds, with the reasons.
+
+    A folder gives its files, sorted by name, including subfolders and linked ones. Where only some names mark
+    files as held out of training, these are left out; for ``validation`` the others are, and those for tests
+    where some are for validation.
+    """
+    if not path.exists():
+        raise UserError(
+            "No such data",
+            what=f"{path} does not exist.",
+            fix="Check the path; relative paths start at the folder you are in.",
+        )
+    if not path.is_dir():
+        _check_regular(path)
+        return [path], ""
+    left_out: dict[str, list[str]] = {}
+    files = []
+    for relative in files_inside(path):
+        file = path / relative
+        if file.is_dir() and not relative.name.startswith("."):
+            left_out.setdefault("a link to a folder around it", []).append(str(relative))
+        elif relative.name.startswith("."):
+            left_out.setdefault("hidden", []).append(str(relative))
+        elif not kind_of(file):
+            left_out.setdefault("of no known kind", []).append(str(relative))
+        elif _describes_data(file):
+            left_out.setdefault("about the data", []).append(str(relative))
+        elif os.path.lexists(file):  # else deleted since the search
+            _check_regular(file)
+            files.append(relative)
+    if not files:
+        raise UserError(
+            "No data in the folder",
+            what=f"{path} holds no file that ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
+            why=_left_out_note(left_out),
+            fix="Name a folder with data files, or a file.",
+        )
+    held_out = [file for file in files if _is_named(file, _HELD_OUT)]
+    if validation:
+        chosen = [file for file in files if _is_named(file, _VALIDATION)] or held_out or files
+    else:
+        chosen = [file for file in files if file not in held_out] or files
+    if others := [str(file) for file in files if file not in chosen]:
+        reason = "not named as validation" if validation else "named as validation or test"
+        left_out = {reason: others} | left_out
+    return [path / file for file in chosen], _left_out_note(left_out)
+
+
+def files_inside(folder: Path) -> list[Path]:
+    """Return all files in a folder and its subfolders, relative to it and sorted.
+
+    Linked subfolders are searched, each once; hidden ones, and links to a folder around this one, are
+    returned in place of their files.
+    Raises ``UserError`` for a subfolder that cannot be searched. One that disappears meanwhile is skipped.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise _cannot_read(Path(error.filename), error)
+
+    inside: list[Path] = []
+    searched = set()
+    top = folder.resolve()
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        relative = Path(place).relative_to(folder)
+        state = Path(place).stat()
+        if (state.st_dev, state.st_ino) in searched:  # a link to a folder that was searched, or around it
+            subfolders.clear()
+            continue
+        searched.add((state.st_dev, state.st_ino))
+        skipped = [
+            name
+            for name in subfolders
+            if name.startswith(".")
+            or (Path(place, name).is_symlink() and top.is_relative_to(Path(place, name).resolve()))
+        ]
+        subfolders[:] = sorted(name for name in subfolders if name not in skipped)
+        inside += [relative / name for name in (*names, *skipped)]
+    return sorted(inside)
+
+
+def _check_regular(path: Path) -> None:
+    if path.is_file():
+        return
+    is_dangling = path.is_symlink() and not path.exists()
+    what = "a link to a file that does not exist" if is_dangling else "a pipe, a socket or a device"
+    raise UserError(
+        "Not a file",
+        what=f"{path} is {what}.",
+        why="" if is_dangling else "Data is read more than once.",
+        fix="Fetch the file, or delete the link."
+        if is_dangling
+        else "Save its content to a file, and name that.",
+    )
+
+
+def _describes_data(path: Path) -> bool:
+    """Return whether a file is about the data rather than data, by its name and, of JSON, its content."""
+    name = path.name.lower()
+    if name.split(".")[0] in _DOCUMENTS:
+        return kind_of(path) == "text"
+    keys = _METADATA.get(name)
+    try:
+        if keys is None or path.stat().st_size > _MAX_METADATA_BYTES:
+            return False
+        value = _decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return False  # read as data, which says what is wrong
+    levels = [value, *value.values()] if isinstance(value, dict) else []
+    return any(isinstance(level, dict) and key in level for level in levels for key in keys)
+
+
+def _is_named(path: Path, words: Sequence[str]) -> bool:
+    """Return whether a word in the name of a file, or of a folder that holds it, is one of ``words``."""
+    name = path.as_posix().lower().replace("held-out", "heldout").replace("held_out", "heldout")
+    return any(word in words for word in re.split(r"[^a-z]+", name.replace("hold-out", "holdout")))
+
+
+def _left_out_note(left_out: dict[str, list[str]]) -> str:
+    """Return the names of files by why they are left out; empty where none is."""
+    parts = []
+    for reason, names in left_out.items():
+        more = f" and {len(names) - _LEFT_OUT_NAMED:,} more" if len(names) > _LEFT_OUT_NAMED else ""
+        parts.append(f"{', '.join(names[:_LEFT_OUT_NAMED])}{more} ({reason})")
+    return f"not read: {'; '.join(parts)}" if parts else ""
 
 
 class SourceFile(Struct, frozen=True):
@@ -118,3 +391,70 @@ def content_hash(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+AUTO = "auto"
+
+
+class FormatChoice(Struct, frozen=True):
+    """A format, and what it reads of the first rows of a file."""
+
+    format: str
+    rows: int
+    """Rows that were tried."""
+    read: int = 0
+    """Those of them that give a conversation."""
+    example: str = ""
+    """``question → answer`` of the first conversation, shortened; a text alone for plain text."""
+    detected: str = ""
+    """For ``auto``, the format that it chooses."""
+    problem: str = ""
+    """Why no row is read, in a clause; empty where one is."""
+
+
+def format_choices(
+    path: Path, source: Source, formats: Sequence[str], preferences: str
+) -> tuple[FormatChoice, ...]:
+    """Try the first rows of a file in each of ``formats``, which are in the order of the choices.
+
+    ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` if the file cannot be read.
+    """
+    first = first_rows(path, SNIFFED_ROWS)
+    return tuple(_choice(first, str(path), format_, source, preferences) for format_ in formats)
+
+
+def _choice(first: Sequence[Row], name: str, format_: str, source: Source, preferences: str) -> FormatChoice:
+    readable = [row for row in first if not row.error]
+    try:
+        layout = detect(readable, name, format_, source.columns, preferences).layout
+    except UserError as problem:
+        return FormatChoice(format_, len(first), problem=_reason(problem, format_))
+    conversations = [one for row in first if (one := _conversation(row, layout)) is not None]
+    return FormatChoice(
+        format_,
+        len(first),
+        read=len(conversations),
+        example=_example(conversations[0]) if conversations else "",
+        detected=layout.format if format_ == AUTO else "",
+        problem="" if conversations else "none of the rows is complete",
+    )
+
+
+def _conversation(row: Row, layout: RowFormat) -> Conversation | None:
+    try:
+        return parse(row, layout)
+    except RowRejectedError:
+        return None
+
+
+def _reason(problem: UserError, format_: str) -> str:
+    if problem.code == NOT_IN_FORMAT:
+        return f"needs {' and '.join(PARTS[format_])}"
+    return uncapitalize(problem.title)
+
+
+def _example(conversation: Conversation) -> str:
+    if conversation.text:
+        return shorten(" ".join(conversation.text.split()))
+    turns = [message for message in conversation.messages if message.role != "system"]
+    return " → ".join(shorten(" ".join(message.content.split())) for message in turns[:2])

@@ -1,20 +1,204 @@
 """Selection of validation rows: seeded, the same share of each source, duplicates kept together.
 
-Near duplicates count as duplicates: see ``near_duplicate_groups``.
+Rows that share at least ``SIMILARITY_THRESHOLD`` of their word triples, as estimated from the smallest
+hashes of the triples (a bottom-k MinHash sketch: Broder, "On the resemblance and containment of documents",
+1997), are near duplicates. ``NearDuplicates`` compares each row with earlier ones while rows stream by, for
+``inspection``: only the first ``MAX_ROWS``, so that time and memory stay bounded. ``Split`` compares all
+rows at once, in an order given by their content, so that the groups do not depend on the order of the rows.
+Sketches stay on disk, and every step reads a slice of them: under two hundred bytes per row, mapped pages
+included. numpy is imported when called: only the trainer prepares data.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+from zlib import crc32
 
 import msgspec
 
 from qlora_tui.data.conversation import Conversation
-from qlora_tui.data.near_duplicate_groups import group_keys, padded
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+
+MAX_ROWS = 100_000
+SIMILARITY_THRESHOLD = 0.8
+SKETCH = 32
+"""Hashes in a sketch, at most."""
+_PROBES = 4
+_MIN_WORDS = 12
+"""Minimum words of a row that is compared; shorter rows share triples by chance."""
+_KNOWN_WORDS = 200_000
+_SPARE = 3
+"""Multiple of ``SKETCH`` hashes that are sorted for a long row, those below a bound."""
+_INT64_MIN = -(1 << 63)
+_PUNCTUATION = str.maketrans({c: " " for c in map(chr, range(128)) if not c.isalnum()})
+
+
+class NearDuplicates:
+    """Sketches of the rows read so far."""
+
+    def __init__(self) -> None:
+        self._by_hash: dict[int, int] = {}
+        self._sketches: list[array[int]] = []
+        self._rows: list[int] = []
+
+    @property
+    def full(self) -> bool:
+        """Return whether no more rows are compared."""
+        return len(self._rows) >= MAX_ROWS
+
+    def find_earlier(self, own: array[int], row: int) -> int | None:
+        """Return an earlier row nearly identical to the one with this sketch; stores ``row`` too."""
+        if self.full or not own:
+            return None
+        earlier_row = None
+        for value in own[:_PROBES]:
+            other = self._by_hash.get(value)
+            if other is not None and _similarity(own, self._sketches[other]) >= SIMILARITY_THRESHOLD:
+                earlier_row = self._rows[other]
+                break
+        for value in own[:_PROBES]:
+            self._by_hash.setdefault(value, len(self._rows))
+        self._rows.append(row)
+        self._sketches.append(own)
+        return earlier_row
+
+
+def minhash_sketch(conversation: Conversation) -> array[int]:
+    """Return the smallest 32-bit hashes, ascending, at most ``SKETCH``; none for a row with few words."""
+    text = conversation.text or " ".join(m.content for m in conversation.messages if m.role != "system")
+    words = list(map(_words.__getitem__, text.lower().translate(_PUNCTUATION).split()))
+    if len(words) < _MIN_WORDS:
+        return array("I")
+    # The hash of a tuple of integers is the same in every process, unlike that of a text.
+    triples = map(hash, zip(words, words[1:], words[2:], strict=False))
+    bound = _INT64_MIN + (_SPARE * SKETCH << 64) // len(words)
+    few = set(filter(bound.__gt__, triples) if len(words) > 2 * _SPARE * SKETCH else triples)
+    return array("I", sorted({value - _INT64_MIN >> 32 for value in sorted(few)[:SKETCH]}))
+
+
+class _Words(dict[str, int]):
+    """Maps a word to a 32-bit hash; cleared when there are too many."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _KNOWN_WORDS:
+            self.clear()
+        value = self[word] = crc32(word.encode(errors="replace"))
+        return value
+
+
+_words = _Words()
+
+
+def _similarity(one: array[int], other: array[int]) -> float:
+    """Estimate the share of triples that two rows have in common, among the smallest hashes of both."""
+    smallest = sorted({*one, *other})[: max(len(one), len(other))]
+    both = set(one) & set(other)
+    return sum(value in both for value in smallest) / len(smallest)
+
+
+SAME_SIDE_THRESHOLD = 0.6
+"""Share of common word triples from which two rows are kept on one side. Lower than for a near duplicate,
+because keeping two more rows on one side costs nothing."""
+_EMPTY = 0xFFFFFFFF
+"""Padding value of a sketch."""
+_MIXES = tuple(random.Random(number).getrandbits(32) | 1 for number in range(12))
+"""Multipliers that each put the hashes in another order. Two rows that share 0.8 of their triples have the
+same first two hashes in one of these orders, except for 5 cases in a million."""
+_NEIGHBORS = 8
+"""Rows that each row is compared with, among those with the same first two hashes."""
+_SLICE = 1 << 16
+
+
+def padded(sketch: array[int]) -> array[int]:
+    """Return the sketch padded to ``SKETCH`` numbers, as stored in the file of sketches."""
+    return sketch + array("I", [_EMPTY]) * (SKETCH - len(sketch))
+
+
+def group_keys(keys: array[int], sketches: Path) -> array[int]:
+    """Return a 64-bit key for each row, equal for rows that are identical or nearly so.
+
+    ``keys`` come from ``split.group_key``, ``sketches`` is a file with the padded sketch of each row. Chains
+    of such rows are one group. A group of more than half of all rows is treated as a common wording, and only
+    its exact duplicates are kept together.
+    """
+    import numpy as np
+
+    own = np.frombuffer(keys, dtype=np.uint64)
+    distinct, first, which = np.unique(own, return_index=True, return_inverse=True)
+    rows = np.memmap(sketches, dtype=np.uint32, mode="r").reshape(-1, SKETCH)
+    label = np.arange(len(distinct), dtype=np.uint32)
+    for mix in _MIXES:
+        bucket = _buckets(rows, first, mix)
+        order = np.argsort(bucket, kind="stable")
+        order = order[: np.searchsorted(bucket[order], np.uint64(_EMPTY) << np.uint64(32))]
+        for distance in range(1, _NEIGHBORS + 1):
+            for start in range(0, len(order) - distance, _SLICE):
+                one = order[start : min(start + _SLICE, len(order) - distance)]
+                other = order[start + distance :][: len(one)]
+                near = (bucket[one] == bucket[other]) & (label[one] != label[other])
+                one, other = one[near], other[near]
+                alike = _similarities(rows[first[one]], rows[first[other]]) >= SAME_SIDE_THRESHOLD
+                label = _joined(label, one[alike], other[alike])
+    group = distinct[label][which]
+    common = np.bincount(label[which])
+    wording = common[label[which]] * 2 > len(own)
+    group = np.where(wording, own, group)
+    return array("Q", group.tobytes())
+
+
+def _buckets(rows: Array, numbers: Array, mix: int) -> Array:
+    """Return the first two hashes of each row in the order that ``mix`` makes, as one number."""
+    import numpy as np
+
+    buckets = np.empty(len(numbers), dtype=np.uint64)
+    for start in range(0, len(numbers), _SLICE):
+        part = rows[numbers[start : start + _SLICE]]
+        mixed = np.where(part == _EMPTY, np.uint32(_EMPTY), part * np.uint32(mix))
+        two = np.partition(mixed, 1, axis=1)[:, :2].astype(np.uint64)
+        buckets[start : start + _SLICE] = two[:, 0] << np.uint64(32) | two[:, 1]
+    return buckets
+
+
+def _similarities(one: Array, other: Array) -> Array:
+    """Estimate the similarity of two sketches for each pair of rows, as ``_similarity`` does."""
+    import numpy as np
+
+    both = np.sort(np.concatenate([one, other], axis=1), axis=1)
+    again = np.zeros(both.shape, dtype=bool)
+    again[:, 1:] = both[:, 1:] == both[:, :-1]
+    again &= both != _EMPTY
+    place = np.arange(both.shape[1]) - np.cumsum(again, axis=1)
+    size = np.maximum((one != _EMPTY).sum(axis=1), (other != _EMPTY).sum(axis=1))
+    shared: Array = (again & (place < size[:, None])).sum(axis=1) / np.maximum(size, 1)
+    return shared
+
+
+def _joined(label: Array, one: Array, other: Array) -> Array:
+    """Return the labels after merging each pair: the smallest number of a group."""
+    import numpy as np
+
+    while len(one):
+        roots = label[one], label[other]
+        low = np.minimum(*roots)
+        for root in roots:
+            np.minimum.at(label, root, low)
+        while not np.array_equal(jumped := label[label], label):
+            label = jumped
+        differs = label[one] != label[other]
+        one, other = one[differs], other[differs]
+    return label
+
 
 _encode = msgspec.json.Encoder().encode
 
@@ -51,7 +235,7 @@ class Split:
         return self._fraction > 0
 
     def add(self, source: int, key: int, sketch: array[int]) -> None:
-        """Add one row; ``key`` is its ``group_key``, ``sketch`` comes from ``near_duplicates``."""
+        """Add one row; ``key`` is its ``group_key``, ``sketch`` its ``minhash_sketch``."""
         if self.wanted:
             self._keys.append(key)
             self._sources.append(source)

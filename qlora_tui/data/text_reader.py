@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal, cast
 
 import zstandard
 
-from qlora_tui.data.bounds import LARGEST_ROW_BYTES, DamagedFileError, check_expansion, row_too_large
+from qlora_tui.data.row import LARGEST_ROW_BYTES, DamagedFileError, check_expansion, row_too_large
 from qlora_tui.errors import UserError
 from qlora_tui.foreign_files import open_foreign
 

@@ -11,12 +11,11 @@ from qlora_tui.catalog.config_cache import stored_config
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.dataset_report import Piece, Report, Shown
-from qlora_tui.data.format_choices import format_choices
 from qlora_tui.data.formats import SNIFFED_ROWS
 from qlora_tui.data.inspection import inspecting, row_of, show
 from qlora_tui.data.problems import shorten
 from qlora_tui.data.read import rows
-from qlora_tui.data.sources import conversation_of, paths_of
+from qlora_tui.data.sources import conversation_of, format_choices, paths_of
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.engine.protocol import (
     DataInspected,

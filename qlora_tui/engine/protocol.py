@@ -16,7 +16,7 @@ from qlora_tui.chat.chat_types import ChatSource, GenerationResult, Sampling, Th
 from qlora_tui.chat.effect import Effect
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.dataset_report import Report, Shown
-from qlora_tui.data.format_choices import FormatChoice
+from qlora_tui.data.sources import FormatChoice
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source, Thinking

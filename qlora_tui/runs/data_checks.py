@@ -10,19 +10,34 @@ import msgspec
 from msgspec.structs import replace
 
 from qlora_tui.catalog.local_models import ModelFiles
-from qlora_tui.data.error_cache import Tokens, file_fingerprint, raise_cached_error, tokenizer_fingerprint
 from qlora_tui.data.excluded_rows import all_excluded, excluded_by_file
 from qlora_tui.data.formats import Detection
-from qlora_tui.data.hub_dataset import hub_files, is_training_split, local_files
 from qlora_tui.data.preferences import (
     NOTHING_COMPARED,
     PAIRS,
     RATED,
 )
 from qlora_tui.data.problems import BAD_ROWS, DataProblem, error_of, none_used
-from qlora_tui.data.quick_check import FileSize, QuickCheckResult, quick_check
+from qlora_tui.data.quick_check import (
+    FileSize,
+    QuickCheckResult,
+    Tokens,
+    file_fingerprint,
+    quick_check,
+    raise_cached_error,
+    tokenizer_fingerprint,
+)
 from qlora_tui.data.read import COLUMNAR, kind_of
-from qlora_tui.data.sources import SourceFile, every_source, is_hub_dataset, paths_of, sniff
+from qlora_tui.data.sources import (
+    SourceFile,
+    every_source,
+    hub_files,
+    is_hub_dataset,
+    is_training_split,
+    local_files,
+    paths_of,
+    sniff,
+)
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source

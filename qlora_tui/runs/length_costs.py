@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.data.dataset_report import Report
-from qlora_tui.data.length_stats import Lengths
+from qlora_tui.data.dataset_report import Lengths, Report
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Verdict, check_fit, estimate
 from qlora_tui.recipe.fields import fields, replace_setting

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_tui.data.quick_check import FileSize
-from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
+from qlora_tui.data.quick_check import FileSize, steps_per_epoch, total_steps
 from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.machine_checks import Check, CheckKind

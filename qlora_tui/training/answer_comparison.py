@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qlora_tui.data.answer_decoder import AnswerDecoder
 from qlora_tui.data.conversation import Conversation
 from qlora_tui.data.excluded_rows import file_names
-from qlora_tui.data.row_index import row_at
+from qlora_tui.data.read import row_at
 from qlora_tui.data.sources import conversation_of, every_source, open_file_of, paths_of
 from qlora_tui.data.store import GOOD, Samples
-from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
 from qlora_tui.recipe.schema import Data
 from qlora_tui.runs.events import AnswersCompared
 from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers

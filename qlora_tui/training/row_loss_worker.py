@@ -34,11 +34,11 @@ def measure(folder: Path, report: Report) -> None:
 def _measure(run: RunDir, report: Report) -> None:
     with faster_imports():
         from qlora_tui.catalog.local_models import resolve_model
-        from qlora_tui.data.contradictions import find_contradictions
         from qlora_tui.data.dataset import prepare_dataset
+        from qlora_tui.data.repetition import find_contradictions
         from qlora_tui.data.store import GOOD
         from qlora_tui.data.tokenizer import ChatTokenizer
-        from qlora_tui.data.untrained_tokens import token_ids
+        from qlora_tui.data.trainable_tokens import token_ids
         from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
         from qlora_tui.training.adapter import add_lora, load_adapter
         from qlora_tui.training.base_model import prepare_base

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.dataset import PreparedDataset
-from qlora_tui.data.thinking_facts import prompt_thinking
+from qlora_tui.data.dataset_report import prompt_thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir

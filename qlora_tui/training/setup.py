@@ -11,9 +11,9 @@ from transformers import set_seed
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
-from qlora_tui.data.thinking_facts import prompt_thinking, thinking_sentences
+from qlora_tui.data.dataset_report import prompt_thinking, thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.data.untrained_tokens import token_ids
+from qlora_tui.data.trainable_tokens import token_ids
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen

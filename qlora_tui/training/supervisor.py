@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
-from qlora_tui.data.tokenizer_guard import is_panic
+from qlora_tui.data.tokenizer_files import is_panic
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.gpu.library_imports import faster_imports
 from qlora_tui.locks import PATIENCE_S, locked

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_tui.data.untrained_tokens import UNTRAINED_NORM_RATIO
+from qlora_tui.data.trainable_tokens import UNTRAINED_NORM_RATIO
 from qlora_tui.errors import UserError
 from qlora_tui.training.fused.patching import patch_forward
 

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from qlora_tui.data import dataset
 from qlora_tui.data.dataset import PreparedDataset, PrepareProgress, prepare_dataset
-from qlora_tui.data.key_table import KeyTable
-from qlora_tui.data.sample_tokens import TokenizedSample
+from qlora_tui.data.dataset_scan import KeyTable
+from qlora_tui.data.samples import TokenizedSample, truncate
 from qlora_tui.data.store import Store
-from qlora_tui.data.truncation import truncate
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Recipe, Source, Training
 from tests.data.families import family

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.data import error_cache
-from qlora_tui.data.error_cache import (
+from qlora_tui.data import quick_check
+from qlora_tui.data.inspection import inspect, inspecting
+from qlora_tui.data.problems import ProblemCounter
+from qlora_tui.data.quick_check import (
     cache_errors,
     file_fingerprint,
     raise_cached_error,
     tokenizer_fingerprint,
 )
-from qlora_tui.data.inspection import inspect, inspecting
-from qlora_tui.data.problems import ProblemCounter
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
@@ -95,7 +95,7 @@ def test_a_file_repaired_while_it_is_read_is_accepted(path: Path) -> None:
 def test_what_another_reader_has_found_is_not_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(path=str(path))
     inspect(source)
-    monkeypatch.setattr(error_cache, "_READING", error_cache._READING + 1)
+    monkeypatch.setattr(quick_check, "_READING", quick_check._READING + 1)
     raise_cached_error([(source, path)])
 
 

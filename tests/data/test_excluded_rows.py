@@ -13,12 +13,13 @@ from qlora_tui.data.excluded_rows import (
     excluded_by_file,
     excluded_by_path,
     format_excluded_rows,
+    format_row_numbers,
     parse_excluded_rows,
+    parse_row_numbers,
     without_rows,
 )
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import quick_check
-from qlora_tui.data.row_numbers import format_row_numbers, parse_row_numbers
 from qlora_tui.data.sources import open_source
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source

@@ -5,9 +5,9 @@ import json
 import msgspec
 import pytest
 
-from qlora_tui.data.hub_dataset import HubFiles, hub_files, is_hub_id
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.read import rows
+from qlora_tui.data.sources import HubFiles, hub_files, is_hub_id
 from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Source
@@ -86,6 +86,6 @@ def test_a_note_whose_files_are_gone_is_not_believed(monkeypatch: pytest.MonkeyP
         requests.append(name)
         return HubFiles((str(note),), "train")
 
-    monkeypatch.setattr("qlora_tui.data.hub_dataset._fetch", fetched)
+    monkeypatch.setattr("qlora_tui.data.sources._fetch", fetched)
     assert hub_files("owner/set")[0] == [note]
     assert requests == ["owner/set"]

@@ -9,11 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.data.dataset_report import Report
+from qlora_tui.data.dataset_report import LengthCounter, Report
 from qlora_tui.data.inspection import inspect, inspecting, show
-from qlora_tui.data.length_stats import LengthCounter
-from qlora_tui.data.read import rows
-from qlora_tui.data.row_index import row_at
+from qlora_tui.data.read import row_at, rows
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.data.problems import BAD_ROWS
-from qlora_tui.data.read import files_of, kind_of, rows
-from qlora_tui.data.sources import every_source, open_source, paths_of
+from qlora_tui.data.read import kind_of, rows
+from qlora_tui.data.sources import every_source, files_of, open_source, paths_of
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
 from qlora_tui.data.render import RenderOptions, pieces, prompt_ids, render, render_text
-from qlora_tui.data.sample_tokens import TokenizedSample
+from qlora_tui.data.samples import TokenizedSample
 from qlora_tui.data.tokenizer import ChatTokenizer
 from tests.data.conversation_shapes import TOOL, assistant, conversation, system, tool, user
 from tests.data.families import FAMILIES, SPECIAL, TRIMS, family, tokenizer_for, tokenizer_json

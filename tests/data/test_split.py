@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.data.conversation import Conversation, Message
-from qlora_tui.data.near_duplicates import minhash_sketch
-from qlora_tui.data.split import Split, group_key, validation_rows
+from qlora_tui.data.split import Split, group_key, minhash_sketch, validation_rows
 
 WORDS = [f"{start}{end}" for start in "bdfgklmnprstvz" for end in ("a", "el", "ir", "on", "um", "ys")]
 

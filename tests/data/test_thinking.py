@@ -8,8 +8,8 @@ import pytest
 
 from qlora_tui.data.conversation import Conversation, Message
 from qlora_tui.data.render import RenderOptions, prompt_ids, render
-from qlora_tui.data.sample_tokens import TokenizedSample
-from qlora_tui.data.thinking import reasoning_of, without_reasoning
+from qlora_tui.data.samples import TokenizedSample
+from qlora_tui.data.template_capabilities import reasoning_of, without_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Thinking
 from tests.data.conversation_shapes import assistant, system, user

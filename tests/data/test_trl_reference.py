@@ -20,8 +20,13 @@ from msgspec.structs import replace
 from qlora_tui.data.chat_template import ChatTemplate
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.render import render_text
-from qlora_tui.data.template_capabilities import adapt_conversation, probe_template
-from qlora_tui.data.thinking import resolve_thinking, separate_reasoning, variables
+from qlora_tui.data.template_capabilities import (
+    adapt_conversation,
+    probe_template,
+    resolve_thinking,
+    separate_reasoning,
+    variables,
+)
 from qlora_tui.data.tokenizer import ChatTokenizer
 from tests.data.conversation_shapes import SHAPES, conversation
 from tests.data.families import tokenizer_json

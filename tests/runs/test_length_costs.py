@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.data.length_stats import LengthCounter
+from qlora_tui.data.dataset_report import LengthCounter
 from qlora_tui.runs.length_costs import share_within
 
 

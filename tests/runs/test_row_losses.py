@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.data.contradictions import find_contradictions
 from qlora_tui.data.excluded_rows import RowPlace
+from qlora_tui.data.repetition import find_contradictions
 from qlora_tui.errors import UserError
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir

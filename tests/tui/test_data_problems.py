@@ -7,8 +7,8 @@ from typing import Any
 
 from textual.widgets import Input
 
-from tests.data.test_untrained_tokens import WIDTH
-from tests.data.test_untrained_tokens import model as faint_model
+from tests.data.test_trainable_tokens import WIDTH
+from tests.data.test_trainable_tokens import model as faint_model
 from tests.tui.data_screen import data_app
 from tests.tui.sample_data import ticket, tickets, write_rows
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until

@@ -14,8 +14,8 @@ from textual.screen import ModalScreen
 from textual.suggester import SuggestFromList
 from textual.widgets import Input, Label, OptionList, Static
 
-from qlora_tui.data.format_choices import AUTO, FormatChoice
 from qlora_tui.data.formats import parts_of
+from qlora_tui.data.sources import AUTO, FormatChoice
 from qlora_tui.formatting import format_bytes, format_path
 from qlora_tui.recipe.schema import Preferences
 from qlora_tui.tui.key_names import dialog_keys

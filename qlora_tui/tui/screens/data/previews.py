@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from qlora_tui.data.dataset_report import Report, Shown
-from qlora_tui.data.format_choices import FormatChoice
-from qlora_tui.data.sources import source_stamps
+from qlora_tui.data.sources import FormatChoice, source_stamps
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import (
     DataInspected,

@@ -9,10 +9,9 @@ from pathlib import Path
 from textual.content import Content
 from textual.widgets import Static
 
-from qlora_tui.data.dataset_report import Report
-from qlora_tui.data.length_stats import Lengths
+from qlora_tui.data.dataset_report import Lengths, Report
 from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, row_outcome
-from qlora_tui.data.step_estimate import steps_per_epoch, total_steps
+from qlora_tui.data.quick_check import steps_per_epoch, total_steps
 from qlora_tui.formatting import format_bytes, format_duration, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.runs.length_costs import LengthCost

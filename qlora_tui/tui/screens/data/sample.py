@@ -11,10 +11,10 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from qlora_tui.data.dataset_report import FileReport, Piece, Report, Shown
-from qlora_tui.data.format_hints import UNMAPPED_COLUMNS
 from qlora_tui.data.formats import NOT_IN_FORMAT
 from qlora_tui.data.preferences import PAIRS, RATED, UNMAPPED_SIDES
 from qlora_tui.data.problems import CHECKS, DataProblem, check_of
+from qlora_tui.data.unsupported import UNMAPPED_COLUMNS
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys

@@ -17,10 +17,9 @@ from textual.widgets import OptionList
 
 from qlora_tui.data.dataset_report import NO_SUCH_ROW, Report, Shown
 from qlora_tui.data.excluded_rows import RowPlace, file_names, parse_excluded_rows, without_rows
-from qlora_tui.data.format_choices import AUTO
 from qlora_tui.data.preferences import PAIRS, UNMAPPED_SIDES
 from qlora_tui.data.problems import DataProblem
-from qlora_tui.data.sources import is_hub_dataset
+from qlora_tui.data.sources import AUTO, is_hub_dataset
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, pluralize

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.dataset_report import prompt_thinking
 from qlora_tui.data.inspection import inspect
-from qlora_tui.data.thinking_facts import prompt_thinking
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Recipe, Source, Thinking
 from tests.data.families import family

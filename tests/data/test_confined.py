@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from qlora_tui.data import chat_template, worker_pool
+from qlora_tui.data import chat_template, dataset_scan
 from qlora_tui.data.confined import Confined
 from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.dataset_scan import open_worker_pool
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.read import raw_rows
 from qlora_tui.data.row_result import Batch, RowProcessor, batches
 from qlora_tui.data.sources import open_source
-from qlora_tui.data.worker_pool import open_worker_pool
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from tests.data.families import CHATML, family, tokenizer_for
 from tests.support.polling import wait_for
@@ -54,8 +54,8 @@ def written(tmp_path: Path) -> Path:
 @pytest.fixture
 def by_two(monkeypatch: pytest.MonkeyPatch) -> list[Confined]:
     """Process even the smallest file in two children, from its first row on; returns them."""
-    monkeypatch.setattr(worker_pool, "MIN_PARALLEL_BYTES", 0)
-    monkeypatch.setattr(worker_pool, "cores", lambda: 2)
+    monkeypatch.setattr(dataset_scan, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(dataset_scan, "cores", lambda: 2)
     children: list[Confined] = []
 
     class Started(Confined):
@@ -64,7 +64,7 @@ def by_two(monkeypatch: pytest.MonkeyPatch) -> list[Confined]:
             self.start()
             children.append(self)
 
-    monkeypatch.setattr(worker_pool, "Confined", Started)
+    monkeypatch.setattr(dataset_scan, "Confined", Started)
     return children
 
 
@@ -127,9 +127,9 @@ def test_long_rows_are_few_in_a_batch_whatever_the_file(tmp_path: Path) -> None:
 def test_children_that_never_start_are_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_pool, "MIN_PARALLEL_BYTES", 0)
-    monkeypatch.setattr(worker_pool, "cores", lambda: 2)
-    monkeypatch.setattr(worker_pool, "__name__", "qlora_tui.no_such_module")
+    monkeypatch.setattr(dataset_scan, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(dataset_scan, "cores", lambda: 2)
+    monkeypatch.setattr(dataset_scan, "__name__", "qlora_tui.no_such_module")
     outcomes = RowProcessor(Data(), family("chatml"))
     path = written(tmp_path)
     with open_worker_pool(outcomes, 1) as work:
@@ -154,7 +154,7 @@ def test_a_row_that_kills_a_child_is_named(tmp_path: Path) -> None:
     renderer = Confined("qlora_tui.data.chat_template", cpu_s=0.5, memory_bytes=1 << 28)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_template, "_renderer", renderer)
-        patch.setattr(worker_pool, "_BATCH_CPU_S", 1.0)
+        patch.setattr(dataset_scan, "_BATCH_CPU_S", 1.0)
         report = inspect(Source(path=str(path)), tokenizer_for(hanging + CHATML))
     (refused,) = (problem for problem in report.problems if problem.kind == "template-refuses")
     assert refused.rows and "takes more than 0.5 seconds" in refused.example
@@ -188,5 +188,5 @@ def test_a_child_loads_nothing_heavy() -> None:
 
 
 def test_small_data_starts_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_pool, "Confined", None)
+    monkeypatch.setattr(dataset_scan, "Confined", None)
     prepare_dataset(recipe(written(tmp_path)), family("chatml"))

@@ -1,9 +1,10 @@
-"""Special tokens of a chat template that the model has never learned, detected by embedding rows.
+"""Tokens whose embedding rows a run may train: those of a vocabulary, and those never learned.
 
 A base model's vocabulary often holds tokens reserved for later (Llama 3's ``<|eot_id|>``) whose rows are
 still near zero, or all equal. LoRA does not train the embedding, so a template built on them cannot be
-learned, unless ``lora.trainable_tokens`` trains their rows. Reads a few rows of the safetensors files,
-without torch.
+learned, unless ``lora.trainable_tokens`` trains their rows. They are found by a few rows of the safetensors
+files, without torch; ``check_tokens`` searches ``tokenizer.json`` without the tokenizers library, which
+would take the app the memory and one second for 262k entries.
 """
 
 from __future__ import annotations
@@ -15,15 +16,85 @@ from collections.abc import Iterable
 from math import sqrt
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
 
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import INDEX, MAX_INDEX_BYTES, indexed_files
 from qlora_tui.catalog.safetensors_header import read_header
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.problems import CHECKS, DataProblem
-from qlora_tui.data.token_lookup import unknown_token
-from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.errors import UserError
+from qlora_tui.errors import EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    from qlora_tui.data.tokenizer import ChatTokenizer
+
+
+class _AddedToken(Struct, frozen=True):
+    content: str
+
+
+class _Model(Struct, frozen=True):
+    vocab: msgspec.Raw = msgspec.Raw(b"{}")
+    """A table of tokens and ids, or a list of [token, score] for Unigram; searched, not decoded."""
+
+
+class _Tokenizer(Struct, frozen=True):
+    added_tokens: list[_AddedToken] = []
+    model: _Model = _Model()
+
+
+_DECODER = msgspec.json.Decoder(_Tokenizer)
+
+
+def check_tokens(tokens: Iterable[str], folder: Path) -> None:
+    """Raise UserError, exit code 2, for a token that is not in the vocabulary of the model in ``folder``.
+
+    A tokenizer that cannot be read raises nothing here: loading it raises the error.
+    """
+    tokens = list(dict.fromkeys(tokens))
+    if not tokens:
+        return
+    try:
+        tokenizer = _DECODER.decode((folder / "tokenizer.json").read_bytes())
+    except (OSError, msgspec.MsgspecError, RecursionError):
+        return
+    added = {token.content for token in tokenizer.added_tokens}
+    vocab = bytes(tokenizer.model.vocab)
+    for token in tokens:
+        if token not in added and not _is_in(token, vocab):
+            raise unknown_token(token)
+
+
+def unknown_token(token: str) -> UserError:
+    """Build the error for a trainable token that the tokenizer does not have."""
+    return UserError(
+        "Unknown token",
+        what=f"lora.trainable_tokens contains {token!r}, which is not a token of this model.",
+        fix="`qlora-tui data inspect FILE --model MODEL` lists the tokens that the model never learned.",
+        exit_code=EXIT_USAGE,
+    )
+
+
+def _is_in(token: str, vocab: bytes) -> bool:
+    """Return whether a JSON table or a list of pairs has the token, with or without ASCII escapes."""
+    written = {json.dumps(token).encode(), json.dumps(token, ensure_ascii=False).encode()}
+    table = vocab.lstrip()[:1] == b"{"
+    return any(_occurs(text, vocab, is_key=table) for text in written)
+
+
+def _occurs(text: bytes, vocab: bytes, *, is_key: bool) -> bool:
+    at = vocab.find(text)
+    while at >= 0:
+        after = vocab[at + len(text) : at + len(text) + 8].lstrip()[:1]
+        before = vocab[max(0, at - 8) : at].rstrip()[-1:]
+        if (is_key and after == b":" and before in (b"{", b",")) or (not is_key and before == b"["):
+            return True
+        at = vocab.find(text, at + 1)
+    return False
+
 
 _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight"),

@@ -1,0 +1,234 @@
+"""Samples of one conversation: token ids, loss mask and loss weights, within the length limit.
+
+A sample longer than ``data.max_length`` is dropped, cut or split, as the recipe says. Preference methods for
+pairs store two samples for each rejected answer of a row, the chosen side first; ``kto`` stores one sample
+for each answer, good or bad.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.data.assistant_spans import PRIVATE, SampleText
+from qlora_tui.data.conversation import Conversation
+from qlora_tui.data.store import BAD, GOOD
+from qlora_tui.data.tokenizer import ChatTokenizer, Marked
+from qlora_tui.recipe.schema import PAIR_METHODS, PreferenceMethod
+
+_LITERAL, _END_LITERAL = "\U000f0000", "\U000f0001"
+_LITERALS = re.compile(f"{_LITERAL}(.*?){_END_LITERAL}|[{_LITERAL}{_END_LITERAL}]", re.DOTALL)
+
+
+class TokenizedSample(Struct, frozen=True):
+    """One training sample."""
+
+    token_ids: list[int]
+    loss_mask: bytes
+    """One byte per token: 1 if the token is in the loss, else 0."""
+    notes: tuple[str, ...] = ()
+    """Changes made for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
+    ``tool-as-user``, ``control-tokens`` (some were neutralized), ``answer-changed`` (by the template);
+    ``weights``; and the handling of reasoning, see ``_notes_on_thinking`` in ``render``."""
+    weights: array[float] | None = None
+    """Loss weight of each token, 32-bit; None where each token in the loss has weight 1."""
+
+    @property
+    def trained_count(self) -> int:
+        """Return the number of tokens in the loss."""
+        return self.loss_mask.count(1)
+
+
+def mark_control_tokens(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
+    """Put what matches ``pattern`` between marks; return the text and whether anything matched.
+
+    What is between marks is encoded as ordinary text.
+    """
+    if not text.isascii():
+        text = PRIVATE.sub("", text)
+    marked, count = pattern.subn(f"{_LITERAL}\\g<0>{_END_LITERAL}", text)
+    return marked, count > 0
+
+
+def span_edges(sample: SampleText) -> list[int]:
+    """Return where spans begin and end, except at both ends of the text."""
+    return sorted({place for span in sample.spans for place in span if 0 < place < len(sample.text)})
+
+
+def tokenize_sample(
+    sample: SampleText, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]
+) -> TokenizedSample:
+    """Return the tokens of a sample whose text is encoded already, with the ``span_edges`` marked in it."""
+    if _LITERAL in sample.text or _END_LITERAL in sample.text:
+        return tokenize_by_span(sample, tokenizer, notes)
+    ids = marked.ids
+    cuts = dict(zip(span_edges(sample), marked.cuts, strict=True))
+    cuts[0], cuts[len(sample.text)] = (0, False), (len(ids), False)
+    loss_mask = bytearray(len(ids))
+    weights = array("f", bytes(4 * len(ids))) if sample.weights else None
+    for number, (start, end) in enumerate(sample.spans):
+        first, straddles = cuts[start]
+        if straddles:
+            return tokenize_by_span(sample, tokenizer, notes)
+        last = cuts[end][0]
+        loss_mask[first:last] = b"\x01" * (last - first)
+        if weights is not None:
+            weights[first:last] = array("f", [sample.weights[number]]) * (last - first)
+    return TokenizedSample(ids, bytes(loss_mask), notes, weights)
+
+
+def tokenize_by_span(sample: SampleText, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> TokenizedSample:
+    """Tokenize the spans inside and outside the loss separately, marked tokens as plain text.
+
+    Also used for a sample whose answer begins inside a token of the whole text: at inference, the prompt
+    is tokenized separately.
+    """
+    ids: list[int] = []
+    loss_mask = bytearray()
+    weights = array("f")
+    at = 0
+    spans = (*sample.spans, (len(sample.text), len(sample.text)))
+    span_weights = (*(sample.weights or [1.0] * len(sample.spans)), 0.0)
+    for (start, end), weight in zip(spans, span_weights, strict=True):
+        for flag, (first, last) in ((0, (at, start)), (1, (start, end))):
+            for text, literal in _stretches(sample.text[first:last]):
+                new = tokenizer.encode_inside(text, literal) if ids or literal else tokenizer.encode(text)
+                ids += new
+                loss_mask += bytes([flag]) * len(new)
+                weights.extend([flag * weight] * len(new))
+        at = end
+    return TokenizedSample(ids, bytes(loss_mask), notes, weights if sample.weights else None)
+
+
+def _stretches(text: str) -> list[tuple[str, bool]]:
+    """Split text at marks; return each piece and whether it is literal text."""
+    result: list[tuple[str, bool]] = []
+    at = 0
+    for match in _LITERALS.finditer(text):
+        result += [(text[at : match.start()], False), (match[1] or "", True)]
+        at = match.end()
+    return [(part, literal) for part, literal in (*result, (text[at:], False)) if part]
+
+
+Overflow = Literal["drop", "cut-left", "cut-right", "split"]
+
+
+def truncate(
+    sample: TokenizedSample, max_length: int, overflow: Overflow, bos_id: int | None = None
+) -> list[TokenizedSample]:
+    """Return samples of at most ``max_length`` tokens each, without any that has no token in the loss.
+
+    The first token of a sample is predicted from nothing, so it does not count. Cutting on the left keeps a
+    begin token at the start. Empty if nothing is left to learn.
+    """
+    length = len(sample.token_ids)
+    if length <= max_length:
+        parts = [sample]
+    elif overflow == "drop":
+        return []
+    elif overflow == "split":
+        parts = [_part(sample, start, end) for start, end in _pieces(sample.loss_mask, max_length)]
+    elif overflow == "cut-right":
+        parts = [_part(sample, 0, max_length)]
+    elif bos_id is not None and sample.token_ids[0] == bos_id:
+        parts = [_after_bos(_part(sample, length + 1 - max_length, length), bos_id)]
+    else:
+        parts = [_part(sample, length - max_length, length)]
+    return [part for part in parts if 1 in part.loss_mask[1:]]
+
+
+def _pieces(loss_mask: bytes, max_length: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of the pieces of a split sample, in tokens.
+
+    Each ends after the last answer that fits, so that the next begins with a turn. An answer that does not
+    fit is cut at the limit. Of a question that fills a whole piece only the end is kept, before its answer.
+    """
+    start = 0
+    while len(loss_mask) - start > max_length:
+        end = start + max_length
+        answer = loss_mask.find(b"\x01", start)
+        if answer < 0:
+            return
+        if answer >= end:
+            over = loss_mask.find(b"\x00", answer) if 0 in loss_mask[answer:] else len(loss_mask)
+            start = max(start, min(over - max_length, answer - max_length // 2))
+            continue
+        # The end of the last answer within the limit: a token in the loss before one that is not.
+        turn_end = loss_mask.rfind(b"\x01\x00", start, end + 1) + 1
+        yield start, turn_end or end
+        start = turn_end or end
+    yield start, len(loss_mask)
+
+
+def _part(sample: TokenizedSample, start: int, end: int) -> TokenizedSample:
+    weights = None if sample.weights is None else sample.weights[start:end]
+    return TokenizedSample(sample.token_ids[start:end], sample.loss_mask[start:end], sample.notes, weights)
+
+
+def _after_bos(part: TokenizedSample, bos_id: int) -> TokenizedSample:
+    weights = None if part.weights is None else array("f", [0.0]) + part.weights
+    return TokenizedSample([bos_id, *part.token_ids], b"\x00" + part.loss_mask, part.notes, weights)
+
+
+def last_samples(
+    conversation: Conversation, rendered: Sequence[Sequence[TokenizedSample]]
+) -> list[TokenizedSample]:
+    """Return the sample that holds the answer, for the conversation and each of its rejected alternatives.
+
+    Texts without turns share their beginning, which is then their prompt and is not in the loss.
+    """
+    samples = [each[-1] for each in rendered]
+    if not conversation.text or len(samples) < 2:
+        return samples
+    shared = _shared(samples)
+    return [_masked(sample, shared) for sample in samples]
+
+
+def side_names(conversation: Conversation) -> tuple[str, ...]:
+    """Name the samples of :func:`last_samples` for people; empty without a preference method."""
+    if conversation.rated_good is not None:
+        return ("good" if conversation.rated_good else "bad",)
+    return ("chosen", *["rejected"] * len(conversation.rejected)) if conversation.rejected else ()
+
+
+def sides_of(
+    conversation: Conversation, fitted: Sequence[TokenizedSample | None], method: PreferenceMethod
+) -> list[tuple[TokenizedSample, int]]:
+    """Return the samples to store, each with its side.
+
+    Args:
+        fitted: the samples within the length limit, as :func:`last_samples` orders them; None for one of
+            which nothing is left to learn. A pair without one of its sides is left out.
+    """
+    first, *others = fitted
+    if method in PAIR_METHODS:
+        return [
+            one
+            for other in others
+            if first is not None and other is not None
+            for one in ((first, GOOD), (other, BAD))
+        ]
+    good = BAD if conversation.rated_good is False else GOOD
+    rated = [(first, good), *((other, BAD) for other in others)]
+    return [(sample, side) for sample, side in rated if sample is not None]
+
+
+def _shared(samples: Sequence[TokenizedSample]) -> int:
+    """Count the tokens that all samples begin with."""
+    columns = zip(*(sample.token_ids for sample in samples), strict=False)
+    count = 0
+    for column in columns:
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _masked(sample: TokenizedSample, tokens: int) -> TokenizedSample:
+    mask = bytes(tokens) + sample.loss_mask[tokens:]
+    return msgspec.structs.replace(sample, loss_mask=mask)
