@@ -7,6 +7,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from qlora_tui.errors import UserError
+
 Part = Literal["attention", "mixer", "mlp", "shared_expert", "expert", "router", "vision", "other"]
 """Purpose of a linear module. ``mixer`` replaces attention in the other layers of a hybrid; ``expert`` is a
 projection of all routed experts of a layer."""
@@ -231,3 +233,24 @@ class Architecture(Struct, frozen=True):
     def kinds(self) -> tuple[str, ...]:
         """Return the distinct module kinds, in the model's order, which LoRA can target by name."""
         return tuple(dict.fromkeys(module.kind for module in self.modules))
+
+
+_LEARNED_POSITION_TABLES = ("wpe", "embed_positions")
+
+
+def context_length_warning(length: int, architecture: Architecture) -> UserError | None:
+    """Return the warning where samples may have ``length`` tokens; None where they fit the context."""
+    limit = architecture.max_positions
+    if limit is None or length <= limit:
+        return None
+    learned_positions = any(
+        table.name.endswith(_LEARNED_POSITION_TABLES) for table in architecture.embeddings
+    )
+    return UserError(
+        "Longer than the model's context",
+        what=f"Samples may be {length:,} tokens long, and the model's context is {limit:,}.",
+        why="It has no embedding for later positions: a longer sample makes the run fail."
+        if learned_positions
+        else "It was not trained on later positions, so longer samples will be learned poorly.",
+        fix=f"Set the sequence length (data.max_length) to {limit:,} or less.",
+    )

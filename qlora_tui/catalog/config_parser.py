@@ -16,9 +16,17 @@ from typing import Any
 import msgspec
 
 from qlora_tui.catalog.architecture_types import Architecture, Experts, OutputHead
-from qlora_tui.catalog.config_fields import ConfigFields, config_problem
 from qlora_tui.catalog.families import COMPOSITE, FAMILY
-from qlora_tui.catalog.family_spec import Family, SizeField, Sizes, embeddings, evaluate, expand
+from qlora_tui.catalog.family_spec import (
+    ConfigFields,
+    Family,
+    SizeField,
+    Sizes,
+    config_problem,
+    embeddings,
+    evaluate,
+    expand,
+)
 from qlora_tui.errors import UserError
 from qlora_tui.foreign_files import read_bounded
 

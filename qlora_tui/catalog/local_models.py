@@ -1,8 +1,9 @@
-"""The models on this machine, and lookup by name.
+"""The models on this machine, lookup by name, and architectures without weights.
 
 Four places are searched: the Hugging Face cache, the folders the user names, models converted by this
 program, and GGUF files in those folders. The cache is walked here rather than through ``huggingface_hub``,
-whose import alone takes longer than walking a hundred models.
+whose import alone takes longer than walking a hundred models. ``load_architecture`` is enough for an
+estimate before any download: it also reads a ``config.json`` alone, or one fetched from the Hub and stored.
 """
 
 from __future__ import annotations
@@ -11,32 +12,36 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
+from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES, parse_architecture
+from qlora_tui.catalog.gguf import read_gguf, to_hf_config
+from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.model_validation import (
     CONFIG,
     MissingFilesError,
     check_folder,
     model_problem,
+    safetensors_damage,
     weight_files,
 )
-from qlora_tui.catalog.safetensors_header import safetensors_damage
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.foreign_files import read_bounded
+from qlora_tui.paths import cache_dir
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 _PREFIX_CHARACTERS = 3
 """From so many characters the beginning of a name counts as a close match."""
 _UNCHECKED_CONVERSION = re.compile(r".+-[0-9a-f]{12}")
-"""Names of conversions before ``gguf_support`` refused files of which something would be lost."""
+"""Names of conversions before ``gguf`` refused files of which something would be lost."""
 MAX_DEPTH = 3
 """Levels searched below a named folder: publisher, model, file."""
 
@@ -377,3 +382,95 @@ def _entries(folder: Path, *, folders: bool) -> Iterator[Path]:
                 yield entry
         except OSError:
             continue
+
+
+def store_config(model_id: str, config: dict[str, Any]) -> None:
+    """Store the config of a Hub model. Raises OSError."""
+    path = _path(model_id)
+    private_dir(path.parent)
+    atomic_write(path, msgspec.json.encode(config))
+
+
+def stored_config(model_id: str) -> Path | None:
+    """Return the file with the config of a Hub model; None if it was never fetched."""
+    path = _path(model_id)
+    try:
+        return path if path.is_file() else None
+    except (OSError, ValueError):
+        # A name too long for the file system, or with a NUL.
+        return None
+
+
+def _path(model_id: str) -> Path:
+    return cache_dir() / "configs" / f"{model_id.replace('/', '--')}.json"
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load_architecture(model_id: str) -> Architecture:
+    """Load the architecture of a local model, of a folder with only a ``config.json``, or of such a file.
+
+    Of a Hub model whose weights are not here, the config that :func:`fetch_architecture` stored is used.
+
+    Raises UserError where the model is not on this machine or its config cannot be used.
+    """
+    if (config := _config_file(model_id)) is not None:
+        return parse_architecture(config)
+    try:
+        return resolve_model(model_id).architecture
+    except ModelNotFoundError:
+        if (config := stored_config(model_id)) is None:
+            raise
+        return parse_architecture(config)
+
+
+def is_fetchable(model_id: str) -> bool:
+    """Return whether the name has the form of a Hub id, publisher/model."""
+    return _HUB_ID.fullmatch(model_id) is not None
+
+
+def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
+    """Fetch the ``config.json`` of a Hub model, and nothing else of it, and store it for later estimates.
+
+    Raises UserError where the Hub cannot be reached or has no such model.
+    """
+    try:
+        config = fetch_config(model_id, revision)
+    except UserError as problem:
+        raise problem.replace(
+            what=f"{model_id} is not on this machine. {problem.what}",
+            fix=f"{problem.fix} An estimate needs only the model's config.json: "
+            "copy it into a folder and give that folder as the model.",
+        ) from problem
+    architecture = parse_architecture(config)
+    with suppress(OSError):
+        store_config(model_id, config)
+    return architecture
+
+
+def load_model_config(model_id: str) -> dict[str, Any]:
+    """Load the ``config.json`` of a model, a folder or a file. Raises UserError where it cannot be read."""
+    file = _config_file(model_id)
+    try:
+        file = file or resolve_model(model_id).folder / "config.json"
+    except ModelNotFoundError:
+        if (file := stored_config(model_id)) is None:
+            raise
+    try:
+        return msgspec.json.decode(read_bounded(file, MAX_CONFIG_BYTES), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(
+            "No config.json for a trace",
+            what=f"{file} could not be read.",
+            why="A GGUF file stores its settings in its own header.",
+            fix="Choose the model it was made from; the estimate without a trace does not need it.",
+        ) from error
+
+
+def _config_file(model_id: str) -> Path | None:
+    path = Path(model_id).expanduser()
+    for config in (path / "config.json", path):
+        if config.suffix == ".json" and config.is_file():
+            return config
+    return None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
+from qlora_tui.catalog.adapters import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta, expert_parameter
 from qlora_tui.errors import UserError
 from qlora_tui.runs.damage import checksum_damage

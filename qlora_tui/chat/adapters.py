@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
+from qlora_tui.catalog.adapters import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.chat.adapter_deltas import ROWS, WHOLE, check_unchanged, is_whole_matrix
 from qlora_tui.chat.adapter_forwards import (

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qlora_tui.catalog.architecture_types import OutputHead
-from qlora_tui.catalog.safetensors_header import read_header
+from qlora_tui.catalog.model_validation import read_header
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta, WholeMatrix
 from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta, stored_experts
 from qlora_tui.errors import UserError

@@ -7,8 +7,14 @@ import sys
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.local_models import ModelNotFoundError, list_local_models
-from qlora_tui.catalog.lookup import fetch_architecture, is_fetchable, load_architecture, load_model_config
+from qlora_tui.catalog.local_models import (
+    ModelNotFoundError,
+    fetch_architecture,
+    is_fetchable,
+    list_local_models,
+    load_architecture,
+    load_model_config,
+)
 from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
 from qlora_tui.cli.subcommand import (
     CommandResult,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf_file_types import spelled
+from qlora_tui.catalog.gguf import spelled
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
 from qlora_tui.cli.terminal import write_control
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError

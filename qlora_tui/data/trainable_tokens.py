@@ -22,8 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.catalog.model_validation import INDEX, MAX_INDEX_BYTES, indexed_files
-from qlora_tui.catalog.safetensors_header import read_header
+from qlora_tui.catalog.model_validation import INDEX, MAX_INDEX_BYTES, indexed_files, read_header
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.problems import CHECKS, DataProblem
 from qlora_tui.errors import EXIT_USAGE, UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qlora_tui.catalog.lookup import load_architecture
+from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import AnswerComparison, Sampling
 from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT, SHOWN

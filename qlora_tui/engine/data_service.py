@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from qlora_tui.catalog.config_cache import stored_config
-from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.local_models import resolve_model, stored_config
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.formats import SNIFFED_ROWS

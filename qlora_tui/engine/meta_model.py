@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.code_keys import without_code
+from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.memory.weights import quantized_experts
 from qlora_tui.recipe.schema import Recipe

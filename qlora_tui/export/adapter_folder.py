@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 from msgspec import Struct
 
-from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS, load_adapter_config
+from qlora_tui.catalog.adapters import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import MXFP4, copy_files, tokenizer_files
 from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui import __version__
-from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS
+from qlora_tui.catalog.adapters import CONFIG, WEIGHTS
 from qlora_tui.catalog.model_validation import tokenizer_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import model_folder

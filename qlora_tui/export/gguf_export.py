@@ -11,7 +11,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf_file_types import (
+from qlora_tui.catalog.gguf import (
     AUTO,
     K_QUANTS,
     LADDER,
@@ -110,7 +110,7 @@ def export_gguf(
         source: The base and its adapters.
         adapter_name: The adapter to merge.
         out: A file ending in ``.gguf`` for one type, or a folder for any number.
-        file_types: Types of :mod:`qlora_tui.catalog.gguf_file_types`, or ``auto`` alone.
+        file_types: Types of :mod:`qlora_tui.catalog.gguf`, or ``auto`` alone.
         within: Largest mean KL divergence to accept, in nats.
         compared_tokens: Most tokens whose answers are compared.
         on_status: Called with the current activity.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_tui.catalog.gguf_file_types import AUTO, FILE_TYPES, K_QUANTS, estimated_bytes
+from qlora_tui.catalog.gguf import AUTO, FILE_TYPES, K_QUANTS, estimated_bytes
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError

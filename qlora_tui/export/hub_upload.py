@@ -22,8 +22,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from qlora_tui.catalog.hub import endpoint
-from qlora_tui.catalog.hub_errors import network_error, translate_hub_errors
+from qlora_tui.catalog.hub import endpoint, network_error, translate_hub_errors
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.worker import Report

@@ -17,8 +17,13 @@ from msgspec import Struct
 from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.catalog.model_validation import copy_files, is_template_file, tokenizer_files, weight_files
-from qlora_tui.catalog.safetensors_header import read_header
+from qlora_tui.catalog.model_validation import (
+    copy_files,
+    is_template_file,
+    read_header,
+    tokenizer_files,
+    weight_files,
+)
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource

@@ -11,7 +11,7 @@ from msgspec import Struct
 from safetensors import safe_open
 from torch import Tensor, uint8
 
-from qlora_tui.catalog.safetensors_header import read_header
+from qlora_tui.catalog.model_validation import read_header
 from qlora_tui.export.journal import Digest, Journal
 
 _CHUNK = 1 << 22

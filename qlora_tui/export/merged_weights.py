@@ -17,8 +17,7 @@ from torch import Tensor
 
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.catalog.model_validation import CONFIG, is_mxfp4, weight_files
-from qlora_tui.catalog.safetensors_header import read_header
+from qlora_tui.catalog.model_validation import CONFIG, is_mxfp4, read_header, weight_files
 from qlora_tui.chat.adapter_deltas import AdapterDeltas, LoraDelta, read_deltas
 from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource

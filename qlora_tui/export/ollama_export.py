@@ -16,7 +16,7 @@ from typing import IO
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer, model_folder
 from qlora_tui.data.tokenizer import ChatTokenizer

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qlora_tui.catalog.architecture_types import Architecture, inner_name
-from qlora_tui.catalog.safetensors_header import read_header
+from qlora_tui.catalog.model_validation import read_header
 from qlora_tui.chat.expert_deltas import GRANITE, MATRICES
 from qlora_tui.memory.weights import quantized_experts
 from qlora_tui.recipe.schema import Quantization

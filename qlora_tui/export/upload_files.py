@@ -18,8 +18,8 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import __version__, paths
-from qlora_tui.catalog.adapter_config import CONFIG, WEIGHTS
-from qlora_tui.catalog.gguf_file_types import AUTO, LADDER, estimated_bytes
+from qlora_tui.catalog.adapters import CONFIG, WEIGHTS
+from qlora_tui.catalog.gguf import AUTO, LADDER, estimated_bytes
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import copy_files, is_tokenizer_file, tokenizer_files
 from qlora_tui.chat.adapter_deltas import check_unchanged

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.context_length import context_length_warning
+from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
 from qlora_tui.memory.estimate import Estimate, check_fit, closed_form, compare, precision_of
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.explain import describe_choice

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui import checksums
-from qlora_tui.catalog.safetensors_header import safetensors_damage
+from qlora_tui.catalog.model_validation import safetensors_damage
 from qlora_tui.decoding import decode_json
 from qlora_tui.files import read_regular
 from qlora_tui.runs.event_log import last_event

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from qlora_tui.catalog.adapter_config import CONFIG
+from qlora_tui.catalog.adapters import CONFIG
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.schema import Recipe

@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui import paths
-from qlora_tui.catalog.adapter_fit import require_fit, trained_on
-from qlora_tui.catalog.context_length import context_length_warning
+from qlora_tui.catalog.adapters import require_fit, trained_on
+from qlora_tui.catalog.architecture_types import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
 from qlora_tui.data.trainable_tokens import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError

@@ -26,8 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from qlora_tui.catalog.adapter_config import WEIGHTS, load_adapter_config
-from qlora_tui.catalog.adapter_fit import misfit, require_fit
+from qlora_tui.catalog.adapters import WEIGHTS, load_adapter_config, misfit, require_fit
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule, inner_name
 from qlora_tui.catalog.model_validation import copy_files, is_template_file, tokenizer_files
 from qlora_tui.checksums import checked_folder, digest

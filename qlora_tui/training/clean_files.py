@@ -14,12 +14,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.adapter_config import CONFIG as _ADAPTER_CONFIG
-from qlora_tui.catalog.adapter_config import WEIGHTS as _ADAPTER_WEIGHTS
-from qlora_tui.catalog.adapter_config import load_adapter_config, with_exact_targets
-from qlora_tui.catalog.code_keys import adapter_without_code, without_code
+from qlora_tui.catalog.adapters import CONFIG as _ADAPTER_CONFIG
+from qlora_tui.catalog.adapters import WEIGHTS as _ADAPTER_WEIGHTS
+from qlora_tui.catalog.adapters import load_adapter_config, with_exact_targets
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.catalog.model_validation import INDEX, is_mxfp4, weight_files
+from qlora_tui.catalog.model_validation import (
+    INDEX,
+    adapter_without_code,
+    is_mxfp4,
+    weight_files,
+    without_code,
+)
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError
 

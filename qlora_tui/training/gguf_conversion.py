@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from qlora_tui import subprocesses
-from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.catalog.local_models import converted_dir, resolve_model
 from qlora_tui.drafts import delete_abandoned, draft_path
 from qlora_tui.errors import UserError

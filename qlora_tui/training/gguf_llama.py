@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.gguf_header import GgufHeader
-from qlora_tui.catalog.gguf_support import rope_base
+from qlora_tui.catalog.gguf import GgufHeader, rope_base
 from qlora_tui.training.gguf_tokenizer import KIND, tokenizer_from
 from qlora_tui.training.gguf_weights import ProgressCallback, weights_of, write_weights
 
@@ -24,7 +23,7 @@ _NEEDED = (
 def is_known(header: GgufHeader) -> bool:
     """Whether the file is a plain Llama with a supported vocabulary, and nothing is missing.
 
-    What is unknown is refused before (``gguf_support``).
+    What is unknown is refused before (``catalog.gguf``).
     """
     kind = (header.values.get("tokenizer.ggml.model"), header.values.get("tokenizer.ggml.pre"))
     return (

@@ -12,8 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.gguf_header import read_gguf
-from qlora_tui.catalog.gguf_support import rope_base
+from qlora_tui.catalog.gguf import read_gguf, rope_base
 from qlora_tui.training.clean_files import single_file_view
 from qlora_tui.training.gguf_weights import GgufTensor, ProgressCallback, weights_of, write_weights
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.gguf_support import name_of
+from qlora_tui.catalog.gguf import name_of
 
 BLOCK_BYTES = 16 * 2**20
 """Largest block of rows that is dequantized at once, in bytes of float32."""

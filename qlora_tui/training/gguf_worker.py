@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_tui.catalog.gguf_header import read_gguf, to_hf_config
+from qlora_tui.catalog.gguf import read_gguf, to_hf_config
 from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.drafts import draft_path, held_draft, publish
 from qlora_tui.errors import UserError

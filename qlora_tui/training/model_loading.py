@@ -45,8 +45,8 @@ def load_base(
 ) -> Any:
     """Load the causal language model in ``folder`` to the device, with every weight frozen.
 
-    Its configs select no code: see :mod:`qlora_tui.catalog.code_keys`. 4-bit weights are read as an earlier
-    load stored them, where one did (:mod:`.quantized_cache`).
+    Its configs select no code: see :mod:`qlora_tui.catalog.model_validation`. 4-bit weights are read as an
+    earlier load stored them, where one did (:mod:`.quantized_cache`).
 
     Args:
         folder: from ``catalog.local_models.resolve_model``.

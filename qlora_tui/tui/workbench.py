@@ -249,7 +249,7 @@ def _read(model: str) -> Architecture | UserError:
             what="The recipe has no model.",
             fix=f"Press {key_name('go.models')} to select one.",
         )
-    from qlora_tui.catalog.lookup import load_architecture
+    from qlora_tui.catalog.local_models import load_architecture
 
     try:
         return load_architecture(model)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from qlora_tui.catalog import download, hub, hub_files
+from qlora_tui.catalog import download, hub
 from qlora_tui.errors import UserError
 
 
@@ -22,7 +22,7 @@ def trial(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def main() -> None:
-    names = {"trial": trial, "download": download, "hub": hub, "hub_files": hub_files, "sys": sys}
+    names = {"trial": trial, "download": download, "hub": hub, "hub_files": download, "sys": sys}
     print(json.dumps(trial(lambda: eval(sys.argv[1], names)), default=str))
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.adapter_config import WEIGHTS
-from qlora_tui.catalog.adapter_fit import adapter_differences, require_fit
+from qlora_tui.catalog.adapters import WEIGHTS, adapter_differences, require_fit
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.lookup import load_architecture
+from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from tests.catalog.models import make_adapter_files, make_model

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.code_keys import adapter_without_code, named_kernels, without_code
 from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.model_validation import adapter_without_code, named_kernels, without_code
 from qlora_tui.errors import UserError
 from tests.catalog.models import TINY, make_model
 

@@ -14,8 +14,7 @@ from typing import IO
 import pytest
 
 from qlora_tui.catalog import download
-from qlora_tui.catalog.download import start_download
-from qlora_tui.catalog.hub_files import DownloadPlan, HubFile
+from qlora_tui.catalog.download import DownloadPlan, HubFile, start_download
 from qlora_tui.catalog.local_models import hub_cache_dir, list_local_models, resolve_model
 from qlora_tui.errors import UserError
 from qlora_tui.worker import Failure, Message, Progress, Result, decode_message, start_detached

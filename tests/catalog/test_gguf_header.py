@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.catalog.gguf_header import GgufHeader, read_gguf, to_hf_config
+from qlora_tui.catalog.gguf import GgufHeader, read_gguf, to_hf_config
 from qlora_tui.errors import UserError
 from tests.catalog.models import TINY_PARAMS, gguf_bytes, make_gguf
 

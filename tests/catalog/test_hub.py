@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog import hub_responses
+from qlora_tui.catalog import hub as hub_responses
 from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, tiny_repo
 from tests.catalog.fake_hub import FakeHub

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.adapter_config import load_adapter_config
+from qlora_tui.catalog.adapters import load_adapter_config
 from qlora_tui.errors import UserError
 from tests.fuzz.damage import WRONG_VALUES
 

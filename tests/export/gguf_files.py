@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_tui.catalog.gguf_file_types import FileType
+from qlora_tui.catalog.gguf import FileType
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.catalog.gguf_file_types import K_QUANTS
+from qlora_tui.catalog.gguf import K_QUANTS
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.llama_cpp import bindings, llama_process

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf_file_types import LADDER
+from qlora_tui.catalog.gguf import LADDER
 from qlora_tui.chat.adapter_deltas import LoraDelta
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import ChatSession

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf_file_types import LADDER
+from qlora_tui.catalog.gguf import LADDER
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.session import load_session
 from qlora_tui.cli.main import main

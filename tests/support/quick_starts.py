@@ -41,7 +41,7 @@ WORKER_IMPORTS = (
     "qlora_tui.engine.server",
     "qlora_tui.export.llama_cpp.bindings",
     "qlora_tui.catalog.hub",
-    "qlora_tui.catalog.hub_files",
+    "qlora_tui.catalog.download",
     # What the Hub's client imports; itself it reads the environment when it is imported.
     *("asyncio", "httpx2", "httpcore2", "anyio", "yaml", "filelock", "tqdm.auto"),
     "llama_cpp_py_sync._cffi_bindings",

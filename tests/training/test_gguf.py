@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.tiny_gguf import write_tiny_gguf
-from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.training.gguf_conversion import convert_in_child

@@ -15,9 +15,8 @@ pytest.importorskip("torch")
 
 from msgspec import structs
 
-from qlora_tui.catalog.adapter_config import WEIGHTS
-from qlora_tui.catalog.adapter_fit import adapter_differences
-from qlora_tui.catalog.lookup import load_architecture
+from qlora_tui.catalog.adapters import WEIGHTS, adapter_differences
+from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.checksums import digest, write_checksums
 from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.lookup import load_architecture
+from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.data.store import BAD, GOOD
 from qlora_tui.recipe.schema import PreferenceMethod
 from tests.training.conftest import MakeRecipe

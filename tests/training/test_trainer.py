@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from qlora_tui import cli
-from qlora_tui.catalog.lookup import load_architecture
+from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.memory import Device, estimate
 from qlora_tui.memory.budget import this_processor
 from qlora_tui.memory.calibration import load_runs

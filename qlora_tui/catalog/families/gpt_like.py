@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_tui.catalog.config_fields import ConfigFields
-from qlora_tui.catalog.family_spec import EmbeddingSpec, Family, LayerEntry, LinearSpec, NormSpec, SizeField
+from qlora_tui.catalog.family_spec import (
+    ConfigFields,
+    EmbeddingSpec,
+    Family,
+    LayerEntry,
+    LinearSpec,
+    NormSpec,
+    SizeField,
+)
 
 FOUR_TIMES = {"inner": SizeField(("n_inner", "intermediate_size"), default="4*hidden")}
 GPT_TABLES = (EmbeddingSpec("wte", "vocab", "hidden"), EmbeddingSpec("wpe", "positions", "hidden"))

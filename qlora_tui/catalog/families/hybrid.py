@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_tui.catalog.config_fields import ConfigFields, config_problem
 from qlora_tui.catalog.families.llama_like import (
     FOUR_NORMS,
     HEAD_NORMS,
@@ -15,6 +14,7 @@ from qlora_tui.catalog.families.llama_like import (
 )
 from qlora_tui.catalog.families.moe_families import QWEN_SHARED_EXPERT, expert_sizes, routed, sparse_every
 from qlora_tui.catalog.family_spec import (
+    ConfigFields,
     Family,
     LayerEntry,
     LinearSpec,
@@ -22,6 +22,7 @@ from qlora_tui.catalog.family_spec import (
     ParameterSpec,
     SizeField,
     Sizes,
+    config_problem,
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_tui.catalog.config_fields import ConfigFields
 from qlora_tui.catalog.families.llama_like import (
     HEAD_NORMS,
     TWO_NORMS,
@@ -15,6 +14,7 @@ from qlora_tui.catalog.families.llama_like import (
     kv_heads,
 )
 from qlora_tui.catalog.family_spec import (
+    ConfigFields,
     Family,
     LayerEntry,
     LinearSpec,

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_tui.catalog.config_fields import ConfigFields, config_problem
-from qlora_tui.catalog.family_spec import Family, LayerEntry, LinearSpec, NormSpec, ParameterSpec, SizeField
+from qlora_tui.catalog.family_spec import (
+    ConfigFields,
+    Family,
+    LayerEntry,
+    LinearSpec,
+    NormSpec,
+    ParameterSpec,
+    SizeField,
+    config_problem,
+)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qlora_tui.catalog.gguf_file_types import K_QUANTS
-from qlora_tui.catalog.gguf_header import read_gguf
+from qlora_tui.catalog.gguf import K_QUANTS, read_gguf
 
 _NOT_BLOCKS_OF_256 = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "F16", "BF16")
 """Types that llama.cpp writes in place of a K type (src/llama-quant.cpp, ``tensor_type_fallback``)."""

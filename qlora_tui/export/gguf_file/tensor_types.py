@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.catalog.gguf_file_types import FileType
+from qlora_tui.catalog.gguf import FileType
 from qlora_tui.errors import UserError
 
 _ROUTER = ".ffn_gate_inp"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora_tui.catalog.gguf_file_types import FileType
+from qlora_tui.catalog.gguf import FileType
 from qlora_tui.export.gguf_file.hyperparameters import Hyperparameters
 from qlora_tui.export.gguf_file.tensor_types import encode, encoded_bytes, tensor_type
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary

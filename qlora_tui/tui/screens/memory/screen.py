@@ -12,9 +12,8 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
-from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.context_length import context_length_warning
-from qlora_tui.catalog.lookup import load_model_config
+from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
+from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.engine.trace_client import trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Estimate, check_fit

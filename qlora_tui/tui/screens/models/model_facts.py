@@ -17,10 +17,9 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.download import plan_download
 from qlora_tui.catalog.hub import HubModel
-from qlora_tui.catalog.hub_files import plan_download
-from qlora_tui.catalog.local_models import LocalModel, hub_cache_dir
-from qlora_tui.catalog.lookup import fetch_architecture
+from qlora_tui.catalog.local_models import LocalModel, fetch_architecture, hub_cache_dir
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.demo.wheel_download import SMOLLM2
 from qlora_tui.errors import UserError

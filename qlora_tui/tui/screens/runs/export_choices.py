@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from textual.content import Content
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.gguf_file_types import (
+from qlora_tui.catalog.gguf import (
     AUTO,
     K_QUANTS,
     bytes_to_run,

@@ -16,7 +16,7 @@ from textual.markup import escape
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
-from qlora_tui.catalog.adapter_config import WEIGHTS
+from qlora_tui.catalog.adapters import WEIGHTS
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.chat.chat_types import ADAPTER
