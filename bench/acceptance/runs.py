@@ -10,9 +10,9 @@ from bench.acceptance.context import CheckContext
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
 from qlora_tui.runs import actions
+from qlora_tui.runs.describe import follow_events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Finished, Step
-from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.view import RunView
 
 E = TypeVar("E")

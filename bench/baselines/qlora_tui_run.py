@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.baselines.job import TrainingJob, read_job, tell
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
 from qlora_tui.runs import actions
+from qlora_tui.runs.describe import follow_events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import (
     AdapterReady,
@@ -21,7 +22,6 @@ from qlora_tui.runs.events import (
     Started,
     Step,
 )
-from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.view import RunView
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from qlora_tui.cli.subcommand import CommandResult, format_table
 from qlora_tui.errors import EXIT_FAILURE
-from qlora_tui.runs.check import check_leftovers, check_queue, check_run
+from qlora_tui.runs.check import CheckResult, apply_repairs, check_leftovers, check_queue, check_run
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.repair import CheckResult, apply_repairs
 
 
 def check(run: RunDir | None, *, repair: bool) -> CommandResult:

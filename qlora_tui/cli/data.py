@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         if not args.json:
             raise
         print(f"qlora-tui: {problem}", file=sys.stderr)
-        return CommandResult(data={"error": problem.fields()}, text="", exit_code=problem.exit_code)
+        error = {name: value for name, value in problem.fields().items() if name != "exit_code"}
+        return CommandResult(data={"error": error}, text="", exit_code=problem.exit_code)
     raise UserError(
         "Missing subcommand",
         what="`data` needs a subcommand: inspect, show or blame.",

@@ -6,8 +6,7 @@ import argparse
 
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.errors import EXIT_FAILURE
-from qlora_tui.runs.machine_checks import Check, CheckKind
-from qlora_tui.runs.readiness import check_libraries, check_system
+from qlora_tui.runs.machine_checks import Check, CheckKind, check_libraries, check_system
 
 
 def run(args: argparse.Namespace) -> CommandResult:

@@ -17,8 +17,8 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     TaskEvaluation,
     evaluate_task,
     read_task_evaluation,
+    report_lines,
 )
-from qlora_tui.runs.task_metrics.task_report import report_lines
 
 
 def run(args: argparse.Namespace) -> CommandResult:

@@ -8,12 +8,10 @@ from collections.abc import Callable
 
 from qlora_tui.cli.subcommand import print_json
 from qlora_tui.errors import EXIT_FAILURE
-from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
+from qlora_tui.runs.describe import PhaseFilter, describe, follow_events, summarize_status, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Progress, Step
-from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.status import RESUMABLE
-from qlora_tui.runs.status_summary import summarize_status
 from qlora_tui.runs.telemetry import Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
 

@@ -13,11 +13,11 @@ from qlora_tui.cli.open_app import can_show_app, open_app
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_duration, format_float, pluralize
-from qlora_tui.runs import actions, control, run_queue, trash
+from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
-from qlora_tui.runs.spawn import ensure_runner
+from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.view import RunView
 
@@ -42,7 +42,7 @@ def runs(args: argparse.Namespace) -> CommandResult:
     if args.action == "trash":
         return _trash(empty=args.empty)
     if args.action == "restore":
-        run = trash.restore(args.run_id)
+        run = actions.restore_run(args.run_id)
         return CommandResult(data={"run": run.id, "restored": True}, text=f"{run.id} is restored.")
     return _list()
 
@@ -64,9 +64,9 @@ def _delete(run: RunDir, *, confirmed: bool, in_use: bool) -> CommandResult:
 
 def _trash(*, empty: bool) -> CommandResult:
     """List the runs that the app deleted and that can be restored, or delete them for good."""
-    trashed = trash.trashed_runs()
+    trashed = actions.trashed_runs()
     sizes = {each.run.path: each.size_bytes for each in trashed}
-    deleted = {each.run.path for each in trash.empty()} if empty else set()
+    deleted = {each.run.path for each in actions.empty_trash()} if empty else set()
     data = {
         "runs": [
             {
@@ -93,7 +93,7 @@ def _trash(*, empty: bool) -> CommandResult:
             each.run.id,
             format_bytes(sizes[each.run.path]),
             f"{format_duration(each.age_s)} ago",
-            format_duration(max(0.0, trash.KEPT_S - each.age_s)),
+            format_duration(max(0.0, actions.KEPT_S - each.age_s)),
         ]
         for each in trashed
     ]
@@ -173,7 +173,7 @@ def _list() -> CommandResult:
         if rows
         else "No runs yet. `qlora-tui train` starts one."
     )
-    trash_bytes = trash.total_bytes()
+    trash_bytes = actions.trash_bytes()
     if trash_bytes:
         text += f"\n\nThe trash holds {format_bytes(trash_bytes)}: `qlora-tui runs trash`."
     data = {"runs": [_summary(view) for view in views], "queue": waiting, "trash_bytes": trash_bytes}

@@ -20,9 +20,9 @@ from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions
+from qlora_tui.runs.describe import follow_events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Finished
-from qlora_tui.runs.follow import follow_events
 from qlora_tui.runs.view import RunView
 
 PRESET = "cpu-demo"

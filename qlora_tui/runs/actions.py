@@ -1,32 +1,50 @@
-"""Actions on runs, shared by the command line and the app's keys."""
+"""Actions on runs, shared by the command line and the app's keys: from submitting to deleting.
+
+A deleted run is in the trash, ``runs/.deleted/<run id>``, for a week: inside the runs folder, so that
+deleting is a rename on the same disk. The file ``deleted`` in the run's folder has the time; without it a
+folder is not ours to delete.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
+import msgspec
+
 from qlora_tui import paths
+from qlora_tui.catalog.adapters import CONFIG
 from qlora_tui.drafts import discard
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
-from qlora_tui.files import atomic_write
+from qlora_tui.files import atomic_write, private_dir, read_regular, sync
 from qlora_tui.locks import is_held, is_locked
 from qlora_tui.recipe.absolute_paths import with_absolute_paths
+from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs import control, run_queue
-from qlora_tui.runs.directory import LAST, RunDir, all_runs, create_run
+from qlora_tui.runs.directory import LAST, TRASH, RunDir, all_runs, create_run, find_run
 from qlora_tui.runs.exports import delete_unfinished, is_exported
-from qlora_tui.runs.initial_adapter import with_initial_adapter
-from qlora_tui.runs.spawn import ensure_runner
-from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
+from qlora_tui.runs.process import ensure_runner
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status, refuse_other_machines
 from qlora_tui.settings import GPU_VARIABLE
 
 LONGEST_NAME = 60
+KEPT_DAYS = 7
+KEPT_S = KEPT_DAYS * 24 * 3600.0
+"""Time for which a deleted run can be restored, in seconds."""
+_TIME = "deleted"
 
 
 @disk_problems()
 def submit(recipe: Recipe) -> RunDir:
     """Queue a new run and make sure a runner is active. The recipe should be ready to run."""
+    refuse_other_machines()
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)), _gpu())
     run_queue.enqueue(run)
     ensure_runner()
@@ -52,6 +70,7 @@ def resume(run: RunDir) -> None:
             fix=_instead_of_resuming(run, status.state),
             exit_code=EXIT_USAGE,
         )
+    refuse_other_machines()
     if gpu := _gpu():
         atomic_write(run.gpu_path, f"{gpu}\n", durable=True)
     run_queue.requeue(run)
@@ -73,6 +92,82 @@ def _instead_of_resuming(run: RunDir, state: State) -> str:
     if state in ACTIVE or state == "queued":
         return f"It needs no resuming. Watch it: `qlora-tui attach {run.id}`."
     return "Only a run that failed, was stopped, paused or lost can be resumed."
+
+
+def initial_adapter(init_from: str) -> Path:
+    """Return the absolute folder of the adapter that ``lora.init_from`` names.
+
+    Args:
+        init_from: a folder with an adapter, a run's folder, or a run by id or name.
+
+    Raises:
+        UserError: there is no such adapter, the run has not saved one yet, or what the adapter computes is
+            not known, because its recipe has other settings under ``[lora]`` than this version.
+    """
+    folder = _folder_of(init_from)
+    recipe_of_adapter(folder)
+    return folder
+
+
+def _folder_of(init_from: str) -> Path:
+    folder = Path(init_from).expanduser()
+    if (folder / CONFIG).is_file():
+        return folder.resolve()
+    if folder.is_dir():
+        run = RunDir(folder.resolve())
+        if not run.recipe_path.is_file():
+            raise _missing(init_from, f"{folder} holds no {CONFIG}.")
+    elif folder.is_absolute():
+        raise _missing(init_from, f"{folder} does not exist.")
+    else:
+        run = find_run(init_from)
+    if not (run.adapter_dir / CONFIG).is_file():
+        raise _missing(init_from, f"{run.id} has not saved an adapter.")
+    return run.adapter_dir
+
+
+def with_initial_adapter(recipe: Recipe) -> Recipe:
+    """Return the recipe with the adapter's folder in place of a run's name.
+
+    Raises UserError.
+    """
+    if not recipe.lora.init_from:
+        return recipe
+    folder = initial_adapter(recipe.lora.init_from)
+    lora = msgspec.structs.replace(recipe.lora, init_from=str(folder))
+    return msgspec.structs.replace(recipe, lora=lora)
+
+
+def recipe_of_adapter(folder: Path) -> Recipe | None:
+    """Return the recipe that trained the adapter or checkpoint in ``folder``; None where it is not known.
+
+    Raises InvalidRecipeError where its settings under ``[lora]`` cannot be read.
+    """
+    run = RunDir(folder.parent.parent)
+    path = run.recipe_path if folder.parent == run.checkpoints_dir else folder / "recipe.toml"
+    try:
+        return to_frozen_recipe(load(path), origin=str(path))
+    except InvalidRecipeError as error:
+        if any(issue.path.startswith("lora.") for issue in error.issues):
+            raise
+        return None
+    except UserError:
+        return None
+
+
+def _missing(init_from: str, what: str) -> UserError:
+
+    fix = "Name a run that has finished, or the folder of an adapter; a checkpoint is one too."
+    for each in trashed_runs():
+        if each.run.id in (init_from, *Path(init_from).parts):
+            what = f"{what} {each.run.name} is in the trash."
+            fix = f"`qlora-tui runs restore {each.run.id}` brings it back."
+    return UserError(
+        "No adapter to start from",
+        what=f"Start from (lora.init_from) is {init_from!r}: {what}",
+        fix=fix,
+        exit_code=EXIT_USAGE,
+    )
 
 
 @disk_problems()
@@ -178,3 +273,137 @@ def delete(run: RunDir) -> None:
     check_deletable(run)
     delete_unfinished(run)
     discard(run.path)
+
+
+@dataclass(frozen=True)
+class TrashedRun:
+    """A deleted run that can be restored."""
+
+    run: RunDir
+    """Its folder in the trash."""
+    deleted_at: float
+    """Unix time."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its deletion; 0 if the clock was set back."""
+        return max(0.0, time.time() - self.deleted_at)
+
+    @property
+    def size_bytes(self) -> int:
+        """Room that it takes; a file that cannot be looked at counts nothing."""
+        size = 0
+        for folder, _, names in os.walk(self.run.path):
+            for name in names:
+                with suppress(OSError):
+                    size += (Path(folder) / name).lstat().st_size
+        return size
+
+
+def move_to_trash(run: RunDir) -> None:
+    """Move a run to the trash; raises UserError until it has ended, or on a disk error."""
+    check_deletable(run)
+    trashed = private_dir(_home()) / run.id
+    try:
+        atomic_write(run.path / _TIME, f"{int(time.time())}\n")
+        run.path.rename(trashed)
+        sync(trashed.parent)
+        sync(run.path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            (run.path / _TIME).unlink(missing_ok=True)
+        raise _disk("The run was not deleted", run.path, error) from error
+
+
+def trashed_runs() -> list[TrashedRun]:
+    """Return every run that can be restored, the one deleted last first."""
+    return sorted(
+        (TrashedRun(RunDir(path), _deleted_at(path)) for path in _listed(_home()) if _is_run(path)),
+        key=lambda each: each.deleted_at,
+        reverse=True,
+    )
+
+
+def trash_bytes() -> int:
+    """Return the room that all runs in the trash take."""
+    return sum(trashed.size_bytes for trashed in trashed_runs())
+
+
+def restore_run(run_id: str) -> RunDir:
+    """Move a run out of the trash, by its id, its name or the beginning of either. Raises UserError."""
+    trashed = _find(run_id)
+    run = RunDir(paths.runs_dir() / trashed.run.id)
+    if os.path.lexists(run.path):
+        raise UserError("The run was not restored", what=f"{run.path} exists.", fix="Rename that folder.")
+    try:
+        trashed.run.path.rename(run.path)
+        sync(run.path.parent)
+    except OSError as error:
+        raise _disk("The run was not restored", run.path, error) from error
+    # It counts only in the trash.
+    with suppress(OSError):
+        (run.path / _TIME).unlink(missing_ok=True)
+    return run
+
+
+def empty_trash(older_than_s: float = 0.0) -> list[TrashedRun]:
+    """Delete runs in the trash for good, and what their exports left unfinished; return those deleted.
+
+    A run that cannot be deleted stays in the trash, and so does one without the time of its deletion.
+    """
+    deleted = []
+    for trashed in trashed_runs():
+        if not (trashed.run.path / _TIME).is_file():
+            continue  # not put there by this program
+        if older_than_s and trashed.age_s <= older_than_s:
+            continue
+        delete_unfinished(trashed.run)
+        with suppress(OSError):
+            discard(trashed.run.path)
+            deleted.append(trashed)
+    return deleted
+
+
+def _find(run_id: str) -> TrashedRun:
+    trashed = trashed_runs()
+    matches = (
+        [each for each in trashed if each.run.id == run_id]
+        or [each for each in trashed if each.run.name == run_id]
+        or [each for each in trashed if each.run.id.startswith(run_id)]
+    )
+    if len(matches) == 1:
+        return matches[0]
+    what = f"{len(matches)} deleted runs begin with {run_id!r}." if matches else f"{run_id!r} is not in it."
+    raise UserError(
+        "Not in the trash", what=what, fix="`qlora-tui runs trash` lists what is.", exit_code=EXIT_USAGE
+    )
+
+
+def _is_run(path: Path) -> bool:
+    is_run = (path / _TIME).is_file() or RunDir(path).recipe_path.exists()
+    return path.is_dir() and not path.name.startswith(".") and is_run
+
+
+def _deleted_at(path: Path) -> float:
+    with suppress(OSError, ValueError):
+        if isfinite(deleted_at := float(read_regular(path / _TIME, 64))):
+            return deleted_at
+    # A rename changes this time.
+    return path.lstat().st_ctime
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _home() -> Path:
+    return paths.runs_dir() / TRASH
+
+
+def _disk(title: str, path: Path, error: OSError) -> UserError:
+    return UserError(
+        title, what=f"{path}: {error.strerror or error}.", fix="Check that you have write permission there."
+    )

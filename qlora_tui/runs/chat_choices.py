@@ -6,8 +6,7 @@
 * ``MODEL-HASH.edits.jsonl``: a prompt with the answer as the user edited it (``completion``), the only part
   in the loss.
 
-The hash tells models apart whose folders have one name. Version 1.0 wrote ``MODEL.pairs.jsonl`` for all of
-them: that file stays, and the rows of a base are copied from it to the base's own.
+The hash tells models apart whose folders have one name.
 
 Each row has its provenance: base, adapters, run, decoding settings, time. A turn that is judged again
 replaces its row.
@@ -109,7 +108,7 @@ def add_edit(prompt: Sequence[Message], answer: str, provenance: Provenance) -> 
 def count_choices(base: str, kind: ChoiceKind) -> int:
     """Number of rows of a base model; 0 where the file cannot be read."""
     try:
-        return len(_rows(base, kind))
+        return len(_lines(choices_path(base, kind)))
     except OSError:
         return 0
 
@@ -122,7 +121,7 @@ def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
         kind: pairs are trained with DPO, edits as they are.
         run_id: its id; empty to start with a new adapter.
     """
-    path = _own_file(recipe.model.id, kind)
+    path = choices_path(recipe.model.id, kind)
     # The run that was talked to may have learned from preferences, which edits are not.
     data = replace(recipe.data, sources=(Source(path=str(path)),), validation_path="", preferences="refuse")
     training = replace(recipe.training, max_steps=0)
@@ -156,26 +155,6 @@ def _lines(path: Path) -> list[bytes]:
     return [line for line in read_regular(path, _MAX_BYTES).splitlines() if line.strip()]
 
 
-def _rows(base: str, kind: ChoiceKind) -> list[bytes]:
-    """Rows of a base: of its own file, or before there is one, its part of version 1.0's. Raises OSError."""
-    path = choices_path(base, kind)
-    if path.exists():
-        return _lines(path)
-    shared = path.with_name(f"{_name(base)}.{kind}.jsonl")
-    identity = _identity(base)
-    rows = _lines(shared) if shared.exists() else []
-    return [line for line in rows if _identity(str(_provenance(line).get("base"))) == identity]
-
-
-@disk_problems()
-def _own_file(base: str, kind: ChoiceKind) -> Path:
-    """Return the file of a base's rows, which has those of version 1.0's file too. Raises UserError."""
-    path = choices_path(base, kind)
-    if not path.exists() and (rows := _rows(base, kind)):
-        atomic_write(path, b"\n".join(rows) + b"\n", durable=True)
-    return path
-
-
 @disk_problems()
 def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
     """Append a row, in place of an earlier one of the same turn; returns the number of rows."""
@@ -188,17 +167,14 @@ def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
                 what=f"Another program is writing {path}.",
                 fix="Try again in a moment.",
             )
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise UserError(
-                    "The choice was not saved",
-                    what=f"{path} is larger than {format_bytes(_MAX_BYTES)}.",
-                    why="What is beyond would be lost, because the file is written again.",
-                    fix="Move it away: the next choice starts another file.",
-                )
-        except FileNotFoundError:
-            pass
-        lines = _rows(base, kind)
+        if path.exists() and path.stat().st_size > _MAX_BYTES:
+            raise UserError(
+                "The choice was not saved",
+                what=f"{path} is larger than {format_bytes(_MAX_BYTES)}.",
+                why="What is beyond would be lost, because the file is written again.",
+                fix="Move it away: the next choice starts another file.",
+            )
+        lines = _lines(path) if path.exists() else []
         lines = [line for line in lines if _turn_of(line) != turn_id]
         lines.append(msgspec.json.encode(row))
         atomic_write(path, b"\n".join(lines) + b"\n", durable=True)

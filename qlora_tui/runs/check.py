@@ -1,28 +1,69 @@
-"""Checks that every run is intact, and lists repairs: ``qlora-tui runs check [--repair]``.
+"""Checks that every run is intact, and repairs: ``qlora-tui runs check [--repair]``.
 
-Runs in training are skipped. The repairs are in :mod:`qlora_tui.runs.repair`.
+Runs in training are skipped. A repair deletes nothing but what killed processes left half written: damaged
+files are moved aside, under a name that says so. A replacement is on disk before it takes the file's place.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
+from typing import TypeAlias
 
 from qlora_tui import paths
 from qlora_tui.drafts import kept_earlier
 from qlora_tui.errors import UserError
-from qlora_tui.files import read_regular
+from qlora_tui.files import atomic_write, read_regular, sync
+from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.recipe.toml import parse, to_recipe
-from qlora_tui.runs import leftovers, repair
+from qlora_tui.runs import leftovers, run_queue
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import events_and_damage
+from qlora_tui.runs.event_log import EventWriter, events_and_damage
+from qlora_tui.runs.events import Failed
 from qlora_tui.runs.exports import unreadable_exports
-from qlora_tui.runs.queue_entries import entries, queue_dir, stray_names
-from qlora_tui.runs.repair import CheckResult, Defect, fingerprint
-from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, status_problem
+from qlora_tui.runs.outcomes import determine_outcome, record_outcome
+from qlora_tui.runs.queue_entries import Entry, entries, queue_dir, queue_lock, stray_names
+from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, status_problem, write_status
+
+_DAMAGED = "damaged-"
+"""Name prefix of what is moved aside."""
+Fingerprint: TypeAlias = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One defect of a run or of the shared files."""
+
+    what: str
+    """A clause: ``adapter: adapter_model.safetensors is missing``."""
+    remedy: str
+    """A clause: what the user can do, or what the repair does."""
+    repair: Callable[[], str] | None = field(default=None, compare=False)
+    """Performs the repair and returns what was done, in a clause. Raises OSError or UserError."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Result of checking one run, or the files that all runs share."""
+
+    name: str
+    state: State | None
+    """State of the run; None if the result is not about a run."""
+    defects: tuple[Defect, ...] = ()
+    in_training: bool = False
+    """Whether the run was skipped because it is in training."""
+    run: RunDir | None = field(default=None, compare=False)
+    """The run; None if the result is not about a run."""
+    seen: Fingerprint = field(default=(), compare=False)
+    """Fingerprint of the run's files before the check."""
 
 
 def check_run(run: RunDir) -> CheckResult:
@@ -49,7 +90,7 @@ def check_queue() -> CheckResult:
         Defect(
             f"{entry.path.name} queues a run that does not exist",
             "a repair removes it from the queue",
-            partial(repair.take_out, entry),
+            partial(take_out, entry),
         )
         for entry in entries()
         if not (paths.runs_dir() / entry.run_id).is_dir()
@@ -64,14 +105,174 @@ def check_queue() -> CheckResult:
 def check_leftovers() -> CheckResult:
     """List what killed processes left half written."""
     defects = [
-        Defect(f"{path} was left by a killed process", "a repair deletes it", partial(repair.delete, path))
+        Defect(f"{path} was left by a killed process", "a repair deletes it", partial(delete, path))
         for path in leftovers.leftovers()
     ]
-    defects += [
-        Defect(f"{path} may be what version 1.0 left half written", "nothing shows that; delete it yourself")
-        for path in leftovers.unmarked()
-    ]
     return CheckResult("leftovers", None, tuple(defects))
+
+
+def apply_repairs(
+    checked: CheckResult, check_again: Callable[[], CheckResult]
+) -> tuple[CheckResult, list[str]]:
+    """Repair what can be repaired; return a second check's result and what was done, in clauses.
+
+    A run is held in the meantime, so that no trainer starts on it, and skipped if it has changed since the
+    check. A repair that fails says why, and leaves its defect to the second check.
+    """
+    repairs = [defect for defect in checked.defects if defect.repair is not None]
+    if not repairs:
+        return checked, []
+    try:
+        with _held(checked) as refusal:
+            done = [f"left alone: {refusal}"] if refusal else _apply(repairs)
+    except (OSError, UserError) as error:
+        done = [f"could not repair {checked.name}: {_reason(error)}"]
+    return check_again(), done
+
+
+def fingerprint(run: RunDir) -> Fingerprint:
+    """Name, inode, size and time of the run's files and checkpoints. It changes with every repair."""
+    files: list[tuple[str, int, int, int]] = []
+    for folder in (run.path, run.checkpoints_dir):
+        with suppress(OSError), os.scandir(folder) as listed:
+            for entry in listed:
+                if entry.name != run.trainer_lock_path.name:
+                    stat = entry.stat(follow_symlinks=False)
+                    files.append((entry.path, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(sorted(files))
+
+
+@contextmanager
+def _held(checked: CheckResult) -> Iterator[str]:
+    """Keep trainers and queue away from a run; yields why it cannot be repaired now, or an empty string."""
+    run = checked.run
+    if run is None:
+        yield ""
+        return
+    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as alone, queue_lock():
+        state = read_status(run).state
+        if state in ACTIVE or state == "queued":
+            yield f"it is {state}"
+        elif alone is None:
+            yield "a trainer still has it"
+        elif fingerprint(run) != checked.seen:
+            yield "it has changed since it was checked"
+        else:
+            yield ""
+
+
+def _apply(defects: list[Defect]) -> list[str]:
+    done = []
+    for defect in defects:
+        assert defect.repair is not None
+        try:
+            done.append(defect.repair())
+        except (OSError, UserError) as error:
+            done.append(f"could not repair {defect.what}: {_reason(error)}")
+    return done
+
+
+def _reason(error: OSError | UserError) -> str:
+    return error.title if isinstance(error, UserError) else error.strerror or str(error)
+
+
+def put_back(run: RunDir, final: Path) -> str:
+    """Restore a folder that was moved aside for a replacement that is missing."""
+    leftovers.restore(run)
+    return f"put {final.name} back"
+
+
+def restore_recipe(run: RunDir, text: str, origin: Path) -> str:
+    """Write the recipe from its copy ``text``, read from the file ``origin``."""
+    keep = _place_aside(run.recipe_path) if run.recipe_path.exists() else None
+    atomic_write(run.recipe_path, text, durable=True, keep=keep)
+    return f"restored recipe.toml from {origin.relative_to(run.path)}"
+
+
+def rewrite_events(run: RunDir) -> str:
+    """Remove damaged lines from ``events.jsonl``."""
+    content = b"".join(line for line, _ in events_and_damage(run.events_path))
+    aside = _place_aside(run.events_path)
+    atomic_write(run.events_path, content, durable=True, keep=aside)
+    return f"left them out; the file as it was is {aside.name}"
+
+
+def restore_events(run: RunDir, aside: Path) -> str:
+    """Restore the events from the file that an interrupted repair moved aside."""
+    content = b"".join(line for line, _ in events_and_damage(aside))
+    atomic_write(run.events_path, content, durable=True)
+    return f"restored events.jsonl from {aside.name}"
+
+
+def set_aside(folder: Path) -> str:
+    """Move a damaged file or folder aside."""
+    return f"moved it to {_move_aside(folder).name}"
+
+
+def reopen(run: RunDir, damage: str) -> str:
+    """Turn a finished run into a failed one, so that it can be resumed."""
+    if run.adapter_dir.exists():
+        _move_aside(run.adapter_dir)
+    resume = f"`qlora-tui resume {run.id}`"
+    lost = Failed(
+        at=time.time(),
+        title="The adapter was lost",
+        what=f"After the run had finished, its adapter was found damaged: {damage}.",
+        fix=f"{resume} writes it again from the last checkpoint.",
+        kind="lost",
+    )
+    with EventWriter(run.events_path) as log:
+        log.append(lost)
+    write_status(run, read_status(run).transition("failed", detail=f"{lost.title}: {lost.what}"))
+    return f"{resume} writes it again now"
+
+
+def restore_status(run: RunDir) -> str:
+    """Write the status from the run's events."""
+    status = read_status(run)
+    if status.state == "lost":
+        record_outcome(run, determine_outcome(run, None))
+    elif is_stranded(run):
+        run_queue.mark_not_queued(run, "It was queued and was not in the queue.")
+    else:
+        write_status(run, status)
+    return f"it is {read_status(run).state} now"
+
+
+def take_out(entry: Entry) -> str:
+    """Remove the queue entry of a run that no longer exists."""
+    run_queue.remove(RunDir(paths.runs_dir() / entry.run_id))
+    return "taken out"
+
+
+def delete(path: Path) -> str:
+    """Delete the leftovers of a killed process."""
+    leftovers.delete(path)
+    return "deleted"
+
+
+def last_aside(path: Path) -> Path | None:
+    """Path to which a file or folder was last moved aside; None if it never was."""
+    asides = (path.with_name(name) for name in _names_aside(path))
+    return max(takewhile(Path.exists, asides), key=lambda aside: aside.stat().st_ctime_ns, default=None)
+
+
+def _move_aside(path: Path) -> Path:
+    """Rename a file or folder within its folder, durably; return its new path."""
+    aside = _place_aside(path)
+    path.rename(aside)
+    sync(path.parent)
+    return aside
+
+
+def _place_aside(path: Path) -> Path:
+    """First free name for ``path`` in its folder."""
+    return next(aside for name in _names_aside(path) if not (aside := path.with_name(name)).exists())
+
+
+def _names_aside(path: Path) -> Iterator[str]:
+    yield f"{_DAMAGED}{path.name}"
+    yield from (f"{_DAMAGED}{number}-{path.name}" for number in count(2))
 
 
 def _moved_aside(run: RunDir) -> Iterator[Defect]:
@@ -81,7 +282,7 @@ def _moved_aside(run: RunDir) -> Iterator[Defect]:
             continue
         place = earlier.relative_to(final.parent)
         what = f"{final.name} was moved to {place} and the replacement is missing"
-        yield Defect(what, "a repair moves it back", partial(repair.put_back, run, final))
+        yield Defect(what, "a repair moves it back", partial(put_back, run, final))
 
 
 def _recipe(run: RunDir) -> Iterator[Defect]:
@@ -96,7 +297,7 @@ def _recipe(run: RunDir) -> Iterator[Defect]:
         yield Defect(what, "neither adapter nor checkpoint has a copy: start a new run")
     else:
         remedy = "a repair restores it from an adapter or checkpoint"
-        yield Defect(what, remedy, partial(repair.restore_recipe, run, *copy))
+        yield Defect(what, remedy, partial(restore_recipe, run, *copy))
 
 
 def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
@@ -114,12 +315,12 @@ def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
 
 
 def _events(run: RunDir) -> Iterator[Defect]:
-    aside = repair.last_aside(run.events_path)
+    aside = last_aside(run.events_path)
     if not run.events_path.exists() and aside is not None:
         yield Defect(
             f"events.jsonl is missing, but {aside.name} exists: a repair was interrupted",
             "a repair restores its readable events",
-            partial(repair.restore_events, run, aside),
+            partial(restore_events, run, aside),
         )
         return
     try:
@@ -131,7 +332,7 @@ def _events(run: RunDir) -> Iterator[Defect]:
         yield Defect(
             f"events.jsonl has {damaged} damaged {'line' if damaged == 1 else 'lines'}",
             "a repair removes them, and keeps a copy of the original file",
-            partial(repair.rewrite_events, run),
+            partial(rewrite_events, run),
         )
 
 
@@ -142,7 +343,7 @@ def _checkpoints(run: RunDir) -> Iterator[Defect]:
             yield Defect(
                 f"checkpoint of step {step}: {damage}",
                 "an earlier one is used instead; a repair moves this one aside",
-                partial(repair.set_aside, folder),
+                partial(set_aside, folder),
             )
 
 
@@ -153,9 +354,7 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
     if damage is None:
         return
     if state != "finished":
-        yield Defect(
-            f"adapter: {damage}", "a repair moves it aside", partial(repair.set_aside, run.adapter_dir)
-        )
+        yield Defect(f"adapter: {damage}", "a repair moves it aside", partial(set_aside, run.adapter_dir))
         return
     whole = [step for step, folder in run.checkpoints() if checkpoint_damage(folder) is None]
     remedy = (
@@ -163,7 +362,7 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
         if whole
         else f"a repair lets `qlora-tui resume {run.id}` train it again: no checkpoint is intact"
     )
-    yield Defect(f"adapter: {damage}", remedy, partial(repair.reopen, run, damage))
+    yield Defect(f"adapter: {damage}", remedy, partial(reopen, run, damage))
 
 
 def _exports(run: RunDir) -> Iterator[Defect]:
@@ -177,10 +376,10 @@ def _status(run: RunDir) -> Iterator[Defect]:
     if problem is not None and read_status(run).state == "unreadable":
         yield Defect(problem, "there is no recipe to continue with: delete the run")
     elif problem is not None:
-        yield Defect(problem, "a repair writes it from the run's events", partial(repair.restore_status, run))
+        yield Defect(problem, "a repair writes it from the run's events", partial(restore_status, run))
     elif is_stranded(run):
         yield Defect(
             "its status is queued, but it is not in the queue",
             f"`qlora-tui resume {run.id}` queues it; a repair records it as stopped",
-            partial(repair.restore_status, run),
+            partial(restore_status, run),
         )

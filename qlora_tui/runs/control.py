@@ -76,11 +76,11 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
 
 def terminate(process: ProcessIdentity | None) -> bool:
     """Send SIGTERM to exactly this process; False if it cannot be reached from here."""
-    if process is None or not process.is_visible:
+    if process is None:
         return False
     try:
         handle = os.pidfd_open(process.pid)
-    except (OSError, OverflowError, AttributeError):
+    except (OSError, OverflowError):
         return False
     try:
         # The handle refers to the process that had the PID when it was opened, so check identity after.

@@ -1,4 +1,5 @@
-"""Checks of the data before a launch: its files, the first rows, errors of earlier inspections."""
+"""Checks of the data before a launch: its files, the first rows, errors of earlier inspections, number of
+steps."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ from qlora_tui.data.quick_check import (
     file_fingerprint,
     quick_check,
     raise_cached_error,
+    steps_per_epoch,
     tokenizer_fingerprint,
+    total_steps,
 )
 from qlora_tui.data.read import COLUMNAR, kind_of
 from qlora_tui.data.sources import (
@@ -42,8 +45,13 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs.machine_checks import Check, CheckKind
-from qlora_tui.runs.step_limit import check_step_limit
-from qlora_tui.runs.suggested_fix import SuggestedFix
+from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
+
+_MARGIN = 1.25
+"""Factor between the two limits from which the estimate says for certain which comes first."""
+_Fingerprint = tuple[Path, int, bytes, int, int]
+"""A file, the index of its source and the source as JSON, the file's modification time in nanoseconds and its
+size in bytes."""
 
 
 def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool) -> list[Check]:
@@ -88,6 +96,59 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar:
     return [*checks, *check_step_limit(recipe, result.sizes, complete=complete)]
 
 
+def data_error(data: Data) -> UserError | None:
+    """Return why the data cannot be trained on, as far as its first rows and earlier inspections show."""
+    try:
+        _describe_sources(data, None)
+    except UserError as problem:
+        return problem
+    except OSError as error:
+        return _unreadable(error)
+    return None
+
+
+def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: bool) -> list[Check]:
+    """Say how many steps the run has, and warn if they are too few or Max steps and Epochs clearly disagree.
+
+    ``sizes``: the data that was read; ``complete``: whether that is all of it.
+    """
+    limit, epochs, sources = recipe.training.max_steps, recipe.training.epochs, recipe.data.sources
+    # The sources come first; after them is the validation file, which no step trains on.
+    trained = [(size, sources[size.source].weight) for size in sizes if size.source < len(sources)]
+    samples = sum(size.samples * weight for size, weight in trained)
+    if not samples:
+        return []
+    steps_of_epoch = steps_per_epoch(samples, sum(size.tokens * weight for size, weight in trained), recipe)
+    steps = total_steps(steps_of_epoch, recipe)
+    of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
+    suggested_fix = None
+    if limit and limit * _MARGIN < steps:
+        suggested_fix = SuggestedFix("train all epochs", changes={"training.max_steps": 0})
+        about = "about" if complete else "less than"
+        text = (
+            f"Max steps is {limit:,}: the run ends after {about} {limit / steps_of_epoch:.2g} of the "
+            f"{of_epochs} set."
+        )
+        every = f" (about {pluralize(steps, 'step')})" if complete else ""
+        fix = f"To train all epochs{every}, set Max steps (training.max_steps) to 0."
+    elif complete and steps < FEW_STEPS:
+        text = f"The run has only about {pluralize(steps, 'step')}: it will learn hardly anything."
+        sequences = pluralize(recipe.effective_batch, "sequence")
+        fix = f"One step takes {sequences}: raise Epochs, or lower Gradient accumulation or Micro-batch size."
+    elif limit and complete and limit > steps * _MARGIN:
+        text = (
+            f"Epochs is {epochs:g}: the run ends after about {pluralize(steps, 'step')}, before the "
+            f"{limit:,} of Max steps."
+        )
+        fix = "To train longer, raise Epochs (training.epochs)."
+    elif complete:
+        about = pluralize(min(steps, limit or steps), "step")
+        return [Check(CheckKind.SETTINGS, "ok", f"About {about} in {of_epochs}.")]
+    else:
+        return []
+    return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=suggested_fix)]
+
+
 def _data_fix(problem: UserError) -> SuggestedFix | None:
     """Return the change of a setting that makes the data usable, where there is one."""
     if problem.code in BAD_ROWS:
@@ -110,17 +171,6 @@ def _rows_used(trained: Sequence[FileSize], excluded: int, text: str) -> Check:
         return Check(CheckKind.DATA, "ok", text)
     fix = "See why on the Data screen, or with `qlora-tui data inspect`."
     return Check(CheckKind.DATA, "note", f"{text} About {used:,} of {pluralize(rows, 'row')} are used.", fix)
-
-
-def data_error(data: Data) -> UserError | None:
-    """Return why the data cannot be trained on, as far as its first rows and earlier inspections show."""
-    try:
-        _describe_sources(data, None)
-    except UserError as problem:
-        return problem
-    except OSError as error:
-        return _unreadable(error)
-    return None
 
 
 def _describe_sources(data: Data, tokens: Tokens | None) -> list[str]:
@@ -153,11 +203,6 @@ def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | Non
     if files is None or files.gguf_file is not None:
         return None
     return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
-
-
-_Fingerprint = tuple[Path, int, bytes, int, int]
-"""A file, the index of its source and the source as JSON, the file's modification time in nanoseconds and its
-size in bytes."""
 
 
 def _fingerprints(data: Data) -> tuple[_Fingerprint, ...]:

@@ -1,15 +1,28 @@
-"""Events as sentences: the lines of ``attach`` and of the live screen's log."""
+"""A run in sentences: its events, its state for screen readers, and its events as they arrive.
+
+``attach``, ``train`` and ``demo`` print them; the live screen's log has the same lines.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     format_bytes,
     format_count,
     format_duration,
     format_float,
+    format_gib,
     format_percent,
     pluralize,
 )
+from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.locks import is_locked
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import read_from
 from qlora_tui.runs.events import (
     STEP_PHASES,
     AdapterReady,
@@ -40,7 +53,16 @@ from qlora_tui.runs.events import (
     ValidationCompared,
     phase_label,
 )
+from qlora_tui.runs.process import ensure_runner, runner_lock_path, runner_log_path
+from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
+from qlora_tui.runs.telemetry import Reading
+from qlora_tui.runs.view import RunView
+
+POLL_S = 0.25
+_LOG_BYTES = 1 << 16
+GRACE_S = 10.0
+"""Time in seconds that a runner may take to start, and to make way for the next."""
 
 
 def describe(event: AnyEvent, total_steps: int = 0) -> str:
@@ -269,3 +291,132 @@ def _format_verified(event: StepVerified) -> str:
 def _number(value: float | None) -> float:
     # Events write NaN and infinity, which JSON cannot hold, as None.
     return float("nan") if value is None else value
+
+
+def summarize_status(view: RunView, sample: Reading | None) -> str:
+    """``training, step 640 of 3,000, loss 1.21, 12 min left. GPU 96% busy, 18.2 of 24.0 GiB, 61 °C.``"""
+    state = view.status.state
+    parts: list[str] = [phase_label(view.phase) if state == "running" and view.phase else state]
+    progress = view.progress
+    if progress is not None and view.phase == progress.phase:
+        parts.append(f"{progress.done:,} of {progress.total:,}")
+    if view.total_steps:
+        parts.append(f"step {view.step:,} of {view.total_steps:,}")
+    if view.loss is not None:
+        parts.append(f"loss {format_float(view.loss, 3)}")
+    if view.evaluations:
+        last = view.evaluations[-1]
+        loss = float("nan") if last.loss is None else last.loss
+        parts.append(f"validation loss {format_float(loss, 3)} at step {last.step:,}")
+        if last.accuracy is not None:
+            base = "" if view.base_accuracy is None else f" (base model {format_percent(view.base_accuracy)})"
+            parts.append(f"{format_percent(last.accuracy)} of answers exact{base}")
+        if rewards := format_rewards(last):
+            parts.append(rewards)
+    if view.best is not None and view.best is not view.evaluations[-1]:
+        parts.append(f"best {format_float(view.best.loss, 3)} at step {view.best.step:,}")
+    if view.loss_to_beat is not None:
+        parts.append(f"worse than before training ({format_float(view.loss_to_beat, 3)})")
+    # Such as that the trainer is suspended: then nothing is left of its pace.
+    detail = view.status.detail if state == "running" else ""
+    if state == "running" and not detail and view.seconds_left is not None:
+        parts.append(f"{format_duration(view.seconds_left)} left")
+    summary = f"{', '.join(parts)}.{' ' if detail else ''}{detail}"
+    return (
+        summary if sample is None or state not in ("starting", "running") else f"{summary} {_machine(sample)}"
+    )
+
+
+def _machine(sample: Reading) -> str:
+    if sample.gpu is None:
+        return f"No GPU; CPU {sample.cpu_percent:.0f}% of one core, {format_gib(sample.rss_bytes)} GiB."
+    return f"GPU {', '.join(_gpu(sample.gpu)) or 'tells nothing'}."
+
+
+def _gpu(gpu: GpuMetrics) -> list[str]:
+    """Parts of the GPU sentence; metrics that the GPU does not report are left out."""
+    parts = []
+    if gpu.utilization_percent is not None:
+        parts.append(f"{gpu.utilization_percent}% busy")
+    if gpu.memory_used_bytes is not None:
+        parts.append(f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB")
+    if gpu.power_w is not None:
+        limit = "" if gpu.power_limit_w is None else f" of {gpu.power_limit_w:.0f}"
+        parts.append(f"{gpu.power_w:.0f}{limit} W")
+    if gpu.temperature_c is not None:
+        parts.append(f"{gpu.temperature_c} °C")
+    if gpu.throttle:
+        parts.append(f"slowed by {', '.join(gpu.throttle)}")
+    return parts
+
+
+def follow_events(
+    view: RunView, on_status: Callable[[str], None] = lambda detail: None
+) -> Iterator[AnyEvent]:
+    """Yield every event that the view has not read yet, until the run is over.
+
+    Afterwards ``view.ending`` is how it ended, or None if only ``view.status`` knows: for a run that is lost
+    or unreadable, or whose last event was never written or is damaged. Raises UserError for a queued run that
+    no runner takes.
+
+    ``on_status`` gets a sentence about a trainer that may send no events for long: it is suspended, does not
+    respond, or runs on another machine. It also gets one about a suspended runner.
+    """
+    settled_before = False
+    runner = _RunnerMonitor(view.run)
+    reported = waited_for = ""
+    while True:
+        yield from view.iter_new()
+        state = view.status.state
+        settled = state != "queued" and state not in ACTIVE
+        # Resuming appends Queued shortly before it changes the status, so an ending may be missing once.
+        if state in ("lost", "unreadable", "gone") or (settled and (view.ending or settled_before)):
+            return
+        settled_before = settled
+        # The text before a colon stays the same; the text after it may be an age.
+        detail = view.status.detail if state == "queued" or state in ACTIVE else ""
+        if detail.partition(":")[0] != reported:
+            on_status(detail or f"The {waited_for} responds again.")
+            reported = detail.partition(":")[0]
+            waited_for = "runner" if state == "queued" else "trainer"
+        if state == "queued":
+            runner.check()
+        time.sleep(POLL_S)
+
+
+class _RunnerMonitor:
+    """Makes sure that a queued run has a runner: it may have been killed, or be unable to work."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._missing_since: float | None = None
+        self._tried = False
+
+    def check(self) -> None:
+        """Start a runner if none has been active for a while; raise UserError if that did not help."""
+        now = time.monotonic()
+        if is_locked(runner_lock_path()):
+            self._missing_since = None
+            return
+        if self._missing_since is None:
+            self._missing_since = now
+        if now - self._missing_since < GRACE_S:
+            return
+        if self._tried:
+            raise UserError(
+                "No runner takes the run",
+                what=f"{self._run.id} is queued, and the runner ended before it began.",
+                why=_last_line(runner_log_path()),
+                fix=f"{runner_log_path()} has the details; `qlora-tui attach {self._run.id}` tries again.",
+            )
+        ensure_runner()
+        self._tried, self._missing_since = True, None
+
+
+def _last_line(log: Path) -> str:
+    try:
+        begin = max(0, log.stat().st_size - _LOG_BYTES)
+        lines = read_from(log, begin, _LOG_BYTES).decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((f"Its log ends: {line.strip()}" for line in reversed(lines) if line.strip()), "")

@@ -36,7 +36,7 @@ from qlora_tui.runs.events import Queued, decode
 
 _FIRST_EVENT_BYTES = 1024
 TRASH = ".deleted"
-"""Folder, next to the runs, of deleted runs that can be restored: see :mod:`qlora_tui.runs.trash`."""
+"""Folder, next to the runs, of deleted runs that can be restored: see :mod:`qlora_tui.runs.actions`."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def _free_name(parent: Path, recipe: Recipe) -> str:
     base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"
     name, number = base, 1
     # A deleted run may be restored under its name.
-    places = (parent.iterdir(), parent.glob(f"{TRASH}/*"), parent.glob(f"{TRASH}/*/*"))
+    places = (parent.iterdir(), parent.glob(f"{TRASH}/*"))
     taken = {path.name for place in places for path in place}
     while name in taken:
         number += 1

@@ -1,7 +1,7 @@
-"""Appending to ``events.jsonl`` and following it.
+"""Appending to ``events.jsonl``, following it, and sampling long ones.
 
 The file is append-only. A crash can leave its last line torn: readers wait for the newline, and the next
-writer truncates the torn end before it appends.
+writer truncates the torn end before it appends. :class:`JsonLinesTail` reads other files of lines, too.
 """
 
 from __future__ import annotations
@@ -9,19 +9,44 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar, get_args
 
 from qlora_tui.files import open_regular, open_to_read, write_all
-from qlora_tui.runs.events import AnyEvent, CheckpointSaved, Failed, Finished, Paused, Stopped, decode, encode
+from qlora_tui.runs.events import (
+    SERIES,
+    AnyEvent,
+    CheckpointSaved,
+    Event,
+    Failed,
+    Finished,
+    Paused,
+    Stopped,
+    decode,
+    encode,
+)
 
 _READ_BYTES = 1 << 20
 _BACKWARDS_BYTES = 1 << 16
 LONGEST_LINE_BYTES = 1 << 24
 """Maximum length of an event. Longer lines are skipped: a power cut can leave gigabytes without a newline."""
+_READ_WHOLE_BYTES = 256 << 10
+"""Files up to this size are read in full: they have few steps to skip."""
+_MAX_BROKEN = 2000
+"""Maximum number of steps without a finite loss that are kept in addition to the sample."""
+_MAX_EACH = 16_384
+_MAX_EACH_BYTES = 16 << 20
+"""Most events of one kind that are read whole. What a file has more of is sampled as steps are, so that
+reading takes bounded memory, whatever is in it."""
+_BEGINNING = b'{"event":"'
+_BROKEN = b'"loss":null'
+T = TypeVar("T")
 
 
 class EventWriter:
@@ -62,54 +87,85 @@ class EventWriter:
         self.close()
 
 
-class EventTail:
-    """Reads events from where it last stopped, never from the start again."""
+class LineTail:
+    """Complete lines appended to a file, from where it last stopped; never more than a piece in memory.
 
-    def __init__(self, path: Path, offset: int = 0, unknown: int = 0) -> None:
-        self._path = path
-        self._offset = offset
+    Lines longer than any event are skipped, and holes passed at once: a power cut can leave gigabytes of
+    nothing.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path = path
+        self.offset = offset
+        self.skipped = 0
+        """Number of lines that were too long."""
         self._is_skipping = False
-        """Whether the offset is inside a line that is too long."""
-        self.unknown = unknown
-        """Number of complete lines this version does not understand."""
 
-    def poll(self, max_bytes: int = _READ_BYTES) -> list[AnyEvent]:
-        """Return the complete events among the next ``max_bytes``; empty if there is nothing more yet."""
-        chunk = read_from(self._path, self._offset, max_bytes)
+    def poll(self, max_bytes: int = 0) -> bytes:
+        """Return the complete lines among the next ``max_bytes``, by default a megabyte; empty if there are
+        none."""
+        max_bytes = max_bytes or _READ_BYTES
+        chunk = read_from(self.path, self.offset, max_bytes)
         end = chunk.rfind(b"\n") + 1
-        if not end and self._is_skipping:
-            self._offset = next_data(self._path, self._offset + len(chunk))
-            return []
-        if not end and len(chunk) == max_bytes:
-            if max_bytes < LONGEST_LINE_BYTES:
-                return self.poll(max_bytes * 4)
-            self._is_skipping = True
-            self._offset = next_data(self._path, self._offset + len(chunk))
-            return []
-        self._offset += end
-        events = []
-        for line in chunk[:end].splitlines():
-            if self._is_skipping:
-                self._is_skipping = False
-                self.unknown += 1
-                continue
-            event = decode(line)
-            if event is None:
-                self.unknown += 1
-            else:
-                events.append(event)
-        return events
+        if not end and len(chunk) == max_bytes < LONGEST_LINE_BYTES and not self._is_skipping:
+            return self.poll(max_bytes * 4)
+        if not end:
+            if chunk and (self._is_skipping or len(chunk) == max_bytes):
+                self._is_skipping = True
+                self.offset = next_data(self.path, self.offset + len(chunk))
+            return b""
+        self.offset += end
+        if self._is_skipping:
+            self._is_skipping = False
+            self.skipped += 1
+            return chunk[chunk.index(b"\n") + 1 : end]
+        return chunk[:end]
 
-    def drain(self) -> Iterator[AnyEvent]:
-        """Yield every complete event to the end of the file, holding one read at a time in memory."""
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the lines to the end of the file, in pieces."""
+        before = -1
+        while self.offset != before:
+            before = self.offset
+            yield self.poll()
+
+
+class JsonLinesTail(Generic[T]):
+    """Decoded lines of a :class:`LineTail`."""
+
+    def __init__(self, path: Path, decode_line: Callable[[bytes], T | None], offset: int = 0) -> None:
+        """``decode_line`` returns None for a line that it does not understand."""
+        self.unknown = 0
+        """Number of complete lines that were not understood."""
+        self._lines = LineTail(path, offset)
+        self._decode = decode_line
+
+    def poll(self) -> list[T]:
+        """Return what was appended, up to a megabyte; empty if there is nothing more yet."""
+        return self._decoded(self._lines.poll())
+
+    def pieces(self) -> Iterator[list[T]]:
+        """Yield what there is to the end of the file, in pieces."""
+        return map(self._decoded, self._lines.pieces())
+
+    def drain(self) -> Iterator[T]:
+        """Yield what there is to the end of the file, holding one read at a time in memory."""
         return chain.from_iterable(self.pieces())
 
-    def pieces(self) -> Iterator[list[AnyEvent]]:
-        """Yield complete events to the end of the file, one list per read."""
-        before = -1
-        while self._offset != before:
-            before = self._offset
-            yield self.poll()
+    def _decoded(self, piece: bytes) -> list[T]:
+        lines = piece.splitlines()
+        decoded = [value for line in lines if (value := self._decode(line)) is not None]
+        self.unknown += len(lines) - len(decoded) + self._lines.skipped
+        self._lines.skipped = 0
+        return decoded
+
+
+class EventTail(JsonLinesTail[AnyEvent]):
+    """The events of a run."""
+
+    def __init__(self, path: Path, offset: int = 0, unknown: int = 0) -> None:
+        """``unknown``: number of lines before ``offset`` that were not understood."""
+        super().__init__(path, decode, offset)
+        self.unknown = unknown
 
 
 def last_event(path: Path) -> AnyEvent | None:
@@ -241,3 +297,112 @@ def _cut_torn_end(file: int) -> None:
         end = _data_end(file, start)
     if end != size:
         os.ftruncate(file, end)
+
+
+@dataclass(frozen=True)
+class SampledEvents:
+    """The events sampled from a run."""
+
+    events: list[AnyEvent]
+    end: int
+    """Offset in the file up to which they were read, in bytes."""
+    unknown: int
+    """Number of sampled lines that this version does not understand."""
+
+
+def sample_events(path: Path, steps: int) -> SampledEvents:
+    """Return the events of a run in order, with about ``steps`` of its steps.
+
+    A run of a million steps has events of 200 MB, which take seconds to decode and more memory than a screen
+    should use. Steps whose loss is not finite, the last step and the last line are always included, and so is
+    every event that is not one of a series.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    sampler = _Sampler(1 if size <= _READ_WHOLE_BYTES else max(1, size // steps))
+    tail = LineTail(path)
+    for piece in tail.pieces():
+        sampler.add(piece)
+    chosen = sampler.chosen()
+    events = [event for line in chosen if (event := decode(line)) is not None]
+    return SampledEvents(events, tail.offset, len(chosen) - len(events) + tail.skipped)
+
+
+class _Sampler:
+    """Chooses lines of a file: facts, and an even sample of what a run has as much of as steps.
+
+    Steps are found as bytes, because splitting a million of them into lines takes seconds.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        """Distance in bytes between two lines of the even sample; 1 for all lines."""
+        self._place = 0
+        self._lines: dict[int, bytes] = {}
+        """The chosen lines, by their place in the file."""
+        self._last: dict[bytes, tuple[int, bytes]] = {}
+        """Last line of each kind that is sampled, and of the file: they are facts too."""
+        self._count: Counter[bytes] = Counter()
+        self._bytes: Counter[bytes] = Counter()
+        self._broken = 0
+
+    def add(self, piece: bytes) -> None:
+        """Choose from complete lines, which follow those before."""
+        if not piece:
+            return
+        for start in {*self._even(piece), *self._broken_steps(piece), *self._facts(piece)}:
+            self._lines[self._place + start] = _line_at(piece, start)
+        for end in (*_SERIES, b""):
+            if (at := piece.rfind(end, 0, len(piece) - 1)) >= 0:
+                self._keep_last(end, piece, piece.rfind(b"\n", 0, at) + 1)
+        self._place += len(piece)
+
+    def chosen(self) -> list[bytes]:
+        """Return the chosen lines, in order."""
+        return [line for _, line in sorted((self._lines | dict(self._last.values())).items())]
+
+    def _even(self, piece: bytes) -> Iterator[int]:
+        if self._every == 1:
+            return (match.start() for match in re.finditer(b"^.", piece, re.MULTILINE))
+        places = range(-self._place % self._every, len(piece), self._every)
+        return (piece.rfind(b"\n", 0, place) + 1 for place in places)
+
+    def _broken_steps(self, piece: bytes) -> Iterator[int]:
+        place = piece.find(_BROKEN)
+        while place >= 0 and self._broken < _MAX_BROKEN:
+            self._broken += 1
+            yield piece.rfind(b"\n", 0, place) + 1
+            place = piece.find(_BROKEN, place + 1)
+
+    def _facts(self, piece: bytes) -> Iterator[int]:
+        """Yield where lines begin that are not of a series, even those that this version does not know."""
+        for match in _FACT.finditer(b"\n" + piece, 0, len(piece)):
+            start = match.start()
+            tag = match[1] if match[1] in _TAGS else b"?"
+            self._count[tag] += 1
+            self._bytes[tag] += piece.index(b"\n", start) - start
+            if self._count[tag] <= _MAX_EACH and self._bytes[tag] <= _MAX_EACH_BYTES:
+                yield start
+            else:
+                self._keep_last(tag, piece, start)
+
+    def _keep_last(self, kind: bytes, piece: bytes, start: int) -> None:
+        self._last[kind] = self._place + start, _line_at(piece, start)
+
+
+def _line_at(piece: bytes, start: int) -> bytes:
+    return piece[start : piece.index(b"\n", start)]
+
+
+def _tag(kind: type[Event]) -> bytes:
+    return str(kind.__struct_config__.tag).encode()
+
+
+_TAGS = frozenset(map(_tag, get_args(AnyEvent)))
+
+
+_SERIES = tuple(_BEGINNING + _tag(kind) + b'"' for kind in SERIES)
+
+
+_FACT = re.compile(
+    b"\n(?!" + b"|".join(map(re.escape, _SERIES)) + b")(?:" + re.escape(_BEGINNING) + b'([^"\n]*)")?'
+)

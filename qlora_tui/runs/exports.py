@@ -26,8 +26,7 @@ from qlora_tui.files import atomic_write, private_dir, read_regular
 from qlora_tui.locks import is_locked
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.process import ProcessIdentity
-from qlora_tui.runs.spawn import detached_environ
+from qlora_tui.runs.process import ProcessIdentity, detached_environ
 from qlora_tui.worker import start_detached
 
 Form: TypeAlias = Literal[

@@ -32,12 +32,6 @@ from qlora_tui.runs.directory import RunDir
 OLD_S = 3600.0
 """Age in seconds of a leftover file; no write takes so long."""
 _EARLIER = re.compile(r"\.(.+)\.earlier", re.DOTALL)
-_UNMARKED = re.compile(
-    r"\.new-\d+-\w+|\.deleting-\d+-.+|\.adapter|\.(adapter|step-\d+)\.earlier|\.writing(-step-\d+)?"
-    r"|\.making-\w+",
-    re.DOTALL,
-)
-"""Names that version 1.0 gave to its temporary folders, which have no marker."""
 
 
 def restore(run: RunDir) -> list[Path]:
@@ -92,12 +86,6 @@ def _leftovers() -> Iterator[Path]:
     for folder in _own_folders():
         yield from abandoned_in(folder)
         yield from (path for path in _listed(folder) if _is_old_file(path))
-
-
-def unmarked() -> Iterator[Path]:
-    """Yield folders whose names version 1.0 gave to what it had not finished, and which nothing deletes."""
-    for folder in _own_folders():
-        yield from (path for path in _listed(folder) if path.is_dir() and _UNMARKED.fullmatch(path.name))
 
 
 def _own_folders() -> Iterator[Path]:

@@ -1,8 +1,12 @@
-"""Checks of this machine: GPU, disk space, queue. Shared by ``train``, the Train screen and ``doctor``."""
+"""Checks of this machine: GPU, memory, disks, queue, locks and libraries.
+
+``train`` and the Train screen make those that a recipe needs, ``doctor`` and the app all the others.
+"""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -10,25 +14,34 @@ from typing import Literal
 
 import psutil
 
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui import paths, subprocesses
+from qlora_tui.catalog.local_models import hub_cache_dir
+from qlora_tui.drafts import new_draft
+from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
 from qlora_tui.formatting import format_bytes, format_gib, format_path
 from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
-from qlora_tui.gpu.visible_devices import choose_gpu
+from qlora_tui.gpu.visible_devices import CPU, choose_gpu
+from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
+from qlora_tui.settings import GPU_VARIABLE
+from qlora_tui.worker import run_job
 
 Outcome = Literal["ok", "note", "warning", "error"]
 _NOTABLE_BYTES = 512 << 20
 """GPU memory used by other programs above which to warn."""
 _SPARE_HOST_BYTES = 1 << 30
 """Host memory that streamed layers leave to other programs."""
+_SELFTEST_S = 1800.0
+_DISK_BYTES = 5 * 2**30
+"""Free space below which a model's download or a few checkpoints fill the disk."""
 
 
 class CheckKind(Enum):
@@ -133,6 +146,52 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
     )
 
 
+def check_system() -> list[Check]:
+    """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
+    return [_python(), *_disks(), check_locks(), check_gpu(read_machine())]
+
+
+def check_libraries(*, on_cpu: bool = False) -> list[Check]:
+    """Import, quantize, train and save a few weights, in a separate process; ``on_cpu``: not on the GPU."""
+    try:
+        return run_job(
+            "qlora_tui.training.selftest:check_training",
+            result=list[Check],
+            title="The self-test failed",
+            subject="The self-test",
+            fix=install_command(PROGRAM),
+            deadline_s=_SELFTEST_S,
+            environ=subprocesses.subprocess_env() | ({GPU_VARIABLE: CPU} if on_cpu else {}),
+        )
+    except UserError as error:
+        return [Check(CheckKind.LIBRARY, "error", f"{error.what} {error.why}".strip(), error.fix)]
+
+
+def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
+    """Check that torch can use the GPU, and that other programs leave ``needed_bytes`` of its memory free."""
+    if machine.gpu_problem is not None:
+        return Check.blocked(CheckKind.GPU, machine.gpu_problem)
+    if machine.no_gpu is not None and machine.no_gpu.reason.device == "none":
+        return Check.blocked(CheckKind.GPU, with_cpu_choice(machine.no_gpu))
+    if machine.gpu is None:
+        return _without_gpu(machine.no_gpu)
+    gpu, free, used = machine.gpu, machine.free_bytes, machine.used_bytes
+    name = f"{gpu.short_name} ({machine.gpu_choice})" if machine.gpu_choice else gpu.short_name
+    if machine.active or (gpu.compute_mode != "exclusive" and (used is None or used < _NOTABLE_BYTES)):
+        return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
+    processes = _gpu_processes(gpu)
+    if gpu.compute_mode == "exclusive" and any(process.computes for process in processes):
+        text = f"{name} is in exclusive mode, and in use by {_format_processes(processes)}."
+        return Check(CheckKind.GPU, "error", text, "Close that program: one at a time may use this GPU.")
+    if used is None or used < _NOTABLE_BYTES:
+        return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
+    text = f"{name}: {format_gib(used)} GiB in use by {_format_processes(processes)}."
+    if free is not None and free < needed_bytes:
+        fix = f"Close these programs: the run needs {format_gib(needed_bytes)} GiB."
+        return Check(CheckKind.GPU, "error", text, fix)
+    return Check(CheckKind.GPU, "warning", text, "Memory they allocate later is not available to this run.")
+
+
 def check_host_memory(needed_bytes: int) -> Check:
     """Check that ``needed_bytes`` of streamed layers and offloaded inputs fit in free host memory."""
     problem = host_memory_problem(needed_bytes)
@@ -186,31 +245,6 @@ def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> Us
         fix="Close other programs, or choose a smaller model, fewer Streamed layers "
         "(quantization.streamed_layers), or Gradient checkpointing (training.gradient_checkpointing) on.",
     )
-
-
-def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
-    """Check that torch can use the GPU, and that other programs leave ``needed_bytes`` of its memory free."""
-    if machine.gpu_problem is not None:
-        return Check.blocked(CheckKind.GPU, machine.gpu_problem)
-    if machine.no_gpu is not None and machine.no_gpu.reason.device == "none":
-        return Check.blocked(CheckKind.GPU, with_cpu_choice(machine.no_gpu))
-    if machine.gpu is None:
-        return _without_gpu(machine.no_gpu)
-    gpu, free, used = machine.gpu, machine.free_bytes, machine.used_bytes
-    name = f"{gpu.short_name} ({machine.gpu_choice})" if machine.gpu_choice else gpu.short_name
-    if machine.active or (gpu.compute_mode != "exclusive" and (used is None or used < _NOTABLE_BYTES)):
-        return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
-    processes = _gpu_processes(gpu)
-    if gpu.compute_mode == "exclusive" and any(process.computes for process in processes):
-        text = f"{name} is in exclusive mode, and in use by {_format_processes(processes)}."
-        return Check(CheckKind.GPU, "error", text, "Close that program: one at a time may use this GPU.")
-    if used is None or used < _NOTABLE_BYTES:
-        return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
-    text = f"{name}: {format_gib(used)} GiB in use by {_format_processes(processes)}."
-    if free is not None and free < needed_bytes:
-        fix = f"Close these programs: the run needs {format_gib(needed_bytes)} GiB."
-        return Check(CheckKind.GPU, "error", text, fix)
-    return Check(CheckKind.GPU, "warning", text, "Memory they allocate later is not available to this run.")
 
 
 def _without_gpu(error: GpuUnavailableError | None) -> Check:
@@ -268,3 +302,31 @@ def check_queue(machine: Machine) -> Check:
     more = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
     fix = "Change the order on the Runs screen." if machine.waiting else ""
     return Check(CheckKind.QUEUE, "note", f"It waits for {ahead[0]}{more}.", fix)
+
+
+def _python() -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
+
+
+def _disks() -> list[Check]:
+    return [
+        check_disk(folder, _DISK_BYTES, variable=variable, name=f"disk for {what}")
+        for what, folder, variable in (
+            ("runs", paths.state_dir(), "XDG_STATE_HOME"),
+            ("downloaded models", hub_cache_dir(), "HF_HOME"),
+            ("converted models and data", paths.cache_dir(), "XDG_CACHE_HOME"),
+        )
+    ]
+
+
+def check_locks() -> Check:
+    """Lock and release a file in the state folder: the runner cannot work without locks."""
+    try:
+        with new_draft(paths.state_dir()):
+            pass
+    except (UserError, OSError) as error:
+        problem = error if isinstance(error, UserError) else disk_problem(error)
+        fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."
+        return Check(CheckKind.LOCKS, "error", problem.what if problem else str(error), fix)
+    return Check(CheckKind.LOCKS, "ok", f"work in {paths.state_dir()}")

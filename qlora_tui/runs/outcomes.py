@@ -1,7 +1,8 @@
-"""How an attempt ended: read from its own events and the exit code, and recorded if that is missing.
+"""How an attempt ended: read from its own events, its log and the exit code, and recorded if that is missing.
 
 An attempt's events are those after its ``Started``. The file's last event may belong to no attempt: a run
-that is resumed while its trainer still exits has ``Queued`` there.
+that is resumed while its trainer still exits has ``Queued`` there. The log holds the output of all attempts,
+and may be of any length: only its end is read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qlora_tui.gpu.cuda_errors import OUT_OF_MEMORY, CudaError, describe, error_
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter, events_backwards
+from qlora_tui.runs.event_log import EventWriter, events_backwards, read_from
 from qlora_tui.runs.events import (
     GPU_LOST,
     Failed,
@@ -28,13 +29,14 @@ from qlora_tui.runs.events import (
     Started,
     Stopped,
 )
-from qlora_tui.runs.memory_advice import describe_fix, last_phase
-from qlora_tui.runs.retry import last_plan
+from qlora_tui.runs.retry import describe_fix, last_phase, last_plan
 from qlora_tui.runs.status import State, Status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
-from qlora_tui.runs.trainer_log import last_cuda_line, quote_log_end
 from qlora_tui.runs.view import RunView
 
+_LOG_BYTES = 1 << 16
+_LOG_LINES = 3
+"""Lines of the log to quote."""
 _STEPS = 64
 """Number of steps sampled from a long run, including the last."""
 _FINAL_STATES: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused"))
@@ -176,6 +178,43 @@ def gpu_problem(run: RunDir, error: CudaError | None) -> UserError | None:
         return None
     where = "continues from the last checkpoint" if run.checkpoints() else "starts the run again"
     return problem.replace(fix=f"{fix} `qlora-tui resume {run.id}` then {where}.")
+
+
+def log_size(run: RunDir) -> int:
+    """Return the size of the log in bytes; 0 without a log."""
+    try:
+        return run.log_path.stat().st_size
+    except OSError:
+        return 0
+
+
+def quote_log_end(run: RunDir) -> str:
+    """Return the last lines of the log on one line, for a message."""
+    lines = _last_lines(run, 0)
+    if lines is None:
+        return "(no log)"
+    return " / ".join(lines[-_LOG_LINES:]) or "(empty)"
+
+
+def last_cuda_line(run: RunDir, log_from: int) -> str:
+    """Return the line with which a library ended the trainer for an error of CUDA; empty without one.
+
+    Args:
+        run: The run, whose trainer has exited.
+        log_from: Size of the log when the trainer was started: earlier attempts do not count.
+    """
+    lines = _last_lines(run, log_from) or []
+    return next((line for line in reversed(lines) if sentence_in_log(line)), "")
+
+
+def _last_lines(run: RunDir, log_from: int) -> list[str] | None:
+    try:
+        size = run.log_path.stat().st_size
+        begin = max(log_from, size - _LOG_BYTES)
+        end = read_from(run.log_path, begin, _LOG_BYTES)
+    except OSError:
+        return None
+    return end.decode(errors="replace").splitlines()
 
 
 def _gpu_was_lost(run: RunDir) -> bool:

@@ -5,6 +5,7 @@ They read the model's files and the data, for a few seconds at most.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -22,14 +23,15 @@ from qlora_tui.formatting import (
     format_path,
     short_model_name,
 )
+from qlora_tui.installation import install_command
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
 from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import resolve_targets
+from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.data_checks import check_data
-from qlora_tui.runs.initial_adapter import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.machine_checks import (
     Check,
     CheckKind,
@@ -40,8 +42,14 @@ from qlora_tui.runs.machine_checks import (
     check_queue,
 )
 from qlora_tui.runs.suggested_fix import SuggestedFix
-from qlora_tui.runs.tracker_packages import missing_tracker
 
+TRACKER_NAMES = {
+    "tensorboard": "TensorBoard",
+    "wandb": "Weights & Biases",
+    "trackio": "Trackio",
+    "mlflow": "MLflow",
+}
+"""The name of each choice of ``training.report_to`` but ``none``; the choice is that of its package."""
 _HIGH_RATE = 10
 """Factor of the default learning rate above which LoRA training seldom stays stable."""
 _SPARE_BYTES = 1 << 30
@@ -80,6 +88,17 @@ def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple
 def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
     """Return the checks for which the run would fail."""
     return tuple(check for check in checks if check.outcome == "error")
+
+
+def missing_tracker(report_to: str) -> UserError | None:
+    """Return the error for a tracker whose package is not installed here; None where none is missing."""
+    if report_to == "none" or find_spec(report_to) is not None:
+        return None
+    return UserError(
+        f"{TRACKER_NAMES[report_to]} is not installed",
+        what=f'Report to (training.report_to) is "{report_to}", and its package is not installed.',
+        fix=f'Install it with `{install_command(report_to)}`, or set training.report_to = "none".',
+    )
 
 
 def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:

@@ -21,16 +21,13 @@ from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.files import open_append
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
-from qlora_tui.runs import run_queue, trash
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.leftovers import sweep
-from qlora_tui.runs.memory_advice import host_oom_kills
-from qlora_tui.runs.outcomes import determine_outcome, record_outcome
-from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.retry import RetryPlan, plan_resume, plan_retry
-from qlora_tui.runs.spawn import runner_lock_path, spawn_detached
-from qlora_tui.runs.status import ACTIVE, read_status
-from qlora_tui.runs.trainer_log import log_size
+from qlora_tui.runs.outcomes import determine_outcome, log_size, record_outcome
+from qlora_tui.runs.process import process_identity, runner_lock_path, spawn_detached
+from qlora_tui.runs.retry import RetryPlan, host_oom_kills, plan_resume, plan_retry
+from qlora_tui.runs.status import ACTIVE, read_status, refuse_other_machines
 from qlora_tui.worker import start_detached
 
 POLL_S = 0.5
@@ -55,6 +52,7 @@ def main() -> int:
                 lock.truncate(0)
                 lock.write(f"{os.getpid()}\n")
                 lock.flush()
+                refuse_other_machines()
                 with _awake():
                     _run_queue(skipped)
             if _next(skipped) is None:
@@ -95,7 +93,7 @@ def _awake() -> Iterator[None]:
 
 def _run_queue(skipped: set[str]) -> None:
     sweep()
-    trash.empty(trash.KEPT_S)
+    actions.empty_trash(actions.KEPT_S)
     for run in all_runs():
         _guarded(run, _take_over)
     while (run_ := _next(skipped)) is not None:
@@ -132,12 +130,9 @@ def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
 def _take_over(run: RunDir) -> None:
     """Wait for the trainer of a runner that was killed, and record how the run ended."""
     while (status := read_status(run)).state in ACTIVE:
-        if status.process is None or not status.process.is_of_this_machine:
+        if status.process is None:
             return
         status.process.wait(POLL_S)
-    if status.state == "lost" and status.process is not None and not status.process.is_of_this_machine:
-        # Its machine may be back, or just out of reach: nothing here can prove that it has ended.
-        return
     if status.state == "lost" or (
         status.state not in ("queued", "unreadable", "gone") and run.unreported_path.exists()
     ):

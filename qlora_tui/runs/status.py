@@ -5,31 +5,38 @@ heartbeat is a separate file, replaced once a second and never synced: a power c
 no more than the last second. If ``status.json`` cannot be read, the state is derived from the events.
 
 Written by the one process that currently owns the run: the one that queues it, the runner, or the trainer.
+All of them are on one machine: :func:`refuse_other_machines`.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import Struct, structs
 
+from qlora_tui import paths
 from qlora_tui.decoding import Count, UnixTime, decode_json
+from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
-from qlora_tui.runs.directory import RunDir
+from qlora_tui.formatting import format_duration
+from qlora_tui.locks import is_locked
+from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Paused, Phase, Queued, Step, Stopped
-from qlora_tui.runs.liveness import describe_runner, find_trainer
-from qlora_tui.runs.process import ProcessIdentity
+from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
 from qlora_tui.runs.queue_entries import entries_of
 
+BEAT_S = 60.0
+"""Age in seconds after which a heartbeat counts as the last, if its process cannot be looked up."""
+SILENT_S = 30.0
+"""Age in seconds of a live trainer's heartbeat after which it counts as not responding."""
 State: TypeAlias = Literal[
     "queued", "starting", "running", "finished", "failed", "stopped", "paused", "lost", "unreadable", "gone"
 ]
 """The last three are never written, only derived on reading. ``gone``: the folder does not exist."""
-
 ACTIVE: frozenset[State] = frozenset(("starting", "running"))
 RESUMABLE: frozenset[State] = frozenset(("failed", "stopped", "paused", "lost"))
 
@@ -97,6 +104,83 @@ def read_status(run: RunDir) -> Status:
     return structs.replace(
         status, state=status.state if seen.alive else "lost", detail=seen.detail or status.detail
     )
+
+
+def refuse_other_machines() -> None:
+    """Raise UserError while another machine trains a run of this state folder: both would take the same
+    runs."""
+    for run in all_runs():
+        status = read_status(run)
+        mark = status.process
+        if status.state in ACTIVE and mark and not (mark.is_from_this_host or mark.is_from_this_boot):
+            raise UserError(
+                "Another machine uses the state folder",
+                what=f"{mark.host} trains {run.id} in {paths.state_dir()}.",
+                why="Two machines that share a state folder would take the same runs from the queue.",
+                fix="Point XDG_STATE_HOME at a folder of this machine, or wait until that run has ended.",
+            )
+
+
+class Sighting(NamedTuple):
+    """What is known about a process."""
+
+    alive: bool
+    detail: str = ""
+    """One sentence; empty if there is nothing to report."""
+
+
+def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, beats: bool) -> Sighting:
+    """Look for the process of an active run.
+
+    Args:
+        mark: The process that the status names.
+        run: The run.
+        beat_at: Unix time of the last heartbeat.
+        beats: Whether the process writes a heartbeat: the trainer does, the runner that starts it does not.
+    """
+    if mark is None:
+        return Sighting(False, "Its status has no process.")
+    if not mark.is_from_this_host:
+        is_recent = abs(time.time() - beat_at) < BEAT_S
+        if not mark.is_from_this_boot:
+            if is_recent:
+                return Sighting(True, f"Running on another machine ({mark.host}).")
+            return Sighting(
+                False, f"It ran on another machine ({mark.host}): no heartbeat for {_age(beat_at)}."
+            )
+        held = is_locked(run.trainer_lock_path) if beats else None
+        # A runner holds no lock on the run, and some file systems have none.
+        is_alive = is_recent if held is None else held
+        where = f"in another container ({mark.host})"
+        return Sighting(is_alive, f"Running {where}." if is_alive else f"Its process {where} is gone.")
+    if not mark.is_from_this_boot:
+        return Sighting(False, "The machine was restarted while it ran.")
+    state = mark.state
+    if state in ("", "Z", "X"):
+        return Sighting(False, "Its process is gone without an exit record; it was probably killed.")
+    if state in ("T", "t"):
+        return Sighting(True, f"Suspended: `kill -CONT {mark.pid}` continues its process.")
+    if beats and time.time() - beat_at > SILENT_S:
+        waits = " It waits for a disk or a device." if state == "D" else ""
+        return Sighting(True, f"Not responding: no heartbeat for {_age(beat_at)}.{waits}")
+    return Sighting(True)
+
+
+def describe_runner() -> str:
+    """Describe what keeps the runner from taking runs, in a sentence; empty if nothing is known to."""
+    try:
+        pid = int(read_regular(runner_lock_path(), 32))
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = process_identity(pid).state
+    except (OSError, ValueError):
+        return ""
+    if b"qlora_tui.runs.runner" not in command or state not in ("T", "t"):
+        return ""
+    return f"The runner is suspended: `kill -CONT {pid}` continues it."
+
+
+def _age(beat_at: float) -> str:
+    return format_duration(max(0.0, time.time() - beat_at))
 
 
 def is_stranded(run: RunDir) -> bool:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.runs.event_log import read_from
+from qlora_tui.runs.event_log import JsonLinesTail
+
+JOULES_PER_KWH = 3.6e6
+MAX_PIECES = 24
+"""Most pieces of a file that are read in one call: of a megabyte, they have a day of samples."""
+MAX_SAMPLE_GAP_S = 10.0
+"""A longer gap in seconds is a pause of the run, and counts as no energy."""
+_RECENT_BYTES = 256 << 10
+T = TypeVar("T")
 
 
 class Reading(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -25,34 +36,79 @@ class Reading(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """GPU metrics; None on a machine without a GPU."""
 
 
-_decoder = msgspec.json.Decoder(Reading)
-
-
 def encode(sample: Reading) -> bytes:
     """Encode a sample as one line, newline included."""
     return msgspec.json.encode(sample) + b"\n"
 
 
-class TelemetryTail:
-    """Reads samples from where it stopped; the first call reads only the last ``max_bytes``."""
+class TelemetryTail(JsonLinesTail[Reading]):
+    """The samples of a run, beginning with those of the last minutes."""
 
-    def __init__(self, path: Path, max_bytes: int = 256 * 1024) -> None:
-        self._path = path
-        self._max_bytes = max_bytes
-        self._offset: int | None = None
+    def __init__(self, path: Path) -> None:
+        size = path.stat().st_size if path.exists() else 0
+        super().__init__(path, _decoder_of(Reading), max(0, size - _RECENT_BYTES))
 
-    def poll(self) -> list[Reading]:
-        """Return new samples, oldest first; torn and unknown lines are skipped."""
-        if self._offset is None:
-            size = self._path.stat().st_size if self._path.exists() else 0
-            self._offset = max(0, size - self._max_bytes)
-        chunk = read_from(self._path, self._offset, self._max_bytes * 4)
-        end = chunk.rfind(b"\n") + 1
-        self._offset += end
-        samples = []
-        for line in chunk[:end].splitlines():
-            try:
-                samples.append(decode_json(line, _decoder))
-            except msgspec.MsgspecError:
-                continue
-        return samples
+
+class _Power(Struct):
+    power_w: float | None = None
+
+
+class _Sample(Struct):
+    """The fields of a telemetry line that energy needs, so that hours of it decode quickly."""
+
+    at: UnixTime
+    gpu: _Power | None = None
+
+
+class EnergyMeter:
+    """The energy that a run has used so far: the power in its telemetry, integrated over time."""
+
+    def __init__(self, path: Path) -> None:
+        self._tail = JsonLinesTail(path, _decoder_of(_Sample))
+        self._joules = 0.0
+        self._before: tuple[float, float] | None = None
+        self._has_power = False
+        self._is_behind = True
+
+    @property
+    def kwh(self) -> float | None:
+        """Energy in kWh; None if the GPU reported no power, and until the whole file has been read."""
+        return self._joules / JOULES_PER_KWH if self._has_power and not self._is_behind else None
+
+    def read(self) -> None:
+        """Read new samples, a day of them at most, so that a call every second stays short."""
+        pieces = 0
+        for samples in islice(self._tail.pieces(), MAX_PIECES):
+            pieces += 1
+            for sample in samples:
+                self._add(sample)
+        self._is_behind = pieces == MAX_PIECES
+
+    def read_all(self) -> None:
+        """Read all new samples, however long it takes."""
+        self.read()
+        while self._is_behind:
+            self.read()
+
+    def _add(self, sample: _Sample) -> None:
+        power = sample.gpu.power_w if sample.gpu else None
+        if power is None:
+            self._before = None
+            return
+        if self._before is not None and 0 < sample.at - self._before[0] <= MAX_SAMPLE_GAP_S:
+            # Trapezoid rule between two readings.
+            self._joules += (sample.at - self._before[0]) * (power + self._before[1]) / 2
+            self._has_power = True
+        self._before = (sample.at, power)
+
+
+def _decoder_of(kind: type[T]) -> Callable[[bytes], T | None]:
+    decoder = msgspec.json.Decoder(kind)
+
+    def decode(line: bytes) -> T | None:
+        try:
+            return decode_json(line, decoder)
+        except msgspec.MsgspecError:
+            return None
+
+    return decode

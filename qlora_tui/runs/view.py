@@ -16,8 +16,7 @@ from msgspec import structs
 
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventTail
-from qlora_tui.runs.event_sampling import sample_events
+from qlora_tui.runs.event_log import EventTail, sample_events
 from qlora_tui.runs.events import (
     AdapterReady,
     AnyEvent,

@@ -28,7 +28,7 @@ from qlora_tui.data.store import GOOD, Samples
 from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
 from qlora_tui.recipe.schema import Data
 from qlora_tui.runs.events import AnswersCompared
-from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers
+from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers, read_calls
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
 from qlora_tui.runs.task_metrics.task_evaluation import (
     LossChange,
@@ -36,7 +36,6 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     adapter_hash,
     write_task_evaluation,
 )
-from qlora_tui.runs.task_metrics.tool_call_texts import read_calls
 from qlora_tui.training.answers import answer_greedily
 from qlora_tui.training.heap import release_gpu_memory
 from qlora_tui.training.run import Run

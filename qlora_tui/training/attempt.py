@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qlora_tui.gpu.wsl import managed_memory_is_safe
-from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished, Paused, RunEnded, Stopped
+from qlora_tui.runs.telemetry import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.training.adapter import load_best_weights, require_trained, write_adapter
 from qlora_tui.training.answer_comparison import answer_validation, report_answers
 from qlora_tui.training.compute_device import find_device

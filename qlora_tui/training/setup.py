@@ -16,8 +16,8 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.trainable_tokens import token_ids
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
+from qlora_tui.runs.actions import initial_adapter
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
-from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model_loading, quantized_cache
 from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, trained_parameters

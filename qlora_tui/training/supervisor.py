@@ -23,8 +23,8 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import Failed, RunEnded, Started
 from qlora_tui.runs.outcomes import record_outcome
+from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.retry import RetryPlan
-from qlora_tui.runs.spawn import ensure_runner
 from qlora_tui.training import checkpoints
 from qlora_tui.training.checkpoints import Checkpoint, UnloadableCheckpoint
 from qlora_tui.training.control_requests import ControlRequests

@@ -22,7 +22,7 @@ from qlora_tui.recipe.fields import fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Evaluated, Step
-from qlora_tui.runs.tracker_packages import TRACKER_NAMES, missing_tracker
+from qlora_tui.runs.preflight import TRACKER_NAMES, missing_tracker
 
 PROJECT = "qlora-tui"
 """Project or experiment of the runs, where the tracker's own variable names no other."""

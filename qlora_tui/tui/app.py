@@ -363,8 +363,8 @@ class QloraApp(TerminalApp):
         from qlora_tui.tui.system_monitor import SystemMonitor
 
         if self._monitor is None:
-            from qlora_tui.runs import trash
+            from qlora_tui.runs import actions
 
-            trash.empty(trash.KEPT_S)
+            actions.empty_trash(actions.KEPT_S)
             self._monitor = SystemMonitor()
         return self._monitor.poll_and_recover()

@@ -19,7 +19,7 @@ from qlora_tui.gpu.visible_devices import GpuChoice, choose_gpu
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.notify import RunNotification, notification_for
-from qlora_tui.runs.spawn import ensure_runner
+from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.system_status import SystemStatus
 

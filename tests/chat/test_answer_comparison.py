@@ -25,8 +25,7 @@ from qlora_tui.recipe.schema import Data, Quantization, Source
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import AnswersCompared
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange, read_task_evaluation
-from qlora_tui.runs.task_metrics.task_report import report_lines
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange, read_task_evaluation, report_lines
 from qlora_tui.training.answer_comparison import answer_validation, report_answers
 
 pytestmark = pytest.mark.slow

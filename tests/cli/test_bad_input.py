@@ -247,7 +247,7 @@ def test_a_refusal_of_data_is_an_object_with_json(call: Call, tmp_path: Path) ->
     said = call("data", "inspect", str(data), "--json")
     assert said.code == 1 and "Preference data" in said.err
     assert said.json["error"]["title"] == "Preference data"
-    assert set(said.json["error"]) == {"title", "what", "why", "fix"}
+    assert set(said.json["error"]) == {"title", "what", "why", "fix", "code"}
     said = call("data", "inspect", str(data), "--json", "--set", "data.preferences=chosen")
     assert said.code == 0 and said.json["files"][0]["format"] == "preference"
 

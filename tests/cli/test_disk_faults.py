@@ -16,7 +16,7 @@ from qlora_tui.cli import main
 from qlora_tui.errors import UserError
 from qlora_tui.gpu import torch_env
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.runs import follow, readiness, run_queue
+from qlora_tui.runs import describe, machine_checks, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import AnyEvent
 from qlora_tui.runs.process import process_identity
@@ -186,9 +186,9 @@ def no_runner(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append("runner")
         (paths.state_dir() / "runner.log").write_text("starting\nFile locks do not work.\n")
 
-    monkeypatch.setattr(follow, "ensure_runner", start)
-    monkeypatch.setattr(follow, "GRACE_S", 0.0)
-    monkeypatch.setattr(follow, "POLL_S", 0.0)
+    monkeypatch.setattr(describe, "ensure_runner", start)
+    monkeypatch.setattr(describe, "GRACE_S", 0.0)
+    monkeypatch.setattr(describe, "POLL_S", 0.0)
     return started
 
 
@@ -196,7 +196,7 @@ def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: li
     write_status(run, Status(state="stopped", at=time.time()))
     run_queue.enqueue(run)
     with pytest.raises(UserError, match="No runner takes the run") as caught:
-        list(follow.follow_events(RunView(run)))
+        list(describe.follow_events(RunView(run)))
     assert no_runner == ["runner"], "one more was tried"
     assert caught.value.why == "Its log ends: File locks do not work."
 
@@ -215,19 +215,19 @@ def test_attach_says_that_a_trainer_does_not_respond(run: RunDir, monkeypatch: p
         def iter_new(self):  # type: ignore[no-untyped-def]
             yield from self.refresh()
 
-    monkeypatch.setattr(follow, "POLL_S", 0.0)
-    list(follow.follow_events(Played(run), said.append))
+    monkeypatch.setattr(describe, "POLL_S", 0.0)
+    list(describe.follow_events(Played(run), said.append))
     assert said == ["Not responding: for 31 s.", "The trainer responds again."]
 
 
 def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert readiness.check_locks().outcome == "ok"
+    assert machine_checks.check_locks().outcome == "ok"
     assert not (paths.state_dir() / "lock-test").exists()
 
     def no_locks(file: object, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    check = readiness.check_locks()
+    check = machine_checks.check_locks()
     assert check.outcome == "error"
     assert "No locks available" in check.text and "XDG_STATE_HOME" in check.fix

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 
@@ -20,10 +19,11 @@ from qlora_tui.cli.main import SUBCOMMANDS, main
 from qlora_tui.formatting import format_path
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, run_queue, trash
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, StepVerified
+from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.settings import GPU_VARIABLE, config_path
@@ -100,7 +100,7 @@ def test_the_doctor_reports_a_gpu_that_is_not_there_once(
 ) -> None:
     install_nvml_stub(monkeypatch, "two_gpus")
     install_torch(monkeypatch, "12.4")
-    monkeypatch.setattr("qlora_tui.runs.readiness.subprocess.run", self_test)
+    monkeypatch.setattr("qlora_tui.runs.machine_checks.run_job", self_test)
     monkeypatch.setenv(GPU_VARIABLE, choice)
     checks = {check["name"]: check for check in call("doctor", "--json").json["checks"]}
     assert [name for name, check in checks.items() if check["outcome"] == "error"] == ["GPU"] * (
@@ -110,10 +110,9 @@ def test_the_doctor_reports_a_gpu_that_is_not_there_once(
     assert checks["training"]["text"] == ("cpu" if choice == "7" else choice)
 
 
-def self_test(argv: list[str], *, env: dict[str, str], **options: object) -> CompletedProcess[str]:
+def self_test(*arguments: object, environ: dict[str, str], **options: object) -> list[Check]:
     """Answer as the self-test does: with the GPU that it was given."""
-    checks = [{"name": "training", "outcome": "ok", "text": env[GPU_VARIABLE]}]
-    return CompletedProcess(argv, 0, json.dumps(checks), "")
+    return [Check(CheckKind.LIBRARY, "ok", environ[GPU_VARIABLE], name="training")]
 
 
 @pytest.mark.parametrize("setting", ['["nope"]', '"nope"'])
@@ -270,13 +269,13 @@ def test_no_two_runs_can_be_given_one_name(call: Call, finished_run: RunDir) -> 
 
 def test_the_trash_is_listed_restored_and_emptied(call: Call, finished_run: RunDir) -> None:
     run = finished_run
-    trash.put(run)
+    actions.move_to_trash(run)
     assert "The trash holds" in call("runs").out
     listed = call("runs", "trash")
     assert run.id in listed.out and "KiB" in listed.out and "ago" in listed.out
     assert call("runs", "restore", run.id[:6]).code == 0 and run.recipe_path.exists()
     assert call("runs", "restore", run.id).code == 2
-    trash.put(run)
+    actions.move_to_trash(run)
     assert json.loads(call("runs", "trash", "--empty", "--json").out)["runs"][0]["erased"]
     assert call("runs", "trash").out == "The trash is empty.\n"
 

@@ -17,7 +17,7 @@ from qlora_tui.gpu.visible_devices import (
     set_device_variables,
     visible_gpus,
 )
-from qlora_tui.runs.spawn import spawn_detached
+from qlora_tui.runs.process import spawn_detached
 from qlora_tui.settings import GPU_VARIABLE, config_path
 from tests.support.nvml_stub import install_nvml_stub
 

@@ -10,12 +10,12 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import telemetry
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Finished, Started, encode
-from qlora_tui.runs.process import ProcessIdentity, machine_id
+from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import State, Status, write_status
 from qlora_tui.runs.telemetry import Reading
 from tests.support.step_events import a_step
 
-GONE = ProcessIdentity(pid=1, started=1.0, boot_id="another boot", machine=machine_id())
+GONE = ProcessIdentity(pid=1, boot_id="another boot")
 DEEP = b"[" * 100_000
 FILES = (
     "status.json",

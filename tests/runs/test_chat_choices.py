@@ -114,24 +114,6 @@ def test_two_models_of_one_name_share_no_choices(other: str) -> None:
     assert count_choices(BASE, "pairs") == 1
 
 
-@pytest.mark.parametrize("is_added", [True, False])
-def test_choices_of_an_earlier_version_are_split_by_model(*, is_added: bool) -> None:
-    add_pair(PROMPT, "one", "two", provenance("chat/1"))
-    own = choices_path(BASE, "pairs")
-    shared = own.with_name("SmolLM2-135M-Instruct.pairs.jsonl")
-    theirs = own.read_text().replace(BASE, "evil/SmolLM2-135M-Instruct")
-    shared.write_text(own.read_text() + theirs + '{"prompt": "mine"}\n')
-    own.unlink()
-    assert count_choices(BASE, "pairs") == 1
-    if is_added:
-        assert add_pair(PROMPT, "three", "four", provenance("chat/2")) == 2
-    recipe = Recipe()
-    recipe = replace(recipe, model=replace(recipe.model, id=BASE))
-    path = Path(recipe_on_choices(recipe, "pairs", "").data.sources[0].path)
-    assert path == own and len(path.read_text().splitlines()) == 1 + is_added
-    assert len(shared.read_text().splitlines()) == 3
-
-
 def test_a_file_that_cannot_be_read_whole_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     add_edit(PROMPT, "An owl.", provenance("chat/1"))
     path = choices_path(BASE, "edits")

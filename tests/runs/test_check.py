@@ -17,13 +17,12 @@ from qlora_tui.drafts import draft_path, held_draft
 from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, leftovers, run_queue
-from qlora_tui.runs.check import check_leftovers, check_queue, check_run
+from qlora_tui.runs.check import apply_repairs, check_leftovers, check_queue, check_run
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import AnyEvent, Failed, Finished
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.queue_entries import queue_dir
-from qlora_tui.runs.repair import apply_repairs
 from qlora_tui.runs.status import Status, read_status, write_status
 from tests.runs import story
 from tests.runs.test_damage import flip
@@ -218,7 +217,7 @@ def test_a_run_that_waits_is_not_repaired(run: RunDir) -> None:
 def test_a_run_whose_trainer_still_exits_is_not_repaired(
     finished: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_tui.runs.repair.PATIENCE_S", 0.0)
+    monkeypatch.setattr("qlora_tui.runs.check.PATIENCE_S", 0.0)
     no_adapter(finished)
     with locked(finished.trainer_lock_path):
         (said,) = repair(finished)

@@ -14,14 +14,13 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, control, run_queue, runner
 from qlora_tui.runs.check import check_run
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Finished, Started, encode
 from qlora_tui.runs.notify import notification_for
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status, write_status
-from qlora_tui.runs.telemetry import TelemetryTail
+from qlora_tui.runs.telemetry import EnergyMeter, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.training import checkpoints
 from tests.runs.damage import DEEP, FILES, WAYS, damaged
@@ -54,7 +53,7 @@ def test_damage_to_one_run_disables_no_reader(
     monkeypatch: pytest.MonkeyPatch,
     file: str,
 ) -> None:
-    monkeypatch.setattr("qlora_tui.runs.follow.POLL_S", 0)
+    monkeypatch.setattr("qlora_tui.runs.describe.POLL_S", 0)
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     runs = [damaged(recipe, "running", file, how) for how in WAYS]
     other = create_run(recipe)

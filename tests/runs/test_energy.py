@@ -12,9 +12,8 @@ from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.gpu.metrics_sampler import MetricsSampler
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.energy import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.runs.events import Finished
-from qlora_tui.runs.telemetry import Reading, encode
+from qlora_tui.runs.telemetry import JOULES_PER_KWH, EnergyMeter, Reading, encode
 from tests.support.nvml_stub import install_nvml_stub
 
 

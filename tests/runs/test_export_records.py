@@ -15,7 +15,7 @@ from qlora_tui.drafts import draft_path, held_draft, owned_by
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, exports, leftovers, trash
+from qlora_tui.runs import actions, exports, leftovers
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.exports import (
     ExportRequest,
@@ -138,17 +138,17 @@ def test_deleting_an_export_deletes_what_it_left(run: RunDir, tmp_path: Path) ->
     drafts = [unfinished(run, tmp_path / name) for name in ("one", "two", "three")]
     delete_export(read_exports(run)[0])
     assert [draft.exists() for draft in drafts] == [True, True, False] and len(read_exports(run)) == 2
-    trash.put(run)
+    actions.move_to_trash(run)
     assert drafts[0].exists()
-    trash.restore(run.id)
+    actions.restore_run(run.id)
     actions.delete(run)
     assert not any(draft.exists() for draft in drafts)
 
 
 def test_emptying_the_trash_deletes_unfinished_exports(run: RunDir, tmp_path: Path) -> None:
     draft = unfinished(run, tmp_path / "one")
-    trash.put(run)
-    trash.empty()
+    actions.move_to_trash(run)
+    actions.empty_trash()
     assert not draft.exists()
 
 

@@ -16,7 +16,6 @@ from qlora_tui import paths
 from qlora_tui.drafts import draft_path, earlier_path, held_draft, new_draft
 from qlora_tui.files import private_dir
 from qlora_tui.runs import leftovers
-from qlora_tui.runs.check import check_leftovers
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import ExportRequest, delete_export, read_exports
 from qlora_tui.training.clean_files import single_file_view
@@ -156,9 +155,3 @@ def test_a_sweep_deletes_no_last_copy(run: RunDir, *, is_replaced: bool) -> None
         put_adapter(run.adapter_dir)
     leftovers.sweep()
     assert run.adapter_dir.exists() and not draft.exists()
-
-
-def test_unmarked_leftovers_of_an_earlier_version_are_reported(run: RunDir) -> None:
-    folder = foreign(run.path / ".adapter")
-    assert [str(folder) in defect.what for defect in check_leftovers().defects] == [True]
-    assert check_leftovers().defects[0].repair is None

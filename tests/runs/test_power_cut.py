@@ -10,14 +10,13 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, leftovers, repair, run_queue
-from qlora_tui.runs.check import check_run
+from qlora_tui.runs import actions, check, leftovers, run_queue
+from qlora_tui.runs.check import apply_repairs, check_run
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir, all_runs, create_run
 from qlora_tui.runs.event_log import EventTail, EventWriter, last_event
 from qlora_tui.runs.events import CheckpointSaved, Paused, Started
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.repair import apply_repairs
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.runs import story
 from tests.runs.test_damage import put_adapter
@@ -29,7 +28,7 @@ Work = Callable[[], object]
 
 
 def repair_adapter(run: RunDir) -> str:
-    return repair.set_aside(run.adapter_dir)
+    return check.set_aside(run.adapter_dir)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from qlora_tui.installation import install_command
 from qlora_tui.memory import Device
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source, Training
-from qlora_tui.runs import data_checks, tracker_packages
+from qlora_tui.runs import data_checks
+from qlora_tui.runs import preflight as tracker_packages
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
 from qlora_tui.runs.preflight import preflight

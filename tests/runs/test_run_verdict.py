@@ -18,8 +18,7 @@ from qlora_tui.runs.events import (
     Stopped,
     ValidationCompared,
 )
-from qlora_tui.runs.run_summary import summarize
-from qlora_tui.runs.run_verdict import PreferenceAccuracy, RunEvidence, gather_evidence, judge_run
+from qlora_tui.runs.run_summary import PreferenceAccuracy, RunEvidence, gather_evidence, judge_run, summarize
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, measure_answers
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskHeadline
 from qlora_tui.runs.view import RunView

@@ -21,12 +21,11 @@ from qlora_tui.locks import is_locked
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, run_queue, runner
+from qlora_tui.runs.describe import follow_events
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
-from qlora_tui.runs.follow import follow_events
-from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.spawn import runner_lock_path
+from qlora_tui.runs.process import process_identity, runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from tests.runs.conftest import let_go

@@ -46,7 +46,7 @@ def test_a_run_whose_process_was_killed_is_lost(run: RunDir) -> None:
 
 def test_a_reused_pid_is_not_the_run(run: RunDir) -> None:
     ours = process_identity()
-    stranger = type(ours)(pid=ours.pid, started=ours.started - 1000, boot_id=ours.boot_id)
+    stranger = type(ours)(pid=ours.pid, start_ticks=1, boot_id=ours.boot_id)
     write_status(run, Status(state="running", at=time.time(), process=stranger))
     assert read_status(run).state == "lost"
 

@@ -11,8 +11,16 @@ import pytest
 from qlora_tui.checksums import digest, write_checksums
 from qlora_tui.data.conversation import ToolCall
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.task_metrics.answer_metrics import Metric, measure_answers
-from qlora_tui.runs.task_metrics.answer_texts import is_json, same_json, same_words, token_f1
+from qlora_tui.runs.task_metrics.answer_metrics import (
+    Metric,
+    fits_tools,
+    is_json,
+    measure_answers,
+    read_calls,
+    same_json,
+    same_words,
+    token_f1,
+)
 from qlora_tui.runs.task_metrics.intervals import (
     Interval,
     mcnemar_p,
@@ -24,12 +32,11 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     LossChange,
     describe_loss,
     describe_metric,
+    metric_table,
     read_task_evaluation,
     read_task_headline,
     write_task_evaluation,
 )
-from qlora_tui.runs.task_metrics.task_report import metric_table
-from qlora_tui.runs.task_metrics.tool_call_texts import fits_tools, read_calls
 from tests.support.task_evaluations import a_row, put_evaluation
 
 WEATHER = {

@@ -22,11 +22,11 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.toml import dump
-from qlora_tui.runs import actions, trash
+from qlora_tui.runs import actions
+from qlora_tui.runs.actions import with_initial_adapter
 from qlora_tui.runs.damage import adapter_damage
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import Evaluated, Failed, ValidationCompared
-from qlora_tui.runs.initial_adapter import with_initial_adapter
 from qlora_tui.runs.machine_checks import CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import Status, write_status
@@ -210,12 +210,12 @@ def test_a_start_deleted_while_the_run_waited_is_said(
     write_status(first, Status(state="finished", at=1.0))
     shutil.copytree(adapter, first.adapter_dir)
     waits = create_run(recipe({"lora.init_from": str(first.adapter_dir)}))
-    trash.put(first)
+    actions.move_to_trash(first)
     assert trainers.run(waits) != 0
     (ending,) = events_of(waits, Failed)
     assert ending.title == "No adapter to start from"
     assert first.id in ending.what and f"runs restore {first.id}" in ending.fix
-    trash.empty()
+    actions.empty_trash()
     assert trainers.run(waits) != 0
     assert "does not exist" in events_of(waits, Failed)[-1].what
 

@@ -24,7 +24,7 @@ from qlora_tui import worker
 from qlora_tui.memory import budget
 from qlora_tui.memory.budget import Processor
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.runs import liveness
+from qlora_tui.runs import status
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation
 from qlora_tui.tui import app, clock, system_monitor
@@ -32,6 +32,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.train import screen as train
 from qlora_tui.worker import JobStopped
+from tests.support.polling import wait_for
 from tests.support.quick_starts import quick_workers_if_slow
 from tests.tui.fake_runs import BEGAN, GIB, TICKETS, FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
@@ -122,7 +123,7 @@ def unread_frames_are_not_painted(request: pytest.FixtureRequest, monkeypatch: p
 @pytest.fixture(autouse=True)
 def old_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs of these tests are months old: none is said not to respond, unless a test is about that."""
-    monkeypatch.setattr(liveness, "SILENT_S", math.inf)
+    monkeypatch.setattr(status, "SILENT_S", math.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -210,10 +211,7 @@ def answers_until_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         run: RunDir, progress: Callable[[int, int], None], should_stop: Callable[[], bool]
     ) -> TaskEvaluation:
         progress(3, 14)
-        ends_at = time.monotonic() + 10
-        while not should_stop():
-            assert time.monotonic() < ends_at
-            time.sleep(0.01)
+        wait_for(should_stop, seconds=10)
         raise JobStopped
 
     monkeypatch.setattr(answer_measuring, "evaluate_task", evaluate)

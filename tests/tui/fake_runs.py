@@ -285,7 +285,7 @@ def _status(what: FakeRun) -> Status:
     if what.state in ("starting", "running"):
         process = process_identity()
     elif what.state == "lost":
-        process = ProcessIdentity(pid=1, started=1.0, boot_id=process_identity().boot_id)
+        process = ProcessIdentity(pid=1, boot_id=process_identity().boot_id)
     ending = _ending(what)
     details = {"stopped": f"Stopped at step {what.steps}.", "paused": f"Paused at step {what.steps}."}
     detail = details.get(what.state, "all steps done" if what.state == "finished" else "")

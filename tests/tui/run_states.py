@@ -45,9 +45,7 @@ def three_runs() -> None:
 
 
 def lost() -> tuple[RunDir, float]:
-    run, at = recorded_until(
-        70, process=ProcessIdentity(pid=1, started=1.0, boot_id=process_identity().boot_id)
-    )
+    run, at = recorded_until(70, process=ProcessIdentity(pid=1, boot_id=process_identity().boot_id))
     return run, at + 3600
 
 

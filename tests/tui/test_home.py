@@ -19,7 +19,7 @@ from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.machine_checks import Check, CheckKind
-from qlora_tui.runs.spawn import ensure_runner
+from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import State
 from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp

@@ -13,7 +13,7 @@ import pytest
 from qlora_tui import paths
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.presets import find_preset
-from qlora_tui.runs import actions, run_queue, trash
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs, find_run
 from qlora_tui.runs.status import State, read_status
 from qlora_tui.tui import desktop
@@ -56,7 +56,7 @@ async def test_quitting_never_asks_and_keeps_deleted_runs(
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("D", "q")
         await wait_until(pilot, lambda: not app.is_running)
-    assert [each.run.id for each in trash.trashed_runs()] == ["tickets-a"]
+    assert [each.run.id for each in actions.trashed_runs()] == ["tickets-a"]
 
 
 def _are_left(number: int) -> bool:
@@ -96,7 +96,7 @@ async def test_u_restores_a_run_deleted_in_this_app(make_app: MakeApp, three_run
         await pilot.press("g", "D")
         await pilot.pause()
     assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
-    assert [each.run.id for each in trash.trashed_runs()] == ["tickets-a"]
+    assert [each.run.id for each in actions.trashed_runs()] == ["tickets-a"]
 
 
 async def test_a_deleted_run_leaves_the_list_before_the_next_reading(

@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from qlora_tui.runs import liveness, status
+from qlora_tui.runs import status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
@@ -23,7 +23,7 @@ MakeApp = Callable[[], QloraApp]
 async def test_a_silent_trainer_is_shown_as_not_responding(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(liveness, "SILENT_S", 30.0)
+    monkeypatch.setattr(status, "SILENT_S", 30.0)
     write_fake_run(FakeRun(name="tickets", state="running", steps=60, total=300))
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:

@@ -7,9 +7,8 @@ import pytest
 
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.fields import fields
-from qlora_tui.runs import energy
-from qlora_tui.runs.energy import EnergyMeter
-from qlora_tui.runs.telemetry import Reading, encode
+from qlora_tui.runs import event_log, telemetry
+from qlora_tui.runs.telemetry import EnergyMeter, Reading, encode
 from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
 from qlora_tui.tui.setting_stepper import step_value
 from tests.tui.fake_runs import GIB, FakeRun, write_fake_run
@@ -66,8 +65,8 @@ def test_energy_is_summed_over_readings_and_not_over_pauses() -> None:
 def test_a_weeks_energy_is_shown_once_read_without_delay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(energy, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(energy, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(event_log, "_READ_BYTES", 1000)
+    monkeypatch.setattr(telemetry, "MAX_PIECES", 2)
     run = write_fake_run(FakeRun(steps=0))
     run.telemetry_path.write_bytes(b"".join(encode(sample(float(s), power_w=360.0)) for s in range(20)))
     meter = EnergyMeter(run.telemetry_path)

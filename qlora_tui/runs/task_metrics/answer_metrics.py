@@ -7,17 +7,23 @@ The first metric is the one that a verdict names:
 * JSON, where the references are JSON: whether the answer is;
 * short references: exact match;
 * anything else: the words shared with the reference (token F1).
+
+Chat templates write tool calls in different ways: ``<tool_call>{…}</tool_call>`` (Hermes, Qwen),
+``[TOOL_CALLS][…]`` (Mistral), ``<function=name>{…}</function>`` (Llama 3, and with ``<parameter=…>`` inside
+Qwen3-Coder), or a JSON object with a name and arguments alone (Llama 3.1).
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct
 
-from qlora_tui.runs.task_metrics.answer_texts import is_json, same_json, same_words, token_f1, words
+from qlora_tui.data.conversation import ToolCall
 from qlora_tui.runs.task_metrics.intervals import (
     MIN_ROWS,
     Interval,
@@ -26,8 +32,17 @@ from qlora_tui.runs.task_metrics.intervals import (
     paired_share_interval,
     share_interval,
 )
-from qlora_tui.runs.task_metrics.tool_call_texts import fits_tools, read_calls, same_calls
 
+_FENCE = re.compile(r"\A```[a-zA-Z]*\n(.*?)\n?```\Z", re.DOTALL)
+_EDGES = ".,;:!?…\"'“”‘’()[]{}*_`"
+"""Marks at the edges of a word that do not count."""
+_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([^>\s]+)>\s*(.*?)\s*</function>", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*(.*)\Z", re.DOTALL)
+_MISTRAL_NAMED = re.compile(r"\A([\w.-]+)\s*(?:\[CALL_ID\]\w+)?\s*(?:\[ARGS\])?\s*(\{.*)\Z", re.DOTALL)
+_BARE = re.compile(r"\A\s*(?:<\|python_tag\|>)?\s*([\[{].*)\Z", re.DOTALL)
+_ARGUMENTS = ("arguments", "parameters")
 Comparison: TypeAlias = Literal["better", "worse", "unclear"]
 SIGNIFICANCE = 0.05
 _MAX_LABELS = 20
@@ -62,6 +77,10 @@ class TaskRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The reference with the special tokens that mark calls; only where it calls a tool."""
     base_raw: str = ""
     adapter_raw: str = ""
+
+
+_Judge: TypeAlias = Callable[[TaskRow, str, str], bool]
+"""Judges an answer to a row, by its text and by its text with special tokens."""
 
 
 class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -150,18 +169,6 @@ def label_names(references: Sequence[str]) -> tuple[str, ...]:
     return tuple(spelled[key] for key, _ in counts.most_common())
 
 
-_Judge: TypeAlias = Callable[[TaskRow, str, str], bool]
-"""Judges an answer to a row, by its text and by its text with special tokens."""
-
-
-def _share(name: str, rows: Sequence[TaskRow], judge: _Judge) -> Metric:
-    return compare_shares(
-        name,
-        [judge(row, row.base, row.base_raw) for row in rows],
-        [judge(row, row.adapter, row.adapter_raw) for row in rows],
-    )
-
-
 def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> Metric:
     """The metric of answers that are right or wrong, on the same prompts."""
     rows = len(base)
@@ -174,14 +181,6 @@ def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> 
         adapter_interval=share_interval(sum(adapter), rows),
         difference_interval=paired_share_interval(base, adapter),
         p=mcnemar_p(base, adapter),
-    )
-
-
-def _mean(name: str, rows: Sequence[TaskRow]) -> Metric:
-    return compare_means(
-        name,
-        [token_f1(row.base, row.reference) for row in rows],
-        [token_f1(row.adapter, row.reference) for row in rows],
     )
 
 
@@ -198,6 +197,181 @@ def compare_means(name: str, base: Sequence[float], adapter: Sequence[float]) ->
         difference_interval=_bounded(
             mean_interval([after - before for before, after in zip(base, adapter, strict=True)]), -1.0, 1.0
         ),
+    )
+
+
+class NotJsonError(ValueError):
+    """A text is not JSON."""
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without case and without marks at their edges."""
+    return [word for each in text.split() if (word := each.strip(_EDGES).casefold())]
+
+
+def same_words(one: str, other: str) -> bool:
+    """Whether two texts have the same words in the same order; texts without words are compared whole."""
+    first, second = words(one), words(other)
+    return first == second if first or second else one.strip() == other.strip()
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of the share of the answer's words in the reference and of the reference's in the answer.
+
+    Repeated words count as often as they occur in both, as in SQuAD (Rajpurkar et al. 2016, section 6.1).
+    """
+    ours, theirs = words(answer), words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = (Counter(ours) & Counter(theirs)).total()
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def parse_json(text: str) -> Any:
+    """The object or array that a text is, alone or in one code fence.
+
+    Raises:
+        NotJsonError: it is anything else, also JSON with text around it.
+    """
+    inner = text.strip()
+    if fenced := _FENCE.match(inner):
+        inner = fenced[1].strip()
+    if not inner.startswith(("{", "[")):
+        raise NotJsonError("It is no object or array.")
+    try:
+        return json.loads(inner, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise NotJsonError(str(error)) from error
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is an object or array of JSON and nothing else."""
+    try:
+        parse_json(text)
+    except NotJsonError:
+        return False
+    return True
+
+
+def same_json(one: str, other: str) -> bool:
+    """Whether two texts are JSON of the same value."""
+    try:
+        return bool(parse_json(one) == parse_json(other))
+    except (NotJsonError, RecursionError):
+        return False
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON.")
+
+
+def read_calls(text: str) -> tuple[ToolCall, ...]:
+    """The tool calls of an answer, in order; none where there is none, or where one of them is malformed."""
+    try:
+        return tuple(_calls(text))
+    except (ValueError, RecursionError):
+        return ()
+
+
+def fits_tools(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a call names one of the tools and gives an object with all arguments that the tool requires.
+
+    Args:
+        call: a call that was read.
+        tools: functions as JSON schemas, in OpenAI's wrapping or without it.
+    """
+    if not isinstance(call.arguments, dict):
+        return False
+    for tool in tools:
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or function.get("name") != call.name:
+            continue
+        schema = function.get("parameters")
+        if not isinstance(schema, Mapping):
+            return True
+        required, properties = schema.get("required"), schema.get("properties")
+        if isinstance(required, list) and any(name not in call.arguments for name in required):
+            return False
+        if schema.get("additionalProperties") is False and isinstance(properties, Mapping):
+            return all(name in properties for name in call.arguments)
+        return True
+    return False
+
+
+def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:
+    """Whether two answers make the same calls: names and arguments, in order."""
+    return [(call.name, call.arguments) for call in one] == [(call.name, call.arguments) for call in other]
+
+
+def _calls(text: str) -> list[ToolCall]:
+    """Raises ValueError for a malformed call."""
+    if "<tool_call>" in text:
+        return [call for inner in _TAGGED.findall(text) for call in _tagged(inner)]
+    if (mistral := _MISTRAL.search(text)) is not None:
+        return _mistral(mistral[1].strip())
+    if "<function=" in text:
+        return _functions(text)
+    bare = _BARE.match(text)
+    return _as_calls(json.loads(bare[1])) if bare is not None else []
+
+
+def _tagged(inner: str) -> list[ToolCall]:
+    return _functions(inner) if inner.startswith("<function=") else _as_calls(json.loads(inner))
+
+
+def _mistral(inner: str) -> list[ToolCall]:
+    named = _MISTRAL_NAMED.match(inner)
+    return [ToolCall(named[1], json.loads(named[2]))] if named is not None else _as_calls(json.loads(inner))
+
+
+def _functions(text: str) -> list[ToolCall]:
+    calls = []
+    for name, inner in _FUNCTION.findall(text):
+        parameters = _PARAMETER.findall(inner)
+        arguments = {key: _value(value) for key, value in parameters} if parameters else json.loads(inner)
+        calls.append(ToolCall(name, arguments))
+    if not calls:
+        raise ValueError("A function that is not closed.")
+    return calls
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _as_calls(value: Any) -> list[ToolCall]:
+    """Raises ValueError where a value is no call and no list of calls."""
+    calls = []
+    for each in value if isinstance(value, list) else [value]:
+        named = each if isinstance(each, dict) else {}
+        function = named.get("function", named)
+        function = function if isinstance(function, dict) else named
+        key = next((key for key in _ARGUMENTS if key in function), None)
+        if key is None or not isinstance(function.get("name"), str):
+            raise ValueError("No name and arguments.")
+        arguments = function[key]
+        calls.append(
+            ToolCall(function["name"], json.loads(arguments) if isinstance(arguments, str) else arguments)
+        )
+    return calls
+
+
+def _share(name: str, rows: Sequence[TaskRow], judge: _Judge) -> Metric:
+    return compare_shares(
+        name,
+        [judge(row, row.base, row.base_raw) for row in rows],
+        [judge(row, row.adapter, row.adapter_raw) for row in rows],
+    )
+
+
+def _mean(name: str, rows: Sequence[TaskRow]) -> Metric:
+    return compare_means(
+        name,
+        [token_f1(row.base, row.reference) for row in rows],
+        [token_f1(row.adapter, row.reference) for row in rows],
     )
 
 

@@ -22,8 +22,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.defects import ResultDefect
-from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.runs.run_summary import ResultDefect, RunSummary
 from qlora_tui.runs.status import State
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.workbench import Workbench

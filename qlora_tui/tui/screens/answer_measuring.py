@@ -15,8 +15,12 @@ from textual.widgets import Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation, evaluate_task, read_task_evaluation
-from qlora_tui.runs.task_metrics.task_report import report_lines
+from qlora_tui.runs.task_metrics.task_evaluation import (
+    TaskEvaluation,
+    evaluate_task,
+    read_task_evaluation,
+    report_lines,
+)
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.widgets.controls import ViScroll

@@ -14,8 +14,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.formatting import abbreviate_home
-from qlora_tui.runs.machine_checks import Check
-from qlora_tui.runs.readiness import check_libraries, check_system
+from qlora_tui.runs.machine_checks import Check, check_libraries, check_system
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.train.launch_pane import SIGNS

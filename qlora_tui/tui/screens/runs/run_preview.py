@@ -25,12 +25,11 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.defects import WORSE
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.event_log import events_backwards
 from qlora_tui.runs.events import ALL_STEPS_DONE, Step
 from qlora_tui.runs.exports import Export, read_exports
-from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.runs.run_summary import WORSE, RunSummary
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.charts import labeled

@@ -21,9 +21,8 @@ from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
-from qlora_tui.runs import run_queue, trash
+from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.initial_adapter import initial_adapter
 from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
@@ -360,7 +359,7 @@ class RunsScreen(EvaluationActions):
         if recipe is None or self.current is None:
             return
         run = self.current.run
-        if self.qlora_app.try_or_show_error(lambda: initial_adapter(run.id)):
+        if self.qlora_app.try_or_show_error(lambda: run_actions.initial_adapter(run.id)):
             await self._prepare(replace_setting(recipe, "lora.init_from", run.id))
 
     async def _prepare(self, recipe: Recipe) -> None:
@@ -406,19 +405,19 @@ class RunsScreen(EvaluationActions):
             self._delete(summary)
 
     def _delete(self, summary: RunSummary) -> None:
-        if self._act_on(summary.run, trash.put):
+        if self._act_on(summary.run, run_actions.move_to_trash):
             self.qlora_app.deleted_runs.append(summary.id)
             self.show_listing()
             self.notify(
-                f"{summary.name} is in the trash for {trash.KEPT_DAYS} days, which holds "
-                f"{format_bytes(trash.total_bytes())}. Press {key_name('runs.restore')} to restore it."
+                f"{summary.name} is in the trash for {run_actions.KEPT_DAYS} days, which holds "
+                f"{format_bytes(run_actions.trash_bytes())}. Press {key_name('runs.restore')} to restore it."
             )
 
     def action_restore(self) -> None:
         deleted = self.qlora_app.deleted_runs
         try:
             if deleted:
-                self.notify(f"Restored {trash.restore(deleted[-1]).name}.")
+                self.notify(f"Restored {run_actions.restore_run(deleted[-1]).name}.")
                 deleted.pop()
         except UserError as problem:
             self.qlora_app.show_error(problem)

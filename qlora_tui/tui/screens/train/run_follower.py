@@ -19,7 +19,6 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control
 from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.energy import EnergyMeter
 from qlora_tui.runs.event_log import read_from
 from qlora_tui.runs.events import (
     STEP_PHASES,
@@ -35,7 +34,7 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.status import ACTIVE, Status
 from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
-from qlora_tui.runs.telemetry import Reading, TelemetryTail
+from qlora_tui.runs.telemetry import EnergyMeter, Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.train.log_tail import Level, LogEntry
