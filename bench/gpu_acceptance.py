@@ -1,5 +1,6 @@
 """Everything that only a GPU can prove: for a checkout on a machine with CUDA, without the Hub.
 
+    python -m bench.gpu_acceptance --first                      (the first five minutes on a GPU)
     python -m bench.gpu_acceptance [--size 0.5b|1.5b|8b] [--model FOLDER] [--only CHECK…] [--out FILE.json]
     python -m bench.gpu_acceptance --size tiny                  (a dry run, on a CPU)
 
@@ -8,14 +9,17 @@ check runs in a separate process, within its own deadline and within --seconds f
 its processes are ended, those of its runs too. The JSON file is written after each check. Exit code 1 where a
 check failed or was cut.
 
-Checks: doctor; loop (from recipe to an adapter that plain peft loads); nvml (telemetry of a run); float16;
-sigterm (to a trainer); resume and resume_8bit (exact, with both optimizers); memory (a real lack of memory
-and the retries); streaming and offload (losses and memory with layers, or their inputs, in host memory); chat
-(speed beside plain generate, by a CUDA graph); grid (the estimate against torch's count).
+* machine, doctor
+* parts: context (GPU memory of a process), four_bit, triton_kernels, varlen_attention, out_of_memory (whether
+  it is recognized), step (speed and peak of a micro-batch)
+* runs: loop (from recipe to an adapter that plain peft loads), nvml (telemetry), float16, sigterm (to a
+  trainer), resume and resume_8bit (exact), memory (a real lack of memory and the retries), streaming and
+  offload (losses and memory with layers, or their inputs, in host memory)
+* chat (speed compared with plain generate, by a CUDA graph), grid (the estimate against torch's count)
 
-Within calls of ten minutes: for 0.5b all but grid, then grid; for 8b ``doctor loop nvml float16``, then
-``resume memory``, then ``grid``, each with the same --model. :mod:`bench.gpu_probe` answers questions about
-single parts, :mod:`bench.gpu_baselines` compares speed and memory with other trainers.
+Within calls of ten minutes: for 0.5b all but grid, then grid; for 8b ``machine doctor loop nvml float16``,
+then ``resume memory``, then ``grid``, each with the same --model. :mod:`bench.gpu_baselines` compares speed
+and memory with other trainers.
 """
 
 from __future__ import annotations
@@ -30,9 +34,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bench.acceptance.check import CHECKS, FIRST, deadline_s
 from bench.acceptance.context import CheckContext, Outcome
 from bench.acceptance.memory_checks import LONGEST
-from bench.acceptance.registry import CHECKS, deadline_s
 from bench.support.child_processes import (
     adopt_orphans,
     end_descendants_on_sigterm,
@@ -44,7 +48,6 @@ from qlora_tui.gpu.visible_devices import set_device_variables
 
 _MIN_S = 2.0
 """Seconds that must be left for a check to be started."""
-_MACHINE_S = 120.0
 
 
 def main() -> int:
@@ -52,7 +55,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="0.5b")
     parser.add_argument("--model", type=Path, help="folder of the model; made there if it is missing")
-    parser.add_argument("--only", nargs="*", choices=list(CHECKS), default=list(CHECKS))
+    parser.add_argument("--first", action="store_true", help="the checks of the first five minutes")
+    parser.add_argument("--only", nargs="*", choices=list(CHECKS))
     parser.add_argument("--seconds", type=float, default=570.0, help="for all checks; default: 570")
     parser.add_argument("--out", type=Path, default=Path("gpu_acceptance.json"))
     args = parser.parse_args()
@@ -65,21 +69,24 @@ def main() -> int:
         scratch = Path(folder)
         for kind in ("CONFIG", "STATE", "CACHE"):
             os.environ[f"XDG_{kind}_HOME"] = str(scratch / kind.lower())
-        machine = describe_machine(scratch)
-        report: dict[str, Any] = {"size": args.size, "machine": machine, "checks": {}}
         context = CheckContext(
             model=str(random_model((args.model or scratch / "model").absolute(), args.size)),
             rows=str(make_rows(scratch / "rows.json", 64)),
             long_rows=str(make_rows(scratch / "long.json", 16, long_words=LONGEST)),
             scratch=folder,
             size=args.size,
-            has_gpu=machine["has_gpu"],
+            has_gpu=False,
         )
-        for name in args.only:
+        report: dict[str, Any] = {"size": args.size, "checks": {}}
+        names = args.only or (FIRST if args.first else CHECKS)
+        # What this machine is decides what the other checks do.
+        for name in dict.fromkeys(("machine", *names)):
             began = time.monotonic()
             outcome = make_check(name, context, until, scratch)
             seconds = time.monotonic() - began
-            print(f"{outcome.result:<11} {name:<11} {outcome.summary}  ({seconds:.0f} s)", flush=True)
+            if name == "machine":
+                context = replace(context, has_gpu=outcome.figures.get("has_gpu", False))
+            print(f"{outcome.result:<11} {name:<16} {outcome.summary}  ({seconds:.0f} s)", flush=True)
             report["checks"][name] = asdict(outcome) | {"seconds": round(seconds, 1)}
             write_report(report, args.out)
     return 0 if all(check["result"] in ("ok", "skipped") for check in report["checks"].values()) else 1
@@ -100,15 +107,6 @@ def make_check(name: str, context: CheckContext, until: float, scratch: Path) ->
     if code is None:
         return Outcome("out of time", f"killed after {seconds:.0f} s", {"log": log_end})
     return Outcome("failed", f"ended with exit code {code}", {"log": log_end})
-
-
-def describe_machine(scratch: Path) -> dict[str, Any]:
-    """Return GPU, driver and versions, from a separate process. Raises SystemExit where that fails."""
-    file, log = scratch / "machine.json", scratch / "machine.log"
-    if run_within(_MACHINE_S, python_module("bench.acceptance.machine", file), log=log) != 0:
-        raise SystemExit(log.read_text())
-    facts: dict[str, Any] = json.loads(file.read_text())
-    return facts
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:

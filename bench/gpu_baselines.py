@@ -1,7 +1,7 @@
 """The same rows by several trainers in turns on a GPU, within a deadline.
 
     python -m bench.gpu_baselines [--size 8b] [--models FOLDER] [--row-tokens 2048] [--samples 48]
-        [--ways qlora_tui_run unsloth_trainer hf_trainer trl_packed] [--checkpointing on off]
+        [--ways qlora_tui_run unsloth_trainer hf_trainer trl_trainer] [--checkpointing on off]
         [--data ALPACA.json] [--seconds 540] [--out FILE.json]
 
 Without --data every sample fills a row, so that packing plays no part: Unsloth is compared so. With it about
@@ -34,7 +34,7 @@ from bench.support.random_model import SIZES, make_rows, random_model
 from bench.training import write_rows
 from qlora_tui.gpu.visible_devices import set_device_variables
 
-WAYS = ("qlora_tui_run", "unsloth_trainer", "hf_trainer", "trl_packed")
+WAYS = ("qlora_tui_run", "unsloth_trainer", "hf_trainer", "trl_trainer")
 _FIRST_RUN_S = 60.0
 """Seconds that a run is expected to take before one of its kind was measured."""
 _LOG_CHARACTERS = 1500

@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.baselines.job import TrainingJob
-from bench.baselines.runner import Measurement, lines_of, measure
-from bench.support.turns import in_turn
+from bench.baselines.runner import Measurement, in_turn, lines_of, measure
 from bench.training import quickest_dtype, say
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.demo.demo_model import ensure_model

@@ -1,13 +1,13 @@
-"""Speed, memory and loss of training: the usual script and TRL's packing beside this program.
+"""Speed, memory and loss of training: the usual script and TRL compared with this program.
 
-    python -m bench.training --model FOLDER --data ALPACA.json [--repeats 3] [--json]
+    python -m bench.training --model FOLDER --data ALPACA.json [--repeats 3] [--settings …] [--json]
 
-The same conversations, model, targets, rank, dtype and effective batch for (a) ``Trainer`` as most
-scripts use it, (b) TRL's ``SFTTrainer`` with packing, in the environment that ``make bench-deps`` makes, and
-(c) a run of this program. Each trains in a separate process, in turns whose order is reversed every time;
-medians count. Real tokens a second are taken from the end of the first step to the end of the last; memory is
-what training adds to the loaded model. Every adapter is judged by plain peft on the same held-out
-conversations.
+The same rows, model in NF4, targets, rank, dtype and effective batch for (a) ``Trainer`` as most scripts use
+it, (b) TRL, in the environment that ``make bench-deps`` makes, and (c) a run of this program: conversations,
+which TRL's ``SFTTrainer`` packs, or for ``orpo`` and ``dpo`` pairs of answers, which only TRL trains besides.
+Each trains in a separate process, in turns whose order is reversed every time; medians count. Real tokens a
+second are taken from the end of the first step to the end of the last; memory is what training adds to the
+loaded model. Adapters of conversations are judged by plain peft on the same held-out conversations.
 """
 
 from __future__ import annotations
@@ -19,26 +19,34 @@ import statistics
 import sys
 import tempfile
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench.baselines.job import TrainingJob
-from bench.baselines.runner import Measurement, lines_of, measure
-from bench.support.turns import in_turn
+from bench.baselines.runner import Measurement, in_turn, lines_of, measure
 
-WAYS = {"a": "hf_trainer", "b": "trl_packed", "c": "qlora_tui_run"}
+WAYS = {"a": "hf_trainer", "b": "trl_trainer", "c": "qlora_tui_run"}
 TRL_PYTHON = Path(__file__).parents[1] / ".bench-venv" / "bin" / "python"
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "dropout 0": {"dropout": 0.0},
     "dropout 0.05": {"dropout": 0.05},
     "dropout 0.05, checkpointing": {"dropout": 0.05, "checkpointing": True},
+    "orpo": {"preferences": "orpo", "row_tokens": 512},
+    "dpo": {"preferences": "dpo", "row_tokens": 512},
 }
+_WORDS = 60
+"""Of a prompt and of an answer of a pair, at most."""
 
 
 def main() -> int:
     """Measure every setting; print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_data_arguments(parser, samples=36, validation=32)
+    parser.add_argument("--model", required=True, help="a model's folder")
+    parser.add_argument("--data", required=True, help="a JSON list of instruction, input, output")
+    parser.add_argument("--samples", type=int, default=36, help="conversations or pairs to train on")
+    parser.add_argument("--validation", type=int, default=32, help="conversations held out")
+    parser.add_argument("--dtype", default="", help="float32 or bfloat16; what the device is quickest at")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--json", action="store_true")
@@ -48,27 +56,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         job = shared_job(args, scratch)
+        pairs = write_pairs(args, scratch / "pairs.jsonl")
         report: dict[str, Any] = {"dtype": job.dtype, "limit": limit(job, scratch), "settings": {}}
         for name in args.settings:
             say(name)
-            report["settings"][name] = one_setting(replace(job, **SETTINGS[name]), args.repeats, scratch)
+            this_job = replace(job, **SETTINGS[name])
+            if this_job.preferences:
+                this_job = replace(this_job, rows=str(pairs), validation="")
+            report["settings"][name] = one_setting(this_job, args.repeats, scratch)
     print(json.dumps(report) if args.json else table(report))
     return 0
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, *, samples: int, validation: int) -> None:
-    """What :func:`shared_job` reads."""
-    parser.add_argument("--model", required=True, help="a model's folder")
-    parser.add_argument("--data", required=True, help="a JSON list of instruction, input, output")
-    parser.add_argument("--samples", type=int, default=samples, help="conversations to train on")
-    parser.add_argument("--validation", type=int, default=validation, help="conversations held out")
-    parser.add_argument("--dtype", default="", help="float32 or bfloat16; what the device is quickest at")
-
-
 def shared_job(args: argparse.Namespace, scratch: Path) -> TrainingJob:
-    """Conversations drawn once, and what every way is read_job."""
-    rows = json.loads(Path(args.data).read_text())
-    random.Random(0).shuffle(rows)
+    """Return the job of every way, on conversations drawn once."""
+    rows = shuffled_rows(args)
     train = write_rows(rows[: args.samples], scratch / "train.jsonl")
     held_out = write_rows(rows[args.samples : args.samples + args.validation], scratch / "validation.jsonl")
     return TrainingJob(
@@ -80,13 +82,41 @@ def shared_job(args: argparse.Namespace, scratch: Path) -> TrainingJob:
     )
 
 
+def shuffled_rows(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Return the rows of ``--data`` in an order that is the same each time."""
+    rows: list[dict[str, str]] = json.loads(Path(args.data).read_text())
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def question_of(row: dict[str, str]) -> str:
+    """Return instruction and input."""
+    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+
+
 def write_rows(rows: list[dict[str, str]], path: Path) -> Path:
-    """Alpaca rows as conversations."""
+    """Write Alpaca rows as conversations."""
     with path.open("w") as lines:
         for row in rows:
-            question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+            turns = [
+                {"role": "user", "content": question_of(row)},
+                {"role": "assistant", "content": row["output"]},
+            ]
             lines.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def write_pairs(args: argparse.Namespace, path: Path) -> Path:
+    """Write pairs: a row's answer is chosen, that of the next row rejected."""
+
+    def cut(text: str) -> str:
+        return " ".join(text.split()[:_WORDS])
+
+    rows = [row for row in shuffled_rows(args) if len(question_of(row).split()) <= _WORDS]
+    with path.open("w") as lines:
+        for row, other in pairwise(rows[: args.samples + 1]):
+            pair = {"chosen": cut(row["output"]), "rejected": cut(other["output"])}
+            lines.write(json.dumps({"prompt": question_of(row)} | pair) + "\n")
     return path
 
 
@@ -107,63 +137,63 @@ def limit(job: TrainingJob, scratch: Path) -> float:
 
 def one_setting(job: TrainingJob, repeats: int, scratch: Path) -> dict[str, Any]:
     """Run all trainers in alternating order; each repeat has its own seed."""
-    runs: dict[str, list[Measurement]] = {key: [] for key in WAYS}
-    judged: dict[str, list[float]] = {key: [] for key in WAYS}
+    ways = {key: way for key, way in WAYS.items() if key != "a" or not job.preferences}
+    runs: dict[str, list[Measurement]] = {key: [] for key in ways}
+    judged: dict[str, list[float]] = {key: [] for key in ("base", *ways)}
     for repeat in range(repeats):
         folders = {}
-        for key in in_turn(WAYS, repeat):
+        for key in in_turn(ways, repeat):
             out = scratch / f"{len(list(scratch.iterdir()))}-{key}"
             python = str(TRL_PYTHON) if key == "b" else sys.executable
-            result = measure(python, WAYS[key], replace(job, out=str(out), seed=repeat + 1), scratch)
+            result = measure(python, ways[key], replace(job, out=str(out), seed=repeat + 1), scratch)
             runs[key].append(result)
             folders[str(out)] = key
             say(f"  {key} {result.tokens_per_s:6.1f} tokens/s  +{result.growth_bytes / 2**20:,.0f} MiB")
-        file = job.write(scratch / "judge.json")
-        for line in lines_of(
-            sys.executable, "bench.baselines.evaluate_adapters", [str(file), *folders], scratch / "judge.log"
-        ):
-            if line["adapter"] in folders:
-                judged[folders[line["adapter"]]].append(line["loss"])
-            else:
-                base = line["loss"]
-    return {"base_validation_loss": base} | {
+        if job.validation:
+            file, log = job.write(scratch / "judge.json"), scratch / "judge.log"
+            arguments = [str(file), *folders]
+            for line in lines_of(sys.executable, "bench.baselines.evaluate_adapters", arguments, log):
+                judged[folders.get(line["adapter"], "base")].append(line["loss"])
+    result_of = {
         key: {
             "tokens": runs[key][0].tokens,
             "steps": len(runs[key][0].losses),
             "tokens_per_s": statistics.median(run.tokens_per_s for run in runs[key]),
-            "trained_per_s": statistics.median(run.trained_per_s for run in runs[key]),
+            "tokens_per_cpu_s": statistics.median(run.tokens_per_cpu_s for run in runs[key]),
             "growth_bytes": statistics.median(run.growth_bytes for run in runs[key]),
             "final_loss": statistics.median(run.losses[-1] for run in runs[key]),
-            "validation_loss": statistics.mean(judged[key]),
+            "validation_loss": statistics.mean(judged[key]) if judged[key] else None,
             "runs": [asdict(run) for run in runs[key]],
-            "judged": judged[key],
         }
-        for key in WAYS
+        for key in ways
     }
+    return {"base_validation_loss": judged["base"][0] if judged["base"] else None} | result_of
 
 
 def table(report: dict[str, Any]) -> str:
     """Format the results as a table."""
     lines = [f"matrix products alone: {report['limit']:.0f} tokens/s in {report['dtype']}"]
     for name, setting in report["settings"].items():
-        lines += ["", f"{name} (base: validation loss {setting['base_validation_loss']:.4f})"]
-        ours = setting["c"]
+        base, ours = setting["base_validation_loss"], setting["c"]
+        lines += ["", name if base is None else f"{name} (base: validation loss {base:.4f})"]
         for key, way in WAYS.items():
-            result = setting[key]
-            beside = (
-                f"  of the limit {result['tokens_per_s'] / report['limit']:.2f}"
-                if key == "c"
-                else f"  ours {ours['tokens_per_s'] / result['tokens_per_s']:.2f}× as fast,"
-                f" {ours['growth_bytes'] / result['growth_bytes']:.2f}× the memory,"
-                f" validation loss {ours['validation_loss'] / result['validation_loss'] - 1:+.2%}"
+            if (result := setting.get(key)) is None:
+                continue
+            line = (
+                f"  ({key}) {way:<13} {result['tokens_per_s']:6.1f} tokens/s"
+                f" ({result['tokens_per_cpu_s']:.1f} per CPU s)  +{result['growth_bytes'] / 2**20:5,.0f} MiB"
+                f"  {result['steps']} steps, {result['tokens']} tokens, loss {result['final_loss']:.3f}"
             )
-            lines.append(
-                f"  ({key}) {way:<10} {result['tokens_per_s']:6.1f} tokens/s"
-                f" ({result['trained_per_s']:.1f} trained)"
-                f"  +{result['growth_bytes'] / 2**20:5,.0f} MiB"
-                f"  {result['steps']} steps, {result['tokens']} tokens"
-                f"  loss {result['final_loss']:.3f}, validation {result['validation_loss']:.4f}{beside}"
-            )
+            if result["validation_loss"] is not None:
+                line += f", validation {result['validation_loss']:.4f}"
+            if key == "c":
+                line += f"  of the limit {result['tokens_per_s'] / report['limit']:.2f}"
+            else:
+                line += (
+                    f"  ours {ours['tokens_per_s'] / result['tokens_per_s']:.2f}× as fast,"
+                    f" {ours['growth_bytes'] / result['growth_bytes']:.2f}× the memory"
+                )
+            lines.append(line)
     return "\n".join(lines)
 
 

@@ -6,16 +6,17 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from bench.baselines.job import TrainingJob
 
+T = TypeVar("T")
 LOOK_EVERY_S = 0.01
 """Between two looks at a process's memory."""
 
@@ -48,6 +49,12 @@ class Measurement:
     """On a CPU, beside ``estimated_bytes``: the largest resident set of the process, the model included."""
     evaluated: dict[int, float] = field(default_factory=dict)
     """Validation loss by step, where the way itself evaluates."""
+
+
+def in_turn(ways: Iterable[T], repeat: int) -> list[T]:
+    """Return the ways, reversed in every second repeat: what drifts meanwhile affects all of them alike."""
+    forward = list(ways)
+    return forward if repeat % 2 == 0 else forward[::-1]
 
 
 class Growth:
@@ -92,7 +99,7 @@ def lines_of(python: str, module: str, arguments: Sequence[str], log: Path) -> I
 
 
 def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measurement:
-    """Train once by a way (``usual``, ``plain``, ``trl_packed``, ``ours``)."""
+    """Train once by a way (a module of :mod:`bench.baselines`)."""
     result = Measurement()
     first = last = None
     growth: Growth | None = None

@@ -2,8 +2,8 @@
 
 The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
 float32, which logits the loss keeps, which attention kernel runs. :func:`trainer_execution` returns what
-this project's trainer runs for a recipe and a :class:`Device`; ``bench/estimator.py`` compares what
-transformers and peft run with measurements of it.
+this project's trainer runs for a recipe and a :class:`Device`; ``tests/memory/test_published.py``
+has what transformers and peft run, with measurements of it.
 
 Differences between versions of transformers' modeling code that affect the peak.
 

@@ -46,12 +46,6 @@ def test_trainers_take_turns_on_the_same_rows(models: Path, tmp_path: Path) -> N
     assert ours["tokens_per_s"] > 0 and plain["tokens_per_s"] > 0
 
 
-def test_a_way_that_cannot_run_says_why(models: Path, tmp_path: Path) -> None:
-    code, runs = baselines(models, tmp_path / "out.json", "--ways", "unsloth_trainer", "--turns", 1)
-    (run,) = next(iter(runs.values()))
-    assert code == 1 and "unsloth" in run["log"]
-
-
 def test_a_run_is_cut_at_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[bool] = []
     monkeypatch.setattr(gpu_baselines, "end_descendants", lambda: ended.append(True))

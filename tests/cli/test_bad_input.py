@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.data.quick_check import QuickCheckResult
@@ -17,6 +16,7 @@ from qlora_tui.runs.directory import all_runs
 from qlora_tui.training.gguf_conversion import folder_of
 from tests.catalog.models import make_cached
 from tests.cli.conftest import Call
+from tests.support.tiny_gguf import write_tiny_gguf
 from tests.tui.sample_data import readable_model
 
 

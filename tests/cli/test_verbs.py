@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import paths, subprocesses
 from qlora_tui.catalog import hub
 from qlora_tui.cli import doctor
@@ -33,6 +32,7 @@ from tests.cli.conftest import CONFIGS, Call
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.support.step_events import a_step
 from tests.support.task_evaluations import a_row, put_evaluation
+from tests.support.tiny_gguf import write_tiny_gguf
 from tests.tui.fake_runs import FakeRun, write_fake_run
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.demo.demo_model import ensure_model, is_ready, model_folder
 from qlora_tui.demo.wheel_download import WheelAsset
 from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
 from tests.demo.package_index import PackageIndex, pack
 from tests.support.polling import wait_for
+from tests.support.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.slow
 

@@ -127,7 +127,7 @@ async def test_no_machine_learning_library_is_loaded(
 
 
 async def test_a_gguf_file_that_was_never_converted_says_so(engine: EngineClient, tmp_path: Path) -> None:
-    from bench.tiny_gguf import write_tiny_gguf
+    from tests.support.tiny_gguf import write_tiny_gguf
 
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     path = tickets(tmp_path / "t.jsonl")

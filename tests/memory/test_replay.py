@@ -1,29 +1,18 @@
-"""The replay of a run's allocations, beside the walk and beside what was measured."""
+"""The replay of a run's allocations, compared with the walk of a step."""
 
 from __future__ import annotations
 
-import csv
-import re
-from pathlib import Path
-
 import pytest
 
-from bench.published_rows import find_config, read_execution
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, estimate, replay, trainer_execution
 from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.replay import Pool
 from qlora_tui.memory.step import profile_step
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
-from tests.catalog.configs import CONFIGS, config
+from tests.catalog.configs import config
 
-TABLE = Path(__file__).parent / "measured.csv"
 MODELS = ("Qwen/Qwen2.5-0.5B", "google/gemma-2-2b", "meta-llama/Llama-3.1-8B")
-
-
-def _rows() -> list[dict[str, str]]:
-    with TABLE.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if "peak_reserved_MiB" in row["extra"]]
 
 
 def _replayed(recipe: Recipe, name: str) -> Pool:
@@ -32,35 +21,6 @@ def _replayed(recipe: Recipe, name: str) -> Pool:
     return replay.replay(
         recipe, architecture, layout, execution, profile_step(layout, execution, recipe.lora.dropout)
     )
-
-
-def test_reserved_memory_is_matched_like_allocated_memory() -> None:
-    errors = {}
-    for row in _rows():
-        recipe, execution = read_execution(row)
-        estimated = estimate(
-            recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), execution=execution
-        )
-        match = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
-        assert match
-        errors[row["id"]] = estimated.reserved_bytes / 2**20 / int(match[1]) - 1
-        low, high = estimated.band.low_bytes, estimated.band.high_bytes
-        process = re.search(r"process_MiB=([\d.]+)", row["extra"])
-        assert process and low < float(process[1]) * 2**20 < high, row["id"]
-    assert sum(map(abs, errors.values())) / len(errors) < 0.03, errors
-    assert min(errors.values()) > -0.06 and max(errors.values()) < 0.16, errors
-
-
-def test_an_unquantized_model_matches_the_measured_reserved_bytes() -> None:
-    rows = [row for row in _rows() if row["quant"].startswith("none")]
-    assert len(rows) >= 5
-    for row in rows:
-        recipe, execution = read_execution(row)
-        estimated = estimate(
-            recipe, parse_architecture(find_config(row["model_id"], CONFIGS)), execution=execution
-        )
-        measured = re.search(r"peak_reserved_MiB=(\d+)", row["extra"])
-        assert measured and estimated.reserved_bytes / 2**20 == pytest.approx(int(measured[1]), rel=0.005)
 
 
 @pytest.mark.parametrize("name", MODELS)

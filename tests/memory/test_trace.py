@@ -1,8 +1,8 @@
 """The closed form against a traced step: transformers, peft and this project's trainer on the meta device.
 
 Eight families that differ, over two batch shapes, with and without checkpointing, chunked and stock loss,
-targets q and v or all, dropout 0 and 0.05: each pair of settings here, all 32 combinations in
-``bench/trace.py``. The other families in two cases.
+targets q and v or all, dropout 0 and 0.05: each pair of settings. The other
+families in two cases.
 """
 
 from __future__ import annotations
@@ -10,13 +10,22 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from bench.trace import FAMILIES, OTHERS, Case, compare, cut_config, grid, quicken_collections, recipe_of
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.trace_client import TraceRequest, trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.recipe.fields import replace_setting
+from tests.memory.step_cases import (
+    FAMILIES,
+    OTHERS,
+    Case,
+    compare,
+    cut_config,
+    grid,
+    quicken_collections,
+    recipe_of,
+)
 
 WORST_SHOWN = 5
 DIFFERENT = ("Llama 3", "Qwen 2.5", "Mixtral", "Gemma 2", "Gemma 3", "Phi-3", "GPT-2", "DeepSeek-V2")

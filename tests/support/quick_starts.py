@@ -28,12 +28,9 @@ TRAINING_MODULES = (
     "qlora_tui.chat.task_worker:evaluate",
     "qlora_tui.engine.trace_worker:trace",
     "bench.acceptance.check",
-    "bench.acceptance.machine",
     "bench.baselines.hf_trainer",
     "bench.chat",
     "bench.fast_paths",
-    "bench.gpu_probe",
-    "bench.gpu_probe.length_timer",
     "bench.support.random_model",
 )
 """Modules and jobs that need torch, if no test is about the start of their process."""

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui import subprocesses
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
@@ -25,6 +24,7 @@ from qlora_tui.training.gguf_conversion import (
 )
 from qlora_tui.worker import JobStopped
 from tests.support.polling import wait_for
+from tests.support.tiny_gguf import write_tiny_gguf
 
 _JOB = "qlora_tui.training.gguf_worker:convert"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir, create_run
@@ -15,6 +14,7 @@ from qlora_tui.runs.events import Failed, Finished, Paused, PhaseChanged, Progre
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.gguf_conversion import cached_conversion, folder_of
 from tests.support.polling import wait_for
+from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from bench.tiny_gguf import write_tiny_gguf
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.training.gguf_conversion import convert_in_child
 from qlora_tui.training.gguf_llama import is_known
 from qlora_tui.training.gguf_worker import convert
+from tests.support.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""TRL's trainers for pairs of answers: ``DPOTrainer``, and ``ORPOTrainer`` of its experimental part."""
+"""TRL's trainers: ``SFTTrainer`` with packing, or for pairs of answers ``DPOTrainer`` and ``ORPOTrainer``."""
 
 from __future__ import annotations
 
@@ -11,40 +11,49 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
 from bench.baselines.hf_trainer import TellSteps, common, load_quantized, lora, train_counted
-from bench.baselines.job import TrainingJob, read_job
+from bench.baselines.job import TrainingJob, conversations, read_job
 
 
 def main() -> None:
-    """Train once over the pairs."""
+    """Train once over the rows."""
     job = read_job()
     set_seed(job.seed)
     if job.preferences == "orpo":
         from trl.experimental.orpo import ORPOConfig as Config
-        from trl.experimental.orpo import ORPOTrainer as PairTrainer
-    else:
+        from trl.experimental.orpo import ORPOTrainer as AnyTrainer
+    elif job.preferences:
         from trl import DPOConfig as Config
-        from trl import DPOTrainer as PairTrainer
-    trainer = PairTrainer(
+        from trl import DPOTrainer as AnyTrainer
+    else:
+        from trl import SFTConfig as Config
+        from trl import SFTTrainer as AnyTrainer
+    rows, settings = (pairs(job), {"beta": 0.1}) if job.preferences else (samples(job), {"packing": True})
+    trainer = AnyTrainer(
         model=load_quantized(job),
         args=Config(
             output_dir=f"{job.out}-trainer",
             max_length=job.row_tokens,
-            beta=0.1,
-            per_device_train_batch_size=job.samples_per_step,
+            per_device_train_batch_size=job.samples_per_step if job.preferences else 1,
             gradient_accumulation_steps=1,
             num_train_epochs=1,
+            **settings,
             **common(job),
         ),
-        train_dataset=Dataset.from_list(pairs(job)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(job.model),
         peft_config=lora(job),
     )
-    trainer.add_callback(TellPairs(trainer.model))
+    trainer.add_callback((TellPairs if job.preferences else TellSteps)(trainer.model))
     train_counted(trainer, job)
 
 
+def samples(job: TrainingJob) -> list[dict[str, Any]]:
+    """Conversations, as TRL's prompts and completions."""
+    return [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in conversations(job)]
+
+
 def pairs(job: TrainingJob) -> list[dict[str, Any]]:
-    """The rows, as TRL's conversational format."""
+    """Pairs of answers, as TRL's conversational format."""
     rows = [json.loads(line) for line in Path(job.rows).read_text().splitlines()]
     return [
         {"prompt": [{"role": "user", "content": row["prompt"]}]}

@@ -1,6 +1,4 @@
-"""Hold the estimate's closed form to the trace of a real step, over families, shapes and settings.
-
-    python -m bench.trace [--family NAME]… [--cases all|pairs|two] [--json]
+"""Steps on which the closed form of the estimate is held to the trace of a real one.
 
 Each model is cut to two layers (what a further layer adds is the same again) and traced on the meta device:
 two batch shapes × checkpointing × loss × targets × dropout. The figure is the step's peak beyond the frozen
@@ -9,22 +7,18 @@ weights and the adapter.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Training
+from tests.catalog.configs import CONFIGS
 
-CONFIGS = Path(__file__).parent.parent / "tests" / "configs"
 FAMILIES = {
     "Llama 2": "meta-llama__Llama-2-7b-hf",
     "Llama 3": "meta-llama__Llama-3.2-1B",
@@ -193,7 +187,7 @@ def quicken_collections() -> None:
     gc.freeze()
 
 
-Cases: TypeAlias = Literal["all", "pairs", "two"]
+Cases: TypeAlias = Literal["pairs", "two"]
 
 
 # A covering array: any two columns hold both values together, neither, and each alone.
@@ -201,44 +195,14 @@ _PAIRS = [(False,) * 5] + [tuple((column - row) % 5 < 3 for column in range(5)) 
 
 
 def grid(families: list[str], cases: Cases) -> Iterator[Case]:
-    """The cases of each family: all 32, the 6 in which each pair of values occurs, or two."""
+    """The cases of each family: the 6 in which each pair of values occurs, or two."""
     for family in families:
         if cases == "two":
             yield Case(family, rows=2, length=512)
             yield Case(family, checkpointing=False, loss="stock", wide=False, dropout=0.05)
             continue
-        for values in _PAIRS if cases == "pairs" else product((False, True), repeat=5):
+        for values in _PAIRS:
             long, checkpointing, chunked, wide, dropout = values
             rows, length = (3, 512) if long else (1, 1024)
             loss = "chunked" if chunked else "stock"
             yield Case(family, rows, length, checkpointing, loss, wide, 0.05 if dropout else 0.0)
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Hold the closed form to the trace.")
-    parser.add_argument("--family", action="append", choices=sorted({**FAMILIES, **OTHERS}))
-    parser.add_argument("--cases", choices=get_args(Cases), default="all", help="of each family")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    comparisons = []
-    compare(Case("Llama 3"))  # imports what all traces need
-    quicken_collections()
-    for case in grid(given.family or list(FAMILIES), given.cases):
-        result = compare(case)
-        comparisons.append(result)
-        if not given.json:
-            mib = result.traced_bytes / 2**20
-            print(f"{result.error_pct:+7.2f} %  {mib:9.1f} MiB  {case}", flush=True)
-    errors = [each.error_pct for each in comparisons]
-    summary = {
-        "cases": len(errors),
-        "mean_pct": sum(map(abs, errors)) / len(errors),
-        "worst_over_pct": max(errors),
-        "worst_under_pct": min(errors),
-    }
-    print(json.dumps(summary) if given.json else summary, file=sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
