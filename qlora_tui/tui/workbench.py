@@ -145,7 +145,11 @@ class Workbench:
         model = self.recipe.model.id
         if self._trainable == model:
             return None
-        refusal = _refusal_of(model)
+        if not model:
+            return None
+        from qlora_tui.catalog.local_models import training_refusal
+
+        refusal = training_refusal(model)
         self._trainable = model if refusal is None else None
         return refusal
 
@@ -255,14 +259,6 @@ def _read(model: str) -> Architecture | UserError:
         return load_architecture(model)
     except UserError as problem:
         return problem
-
-
-def _refusal_of(model: str) -> UserError | None:
-    if not model:
-        return None
-    from qlora_tui.catalog.local_models import training_refusal
-
-    return training_refusal(model)
 
 
 def _with_model_and_data(recipe: Recipe, source: Recipe) -> Recipe:

@@ -17,7 +17,7 @@ from qlora_tui.tui.screens.lora.adapter_costs import (
 )
 from qlora_tui.tui.screens.lora.module_grid import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.screen import parse_targets
-from qlora_tui.tui.screens.memory.items_panel import item_lines
+from qlora_tui.tui.screens.memory.peak_panel import item_lines
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, open_on
 

@@ -36,7 +36,16 @@ class CancelsWorkersFirst(Widget):
         self.workers.cancel_node(self)
 
 
-class WorkScreen(Screen[None], CancelsWorkersFirst):
+class OnQloraApp(Widget):
+    """A screen that knows its app by type."""
+
+    @property
+    def qlora_app(self) -> QloraApp:
+        """The app, typed."""
+        return cast("QloraApp", self.app)
+
+
+class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     """A numbered screen. Subclasses define ``MODE`` and ``compose_body``.
 
     Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a
@@ -62,11 +71,6 @@ class WorkScreen(Screen[None], CancelsWorkersFirst):
             cls.SCREEN_COMMANDS = screen_commands(cls.MODE)
         cls.BINDINGS = [command.binding() for command in cls.SCREEN_COMMANDS]
         super().__init_subclass__(**options)
-
-    @property
-    def qlora_app(self) -> QloraApp:
-        """The app, typed."""
-        return cast("QloraApp", self.app)
 
     def compose(self) -> ComposeResult:
         yield TopBar(self.MODE)

@@ -7,6 +7,7 @@ The form changes nothing itself: it posts :class:`SettingEdited`, the screen mak
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import msgspec
@@ -38,13 +39,12 @@ _TEXT_SEPARATOR = " | "
 """Between the items of another list of texts while it is edited."""
 
 
+@dataclass
 class SettingEdited(Message):
     """The user chose another value for a setting; it is within its bounds."""
 
-    def __init__(self, path: str, value: Any) -> None:
-        super().__init__()
-        self.path = path
-        self.value = value
+    path: str
+    value: Any
 
 
 class SettingList(LineView):

@@ -7,6 +7,7 @@ rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv 2402.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
@@ -35,13 +36,12 @@ class SettingsList(ViList):
         Binding("left,h", "step(-1)", show=False),
     ]
 
+    @dataclass
     class Stepped(Message):
         """The user wants the next or the previous value of a setting."""
 
-        def __init__(self, path: str, direction: int) -> None:
-            super().__init__()
-            self.path = path
-            self.direction = direction
+        path: str
+        direction: int
 
     def action_step(self, direction: int) -> None:
         """Ask for another value of the setting under the cursor."""

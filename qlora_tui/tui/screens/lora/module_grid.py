@@ -150,12 +150,11 @@ class ModuleGrid(Widget, can_focus=True):
         Binding("escape", "clear_block", show=False),
     ]
 
+    @dataclass
     class Chosen(Message):
         """The user chose other modules."""
 
-        def __init__(self, names: frozenset[str]) -> None:
-            super().__init__()
-            self.names = names
+        names: frozenset[str]
 
     class Moved(Message):
         """The cursor has moved."""

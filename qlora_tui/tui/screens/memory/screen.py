@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar
 
 from textual import work
@@ -31,8 +32,7 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.memory.items_panel import ItemsPanel
-from qlora_tui.tui.screens.memory.peak_panel import PeakPanel, budget_words, peak_time, peak_words
+from qlora_tui.tui.screens.memory.peak_panel import ItemsPanel, PeakPanel, budget_words, peak_time, peak_words
 from qlora_tui.tui.screens.memory.timeline_graph import TimelinePanel
 from qlora_tui.tui.screens.memory.what_fits import (
     METHOD_OF_PRECISION,
@@ -85,13 +85,12 @@ class MemoryScreen(WorkScreen):
     )
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.assume_gpu"})
 
+    @dataclass
     class Solved(Message):
         """The slow computations are done."""
 
-        def __init__(self, recipe: Recipe, solution: Solution) -> None:
-            super().__init__()
-            self.recipe = recipe
-            self.solution = solution
+        recipe: Recipe
+        solution: Solution
 
     def __init__(self) -> None:
         super().__init__()

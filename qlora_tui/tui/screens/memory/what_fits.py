@@ -226,12 +226,11 @@ def _choice_words(value: Any) -> str:
 class FitPanel(Panel):
     """The verdict as its title, the changes that make the recipe fit, and notes on the estimate."""
 
+    @dataclass
     class Chosen(Message):
         """Enter was pressed on a change, or it was clicked."""
 
-        def __init__(self, number: int) -> None:
-            super().__init__()
-            self.number = number
+        number: int
 
     def __init__(self) -> None:
         self.choices = ViList(id="choices")

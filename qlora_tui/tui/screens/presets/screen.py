@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar
 
 from textual import work
 from textual.app import ComposeResult, SuspendNotSupported
@@ -37,15 +37,12 @@ from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
 from qlora_tui.tui.screens.presets.preset_files import edit, export_preset, import_preset, save_as
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.tui.workbench import notify_opened
-
-if TYPE_CHECKING:
-    from qlora_tui.tui.app import QloraApp
-
 
 _COMMANDS = screen_commands("presets")
 _SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
@@ -72,7 +69,7 @@ class _PresetChange:
     """The preset that the recipe had started from when it was saved."""
 
 
-class PresetsScreen(ModalScreen[None]):
+class PresetsScreen(ModalScreen[None], OnQloraApp):
     """Shipped presets and the user's own, beside what opening one would change."""
 
     CSS_PATH = "presets.tcss"
@@ -88,11 +85,6 @@ class PresetsScreen(ModalScreen[None]):
         """Changes made in this window, oldest first."""
         self._presets: list[Preset] = []
         self._filter = ""
-
-    @property
-    def qlora_app(self) -> QloraApp:
-        """The app, typed."""
-        return cast("QloraApp", self.app)
 
     @property
     def current(self) -> Preset | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -48,32 +48,17 @@ class ComparedRun:
     recipe: Recipe | None
     envelope: Envelope
     """Running mean of the training loss over tokens."""
-    outcome: tuple[str, ...]
-    """Texts for :data:`OUTCOMES`; what none of the runs has is left out."""
+    outcome: Mapping[str, str]
+    """Label and text of each row; what none of the runs has is left out."""
 
 
-GENERAL_ANSWERS = {
+_GENERAL_ANSWERS = {
     "answers ended": "ended",
     "answers looping": "looping",
     "answers refused": "refused",
     "valid JSON": "valid JSON",
 }
 """Rows of the counts over answers to general prompts: label, and name of the count."""
-OUTCOMES = (
-    "state",
-    "best validation loss",
-    "before training",
-    "exact answers",
-    "exact, base model",
-    "better answer preferred",
-    "margin",
-    "forgetting",
-    *GENERAL_ANSWERS,
-    "steps",
-    "tokens/s",
-    "trained",
-    "reason",
-)
 _DATA_SETTINGS = ("data.sources", "data.validation_path")
 _REASON_LINES = 3
 _WIDE_COLUMN = 26
@@ -92,26 +77,23 @@ def read(run: RunDir) -> ComparedRun:
     speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
     best, last = view.best, view.last_evaluation
     general = dict(general_answer_texts(view.general_answers))
-    return ComparedRun(
-        run.name,
-        recipe,
-        mean_losses.envelopes()[0],
-        (
-            view.status.state,
-            "NA" if best is None else f"{format_float(best.loss)} at {best.step:,}",
-            "" if view.loss_to_beat is None else f"{format_float(view.loss_to_beat)}, better",
-            _share(view.accuracy),
-            _share(view.base_accuracy),
-            _share(None if last is None else last.reward_accuracy),
-            "" if last is None or last.reward_margin is None else format_float(last.reward_margin, 3),
-            "" if view.forgetting is None else format_float(view.forgetting, 3),
-            *(general.get(name, "") for name in GENERAL_ANSWERS.values()),
-            f"{view.step:,}/{view.total_steps:,}",
-            "NA" if speed is None else f"{speed:,.0f}",
-            format_duration(series.seconds()) if len(series) else "NA",
-            _reason(view),
-        ),
-    )
+    margin = None if last is None else last.reward_margin
+    outcome = {
+        "state": view.status.state,
+        "best validation loss": "NA" if best is None else f"{format_float(best.loss)} at {best.step:,}",
+        "before training": "" if view.loss_to_beat is None else f"{format_float(view.loss_to_beat)}, better",
+        "exact answers": _share(view.accuracy),
+        "exact, base model": _share(view.base_accuracy),
+        "better answer preferred": _share(None if last is None else last.reward_accuracy),
+        "margin": "" if margin is None else format_float(margin, 3),
+        "forgetting": "" if view.forgetting is None else format_float(view.forgetting, 3),
+        **{label: general.get(name, "") for label, name in _GENERAL_ANSWERS.items()},
+        "steps": f"{view.step:,}/{view.total_steps:,}",
+        "tokens/s": "NA" if speed is None else f"{speed:,.0f}",
+        "trained": format_duration(series.seconds()) if len(series) else "NA",
+        "reason": _reason(view),
+    }
+    return ComparedRun(run.name, recipe, mean_losses.envelopes()[0], outcome)
 
 
 def _share(part: float | None) -> str:
@@ -160,7 +142,7 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
 
 def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
     """Names, outcomes, and the settings that differ, a column a run."""
-    outcomes = [(name, tuple(one.outcome[i] for one in compared)) for i, name in enumerate(OUTCOMES)]
+    outcomes = [(name, tuple(one.outcome[name] for one in compared)) for name in compared[0].outcome]
     settings = differing(compared)
     rows = [row for row in outcomes if any(row[1])] + settings
     label = max(len(name) for name, _ in rows) + 2
@@ -170,10 +152,11 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
         for one, mark, style in zip(compared, MARKS, _STYLES, strict=False)
     ]
     lines = [Content(" " * label) + Content("").join(names)]
-    if len({_data_of(one.recipe) for one in compared if one.recipe is not None}) > 1:
+    recipes = [one.recipe for one in compared if one.recipe is not None]
+    if len({tuple(str(get_setting(each, path)) for path in _DATA_SETTINGS) for each in recipes}) > 1:
         warning = "Their data differ, so that their losses are not comparable."
         lines.append(Content.styled(warning, "$warning"))
-    elif len({one.recipe.preference_method for one in compared if one.recipe is not None}) > 1:
+    elif len({each.preference_method for each in recipes}) > 1:
         warning = "Their methods (Preference data) differ, so that their losses are not comparable."
         lines.append(Content.styled(warning, "$warning"))
     for name, values in rows:
@@ -183,11 +166,6 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
     if not settings:
         lines.append(Content.styled("Their settings are identical.", "dim"))
     return Content("\n").join(lines)
-
-
-def _data_of(recipe: Recipe) -> str:
-    """What the losses are of: the files to train and to validate on."""
-    return "\n".join(format_value(get_setting(recipe, path)) for path in _DATA_SETTINGS)
 
 
 def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar
 
 import msgspec
 from textual.app import ComposeResult
@@ -21,16 +21,14 @@ from qlora_tui.settings_file import save_setting
 from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.themes import theme_names
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
-
-if TYPE_CHECKING:
-    from qlora_tui.tui.app import QloraApp
 
 _KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
 
 
-class SettingsScreen(ModalScreen[None]):
+class SettingsScreen(ModalScreen[None], OnQloraApp):
     """The form over the settings that have a label."""
 
     CSS_PATH = "../modals/modal.tcss"
@@ -45,11 +43,6 @@ class SettingsScreen(ModalScreen[None]):
         *(command.binding() for command in screen_commands("settings")),
         Binding("escape,q", "dismiss", "Close"),
     ]
-
-    @property
-    def qlora_app(self) -> QloraApp:
-        """The app, typed."""
-        return cast("QloraApp", self.app)
 
     def compose(self) -> ComposeResult:
         fields = fields_of(Settings)

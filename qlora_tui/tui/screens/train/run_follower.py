@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
@@ -37,7 +38,6 @@ from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.telemetry import EnergyMeter, Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
-from qlora_tui.tui.screens.train.log_tail import Level, LogEntry
 
 LONG_BYTES = 8 << 20
 """Size of an event log, some 40,000 steps, above which only a sample of the steps is read."""
@@ -57,6 +57,19 @@ _OUTPUT_BYTES = 128 << 10
 """Of the end of the output that a first read takes."""
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+Level: TypeAlias = Literal["info", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One line."""
+
+    at: float | None
+    """Unix time, where it is known."""
+    level: Level
+    text: str
 
 
 @dataclass(frozen=True)
@@ -230,10 +243,17 @@ class RunFollower:
         decimated_run, events = self._read()
         self._decimated_run = decimated_run
         self._event_count += len(events)
-        self._add_stages(events)
+        for event in events:
+            if isinstance(event, Started):
+                self._stages.clear()
+            elif isinstance(event, PhaseChanged) and len(self._stages) < _MAX_STAGES:
+                self._stages.append(event)
         fresh = [event for event in events if self._phases.is_new(event)]
         self._entries += _entries(fresh, decimated_run.view.total_steps)
-        self._report_unknown(decimated_run.view)
+        view = decimated_run.view
+        if view.unknown_events > self._unknown_count:
+            self._unknown_count = view.unknown_events
+            self._entries.append(LogEntry(view.status.at, "warning", unknown_lines(view.unknown_events)))
         # A new list, so that whoever shows the old one sees that it was replaced.
         if len(self._entries) > 2 * _MAX_ENTRIES:
             self._entries = self._entries[-_MAX_ENTRIES:]
@@ -250,18 +270,6 @@ class RunFollower:
             decimated_run, all_events = self._open()
             return decimated_run, all_events[self._event_count :]
         return self._decimated_run, events
-
-    def _add_stages(self, events: Iterable[AnyEvent]) -> None:
-        for event in events:
-            if isinstance(event, Started):
-                self._stages.clear()
-            elif isinstance(event, PhaseChanged) and len(self._stages) < _MAX_STAGES:
-                self._stages.append(event)
-
-    def _report_unknown(self, view: RunView) -> None:
-        if view.unknown_events > self._unknown_count:
-            self._unknown_count = view.unknown_events
-            self._entries.append(LogEntry(view.status.at, "warning", unknown_lines(view.unknown_events)))
 
     def _open(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
         """Read the run from its beginning; return it and its events without the steps."""

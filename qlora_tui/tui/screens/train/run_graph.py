@@ -164,8 +164,10 @@ def zoom_start(step: int, zoom: int) -> float:
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
     """Each quantity over the steps from zero to a round maximum; those that only some runs have first."""
     envelopes, speed = snapshot.envelopes, snapshot.tokens_per_s
-    forgetting = _forgetting_envelope(snapshot)
-    margin, trains_preferences = snapshot.reward_margin, _trains_preferences(snapshot)
+    points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
+    forgetting = Envelope.of_points(tuple(points), tuple(points.values()))
+    margin, recipe = snapshot.reward_margin, snapshot.recipe
+    trains_preferences = recipe is not None and recipe.preference_method is not None
     return (
         *([_chart("margin", format_float(margin, 3), envelopes.reward_margin)] if trains_preferences else ()),
         *(
@@ -177,16 +179,6 @@ def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
         _chart("grad", format_float(snapshot.grad_norm, 3), envelopes.grad_norm),
         _chart("tok/s", "NA" if speed is None else f"{speed:,.0f}", envelopes.tokens_per_s),
     )
-
-
-def _trains_preferences(snapshot: RunSnapshot) -> bool:
-    return snapshot.recipe is not None and snapshot.recipe.preference_method is not None
-
-
-def _forgetting_envelope(snapshot: RunSnapshot) -> Envelope:
-    """The divergence from the base on general prompts, a point for each evaluation."""
-    points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
-    return Envelope.of_points(tuple(points), tuple(points.values()))
 
 
 def _chart(name: str, value: str, envelope: Envelope) -> StepChart:
