@@ -28,7 +28,6 @@ from qlora_tui.runs import status
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation
 from qlora_tui.tui import app, clock, system_monitor
-from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.train import screen as train
 from qlora_tui.worker import JobStopped
@@ -53,12 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if is_async(item.obj) or "snap_compare" in item.fixturenames:
             item.add_marker("slow")
-
-
-@pytest.fixture
-def make_app() -> Callable[[], QloraApp]:
-    """The app as it starts, on whatever the private home holds by then."""
-    return QloraApp
 
 
 @pytest.fixture(autouse=True)

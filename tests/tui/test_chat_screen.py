@@ -50,13 +50,6 @@ def test_voices_pair_off_split_switch_and_change() -> None:
     assert pair.next("left").next("right").active == ("step-20", "step-10")
 
 
-def test_a_base_alone_has_nobody_to_switch_to() -> None:
-    pair = AdapterPair.of((BASE,))
-    assert (
-        pair.active == pair.split().active == pair.switched().active == pair.next("right").active == (BASE,)
-    )
-
-
 def test_the_transcript_has_the_answers_and_the_sampling(set_clock: Callable[[float], None]) -> None:
     run = finished(ADAPTER)
     sampling = Sampling(seed=2_400_670_123, temperature=0)
@@ -161,21 +154,6 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
         await wait_for_text(pilot, "seed 2400670123")
 
 
-async def test_loading_beside_an_active_run_asks_first() -> None:
-    finished(ADAPTER)
-    write_fake_run(FakeRun(name="busy-run", state="running"))
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "not loaded yet")
-        while app.system_status.active is None:
-            await pilot.pause(0.05)
-        await pilot.press(*"Hello", "enter")
-        await wait_for_text(pilot, "A run is training", "busy-run is training on this machine,", "n not now")
-        await pilot.press("n")
-        await wait_for_text(pilot, "Hello")
-        assert chat_of(app).engine.pid is None
-
-
 @pytest.mark.parametrize(
     ("free_gib", "phase", "asks"), [(16, "training", False), (1, "training", True), (16, "loading", True)]
 )
@@ -198,21 +176,6 @@ async def test_loading_asks_only_where_memory_may_run_out(
         await pilot.press(*"Hello", "enter")
         await wait_until(pilot, lambda: bool(sent) or "A run is training" in text_of(app))
         assert sent == ([] if asks else ["Hello"])
-
-
-async def test_the_question_closes_once_the_run_has_ended() -> None:
-    finished(ADAPTER)
-    busy = write_fake_run(FakeRun(name="busy-run", state="running"))
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "not loaded yet")
-        while app.system_status.active is None:
-            await pilot.pause(0.05)
-        await pilot.press(*"Hello", "enter")
-        await wait_for_text(pilot, "A run is training")
-        write_status(busy, msgspec.structs.replace(read_status(busy), state="stopped"))
-        await wait_until(pilot, lambda: "A run is training" not in text_of(app))
-        await wait_for_text(pilot, "Hello")
 
 
 async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
@@ -329,31 +292,3 @@ async def test_base_and_adapter_answer_side_by_side(
         write_fake_run(FakeRun(name="next-run", state="running"))
         await wait_for_text(pilot, "not loaded yet")
         assert screen.engine.pid is None
-
-
-@pytest.mark.slow
-async def test_escape_while_loading_stops_and_says_what_to_press(
-    tiny: tuple[Path, Path],
-) -> None:
-    async with talking(tiny) as (pilot, screen):
-        await pilot.press(*"hello", "enter")
-        await wait_for_text(pilot, "Starting the engine", "Esc Stop")
-        await pilot.press("escape")
-        text = await wait_for_text(pilot, "■ Stopped loading the model.", "not loaded yet")
-        assert "✗" not in text and "engine" not in text
-        await rest(pilot, screen)
-        await pilot.press("escape", "f")
-        await wait_for_text(pilot, "Starting the engine")
-        await pilot.press("escape")
-        await wait_for_text(pilot, "Not measured")
-        assert screen.engine.pid is None and not screen.busy
-
-
-@pytest.mark.slow
-async def test_a_missing_model_is_explained_in_place_of_the_answer(tiny: tuple[Path, Path]) -> None:
-    async with talking((Path("/nowhere/at-all"), tiny[1])) as (pilot, screen):
-        await pilot.press(*"hello", "enter")
-        await rest(pilot, screen)
-        await wait_for_text(pilot, "✗ Model not found", "▸", "hello")
-        assert "hello" in text_of(pilot.app)
-        assert not screen.busy

@@ -13,13 +13,13 @@ from textual.pilot import Pilot
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, ThinkingSupport
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.protocol import ChatReady
-from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.transcript import append_exchange
 from tests.tui.chat_screen import OUTCOME, chat_of, finished, with_adapters
 from tests.tui.fake_runs import FakeRun, write_fake_run
-from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
 WHY = "I look at the ticket:\n\n1. It was sorted on Sunday.\n2. It left **Oslo** on Monday."
@@ -79,20 +79,6 @@ async def exchange(
     return turn
 
 
-async def test_a_thought_is_one_line_until_it_is_expanded() -> None:
-    async with chatting(SWITCH) as (pilot, screen):
-        await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
-        text = await wait_for_text(pilot, "▸ Thought for 12 s, 340 tokens", "On the road.")
-        assert "sorted on Sunday" not in text
-        await pilot.press("ctrl+o")
-        await wait_for_text(
-            pilot, "▾ Thought for 12 s, 340 tokens", "It was sorted on Sunday", "On the road."
-        )
-        await pilot.press("escape", "z")
-        await wait_for_text(pilot, "▸ Thought for 12 s")
-        assert "sorted on Sunday" not in text_of(pilot.app)
-
-
 async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:
     async with chatting(SWITCH) as (_, screen):
         await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
@@ -114,14 +100,6 @@ async def test_one_key_turns_thinking_off_and_on() -> None:
         await pilot.press("escape", "t")
         await wait_for_text(pilot, "thinking on")
         assert screen.thinking == "on"
-
-
-async def test_a_run_trained_without_thinking_is_asked_without_it() -> None:
-    async with chatting(recipe=Recipe(name="set", data=Data(thinking="off"))) as (pilot, screen):
-        await wait_for_text(pilot, "thinking off")
-        assert screen.thinking == "off"
-        await pilot.press("ctrl+g")
-        await wait_for_text(pilot, "thinking on")
 
 
 @pytest.mark.parametrize(

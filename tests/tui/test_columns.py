@@ -31,9 +31,3 @@ def test_names_are_cut_in_their_middle_and_columns_without_room_are_left_out() -
     narrow = _plain(20)
     assert max(map(len, narrow)) == 20
     assert narrow[1].startswith("qwen2") and "…" in narrow[1] and narrow[1].split("…")[1].startswith("kets-1")
-
-
-def test_a_column_is_as_wide_as_its_widest_text_in_cells() -> None:
-    column = Column[str](text=lambda row: row)
-    after = Column[str](text=lambda row: "|")
-    assert [line.plain for line in table((column, after), ["日本", "abc"], 20)] == ["日本  |", "abc   |"]

@@ -1,28 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.charts import plot as draw
 from qlora_tui.tui.render.labels import SIGNS
-from qlora_tui.tui.screens.runs.compare import compare_plot, comparison_table, differing, read
+from qlora_tui.tui.screens.runs.compare import compare_plot, differing, read
 from qlora_tui.tui.screens.runs.run_table import MARKS
 from qlora_tui.tui.screens.runs.screen import RunsScreen
-from tests.tui.fake_runs import TICKETS, FakeRun, write_fake_run
+from tests.tui.fake_runs import TICKETS
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import open_runs
 
-MakeApp = Callable[[], QloraApp]
 
-
-async def test_two_marked_runs_are_compared_with_only_what_differs(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
+async def test_two_marked_runs_are_compared_with_only_what_differs(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -34,14 +28,6 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(
         assert "Micro-batch" not in shown
         await pilot.press("escape")
         assert isinstance(app.screen, RunsScreen)
-
-
-def test_a_comparison_of_different_data_says_that_losses_differ(three_runs: list[RunDir]) -> None:
-    other = replace_setting(TICKETS, "data.sources", (Source(path="/data/poems.jsonl"),))
-    run = write_fake_run(FakeRun(name="poems", state="finished", steps=60, total=60, recipe=other))
-    warning = "Their data differ, so that their losses are not comparable."
-    assert warning in comparison_table([read(three_runs[0]), read(run)], 120).plain
-    assert warning not in comparison_table([read(run) for run in three_runs], 120).plain
 
 
 def test_a_model_by_name_and_by_path_is_no_difference(three_runs: list[RunDir]) -> None:

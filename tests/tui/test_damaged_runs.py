@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from qlora_tui.tui.app import QloraApp
 from tests.runs.damage import FILES, damaged
 from tests.tui.fake_runs import TICKETS
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import settle
 
-MakeApp = Callable[[], QloraApp]
 
-
-async def test_one_bad_byte_in_any_file_leaves_the_app_open(make_app: MakeApp) -> None:
+async def test_one_bad_byte_in_any_file_leaves_the_app_open() -> None:
     for file in FILES:
         damaged(TICKETS, "running", file, "bad UTF-8")
         damaged(TICKETS, "finished", file, "deep nesting")
         damaged(TICKETS, "finished", file, "a pipe")
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await app.switch_mode("runs")
         await wait_for_text(pilot, "? lost", "✓ finished")

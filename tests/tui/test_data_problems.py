@@ -98,34 +98,6 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
         assert "Long text" not in text_of(app)
 
 
-async def test_without_a_model_rows_are_shown_as_stored(here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    async with data_app("", "tickets.jsonl").run_test(size=(80, 24)) as pilot:
-        await wait_for_text(
-            pilot, "Select a model with [1]", "Where is parcel 1?", "chars", "40, 39 conversations"
-        )
-
-
-async def test_a_model_for_estimates_has_no_tokenizer(private_home: Path, here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    config_only = str(config_folder(private_home, "Qwen__Qwen2.5-7B", has_weights=False))
-    async with data_app(config_only, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        shown = await wait_for_text(pilot, "No tokenizer yet", "Qwen2.5-7B is selected for estimates only")
-        assert "nothing to train" not in shown
-
-
-async def test_one_broken_line_is_named_and_the_others_are_read(model: str, here: Path) -> None:
-    rows: list[Any] = [ticket(n) for n in range(1, 21)]
-    rows[6] = '{"messages": oops'
-    write_rows(here / "tickets.jsonl", rows)
-    async with data_app(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "19 from 20 rows", "✗ Not valid JSON: 1 row, run blocked")
-        await pilot.press("n")
-        await wait_for_text(
-            pilot, "This row cannot be used.", "Line 7 is not valid JSON", "▸ Correct or remove the line"
-        )
-
-
 async def test_a_key_leaves_bad_rows_out_and_takes_it_back(model: str, here: Path) -> None:
     rows: list[Any] = [ticket(n) for n in range(1, 21)]
     rows[6] = '{"messages": oops'
@@ -175,11 +147,3 @@ async def test_formats_are_offered_with_the_rows_they_read(model: str, here: Pat
         await wait_for_text(pilot, "prompt-completion        3 rows  now")
         await pilot.press("escape")
     assert app.workbench.recipe.data.sources[0].format == "prompt-completion"
-
-
-async def test_single_turn_rows_do_not_open_the_column_mapping(model: str, here: Path) -> None:
-    turn = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"}
-    app = data_app(model, str(write_rows(here / "turns.jsonl", [turn] * 3)))
-    async with app.run_test(size=(120, 40)) as pilot:
-        shown = await wait_for_text(pilot, "Conversations in pieces", "Join the turns")
-        assert "Press [c]" not in shown

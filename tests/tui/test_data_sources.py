@@ -13,7 +13,7 @@ from qlora_tui.tui.screens.data.dialogs import FilePickerScreen
 from tests.data.fake_dataset_hub import dataset_hub
 from tests.tui.data_screen import data_app, screen_of
 from tests.tui.sample_data import ticket, tickets, write_rows
-from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import open_on
 
 
@@ -103,30 +103,6 @@ async def test_the_first_own_data_replaces_the_demos(model: str, here: Path) -> 
         assert [source.path for source in app.workbench.recipe.data.sources] == [str(CONVERSATIONS)]
 
 
-async def test_a_removed_source_is_named_and_comes_back(model: str, here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    app = data_app(model, "tickets.jsonl")
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        shown = await wait_for_text(pilot, "Parcel 1")
-        assert "x Remove" in shown.splitlines()[-1]
-        await pilot.press("v", "v")
-        await wait_until(pilot, lambda: screen_of(app).query_one("#sources").region.height == 0)
-        await pilot.press("x")
-        await wait_for_text(pilot, "Removed tickets.jsonl. Press [u] to undo.")
-        assert not app.workbench.recipe.data.sources
-        await pilot.press("u")
-        assert app.workbench.recipe.data.sources
-
-
-async def test_removing_a_source_keeps_another_of_the_same_file(model: str, here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    app = data_app(model, "tickets.jsonl", "tickets.jsonl")
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Parcel 1")
-        await pilot.press("x")
-        await wait_until(pilot, lambda: len(app.workbench.recipe.data.sources) == 1)
-
-
 async def test_a_file_is_found_by_partial_name_and_remembered(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     tickets(here / "other.jsonl")
@@ -213,14 +189,3 @@ async def test_a_dataset_of_the_hub_is_opened_by_its_id(
             await pilot.press("enter")
             await wait_for_text(pilot, "owner/parcels  hub", "row 1 of 3", "Where is parcel 0?")
             assert app.workbench.recipe.data.sources[0].path == "owner/parcels"
-
-
-@pytest.mark.slow
-async def test_a_dataset_that_cannot_be_had_says_why(model: str) -> None:
-    app = open_on("data", model=model)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await pilot.press("o")
-        await pilot.press(*"owner/parcels", "enter")
-        await wait_for_text(
-            pilot, "✗ No such data", "owner/parcels is neither a local file nor a dataset", "[x] remove"
-        )

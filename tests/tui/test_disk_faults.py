@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -12,8 +11,6 @@ from textual.pilot import WaitForScreenTimeout
 
 from qlora_tui.tui.app import QloraApp
 from tests.tui.screen_assertions import wait_for_text, wait_until
-
-MakeApp = Callable[[], QloraApp]
 
 
 def full() -> None:
@@ -24,8 +21,8 @@ async def full_in_worker() -> None:
     full()
 
 
-async def test_a_worker_that_cannot_write_is_reported_once(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_a_worker_that_cannot_write_is_reported_once() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "balanced")
         for _ in range(3):
@@ -38,8 +35,8 @@ async def test_a_worker_that_cannot_write_is_reported_once(make_app: MakeApp) ->
     assert app.disk_faults.ended_by is None
 
 
-async def test_a_full_disk_in_a_callback_ends_the_app(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_a_full_disk_in_a_callback_ends_the_app() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "balanced")
         app.call_later(full)
@@ -50,8 +47,8 @@ async def test_a_full_disk_in_a_callback_ends_the_app(make_app: MakeApp) -> None
     assert app.disk_faults.ended_by.title == "No space left on the disk"
 
 
-async def test_any_other_error_still_ends_the_app(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_any_other_error_still_ends_the_app() -> None:
+    app = QloraApp()
 
     def broken() -> None:
         raise ZeroDivisionError

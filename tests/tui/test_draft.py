@@ -14,8 +14,6 @@ from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 from tests.support.power import FaultyDisk
 from tests.tui.screen_assertions import wait_for_text, wait_until
 
-MakeApp = Callable[[], QloraApp]
-
 
 def rank_on_disk() -> int:
     return open_workbench(Draft()).recipe.lora.rank
@@ -129,11 +127,9 @@ def is_about_the_draft(message: str) -> bool:
 
 
 @UNREADABLE
-async def test_the_app_says_that_the_draft_could_not_be_read(
-    make_app: MakeApp, damage: Callable[[str], bytes]
-) -> None:
+async def test_the_app_says_that_the_draft_could_not_be_read(damage: Callable[[str], bytes]) -> None:
     content = damage_draft(damage)
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(100, 30)) as pilot:
         await wait_until(pilot, lambda: any(is_about_the_draft(said.message) for said in app._notifications))
         content_of_another = damage_draft(damage)
@@ -143,8 +139,8 @@ async def test_the_app_says_that_the_draft_could_not_be_read(
 
 
 @pytest.mark.parametrize(("key", "mine", "on_disk"), [("m", 32, 32), ("t", 8, 8), ("escape", 32, 8)])
-async def test_the_app_asks_whose_recipe_stays(make_app: MakeApp, key: str, mine: int, on_disk: int) -> None:
-    app = make_app()
+async def test_the_app_asks_whose_recipe_stays(key: str, mine: int, on_disk: int) -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "balanced")
         assert app.workbench.recipe.lora.rank == 16
@@ -164,10 +160,8 @@ async def test_the_app_asks_whose_recipe_stays(make_app: MakeApp, key: str, mine
             assert app.workbench.recipe.lora.rank == 32
 
 
-async def test_an_edit_that_cannot_be_saved_stands_and_is_said(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app = make_app()
+async def test_an_edit_that_cannot_be_saved_stands_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "balanced")
         with monkeypatch.context() as full:

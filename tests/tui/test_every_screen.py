@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -53,15 +52,6 @@ async def test_a_click_on_a_key_anywhere_presses_it(private_home: Path, words: s
         await wait_for_text(pilot, shown)
 
 
-async def test_a_key_in_a_dialogs_border_can_be_clicked(private_home: Path) -> None:
-    async with open_on("runs").run_test(size=(80, 24)) as pilot:
-        await pilot.press("question_mark")
-        lines = (await wait_for_text(pilot, "Esc close")).splitlines()
-        y = next(number for number, line in enumerate(lines) if "Esc close" in line)
-        await pilot.click(offset=(lines[y].index("Esc close"), y))
-        await wait_until(pilot, lambda: len(pilot.app.screen_stack) == 1)
-
-
 def count_objects() -> int:
     gc.collect()
     return len(gc.get_objects())
@@ -94,10 +84,8 @@ async def test_closed_screens_are_freed(private_home: Path) -> None:
         assert await open_and_close() < before + 1000
 
 
-async def test_the_palette_lists_and_opens_other_screens_commands(
-    make_app: Callable[[], QloraApp],
-) -> None:
-    app = make_app()
+async def test_the_palette_lists_and_opens_other_screens_commands() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("ctrl+p", *"rerun")
         await wait_for_text(pilot, "Rerun (R on Runs)")

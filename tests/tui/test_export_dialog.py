@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,10 +42,8 @@ async def open_dialog(pilot: Pilot[None]) -> str:
     return await wait_for_text(pilot, "Export tickets")
 
 
-async def test_an_export_is_started_and_followed(
-    run: RunDir, make_app: Callable[[], QloraApp], tmp_path: Path
-) -> None:
-    async with make_app().run_test(size=(120, 40)) as pilot:
+async def test_an_export_is_started_and_followed(run: RunDir, tmp_path: Path) -> None:
+    async with QloraApp().run_test(size=(120, 40)) as pilot:
         assert "Merged model" in await open_dialog(pilot)
         await pilot.press("down", "down", "down", "down")
         await wait_for_text(pilot, "tickets-Q8_0")
@@ -69,12 +66,10 @@ async def test_an_export_is_started_and_followed(
         assert "✓ Q8_0" in await wait_for_text(pilot, "✓ Q8_0")
 
 
-async def test_a_canceled_export_is_started_again_with_one_key(
-    run: RunDir, make_app: Callable[[], QloraApp], tmp_path: Path
-) -> None:
+async def test_a_canceled_export_is_started_again_with_one_key(run: RunDir, tmp_path: Path) -> None:
     request = ExportRequest(form="merge", out=str(tmp_path / "merged"), checkpoint=5)
     write_export_status(start_export(run, request).folder, ExportStatus(state="canceled", at=time.time()))
-    async with make_app().run_test(size=(120, 40)) as pilot:
+    async with QloraApp().run_test(size=(120, 40)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up")
         await wait_for_text(pilot, "left nothing behind", "r start again")
@@ -87,20 +82,9 @@ async def test_a_canceled_export_is_started_again_with_one_key(
         assert [export.folder for export in read_exports(run)] == [again.folder]
 
 
-async def test_types_that_need_llama_cpp_say_so(
-    run: RunDir, make_app: Callable[[], QloraApp], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export_choices, "is_installed", lambda: False)
-    async with make_app().run_test(size=(100, 30)) as pilot:
-        await open_dialog(pilot)
-        await pilot.press("enter")
-        await wait_for_text(pilot, "✗ Needs llama.cpp. Install it with", "[export]")
-        assert read_exports(run) == []
-
-
-async def test_a_run_without_an_adapter_cannot_be_exported(make_app: Callable[[], QloraApp]) -> None:
+async def test_a_run_without_an_adapter_cannot_be_exported() -> None:
     write_fake_run(FakeRun(name="tickets", state="failed", steps=1, total=10))
-    async with make_app().run_test(size=(100, 30)) as pilot:
+    async with QloraApp().run_test(size=(100, 30)) as pilot:
         await pilot.press("6")
         await wait_for_text(pilot, "tickets")
         await pilot.press("e")
@@ -108,9 +92,9 @@ async def test_a_run_without_an_adapter_cannot_be_exported(make_app: Callable[[]
 
 
 async def test_a_name_is_proposed_for_ollama_and_the_hub(
-    run: RunDir, make_app: Callable[[], QloraApp]
+    run: RunDir,
 ) -> None:
-    async with make_app().run_test(size=(120, 40)) as pilot:
+    async with QloraApp().run_test(size=(120, 40)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up", "up", "up", "up")
         await wait_for_text(pilot, "Name tickets")
@@ -120,16 +104,14 @@ async def test_a_name_is_proposed_for_ollama_and_the_hub(
         assert (export.request.form, export.request.out) == ("ollama", "tickets")
 
 
-async def test_type_and_checkpoint_are_chosen_by_key(
-    run: RunDir, make_app: Callable[[], QloraApp], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_choices, "is_installed", lambda: True)
     for step in (5, 10):
         folder = run.checkpoints_dir / f"step-{step}"
         folder.mkdir(parents=True)
         for name in ("adapter_config.json", "complete"):
             (folder / name).write_text("{}")
-    async with make_app().run_test(size=(80, 24)) as pilot:
+    async with QloraApp().run_test(size=(80, 24)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up")
         await wait_for_text(pilot, "Upload a GGUF file, Q8_0", "t type · c checkpoint")
@@ -141,8 +123,10 @@ async def test_type_and_checkpoint_are_chosen_by_key(
         assert (export.request.file_type, export.request.checkpoint) == ("F16", 5)
 
 
-async def test_a_key_checks_an_export_at_fewer_tokens(run: RunDir, make_app: Callable[[], QloraApp]) -> None:
-    async with make_app().run_test(size=(80, 24)) as pilot:
+async def test_a_key_checks_an_export_at_fewer_tokens(
+    run: RunDir,
+) -> None:
+    async with QloraApp().run_test(size=(80, 24)) as pilot:
         assert "f check fewer" in await open_dialog(pilot)
         await pilot.press("f")
         await wait_for_text(pilot, "checked at 2,000", "f check all")

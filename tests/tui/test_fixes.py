@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,8 +21,6 @@ from tests.tui.fake_runs import TICKETS, FakeRun, write_fake_run
 from tests.tui.run_events import health_event
 from tests.tui.screen_assertions import wait_for_text
 
-MakeApp = Callable[[], QloraApp]
-
 
 async def watching(app: QloraApp, run: RunDir) -> TrainScreen:
     await show_run(app, run)
@@ -31,11 +28,11 @@ async def watching(app: QloraApp, run: RunDir) -> TrainScreen:
     return app.screen
 
 
-async def test_m_halves_the_learning_rate_where_the_gradient_explodes(make_app: MakeApp) -> None:
+async def test_m_halves_the_learning_rate_where_the_gradient_explodes() -> None:
     run = write_fake_run(FakeRun(steps=50))
     with EventWriter(run.events_path) as log:
         log.append(health_event("exploding_gradient", "Lower training.learning_rate."))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "m Apply fix")
@@ -46,9 +43,9 @@ async def test_m_halves_the_learning_rate_where_the_gradient_explodes(make_app: 
         assert request == {"kind": "set_learning_rate", "value": 1e-4}
 
 
-async def test_m_prepares_a_smaller_run_after_out_of_memory(make_app: MakeApp) -> None:
+async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
     run = write_fake_run(FakeRun(steps=50, state="failed"))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         before = app.workbench.recipe
         await watching(app, run)

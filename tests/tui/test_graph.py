@@ -14,7 +14,6 @@ from qlora_tui.tui.render.charts import (
     NOT_A_NUMBER,
     Axis,
     Curve,
-    Mark,
     Plot,
     plot,
     rounded,
@@ -79,14 +78,6 @@ def test_an_axis_holds_its_values_and_has_distinct_labels(low: float, spread: fl
     assert len(set(texts)) == len(texts)
 
 
-def test_a_decimated_curve_keeps_the_spike_of_one_step() -> None:
-    values = [1.0] * 100_000
-    values[54_321] = 9.0
-    envelope = envelope_of(values)
-    assert len(envelope.xs) <= 641
-    assert envelope.high == 9.0
-
-
 def test_nan_is_marked_at_the_bottom_without_a_line() -> None:
     values = [1.0] * 40
     values[20:24] = [math.nan, math.inf, -math.inf, math.nan]
@@ -94,12 +85,6 @@ def test_nan_is_marked_at_the_bottom_without_a_line() -> None:
     assert NOT_A_NUMBER in lines[-2]
     gap = lines[-2].index(NOT_A_NUMBER)
     assert all(line[gap] in " ×" for line in lines[1:-1])
-
-
-def test_where_nothing_was_measured_there_is_no_line() -> None:
-    envelope = Envelope((0.0, 1.0, 2.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (False, False, False))
-    lines = drawn(envelope, Axis(0, 40, "step"), Axis(0, 2, "loss"))
-    assert all(set(line[10:]) <= set(" ") for line in lines[1:-1])
 
 
 def test_a_nan_curve_is_marked_and_an_empty_one_unscaled() -> None:
@@ -111,22 +96,6 @@ def test_a_nan_curve_is_marked_and_an_empty_one_unscaled() -> None:
     broken = Plot(nothing.x, nothing.y, (Curve(envelope_of([math.nan] * 9), "", ""),), empty="No steps yet.")
     text = "\n".join(line.plain for line in plot(broken, 40, 8))
     assert NOT_A_NUMBER in text and "No steps yet." not in text
-
-
-@pytest.mark.parametrize("height", [6, 7, 11])
-def test_marks_and_labels_are_in_the_row_of_their_value(height: int) -> None:
-    for value in (2.0, 2.2, 2.78, 3.0, 3.4, 4.0, 5.0, 5.9, 6.0):
-        flat = Curve(envelope_of([value] * 40), "", "")
-        lines = [
-            line.plain
-            for line in plot(
-                Plot(Axis(0, 40), Axis(2, 6), (flat,), (Mark(20, value, "★", ""),)), width=44, height=height
-            )
-        ]
-        row = next(line for line in lines if "★" in line)
-        assert any("\u2801" <= each <= "\u28ff" for each in row), (value, lines)
-        labeled = [line for line in lines if line.strip().startswith(f"{value:g}┤")]
-        assert labeled in ([], [row])
 
 
 @pytest.mark.slow
@@ -150,16 +119,6 @@ def test_a_graph_zoomed_past_a_spike_is_rid_of_it() -> None:
     history.extend(range(100_000), values)
     assert history.envelopes(50_001)[0].high == history.envelopes(50_010)[0].high == 2.0
     assert history.envelopes(49_000)[0].high == history.envelopes()[0].high == 90.0
-
-
-def test_each_column_is_drawn_as_it_was_given() -> None:
-    history = DecimatedSeries(columns=2)
-    history.extend([1.0, 2.0], [3.0, math.nan], [5.0, 6.0])
-    one, other = history.envelopes()
-    assert (one.lows, one.broken) == ((3.0, math.inf), (False, True))
-    assert (other.highs, other.broken) == ((5.0, 6.0), (False, False))
-    with pytest.raises(ValueError, match="as long"):
-        history.extend([3.0, 4.0], [1.0, 1.0], [1.0])
 
 
 def test_a_curves_memory_grows_with_the_logarithm_of_its_length() -> None:

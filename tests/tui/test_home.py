@@ -27,12 +27,11 @@ from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, oth
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.modals import machine_report
 from qlora_tui.tui.screens.models import downloads
-from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
+from qlora_tui.tui.screens.train.screen import TrainScreen
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import config_folder
 
-MakeApp = Callable[[], QloraApp]
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path=str(CONVERSATIONS)),)))
 
 
@@ -44,12 +43,6 @@ def _ready(home: Path) -> Recipe:
 def after(state: State, **how: Any) -> HomeState:
     """A run of that state was the last; the recipe is complete and fits."""
     return HomeState(READY, 1, verdict="fits", last_run="a", last_state=state, **how)
-
-
-def test_a_model_that_a_download_cannot_mend_is_replaced() -> None:
-    state = HomeState(READY, 1, verdict="fits", model_error="This model is already quantized")
-    assert next_step(state).text == "Select another model"
-    assert next_step(replace(state, can_download=True)).text.startswith("Get the model's weights")
 
 
 @pytest.mark.parametrize(
@@ -88,14 +81,14 @@ def test_the_next_step_is_the_sensible_one(now: HomeState, action: str, instead:
 
 
 async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, private_home: Path
+    monkeypatch: pytest.MonkeyPatch, private_home: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     run = write_fake_run(FakeRun(name="owls", state="stopped", steps=60, total=300, began=time.time()))
     checkpoint = run.checkpoints_dir / "step-40"
     checkpoint.mkdir(parents=True)
     (checkpoint / "complete").touch()
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "Resume the run", "owls was stopped; it resumes from the checkpoint")
         app.workbench.replace(_ready(private_home))
@@ -108,8 +101,8 @@ async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
         assert isinstance(app.screen, TrainScreen)
 
 
-async def test_a_new_user_is_offered_the_demo_or_the_hub(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_a_new_user_is_offered_the_demo_or_the_hub() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, DEMO.text, "Search the Hub", "No runs yet")
         await pilot.press("enter")
@@ -119,7 +112,7 @@ async def test_a_new_user_is_offered_the_demo_or_the_hub(make_app: MakeApp) -> N
 
 
 async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     began = []
     says = 'echo \'{"event":"saying","text":"Fetching"}\'; until [ -e go ]; do sleep 0.05; done; '
@@ -131,7 +124,7 @@ async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
         return downloads.Download(downloads.DEMO, "demo", child)
 
     monkeypatch.setattr(downloads, "start_demo", start)
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await wait_for_text(pilot, DEMO.text)
         await pilot.press("enter", "enter")
@@ -146,14 +139,12 @@ async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
     assert began == [1]
 
 
-async def test_a_run_that_ends_notifies_on_other_screens(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_run_that_ends_notifies_on_other_screens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TMUX", raising=False)
     written: list[str] = []
     monkeypatch.setattr(HeadlessDriver, "write", lambda driver, data: written.append(data))
     write_fake_run(FakeRun(name="owls", steps=200, total=300))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(pilot, "owls", "training")
         failed = Failed(at=BEGAN + 500, title="The disk is full", what="No room for step 300.")
@@ -167,25 +158,14 @@ async def test_a_run_that_ends_notifies_on_other_screens(
     assert said.index(desktop.PUSH_TITLE) < said.index("\x1b]2;") < said.index(desktop.POP_TITLE)
 
 
-async def test_a_first_runs_result_is_news_in_the_first_session(make_app: MakeApp) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "No runs yet")
-        write_fake_run(FakeRun(name="owls", state="finished", steps=300, total=300, began=time.time()))
-        shown = await wait_for_text(pilot, "✓ owls", "Chat with the adapter")
-        assert "while you were away" not in shown
-
-
-async def test_before_the_first_poll_no_runs_or_steps_are_shown(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_before_the_first_poll_no_runs_or_steps_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     write_fake_run(FakeRun(name="owls", state="finished"))
     looking = threading.Event()
     look = system_monitor.SystemMonitor.poll_and_recover
     monkeypatch.setattr(
         system_monitor.SystemMonitor, "poll_and_recover", lambda self: looking.wait(30) and look(self)
     )
-    async with make_app().run_test() as pilot:
+    async with QloraApp().run_test() as pilot:
         said = await wait_for_text(pilot, "looking…")
         await pilot.press("enter")
         assert "▸ Enter" not in said and isinstance(pilot.app.screen, HomeScreen)
@@ -193,16 +173,14 @@ async def test_before_the_first_poll_no_runs_or_steps_are_shown(
         await wait_for_text(pilot, "owls", "Next")
 
 
-async def test_a_stopped_queue_is_started_from_any_screen(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stopped_queue_is_started_from_any_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
     monkeypatch.setattr(system_monitor, "ensure_runner", ensure_runner)
     run = write_fake_run(FakeRun(name="owls", state="queued", steps=0))
     run_queue.enqueue(run)
     # A runner passes over what it cannot train, which takes no torch.
     run.recipe_path.unlink()
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("4")
         await wait_until(pilot, lambda: run_queue.waiting() == [])
@@ -231,25 +209,12 @@ def test_the_run_that_changed_last_is_the_one_shown() -> None:
     look.close()
 
 
-async def test_the_check_step_closes_the_watched_run(make_app: MakeApp, private_home: Path) -> None:
-    run = write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
-    app = make_app()
-    app.workbench.replace(_ready(private_home))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await show_run(app, run)
-        await wait_for_text(pilot, "[c] chat with it")
-        await pilot.press("0")
-        await wait_for_text(pilot, "Check the recipe")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "Micro-batch")
-
-
 async def test_the_queue_and_active_run_are_shown_and_enter_watches(
-    make_app: MakeApp, set_clock: Callable[[float], None]
+    set_clock: Callable[[float], None],
 ) -> None:
     run = write_fake_run(FakeRun(steps=120))
     run_queue.enqueue(write_fake_run(FakeRun(name="next-one", state="queued", steps=0)))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "step 120 of 3,000", "1. next-one", "Watch the run", "of the next run")
         await pilot.press("4")
@@ -261,13 +226,13 @@ async def test_the_queue_and_active_run_are_shown_and_enter_watches(
         assert screen.run == run
 
 
-async def test_the_machine_is_checked_in_the_app(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_machine_is_checked_in_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         machine_report,
         "check_libraries",
         lambda: [Check(CheckKind.LIBRARY, "error", "It is broken.", "Install it again.", name="torch")],
     )
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("ctrl+p")
         await pilot.press(*"check this machine")

@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
-import pytest
 from textual.binding import Binding, BindingType
 
-from qlora_tui.tui.key_names import dialog_keys, key_names, key_while_typing
+from qlora_tui.tui.key_names import dialog_keys
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import open_on
-
-TUI = Path(__file__).parents[2] / "qlora_tui/tui"
-_COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
-_LOOKUPS = {"key_name", "key_names", "bare_key", "key_while_typing"}
-in_one_worker = pytest.mark.xdist_group("texts of the app")
-"""To read all modules once."""
-_KEY = re.compile(r"\[[A-Za-z0-9?/'+:-]\]|\bF\d{1,2}\b|\bCtrl\+\w")
-_FIXED = {
-    "train/screen.py": ("[h]", "[l]", "[']"),
-    "chat/text.py": ("Ctrl+J",),
-    "lora/module_grid.py": ("[x]", "[-]"),
-    "runs/export_choices.py": ("F16", "[r]", "[D]"),
-}
-"""Keys of dialogs, fields and lists, which a keymap cannot change; check boxes; a type of GGUF file."""
-
-
-def test_a_command_with_several_keys_can_name_all_of_them() -> None:
-    assert key_names("chat.unfold") == "[z] or Ctrl+O"
-    assert key_while_typing("chat.unfold") == "Ctrl+O"
 
 
 def test_a_dialogs_line_of_keys_follows_its_bindings() -> None:

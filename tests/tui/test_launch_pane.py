@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,9 @@ from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
-MakeApp = Callable[[], QloraApp]
 
-
-async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_the_form_edits_the_recipe_and_checks_what_is_typed() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
         await wait_for_text(pilot, "Micro-batch", "Name of the run in lists")
@@ -44,8 +41,8 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed(make_app: Make
         assert app.workbench.recipe.training.micro_batch_size == 1
 
 
-async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else() -> None:
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
         await wait_for_text(pilot, "▸ Name")
@@ -59,8 +56,8 @@ async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else(make_app: Ma
         assert app.current_mode == "train"
 
 
-async def test_every_setting_of_the_form_can_be_stepped_both_ways(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_every_setting_of_the_form_can_be_stepped_both_ways() -> None:
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
         form = app.screen.query_one(SettingsForm)
@@ -74,8 +71,8 @@ async def test_every_setting_of_the_form_can_be_stepped_both_ways(make_app: Make
         assert len(app.screen_stack) == 1
 
 
-async def test_without_a_model_nothing_is_launched_and_the_fix_named(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_without_a_model_nothing_is_launched_and_the_fix_named() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
         await wait_for_text(pilot, "✗ error", "No model selected.", "Not ready: model, data")
@@ -85,12 +82,12 @@ async def test_without_a_model_nothing_is_launched_and_the_fix_named(make_app: M
 
 
 async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     fine = (Check(CheckKind.MODEL, "ok", "there"), Check(CheckKind.DATA, "ok", "there"))
     monkeypatch.setattr(train_module, "preflight", lambda *_, **__: fine)
-    app = make_app()
+    app = QloraApp()
     app.workbench.replace(
         Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
     )
@@ -103,12 +100,12 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
 
 
 async def test_a_failed_check_is_confirmed_before_launch(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     doubt = (Check(CheckKind.MEMORY, "error", "does not fit: 30.0 of 24.0 GiB."),)
     monkeypatch.setattr(train_module, "preflight", lambda *_, **__: doubt)
-    app = make_app()
+    app = QloraApp()
     app.workbench.replace(
         Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
     )
@@ -120,10 +117,10 @@ async def test_a_failed_check_is_confirmed_before_launch(
         assert all_runs() == []
 
 
-async def test_the_fix_key_resolves_the_first_check_with_a_fix(make_app: MakeApp, tmp_path: Path) -> None:
+async def test_the_fix_key_resolves_the_first_check_with_a_fix(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("fox " * 3000 + "\n\nshort\n")
-    app = make_app()
+    app = QloraApp()
     app.workbench.replace(Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64)))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await pilot.press("5")
@@ -133,10 +130,10 @@ async def test_the_fix_key_resolves_the_first_check_with_a_fix(make_app: MakeApp
         assert app.workbench.recipe.data.overflow == "split"
 
 
-async def test_a_row_that_blocks_a_run_is_reported_before_launch(make_app: MakeApp, tmp_path: Path) -> None:
+async def test_a_row_that_blocks_a_run_is_reported_before_launch(tmp_path: Path) -> None:
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 2 + "{bad\n")
-    app = make_app()
+    app = QloraApp()
     model = readable_model(tmp_path)
     app.workbench.replace(
         Recipe(model=Model(id=model), data=Data(sources=(Source(path=str(rows)),), packing=False))

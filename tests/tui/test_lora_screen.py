@@ -8,17 +8,13 @@ from textual.widgets import Input
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Lora, Recipe
+from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.lora.adapter_costs import (
-    choice_costs,
-    choice_lines,
-)
 from qlora_tui.tui.screens.lora.module_grid import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.screen import parse_targets
 from qlora_tui.tui.screens.memory.peak_panel import item_lines
-from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, open_on
 
 SMALL = "HuggingFaceTB__SmolLM2-135M"
@@ -37,16 +33,6 @@ def table() -> ModuleTable:
 
 def targets(app: QloraApp) -> tuple[str, ...]:
     return app.workbench.recipe.lora.target_modules
-
-
-async def test_without_a_model_the_settings_can_still_be_changed() -> None:
-    app = open_on("lora")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "The recipe has no model.", "▸ Press [1] to select one.")
-        await pilot.press("r", "space", "x", "f", "escape")
-        assert app.workbench.recipe.lora.rank == 32
-        await pilot.press("i", *"8-23.q_proj", "enter")
-        assert "8-23.q_proj" in targets(app)[0]
 
 
 async def test_space_toggles_a_kind_a_layer_and_a_module(small: str) -> None:
@@ -162,18 +148,6 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
         await wait_for_text(pilot, "LoRA settings as in preset balanced")
 
 
-async def test_a_click_selects_and_on_a_box_toggles(small: str) -> None:
-    app = open_on("lora", model=small)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "every kind")
-        await pilot.click("#modules", offset=(7, 2))
-        assert targets(app) == ("all-linear",)
-        await pilot.click("#modules", offset=(7, 2))
-        assert targets(app) == KINDS[1:]
-        await pilot.click("#modules", offset=(2, 2))
-        assert targets(app) == ("all-linear",)
-
-
 def test_modules_of_a_vision_tower_are_left_out() -> None:
     table = ModuleTable(parse_architecture(config_of("google__gemma-3-4b-it")))
     assert table.modules
@@ -223,38 +197,6 @@ def test_short_names_are_written_out(table: ModuleTable, text: str, patterns: tu
 def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -> None:
     with pytest.raises(UserError):
         parse_targets(text, table.modules)
-
-
-async def test_the_setting_under_the_cursor_is_explained_and_stepped(small: str) -> None:
-    app = open_on("lora", model=small)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "The linear layers of the model")
-        await pilot.press("j")
-        await wait_for_text(pilot, "─ q_proj ─", "The query projection of attention")
-        await pilot.press("tab", "j")
-        await wait_for_text(pilot, "─ Alpha ─", "How strongly the adapter counts")
-        await pilot.press("right", "l", "left")
-        assert app.workbench.recipe.lora.alpha == 64
-        await pilot.press("j", "j", "space", "j", "enter")
-        assert app.workbench.recipe.lora.use_rslora and app.workbench.recipe.lora.use_dora
-        assert targets(app) == ("all-linear",)
-        await pilot.press("tab", "r")
-        await wait_for_text(pilot, "─ Rank ─", "The number of columns of A and B")
-
-
-async def test_other_ranks_and_targets_have_their_cost(small: str) -> None:
-    app = open_on("lora", model=small)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "▸ rank 16", "▸ all-linear", "rank 256", "gate, up, down")
-        await pilot.press("r", "j", "space")
-        await wait_for_text(pilot, "▸ rank 32")
-        await wait_until(pilot, lambda: "▸ all-linear" not in text_of(app))
-    architecture = parse_architecture(config_of("openai-community__gpt2"))
-    costs = choice_costs(Recipe(), architecture, app.memory_budget)
-    assert [cost.name for cost in costs][-2:] == ["rank 256", "all-linear"]
-    assert costs[-1].trained == costs[2].trained
-    for width in (40, 74, 135):
-        assert max(line.cell_length for line in choice_lines(costs, width)) <= max(width, 60)
 
 
 def test_experts_are_rows_that_all_linear_leaves_alone() -> None:

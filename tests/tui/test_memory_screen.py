@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.memory import MeasuredRun, estimate, record_run
+from qlora_tui.memory import estimate
 from qlora_tui.memory.step import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
@@ -15,9 +15,8 @@ from qlora_tui.tui.screens.memory.peak_panel import parts_of, stacked_bar
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.widgets.controls import ViList
 from tests.support.counting import count_allocations
-from tests.support.nvml_stub import install_nvml_stub
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import config_folder, open_on, open_with_gpu, settle
+from tests.tui.workstation import config_folder, open_on, settle
 
 
 @pytest.fixture
@@ -91,15 +90,6 @@ async def test_the_selected_item_is_explained_and_stays_selected(seven_billion: 
         assert app.screen.query_one(ViList).current == "head"
 
 
-async def test_the_breakdown_follows_the_selected_bar(seven_billion: str) -> None:
-    async with open_on("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "▸ NF4", "◂ recipe")
-        await pilot.press("tab", "tab")
-        await wait_for_text(pilot, "▸ fp16", "Unquantized linear")
-        await pilot.press("shift+tab")
-        await wait_for_text(pilot, "▸ int8")
-
-
 async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=12)
     _big(app)
@@ -126,19 +116,6 @@ async def test_a_model_too_large_for_any_change_is_reported(private_home: Path) 
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await wait_for_text(pilot, "No change makes it fit", "none")
         await wait_until(pilot, lambda: "Make it fit" not in text_of(app))
-
-
-async def test_samples_beyond_the_context_length_warn_even_without_fit(
-    private_home: Path,
-) -> None:
-    model = str(config_folder(private_home, "TinyLlama__TinyLlama-1.1B-Chat-v1.0"))
-    app = open_on("memory", model=model, gpu_gib=4)
-    async with app.run_test(size=(80, 24)) as pilot:
-        assert "model's context" not in await wait_for_text(pilot, "recompute")
-        await pilot.press("s", "s")
-        await wait_for_text(pilot, "! the model's context is 2,048", "(data.max_length)")
-        await pilot.press("s", "s", "b", "b")
-        await wait_for_text(pilot, "! the model's context is 2,048", "▸ a ")
 
 
 async def test_a_model_larger_than_the_card_is_offered_streamed(seven_billion: str) -> None:
@@ -169,27 +146,6 @@ def test_a_bars_parts_add_up_and_its_end_is_marked(seven_billion: str) -> None:
         for width in (1, 10, 33, 120):
             assert stacked_bar(estimated, 24 << 30, width).cell_length == width
             assert stacked_bar(estimated, 4 << 30, width).plain.endswith("▶")
-
-
-async def test_the_correction_by_past_runs_is_named_with_their_count(
-    seven_billion: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install_nvml_stub(monkeypatch, "one_gpu")
-    for _ in range(3):
-        record_run(
-            MeasuredRun(
-                at=0.0,
-                machine="NVIDIA GeForce RTX 4090",
-                predicted_allocated_bytes=9 << 30,
-                predicted_reserved_bytes=10 << 30,
-                predicted_process_bytes=10 << 30,
-                measured_reserved_bytes=int(10.4 * 2**30),
-                measured_process_bytes=int(10.8 * 2**30),
-            )
-        )
-    async with open_with_gpu("memory", model=seven_billion).run_test(size=(80, 24)) as pilot:
-        shown = await wait_for_text(pilot, "Peak against", "free now; corrected +", "% from 3 runs")
-        assert "runs…" not in shown
 
 
 async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:

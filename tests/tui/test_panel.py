@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import pytest
 from textual.app import ComposeResult
-from textual.color import Color
 from textual.widgets import Input, Static
 
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.themes import load_themes
 from qlora_tui.tui.widgets.panel import Panel
-from tests.tui.contrast import contrast
 
 XTERM_LEVELS = (0x00, 0x5F, 0x87, 0xAF, 0xD7, 0xFF)
 XTERM_GRAYS = tuple(range(0x08, 0xEF, 10))
@@ -58,11 +56,3 @@ def is_in_palette(color: str) -> bool:
     red, green, blue = (int(color[place : place + 2], 16) for place in (1, 3, 5))
     is_gray = red == green == blue and red in XTERM_GRAYS
     return is_gray or all(part in XTERM_LEVELS for part in (red, green, blue))
-
-
-@pytest.mark.parametrize("name", ["harbour", "ember", "paper"])
-def test_frames_can_be_seen_on_the_background(name: str) -> None:
-    theme = next(theme for theme in load_themes()[0] if theme.name == name)
-    colors = (theme.variables["border-blurred"], theme.background or "")
-    frame, background = (Color.parse(color) for color in colors)
-    assert contrast(frame, background) >= 1.5

@@ -10,13 +10,12 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui import paths
-from qlora_tui.recipe.presets import find_preset, save
-from qlora_tui.recipe.schema import Lora, Recipe
+from qlora_tui.recipe.presets import find_preset
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft, open_workbench
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.controls import ViList
-from tests.tui.screen_assertions import wait_for_text, wait_until
+from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import config_folder, open_on
 
 
@@ -79,23 +78,6 @@ async def test_an_edited_file_is_replaced_only_after_a_question() -> None:
         await pilot.press("y")
         await wait_for_text(pilot, "● tickets")
         assert "by hand" not in mine("tickets").read_text()
-
-
-async def test_an_existing_preset_is_replaced_only_after_confirmation() -> None:
-    save("tickets", Recipe(lora=Lora(rank=8)))
-    before = mine("tickets").read_bytes()
-    async with open_on("memory").run_test(size=(80, 24), notifications=True) as pilot:
-        await pilot.press("p", "s")
-        await wait_until(pilot, lambda: isinstance(pilot.app.focused, Input))
-        await pilot.press(*"tickets", "enter")
-        await wait_for_text(pilot, "You already have a preset tickets")
-        await pilot.press("n")
-        assert mine("tickets").read_bytes() == before
-        await pilot.press("enter", "y")
-        await wait_for_text(pilot, "Saved the settings as tickets", "● tickets")
-        # Now it is the one that is open: saving it again needs no question.
-        await pilot.press("s", "enter")
-        await wait_for_text(pilot, "Saved the settings as tickets")
 
 
 async def test_a_deletion_is_undone_exactly_and_shipped_presets_stay() -> None:
@@ -204,28 +186,3 @@ async def test_the_editors_result_for_a_users_preset_is_checked(
         await pilot.press("e")
         await wait_for_text(pilot, "lora.rank", "Esc close")
         assert mine("tickets").read_text() == "[lora]\nrank = -1\n"
-
-
-async def test_typing_a_name_edits_nothing_and_closes_nothing() -> None:
-    app = open_on("memory")
-    before = app.workbench.recipe
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("p")
-        await wait_for_text(pilot, "Enter open")
-        await pilot.press(*"pqrabct")
-        await wait_for_text(pilot, "Enter open")
-        assert isinstance(app.screen, PresetsScreen)
-        assert app.workbench.recipe == before
-
-
-async def test_the_filter_shows_presets_that_contain_a_text() -> None:
-    async with open_on("memory").run_test(size=(80, 24)) as pilot:
-        await pilot.press("p", "slash", *"pape")
-        shown = await wait_for_text(pilot, "The QLoRA paper's settings")
-        assert "cpu-demo" not in shown
-        await pilot.press(*"zz")
-        await wait_for_text(pilot, "No preset matches. Press Esc to show all.")
-        await pilot.press("escape")
-        await wait_for_text(pilot, "cpu-demo", "balanced")
-        await pilot.press("slash", *"pape", "enter", "enter")
-        await wait_for_text(pilot, " paper · no model")

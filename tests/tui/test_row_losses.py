@@ -14,7 +14,7 @@ from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
 from qlora_tui.tui.screens.data.sample import legend, sample
-from tests.tui.data_screen import data_app, screen_of, whole
+from tests.tui.data_screen import data_app, whole
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
 from tests.tui.screen_assertions import wait_for_text, wait_until
@@ -81,18 +81,6 @@ async def test_rows_of_a_folder_are_left_out_of_their_file(
         await pilot.press("x")
         await wait_for_text(pilot, "1 waiting", "Undo")
         assert app.workbench.recipe.data.sources[0].excluded_rows == "b.jsonl: 7"
-
-
-async def test_enter_shows_a_row_of_the_list(model: str, here: Path) -> None:
-    measured_run(tickets(here / "tickets.jsonl"))
-    app = data_app(model, "tickets.jsonl", max_length=128)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await whole(pilot)
-        await pilot.press("B")
-        await wait_for_text(pilot, "never learned")
-        await pilot.press("enter")
-        await whole(pilot)
-        assert screen_of(app).row == 7
 
 
 async def test_leaving_the_app_ends_the_measurement(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,16 +20,14 @@ from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_runs
 
-MakeApp = Callable[[], QloraApp]
-
 
 async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
-    make_app: MakeApp, three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
+    three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     for name in ("first", "second"):
         run_queue.enqueue(write_fake_run(FakeRun(name=name, state="queued", steps=0, began=BEGAN - 5000)))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
         shown = await wait_for_text(pilot, "queue 1", "queue 2", "w Withdraw")
@@ -47,10 +43,8 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
         assert run_queue.waiting() == ["second", "first"]
 
 
-async def test_quitting_never_asks_and_keeps_deleted_runs(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
+async def test_quitting_never_asks_and_keeps_deleted_runs(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -63,10 +57,10 @@ def _are_left(number: int) -> bool:
     return len(all_runs()) == number
 
 
-async def test_deleting_a_run_in_use_asks_first(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+async def test_deleting_a_run_in_use_asks_first(three_runs: list[RunDir]) -> None:
     handle = hold_folder(three_runs[0].path)
     assert handle is not None
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -78,8 +72,8 @@ async def test_deleting_a_run_in_use_asks_first(make_app: MakeApp, three_runs: l
     os.close(handle)
 
 
-async def test_u_restores_a_run_deleted_in_this_app(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
+async def test_u_restores_a_run_deleted_in_this_app(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     actions.rename(three_runs[0], "tickets [/a]")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
@@ -99,10 +93,8 @@ async def test_u_restores_a_run_deleted_in_this_app(make_app: MakeApp, three_run
     assert [each.run.id for each in actions.trashed_runs()] == ["tickets-a"]
 
 
-async def test_a_deleted_run_leaves_the_list_before_the_next_reading(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
+async def test_a_deleted_run_leaves_the_list_before_the_next_reading(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         screen = await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -115,8 +107,8 @@ async def test_a_deleted_run_leaves_the_list_before_the_next_reading(
         assert app.screen is screen
 
 
-async def test_with_nothing_deleted_u_undoes_a_recipe_change(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_with_nothing_deleted_u_undoes_a_recipe_change() -> None:
+    app = QloraApp()
     app.workbench.set("lora.rank", 32)
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
@@ -125,11 +117,11 @@ async def test_with_nothing_deleted_u_undoes_a_recipe_change(make_app: MakeApp) 
 
 
 @pytest.mark.parametrize("state", ["running", "queued"])
-async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: State) -> None:
+async def test_a_run_that_is_not_over_is_not_deleted(state: State) -> None:
     run = write_fake_run(FakeRun(steps=20, state=state))
     if state == "queued":
         run_queue.enqueue(run)
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, run.id[:20])
@@ -138,10 +130,8 @@ async def test_a_run_that_is_not_over_is_not_deleted(make_app: MakeApp, state: S
         assert read_status(run).state == state
 
 
-async def test_a_renamed_run_is_listed_and_found_under_its_name(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
+async def test_a_renamed_run_is_listed_and_found_under_its_name(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -155,7 +145,6 @@ async def test_a_renamed_run_is_listed_and_found_under_its_name(
 
 @pytest.mark.parametrize("is_remote", [False, True])
 async def test_a_runs_folder_opens_or_its_path_is_copied(
-    make_app: MakeApp,
     three_runs: list[RunDir],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -170,7 +159,7 @@ async def test_a_runs_folder_opens_or_its_path_is_copied(
         monkeypatch.delenv(variable, raising=False)
     if is_remote:
         monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 22")
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -183,39 +172,14 @@ async def test_a_runs_folder_opens_or_its_path_is_copied(
             assert opened.read_text() == str(three_runs[0].path)
 
 
-async def test_copying_says_what_took_it(
-    make_app: MakeApp, three_runs: list[RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tmp_path / "xclip"
-    tool.write_text(f"#!/bin/sh\ncat > {tmp_path}/copied\n")
-    tool.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("DISPLAY", ":0")
-    for variable in ("TMUX", "WAYLAND_DISPLAY"):
-        monkeypatch.delenv(variable, raising=False)
-    app = make_app()
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("Y")
-        await wait_for_text(pilot, "Copied with xclip")
-        copied = (tmp_path / "copied").read_text()
-        assert copied == f"qlora-tui train {shlex.quote(str(three_runs[0].recipe_path))}"
-        monkeypatch.delenv("DISPLAY")
-        await pilot.press("y")
-        await wait_for_text(pilot, "Sent to the terminal (OSC 52)", "qlora-tui attach tickets-a")
-
-
 def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
     raw = "\x1b]52;c;b3dscw==\a"
     assert desktop.set_clipboard("owls", {}) == raw
     assert desktop.set_clipboard("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
 
 
-async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
+async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     before = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
@@ -227,9 +191,9 @@ async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(
         assert app.workbench.recipe == before
 
 
-async def test_a_finished_run_is_trained_further(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+async def test_a_finished_run_is_trained_further(three_runs: list[RunDir]) -> None:
     run = find_run("tickets-b")
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -243,8 +207,8 @@ async def test_a_finished_run_is_trained_further(make_app: MakeApp, three_runs: 
         assert (lora.init_from, lora.rank) == (run.id, 64)
 
 
-async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
+async def test_a_runs_settings_are_saved_as_a_preset(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -256,14 +220,3 @@ async def test_a_runs_settings_are_saved_as_a_preset(make_app: MakeApp, three_ru
         await wait_for_text(pilot, "You already have a preset wide")
         await pilot.press("n")
         assert find_preset("wide").settings()["lora"]["rank"] == 64
-
-
-async def test_a_damaged_run_is_listed_and_explained_when_used(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(name="damaged", state="stopped", steps=20))
-    run.recipe_path.write_text("lora = 3\n")
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "damaged", "recipe unreadable")
-        await pilot.press("R")
-        await wait_for_text(pilot, "Invalid recipe", "Write [lora]", "Esc close")

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from subprocess import Popen
 
 import pytest
 
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens import answer_measuring
-from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_runs
 
-MakeApp = Callable[[], QloraApp]
-
 
 @pytest.mark.usefixtures("answers_until_stopped")
-async def test_a_measures_answers_and_a_second_a_stops(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
+async def test_a_measures_answers_and_a_second_a_stops(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "─ tickets-a ─", "[a] compares its answers.")
@@ -31,9 +26,9 @@ async def test_a_measures_answers_and_a_second_a_stops(make_app: MakeApp, three_
 
 
 async def test_two_keys_at_once_start_one_measurement(
-    make_app: MakeApp, three_runs: list[RunDir], endless_measurements: list[Popen[bytes]]
+    three_runs: list[RunDir], endless_measurements: list[Popen[bytes]]
 ) -> None:
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "─ tickets-a ─")
@@ -46,35 +41,11 @@ async def test_two_keys_at_once_start_one_measurement(
     assert len(endless_measurements) == 1
 
 
-async def test_answers_are_shown_with_their_evidence(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    rows = [
-        a_row(
-            "late" if number % 2 else "lost",
-            "It may be late.",
-            "late" if number % 2 else "lost",
-            row=number,
-            prompt=f"Where is parcel {number}?\x1b[2J",
-        )
-        for number in range(1, 8)
-    ]
-    run = next(run for run in three_runs if run.id == "tickets-a")
-    put_evaluation(run, rows, LossChange.of([2.0] * 7, [1.0] * 7, [1] * 7))
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "answers better:")
-        await pilot.press("a")
-        await wait_for_text(
-            pilot, "7 validation prompts of tickets-a", "Where is parcel 1?", "It may be late."
-        )
-        await pilot.press("escape")
-
-
 async def test_leaving_the_app_ends_the_evaluation(
-    make_app: MakeApp, three_runs: list[RunDir], endless_measurements: list[Popen[bytes]]
+    three_runs: list[RunDir], endless_measurements: list[Popen[bytes]]
 ) -> None:
     """Otherwise the app waits for it, without a terminal."""
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "─ tickets-a ─")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,15 +22,12 @@ from qlora_tui.tui.render.charts import downsample
 from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens.runs.run_preview import RunFiles, run_keys
-from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
-from qlora_tui.tui.screens.train.screen import TrainScreen
+from qlora_tui.tui.screens.runs.screen import ORDERS, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import open_runs
-
-MakeApp = Callable[[], QloraApp]
 
 
 def test_a_summary_says_what_a_line_needs(three_runs: list[RunDir]) -> None:
@@ -70,7 +66,7 @@ def test_hundreds_of_runs_are_listed_at_once_and_read_gradually() -> None:
 
 @pytest.mark.parametrize("state", ["paused", "lost"])
 async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
-    make_app: MakeApp, capsys: pytest.CaptureFixture[str], state: State
+    capsys: pytest.CaptureFixture[str], state: State
 ) -> None:
     run = write_fake_run(FakeRun(name="owls", steps=60, state=state))
     # As of a heartbeat before the last step.
@@ -78,7 +74,7 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     view = RunView(run)
     view.refresh()
     loss = format_float(view.series.loss[-1], 3)
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(150, 40)) as pilot:
         await wait_for_text(pilot, f"loss {loss}", "step 60 of 3,000")
         await pilot.press("6")
@@ -107,18 +103,6 @@ def test_a_finished_run_without_a_usable_result_is_marked(
         assert summary.defect.sentence == "The loss is not a number since step 90."
 
 
-async def test_the_cursor_is_on_the_newest_run_when_coming_back(make_app: MakeApp) -> None:
-    write_fake_run(FakeRun(name="old-one", state="finished", steps=5, total=5, began=BEGAN - 100))
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "─ old-one ─")
-        await pilot.press("5")
-        write_fake_run(FakeRun(name="new-one", state="finished", steps=5, total=5))
-        await pilot.press("6")
-        await wait_for_text(pilot, "─ new-one ─")
-
-
 def test_a_decimated_curve_marks_nan_and_leaves_gaps() -> None:
     assert downsample([4.0, 2.0], 4) == [4.0, 2.0, None, None]
     means = downsample([1.0, 3.0, float("nan"), 1.0], 2)
@@ -126,31 +110,8 @@ def test_a_decimated_curve_marks_nan_and_leaves_gaps() -> None:
     assert means[1] is not None and math.isnan(means[1])
 
 
-async def test_an_empty_list_says_what_to_do(make_app: MakeApp) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("6")
-        await wait_for_text(pilot, "No runs yet. Press [5] to launch one.")
-        await pilot.press("enter", "space", "v", "D", "u", "e", "R", "c", "y", "Y")
-        assert isinstance(app.screen, RunsScreen)
-
-
-async def test_the_list_shows_outcomes_and_enter_opens_one(
-    make_app: MakeApp, three_runs: list[RunDir]
-) -> None:
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await open_runs(app)
-        await wait_for_text(
-            pilot, "✓ finished", "✗ failed", "? lost", "tickets-a", "poems-c", "nf4 r64", "8 min"
-        )
-        await pilot.press("j", "enter")
-        await wait_for_text(pilot, "tickets-b", "Out of GPU memory")
-        assert isinstance(app.screen, TrainScreen)
-
-
-async def test_the_filter_cuts_the_list_down(make_app: MakeApp, three_runs: list[RunDir]) -> None:
-    app = make_app()
+async def test_the_filter_cuts_the_list_down(three_runs: list[RunDir]) -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a", "poems-c")
@@ -196,11 +157,11 @@ def test_a_run_renamed_or_queued_elsewhere_is_seen_next_poll(three_runs: list[Ru
     assert listing.summaries[0].status.state == "queued"
 
 
-async def test_sorting_keeps_the_cursor_on_its_run(make_app: MakeApp, three_runs: list[RunDir]) -> None:
+async def test_sorting_keeps_the_cursor_on_its_run(three_runs: list[RunDir]) -> None:
     def order() -> list[str]:
         return sorted(("tickets-a", "tickets-b", "poems-c"), key=text_of(app).index)
 
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         screen = await open_runs(app)
         await wait_for_text(pilot, "3 runs, newest first", "poems-c")

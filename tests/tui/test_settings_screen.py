@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from qlora_tui.errors import UserError
@@ -11,7 +9,6 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.themes import theme_names
 from tests.tui.screen_assertions import wait_for_text, wait_until
 
-MakeApp = Callable[[], QloraApp]
 FILE = """\
 # My settings.
 model_folders = ["/tmp"]  # the big disk
@@ -58,8 +55,8 @@ def test_a_damaged_config_file_is_not_overwritten() -> None:
     assert config_path().read_text() == "theme = "
 
 
-async def test_the_theme_changes_at_once_and_is_saved(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_the_theme_changes_at_once_and_is_saved() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("f6")
         await wait_for_text(pilot, "Settings", "harbour", "Colors of the app")
@@ -71,8 +68,8 @@ async def test_the_theme_changes_at_once_and_is_saved(make_app: MakeApp) -> None
         assert app.theme == "harbour" and "theme" not in config_path().read_text()
 
 
-async def test_a_typed_number_is_checked_and_saved(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_a_typed_number_is_checked_and_saved() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("f6", "j", "j", "enter", "x", "enter")
         await wait_for_text(pilot, "must be a number above 0")
@@ -82,8 +79,8 @@ async def test_a_typed_number_is_checked_and_saved(make_app: MakeApp) -> None:
         assert load_settings().gpu_memory_gib == 12
 
 
-async def test_the_palette_offers_every_theme(make_app: MakeApp) -> None:
-    app = make_app()
+async def test_the_palette_offers_every_theme() -> None:
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("ctrl+p")
         await pilot.press(*"theme: ember")

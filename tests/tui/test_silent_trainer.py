@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,16 +15,14 @@ from qlora_tui.tui.screens.train.run_panels import state_line
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text
 
-MakeApp = Callable[[], QloraApp]
-
 
 @pytest.mark.parametrize("mode", ["train", "runs"])
 async def test_a_silent_trainer_is_shown_as_not_responding(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, mode: str
+    monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setattr(status, "SILENT_S", 30.0)
     write_fake_run(FakeRun(name="tickets", state="running", steps=60, total=300))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await app.switch_mode(mode)
         await wait_for_text(pilot, "Not responding")

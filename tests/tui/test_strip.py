@@ -3,23 +3,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
-from rich.cells import cell_len
-
-from qlora_tui.recipe.schema import Source
-from qlora_tui.tui.render.labels import recipe_line
-from qlora_tui.tui.workbench import Workbench
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import config_folder, open_on
-
-
-@pytest.mark.parametrize("width", [60, 78, 79, 118])
-def test_wide_characters_do_not_wrap_the_line(width: int) -> None:
-    workbench = Workbench()
-    workbench.set("data.sources", (Source(path="数据/中文对话训练数据集中文对话训练数据集中文对话.jsonl"),))
-    line = recipe_line(workbench, width)
-    assert cell_len(line) <= width
-    assert width < 78 or line.endswith("1 × 8")
 
 
 async def test_the_cost_follows_the_recipe_in_its_own_precision(private_home: Path) -> None:

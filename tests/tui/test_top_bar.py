@@ -10,30 +10,7 @@ from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.bars import TopBar
 from tests.support.nvml_stub import install_nvml_stub, install_torch
-from tests.tui.fake_runs import FakeRun, write_fake_run
-from tests.tui.screen_assertions import text_of, wait_for_text
-from tests.tui.workstation import open_on, open_with_gpu
-
-
-@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
-async def test_the_line_never_wraps_and_the_map_is_whole(width: int) -> None:
-    async with open_on("memory").run_test(size=(width, 24)) as pilot:
-        if width < 80:
-            await wait_for_text(pilot, "too small")
-            await pilot.press("enter")
-        shown = await wait_for_text(pilot, "3 Memory")
-        first = shown.splitlines()[0]
-        assert len(first) == width
-        assert ("7 Chat" in first) or width < 62
-
-
-async def test_the_run_and_the_gpu_are_in_the_top_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_nvml_stub(monkeypatch, "one_gpu")
-    install_torch(monkeypatch, "12.4")
-    write_fake_run(FakeRun(steps=1240))
-    async with open_with_gpu("memory", model="").run_test(size=(160, 40)) as pilot:
-        first = (await wait_for_text(pilot, "● 1,240/3,000 loss", "RTX 4090")).splitlines()[0]
-        assert first.rstrip().endswith("°")
+from tests.tui.screen_assertions import text_of
 
 
 async def test_nothing_is_repainted_while_nothing_changes() -> None:

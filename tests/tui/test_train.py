@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 
 import pytest
@@ -18,15 +17,12 @@ from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals import dialogs
-from qlora_tui.tui.screens.train.run_follower import RunFollower, strip_escapes
+from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.run_events import health_event, step_event
 from tests.tui.screen_assertions import text_of, wait_for_text
-
-MakeApp = Callable[[], QloraApp]
-
 
 SetClock = Callable[[float], None]
 
@@ -41,11 +37,9 @@ async def watching(app: QloraApp, run: RunDir) -> TrainScreen:
     return app.screen
 
 
-async def test_an_active_run_is_shown_from_its_files_and_followed(
-    make_app: MakeApp, set_clock: SetClock
-) -> None:
+async def test_an_active_run_is_shown_from_its_files_and_followed(set_clock: SetClock) -> None:
     run = write_fake_run(FakeRun(steps=100))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
         await wait_for_text(
@@ -57,11 +51,11 @@ async def test_an_active_run_is_shown_from_its_files_and_followed(
         await wait_for_text(pilot, "step 101/3,000", "★ best validation 0.5 at 101")
 
 
-async def test_answers_of_an_ended_run_are_shown(make_app: MakeApp) -> None:
+async def test_answers_of_an_ended_run_are_shown() -> None:
     run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
     rows = [a_row("red", "green", "red", row=number) for number in range(1, 9)]
     put_evaluation(run, rows, LossChange.of([2.0] * 8, [1.0] * 8, [1] * 8))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         screen = await watching(app, run)
         await wait_for_text(pilot, "finished")
@@ -73,9 +67,9 @@ async def test_answers_of_an_ended_run_are_shown(make_app: MakeApp) -> None:
 
 
 @pytest.mark.usefixtures("answers_until_stopped")
-async def test_a_measurement_of_answers_shows_its_progress(make_app: MakeApp) -> None:
+async def test_a_measurement_of_answers_shows_its_progress() -> None:
     run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "finished")
@@ -85,24 +79,16 @@ async def test_a_measurement_of_answers_shows_its_progress(make_app: MakeApp) ->
         await wait_for_text(pilot, "Stopped. Press [a] to continue.")
 
 
-async def test_answers_of_a_running_run_are_not_measured(make_app: MakeApp) -> None:
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        screen = await watching(app, write_fake_run(FakeRun(steps=100)))
-        await wait_for_text(pilot, "training")
-        assert not screen.check_action("answers", ())
-
-
-async def test_a_preference_run_shows_margin_and_share_preferred(make_app: MakeApp) -> None:
+async def test_a_preference_run_shows_margin_and_share_preferred() -> None:
     recipe = replace_setting(TICKETS, "data.preferences", "dpo")
     run = write_fake_run(FakeRun(steps=300, total=300, state="finished", recipe=recipe))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "│ margin  ", "90% right, margin 0.8", "90% right", "method  DPO")
 
 
-async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> None:
+async def test_a_resumed_attempt_replaces_what_was_drawn() -> None:
     run = write_fake_run(FakeRun(steps=100, state="lost"))
     follower = RunFollower(run)
     assert follower.poll().step == 100
@@ -121,10 +107,10 @@ async def test_a_resumed_attempt_replaces_what_was_drawn(make_app: MakeApp) -> N
     assert len(follower.poll().entries) == len(texts)
 
 
-async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeApp) -> None:
+async def test_keys_ask_the_trainer_and_stop_asks_the_user_first() -> None:
     training = structs.replace(TICKETS.training, sample_prompts=("Where is it?",))
     run = write_fake_run(FakeRun(steps=50, recipe=structs.replace(TICKETS, training=training)))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50/3,000")
@@ -143,9 +129,9 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first(make_app: MakeA
         assert ask_key(run)[-1] == "stop"
 
 
-async def test_a_second_stop_gives_up_the_step(make_app: MakeApp) -> None:
+async def test_a_second_stop_gives_up_the_step() -> None:
     run = write_fake_run(FakeRun(steps=50))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50/3,000")
@@ -156,11 +142,11 @@ async def test_a_second_stop_gives_up_the_step(make_app: MakeApp) -> None:
     assert ask_key(run) == ["stop", "stop_now"]
 
 
-async def test_stopping_before_the_first_step_promises_no_checkpoint(make_app: MakeApp) -> None:
+async def test_stopping_before_the_first_step_promises_no_checkpoint() -> None:
     run = write_fake_run(FakeRun(steps=0))
     with EventWriter(run.events_path) as log:
         log.append(PhaseChanged(at=BEGAN, phase="loading"))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "loading")
@@ -169,12 +155,10 @@ async def test_stopping_before_the_first_step_promises_no_checkpoint(make_app: M
         assert "save a checkpoint" not in shown
 
 
-async def test_the_stop_question_closes_when_the_run_finishes(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_stop_question_closes_when_the_run_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dialogs, "CHECK_INTERVAL_S", 0.1)
     run = write_fake_run(FakeRun(steps=50))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50/3,000")
@@ -185,9 +169,9 @@ async def test_the_stop_question_closes_when_the_run_finishes(
         assert "Stop the run?" not in text_of(app)
 
 
-async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -> None:
+async def test_a_learning_rate_is_checked_before_it_is_sent() -> None:
     run = write_fake_run(FakeRun(steps=50))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50/3,000")
@@ -200,9 +184,9 @@ async def test_a_learning_rate_is_checked_before_it_is_sent(make_app: MakeApp) -
         assert request == {"kind": "set_learning_rate", "value": 5e-5}
 
 
-async def test_unavailable_keys_do_nothing(make_app: MakeApp) -> None:
+async def test_unavailable_keys_do_nothing() -> None:
     run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         shown = await wait_for_text(pilot, "finished", "[c] chat with it")
@@ -212,12 +196,10 @@ async def test_unavailable_keys_do_nothing(make_app: MakeApp) -> None:
         assert app.screen.is_current
 
 
-async def test_a_paused_run_is_queued_again_with_r(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_paused_run_is_queued_again_with_r(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     run = write_fake_run(FakeRun(state="paused", steps=60))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "paused", "Paused at step 60")
@@ -228,9 +210,9 @@ async def test_a_paused_run_is_queued_again_with_r(
         await wait_for_text(pilot, "Taken out of the queue")
 
 
-async def test_tab_switches_log_tabs_and_slash_searches(make_app: MakeApp) -> None:
+async def test_tab_switches_log_tabs_and_slash_searches() -> None:
     run = write_fake_run(FakeRun(steps=450, nan=range(300, 303), health=True))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "validation loss", "× not a number")
@@ -249,25 +231,9 @@ async def test_tab_switches_log_tabs_and_slash_searches(make_app: MakeApp) -> No
         await wait_for_text(pilot, "warnings only", "No line matches")
 
 
-async def test_the_log_of_another_run_is_shown_whole(make_app: MakeApp) -> None:
-    first, second = (
-        write_fake_run(FakeRun(steps=50)),
-        write_fake_run(FakeRun(name="second", steps=450, began=BEGAN - 9000)),
-    )
-    app = make_app()
-    async with app.run_test(size=(120, 40)) as pilot:
-        screen = await watching(app, first)
-        await wait_for_text(pilot, "step 50/3,000")
-        await pilot.press("v", "slash", *"checkpoint", "enter")
-        await wait_for_text(pilot, "/checkpoint", "warnings only")
-        screen.attach(second)
-        shown = await wait_for_text(pilot, "second", "checkpoint at step 400", "validation loss")
-        assert "warnings only" not in shown and "/checkpoint" not in shown
-
-
-async def test_the_graph_is_zoomed_to_the_end_of_the_run(make_app: MakeApp) -> None:
+async def test_the_graph_is_zoomed_to_the_end_of_the_run() -> None:
     run = write_fake_run(FakeRun(steps=1240))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "└0 ")
@@ -279,10 +245,10 @@ async def test_the_graph_is_zoomed_to_the_end_of_the_run(make_app: MakeApp) -> N
         await wait_for_text(pilot, "└0 ")
 
 
-async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
+async def test_another_run_is_chosen_from_a_list() -> None:
     run = write_fake_run(FakeRun(steps=50))
     write_fake_run(FakeRun(name="older-run", state="failed", steps=20, began=BEGAN - 9000))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await pilot.press("x")
@@ -291,26 +257,9 @@ async def test_another_run_is_chosen_from_a_list(make_app: MakeApp) -> None:
         await wait_for_text(pilot, "Out of GPU memory", "Another program took", "[r] resume from step 0")
 
 
-async def test_deleting_a_watched_run_is_reported_and_others_are_offered(make_app: MakeApp) -> None:
-    run = write_fake_run(FakeRun(name="owls", state="stopped", steps=50))
-    app = make_app()
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "stopped")
-        shutil.rmtree(run.path)
-        await wait_for_text(pilot, "gone", "The run was deleted", "[x] show other runs")
-        await pilot.press("6", "5")
-        await wait_for_text(pilot, f"{run.id} was deleted.", "Micro-batch")
-
-
-def test_a_progress_bar_is_shown_in_its_last_state() -> None:
-    assert strip_escapes("Map: 1%\rMap: 100%\r") == "Map: 100%"
-    assert strip_escapes("\x1b[31mred\x1b[0m \x1b]0;title\x07text\x00") == "red text"
-
-
-async def test_the_last_run_is_shown_until_the_recipe_is_edited(make_app: MakeApp) -> None:
+async def test_the_last_run_is_shown_until_the_recipe_is_edited() -> None:
     run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
         await wait_for_text(pilot, run.id, "finished", "[c] chat with it", "[n] prepare another run")
@@ -320,9 +269,7 @@ async def test_the_last_run_is_shown_until_the_recipe_is_edited(make_app: MakeAp
         await wait_for_text(pilot, "Micro-batch", "Not ready")
 
 
-async def test_a_run_that_loads_shows_stages_with_progress_and_time(
-    make_app: MakeApp, set_clock: SetClock
-) -> None:
+async def test_a_run_that_loads_shows_stages_with_progress_and_time(set_clock: SetClock) -> None:
     run = write_fake_run(FakeRun(steps=0))
     run.events_path.unlink()
     with EventWriter(run.events_path) as log:
@@ -331,7 +278,7 @@ async def test_a_run_that_loads_shows_stages_with_progress_and_time(
         log.append(PhaseChanged(at=BEGAN + 4, phase="loading", detail="Qwen2.5-7B"))
         log.append(Progress(at=BEGAN + 14, phase="loading", done=100, total=400))
     set_clock(BEGAN + 14)
-    app = make_app()
+    app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         shown = await wait_for_text(
