@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Call
-from tests.tui.test_data_thinking import rows, thinking_model
+from tests.tui.test_data_screen import rows, thinking_model
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+"""Curves, axes and marks, whatever the numbers; columns of tables."""
+
 from __future__ import annotations
 
 import math
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.segment import Segment
+from textual.content import Content
 from textual.strip import Strip
 
 from qlora_tui.tui.render.charts import (
@@ -20,7 +23,9 @@ from qlora_tui.tui.render.charts import (
     so_far,
     ticks,
 )
+from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.series import MAX_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
+from qlora_tui.tui.screens.train.run_graph import LossGraph, StepChart
 from qlora_tui.tui.widgets.line_widgets import changed_cells
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
@@ -158,3 +163,60 @@ def test_only_the_cells_that_changed_are_painted() -> None:
     new = Strip([Segment("loss 1.31 "), Segment("step 10")])
     assert changed_cells(old, new) == (7, 9)
     assert changed_cells(old, old) == (0, 0)
+
+
+SPIKE = Envelope(
+    tuple(float(step) for step in range(101)),
+    tuple(9.0 if step == 60 else 1.0 for step in range(101)),
+    tuple(9.0 if step == 60 else 1.0 for step in range(101)),
+    (False,) * 101,
+)
+
+
+def drawn_with(width: int, height: int) -> list[str]:
+    graph = LossGraph("No steps yet.")
+    plot = Plot(Axis(0, 100, "step"), Axis(0, 10, "loss"), (Curve(SPIKE, "loss", ""),))
+    graph.show(
+        plot, (StepChart("lr", "1e-4", "10", SPIKE, 10.0), StepChart("tok/s", "12,345", "10", SPIKE, 10.0))
+    )
+    return [line.plain for line in graph.draw(width, height)]
+
+
+def spike_at(line: str) -> int:
+    """Column with the most dots of braille."""
+    dots = [(ord(each) - 0x2800).bit_count() if 0x2800 <= ord(each) <= 0x28FF else 0 for each in line]
+    return dots.index(max(dots))
+
+
+def test_a_spike_has_one_column_in_graph_and_charts() -> None:
+    lines = drawn_with(80, 24)
+    assert len(lines) == 24
+    peaks = [spike_at(line) for line in (lines[3], lines[-5], lines[-3])]
+    assert peaks == [peaks[0]] * 3
+
+
+ROWS = [("qwen2.5-7b-tickets-1", 12), ("owls", 3_400)]
+COLUMNS = (
+    Column[tuple[str, int]](title="name", text=lambda row: row[0], fills=True, width=8),
+    Column[tuple[str, int]](title="rows", text=lambda row: f"{row[1]:,}", right=True),
+    Column[tuple[str, int]](text=lambda row: Content.styled("✓", "$success"), shown_from=40),
+)
+
+
+def _plain(width: int) -> list[str]:
+    return [line.plain.rstrip() for line in table(COLUMNS, ROWS, width)]
+
+
+def test_the_column_that_fills_takes_what_the_others_leave() -> None:
+    assert _plain(30) == [
+        "name                      rows",
+        "qwen2.5-7b-tickets-1        12",
+        "owls                     3,400",
+    ]
+
+
+def test_names_are_cut_in_their_middle_and_columns_without_room_are_left_out() -> None:
+    assert [line[-1] for line in _plain(40)[1:]] == ["✓", "✓"]
+    narrow = _plain(20)
+    assert max(map(len, narrow)) == 20
+    assert narrow[1].startswith("qwen2") and "…" in narrow[1] and narrow[1].split("…")[1].startswith("kets-1")
