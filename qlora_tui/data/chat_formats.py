@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import msgspec
+from msgspec import Struct
 
 from qlora_tui.data.conversation import Message, Role, RowRejectedError, ToolCall, media_column, medium_of
 from qlora_tui.formatting import capitalize, uncapitalize
@@ -76,6 +77,55 @@ def turn_keys(value: Any) -> tuple[str, str] | None:
     if role and content:
         return (role, content)
     return next(((q, a) for q, a in EXCHANGES if q in turns[0] and a in turns[0]), None)
+
+
+class Cell(Struct, frozen=True):
+    """What one value may be, whatever its column."""
+
+    turns: Literal["", "messages", "sharegpt", "pairs", "texts"]
+    """The spelling of a list of turns; or pairs of question and answer, or texts that may alternate."""
+    is_object: bool
+    """Whether it is an object, or a list of objects that are neither turns nor typed parts."""
+    is_label: bool
+    """Whether it is a label or a list of labels rather than of objects."""
+    has_several_texts: bool
+
+    @classmethod
+    def of(cls, value: Any) -> Cell:
+        """Return the facts of a value."""
+        keys, whole = turn_keys(value), decoded(value)
+        turns: Literal["", "messages", "sharegpt", "pairs", "texts"] = "texts" if are_alternate(whole) else ""
+        if keys is not None:
+            turns = "messages" if keys[0] == "role" and keys[1] != "value" else "sharegpt"
+            turns = "pairs" if keys in EXCHANGES else turns
+        is_object = isinstance(whole, dict)
+        if isinstance(whole, list) and whole and isinstance(whole[0], dict):
+            is_object = not keys and "type" not in whole[0] and "text" not in whole[0]
+        labels = value if isinstance(value, list) else [value]
+        is_label = not any(isinstance(one, dict | list) for one in labels)
+        return cls(turns, is_object, is_label, count_texts(value) > 1)
+
+
+class Columns:
+    """The columns of the first rows of a file, and facts of their values, each computed once."""
+
+    def __init__(self, values: list[dict[str, Any]]):
+        self.values = values
+        self.names = tuple(dict.fromkeys(column for value in values for column in value))
+        """All columns, in order."""
+        self.spelled = {column.lower(): column for value in values for column in value}
+        """Columns by their names in lower case."""
+        self._cells: dict[str, list[Cell]] = {}
+
+    def first(self, names: Iterable[str]) -> str:
+        """Return the column with the first of these names that there is; empty without one."""
+        return next((self.spelled[name] for name in names if name in self.spelled), "")
+
+    def mostly(self, column: str, fits: Callable[[Cell], bool]) -> bool:
+        """Return whether at least half of the rows have a fitting value in a column."""
+        if column not in self._cells:
+            self._cells[column] = [Cell.of(value[column]) for value in self.values if column in value]
+        return 2 * sum(map(fits, self._cells[column])) >= max(1, len(self.values))
 
 
 def is_role(name: Any) -> bool:

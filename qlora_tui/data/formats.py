@@ -15,10 +15,9 @@ from msgspec import Struct
 
 from qlora_tui.data import chat_formats, preferences
 from qlora_tui.data.chat_formats import (
-    EXCHANGES,
-    are_alternate,
+    Cell,
+    Columns,
     are_calls,
-    count_texts,
     decoded,
     messages_of,
     text_of,
@@ -32,7 +31,7 @@ from qlora_tui.data.row import Row
 from qlora_tui.data.unsupported import compared_answers, mapping_hint, single_turns, without_text, written_out
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
-from qlora_tui.recipe.schema import PAIR_METHODS, PREFERENCE_METHODS
+from qlora_tui.recipe.schema import PREFERENCE_METHODS
 
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "preference": preferences.PARTS,
@@ -133,57 +132,58 @@ _HALVES = ("prompt", "completion", "history", *preferences.CHOSEN, *preferences.
 
 
 def detect_columns(
-    format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
+    format_: str, columns: Columns, mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
     """Return the column of each part where most rows have all that a format needs, else None.
 
     A format chosen ``by_hand`` accepts turns of either spelling.
     """
     if format_ == "preference":
-        columns = preferences.preference_columns(values, mapping)
-        return columns if "chosen" in columns else None
-    detected = _named(format_, values, mapping, by_hand)
+        sides = preferences.preference_columns(columns, mapping)
+        return sides if "chosen" in sides else None
+    detected = _named(format_, columns, mapping, by_hand)
     if mapping or (by_hand and detected is not None):
         return detected
-    if format_ == "sharegpt" and detected is not None and _texts_in_turn(values, detected["messages"]):
+    if format_ == "sharegpt" and detected is not None:
         others = ("alpaca", "prompt-completion", "question-answer")
-        return None if any(_named(other, values, {}, False) for other in others) else detected
-    if format_ != "prompt-completion" or detected is not None:
-        return detected
-    pair = _pair_of(values)
-    if pair is None or not (by_hand or _named("question-answer", values, {}, False) is None):
-        return None
-    return dict(zip(PARTS[format_], pair, strict=True)) | _optional(format_, values, {}, pair)
+        if columns.mostly(detected["messages"], lambda cell: cell.turns == "texts") and any(
+            _named(other, columns, {}, False) for other in others
+        ):
+            return None
+    if format_ == "prompt-completion" and detected is None:
+        pair = _pair_of(columns)
+        if pair is not None and (by_hand or _named("question-answer", columns, {}, False) is None):
+            return dict(zip(PARTS[format_], pair, strict=True)) | _optional(format_, columns, {}, pair)
+    return detected
 
 
 def _named(
-    format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], by_hand: bool
+    format_: str, columns: Columns, mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
     """Return the column of each part, without columns that have a meaning only as a pair."""
-    columns: dict[str, str] = {}
-    for part, names in PARTS[format_].items():
-        column = mapping.get(part) or _pick(format_, part, names, values, columns.values(), by_hand)
+    parts: dict[str, str] = {}
+    for part in PARTS[format_]:
+        column = mapping.get(part) or _pick(format_, part, columns, parts.values(), by_hand)
         if not column:
             return None
-        columns[part] = column
-    return columns | _optional(format_, values, mapping, columns.values())
+        parts[part] = column
+    return parts | _optional(format_, columns, mapping, parts.values())
 
 
 def _optional(
-    format_: str, values: list[dict[str, Any]], mapping: Mapping[str, str], taken: Iterable[str]
+    format_: str, columns: Columns, mapping: Mapping[str, str], taken: Iterable[str]
 ) -> dict[str, str]:
-    columns: dict[str, str] = {}
-    spelled = {c.lower(): c for v in values for c in v}
+    parts: dict[str, str] = {}
     for part, names in OPTIONAL[format_].items():
-        column = mapping.get(part) or next((spelled[n] for n in names if n in spelled), "")
-        if column and column not in (*taken, *columns.values()):
-            columns[part] = column
-    return columns
+        column = mapping.get(part) or columns.first(names)
+        if column and column not in (*taken, *parts.values()):
+            parts[part] = column
+    return parts
 
 
-def _pair_of(values: list[dict[str, Any]]) -> tuple[str, str] | None:
+def _pair_of(columns: Columns) -> tuple[str, str] | None:
     """Return two columns that form a prompt and completion pair in at least half of the rows."""
-    spelled = {c.lower(): c for v in values for c in v}
+    spelled, values = columns.spelled, columns.values
     for one, other in _PAIRS:
         if one == "source" and any(name in spelled for name in _NAMES_NO_SOURCE):
             continue
@@ -198,73 +198,45 @@ def _pair_of(values: list[dict[str, Any]]) -> tuple[str, str] | None:
     return None
 
 
-def _pick(
-    format_: str,
-    part: str,
-    names: tuple[str, ...],
-    values: list[dict[str, Any]],
-    taken: Iterable[str],
-    by_hand: bool,
-) -> str:
+def _pick(format_: str, part: str, columns: Columns, taken: Iterable[str], by_hand: bool) -> str:
     """Return the column that holds a part in at least half of the rows."""
-    taken = set(taken)
-    spelled = {c.lower(): c for v in values for c in v}
-    candidates = [spelled[n] for n in names if n in spelled]
-    named = set(candidates) if part == "messages" else set()
+    spelled, taken = columns.spelled, set(taken)
+    named = [spelled[name] for name in PARTS[format_][part] if name in spelled]
+    others: list[str] = []
     if part == "messages":
-        candidates += [c for c in spelled.values() if c not in candidates and c.lower() not in _HALVES]
+        others = [c for c in spelled.values() if c not in named and c.lower() not in _HALVES]
         if "completion" in spelled and "prompt" not in spelled:  # then this column is the whole conversation
-            candidates.append(spelled["completion"])
+            others.append(spelled["completion"])
         if "history" in spelled and not spelled.keys() & _PAIRED:
-            candidates.append(spelled["history"])
-        kinds: tuple[str, ...] = ("messages", "sharegpt") if by_hand else (format_,)
-    elif part in ("prompt", "completion"):
-        kinds = ("", "messages", "sharegpt")
-    else:
-        kinds = ("",)
-    for column in candidates:
-        fitting = sum(
-            column in v
-            and _turn_format(v[column], column, column in named) in kinds
-            and (part != "label" or _is_label(v[column]))
-            and (part not in _PROSE or not _is_object(v[column]))
-            and (part not in _ANSWERS or turn_keys(v[column]) is not None or count_texts(v[column]) < 2)
-            for v in values
-        )
-        if column not in taken and 2 * fitting >= max(1, len(values)):
+            others.append(spelled["history"])
+    for column in (*named, *others):
+        # Lists of texts or of question and answer pairs count only in a column named like a conversation.
+        pairs, texts = column in named, column in named and column.lower() in _ALTERNATING_COLUMNS
+
+        def fits(cell: Cell, pairs: bool = pairs, texts: bool = texts) -> bool:
+            if part != "messages":
+                return _may_be(part, cell)
+            is_sharegpt = cell.turns == "sharegpt" or (cell.turns == "pairs" and pairs)
+            turns = "sharegpt" if is_sharegpt or (cell.turns == "texts" and texts) else cell.turns
+            return turns in (("messages", "sharegpt") if by_hand else (format_,))
+
+        if column not in taken and columns.mostly(column, fits):
             return column
     return ""
 
 
-def _is_object(value: Any) -> bool:
-    """Return whether ``value`` is an object, or a list of objects that are neither turns nor typed parts."""
-    value = decoded(value)
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return not turn_keys(value) and "type" not in value[0] and "text" not in value[0]
-    return isinstance(value, dict)
-
-
-def _is_label(value: Any) -> bool:
-    """Return whether ``value`` is a label or a list of labels rather than a list of objects."""
-    return not any(isinstance(one, dict | list) for one in (value if isinstance(value, list) else [value]))
-
-
-def _texts_in_turn(values: list[dict[str, Any]], column: str) -> bool:
-    return 2 * sum(are_alternate(v.get(column)) for v in values) >= max(1, len(values))
-
-
-def _turn_format(value: Any, column: str, named: bool) -> str:
-    """Return ``messages`` or ``sharegpt`` for a list of turns, else empty.
-
-    A list of texts or of question and answer pairs counts only in a column ``named`` like a conversation.
-    """
-    keys = turn_keys(value)
-    if keys is None:
-        in_turn = named and column.lower() in _ALTERNATING_COLUMNS and are_alternate(value)
-        return "sharegpt" if in_turn else ""
-    if keys in EXCHANGES:
-        return "sharegpt" if named else ""
-    return "messages" if keys[0] == "role" and keys[1] != "value" else "sharegpt"
+def _may_be(part: str, cell: Cell) -> bool:
+    """Return whether a value may be a part other than a list of turns."""
+    return (
+        (cell.turns not in ("messages", "sharegpt") or part in ("prompt", "completion"))
+        and (part != "label" or cell.is_label)
+        and (part not in _PROSE or not cell.is_object)
+        and (
+            part not in _ANSWERS
+            or cell.turns in ("messages", "sharegpt", "pairs")
+            or not cell.has_several_texts
+        )
+    )
 
 
 SNIFFED_ROWS = 200
@@ -321,48 +293,46 @@ def detect(
     without opt-in.
     """
     seen_rows = [row for row in rows if not row.error]
-    values = [_as_fields(row.value) for row in seen_rows]
-    seen = Counter(column for value in values for column in value)
-    columns = tuple(seen)
+    columns = Columns([_as_fields(row.value) for row in seen_rows])
     mapping = dict(mapping or {})
-    _check_mapping(mapping, wanted, columns, name)
-    names = tuple(n.strip() for n in mapping.pop(LABEL_NAMES, "").split(",") if n.strip())
+    _check_mapping(mapping, wanted, columns.names, name)
+    layout = _layout_of(columns, name, wanted, mapping, preference_choice)
+    if isinstance(layout, UserError):
+        raise _media_problem(seen_rows, columns.values, name) or layout
+    return Detection(layout, tuple(_evidence(layout, columns.values, wanted)), columns.names)
+
+
+def _layout_of(
+    columns: Columns, name: str, wanted: str, mapping: dict[str, str], preference_choice: str
+) -> RowFormat | UserError:
+    """Return how rows are read, or why they are not: comparisons first, then the formats in their order."""
+    label_names = tuple(n.strip() for n in mapping.pop(LABEL_NAMES, "").split(",") if n.strip())
     rating = mapping.pop(RATING, "")
-    method = preference_choice if preference_choice in PREFERENCE_METHODS else ""
-    sides = preferences.compared_columns(mapping, values, name, wanted)
-    if not sides and (problem := compared_answers(name, values, mapping)):
-        raise problem
-    if sides:
-        if "chosen" not in sides or preference_choice == "refuse":
-            _check_no_media(seen_rows, values, name)
-            raise preferences.preference_problem(name, sides, values)
-        if preferences.without_prompt(values, sides):
-            raise preferences.no_prompt_problem(name, values, sides, columns)
-        layout = RowFormat("preference", sides, method=method)
-        return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
-    for format_ in [wanted] if wanted != "auto" else PARTS:
-        if wanted == "auto" and not mapping.keys() <= {*PARTS[format_], *OPTIONAL[format_]}:
+    by_hand, method = wanted != "auto", preference_choice if preference_choice in PREFERENCE_METHODS else ""
+    if sides := preferences.compared_columns(mapping, columns, name, wanted):
+        problem = preferences.sides_problem(name, sides, columns, preference_choice)
+        return problem or RowFormat("preference", sides, method=method)
+    if problem := compared_answers(name, columns.values, mapping):
+        return problem
+    for format_ in [wanted] if by_hand else PARTS:
+        required = PARTS[format_].keys()
+        is_mapped = mapping.keys() & required and mapping.keys() <= required | OPTIONAL[format_].keys()
+        if mapping and not by_hand and not is_mapped:
             continue
-        columns_by_part = detect_columns(format_, values, mapping, by_hand=wanted != "auto")
-        if columns_by_part is None or (
-            wanted == "auto" and mapping and not mapping.keys() & PARTS[format_].keys()
+        parts = detect_columns(format_, columns, mapping, by_hand)
+        if parts is None:
+            continue
+        if (
+            format_ in ("label", "text")
+            and not by_hand
+            and (why := single_turns(columns.values, columns.names))
         ):
-            continue
-        if format_ in ("label", "text") and wanted == "auto" and (why := single_turns(values, columns)):
-            raise _turn_a_row(name, why)
-        if ratings := preferences.rating_of(format_, values, columns_by_part, rating):
-            column, good, bad = ratings
-            if preference_choice == "refuse":
-                _check_no_media(seen_rows, values, name)
-                raise preferences.rated_problem(name, column, good, bad)
-            columns_by_part[RATING] = column
-        if method and (not ratings or method in PAIR_METHODS):
-            _check_no_media(seen_rows, values, name)
-            raise preferences.unusable_problem(name, method, rated=ratings is not None)
-        layout = RowFormat(format_, columns_by_part, names, method)
-        return Detection(layout, tuple(_evidence(layout, values, wanted)), columns)
-    _check_no_media(seen_rows, values, name)
-    raise without_text(name, values) or _nothing_fits(name, wanted, columns, values)
+            return _turn_a_row(name, why)
+        ratings = preferences.rating_of(format_, columns, parts, rating)
+        if problem := preferences.ratings_problem(name, ratings, preference_choice):
+            return problem
+        return RowFormat(format_, parts | ({RATING: ratings[0]} if ratings else {}), label_names, method)
+    return without_text(name, columns.values) or _nothing_fits(name, wanted, columns)
 
 
 def parse(row: Row, layout: RowFormat, source: int = 0) -> Conversation:
@@ -550,31 +520,31 @@ def _turn_a_row(name: str, why: str) -> UserError:
     )
 
 
-def _check_no_media(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Raise ``UserError`` where the first rows hold images, video or audio, which nothing else can fix."""
+def _media_problem(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> UserError | None:
+    """Return the error for first rows that hold images, video or audio, which nothing else can fix."""
     with_media = [
         (row.number, media) for row, v in zip(rows, values, strict=True) if (media := media_column(v))
     ]
     if not with_media:
-        return
+        return None
     numbers = ", ".join(str(number) for number, _ in with_media[:5])
     more = f" and {len(with_media) - 5} more" if len(with_media) > 5 else ""
     check, word = CHECKS["media"], "rows" if len(with_media) > 1 else "row"
-    raise UserError(check.title, what=f"{name}, {word} {numbers}{more}: {with_media[0][1]}", fix=check.fix)
+    what = f"{name}, {word} {numbers}{more}: {with_media[0][1]}"
+    return UserError(check.title, what=what, fix=check.fix)
 
 
-def _nothing_fits(
-    name: str, wanted: str, columns: tuple[str, ...], values: list[dict[str, Any]]
-) -> UserError:
-    if not values:
+def _nothing_fits(name: str, wanted: str, columns: Columns) -> UserError:
+    names = columns.names
+    if not columns.values:
         return UserError(
             "No rows",
             what=f"{name} has no row that can be read.",
             fix="Choose another file, or correct this one.",
         )
-    more = f" and {len(columns) - _COLUMNS_NAMED} more" if len(columns) > _COLUMNS_NAMED else ""
-    named = ", ".join(columns[:_COLUMNS_NAMED]) + more
-    what = f"in the columns {named}" if columns else "in its rows, which are not objects"
+    more = f" and {len(names) - _COLUMNS_NAMED} more" if len(names) > _COLUMNS_NAMED else ""
+    named = ", ".join(names[:_COLUMNS_NAMED]) + more
+    what = f"in the columns {named}" if names else "in its rows, which are not objects"
     if wanted != "auto":
         needs = " and ".join(PARTS[wanted])
         return UserError(
@@ -585,8 +555,8 @@ def _nothing_fits(
             code=NOT_IN_FORMAT,
         )
     fix, code = "A row is an object with named fields. A file that is one array of rows is named .json.", ""
-    if columns:
-        fix, code = mapping_hint(values, columns)
+    if names:
+        fix, code = mapping_hint(columns.values, names)
     return UserError(
         "No usable field",
         what=f"No known format fits {name}: nothing to train on {what}.",

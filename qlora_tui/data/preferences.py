@@ -17,6 +17,7 @@ import msgspec
 
 from qlora_tui.data.chat_formats import (
     CONTENT_KEYS,
+    Columns,
     decoded,
     history_of,
     messages_of,
@@ -26,6 +27,7 @@ from qlora_tui.data.chat_formats import (
 )
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import PAIR_METHODS, PREFERENCE_METHODS
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
 
@@ -242,32 +244,28 @@ _PAIRS_TITLE = "Preference data"
 _RATED_TITLE = "Rated answers"
 
 
-def preference_columns(values: Sequence[Mapping[str, Any]], mapping: Mapping[str, str]) -> dict[str, str]:
+def preference_columns(columns: Columns, mapping: Mapping[str, str]) -> dict[str, str]:
     """Return the column of each part in preference rows; empty where no row has a rejected side.
 
     ``chosen`` is missing where the rejected side has no counterpart.
     """
-    spelled = {column.lower(): column for value in values for column in value}
-
-    def first(names: Iterable[str], taken: Iterable[str] = ()) -> str:
-        columns = (spelled[name] for name in names if name in spelled)
-        return next(
-            (c for c in columns if c not in taken and any(_is_answer(v.get(c)) for v in values)),
+    parts: dict[str, str] = {}
+    for part, names in {"rejected": REJECTED, "chosen": PARTS["chosen"], **OPTIONAL}.items():
+        candidates = (columns.spelled[name] for name in names if name in columns.spelled)
+        column = mapping.get(part) or next(
+            (
+                candidate
+                for candidate in candidates
+                if candidate not in parts.values()
+                and any(_is_answer(value.get(candidate)) for value in columns.values)
+            ),
             "",
         )
-
-    columns: dict[str, str] = {}
-    for part in ("rejected", "chosen"):
-        column = mapping.get(part) or first(PARTS[part], columns.values())
         if column:
-            columns[part] = column
+            parts[part] = column
         elif part == "rejected":
             return {}
-    for part, names in OPTIONAL.items():
-        column = mapping.get(part) or first(names, columns.values())
-        if column:
-            columns[part] = column
-    return columns
+    return parts
 
 
 def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str:
@@ -296,27 +294,24 @@ def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((column, name) for column, name in names if name in (*REJECTED, *_RATED))
 
 
-def _rating_column(
-    values: Sequence[Mapping[str, Any]], taken: Iterable[str], *, numbers: bool = True
-) -> tuple[str, int, int]:
+def _rating_column(columns: Columns, taken: Iterable[str], *, numbers: bool) -> tuple[str, int, int]:
     """Return the column that rates the answers of most rows, with the counts of good and bad rows.
 
     Ratings are true and false; with ``numbers`` also 1 and 0, or 1 and -1. Empty if there is no such column:
     a grade from 1 to 5 or a class is not a rating, unless the column name says so (``kto_tag``).
     """
-    spelled = {column.lower(): column for value in values for column in value}
     for name in (*_RATED, *_SCORED):
-        column = spelled.get(name, "")
+        column = columns.spelled.get(name, "")
         if not column or column in taken:
             continue
-        given_ratings = [value[column] for value in values if value.get(column) is not None]
+        given_ratings = [value[column] for value in columns.values if value.get(column) is not None]
         ratings = [is_good(one) for one in given_ratings]
         if given_ratings and name in _ALWAYS_RATINGS:
             return column, ratings.count(True), ratings.count(False)
         flags = [
             isinstance(one, bool) or str(one).strip().lower() in ("true", "false") for one in given_ratings
         ]
-        if not given_ratings or not (all(flags) or numbers) or 2 * len(given_ratings) < len(values):
+        if not given_ratings or not (all(flags) or numbers) or 2 * len(given_ratings) < len(columns.values):
             continue
         if None not in ratings:
             return column, ratings.count(True), ratings.count(False)
@@ -329,13 +324,12 @@ def is_good(rating: Any) -> bool | None:
     return True if word in _GOOD else False if word in _BAD else None
 
 
-def preference_problem(
-    name: str, columns: Mapping[str, str], values: Sequence[Mapping[str, Any]]
-) -> UserError:
-    """Build the error on why preference rows are not trained on without opt-in, or cannot be."""
-    rejected = columns["rejected"]
-    having = sum(_is_answer(value.get(rejected)) for value in values)
-    if "chosen" not in columns:
+def sides_problem(
+    name: str, sides: Mapping[str, str], columns: Columns, preference_choice: str
+) -> UserError | None:
+    """Return why rows that compare answers are not trained on: no opt-in, or an unknown side or prompt."""
+    rejected, values = sides["rejected"], columns.values
+    if "chosen" not in sides:
         return UserError(
             _PAIRS_TITLE + " without a chosen side",
             what=f"{name} holds rejected answers in {rejected!r}, and no column with chosen ones.",
@@ -344,48 +338,67 @@ def preference_problem(
             f'rejected = "{rejected}" }}, or choose another file.',
             code=UNMAPPED_SIDES,
         )
+    chosen = sides["chosen"]
+    if preference_choice == "refuse":
+        having = sum(_is_answer(value.get(rejected)) for value in values)
+        return UserError(
+            _PAIRS_TITLE,
+            what=f"{name} compares answers: {chosen!r} is preferred to {rejected!r} in {having} of "
+            f"the first {len(values)} rows.",
+            why="Unless data.preferences is set, a run trains on answers without comparing them.",
+            fix='To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo"). '
+            f"{_choice('chosen')}",
+            code=PAIRS,
+        )
+    if not _without_prompt(values, sides):
+        return None
+    texts = (
+        c for c in columns.names if c not in sides.values() and any(isinstance(v.get(c), str) for v in values)
+    )
+    example = next(texts, "…")
     return UserError(
-        _PAIRS_TITLE,
-        what=f"{name} compares answers: {columns['chosen']!r} is preferred to {rejected!r} in {having} of "
-        f"the first {len(values)} rows.",
-        why="Unless data.preferences is set, a run trains on answers without comparing them.",
-        fix='To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo"). '
-        f"{_choice('chosen')}",
-        code=PAIRS,
+        f"{_PAIRS_TITLE} without a prompt",
+        what=f"{name} has answers in {chosen!r} and {rejected!r}, and no column with the question.",
+        why=f"Its columns are {', '.join(columns.names)}.",
+        fix=f'Say which column holds it: columns = {{ prompt = "{example}", chosen = "{chosen}", '
+        f'rejected = "{rejected}" }}.',
+        code=UNMAPPED_SIDES,
     )
 
 
-def rated_problem(name: str, column: str, good: int, bad: int) -> UserError:
-    """Build the error on why rows with rated answers are not trained on without opt-in."""
-    return UserError(
-        _RATED_TITLE,
-        what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good and "
-        f"{bad} bad.",
-        why="Unless data.preferences is set, a run trains on answers without their ratings.",
-        fix='To learn from both kinds, set data.preferences = "kto". '
-        f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
-        code=RATED,
-    )
-
-
-def unusable_problem(name: str, method: str, *, rated: bool) -> UserError:
-    """Build the error on data in which a preference method has nothing to compare.
-
-    ``rated``: the answers are rated, which methods for pairs cannot use.
-    """
-    if rated:
+def ratings_problem(
+    name: str, ratings: tuple[str, int, int] | None, preference_choice: str
+) -> UserError | None:
+    """Return why answers are not trained on: rated ones without opt-in or by a method for pairs, or unrated
+    ones by a method that compares."""
+    if ratings is not None and preference_choice == "refuse":
+        column, good, bad = ratings
         return UserError(
             _RATED_TITLE,
-            what=f'{name} rates its answers, and data.preferences = "{method}" compares two answers to one '
-            "prompt.",
+            what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good "
+            f"and {bad} bad.",
+            why="Unless data.preferences is set, a run trains on answers without their ratings.",
+            fix='To learn from both kinds, set data.preferences = "kto". '
+            f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
+            code=RATED,
+        )
+    if ratings is not None and preference_choice in PAIR_METHODS:
+        return UserError(
+            _RATED_TITLE,
+            what=f'{name} rates its answers, and data.preferences = "{preference_choice}" compares two '
+            "answers to one prompt.",
             fix='To learn from ratings, set data.preferences = "kto". ' + _choice("good"),
             code=RATED,
         )
-    needs = "rated answers or pairs" if method == "kto" else "a chosen and a rejected answer in each row"
+    if ratings is not None or preference_choice not in PREFERENCE_METHODS:
+        return None
+    needs = "a chosen and a rejected answer in each row"
+    if preference_choice == "kto":
+        needs = "rated answers or pairs"
     return UserError(
         "No preferences in the data",
-        what=f'data.preferences = "{method}" needs {needs}, and {name} has neither a rejected side nor '
-        "ratings.",
+        what=f'data.preferences = "{preference_choice}" needs {needs}, and {name} has neither a rejected '
+        "side nor ratings.",
         why="Nothing says which answers are better.",
         fix='Choose a file with preferences, name its columns, or set data.preferences = "refuse" to train '
         "on the answers as they are.",
@@ -400,7 +413,7 @@ def _choice(which: str) -> str:
     )
 
 
-def without_prompt(values: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
+def _without_prompt(values: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
     """Return whether both sides are bare answers in most rows, without a prompt.
 
     Texts with a common beginning contain the prompt (TRL's implicit prompt).
@@ -418,14 +431,12 @@ def without_prompt(values: Sequence[Mapping[str, Any]], columns: Mapping[str, st
     return 2 * bare > len(values)
 
 
-def compared_columns(
-    mapping: Mapping[str, str], values: list[dict[str, Any]], name: str, wanted: str
-) -> dict[str, str]:
+def compared_columns(mapping: Mapping[str, str], columns: Columns, name: str, wanted: str) -> dict[str, str]:
     """Return the column of each part in preference rows; empty if there are none, or if the user's mapping
     already names the chosen side as what to learn."""
     own = {part: column for part, column in mapping.items() if part in (*PARTS, *OPTIONAL)}
     sides = own.keys() & PARTS.keys()
-    compared = preference_columns(values, own if sides else {})
+    compared = preference_columns(columns, own if sides else {})
     for part, column in mapping.items():
         if part != "rejected" and column.lower() in REJECTED:
             raise UserError(
@@ -449,16 +460,16 @@ def compared_columns(
 
 
 def rating_of(
-    format_: str, values: list[dict[str, Any]], columns: Mapping[str, str], by_hand: str
+    format_: str, columns: Columns, parts: Mapping[str, str], by_hand: str
 ) -> tuple[str, int, int] | None:
     """Return the column that rates the answers, with the counts of good and bad ones in the first rows."""
     if format_ not in RATABLE:
         return None
     if by_hand:
-        ratings = [is_good(value.get(by_hand)) for value in values]
+        ratings = [is_good(value.get(by_hand)) for value in columns.values]
         return by_hand, ratings.count(True), ratings.count(False)
-    column, good, bad = _rating_column(values, columns.values(), numbers=format_ in _RATED_BY_NUMBERS)
-    if not column or ("messages" in columns and not _are_answered(values, columns["messages"])):
+    column, good, bad = _rating_column(columns, parts.values(), numbers=format_ in _RATED_BY_NUMBERS)
+    if not column or ("messages" in parts and not _are_answered(columns.values, parts["messages"])):
         return None
     return column, good, bad
 
@@ -470,24 +481,6 @@ def _are_answered(values: list[dict[str, Any]], column: str) -> bool:
         with suppress(RowRejectedError):
             answered += any(m.role == "assistant" for m in messages_of(value.get(column)))
     return 2 * answered >= max(1, len(values))
-
-
-def no_prompt_problem(
-    name: str, values: Sequence[Mapping[str, Any]], compared: Mapping[str, str], columns: Sequence[str]
-) -> UserError:
-    others = [
-        c for c in columns if c not in compared.values() and any(isinstance(v.get(c), str) for v in values)
-    ]
-    example = others[0] if others else "…"
-    return UserError(
-        f"{_PAIRS_TITLE} without a prompt",
-        what=f"{name} has answers in {compared['chosen']!r} and {compared['rejected']!r}, and no column with "
-        "the question.",
-        why=f"Its columns are {', '.join(columns)}.",
-        fix=f'Say which column holds it: columns = {{ prompt = "{example}", chosen = "{compared["chosen"]}", '
-        f'rejected = "{compared["rejected"]}" }}.',
-        code=UNMAPPED_SIDES,
-    )
 
 
 def _is_answer(value: Any) -> bool:
