@@ -135,6 +135,11 @@ class Counts(Struct):
     excluded: int = 0
     """Rows that the source excludes (``excluded_rows``); no other count includes them."""
 
+    def add(self, other: Counts) -> None:
+        """Add each of the other counts to this one's."""
+        for name in self.__struct_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 class Piece(Struct, frozen=True):
     """A stretch of a sample for display."""

@@ -261,17 +261,10 @@ class DatasetScanner:
         if one.long_text is not None:
             place = file.source, str(file.path)
             self._long_texts.setdefault(place, LongTexts(*place)).add(row, one.long_text)
-        samples, tokens, trained, dropped, cut, split = one.counts or (0,) * 6
-        if samples or not one.counts:
-            counts.conversations += 1
-            for note in one.notes:
+        if one.counts is not None:
+            counts.add(one.counts)
+            for note in one.notes if one.counts.conversations else ():
                 self.notes[note] = self.notes.get(note, 0) + 1
-        counts.samples += samples
-        counts.tokens += tokens
-        counts.trained_tokens += trained
-        counts.dropped += dropped
-        counts.cut += cut
-        counts.split += split
 
     def _check_duplicates(self, tally: ProblemCounter, file: SourceFile, one: RowResult, key: int) -> None:
         row, seen = one.row, self._seen

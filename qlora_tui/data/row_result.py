@@ -7,12 +7,13 @@ work here in other processes.
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
+from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.problems import LongText, estimated_long_text
 from qlora_tui.data.read import row_of
 from qlora_tui.data.render import RenderOptions, render_many
@@ -20,7 +21,6 @@ from qlora_tui.data.row import Line, Row, rough_bytes
 from qlora_tui.data.samples import TokenizedSample, last_samples, sides_of, truncate
 from qlora_tui.data.sources import SourceFile, conversation_of
 from qlora_tui.data.split import group_key, minhash_sketch
-from qlora_tui.data.store import StoredSample
 from qlora_tui.data.template_capabilities import has_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import PAIR_METHODS, Data
@@ -182,7 +182,7 @@ def batches(file: SourceFile, rows: Iterable[Row | Line], sketched: Callable[[],
         yield Batch(file, batch, sketched())
 
 
-class RowResult(Struct, frozen=True, array_like=True):
+class RowResult(Struct, frozen=True):
     """The result of one row."""
 
     row: int
@@ -197,10 +197,10 @@ class RowResult(Struct, frozen=True, array_like=True):
     notes: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     """Tokens of each sample before truncation; characters of the conversation without a tokenizer."""
-    samples: tuple[StoredSample, ...] = ()
+    samples: tuple[TokenizedSample, ...] = ()
     """Samples as trained; empty if the length limit leaves nothing, or samples are not requested."""
-    counts: tuple[int, ...] = ()
-    """Numbers of samples, tokens, trained tokens, dropped, cut and split samples."""
+    counts: Counts | None = None
+    """What the row adds to the counts of all rows; None for a rejected one."""
     long_text: LongText | None = None
     """Facts on a plain text over the length limit that is not split."""
     sketch: bytes = b""
@@ -239,74 +239,67 @@ class RowProcessor:
     def _row_result(
         self,
         conversation: Conversation,
-        rendered_sides: Sequence[list[TokenizedSample] | RowRejectedError],
+        sides: Sequence[list[TokenizedSample] | RowRejectedError],
         sketched: bool,
         warnings: tuple[Finding, ...],
     ) -> RowResult:
         """Return the result of a row from the samples of its conversation, then those of rejected ones."""
-        findings = (*warnings, *conversation_findings(conversation))
-        key = group_key(conversation, self._seed)
-        sketch_bytes = minhash_sketch(conversation).tobytes() if sketched else b""
-        readable: list[list[TokenizedSample]] = []
-        for side in rendered_sides:
-            if isinstance(side, RowRejectedError):
-                return RowResult(
-                    conversation.row, (side.kind, side.reason), key, findings, sketch=sketch_bytes
-                )
-            readable.append(side)
-        rendered = readable[0]
-        if self._tokenizer is None:
-            if conversation.messages and not conversation.answers and self._data.train_on == "assistant":
-                refused = ("no-answer", "No assistant turn is in the loss.")
-                return RowResult(conversation.row, refused, key, findings, sketch=sketch_bytes)
-            return RowResult(
-                conversation.row,
-                key=key,
-                messages=findings,
-                notes=("reasoning-present",) if has_reasoning(conversation.messages) else (),
-                lengths=(_characters(conversation),),
-                long_text=estimated_long_text(conversation, self._data),
-                sketch=sketch_bytes,
-            )
-        sample_problems = list(sample_findings(self._tokenizer, conversation, rendered, self._data.train_on))
-        samples: list[TokenizedSample] = []
-        length_counts = [0, 0, 0]
-        long_text = None
-        method = self._data.preferences
-        if method != "refuse" and method != "chosen":
-            rendered = last_samples(conversation, readable)
-            fitted_sides = self._fitted_sides(conversation.row, rendered, sample_problems, length_counts)
-            sides = sides_of(conversation, fitted_sides, method)
-            samples = [sample for sample, _ in sides]
-            stored = [_stored(sample, side) for sample, side in sides]
-        else:
-            for sample in rendered:
-                fitted = self._truncate(conversation.row, sample, sample_problems, length_counts)
-                samples += fitted
-                if conversation.text:
-                    long_text = self._long_text(sample, fitted)
-            stored = [_stored(sample) for sample in samples]
-        if conversation.text and (long_text is not None or self._data.overflow == "split"):
-            sample_problems = [
-                finding for finding in sample_problems if finding[0] not in ("too-long", "nothing-left")
-            ]
-        counts = (
-            len(samples) // 2 if method in PAIR_METHODS else len(samples),
-            sum(len(sample.token_ids) for sample in samples),
-            sum(sample.trained_count for sample in samples),
-            *length_counts,
+        result = RowResult(
+            conversation.row,
+            key=group_key(conversation, self._seed),
+            messages=(*warnings, *conversation_findings(conversation)),
+            sketch=minhash_sketch(conversation).tobytes() if sketched else b"",
         )
-        return RowResult(
-            row=conversation.row,
-            key=key,
-            messages=findings,
-            sample_findings=tuple(sample_problems),
-            notes=rendered[0].notes,
-            lengths=tuple(len(sample.token_ids) for sample in rendered),
-            samples=tuple(stored) if self._keep_samples else (),
+        rendered: list[list[TokenizedSample]] = []
+        for side in sides:
+            if isinstance(side, RowRejectedError):
+                return replace(result, rejected=(side.kind, side.reason))
+            rendered.append(side)
+        if self._tokenizer is not None:
+            return self._measured(result, conversation, rendered, self._tokenizer)
+        if conversation.messages and not conversation.answers and self._data.train_on == "assistant":
+            return replace(result, rejected=("no-answer", "No assistant turn is in the loss."))
+        return replace(
+            result,
+            notes=("reasoning-present",) if has_reasoning(conversation.messages) else (),
+            lengths=(_characters(conversation),),
+            long_text=estimated_long_text(conversation, self._data),
+            counts=Counts(conversations=1),
+        )
+
+    def _measured(
+        self,
+        result: RowResult,
+        conversation: Conversation,
+        rendered: list[list[TokenizedSample]],
+        tokenizer: ChatTokenizer,
+    ) -> RowResult:
+        """Return the result with the samples that the length limit leaves, and the findings on them."""
+        method, counts, long_text = self._data.preferences, Counts(), None
+        whole = rendered[0]
+        problems = list(sample_findings(tokenizer, conversation, whole, self._data.train_on))
+        if method != "refuse" and method != "chosen":
+            whole = last_samples(conversation, rendered)
+            samples = sides_of(conversation, self._fitted_sides(result.row, whole, problems, counts), method)
+        else:
+            samples = [
+                part for sample in whole for part in self._truncate(result.row, sample, problems, counts)
+            ]
+            long_text = self._long_text(whole[0], samples) if conversation.text else None
+        if conversation.text and (long_text is not None or self._data.overflow == "split"):
+            problems = [finding for finding in problems if finding[0] not in ("too-long", "nothing-left")]
+        counts.samples = len(samples) // 2 if method in PAIR_METHODS else len(samples)
+        counts.conversations = int(counts.samples > 0)
+        counts.tokens = sum(len(sample.token_ids) for sample in samples)
+        counts.trained_tokens = sum(sample.trained_count for sample in samples)
+        return replace(
+            result,
+            sample_findings=tuple(problems),
+            notes=whole[0].notes,
+            lengths=tuple(len(sample.token_ids) for sample in whole),
+            samples=tuple(samples) if self._keep_samples else (),
             counts=counts,
             long_text=long_text,
-            sketch=sketch_bytes,
         )
 
     def _long_text(self, sample: TokenizedSample, fitted: list[TokenizedSample]) -> LongText | None:
@@ -323,7 +316,7 @@ class RowProcessor:
         row: int,
         sides: Sequence[TokenizedSample],
         sample_problems: list[Finding],
-        length_counts: list[int],
+        counts: Counts,
     ) -> list[TokenizedSample | None]:
         """Return what the length limit leaves of each side of a preference row; None of one without room.
 
@@ -340,8 +333,8 @@ class RowProcessor:
             compared = [(number, number) for number in range(len(sides))]
         lost = [fitted[one] is None or fitted[other] is None for one, other in compared]
         over = [is_over[one] or is_over[other] for one, other in compared]
-        length_counts[0] += sum(lost)
-        length_counts[1] += sum(long and not gone for long, gone in zip(over, lost, strict=True))
+        counts.dropped += sum(lost)
+        counts.cut += sum(long and not gone for long, gone in zip(over, lost, strict=True))
         if any(is_over):
             kind = "nothing-left" if any(lost) and self._data.overflow != "drop" else "too-long"
             sample_problems.append((kind, self._over_limit(row, max(len(side.token_ids) for side in sides))))
@@ -352,9 +345,9 @@ class RowProcessor:
         return f"Row {row} has {length:,} tokens, {over:,} over the limit."
 
     def _truncate(
-        self, row: int, sample: TokenizedSample, sample_problems: list[Finding], length_counts: list[int]
+        self, row: int, sample: TokenizedSample, sample_problems: list[Finding], counts: Counts
     ) -> list[TokenizedSample]:
-        """Return what the length limit leaves; updates ``sample_problems`` and ``length_counts``."""
+        """Return what the length limit leaves; updates ``sample_problems`` and ``counts``."""
         assert self._tokenizer is not None
         limit, overflow = self._data.max_length, self._data.overflow
         length = len(sample.token_ids)
@@ -363,15 +356,11 @@ class RowProcessor:
             kind = "too-long" if fitted or overflow == "drop" else "nothing-left"
             sample_problems.append((kind, self._over_limit(row, length)))
         if not fitted:
-            length_counts[0] += 1
+            counts.dropped += 1
         elif length > limit:
-            length_counts[2 if overflow == "split" else 1] += 1
+            counts.split += overflow == "split"
+            counts.cut += overflow != "split"
         return fitted
-
-
-def _stored(sample: TokenizedSample, side: int = 0) -> StoredSample:
-    weights = None if sample.weights is None else sample.weights.tobytes()
-    return StoredSample(array("I", sample.token_ids).tobytes(), sample.loss_mask, weights, side)
 
 
 def _characters(conversation: Conversation) -> int:

@@ -12,8 +12,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qlora_tui.data.assistant_spans import PRIVATE, SampleText
 from qlora_tui.data.conversation import Conversation
@@ -37,6 +37,8 @@ class TokenizedSample(Struct, frozen=True):
     ``weights``; and the handling of reasoning, see ``_notes_on_thinking`` in ``render``."""
     weights: array[float] | None = None
     """Loss weight of each token, 32-bit; None where each token in the loss has weight 1."""
+    side: int = 0
+    """``GOOD`` or ``BAD`` (see ``store``) for a preference method; 0 for a sample that is simply learned."""
 
     @property
     def trained_count(self) -> int:
@@ -198,7 +200,7 @@ def side_names(conversation: Conversation) -> tuple[str, ...]:
 
 def sides_of(
     conversation: Conversation, fitted: Sequence[TokenizedSample | None], method: PreferenceMethod
-) -> list[tuple[TokenizedSample, int]]:
+) -> list[TokenizedSample]:
     """Return the samples to store, each with its side.
 
     Args:
@@ -206,16 +208,12 @@ def sides_of(
             which nothing is left to learn. A pair without one of its sides is left out.
     """
     first, *others = fitted
-    if method in PAIR_METHODS:
-        return [
-            one
-            for other in others
-            if first is not None and other is not None
-            for one in ((first, GOOD), (other, BAD))
-        ]
     good = BAD if conversation.rated_good is False else GOOD
-    rated = [(first, good), *((other, BAD) for other in others)]
-    return [(sample, side) for sample, side in rated if sample is not None]
+    chosen = first and replace(first, side=good)
+    rejected = [other and replace(other, side=BAD) for other in others]
+    if method in PAIR_METHODS:
+        return [one for other in rejected if chosen and other for one in (chosen, other)]
+    return [sample for sample in (chosen, *rejected) if sample]
 
 
 def _shared(samples: Sequence[TokenizedSample]) -> int:
@@ -231,4 +229,4 @@ def _shared(samples: Sequence[TokenizedSample]) -> int:
 
 def _masked(sample: TokenizedSample, tokens: int) -> TokenizedSample:
     mask = bytes(tokens) + sample.loss_mask[tokens:]
-    return msgspec.structs.replace(sample, loss_mask=mask)
+    return replace(sample, loss_mask=mask)

@@ -29,9 +29,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from msgspec import Struct
+if TYPE_CHECKING:
+    from qlora_tui.data.samples import TokenizedSample
 
 if sys.byteorder != "little" or array("I").itemsize != 4:
     raise ImportError("The tokenized store needs a little-endian machine with 32-bit integers.")
@@ -49,17 +50,6 @@ _SIDES = "sides.u8"
 _FILE_NUMBERS, _FILE_NAMES = "files.u32", "files.json"
 GOOD, BAD = 1, 2
 """Sides of a sample in a preference: its answer is chosen or rated good, or rejected or rated bad."""
-
-
-class StoredSample(Struct, frozen=True, array_like=True):
-    """One training sample, as stored on disk."""
-
-    tokens: bytes
-    loss_mask: bytes
-    weights: bytes | None = None
-    """Loss weight of each token as 32-bit floats; None where each token in the loss has weight 1."""
-    side: int = 0
-    """``GOOD`` or ``BAD`` for a preference method; 0 for a sample that is simply learned."""
 
 
 class Writer:
@@ -92,23 +82,23 @@ class Writer:
     ) -> None:
         self._stack.close()
 
-    def add(self, sample: StoredSample, source: int, row: int, key: int, file: int = 0) -> None:
+    def add(self, sample: TokenizedSample, source: int, row: int, key: int, file: int = 0) -> None:
         """Add one sample of a row of the ``file``-th file."""
-        count = len(sample.loss_mask)
+        tokens = array("I", sample.token_ids)
         self._add_weights(sample.loss_mask, sample.weights)
-        self._end += count
+        self._end += len(tokens)
         write = self._write
-        write("tokens.u32", sample.tokens)
+        write("tokens.u32", tokens)
         write("trained.u8", sample.loss_mask)
         write("offsets.u64", array("Q", [self._end]))
-        write("trained_counts.u32", array("I", [sample.loss_mask.count(1)]))
+        write("trained_counts.u32", array("I", [sample.trained_count]))
         write("rows.u32", array("I", [row]))
         write("sources.u16", array("H", [source]))
         if self._file_names:
             write(_FILE_NUMBERS, array("I", [file]))
         self.keys.append(key)
         self.sources.append(source)
-        self._hash.update(sample.tokens)
+        self._hash.update(tokens)
         self._hash.update(sample.loss_mask)
         if sample.side:
             if _SIDES not in self._files:
@@ -132,7 +122,7 @@ class Writer:
             self._hash.update(b"|")
         return self._hash.hexdigest()
 
-    def _add_weights(self, loss_mask: bytes, weights: bytes | None) -> None:
+    def _add_weights(self, loss_mask: bytes, weights: array[float] | None) -> None:
         if weights is not None:
             self._hash.update(weights)
             if _WEIGHTS not in self._files:
