@@ -10,7 +10,7 @@ data      conversations from files
 runs      run directories, events, queue, runner, control requests, retries
 training  the trainer process
 chat      answers of base and adapter
-export    merged models, GGUF and LoRA files, and their comparison
+export    merged models and GGUF files, and their comparison
 engine    a child process that runs what the app needs torch for
 demo      the whole workflow on a small real model
 tui       the terminal app; the only package that imports textual

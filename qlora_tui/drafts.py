@@ -11,9 +11,8 @@ publish       moves what is complete out of it, into place
 discard       deletes something of ours: into such a folder first, so that a kill leaves no half of it
 abandoned_in  what killed processes left in a folder
 
-An export that can continue names a key: a hash of all that its files depend on, which is in ``key``. A draft
-with one outlives a cancel and a kill, and the next export to that name with the same key gets its files. It
-is listed in the folder ``unfinished`` of the state, so that it is deleted even if it is never continued.
+Drafts of exports are wherever the user wants the result: they are listed in the folder ``unfinished`` of the
+state, so that what a kill leaves is deleted even if nothing is ever written to that name again.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 from typing import IO
 
@@ -38,19 +36,15 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import read_regular, sync, sync_tree
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
 
-KEPT_S = 7 * 24 * 3600.0
-"""Time for which a draft can be continued after its export was interrupted, in seconds."""
 _LOCK = "lock"
 _MARK = "A temporary folder of qlora-tui, which deletes it once no process of its own has locked this file.\n"
 """Content of the lock."""
 _FILES = "files"
 _EARLIER = "earlier"
-_KEY = "key"
 _NAME = re.compile(r"\.(.+)\.part", re.DOTALL)
 _DELETION_S = 0.5
 """Most seconds between the deletion of a lock and that of its folder."""
 _NEW = re.compile(r"\.qlora-tui-[0-9a-f]{12}\.part")
-_OWNER: ContextVar[Path | None] = ContextVar("owner", default=None)
 
 
 def draft_path(out: Path) -> Path:
@@ -77,53 +71,32 @@ def final_path(path: Path) -> Path:
 
 
 @contextmanager
-def held_draft(draft: Path, key: str = "") -> Iterator[Path | None]:
+def held_draft(draft: Path, *, is_listed: bool = False) -> Iterator[Path | None]:
     """Create a draft, in a folder that exists, and delete it afterwards, or what a killed process left in it.
 
-    With ``key``, the files of an interrupted export with the same key are still there, and Ctrl+C and SIGTERM
-    leave them for the next.
+    With ``is_listed``, :func:`unfinished_drafts` finds it wherever it is.
 
     Yields the folder for files, otherwise empty; None if another process holds the draft.
     Raises OSError, and UserError if the file system has no locks or a folder without our marker has the name.
     """
+    if is_listed:
+        # First, so that no kill leaves one that is not listed.
+        _list(draft)
     with ExitStack() as stack:
-        deletion = ExitStack()
         with _without_interruption():
             is_held = _hold(stack, draft)
             if is_held:
-                stack.enter_context(deletion)
-                deletion.callback(_delete_held, draft)
+                stack.callback(_delete_held, draft)
         if not is_held:
             yield None
             return
         files = draft / _FILES
-        if not key or _key_of(draft) != key or not files.is_dir():
-            _empty(draft)
-            files.mkdir(mode=0o700)
+        _empty(draft)
+        files.mkdir(mode=0o700)
         if files.lstat().st_uid != draft.lstat().st_uid:
             # Where everybody may write, as in /tmp, its owner could replace the files.
             raise PermissionError(errno.EPERM, "The folder belongs to another user", str(draft))
-        if key:
-            _list(draft)
-            (draft / _KEY).write_text(key)
-        try:
-            yield files
-        except Exception:
-            raise
-        except BaseException:
-            if _key_of(draft):
-                deletion.pop_all()
-            raise
-
-
-@contextmanager
-def owned_by(folder: Path) -> Iterator[None]:
-    """Let drafts with a key belong to a folder, with which :func:`delete_owned` deletes them."""
-    token = _OWNER.set(folder.absolute())
-    try:
-        yield
-    finally:
-        _OWNER.reset(token)
+        yield files
 
 
 @contextmanager
@@ -187,7 +160,7 @@ def discard(path: Path) -> None:
 
 
 def abandoned_in(folder: Path) -> list[Path]:
-    """Return the drafts in a folder that no process holds and nothing continues."""
+    """Return the drafts in a folder that no process holds."""
     try:
         drafts = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
     except OSError:
@@ -196,42 +169,24 @@ def abandoned_in(folder: Path) -> list[Path]:
         draft
         for draft in drafts
         # In a folder of everybody, such as /tmp, those of other users are theirs.
-        if is_abandoned(draft) and not can_continue(draft) and draft.lstat().st_uid == os.getuid()
+        if is_abandoned(draft) and draft.lstat().st_uid == os.getuid()
     ]
 
 
-def forget_key(path: Path) -> None:
-    """Let nothing continue the export whose draft ``path`` is in: it is complete."""
-    draft = next((folder for folder in path.parents if _NAME.fullmatch(folder.name)), None)
-    if draft is not None:
-        (draft / _KEY).unlink(missing_ok=True)
-
-
-def can_continue(draft: Path) -> bool:
-    """Return whether the next export to this name continues an interrupted one."""
-    try:
-        age = time.time() - (draft / _KEY).stat().st_mtime
-    except OSError:
-        return False
-    return age < KEPT_S and is_abandoned(draft)
-
-
-def unfinished_drafts(owner: Path | None = None) -> Iterator[Path]:
-    """Yield every draft with a key whose export was interrupted, or only those that belong to a folder."""
+def unfinished_drafts() -> Iterator[Path]:
+    """Yield every listed draft that a killed process left."""
     for entry in _listing().glob("*"):
         with suppress(OSError, ValueError):
-            draft, *owners = map(Path, read_regular(entry).decode(errors="surrogateescape").split("\0"))
-            if owner is not None and owner not in owners:
-                continue
+            draft = Path(os.fsdecode(read_regular(entry)))
             if is_abandoned(draft):
                 yield draft
             elif not draft.exists():
                 entry.unlink()
 
 
-def delete_owned(folder: Path) -> None:
-    """Delete the interrupted drafts of a folder, as far as possible: those that the state's list names."""
-    for draft in unfinished_drafts(folder.absolute()):
+def delete_unfinished() -> None:
+    """Delete every listed draft that a killed process left, as far as possible."""
+    for draft in unfinished_drafts():
         with suppress(OSError, UserError):
             delete_abandoned(draft)
 
@@ -244,9 +199,7 @@ def _list(draft: Path) -> None:
     """Add a draft to the list; if the state cannot be written, it is not deleted later."""
     with suppress(OSError):
         _entry(draft).parent.mkdir(mode=0o700, exist_ok=True)
-        owner = _OWNER.get()
-        lines = [draft.absolute(), *([] if owner is None else [owner])]
-        _entry(draft).write_bytes(b"\0".join(map(os.fsencode, lines)))
+        _entry(draft).write_bytes(os.fsencode(draft.absolute()))
 
 
 def _entry(draft: Path) -> Path:
@@ -256,18 +209,8 @@ def _entry(draft: Path) -> Path:
     return _listing() / hashlib.sha256(name).hexdigest()[:16]
 
 
-def _key_of(draft: Path) -> str:
-    try:
-        return read_regular(draft / _KEY).decode()
-    except (OSError, ValueError):
-        return ""
-
-
 def is_ours(draft: Path) -> bool:
-    """Whether a folder of a draft's name has our marker, or has nothing in it yet.
-
-    A draft that can be continued and was made before there were markers is in the list of the state.
-    """
+    """Whether a folder of a draft's name has our marker, or has nothing in it yet."""
     try:
         if not _NAME.fullmatch(draft.name) or not stat.S_ISDIR(draft.lstat().st_mode):
             return False
@@ -281,9 +224,7 @@ def is_ours(draft: Path) -> bool:
         if not stat.S_ISREG(lock.lstat().st_mode):
             return False
         content = read_regular(lock, len(_MARK) + 1)
-        if content == _MARK.encode() or (names == [_LOCK] and not content):
-            return True
-        return _key_of(draft) != "" and _entry(draft).exists()
+        return content == _MARK.encode() or (names == [_LOCK] and not content)
     except OSError:
         return False
 

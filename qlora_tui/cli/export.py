@@ -22,9 +22,9 @@ from qlora_tui.locks import hold_folder
 from qlora_tui.runs.directory import find_run
 
 if TYPE_CHECKING:
-    from qlora_tui.runs.exports import ExportRequest, Form
+    from qlora_tui.runs.exports import ExportRequest
 
-_FORMS = "merge|gguf|lora|ollama|hub"
+_FORMS = "gguf|ollama|merge|adapter|hub"
 _DEFAULT_TYPE = "Q8_0"
 
 
@@ -34,15 +34,14 @@ def run(args: argparse.Namespace) -> CommandResult:
         raise UserError(
             "Which form?",
             what="`qlora-tui export` needs the form to write.",
-            fix="Choose merge, gguf, lora, ollama or hub; `qlora-tui export --help` says what each is for.",
+            fix="Choose gguf, ollama, merge, adapter or hub: `qlora-tui export --help` says what each does.",
             exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
-    from qlora_tui.drafts import can_continue, draft_path
     from qlora_tui.export.unfinished_files import export_problems
     from qlora_tui.gpu.library_imports import faster_imports
     from qlora_tui.gpu.torch_env import configure_torch_env
-    from qlora_tui.runs.exports import leave_gpu_to_runs, output_path
+    from qlora_tui.runs.exports import leave_gpu_to_runs
 
     request = _request(args)
     run = find_run(args.run_id)
@@ -53,17 +52,11 @@ def run(args: argparse.Namespace) -> CommandResult:
     configure_torch_env()
     # Until this process ends: a deletion of the run asks first.
     hold_folder(run.path)
-    try:
-        with export_problems(), _progress() as on_status:
-            with faster_imports():
-                from qlora_tui.export.forms import export_form
+    with export_problems(), _progress() as on_status:
+        with faster_imports():
+            from qlora_tui.export.forms import export_form
 
-            written = export_form(run, request, source, adapter_name, on_status)
-    except KeyboardInterrupt:
-        out = output_path(request)
-        if out is not None and can_continue(draft := draft_path(out)):
-            print(f"Canceled. The same command continues it. Until then: {draft}", file=sys.stderr)
-        raise
+        written = export_form(run, request, source, adapter_name, on_status)
     if written.problem:
         print(f"Refused: {written.problem}", file=sys.stderr)
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
@@ -128,11 +121,10 @@ def _form_request(args: argparse.Namespace) -> ExportRequest:
                 is_public=args.public,
             )
     out = args.out.expanduser().absolute()
-    form: Form = "adapter" if args.form == "lora" and out.suffix != ".gguf" else args.form
-    request = ExportRequest(form=form, out=str(out))
-    if form == "merge":
+    request = ExportRequest(form=args.form, out=str(out))
+    if args.form == "merge":
         return replace(request, base=args.base)
-    if form == "gguf":
+    if args.form == "gguf":
         types = _types(",".join(args.quant or [_DEFAULT_TYPE]))
         return replace(request, file_type=types, within=args.within)
     return request
@@ -147,18 +139,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     from qlora_tui.runs.exports import COMPARED_TOKENS
 
     forms = parser.add_subparsers(dest="form", metavar=_FORMS)
-    merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
     gguf = forms.add_parser("gguf", help="adapter and base as a GGUF file, for llama.cpp and LM Studio")
-    lora = forms.add_parser("lora", help="the adapter alone, for llama.cpp's --lora or for vLLM")
     ollama = forms.add_parser("ollama", help="a model in Ollama: GGUF file, Modelfile, `ollama create`")
+    merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
+    adapter = forms.add_parser("adapter", help="the adapter alone, checked for vLLM")
     hub = forms.add_parser("hub", help="a private repository on the Hub, with a model card")
-    all_forms = (merge, gguf, lora, ollama, hub)
+    all_forms = (gguf, ollama, merge, adapter, hub)
     for form in all_forms:
         form.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
     for form, out in (
         (merge, "the folder to write; it must not exist yet"),
         (gguf, "the .gguf file to write, or a folder for several types"),
-        (lora, "the .gguf file to write for llama.cpp, or another name: a folder for vLLM"),
+        (adapter, "the folder to write; it must not exist yet"),
     ):
         form.add_argument("out", metavar="OUT", type=Path, help=out)
     merge.add_argument(
@@ -218,7 +210,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             default=COMPARED_TOKENS,
             metavar="N",
             help="compare answers at the trained tokens of as many validation rows as have N tokens together "
-            f"({COMPARED_TOKENS:,} unless set, which is every row of common data); fewer take less time",
+            f"({COMPARED_TOKENS:,} unless set)",
         )
         add_json_argument(form)
 

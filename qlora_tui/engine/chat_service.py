@@ -25,7 +25,7 @@ from qlora_tui.engine.protocol import (
     TokensCounted,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.export.gguf_chat import GgufDecoder, GgufModel
+from qlora_tui.export.gguf_chat import GgufDecoder
 from qlora_tui.training.heap import release_gpu_memory
 
 
@@ -55,7 +55,7 @@ class ChatService:
     def generate(self, request: Generate, stop: Event) -> Iterator[AnyReply]:
         """Yield an answer piece by piece. Raises UserError."""
         session = self._loaded()
-        reply: AnswerStream[PrefixCache] | AnswerStream[GgufModel]
+        reply: AnswerStream[PrefixCache] | AnswerStream[GgufDecoder]
         if request.adapter_name in session.source.gguf_files:
             reply = self._gguf(session, request.adapter_name).ask(
                 request.adapter_name,
@@ -113,7 +113,7 @@ class ChatService:
         """Free the memory of the model."""
         self._session = None
         for decoder in self._gguf_decoders.values():
-            decoder.model.close()
+            decoder.close()
         self._gguf_decoders.clear()
         release_gpu_memory()
 

@@ -1,4 +1,4 @@
-"""``export lora`` to a folder: a run's adapter in peft's format, within the limits of vLLM.
+"""``export adapter``: a run's adapter in peft's format, within the limits of vLLM.
 
 The limits are those of vLLM's ``PEFTHelper`` (vllm/lora/peft_helper.py), which also reads one rank and one
 alpha for all modules, whatever ``rank_pattern`` and ``alpha_pattern`` say.

@@ -7,7 +7,6 @@ it then answers differently, for better or worse. Both are measured, and the nea
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Literal, TypeAlias
 
 import psutil
@@ -20,7 +19,6 @@ from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session, model_folder
 from qlora_tui.errors import UserError
-from qlora_tui.export.journal import Journal
 from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
 from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
@@ -28,8 +26,6 @@ from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.heap import release_gpu_memory
 
 _SPARE_BYTES = 1 << 30
-_ENTRY = "base"
-"""Of the journal."""
 
 
 class BaseChoice(Struct, frozen=True, kw_only=True):
@@ -72,39 +68,16 @@ def choice_named(
     name: BaseName,
     source: ChatSource,
     adapter_name: str,
-    journal: Journal,
     on_status: Callable[[str], None] = lambda words: None,
     compared_tokens: int = COMPARED_TOKENS,
 ) -> BaseChoice:
-    """Return the choice of base weights; ``best`` measures unless the journal has the result.
-
-    Raises UserError.
-
-    Answers are compared at no more than ``compared_tokens``.
-    """
+    """Return the choice of base weights; ``best`` measures at up to ``compared_tokens``. Raises UserError."""
     if name != "best":
-        return BaseChoice(chosen="original" if name == "original" else "dequantized")
+        return BaseChoice(chosen=name)
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
         return BaseChoice(chosen="original")
-    if measured := journal.get(_ENTRY, BaseChoice):
-        return measured
-    with ExitStack() as stack:
-        reference = reference_or_reason(stack, source, adapter_name, journal, on_status, compared_tokens)
-        return recorded_choice(journal, source, adapter_name, reference, on_status)
-
-
-def recorded_choice(
-    journal: Journal,
-    source: ChatSource,
-    adapter_name: str,
-    reference: Reference | str,
-    on_status: Callable[[str], None],
-) -> BaseChoice:
-    """Return the choice that the journal has, or measure and record it. Raises UserError."""
-    choice = journal.get(_ENTRY, BaseChoice) or choose_base(source, adapter_name, reference, on_status)
-    if not choice.unmeasured_because:
-        journal.record(_ENTRY, choice)
-    return choice
+    reference = reference_or_reason(source, adapter_name, on_status, compared_tokens)
+    return choose_base(source, adapter_name, reference, on_status)
 
 
 def unquantized(source: ChatSource) -> ChatSource:

@@ -16,7 +16,6 @@ from types import FrameType
 from msgspec.structs import replace
 
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
-from qlora_tui.drafts import owned_by
 from qlora_tui.errors import INTERNAL_ERROR, UserError
 from qlora_tui.export.unfinished_files import export_problems
 from qlora_tui.gpu.library_imports import faster_imports
@@ -29,7 +28,6 @@ from qlora_tui.runs.exports import (
     leave_gpu_to_runs,
     lock_path,
     output_path,
-    read_activity,
     read_request,
     write_export_status,
 )
@@ -57,7 +55,9 @@ def run_job(folder: Path) -> None:
                 # What follows says how it ended, and must not be interrupted.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
         except _Canceled:
-            status = _canceled(None if existed else out, read_activity(folder))
+            # The file or folder is there if the cancel came too late for it.
+            paths = (str(out),) if out is not None and not existed and os.path.lexists(out) else ()
+            status = ExportStatus(state="canceled", at=time.time(), paths=paths)
         except UserError as error:
             status = ExportStatus(state="failed", at=time.time(), problem=str(error))
         except BaseException as error:
@@ -83,7 +83,7 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
     with faster_imports():
         from qlora_tui.export.forms import export_form
 
-    with export_problems(), owned_by(folder):
+    with export_problems():
         run = RunDir(folder.parents[1])
         source = run_source(run)
         adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
@@ -99,12 +99,6 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
         command=written.command,
         problem=written.problem,
     )
-
-
-def _canceled(out: Path | None, activity: str) -> ExportStatus:
-    """Return the status after a cancel in an activity; ``out`` is there if it came too late for it."""
-    paths = (str(out),) if out is not None and os.path.lexists(out) else ()
-    return ExportStatus(state="canceled", at=time.time(), paths=paths, activity=activity)
 
 
 def _reporter(folder: Path, status: ExportStatus) -> Callable[[str], None]:

@@ -9,10 +9,10 @@ from typing import Literal
 from msgspec import Struct
 
 from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.errors import UserError
 from qlora_tui.export.adapter_folder import export_adapter_folder
 from qlora_tui.export.gguf_export import GgufFile, export_gguf
 from qlora_tui.export.hub_export import export_hub
-from qlora_tui.export.lora_export import export_lora
 from qlora_tui.export.merge import merge
 from qlora_tui.export.model_card import CardForm
 from qlora_tui.export.ollama_export import export_ollama
@@ -97,14 +97,6 @@ def export_form(
                 file_type=gguf.files[0].file_type,
                 problem="\n".join(gguf.refused),
             )
-        case "lora":
-            lora = export_lora(source, adapter_name, out, on_status, compared_tokens=request.compared_tokens)
-            return Written(
-                result=lora,
-                sizes={lora.path: lora.bytes},
-                summary=f"{lora.modules} weights.\n{lora.summary}",
-                command=lora.command,
-            )
         case "adapter":
             folder = export_adapter_folder(source, adapter_name, out)
             return Written(
@@ -154,6 +146,13 @@ def export_form(
             )
             sizes = {uploaded.url: uploaded.bytes}
             return Written(result=uploaded, sizes=sizes, summary=uploaded.summary, command="")
+
+        case "lora":
+            raise UserError(
+                "This form is no longer written",
+                what="The adapter as a GGUF file of its own (export lora).",
+                fix="Export the merged GGUF file, or the adapter's folder for vLLM.",
+            )
 
 
 def _sizes(files: Sequence[GgufFile]) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +20,15 @@ from qlora_tui.catalog.gguf import (
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer, every_tenth
 from qlora_tui.errors import UserError
-from qlora_tui.export.answer_files import row_progress
-from qlora_tui.export.base_choice import BaseChoice, base_requantizer, recorded_choice
-from qlora_tui.export.export_key import export_key
+from qlora_tui.export.base_choice import BaseChoice, base_requantizer, choose_base
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.stored_types import StoredTypes, stored_types
 from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
 from qlora_tui.export.gguf_plan import check_file_types, final_paths, needs_bf16, require_file_space
-from qlora_tui.export.journal import Digest, Journal
-from qlora_tui.export.llama_cpp.jobs import Quantize
-from qlora_tui.export.llama_cpp.llama_process import quantize, unavailable_because
+from qlora_tui.export.llama_cpp.client import quantize, unavailable_because
 from qlora_tui.export.merged_weights import MergedWeights, merged_weights
 from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, reference_or_reason
+from qlora_tui.export.reference import Reference, reference_or_reason, row_progress
 from qlora_tui.export.unfinished_files import draft_folder, publish_files
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
@@ -104,8 +99,6 @@ def export_gguf(
 ) -> GgufExport:
     """Write one GGUF file per type; a file that differs from the adapter's answers is deleted.
 
-    What an interrupted export with the same arguments has completed is verified and not done again.
-
     Args:
         source: The base and its adapters.
         adapter_name: The adapter to merge.
@@ -128,12 +121,10 @@ def export_gguf(
     weights = merged_weights(source, adapter_name, on_status)
     tokenizer = chat_tokenizer(source, weights.folder)
     content = gguf_content(source, tokenizer, weights)
-    require_file_space(source, content, out, kinds, is_auto, compared_tokens)
-    key = export_key(source, adapter_name, kinds, within, compared_tokens)
-    with draft_folder(out, key) as draft, ExitStack() as stack:
-        journal = Journal(draft)
-        reference = reference_or_reason(stack, source, adapter_name, journal, on_status, compared_tokens)
-        base = recorded_choice(journal, source, adapter_name, reference, on_status)
+    require_file_space(source, content, out, kinds, is_auto)
+    with draft_folder(out) as draft:
+        reference = reference_or_reason(source, adapter_name, on_status, compared_tokens)
+        base = choose_base(source, adapter_name, reference, on_status)
         if base.chosen == "dequantized":
             weights = MergedWeights(weights.folder, weights.updates, base_requantizer(source, base))
             content = gguf_content(source, tokenizer, weights)
@@ -145,7 +136,7 @@ def export_gguf(
                 what=f"llama.cpp cannot compare the files with the adapter. {unchecked}.",
                 fix="Name a type without --within, such as --quant Q8_0.",
             )
-        job = _Export(content, journal, "" if unavailable else reference, within, on_status)
+        job = _Export(content, draft, "" if unavailable else reference, within, on_status)
         files, refused = (job.smallest_within(kinds), ()) if is_auto else job.write_all(kinds)
         publish_files({Path(file.path): targets[file.file_type] for file in files})
         published = tuple(replace(file, path=str(targets[file.file_type])) for file in files)
@@ -160,10 +151,10 @@ class _RefusedError(UserError):
 
 @dataclass
 class _Export:
-    """Writes files of one content to the journal's folder."""
+    """Writes files of one content to a folder."""
 
     content: FileContent
-    journal: Journal
+    folder: Path
     reference: Reference | str
     """A text where the files are not checked."""
     within: float | None
@@ -187,7 +178,6 @@ class _Export:
 
     def write(self, file_type: str) -> GgufFile:
         """Write and check one file. Raises UserError."""
-        self._require(file_type, self._recorded_proof(file_type))
         file = self._write(file_type)
         try:
             self._require(file_type, file.proof)
@@ -213,22 +203,15 @@ class _Export:
 
     def smallest_within(self, kinds: Sequence[str]) -> tuple[GgufFile]:
         """Write files from the smallest up, and keep the first within the bound. Raises UserError."""
-        if not isinstance(self.reference, Reference):
-            raise UserError(
-                "No type can be chosen",
-                what=f"There is nothing to compare the files with. {self.reference}.",
-                fix="Name a type, such as --quant Q8_0.",
-            )
+        # export_gguf has set a bound, and refused one that cannot be checked.
+        assert self.within is not None
         nearest: Proof | None = None
         for number, kind in enumerate(kinds, 1):
-            nearest = self._recorded_proof(kind)
-            if nearest is not None and not self._is_near(nearest):
-                continue
             self.on_status(f"Trying {kind} ({number} of at most {len(kinds)})")
             file = self._write(kind)
             nearest = file.proof
             assert nearest is not None
-            if self._is_near(nearest):
+            if not nearest.problem and nearest.divergence <= self.within and not nearest.loses_turn_ends:
                 return (file,)
             Path(file.path).unlink()
         assert nearest is not None
@@ -239,73 +222,44 @@ class _Export:
             fix="Raise --within, or export as F16.",
         )
 
-    def _is_near(self, proof: Proof) -> bool:
-        assert self.within is not None
-        return not proof.problem and proof.divergence <= self.within and not proof.loses_turn_ends
-
     def _write(self, file_type: str) -> GgufFile:
         if file_type == "BF16":
             return self._write_bf16()
-        path = self._path(file_type)
-        if file_type in K_QUANTS and self._is_complete(path):
-            return self._checked(path, file_type)
         if needs_bf16(file_type, is_checked=isinstance(self.reference, Reference)):
             # It shows mistakes that the rounding of few bits would hide, and llama.cpp quantizes it.
             unquantized = self._write_bf16()
             if unquantized.proof and unquantized.proof.problem:
                 raise _refused("BF16", unquantized.proof.problem)
-        if file_type in K_QUANTS:
-            self.on_status(f"Quantizing to {file_type}")
-            quantize(Quantize(unquantized.path, str(path), file_type))
-            self.journal.record(path.name, Digest.of_file(path))
-        else:
-            kind: FileType = file_type  # type: ignore[assignment]  # checked by check_file_types
-            self._write_gguf(path, kind)
+        if file_type not in K_QUANTS:
+            return self._write_unquantized(file_type)
+        path = self.folder / f"{file_type}.gguf"
+        self.on_status(f"Quantizing to {file_type}")
+        quantize(unquantized.path, str(path), file_type)
         return self._checked(path, file_type)
 
     def _write_bf16(self) -> GgufFile:
         """Write and check the 16-bit file, once."""
         if self._bf16 is None:
-            path = self._path("BF16")
-            self._write_gguf(path, "BF16")
-            self._bf16 = self._checked(path, "BF16")
+            self._bf16 = self._write_unquantized("BF16")
         return self._bf16
 
-    def _write_gguf(self, path: Path, file_type: FileType) -> None:
+    def _write_unquantized(self, file_type: str) -> GgufFile:
+        path = self.folder / f"{file_type}.gguf"
         on_progress = every_tenth(self.on_status, f"Writing {file_type}")
-        write_gguf(self.content, path, file_type, on_progress, self.journal)
-
-    def _path(self, file_type: str) -> Path:
-        return self.journal.folder / f"{file_type}.gguf"
-
-    def _is_complete(self, path: Path) -> bool:
-        digest = self.journal.get(path.name, Digest)
-        return digest is not None and path.is_file() and Digest.of_file(path) == digest
+        kind: FileType = file_type  # type: ignore[assignment]  # checked by check_file_types
+        write_gguf(self.content, path, kind, on_progress)
+        return self._checked(path, file_type)
 
     def _checked(self, path: Path, file_type: str) -> GgufFile:
-        return GgufFile(
-            path=str(path),
-            file_type=file_type,
-            bytes=path.stat().st_size,
-            types=stored_types(path, file_type),
-            proof=self._prove(path, file_type),
-        )
-
-    def _recorded_proof(self, file_type: str) -> Proof | None:
-        return self.journal.get(f"proof of {file_type}", Proof)
-
-    def _prove(self, path: Path, file_type: str) -> Proof | None:
-        if not isinstance(self.reference, Reference):
-            return None
-        if (recorded := self._recorded_proof(file_type)) is not None:
-            return recorded
-        words = f"Asking llama.cpp what the {file_type} file answers"
-        self.on_status(words)
-        differences = self.content.vocabulary.differences
-        on_progress = row_progress(self.on_status, words)
-        proof = prove(self.reference, path, file_type, differences, on_progress=on_progress)
-        self.journal.record(f"proof of {file_type}", proof)
-        return proof
+        proof = None
+        if isinstance(self.reference, Reference):
+            words = f"Asking llama.cpp what the {file_type} file answers"
+            self.on_status(words)
+            differences = self.content.vocabulary.differences
+            proof = prove(self.reference, path, file_type, differences, row_progress(self.on_status, words))
+        types = stored_types(path, file_type)
+        size = path.stat().st_size
+        return GgufFile(path=str(path), file_type=file_type, bytes=size, types=types, proof=proof)
 
 
 def _turn_ends_warning(file_type: str) -> str:

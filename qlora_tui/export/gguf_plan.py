@@ -11,9 +11,8 @@ from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.gguf_file.writer import FileContent
-from qlora_tui.export.llama_cpp.llama_process import unavailable_because
-from qlora_tui.export.reference import reference_bytes
-from qlora_tui.export.unfinished_files import refuse_existing, require_space, unfinished_bytes
+from qlora_tui.export.llama_cpp.client import unavailable_because
+from qlora_tui.export.unfinished_files import refuse_existing, require_space
 from qlora_tui.formatting import short_model_name
 
 _PROVED_ALONE = ("F16", "BF16", "Q8_0")
@@ -32,7 +31,6 @@ def require_file_space(
     out: Path,
     kinds: Sequence[str],
     is_auto: bool,
-    compared_tokens: int,
 ) -> None:
     """Raise UserError where the disk lacks space for the files and what they are made and checked with."""
     architecture = resolve_model(source.recipe.model.id).architecture
@@ -45,9 +43,7 @@ def require_file_space(
     is_checked = not unavailable_because()
     if "BF16" not in kinds and any(needs_bf16(kind, is_checked=is_checked) for kind in kinds):
         needed += content.size("BF16")
-    if is_checked:
-        needed += reference_bytes(source, compared_tokens)
-    require_space(out.parent, needed + _SPARE_BYTES - unfinished_bytes(out), "The export")
+    require_space(out.parent, needed + _SPARE_BYTES, "The export")
 
 
 def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:

@@ -9,12 +9,14 @@ is rounded to 4 bits and back first; the merged model is stored in 16 bits eithe
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, uint8
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import (
@@ -31,20 +33,11 @@ from qlora_tui.chat.session import model_folder
 from qlora_tui.data.tokenizer_files import own_templates, read_json_object
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice, BaseName, base_requantizer, choice_named
-from qlora_tui.export.export_key import export_key
-from qlora_tui.export.journal import Journal
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
-from qlora_tui.export.merged_files import write_merged
 from qlora_tui.export.merged_weights import require_mergeable
 from qlora_tui.export.model_card import render_model_card
 from qlora_tui.export.requantize import Requantizer, TensorReader, reader_of
-from qlora_tui.export.unfinished_files import (
-    draft_folder,
-    publish_new,
-    refuse_existing,
-    require_space,
-    unfinished_bytes,
-)
+from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing, require_space
 from qlora_tui.formatting import capitalize
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
@@ -88,8 +81,6 @@ def merge(
 ) -> MergeResult:
     """Write the base with an adapter merged into it, and compare it with both before it gets its name.
 
-    What an interrupted merge with the same arguments has completed is verified and not done again.
-
     Args:
         source: The base and its adapters, from :mod:`qlora_tui.chat.chat_sources`.
         adapter_name: The adapter to merge.
@@ -108,19 +99,18 @@ def merge(
     adapter = Path(source.adapters[adapter_name])
     files = [base / name for name in weight_files(base)]
     needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
-    require_space(out.parent, needed - unfinished_bytes(out), "The merged model")
+    require_space(out.parent, needed, "The merged model")
     head = resolve_model(source.recipe.model.id).architecture.head
     placed = assign_deltas(with_tied_head(read_deltas(adapter), files, head), files, adapter)
-    key = export_key(source, adapter_name, base_name, compared_tokens)
-    with draft_folder(out, key) as draft:
-        folder, journal = draft / "model", Journal(draft)
-        folder.mkdir(mode=0o755, exist_ok=True)
-        choice = choice_named(base_name, source, adapter_name, journal, on_status, compared_tokens)
+    with draft_folder(out) as draft:
+        folder = draft / "model"
+        folder.mkdir(mode=0o755)
+        choice = choice_named(base_name, source, adapter_name, on_status, compared_tokens)
         requantize = base_requantizer(source, choice)
         for number, file in enumerate(files, 1):
             on_status(f"Merging {file.name} ({number} of {len(files)})")
             changes = _changes(file, placed[file], requantize, reader_of(files))
-            write_merged(file, folder / file.name, changes, journal)
+            _write_merged(file, folder / file.name, changes)
         copy_files(base, folder, [name for name in _MODEL_FILES if (base / name).is_file()])
         _copy_tokenizer(base, adapter, folder)
         (folder / "README.md").write_text(
@@ -163,6 +153,23 @@ def _changes(
 
     names = [name for name in read_header(file)[1] if requantize and requantize.quantizes(name)]
     return {name: partial(change, name) for name in dict.fromkeys([*names, *updates])}
+
+
+def _write_merged(base: Path, target: Path, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    """Write a copy of a weight file in which tensors are changed, one in memory at a time. Raises OSError.
+
+    ``changes[name](tensor)`` returns the new tensor, of the same shape and dtype.
+    """
+    shutil.copyfile(base, target)
+    start, entries = read_header(base)
+    with target.open("r+b") as file, safe_open(base, framework="pt") as content:
+        for name, change in changes.items():
+            # Copy: the original is a view of the file.
+            before = content.get_tensor(name).clone()
+            after = change(before)
+            assert (after.shape, after.dtype) == (before.shape, before.dtype)
+            file.seek(start + entries[name]["data_offsets"][0])
+            file.write(after.contiguous().view(-1).view(uint8).numpy().data)
 
 
 def _copy_tokenizer(base: Path, adapter: Path, folder: Path) -> None:

@@ -92,5 +92,5 @@ def require_mergeable(base: Path) -> None:
             "This base cannot be exported with its adapter",
             what=f"{base} stores its experts in 4-bit floats (MXFP4).",
             why="Merged models and files for llama.cpp are made from 16-bit weights.",
-            fix="Export the adapter alone, as a folder: `qlora-tui export lora RUN FOLDER`.",
+            fix="Export the adapter alone, as a folder: `qlora-tui export adapter RUN FOLDER`.",
         )

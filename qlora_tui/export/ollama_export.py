@@ -21,7 +21,6 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer, model_folder
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.export.export_key import export_key
 from qlora_tui.export.gguf_export import GgufExport, export_gguf
 from qlora_tui.export.gguf_file.content import base_license
 from qlora_tui.export.gguf_file.vocabulary import adds_bos
@@ -103,9 +102,7 @@ def export_ollama(
     tokenizer = chat_tokenizer(source, base)
     template = ollama_template(tokenizer, source.thinking, adds_bos=adds_bos(tokenizer))
     file = f"{ollama_file_stem(name)}.gguf"
-    with draft_folder(folder, export_key(source, adapter_name, file, file_type, compared_tokens)) as draft:
-        # Of an interrupted export that had completed it; what is known of it is lost.
-        (draft / file).unlink(missing_ok=True)
+    with draft_folder(folder) as draft:
         written = export_gguf(
             source,
             adapter_name,

@@ -7,16 +7,17 @@ are compared with those of base and adapter as they were trained (``reference``)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.export.gguf_file.vocabulary import KnownDifference
-from qlora_tui.export.llama_cpp.jobs import Compare, Compared
-from qlora_tui.export.llama_cpp.llama_process import compare
-from qlora_tui.export.reference import Reference
+from qlora_tui.export.llama_cpp.client import LlamaFile
+from qlora_tui.export.reference import ComparedRow, Reference, kl_divergence
 
 # A file is wrong if its mean KL divergence is above ``limit``, what rounding explains:
 #     limit = _LIMITS[beginning of the file type], else _LIMIT_OTHER_TYPES
@@ -40,7 +41,7 @@ class Proof(Struct, frozen=True, kw_only=True):
     """A file compared with base and adapter as they were trained."""
 
     name: str
-    """What was compared: ``Q4_K_M``, or ``The LoRA``."""
+    """What was compared: ``Q4_K_M``."""
     rows: int
     """Rows whose tokens were compared."""
     different_rows: int
@@ -118,67 +119,131 @@ def prove(
     file: Path,
     file_type: str,
     differences: Sequence[KnownDifference] = (),
-    lora: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Proof:
-    """Compare a GGUF file with the reference, or with ``lora`` applied to it.
+    """Compare a GGUF file with the reference.
 
-    Texts to which one of ``differences`` applies may become other tokens. ``on_progress`` gets the rows
-    compared, and in all; it may raise. Raises UserError where llama.cpp cannot run the file.
+    Args:
+        reference: Rows and the trained model's answers.
+        file: The GGUF file.
+        file_type: Its type, whose rounding is allowed for.
+        differences: Texts that may become other tokens.
+        on_progress: Called with the rows compared, and in all; it may raise.
+
+    Raises:
+        UserError: llama.cpp cannot load or compute the file.
     """
-    result = compare(
-        Compare(
-            model=str(file),
-            rows=(*reference.rows, *reference.strange),
-            reference=reference.answers,
-            end_ids=reference.end_ids,
-            prompts=reference.prompts,
-            lora=str(lora or ""),
-        ),
-        on_progress,
-    )
-    count = len(reference.rows)
-    different = [reference.rows[number].text for number in result.different_tokens if number < count]
-    strange = [
-        reference.strange[number - count].text for number in result.different_tokens if number >= count
-    ]
+    llama = LlamaFile(str(file), max(len(row.computed_ids) for row in reference.rows))
+    try:
+        different, strange = (
+            [row.text for row in rows if row.text and not _splits_alike(llama, row)]
+            for rows in (reference.rows, reference.strange)
+        )
+        answers = _compare_answers(reference, llama, on_progress)
+        problem = _wrong_vocabulary(reference, llama)
+        prompts = _compare_prompts(reference, llama)
+    finally:
+        llama.close()
+    rows = sum(bool(row.text) for row in reference.rows)
     proof = Proof(
-        name="The LoRA" if lora else file_type,
-        rows=sum(bool(row.text) for row in reference.rows),
+        name=file_type,
+        rows=rows,
         different_rows=len(different),
         effect=reference.effect,
-        effect_is_measurable=reference.effect > _FLOORS.get(file_type, _FLOOR_OTHER_TYPES),
-        positions=result.positions,
         trained=reference.trained,
-        divergence=result.divergence,
-        top1_matches=result.top1_matches,
-        turns=result.turns,
-        turns_ended=result.turns_ended,
-        turns_ended_by_adapter=result.turns_ended_by_reference,
-        prompts="not compared"
-        if result.different_prompts is None
-        else ("different" if result.different_prompts else "alike"),
+        prompts=prompts,
+        problem=problem or _wrong_tokens(different, strange, rows, differences),
+        positions=answers.positions,
+        divergence=answers.divergence / answers.positions,
+        top1_matches=answers.top1_matches,
+        turns=answers.turns,
+        turns_ended=answers.turns_ended,
+        turns_ended_by_adapter=answers.turns_ended_by_adapter,
     )
+    return judged(proof, file_type)
+
+
+def judged(proof: Proof, file_type: str) -> Proof:
+    """Return the proof with what is wrong about the answers of a file of a type, and whether that shows."""
+    proof = replace(proof, effect_is_measurable=proof.effect > _FLOORS.get(file_type, _FLOOR_OTHER_TYPES))
+    return replace(proof, problem=proof.problem or _wrong_answers(proof, file_type))
+
+
+@dataclass
+class _ComparedAnswers:
+    """Sums over the compared positions."""
+
+    positions: int = 0
+    divergence: float = 0.0
+    top1_matches: int = 0
+    turns: int = 0
+    turns_ended: int = 0
+    turns_ended_by_adapter: int = 0
+
+
+def _compare_answers(
+    reference: Reference, llama: LlamaFile, on_progress: Callable[[int, int], None]
+) -> _ComparedAnswers:
+    rows, answers = reference.computed_rows, reference.answers
+    ends = torch.tensor(reference.end_ids, dtype=torch.int64)
+    sums = _ComparedAnswers()
+    for number, row in enumerate(rows):
+        at_end = torch.isin(torch.tensor([row.ids[place + 1] for place in row.positions]), ends)
+        parts = zip(
+            answers.log_probabilities(number),
+            llama.logits(row.computed_ids, row.positions, answers.at_once),
+            torch.split(at_end, answers.at_once),
+            strict=True,
+        )
+        for expected, logits, ended in parts:
+            actual = torch.from_numpy(logits[:, : expected.shape[1]].copy()).log_softmax(-1)
+            choices, expected_choices = actual.argmax(-1), expected.argmax(-1)
+            sums.positions += len(logits)
+            sums.divergence += float(kl_divergence(expected, actual).sum())
+            sums.top1_matches += int((choices == expected_choices).sum())
+            sums.turns += int(ended.sum())
+            sums.turns_ended += int((ended & torch.isin(choices, ends)).sum())
+            sums.turns_ended_by_adapter += int((ended & torch.isin(expected_choices, ends)).sum())
+        on_progress(number + 1, len(rows))
+    return sums
+
+
+def _splits_alike(llama: LlamaFile, row: ComparedRow) -> bool:
+    """Return whether llama.cpp splits a text into our tokens, also as a server's prompt."""
+    return bool(list(row.ids) == llama.call("tokenize", row.text) == llama.call("prompt_tokens", row.text))
+
+
+def _compare_prompts(reference: Reference, llama: LlamaFile) -> Literal["alike", "different", "not compared"]:
+    rendered = [llama.call("render_prompt", prompt.turns) for prompt in reference.prompts]
+    if not rendered or None in rendered:
+        return "not compared"
+    return "alike" if rendered == [prompt.text for prompt in reference.prompts] else "different"
+
+
+def _wrong_tokens(
+    different: Sequence[str], strange: Sequence[str], rows: int, differences: Sequence[KnownDifference]
+) -> str:
+    """Return which texts become other tokens for no known reason; empty if no or few rows do."""
 
     def is_unexplained(text: str) -> bool:
         return not any(known.applies_to(text) for known in differences)
 
-    problem = _wrong_vocabulary(reference, result)
     if wrong := next(filter(is_unexplained, strange), ""):
-        problem = problem or f"llama.cpp splits {wrong[:30]!r} into other tokens"
-    if (wrong_rows := sum(map(is_unexplained, different))) > proof.rows * _DIFFERENT_SHARE:
-        problem = problem or f"llama.cpp splits {wrong_rows} of {proof.rows} rows into other tokens"
-    return replace(proof, problem=problem or _wrong_answers(proof, file_type))
+        return f"llama.cpp splits {wrong[:30]!r} into other tokens"
+    if (count := sum(map(is_unexplained, different))) > rows * _DIFFERENT_SHARE:
+        return f"llama.cpp splits {count} of {rows} rows into other tokens"
+    return ""
 
 
-def _wrong_vocabulary(reference: Reference, result: Compared) -> str:
+def _wrong_vocabulary(reference: Reference, llama: LlamaFile) -> str:
     """Return what is wrong with the file's template and special tokens; empty if nothing is."""
-    if result.template != reference.template:
+    if llama.call("template") != reference.template:
         return "llama.cpp reads another chat template from it"
-    if result.first_tokens != reference.first_tokens:
-        does = "puts" if result.first_tokens else "does not put"
+    first_tokens = tuple(llama.call("tokenize", "", True))
+    if first_tokens != reference.first_tokens:
+        does = "puts" if first_tokens else "does not put"
         return f"llama.cpp {does} a begin token before a text, unlike the tokenizer"
-    if result.overrun_ids:
+    if not all(llama.call("ends_answer", token) for token in reference.end_ids):
         return "llama.cpp does not stop at a token that ends a turn"
     return ""
 

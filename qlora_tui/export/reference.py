@@ -1,42 +1,50 @@
 """What exported files are compared with: validation rows, and the trained model's answers to them.
 
-Logits at every trained position would take gigabytes. ``answer_files`` stores the inputs of the model's
-output layer, hundredths of that, and the layer's matrix, from which any program computes the logits again.
+Logits at every compared position would take gigabytes. :class:`Answers` has the inputs of the model's output
+layer, hundredths of that, and the layer's matrix, from which the logits are computed again, some positions at
+a time.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
-from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import ChatSession, chat_tokenizer, model_folder
+import torch
+from torch import Tensor
+
+from qlora_tui.chat.chat_types import BASE, ChatSource
+from qlora_tui.chat.session import (
+    ChatSession,
+    chat_tokenizer,
+    load_session,
+    model_folder,
+    out_of_memory,
+)
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.render import prompt_text
 from qlora_tui.data.store import GOOD, Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
-from qlora_tui.export.answer_files import (
-    delete_answers,
-    head_inputs,
-    head_parts,
-    row_progress,
-    store_answers,
-)
-from qlora_tui.export.journal import Journal
-from qlora_tui.export.llama_cpp.jobs import ComparedPrompt, ComparedRow, StoredAnswers
-from qlora_tui.export.llama_cpp.stored_answers import AnswerReader, kl_divergence
 from qlora_tui.export.ollama_template import sample_conversations
+from qlora_tui.formatting import format_duration
 from qlora_tui.runs.exports import COMPARED_TOKENS
+from qlora_tui.training.heap import release_gpu_memory
 
 _MAX_ROWS = 200
 """Most validation rows whose tokens are compared; docs/export.md states this and the next limit."""
 _MAX_TOKENS = 4096
 """Most tokens of a row."""
+_LOGITS = 1 << 25
+"""Most logits that are in memory at once: 128 MiB."""
+_MAX_DIFFERENCE = 0.01
+"""Most by which computed answers may differ from the model's own, as KL divergence in nats: 16-bit
+rounding."""
+_REPORT_S = 30.0
+"""Longest time without a report of progress, in seconds."""
 _STRANGE_TEXTS = (
     "I'm sure they'll say we've been there; DON'T HE'S you're",
     "1 12 123 1234 12345 3.14 1,000,000 x2y3 v1.2.3",
@@ -52,6 +60,64 @@ StatusFn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class ComparedRow:
+    """One conversation, and where its next-token logits are compared."""
+
+    text: str
+    """The rendered conversation; empty where its tokens are not compared."""
+    ids: tuple[int, ...]
+    """Its tokens by our tokenizer."""
+    positions: tuple[int, ...] = ()
+    """Places in ``ids`` whose logits predict a trained token, ascending."""
+
+    @property
+    def computed_ids(self) -> tuple[int, ...]:
+        """Return the tokens up to the last position."""
+        return self.ids[: self.positions[-1] + 1] if self.positions else ()
+
+
+@dataclass(frozen=True)
+class ComparedPrompt:
+    """A conversation and its prompt."""
+
+    turns: tuple[tuple[str, str], ...]
+    """Role and content."""
+    text: str
+    """The prompt as the chat template renders it, without the begin token."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The trained model's next-token probabilities at the compared positions, on the CPU.
+
+    Logits are ``inputs`` times ``matrix`` times ``scale``, and then capped. Inputs and matrix have the
+    model's own dtype: nothing is rounded.
+    """
+
+    inputs: tuple[Tensor, ...]
+    """The output layer's inputs (positions, width) of each row that has positions."""
+    matrix: Tensor
+    """The output layer's matrix with the adapter: (width, vocabulary)."""
+    scale: float
+    softcap: float
+    """Bound c of logits c·tanh(x/c); 0 for none."""
+
+    @property
+    def at_once(self) -> int:
+        """Return at how many positions logits are computed at once."""
+        return max(1, _LOGITS // self.matrix.shape[1])
+
+    def log_probabilities(self, row: int) -> Iterator[Tensor]:
+        """Yield the log-probabilities of a row's positions in order: float32, (``at_once``, vocabulary)."""
+        for inputs in torch.split(self.inputs[row], self.at_once):
+            blocks = torch.split(self.matrix, max(1, _LOGITS // self.matrix.shape[0]), dim=1)
+            logits = torch.cat([inputs.float() @ block.float() for block in blocks], dim=1) * self.scale
+            if self.softcap:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            yield logits.log_softmax(-1)
+
+
+@dataclass(frozen=True)
 class Reference:
     """Rows, and what base and adapter answer at their trained positions."""
 
@@ -60,7 +126,7 @@ class Reference:
     """Texts in which wrong rules of a tokenizer show, compared by their tokens only."""
     prompts: tuple[ComparedPrompt, ...]
     """Conversations, rendered by the chat template."""
-    answers: StoredAnswers
+    answers: Answers
     """The trained model's answers at the rows' positions."""
     end_ids: tuple[int, ...]
     """Tokens that end a turn."""
@@ -73,89 +139,71 @@ class Reference:
     trained: int
     """Trained tokens of all rows, of which some may not be compared."""
 
+    @property
+    def computed_rows(self) -> list[ComparedRow]:
+        """Return the rows that have positions."""
+        return [row for row in self.rows if row.positions]
+
     def divergence(self, session: ChatSession, adapter_name: str, on_status: StatusFn, words: str) -> float:
         """Return the mean KL divergence of another loaded model with the adapter, in nats.
 
         Raises UserError where memory is too small.
         """
-        reader = AnswerReader(self.answers)
-        total, start = 0.0, 0
-        computed = [row for row in self.rows if row.positions]
+        total, positions = 0.0, 0
+        rows = self.computed_rows
         report = row_progress(on_status, words)
-        for number, row in enumerate(computed, 1):
-            inputs, _ = head_inputs(session, adapter_name, row)
-            for part in head_parts(inputs, self.answers.vocabulary):
-                expected = reader.log_probabilities(start, start + len(part))
-                actual = session.head.logits(part).log_softmax(-1).cpu().numpy()
+        for number, row in enumerate(rows):
+            inputs, _ = _head_inputs(session, adapter_name, row)
+            parts = torch.split(inputs, self.answers.at_once)
+            for part, expected in zip(parts, self.answers.log_probabilities(number), strict=True):
+                actual = session.head.logits(part).log_softmax(-1).cpu()
                 total += float(kl_divergence(expected, actual).sum())
-                start += len(part)
-            report(number, len(computed))
-        return total / start
+            positions += len(inputs)
+            report(number + 1, len(rows))
+        return total / positions
 
 
-def reference_bytes(source: ChatSource, tokens: int) -> int:
-    """Return the most bytes that the files of answers take where at most ``tokens`` are compared."""
-    model = resolve_model(source.recipe.model.id).architecture
-    longest = min(_MAX_TOKENS, source.recipe.data.max_length)
-    return 4 * model.hidden_size * (min(tokens, _MAX_ROWS * longest) + model.vocab_size)
-
-
-@contextmanager
 def reference_answers(
-    source: ChatSource,
-    adapter_name: str,
-    journal: Journal,
-    on_status: StatusFn,
-    tokens: int = COMPARED_TOKENS,
-) -> Iterator[Reference]:
-    """Compute the answers to compare files with; their files in the journal's folder are deleted afterwards.
+    source: ChatSource, adapter_name: str, on_status: StatusFn, tokens: int = COMPARED_TOKENS
+) -> Reference:
+    """Compute the answers to compare files with, at the trained positions of rows of ``tokens`` tokens
+    together.
 
-    What the journal knows to be complete is not computed again; a cancel leaves the files. ``tokens`` is the
-    most whose answers are computed. Raises UserError where the model or the run's data cannot be read, or
-    memory is too small.
+    Raises UserError where the model or the run's data cannot be read, or memory is too small.
     """
     words = "Computing the trained model's answers to compare with"
     on_status(words)
-    try:
-        tokenizer = chat_tokenizer(source, model_folder(source.recipe, on_status))
-        rows, trained = compared_rows(_samples(source, tokenizer), tokenizer, tokens)
-        if not trained:
-            raise UserError(
-                "There is nothing to compare the file with",
-                what="No row of the run's data has a token that is trained.",
-                fix="Compare answers in the chat instead.",
-            )
-        first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-        begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
-        answers, effect = store_answers(source, adapter_name, rows, journal, on_status, words)
-        yield Reference(
-            rows=rows,
-            strange=tuple(_strange_rows(tokenizer)),
-            prompts=tuple(_prompts(source, tokenizer)),
-            answers=answers,
-            end_ids=tokenizer.turn_end_ids,
-            first_tokens=first if begins else (),
-            template=tokenizer.template.text,
-            effect=effect,
-            trained=trained,
+    tokenizer = chat_tokenizer(source, model_folder(source.recipe, on_status))
+    rows, trained = compared_rows(_samples(source, tokenizer), tokenizer, tokens)
+    if not trained:
+        raise UserError(
+            "There is nothing to compare the file with",
+            what="No row of the run's data has a token that is trained.",
+            fix="Compare answers in the chat instead.",
         )
-    except Exception:
-        delete_answers(journal.folder)
-        raise
-    delete_answers(journal.folder)
+    first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
+    computed = [row for row in rows if row.positions]
+    answers, effect = _compute(source, adapter_name, computed, on_status, words)
+    return Reference(
+        rows=rows,
+        strange=tuple(_strange_rows(tokenizer)),
+        prompts=tuple(_prompts(source, tokenizer)),
+        answers=answers,
+        end_ids=tokenizer.turn_end_ids,
+        first_tokens=first if begins else (),
+        template=tokenizer.template.text,
+        effect=effect,
+        trained=trained,
+    )
 
 
 def reference_or_reason(
-    stack: ExitStack,
-    source: ChatSource,
-    adapter_name: str,
-    journal: Journal,
-    on_status: StatusFn,
-    tokens: int,
+    source: ChatSource, adapter_name: str, on_status: StatusFn, tokens: int
 ) -> Reference | str:
     """Return what the files are compared with, or why there is nothing."""
     try:
-        return stack.enter_context(reference_answers(source, adapter_name, journal, on_status, tokens))
+        return reference_answers(source, adapter_name, on_status, tokens)
     except UserError as error:
         return reason_of(error)
 
@@ -163,6 +211,93 @@ def reference_or_reason(
 def reason_of(error: UserError) -> str:
     """Return an error as the end of a sentence."""
     return f"{error.title}: {error.what}".rstrip(".")
+
+
+def _compute(
+    source: ChatSource, adapter_name: str, rows: Sequence[ComparedRow], on_status: StatusFn, words: str
+) -> tuple[Answers, float]:
+    """Return the trained model's answers, and the mean KL(trained model ‖ base) in nats. Raises UserError."""
+    session = load_session(source, on_status)
+    session.ensure_loaded(adapter_name)
+    report = row_progress(on_status, words)
+    answers: Answers | None = None
+    inputs: list[Tensor] = []
+    effect = 0.0
+    for number, row in enumerate(rows, 1):
+        own, logits = _head_inputs(session, adapter_name, row)
+        inputs.append(own.cpu())
+        if answers is None:
+            matrix = torch.cat([block.cpu() for block in session.head.matrix(own)])
+            answers = Answers((inputs[0],), matrix, session.head.scale, session.head.softcap)
+            _require_same(next(answers.log_probabilities(0))[:1], logits)
+        effect += _effect(session, adapter_name, row, own, answers.at_once)
+        report(number, len(rows))
+    assert answers is not None
+    del session
+    # A run may start during the export.
+    release_gpu_memory()
+    positions = sum(len(row.positions) for row in rows)
+    return Answers(tuple(inputs), answers.matrix, answers.scale, answers.softcap), effect / positions
+
+
+def _require_same(computed: Tensor, logits: Tensor) -> None:
+    """Raise UserError where computed answers (1, vocabulary) are not those of the model (vocabulary,)."""
+    expected = logits.float().log_softmax(-1).cpu()[None]
+    # Written so that NaN is a difference too.
+    if not float(kl_divergence(expected, computed)) <= _MAX_DIFFERENCE:
+        raise UserError(
+            "The answers cannot be compared",
+            what="The model computes its logits in another way than from its output layer's matrix.",
+            fix="Compare answers in the chat instead, and report the model.",
+        )
+
+
+def _effect(
+    session: ChatSession, adapter_name: str, row: ComparedRow, trained: Tensor, at_once: int
+) -> float:
+    """Return the sum of KL(trained model ‖ base) over a row's positions, in nats. Raises UserError."""
+    base, _ = _head_inputs(session, BASE, row)
+    total = 0.0
+    for ours, theirs in zip(torch.split(trained, at_once), torch.split(base, at_once), strict=True):
+        # The adapter may change the output layer too.
+        session.activate(BASE)
+        actual = session.head.logits(theirs).log_softmax(-1)
+        session.activate(adapter_name)
+        total += float(kl_divergence(session.head.logits(ours).log_softmax(-1), actual).sum())
+    return total
+
+
+def _head_inputs(session: ChatSession, adapter_name: str, row: ComparedRow) -> tuple[Tensor, Tensor]:
+    """Return the output layer's inputs at a row's positions, and the first logits. Raises UserError."""
+    try:
+        return session.head_inputs(adapter_name, list(row.computed_ids), list(row.positions))
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(session.compute_device) from error
+
+
+def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
+    """Return KL(expected ‖ actual) of each row, in nats, from log-probabilities (rows, vocabulary).
+
+    With probabilities (1/2, 1/2) expected and (1/4, 3/4) actual, ½·ln 2 + ½·ln ⅔ = 0.144.
+    """
+    return (expected.exp() * (expected - actual)).sum(-1)
+
+
+def row_progress(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
+    """Return what reports the rows done, and in all, with the time left: at each tenth, and every 30 s."""
+    began = reported_at = time.monotonic()
+    tenths = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal tenths, reported_at
+        now = time.monotonic()
+        if done * 10 // total == tenths and now - reported_at < _REPORT_S:
+            return
+        tenths, reported_at = done * 10 // total, now
+        left = format_duration((now - began) * (total - done) / done)
+        on_status(f"{words}: row {done} of {total}" + (f", {left} left" if done < total else ""))
+
+    return report
 
 
 def compared_rows(
@@ -218,7 +353,7 @@ def _text(ids: tuple[int, ...], tokenizer: ChatTokenizer) -> str:
 def _strange_rows(tokenizer: ChatTokenizer) -> Iterator[ComparedRow]:
     first = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
     for text in _STRANGE_TEXTS:
-        yield ComparedRow(first + text, tuple(tokenizer.encode(first + text)), ())
+        yield ComparedRow(first + text, tuple(tokenizer.encode(first + text)))
 
 
 def _prompts(source: ChatSource, tokenizer: ChatTokenizer) -> Iterator[ComparedPrompt]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_tui.drafts import draft_path, final_path, forget_key, held_draft, is_abandoned
+from qlora_tui.drafts import draft_path, final_path, held_draft
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
 from qlora_tui.files import private_dir, sync, sync_tree
 
@@ -44,25 +44,16 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def unfinished_bytes(out: Path) -> int:
-    """Return the bytes that an interrupted export to ``out`` left, which the next uses or deletes."""
-    draft = draft_path(out)
-    if not is_abandoned(draft):
-        return 0
-    return sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
-
-
 @contextmanager
-def draft_folder(out: Path, key: str = "") -> Iterator[Path]:
-    """Yield a hidden folder beside ``out`` for unfinished files, which is deleted afterwards.
+def draft_folder(out: Path) -> Iterator[Path]:
+    """Yield a hidden, empty folder next to ``out`` for unfinished files, which is deleted afterwards.
 
-    Deletes that of an export that was killed. With ``key`` it stays after Ctrl+C, SIGTERM and a kill, and the
-    next export with the same key gets it. Raises UserError where another export writes ``out``, and for
-    any OSError inside.
+    That of an export that was killed is deleted first. Raises UserError if another export writes ``out``, and
+    for any OSError inside.
     """
     with export_problems(out):
         private_dir(out.parent)
-        with held_draft(draft_path(out), key) as draft:
+        with held_draft(draft_path(out), is_listed=True) as draft:
             if draft is None:
                 raise UserError(
                     "Another export writes there",
@@ -107,7 +98,6 @@ def publish_new(draft: Path, final: Path) -> None:
     except OSError:
         refuse_existing(final)
         raise
-    forget_key(draft)
     sync(final.parent)
 
 
@@ -125,8 +115,6 @@ def publish_files(finals: Mapping[Path, Path]) -> None:
                 if final in published or final.samefile(draft):
                     final.unlink()
         raise
-    for draft in finals:
-        forget_key(draft)
 
 
 def publish_file(draft: Path, final: Path) -> None:

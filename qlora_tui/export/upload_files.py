@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def upload_files(
     Raises UserError where another process uploads the same.
     """
     folder = paths.cache_dir() / UPLOADS / _key(source, adapter_name, form, file_type)
-    with draft_folder(folder, folder.name) as draft:
+    with draft_folder(folder) as draft:
         yield UploadFolder(folder, draft)
 
 
@@ -141,7 +140,6 @@ class UploadFolder:
             if self.path.exists():
                 discard(self.path)
             files = self.draft / _FILES
-            shutil.rmtree(files, ignore_errors=True)
             facts = _write(files, source, adapter_name, form, file_type, on_status, compared_tokens)
             (self.draft / _FACTS).write_bytes(msgspec.json.encode(facts))
             publish(self.draft, self.path)

@@ -29,7 +29,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, TRASH, RunDir, all_runs, create_run, find_run
-from qlora_tui.runs.exports import delete_unfinished, is_exported
+from qlora_tui.runs.exports import is_exported
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status, refuse_other_machines
 from qlora_tui.settings import GPU_VARIABLE
@@ -271,7 +271,6 @@ def delete(run: RunDir) -> None:
     It leaves the runs folder in one step: if killed midway, the rest is deleted by the next sweep.
     """
     check_deletable(run)
-    delete_unfinished(run)
     discard(run.path)
 
 
@@ -347,7 +346,7 @@ def restore_run(run_id: str) -> RunDir:
 
 
 def empty_trash(older_than_s: float = 0.0) -> list[TrashedRun]:
-    """Delete runs in the trash for good, and what their exports left unfinished; return those deleted.
+    """Delete runs in the trash for good; return those deleted.
 
     A run that cannot be deleted stays in the trash, and so does one without the time of its deletion.
     """
@@ -357,7 +356,6 @@ def empty_trash(older_than_s: float = 0.0) -> list[TrashedRun]:
             continue  # not put there by this program
         if older_than_s and trashed.age_s <= older_than_s:
             continue
-        delete_unfinished(trashed.run)
         with suppress(OSError):
             discard(trashed.run.path)
             deleted.append(trashed)

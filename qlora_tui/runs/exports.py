@@ -18,9 +18,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui import paths
 from qlora_tui.decoding import decode_json
-from qlora_tui.drafts import can_continue, delete_owned, discard, draft_path
+from qlora_tui.drafts import delete_unfinished, discard
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular
 from qlora_tui.locks import is_locked
@@ -30,13 +29,13 @@ from qlora_tui.runs.process import ProcessIdentity, detached_environ
 from qlora_tui.worker import start_detached
 
 Form: TypeAlias = Literal[
-    "merge", "gguf", "lora", "adapter", "ollama", "hub-adapter", "hub-merged", "hub-gguf"
+    "gguf", "ollama", "merge", "adapter", "hub-adapter", "hub-merged", "hub-gguf", "lora"
 ]
-"""``adapter``: the adapter's folder, for vLLM; ``hub-``: what is uploaded to the Hub."""
-COMPARED_TOKENS = 204_800
-"""Most tokens whose answers are compared unless another number is asked for: 200 rows of 1,024."""
-FEWER_TOKENS = 2_000
-"""What the app offers instead: enough to see a file that answers otherwise, in minutes with a large model."""
+"""``adapter``: the adapter's folder, for vLLM; ``hub-``: what is uploaded to the Hub; ``lora``: only in
+records."""
+COMPARED_TOKENS = 4_096
+"""Most tokens whose answers are compared unless another number is asked for; docs/measured.md: what they
+show."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
 
@@ -87,7 +86,7 @@ class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     note: str = ""
     """What is special about this export, in a sentence."""
     activity: str = ""
-    """What it does now, or did when it was canceled."""
+    """What it does now, or did last."""
     paths: tuple[str, ...] = ()
     """The files or the folder written, also by an export that was canceled just after that."""
     bytes: int = 0
@@ -136,33 +135,18 @@ def start_export(run: RunDir, request: ExportRequest) -> Export:
     return Export(folder, request, status)
 
 
-def can_resume(export: Export) -> bool:
-    """Return whether an export that has ended left what the next start of it continues."""
-    out = output_path(export.request) if export.status.state in ("failed", "canceled") else None
-    return out is not None and can_continue(draft_path(out))
-
-
 @disk_problems()
 def delete_export(export: Export) -> None:
-    """Delete the record of an export that has ended, and what it left unfinished, but not what it wrote.
+    """Delete the record of an export that has ended, and what a killed one left, but not what it wrote.
 
     Raises UserError.
     """
-    delete_owned(export.folder)
+    delete_unfinished()
     discard(export.folder)
 
 
-def delete_unfinished(run: RunDir) -> None:
-    """Delete what the exports of a run, which may be in the trash, left unfinished, as far as possible."""
-    for export in read_exports(run):
-        delete_owned(exports_dir(RunDir(paths.runs_dir() / run.id)) / export.folder.name)
-
-
 def restart_export(run: RunDir, export: Export) -> Export:
-    """Start an export that failed or was canceled again; it replaces the earlier one. Raises UserError.
-
-    It continues what the earlier one left.
-    """
+    """Start an export that failed or was canceled again; it replaces the earlier one. Raises UserError."""
     again = start_export(run, export.request)
     # What is left of the earlier one is a line in a list.
     with suppress(OSError):
@@ -200,23 +184,13 @@ def read_request(folder: Path) -> ExportRequest:
     return decode_json(read_regular(folder / "request.json"), _REQUESTS)
 
 
-def read_activity(folder: Path) -> str:
-    """Return what an export does, or did last; empty where that cannot be read."""
-    with suppress(OSError, msgspec.MsgspecError):
-        return _read_status(folder).activity
-    return ""
-
-
 def write_export_status(folder: Path, status: ExportStatus) -> None:
     """Replace an export's status. Raises OSError."""
     atomic_write(folder / "status.json", msgspec.json.encode(status))
 
 
 def cancel_export(export: Export) -> None:
-    """Ask an export to stop; what it has completed stays for the next start of it.
-
-    Raises UserError where it cannot be asked.
-    """
+    """Ask an export to stop. Raises UserError if it cannot be asked."""
     process = export.status.process
     if export.status.state != "running":
         return

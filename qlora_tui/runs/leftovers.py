@@ -17,10 +17,8 @@ from pathlib import Path
 from qlora_tui import paths
 from qlora_tui.drafts import (
     abandoned_in,
-    can_continue,
     delete_abandoned,
     final_path,
-    is_abandoned,
     kept_earlier,
     restore_earlier,
     unfinished_drafts,
@@ -80,9 +78,7 @@ def _leftovers() -> Iterator[Path]:
     # Without a temporary folder, as on a full disk, nothing was left in it.
     with suppress(OSError):
         yield from abandoned_in(Path(tempfile.gettempdir()))
-    for draft in unfinished_drafts():
-        if is_abandoned(draft) and not can_continue(draft):
-            yield draft
+    yield from unfinished_drafts()
     for folder in _own_folders():
         yield from abandoned_in(folder)
         yield from (path for path in _listed(folder) if _is_old_file(path))

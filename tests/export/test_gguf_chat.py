@@ -37,7 +37,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatSession]:
 def decoder(session: ChatSession) -> Iterator[GgufDecoder]:
     decoder = GgufDecoder(session, session.source.gguf_files["F16.gguf"])
     yield decoder
-    decoder.model.close()
+    decoder.close()
 
 
 def test_a_file_answers_as_the_adapter_does(session: ChatSession, decoder: GgufDecoder) -> None:
@@ -56,7 +56,7 @@ def test_a_file_answers_as_the_adapter_does(session: ChatSession, decoder: GgufD
 
 
 def test_a_process_that_was_killed_is_an_error(decoder: GgufDecoder) -> None:
-    decoder.model.close()
+    decoder.close()
     with pytest.raises(UserError, match="could not run the GGUF file") as failed:
         list(decoder.ask("F16.gguf", [Message("user", "Hello")], sampling=SHORT, stop=Event()))
     assert "SIGKILL" in failed.value.what

@@ -14,24 +14,20 @@ from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export.gguf_export import export_gguf
-from qlora_tui.export.lora_export import export_lora
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import hide_llama_cpp
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(params=["gguf", "lora"])
-def general_of(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture
+def general_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Export a source without llama.cpp; returns the general keys of the file."""
     hide_llama_cpp(monkeypatch)
 
     def general_of(source: ChatSource) -> dict[str, Any]:
         out = tmp_path / "out.gguf"
-        if request.param == "gguf":
-            export_gguf(source, "adapter", out, ["F16"])
-        else:
-            export_lora(source, "adapter", out)
+        export_gguf(source, "adapter", out, ["F16"])
         fields = GGUFReader(out).fields
         return {name: field.contents() for name, field in fields.items() if name.startswith("general.")}
 

@@ -7,28 +7,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_tui.catalog.gguf import K_QUANTS
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_export import export_gguf
-from qlora_tui.export.llama_cpp import bindings, llama_process
-from qlora_tui.export.llama_cpp.availability import PACKAGE, install_hint
+from qlora_tui.export.llama_cpp import bindings, client
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
-from qlora_tui.export.llama_cpp.jobs import Compare, ComparedRow, Quantize, StoredAnswers
-from qlora_tui.export.lora_export import export_lora
+from qlora_tui.export.llama_cpp.client import PACKAGE, LlamaFile, install_hint, quantize
+from qlora_tui.export.reference import kl_divergence
 from qlora_tui.installation import install_command
 from tests.export.export_sources import make_source
+from tests.export.gguf_files import logits_of, write_base
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
 
 FUNCTIONS = {
-    "llama_adapter_lora_init", "llama_backend_init", "llama_batch_free", "llama_batch_init",
+    "llama_backend_init", "llama_batch_free", "llama_batch_init",
     "llama_chat_apply_template",
     "llama_context_default_params", "llama_decode", "llama_free", "llama_get_logits_ith", "llama_get_memory",
     "llama_init_from_model", "llama_memory_clear", "llama_model_chat_template", "llama_model_default_params",
     "llama_model_free", "llama_model_get_vocab", "llama_model_load_from_file", "llama_model_quantize",
-    "llama_model_quantize_default_params", "llama_set_adapters_lora", "llama_tokenize", "llama_vocab_bos",
+    "llama_model_quantize_default_params", "llama_tokenize", "llama_vocab_bos",
     "llama_vocab_get_add_bos", "llama_vocab_get_text", "llama_vocab_is_eog", "llama_vocab_n_tokens",
 }  # fmt: skip
 CHANGED = (
@@ -74,18 +75,16 @@ def test_changed_bindings_are_named(part: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UserError, match="could not be quantized"):
-        llama_process.quantize(Quantize(str(tmp_path / "no.gguf"), str(tmp_path / "out.gguf"), "Q4_K_M"))
-    answers = StoredAnswers(inputs="none", matrix="none", dtype="float32", width=1, vocabulary=10)
-    job = Compare(str(tmp_path / "no.gguf"), (ComparedRow("a", (1, 2), (0,)),), answers)
+        quantize(str(tmp_path / "no.gguf"), str(tmp_path / "out.gguf"), "Q4_K_M")
     with pytest.raises(UserError, match="could not run the GGUF file") as failed:
-        llama_process.compare(job)
+        LlamaFile(str(tmp_path / "no.gguf"), 8)
     assert "no.gguf" in failed.value.what
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_process, "is_installed", lambda: False)
+    monkeypatch.setattr(client, "is_installed", lambda: False)
     with pytest.raises(UserError, match=r"llama\.cpp is not installed") as missing:
-        llama_process.quantize(Quantize("a", "b", "Q4_K_M"))
+        quantize("a", "b", "Q4_K_M")
     assert install_command("qlora-tui[export]") in missing.value.fix
 
 
@@ -96,9 +95,9 @@ def broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     package.mkdir()
     (package / "__init__.py").write_text("raise OSError('libllama.so: invalid ELF header')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    llama_process.unavailable_because.cache_clear()
+    client.unavailable_because.cache_clear()
     yield
-    llama_process.unavailable_because.cache_clear()
+    client.unavailable_because.cache_clear()
 
 
 @pytest.mark.usefixtures("broken_package")
@@ -109,7 +108,19 @@ def test_a_library_that_does_not_load_leaves_files_unchecked(tmp_path: Path) -> 
     assert "invalid ELF header" in refused.value.why
     summary = export_gguf(source, "adapter", tmp_path / "out.gguf", ["Q8_0"]).summary
     assert "Not checked: " in summary and "invalid ELF header" in summary
-    assert "invalid ELF header" in export_lora(source, "adapter", tmp_path / "lora.gguf").summary
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64])
+def test_a_row_is_computed_in_parts(tmp_path: Path, at_once: int) -> None:
+    file = write_base(Path(make_source(tmp_path).recipe.model.id), tmp_path / "base.gguf")
+    ids, positions = list(range(5, 55)), [3, 4, *range(20, 50)]
+    whole = torch.from_numpy(logits_of(file, ids)[positions]).log_softmax(-1)
+    model = LlamaFile(str(file), len(ids), exact=True)
+    parts = [torch.from_numpy(part.copy()) for part in model.logits(ids, positions, at_once)]
+    model.close()
+    assert max(map(len, parts)) <= at_once
+    # Its kernels for one token round otherwise.
+    assert kl_divergence(whole, torch.cat(parts).log_softmax(-1)).max() < 1e-5
 
 
 def test_a_machine_without_a_wheel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,17 +13,15 @@ import psutil
 import pytest
 import torch
 
-from qlora_tui.chat.adapter_deltas import LoraDelta, read_deltas
+from qlora_tui.chat.adapter_deltas import LoraDelta
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
-from qlora_tui.export import gguf_export, lora_export
+from qlora_tui.export import gguf_export
 from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.gguf_file import content, families, vocabulary
 from qlora_tui.export.gguf_file.families import FAMILIES, TensorNames
 from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
-from qlora_tui.export.journal import Journal
-from qlora_tui.export.lora_export import export_lora
 from qlora_tui.export.proof import prove
 from qlora_tui.export.reference import reference_answers
 from tests.export.export_sources import make_source
@@ -192,37 +190,11 @@ def test_a_broken_file_is_refused(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_lora_with_half_of_its_scale_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make_source(tmp_path)
-
-    def with_half_scale(folder: Path) -> Any:
-        deltas: dict[str, Any] = dict(read_deltas(folder))
-        return {name: replace(delta, scale=delta.scale / 2) for name, delta in deltas.items()}
-
-    monkeypatch.setattr(lora_export, "read_deltas", with_half_scale)
-    with pytest.raises(UserError, match="does not answer as the adapter does"):
-        export_lora(source, "adapter", tmp_path / "out" / "lora.gguf")
-    assert not list((tmp_path / "out").iterdir())
-
-
 def test_the_sentence_says_how_near_the_answers_are(tmp_path: Path) -> None:
     source = make_source(tmp_path, quantization="nf4")
     proof = export_gguf(source, "adapter", tmp_path / "out", ["Q8_0"]).files[0].proof
     assert proof is not None
     assert proof.sentence.startswith("Q8_0 answers as your adapter does at ")
-
-
-def test_a_lora_that_llama_cpp_cannot_load_is_refused(
-    source_of: Callable[[str], ChatSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = source_of("smollm2")
-    monkeypatch.setattr(
-        lora_export, "write_lora", lambda *arguments: Path(arguments[-1]).write_bytes(b"GGUF")
-    )
-    out = tmp_path / "out" / "lora.gguf"
-    with pytest.raises(UserError, match=r"llama\.cpp could not run"):
-        export_lora(source, "adapter", out)
-    assert list(out.parent.iterdir()) == []
 
 
 def test_a_type_of_few_bits_without_the_adapter_is_refused(
@@ -289,10 +261,10 @@ def test_a_comparison_reports_its_rows_and_can_be_canceled(
     def cancel(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    with reference_answers(source, "adapter", Journal(tmp_path), lambda words: None) as reference:
-        prove(reference, base, "F16", on_progress=lambda *numbers: progress.append(numbers))
-        with pytest.raises(KeyboardInterrupt):
-            prove(reference, base, "F16", on_progress=cancel)
+    reference = reference_answers(source, "adapter", lambda words: None)
+    prove(reference, base, "F16", on_progress=lambda *numbers: progress.append(numbers))
+    with pytest.raises(KeyboardInterrupt):
+        prove(reference, base, "F16", on_progress=cancel)
     total = sum(bool(row.positions) for row in reference.rows)
     assert progress == [(number + 1, total) for number in range(total)] and total > 3
     # A forked worker ends a moment after the process whose work it did.

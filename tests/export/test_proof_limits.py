@@ -11,60 +11,43 @@ from msgspec.structs import replace
 
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
-from qlora_tui.export import proof
-from qlora_tui.export.answer_files import row_progress
 from qlora_tui.export.base_choice import BaseChoice
 from qlora_tui.export.gguf_export import GgufExport, GgufFile, _Export
 from qlora_tui.export.gguf_file.stored_types import StoredTypes
-from qlora_tui.export.journal import Journal
-from qlora_tui.export.llama_cpp.jobs import Compared, StoredAnswers
-from qlora_tui.export.proof import Proof, prove
-from qlora_tui.export.reference import Reference, compared_rows
+from qlora_tui.export.proof import Proof, judged
+from qlora_tui.export.reference import compared_rows, row_progress
 from tests.export.published_tokenizers import write_tokenizer
 from tests.training.tiny_model import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.slow
 
 
-def reference_of(effect: float) -> Reference:
-    """A reference without rows."""
-    answers = StoredAnswers(inputs="none", matrix="none", dtype="float32", width=1, vocabulary=10)
-    return Reference((), (), (), answers, (), (), "", effect, trained=100)
-
-
-@pytest.fixture
-def proof_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+def proof_of(
+    file_type: str, effect: float, divergence: float, turns_ended: int = 0, by_adapter: int = 0
+) -> Proof:
     """What is said of a file type, an effect of the adapter and a divergence of the file."""
-
-    def proof_of(
-        file_type: str, effect: float, divergence: float, turns_ended: int = 0, by_adapter: int = 0
-    ) -> Proof:
-        result = Compared(
-            template="", different_tokens=(), different_prompts=None, first_tokens=(), overrun_ids=(),
-            positions=100, divergence=divergence, worst=divergence, top1_matches=90, turns=12,
-            turns_ended=turns_ended, turns_ended_by_reference=by_adapter,
-        )  # fmt: skip
-        monkeypatch.setattr(proof, "compare", lambda *arguments: result)
-        reference = reference_of(effect)
-        return prove(reference, Path("none"), file_type)
-
-    return proof_of
+    proof = Proof(
+        name=file_type, rows=0, different_rows=0, effect=effect, positions=100, trained=100,
+        divergence=divergence, top1_matches=90, turns=12, turns_ended=turns_ended,
+        turns_ended_by_adapter=by_adapter,
+    )  # fmt: skip
+    return judged(proof, file_type)
 
 
 @pytest.mark.parametrize("file_type", ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_0", "Q6_K"])
-def test_a_file_farther_than_the_base_is_refused(proof_of: Any, file_type: str) -> None:
+def test_a_file_farther_than_the_base_is_refused(file_type: str) -> None:
     assert "lost what was learned" in proof_of(file_type, effect=0.05, divergence=0.06).problem
     assert not proof_of(file_type, effect=0.05, divergence=0.04).problem
 
 
 @pytest.mark.parametrize("file_type", ["F16", "BF16", "Q8_0"])
-def test_exact_types_are_within_an_eighth_of_the_effect(proof_of: Any, file_type: str) -> None:
+def test_exact_types_are_within_an_eighth_of_the_effect(file_type: str) -> None:
     assert "rounding" in proof_of(file_type, effect=0.32, divergence=0.041).problem
     assert not proof_of(file_type, effect=0.16, divergence=0.003).problem
 
 
 @pytest.mark.parametrize("file_type", ["F16", "Q8_0", "Q4_K_M", "Q2_K"])
-def test_an_effect_too_small_to_measure_is_said(proof_of: Any, file_type: str) -> None:
+def test_an_effect_too_small_to_measure_is_said(file_type: str) -> None:
     small = proof_of(file_type, effect=0.003, divergence=0.0035)
     assert not small.problem
     assert "a file without it could not be told from this one" in small.sentence
@@ -73,9 +56,7 @@ def test_an_effect_too_small_to_measure_is_said(proof_of: Any, file_type: str) -
 
 @pytest.mark.parametrize("file_type", ["F16", "Q8_0", "Q4_K_M"])
 @pytest.mark.parametrize("ended, by_adapter", [(0, 3), (4, 9), (5, 12), (40, 100)])
-def test_a_file_that_ends_few_turns_is_refused(
-    proof_of: Any, file_type: str, ended: int, by_adapter: int
-) -> None:
+def test_a_file_that_ends_few_turns_is_refused(file_type: str, ended: int, by_adapter: int) -> None:
     proof = proof_of(file_type, 0.3, 0.001, ended, by_adapter)
     assert f"it ends {ended} of 12 turns, and the adapter {by_adapter}" in proof.problem
 
@@ -84,7 +65,7 @@ def test_a_file_that_ends_few_turns_is_refused(
     (0, 1, False), (8, 9, False), (96, 100, False), (9, 6, False),
     (0, 2, True), (6, 9, True), (90, 100, True),
 ])  # fmt: skip
-def test_fewer_turn_ends_are_a_warning(proof_of: Any, ended: int, by_adapter: int, loses: bool) -> None:
+def test_fewer_turn_ends_are_a_warning(ended: int, by_adapter: int, loses: bool) -> None:
     proof = proof_of("Q4_K_M", 0.3, 0.01, ended, by_adapter)
     assert not proof.problem and proof.loses_turn_ends == loses
     file = GgufFile(path="a.gguf", file_type="Q4_K_M", bytes=1, types=StoredTypes({}), proof=proof)
@@ -92,9 +73,7 @@ def test_fewer_turn_ends_are_a_warning(proof_of: Any, ended: int, by_adapter: in
     assert ("some answers will run on. Try a larger type: Q5_K_M." in summary) == loses
 
 
-def test_auto_skips_a_type_that_loses_turn_ends(
-    proof_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_skips_a_type_that_loses_turn_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = {"Q3_K_M": 6, "Q4_K_M": 9}
 
     def write(export: Any, kind: str) -> GgufFile:
@@ -105,14 +84,14 @@ def test_auto_skips_a_type_that_loses_turn_ends(
 
     monkeypatch.setattr(_Export, "_write", write)
     content: Any = None
-    export = _Export(content, Journal(tmp_path), reference_of(0.3), 0.03, lambda words: None)
+    export = _Export(content, tmp_path, "", 0.03, lambda words: None)
     (file,) = export.smallest_within(("Q3_K_M", "Q4_K_M"))
     assert file.file_type == "Q4_K_M"
 
 
 @pytest.mark.parametrize("kind, advice", [("Q4_K_M", "a larger type, such as Q5_K_M"), ("F16", "Raise")])
 def test_a_missed_bound_of_the_user_is_no_defect(
-    proof_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, advice: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, advice: str
 ) -> None:
     path = tmp_path / "file"
     path.touch()
@@ -122,15 +101,13 @@ def test_a_missed_bound_of_the_user_is_no_defect(
     monkeypatch.setattr(_Export, "_write", lambda export, kind: file)
     content: Any = None
     with pytest.raises(UserError, match="outside the bound") as missed:
-        _Export(content, Journal(tmp_path), "", 0.001, lambda words: None).write(kind)
+        _Export(content, tmp_path, "", 0.001, lambda words: None).write(kind)
     assert "KL divergence of 0.003" in missed.value.what and advice in missed.value.fix
     assert "report" not in missed.value.fix and not path.exists()
 
 
 @pytest.mark.parametrize("lost", ["Q3_K_M", "F16", "Q3_K_M F16"])
-def test_a_refused_type_leaves_the_others(
-    proof_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
-) -> None:
+def test_a_refused_type_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     def write(export: Any, kind: str) -> GgufFile:
         path = tmp_path / kind
         path.touch()
@@ -139,7 +116,7 @@ def test_a_refused_type_leaves_the_others(
 
     monkeypatch.setattr(_Export, "_write", write)
     content: Any = None
-    export = _Export(content, Journal(tmp_path), "", None, lambda words: None)
+    export = _Export(content, tmp_path, "", None, lambda words: None)
     if " " in lost:
         with pytest.raises(UserError, match="does not answer"):
             export.write_all(lost.split())
@@ -184,7 +161,7 @@ def test_every_trained_position_of_as_many_rows_is_compared(
         assert sum(len(row.positions) for row in rows) == trained
 
 
-def test_the_sentence_counts_tokens_that_were_not_compared(proof_of: Any) -> None:
+def test_the_sentence_counts_tokens_that_were_not_compared() -> None:
     proof = proof_of("Q4_K_M", 0.3, 0.01)
     assert "trained tokens" not in proof.sentence
     assert "compared at 100 of 20,112 trained tokens" in replace(proof, trained=20_112).sentence

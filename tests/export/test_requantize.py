@@ -60,6 +60,6 @@ def test_the_dialog_says_which_rows_are_stored_larger(
 ) -> None:
     monkeypatch.setattr(export_choices, "is_installed", lambda: True)
     budget: Any = SimpleNamespace(bytes=1 << 40, name="the GPU")
-    choices = export_choices.export_choices(GEMMA, budget, 7)
-    detail = next(choice.detail for choice in choices if choice.id == kind)
+    choices = export_choices.export_choices(GEMMA, budget, 7, kind)
+    detail = next(choice.detail for choice in choices if choice.id == "gguf")
     assert ("stores rows of 1,000 weights, not whole blocks of 256, as larger types" in detail) == is_said

@@ -16,19 +16,18 @@ import pytest
 
 from qlora_tui import drafts
 from qlora_tui.drafts import (
-    KEPT_S,
-    can_continue,
     delete_abandoned,
+    delete_unfinished,
     discard,
     draft_path,
     final_path,
-    forget_key,
     held_draft,
     is_abandoned,
     unfinished_drafts,
 )
 from qlora_tui.errors import UserError
 from qlora_tui.locks import locked
+from qlora_tui.paths import state_dir
 from tests.support.power import FaultyDisk
 
 
@@ -92,13 +91,6 @@ def test_a_hidden_folder_next_to_an_export_stays(draft: Path) -> None:
     assert list(draft.parent.iterdir()) == [theirs]
 
 
-def test_a_draft_listed_by_an_earlier_version_is_continued(draft: Path) -> None:
-    interrupt(draft, "one")
-    (draft / "lock").write_text("")
-    with held_draft(draft, "one") as files:
-        assert files is not None and (files / "part").exists()
-
-
 def test_a_discarded_folder_is_gone_also_on_a_full_disk(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for is_full in (False, True):
         (draft.parent / "run/files").mkdir(parents=True)
@@ -132,48 +124,17 @@ def test_only_an_abandoned_draft_is_deleted(draft: Path) -> None:
     assert not draft.exists()
 
 
-def interrupt(draft: Path, key: str, error: type[BaseException] = KeyboardInterrupt) -> None:
-    """Write half a file, and stop."""
-    with pytest.raises(error), held_draft(draft, key) as files:
-        assert files is not None
-        (files / "part").write_text("half")
-        raise error
-
-
-def test_an_interrupted_draft_is_continued_with_its_key(draft: Path) -> None:
-    interrupt(draft, "one")
-    assert can_continue(draft) and list(unfinished_drafts()) == [draft]
-    with held_draft(draft, "one") as files:
-        assert files is not None and (files / "part").read_text() == "half"
-        assert not can_continue(draft)
-    assert not draft.exists() and not list(unfinished_drafts())
-
-
-@pytest.mark.parametrize("key", ["", "other"])
-def test_a_draft_with_another_key_is_replaced(draft: Path, key: str) -> None:
-    interrupt(draft, "one")
-    with held_draft(draft, key) as files:
-        assert files is not None and not list(files.iterdir())
-    assert not draft.exists()
-
-
-def test_a_draft_that_failed_or_is_complete_is_not_continued(draft: Path) -> None:
-    interrupt(draft, "one", ValueError)
-    assert not draft.exists()
-    with pytest.raises(KeyboardInterrupt), held_draft(draft, "one") as files:
-        assert files is not None
-        forget_key(files / "part")
-        raise KeyboardInterrupt
-    assert not draft.exists()
-
-
-def test_a_draft_is_continued_for_a_week(draft: Path) -> None:
-    interrupt(draft, "one")
-    started = (draft / "key").stat().st_mtime
-    os.utime(draft / "key", (started, started - KEPT_S - 1))
-    assert not can_continue(draft) and list(unfinished_drafts()) == [draft]
-    shutil.rmtree(draft)
-    assert not list(unfinished_drafts())
+def test_a_listed_draft_of_a_killed_process_is_found_and_deleted(draft: Path) -> None:
+    with held_draft(draft, is_listed=True):
+        assert not list(unfinished_drafts())
+        saved = shutil.copytree(draft, draft.with_name("saved"))
+        listed = shutil.copytree(state_dir() / "unfinished", draft.with_name("listed"))
+    assert not list((state_dir() / "unfinished").iterdir())
+    saved.rename(draft)
+    shutil.copytree(listed, state_dir() / "unfinished", dirs_exist_ok=True)
+    assert list(unfinished_drafts()) == [draft]
+    delete_unfinished()
+    assert not draft.exists() and not list((state_dir() / "unfinished").iterdir())
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

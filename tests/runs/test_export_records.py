@@ -5,24 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from qlora_tui import paths
-from qlora_tui.drafts import draft_path, held_draft, owned_by
 from qlora_tui.errors import UserError
-from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, exports, leftovers
+from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.exports import (
     ExportRequest,
     ExportState,
     ExportStatus,
-    can_resume,
-    delete_export,
     leave_gpu_to_runs,
     output_path,
     read_exports,
@@ -93,63 +87,6 @@ def test_the_path_of_an_export_follows_from_its_request(
     monkeypatch.setenv("HOME", "/home")
     assert output_path(ExportRequest(form=form, out=out)) == Path(written)
     assert output_path(ExportRequest(form="hub-gguf", out=out)) is None
-
-
-def test_drafts_of_killed_exports_are_swept(run: RunDir, tmp_path: Path) -> None:
-    dead, alive = tmp_path / "dead.gguf", tmp_path / "alive.gguf"
-    for out in (dead, alive):
-        start(run, out)
-    upload = draft_path(private_dir(paths.cache_dir() / "uploads") / "key")
-    for draft in (draft_path(dead), upload):
-        with suppress(KeyboardInterrupt), held_draft(draft, "key"):
-            raise KeyboardInterrupt
-        os.utime(draft / "key", (0, 0))
-    with held_draft(draft_path(alive)):
-        # The temporary folder of this machine may have others.
-        assert {upload, draft_path(dead)} <= set(leftovers.sweep())
-        assert draft_path(alive).exists() and not draft_path(dead).exists() and not upload.exists()
-
-
-def unfinished(run: RunDir, out: Path, age_s: float = 0.0) -> Path:
-    """The draft of a canceled export of a run, started so long ago."""
-    export = start(run, out, "canceled")
-    draft = draft_path(out)
-    with pytest.raises(KeyboardInterrupt), owned_by(export.folder), held_draft(draft, "key"):
-        raise KeyboardInterrupt
-    os.utime(draft / "key", (0, time.time() - age_s))
-    return draft
-
-
-def test_drafts_to_continue_are_swept_after_a_week(run: RunDir, tmp_path: Path) -> None:
-    young, old = (
-        unfinished(run, tmp_path / "young", 6 * 86_400),
-        unfinished(run, tmp_path / "old", 8 * 86_400),
-    )
-    stray = draft_path(tmp_path / "stray")
-    with pytest.raises(KeyboardInterrupt), held_draft(stray, "key"):
-        raise KeyboardInterrupt
-    os.utime(stray / "key", (0, 0))
-    assert {old, stray} <= set(leftovers.sweep())
-    assert young.exists() and not old.exists() and not stray.exists()
-    assert [can_resume(export) for export in read_exports(run)] == [False, True]
-
-
-def test_deleting_an_export_deletes_what_it_left(run: RunDir, tmp_path: Path) -> None:
-    drafts = [unfinished(run, tmp_path / name) for name in ("one", "two", "three")]
-    delete_export(read_exports(run)[0])
-    assert [draft.exists() for draft in drafts] == [True, True, False] and len(read_exports(run)) == 2
-    actions.move_to_trash(run)
-    assert drafts[0].exists()
-    actions.restore_run(run.id)
-    actions.delete(run)
-    assert not any(draft.exists() for draft in drafts)
-
-
-def test_emptying_the_trash_deletes_unfinished_exports(run: RunDir, tmp_path: Path) -> None:
-    draft = unfinished(run, tmp_path / "one")
-    actions.move_to_trash(run)
-    actions.empty_trash()
-    assert not draft.exists()
 
 
 def test_exports_leave_the_gpu_to_runs(run: RunDir, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

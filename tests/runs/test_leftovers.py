@@ -113,9 +113,7 @@ def test_what_a_process_uses_stays(run: RunDir, tmp_path: Path) -> None:
 def test_no_file_of_a_run_decides_what_is_deleted_elsewhere(run: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "thesis"
     theirs = foreign(draft_path(out))
-    ours = draft_path(tmp_path / "other")
-    with pytest.raises(KeyboardInterrupt), held_draft(ours, "key"):
-        raise KeyboardInterrupt
+    ours = killed(draft_path(tmp_path / "other"))
     for number, target in enumerate((out, tmp_path / "other"), 1):
         folder = private_dir(run.path / f"exports/{number:04d}")
         (folder / "request.json").write_bytes(

@@ -47,9 +47,7 @@ WORKER_MODULES = (
     "qlora_tui.engine",
     "qlora_tui.export.hub_upload:prepare",
     "qlora_tui.export.hub_upload:upload",
-    "qlora_tui.export.llama_cpp.llama_worker:load",
-    "qlora_tui.export.llama_cpp.llama_worker:quantize",
-    "qlora_tui.export.llama_cpp.llama_worker:compare",
+    "qlora_tui.export.llama_cpp.worker",
     "tests.catalog.hub_question",
 )
 """The same without torch."""

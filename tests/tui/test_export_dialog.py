@@ -45,7 +45,6 @@ async def open_dialog(pilot: Pilot[None]) -> str:
 async def test_an_export_is_started_and_followed(run: RunDir, tmp_path: Path) -> None:
     async with QloraApp().run_test(size=(120, 40)) as pilot:
         assert "Merged model" in await open_dialog(pilot)
-        await pilot.press("down", "down", "down", "down")
         await wait_for_text(pilot, "tickets-Q8_0")
         await pilot.press("enter")
         await wait_for_text(pilot, "Started", "Exports of this run", "Q8_0  Starting", "x cancel")
@@ -82,6 +81,31 @@ async def test_a_canceled_export_is_started_again_with_one_key(run: RunDir, tmp_
         assert [export.folder for export in read_exports(run)] == [again.folder]
 
 
+async def test_a_canceled_export_is_deleted_with_one_key(run: RunDir, tmp_path: Path) -> None:
+    folder = start_export(run, ExportRequest(form="merge", out=str(tmp_path / "merged"))).folder
+    write_export_status(folder, ExportStatus(state="canceled", at=time.time()))
+    async with QloraApp().run_test(size=(120, 40)) as pilot:
+        await open_dialog(pilot)
+        await pilot.press("up")
+        await wait_for_text(pilot, "r start again · D delete")
+        await pilot.press("D")
+        await wait_for_text(pilot, "Deleted")
+        assert read_exports(run) == []
+
+
+async def test_without_llama_cpp_only_its_types_are_missing(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_choices, "is_installed", lambda: False)
+    async with QloraApp().run_test(size=(100, 30)) as pilot:
+        await open_dialog(pilot)
+        await wait_for_text(pilot, "GGUF Q8_0", "smaller types need llama.cpp. Install it with", "[export]")
+        await pilot.press("t")
+        await wait_for_text(pilot, "GGUF F16")
+        await pilot.press("t")
+        await wait_for_text(pilot, "GGUF Q8_0")
+
+
 async def test_a_run_without_an_adapter_cannot_be_exported() -> None:
     write_fake_run(FakeRun(name="tickets", state="failed", steps=1, total=10))
     async with QloraApp().run_test(size=(100, 30)) as pilot:
@@ -96,7 +120,7 @@ async def test_a_name_is_proposed_for_ollama_and_the_hub(
 ) -> None:
     async with QloraApp().run_test(size=(120, 40)) as pilot:
         await open_dialog(pilot)
-        await pilot.press("up", "up", "up", "up")
+        await pilot.press("down")
         await wait_for_text(pilot, "Name tickets")
         await pilot.press("enter")
         await wait_for_text(pilot, "Ollama model  Starting")
@@ -114,23 +138,10 @@ async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: p
     async with QloraApp().run_test(size=(80, 24)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up")
-        await wait_for_text(pilot, "Upload a GGUF file, Q8_0", "t type · c checkpoint")
-        await pilot.press("t", "c", "c")
-        await wait_for_text(pilot, "Upload a GGUF file, F16", "Checkpoint 5 · Repository tickets-step-5")
+        await wait_for_text(pilot, "Upload the adapter", "t type · c checkpoint")
+        await pilot.press("t", "t", "t", "c", "c")
+        await wait_for_text(pilot, "Upload GGUF F16", "Checkpoint 5 · Repository tickets-step-5")
         await pilot.press("enter")
         await wait_for_text(pilot, "GGUF on the Hub  Starting")
         (export,) = read_exports(run)
         assert (export.request.file_type, export.request.checkpoint) == ("F16", 5)
-
-
-async def test_a_key_checks_an_export_at_fewer_tokens(
-    run: RunDir,
-) -> None:
-    async with QloraApp().run_test(size=(80, 24)) as pilot:
-        assert "f check fewer" in await open_dialog(pilot)
-        await pilot.press("f")
-        await wait_for_text(pilot, "checked at 2,000", "f check all")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "Starting")
-        (export,) = read_exports(run)
-        assert export.request.compared_tokens == 2_000

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from qlora_tui.catalog.gguf import FileType
 from qlora_tui.export.gguf_file.hyperparameters import Hyperparameters
 from qlora_tui.export.gguf_file.tensor_types import encode, encoded_bytes, tensor_type
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary
-from qlora_tui.export.journal import Digest, Journal
 
 _ALIGNMENT = 32
 """Tensors begin at multiples of so many bytes (gguf, GGUF_DEFAULT_ALIGNMENT)."""
@@ -60,39 +57,23 @@ def write_gguf(
     path: Path,
     file_type: FileType,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    journal: Journal | None = None,
 ) -> None:
     """Write ``path``. ``on_progress`` is called with bytes of tensors written, and in all; it may raise.
 
-    With ``journal`` the tensors that an earlier try has written completely stay, and those of this one are
-    recorded. Raises OSError and UserError; what was written is then left for the caller to delete.
+    Raises OSError and UserError; what was written is then left for the caller to delete.
     """
     types = [tensor_type(tensor.name, tensor.shape, file_type) for tensor in content.tensors]
     sizes = [encoded_bytes(t.shape, kind) for t, kind in zip(content.tensors, types, strict=True)]
-    header = _header(content, types, path.with_name(f"{path.name}.header"), file_type)
-    records = [f"{path.name}/{number}" for number in range(len(sizes))]
-    start = _complete_tensors(path, header, sizes, records, journal) if journal else 0
-    done, total = sum(sizes[:start]), sum(sizes)
-    with path.open("r+b" if start else "wb") as file:
-        if start:
-            file.truncate(len(header) + sum(map(_padded, sizes[:start])))
-            file.seek(0, os.SEEK_END)
-        else:
-            file.write(header)
-        for number in range(start, len(sizes)):
-            hashed, size = hashlib.sha256(), 0
-            for block in _blocks(content.tensors[number].read()):
-                data = encode(block, types[number])
-                size += file.write(data)
-                hashed.update(data)
-                on_progress(done + size, total)
-            assert size == sizes[number]
+    done, total = 0, sum(sizes)
+    with path.open("wb") as file:
+        file.write(_header(content, types, path.with_name(f"{path.name}.header"), file_type))
+        for tensor, kind, size in zip(content.tensors, types, sizes, strict=True):
+            end = done + size
+            for block in _blocks(tensor.read()):
+                done += file.write(encode(block, kind))
+                on_progress(done, total)
+            assert done == end
             file.write(bytes(_padded(size) - size))
-            done += size
-            if journal is not None:
-                # Else the record could outlive what it describes.
-                file.flush()
-                journal.record(records[number], Digest(size, hashed.hexdigest()))
 
 
 def _header(content: FileContent, types: Sequence[Any], path: Path, file_type: FileType) -> bytes:
@@ -120,46 +101,6 @@ def _header(content: FileContent, types: Sequence[Any], path: Path, file_type: F
 
 def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _complete_tensors(
-    path: Path, header: bytes, sizes: Sequence[int], records: Sequence[str], journal: Journal
-) -> int:
-    """Return how many tensors at the beginning of a file are as the journal says."""
-    try:
-        with path.open("rb") as file:
-            if file.read(len(header)) != header:
-                return 0
-            for number, size in enumerate(sizes):
-                if journal.get(records[number], Digest) != Digest.of_next(file, size):
-                    return number
-                if len(file.read(_padded(size) - size)) < _padded(size) - size:
-                    return number
-    except FileNotFoundError:
-        return 0
-    return len(sizes)
-
-
-def write_lora(
-    architecture: str, general: Mapping[str, str | int], tensors: Iterable[SourceTensor], path: Path
-) -> None:
-    """Write the float32 matrices of an adapter; each module's scale is already part of its B."""
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, architecture)
-    try:
-        writer.add_type("adapter")
-        _add_general(writer, general)
-        writer.add_string("adapter.type", "lora")
-        # 0 makes llama.cpp scale by 1.
-        writer.add_float32("adapter.lora.alpha", 0.0)
-        for tensor in tensors:
-            writer.add_tensor(tensor.name, tensor.read().float().contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
 
 
 def _add_general(writer: Any, general: Mapping[str, str | int]) -> None:

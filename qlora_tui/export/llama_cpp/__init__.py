@@ -1,6 +1,5 @@
-"""llama.cpp from the optional package ``llama-cpp-py-sync``: K-quants, and the check of written files.
+"""llama.cpp, from the optional package ``llama-cpp-py-sync`` (``pip install "qlora-tui[export]"``).
 
-``jobs`` are run by ``llama_worker`` in its own process, because an assertion in llama.cpp ends the process;
-``llama_process`` starts it. Only ``bindings`` uses the package; ``availability`` says whether it is there.
-``stored_answers`` reads what files are compared with.
+It runs in a process of its own, and loads no torch: ``client`` starts ``worker`` and says whether the package
+is there; only ``bindings`` uses it.
 """

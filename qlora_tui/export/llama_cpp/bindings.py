@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from qlora_tui.export.llama_cpp.availability import PACKAGE
+from qlora_tui.export.llama_cpp.client import PACKAGE
+
+if TYPE_CHECKING:
+    from qlora_tui.export.llama_cpp.client import Floats
 
 _F32 = 0
 """``GGML_TYPE_F32``."""
-Floats = npt.NDArray[np.float32]
 
 
 def thread_count() -> int:
@@ -60,7 +61,7 @@ class LlamaCpp:
             raise LlamaCppError(f"quantizing returned {code}")
 
     @contextmanager
-    def open(self, path: str, *, context: int, lora: str = "", exact: bool = False) -> Iterator[LlamaModel]:
+    def open(self, path: str, *, context: int, exact: bool = False) -> Iterator[LlamaModel]:
         """Load a model for rows of at most ``context`` tokens, on the CPU. Raises LlamaCppError."""
         lib = self._lib
         settings = lib.llama_model_default_params()
@@ -80,21 +81,11 @@ class LlamaCpp:
             if not state:
                 raise LlamaCppError("it could not set up a context")
             try:
-                if lora:
-                    self._set_lora(model, state, lora)
                 yield LlamaModel(self._ffi, lib, model, state)
             finally:
                 lib.llama_free(state)
         finally:
             lib.llama_model_free(model)
-
-    def _set_lora(self, model: Any, state: Any, path: str) -> None:
-        adapter = self._lib.llama_adapter_lora_init(model, path.encode())
-        if not adapter:
-            raise LlamaCppError(f"it could not load the adapter {path}")
-        adapters, scales = self._ffi.new("struct llama_adapter_lora *[]", [adapter]), [1.0]
-        if self._lib.llama_set_adapters_lora(state, adapters, 1, self._ffi.new("float[]", scales)):
-            raise LlamaCppError(f"it could not apply the adapter {path}")
 
 
 class LlamaModel:
@@ -106,7 +97,6 @@ class LlamaModel:
         self._vocabulary = lib.llama_model_get_vocab(model)
         self.vocabulary_size: int = lib.llama_vocab_n_tokens(self._vocabulary)
 
-    @property
     def template(self) -> str:
         """Return the file's chat template."""
         text = self._lib.llama_model_chat_template(self._model, self._ffi.NULL)
@@ -125,11 +115,11 @@ class LlamaModel:
         # As llama.h recommends; every template writes little around a turn.
         size = 2 * sum(map(len, texts)) + 4096
         buffer = ffi.new("char[]", size)
-        template = self.template.encode()
+        template = self.template().encode()
         length = self._lib.llama_chat_apply_template(template, chat, len(pairs), True, buffer, size)
         return bytes(ffi.buffer(buffer, length)).decode() if 0 <= length <= size else None
 
-    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Return the tokens of a text in which special tokens are written out.
 
         ``add_special`` adds the begin token where the file says so.
@@ -159,27 +149,6 @@ class LlamaModel:
         """Return whether llama.cpp stops at a token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocabulary, token))
 
-    def logits(self, ids: Sequence[int], positions: Sequence[int], at_once: int) -> Iterator[Floats]:
-        """Yield the next-token logits at the positions in their order, (at most ``at_once``, vocabulary).
-
-        Raises LlamaCppError.
-        """
-        self.truncate(0)
-        start = 0
-        for first in range(0, len(positions), at_once):
-            part = positions[first : first + at_once]
-            end = part[-1] + 1
-            yield self._compute(ids[start:end], [place - start for place in part], start=start)
-            start = end
-
-    def extend(self, ids: Sequence[int], *, start: int) -> Floats:
-        """Add tokens after the first ``start``; return the logits after the last, (vocabulary,).
-
-        Raises LlamaCppError.
-        """
-        row: Floats = self._compute(ids, [len(ids) - 1], start=start)[0]
-        return row
-
     def truncate(self, tokens: int) -> bool:
         """Keep only the first ``tokens``; False, and none are kept, where the model cannot."""
         memory = self._lib.llama_get_memory(self._state)
@@ -188,7 +157,13 @@ class LlamaModel:
         self._lib.llama_memory_clear(memory, True)
         return tokens == 0
 
-    def _compute(self, ids: Sequence[int], positions: Sequence[int], *, start: int) -> Floats:
+    def compute(self, ids: Sequence[int], positions: Sequence[int], start: int) -> Floats:
+        """Add tokens after the first ``start``; return the logits at positions of them, (…, vocabulary).
+
+        Raises LlamaCppError.
+        """
+        if not start:
+            self.truncate(0)
         lib = self._lib
         batch = lib.llama_batch_init(len(ids), 0, 1)
         try:

@@ -23,10 +23,7 @@ from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
-    COMPARED_TOKENS,
-    FEWER_TOKENS,
     Export,
-    can_resume,
     cancel_export,
     delete_export,
     read_exports,
@@ -40,7 +37,6 @@ from qlora_tui.tui.screens.runs.export_choices import (
     export_choices,
     export_detail,
     export_line,
-    file_types,
     proposed_target,
     request_for,
 )
@@ -51,14 +47,10 @@ if TYPE_CHECKING:
 
 _READ_INTERVAL_S = 0.5
 _EARLIER = "export:"
-_FIRST_TYPE = "Q8_0"
 _TYPE = Binding("t", "type", "Type")
 _CHECKPOINT = Binding("c", "checkpoint", "Checkpoint")
-_FEWER = Binding("f", "compare", "Check fewer")
-_ALL = Binding("f", "compare", "Check all")
 _CANCEL = Binding("x", "cancel", "Cancel")
 _RESTART = Binding("r", "restart", "Start again")
-_RESUME = Binding("r", "restart", "Resume")
 _DELETE = Binding("D", "delete", "Delete")
 _COPY = Binding("y", "copy", "Copy command")
 _CLOSE = Binding("escape", "dismiss(None)", "Close")
@@ -97,7 +89,6 @@ class ExportScreen(ModalScreen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         _TYPE,
         _CHECKPOINT,
-        _FEWER,
         _CANCEL,
         _RESTART,
         _DELETE,
@@ -106,22 +97,21 @@ class ExportScreen(ModalScreen[None]):
     ]
 
     def __init__(
-        self, run: RunDir, choices: Callable[[str], list[ExportChoice]], steps: Sequence[int | None]
+        self, run: RunDir, choices: Callable[..., list[ExportChoice]], steps: Sequence[int | None]
     ) -> None:
         """Create the dialog.
 
         Args:
             run: Whose adapter is exported.
-            choices: Returns what can be written, with a file type for Ollama and the Hub.
+            choices: Returns what can be written: :func:`export_choices` with a model.
             steps: Of the run's checkpoints, the first to be chosen first; None is the final adapter.
         """
         super().__init__()
         self._run_dir = run
         self._make_choices = choices
-        self._file_type = _FIRST_TYPE
-        self._choices = {choice.id: choice for choice in choices(_FIRST_TYPE)}
+        self._chosen_types: dict[str, str] = {}
+        self._choices = {choice.id: choice for choice in choices()}
         self._steps = list(steps)
-        self._compared_tokens = COMPARED_TOKENS
         self._exports: dict[str, Export] = {}
         self._proposed = ""
         """The path that was filled in; another one was typed and is left alone."""
@@ -154,14 +144,15 @@ class ExportScreen(ModalScreen[None]):
         self._start()
 
     def action_type(self) -> None:
-        """Choose the next file type for Ollama and the Hub."""
+        """Choose the next type of GGUF files, or what is uploaded next."""
         choice = self._current_choice
-        if choice is None or not choice.has_type_key:
-            self.notify("Each other type has its own line.", severity="warning")
+        if choice is None or not choice.types:
+            self.notify("This form has no types.", severity="warning")
             return
-        types = file_types()
-        self._file_type = types[(types.index(self._file_type) + 1) % len(types)]
-        self._choices = {each.id: each for each in self._make_choices(self._file_type)}
+        name = "hub_form" if choice.id == "hub" else "file_type"
+        current = self._chosen_types.get(name, choice.types[0])
+        self._chosen_types[name] = choice.types[(choice.types.index(current) + 1) % len(choice.types)]
+        self._choices = {each.id: each for each in self._make_choices(**self._chosen_types)}
         self._refresh_exports()
         self._show_detail()
 
@@ -171,12 +162,6 @@ class ExportScreen(ModalScreen[None]):
             self.notify("The run has no other checkpoint.", severity="warning")
             return
         self._steps.append(self._steps.pop(0))
-        self._show_detail()
-
-    def action_compare(self) -> None:
-        """Compare the exported file with the adapter at fewer trained tokens, or at all again."""
-        all_tokens = self._compared_tokens == COMPARED_TOKENS
-        self._compared_tokens = FEWER_TOKENS if all_tokens else COMPARED_TOKENS
         self._show_detail()
 
     def action_cancel(self) -> None:
@@ -191,7 +176,7 @@ class ExportScreen(ModalScreen[None]):
             self._say(f"✗ {problem.what} {problem.fix}")
 
     def action_restart(self) -> None:
-        """Resume the export under the cursor, or start it again, if it failed or was canceled."""
+        """Start the export under the cursor again if it failed or was canceled."""
         export = self._current_export
         if export is None or export.status.state not in ("failed", "canceled"):
             self.notify("Move to a failed or canceled export to start it again.", severity="warning")
@@ -205,7 +190,7 @@ class ExportScreen(ModalScreen[None]):
         self._refresh_exports(select=again)
 
     def action_delete(self) -> None:
-        """Delete a failed or canceled export with what it left unfinished."""
+        """Delete a failed or canceled export from the list, and what a kill left of it."""
         export = self._current_export
         if export is None or export.status.state not in ("failed", "canceled"):
             self.notify("Move to a failed or canceled export to delete it.", severity="warning")
@@ -215,7 +200,7 @@ class ExportScreen(ModalScreen[None]):
         except UserError as problem:
             self._say(f"✗ {problem}")
             return
-        self._say("Deleted, with what was unfinished.")
+        self._say("Deleted.")
         self._refresh_exports()
 
     def action_copy(self) -> None:
@@ -239,11 +224,8 @@ class ExportScreen(ModalScreen[None]):
         if choice is None:
             self.action_copy()
             return
-        if not choice.is_available:
-            self._say(f"✗ {choice.detail}")
-            return
         path = self.query_one(TextField).value
-        request = request_for(choice, path, self._steps[0], self._compared_tokens)
+        request = request_for(choice, path, self._steps[0])
         if not path.strip():
             self._say(f"✗ Enter a {choice.target.lower()}.")
         elif request.out in self._being_written():
@@ -275,8 +257,6 @@ class ExportScreen(ModalScreen[None]):
     def _show_detail(self) -> None:
         export, choice = self._current_export, self._current_choice
         text = choice.detail if choice else ""
-        if choice is not None and choice.is_compared and self._compared_tokens < COMPARED_TOKENS:
-            text += f" Its answers are checked at {self._compared_tokens:,} trained tokens, which is faster."
         if export is not None:
             text = export_detail(export)
         detail = self.query_one("#export-detail", Static)
@@ -303,11 +283,9 @@ class ExportScreen(ModalScreen[None]):
             state = export.status.state if export else ""
             keys = {"": [], "running": [_CANCEL], "finished": [_COPY]}.get(state)
             if export is not None and keys is None:
-                keys = [_RESUME if can_resume(export) else _RESTART, _DELETE]
+                keys = [_RESTART, _DELETE]
             return dialog_keys([*(keys or []), _CLOSE])
-        keys = [_TYPE] * choice.has_type_key + [_CHECKPOINT] * (len(self._steps) > 1)
-        if choice.is_compared:
-            keys.append(_FEWER if self._compared_tokens == COMPARED_TOKENS else _ALL)
+        keys = [_TYPE] * bool(choice.types) + [_CHECKPOINT] * (len(self._steps) > 1)
         return dialog_keys([*keys, _CLOSE], "Enter export", f"Tab {choice.target.lower()}")
 
     def _say(self, text: str) -> None:
