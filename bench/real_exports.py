@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.subprocesses import subprocess_env
+from qlora_tui.worker import subprocess_env
 
 LIMITS = {"F16": (0.006, 0.93), "Q8_0": (0.02, 0.88), "Q4_K_M": (0.3, 0.6)}
 """Largest mean KL divergence in nats, and smallest share of positions with the same first token, by name."""

@@ -18,16 +18,16 @@ cli       the commands
 
 Modules that every package may import:
 
-settings       the user's ``config.toml``: theme, keymap, folders, notifications; settings_file writes it
+settings       the user's ``config.toml``: theme, keymap, folders, notifications
 paths          the folders of runs, presets, drafts and caches
-errors         UserError, and exit codes
+errors         UserError with its codes, and exit codes
 files          files that a kill or a power cut leaves whole; checksums: folders that can be verified
 drafts         temporary folders with a marker, and all deleting; locks: file locks
-foreign_files  files of other programs, up to a size; decoding: JSON that may be damaged
+decoding       JSON that may be damaged
 formatting     numbers, sizes and times as text; visible: text without control characters
 glossary       the words that the app explains
 installation   how packages are installed into the environment of this program
-subprocesses   starts a module in its own process; worker: runs functions of this program in one
+worker         runs functions of this program in processes of their own
 
 torch is imported only by training, chat, export and the engine process.
 """

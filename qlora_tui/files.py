@@ -3,6 +3,7 @@
 atomic_write     replaces one file
 sync             flushes what was written so far to disk
 open_regular     opens a file, and refuses a pipe instead of waiting for it
+open_foreign     opens a file of another program: a regular one, of limited size
 
 A rename alone is not enough: a file's content and a folder's list of names reach the disk only when
 synced. Otherwise a power cut leaves empty files on ext4 and XFS, and no files on btrfs.
@@ -11,6 +12,7 @@ synced. Otherwise a power cut leaves empty files on ext4 and XFS, and no files o
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -21,6 +23,7 @@ from pathlib import Path
 
 TEMPORARY = re.compile(r"\.qlora-tui-\w{8}\.tmp")
 """Names of files that :func:`atomic_write` has not finished."""
+_MIB = 1 << 20
 
 
 def private_dir(path: Path) -> Path:
@@ -145,3 +148,22 @@ def sync_tree(folder: Path) -> None:
         elif entry.is_file():
             sync(entry)
     sync(folder)
+
+
+def open_foreign(path: Path) -> io.BufferedReader:
+    """Open a regular file, or a link to one, for reading. Raises OSError for anything else; never blocks."""
+    try:
+        return open_to_read(path)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ENXIO):
+            raise
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path)) from None
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file. Raises OSError if it is not regular or exceeds ``max_bytes``."""
+    with open_foreign(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {max_bytes // _MIB} MiB", str(path))
+    return content

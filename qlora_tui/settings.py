@@ -1,5 +1,4 @@
-"""``config.toml``: settings that apply to every recipe. Read here; ``settings_file`` changes it for
-the settings screen."""
+"""``config.toml``: settings that apply to every recipe, read and changed."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from msgspec import Meta, Struct
 
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.files import atomic_write, private_dir
 
 GPU_VARIABLE = "QLORA_TUI_GPU"
 """Environment variable that ``--gpu`` sets, for a command and its processes; it comes before ``gpu``."""
@@ -121,3 +121,48 @@ def load_settings() -> Settings:
             fix=f"Its keys are {known}.",
             exit_code=EXIT_USAGE,
         ) from error
+
+
+def save_setting(name: str, value: Any) -> Settings:
+    """Write one setting and return all of them.
+
+    Args:
+        name: Its key in the file, as in ``theme`` or ``notify.bell``.
+        value: The new value; None removes the key, which restores the default.
+
+    Raises:
+        UserError: The file cannot be read or written, or the value is not allowed. The file is unchanged.
+    """
+    import tomlkit  # takes a few ms, which a start avoids
+
+    load_settings()
+    path = config_path()
+    document = tomlkit.parse(path.read_text("utf-8") if path.exists() else "")
+    section, _, key = name.rpartition(".")
+    table: Any = document
+    if section:
+        if section not in document:
+            document[section] = tomlkit.table()
+        table = document[section]
+    if value is None:
+        table.pop(key, None)
+    else:
+        table[key] = list(value) if isinstance(value, tuple) else value
+    text = tomlkit.dumps(document)
+    try:
+        settings = msgspec.toml.decode(text, type=Settings)
+    except msgspec.ValidationError as error:
+        raise UserError(
+            "Setting not changed", what=f"{name}: {error}.", fix="Enter another value."
+        ) from error
+    try:
+        private_dir(path.parent)
+        # A link, as dotfiles are managed, stays one.
+        atomic_write(path.resolve() if path.exists() else path, text, durable=True)
+    except OSError as error:
+        raise UserError(
+            "Setting not saved",
+            what=f"{path} cannot be written: {error.strerror}.",
+            fix="Make the folder writable or free some space, and try again.",
+        ) from error
+    return settings

@@ -7,20 +7,18 @@ print goes to stderr.
 
 :func:`run_job` starts a job, follows it to its end, and kills it if it is interrupted. The job also ends with
 the process that started it, however that ends, because its stdin does. A job of :func:`start_detached`
-outlives that process.
+outlives that process. Other programs, such as the trainer, are started by :func:`module_argv`.
 """
 
 from __future__ import annotations
 
 import base64
 import importlib
-import inspect
 import os
 import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import typing
@@ -32,9 +30,28 @@ from typing import IO, Any, Protocol, TypeAlias, TypeVar
 import msgspec
 from msgspec import Struct
 
-from qlora_tui import subprocesses
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
+
+PYTHONPATH = "PYTHONPATH"
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def module_argv(module: str, *arguments: str) -> list[str]:
+    """Command that runs ``module`` in this Python. ``-P`` ignores a torch.py in the working directory."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def subprocess_env() -> dict[str, str]:
+    """This process's environment, extended so that a child finds this package and prints unbuffered."""
+    paths = dict.fromkeys((_PACKAGE, *filter(None, os.environ.get(PYTHONPATH, "").split(os.pathsep))))
+    return {**os.environ, PYTHONPATH: os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def user_env() -> dict[str, str]:
+    """Environment for the user's own programs, without the variables :func:`subprocess_env` adds."""
+    return {name: value for name, value in os.environ.items() if name not in (PYTHONPATH, "PYTHONUNBUFFERED")}
+
 
 PROGRESS_INTERVAL_S = 0.2
 """Shortest time between two messages that differ only in numbers, and how often ``should_stop`` is asked."""
@@ -136,6 +153,8 @@ def run_job(
         JobStopped: ``should_stop`` returned true.
         UserError: the job reported it, or it died, or took too long.
     """
+    import tempfile  # takes 15 ms, which a start without jobs avoids
+
     died = UserError(title, what=f"{subject} ended early.", fix=fix)
     outcome: Message | None = None
     with (
@@ -204,8 +223,8 @@ def _start(
     detached: bool = False,
 ) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(
-        subprocesses.module_argv(PROGRAM, job, *((_DETACHED,) if detached else ())),
-        env=dict(environ) if environ is not None else subprocesses.subprocess_env(),
+        module_argv(PROGRAM, job, *((_DETACHED,) if detached else ())),
+        env=dict(environ) if environ is not None else subprocess_env(),
         stdin=subprocess.PIPE,
         stdout=stdout,
         stderr=stderr,
@@ -316,6 +335,8 @@ def _end_with_stdin() -> None:
 
 
 def _call(job: str, encoded: bytes, report: Report) -> Any:
+    import inspect  # only a worker needs it
+
     module, _, name = job.partition(":")
     function = getattr(importlib.import_module(module), name)
     parameters = list(inspect.signature(function).parameters)

@@ -28,7 +28,7 @@ from qlora_tui.catalog.family_spec import (
     expand,
 )
 from qlora_tui.errors import UserError
-from qlora_tui.foreign_files import read_bounded
+from qlora_tui.files import read_bounded
 
 MAX_CONFIG_BYTES = 4 << 20
 """Largest config file in bytes. Real ones are kilobytes; those that list all unquantized modules are up to a

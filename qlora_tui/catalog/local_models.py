@@ -33,8 +33,7 @@ from qlora_tui.catalog.model_validation import (
     weight_files,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.files import atomic_write, private_dir
-from qlora_tui.foreign_files import read_bounded
+from qlora_tui.files import atomic_write, private_dir, read_bounded
 from qlora_tui.paths import cache_dir
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]

@@ -25,7 +25,7 @@ from qlora_tui.catalog.config_parser import (
 )
 from qlora_tui.catalog.family_spec import ConfigFields
 from qlora_tui.errors import UserError
-from qlora_tui.foreign_files import open_foreign
+from qlora_tui.files import open_foreign
 
 IMPLEMENTATIONS = frozenset(
     f"{prefix}{part}_implementation{suffix}"

@@ -11,9 +11,15 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.cli.arguments import positive_int
-from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
-from qlora_tui.cli.terminal import show_in_place, write_control
+from qlora_tui.cli.subcommand import (
+    CommandResult,
+    ProgressLine,
+    Subcommand,
+    add_json_argument,
+    format_table,
+    positive_int,
+    write_control,
+)
 from qlora_tui.data.inspection import Report, inspect, show
 from qlora_tui.data.problems import NOTES, ON_THINKING, row_outcome
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -92,13 +98,11 @@ def _blame(args: argparse.Namespace) -> CommandResult:
     run = find_run(args.run_id)
     losses = None if args.again else read_row_losses(run)
     if losses is None:
-        losses = measure_row_losses(run, _print_progress)
-        print(file=sys.stderr)
+        with ProgressLine() as line:
+            losses = measure_row_losses(
+                run, lambda done, total: line.show(f"{done * 100 // max(1, total)} % of the rows measured")
+            )
     return CommandResult(data=msgspec.to_builtins(losses), text=_format_losses(losses, args.rows))
-
-
-def _print_progress(done: int, total: int) -> None:
-    show_in_place(f"{done * 100 // max(1, total)} % of the rows measured")
 
 
 def _format_losses(losses: RowLosses, count: int) -> str:

@@ -6,51 +6,34 @@ import argparse
 import shutil
 import sys
 import textwrap
-import time
 
-from qlora_tui.cli.subcommand import CommandResult, Subcommand
-from qlora_tui.cli.terminal import write_control
+from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand
 from qlora_tui.demo.demo_run import DemoResult, run_demo
 from qlora_tui.formatting import format_bytes, format_duration, format_float
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.events import AnyEvent, Step
 from qlora_tui.runs.view import RunView
 
-_INTERVAL_S = 10.0
-"""Seconds between two progress lines when there is no terminal to rewrite one."""
-
 
 class DemoProgress:
-    """Progress of the run on stderr: one updating line on a terminal, occasional lines elsewhere."""
+    """Progress of the run on stderr."""
 
     def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
-        self._printed_at = 0.0
+        self._line = ProgressLine()
 
     def show_status(self, text: str) -> None:
         """Print a status on its own line."""
-        self._clear()
+        self._line.clear()
         print(text, file=sys.stderr, flush=True)
 
     def on_event(self, event: AnyEvent, view: RunView) -> None:
         """Show an event of the run."""
-        if not isinstance(event, Step):
-            if line := describe(event, view.total_steps):
-                self.show_status(f"  {line}")
-            return
-        left = "" if view.seconds_left is None else f"  {format_duration(view.seconds_left)} left"
-        text = f"  {describe(event, view.total_steps)}{left}"
-        if self._is_terminal:
-            width = shutil.get_terminal_size().columns
-            self._clear()
-            print(text[: width - 1], end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._printed_at > _INTERVAL_S:
-            self._printed_at = time.monotonic()
+        text = f"  {describe(event, view.total_steps)}"
+        if isinstance(event, Step):
+            left = "" if view.seconds_left is None else f"  {format_duration(view.seconds_left)} left"
+            self._line.show(f"{text}{left}")
+        elif text.strip():
             self.show_status(text)
-
-    def _clear(self) -> None:
-        if self._is_terminal:
-            write_control(sys.stderr, "\r\x1b[2K")
 
 
 def run(args: argparse.Namespace) -> CommandResult:

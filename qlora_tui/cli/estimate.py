@@ -15,12 +15,13 @@ from qlora_tui.catalog.local_models import (
     load_architecture,
     load_model_config,
 )
-from qlora_tui.cli.arguments import GPU_GIB_HELP, positive_float
 from qlora_tui.cli.subcommand import (
+    GPU_GIB_HELP,
     CommandResult,
     Subcommand,
     add_recipe_arguments,
     format_table,
+    positive_float,
     recipe_from_args,
 )
 from qlora_tui.data.sources import is_hub_dataset, open_source

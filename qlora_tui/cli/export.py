@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from qlora_tui.catalog.gguf import spelled
-from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument
-from qlora_tui.cli.terminal import write_control
+from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand, add_json_argument
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
-from qlora_tui.formatting import truncate_middle
 from qlora_tui.locks import hold_folder
 from qlora_tui.runs.directory import find_run
 
@@ -52,39 +48,14 @@ def run(args: argparse.Namespace) -> CommandResult:
     configure_torch_env()
     # Until this process ends: a deletion of the run asks first.
     hold_folder(run.path)
-    with export_problems(), _progress() as on_status:
+    with export_problems(), ProgressLine() as line:
         with faster_imports():
             from qlora_tui.export.forms import export_form
 
-        written = export_form(run, request, source, adapter_name, on_status)
+        written = export_form(run, request, source, adapter_name, partial(line.show, is_due=True))
     if written.problem:
         print(f"Refused: {written.problem}", file=sys.stderr)
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows an activity on stderr: in a terminal in place of the one before."""
-    is_terminal = sys.stderr.isatty()
-
-    def on_status(words: str) -> None:
-        if not is_terminal:
-            print(words, file=sys.stderr, flush=True)
-            return
-        clear()
-        # A line that wraps could not be overwritten.
-        width = shutil.get_terminal_size().columns - 1
-        print(truncate_middle(words, width), end="", file=sys.stderr, flush=True)
-
-    def clear() -> None:
-        write_control(sys.stderr, "\r\x1b[K")
-        sys.stderr.flush()
-
-    try:
-        yield on_status
-    finally:
-        if is_terminal:
-            clear()
 
 
 def _request(args: argparse.Namespace) -> ExportRequest:

@@ -1,8 +1,9 @@
-"""``qlora-tui``: parses arguments, runs the command, and prints errors as sentences."""
+"""``qlora-tui``: parses arguments, opens the app or runs a command, and prints errors as sentences."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -12,17 +13,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from qlora_tui import __version__, paths
-from qlora_tui.cli.arguments import GPU_GIB_HELP, GPU_HELP, positive_float
-from qlora_tui.cli.open_app import open_app
-from qlora_tui.cli.terminal import open_missing_streams, visible_output
+from qlora_tui.cli.subcommand import (
+    GPU_GIB_HELP,
+    GPU_HELP,
+    open_missing_streams,
+    positive_float,
+    visible_output,
+)
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, INTERNAL_ERROR, UserError, disk_problem
+from qlora_tui.settings import load_settings
 
 if TYPE_CHECKING:
     from qlora_tui.cli.subcommand import CommandResult, Subcommand
+    from qlora_tui.runs.directory import RunDir
 
 SUBCOMMANDS = {
     "models": ("models", "List models on this machine; with a query, also on the Hub."),
-    "download": ("download", "Download a model from the Hub, resuming a partial download."),
+    "download": ("models", "Download a model from the Hub, resuming a partial download."),
     "estimate": ("estimate", "Predict a recipe's memory, item by item."),
     "data": (
         "data",
@@ -36,22 +43,75 @@ SUBCOMMANDS = {
     "pause": ("runs", "Save a checkpoint and free the GPU; `resume` continues the run."),
     "resume": ("runs", "Resume a stopped, paused, failed or lost run from its last checkpoint."),
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
-    "evaluate": ("evaluate", "Compare answers of a run's adapter and its base to validation prompts."),
+    "evaluate": ("chat", "Compare answers of a run's adapter and its base to validation prompts."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
     "export": ("export", "Write a run's model or adapter for other programs, or upload it to the Hub."),
-    "doctor": ("doctor", "Check that this machine can train, and suggest fixes."),
+    "doctor": ("installation", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),
-    "cache": ("cache", "List what can be made again, with its size; --clear deletes it."),
-    "locate": ("locate", "Print where presets, runs and caches are stored."),
-    "completion": ("completion", "Print a script that completes commands in bash, zsh or fish."),
+    "cache": ("installation", "List what can be made again, with its size; --clear deletes it."),
+    "locate": ("installation", "Print where presets, runs and caches are stored."),
+    "completion": ("installation", "Print a script that completes commands in bash, zsh or fish."),
 }
 """Module of ``qlora_tui.cli`` and help of each command. A module is loaded when its command is called, so
 that the app and the fast commands do not wait for other imports.
 """
-
 _INTERRUPTED = 130
 _ACTIONS: dict[str, tuple[str, ...]] = {"presets": ("show", "reference")}
 """Actions of a command that runs the first of them where the next word is none: `presets paper`."""
+
+
+def can_show_app() -> bool:
+    """Whether this is a terminal that can move its cursor."""
+    return _is_terminal() and os.environ.get("TERM") not in (None, "", "dumb")
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | None = None) -> int:
+    """Open the app and return its exit code once it is closed.
+
+    Args:
+        gpu_gib: Memory of the GPU to estimate for, in GiB, where it is not that of this machine.
+        mouse: False leaves the mouse to the terminal.
+        run: The run to watch; without one, Home is shown.
+
+    Raises:
+        UserError: This is not a terminal, or the disk could not be written.
+    """
+    # The app enables it again with its first frame: until then there is no garbage worth collecting.
+    gc.disable()
+    if not can_show_app():
+        term = os.environ.get("TERM", "")
+        raise UserError(
+            "No terminal",
+            what=f"This terminal cannot show the app: TERM is {term or 'empty'}."
+            if _is_terminal()
+            else "The app needs a terminal; this is not one.",
+            fix="Use a command: `qlora-tui --help` lists them."
+            + (" Or set TERM, to xterm-256color for example." if _is_terminal() else ""),
+            exit_code=2,
+        )
+    import msgspec
+
+    from qlora_tui.tui.app import QloraApp
+    from qlora_tui.tui.line_filters import has_no_colors
+    from qlora_tui.tui.process import capture_stderr
+
+    settings = load_settings()
+    if gpu_gib:
+        settings = msgspec.structs.replace(settings, gpu_memory_gib=gpu_gib)
+    log = paths.log_path()
+    with capture_stderr(log):
+        app = QloraApp(settings, watched_run=run)
+        app.no_color = app.no_color or has_no_colors()
+        app.run(mouse=settings.mouse and mouse)
+    if app.disk_faults.ended_by is not None:
+        raise app.disk_faults.ended_by
+    if app.return_code == EXIT_FAILURE:
+        print(f"qlora-tui: The app crashed.\n  Details: {log}", file=sys.stderr)
+    return app.return_code or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +190,7 @@ def _check_command(argv: Sequence[str]) -> None:
         elif not word.startswith("-"):
             if word in SUBCOMMANDS:
                 return
-            from qlora_tui.recipe.suggestions import closest
+            from qlora_tui.recipe.aliases import closest
 
             match = closest(word, SUBCOMMANDS)
             meant = f"Did you mean `qlora-tui {match}`? " if match else ""
@@ -168,8 +228,8 @@ def _parser(name_called: str | None) -> argparse.ArgumentParser:
 
 
 def _complete() -> NoReturn:
-    """Answer a shell's completion request; see :mod:`qlora_tui.cli.completion`."""
-    from qlora_tui.cli.completion import answer
+    """Answer a shell's completion request; see :mod:`qlora_tui.cli.installation`."""
+    from qlora_tui.cli.installation import answer
 
     words = os.environ.get("COMP_LINE", "").split()
     answer(_parser(next((word for word in words if word in SUBCOMMANDS), None)))

@@ -1,21 +1,23 @@
-"""``models``: the models on this machine and, with a query, those on the hub."""
+"""``models`` lists models, ``download`` downloads one from the Hub."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from qlora_tui.catalog.download import download
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
-from qlora_tui.cli.subcommand import CommandResult, Subcommand, format_table
+from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand, format_table
 from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.settings import load_settings
 
 
-def run(args: argparse.Namespace) -> CommandResult:
+def run_models(args: argparse.Namespace) -> CommandResult:
     """List local models, then the hub's if a query is given."""
     folders = [Path(folder).expanduser() for folder in load_settings().model_folders]
     query = (args.query or "").lower()
@@ -76,8 +78,52 @@ def _access(model: HubModel) -> str:
     return "license not accepted yet" if model.gated else ""
 
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
+def _models_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", nargs="?", help="search terms, for this machine and the Hub")
 
 
-SUBCOMMANDS = {"models": Subcommand(run, _arguments)}
+def run_download(args: argparse.Namespace) -> CommandResult:
+    """Download the missing files of the model. Raises UserError; downloaded files are always kept."""
+    total_bytes = 0
+    resume_command = f"qlora-tui download {args.model}"
+    if args.revision != "main":
+        resume_command += f" --revision {args.revision}"
+
+    with ProgressLine() as line:
+
+        def report(done: int, total: int, text: str = "") -> None:
+            nonlocal total_bytes
+            total_bytes = total
+            so_far = f"{format_bytes(done)} of {format_bytes(total)}  {text}".rstrip()
+            line.show(so_far, is_due=done == total)
+
+        try:
+            path = download(args.model, report, revision=args.revision)
+        except KeyboardInterrupt:
+            line.clear()
+            print(f"The partial download is kept. Resume it with `{resume_command}`.", file=sys.stderr)
+            raise
+    # A name alone means the main revision.
+    name = args.model if args.revision == "main" else str(path)
+    return CommandResult(
+        data={
+            "model": args.model,
+            "revision": args.revision,
+            "commit": path.name,
+            "path": str(path),
+            "total_bytes": total_bytes,
+        },
+        text=f"{args.model} is in {path} ({format_bytes(total_bytes)})\n"
+        f"`qlora-tui estimate --model {name}` says whether it fits.",
+    )
+
+
+def _download_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Hub id: publisher/name")
+    parser.add_argument("--revision", default="main", help="a branch, tag or commit (default: main)")
+
+
+SUBCOMMANDS = {
+    "models": Subcommand(run_models, _models_arguments),
+    "download": Subcommand(run_download, _download_arguments),
+}

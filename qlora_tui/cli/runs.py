@@ -1,19 +1,24 @@
-"""``runs``, ``attach``, and the requests to a run."""
+"""``runs``, ``attach``, and the requests to a run.
+
+``runs check``: whether every run is intact, one line each, and what was repaired.
+"""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.cli.check import check
-from qlora_tui.cli.follow import PLAIN_INTERVAL_S, follow, follow_plain
-from qlora_tui.cli.open_app import can_show_app, open_app
+from qlora_tui.cli.main import can_show_app, open_app
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
+from qlora_tui.cli.train import PLAIN_INTERVAL_S, follow, follow_plain
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_duration, format_float, pluralize
 from qlora_tui.runs import actions, control, run_queue
+from qlora_tui.runs.check import CheckResult, apply_repairs, check_leftovers, check_queue, check_run
 from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
@@ -23,6 +28,13 @@ from qlora_tui.runs.view import RunView
 
 _FEW_STEPS = 16
 """Steps to sample from a long run: a list shows no curve."""
+_REQUESTS: dict[str, control.Kind] = {
+    "checkpoint": "checkpoint",
+    "evaluate": "evaluate",
+    "sample": "sample",
+    "finish-epoch": "finish_epoch",
+    "learning-rate": "set_learning_rate",
+}
 
 
 def runs(args: argparse.Namespace) -> CommandResult:
@@ -34,7 +46,7 @@ def runs(args: argparse.Namespace) -> CommandResult:
             data={"run": run.id, "name": run.name}, text=f"{run.id} is now named {run.name}."
         )
     if args.action == "check":
-        return check(find_run(args.run_id) if args.run_id else None, repair=args.repair)
+        return check_runs(find_run(args.run_id) if args.run_id else None, repair=args.repair)
     if args.action == "save":
         return _save(find_run(args.run_id), Path(args.file).expanduser())
     if args.action == "delete":
@@ -221,15 +233,6 @@ def pause(args: argparse.Namespace) -> CommandResult:
     return _state_result(run, f"{run.id} will pause after saving. Continue with `qlora-tui resume {run.id}`.")
 
 
-_REQUESTS: dict[str, control.Kind] = {
-    "checkpoint": "checkpoint",
-    "evaluate": "evaluate",
-    "sample": "sample",
-    "finish-epoch": "finish_epoch",
-    "learning-rate": "set_learning_rate",
-}
-
-
 def send_request(args: argparse.Namespace) -> CommandResult:
     """Send a request to the trainer, which takes it at the next step."""
     run = find_run(args.run_id)
@@ -379,3 +382,53 @@ SUBCOMMANDS = {
     "resume": Subcommand(resume, _resume_arguments, uses_gpu=True),
     "ask": Subcommand(send_request, _request_arguments),
 }
+
+
+def check_runs(run: RunDir | None, *, repair: bool) -> CommandResult:
+    """Check one run, or all runs, the queue and leftovers; with ``repair``, repair what can be repaired."""
+    checks: list[Callable[[], CheckResult]] = [
+        partial(check_run, each) for each in ([run] if run else all_runs())
+    ]
+    if run is None:
+        checks += [check_queue, check_leftovers]
+    lines, results, problems, repairable = [], [], 0, 0
+    for run_check in checks:
+        result, repairs = run_check(), list[str]()
+        if repair:
+            result, repairs = apply_repairs(result, run_check)
+        problems += len(result.defects)
+        repairable += sum(defect.repair is not None for defect in result.defects)
+        results.append(_check_data(result, repairs))
+        if result.state is not None or result.defects or repairs:
+            lines.append([result.name, result.state or "", _check_line(result, repairs)])
+    text = format_table(lines, ["run", "state", "check"]) if lines else "No runs yet."
+    if problems:
+        count = f"{problems} {'problem' if problems == 1 else 'problems'}"
+        hint = (
+            ""
+            if repair or not repairable
+            else " `qlora-tui runs check --repair` repairs them where possible."
+        )
+        text += f"\n{count}.{hint}"
+    data = {"runs": [r for r in results if r["state"]], "problems": problems}
+    data |= {str(r["run"]): r for r in results if not r["state"]}
+    return CommandResult(data=data, text=text, exit_code=EXIT_FAILURE if problems else 0)
+
+
+def _check_line(result: CheckResult, done: list[str]) -> str:
+    if result.in_training:
+        return "in training: not checked"
+    parts = [f"{defect.what} ({defect.remedy})" for defect in result.defects]
+    if done:
+        parts.append(f"repair: {', '.join(done)}")
+    return "; ".join(parts) or "whole"
+
+
+def _check_data(result: CheckResult, done: list[str]) -> dict[str, Any]:
+    return {
+        "run": result.name,
+        "state": result.state,
+        "checked": not result.in_training,
+        "problems": [{"what": defect.what, "remedy": defect.remedy} for defect in result.defects],
+        "repaired": done,
+    }

@@ -1,23 +1,39 @@
-"""Declaring commands and printing their results."""
+"""What commands are made of: declarations, arguments and results, and stdout and stderr that are safe to
+print to.
+
+A terminal receives only control sequences of this program.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import msgspec
 
-from qlora_tui.formatting import align_columns
-from qlora_tui.recipe.layering import build_recipe
-from qlora_tui.recipe.schema import Recipe
-from qlora_tui.visible import visible_in_json
+from qlora_tui.formatting import align_columns, truncate_middle
+from qlora_tui.visible import visible, visible_in_json
+
+if TYPE_CHECKING:
+    from qlora_tui.recipe.schema import Recipe
 
 JSON_HELP = "print one JSON object per line on stdout, and messages on stderr"
+_TERMINAL_INTERVAL_S = 0.2
+_LOG_INTERVAL_S = 10.0
+"""Seconds between lines of progress in a file or a pipe, where each is a separate line."""
+GPU_GIB_HELP = "estimate for a GPU with this many GiB of memory"
+"""Help of ``--gpu-gib``."""
+GPU_HELP = "GPU to use: its number, UUID or a part of its name (see nvidia-smi -L), auto, or cpu"
+"""Help of ``--gpu``."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def recipe_from_args(args: argparse.Namespace) -> Recipe:
     """Build the recipe the options describe: defaults < preset < file < options. Raises UserError."""
+    from qlora_tui.recipe.layering import build_recipe  # not needed by the app, which loads this module
+
     file = getattr(args, "recipe", None)
     return build_recipe(
         preset=args.preset,
@@ -98,3 +116,128 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
 def format_table(rows: list[list[str]], header: list[str]) -> str:
     """Format columns as wide as needed; the caller aligns numbers."""
     return "\n".join(align_columns([header, *rows]))
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("it must be a whole number above 0")
+    return int(text)
+
+
+def whole_number(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("it must be a whole number, 0 or more")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Parse a positive number, such as a size in GiB."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("it must be a size above 0, in GiB")
+    return value
+
+
+class VisibleStream:
+    """Text stream that shows unsafe characters as symbols; everything else goes to the wrapped stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = ""
+        """Text written last, if the next piece may continue it: an emoji can arrive in pieces."""
+
+    def write(self, text: str) -> int:
+        """Write ``text`` with unsafe characters made visible."""
+        safe = visible(self._last + text)[len(self._last) :]
+        last = text[-1:]
+        self._last = "" if last.isascii() or visible(last) != last else last
+        self._stream.write(_encodable(safe, self._stream))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """Write each line with unsafe characters made visible."""
+        for line in lines:
+            self.write(line)
+
+    def write_control(self, sequence: str) -> None:
+        """Write one of this program's own control sequences."""
+        self._stream.write(sequence)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def open_missing_streams() -> None:
+    """Connect closed standard streams to ``/dev/null``, or the next file opened would take their place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is this one.
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (for the whole process)
+
+
+@contextmanager
+def visible_output() -> Iterator[None]:
+    """Show unsafe characters as symbols on stdout and stderr within the block."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = VisibleStream(sys.stdout), VisibleStream(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def write_control(stream: TextIO, sequence: str) -> None:
+    """Write one of this program's own control sequences to stdout or stderr."""
+    (stream.write_control if isinstance(stream, VisibleStream) else stream.write)(sequence)
+
+
+class ProgressLine:
+    """Progress on stderr: in a terminal a line that is rewritten, elsewhere a line now and then."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._shown_at = -_LOG_INTERVAL_S
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
+
+    def show(self, text: str, *, is_due: bool = False) -> None:
+        """Show text, unless the one before is recent; ``is_due``: in any case."""
+        now = time.monotonic()
+        interval_s = _TERMINAL_INTERVAL_S if self._is_terminal else _LOG_INTERVAL_S
+        if not is_due and now - self._shown_at < interval_s:
+            return
+        self._shown_at = now
+        if not self._is_terminal:
+            print(text, file=sys.stderr, flush=True)
+            return
+        self.clear()
+        # A line that wraps could not be overwritten.
+        width = shutil.get_terminal_size().columns - 1
+        print(truncate_middle(text, width), end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Erase the line in a terminal."""
+        if self._is_terminal:
+            write_control(sys.stderr, "\r\x1b[K")
+            sys.stderr.flush()
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    # A symbol that the terminal's encoding lacks, as in the C locale, must not end the program.
+    if text.isascii():
+        return text
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

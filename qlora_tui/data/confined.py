@@ -25,7 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_tui import paths, subprocesses
+from qlora_tui import paths, worker
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -161,8 +161,8 @@ class Confined:
         # A library's last message may contain text of a row: to the log.
         with theirs, (log if os.access(log.parent, os.W_OK) else Path(os.devnull)).open("ab") as errors:
             self._child = subprocess.Popen(
-                subprocesses.module_argv("qlora_tui.data.confined", str(theirs.fileno()), self._module),
-                env={**subprocesses.subprocess_env(), "TOKENIZERS_PARALLELISM": "false"},
+                worker.module_argv("qlora_tui.data.confined", str(theirs.fileno()), self._module),
+                env={**worker.subprocess_env(), "TOKENIZERS_PARALLELISM": "false"},
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,

@@ -18,7 +18,7 @@ import zstandard
 
 from qlora_tui.data.row import LARGEST_ROW_BYTES, DamagedFileError, check_expansion, row_too_large
 from qlora_tui.errors import UserError
-from qlora_tui.foreign_files import open_foreign
+from qlora_tui.files import open_foreign
 
 CHUNK_BYTES = 1 << 20
 

@@ -40,7 +40,7 @@ from qlora_tui.data.tokenizer_files import (
 )
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
-from qlora_tui.foreign_files import read_bounded
+from qlora_tui.files import read_bounded
 
 _MAX_CACHED_WORDS = 100_000
 """Most words in the cache; it is cleared when full. With their tokens, they take some 25 MB."""

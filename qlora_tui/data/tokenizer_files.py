@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES
 from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.errors import UserError
-from qlora_tui.foreign_files import read_bounded
+from qlora_tui.files import read_bounded
 
 MAX_BYTES = 64 << 20
 """Most bytes of a ``tokenizer.json``; the largest vocabularies take some 35 MB."""

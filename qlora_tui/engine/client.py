@@ -20,7 +20,7 @@ from typing import Self
 
 import msgspec
 
-from qlora_tui import subprocesses
+from qlora_tui import worker
 from qlora_tui.engine.log_file import open_log, truncated_log
 from qlora_tui.engine.protocol import (
     AnyReply,
@@ -100,14 +100,14 @@ class EngineClient:
         try:
             with open_log() as log:
                 self._process = await asyncio.create_subprocess_exec(
-                    *subprocesses.module_argv("qlora_tui.engine"),
+                    *worker.module_argv("qlora_tui.engine"),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=log,
                     # Ctrl-C in the terminal is for the app, not for the engine.
                     start_new_session=True,
                     limit=_LONGEST_LINE_BYTES,
-                    env=subprocesses.subprocess_env(),
+                    env=worker.subprocess_env(),
                 )
         except OSError as error:
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from qlora_tui.data.sources import is_hub_dataset
 from qlora_tui.formatting import pluralize, short_model_name
-from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.directory import RunDir

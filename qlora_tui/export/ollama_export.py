@@ -27,8 +27,8 @@ from qlora_tui.export.gguf_file.vocabulary import adds_bos
 from qlora_tui.export.ollama_template import OllamaTemplate, ollama_template
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
 from qlora_tui.runs.exports import COMPARED_TOKENS, ollama_file_stem
-from qlora_tui.subprocesses import user_env
 from qlora_tui.visible import visible
+from qlora_tui.worker import user_env
 
 MODELFILE = "Modelfile"
 _NAME = re.compile(r"(?:(?:[\w.-]+(?::\d+)?/)?[\w-]+/)?(?P<model>[\w.-]+)(?P<tag>:[\w.-]+)?", re.ASCII)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import psutil
 
-from qlora_tui import paths, subprocesses
+from qlora_tui import paths, worker
 from qlora_tui.gpu.visible_devices import set_device_variables
 from qlora_tui.gpu.wsl import is_wsl2
 
@@ -51,7 +51,7 @@ _USER_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 def online_environ() -> dict[str, str]:
     """Environment of a child process that may use the network even if this process, with a model, is
     offline."""
-    inherited = subprocesses.subprocess_env()
+    inherited = worker.subprocess_env()
     return {name: value for name, value in inherited.items() if name not in offline_variables_set}
 
 

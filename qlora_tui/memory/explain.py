@@ -10,7 +10,7 @@ from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, Executi
 from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
 from qlora_tui.memory.weights import expert_method
-from qlora_tui.recipe.diff import format_value
+from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.schema import Recipe
 
 if TYPE_CHECKING:

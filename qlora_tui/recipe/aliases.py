@@ -1,4 +1,4 @@
-"""Other spellings of a setting: those of version 0.1, and those of transformers, peft, TRL and axolotl.
+"""Names that are not those of a setting: other spellings, which are read, and misspellings, for hints.
 
 ``RENAMED``  keys of version 0.1: read without a note, in their own section
 ``ALIASES``  keys of other trainers with the same meaning and values: read in any section or above the first
@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from qlora_tui.recipe.fields import fields, sections
@@ -23,7 +23,6 @@ RENAMED = {
     "training.warmup": "training.warmup_ratio",
     "training.evaluate_every": "training.eval_every",
 }
-
 ALIASES = {
     "base_model": "model.id",
     "bnb_4bit_compute_dtype": "quantization.compute_dtype",
@@ -57,9 +56,7 @@ ALIASES = {
     "sequence_len": "data.max_length",
     "val_set_size": "data.validation_fraction",
 }
-
 VALUES: dict[str, dict[Any, str]] = {"training.gradient_checkpointing": {True: "on", False: "off"}}
-
 REMOVED: dict[str, dict[str, str]] = {
     "lora.init_weights": {
         "random": "",
@@ -70,7 +67,6 @@ REMOVED: dict[str, dict[str, str]] = {
     "training.optimizer": {"muon": 'write "adamw", or "lion", whose states are as small'},
 }
 """By the value; empty where it is what every run does today, so that the setting is ignored."""
-
 RELATED = {
     "additional_target": "lora.train_embeddings",
     "attn_implementation": "model.attention",
@@ -155,3 +151,50 @@ def _entries(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
                 yield name, key, inner
         else:
             yield "", name, value
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate most similar to ``word``, ignoring case and dashes; None if none is similar."""
+    from difflib import get_close_matches  # only an error needs it, and it takes a tenth of the import time
+
+    by_plain = {normalize_key(candidate): candidate for candidate in candidates}
+    matches = get_close_matches(normalize_key(word), by_plain, n=1)
+    return by_plain[matches[0]] if matches else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str], shape: str = "{}") -> str:
+    """``did you mean [lora]?``, or an empty string. ``shape`` is the format of the candidate."""
+    match = closest(word, candidates)
+    return f"did you mean {shape.format(match)}?" if match else ""
+
+
+def hint_for_key(section: str, key: str) -> str:
+    """Hint for ``section.key``, an unknown setting. ``section`` is empty at the top of a file."""
+    normalized = normalize_key(key)
+    section_keys = [field.key for field in fields().values() if field.section == section]
+    homes = [field for field in fields().values() if field.key == normalized]
+    if normalized not in section_keys and homes:
+        home = homes[0].section
+        return f"put {normalized} in [{home}]" if home else f"put {normalized} at the top, above the sections"
+    if related := ALIASES.get(normalized) or RELATED.get(normalized):
+        return f"did you mean {related}?"
+    match = closest(key, section_keys)
+    if match:
+        return f"did you mean {f'{section}.{match}' if section else match}?"
+    path = closest(key, [field.path for field in fields().values()]) or _closest_key(key)
+    if path:
+        return f"did you mean {path}?"
+    if not section:
+        return "the sections are " + ", ".join(f"[{name}]" for name in sections())
+    return f"[{section}] takes " + ", ".join(section_keys)
+
+
+def _closest_key(key: str) -> str | None:
+    by_key = {field.key: field.path for field in fields().values()}
+    match = closest(key, by_key)
+    return by_key[match] if match else None
+
+
+def normalize_key(word: str) -> str:
+    """Normalize a key's case and dashes."""
+    return word.lower().replace("-", "_")

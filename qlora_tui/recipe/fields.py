@@ -1,4 +1,5 @@
-"""Settings as data, of a recipe or another struct: the source of forms, ``--set`` and the reference page."""
+"""Settings as data, of a recipe or another struct: the source of forms, ``--set``, comparisons and the
+reference page."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "nam
 """``tables`` is a list of :class:`ModelSource`; ``names`` maps text to text, ``numbers`` maps patterns to
 numbers.
 """
-
 WITHOUT_EFFECT_ON_WEIGHTS = (
     "name",
     "note",
@@ -34,6 +34,8 @@ WITHOUT_EFFECT_ON_WEIGHTS = (
     "quantization.streamed_layers",
 )
 """Settings that change no trained step: what a run reports and saves, and how it uses memory."""
+DESCRIPTIVE = frozenset(("name", "note"))
+"""Settings that describe the recipe rather than what it does."""
 
 
 class Field(Struct, frozen=True, kw_only=True):
@@ -241,3 +243,54 @@ def _kind(type_: Any) -> tuple[Kind, tuple[str, ...]]:
         return ("names" if inner[1] is str else "numbers"), ()
     kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "text"}
     return kinds[type_], ()
+
+
+class SettingChange(Struct, frozen=True):
+    """One setting in two recipes."""
+
+    path: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.before} → {self.after}"
+
+
+def diff_recipes(a: Recipe, b: Recipe) -> list[SettingChange]:
+    """Return the settings that change from ``a`` to ``b``, in the order of declaration."""
+    pairs = [(path, get_setting(a, path), get_setting(b, path)) for path in fields()]
+    return [
+        SettingChange(path, format_value(before), format_value(after))
+        for path, before, after in pairs
+        if before != after
+    ]
+
+
+def format_value(value: Any) -> str:
+    """Format a setting's value for people: ``on``, ``1,024``, ``q_proj, k_proj``, ``none``."""
+    match value:
+        case bool():
+            return "on" if value else "off"
+        case int() | float():
+            return format_exact(value)
+        case Source():
+            return _format_source(value)
+        case tuple():
+            return ", ".join(map(format_value, value)) or "none"
+        case dict():
+            return ", ".join(f"{key} = {format_value(part)}" for key, part in value.items()) or "none"
+        case _:
+            return "none" if value is None else str(value) or "none"
+
+
+def _format_source(source: Source) -> str:
+    notes: list[str] = []
+    if source.format != "auto":
+        notes.append(source.format)
+    if source.columns:
+        notes.append(format_value(source.columns))
+    if source.weight != 1:
+        notes.append(f"weight {format_exact(source.weight)}")
+    if source.excluded_rows:
+        notes.append(f"without rows {source.excluded_rows}")
+    return f"{source.path} ({', '.join(notes)})" if notes else source.path

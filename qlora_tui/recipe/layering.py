@@ -1,4 +1,5 @@
-"""Building a recipe from its layers: defaults < preset < the user's file < ``--set``."""
+"""Building a recipe from its layers: defaults < preset < the user's file < ``--set``; and absolute paths in
+it."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.recipe import aliases, conflicts, suggestions, targets, toml
-from qlora_tui.recipe.errors import InvalidRecipeError, RecipeIssue
+import msgspec
+
+from qlora_tui.recipe import aliases, conflicts, targets, toml
 from qlora_tui.recipe.fields import Field, fields, sections
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.validation import find_issues
+from qlora_tui.recipe.validation import InvalidRecipeError, RecipeIssue, find_issues
 
 _MAX_SHOWN_CHARS = 200
 """Maximum number of characters of an argument that a message repeats."""
@@ -151,10 +153,10 @@ def _parse_set(argument: str) -> tuple[dict[str, Any], list[RecipeIssue]]:
 def _unknown_setting(origin: str, path: str) -> RecipeIssue:
     section, _, key = path.rpartition(".")
     if section and section not in sections():
-        hint = suggestions.did_you_mean(path, fields()) or suggestions.hint_for_key("", key)
+        hint = aliases.did_you_mean(path, fields()) or aliases.hint_for_key("", key)
     else:
-        homes = [field.path for field in fields().values() if field.key == suggestions.normalize_key(key)]
-        hint = f"did you mean {homes[0]}?" if homes else suggestions.hint_for_key(section, key)
+        homes = [field.path for field in fields().values() if field.key == aliases.normalize_key(key)]
+        hint = f"did you mean {homes[0]}?" if homes else aliases.hint_for_key(section, key)
     message = f"{_printable(path)} is not a setting" if path else "it names no setting"
     return RecipeIssue(origin=origin, path=path, message=message, hint=hint)
 
@@ -192,3 +194,25 @@ def _parse_toml_value(raw: str) -> Any:
     except (ValueError, RecursionError):
         return raw
     return table["value"] if len(table) == 1 else raw
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with absolute paths of local files: a run trains in another working directory.
+
+    Values that are not local files (such as a hub id) stay unchanged.
+    """
+    data = recipe.data
+    return msgspec.structs.replace(
+        recipe,
+        model=msgspec.structs.replace(recipe.model, id=_absolute(recipe.model.id)),
+        data=msgspec.structs.replace(
+            data,
+            sources=tuple(msgspec.structs.replace(s, path=_absolute(s.path)) for s in data.sources),
+            validation_path=_absolute(data.validation_path),
+        ),
+    )
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name and path.exists() else name

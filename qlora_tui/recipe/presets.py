@@ -20,9 +20,9 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.diff import DESCRIPTIVE
+from qlora_tui.recipe.aliases import did_you_mean
+from qlora_tui.recipe.fields import DESCRIPTIVE
 from qlora_tui.recipe.schema import Data, Model, Recipe
-from qlora_tui.recipe.suggestions import did_you_mean
 
 _HEADER = re.compile(
     rb"# Written by qlora-tui(?:, which asks before it replaces an edit: "

@@ -27,8 +27,8 @@ from msgspec import Struct
 
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import capitalize
+from qlora_tui.recipe.aliases import did_you_mean
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora
-from qlora_tui.recipe.suggestions import did_you_mean
 
 SETTINGS = ("lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern")
 """Settings that hold patterns."""

@@ -20,12 +20,10 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import read_regular
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import aliases
-from qlora_tui.recipe.errors import InvalidRecipeError
+from qlora_tui.recipe.aliases import closest
 from qlora_tui.recipe.fields import Field, fields, get_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.suggestions import closest
-from qlora_tui.recipe.toml_lines import key_lines
-from qlora_tui.recipe.validation import find_issues
+from qlora_tui.recipe.validation import InvalidRecipeError, find_issues, key_lines
 
 _MAX_BYTES = 1_000_000
 """Maximum size of a recipe, normally a few KB; a larger file is a model or data given by mistake."""

@@ -1,25 +1,146 @@
-"""Every error in a layer: unknown keys, wrong types, values out of bounds, patterns that do not parse."""
+"""Every error in a layer, with its line: unknown keys, wrong types, values out of bounds, patterns that do
+not parse.
+
+``tomllib`` reads values only. For line numbers this scans for table headers and ``key =`` in texts that
+``tomllib`` has already accepted; a key it misses merely has no line.
+"""
 
 from __future__ import annotations
 
 import datetime
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
-from qlora_tui.recipe import aliases, suggestions, targets
-from qlora_tui.recipe.errors import RecipeIssue
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import capitalize
+from qlora_tui.recipe import aliases, targets
 from qlora_tui.recipe.fields import Field, fields, format_exact, sections, source_fields
-from qlora_tui.recipe.toml_lines import Key, line_of
 
+_MAX_SHOWN = 20
+"""Maximum number of issues shown: a file with more is probably not a recipe."""
+Key = tuple[str | int, ...]
+"""``("lora", "rank")``; ``("data", "sources", 0, "path")``."""
+_OPAQUE = re.compile(
+    r'"""(?:\\.|[^\\])*?"""+' r"|'''.*?'''+" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|#[^\n]*",
+    re.DOTALL,
+)
+"""Strings and comments, in which brackets and equals signs have no meaning."""
+_SYNTAX = re.compile(r"[\[\]{}=#.,\"']")
+_NAME = r"[\w-]+(?:\s*\.\s*[\w-]+)*"
+_HEADER = re.compile(rf"\s*(\[\[?)\s*({_NAME})\s*\]")
+_ASSIGNMENT = re.compile(rf"\s*({_NAME})\s*=")
 _MAX_SHOWN_CHARS = 40
 _PATHS = frozenset(("id", "path", "validation_path", "init_from"))
 """Last path components of settings that may name a file."""
 _MAX_PATH_BYTES = 4000
 _MAX_NAME_BYTES = 255
 """Maximum length of a Linux file name; looking up a longer one raises an error."""
+_RawIssue = tuple[Key, str, str, str]
+"""Key in the layer, path of the setting, what is wrong, what to do."""
+
+
+class RecipeIssue(Struct, frozen=True):
+    """One error in a recipe: its place, and what was probably meant."""
+
+    origin: str
+    """The file, or the argument: ``--set lora.rank=x``."""
+    path: str
+    """``lora.rank``; empty if the error is not in a single setting."""
+    message: str
+    """``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
+    hint: str = ""
+    """What to do: ``did you mean lora.rank?``"""
+    line: int | None = None
+    """Line number, from 1; None if unknown."""
+
+    @property
+    def where(self) -> str:
+        return self.origin if self.line is None else f"{self.origin}, line {self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" + (f"; {self.hint}" if self.hint else "")
+
+
+class InvalidRecipeError(UserError):
+    """A recipe, a preset or a ``--set`` that is invalid."""
+
+    def __init__(self, issues: Sequence[RecipeIssue]):
+        self.issues = tuple(issues)
+        if len(issues) == 1:
+            [only] = issues
+            super().__init__(
+                "Invalid recipe",
+                what=f"{only.where}: {only.message}",
+                fix=capitalize(only.hint),
+                exit_code=EXIT_USAGE,
+            )
+            return
+        lines = [str(mistake) for mistake in issues[:_MAX_SHOWN]]
+        if len(issues) > _MAX_SHOWN:
+            lines.append(f"and {len(issues) - _MAX_SHOWN} more")
+        super().__init__(
+            "Invalid recipe",
+            what="\n  ".join([f"{len(issues)} mistakes", *lines]),
+            exit_code=EXIT_USAGE,
+        )
+
+
+def key_lines(text: str) -> dict[Key, int]:
+    """Return the line of each key and table, from 1. Keys of inline tables are not included."""
+    line_numbers: dict[Key, int] = {}
+    arrays: dict[Key, int] = {}
+    table: Key = ()
+    depth = 0
+    for number, line in enumerate(_OPAQUE.sub(_blank, text).split("\n"), start=1):
+        header = _HEADER.match(line) if depth == 0 else None
+        if header:
+            table = _inside_arrays(_parts(header[2]), arrays)
+            if header[1] == "[[":
+                line_numbers.setdefault(table, number)
+                arrays[table] = arrays.get(table, -1) + 1
+                table = (*table, arrays[table])
+            line_numbers[table] = number
+            continue
+        assignment = _ASSIGNMENT.match(line) if depth == 0 else None
+        if assignment:
+            parts = _parts(assignment[1])
+            for end in range(1, len(parts) + 1):
+                line_numbers.setdefault(table + parts[:end], number)
+        depth += sum(line.count(mark) for mark in "[{") - sum(line.count(mark) for mark in "]}")
+    return line_numbers
+
+
+def line_of(lines: Mapping[Key, int], key: Key) -> int | None:
+    """Line of ``key``, or of the closest enclosing table; None if unknown."""
+    while key:
+        if key in lines:
+            return lines[key]
+        key = key[:-1]
+    return None
+
+
+def _blank(match: re.Match[str]) -> str:
+    text = match[0]
+    return "" if text.startswith("#") else _SYNTAX.sub("", text)
+
+
+def _parts(dotted: str) -> Key:
+    return tuple(part.strip() for part in dotted.split("."))
+
+
+def _inside_arrays(parts: Key, arrays: dict[Key, int]) -> Key:
+    """Insert array indices: ``data.sources.columns`` after ``[[data.sources]]`` is in the last source."""
+    key: Key = ()
+    for position, part in enumerate(parts):
+        key = (*key, part)
+        if position < len(parts) - 1 and key in arrays:
+            key = (*key, arrays[key])
+    return key
 
 
 def find_issues(
@@ -32,10 +153,6 @@ def find_issues(
             RecipeIssue(origin=origin, path=path, message=message, hint=hint, line=line_of(lines or {}, key))
         )
     return sorted(issues, key=lambda mistake: mistake.line or 0)
-
-
-_RawIssue = tuple[Key, str, str, str]
-"""Key in the layer, path of the setting, what is wrong, what to do."""
 
 
 def _check_layer(layer: Mapping[str, Any]) -> Iterator[_RawIssue]:
@@ -55,10 +172,10 @@ def _check_layer(layer: Mapping[str, Any]) -> Iterator[_RawIssue]:
         elif path := aliases.resolve("", name):
             yield from _check_value((name,), name, fields()[path], value)
         elif isinstance(value, Mapping):
-            hint = suggestions.did_you_mean(name, sections(), "[{}]") or suggestions.hint_for_key("", name)
+            hint = aliases.did_you_mean(name, sections(), "[{}]") or aliases.hint_for_key("", name)
             yield (name,), name, f"[{name}] is not a section", hint
         else:
-            yield (name,), name, f"{name} is not a setting", suggestions.hint_for_key("", name)
+            yield (name,), name, f"{name} is not a setting", aliases.hint_for_key("", name)
     for section, key, other, path in aliases.duplicates(layer):
         written = f"{section}.{key}" if section else key
         place: Key = (section, key) if section else (key,)
@@ -74,7 +191,7 @@ def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue
             yield from _check_value((section, key), path, fields()[setting], value)
         elif not aliases.is_ignored(path, value):
             removed = _hint_for_removed(path, value)
-            hint = removed or suggestions.hint_for_key(section, key)
+            hint = removed or aliases.hint_for_key(section, key)
             yield (section, key), path, f"{path} is not a setting{' anymore' if removed else ''}", hint
 
 
@@ -119,7 +236,7 @@ def _check_sources(key: Key, path: str, tables: list[Any] | tuple[Any, ...]) -> 
             if inner in allowed:
                 yield from _check_value((*table_key, inner), f"{name}.{inner}", allowed[inner], value)
             else:
-                hint = suggestions.did_you_mean(inner, allowed) or "a source takes " + ", ".join(allowed)
+                hint = aliases.did_you_mean(inner, allowed) or "a source takes " + ", ".join(allowed)
                 yield (*table_key, inner), f"{name}.{inner}", f"{name}.{inner} is not a setting", hint
         for inner, field in allowed.items():
             if field.required and inner not in table:
@@ -134,7 +251,7 @@ def _hint_for_value(field: Field, value: Any) -> str:
     if hint := _hint_for_removed(field.path, value):
         return hint
     if field.kind == "choice" and isinstance(value, str):
-        return suggestions.did_you_mean(value, field.choices, '"{}"')
+        return aliases.did_you_mean(value, field.choices, '"{}"')
     if field.kind == "texts" and isinstance(value, str):
         return f"write [{describe_value(value)}]"
     if field.kind == "tables" and isinstance(value, str):

@@ -23,10 +23,10 @@ from qlora_tui.drafts import discard
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync
 from qlora_tui.locks import is_held, is_locked
-from qlora_tui.recipe.absolute_paths import with_absolute_paths
-from qlora_tui.recipe.errors import InvalidRecipeError
+from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import load, to_frozen_recipe
+from qlora_tui.recipe.validation import InvalidRecipeError
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, TRASH, RunDir, all_runs, create_run, find_run
 from qlora_tui.runs.exports import is_exported

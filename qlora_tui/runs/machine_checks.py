@@ -14,7 +14,7 @@ from typing import Literal
 
 import psutil
 
-from qlora_tui import paths, subprocesses
+from qlora_tui import paths, worker
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
@@ -161,7 +161,7 @@ def check_libraries(*, on_cpu: bool = False) -> list[Check]:
             subject="The self-test",
             fix=install_command(PROGRAM),
             deadline_s=_SELFTEST_S,
-            environ=subprocesses.subprocess_env() | ({GPU_VARIABLE: CPU} if on_cpu else {}),
+            environ=worker.subprocess_env() | ({GPU_VARIABLE: CPU} if on_cpu else {}),
         )
     except UserError as error:
         return [Check(CheckKind.LIBRARY, "error", f"{error.what} {error.why}".strip(), error.fix)]

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import msgspec
 from msgspec import Struct
 
-from qlora_tui import subprocesses
+from qlora_tui import worker
 from qlora_tui.formatting import format_float
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_event
@@ -156,7 +156,7 @@ def _command(command: str, notification: RunNotification) -> str:
         started = subprocess.Popen(
             command,
             shell=True,
-            env=subprocesses.user_env() | variables,
+            env=worker.user_env() | variables,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

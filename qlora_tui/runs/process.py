@@ -16,7 +16,7 @@ from typing import IO
 
 from msgspec import Struct
 
-from qlora_tui import paths, subprocesses
+from qlora_tui import paths, worker
 from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, without_choice
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -132,7 +132,7 @@ def spawn_detached(module: str, *arguments: str, output: IO[bytes] | None) -> su
     Without ``output`` it writes to this process's output.
     """
     return subprocess.Popen(
-        subprocesses.module_argv(module, *arguments),
+        worker.module_argv(module, *arguments),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
@@ -144,4 +144,4 @@ def spawn_detached(module: str, *arguments: str, output: IO[bytes] | None) -> su
 
 def detached_environ() -> dict[str, str]:
     """Environment of a process that outlives this one: without the GPU chosen for this one."""
-    return without_choice(subprocesses.subprocess_env()) | PCI_BUS_ORDER_ENV
+    return without_choice(worker.subprocess_env()) | PCI_BUS_ORDER_ENV

@@ -8,8 +8,7 @@ from typing import Any
 
 from msgspec import structs
 
-from qlora_tui.recipe.diff import format_value
-from qlora_tui.recipe.fields import fields, get_setting, replace_setting
+from qlora_tui.recipe.fields import fields, format_value, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
 from qlora_tui.runs.retry import RetryPlan, reduce_memory

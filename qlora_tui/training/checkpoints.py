@@ -32,8 +32,7 @@ from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import discard, draft_files, draft_path, held_draft, publish
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, open_to_read, read_regular
-from qlora_tui.recipe.diff import diff_recipes
-from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS
+from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, diff_recipes
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, to_frozen_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from qlora_tui import subprocesses
+from qlora_tui import worker
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.catalog.local_models import converted_dir, resolve_model
 from qlora_tui.drafts import delete_abandoned, draft_path
@@ -91,7 +91,7 @@ def convert_in_child(
             fix="Close other programs if the machine is short of memory, and try again.",
             on_progress=lambda message: progress(message.done, message.total),
             should_stop=should_stop,
-            environ=subprocesses.subprocess_env() | OFFLINE,
+            environ=worker.subprocess_env() | OFFLINE,
         )
     finally:
         with suppress(OSError, UserError):

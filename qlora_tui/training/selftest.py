@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from qlora_tui import subprocesses
+from qlora_tui import worker
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.installation import install_command
 from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, Training
@@ -70,8 +70,8 @@ def _train(*, streamed_layers: int = 0) -> tuple[list[Check], bool]:
     name = "training with streamed layers" if streamed_layers else "training"
     with tempfile.TemporaryDirectory(prefix="qlora-tui-doctor-") as folder, _own_folders(Path(folder)):
         run = create_run(_recipe(Path(folder), streamed_layers), os.environ.get(GPU_VARIABLE, ""))
-        command = subprocesses.module_argv("qlora_tui.training", str(run.path))
-        env = subprocesses.subprocess_env()
+        command = worker.module_argv("qlora_tui.training", str(run.path))
+        env = worker.subprocess_env()
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         events = list(EventTail(run.events_path).drain())
     if not any(isinstance(event, Finished) for event in events):

@@ -17,8 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import integration_utils
 
 from qlora_tui import paths
-from qlora_tui.recipe.diff import format_value
-from qlora_tui.recipe.fields import fields, get_setting
+from qlora_tui.recipe.fields import fields, format_value, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Evaluated, Step

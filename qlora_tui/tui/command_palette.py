@@ -66,7 +66,7 @@ class CommandProvider(Provider):
         await self.app.run_action(command.action, default_namespace=cast("WorkScreen", self.screen))
 
     def _use_theme(self, name: str) -> None:
-        from qlora_tui.settings_file import save_setting
+        from qlora_tui.settings import save_setting
 
         app = cast("QloraApp", self.app)
         app.try_or_show_error(lambda: app.apply_settings(save_setting("theme", name)))

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_tui.subprocesses import user_env
+from qlora_tui.worker import user_env
 
 if TYPE_CHECKING:
     from qlora_tui.runs.notify import RunNotification

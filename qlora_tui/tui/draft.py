@@ -17,7 +17,7 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular, sync
 from qlora_tui.locks import locked
-from qlora_tui.recipe.diff import diff_recipes
+from qlora_tui.recipe.fields import diff_recipes
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, read_text, to_recipe, validate
 from qlora_tui.tui.key_names import key_name

@@ -240,7 +240,7 @@ def _move(app: QloraApp, move: Callable[[], bool], done: str, nothing: str, reve
 
 
 def _changes(before: Recipe, after: Recipe) -> str:
-    from qlora_tui.recipe.diff import DESCRIPTIVE, diff_recipes
+    from qlora_tui.recipe.fields import DESCRIPTIVE, diff_recipes
 
     changes = [change for change in diff_recipes(before, after) if change.path not in DESCRIPTIVE]
     return f"{pluralize(len(changes), 'setting')} changed"

@@ -14,7 +14,7 @@ import pytest
 from bench.terminal import Terminal
 from qlora_tui.catalog import hub
 from qlora_tui.chat import repl
-from qlora_tui.cli import terminal
+from qlora_tui.cli import subcommand
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import State
@@ -132,8 +132,8 @@ def test_an_answer_in_the_chat_is_shown_with_symbols(
 
 
 def test_own_sequences_pass_and_foreign_ones_do_not(capsys: pytest.CaptureFixture[str]) -> None:
-    with terminal.visible_output():
-        terminal.write_control(sys.stdout, "\x1b[1m")
+    with subcommand.visible_output():
+        subcommand.write_control(sys.stdout, "\x1b[1m")
         print("a\x1b[2Jb")
     assert capsys.readouterr().out == "\x1b[1ma␛[2Jb\n"
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui import paths, subprocesses
+from qlora_tui import paths, worker
 from qlora_tui.catalog import hub
-from qlora_tui.cli import doctor
 from qlora_tui.cli.main import SUBCOMMANDS, main
 from qlora_tui.formatting import format_path
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs import actions, machine_checks, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, StepVerified
@@ -82,7 +81,7 @@ def test_locate_names_directories_that_are_private(call: Call) -> None:
 def test_the_doctor_looks_at_the_disks_where_things_will_lie(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "check_libraries", lambda on_cpu: [])  # another test's, and slow
+    monkeypatch.setattr(machine_checks, "check_libraries", lambda on_cpu: [])  # another test's, and slow
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     texts = {check["name"]: check["text"] for check in call("doctor", "--json").json["checks"]}
@@ -398,7 +397,7 @@ def test_the_app_needs_a_terminal_and_says_so(call: Call) -> None:
 def test_a_family_without_a_formula_is_traced_on_request(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     estimated = "estimate", "--model", str(CONFIGS / "LiquidAI__LFM2-350M.json"), "--gpu-gib", "24"
     with monkeypatch.context() as patch:
-        patch.setattr(subprocesses, "module_argv", None)
+        patch.setattr(worker, "module_argv", None)
         assert "--trace measures a step" in call(*estimated).out
     said = call(*estimated, "--trace", "--json")
     trace, nf4 = said.json["trace"], said.json["precisions"]["nf4"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.cli.export import _progress, _types
+from qlora_tui.cli.export import _types
 from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
 from qlora_tui.export import forms
@@ -109,20 +108,3 @@ def test_a_refused_type_ends_the_command_with_an_error(
     assert main(["export", "gguf", run.id, str(tmp_path), "--quant", "Q8_0,Q2_K"]) == 1
     output = capsys.readouterr()
     assert "m.gguf: 7 bytes" in output.out and "Refused: Q2_K: too far." in output.err
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_takes_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
-    screen = StringIO()
-    monkeypatch.setattr(screen, "isatty", lambda: is_terminal)
-    monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.setenv("COLUMNS", "40")
-    with _progress() as on_status:
-        on_status("Writing")
-        on_status("Asking llama.cpp " * 9)
-    lines = screen.getvalue().splitlines()
-    if is_terminal:
-        assert "\n" not in screen.getvalue()
-        assert screen.getvalue().endswith("\r\x1b[K") and max(map(len, lines)) < 60
-    else:
-        assert lines == ["Writing", "Asking llama.cpp " * 9]

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qlora_tui import subprocesses
+from qlora_tui import worker
 from qlora_tui.errors import UserError
 from qlora_tui.worker import JobStopped, Progress, Report, run_job, start_detached
 from tests.support.polling import wait_for
@@ -101,7 +101,7 @@ def test_a_job_ends_with_its_parent_unless_it_is_detached(tmp_path: Path, surviv
     marker = tmp_path / "began"
     code = f"from tests.files import test_worker; test_worker.start(sys.argv[1], {survives})"
     parent = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; {code}", str(marker)], env=subprocesses.subprocess_env()
+        [sys.executable, "-c", f"import sys; {code}", str(marker)], env=worker.subprocess_env()
     )
     wait_for(marker.exists)
     (child,) = psutil.Process(parent.pid).children()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.recipe import aliases, toml
-from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.layering import build_recipe, parse_override
+from qlora_tui.recipe.validation import InvalidRecipeError
 
 AXOLOTL = """
 base_model = "HuggingFaceTB/SmolLM2-135M"

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe import layering
-from qlora_tui.recipe.errors import InvalidRecipeError
 from qlora_tui.recipe.fields import Field, fields
-from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.recipe.layering import with_absolute_paths
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.recipe.validation import InvalidRecipeError
 from tests.recipe.strategies import patterns, values
 
 
@@ -215,3 +216,19 @@ def test_ranks_by_pattern_are_written_without_brackets() -> None:
 def test_a_wrong_rank_by_pattern_is_named(wrong: str) -> None:
     with pytest.raises(InvalidRecipeError, match="rank_pattern"):
         layering.build_recipe(sets=[f"lora.rank_pattern={wrong}"])
+
+
+def test_local_files_become_absolute_and_hub_ids_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(
+        model=Model(id="./model"),
+        data=Data(sources=(Source(path="rows.jsonl"), Source(path="org/dataset"))),
+    )
+    moved = with_absolute_paths(recipe)
+    assert moved.model.id == str(tmp_path / "model")
+    assert [s.path for s in moved.data.sources] == [str(tmp_path / "rows.jsonl"), "org/dataset"]
+    assert moved.data.validation_path == ""

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qlora_tui import subprocesses
+from qlora_tui import worker
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.training.gguf_conversion import (
@@ -100,7 +100,7 @@ def test_the_child_of_a_killed_process_ends(file: Path, tmp_path: Path) -> None:
     )
     with another_process_converts(folder):
         parent = subprocess.Popen(
-            [sys.executable, "-c", code, str(file), f"{folder}"], env=subprocesses.subprocess_env()
+            [sys.executable, "-c", code, str(file), f"{folder}"], env=worker.subprocess_env()
         )
         wait_for(lambda: psutil.Process(parent.pid).children())
         (child,) = psutil.Process(parent.pid).children()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui import subprocesses
+from qlora_tui import worker
 from qlora_tui.paths import state_dir
 from qlora_tui.training import selftest
 
@@ -27,7 +27,7 @@ def test_what_a_run_reports_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
     fault = "from tests.training.fault_injection import *; refuse_kernels()"
     run = "import runpy; runpy.run_module('qlora_tui.training', run_name='__main__', alter_sys=True)"
     argv = [sys.executable, "-c", f"{fault}; {run}"]
-    monkeypatch.setattr(subprocesses, "module_argv", lambda module, *args: [*argv, *args])
+    monkeypatch.setattr(worker, "module_argv", lambda module, *args: [*argv, *args])
     findings, _ = selftest._train()
     assert findings[-1].outcome == "warning"
     assert "No C compiler" in findings[-1].text and "model.kernels" in findings[-1].fix
@@ -35,6 +35,6 @@ def test_what_a_run_reports_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_trainer_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     dying = [sys.executable, "-c", "import sys; sys.exit('no kernel image')"]
-    monkeypatch.setattr(subprocesses, "module_argv", lambda module, *args: dying)
+    monkeypatch.setattr(worker, "module_argv", lambda module, *args: dying)
     ((finding,), _) = selftest._train()
     assert finding.outcome == "error" and "code 1: no kernel image" in finding.text and finding.fix

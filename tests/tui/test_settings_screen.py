@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_tui.errors import UserError
-from qlora_tui.settings import config_path, load_settings
-from qlora_tui.settings_file import save_setting
+from qlora_tui.settings import config_path, load_settings, save_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.themes import theme_names
 from tests.tui.screen_assertions import wait_for_text, wait_until

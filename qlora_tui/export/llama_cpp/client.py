@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from qlora_tui import subprocesses
+from qlora_tui import worker
 from qlora_tui.errors import UserError
 from qlora_tui.installation import install_command
 
@@ -98,8 +98,8 @@ class LlamaProcess:
             raise UserError(title, what="llama.cpp is not installed.", fix=install_hint())
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         self._process = subprocess.Popen(
-            subprocesses.module_argv("qlora_tui.export.llama_cpp.worker"),
-            env=subprocesses.subprocess_env(),
+            worker.module_argv("qlora_tui.export.llama_cpp.worker"),
+            env=worker.subprocess_env(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

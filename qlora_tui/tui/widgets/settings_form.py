@@ -23,11 +23,10 @@ from textual.strip import Strip
 from textual.widgets import Input, Static
 
 from qlora_tui.recipe.conflicts import find_conflicts
-from qlora_tui.recipe.diff import format_value
-from qlora_tui.recipe.errors import InvalidRecipeError
-from qlora_tui.recipe.fields import Field, get_setting
+from qlora_tui.recipe.fields import Field, format_value, get_setting
 from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.validation import InvalidRecipeError
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import LIST_KEYS, TextField
 from qlora_tui.tui.widgets.line_widgets import LineView, render_line

@@ -19,8 +19,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict, precision_of
 from qlora_tui.memory.layers import vocabulary_shapes
 from qlora_tui.memory.solver import what_if
-from qlora_tui.recipe.diff import diff_recipes, format_value
-from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.fields import diff_recipes, format_value, replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.key_names import key_name

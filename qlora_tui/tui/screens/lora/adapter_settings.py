@@ -19,8 +19,7 @@ from textual.widgets import Static
 from qlora_tui.catalog.architecture_types import LinearModule
 from qlora_tui.formatting import capitalize
 from qlora_tui.glossary import GLOSSARY, explain
-from qlora_tui.recipe.diff import format_value
-from qlora_tui.recipe.fields import fields, get_setting
+from qlora_tui.recipe.fields import fields, format_value, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.widgets.controls import ViList

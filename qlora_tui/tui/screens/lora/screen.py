@@ -16,8 +16,7 @@ from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.recipe.diff import format_value
-from qlora_tui.recipe.fields import fields, get_setting
+from qlora_tui.recipe.fields import fields, format_value, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.recipe.targets import (
     assign_pattern_values,

@@ -22,8 +22,7 @@ from qlora_tui.formatting import format_bytes, format_gib, format_path, pluraliz
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict
 from qlora_tui.memory.solver import what_if
-from qlora_tui.recipe.diff import DESCRIPTIVE, diff_recipes
-from qlora_tui.recipe.fields import fields
+from qlora_tui.recipe.fields import DESCRIPTIVE, diff_recipes, fields
 from qlora_tui.recipe.presets import (
     Preset,
     PresetSnapshot,

@@ -20,8 +20,7 @@ from textual.widgets import Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
-from qlora_tui.recipe.diff import DESCRIPTIVE, format_value
-from qlora_tui.recipe.fields import fields, get_setting
+from qlora_tui.recipe.fields import DESCRIPTIVE, fields, format_value, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import general_answer_texts
 from qlora_tui.runs.directory import RunDir

@@ -16,8 +16,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_path
 from qlora_tui.recipe.fields import fields_of, get_setting
 from qlora_tui.runs.notify import RunNotification
-from qlora_tui.settings import Settings, config_path
-from qlora_tui.settings_file import save_setting
+from qlora_tui.settings import Settings, config_path, save_setting
 from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys

@@ -1,0 +1,293 @@
+"""This installation: ``doctor`` checks it, ``locate`` and ``cache`` say what is where, ``completion``
+completes commands.
+
+A shell asks this program for completions at each press of Tab: values such as run ids exist only at that
+moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from qlora_tui import paths
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, format_table
+from qlora_tui.drafts import discard
+from qlora_tui.errors import EXIT_FAILURE, UserError
+from qlora_tui.formatting import format_bytes
+from qlora_tui.visible import visible
+
+if TYPE_CHECKING:
+    from qlora_tui.runs.machine_checks import Check
+
+KINDS = {
+    "quantized": "4-bit base weights, read by later runs and chats instead of quantizing again",
+    "models": "16-bit weights converted from GGUF files; runs on these files need them again",
+    "tokenized": "data as token ids",
+    "datasets": "facts about Hub datasets",
+    "base-answers": "answers of base models to general prompts, which evaluations compare with",
+    "task-answers": "answers of bases and adapters to validation prompts, read by later evaluations",
+    "configs": "config.json of Hub models, for estimates",
+    "findings": "checks of data files",
+    "uploads": "exports that are not on the Hub yet; without them an interrupted upload starts over",
+}
+"""Folders of the cache, and what is in them."""
+_NAMES = {
+    "quantized": r".+-[0-9a-f]{16}",
+    "models": r".+-[0-9a-f]{12}|SmolLM2-135M-Instruct",
+    "tokenized": r"[0-9a-f]{32}",
+    "datasets": r".+\.json",
+    "base-answers": r".+-[0-9a-f]{16}\.safetensors",
+    "task-answers": r".+-[0-9a-f]{16}\.jsonl",
+    "configs": r".+\.json",
+    "findings": r"[0-9a-f]{32}\.json",
+    "uploads": r"[0-9a-f]{16}",
+}
+"""Names that this program gives to what it puts there. Anything else is neither listed nor deleted."""
+SHELLS = ("bash", "zsh", "fish")
+
+
+def run_doctor(args: argparse.Namespace) -> CommandResult:
+    """Run every check, in the order in which they would fail a run."""
+    # Completion, which loads this module at each Tab, does not need them.
+    from qlora_tui.runs.machine_checks import CheckKind, check_libraries, check_system
+
+    checks = check_system()
+    # One error for one cause: a trainer would refuse the same GPU.
+    without_gpu = any(check.kind is CheckKind.GPU and check.outcome == "error" for check in checks)
+    checks += check_libraries(on_cpu=without_gpu)
+    failed = any(check.outcome == "error" for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.outcome:<7}  {check.label}: {_check_text(check)}")
+        if check.fix:
+            lines.append(f"         ▸ {check.fix}")
+    lines.append("Not ready to train: fix the errors above." if failed else "Ready to train.")
+    return CommandResult(
+        data={"ok": not failed, "checks": [_check_data(check) for check in checks]},
+        text="\n".join(lines),
+        exit_code=EXIT_FAILURE if failed else 0,
+    )
+
+
+def _check_text(check: Check) -> str:
+    return f"{check.text} {check.problem.why}".rstrip() if check.problem else check.text
+
+
+def _check_data(check: Check) -> dict[str, str]:
+    return {"name": check.label, "outcome": check.outcome, "text": _check_text(check), "fix": check.fix}
+
+
+def run_locate(args: argparse.Namespace) -> CommandResult:
+    """Return every directory the program uses."""
+    places = {
+        "config": paths.config_dir(),
+        "presets": paths.user_presets_dir(),
+        "themes": paths.user_themes_dir(),
+        "shipped_presets": paths.shipped_dir("presets"),
+        "shipped_themes": paths.shipped_dir("themes"),
+        "state": paths.state_dir(),
+        "runs": paths.runs_dir(),
+        "cache": paths.cache_dir(),
+    }
+    width = max(map(len, places))
+    return CommandResult(
+        data={name: str(path) for name, path in places.items()},
+        text="\n".join(f"{name.replace('_', ' '):<{width}}  {path}" for name, path in places.items()),
+    )
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """One file or folder of the cache."""
+
+    kind: str
+    path: Path
+    size_bytes: int
+    used_at: float
+    """Unix time when it was last used, or written."""
+
+
+def run_cache(args: argparse.Namespace) -> CommandResult:
+    """List the cache; with ``--clear`` delete one kind. Raises UserError where it cannot be deleted."""
+    items = list_items()
+    if args.clear is not None:
+        items = [item for item in items if item.kind == args.clear]
+        _delete_items(items)
+    total = sum(item.size_bytes for item in items)
+    data = {
+        "cleared": args.clear is not None,
+        "folder": str(paths.cache_dir()),
+        "total_bytes": total,
+        "items": [
+            {
+                "kind": item.kind,
+                "path": str(item.path),
+                "size_bytes": item.size_bytes,
+                "used_at": item.used_at,
+            }
+            for item in items
+        ],
+    }
+    if args.clear is not None:
+        return CommandResult(data, f"Deleted {format_bytes(total)} of {args.clear}: {KINDS[args.clear]}.")
+    return CommandResult(data, _cache_table(items, total))
+
+
+def list_items() -> list[CachedItem]:
+    """Everything in the cache, by kind, the largest first."""
+    items = []
+    for kind in KINDS:
+        folder = paths.cache_dir() / kind
+        entries = folder.iterdir() if folder.is_dir() else ()
+        entries_of_kind = [
+            _cached_item(kind, path)
+            for path in entries
+            if re.fullmatch(_NAMES[kind], path.name) and not path.is_symlink()
+        ]
+        items += sorted(entries_of_kind, key=lambda item: -item.size_bytes)
+    return items
+
+
+def _cached_item(kind: str, path: Path) -> CachedItem:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return CachedItem(kind, path, sum(file.stat().st_size for file in files), path.stat().st_mtime)
+
+
+def _delete_items(items: list[CachedItem]) -> None:
+    for item in items:
+        try:
+            if item.path.is_dir():
+                discard(item.path)
+            else:
+                item.path.unlink()
+        except OSError as error:
+            raise UserError(
+                "Cannot clear the cache",
+                what=f"{item.path} cannot be deleted: {error.strerror or error}.",
+                fix="Check the permissions of the folder.",
+            ) from error
+
+
+def _cache_table(items: list[CachedItem], total: int) -> str:
+    if not items:
+        return f"The cache is empty: {paths.cache_dir()}"
+    rows = [
+        [item.kind, item.path.name, format_bytes(item.size_bytes), _age(time.time() - item.used_at)]
+        for item in items
+    ]
+    kinds = dict.fromkeys(item.kind for item in items)
+    explained = [f"{kind}: {KINDS[kind]}. Delete with `qlora-tui cache --clear {kind}`." for kind in kinds]
+    lines = [
+        format_table(rows, ["kind", "name", "size", "used"]),
+        "",
+        f"{format_bytes(total)} in all",
+        "",
+    ]
+    return "\n".join([*lines, *explained])
+
+
+def _age(seconds: float) -> str:
+    hours = seconds / 3600
+    return "today" if hours < 24 else f"{hours / 24:.0f} days ago"
+
+
+def _cache_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clear", choices=list(KINDS), help="delete everything of this kind")
+
+
+def run_completion(args: argparse.Namespace) -> CommandResult:
+    """Return the script for one shell."""
+    from argcomplete.shell_integration import shellcode
+
+    script = shellcode(["qlora-tui"], shell=args.shell).strip()
+    return CommandResult(data={"shell": args.shell, "script": script}, text=script)
+
+
+def answer(parser: argparse.ArgumentParser) -> NoReturn:
+    """Write the completions of ``COMP_LINE`` to descriptor 8, which the shell reads, and exit."""
+    import argcomplete
+
+    _set_completers(parser)
+    argcomplete.autocomplete(parser, always_complete_options=False)
+    raise AssertionError("argcomplete ends the process where _ARGCOMPLETE is set")
+
+
+def run_names() -> Iterable[str]:
+    """Return ``last``, then every run's name."""
+    from qlora_tui.runs.directory import LAST, all_runs
+
+    return (LAST, *(run.id for run in all_runs()))
+
+
+def preset_names() -> Iterable[str]:
+    """Return the names of the shipped presets and the user's."""
+    from qlora_tui.recipe.presets import list_presets
+
+    return (preset.name for preset in list_presets())
+
+
+def model_names() -> Iterable[str]:
+    """Return the models on this machine that can be trained."""
+    from pathlib import Path
+
+    from qlora_tui.catalog.local_models import list_local_models
+    from qlora_tui.settings import load_settings
+
+    folders = [Path(folder).expanduser() for folder in load_settings().model_folders]
+    return (model.name for model in list_local_models(folders) if model.refusal is None)
+
+
+def settings() -> Iterable[str]:
+    """Return ``lora.rank=`` for every setting, followed by each value if there are few."""
+    from qlora_tui.recipe.fields import fields
+
+    for path, field in fields().items():
+        yield from (f"{path}={choice}" for choice in field.choices or ("",))
+
+
+_VALUES: dict[str, Callable[[], Iterable[str]]] = {
+    "run_id": run_names,
+    "preset": preset_names,
+    "model": model_names,
+    "sets": settings,
+    "presets show name": preset_names,
+}
+"""Completions of an argument, by its ``dest``; with the command if ``dest`` alone is ambiguous."""
+
+
+def _set_completers(parser: argparse.ArgumentParser) -> None:
+    command = parser.prog.partition(" ")[2]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _set_completers(below)
+        elif values := _VALUES.get(f"{command} {action.dest}") or _VALUES.get(action.dest):
+            action.completer = _Completer(values)  # type: ignore[attr-defined]  # argcomplete reads it here
+
+
+class _Completer:
+    """Calls ``values`` at a Tab, and skips names that contain terminal control characters."""
+
+    def __init__(self, values: Callable[[], Iterable[str]]) -> None:
+        self._values = values
+
+    def __call__(self, prefix: str, **_: object) -> list[str]:
+        return [value for value in self._values() if value.startswith(prefix) and visible(value) == value]
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help="the shell that will read the script")
+
+
+SUBCOMMANDS = {
+    "doctor": Subcommand(run_doctor, uses_gpu=True),
+    "locate": Subcommand(run_locate),
+    "cache": Subcommand(run_cache, _cache_arguments),
+    "completion": Subcommand(run_completion, _completion_arguments),
+}
