@@ -198,7 +198,7 @@ def random_adapter(recipe: Recipe, folder: Path) -> str:
 
     from qlora_tui.chat.session import model_folder
     from qlora_tui.training.compute_device import find_device
-    from qlora_tui.training.model_loading import load_base
+    from qlora_tui.training.model import load_base
 
     device = find_device(recipe)
     tuned = get_peft_model(

@@ -28,8 +28,8 @@ import torch  # noqa: E402
 
 from bench.support.training_step import StepModel, load_step_model  # noqa: E402
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Training  # noqa: E402
-from qlora_tui.training.failure import is_out_of_memory  # noqa: E402
-from qlora_tui.training.fast_paths import FastPath, FastPaths  # noqa: E402
+from qlora_tui.training.checks.first_step import FastPath, FastPaths  # noqa: E402
+from qlora_tui.training.failures import is_out_of_memory  # noqa: E402
 
 Variant = dict[str, Any]
 

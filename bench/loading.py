@@ -43,7 +43,7 @@ def measure(model: Path, repeats: int) -> dict[str, object]:
     from qlora_tui.recipe.schema import Model, Recipe
     from qlora_tui.training import quantized_cache
     from qlora_tui.training.compute_device import find_device
-    from qlora_tui.training.model_loading import load_base
+    from qlora_tui.training.model import load_base
 
     recipe = Recipe(model=Model(id=str(model)))
     device = find_device(recipe)

@@ -27,12 +27,12 @@ from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.weights import streamed_weights
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training.adapter import add_lora
-from qlora_tui.training.chunked_loss import find_head, use_chunked_loss
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.model_loading import checkpoint_activations, load_base, use_packed_attention
-from qlora_tui.training.packed_attention import pass_sample_lengths
-from qlora_tui.training.streaming.copy_devices import CopyDevice, copies_for
+from qlora_tui.training.loss import find_head, use_loss
+from qlora_tui.training.model import checkpoint_activations, load_base
+from qlora_tui.training.packed_attention import use_packed_attention
 from qlora_tui.training.streaming.placement import place_streamed
+from qlora_tui.training.streaming.slots import CopyDevice, copies_for
 
 LEARNING_RATE = 2e-4
 
@@ -130,8 +130,7 @@ class Training:
         )
         head = find_head(model)
         assert not isinstance(head, str), head
-        use_chunked_loss(model, head)
-        pass_sample_lengths(model)
+        use_loss(model, head)
         use_packed_attention(model)
         torch.manual_seed(0)
         self._model = add_lora(model, recipe.lora, parse_architecture(load_config(folder / "config.json")))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from qlora_tui.demo.conversations import CONVERSATIONS
-from qlora_tui.training.random_model import write_random_model
+from qlora_tui.training.selftest import write_random_model
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,12 +10,12 @@ import torch
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training import model_loading
+from qlora_tui.training import model as model_loading
 from qlora_tui.training.adapter import add_lora
-from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import on_device
-from qlora_tui.training.chunked_loss import IGNORED, loss_positions
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention, find_device
+from qlora_tui.training.loss import IGNORED, loss_positions
+from qlora_tui.training.model import PreparedBase, prepare_base
 
 _LEAST_TOKEN, _MOST_TOKEN = 3, 500
 """Bounds of the random token ids, which every vocabulary has."""

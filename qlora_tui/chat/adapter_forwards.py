@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.memory.budget import this_processor
-from qlora_tui.training.agreement import within_rounding
-from qlora_tui.training.experts.expert_lora import is_parameter_wrapper
+from qlora_tui.training.checks.compare import within_rounding
+from qlora_tui.training.embeddings import TokenRows, row_wrappers, rows_of, with_rows
+from qlora_tui.training.experts.lora import is_parameter_wrapper
 from qlora_tui.training.fused.patching import temporary_forwards
-from qlora_tui.training.trainable_tokens import TokenRows, row_wrappers, rows_of, with_rows
 
 _MANY_TOKENS = 64
 _FP32 = 64 * torch.finfo(torch.float32).eps
@@ -196,7 +196,7 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     # Imported here because peft takes seconds to load and a base alone does not need it.
     from peft.tuners.lora import LoraLayer
 
-    # The experts' wrappers have other forwards (training/experts/expert_lora.py).
+    # The experts' wrappers have other forwards (training/experts/lora.py).
     return (
         module
         for module in model.modules()

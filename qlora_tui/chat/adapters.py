@@ -23,8 +23,8 @@ from qlora_tui.chat.expert_deltas import expert_parameter
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.clean_files import adapter_view
-from qlora_tui.training.experts.expert_lora import active_in_peft, as_fused_parameters, fuse_experts
-from qlora_tui.training.experts.experts_4bit import PROJECTIONS, routed_layer
+from qlora_tui.training.experts.lora import active_in_peft, as_fused_parameters, fuse_experts
+from qlora_tui.training.experts.routing import PROJECTIONS, routed_layer
 
 _PEFT_RANK = 8
 """Rank where the config names none."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.agreement import bitwise_equal, within_rounding
+from qlora_tui.training.checks.compare import bitwise_equal, within_rounding
 
 _SUPPORTED = re.compile(r"0\.(49|50)\.")
 """Versions of bitsandbytes with a matching kernel signature; with others the layer's own forward runs."""

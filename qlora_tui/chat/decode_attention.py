@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_tui.training.attention_check import attention_matches
-from qlora_tui.training.model_loading import set_attention
+from qlora_tui.training.checks.attention import attention_matches
+from qlora_tui.training.packed_attention import set_attention
 
 NAME = "qlora_chat"
 """Name of the attention implementation in transformers."""

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora_tui.training.experts.experts_4bit import PROJECTIONS
-from qlora_tui.training.experts.routed_function import columns_of_b, rows_of_a
+from qlora_tui.training.experts.routing import PROJECTIONS, columns_of_b, rows_of_a
 
 MATRICES = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),

@@ -3,7 +3,7 @@
 The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels directly. This
 check runs the end of a real prompt through both that code and the library's own. The logits of the next token
 must agree as closely as the library agrees with itself when each module's output is perturbed by the rounding
-error of the dtype (see :mod:`qlora_tui.training.step_check`).
+error of the dtype (see :mod:`qlora_tui.training.checks.step`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from qlora_tui.chat.adapter_forwards import LoraForward, TokenRowsForward, WholeModuleForward
 from qlora_tui.chat.cpu_4bit import SingleTokenForward
 from qlora_tui.chat.decode_attention import NAME
+from qlora_tui.training.checks.step import FACTOR, rounding_error_of, rounding_errors
 from qlora_tui.training.fused.patching import PatchedForwards
-from qlora_tui.training.model_loading import set_attention
-from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
+from qlora_tui.training.packed_attention import set_attention
 
 TOKENS = 16
 """Tokens of the prompt's end: a forward pass over these costs little more than one token of the answer."""

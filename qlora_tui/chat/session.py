@@ -56,9 +56,9 @@ from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import run_of
 from qlora_tui.training.answers import answer_greedily
 from qlora_tui.training.compute_device import ComputeDevice, find_device
-from qlora_tui.training.experts.expert_lora import fuse_experts
+from qlora_tui.training.experts.lora import fuse_experts
 from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
-from qlora_tui.training.model_loading import load_base
+from qlora_tui.training.model import load_base
 from qlora_tui.training.streaming.placement import place_streamed
 
 StatusFn = Callable[[str], None]

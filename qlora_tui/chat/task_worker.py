@@ -57,7 +57,7 @@ def answer_prompts(
             write_task_evaluation,
         )
         from qlora_tui.training.answer_comparison import TaskRows, answer_limit, task_prompts
-        from qlora_tui.training.priority import lower_priority
+        from qlora_tui.training.host import lower_priority
 
     started = time.monotonic()
     source = run_source(run)
@@ -126,7 +126,7 @@ def _answer_store(session: ChatSession, adapter: str, limit: int) -> Any:
     from qlora_tui.chat.session import model_folder
     from qlora_tui.chat.task_answers import AnswerStore
     from qlora_tui.files import private_dir
-    from qlora_tui.training.library_versions import versions
+    from qlora_tui.training.compute_device import versions
     from qlora_tui.training.quantized_cache import base_state, cache_name
 
     recipe = session.source.recipe

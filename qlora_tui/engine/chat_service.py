@@ -26,7 +26,7 @@ from qlora_tui.engine.protocol import (
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.gguf_chat import GgufDecoder
-from qlora_tui.training.heap import release_gpu_memory
+from qlora_tui.training.host import release_gpu_memory
 
 
 class ChatService:

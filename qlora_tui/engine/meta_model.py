@@ -12,19 +12,17 @@ from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.memory.weights import quantized_experts
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training import packed_attention
 
 
 def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
     """Build the trainer's model without weights; also return whether packed samples are isolated."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_tui.training import model_loading
+    from qlora_tui.training import model as model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import find_head, use_chunked_loss
-    from qlora_tui.training.experts.experts_4bit import replace_experts
-    from qlora_tui.training.head_chunks import ChunkedHead
-    from qlora_tui.training.packed_attention import pass_sample_lengths
-    from qlora_tui.training.token_losses import use_token_losses
+    from qlora_tui.training.experts.routing import replace_experts
+    from qlora_tui.training.loss import find_head, use_loss
 
     recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
     clean, _ = without_code(request.config)
@@ -41,18 +39,14 @@ def build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype)
         if quantized_experts(recipe.quantization, architecture) != "none":
             replace_experts(model, recipe.quantization.method, nested=recipe.quantization.double_quantization)
     model_loading.freeze(model)
-    segments = attention != "eager" and model_loading.use_packed_attention(
+    segments = attention != "eager" and packed_attention.use_packed_attention(
         model, "varlen" if request.varlen else "segments"
     )
     if recipe.training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(model, preserve_rng_state=False)
     model.enable_input_require_grads()
-    head = find_head(model)
-    if request.loss == "chunked" and isinstance(head, ChunkedHead):
-        use_chunked_loss(model, head)
-    pass_sample_lengths(model)
-    if recipe.preference_method is not None:
-        use_token_losses(model, head)
+    is_chunked = request.loss == "chunked" or recipe.preference_method is not None
+    use_loss(model, find_head(model) if is_chunked else "the stock loss is traced")
     with torch.device("meta"):
         return add_lora(
             model, recipe.lora, architecture, range(len(set(recipe.lora.trainable_tokens)))

@@ -82,7 +82,7 @@ def trace_request(request: TraceRequest) -> StepTrace:
 
 
 def _scale_bytes(model: nn.Module) -> int:
-    from qlora_tui.training.experts.experts_4bit import experts_4bit
+    from qlora_tui.training.experts.routing import experts_4bit
 
     total = 0
     for parameter in model.parameters():
@@ -187,14 +187,14 @@ class _DeviceKernels:
 
     def __enter__(self) -> None:
         self._replace(functional, "scaled_dot_product_attention", _attention)
-        from qlora_tui.training import head_chunks, packed_attention, varlen_attention
+        from qlora_tui.training import loss, packed_attention
 
         self._replace(torch, "autocast", _no_autocast)
-        self._replace(head_chunks, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
+        self._replace(loss, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
         if self._device == "cuda":
             self._replace(functional, "dropout", _dropout)
-            self._replace(varlen_attention, "supports", lambda query, value, samples: True)
-            self._replace(varlen_attention, "attend", _varlen_attention)
+            self._replace(packed_attention, "supports", lambda query, value, samples: True)
+            self._replace(packed_attention, "attend", _varlen_attention)
         else:
             self._replace(
                 packed_attention, "prefers_row_attention", lambda query: query.dtype == torch.bfloat16

@@ -23,7 +23,7 @@ from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
 from qlora_tui.export.requantize import Requantizer, requantizer
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.exports import COMPARED_TOKENS
-from qlora_tui.training.heap import release_gpu_memory
+from qlora_tui.training.host import release_gpu_memory
 
 _SPARE_BYTES = 1 << 30
 

@@ -24,10 +24,10 @@ from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.formatting import format_bytes
 from qlora_tui.training.adapter import exact_target_names
+from qlora_tui.training.checks.step import FACTOR, rounding_error_of, rounding_errors
 from qlora_tui.training.clean_files import adapter_view
 from qlora_tui.training.compute_device import ComputeDevice
-from qlora_tui.training.model_loading import load_base
-from qlora_tui.training.step_check import FACTOR, rounding_error_of, rounding_errors
+from qlora_tui.training.model import load_base
 
 _PROMPT = "Name three colors of autumn leaves, and explain in one sentence why they change."
 _DRAWS = 3

@@ -32,7 +32,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.export.ollama_template import sample_conversations
 from qlora_tui.formatting import format_duration
 from qlora_tui.runs.exports import COMPARED_TOKENS
-from qlora_tui.training.heap import release_gpu_memory
+from qlora_tui.training.host import release_gpu_memory
 
 _MAX_ROWS = 200
 """Most validation rows whose tokens are compared; docs/export.md states this and the next limit."""

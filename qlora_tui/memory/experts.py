@@ -3,7 +3,7 @@
 transformers 5 keeps the experts as two fused 3-D parameters and sorts the tokens by expert
 (``integrations/moe.py``, ``grouped_mm_experts_forward``); before, each expert was a separate module and
 processed its tokens in turn. Fused experts in 4 bits, or with adapters, are computed one at a time, as
-``training/experts/routed_function.py`` does. Tokens are assumed to spread evenly over the experts.
+``training/experts/routing.py`` does. Tokens are assumed to spread evenly over the experts.
 """
 
 from __future__ import annotations

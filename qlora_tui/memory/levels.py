@@ -31,9 +31,9 @@ from qlora_tui.memory.static_memory import optimizer_bytes
 KEPT_BYTES = 300 * 1024
 KERNEL_BYTES = 268 * 1024
 TOKEN_MULTIPLE = 32
-"""Multiple of tokens to which rows, samples and loss chunks are padded (training/padding.py): a kernel takes
-milliseconds to generate, and without padding there would be some 10 for each new length of a sample, some 25
-for each of a row."""
+"""Multiple of tokens to which rows, samples and loss chunks are padded (training/compute_device.py): a kernel
+takes milliseconds to generate, and without padding there would be some 10 for each new length of a sample,
+some 25 for each of a row."""
 ATTENTION_PRODUCTS = 5
 """Products for each sample length: those of attention's backward (training/fused/cpu_attention.py). The
 forward generates no kernel."""

@@ -295,7 +295,7 @@ class Ops:
 
     def _lean_rms_norm(self, x: Tensor) -> Tensor:
         """Replay our RMSNorm, which saves its uncast input and one number per row
-        (``training/fused/rms_norm.py``)."""
+        (``training/fused/norm_rotary.py``)."""
         numel, itemsize = x.numel, x.itemsize
 
         def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
@@ -348,7 +348,7 @@ class Ops:
         return self.cast(turned, itemsize), self.cast(key_turned, itemsize)
 
     def rotate_together(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Replay our kernel for queries and keys, which saves nothing (``training/fused/rotary.py``)."""
+        """Replay our kernel for queries and keys, which saves nothing (``training/fused/norm_rotary.py``)."""
         sizes = ((q.numel, q.itemsize), (k.numel, k.itemsize))
         waiting: list[Tensor] = []
 

@@ -127,7 +127,7 @@ def _quantize(
     quantized: dict[str, MemoryBlock] = {}
     for weight in weights:
         if weight.experts and packs_experts:
-            # One matrix at a time, in the same memory (training/experts/expert_loading.py).
+            # One matrix at a time, in the same memory (training/experts/loading.py).
             read = allocator.malloc(weight.count // weight.experts[0] * READ_BYTES)
             allocator.keep(expert_tensor_sizes(weight.experts, nested))
             allocator.free(read)

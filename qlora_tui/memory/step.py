@@ -215,7 +215,7 @@ def peak_candidates(
 
 
 def _embedding_gradient(layout: Layout, execution: ExecutionConfig) -> Counter[str]:
-    """Return the bytes of the backward of a trained embedding (``training/trained_embeddings.py``): the
+    """Return the bytes of the backward of a trained embedding (``training/embeddings.py``): the
     gradients of the rows as looked up, in fp32, sorted and summed, and a matrix where there is none yet."""
     looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * execution.adapter_itemsize)
     is_first = layout.own_head and not execution.accumulates
@@ -421,7 +421,7 @@ def _logits(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
 def _chunked(
     ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Replay our loss (``training/chunked_loss.py``), with every token in the loss: the worst case.
+    """Replay our loss (``training/loss.py``), with every token in the loss: the worst case.
 
     The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
     place. The gradient of a trained head is held after the backward unless it is added to that of earlier

@@ -1,7 +1,7 @@
 """Weights in 4 bits: which are quantized, and the sizes of their tensors.
 
 Sources: bitsandbytes ``functional.py`` (``quantize_4bit`` with blocks of 64, ``quantize_blockwise`` with
-blocks of 256 for the scales of a double quantization), and ``training/experts/expert_storage.py``.
+blocks of 256 for the scales of a double quantization), and ``training/experts/storage.py``.
 
 Which decoder layers wait in host memory, and what they take there and on the device.
 

@@ -25,7 +25,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measure_in_child
 
 RowClass: TypeAlias = Literal["learned", "never learned", "memorized", "contradicting"]
-_JOB = "qlora_tui.training.row_loss_worker:measure"
+_JOB = "qlora_tui.training.row_losses:measure"
 MEMORIZED = 0.1
 """Nats per token up to which a row is memorized: each of its tokens is predicted with 90 % and more."""
 _UNRELATED = 0.25

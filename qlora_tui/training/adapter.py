@@ -39,11 +39,16 @@ from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
 from qlora_tui.runs.damage import checksum_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import checkpoints
-from qlora_tui.training.experts.expert_lora import as_fused_parameters, fuse_experts
+from qlora_tui.training.embeddings import (
+    init_untrained_rows,
+    peft_options,
+    token_indices,
+    use_fp32_copies,
+    use_trained_rows,
+)
+from qlora_tui.training.experts.lora import as_fused_parameters, fuse_experts
 from qlora_tui.training.fused import use_fused
 from qlora_tui.training.health import OVERFLOW_REMEDY
-from qlora_tui.training.trainable_tokens import init_untrained_rows, token_indices, use_trained_rows
-from qlora_tui.training.trained_embeddings import peft_options, use_fp32_copies
 
 
 def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: Sequence[int] = ()) -> Any:

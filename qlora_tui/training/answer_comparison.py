@@ -37,7 +37,7 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     write_task_evaluation,
 )
 from qlora_tui.training.answers import answer_greedily
-from qlora_tui.training.heap import release_gpu_memory
+from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.run import Run
 
 _MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512

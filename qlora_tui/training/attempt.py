@@ -14,12 +14,12 @@ from qlora_tui.training.answer_comparison import answer_validation, report_answe
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.control_requests import StopRequested
 from qlora_tui.training.evaluation import compare_validation
-from qlora_tui.training.failure import is_out_of_memory
+from qlora_tui.training.failures import is_out_of_memory
+from qlora_tui.training.host import lower_priority
 from qlora_tui.training.loop import Loop
-from qlora_tui.training.priority import lower_priority
+from qlora_tui.training.reporter import TelemetryRecorder
 from qlora_tui.training.run import Run
 from qlora_tui.training.setup import setup
-from qlora_tui.training.telemetry_recorder import TelemetryRecorder
 
 
 def run_attempt(run: Run) -> RunEnded:

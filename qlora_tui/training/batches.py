@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from qlora_tui.data.store import GOOD
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training.chunked_loss import IGNORED, loss_positions
+from qlora_tui.training.loss import IGNORED, loss_positions
 
 
 class TokenizedDataset(Protocol):
@@ -264,7 +264,7 @@ def collate(sequences: Sequence[PackedSamples], samples: TokenizedDataset, shape
     Returns:
         Packed: ``input_ids``, ``position_ids`` and ``labels`` of (1, tokens), and ``segments``, the lengths
         of the samples. Padded: ``input_ids``, ``attention_mask`` and ``labels`` of (sequences, longest).
-        Both also ``loss_positions`` (:func:`.chunked_loss.loss_positions`) and, with sample weights,
+        Both also ``loss_positions`` (:func:`.loss.loss_positions`) and, with sample weights,
         ``loss_weights``, fp32 in the shape of the labels.
     """
     weighted = [samples.weights(i) for i in _samples_of(sequences)]

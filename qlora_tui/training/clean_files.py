@@ -1,7 +1,8 @@
 """Temporary folders that show transformers and peft only safe files: weights, and configs that name no code.
 
 The libraries read more of a folder than requested: an ``adapter_config.json`` that names another base model,
-Python files, templates. So they get a folder of links that holds nothing else.
+Python files, templates. So they get a folder of links that holds nothing else. Compiled
+kernels from the Hub are loaded of one publisher only.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +95,31 @@ def _temporary() -> Iterator[Path]:
                 fix="Free some space, or set TMPDIR to a writable folder.",
             ) from error
         yield view
+
+
+PUBLISHER = "kernels-community"
+"""Hugging Face's own account, which publishes flash attention."""
+
+
+def pin_publisher() -> None:
+    """Make transformers load kernels of :data:`PUBLISHER` only; some model families name other publishers."""
+    if find_spec("kernels") is None:
+        return
+    from transformers.integrations import hub_kernels
+
+    load = getattr(hub_kernels, "get_kernel_hub", None)
+    if load is not None and not hasattr(load, "pinned"):
+        setattr(hub_kernels, "get_kernel_hub", _of_publisher(load))  # noqa: B010  # not in its stubs everywhere
+
+
+def _of_publisher(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def checked(repo_id: str, *args: Any, **settings: Any) -> Any:
+        if repo_id.partition("/")[0] != PUBLISHER:
+            raise ImportError(
+                f"{repo_id} is not from {PUBLISHER}: kernels from other publishers are not loaded"
+            )
+        return load(repo_id, *args, **settings)
+
+    setattr(checked, "pinned", True)  # noqa: B010  # a mark on a function
+    return checked

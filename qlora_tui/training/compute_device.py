@@ -1,8 +1,10 @@
-"""The device of a run, its compute dtype and its attention implementation."""
+"""The device of a run, its compute dtype and attention, and the versions of the libraries that compute."""
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +23,8 @@ from qlora_tui.memory.execution import (
     flash_obstacle,
 )
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training import varlen_attention
-from qlora_tui.training.padding import token_multiple
+from qlora_tui.training import packed_attention
+from qlora_tui.training.fused.cpu_attention import token_multiple
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -103,7 +105,7 @@ def _limit_memory(index: int) -> None:
 
 
 def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
-    """The attention path to try first; ``base_model`` falls back to the next one if it fails its check.
+    """The attention path to try first; ``model.prepare_base`` falls back to the next if it fails its check.
 
     Raises:
         UserError: flash is requested but not available.
@@ -136,9 +138,9 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
     return flash_obstacle(
         cuda=cuda,
         compute_itemsize=device.dtype.itemsize,
-        ampere=cuda and varlen_attention.has_flash(device.torch_device),
+        ampere=cuda and packed_attention.has_flash(device.torch_device),
         # Without a GPU it is not asked: importing that module takes a fifth of a second.
-        torch_has_varlen=cuda and varlen_attention.find_kernel() is not None,
+        torch_has_varlen=cuda and packed_attention.find_kernel() is not None,
     )
 
 
@@ -158,3 +160,19 @@ def host_memory_bytes() -> int:
         if limit.isdigit():
             total = min(total, int(limit))
     return total
+
+
+_PACKAGES = ("qlora-tui", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the libraries that determine what a run computes, and of torch's CUDA."""
+    installed = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        installed["cuda"] = torch.version.cuda
+    return installed

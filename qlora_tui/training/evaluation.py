@@ -28,7 +28,7 @@ from qlora_tui.training.batches import (
     sum_loss_weights,
     validation_batches,
 )
-from qlora_tui.training.chunked_loss import IGNORED
+from qlora_tui.training.loss import IGNORED
 from qlora_tui.training.preferences import (
     PreferenceObjective,
     RewardSums,

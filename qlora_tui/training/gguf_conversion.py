@@ -20,7 +20,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.levels import Conversion, Way, peak_bytes
-from qlora_tui.training import gguf_llama
+from qlora_tui.training import gguf_weights
 from qlora_tui.training.gguf_weights import ProgressCallback
 from qlora_tui.worker import run_job
 
@@ -69,7 +69,7 @@ def pending_conversion(model_id: str) -> Conversion | None:
 def _peak_bytes(file: Path, file_bytes: int) -> int:
     """Cached: the Memory screen calls it after each change, and a header has a hundred thousand tokens."""
     header = read_gguf(file)
-    method: Way = "plain" if gguf_llama.is_known(header) else "streamed"
+    method: Way = "plain" if gguf_weights.is_known(header) else "streamed"
     return peak_bytes(method, file_bytes=file_bytes, vocabulary=header.vocab_size or 0)
 
 

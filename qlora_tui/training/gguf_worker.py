@@ -1,8 +1,8 @@
 """The job that converts a GGUF file to a folder of 16-bit safetensors.
 
 :mod:`qlora_tui.training.gguf_conversion` starts it, so that the memory of the conversion is released with the
-process. transformers can dequantize a GGUF file but
-not quantize it to NF4 at the same time, so the weights are written to disk in between.
+process. transformers can dequantize a GGUF file but not quantize it to NF4 at the same time, so the weights
+are written to disk in between.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from qlora_tui.catalog.gguf import read_gguf, to_hf_config
 from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.drafts import draft_path, held_draft, publish
 from qlora_tui.errors import UserError
-from qlora_tui.training import gguf_llama
-from qlora_tui.training.failure import is_full_disk, is_out_of_memory
-from qlora_tui.training.gguf_weights import ProgressCallback
+from qlora_tui.training.failures import is_full_disk, is_out_of_memory
+from qlora_tui.training.gguf_weights import ProgressCallback, is_known, write_llama, write_streamed
 from qlora_tui.worker import Report
 
 
@@ -48,13 +47,11 @@ def convert(file: Path, folder: Path, report: Report = lambda done, total, text=
 def _convert(file: Path, folder: Path, progress: ProgressCallback) -> None:
     header = read_gguf(file)
     to_hf_config(header, file)  # refuses what would be lost
-    if gguf_llama.is_known(header):
-        gguf_llama.write(file, folder, progress)
+    if is_known(header):
+        write_llama(file, folder, progress)
     else:
-        from qlora_tui.training import gguf_streaming
-
         assert header.architecture is not None
-        gguf_streaming.write(file, folder, header.architecture, progress)
+        write_streamed(file, folder, header.architecture, progress)
     if tool_template := header.values.get("tokenizer.chat_template.tool_use"):
         path = folder / TOOL_TEMPLATE
         path.parent.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Detects what goes wrong in training; each finding has its evidence and a remedy.
 
 Pure functions of numbers: :mod:`qlora_tui.training.loop` passes loss and gradient norm of each step,
-:mod:`qlora_tui.training.telemetry_recorder` the metrics of the GPU.
+:mod:`qlora_tui.training.reporter` the metrics of the GPU.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qlora_tui.training.chunked_loss import LossSumFn, chunked_sum
-from qlora_tui.training.head_chunks import ChunkedHead, losses_and_grads
+from qlora_tui.training.checks.compare import within_noise
+from qlora_tui.training.loss import ChunkedHead, LossSumFn, chunked_sum, losses_and_grads
 
 _TOKENS = 256
 """Tokens of the check: enough for Liger to use several chunks, of several rows each in most models."""
@@ -85,8 +85,8 @@ def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> s
         return "loss"
     noise = (gradients[1] - exact).square().mean(-1, keepdim=True).sqrt()
     least = _ROUNDINGS[bits] * torch.finfo(weight.dtype).eps * scale
-    tolerance = _NOISE * torch.maximum(noise, least)
-    return None if bool(((gradients[0] - exact).abs() <= tolerance).all()) else "gradient"
+    is_same = within_noise(gradients[0], exact, torch.maximum(noise, least), _NOISE)
+    return None if is_same else "gradient"
 
 
 @torch.no_grad()

@@ -22,15 +22,15 @@ from qlora_tui.runs.events import (
     SampleGenerated,
     Step,
 )
-from qlora_tui.training import checkpoints, model_loading
+from qlora_tui.training import checkpoints, model
 from qlora_tui.training.adapter import trained_weights_digest
 from qlora_tui.training.answers import generate_samples
 from qlora_tui.training.batches import PlannedStep, Steps, computed_tokens, longest_micro_batch
 from qlora_tui.training.checkpoints import CheckpointState
 from qlora_tui.training.control_requests import StepAbandoned, StopRequested
 from qlora_tui.training.evaluation import Evaluator
-from qlora_tui.training.failure import is_full_disk
-from qlora_tui.training.forgetting.base_divergence import BaseDivergence
+from qlora_tui.training.failures import is_full_disk
+from qlora_tui.training.forgetting import BaseDivergence
 from qlora_tui.training.health import (
     Finding,
     ForgettingMonitor,
@@ -231,7 +231,7 @@ class Loop:
                 f"The memory estimate has no model of this run's code ({replaced or run.base.attention}).",
                 "Every layer is recomputed in the backward pass. gradient_checkpointing = off keeps all.",
             )
-        if model_loading.apply_kept_layers(run.base.model, plan.kept_layers):
+        if model.apply_kept_layers(run.base.model, plan.kept_layers):
             run.reporter.emit(
                 LayersKept(
                     at=time.time(),

@@ -33,9 +33,8 @@ from qlora_tui.memory.execution import LEAN_OPTIMIZER
 from qlora_tui.memory.step_choice import KeptLayersPlan, choose_step, plan_kept_layers, with_optimizer
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured
-from qlora_tui.training.base_model import PreparedBase
-from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
-from qlora_tui.training.library_versions import versions
+from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes, versions
+from qlora_tui.training.model import PreparedBase
 
 
 class MemoryMeter:

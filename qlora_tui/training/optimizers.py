@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.recipe.schema import Training
-from qlora_tui.training.trained_embeddings import embedding_rate, trained_matrices
+from qlora_tui.training.embeddings import embedding_rate, trained_matrices
 
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 _NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]

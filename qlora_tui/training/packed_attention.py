@@ -4,11 +4,11 @@ The samples of a micro-batch lie end to end in one sequence, at batch size one. 
 isolates them with one dense mask over the whole sequence. This attends to each sample by itself: work and
 memory grow with the square of a sample, not of the sequence. There are two implementations:
 
-* ``varlen``: one call of FlashAttention for the sequence (:mod:`.varlen_attention`), on a GPU in 16 bits.
+* ``varlen``: one call of FlashAttention for the sequence (:func:`attend`), on a GPU in 16 bits.
 * ``segments``: SDPA sample by sample, wherever the first does not run.
 
-``compute_device.choose_attention`` decides which to try, and ``base_model`` uses it only if it passes a check
-on the loaded model.
+``compute_device.choose_attention`` decides which to try, and ``model.prepare_base`` uses it only if it passes
+a check on the loaded model.
 
 Where samples begin is passed as the attention mask: an int32 tensor of four dimensions, which transformers
 passes on unchanged (``masking_utils._preprocess_mask_arguments``), and which stays on the CPU so that reading
@@ -22,23 +22,114 @@ it does not wait for the GPU. It holds FlashAttention's ``cu_seqlens``. For samp
                . . . 1 . .
                . . . . 1 .
                . . . . 1 1
+
+A call per sample launches a dozen kernels for each, in every layer and pass; for short samples a GPU spends
+more time on launching than on computing. With ``varlen`` the kernel itself reads where samples begin. Keys
+and values may have fewer heads than queries, and a sliding window is part of the kernel.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import wraps
+from contextlib import suppress
+from functools import cache
 from itertools import pairwise
-from types import MethodType
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.training import varlen_attention
-from qlora_tui.training.fused.cpu_attention import RowAttention
-from qlora_tui.training.padding import pad_tokens, token_multiple
+from qlora_tui.memory.attention import SAMPLE_PADDING_ROWS, accumulator_width
+from qlora_tui.memory.execution import BFLOAT16_CAPABILITY, flash_trains
+from qlora_tui.training import packed_attention
+from qlora_tui.training.fused.cpu_attention import RowAttention, pad_tokens, token_multiple
+
+_MAX_HEAD_WIDTH = 256
+"""Widest head that the kernel supports (``check_head_dim_size_flash`` in torch's ``sdp_utils.cpp``)."""
+_WIDTH_MULTIPLE = 8
+
+
+@cache
+def find_kernel() -> Callable[..., Any] | None:
+    """torch's function; None in versions before 2.11, which have none or one without scale and window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    has = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size"} <= has.keys() else None
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether the GPU runs FlashAttention-2: from Ampere on."""
+    return capability_of(device) >= BFLOAT16_CAPABILITY
+
+
+def trains_with_flash(device: torch.device, head_width: int) -> bool:
+    """Whether the GPU runs FlashAttention-2, backward included, for heads of this width."""
+    return has_flash(device) and flash_trains(capability_of(device), head_width)
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
+def supports(query: Tensor, value: Tensor, *, samples: int) -> bool:
+    """Whether the kernel runs for queries (1, heads, tokens, width) that hold ``samples`` samples."""
+    _, heads, tokens, width = query.shape
+    if query.device.type != "cuda" or query.element_size() != 2 or width != value.shape[-1]:
+        return False
+    if width > _MAX_HEAD_WIDTH or width % _WIDTH_MULTIPLE or not trains_with_flash(query.device, width):
+        return False
+    # The sums of the backward are indexed with 32 bits.
+    return (tokens + SAMPLE_PADDING_ROWS * samples) * heads * accumulator_width(width) < 1 << 31
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """Attend within each sample of a packed sequence.
+
+    Args:
+        query: (1, heads, tokens, width); ``key`` and ``value`` may have fewer heads.
+        starts: (1, 1, 1, samples + 1), int32, on the CPU: where each sample begins, and the end of the last.
+        window: tokens that a query attends to at most, itself included; None for all before it.
+
+    Returns:
+        (1, tokens, heads, width).
+    """
+    kernel = find_kernel()
+    assert kernel is not None
+    on_device, longest = _on_device(starts, query.device)
+    windowed = window is not None and window < longest
+    options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
+    output: Tensor = kernel(
+        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        on_device,
+        on_device,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(window - 1 if window is not None and windowed else -1, 0),
+        **options,
+    )
+    return output[None]
+
+
+def _on_device(starts: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """``starts`` as a vector on the device, and the longest sample: copied once for all layers and passes."""
+    copied: tuple[Tensor, int] | None = getattr(starts, "copied", None)
+    if copied is None or copied[0].device != device:
+        places = starts.flatten()
+        longest = max(end - start for start, end in pairwise(places.tolist()))
+        copied = (places.to(device, non_blocking=True), longest)
+        setattr(starts, "copied", copied)  # noqa: B010  # a tensor has no such field
+    return copied
+
 
 PackedAttention: TypeAlias = Literal["varlen", "segments"]
 NAMES: dict[PackedAttention, str] = {"varlen": "qlora_varlen", "segments": "qlora_segments"}
@@ -71,22 +162,6 @@ def segment_mask(lengths: list[int]) -> Tensor:
     starts = torch.zeros(1, 1, 1, len(lengths) + 1, dtype=torch.int32)
     starts[0, 0, 0, 1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     return starts
-
-
-def pass_sample_lengths(model: nn.Module) -> None:
-    """Make ``model(segments=[…])`` isolate the samples of a packed sequence, with either loss.
-
-    The lengths are passed as the mask of :func:`segment_mask`.
-    """
-    original_forward = model.forward
-
-    @wraps(original_forward)
-    def forward(self: nn.Module, segments: list[int] | None = None, **kwargs: Any) -> Any:
-        if segments is not None:
-            kwargs |= {"attention_mask": segment_mask(segments), "use_cache": False}
-        return original_forward(**kwargs)
-
-    model.forward = MethodType(forward, model)
 
 
 def segment_attention(
@@ -155,11 +230,11 @@ def varlen_attention_forward(
         attention_mask is not None
         and attention_mask.dtype == torch.int32
         and not (settings.get("dropout") or _has_special_scores(settings))
-        and varlen_attention.supports(query, value, samples=attention_mask.shape[-1] - 1)
+        and supports(query, value, samples=attention_mask.shape[-1] - 1)
     ):
         scaling, window = settings.get("scaling"), settings.get("sliding_window")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return varlen_attention.attend(query, key, value, attention_mask, scale, window), None
+        return attend(query, key, value, attention_mask, scale, window), None
     return segment_attention(module, query, key, value, attention_mask, **settings)
 
 
@@ -228,7 +303,7 @@ def supports_grouped_heads(query: Tensor, masked: bool) -> bool:
         return True
     if masked or query.element_size() != 2:
         return False
-    return varlen_attention.trains_with_flash(query.device, query.shape[-1])
+    return trains_with_flash(query.device, query.shape[-1])
 
 
 def _eager_attention(
@@ -271,3 +346,20 @@ def _causal(queries: int, keys: int, window: int | None, device: torch.device) -
 
 def _repeat(heads: Tensor, wanted: int) -> Tensor:
     return heads.repeat_interleave(wanted // heads.shape[1], dim=1) if heads.shape[1] != wanted else heads
+
+
+def use_packed_attention(model: Any, kind: packed_attention.PackedAttention = "segments") -> bool:
+    """Switch to packed attention; False where the family does not use transformers' attention interface."""
+    packed_attention.register()
+    return set_attention(model, packed_attention.NAMES[kind])
+
+
+def set_attention(model: Any, name: str) -> bool:
+    """Switch to an attention implementation by name; False where the family does not support switching."""
+    before = model.config._attn_implementation
+    with suppress(ValueError, AttributeError, NotImplementedError):
+        model.set_attn_implementation(name)
+    if model.config._attn_implementation == name:
+        return True
+    model.set_attn_implementation(before)
+    return False

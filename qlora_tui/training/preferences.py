@@ -93,7 +93,7 @@ def score_answers(model: Any, batch: dict[str, Any]) -> AnswerScores:
     """Compute the log-probability of each answer of a micro-batch on the model's device.
 
     Args:
-        model: a model, perhaps in wrappers, with :func:`~qlora_tui.training.token_losses.use_token_losses`.
+        model: a model, perhaps in wrappers, with :func:`~qlora_tui.training.loss.use_loss`.
         batch: from :func:`collate_answers`.
     """
     inputs = {k: v for k, v in batch.items() if k not in ("sides", "answer_tokens", "loss_weights")}

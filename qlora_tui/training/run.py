@@ -12,13 +12,13 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.adapter import StartingAdapter
-from qlora_tui.training.base_model import PreparedBase
 from qlora_tui.training.batches import RowShape, StepPlan, TokenizedDataset
 from qlora_tui.training.checkpoints import Checkpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.control_requests import ControlRequests
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.model import PreparedBase
 from qlora_tui.training.reporter import Reporter
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_tui.training.batches import PackedSamples, RowShape, TokenizedDataset, collate, on_device, pack
-from qlora_tui.training.chunked_loss import find_head
+from qlora_tui.training.loss import each_token_loss, find_head
 from qlora_tui.training.packed_attention import segment_mask
-from qlora_tui.training.token_losses import token_losses as each_token_loss
 
 
 @contextmanager
@@ -157,19 +156,8 @@ def token_losses(
 def _row_losses(model: Any, batch: dict[str, Any]) -> Tensor:
     """Loss of each trained token of one row, (tokens,), fp32."""
     bare = model.get_base_model()
-    positions: Tensor = batch["loss_positions"]
-    targets = batch["labels"].flatten().index_select(0, positions + 1)
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     if "segments" in batch:
-        inputs |= {
-            "position_ids": batch["position_ids"],
-            "attention_mask": segment_mask(batch["segments"]),
-        }
-    head = find_head(bare)
-    if isinstance(head, str):
-        inputs.pop("attention_mask", None)
-        more = {"segments": batch["segments"]} if "segments" in batch else {}
-        logits = bare(**inputs, **more, logits_to_keep=positions).logits[0]
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    states = bare.get_decoder()(**inputs)[0].flatten(0, 1).index_select(0, positions)
-    return each_token_loss(states, targets, head)
+        mask = segment_mask(batch["segments"])
+        inputs |= {"position_ids": batch["position_ids"], "attention_mask": mask}
+    return each_token_loss(bare, find_head(bare), inputs, batch["labels"], batch["loss_positions"])

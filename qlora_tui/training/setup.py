@@ -19,26 +19,24 @@ from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
 from qlora_tui.runs.actions import initial_adapter
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
 from qlora_tui.runs.machine_checks import several_gpus_problem
-from qlora_tui.training import model_loading, quantized_cache
+from qlora_tui.training import model as model_loading
+from qlora_tui.training import quantized_cache, replay
 from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, trained_parameters
-from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import TokenizedDataset, plan_steps
 from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
-from qlora_tui.training.chunked_loss import find_head
-from qlora_tui.training.compute_device import choose_attention
-from qlora_tui.training.forgetting import replay_samples
+from qlora_tui.training.checks.first_step import verify_first_step
+from qlora_tui.training.compute_device import choose_attention, versions
 from qlora_tui.training.fused.kernel_choice import find_kernels, kernel_remedy, refusal_of_kernels
 from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
-from qlora_tui.training.heap import release_free_memory
-from qlora_tui.training.library_versions import versions
+from qlora_tui.training.host import release_free_memory
+from qlora_tui.training.library_names import require_names
 from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.model import PreparedBase, prepare_base
 from qlora_tui.training.run import Run
-from qlora_tui.training.step_verification import verify_first_step
-from qlora_tui.training.streaming.copy_devices import copies_for
 from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.placement import decoder_layers
-from qlora_tui.training.token_losses import use_token_losses
+from qlora_tui.training.streaming.slots import copies_for
 from qlora_tui.worker import JobStopped
 
 
@@ -49,6 +47,7 @@ def setup(run: Run) -> None:
         StopRequested: a stop or pause was requested meanwhile.
         UserError: the recipe, the data or the model cannot be trained.
     """
+    require_names()
     run.reporter.phase("loading", run.recipe.model.id)
     run.files = resolve_model(run.recipe.model.id)
     run.meter = MemoryMeter(run.recipe, run.files.architecture, run.device)
@@ -220,8 +219,6 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
             "switched off.",
             "Routers are frozen, so nothing is lost. Leave them out of lora.target_modules.",
         )
-    if recipe.preference_method is not None:
-        use_token_losses(base.model, base.loss_reason if base.loss == "stock" else find_head(base.model))
     _report_environment(run, base)
     if base.streamed is not None:
         reporter.emit(
@@ -245,7 +242,7 @@ def _with_replay(run: Run) -> TokenizedDataset:
     requested meanwhile, and OSError where they cannot be written.
     """
     recipe, path, train = run.recipe, run.directory.replay_path, run.data.train
-    count = replay_samples.replayed(len(train), recipe.training.replay_share)
+    count = replay.replayed(len(train), recipe.training.replay_share)
     if not count:
         return train
 
@@ -256,7 +253,7 @@ def _with_replay(run: Run) -> TokenizedDataset:
 
     if run.dist.is_main_process and run.checkpoint is None:
         run.reporter.phase("loading", "the base's answers to replay")
-        rows = replay_samples.compute_rows(
+        rows = replay.compute_rows(
             run.base.model,
             count,
             run.tokenizer,
@@ -265,9 +262,9 @@ def _with_replay(run: Run) -> TokenizedDataset:
             run.device.torch_device,
             report_progress,
         )
-        replay_samples.write_rows(path, rows)
+        replay.write_rows(path, rows)
     run.dist.barrier()
-    return replay_samples.ReplaySamples(train, replay_samples.read_rows(path), recipe.training.replay_share)
+    return replay.ReplaySamples(train, replay.read_rows(path), recipe.training.replay_share)
 
 
 def _add_adapter(run: Run) -> Any:
@@ -322,9 +319,6 @@ def _verify(run: Run) -> None:
     run.requests.raise_if_stop_requested()
     run.reporter.phase("probing", "the first step, against transformers and peft")
     before, base = run.base, _keep_padding(run, verify_first_step(run))
-    if "loss" in base.replaced and run.recipe.preference_method is not None:
-        # The forward that verification restored knows no losses of single tokens.
-        use_token_losses(base.model, base.loss_reason)
     if base.replaced:
         run.meter.use(base, triton=run.meter.execution.triton)
     if (base.attention, base.loss) != (before.attention, before.loss):
@@ -396,7 +390,7 @@ def _report_data(run: Run) -> None:
             dropped=data.counts.dropped,
             cut=data.counts.cut,
             thinking=run.thinking,
-            replayed=replay_samples.replayed(len(train), run.recipe.training.replay_share),
+            replayed=replay.replayed(len(train), run.recipe.training.replay_share),
         )
     )
     run.reporter.update(total_steps=total_steps)

@@ -29,8 +29,8 @@ from qlora_tui.training import checkpoints
 from qlora_tui.training.checkpoints import Checkpoint, UnloadableCheckpoint
 from qlora_tui.training.control_requests import ControlRequests
 from qlora_tui.training.distributed import DistributedContext, distributed_context
-from qlora_tui.training.failure import failure_event
-from qlora_tui.training.heap import release_gpu_memory
+from qlora_tui.training.failures import failure_event
+from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.reporter import Reporter
 
 

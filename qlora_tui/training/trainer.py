@@ -23,13 +23,11 @@ from qlora_tui.training.adapter import load_adapter, save_adapter
 from qlora_tui.training.batches import StepData, on_device
 from qlora_tui.training.checkpoints import UnloadableCheckpoint
 from qlora_tui.training.compute_device import ComputeDevice
-from qlora_tui.training.disk_errors import true_disk_errors
-from qlora_tui.training.embedding_noise import EmbeddingNoise
-from qlora_tui.training.failure import is_out_of_memory
-from qlora_tui.training.heap import release_free_memory, release_gpu_memory
+from qlora_tui.training.embeddings import EmbeddingNoise, trained_matrices
+from qlora_tui.training.failures import is_out_of_memory, true_disk_errors
+from qlora_tui.training.host import release_free_memory, release_gpu_memory
 from qlora_tui.training.optimizers import create_optimizer, create_schedule, wait_for_gpu, warmup_steps
 from qlora_tui.training.preferences import PreferenceObjective
-from qlora_tui.training.trained_embeddings import trained_matrices
 
 
 class StepResult(NamedTuple):

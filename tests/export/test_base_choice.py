@@ -17,7 +17,7 @@ from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.merge import merge
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.training.model_loading import load_base
+from qlora_tui.training.model import load_base
 from tests.export.export_sources import make_source
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file import families
 from qlora_tui.export.gguf_file.families import FAMILIES
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
-from qlora_tui.training.random_model import write_tokenizer
+from qlora_tui.training.selftest import write_tokenizer
 from tests.export.gguf_files import divergence, logits_at_all, logits_of, write_base
 from tests.training.tiny_model import CHAT_TEMPLATE
 

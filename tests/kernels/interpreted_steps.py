@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qlora_tui.training.fused import kernel_choice, triton_kernels
+from qlora_tui.training.fused.norm_rotary import fuse_rotary
 from qlora_tui.training.fused.patching import PatchedForwards
-from qlora_tui.training.fused.rotary import fuse_rotary
-from qlora_tui.training.model_loading import checkpoint_activations
+from qlora_tui.training.model import checkpoint_activations
 from tests.kernels.compiling import SOURCE, load
 from tests.training.families import build, with_adapter
 

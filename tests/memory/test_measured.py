@@ -13,6 +13,7 @@ from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.step import peak_candidates, profile_step
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from qlora_tui.training import packed_attention
 from tests.catalog.configs import config
 
 TINY: dict[str, Any] = {
@@ -160,14 +161,17 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
 
     from qlora_tui.data.store import BAD, GOOD
     from qlora_tui.engine.trace_worker import StorageCounter
-    from qlora_tui.training import model_loading
+    from qlora_tui.training import model as model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.chunked_loss import IGNORED, find_head, loss_positions, use_chunked_loss
-    from qlora_tui.training.head_chunks import ChunkedHead
-    from qlora_tui.training.packed_attention import pass_sample_lengths
+    from qlora_tui.training.loss import (
+        IGNORED,
+        ChunkedHead,
+        find_head,
+        loss_positions,
+        use_loss,
+    )
     from qlora_tui.training.preferences import PreferenceObjective
     from qlora_tui.training.scoring import no_grad_eval
-    from qlora_tui.training.token_losses import use_token_losses
 
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
@@ -177,18 +181,15 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     if recipe.quantization.method != "none":
         _quantize(model, recipe.quantization.method)
     model_loading.freeze(model)
-    assert model_loading.use_packed_attention(model)
+    assert packed_attention.use_packed_attention(model)
     if recipe.training.gradient_checkpointing != "off":
         model_loading.checkpoint_activations(model, preserve_rng_state=bool(dropout))
         assert model_loading.apply_kept_layers(model, kept_layers)
     model.enable_input_require_grads()
     head = find_head(model)
     assert isinstance(head, ChunkedHead)
-    use_chunked_loss(model, head)
-    pass_sample_lengths(model)
+    use_loss(model, head)
     objective = PreferenceObjective.of(recipe)
-    if objective is not None:
-        use_token_losses(model, head)
     model = add_lora(model, recipe.lora, architecture).train()
     rows, length = recipe.rows_per_pass, recipe.data.max_length
     ids = torch.randint(0, 2048, (1, rows * length))

@@ -23,7 +23,7 @@ TRAINING_IMPORTS = (
 )
 TRAINING_MODULES = (
     "qlora_tui.training",
-    "qlora_tui.training.row_loss_worker:measure",
+    "qlora_tui.training.row_losses:measure",
     "qlora_tui.training.selftest:check_training",
     "qlora_tui.chat.task_worker:evaluate",
     "qlora_tui.engine.trace_worker:trace",

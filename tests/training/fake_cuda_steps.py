@@ -16,19 +16,16 @@ import torch
 from torch import Tensor
 
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
-from qlora_tui.training import (
-    chunked_loss,
-    equivalence_checks,
-    model_loading,
-    quantized_cache,
-    varlen_attention,
-)
+from qlora_tui.training import loss as chunked_loss
+from qlora_tui.training import model as model_loading
+from qlora_tui.training import packed_attention, quantized_cache
 from qlora_tui.training.batches import mask_all_labels, on_device
+from qlora_tui.training.checks import base
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.fused import lora_linear
-from qlora_tui.training.model_loading import load_base, quantized_on
-from qlora_tui.training.packed_attention import PackedAttention, pass_sample_lengths
-from qlora_tui.training.streaming.frozen_tensors import all_tensors
+from qlora_tui.training.fused import lora
+from qlora_tui.training.model import load_base, quantized_on
+from qlora_tui.training.packed_attention import PackedAttention
+from qlora_tui.training.streaming.slots import all_tensors
 from tests.training.fake_cuda import (
     FAKE_DEVICE,
     KIND,
@@ -39,8 +36,8 @@ from tests.training.fake_cuda import (
     values,
 )
 from tests.training.families import FAMILIES, build, with_adapter
+from tests.training.test_packing import varlen_reference
 from tests.training.trained_weights import CLAIMED
-from tests.training.varlen_reference import varlen_reference
 
 LENGTHS = [11, 17, 12]
 IDS = [40, 7, 251]
@@ -59,9 +56,8 @@ def use_fast_paths(model: Any, kind: PackedAttention = "segments") -> None:
     """Use packed attention and the chunked loss."""
     head = chunked_loss.find_head(model)
     assert not isinstance(head, str)
-    assert model_loading.use_packed_attention(model, kind)
-    chunked_loss.use_chunked_loss(model, head)
-    pass_sample_lengths(model)
+    assert packed_attention.use_packed_attention(model, kind)
+    chunked_loss.use_loss(model, head)
 
 
 def quantize(model: Any) -> None:
@@ -179,19 +175,19 @@ def compare_with_cpu(
 
 def with_dropout() -> dict[str, Any]:
     """A step with dropout drawn as a GPU draws it, on the CPU too."""
-    stock = lora_linear._dropout_mask
-    lora_linear._dropout_mask = lambda values, p: torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
+    stock = lora._dropout_mask
+    lora._dropout_mask = lambda values, p: torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
     try:
         return compare_with_cpu("llama", packed(), dropout=0.1)
     finally:
-        lora_linear._dropout_mask = stock
+        lora._dropout_mask = stock
 
 
 def one_call() -> dict[str, Any]:
     """A step with variable-length attention, whose kernel is written out; on the CPU a call per sample."""
     with (
-        patch.object(varlen_attention, "supports", lambda query, value, samples: query.device.type == KIND),
-        patch.object(varlen_attention, "find_kernel", lambda: varlen_reference),
+        patch.object(packed_attention, "supports", lambda query, value, samples: query.device.type == KIND),
+        patch.object(packed_attention, "find_kernel", lambda: varlen_reference),
     ):
         return compare_with_cpu("gemma3_text", packed(), kind="varlen")
 
@@ -205,9 +201,9 @@ def checked(family: str) -> dict[str, Any]:
     device = torch.device(FAKE_DEVICE)
     with fake_cuda() as log:
         # Of the model's own loss, before ours is in its place.
-        is_exact = equivalence_checks.head_matches_model(model, head, device)
+        is_exact = base.head_matches_model(model, head, device)
         use_fast_paths(model)
-        padding_free = equivalence_checks.packing_is_isolated(model, device)
+        padding_free = base.packing_is_isolated(model, device)
     return {"loss_is_exact": is_exact, "padding_free": padding_free, "refused": log.refused}
 
 

@@ -17,10 +17,11 @@ from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.training import equivalence_checks, memory_meter, model_loading, packed_attention
-from qlora_tui.training.fused import rms_norm
+from qlora_tui.training import memory_meter, model, packed_attention
+from qlora_tui.training.checks import base
+from qlora_tui.training.checks.step import StepReference
+from qlora_tui.training.fused import norm_rotary
 from qlora_tui.training.loop import Loop
-from qlora_tui.training.step_check import StepReference
 from qlora_tui.training.trainer import Trainer
 
 _CLONE_NEWNS = 0x00020000
@@ -72,7 +73,7 @@ def no_memory_for_the_model() -> None:
     def load(*args: Any, **settings: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    model_loading.load_base = load
+    model.load_base = load
 
 
 def mount_small_tmpfs(folder: str, bytes_: int) -> None:
@@ -89,7 +90,7 @@ def mount_small_tmpfs(folder: str, bytes_: int) -> None:
 
 def norm_without_offset() -> None:
     """Gemma's fused RMSNorm multiplies by w where it should by 1 + w."""
-    stock = rms_norm._rms_norm
+    stock = norm_rotary._rms_norm
 
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, variant: Any) -> torch.Tensor:
         out, spread = stock(x, weight - 1, eps, variant)
@@ -97,7 +98,7 @@ def norm_without_offset() -> None:
         ctx.weight, ctx.variant = weight, variant
         return out
 
-    rms_norm._FusedRmsNorm.forward = staticmethod(forward)  # type: ignore[method-assign]
+    norm_rotary._FusedRmsNorm.forward = staticmethod(forward)  # type: ignore[method-assign]
 
 
 def choose_for_memory(rows: int, optimizer: RecipeOptimizer) -> None:
@@ -121,7 +122,7 @@ def refuse_kernels() -> None:
 def samples_see_each_other() -> None:
     """Let packed attention treat a row as one sample, unnoticed by the checks of single parts."""
     whole = packed_attention.segment_mask
-    equivalence_checks.packing_is_isolated = lambda *args: True
+    base.packing_is_isolated = lambda *args: True
     vars(packed_attention)["segment_mask"] = lambda lengths: whole([sum(lengths)])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_tui.training.fused.adapter_casts import AdapterCasts
+from qlora_tui.training.fused.lora import AdapterCasts
 from tests.training.families import build, with_adapter
 
 pytestmark = pytest.mark.slow

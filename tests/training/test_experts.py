@@ -1,24 +1,47 @@
-"""4-bit experts: what transformers and peft compute on dequantized ones, for each family of mixtures."""
+"""4-bit experts and adapters on them: what transformers and peft compute on dequantized ones."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.config_parser import load_config, parse_architecture
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.model_validation import check_folder
+from qlora_tui.chat.adapter_deltas import read_deltas
+from qlora_tui.chat.adapters import AdapterSet
+from qlora_tui.chat.base_weights import assign_deltas
+from qlora_tui.chat.chat_types import BASE, ChatSource
+from qlora_tui.chat.logits_check import library_code
 from qlora_tui.engine.trace_worker import StorageCounter
+from qlora_tui.errors import UserError
+from qlora_tui.export.merge import merge
+from qlora_tui.export.merged_weights import merged_weights, require_mergeable
+from qlora_tui.export.requantize import reader_of, requantizer
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import adapter
+from qlora_tui.training.adapter import add_lora, save_adapter
+from qlora_tui.training.checks.first_step import VerificationResult, verify_step
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.experts import expert_loading
-from qlora_tui.training.experts.experts_4bit import PROJECTIONS, experts_4bit, fused_experts
+from qlora_tui.training.distributed import DistributedContext
+from qlora_tui.training.experts import loading, routing
+from qlora_tui.training.experts.lora import fuse_experts
+from qlora_tui.training.experts.routing import PROJECTIONS, experts_4bit, fused_experts
+from qlora_tui.training.experts.storage import dequantize_mxfp4
 from qlora_tui.training.fused.patching import PatchedForwards
-from qlora_tui.training.model_loading import checkpoint_activations, load_base
+from qlora_tui.training.model import checkpoint_activations, load_base, prepare_base
 from tests.training.families import build
+from tests.training.test_verify import excerpt, massive_channel
 from tests.training.trained_weights import CLAIMED
 
 pytestmark = pytest.mark.slow
@@ -156,7 +179,7 @@ def test_the_reference_is_the_familys_own_code(folder: Path) -> None:
 
 def test_stored_experts_are_read_again(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(qwen).state_dict()
-    monkeypatch.setattr(expert_loading, "quantize_into", None)
+    monkeypatch.setattr(loading, "quantize_into", None)
     second = load(qwen).state_dict()
     assert second.keys() == first.keys()
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
@@ -182,3 +205,231 @@ def test_loading_holds_one_matrix_in_16_bits(model_type: str, tmp_path: Path) ->
     matrix_bytes = 2 * packed.layout("gate_up_proj").numel
     # Half a matrix is read beside the one that it is copied into, and quantized to a quarter.
     assert storages.peak_bytes - storages.live_bytes < 2 * matrix_bytes
+
+
+_CONFIG = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+_SMALL_SCALES = (118, 124)
+"""Exponents with a bias of 127: weights of up to 0.75, as a trained model has."""
+
+
+def mxfp4_tensors(experts: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Random blocks (experts, outputs, inputs / 32, 16) and scales (experts, outputs, inputs / 32), uint8."""
+    blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(*_SMALL_SCALES, (experts, outputs, inputs // 32), dtype=torch.uint8)
+    return blocks, scales
+
+
+def save_both(folder: Path, **settings: int) -> tuple[Path, Path]:
+    """Write the model with MXFP4 experts, and with what transformers makes of them in bfloat16."""
+    packed, plain = folder / "mxfp4", folder / "bfloat16"
+    build("gpt_oss", intermediate_size=64, **settings).bfloat16().save_pretrained(plain)
+    tensors = load_file(plain / "model.safetensors")
+    stored = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors[name].shape
+        blocks, scales = mxfp4_tensors(experts, outputs, inputs)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales).contiguous()
+        del stored[name]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    packed.mkdir()
+    config = json.loads((plain / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": _CONFIG}))
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    save_file(stored, packed / "model.safetensors", {"format": "pt"})
+    return packed, plain
+
+
+IDS = torch.arange(3, 60)[None]
+
+
+@dataclass
+class Trained:
+    """A base, and an adapter that was trained on it in 4 bits."""
+
+    base: Path
+    adapter: Path
+    logits: Tensor
+    base_logits: Tensor
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp(request.param)
+    build(request.param, **CLAIMED[request.param]).save_pretrained(folder / "base")
+    packed = load(folder / "base")
+    base_logits = logits_of(packed)
+    model = adapted(packed, "q_proj", *BOTH)
+    save_adapter(model, folder / "adapter")
+    return Trained(folder / "base", folder / "adapter", logits_of(model.eval()), base_logits)
+
+
+@torch.inference_mode()
+def logits_of(model: Any) -> Tensor:
+    logits: Tensor = model(input_ids=IDS, use_cache=False).logits.float()
+    return logits
+
+
+def test_plain_peft_gives_the_same_logits(trained: Trained) -> None:
+    from peft import PeftModel
+
+    plain = dequantized(trained.base, load(trained.base))
+    model: Any = PeftModel.from_pretrained(plain, str(trained.adapter))
+    assert_close(trained.logits, logits_of(model))
+
+
+def test_the_chat_switches_between_base_and_adapter(trained: Trained) -> None:
+    model = load(trained.base)
+    fuse_experts(model)
+    adapters = AdapterSet(model, {"one": str(trained.adapter)})
+    adapters.ensure_loaded("one")
+    for name, expected in (("one", trained.logits), (BASE, trained.base_logits)):
+        adapters.activate(name)
+        assert_close(logits_of(model), expected)
+        with library_code(model), adapters.through_peft("one"):
+            assert_close(logits_of(model), trained.logits)
+
+
+def test_merged_weights_are_those_of_the_training(trained: Trained) -> None:
+    """Each tensor is rounded as in training, then changed by its part of the adapter."""
+    from safetensors.torch import load_file, save_file
+
+    file = trained.base / "model.safetensors"
+    (placed,) = assign_deltas(read_deltas(trained.adapter), [file], trained.adapter).values()
+    architecture = parse_architecture(load_config(trained.base / "config.json"))
+    rounding = requantizer(architecture, Quantization())
+    assert rounding is not None
+    weights, read = load_file(file), reader_of([file])
+    merged = {name: rounding(name, weight, read) for name, weight in weights.items()}
+    for name, update in placed.items():
+        merged[name] = update.apply_to(merged[name])
+    before = file.read_bytes()
+    try:
+        save_file(merged, file, {"format": "pt"})
+        assert_close(logits_of(load(trained.base, method="none")), trained.logits)
+    finally:
+        file.write_bytes(before)
+
+
+def verify(
+    folder: Path, model_type: str, dtype: Any, targets: tuple[str, ...], *, packed: bool | None = None
+) -> VerificationResult:
+    massive_channel(model_type, getattr(torch, dtype), **CLAIMED[model_type]).save_pretrained(folder)
+    recipe = Recipe(
+        model=Model(id=str(folder)),
+        quantization=Quantization(compute_dtype=dtype),
+        lora=Lora(rank=4, alpha=8, target_modules=targets),
+    )
+    device = find_device(recipe)
+    base = prepare_base(folder, recipe, device, "segments", "chunked", weighted=False)
+    assert packed is None or base.padding_free == packed
+    torch.manual_seed(0)
+    model = add_lora(base.model, recipe.lora, resolve_model(str(folder)).architecture)
+    checkpoint_activations(base.model, preserve_rng_state=False)
+    verified = verify_step(model, base, excerpt(), device, 0, DistributedContext())
+    assert isinstance(verified, VerificationResult), verified
+    return verified
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "gpt_oss", "qwen3_moe"])
+def test_right_experts_pass(model_type: str, dtype: str, tmp_path: Path) -> None:
+    verified = verify(tmp_path, model_type, dtype, ("all-linear", *BOTH), packed=True)
+    assert verified.agrees and verified.replaced == (), verified.comparison
+
+
+def without_adapter(patch: pytest.MonkeyPatch) -> None:
+    """The adapter's part of the input's gradient is left out."""
+    right = routing.Projection.input_gradient
+
+    def gradient(self: Any, grad: Tensor, expert: int, memory: Tensor | None) -> Tensor:
+        bare = routing.Projection(self.read, self.transposed, self.inputs, self.outputs, self.bias)
+        return right(bare, grad, expert, memory)
+
+    patch.setattr(routing.Projection, "input_gradient", gradient)
+
+
+def other_slots(patch: pytest.MonkeyPatch) -> None:
+    """Weights are those of other slots."""
+    right = routing.sort_by_expert
+
+    def sort(chosen: Tensor, experts: int) -> routing.Routes:
+        routes = right(chosen, experts)
+        return routing.Routes(routes.order.flip(0), routes.tokens, routes.counts)
+
+    patch.setattr(routing, "sort_by_expert", sort)
+
+
+@pytest.mark.parametrize("mutate", [without_adapter, other_slots])
+def test_wrong_experts_are_replaced(
+    mutate: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    verified = verify(tmp_path, "qwen3_moe", "float32", ("q_proj", *BOTH))
+    assert verified.agrees and verified.replaced == ("experts",)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_both(tmp_path_factory.mktemp("gpt_oss"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_byte_is_decoded_as_transformers_decodes_it(dtype: torch.dtype) -> None:
+    blocks = torch.arange(256, dtype=torch.uint8).reshape(1, 4, 4, 16)
+    scales = torch.arange(108, 124, dtype=torch.uint8).reshape(1, 4, 4)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)[0].T
+    assert torch.equal(dequantize_mxfp4(blocks[0], scales[0], dtype), expected)
+    # Values of bfloat16 up to 256 are exact: transformers may have cast the bytes.
+    cast = (blocks[0].bfloat16(), scales[0].bfloat16())
+    assert torch.equal(dequantize_mxfp4(*cast, dtype), expected)
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+def test_experts_are_quantized_as_those_of_16_bit_files(folders: tuple[Path, Path], method: str) -> None:
+    packed, plain = (load(folder, method=method, compute_dtype="bfloat16") for folder in folders)
+    expected = dict(experts_4bit(plain))
+    for name, experts in experts_4bit(packed):
+        for projection in PROJECTIONS:
+            tensors, others = experts.tensors(projection), expected[name].tensors(projection)
+            assert all(torch.equal(tensors[suffix], others[suffix]) for suffix in others)
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        assert torch.equal(packed(ids).logits, plain(ids).logits)
+
+
+class AllocatedBesideFile(AllocatedStorages):  # type: ignore[no-untyped-call]  # torch's own
+    """Counts what is allocated, and not blocks and scales of the mapped weight file."""
+
+    mapped_bytes = (64 * 128 * 32, 64 * 64 * 32, 64 * 128 * 2, 64 * 64 * 2)
+
+
+def test_loading_holds_one_expert_in_16_bits(tmp_path: Path) -> None:
+    folder, _ = save_both(tmp_path, num_local_experts=64, num_hidden_layers=1)
+    with AllocatedBesideFile() as storages:
+        model = load(folder, compute_dtype="bfloat16")
+    (packed,) = dict(experts_4bit(model)).values()
+    matrix_bytes = 2 * packed.layout("gate_up_proj").numel
+    # Decoding has indices of four bytes a weight beside it.
+    assert storages.peak_bytes - storages.live_bytes < 6 * matrix_bytes
+
+
+def test_the_model_can_be_trained_but_not_in_16_bits(folders: tuple[Path, Path]) -> None:
+    packed, _ = folders
+    architecture, refusal = check_folder(packed, "gpt-oss")
+    assert refusal is None and architecture is not None and architecture.quantized_as == "mxfp4"
+    for settings, setting in (({"method": "none"}, "method"), ({"experts": False}, "experts")):
+        with pytest.raises(UserError, match=f"quantization.{setting} is"):
+            load(packed, **settings)
+
+
+def test_a_merge_is_refused_with_another_way_out(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    packed, plain = folders
+    require_mergeable(plain)
+    source = ChatSource(recipe=Recipe(model=Model(id=str(packed))), adapters={"adapter": ""})
+    exports: list[Callable[[], object]] = [
+        partial(merged_weights, source, "adapter", print),
+        partial(merge, source, "adapter", tmp_path / "merged"),
+    ]
+    for export in exports:
+        with pytest.raises(UserError, match="export adapter RUN FOLDER"):
+            export()

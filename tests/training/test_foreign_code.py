@@ -38,7 +38,7 @@ from qlora_tui.gpu.torch_env import configure_torch_env
 configure_torch_env()
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training.compute_device import ComputeDevice
-from qlora_tui.training.model_loading import load_base
+from qlora_tui.training.model import load_base
 from transformers.integrations import hub_kernels
 assert hub_kernels.is_kernels_available()
 cpu = ComputeDevice(torch.device("cpu"), "CPU", 0, torch.float32)

@@ -6,23 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.events import Evaluated, PhaseChanged
+from qlora_tui.runs.events import Evaluated, GeneralAnswers, PhaseChanged
 from qlora_tui.runs.view import RunView
-from qlora_tui.training import packed_attention
+from qlora_tui.training import forgetting, packed_attention
 from qlora_tui.training.answers import answer_greedily
 from qlora_tui.training.batches import RowShape
-from qlora_tui.training.forgetting import base_answers
-from qlora_tui.training.forgetting.base_answers import BaseAnswer
-from qlora_tui.training.forgetting.base_divergence import compare_with_base, divergence_of_top
-from qlora_tui.training.health import ForgettingMonitor
+from qlora_tui.training.forgetting import (
+    GENERAL_PROMPTS,
+    BaseAnswer,
+    GeneralAnswer,
+    compare_with_base,
+    count_answers,
+    divergence_of_top,
+    holds_json,
+    is_refusal,
+)
+from qlora_tui.training.health import ForgettingMonitor, check_general_answers
 from qlora_tui.training.loop import RunProgress
+from qlora_tui.training.loss import use_loss
 from qlora_tui.training.scoring import answer_logits
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
@@ -49,12 +54,12 @@ def tokenizer(tiny_model: Path) -> ChatTokenizer:
 
 
 def prompt_ids_of(tokenizer: ChatTokenizer, *prompts: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(base_answers.prompt_tokens(prompts, tokenizer, "auto").values())
+    return tuple(forgetting.prompt_tokens(prompts, tokenizer, "auto").values())
 
 
 def answers_to(base: Any, tokenizer: ChatTokenizer, *prompts: str) -> tuple[BaseAnswer, ...]:
     ids = prompt_ids_of(tokenizer, *prompts)
-    return base_answers.compute(base, ids, tokenizer, ALONE, CPU, lambda done, total: None)
+    return forgetting.compute(base, ids, tokenizer, ALONE, CPU, lambda done, total: None)
 
 
 def test_prompts_answered_together_are_answered_as_alone(base: Any, tokenizer: ChatTokenizer) -> None:
@@ -70,7 +75,7 @@ def test_prompts_answered_together_are_answered_as_alone(base: Any, tokenizer: C
 def test_the_divergence_is_nearly_and_never_above_the_exact_one() -> None:
     torch.manual_seed(1)
     logits = 4 * torch.randn(40, 4096)  # about as peaked as a trained model's
-    top = logits.log_softmax(-1).topk(base_answers.TOP_TOKENS)
+    top = logits.log_softmax(-1).topk(forgetting.TOP_TOKENS)
     answer = BaseAnswer((0,) * 41, 1, top.indices.to(torch.int32), top.values)
     assert divergence_of_top(logits, answer).abs().max() < 1e-5
     moved = logits + torch.randn_like(logits)
@@ -104,7 +109,7 @@ def test_answers_in_one_row_have_the_logits_of_each(
     packing = AutoModelForCausalLM.from_pretrained(
         tiny_model, dtype=torch.float32, attn_implementation=packed_attention.NAMES["segments"]
     )
-    packed_attention.pass_sample_lengths(packing)
+    use_loss(packing, "the library's")
     answers = answers_to(base, tokenizer, *PROMPTS)
     with torch.no_grad():
         alone = dict(answer_logits(base, answers, ALONE, CPU))
@@ -142,13 +147,13 @@ def test_answers_are_read_back_and_damaged_files_ignored(
     prompts = prompt_ids_of(tokenizer, *PROMPTS)
     answers = answers_to(base, tokenizer, *PROMPTS)
     file = tmp_path / "answers.safetensors"
-    assert base_answers.read(file, prompts) is None
-    base_answers.write(file, answers)
-    again = base_answers.read(file, prompts)
+    assert forgetting.read(file, prompts) is None
+    forgetting.write(file, answers)
+    again = forgetting.read(file, prompts)
     assert again is not None and [answer.ids for answer in again] == [answer.ids for answer in answers]
     assert all(torch.equal(a.top_ids, b.top_ids) for a, b in zip(again, answers, strict=True))
     file.write_bytes(file.read_bytes()[:-7])
-    assert base_answers.read(file, prompts) is None
+    assert forgetting.read(file, prompts) is None
 
 
 def test_a_run_reports_what_it_forgets_and_caches_the_answers(recipe: MakeRecipe, trainers: Trainers) -> None:
@@ -192,3 +197,67 @@ def test_forgetting_is_reported_once_and_not_before_training() -> None:
     finding = monitor.check(20, 2.4, 0.25)
     assert finding is not None and "2.4 nats" in finding.evidence and "25% of the turns" in finding.evidence
     assert monitor.check(30, 2.9, 0.2) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ('{"name": "Ana", "age": 31}', True),
+        ('Here it is:\n```json\n["a", "b"]\n```', True),
+        ('{"name": "Ana", "age": 3', False),
+        ("{'name': 'Ana'}", False),
+        ("Keeper's log: Ana is 31.", False),
+        ("]{", False),
+        ("[" * 100_000, False),
+    ],
+)
+def test_json_is_found_in_an_answer(text: str, holds: bool) -> None:
+    assert holds_json(text) is holds
+
+
+def test_a_refusal_is_one_at_the_beginning_only() -> None:
+    assert is_refusal("I’m sorry, but I can't help with that.")
+    assert is_refusal("As an AI language model, I have no house.")
+    assert not is_refusal("A lock opens with a pick. " * 5 + "I cannot say more.")
+
+
+def test_answers_are_counted_by_each_rule() -> None:
+    loop = "The light turns over the sea. " * 6
+    counts = count_answers(
+        [
+            GeneralAnswer("Name a river.", "The Tagus.", ended=True),
+            GeneralAnswer("Name a sea.", loop, ended=False),
+            GeneralAnswer("Open a lock.", "I cannot help with that.", ended=True),
+            GeneralAnswer("Give JSON.", '{"a": 1}', ended=True),
+            GeneralAnswer("Give a JSON array.", "a, b", ended=True),
+        ]
+    )
+    assert counts == (5, 4, 1, 1, 2, 1)
+
+
+def test_the_first_general_prompts_ask_for_json() -> None:
+    assert sum("JSON" in prompt for prompt in GENERAL_PROMPTS[:12]) == 3
+    assert len(GENERAL_PROMPTS) == len(set(GENERAL_PROMPTS)) == 32
+
+
+def test_answers_that_got_worse_are_a_finding() -> None:
+    def counts(ended: int, looping: int, json_valid: int) -> GeneralAnswers:
+        return GeneralAnswers(
+            answers=12,
+            ended=ended,
+            base_ended=10,
+            looping=looping,
+            base_looping=1,
+            refused=1,
+            base_refused=1,
+            json_prompts=3,
+            json_valid=json_valid,
+            base_json_valid=3,
+        )
+
+    assert check_general_answers(counts(8, 3, 2)) is None
+    finding = check_general_answers(counts(7, 1, 1))
+    assert finding is not None
+    assert "7 end their turn (the base: 10)" in finding.evidence
+    assert "1 of the 3 asked for JSON give it (the base: 3)" in finding.evidence
+    assert "loop" not in finding.evidence

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from bench.support.recorded_copies import RecordedCopies
-from qlora_tui.training.model_loading import checkpoint_activations
+from qlora_tui.training.model import checkpoint_activations
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.placement import decoder_layers, place_streamed
 from tests.training.families import build, with_adapter
 
 pytestmark = pytest.mark.slow
 
-LAYERS = 4
+OFFLOADED_LAYERS = 4
 
 
 def host_memory(size_bytes: int) -> Tensor:
@@ -39,8 +39,10 @@ def gradients(model: Any, *, steps: int = 3) -> list[Tensor]:
 
 
 def offloaded(family: str, *, streamed: bool = False) -> tuple[Any, InputOffload, RecordedCopies]:
-    model, copies = build(family, num_hidden_layers=LAYERS), RecordedCopies()
-    placed = place_streamed(model, LAYERS, torch.device("cpu"), RecordedCopies()) if streamed else None
+    model, copies = build(family, num_hidden_layers=OFFLOADED_LAYERS), RecordedCopies()
+    placed = (
+        place_streamed(model, OFFLOADED_LAYERS, torch.device("cpu"), RecordedCopies()) if streamed else None
+    )
     offload = InputOffload(copies, host_memory)
     adapted = with_adapter(model, dropout=0.2)
     checkpoint_activations(model)
@@ -51,7 +53,7 @@ def offloaded(family: str, *, streamed: bool = False) -> tuple[Any, InputOffload
 
 
 def expected_of(family: str) -> list[Tensor]:
-    model = build(family, num_hidden_layers=LAYERS)
+    model = build(family, num_hidden_layers=OFFLOADED_LAYERS)
     adapted = with_adapter(model, dropout=0.2)
     checkpoint_activations(model)
     return gradients(adapted.train())
@@ -73,9 +75,9 @@ def test_offloading_and_streaming_work_together() -> None:
 def test_later_steps_use_the_buffers_of_the_first() -> None:
     model, offload, _ = offloaded("llama")
     gradients(model, steps=1)
-    assert offload.host_bytes == LAYERS * 2 * 14 * 64 * 4
+    assert offload.host_bytes == OFFLOADED_LAYERS * 2 * 14 * 64 * 4
     gradients(model)
-    assert offload.host_bytes == LAYERS * 2 * 14 * 64 * 4
+    assert offload.host_bytes == OFFLOADED_LAYERS * 2 * 14 * 64 * 4
 
 
 def test_each_input_is_fetched_while_the_layer_after_it_computes() -> None:

@@ -18,12 +18,13 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
-from qlora_tui.training import chunked_loss, head_chunks
-from qlora_tui.training.base_model import prepare_base
+from qlora_tui.training import loss as chunked_loss
+from qlora_tui.training import loss as head_chunks
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.liger import verified_liger_loss
+from qlora_tui.training.model import prepare_base
 from tests.training.families import build
-from tests.training.test_numerics import close, labeled, loss_and_gradient
+from tests.training.test_loss import close, labeled, loss_and_gradient
 from tests.training.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -192,7 +193,7 @@ def test_with_its_kernel_the_loss_is_the_stock_loss(model_type: str, install: An
     ids, labels = labeled(model)
     inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": 37}
     stock, stock_gradient = loss_and_gradient(model, **inputs)
-    chunked_loss.use_chunked_loss(model, head, kernel)
+    chunked_loss.use_loss(model, head, kernel)
     loss, gradient = loss_and_gradient(model, **inputs)
     assert loss == pytest.approx(stock, rel=2e-5) and close(gradient, stock_gradient)
 
@@ -256,7 +257,7 @@ def test_weighted_tokens_use_our_own_loss(install: Any) -> None:
     def unwanted(states: Tensor, targets: Tensor) -> Tensor:
         raise AssertionError
 
-    chunked_loss.use_chunked_loss(model, head, unwanted)
+    chunked_loss.use_loss(model, head, unwanted)
     value, _ = loss_and_gradient(model, **inputs)
     assert value > 0
 
@@ -309,7 +310,7 @@ def test_the_real_kernel_is_found_equal_under_tritons_interpreter(model_type: st
         "import torch\n"
         "from tests.training.families import build\n"
         "from qlora_tui.training.liger import verified_liger_loss\n"
-        "from qlora_tui.training.chunked_loss import find_head\n"
+        "from qlora_tui.training.loss import find_head\n"
         f"found = verified_liger_loss(find_head(build({model_type!r})), torch.device('cpu'))\n"
         "assert callable(found), found\n"
     )

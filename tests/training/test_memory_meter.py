@@ -13,9 +13,9 @@ from qlora_tui.memory import Device
 from qlora_tui.paths import state_dir
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from qlora_tui.training import memory_meter
-from qlora_tui.training.base_model import PreparedBase
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.memory_meter import MemoryMeter
+from qlora_tui.training.model import PreparedBase
 from tests.catalog.configs import config
 from tests.memory.models import tinyllama
 

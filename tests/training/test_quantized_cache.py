@@ -23,9 +23,10 @@ from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import PhaseChanged
 from qlora_tui.settings import Settings
-from qlora_tui.training import model_loading, quantized_cache
+from qlora_tui.training import model as model_loading
+from qlora_tui.training import quantized_cache
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.model_loading import load_base
+from qlora_tui.training.model import load_base
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses

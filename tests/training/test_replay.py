@@ -17,9 +17,9 @@ from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import DataReady, Evaluated, Health
 from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.suggested_fix import suggest_fix
-from qlora_tui.training.forgetting.general_prompts import GENERAL_PROMPTS
-from qlora_tui.training.forgetting.replay_prompts import REPLAY_PROMPTS
-from qlora_tui.training.forgetting.replay_samples import (
+from qlora_tui.training.forgetting import GENERAL_PROMPTS
+from qlora_tui.training.replay import (
+    REPLAY_PROMPTS,
     ReplayRow,
     ReplaySamples,
     read_rows,

@@ -18,7 +18,7 @@ from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.row_losses import read_row_losses, token_changes
 from qlora_tui.runs.view import RunView
 from qlora_tui.training.batches import RowShape
-from qlora_tui.training.row_loss import OtherPrompts
+from qlora_tui.training.row_losses import OtherPrompts
 from qlora_tui.training.scoring import token_losses
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe

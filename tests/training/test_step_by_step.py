@@ -120,7 +120,7 @@ MUTANTS = {
         "optimizers._shifted_warmup = lambda share_at, warmup, step: share_at(step)"
     ),
     "gradients of half the size": (
-        "from qlora_tui.training.chunked_loss import _ChunkedLoss\n"
+        "from qlora_tui.training.loss import _ChunkedLoss\n"
         "stock = _ChunkedLoss.backward\n"
         "_ChunkedLoss.backward = staticmethod(lambda ctx, grad: stock(ctx, grad / 2))"
     ),

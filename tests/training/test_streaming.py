@@ -18,15 +18,12 @@ from qlora_tui.memory.static_memory import FROZEN, static_items
 from qlora_tui.memory.weights import streamed_weights
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.experts.experts_4bit import experts_4bit
-from qlora_tui.training.model_loading import checkpoint_activations, load_base
+from qlora_tui.training.experts.routing import experts_4bit
+from qlora_tui.training.model import checkpoint_activations, load_base
 from qlora_tui.training.streaming import host_memory, placement
-from qlora_tui.training.streaming.frozen_tensors import Extent, all_tensors, extent_of
-from qlora_tui.training.streaming.host_layer import lay_out
 from qlora_tui.training.streaming.host_memory import HostMemory
-from qlora_tui.training.streaming.layer_entry import StreamedLayerError
-from qlora_tui.training.streaming.layer_slots import LayerSlots, Pass
-from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
+from qlora_tui.training.streaming.placement import StreamedLayerError, StreamedLayers, place_streamed
+from qlora_tui.training.streaming.slots import Extent, LayerSlots, Pass, all_tensors, extent_of, lay_out
 from tests.training.families import build, with_adapter
 from tests.training.test_experts import FAMILIES as MIXTURES
 from tests.training.tiny_model import make_tiny_model

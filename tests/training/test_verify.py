@@ -18,17 +18,12 @@ from torch import Tensor
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
-from qlora_tui.training import head_chunks, packed_attention, step_verification
+from qlora_tui.training import loss, packed_attention
 from qlora_tui.training.adapter import add_lora
-from qlora_tui.training.base_model import PreparedBase, prepare_base
 from qlora_tui.training.batches import PlannedStep, StepPlan
-from qlora_tui.training.compute_device import ComputeDevice, find_device
-from qlora_tui.training.distributed import DistributedContext
-from qlora_tui.training.fast_paths import FastPaths
-from qlora_tui.training.fused import gated_mlp, lora_group, lora_linear, rms_norm
-from qlora_tui.training.model_loading import checkpoint_activations
-from qlora_tui.training.step_check import Excerpt, StepComparison, StepReference, excerpt_of, ready_to_compare
-from qlora_tui.training.step_verification import (
+from qlora_tui.training.checks import first_step
+from qlora_tui.training.checks.first_step import (
+    FastPaths,
     StepNotComputedError,
     VerificationResult,
     _first_sequences,
@@ -36,6 +31,19 @@ from qlora_tui.training.step_verification import (
     verify_first_step,
     verify_step,
 )
+from qlora_tui.training.checks.step import (
+    Excerpt,
+    StepComparison,
+    StepReference,
+    excerpt_of,
+    ready_to_compare,
+)
+from qlora_tui.training.compute_device import ComputeDevice, find_device
+from qlora_tui.training.distributed import DistributedContext
+from qlora_tui.training.fused import gated_mlp, norm_rotary
+from qlora_tui.training.fused import lora as lora_group
+from qlora_tui.training.fused import lora as lora_linear
+from qlora_tui.training.model import PreparedBase, checkpoint_activations, prepare_base
 from tests.training.families import build
 from tests.training.trained_weights import CLAIMED, LENGTH_SCALED, build_with_trained_weights
 
@@ -138,7 +146,7 @@ def test_a_loss_of_routers_is_switched_off(tmp_path: Path) -> None:
 
 def no_offset(patch: pytest.MonkeyPatch) -> None:
     """Gemma's norm multiplies by the weight alone."""
-    patch.setattr(rms_norm, "_factor", lambda weight, variant: weight.float())
+    patch.setattr(norm_rotary, "_factor", lambda weight, variant: weight.float())
 
 
 def norm_without_projection(patch: pytest.MonkeyPatch) -> None:
@@ -146,10 +154,10 @@ def norm_without_projection(patch: pytest.MonkeyPatch) -> None:
 
     def backward(ctx: Any, gradient: Tensor) -> Any:
         _, spread = ctx.saved_tensors
-        factor = rms_norm._factor(ctx.weight, ctx.variant)
+        factor = norm_rotary._factor(ctx.weight, ctx.variant)
         return (gradient.float() * factor * spread).to(gradient.dtype), None, None, None
 
-    patch.setattr(rms_norm._FusedRmsNorm, "backward", staticmethod(backward))
+    patch.setattr(norm_rotary._FusedRmsNorm, "backward", staticmethod(backward))
 
 
 def gate_and_up_swapped(patch: pytest.MonkeyPatch) -> None:
@@ -180,23 +188,23 @@ def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
 
 
 def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = head_chunks.losses_and_grads
+    right = loss.losses_and_grads
 
-    def wrong(logits: Tensor, targets: Tensor, head: head_chunks.ChunkedHead, *, needs_grad: bool) -> Any:
-        plain = head_chunks.ChunkedHead(head.projection, head.multiplier, None)
+    def wrong(logits: Tensor, targets: Tensor, head: loss.ChunkedHead, *, needs_grad: bool) -> Any:
+        plain = loss.ChunkedHead(head.projection, head.multiplier, None)
         return right(logits, targets, plain, needs_grad=needs_grad)
 
-    patch.setattr(head_chunks, "losses_and_grads", wrong)
+    patch.setattr(loss, "losses_and_grads", wrong)
 
 
 def multiplier_forgotten_in_backward(patch: pytest.MonkeyPatch) -> None:
-    right = head_chunks.losses_and_grads
+    right = loss.losses_and_grads
 
-    def wrong(logits: Tensor, targets: Tensor, head: head_chunks.ChunkedHead, *, needs_grad: bool) -> Any:
+    def wrong(logits: Tensor, targets: Tensor, head: loss.ChunkedHead, *, needs_grad: bool) -> Any:
         losses, logit_grads = right(logits, targets, head, needs_grad=needs_grad)
         return losses, None if logit_grads is None else logit_grads / head.multiplier
 
-    patch.setattr(head_chunks, "losses_and_grads", wrong)
+    patch.setattr(loss, "losses_and_grads", wrong)
 
 
 @pytest.mark.parametrize(
@@ -331,8 +339,8 @@ def test_each_try_begins_without_the_tensors_of_the_last(monkeypatch: pytest.Mon
         error = StepNotComputedError("no more", out_of_memory=True)
         raise error
 
-    monkeypatch.setattr(step_verification, "verify_step", step)
-    monkeypatch.setattr(step_verification, "_affordable_tokens", lambda *args: 64)
+    monkeypatch.setattr(first_step, "verify_step", step)
+    monkeypatch.setattr(first_step, "_affordable_tokens", lambda *args: 64)
     run: Any = MagicMock()
     run.step_plan = StepPlan((PlannedStep(((0,), (1,)), 0.0, ends_epoch=True),), 1, 1)
     run.samples = excerpt()
@@ -347,7 +355,7 @@ def test_a_path_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         raise TypeError("an argument that transformers added")
 
     model, base, device = adapted(tmp_path, "llama", "float32")
-    monkeypatch.setattr(head_chunks, "losses_and_grads", broken)
+    monkeypatch.setattr(loss, "losses_and_grads", broken)
     verdict = verify_step(model, base, excerpt(), device, 0, DistributedContext())
     assert isinstance(verdict, VerificationResult) and verdict.agrees and verdict.replaced == ("loss",)
     assert verdict.comparison.failure == "TypeError: an argument that transformers added"

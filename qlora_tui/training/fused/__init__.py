@@ -1,24 +1,21 @@
 """Parts of a model as autograd functions that save less for the backward, and compute less, than the library.
 
 Each returns what the library's code returns: a module is compared with the library's before it is replaced,
-and the whole step by ``training.step_verification``. :mod:`.lora_linear`: a frozen linear layer and its
-adapter, whose weights :mod:`.adapter_casts` casts once per forward; :mod:`.lora_group`: several that share
-an input; :mod:`.gated_mlp`: the end of a gated MLP; :mod:`.rms_norm`: RMSNorm; :mod:`.rotary`: rotary
-positions; :mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU gated MLPs, norms and
-rotary positions use :mod:`.triton_kernels` where :mod:`.kernel_choice` allows it.
-:class:`.patching.PatchedForwards` switches back to the library's forwards.
+and the whole step by ``training.checks``. :mod:`.lora`: frozen linear layers and their adapters;
+:mod:`.gated_mlp`: the end of a gated MLP; :mod:`.norm_rotary`: RMSNorm and rotary positions;
+:mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU gated MLPs, norms and rotary positions
+use :mod:`.triton_kernels` where :mod:`.kernel_choice` allows it. :class:`.patching.PatchedForwards` switches
+back to the library's forwards.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from qlora_tui.training.fused.adapter_casts import AdapterCasts
 from qlora_tui.training.fused.gated_mlp import fuse_gated_mlp
 from qlora_tui.training.fused.kernel_choice import verify_kernels
-from qlora_tui.training.fused.lora_group import fuse_lora
-from qlora_tui.training.fused.rms_norm import fuse_rms_norm
-from qlora_tui.training.fused.rotary import fuse_rotary
+from qlora_tui.training.fused.lora import AdapterCasts, fuse_lora
+from qlora_tui.training.fused.norm_rotary import fuse_rms_norm, fuse_rotary
 
 
 def use_fused(model: Any) -> None:

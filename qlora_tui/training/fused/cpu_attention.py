@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qlora_tui.memory.attention import ATTENTION_BLOCK_ROWS, EXTRA_COLUMNS
-from qlora_tui.training.padding import pad_tokens, padded_length
+from qlora_tui.memory.levels import TOKEN_MULTIPLE
 
 
 class RowAttention(torch.autograd.Function):
@@ -194,3 +195,20 @@ def _sample_backward(
     assert sum_k is not None and sum_v is not None
     torch.mul(sum_k[:, :tokens], scale, out=grad_k)
     grad_v.copy_(sum_v[:, :tokens])
+
+
+def token_multiple(device: torch.device, dtype: torch.dtype) -> int:
+    """The multiple of tokens: more than 1 only for bfloat16 on a CPU, whose products oneDNN computes."""
+    return TOKEN_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 else 1
+
+
+def pad_tokens(x: Tensor) -> Tensor:
+    """Append zeros to x (…, tokens, width), up to a multiple of tokens."""
+    more = padded_length(x) - x.shape[-2]
+    return functional.pad(x, (0, 0, 0, more)) if more else x
+
+
+def padded_length(x: Tensor) -> int:
+    """Tokens of x (…, tokens, width) after padding."""
+    multiple = token_multiple(x.device, x.dtype)
+    return -(-x.shape[-2] // multiple) * multiple

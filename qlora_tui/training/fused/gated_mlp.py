@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_tui.training.agreement import bitwise_equal
-from qlora_tui.training.fused.adapter_casts import AdapterCasts
+from qlora_tui.training.checks.compare import bitwise_equal
 from qlora_tui.training.fused.kernel_choice import find_kernels
-from qlora_tui.training.fused.lora_linear import (
+from qlora_tui.training.fused.lora import (
+    AdapterCasts,
     LoraParameters,
     WeightLoader,
     active_adapter,

@@ -11,13 +11,17 @@ import os
 import shutil
 import sysconfig
 import traceback
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from qlora_tui.training.checks.compare import outputs_and_gradients, within_rounding
 
 _ROUNDINGS = 8.0
 """Units in the last place of the dtype, of the largest value of a row, by which a kernel may differ."""
@@ -93,57 +97,63 @@ def _try_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType |
 def _first_difference(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str:
     """Return which kernel computes something else than torch, and where; empty if none does."""
     for width in _WIDTHS:
-        if wrong := _difference(kernels, device, dtype, width):
-            return f"{wrong} in {width} columns"
+        generator = torch.Generator().manual_seed(0)
+        x, up, grad = (
+            torch.randn(_TOKENS, width, generator=generator).mul_(3).to(device, dtype) for _ in range(3)
+        )
+        for name, computed, expected in _both_ways(kernels, x, up, grad):
+            if not all(map(_is_same, computed, expected)):
+                return f"{name} differs in {width} columns"
     return ""
 
 
-def _difference(kernels: ModuleType, device: torch.device, dtype: torch.dtype, width: int) -> str:
-    generator = torch.Generator().manual_seed(0)
-    x, up, grad = (
-        torch.randn(_TOKENS, width, generator=generator).mul_(3).to(device, dtype) for _ in range(3)
-    )
-    weight = torch.linspace(-2, 2, width, device=device).to(dtype)
+Results: TypeAlias = tuple[str, list[Tensor], list[Tensor]]
+
+
+def _both_ways(kernels: ModuleType, x: Tensor, up: Tensor, grad: Tensor) -> Iterator[Results]:
+    """Yield the name of each kernel, and outputs and gradients by it and by torch in float64.
+
+    Args:
+        x: (tokens, columns); ``up`` and ``grad`` likewise. For rotary positions each row holds four heads of
+            queries and one of keys.
+    """
+    exact_x, exact_up, exact_grad = (values.double() for values in (x, up, grad))
+    weight = torch.linspace(-2, 2, x.shape[1], device=x.device).to(x.dtype)
     for offset in (0.0, 1.0):
-        leaf = x.double().requires_grad_()
-        inverse = torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-6)
-        expected = leaf * inverse * (weight.double() + offset)
-        expected.backward(grad.double())  # type: ignore[no-untyped-call]  # torch's own
+
+        def norm(leaf: Tensor, offset: float = offset) -> Tensor:
+            inverse = torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-6)
+            return leaf * inverse * (weight.double() + offset)
+
         out, inv_rms = kernels.rms_norm(x, weight, 1e-6, offset=offset, in_fp32=offset > 0)
         gradient = kernels.rms_norm_backward(grad, x, weight, inv_rms, offset=offset)
-        if _differs(out, expected) or _differs(gradient, leaf.grad):
-            return "RMSNorm differs"
+        yield "RMSNorm", [out, gradient], outputs_and_gradients(norm, [exact_x], [exact_grad])
     for name, act in (("silu", functional.silu), ("gelu_tanh", _gelu_tanh)):
-        gate_leaf, up_leaf = x.double().requires_grad_(), up.double().requires_grad_()
-        expected = act(gate_leaf) * up_leaf
-        expected.backward(grad.double())  # type: ignore[no-untyped-call]  # torch's own
-        product = kernels.gated_product(x, up, name)
-        grad_gate, grad_up = kernels.gated_product_backward(grad.clone(), x, up, name)
-        pairs = ((product, expected), (grad_gate, gate_leaf.grad), (grad_up, up_leaf.grad))
-        if any(_differs(*pair) for pair in pairs):
-            return f"the gated product with {name} differs"
-    return "the rotation differs" if _rotation_differs(kernels, x, grad) else ""
 
+        def product(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor] = act) -> Tensor:
+            return act(gate) * up
 
-def _rotation_differs(kernels: ModuleType, x: Tensor, grad: Tensor) -> bool:
-    """Whether rotary positions differ, over all columns of a head or the first half.
-
-    Each row of x, (tokens, columns), holds four heads of queries and one of keys.
-    """
+        computed = [
+            kernels.gated_product(x, up, name),
+            *kernels.gated_product_backward(grad.clone(), x, up, name),
+        ]
+        expected = outputs_and_gradients(product, [exact_x, exact_up], [exact_grad])
+        yield f"the gated product with {name}", computed, expected
     heads, grads = (values.view(1, _TOKENS, _HEADS, -1).transpose(1, 2) for values in (x, grad))
     width = heads.shape[-1]
     for rotary in (width, width // 2):
         angles = torch.linspace(-9, 9, _TOKENS * rotary, device=x.device).view(1, _TOKENS, rotary)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        leaf = heads.double().requires_grad_()
-        expected = _rotated(leaf, cos.double(), sin.double())
-        expected.backward(grads.double())  # type: ignore[no-untyped-call]  # torch's own
-        out = kernels.rotate(heads[:, 1:], heads[:, :1], cos, sin)
-        gradient = kernels.rotate(grads[:, 1:], grads[:, :1], cos, sin, backward=True)
-        for (queries, keys), wanted in ((out, expected), (gradient, leaf.grad)):
-            if _differs(torch.cat([keys, queries], dim=1), wanted):
-                return True
-    return False
+
+        def turn(leaf: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
+            return _rotated(leaf, cos.double(), sin.double())
+
+        pairs = [
+            kernels.rotate(heads[:, 1:], heads[:, :1], cos, sin),
+            kernels.rotate(grads[:, 1:], grads[:, :1], cos, sin, backward=True),
+        ]
+        computed = [torch.cat([keys, queries], dim=1) for queries, keys in pairs]
+        yield "the rotation", computed, outputs_and_gradients(turn, [heads.double()], [grads.double()])
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -161,9 +171,6 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-def _differs(actual: Tensor, expected: Tensor | None) -> bool:
-    assert expected is not None
-    largest = expected.detach().abs().amax(-1, keepdim=True)
-    tolerance = _ROUNDINGS * torch.finfo(actual.dtype).eps * largest
-    # Written so that NaN counts as a difference.
-    return not bool(((actual.double() - expected.detach()).abs() <= tolerance).all())
+def _is_same(actual: Tensor, expected: Tensor) -> bool:
+    largest = expected.abs().amax(-1, keepdim=True)
+    return within_rounding(actual, expected, largest, _ROUNDINGS)

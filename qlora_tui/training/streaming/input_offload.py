@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.training.streaming.copy_devices import CopyDevice
-from qlora_tui.training.streaming.frozen_tensors import bytes_of
+from qlora_tui.training.streaming.slots import CopyDevice, bytes_of
 
 
 class KeptInput:

@@ -1,0 +1,159 @@
+"""Checks that packed attention computes what each layer of the loaded model needs.
+
+The model is run once on a short sample, with sliding windows shorter than it is. Each layer's queries, keys
+and values go through the library's attention for that layer, with the mask that the library makes for it, and
+through :mod:`qlora_tui.training.packed_attention`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.training import packed_attention
+from qlora_tui.training.checks.compare import within_noise, within_rounding
+from qlora_tui.training.packed_attention import set_attention
+
+_NAME = "qlora_check"
+"""Name under which transformers knows the attention implementation that compares."""
+_WINDOW = 3
+"""Length to which sliding windows and chunks of the model are shortened, in tokens."""
+_WINDOWS = re.compile(r"window(_size)?$|attention_chunk_size$")
+"""Names of settings that say how far back a token attends."""
+_SCORES = 3.0
+"""Standard deviation of each head's scores: large enough for uneven weights, too small for one-hot ones."""
+_ROUNDINGS = 64.0
+"""Of fp32, in which the library takes its softmax, by which an output may differ."""
+_NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
+"""How many times the error of the library's eager attention in the run's dtype, at each head's worst token,
+an output may be wrong by; where that is nothing, as many thirds of a unit in the last place."""
+
+
+AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of a layer, from queries, keys and values."""
+
+
+class AttentionMismatchError(RuntimeError):
+    """The attention of a layer differs from the library's."""
+
+
+def reference_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Compute the logits of one sample with the library's attention, and compare ours in each layer.
+
+    Returns:
+        Logits (tokens, vocabulary).
+
+    Raises:
+        AttentionMismatchError: our attention computes something else in a layer.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    used = model.config._attn_implementation
+    AttentionInterface.register(_NAME, partial(_compare, packed_attention.packed_attention_of(model)))
+    AttentionMaskInterface.register(_NAME, eager_mask)
+    if not set_attention(model, _NAME):
+        raise AttentionMismatchError
+    try:
+        logits: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]
+    finally:
+        set_attention(model, used)
+    return logits
+
+
+@contextmanager
+def short_windows(model: nn.Module) -> Iterator[None]:
+    """Cut every sliding window of the model down to a few tokens, so that short samples reach past it."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    former = []
+    for holder in [*configs.values(), *model.modules()]:
+        for name, window in list(vars(holder).items()):
+            if _WINDOWS.search(name) and type(window) is int and window > _WINDOW:
+                former.append((holder, name, window))
+                setattr(holder, name, _WINDOW)
+    try:
+        yield
+    finally:
+        for holder, name, window in former:
+            setattr(holder, name, window)
+
+
+def _compare(
+    packed: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The library's attention output. Raises AttentionMismatchError where ``packed``, ours, differs."""
+    dtype = query.dtype
+    # The library's masks add the lowest number of the dtype to hidden scores.
+    masks = {
+        kind: None if attention_mask is None else attention_mask.to(kind) for kind in (torch.float64, dtype)
+    }
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _reference(module, q, k, v, masks[q.dtype], **kwargs)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = packed_attention.segment_mask([q.shape[2]])
+        output: Tensor = packed(module, q, k, v, mask, **kwargs)[0]
+        return output
+
+    if not attention_matches(ours, reference, query, key, value, kwargs.get("scaling")):
+        raise AttentionMismatchError(type(module).__name__)
+    return reference(query.double(), key.double(), value.double()).to(dtype), None
+
+
+def attention_matches(
+    ours: AttentionFn,
+    reference: AttentionFn,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+) -> bool:
+    """Whether two attention functions agree on the tensors of a layer.
+
+    The queries are scaled so that scores have a typical size: large scores would put all weight on one key,
+    and small ones would hide a soft cap. In float64 this compares the formula, in the run's dtype the kernel.
+    """
+    usual = (query * _factors(query, key, scaling)).to(query.dtype)
+    q, k, v = usual.double(), key.double(), value.double()
+    expected, scale = reference(q, k, v), reference(q, k, v.abs())
+    if not within_rounding(ours(q, k, v).float(), expected.float(), scale, _ROUNDINGS):
+        return False
+    rounded = reference(usual, key, value).double() - expected
+    noise = rounded.square().mean(-1, keepdim=True).sqrt().amax(1, keepdim=True)
+    floor = torch.finfo(query.dtype).eps / 3 * scale
+    largest = torch.maximum(noise, floor)
+    return within_noise(ours(usual, key, value), expected, largest, _NOISE[query.dtype])
+
+
+def _reference(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """The family's own eager attention, (batch, tokens, heads, width)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
+    if kwargs.get("scaling") is None:
+        kwargs = {**kwargs, "scaling": query.shape[-1] ** -0.5}
+    output: Tensor = eager(module, query, key, value, mask, **kwargs)[0]
+    return output
+
+
+def _factors(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+    """Factors (1, heads, 1, 1) for the queries that give each head scores of a typical size."""
+    keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.double() @ keys.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    return _SCORES / scores.std((-1, -2), keepdim=True).clamp(min=1e-9)

@@ -1,0 +1,209 @@
+"""Verifies on the loaded model what must hold before training may rely on it.
+
+Each check is a short forward pass or two. Model families differ in ways that no list can keep up with: a
+convolution that looks across samples, a factor between head and loss. A shortcut that fails its check is not
+used, and the run's events say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.training.checks.attention import reference_logits, short_windows
+from qlora_tui.training.checks.compare import bitwise_equal, within_rounding
+from qlora_tui.training.experts.routing import Experts4bit
+from qlora_tui.training.fused.patching import temporary_forwards
+from qlora_tui.training.loss import IGNORED, ChunkedHead, losses_and_grads
+
+_FIRST, _SECOND = 9, 7
+"""Lengths of the two samples, in tokens."""
+_CONTEXTS = ("max_position_embeddings", "original_max_position_embeddings")
+"""Settings, anywhere in a config, that name a position from which rotary frequencies may be others."""
+_UNTRAINED = 3
+"""Position of a token in the first sample that is not in the loss."""
+_ROUNDINGS = 16.0
+"""Rounding errors of fp32 by which the loss and the gradient of a token's logits may differ."""
+_MIN_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Lower bound of the noise, as a share of a token's logits: a short sample may show too little by chance."""
+_NOISE = 4.0
+"""How many times the noise a token's logits in a packed sequence may differ from the sample's alone."""
+_MAX_NOISE = 0.25
+"""Largest noise, as a share of a token's logits, with which the check is still meaningful."""
+_INT8_LEAK = 1e-3
+"""Share of a token's logits by which an 8-bit model's move when another sample changes: outliers of one row
+are scaled with another's. Every other path keeps samples apart exactly, but for the grouping of experts."""
+
+
+@torch.no_grad()
+def packing_is_isolated(model: Any, device: torch.device) -> bool:
+    """Whether the outputs of a sample in a packed sequence are the same as those of the sample alone.
+
+    The noise of the model and its dtype is measured by running the sample once more with the library's
+    attention, followed by tokens that it does not see: then every matrix product has as many rows as in a
+    packed sequence. Our attention is compared with the library's layer by layer.
+
+    The positions of the other sample are beyond every context that the config names, and those of the sample
+    are not, so that few tokens show whether its frequencies follow from the other one's length.
+    """
+    first, other, second = _tokens(model, device)
+    beyond = _longest_context(model)
+    with _eval_mode(model), short_windows(model):
+        try:
+            packed = _second_in_row(model, first, second, beyond)
+            packed_after_other = _second_in_row(model, other, second, beyond)
+            alone = model(input_ids=second, position_ids=_positions(second), segments=[_SECOND]).logits[0]
+            longer = torch.cat([second, first], dim=1)
+            expected = reference_logits(model, longer, _positions(longer))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return False
+    size = _rms(alone)
+    share = (_rms(alone - expected[:_SECOND]) / size).max().clamp(min=_MIN_NOISE[alone.dtype])
+    leak, difference = _rms(packed - packed_after_other), _rms(packed - alone)
+    # Written so that NaN counts as a difference.
+    if not share <= _MAX_NOISE:
+        return False
+    return bool(
+        (leak <= _allowed_leak(model, share) * size).all() and (difference <= _NOISE * share * size).all()
+    )
+
+
+def _allowed_leak(model: nn.Module, noise: Tensor) -> Tensor:
+    """Share of each token's logits by which they may change when another sample changes."""
+    if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
+        return noise.clamp(min=_INT8_LEAK)
+    # A family's own experts have parameters of three dimensions, those in 4 bits packed ones.
+    groups = any(isinstance(module, Experts4bit) for module in model.modules())
+    groups = groups or any(parameter.dim() == 3 for parameter in model.parameters())
+    return _NOISE * noise if groups else torch.zeros_like(noise)
+
+
+def _rms(logits: Tensor) -> Tensor:
+    """Root mean square of each token's logits: (tokens, vocabulary) to (tokens,), fp32."""
+    return logits.float().square().mean(-1).sqrt()
+
+
+@torch.no_grad()
+def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> bool:
+    """Whether ``head`` describes the model's own loss completely, and its gradient at the logits.
+
+    For the check the decoder returns chosen hidden states and the output projection chosen fp32 logits, from
+    0 to far beyond any soft cap. So everything that the model does before, between and after the two shows
+    with the precision of fp32, whatever dtype it computes in. The projection itself is an ``nn.Linear``.
+    """
+    tokens, _, _ = _tokens(model, device)
+    labels = tokens.clone()
+    labels[:, _UNTRAINED] = IGNORED
+    decoder: nn.Module = model.get_decoder()
+    given: list[Tensor] = []
+    received: list[Tensor] = []
+    raw = _example_logits(head).to(device).requires_grad_()
+
+    def project(states: Tensor) -> Tensor:
+        received.append(states)
+        return raw[None] * 1.0  # a family may scale it in place
+
+    def give_chosen(module: Any, args: Any, output: Any) -> Any:
+        given.append(_example_states(output[0]))
+        if isinstance(output, tuple):
+            return (given[-1], *output[1:])
+        output[next(iter(output))] = given[-1]
+        return output
+
+    hook = decoder.register_forward_hook(give_chosen)
+    try:
+        with _eval_mode(model), temporary_forwards({head.projection: project}), torch.enable_grad():
+            own = model(input_ids=tokens, labels=labels, use_cache=False)
+            (gradient,) = torch.autograd.grad(own.loss, raw)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+        return False
+    finally:
+        hook.remove()
+    weight = head.projection.weight
+    if len(given) != 1 or len(received) != 1 or not bitwise_equal(received[0], given[0].to(weight.dtype)):
+        return False
+    return _is_cross_entropy(own.loss, gradient, raw.detach(), labels[0], head)
+
+
+def _example_states(states: Tensor) -> Tensor:
+    """Hidden states in the shape and dtype of ``states``, with a few massive channels."""
+    chosen = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))
+    chosen[..., :: max(states.shape[-1] // 3, 1)] *= 300
+    return chosen.to(states.device, states.dtype)
+
+
+def _example_logits(head: ChunkedHead) -> Tensor:
+    """Logits (tokens, vocabulary) in fp32, of growing size from token to token."""
+    logits = torch.randn(_FIRST, head.projection.out_features, generator=torch.Generator().manual_seed(4))
+    largest = 2 * (head.softcap or 10.0) / abs(head.multiplier)
+    return logits * torch.logspace(-2, 0, _FIRST)[:, None] * largest
+
+
+def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: ChunkedHead) -> bool:
+    """Whether a loss and its gradient at the raw logits (tokens, vocabulary) are the mean cross-entropy."""
+    trained = torch.nonzero(labels[1:] != IGNORED)[:, 0]
+    targets = labels[1:][trained, None]
+    losses, logit_grads = losses_and_grads(raw[trained], targets, head, needs_grad=True)
+    assert logit_grads is not None
+    expected, scale = torch.zeros_like(raw), torch.zeros_like(raw)
+    expected[trained] = logit_grads / len(trained)
+    logits = raw[trained] * head.multiplier
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    # Rounding changes a logit, and so its log-probability, in proportion to the size of the logit.
+    largest = 1 + logits.abs().amax(-1, keepdim=True)
+    likely = logits.softmax(-1).scatter(1, targets, 1.0)
+    scale[trained] = likely * largest * abs(head.multiplier) / len(trained)
+    return within_rounding(gradient.float(), expected, scale, _ROUNDINGS) and within_rounding(
+        loss.float(), losses.mean(), largest.mean(), _ROUNDINGS
+    )
+
+
+def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids of two variants of a first sample, which differ at every position, and of a second sample."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]  # a config
+    first = torch.randint(vocabulary, (1, _FIRST), generator=generator)
+    second = torch.randint(vocabulary, (1, _SECOND), generator=generator)
+    other = (first + vocabulary // 2) % vocabulary
+    return first.to(device), other.to(device), second.to(device)
+
+
+def _longest_context(model: Any) -> int:
+    """The largest position that the config names as the end of a context; 0 without rotary positions."""
+    if not any(hasattr(module, "rope_type") for module in model.modules()):
+        return 0  # learned positions end there
+    return max(_contexts(model.config.get_text_config().to_dict()), default=0)
+
+
+def _contexts(settings: dict[str, Any]) -> Iterator[int]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _contexts(value)
+        elif name in _CONTEXTS and isinstance(value, int):
+            yield value
+
+
+def _second_in_row(model: nn.Module, first: Tensor, second: Tensor, first_position: int) -> Tensor:
+    row = torch.cat([first, second], dim=1)
+    positions = torch.cat([first_position + _positions(first), _positions(second)], dim=1)
+    logits: Tensor = model(input_ids=row, position_ids=positions, segments=[_FIRST, _SECOND]).logits
+    return logits[0, _FIRST:]
+
+
+def _positions(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device)[None]
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

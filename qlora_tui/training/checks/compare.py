@@ -1,0 +1,82 @@
+"""Whether two computations of the same values differ by rounding alone: behind every check of a shortcut.
+
+Each element is compared at its own magnitude, never at that of the largest value in its tensor: trained
+models have outlier channels, next to which an error in all the others looks small. The same operations are
+compared with :func:`bitwise_equal` and :func:`equal_up_to_rounding`; sums of terms with
+:func:`within_rounding`, at the magnitude of the terms; kernels whose rounding is unknown with
+:func:`within_noise`, next to the error that the library's own way has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_UNITS = {torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+"""Units in the last place by which an element may differ. In 16 bits both ways compute in float32 and round
+once; in float32 the order of a sum over a row shows."""
+_DIFFERING = {torch.float32: 1.0, torch.bfloat16: 0.01, torch.float16: 0.02}
+"""Share of the elements that may differ at all. In 16 bits a difference of float32 rounding crosses a
+boundary in about 1 of 1,000 elements (bfloat16: 1 of 10,000); one rounding more or less shows in 1 of 5."""
+
+
+def bitwise_equal(actual: Tensor, expected: Tensor) -> bool:
+    """Whether dtype, shape and every bit agree: the same operations on the same values, in the same order."""
+    return actual.dtype == expected.dtype and torch.equal(actual, expected)
+
+
+def equal_up_to_rounding(actual: Tensor, expected: Tensor) -> bool:
+    """Whether elementwise operations in the same order, rounded at the same places, gave both tensors.
+
+    False where dtype or shape differ, or one of the two has a NaN.
+    """
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        return False
+    differs = actual != expected  # infinities that agree are equal; NaN differs
+    if not bool(differs.any()):
+        return True
+    limits = torch.finfo(actual.dtype)
+    wide, wanted = actual.double(), expected.double()
+    tolerance = _UNITS[actual.dtype] * limits.eps * wanted.abs() + limits.smallest_normal * limits.eps
+    within_rounding = (wide - wanted).abs() <= tolerance
+    share = float(differs.double().mean())
+    return bool((within_rounding | ~differs).all()) and share <= _DIFFERING[actual.dtype]
+
+
+def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: float) -> bool:
+    """Whether every element differs by at most ``roundings`` rounding errors of a value of its ``scale``.
+
+    ``scale`` has one value per element: the magnitude of the terms that were rounded in computing it, which
+    exceeds the element itself where terms cancel. A rounding error is ``eps`` of the dtype of ``actual``,
+    relative to ``scale``. NaN counts as a difference.
+    """
+    if actual.shape != expected.shape:
+        return False
+    limits = torch.finfo(actual.dtype)
+    tolerance = roundings * limits.eps * scale.double().abs() + limits.smallest_normal
+    differs = actual != expected
+    within_rounding = (actual.double() - expected.double()).abs() <= tolerance
+    return bool((within_rounding | ~differs).all())
+
+
+def within_noise(actual: Tensor, exact: Tensor, noise: Tensor, factor: float) -> bool:
+    """Whether no element is further from its exact value than ``factor`` times the noise; NaN is further.
+
+    ``noise``: the error of another way to compute the same, and at least what rounding alone gives.
+    """
+    return bool(((actual.double() - exact).abs() <= factor * noise).all())
+
+
+def outputs_and_gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """What a function returns, and the gradients of its inputs for these gradients of its outputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        returned = function(*leaves)
+        outputs = list(returned) if isinstance(returned, tuple) else [returned]
+        gradients = torch.autograd.grad(outputs, leaves, list(grads))
+    return [*(output.detach() for output in outputs), *gradients]

@@ -1,0 +1,355 @@
+"""One real training step computed twice: by transformers and peft alone, and as this run will compute it.
+
+The checks of single parts (norms, gated MLPs, output head, attention) run each part on inputs prepared for
+it. This check knows nothing about parts: the same tokens, weights and dtype must give the same loss and the
+same gradient of every adapter tensor, whatever the model's class does.
+
+"The same" means: as near as the library's own step stays to itself when the output of each module, and the
+gradient that comes back through it, is moved by the dtype's rounding error. That is measured here, on this
+model and these tokens, for each tensor by itself (stochastic arithmetic, as in Vignes 1993, CESTAC).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.training.batches import (
+    PackedSamples,
+    RowShape,
+    TokenizedDataset,
+    collate,
+    on_device,
+    sum_loss_weights,
+)
+from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.loss import IGNORED
+from qlora_tui.training.model import dropout_settings
+
+Gradients: TypeAlias = dict[str, Tensor]
+"""Gradient of each trained parameter, by its name in the model."""
+
+FACTOR = 3.0
+"""Multiple of the measured rounding noise by which our step may differ. Right steps stay below 1.7 on
+SmolLM2-135M and Gemma-3-270M in float32 and bfloat16; Gemma with Llama's form of RMSNorm is above 25."""
+_ROUNDING = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""Machine epsilons by which each module's output is moved. In 16 bits results are rounded once; in float32
+the order of a sum over thousands of products shows."""
+_LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""Share of a loss by which the order of its sums over vocabulary and tokens may move it, in float32."""
+_ADAPTER_SHARE = 0.05
+"""Approximate size of the adapter's output relative to its frozen module's: enough to make A's gradient
+meaningful."""
+_LARGE = 2**24
+"""Elements above which only some rows of a gradient are compared: a trained embedding has gigabytes."""
+_COMPARED_ROWS = 4096
+"""How many of them, besides those of the excerpt's tokens."""
+_FP16_LOSS_SCALE = 1024.0
+"""Loss scale of the check, so that small gradients do not vanish in float16."""
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Some samples of the first micro-batch, as a ``TokenizedDataset``."""
+
+    ids: tuple[tuple[int, ...], ...]
+    loss_masks: tuple[tuple[int, ...], ...]
+    """1 for each token in the loss, else 0."""
+    loss_weights: tuple[tuple[float, ...] | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def token_ids(self, i: int, /) -> Sequence[int]:
+        """Token ids of one sample."""
+        return self.ids[i]
+
+    def loss_mask(self, i: int, /) -> Sequence[int]:
+        """1 for each token in the loss, else 0."""
+        return self.loss_masks[i]
+
+    def weights(self, i: int, /) -> Sequence[float] | None:
+        """Loss weight of each token; None where each trained token has weight 1."""
+        return self.loss_weights[i]
+
+    def length(self, i: int, /) -> int:
+        """Tokens of one sample."""
+        return len(self.ids[i])
+
+    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
+        """The samples in order."""
+        return range(len(self))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(map(len, self.ids))
+
+
+def excerpt_of(sequences: Sequence[PackedSamples], samples: TokenizedDataset, *, tokens: int) -> Excerpt:
+    """At most ``tokens`` tokens of the first two samples in ``sequences``, each up to its last trained token.
+
+    Two samples, so that packing them into one sequence shows whether one attends to the other.
+    """
+    first = [i for sequence in sequences for i in sequence][:2]
+    each = max(2, tokens // len(first))
+    ids, loss_masks, weights = [], [], []
+    for i in first:
+        loss_mask = list(samples.loss_mask(i))
+        end = max((at + 1 for at, on in enumerate(loss_mask) if on), default=len(loss_mask))
+        window = slice(max(0, end - each), end)
+        of_sample = samples.weights(i)
+        ids.append(tuple(samples.token_ids(i)[window]))
+        loss_masks.append(tuple(loss_mask[window]))
+        weights.append(None if of_sample is None else tuple(of_sample[window]))
+    return Excerpt(tuple(ids), tuple(loss_masks), tuple(weights))
+
+
+@dataclass(frozen=True)
+class StepComparison:
+    """How far our step is from the library's, and the library's own rounding noise."""
+
+    loss: float
+    reference_loss: float
+    loss_noise: float
+    gradient_difference: float
+    """Relative difference of a gradient, for the tensor that exceeds its noise most."""
+    gradient_noise: float
+    """Relative noise of the gradient of that tensor."""
+    tensor: str
+    """Name of that tensor."""
+    failure: str = ""
+    """Why our step could not be computed, with loss and gradients of NaN; empty where it was."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether rounding accounts for all differences. False where a value is not finite."""
+        return (
+            abs(self.loss - self.reference_loss) <= FACTOR * self.loss_noise
+            and self.gradient_difference <= FACTOR * self.gradient_noise
+        )
+
+
+class StepReference:
+    """The library's step on an excerpt and its rounding noise, the reference for our step."""
+
+    def __init__(self, model: nn.Module, excerpt: Excerpt, device: ComputeDevice) -> None:
+        """Compute the library's step on ``model``, which must use no fast path; clears its gradients."""
+        self._model, self._excerpt, self._device = model, excerpt, device
+        self._items = sum_loss_weights([(i,) for i in range(len(excerpt))], excerpt) or 1.0
+        self._losses, self._gradients = self._reference_step()
+        norms = torch.stack([gradient.norm() for gradient in self._gradients.values()])
+        least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
+        self._least = max(least, torch.finfo(torch.float32).tiny)
+        """Gradient norm below which a tensor's gradient is lost in the rounding of the others."""
+        self._matters = torch.finfo(device.dtype).eps ** 0.5 * float(norms.square().mean().sqrt())
+        """Change of a gradient that is noise by itself, small next to the whole gradient."""
+        self._draws = 0
+        self.loss = float(self._losses.sum()) / self._items
+        self.loss_noise = _LOSS_ROUNDING * abs(self.loss)
+        self._noise = dict.fromkeys(self._gradients, 0.0)
+        self.measure_noise()
+
+    def measure_noise(self) -> None:
+        """Perturb the library's step by random rounding errors, and keep the largest change of all draws.
+
+        The model must use no fast path, as in the constructor.
+        """
+        with rounding_errors(self._model, rounding_error_of(self._device.dtype), seed=self._draws):
+            losses, gradients = self._reference_step()
+        self._draws += 1
+        moves = losses - self._losses
+        # A single draw may cancel out in the sum, so its spread is a lower bound.
+        noise = float(torch.maximum(moves.sum().abs(), moves.norm())) / self._items
+        self.loss_noise = max(noise, self.loss_noise)
+        for name, gradient in self._gradients.items():
+            self._noise[name] = max(float((gradients[name] - gradient).norm()), self._noise[name])
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradients of the library's step are finite; otherwise nothing can be compared."""
+        return math.isfinite(self.loss + self.loss_noise + sum(self._noise.values()))
+
+    def compare(self, *, packed: bool, pad_id: int) -> StepComparison:
+        """Run one step as the trainer does, on the model in its current state, and compare.
+
+        Args:
+            packed: put the samples into one packed sequence instead of padded sequences.
+        """
+        sequences = (
+            [(0, 1)] if packed and len(self._excerpt) == 2 else [(i,) for i in range(len(self._excerpt))]
+        )
+        shape = RowShape(packed, self._excerpt.tokens, self._device.row_multiple, pad_id)
+        batch = collate(sequences, self._excerpt, shape)
+        with _autocast(self._device):
+            sent = on_device(batch, self._device.torch_device)
+            loss = self._model(**sent, num_items_in_batch=1).loss / self._items
+        gradients = self._backward(loss)
+        differences = {
+            name: float((gradients[name] - expected).norm()) for name, expected in self._gradients.items()
+        }
+        # Written so that NaN counts as the largest difference.
+        worst = max(differences, key=lambda name: _or_infinite(differences[name] / self._noise_of(name)))
+        size = self._size(worst)
+        return StepComparison(
+            loss=float(loss.detach()),
+            reference_loss=self.loss,
+            loss_noise=self.loss_noise,
+            gradient_difference=differences[worst] / size,
+            gradient_noise=self._noise_of(worst) / size,
+            tensor=worst,
+        )
+
+    def failure(self, reason: str) -> StepComparison:
+        """The comparison for a step of ours that could not be computed."""
+        return StepComparison(math.nan, self.loss, self.loss_noise, math.nan, math.nan, "", reason)
+
+    def _size(self, name: str) -> float:
+        return max(float(self._gradients[name].norm()), self._least)
+
+    def _noise_of(self, name: str) -> float:
+        """The noise, floored at the smallest resolvable gradient.
+
+        If noise dominates, the tensor fails only where it matters to the whole gradient. That happens to
+        queries and keys whose attention sees a single token: their exact gradient is 0. What is computed is
+        the rounding of scores within attention, which no module's output shows, and which depends on the
+        order in which a processor adds.
+        """
+        noise = max(self._noise[name], self._least)
+        return noise if FACTOR * noise < self._size(name) else max(noise, self._size(name), self._matters)
+
+    def _reference_step(self) -> tuple[Tensor, Gradients]:
+        """Weighted loss of each token (tokens,), computed sample by sample, and the gradients of the mean."""
+        excerpt, device = self._excerpt, self._device.torch_device
+        losses: list[Tensor] = []
+        self._model.zero_grad()
+        for ids, loss_mask, weights in zip(
+            excerpt.ids, excerpt.loss_masks, excerpt.loss_weights, strict=True
+        ):
+            tokens = torch.tensor([ids], device=device)
+            targets = tokens[0].masked_fill(torch.tensor(loss_mask, device=device) == 0, IGNORED)[1:]
+            trained_at = (targets != IGNORED).nonzero()[:, 0]
+            with _autocast(self._device):
+                logits = self._model(input_ids=tokens, use_cache=False).logits[0, trained_at]
+            each = nn.functional.cross_entropy(logits.float(), targets[trained_at], reduction="none")
+            # Each is as large as the run's own logits in a large vocabulary.
+            del logits
+            if weights is not None:
+                each = each * torch.tensor(weights[1:], device=device)[trained_at]
+            losses.append(each.detach().cpu())
+            self._backward_of(each.sum() / self._items)
+        return torch.cat(losses), self._take_gradients()
+
+    def _backward(self, loss: Tensor) -> Gradients:
+        self._model.zero_grad()
+        self._backward_of(loss)
+        return self._take_gradients()
+
+    def _backward_of(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss * _FP16_LOSS_SCALE if self._device.dtype == torch.float16 else loss)
+
+    def _take_gradients(self) -> Gradients:
+        """Move the gradients out of the model, as fp32 on the CPU; of large matrices, some rows."""
+        gradients = {
+            name: self._compared(torch.zeros_like(p) if p.grad is None else p.grad.detach())
+            for name, p in self._model.named_parameters()
+            if p.requires_grad
+        }
+        self._model.zero_grad()
+        return gradients
+
+    def _compared(self, gradient: Tensor) -> Tensor:
+        """What is compared of a gradient, as fp32 on the CPU."""
+        if gradient.numel() > _LARGE:
+            rows = set(range(0, len(gradient), max(1, len(gradient) // _COMPARED_ROWS)))
+            rows.update(token for ids in self._excerpt.ids for token in ids if token < len(gradient))
+            gradient = gradient[torch.tensor(sorted(rows), device=gradient.device)]
+        return gradient.to("cpu", torch.float32)
+
+
+@contextmanager
+def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
+    """Give the adapter nonzero weights and turn off dropout inside; everything is restored afterwards.
+
+    In a new adapter B is 0, and so is the gradient of A: wrong gradients would agree by being zero.
+    """
+    adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
+    before = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
+    generator = torch.Generator().manual_seed(0)
+    # Only the GPU of this process: on others this would create a CUDA context.
+    devices = [device.torch_device] if device.kind == "cuda" else []
+    with _no_dropout(model), torch.random.fork_rng(devices=devices):
+        try:
+            for name, values in before.items():
+                std = _ADAPTER_SHARE / max(values.shape[-1], 1) ** 0.5
+                adapters[name].data.copy_(torch.randn(values.shape, generator=generator).mul_(std))
+            yield
+        finally:
+            for name, values in before.items():
+                adapters[name].data.copy_(values)
+            model.zero_grad()
+
+
+@contextmanager
+def _no_dropout(model: nn.Module) -> Iterator[None]:
+    """Set every dropout probability to 0, but stay in training mode, which checkpointing requires."""
+    modes = {module: module.training for module in model.modules()}
+    probabilities = dropout_settings(model)
+    try:
+        for owner, name, _ in probabilities:
+            setattr(owner, name, 0.0)
+        model.train()
+        yield
+    finally:
+        for owner, name, value in probabilities:
+            setattr(owner, name, value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def rounding_error_of(dtype: torch.dtype) -> float:
+    """Relative rounding error of the output of a module that computes in ``dtype``."""
+    return _ROUNDING[dtype] * torch.finfo(dtype).eps
+
+
+@contextmanager
+def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[None]:
+    """Perturb each element of all module outputs, and of their gradients, up or down by a share ``size``."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def error(x: Tensor) -> Tensor:
+        generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(seed))
+        signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
+        return x.detach() * signs.to(x.dtype).mul_(2 * size).sub_(size)
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not torch.is_tensor(output) or not output.is_floating_point():
+            return None
+        moved = output + error(output)
+        if moved.requires_grad:
+            moved.register_hook(lambda gradient: gradient + error(gradient))  # type: ignore[no-untyped-call]
+        return moved
+
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_hook(hook) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _or_infinite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _autocast(device: ComputeDevice) -> AbstractContextManager[Any]:
+    """The trainer's autocast context: mixed precision for float16 on a GPU."""
+    uses_it = device.kind == "cuda" and device.dtype == torch.float16
+    return torch.autocast("cuda", torch.float16) if uses_it else nullcontext()

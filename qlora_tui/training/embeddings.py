@@ -1,0 +1,394 @@
+"""Trains embedding and head in addition to LoRA, in whole or some rows of them; and NEFTune's noise.
+
+**Rows** (``lora.trainable_tokens``), for tokens that the base model never learned. To read a token the model
+needs its row of the embedding, to write it its row of the head. Both are trained, as one row where the head
+is tied. peft supports this (``trainable_token_indices``) and loads such adapters, but rebuilds both matrices
+in each forward and computes their whole gradients. Here only the rows are computed, in peft's modules and so
+in its format.
+
+**Both in whole** (``lora.train_embeddings``), for continued pretraining on plain text: a new language or
+domain moves the rows of many tokens. Both are trained as copies in peft's format (``modules_to_save``), as
+one matrix where the head is tied. The copies are in fp32, like the matrices of LoRA, and compute in the dtype
+of the model, which peft's own would not.
+
+Their gradients are added where they are computed, in :func:`add_gradient` and :func:`add_row_gradients`:
+autograd would allocate the whole matrix for the few rows of a batch, and again to sum those of a tied head.
+Hooks on the gradient, such as those of distributed training, do not see them.
+
+Shapes with a vocabulary of 49,152 and a hidden size of 576::
+
+    weight     (49152, 576)   fp32, of the embedding, and of a head that is not tied
+    embedded   (1, 1000, 576) in the dtype of the model: rows are looked up in fp32, then cast
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qlora_tui.data.trainable_tokens import UNTRAINED_NORM_RATIO
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Training
+from qlora_tui.training.fused.patching import patch_forward
+
+
+class EmbeddingNoise:
+    """NEFTune: uniform noise on a model's embeddings (Jain et al. 2023, arXiv 2310.05914).
+
+    Only inside :meth:`scaled_for`.
+    So answers, evaluations and the checks before the first step see none. The noise comes from torch's
+    random numbers, which checkpoints hold: a resumed run draws the same.
+
+    Args:
+        model: the model to train, with or without its adapter.
+        alpha: the noise of a sample of L tokens of width H is uniform within alpha / √(L·H) (section 3).
+    """
+
+    def __init__(self, model: Any, alpha: float) -> None:
+        self._alpha = alpha
+        self._magnitude: Tensor | None = None
+        """Largest noise of each sequence or token, which broadcasts to (sequences, tokens, 1)."""
+        if alpha:
+            model.get_input_embeddings().register_forward_hook(self._add)
+
+    @contextmanager
+    def scaled_for(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Add noise for the lengths of these samples; see :func:`qlora_tui.training.batches.collate`."""
+        if self._alpha:
+            self._magnitude = self._alpha / _lengths(batch).float().sqrt()
+        try:
+            yield
+        finally:
+            self._magnitude = None
+
+    def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if self._magnitude is None:
+            return None
+        magnitude = (self._magnitude / output.shape[-1] ** 0.5).to(output.dtype)
+        return output + torch.empty_like(output).uniform_(-1, 1).mul_(magnitude)
+
+
+def _lengths(batch: dict[str, Any]) -> Tensor:
+    """Length of the sample of each token (1, tokens, 1), or of each padded sequence (sequences, 1, 1)."""
+    if "segments" not in batch:
+        padded: Tensor = batch["attention_mask"].sum(1)[:, None, None]
+        return padded
+    lengths = torch.tensor(batch["segments"])
+    of_tokens = lengths.repeat_interleave(lengths)[None, :, None]
+    return of_tokens.to(batch["input_ids"].device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Replacements of some rows of a matrix (vocabulary, width)."""
+
+    ids: Tensor
+    """(rows,): the token ids that are replaced."""
+    values: Tensor
+    """(rows, width): their rows."""
+
+
+def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[int]]:
+    """peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises UserError."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # peft would drop the bias of a head.
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _has_bias(head):
+        raise _unsupported_tokens("peft does not support token rows for its type of embedding or head")
+    if max(ids) >= (vocabulary_size := len(embedding.weight)):
+        raise _unsupported_tokens(f"token {max(ids)} is beyond the {vocabulary_size:,} rows of its embedding")
+    if head.weight is embedding.weight:
+        return list(ids)
+    names = {module: name for name, module in model.named_modules()}
+    return {names[embedding]: list(ids), names[head]: list(ids)}
+
+
+def init_untrained_rows(model: Any) -> None:
+    """Initialize untrained rows, whose norm is near zero, with the mean of all rows.
+
+    The RMSNorm of a row near zero has a slope in the hundreds: its gradient would dominate all others, and
+    Adam would remember it for a thousand steps. Raises UserError where peft did not add the rows to the head.
+    """
+    if not isinstance(model.get_output_embeddings(), _token_wrapper_type()):
+        raise _unsupported_tokens("peft does not recognize that its head is tied to its embedding")
+    for wrapper in row_wrappers(model):
+        weight, rows = wrapper.original_module.weight, rows_of(wrapper, "default")
+        sizes = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        faint = sizes[rows.ids] < UNTRAINED_NORM_RATIO * sizes.median()
+        mean = weight.mean(dim=0, dtype=torch.float32)
+        with torch.no_grad():
+            rows.values.copy_(torch.where(faint[:, None], mean, rows.values))
+
+
+def use_trained_rows(model: nn.Module) -> None:
+    """Make every module with trained rows compute only these rows in addition to its frozen matrix."""
+    for wrapper in row_wrappers(model):
+        _patch_forward(wrapper)
+
+
+def row_wrappers(model: nn.Module) -> Iterator[Any]:
+    """peft's modules around embedding and head."""
+    return (module for module in model.modules() if isinstance(module, _token_wrapper_type()))
+
+
+def rows_of(wrapper: Any, adapter: str) -> TokenRows:
+    """The trained rows of an adapter in this module."""
+    token_adapter = wrapper.token_adapter
+    values = token_adapter.trainable_tokens_delta[adapter]
+    return TokenRows(torch.tensor(token_adapter.token_indices[adapter], device=values.device), values)
+
+
+def active_rows(module: Any) -> TokenRows | None:
+    """The rows of the active adapter, in a module that ``use_trained_rows`` has patched; None without any."""
+    known = getattr(module, "active_token_rows", None)
+    return known() if known else None
+
+
+def with_rows(base: nn.Module, x: Tensor, rows: TokenRows | None) -> Tensor:
+    """The output of embedding or head ``base`` for ``x``, with these rows in place of its own."""
+    if rows is None:
+        plain: Tensor = base(x)
+        return plain
+    if isinstance(base, nn.Embedding):
+        embedded: Tensor = _Lookup.apply(x, rows.values, rows.ids, base)  # type: ignore[no-untyped-call]
+        return embedded
+    scores: Tensor = base(x)
+    own = functional.linear(x, rows.values.to(x.dtype))
+    return scores.index_copy_(-1, rows.ids, own.to(scores.dtype))
+
+
+def _patch_forward(wrapper: Any) -> None:
+    known = {name: rows_of(wrapper, name) for name in wrapper.token_adapter.trainable_tokens_delta}
+
+    def active_token_rows() -> TokenRows | None:
+        if wrapper.disable_adapters or wrapper.token_adapter.merged:
+            return None
+        return next((known[name] for name in wrapper.active_adapters if name in known), None)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return with_rows(self.original_module, x, active_token_rows())
+
+    wrapper.active_token_rows = active_token_rows
+    patch_forward(wrapper, forward, "token rows")
+
+
+class _Lookup(torch.autograd.Function):
+    """An embedding lookup with some rows replaced: ids (…) to (…, width).
+
+    Which position is which row is a one-hot matrix of few columns. An index list would need ``nonzero``,
+    which waits for the GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, ids: Tensor, base: nn.Embedding) -> Tensor:
+        out: Tensor = base(x)
+        where = x.reshape(-1, 1) == ids
+        # Gemma's embedding scales its output.
+        scale = getattr(base, "embed_scale", 1.0)
+        if isinstance(scale, Tensor):
+            scale = scale.to(out.dtype)
+        flat = out.view(-1, out.shape[-1]).masked_fill_(where.any(1, keepdim=True), 0)
+        flat.addmm_(where.to(out.dtype), values.to(out.dtype) * scale)
+        ctx.save_for_backward(where)
+        ctx.scale, ctx.dtype = scale, values.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None, None]:
+        (where,) = ctx.saved_tensors
+        grad = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        return None, (where.t().to(grad.dtype) @ grad).to(ctx.dtype) * ctx.scale, None, None
+
+
+def _token_wrapper_type() -> Any:
+    # Imported here, because peft takes seconds to load and a base model alone does not need it.
+    from peft.utils.other import TrainableTokensWrapper
+
+    return TrainableTokensWrapper
+
+
+def _unsupported_tokens(why: str) -> UserError:
+    return UserError(
+        "Trainable tokens are not supported for this model",
+        what=f"lora.trainable_tokens is set, but {why}.",
+        fix="Leave lora.trainable_tokens empty and use a template without such tokens: "
+        'model.chat_template = "alpaca" or "plain".',
+    )
+
+
+RATE_SHARE = 0.1
+"""Rate of embedding and head as a share of that of LoRA where the recipe names none. Unsloth recommends a
+half to a tenth, and has 5e-6 beside 5e-5 in its example (docs.unsloth.ai/basics/continued-pretraining)."""
+_ADAPTER = "default"
+
+
+def peft_options(model: Any) -> dict[str, Any]:
+    """peft's options that train embedding and head of a bare model. Raises UserError where it cannot."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear or _has_bias(head):
+        raise _unsupported_model(
+            "its embedding is not an nn.Embedding, or its head not an nn.Linear without bias"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    tied = head.weight is embedding.weight
+    return {"modules_to_save": [names[embedding], names[head]], "ensure_weight_tying": tied}
+
+
+def use_fp32_copies(model: Any, *, tied: bool) -> None:
+    """Train peft's copies of embedding and head in fp32, computing in the dtype of the model.
+
+    Args:
+        model: the bare model, with an adapter of :func:`peft_options`.
+        tied: whether the model has one matrix for both.
+
+    Raises:
+        UserError: peft did not keep a tied head tied.
+    """
+    wrappers = model.get_input_embeddings(), model.get_output_embeddings()
+    if not all(isinstance(wrapper, _wrapper_type()) for wrapper in wrappers):
+        raise _unsupported_model("peft does not copy both")
+    copies = [wrapper.modules_to_save[_ADAPTER] for wrapper in wrappers]
+    if (copies[0].weight is copies[1].weight) != tied:
+        raise _unsupported_model("peft does not recognize that its head is tied to its embedding")
+    dtype = copies[0].weight.dtype
+    for wrapper, module in zip(wrappers, copies, strict=True):
+        module.weight.data = module.weight.data.float()
+        _compute_in(module, dtype)
+        wrapper.active_trained_weight = partial(_active_weight, wrapper)
+
+
+def active_weight(module: Any) -> nn.Parameter | None:
+    """The trained matrix (vocabulary, hidden) of embedding or head; None without one, or while it is off."""
+    find = getattr(module, "active_trained_weight", None)
+    return find() if find else None
+
+
+def trained_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices of embedding and head, a tied one once; empty where they are frozen."""
+    weights = (active_weight(m) for m in model.modules() if "active_trained_weight" in vars(m))
+    return list(dict.fromkeys(weight for weight in weights if weight is not None))
+
+
+def embedding_rate(training: Training) -> float:
+    """Peak learning rate of embedding and head."""
+    return training.embedding_learning_rate or training.learning_rate * RATE_SHARE
+
+
+def add_gradient(weight: Tensor, gradient: Tensor) -> None:
+    """Add ``gradient``, which is then the caller's no more, to that of ``weight``; both of one shape."""
+    if weight.grad is None:
+        weight.grad = gradient
+    else:
+        weight.grad += gradient
+
+
+def add_row_gradients(weight: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Add the gradients of rows to that of ``weight``, in the same order at each run.
+
+    The rows of each token are summed before, because a GPU would add them in any order.
+
+    Args:
+        weight: (vocabulary, hidden), fp32.
+        ids: (tokens,), which row each is of; with repetitions.
+        rows: (tokens, hidden), fp32.
+    """
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    in_order, order = ids.sort(stable=True)
+    place = torch.cat([torch.zeros_like(ids[:1]), (in_order[1:] != in_order[:-1]).long()]).cumsum(0)
+    # Places that no token has get a sum of zero, for row 0.
+    sums = torch.ops.aten.embedding_dense_backward(rows[order], place, len(ids), -1, False)
+    weight.grad.index_add_(0, torch.zeros_like(ids).scatter_(0, place, in_order), sums)
+
+
+class _TrainedLookup(torch.autograd.Function):
+    """An embedding lookup, ids (…) to (…, hidden), which adds the gradient to the weight itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        scale: Tensor | float | None,
+        padding_idx: int | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.scale, ctx.padding_idx = weight, scale, padding_idx
+        rows = functional.embedding(x, weight).to(dtype)
+        return rows if scale is None else rows * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+        (x,) = ctx.saved_tensors
+        ids, grad = x.flatten(), grad_outputs[0].flatten(0, -2)
+        if ctx.scale is not None:
+            grad = grad * ctx.scale
+        if ctx.padding_idx is not None:
+            grad = grad.masked_fill((ids == ctx.padding_idx)[:, None], 0)
+        add_row_gradients(ctx.weight, ids, grad.to(ctx.weight.dtype))
+        return (None,) * 5
+
+
+def _active_weight(wrapper: Any) -> nn.Parameter | None:
+    if wrapper.disable_adapters or _ADAPTER not in wrapper.active_adapters:
+        return None
+    weight: nn.Parameter = wrapper.modules_to_save[_ADAPTER].weight
+    return weight
+
+
+def _compute_in(module: Any, dtype: torch.dtype) -> None:
+    """Make a module with an fp32 weight compute in ``dtype``; an embedding casts the rows it looks up.
+
+    That of an embedding can be switched to a reference, whose gradient autograd computes.
+    """
+
+    def with_cast_weight(self: Any, x: Tensor) -> Tensor:
+        own = self.weight
+        if type(self) is nn.Embedding:  # the same, without a copy of the matrix
+            looked_up: Tensor = type(self).forward(self, x).to(dtype)
+            return looked_up
+        self._parameters["weight"] = own.to(dtype)
+        try:
+            result: Tensor = type(self).forward(self, x)
+        finally:
+            self._parameters["weight"] = own
+        return result
+
+    def with_cast_rows(self: Any, x: Tensor) -> Tensor:
+        # Gemma's embedding scales its output.
+        scale = getattr(self, "embed_scale", None)
+        if isinstance(scale, Tensor):
+            scale = scale.to(dtype)
+        looked_up: Tensor = _TrainedLookup.apply(x, self.weight, dtype, scale, self.padding_idx)  # type: ignore[no-untyped-call]
+        return looked_up
+
+    vars(module)["forward"] = MethodType(with_cast_weight, module)
+    if isinstance(module, nn.Embedding):
+        patch_forward(module, with_cast_rows, "embeddings")
+
+
+def _has_bias(head: Any) -> bool:
+    return head.bias is not None
+
+
+def _wrapper_type() -> Any:
+    # Imported here, because peft takes seconds to load and a base model alone does not need it.
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return ModulesToSaveWrapper
+
+
+def _unsupported_model(why: str) -> UserError:
+    return UserError(
+        "Embedding and head of this model cannot be trained",
+        what=f"lora.train_embeddings is on, but {why}.",
+        fix="Set lora.train_embeddings = false: LoRA on every linear layer learns from plain text too.",
+    )

@@ -1,0 +1,266 @@
+"""Quantizes fused experts while transformers reads a model: one matrix at a time, never a whole parameter.
+
+transformers merges the tensors of a checkpoint, one per expert and projection, into one parameter per
+projection before it quantizes (``core_model_loading.py``, ``WeightConverter``): in a layer of Qwen3-30B-A3B
+0.8 GB in 16 bits for gate and up, and twice that while they are joined. Here a converter reads each expert's
+tensors, quantizes the matrix and drops it. A parameter that is stored fused is read in slices of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import core_model_loading
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_tui.training.experts.routing import PROJECTIONS, Experts4bit, replace_experts
+from qlora_tui.training.experts.storage import BLOCKS, SCALES, ExpertLayout, dequantize_mxfp4, quantize_into
+
+_QUANTIZER = "bitsandbytes_4bit"
+
+
+@contextmanager
+def experts_in_4_bits() -> Iterator[None]:
+    """Let models that are loaded inside, with bitsandbytes' 4-bit quantization, have 4-bit experts too."""
+    original, spawn = auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER], core_model_loading.spawn_materialize
+    auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER] = ExpertQuantizer
+    core_model_loading.spawn_materialize = _deferred(spawn)
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER] = original
+        core_model_loading.spawn_materialize = spawn
+
+
+class ExpertQuantizer(Bnb4BitHfQuantizer):
+    """transformers' quantizer for bitsandbytes, extended to fused experts."""
+
+    def _process_model_before_weight_loading(  # type: ignore[override]  # as the class that it extends
+        self, model: Any, device_map: Any, **kwargs: Any
+    ) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        config = self.quantization_config
+        replace_experts(model, config.bnb_4bit_quant_type, nested=bool(config.bnb_4bit_use_double_quant))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # save_pretrained takes parameters apart again by the converters that loaded them; packed ones stay.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in conversions if not isinstance(each, ExpertConverter)]
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is read in 16 bits and stored in 4."""
+        if _packed_projection(model, param_name) is not None:
+            return not self.pre_quantized
+        return bool(super().param_needs_quantization(model, param_name, **kwargs))
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of an element as stored; packed experts have as many elements as bytes."""
+        if _packed_projection(model, param_name) is not None:
+            return 1
+        return float(super().param_element_size(model, param_name, param))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Let :class:`ExpertConverter` do what the family's converters do, and read fused parameters."""
+        updated: list[Any] = super().update_weight_conversions(  # type: ignore[no-untyped-call]  # its own
+            weight_conversions, *args
+        )
+        if self.pre_quantized:
+            return updated
+        fused = [
+            ExpertConverter([rf"experts\.{name}"], [f"experts.{name}"], [_Whole()]) for name in PROJECTIONS
+        ]
+        in_mxfp4 = [
+            Mxfp4Converter(
+                [rf"experts\.{name}{suffix}" for suffix in (BLOCKS, SCALES)], [f"experts.{name}"], [_Whole()]
+            )
+            for name in PROJECTIONS
+        ]
+        # The first that matches a name is taken, and fused patterns match those of MXFP4 too.
+        return [*map(_for_experts, updated), *in_mxfp4, *fused]
+
+
+class _Whole(ConversionOps):
+    """A tensor that is stored as the model has it."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: tensors}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Whole()
+
+
+class ExpertConverter(WeightConverter):
+    """A family's converter of expert weights; into :class:`Experts4bit` it reads one expert at a time."""
+
+    __slots__ = ()
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, Any]:
+        """Return the quantized tensors of a projection by their full names in the model."""
+        packed = _packed_projection(model, layer_name)
+        if packed is None:
+            converted: dict[str, Any] = super().convert(layer_name, model, config, hf_quantizer, loading_info)
+            return converted
+        experts, name = packed
+        layout = experts.layout(name)
+        matrices = self._matrices(
+            layout, lambda: super(ExpertConverter, self).convert(layer_name, model, config)
+        )
+        tensors: dict[str, Tensor] = {}
+        for expert, matrix in enumerate(matrices):
+            if not tensors:
+                tensors = layout.empty_tensors(matrix.device)
+            quantize_into(tensors, expert, matrix, layout)
+        return {layer_name + suffix: tensor for suffix, tensor in tensors.items()}
+
+    def _matrices(
+        self, layout: ExpertLayout, convert_whole: Callable[[], dict[str, Any]]
+    ) -> Iterator[Tensor]:
+        """The matrix of each expert in turn. A matrix is valid until the next one is read."""
+        jobs = [
+            self.collected_tensors[pattern]
+            for pattern in self.source_patterns
+            if pattern in self.collected_tensors
+        ]
+        if all(isinstance(op, _Whole) for op in self.operations) and len(jobs) == len(jobs[0]) == 1:
+            self.collected_tensors.clear()
+            yield from _stored_slices(jobs[0][0], layout.experts)
+        elif self._joins_matrices() and all(len(each) == layout.experts for each in jobs):
+            self.collected_tensors.clear()
+            yield from _joined(jobs, layout)
+        else:  # operations that we do not know: the whole parameter, as transformers would
+            (whole,) = convert_whole().values()
+            yield from whole[0] if isinstance(whole, list) else whole
+
+    def _joins_matrices(self) -> bool:
+        """Whether the operations stack the experts, and put the rows of gate and up below each other."""
+        operations = [(type(op), op.dim) for op in self.operations if hasattr(op, "dim")]
+        expected = [(MergeModulelist, 0), (Concatenate, 1)]
+        return len(operations) == len(self.operations) and operations == expected[: len(self.source_patterns)]
+
+
+class Mxfp4Converter(ExpertConverter):
+    """Reads experts that are stored in MXFP4, one at a time."""
+
+    __slots__ = ()
+
+    def _matrices(
+        self, layout: ExpertLayout, convert_whole: Callable[[], dict[str, Any]]
+    ) -> Iterator[Tensor]:
+        jobs = [self.collected_tensors[pattern][0] for pattern in self.source_patterns]
+        self.collected_tensors.clear()
+        for blocks, scales in zip(*(_stored_slices(job, layout.experts) for job in jobs), strict=True):
+            # gpt-oss has its matrices transposed: (inputs, outputs).
+            yield dequantize_mxfp4(blocks, scales, torch.bfloat16).T
+
+
+def _for_experts(converter: Any) -> Any:
+    """The converter, as one of ours where it fills a projection of experts."""
+    if type(converter) is not WeightConverter or not any(
+        target.endswith(f"experts.{name}") for target in converter.target_patterns for name in PROJECTIONS
+    ):
+        return converter
+    ours = ExpertConverter(
+        list(converter._original_source_patterns),
+        list(converter._original_target_patterns),
+        converter.operations,
+    )
+    for scope in ("scope_prefix", "base_model_prefix"):
+        if hasattr(converter, scope):
+            setattr(ours, scope, getattr(converter, scope))
+    return ours
+
+
+def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | None:
+    """The 4-bit experts and the projection that a full parameter name means; None for any other name."""
+    path, _, name = parameter.rpartition(".")
+    if name not in PROJECTIONS:
+        return None
+    module = model.get_submodule(path)
+    return (module, name) if isinstance(module, Experts4bit) else None
+
+
+def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
+    """The rows of every source of an expert below each other, in the same memory for each expert."""
+    matrix: Tensor | None = None
+    for expert in range(layout.experts):
+        row = 0
+        for of_source in jobs:
+            part = _read(of_source[expert])
+            of_source[expert] = None
+            if matrix is None:
+                matrix = part.new_empty(layout.rows, layout.columns)
+            matrix[row : row + len(part)] = part
+            row += len(part)
+            del part
+        if matrix is None or row != layout.rows:
+            raise ValueError(f"an expert with {row} rows, and not {layout.rows}")
+        yield matrix
+
+
+def _stored_slices(job: Any, experts: int) -> Iterator[Tensor]:
+    """The part of each expert of a stored tensor, whose first dimension is that of the experts."""
+    if isinstance(job, _DeferredRead) and hasattr(job.stored, "get_shape"):
+        yield from map(job.expert, range(experts))
+    else:
+        whole = _read(job)
+        yield from (whole[expert] for expert in range(experts))
+
+
+@dataclass(frozen=True)
+class _DeferredRead:
+    """A read that transformers defers, which can also read one expert of its tensor."""
+
+    read_whole: Callable[[], Tensor]
+    stored: Any
+    """A slice of a safetensors file, or a tensor."""
+    device: Any
+    dtype: torch.dtype | None
+
+    def __call__(self) -> Tensor:
+        return self.read_whole()
+
+    def expert(self, number: int) -> Tensor:
+        """The matrix of one expert, as the whole would be read."""
+        matrix: Tensor = self.stored[number : number + 1][0]
+        return matrix.to(device=self.device, dtype=self.dtype if matrix.is_floating_point() else None)
+
+
+def _deferred(spawn: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' ``spawn_materialize``, so that what it defers is a :class:`_DeferredRead`."""
+
+    def spawn_materialize(
+        pool: Any, tensor: Any, device: Any = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> Any:
+        job = spawn(pool, tensor, device, dtype, **options)
+        return job if hasattr(job, "result") else _DeferredRead(job, tensor, device, dtype)
+
+    return spawn_materialize
+
+
+def _read(job: Any) -> Tensor:
+    """The tensor of a deferred read: a function, or a future where transformers reads in threads."""
+    tensor: Tensor = job.result() if hasattr(job, "result") else job()
+    return tensor

@@ -1,0 +1,261 @@
+"""LoRA on the experts of a layer, in place of peft's ``ParamWrapper``, and the reference for it.
+
+peft adapts a fused parameter (``target_parameters``) by adding the update to the whole of it before each
+forward, which needs 16-bit weights and their memory again. Here each expert's factors are applied to its own
+tokens. peft still creates the factors and saves them; for 4-bit experts it needs to see the shapes of 16-bit
+parameters meanwhile (:func:`as_fused_parameters`).
+
+The reference is the family's own code, on weights that are dequantized when it uses them.
+transformers' classes loop over the experts that have tokens, and index the fused parameters with each
+(``self.gate_up_proj[expert]``). Here these names stand for objects whose products dequantize one expert's
+matrix, forward and again backward. An adapter adds its own products, computed by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qlora_tui.training.experts.routing import (
+    PROJECTIONS,
+    ExpertAdapter,
+    Experts4bit,
+    RoutedLayer,
+    experts_4bit,
+    is_fused_experts,
+    routed_experts,
+    routed_layer,
+)
+from qlora_tui.training.fused.patching import patch_forward
+
+
+def reference_forward(
+    experts: Experts4bit, inputs: tuple[Tensor, Tensor, Tensor], adapters: dict[str, ExpertAdapter]
+) -> Tensor:
+    """The output (tokens, hidden) of the family's own forward.
+
+    Args:
+        experts: 4-bit experts.
+        inputs: hidden states (tokens, hidden), chosen experts and routing weights (tokens, per_token).
+        adapters: the adapter of each adapted projection, by its name.
+    """
+    factors = [factor for adapter in adapters.values() for factor in (adapter.a, adapter.b)]
+    out: Tensor = _Rerun.apply(experts, adapters, *inputs, *factors)  # type: ignore[no-untyped-call]  # torch's own
+    return out
+
+
+class _Rerun(torch.autograd.Function):
+    """The family's forward, run again in the backward: what it saves has other shapes for other routes.
+
+    So it works in a checkpointed layer whose recomputation differs by rounding errors, as in the check of the
+    first step, and sends a token elsewhere.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, experts: Experts4bit, adapters: dict[str, ExpertAdapter], *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.experts, ctx.adapters = experts, adapters
+        ctx.autocast = torch.is_autocast_enabled(tensors[0].device.type)
+        return _run(experts, adapters, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = [
+            saved.detach().requires_grad_(needed)
+            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        ]
+        with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=ctx.autocast):
+            out = _run(ctx.experts, ctx.adapters, leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(torch.autograd.grad(out, wanted, grad_outputs, allow_unused=True))
+        return None, None, *(next(grads) if leaf.requires_grad else None for leaf in leaves)
+
+
+def _run(experts: Experts4bit, adapters: dict[str, ExpertAdapter], tensors: Sequence[Tensor]) -> Tensor:
+    """The family's forward on hidden states, chosen experts, routing weights, and A and B of each adapter."""
+    factors = iter(tensors[3:])
+    given = {name: replace(adapter, a=next(factors), b=next(factors)) for name, adapter in adapters.items()}
+    forward = type(experts.family).forward
+    out: Tensor = getattr(forward, "__wrapped__", forward)(_FamilyView(experts, given), *tensors[:3])
+    return out
+
+
+class _FamilyView:
+    """What a family's forward reads of its module, with 4-bit projections."""
+
+    def __init__(self, experts: Experts4bit, adapters: dict[str, ExpertAdapter]) -> None:
+        self._family = experts.family
+        for name in PROJECTIONS:
+            setattr(self, name, _Indexed(experts, name, adapters.get(name)))
+            setattr(self, f"{name}_bias", experts.bias(name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+
+class _Indexed:
+    """A fused parameter that is only indexed with one expert."""
+
+    def __init__(self, experts: Experts4bit, name: str, adapter: ExpertAdapter | None) -> None:
+        self._experts, self._name, self._adapter = experts, name, adapter
+
+    def __getitem__(self, expert: Any) -> _ExpertMatrix:
+        return _ExpertMatrix(self._experts, self._name, int(expert), self._adapter)
+
+
+class _ExpertMatrix:
+    """One expert's matrix, as an operand of ``functional.linear(x, matrix)`` or ``x @ matrix``."""
+
+    def __init__(self, experts: Experts4bit, name: str, expert: int, adapter: ExpertAdapter | None) -> None:
+        self._experts, self._name, self._expert, self._adapter = experts, name, expert, adapter
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if len(args) == 2 and isinstance(args[1], cls) and not kwargs:
+            if function is functional.linear:
+                return args[1]._product(args[0], transposed=False)
+            if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+                return args[1]._product(args[0], transposed=True)
+        return NotImplemented
+
+    def _product(self, x: Tensor, *, transposed: bool) -> Tensor:
+        arguments = (x, self._experts, self._name, self._expert, transposed)
+        out: Tensor = _DequantizedProduct.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
+        if self._adapter is None:
+            return out
+        a, b = (side(self._expert, x.dtype) for side in (self._adapter.a_of, self._adapter.b_of))
+        return out + (x @ a.t()) @ b.t() * self._adapter.scaling
+
+
+class _DequantizedProduct(torch.autograd.Function):
+    """x · Wᵀ, or x · W where W is stored transposed, which saves neither."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, experts: Experts4bit, name: str, expert: int, transposed: bool
+    ) -> Tensor:
+        ctx.weight = experts, name, expert, transposed
+        matrix = experts.matrix(name, expert, x.dtype)
+        return x @ (matrix if transposed else matrix.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        experts, name, expert, transposed = ctx.weight
+        (grad,) = grad_outputs
+        matrix = experts.matrix(name, expert, grad.dtype)
+        return grad @ (matrix.t() if transposed else matrix), None, None, None, None
+
+
+ActiveName = Callable[[Any], str | None]
+"""Returns the name of the adapter that a peft wrapper uses; None for none."""
+
+
+@contextmanager
+def as_fused_parameters(model: nn.Module) -> Iterator[None]:
+    """Show 4-bit experts as float32 parameters of three dimensions, of one element's memory, to peft."""
+    packed = {module: dict(module._parameters) for _, module in experts_4bit(model)}
+    for module in packed:
+        for name in PROJECTIONS:
+            layout = module.layout(name)
+            shown = torch.empty((), device=module.get_parameter(name).device)
+            module._parameters[name] = nn.Parameter(
+                shown.expand(layout.experts, layout.rows, layout.columns), requires_grad=False
+            )
+    try:
+        yield
+    finally:
+        for module, parameters in packed.items():
+            module._parameters.update(parameters)
+
+
+def fuse_experts(model: nn.Module, active: ActiveName | None = None) -> None:
+    """Compute experts one after another, with their adapters, in each layer of a ``PeftModel``.
+
+    Args:
+        active: which adapter to use; None asks peft.
+    """
+    inner = {wrapper.base_layer for wrapper in _wrappers(model)}
+    outer = [wrapper for wrapper in _wrappers(model) if wrapper not in inner]
+    wrapped = {wrapper.get_base_layer() for wrapper in outer}
+    for module in [*outer, *(experts for _, experts in experts_4bit(model) if experts not in wrapped)]:
+        base = module.get_base_layer() if module in outer else module
+        if not isinstance(base, Experts4bit) and not is_fused_experts(base):
+            continue
+        vars(module).pop("forward", None)  # of an adapter before
+        if isinstance(base, Experts4bit):
+            vars(module)["forward"] = MethodType(_reference, module)
+        patch_forward(module, _routed(active or active_in_peft), "experts")
+
+
+def _routed(active: ActiveName) -> Callable[..., Tensor]:
+    def forward(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return routed_experts(x, chosen, weights, _adapted_layer(module, active))
+
+    return forward
+
+
+def _reference(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The reference for 4-bit experts, with their adapters."""
+    adapters = {name: a for name, a in _adapters(module, active_in_peft).items() if a is not None}
+    return reference_forward(_base(module), (x, chosen, weights), adapters)
+
+
+def _adapted_layer(module: Any, active: ActiveName) -> RoutedLayer:
+    adapters = _adapters(module, active)
+    layer = routed_layer(_base(module))
+    first, second = (
+        replace(projection, adapter=adapters.get(name))
+        for name, projection in zip(PROJECTIONS, (layer.first, layer.second), strict=True)
+    )
+    return replace(layer, first=first, second=second)
+
+
+def _adapters(module: Any, active: ActiveName) -> dict[str, ExpertAdapter | None]:
+    """The active adapter of each adapted projection, by its name, under the outermost wrapper."""
+    adapters = {}
+    while is_parameter_wrapper(module):
+        name = active(module)
+        adapters[module.parameter_name] = (
+            ExpertAdapter(
+                module.lora_A[name].weight,
+                module.lora_B[name].weight,
+                module.scaling[name],
+                module.num_experts,
+            )
+            if name is not None and name in module.lora_A
+            else None
+        )
+        module = module.base_layer
+    return adapters
+
+
+def active_in_peft(wrapper: Any) -> str | None:
+    """The adapter that peft has activated in a wrapper; None where adapters are disabled."""
+    names = wrapper.active_adapters
+    if len(names) > 1:
+        raise NotImplementedError("several adapters at once on the experts of a layer")
+    return names[0] if names and not wrapper.disable_adapters else None
+
+
+def _base(module: Any) -> Any:
+    return module.get_base_layer() if is_parameter_wrapper(module) else module
+
+
+def _wrappers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if is_parameter_wrapper(module)]
+
+
+def is_parameter_wrapper(module: nn.Module) -> bool:
+    """Whether peft adapts one parameter of a module with this. By name: importing peft takes seconds."""
+    return type(module).__name__ == "ParamWrapper"

@@ -1,0 +1,180 @@
+"""Turns an exception into the event that ends a run, and finds the OSError behind a failed write.
+
+torch writes files in C++ and reports a failed write as an unexpected position; safetensors writes in Rust and
+has the error number in its message. Both become the OSError that caused them. Imports no torch, because torch
+may be what failed.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_tui.errors import EXIT_DISK, EXIT_FAILURE, UserError, disk_problem
+from qlora_tui.formatting import format_bytes
+from qlora_tui.gpu.cuda_errors import cuda_error
+from qlora_tui.memory import Estimate
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Failed, Phase
+from qlora_tui.runs.outcomes import gpu_problem
+from qlora_tui.runs.retry import describe_fix, last_phase
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+
+_RUST = re.compile(r"\(os error (\d+)\)")
+BUFFER_BYTES = 1 << 20
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The OSError that caused an exception while saving; None where there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen
+        in_rust = _RUST.search(str(seen))
+        if in_rust:
+            return OSError(int(in_rust[1]), os.strerror(int(in_rust[1])))
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextmanager
+def true_disk_errors() -> Iterator[None]:
+    """Raise OSError, with its error number, for a failed write of torch or safetensors inside."""
+    import torch
+
+    save = torch.save
+
+    def save_through_python(value: object, file: Any, *arguments: Any, **options: Any) -> None:
+        if not isinstance(file, str | os.PathLike):
+            save(value, file, *arguments, **options)
+            return
+        # With a file object, torch keeps the exception of its write as the context of its own exception.
+        with _Unbuffered(Path(file)) as raw, io.BufferedWriter(raw, BUFFER_BYTES) as written:
+            save(value, written, *arguments, **options)
+
+    torch.save = save_through_python  # type: ignore[assignment]  # it takes the same arguments
+    try:
+        yield
+    except Exception as error:
+        behind = disk_error(error)
+        if behind is None or behind is error:
+            raise
+        raise behind from error
+    finally:
+        torch.save = save
+
+
+class _Unbuffered(io.RawIOBase):
+    """A new file without a buffer: each write is one system call."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: ReadableBuffer, /) -> int:
+        return os.write(self._handle, content)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._handle)
+        super().close()
+
+
+_MEMORY_WORDS = (
+    "out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+)
+_ONEDNN_MESSAGES = ("could not create a primitive", "could not create a memory object")
+"""oneDNN's whole messages when memory is missing; longer ones of the same beginning mean something else."""
+_CPU_ALLOCATION = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
+
+
+def failure_event(
+    error: BaseException, run: RunDir, recipe: Recipe | None, estimate: Estimate | None
+) -> Failed:
+    """The event for an exception. ``estimate`` names the largest items where memory ran out."""
+    now = time.time()
+    if is_out_of_memory(error):
+        return _out_of_memory(error, last_phase(run), recipe, estimate, now)
+    if isinstance(error, UserError):
+        return Failed.from_problem(error, at=now, exit_code=error.exit_code)
+    gpu = gpu_problem(run, cuda_error(error))
+    if gpu is not None:
+        return Failed.from_problem(gpu, at=now, exit_code=EXIT_FAILURE)
+    on_disk = disk_error(error)
+    problem = on_disk and disk_problem(on_disk, run.path)
+    if problem:
+        problem.fix = f"{problem.fix} `qlora-tui resume {run.id}` then continues from the last checkpoint."
+        return Failed.from_problem(problem, at=now, exit_code=EXIT_DISK)
+    return Failed(
+        at=now,
+        title="Unexpected error in the trainer",
+        what=f"{type(error).__name__}: {str(error).strip() or 'no message'}",
+        fix=f"Details are in the log: {run.log_path}",
+        kind="bug",
+        exit_code=1,
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU or the machine ran out of memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    message = str(error)
+    is_memory_message = any(word in message for word in _MEMORY_WORDS) or message.strip() in _ONEDNN_MESSAGES
+    return isinstance(error, RuntimeError) and is_memory_message
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed because space or quota is used up."""
+    on_disk = disk_error(error)
+    return on_disk is not None and on_disk.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _out_of_memory(
+    error: BaseException, phase: Phase | None, recipe: Recipe | None, estimate: Estimate | None, now: float
+) -> Failed:
+    lines = str(error).strip().splitlines()
+    why = ""
+    if estimate is not None:
+        largest = sorted(estimate.items, key=lambda item: -item.bytes)[:3]
+        why = (
+            "Most of it is "
+            + ", ".join(f"{i.label.lower()} {i.bytes / 2**30:.2f} GiB" for i in largest)
+            + "."
+        )
+    return Failed(
+        at=now,
+        title="Out of memory",
+        what=_memory_message(lines[0] if lines else ""),
+        why=why,
+        fix=describe_fix(recipe, phase),
+        kind="out_of_memory",
+        exit_code=1,
+        phase=phase,
+    )
+
+
+def _memory_message(message: str) -> str:
+    """torch's message on a GPU; on a CPU, where it is unreadable, how much memory was requested."""
+    allocation = _CPU_ALLOCATION.search(message)
+    if allocation:
+        requested = format_bytes(int(allocation[1]))
+        return f"It requested {requested}, more than the machine had left."
+    return "The machine is out of memory." if message in ("", *_ONEDNN_MESSAGES) else message

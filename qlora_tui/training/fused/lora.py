@@ -1,0 +1,541 @@
+"""A frozen linear module and its adapter as one autograd function, in place of peft's forward.
+
+peft copies the base's output, casts the input of each target to the adapter's fp32, saves that copy (with
+dropout another one), and multiplies in fp32. Here the input is saved as it is, so that targets that read the
+same hidden state share it; dropout saves one byte per element; the products are in the compute dtype, as
+under autocast; and the backward adds both gradients of the input in place.
+
+Shapes of SmolLM2-135M's ``gate_proj`` at rank 16, for a packed sequence of 100 tokens::
+
+    x     (1, 100, 576)     saved as it is, shared with up_proj
+    A     (16, 576)         fp32, like B: small updates would vanish in 16 bits
+    B     (1536, 16)
+    xa    (100, 16)         (mask ⊙ x) · Aᵀ, saved: 16 numbers per token
+    out   (1, 100, 1536)    x · Wᵀ, into which scale · xa · Bᵀ is added in place
+
+    backward, for grad (100, 1536):
+    grad_xa  (100, 16)      scale · grad · B
+    grad_B   (1536, 16)     scale · gradᵀ · xa
+    grad_A   (16, 576)      grad_xaᵀ · (mask ⊙ x)
+    grad_x   (100, 576)     grad · W, into which grad_xa · A is added in place; W is dequantized for it
+
+The mask is that of dropout, all ones without it. It is not rescaled: ``scale`` holds 1 / (1 - p). With
+dropout grad_xa · A is masked first, and so not added in place.
+
+Adapted modules that read the same input are one function: queries, keys and values; gate and up. Their A
+matrices are multiplied as the rows of one matrix, and the gradients of their common input are added
+by the products themselves, where autograd would add three tensors. Per layer and step that saves some 20
+kernels, and on a CPU products too thin to be efficient.
+
+Shapes of SmolLM2-135M's attention at rank 16, for a packed sequence of 100 tokens::
+
+    x         (1, 100, 576)                          saved once
+    A         (48, 576)                              the rows of all three
+    xa        (100, 48)                              x · Aᵀ, saved; 16 columns for each module
+    outputs   (1, 100, 576), (1, 100, 192) twice     x · Wᵀ, into which scale · xa · Bᵀ is added, for each
+
+    backward, for one gradient for each output:
+    grad_xa   (100, 48)                              scale · grad · B, for each module
+    grad_A    (48, 576)                              grad_xaᵀ · x
+    grad_x    (100, 576)                             the sum of grad · W, then of grad_xa · A, in place
+
+The library's code calls one module after another, so the first call computes for all, and the others take
+their output from it if they are given the same tensor. With dropout each module has a mask of its own, and
+so is computed by itself (:class:`FusedLoraLinear`).
+
+The base's weights are dequantized one after another, each into a tensor of its own. A buffer for all layers
+would need no fewer kernels, and be there at the logits' peak too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.training.fused.patching import patch_forward
+
+Stack: TypeAlias = tuple[nn.Parameter, ...]
+"""Parameters of the same width that are multiplied together."""
+
+
+class AdapterCasts:
+    """16-bit copies of some parameters. They are valid from a refresh until a parameter changes.
+
+    Without them a step casts each fp32 weight three times (forward, recomputation, backward), in kernels that
+    take a GPU longer to launch than to run: 42 of some 300 launches per layer. Here one call casts all.
+
+    Parameters of one stack, of equal width, have their copies in the rows of one tensor.
+    """
+
+    def __init__(self) -> None:
+        self._stacks: list[Stack] = []
+        self._stacked_copies: list[Tensor] = []
+        """One tensor for each stack."""
+        self._copies: list[Tensor] = []
+        """Views of them, one for each parameter."""
+        self._by_parameter: dict[int, tuple[Tensor, int]] = {}
+        """The copy of each parameter, by its id, and the parameter's version when it was made."""
+        self._by_stack: dict[tuple[int, ...], Tensor] = {}
+        """The copies of each stack, by the ids of its parameters."""
+
+    def refresh_in(self, decoder: nn.Module, stacks: list[Stack]) -> None:
+        """Refresh the copies of these parameters before each forward of ``decoder``.
+
+        No part of a model with an adapter runs before its decoder, whichever way the model is called.
+        """
+        self._stacks = stacks
+        decoder.register_forward_pre_hook(self._before_forward)
+
+    def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """``parameter`` in ``dtype``: its copy where that is valid."""
+        copy = self._valid_copy(parameter, dtype)
+        return parameter.to(dtype) if copy is None else copy
+
+    def cast_stack(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The rows of all parameters in ``dtype``: their copies where those are of one stack and valid."""
+        stacked = self._by_stack.get(tuple(map(id, parameters)))
+        if stacked is None or any(self._valid_copy(parameter, dtype) is None for parameter in parameters):
+            return torch.cat([parameter.to(dtype) for parameter in parameters])
+        return stacked
+
+    def _valid_copy(self, parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+        copy, version = self._by_parameter.get(id(parameter), (None, -1))
+        return copy if copy is not None and copy.dtype == dtype and version == parameter._version else None
+
+    @torch.no_grad()
+    def _before_forward(self, decoder: nn.Module, args: Any) -> None:
+        parameters = [parameter for stack in self._stacks for parameter in stack]
+        dtype = _compute_dtype(decoder)
+        if not parameters or dtype.itemsize >= parameters[0].element_size():
+            self._stacked_copies, self._copies, self._by_parameter, self._by_stack = [], [], {}, {}
+            return
+        if not self._copies or self._copies[0].dtype != dtype:
+            self._allocate(dtype)
+        torch._foreach_copy_(self._copies, list[Tensor](parameters))
+        self._by_parameter = {
+            id(parameter): (copy, parameter._version)
+            for parameter, copy in zip(parameters, self._copies, strict=True)
+        }
+
+    def _allocate(self, dtype: torch.dtype) -> None:
+        rows = [[len(parameter) for parameter in stack] for stack in self._stacks]
+        self._stacked_copies = [
+            stack[0].new_empty((sum(each), stack[0].shape[1]), dtype=dtype)
+            for stack, each in zip(self._stacks, rows, strict=True)
+        ]
+        self._copies = [
+            copy
+            for stacked, each in zip(self._stacked_copies, rows, strict=True)
+            for copy in torch.split(stacked, each)
+        ]
+        self._by_stack = {
+            tuple(map(id, stack)): stacked
+            for stack, stacked in zip(self._stacks, self._stacked_copies, strict=True)
+        }
+
+
+def _compute_dtype(decoder: nn.Module) -> torch.dtype:
+    """Dtype of the adapter's products: autocast's, or that of the frozen weights that are not quantized."""
+    frozen = next(p for p in decoder.parameters() if p.is_floating_point() and not p.requires_grad)
+    device = frozen.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return frozen.dtype
+
+
+_WORDS = 4
+"""Dropout decisions taken from one 64-bit random number."""
+_VALUES = 1 << 15
+"""Values of each decision: on a CPU a probability is exact to 1/32,768."""
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+WeightLoader: TypeAlias = Callable[[], Tensor]
+"""Returns the frozen weight, (outputs, inputs), dequantized to 16 or 32 bits."""
+
+
+@dataclass(frozen=True)
+class LoraParameters:
+    """The active adapter of one frozen module."""
+
+    a: Tensor
+    b: Tensor
+    base: nn.Module
+    weight: WeightLoader
+    scaling: float
+    p: float
+    """Dropout probability."""
+    casts: AdapterCasts
+
+    def a_in(self, dtype: torch.dtype) -> Tensor:
+        """A in the dtype of the products."""
+        return self.casts.cast(self.a, dtype)
+
+    def b_in(self, dtype: torch.dtype) -> Tensor:
+        """B in the dtype of the products."""
+        return self.casts.cast(self.b, dtype)
+
+    @property
+    def scale(self) -> float:
+        """LoRA scaling, and the 1 / (1 - p) of dropout, which is cheaper here than on the inputs."""
+        return self.scaling / (1 - self.p)
+
+
+def active_adapter(
+    module: Any, base: nn.Module, weight: WeightLoader, casts: AdapterCasts
+) -> LoraParameters | None:
+    """The active adapter of ``module``; None where it is not exactly one plain LoRA adapter."""
+    names = module.active_adapters
+    if module.disable_adapters or module.merged or len(names) != 1:
+        return None
+    (name,) = names
+    return LoraParameters(
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        base,
+        weight,
+        module.scaling[name],
+        getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0,
+        casts,
+    )
+
+
+def plain_weight(module: Any) -> WeightLoader | None:
+    """Access to the frozen weight under a plain adapter; None where there is none or it is not accessible."""
+    if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
+        return None
+    return _weight_of(module.get_base_layer())
+
+
+def _weight_of(base: Any) -> WeightLoader | None:
+    if type(base).__name__ != "Linear4bit":
+        # Some families subclass nn.Linear (Falcon); bitsandbytes' 8-bit weights are integers.
+        known = isinstance(base, nn.Linear) and base.weight.is_floating_point()
+        return (lambda: base.weight) if known else None
+    from bitsandbytes.functional import dequantize_4bit
+
+    def dequantized() -> Tensor:
+        packed = base.weight
+        weight: Tensor = dequantize_4bit(packed.data.view(-1, 1), packed.quant_state)
+        return weight
+
+    return dequantized
+
+
+class FusedLoraLinear(torch.autograd.Function):
+    """base(x) + scaling · dropout(x) · Aᵀ · Bᵀ for x (…, inputs), A (rank, inputs), B (outputs, rank)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, adapter: LoraParameters) -> Tensor:
+        out, dropout_mask, xa = lora_forward(x, adapter)
+        ctx.save_for_backward(x, dropout_mask, xa)
+        ctx.adapter = adapter
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, dropout_mask, xa = ctx.saved_tensors
+        needs_input_grad = ctx.needs_input_grad[0]
+        grads = lora_backward(
+            grad_outputs[0], x, dropout_mask, xa, ctx.adapter, needs_input_grad=needs_input_grad
+        )
+        return *grads, None
+
+
+def lora_forward(x: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The outputs (…, outputs), the dropout mask (None without dropout) and dropout(x) · Aᵀ (rows, rank)."""
+    out: Tensor = adapter.base(x)
+    dropout_mask, xa = adapter_inputs(x, adapter)
+    add_adapter_outputs(out, xa, adapter)
+    return out, dropout_mask, xa
+
+
+def adapter_inputs(x: Tensor, adapter: LoraParameters) -> tuple[Tensor | None, Tensor]:
+    """The dropout mask (None without dropout) and dropout(x) · Aᵀ, (rows, rank), of x (…, inputs)."""
+    device = x.device.type
+    dtype = product_dtype(x)
+    with without_autocast(device):
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        dropout_mask = _dropout_mask(rows, adapter.p) if adapter.p else None
+        return dropout_mask, apply_dropout(rows, dropout_mask) @ adapter.a_in(dtype).t()
+
+
+def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> None:
+    """Add scale · xa · Bᵀ in place to the outputs of the base, (…, outputs)."""
+    device = out.device.type
+    with without_autocast(device):
+        flat, b = out.view(-1, out.shape[-1]), adapter.b_in(xa.dtype)
+        if out.dtype == xa.dtype:
+            flat.addmm_(xa, b.t(), alpha=adapter.scale)
+        else:
+            flat.add_(xa @ b.t(), alpha=adapter.scale)
+
+
+def lora_backward(
+    grad: Tensor,
+    x: Tensor,
+    dropout_mask: Tensor | None,
+    xa: Tensor,
+    adapter: LoraParameters,
+    *,
+    needs_input_grad: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of x (None where not needed), of A and of B, in the shape and dtype of each."""
+    grad, grad_xa, grad_b = grad_of_outputs(grad, xa, adapter)
+    grad_a = grad_of_a(grad_xa, x, dropout_mask)
+    grad_a, grad_b = cast_grads((grad_a, grad_b), adapter.a.dtype)
+    if not needs_input_grad:
+        return None, grad_a, grad_b
+    grad_x = grad @ adapter.weight().to(grad.dtype)
+    add_adapter_grad(grad_x, grad_xa, dropout_mask, adapter)
+    return grad_x.view(x.shape).to(x.dtype), grad_a, grad_b
+
+
+def grad_of_outputs(grad: Tensor, xa: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and of B, in its dtype."""
+    b, nothing = adapter.b_in(xa.dtype), xa.new_empty(())
+    grad = grad.reshape(-1, b.shape[0]).to(xa.dtype)
+    # The scale is a factor of the product itself, which needs no kernel of its own.
+    grad_xa = torch.addmm(nothing, grad, b, beta=0, alpha=adapter.scale)
+    grad_b = torch.addmm(nothing, grad.t(), xa, beta=0, alpha=adapter.scale)
+    return grad, grad_xa, grad_b
+
+
+def grad_of_a(grad_xa: Tensor, x: Tensor, dropout_mask: Tensor | None) -> Tensor:
+    """The gradient of A, from the inputs x (…, inputs), in the dtype of ``grad_xa``."""
+    rows = x.reshape(-1, x.shape[-1]).to(grad_xa.dtype)
+    return grad_xa.t() @ apply_dropout(rows, dropout_mask)
+
+
+def cast_grads(grads: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Gradients in the dtype of the adapter, cast by one kernel on a GPU."""
+    if grads[0].dtype == dtype:
+        return list(grads)
+    cast = [torch.empty_like(grad, dtype=dtype) for grad in grads]
+    torch._foreach_copy_(cast, list(grads))
+    return cast
+
+
+def add_adapter_grad(
+    grad_x: Tensor, grad_xa: Tensor, dropout_mask: Tensor | None, adapter: LoraParameters
+) -> None:
+    """Add the adapter's part in place to the base's gradient of the inputs, (rows, inputs)."""
+    a = adapter.a_in(grad_xa.dtype)
+    if dropout_mask is None and grad_x.dtype == grad_xa.dtype:
+        grad_x.addmm_(grad_xa, a)
+    else:
+        grad_x += apply_dropout(grad_xa @ a, dropout_mask)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast, which costs time where it is off already."""
+    return torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext()
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of the adapter's products. Under autocast x may be the fp32 output of a norm."""
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x.device.type) else x.dtype
+
+
+def _dropout_mask(values: Tensor, p: float) -> Tensor:
+    """A dropout mask of one byte per element: bool on a GPU; on a CPU int8, -1 to keep and 0 to drop.
+
+    On a CPU one 64-bit random number decides for four elements, 15 bits each: with one number per element,
+    drawing them would take a third of the step.
+    """
+    if values.device.type != "cpu":
+        return torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
+    count = values.numel()
+    drawn = torch.empty(-(-count // _WORDS), dtype=torch.int64, device=values.device)
+    words = drawn.random_(-(1 << 63), None).view(torch.int16)[:count].bitwise_and_(_VALUES - 1)
+    # 15 random bits are below p · 32,768 for a share p of the elements. The others become negative here, and
+    # the arithmetic shift spreads the sign bit: -1 (all bits set) to keep, 0 to drop.
+    words.neg_().add_(round(p * _VALUES) - 1).bitwise_right_shift_(15)
+    return words.to(torch.int8).view(values.shape)
+
+
+def apply_dropout(values: Tensor, dropout_mask: Tensor | None) -> Tensor:
+    """Zero the dropped elements. On a CPU by a bitwise and: mixed-dtype arithmetic is many times slower."""
+    if dropout_mask is None:
+        return values
+    if dropout_mask.dtype == torch.bool:
+        return values * dropout_mask
+    bits = _BITS[values.dtype]
+    return dropout_mask.to(bits).bitwise_and_(values.view(bits)).view(values.dtype)
+
+
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of modules that read the same input, in the order of their calls."""
+
+
+def fuse_lora(model: nn.Module, decoder: nn.Module, casts: AdapterCasts) -> list[Stack]:
+    """Fuse every plain LoRA module. DoRA, and bases whose weight is not accessible, keep peft's forward.
+
+    Returns:
+        The adapter weights of the fused modules, with those together that are multiplied together.
+    """
+    weights = {module: weight for module in model.modules() if (weight := plain_weight(module))}
+    stacks: list[Stack] = []
+    for modules in _modules_by_input(model, weights):
+        shared = SharedInput([AdaptedModule(module, weights[module], casts) for module in modules])
+        for member in shared.members:
+            _patch_forward(member, shared)
+        if len(modules) > 1:
+            decoder.register_forward_pre_hook(shared.before_forward)
+        names = modules[0].lora_A.keys()
+        stacks += [tuple(module.lora_A[name].weight for module in modules) for name in names]
+        stacks += [(module.lora_B[name].weight,) for module in modules for name in names]
+    return stacks
+
+
+def _modules_by_input(model: nn.Module, adapted: dict[Any, WeightLoader]) -> list[list[Any]]:
+    """All adapted modules, those together that are expected to read the same input."""
+    groups: list[list[Any]] = []
+    for parent in model.modules():
+        for names in _GROUPS:
+            children: list[Any] = [getattr(parent, name, None) for name in names]
+            modules = [module for module in children if module in adapted]
+            # Several masks cannot be applied to one input.
+            if any(getattr(part, "p", 0.0) for module in modules for part in module.lora_dropout.values()):
+                continue
+            if len({(module.in_features, tuple(module.lora_A)) for module in modules}) == 1:
+                groups.append(modules)
+    grouped = {module for modules in groups for module in modules}
+    return groups + [[module] for module in adapted if module not in grouped]
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A module with a plain LoRA adapter."""
+
+    module: Any
+    weight: WeightLoader
+    casts: AdapterCasts
+
+    def adapter(self) -> LoraParameters | None:
+        """The active adapter; None where it is not exactly one."""
+        return active_adapter(self.module, self.module.get_base_layer(), self.weight, self.casts)
+
+
+class SharedInput:
+    """Modules that are computed together, and the outputs that those called later will take."""
+
+    def __init__(self, members: Sequence[AdaptedModule]) -> None:
+        self.members = members
+        self._input: Tensor | None = None
+        self._outputs: dict[Any, Tensor] = {}
+        """Of modules that were not called yet."""
+        self._is_shared = len(members) > 1
+
+    def before_forward(self, decoder: nn.Module, args: Any) -> None:
+        """Give up computing together where the last forward left an output that no module was called for.
+
+        Only between forwards, because a recomputation must save what its forward saved.
+        """
+        if self._outputs:
+            self._is_shared, self._outputs, self._input = False, {}, None
+
+    def output_of(self, module: Any, x: Tensor) -> Tensor | None:
+        """The output of one of the modules; None where it must be computed by itself."""
+        if not (self._is_shared and torch.is_grad_enabled()):
+            return None
+        if module is self.members[0].module:
+            self._compute(x)
+        if self._input is not x or module not in self._outputs:
+            return None
+        output = self._outputs.pop(module)
+        if not self._outputs:
+            self._input = None
+        return output
+
+    def _compute(self, x: Tensor) -> None:
+        """Compute all outputs, if every module has an active adapter."""
+        self._outputs, self._input = {}, None
+        adapters = [adapter for member in self.members if (adapter := member.adapter()) is not None]
+        if len(adapters) < len(self.members):
+            return
+        weights = [weight for adapter in adapters for weight in (adapter.a, adapter.b)]
+        outputs = FusedLoraGroup.apply(x, adapters, *weights)  # type: ignore[no-untyped-call]  # torch's own
+        self._outputs = {member.module: output for member, output in zip(self.members, outputs, strict=True)}
+        self._input = x
+
+
+def _patch_forward(member: AdaptedModule, shared: SharedInput) -> None:
+    original_forward = member.module.forward
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return original_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        output = shared.output_of(self, x)
+        if output is not None:
+            return output
+        adapter = member.adapter()
+        if adapter is None:
+            return original_forward(x)  # type: ignore[no-any-return]
+        alone: Tensor = FusedLoraLinear.apply(x, adapter.a, adapter.b, adapter)  # type: ignore[no-untyped-call]
+        return alone
+
+    patch_forward(member.module, forward, "lora")
+
+
+class FusedLoraGroup(torch.autograd.Function):
+    """base(x) + scale · x · Aᵀ · Bᵀ of several adapters, for x (…, inputs); returns a tuple of outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, adapters: list[LoraParameters], *weights: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(adapter.base(x) for adapter in adapters)
+        dtype = product_dtype(x)
+        with without_autocast(x.device.type):
+            xa = x.reshape(-1, x.shape[-1]).to(dtype) @ _stacked_a(adapters, dtype).t()
+        for output, part, adapter in zip(outputs, _by_adapter(xa, adapters), adapters, strict=True):
+            add_adapter_outputs(output, part, adapter)
+        ctx.save_for_backward(x, xa)
+        ctx.adapters = adapters
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, xa = ctx.saved_tensors
+        adapters: list[LoraParameters] = ctx.adapters
+        grads, parts, grads_b = [], [], []
+        for output, part, adapter in zip(grad_outputs, _by_adapter(xa, adapters), adapters, strict=True):
+            grad, grad_part, grad_b = grad_of_outputs(output, part, adapter)
+            grads.append(grad)
+            parts.append(grad_part)
+            grads_b.append(grad_b)
+        grad_xa = torch.cat(parts, dim=1)
+        grad_a = grad_xa.t() @ x.reshape(-1, x.shape[-1]).to(xa.dtype)
+        grads_a = torch.split(grad_a, [len(adapter.a) for adapter in adapters])
+        cast = cast_grads([*grads_a, *grads_b], adapters[0].a.dtype)
+        del grad_a, grads_a, grads_b
+        of_a, of_b = cast[: len(adapters)], cast[len(adapters) :]
+        grads_of_weights = [grad for pair in zip(of_a, of_b, strict=True) for grad in pair]
+        if not ctx.needs_input_grad[0]:
+            return None, None, *grads_of_weights
+        grad_x: Tensor | None = None
+        for grad, adapter in zip(grads, adapters, strict=True):
+            weight = adapter.weight().to(grad.dtype)
+            grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+            del weight  # before the next is dequantized
+        assert grad_x is not None
+        grad_x.addmm_(grad_xa, _stacked_a(adapters, xa.dtype))
+        return grad_x.view(x.shape).to(x.dtype), None, *grads_of_weights
+
+
+def _stacked_a(adapters: Sequence[LoraParameters], dtype: torch.dtype) -> Tensor:
+    """The rows of every A."""
+    return adapters[0].casts.cast_stack([adapter.a for adapter in adapters], dtype)
+
+
+def _by_adapter(xa: Tensor, adapters: Sequence[LoraParameters]) -> tuple[Tensor, ...]:
+    """The columns of each adapter."""
+    return torch.split(xa, [len(adapter.a) for adapter in adapters], dim=1)

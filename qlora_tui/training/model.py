@@ -1,0 +1,479 @@
+"""The base model before LoRA is added: loaded, quantized while it is read, frozen, and verified.
+
+Loss and attention are verified on the model itself before they are used. This replaces
+``peft.prepare_model_for_kbit_training``, which would cast norms, embeddings and head to fp32 and with them
+every hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from qlora_tui.catalog.config_parser import load_config, parse_architecture
+from qlora_tui.catalog.model_validation import is_mxfp4
+from qlora_tui.drafts import discard
+from qlora_tui.errors import UserError
+from qlora_tui.memory.execution import AttentionPath, Loss
+from qlora_tui.memory.weights import require_4_bit_experts
+from qlora_tui.recipe.schema import Quantization, Recipe
+from qlora_tui.training import quantized_cache
+from qlora_tui.training.checks.base import head_matches_model, packing_is_isolated
+from qlora_tui.training.clean_files import model_view, pin_publisher
+from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.failures import is_out_of_memory
+from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
+from qlora_tui.training.host import release_gpu_memory
+from qlora_tui.training.length_scaled_rope import scale_each_sample
+from qlora_tui.training.liger import verified_liger_loss
+from qlora_tui.training.loss import ChunkedHead, LossSumFn, find_head, use_loss
+from qlora_tui.training.packed_attention import PackedAttention, set_attention, use_packed_attention
+from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
+
+
+class DropoutSetting(NamedTuple):
+    """A probability that is not 0: an attribute of a module or of its config."""
+
+    owner: Any
+    name: str
+    value: float
+
+
+def dropout_settings(model: nn.Module) -> list[DropoutSetting]:
+    """Every dropout probability of the model and its adapter that is not 0.
+
+    Dropouts are modules, probabilities that a module passes to a function (``attention_dropout``), and, in
+    Falcon, ones that it reads from its config at each call.
+    """
+    return [
+        DropoutSetting(owner, name, value)
+        for owner, name, value in _floats(model)
+        if "drop" in name or (name == "p" and isinstance(owner, _DropoutNd))
+    ]
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a forward in training mode may draw random numbers, which a recomputation must repeat."""
+    jitters = any("jitter" in name for _, name, _ in _floats(model))
+    return jitters or bool(dropout_settings(model))
+
+
+def _floats(model: nn.Module) -> list[DropoutSetting]:
+    modules = list(model.modules())
+    configs = {id(config): config for m in modules if (config := getattr(m, "config", None)) is not None}
+    return [
+        DropoutSetting(owner, name, value)
+        for owner in (*modules, *configs.values())
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and value
+    ]
+
+
+ProgressCallback: TypeAlias = Callable[[int, int], None]
+"""Receives what is done, and the total."""
+
+
+def load_base(
+    folder: Path,
+    recipe: Recipe,
+    device: ComputeDevice,
+    attention_path: AttentionPath,
+    on_progress: ProgressCallback | None = None,
+    *,
+    to_host: bool = False,
+) -> Any:
+    """Load the causal language model in ``folder`` to the device, with every weight frozen.
+
+    Its configs select no code: see :mod:`qlora_tui.catalog.model_validation`. 4-bit weights are read as an
+    earlier load stored them, where one did (:mod:`.quantized_cache`).
+
+    Args:
+        folder: from ``catalog.local_models.resolve_model``.
+        on_progress: called with the number of tensors loaded, and of all.
+        to_host: leave it in host memory, quantized on the device weight by weight.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    quantization = _quantization_config(recipe.quantization, device)
+    stored = quantized_cache.cache_path(folder, recipe, device)
+    quantizes_here: AbstractContextManager[None] = nullcontext()
+    if to_host and device.kind == "cuda":
+        quantizes_here = quantized_on(device.torch_device)
+        device = replace(device, torch_device=torch.device("cpu"))
+    model = None
+    with _expert_quantization(folder, recipe), quantizes_here:
+        if stored is not None and quantized_cache.is_stored(stored):
+            model = _load_stored(stored, device, attention_path, on_progress)
+        is_mapped = model is not None
+        if model is None:
+            settings = {}
+            if quantization is not None and not _is_stored_quantized(folder):
+                settings["quantization_config"] = quantization
+            model = _load(folder, device, attention_path, on_progress, **settings)
+            if stored is not None:
+                quantized_cache.store(model, stored)
+    # peft writes this into the adapter as its base model.
+    model.config._name_or_path = model.name_or_path = str(folder)
+    if device.kind == "cpu" and quantization is not None and not is_mapped:
+        _detach_from_mmap(model)
+    return freeze(model)
+
+
+@contextmanager
+def quantized_on(device: torch.device) -> Iterator[None]:
+    """Quantize the weights of a base that is loaded to host memory inside on a GPU, one after another.
+
+    A CPU takes minutes for an 8B and hours for a 70B. Each weight is copied to the GPU, and what the kernel
+    makes of it is copied back: the bits of a base that is loaded to the GPU.
+    """
+    from bitsandbytes import functional
+
+    four_bit, eight_bit = functional.quantize_4bit, functional.int8_vectorwise_quant
+
+    def quantize_4bit(weight: Tensor, *args: Any, **options: Any) -> Any:
+        packed, state = four_bit(weight.to(device), *args, **options)
+        state.to(weight.device)
+        return packed.to(weight.device), state
+
+    def int8_vectorwise_quant(weight: Tensor, *args: Any, **options: Any) -> Any:
+        results = eight_bit(weight.to(device), *args, **options)
+        return tuple(each.to(weight.device) if isinstance(each, Tensor) else each for each in results)
+
+    functional.quantize_4bit = quantize_4bit
+    functional.int8_vectorwise_quant = int8_vectorwise_quant
+    try:
+        yield
+    finally:
+        functional.quantize_4bit, functional.int8_vectorwise_quant = four_bit, eight_bit
+        # The streamed layers' memory is not cut from what weights were copied to.
+        release_gpu_memory()
+
+
+def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager[None]:
+    """Let a mixture of experts be loaded with 4-bit experts, where the recipe says so."""
+    if not quantized_cache.quantizes_experts(folder, recipe):
+        require_4_bit_experts(recipe.quantization, parse_architecture(load_config(folder / "config.json")))
+        return nullcontext()
+    from qlora_tui.training.experts.loading import experts_in_4_bits
+
+    return experts_in_4_bits()
+
+
+def _load_stored(
+    stored: Path, device: ComputeDevice, attention_path: AttentionPath, on_progress: ProgressCallback | None
+) -> Any | None:
+    """The model with weights that were quantized earlier; None where they cannot be read."""
+    model = None
+    try:
+        model, info = _load(stored, device, attention_path, on_progress, output_loading_info=True)
+        is_whole = not any(info.values())
+    except Exception as error:  # whatever the libraries raise for a damaged file
+        if is_out_of_memory(error):
+            raise
+        is_whole = False
+    if not is_whole:
+        # The next load needs the memory of what was read.
+        del model
+        release_gpu_memory()
+        with suppress(OSError):
+            discard(stored)
+        return None
+    quantized_cache.mark_used(stored)
+    return model
+
+
+def _load(
+    folder: Path,
+    device: ComputeDevice,
+    attention_path: AttentionPath,
+    on_progress: ProgressCallback | None,
+    **settings: Any,
+) -> Any:
+    """What transformers loads from the folder. Raises UserError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # None lets transformers use SDPA, which a few families lack (Gemma 2, gpt-oss). The attention keys of the
+    # model's own config are removed before.
+    attention = "eager" if attention_path == "eager" else None
+    pin_publisher()
+    try:
+        with model_view(folder) as view, loading_progress(on_progress):
+            return AutoModelForCausalLM.from_pretrained(
+                str(view),
+                dtype=device.dtype,
+                device_map={"": device.torch_device},
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **settings,
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            "The model could not be loaded",
+            what=f"{folder}: {_first_line(error)}",
+            fix="Run `qlora-tui doctor` to check the installation, or download the model again.",
+        ) from error
+
+
+@contextmanager
+def loading_progress(on_progress: ProgressCallback | None) -> Iterator[None]:
+    """Report each tensor that transformers loads inside, where this version of it can say so."""
+    from transformers.utils import logging
+
+    set_hook = getattr(logging, "set_tqdm_hook", None)
+    if on_progress is None or set_hook is None:
+        yield
+        return
+
+    def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        is_of_weights = kwargs.get("desc") == "Loading weights" and args and hasattr(args[0], "__len__")
+        return counted(args[0]) if is_of_weights else factory(*args, **kwargs)
+
+    def counted(tensors: Any) -> Iterator[Any]:
+        for number, tensor in enumerate(tensors, 1):
+            yield tensor
+            on_progress(number, len(tensors))
+
+    set_hook(hook)
+    try:
+        yield
+    finally:
+        set_hook(None)
+
+
+def _detach_from_mmap(model: nn.Module) -> None:
+    """Copy weights that are not quantized: they are views that would keep the whole mapped file in memory.
+
+    A file of stored weights has only what is used: its 4-bit weights stay views, and so do the others.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Freeze every weight, with 4-bit weights in the layout that the backward needs."""
+    model.requires_grad_(False)
+    model.config.use_cache = False  # type: ignore[union-attr]  # a PreTrainedModel's
+    for module in model.modules():
+        # bitsandbytes repacks the weights of a layer for inference when it runs in eval mode on a CPU with
+        # AVX512-BF16, never packs them back, and computes wrong gradients from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # mypy takes it for a submodule
+    return model
+
+
+def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None) -> None:
+    """Save one hidden state per layer and recompute the rest in the backward; see :func:`apply_kept_layers`.
+
+    Args:
+        preserve_rng_state: repeat the random numbers of the forward, which needs a real device and costs
+            time in each layer. None: only if the model, or its adapter (already added), draws any.
+    """
+    if preserve_rng_state is None:
+        preserve_rng_state = draws_random_numbers(model)
+    kwargs = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # its name before transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def apply_kept_layers(model: Any, count: int) -> bool:
+    """Exempt the last ``count`` decoder layers of a model from its gradient checkpointing.
+
+    Returns:
+        False where the model's layers cannot be switched one by one: then nothing is changed.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
+    if len(layers) != model.config.get_text_config().num_hidden_layers:
+        return False
+    for place, layer in enumerate(layers):
+        layer.gradient_checkpointing = place < len(layers) - count
+    return True
+
+
+def _quantization_config(settings: Quantization, device: ComputeDevice) -> Any:
+    """The quantization config for transformers; None loads the weights as they are stored.
+
+    It has no list of modules to skip: transformers leaves out the head and tied weights, and
+    ``LinearSpec.quantizable`` of the catalog must say the same.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if settings.method in ("nf4", "fp4"):
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.method,
+            bnb_4bit_use_double_quant=settings.double_quantization,
+            bnb_4bit_compute_dtype=device.dtype,
+        )
+    if settings.method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return None
+
+
+def _is_stored_quantized(folder: Path) -> bool:
+    """Whether the weights are stored quantized by bitsandbytes, and not in 16 bits or MXFP4."""
+    config = load_config(folder / "config.json")
+    return bool(config.get("quantization_config")) and not is_mxfp4(config)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
+    "varlen": ("varlen", "segments"),
+    "segments": ("segments",),
+    "eager": (),
+}
+"""Implementations of packed attention to try for each path, in order; none means padded sequences."""
+_DESCRIPTIONS: dict[PackedAttention, str] = {
+    "varlen": "flash, all samples in one call",
+    "segments": "SDPA, one call per sample",
+}
+_NOT_WEIGHTED = "this data has token weights, which Liger does not support"
+
+
+@dataclass(frozen=True)
+class PreparedBase:
+    """The frozen base model, and which loss and attention it uses."""
+
+    model: Any
+    folder: Path
+    attention: str
+    """Description of the attention, for the run's events."""
+    loss: Loss
+    packed: PackedAttention | None
+    """What keeps the samples of a sequence apart; None where each has a padded sequence of its own."""
+    reference_attention: str
+    """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
+    loss_reason: str = ""
+    """Why another loss than the expected one is used; empty where it is that one."""
+    replaced: tuple[str, ...] = ()
+    """Fast paths that are not used, because they differ from the library on this model."""
+    router_loss_off: bool = False
+    """Whether the model would have added a loss that balances its experts, which a run does not train on."""
+    streamed: StreamedLayers | None = None
+    """The layers that wait in host memory; None where the whole model is on the device."""
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether a micro-batch is one sequence of isolated samples, with ``data.packing`` off too."""
+        return self.packed is not None
+
+    @property
+    def loss_description(self) -> str:
+        """The loss, and the reason where it is not the expected one, for the run's events."""
+        return ": ".join(filter(None, (self.loss, self.loss_reason)))
+
+
+def prepare_base(
+    folder: Path,
+    recipe: Recipe,
+    device: ComputeDevice,
+    attention_path: AttentionPath,
+    expected_loss: Loss,
+    *,
+    weighted: bool,
+    on_progress: ProgressCallback | None = None,
+) -> PreparedBase:
+    """Load the base model, with the expected loss where that is verified to be exact, else with another.
+
+    Args:
+        expected_loss: the loss that the memory estimate assumes.
+        weighted: whether tokens of the data have loss weights.
+        on_progress: called with the number of tensors loaded, and of all.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    allow_kernels(recipe.model.kernels == "auto")
+    verify_kernels(device.torch_device, device.dtype)
+    model, streamed = _load_and_place(folder, recipe, device, attention_path, on_progress)
+    router_loss_off = _switch_off_router_loss(model)
+    head = find_head(model)
+    if not isinstance(head, str) and not head_matches_model(model, head, device.torch_device):
+        head = "its computation between head and loss is not supported"
+    reference_attention = model.config._attn_implementation
+    loss, loss_reason = _use_loss(model, head, device, expected_loss, weighted)
+    scale_each_sample(model)
+    packed = _use_packed_attention(model, attention_path, device)
+    if packed is None:
+        # Padded sequences do not need our attention, and the check of the first step needs the library's.
+        set_attention(model, reference_attention)
+    return PreparedBase(
+        model=model,
+        folder=folder,
+        attention=_DESCRIPTIONS[packed]
+        if packed
+        else f"{reference_attention.replace('sdpa', 'SDPA')}, padded sequences",
+        loss=loss,
+        loss_reason=loss_reason,
+        packed=packed,
+        reference_attention=reference_attention,
+        router_loss_off=router_loss_off,
+        streamed=streamed,
+    )
+
+
+def _load_and_place(
+    folder: Path,
+    recipe: Recipe,
+    device: ComputeDevice,
+    attention_path: AttentionPath,
+    on_progress: ProgressCallback | None,
+) -> tuple[Any, StreamedLayers | None]:
+    """The model on the device, but for the layers that the recipe streams, which are in host memory."""
+    count = recipe.quantization.streamed_layers
+    model = load_base(folder, recipe, device, attention_path, on_progress, to_host=count > 0)
+    return model, place_streamed(model, count, device.torch_device) if count else None
+
+
+def _switch_off_router_loss(model: Any) -> bool:
+    """Leave the loss that balances experts out of the model's loss; whether there was one.
+
+    It is a mean over tokens, and a micro-batch's loss is a sum, so it would be lost next to that.
+    """
+    config = model.config.get_text_config()
+    was_on = bool(getattr(config, "output_router_logits", False))
+    if was_on:
+        config.output_router_logits = False
+    return was_on
+
+
+def _use_packed_attention(
+    model: Any, attention_path: AttentionPath, device: ComputeDevice
+) -> PackedAttention | None:
+    """Use the first kind of packed attention that passes its check on this model; None where none does."""
+    for kind in _FALLBACKS[attention_path]:
+        if use_packed_attention(model, kind) and packing_is_isolated(model, device.torch_device):
+            return kind
+    return None
+
+
+def _use_loss(
+    model: Any, head: ChunkedHead | str, device: ComputeDevice, expected_loss: Loss, weighted: bool
+) -> tuple[Loss, str]:
+    """Install the loss in the model; return it, and why it is not the expected one."""
+    kernel: LossSumFn | str | None = None
+    if expected_loss == "liger" and not isinstance(head, str):
+        kernel = _NOT_WEIGHTED if weighted else verified_liger_loss(head, device.torch_device)
+    use_loss(model, head, None if isinstance(kernel, str) else kernel)
+    if isinstance(head, str):
+        return "stock", head
+    return ("chunked", kernel) if isinstance(kernel, str) else (expected_loss, "")

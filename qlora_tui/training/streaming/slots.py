@@ -1,0 +1,338 @@
+"""The frozen tensors of streamed layers in host memory, and the two buffers of the device through which they
+pass.
+
+The weights of a layer and their scales lie side by side in one buffer of host memory, so a layer is one copy,
+at the full speed of the bus. Norms and biases stay on the device: they are small, and other parts of the
+trainer read them outside of the layer's forward. Layers take the two slots in turn, so each layer has its
+slot for the whole run, and its tensors point there once and for all. What autograd functions kept of a
+layer's weights in the forward (bitsandbytes keeps the packed weight of a 4-bit layer) is therefore valid
+again in the backward, when the layer is back in its slot.
+
+A step of four streamed layers, with ``[n]`` for layer n at work and ``+n`` for a copy that runs during it::
+
+    forward      [0] +1   [1] +2   [2] +3   [3]
+    backward     [3]      [2] +1   [1] +0   [0]
+
+The backward begins with the layers that are still there, and so does the next forward: a step of S layers
+takes 2 (S - 2) copies. Without gradients the first layer is copied again while the last one computes, if it
+has the other slot.
+
+On a GPU a copy runs on its own stream. Two rules keep the values right, and both are events: a copy waits
+until the computation that read the buffer before has ended, and a computation waits for the copy it reads.
+On a CPU there are no streams, and a copy is done when the call returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+
+class CopyDevice(Protocol):
+    """Buffers of a device, and copies to it from host memory."""
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """A uint8 buffer on the device."""
+
+    def record_computation(self) -> Any:
+        """An event that occurs when everything that was computed so far has ended."""
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        """Start a copy from host memory behind the event ``after``; returns the event of its end."""
+
+    def wait_for(self, copied: Any) -> None:
+        """Let what is computed from now on start after the event of a copy."""
+
+
+class CudaCopies:
+    """Copies on a second stream of a CUDA GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """A uint8 buffer on the GPU."""
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+
+    def record_computation(self) -> Any:
+        """An event after all that is queued on the current stream."""
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        """Queue a copy on the second stream, behind the event ``after``."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def wait_for(self, copied: Any) -> None:
+        """Let the current stream wait for a copy."""
+        torch.cuda.current_stream(self._device).wait_event(copied)
+
+
+class CpuCopies:
+    """Copies of a machine without a GPU: each is done when the call returns."""
+
+    def allocate(self, size_bytes: int) -> Tensor:
+        """A uint8 buffer."""
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    def record_computation(self) -> Any:
+        """Nothing runs beside the caller."""
+        return None
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        """Copy now."""
+        target.copy_(source)
+        return None
+
+    def wait_for(self, copied: Any) -> None:
+        """The copy is done."""
+
+
+def copies_for(device: torch.device) -> CopyDevice:
+    """The copies of this kind of device."""
+    return CudaCopies(device) if device.type == "cuda" else CpuCopies()
+
+
+_STATE_PACKAGES = ("bitsandbytes", "qlora_tui")
+"""Packages whose objects may hold tensors of a quantized weight."""
+_MIN_DIMENSIONS = 2
+"""Dimensions from which a plain parameter or buffer moves: norms and biases have one."""
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Attributes of every module: parameters, buffers, submodules, hooks."""
+
+
+def movable_tensors(layer: nn.Module) -> list[Tensor]:
+    """Every tensor object of a layer that moves. Several objects may share memory."""
+    by_id: dict[int, Tensor] = {}
+    for module in layer.modules():
+        for tensor in _owned_tensors(module):
+            if tensor.dim() >= _MIN_DIMENSIONS and not tensor.requires_grad:
+                by_id[id(tensor)] = tensor
+        for tensor in _state_tensors(module):
+            by_id[id(tensor)] = tensor
+    return [tensor for tensor in by_id.values() if tensor.numel()]
+
+
+def all_tensors(model: nn.Module) -> list[Tensor]:
+    """Every tensor object of a model: parameters, buffers, attributes of modules, quantization states."""
+    by_id: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensor in (*_owned_tensors(module), *_state_tensors(module)):
+            by_id[id(tensor)] = tensor
+    return list(by_id.values())
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The memory that a tensor reads."""
+
+    address: int
+    size_bytes: int
+
+
+def extent_of(tensor: Tensor) -> Extent:
+    """The memory from the first to the last element of a tensor, which is not empty."""
+    return Extent(tensor.data_ptr(), _span(tensor) * tensor.element_size())
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as a uint8 vector that shares it, gaps between strides included."""
+    return tensor.data.as_strided((_span(tensor),), (1,)).view(torch.uint8)
+
+
+def point_to(tensor: Tensor, buffer: Tensor) -> None:
+    """Let a tensor read its values from ``buffer``, a uint8 vector of the size of its extent.
+
+    The object stays the same, so everything that refers to it sees the values in the buffer.
+    """
+    tensor.data = buffer.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last of a tensor."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _owned_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of the module itself, and tensors among its attributes."""
+    for values in (module._parameters, module._buffers, vars(module)):
+        for value in values.values():
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _state_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors in the state objects of quantized weights of the module itself."""
+    seen: set[int] = set()
+    for parameter in module._parameters.values():
+        if parameter is not None and not parameter.requires_grad:
+            for value in vars(parameter).values():
+                yield from _tensors_in(value, seen)
+    for name, value in vars(module).items():
+        if name not in _MODULE_ATTRIBUTES and not isinstance(value, Tensor):
+            yield from _tensors_in(value, seen)
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item, seen)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item, seen)
+    elif _is_state(value):
+        for item in vars(value).values():
+            yield from _tensors_in(item, seen)
+
+
+def _is_state(value: Any) -> bool:
+    """Whether an object holds the state of a quantized weight. Modules are visited by themselves."""
+    package = type(value).__module__.partition(".")[0]
+    return package in _STATE_PACKAGES and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
+
+
+ALIGNMENT_BYTES = 256
+"""Each tensor starts at a multiple of this, as kernels expect of memory from CUDA."""
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """The tensors of one layer that move, and the place of each in the layer's buffer."""
+
+    tensors: tuple[Tensor, ...]
+    offsets: tuple[int, ...]
+    """Where each tensor starts in the buffer, in bytes. Tensors that share memory start at the same place."""
+    size_bytes: int
+    """Bytes of the buffer."""
+
+    def write_to(self, buffer: Tensor) -> None:
+        """Copy the values of all tensors into a uint8 vector of ``size_bytes``."""
+        for tensor, offset in zip(self.tensors, self.offsets, strict=True):
+            values = bytes_of(tensor)
+            buffer[offset : offset + values.numel()].copy_(values)
+
+    def point_to(self, buffer: Tensor) -> None:
+        """Let all tensors read from a uint8 vector of at least ``size_bytes``; frees their own memory."""
+        sizes = [extent_of(tensor).size_bytes for tensor in self.tensors]
+        for tensor, offset, size in zip(self.tensors, self.offsets, sizes, strict=True):
+            point_to(tensor, buffer[offset : offset + size])
+
+
+def lay_out(tensors: Sequence[Tensor]) -> LayerTensors:
+    """Give each tensor of a layer its place in a buffer."""
+    offsets: dict[Extent, int] = {}
+    size = 0
+    for tensor in tensors:
+        extent = extent_of(tensor)
+        if extent not in offsets:
+            offsets[extent] = size
+            size += aligned(extent.size_bytes)
+    return LayerTensors(tuple(tensors), tuple(offsets[extent_of(tensor)] for tensor in tensors), size)
+
+
+def aligned(size_bytes: int) -> int:
+    """Round up to the place of the next tensor in the buffer."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+Pass: TypeAlias = Literal["forward", "backward", "no gradient"]
+"""What a layer runs for: the forward of a step, its recomputation and backward, or an evaluation."""
+_SLOTS = 2
+
+
+class LayerSlots:
+    """Two device buffers for the streamed layers of a model, in the order of the forward."""
+
+    def __init__(self, sizes: Sequence[int], copies: CopyDevice) -> None:
+        """Allocate the buffers for layers of ``sizes`` bytes."""
+        self._copies = copies
+        self._layers: list[Tensor | None] = [None] * len(sizes)
+        """The bytes of each layer in host memory."""
+        self._slots = [copies.allocate(max(sizes)) for _ in range(min(_SLOTS, len(sizes)))]
+        self._held: list[int | None] = [None] * len(self._slots)
+        """The layer whose bytes are in each slot, or on their way."""
+        self._copied: list[Any] = [None] * len(self._slots)
+        """Event of the copy that no computation has waited for yet."""
+
+    def add(self, place: int, layer: LayerTensors, host_buffer: Tensor) -> None:
+        """Set the bytes of a layer, (size_bytes,) uint8 in host memory, and point its tensors to its slot."""
+        self._layers[place] = host_buffer
+        layer.point_to(self._slots[self._slot_of(place)])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of both buffers."""
+        return sum(slot.numel() for slot in self._slots)
+
+    @property
+    def held(self) -> tuple[int | None, ...]:
+        """The layer in each slot; None before the first."""
+        return tuple(self._held)
+
+    def receives(self, place: int) -> bool:
+        """Whether the bytes of a layer arrive in its slot, which holds no layer afterwards.
+
+        They are copied twice: where such copies are lost, the first may not be.
+        """
+        slot, source = self._slot_of(place), self._layers[place]
+        assert source is not None
+        target = self._slots[slot][: source.numel()]
+        for _ in range(2):
+            target.zero_()
+            self._start_copy(place)
+            self._copies.wait_for(self._copied[slot])
+            self._held[slot] = self._copied[slot] = None
+            if not torch.equal(target.cpu(), source):
+                return False
+        return True
+
+    def enter(self, place: int, purpose: Pass) -> None:
+        """Have the layer in its slot before what is computed next, and start to copy the one after it.
+
+        Everything of the layers that ran before must have been computed, or queued on the device.
+        """
+        slot = self._slot_of(place)
+        if self._held[slot] != place:
+            self._start_copy(place)
+        if self._copied[slot] is not None:
+            self._copies.wait_for(self._copied[slot])
+            self._copied[slot] = None
+        following = self._following(place, purpose)
+        if following is None:
+            return
+        other = self._slot_of(following)
+        if other != slot and self._held[other] != following:
+            self._start_copy(following)
+
+    def _slot_of(self, place: int) -> int:
+        return place % len(self._slots)
+
+    def _following(self, place: int, purpose: Pass) -> int | None:
+        """The layer that runs next; None where it is one of those in the slots already."""
+        last = len(self._layers) - 1
+        if purpose == "backward":
+            return place - 1 if place else None
+        if place < last:
+            return place + 1
+        return 0 if purpose == "no gradient" else None
+
+    def _start_copy(self, place: int) -> None:
+        """Copy a layer into its slot once all that was computed so far has ended: it may read the slot."""
+        slot, source = self._slot_of(place), self._layers[place]
+        assert source is not None
+        target = self._slots[slot][: source.numel()]
+        self._copied[slot] = self._copies.copy(target, source, self._copies.record_computation())
+        self._held[slot] = place

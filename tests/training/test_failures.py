@@ -1,0 +1,241 @@
+"""Errors become events that say how to go on, and failed writes say what the disk said."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qlora_tui.gpu import cuda_errors, wsl
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.damage import checkpoint_damage
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventTail, EventWriter
+from qlora_tui.runs.events import Health, PhaseChanged
+from qlora_tui.training import checkpoints, failures
+from qlora_tui.training.checkpoints import CheckpointState
+from qlora_tui.training.distributed import DistributedContext
+from qlora_tui.training.failures import disk_error, failure_event, true_disk_errors
+from qlora_tui.training.reporter import Reporter, TelemetryRecorder
+from tests.support.nvml_stub import install_nvml_stub
+from tests.support.polling import wait_for
+from tests.support.power import FaultyDisk
+
+pytestmark = pytest.mark.slow
+
+ADAPTER = {"lora_A": torch.ones(64, 8)}
+OPTIMIZER = {"state": {n: torch.full((64, 8), float(n)) for n in range(4)}}
+STATE = CheckpointState(step=1, tokens=1, data_hash="d", padding_free=True, recipe="")
+ALONE = DistributedContext(rank=0, world_size=1)
+
+
+def save_checkpoint_files(folder: Path) -> None:
+    """What a trainer saves, each with the library that writes it in a run."""
+    with true_disk_errors():
+        save_file(ADAPTER, folder / "adapter.safetensors")
+        torch.save(OPTIMIZER, folder / "optimizer.pt")
+        torch.save({"python": 1}, str(folder / "rng_state.pth"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_write_error_in_a_checkpoint_preserves_its_errno(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(failures, "BUFFER_BYTES", 512)
+    run = RunDir(tmp_path)
+    run.checkpoints_dir.mkdir()
+    for at in count(1):
+        with monkeypatch.context() as faulty:
+            disk = FaultyDisk(faulty, at, code)
+            try:
+                checkpoints.write(run, STATE, save_checkpoint_files, ALONE)
+            except OSError as error:
+                assert error.errno == code, f"write {at}: {error!r}"
+                assert all(checkpoint_damage(folder) is None for folder in run.checkpoints_dir.iterdir())
+        if not disk.has_failed:
+            break
+    assert at > 20
+    ((step, folder),) = run.checkpoints()
+    assert torch.equal(torch.load(folder / "optimizer.pt")["state"][3], OPTIMIZER["state"][3])
+    assert step == 1
+
+
+@pytest.fixture
+def no_signal() -> Iterator[None]:
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.usefixtures("no_signal")
+def test_every_library_reports_a_file_size_limit(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 100, 2000, 3000, 5000, 8000):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(OSError) as caught:
+                save_checkpoint_files(tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert caught.value.errno == errno.EFBIG, limit
+
+
+def test_an_error_unrelated_to_the_disk_stays_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError), true_disk_errors():
+        torch.save(lambda: None, tmp_path / "x")
+    assert disk_error(RuntimeError("shapes differ")) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "title"),
+    [
+        (errno.ENOSPC, "No space left on the disk"),
+        (errno.EDQUOT, "The disk quota is used up"),
+        (errno.EIO, "The disk reported an error"),
+        (errno.EROFS, "The file system is read-only"),
+    ],
+)
+def test_a_run_that_the_disk_ended_says_so(tmp_path: Path, code: int, title: str) -> None:
+    run = RunDir(tmp_path)
+    in_rust = RuntimeError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+    for error in (OSError(code, os.strerror(code), "x.pt"), in_rust):
+        ending = failure_event(error, run, None, None)
+        assert (ending.title, ending.kind) == (title, "problem")
+        assert f"resume {run.id}" in ending.fix
+
+
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 56623104 bytes. Error code 12 (Cannot allocate memory)"
+)
+BUG = "Unexpected error in the trainer"
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB."
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        (CPU, "It requested 54 MiB, more than the machine had left."),
+        ("could not create a primitive", "The machine is out of memory."),
+        (OUT_OF_MEMORY, OUT_OF_MEMORY),
+    ],
+)
+def test_out_of_memory_is_recognized_and_explained(tmp_path: Path, said: str, what: str) -> None:
+    ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
+    assert (ending.kind, ending.title, ending.what) == ("out_of_memory", "Out of memory", what)
+
+
+def test_out_of_memory_records_the_phase_of_the_attempt(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with EventWriter(run.events_path) as log:
+        log.append(PhaseChanged(at=1.0, phase="loading"))
+    ending = failure_event(RuntimeError(OUT_OF_MEMORY), run, Recipe(), None)
+    assert ending.phase == "loading" and "smaller model" in ending.fix
+    assert failure_event(RuntimeError("bug"), run, Recipe(), None).phase is None
+
+
+class AcceleratorError(RuntimeError):
+    """torch's, with CUDA's code."""
+
+    error_code = 719
+
+
+@pytest.mark.parametrize(
+    ("error", "title"),
+    [
+        (AcceleratorError("in words of a later version"), "The GPU stopped computing"),
+        (RuntimeError("CUDA error: unspecified launch failure\nCompile with…"), "The GPU stopped computing"),
+        (RuntimeError("CUDA driver error: unknown error"), "The GPU stopped computing"),
+        (
+            RuntimeError("Triton Error [CUDA]: the launch timed out and was terminated"),
+            "The GPU stopped computing",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+            "No code for this GPU",
+        ),
+        (RuntimeError("CUDA error: invalid device function"), "No code for this GPU"),
+        (RuntimeError("CUDA error: device kernel image is invalid"), "No code for this GPU"),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "The GPU is busy"),
+        (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "The GPU is busy"),
+        (RuntimeError("CUDA driver error: device not ready"), "The GPU stopped computing"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+            "A CUDA library could not start",
+        ),
+        (
+            RuntimeError("Unexpected error from x. Error 802: system not yet initialized"),
+            "The GPUs are not ready",
+        ),
+        (
+            RuntimeError("CUDA error: CUDA driver version is insufficient for CUDA runtime version"),
+            "The NVIDIA driver does not fit",
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), BUG),
+        (RuntimeError("CUDA error: device-side assert triggered"), BUG),
+        (RuntimeError("unknown error"), BUG),
+    ],
+)
+def test_what_cuda_reports_says_how_to_go_on(tmp_path: Path, error: RuntimeError, title: str) -> None:
+    ending = failure_event(error, RunDir(tmp_path), None, None)
+    assert (ending.title, ending.kind) == (title, "bug" if title == BUG else "problem")
+    assert (f"resume {tmp_path.name}" in ending.fix) == (title != BUG)
+    assert "{" not in ending.fix and ("pytorch.org" in ending.fix) == (title == "No code for this GPU")
+
+
+@pytest.mark.parametrize("said", ["CUDA driver error: device not ready", "CUDA error: unknown error"])
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({}, ""),
+        (
+            {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+            "`PYTORCH_ALLOC_CONF=expandable_segments:False`",
+        ),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments: True"},
+            "`PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64,expandable_segments:False`",
+        ),
+    ],
+)
+def test_wsl2_names_the_driver_of_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, variables: dict[str, str], command: str
+) -> None:
+    release = tmp_path / "osrelease"
+    release.write_text("5.15.153.1-microsoft-standard-WSL2\n")
+    monkeypatch.setattr(wsl, "_KERNEL_RELEASE", release)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
+    assert (ending.title, "wsl --shutdown" in ending.fix) == ("The driver of Windows failed", True)
+    assert ("expandable_segments" in ending.fix) == bool(command) and command in ending.fix
+
+
+def test_a_gpu_lost_in_a_suspend_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_errors, "_suspended_before_s", cuda_errors._suspended_s() - 60)
+    assert "suspended" in failure_event(AcceleratorError(), RunDir(tmp_path), None, None).what
+
+
+def test_a_gpu_that_the_driver_loses_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "lost_later", lost_after=12)
+    run = RunDir(tmp_path)
+    reporter = Reporter(run)
+    recorder = TelemetryRecorder(run, reporter)
+    recorder.start(on_gpu=True)
+    wait_for(lambda: any(isinstance(event, Health) for event in EventTail(run.events_path).drain()))
+    recorder.stop()
+    ending = failure_event(RuntimeError("whatever follows"), run, None, None)
+    assert (ending.title, ending.kind) == ("GPU lost", "problem")
+
+
+def test_what_onednn_cannot_do_is_no_lack_of_memory(tmp_path: Path) -> None:
+    said = "could not create a primitive descriptor for the matmul primitive"
+    assert failure_event(RuntimeError(said), RunDir(tmp_path), None, None).kind == "bug"
