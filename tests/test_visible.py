@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_tui.visible import visible, visible_in_json
-from tests.support.hostile import raw
 
 
 @pytest.mark.parametrize(
@@ -59,8 +58,3 @@ def test_json_with_escapes_decodes_to_the_same(text: str) -> None:
     escaped = visible_in_json(json.dumps(text, ensure_ascii=False))
     assert json.loads(escaped) == text
     assert visible(escaped) == escaped
-
-
-def test_the_check_of_the_tests_sees_what_is_raw() -> None:
-    assert raw("\x1b[31mx") == [] and len(raw("\x1b]52;c;x\x07")) == 2
-    assert raw("a\u202eb") and raw(b"\x9b2J")

@@ -1,13 +1,16 @@
-"""Which libraries each module loads, in a running Python."""
+"""Which libraries each module loads, in a running Python, and what only tests may import."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import ALL_SLOW
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,3 +81,18 @@ def test_light_verbs_load_no_ml_library(words: list[str]) -> None:
 def test_no_module_shadows_the_standard_library() -> None:
     modules = {path.stem for path in (ROOT / "qlora_tui").rglob("*.py")}
     assert not modules & sys.stdlib_module_names - {"__main__"}
+
+
+@pytest.mark.parametrize("folder", ["qlora_tui", "bench", "screenshots", "docs"])
+def test_only_tests_import_tests(folder: str) -> None:
+    imports = re.compile(r"^\s*(?:from|import) tests\b|\"tests\.", re.MULTILINE)
+    assert [str(path) for path in (ROOT / folder).rglob("*.py") if imports.search(path.read_text())] == []
+
+
+def test_modules_of_fast_tests_load_no_ml_library() -> None:
+    """Every worker loads all of them, and these libraries take as long as a thousand tests."""
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if not ALL_SLOW.search(path.read_text())]
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in tests]
+    loaded = loaded_by("\n".join(["import tests.conftest", *(f"import {module}" for module in modules)]))
+    found = loaded & set(HEAVY)
+    assert not found, "import it inside functions, or mark all tests of the module slow: pytestmark"

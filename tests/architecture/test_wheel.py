@@ -17,10 +17,6 @@ import pytest
 import qlora_tui
 
 ROOT = Path(__file__).parents[2]
-THIS_RUN = ("PYTHONPATH", "PYTEST_ADDOPTS")
-"""Variables of the run of these tests, which are not for those of the sdist."""
-TESTS_OF_THE_SDIST = ("tests/recipe/test_presets.py", "tests/bench", "tests/memory/test_published.py")
-"""Fast ones, among them some that import ``bench``."""
 
 pytestmark = pytest.mark.slow
 
@@ -91,11 +87,6 @@ def test_the_wheel_carries_presets_and_themes(clean_python: Path, tmp_path: Path
     assert "balanced.toml" in carried
 
 
-def test_the_installed_package_is_not_this_checkout(clean_python: Path, tmp_path: Path) -> None:
-    where = output_of([str(clean_python), "-c", "import qlora_tui; print(qlora_tui.__file__)"], tmp_path)
-    assert Path(where.strip()).is_relative_to(clean_python.parents[1])
-
-
 def test_the_wheel_is_typed_and_contains_no_tests(published: Published) -> None:
     with zipfile.ZipFile(published.wheel) as archive:
         names = archive.namelist()
@@ -108,22 +99,9 @@ def test_the_wheel_is_typed_and_contains_no_tests(published: Published) -> None:
     }
 
 
-def test_the_wheel_installs_the_manual_page(clean_python: Path) -> None:
-    manual = clean_python.parents[1] / "share" / "man" / "man1" / "qlora-tui.1"
-    assert manual.read_text() == (ROOT / "docs" / "qlora-tui.1").read_text()
-
-
 def test_the_sdist_holds_every_tracked_file(published: Published) -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     tracked = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
     assert [name for name in tracked if not (published.source / name).is_file()] == []
-
-
-def test_the_tests_of_the_sdist_run(published: Published) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in THIS_RUN}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow", *TESTS_OF_THE_SDIST]
-    done = subprocess.run(command, cwd=published.source, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

@@ -21,6 +21,8 @@ from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
 from qlora_tui.training.answer_comparison import answer_limit, last_answer, task_prompts
 
+pytestmark = pytest.mark.slow
+
 END = frozenset({9})
 
 
@@ -114,7 +116,6 @@ def test_an_answer_may_be_longer_than_the_references() -> None:
     assert answer_limit(5000, 256) == 128
 
 
-@pytest.mark.slow
 def test_batched_answers_are_those_of_the_chat(
     tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +145,6 @@ def test_batched_answers_are_those_of_the_chat(
         session.greedy_batch("adapter", prompts, 8)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("quick_trainers")
 def test_evaluate_compares_a_run_with_its_base(
     tiny_source: ChatSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -172,7 +172,6 @@ def test_evaluate_compares_a_run_with_its_base(
     assert "8 validation prompts" in out and "row 1" in out and "red" in out
 
 
-@pytest.mark.slow
 def test_a_run_without_adapter_or_prompts_is_refused(tiny_source: ChatSource, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "the fox is red"}\n' * 4)

@@ -38,13 +38,3 @@ def test_every_frame_shows_the_texts_of_its_screenshot(frames: list[Frame]) -> N
         assembled = ElementTree.Element("frame")
         assembled.extend(by_id[use.attrib["href"].removeprefix("#")] for use in used)
         assert texts(assembled) == texts(ElementTree.fromstring(frame.svg))
-
-
-def test_a_frame_that_comes_again_is_stored_once(frames: list[Frame]) -> None:
-    assert len(animate(frames, still=0)) - len(animate(frames[:2], still=0)) < 5000
-
-
-def test_every_frame_is_shown_for_its_time(frames: list[Frame]) -> None:
-    picture = animate(frames, still=0)
-    assert "animation: show-2 6s step-end infinite" in picture
-    assert "@keyframes show-1 { 0% { visibility: hidden } 33.33% { visibility: visible } 66.67%" in picture
