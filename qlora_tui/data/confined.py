@@ -5,7 +5,7 @@ tokenizer a program of a library without limits. Each call to a ``Confined`` chi
 time, which the kernel counts, and so much memory. ``chat_template`` renders in one child, ``arrow_rows``
 reads tables in another, and ``dataset_scan`` processes rows in several, which render templates in place.
 
-A child needs no care: it ends when its parent does, however that ends, after the call that it is in.
+A child needs no care: it ends after a while without calls, and when its parent does, however that ends.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TIME_SIGNAL = signal.SIGPROF
 """Signal with which the kernel ends a child whose call takes too long; no other code sends it."""
+_IDLE_S = 30.0
+"""Seconds without a call after which a child ends, since it holds memory."""
 _STATUS = Path("/proc/self/status")
 _in_child = False
 """Whether this process is a child: calls then run in place."""
@@ -47,6 +49,7 @@ class KilledError(Exception):
         timed_out = exit_code == -TIME_SIGNAL
         name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
         super().__init__("it takes too much processor time" if timed_out else f"its process ended by {name}")
+        self.exit_code = exit_code
         self.timed_out = timed_out
         """Whether it took too much processor time."""
 
@@ -94,21 +97,31 @@ class Confined:
         if _in_child:
             return function(*arguments)
         with self._lock:
-            connection = self._connected()
             try:
-                connection.send((function, arguments))
-                done, value = connection.recv()
-            except (EOFError, OSError):
-                killed = KilledError(self._child.wait() if self._child is not None else -signal.SIGKILL)
-                self.close()
-                raise killed from None
-            except BaseException:
-                self.close()  # what it replies would be taken for the reply to the next call
-                raise
+                done, value = self._reply(function, arguments)
+            except KilledError as killed:
+                if killed.exit_code:
+                    raise
+                done, value = self._reply(function, arguments)  # it had ended without calls
         if not done:
             raise value
         result: T = value
         return result
+
+    def _reply(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+        """Return whether the call returned, and its result or exception."""
+        connection = self._connected()
+        try:
+            connection.send((function, arguments))
+            reply: tuple[bool, Any] = connection.recv()
+        except (EOFError, OSError):
+            killed = KilledError(self._child.wait() if self._child is not None else -signal.SIGKILL)
+            self.close()
+            raise killed from None
+        except BaseException:
+            self.close()  # what it replies would be taken for the reply to the next call
+            raise
+        return reply
 
     def iterate(self, function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
         """Yield what ``function`` yields in the child; each item is one call."""
@@ -203,7 +216,7 @@ def _serve(connection: Connection, module: str) -> None:
     if prepare is not None:
         prepare()
     _limit_memory(memory_bytes)
-    while True:
+    while connection.poll(_IDLE_S) or _iterators:
         function, arguments = connection.recv()
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qlora_tui.data import chat_template, dataset_scan
+from qlora_tui.data import chat_template, confined, dataset_scan
 from qlora_tui.data.confined import Confined
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.dataset_scan import open_worker_pool
@@ -176,6 +176,18 @@ def test_children_end_with_a_parent_that_is_killed() -> None:
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     wait_for(lambda: not psutil.pid_exists(pid))
+
+
+def test_a_child_without_calls_ends_and_is_started_again() -> None:
+    child = Confined("qlora_tui.data.row_result", cpu_s=9, memory_bytes=1 << 28, prepare=_end_when_idle)
+    first = child.call(os.getpid)
+    wait_for(lambda: psutil.Process(first).status() == psutil.STATUS_ZOMBIE)
+    assert child.call(os.getpid) != first
+    child.close()
+
+
+def _end_when_idle() -> None:
+    confined._IDLE_S = 0.01
 
 
 def test_a_child_loads_nothing_heavy() -> None:
