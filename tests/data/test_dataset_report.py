@@ -10,10 +10,9 @@ import pytest
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.dataset_report import prompt_thinking
 from qlora_tui.data.inspection import inspect
-from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Recipe, Source, Thinking
-from tests.data.families import family
-from tests.data.thinkers import PUBLISHED, thinker
+from tests.data.families import FAMILIES, family
+from tests.data.thinkers import thinker
 
 PLAIN = ("What is a fox?", "A small wild dog.")
 THOUGHT = ("17*3?", "<think>\n17*3 is 51.\n</think>\n\n51")
@@ -34,22 +33,25 @@ def rows(path: Path, *conversations: tuple[str, ...]) -> Source:
     return Source(path=str(file))
 
 
-def said(source: Source, tokenizer: ChatTokenizer, thinking: Thinking = "auto", learn: bool = True) -> str:
-    data = Data(thinking=thinking, reasoning_in_loss=learn)
-    return " ".join(inspect(source, tokenizer, data).thinking)
-
-
-def test_rows_with_reasoning_are_counted_and_the_decision_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        ("smollm3", Data(), ("2 of 3 rows, to learn", "on for the 2 with reasoning, off for 1")),
+        ("smollm3", Data(reasoning_in_loss=False), ("only read",)),
+        ("smollm3", Data(thinking="off"), ("2 of 3 rows, left out",)),
+        ("smollm3", Data(thinking="on"), ("an empty thought is learned from 1 row",)),
+        ("deepseek-v3.1", Data(), ("drops it from earlier turns: 1 row",)),
+        ("chatml", Data(thinking="on"), ("on changes nothing",)),
+        ("opens-thinking", Data(), ("always opens a thought", "closed at once in 1 row")),
+    ],
+)
+def test_reasoning_is_counted_with_what_becomes_of_it(
+    tmp_path: Path, model: str, data: Data, words: tuple[str, ...]
+) -> None:
     source = rows(tmp_path, PLAIN, THOUGHT, (*THOUGHT, "Sure?", "<think>Yes.</think>Yes."))
-    tokenizer = thinker("smollm3")
-    auto = said(source, tokenizer)
-    assert "Reasoning: 2 of 3 rows, to learn." in auto
-    assert "on for the 2 with reasoning, off for 1 (enable_thinking)" in auto
-    assert "only read" in said(source, tokenizer, learn=False)
-    assert "2 of 3 rows, left out" in said(source, tokenizer, "off")
-    assert "an empty thought is learned from 1 row without reasoning" in said(source, tokenizer, "on")
-    assert "drops it from earlier turns" not in auto
-    assert "drops it from earlier turns: 1 row" in said(source, thinker("deepseek-v3.1"))
+    tokenizer = family(model) if model in FAMILIES else thinker(model)
+    said = " ".join(inspect(source, tokenizer, data).thinking)
+    assert all(word in said for word in words), said
 
 
 def test_reasoning_is_counted_without_a_model(tmp_path: Path) -> None:
@@ -63,33 +65,6 @@ def test_a_row_that_gives_no_sample_is_not_counted(tmp_path: Path) -> None:
     report = inspect(source, thinker("smollm3"), Data(max_length=64, overflow="drop"))
     assert report.counts.conversations == 1
     assert "Reasoning: 1 of 1 row, to learn." in report.thinking
-
-
-def test_rows_without_reasoning_turn_thinking_off_and_say_so(tmp_path: Path) -> None:
-    text = said(rows(tmp_path, PLAIN), thinker("smollm3"))
-    assert (
-        "in none of 1 row" in text and "off for every row (enable_thinking), for none has reasoning" in text
-    )
-
-
-def test_a_template_without_switch_reports_an_ineffective_setting(tmp_path: Path) -> None:
-    source = rows(tmp_path, PLAIN)
-    assert said(source, family("chatml")) == ""
-    assert "on changes nothing" in said(source, family("chatml"), "on")
-    assert "off changes nothing" in said(source, family("chatml"), "off")
-    assert "left out" in said(rows(tmp_path, THOUGHT), family("chatml"), "off")
-
-
-def test_a_template_that_always_thinks_reports_the_closed_thought(tmp_path: Path) -> None:
-    text = said(rows(tmp_path, PLAIN, THOUGHT), family("opens-thinking"))
-    assert "always opens a thought" in text and "closed at once in 1 row" in text
-
-
-def test_an_effort_says_that_it_cannot_be_turned_off(tmp_path: Path) -> None:
-    if "gptoss" not in PUBLISHED:
-        pytest.skip("trl is not installed")
-    assert "reasoning_effort = low" in said(rows(tmp_path, PLAIN), thinker("gptoss"), "off")
-    assert "not turned off" in said(rows(tmp_path, PLAIN), thinker("gptoss"))
 
 
 @pytest.mark.parametrize("change", [{"thinking": "off"}, {"thinking": "on"}, {"reasoning_in_loss": False}])

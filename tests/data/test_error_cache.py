@@ -34,13 +34,21 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
-def test_what_was_found_is_refused_with_its_row(path: Path) -> None:
+def test_what_was_found_is_refused_as_long_as_it_is_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Source(path=str(path))
     raise_cached_error([(source, path)])
     inspect(source)
     with pytest.raises(UserError) as raised:
         raise_cached_error([(source, path)])
     assert "row 401" in raised.value.what and raised.value.fix
+    raise_cached_error([(Source(path=str(path), format="prompt-completion"), path)])
+    with monkeypatch.context() as patch:
+        patch.setattr(quick_check, "_READING", quick_check._READING + 1)
+        raise_cached_error([(source, path)])
+    path.write_text(GOOD * 402)
+    raise_cached_error([(source, path)])
 
 
 @pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
@@ -74,13 +82,6 @@ def test_a_name_that_is_not_utf8_is_inspected_too(path: Path) -> None:
     raise_cached_error([(source, odd)], tokens)
 
 
-def test_a_mended_file_is_not_refused(path: Path) -> None:
-    source = Source(path=str(path))
-    inspect(source)
-    path.write_text(GOOD * 402)
-    raise_cached_error([(source, path)])
-
-
 def test_a_file_repaired_while_it_is_read_is_accepted(path: Path) -> None:
     source = Source(path=str(path))
     reports = inspecting(source)
@@ -90,19 +91,6 @@ def test_a_file_repaired_while_it_is_read_is_accepted(path: Path) -> None:
     mended.replace(path)
     list(reports)
     raise_cached_error([(source, path)])
-
-
-def test_what_another_reader_has_found_is_not_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source(path=str(path))
-    inspect(source)
-    monkeypatch.setattr(quick_check, "_READING", quick_check._READING + 1)
-    raise_cached_error([(source, path)])
-
-
-def test_another_way_of_reading_the_file_is_not_refused(path: Path) -> None:
-    inspect(Source(path=str(path)))
-    mapped = Source(path=str(path), format="prompt-completion")
-    raise_cached_error([(mapped, path)])
 
 
 def test_what_is_no_longer_found_is_forgotten(path: Path) -> None:

@@ -19,6 +19,7 @@ from qlora_tui.catalog.model_validation import safetensors_damage
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.inspection import inspect
+from qlora_tui.data.problems import CHECKS
 from qlora_tui.data.render import render
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
@@ -33,9 +34,9 @@ from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.settings import config_path, load_settings
 from qlora_tui.tui.themes import load_themes
 from tests.catalog.models import TINY, TINY_GGUF_TENSORS, TINY_GGUF_VALUES, gguf_bytes, safetensors_bytes
-from tests.data.families import CHATML, FAMILIES, tokenizer_json
-from tests.data.test_fuzz import SEEDS
+from tests.data.families import CHATML, FAMILIES, family, tokenizer_json
 from tests.fuzz.damage import damaged, mistyped
+from tests.fuzz.data_files import SEEDS
 
 pytestmark = pytest.mark.slow
 
@@ -238,7 +239,14 @@ def test_damaged_data_is_read_or_refused(
 ) -> None:
     path = tmp_path_factory.mktemp("damaged") / name
     path.write_bytes(data.draw(damaged([SEEDS[name]])))
-    read_or_refused(lambda path: inspect(Source(path=str(path)), None), path)
+    try:
+        report = inspect(Source(path=str(path)), data.draw(st.sampled_from((None, family("chatml")))))
+    except UserError as problem:
+        assert str(path) in problem.what and problem.title and problem.fix
+        return
+    for finding in report.problems:
+        assert finding.kind in CHECKS and finding.example
+        assert finding.rows and min(finding.rows) >= 1
 
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in CORPUS.iterdir()))
