@@ -31,149 +31,7 @@ from qlora_tui.data.split import NearDuplicates
 from qlora_tui.data.text_reader import Position
 from qlora_tui.recipe.schema import Data
 
-_START_SLOTS = 1 << 10
-
-
-class KeyTable:
-    """Maps each key to the first row that had it."""
-
-    def __init__(self) -> None:
-        self._keys = array("Q", bytes(8 * _START_SLOTS))
-        self._rows = array("Q", bytes(8 * _START_SLOTS))
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def first(self, key: int, row: int) -> int | None:
-        """Return the earlier row with ``key``; None if there is none, and ``row`` is then stored."""
-        slot = self._slot(key)
-        if self._rows[slot]:
-            return self._rows[slot] - 1
-        self._keys[slot], self._rows[slot] = key, row + 1
-        self._count += 1
-        if 2 * self._count > len(self._keys):
-            self._grow()
-        return None
-
-    def get(self, key: int) -> int | None:
-        """Return the row stored for ``key``, or None."""
-        slot = self._slot(key)
-        return self._rows[slot] - 1 if self._rows[slot] else None
-
-    def _slot(self, key: int) -> int:
-        """Return the slot where ``key`` is, or would be."""
-        mask = len(self._keys) - 1
-        slot = key & mask
-        while self._rows[slot] and self._keys[slot] != key:
-            slot = (slot + 1) & mask
-        return slot
-
-    def _grow(self) -> None:
-        keys, rows = self._keys, self._rows
-        self._keys, self._rows = array("Q", bytes(16 * len(keys))), array("Q", bytes(16 * len(keys)))
-        for key, row in zip(keys, rows, strict=True):
-            if row:
-                slot = self._slot(key)
-                self._keys[slot], self._rows[slot] = key, row
-
-
 Work: TypeAlias = Callable[[Iterable[Batch]], Iterator[list[RowResult]]]
-
-MIN_PARALLEL_BYTES = 4 << 20
-"""Bytes of data from which child processes pay off: a child takes a third of a second of a core to start, and
-processes some five megabytes a second."""
-MAX_WORKERS = 4
-"""Most child processes. A data set must be made within a gigabyte: each holds a tokenizer, 82 MiB at its
-start with a vocabulary of 49,000 and 141 with one of 139,000, and its word cache, some 25."""
-_BATCH_CPU_S = 60.0
-_BATCH_MEMORY_BYTES = 512 << 20
-_processors: list[RowProcessor] = []
-"""In a child: what processes its batches."""
-
-
-@contextmanager
-def open_worker_pool(processor: RowProcessor, data_bytes: int) -> Iterator[Work]:
-    """Provide the function that processes batches, chosen by ``data_bytes`` in total."""
-    count = min(cores(), MAX_WORKERS) if data_bytes >= MIN_PARALLEL_BYTES else 1
-    if count < 2:
-        yield lambda batches: map(processor.process, batches)
-        return
-    children = [
-        Confined(
-            __name__,
-            cpu_s=_BATCH_CPU_S,
-            memory_bytes=_BATCH_MEMORY_BYTES,
-            prepare=partial(_keep, processor),
-        )
-        for _ in range(count)
-    ]
-    threads = ThreadPoolExecutor(count, thread_name_prefix="data-worker")
-    try:
-        yield partial(_work, threads, children, processor)
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.close()
-        threads.shutdown()
-
-
-def cores() -> int:
-    """Return the number of cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
-
-
-def _work(
-    threads: ThreadPoolExecutor,
-    children: list[Confined],
-    processor: RowProcessor,
-    batches: Iterable[Batch],
-) -> Iterator[list[RowResult]]:
-    """Yield the results of each batch, in order; a few batches are processed at a time."""
-    idle: SimpleQueue[Confined] = SimpleQueue()
-
-    def start(child: Confined) -> None:
-        with suppress(KilledError):
-            child.start()
-            idle.put(child)
-
-    def process(batch: Batch) -> list[RowResult] | None:
-        child = idle.get()
-        try:
-            return child.call(_process, batch)
-        except (KilledError, MemoryError):
-            return None
-        finally:
-            idle.put(child)
-
-    def oldest() -> list[RowResult]:
-        batch, future = pending.popleft()
-        results = future.result()
-        return processor.process(batch) if results is None else results
-
-    for child in children:
-        threads.submit(start, child)
-    pending: deque[tuple[Batch, Future[list[RowResult] | None]]] = deque()
-    for batch in batches:
-        if idle.empty() and not pending:
-            yield processor.process(batch)
-            continue
-        pending.append((batch, threads.submit(process, batch)))
-        if len(pending) > 2 * len(children):
-            yield oldest()
-    while pending:
-        yield oldest()
-
-
-def _keep(processor: RowProcessor) -> None:
-    _processors.append(processor)
-
-
-def _process(batch: Batch) -> list[RowResult]:
-    return _processors[0].process(batch)
 
 
 class DatasetScanner:
@@ -284,3 +142,146 @@ class DatasetScanner:
     def _is_validation(self, source: int) -> bool:
         """Return whether a source is the recipe's validation file, which comes after its sources."""
         return bool(self._data.validation_path) and source >= len(self._data.sources)
+
+
+MIN_PARALLEL_BYTES = 4 << 20
+"""Bytes of data from which child processes pay off: a child takes a third of a second of a core to start, and
+processes some five megabytes a second."""
+MAX_WORKERS = 4
+"""Most child processes. A data set must be made within a gigabyte: each holds a tokenizer, 82 MiB at its
+start with a vocabulary of 49,000 and 141 with one of 139,000, and its word cache, some 25."""
+_BATCH_CPU_S = 60.0
+_BATCH_MEMORY_BYTES = 512 << 20
+_processors: list[RowProcessor] = []
+"""In a child: what processes its batches."""
+
+
+@contextmanager
+def open_worker_pool(processor: RowProcessor, data_bytes: int) -> Iterator[Work]:
+    """Provide the function that processes batches, chosen by ``data_bytes`` in total."""
+    count = min(cores(), MAX_WORKERS) if data_bytes >= MIN_PARALLEL_BYTES else 1
+    if count < 2:
+        yield lambda batches: map(processor.process, batches)
+        return
+    children = [
+        Confined(
+            __name__,
+            cpu_s=_BATCH_CPU_S,
+            memory_bytes=_BATCH_MEMORY_BYTES,
+            prepare=partial(_keep, processor),
+        )
+        for _ in range(count)
+    ]
+    threads = ThreadPoolExecutor(count, thread_name_prefix="data-worker")
+    try:
+        yield partial(_work, threads, children, processor)
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.close()
+        threads.shutdown()
+
+
+def cores() -> int:
+    """Return the number of cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _work(
+    threads: ThreadPoolExecutor,
+    children: list[Confined],
+    processor: RowProcessor,
+    batches: Iterable[Batch],
+) -> Iterator[list[RowResult]]:
+    """Yield the results of each batch, in order; a few batches are processed at a time."""
+    idle: SimpleQueue[Confined] = SimpleQueue()
+
+    def start(child: Confined) -> None:
+        with suppress(KilledError):
+            child.start()
+            idle.put(child)
+
+    def process(batch: Batch) -> list[RowResult] | None:
+        child = idle.get()
+        try:
+            return child.call(_process, batch)
+        except (KilledError, MemoryError):
+            return None
+        finally:
+            idle.put(child)
+
+    def oldest() -> list[RowResult]:
+        batch, future = pending.popleft()
+        results = future.result()
+        return processor.process(batch) if results is None else results
+
+    for child in children:
+        threads.submit(start, child)
+    pending: deque[tuple[Batch, Future[list[RowResult] | None]]] = deque()
+    for batch in batches:
+        if idle.empty() and not pending:
+            yield processor.process(batch)
+            continue
+        pending.append((batch, threads.submit(process, batch)))
+        if len(pending) > 2 * len(children):
+            yield oldest()
+    while pending:
+        yield oldest()
+
+
+def _keep(processor: RowProcessor) -> None:
+    _processors.append(processor)
+
+
+def _process(batch: Batch) -> list[RowResult]:
+    return _processors[0].process(batch)
+
+
+_START_SLOTS = 1 << 10
+
+
+class KeyTable:
+    """Maps each key to the first row that had it."""
+
+    def __init__(self) -> None:
+        self._keys = array("Q", bytes(8 * _START_SLOTS))
+        self._rows = array("Q", bytes(8 * _START_SLOTS))
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def first(self, key: int, row: int) -> int | None:
+        """Return the earlier row with ``key``; None if there is none, and ``row`` is then stored."""
+        slot = self._slot(key)
+        if self._rows[slot]:
+            return self._rows[slot] - 1
+        self._keys[slot], self._rows[slot] = key, row + 1
+        self._count += 1
+        if 2 * self._count > len(self._keys):
+            self._grow()
+        return None
+
+    def get(self, key: int) -> int | None:
+        """Return the row stored for ``key``, or None."""
+        slot = self._slot(key)
+        return self._rows[slot] - 1 if self._rows[slot] else None
+
+    def _slot(self, key: int) -> int:
+        """Return the slot where ``key`` is, or would be."""
+        mask = len(self._keys) - 1
+        slot = key & mask
+        while self._rows[slot] and self._keys[slot] != key:
+            slot = (slot + 1) & mask
+        return slot
+
+    def _grow(self) -> None:
+        keys, rows = self._keys, self._rows
+        self._keys, self._rows = array("Q", bytes(16 * len(keys))), array("Q", bytes(16 * len(keys)))
+        for key, row in zip(keys, rows, strict=True):
+            if row:
+                slot = self._slot(key)
+                self._keys[slot], self._rows[slot] = key, row

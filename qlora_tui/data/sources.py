@@ -33,110 +33,103 @@ from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.worker import run_job
 
-TRAINING_SPLITS = ("train", "training", "train_sft", "sft")
-_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+class SourceFile(Struct, frozen=True):
+    """One file of one source, and how to read it."""
+
+    path: Path
+    source: int
+    """Index of the source in the recipe."""
+    detection: Detection
 
 
-class HubFiles(Struct, frozen=True):
-    """Files that the child process downloaded."""
-
-    files: tuple[str, ...]
-    split: str
+class ValidationSource(Source, frozen=True, kw_only=True):
+    """What ``data.validation_path`` names. Of a folder, the files are read that are named as validation."""
 
 
-_FILES = msgspec.json.Decoder(HubFiles)
+def every_source(data: Data) -> list[Source]:
+    """Return what a run reads: the sources, then the validation file."""
+    validation = [ValidationSource(path=data.validation_path)] if data.validation_path else []
+    return [*data.sources, *validation]
 
 
-def is_hub_id(name: str) -> bool:
-    """Return whether ``name`` may be a dataset id: ``owner/name``, optionally with ``:subset``."""
-    return _ID.fullmatch(name) is not None and not name.startswith(("./", "../", "~"))
+def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[SourceFile], str]:
+    """Return the files of a source, each with its format, and a note on what of the source is read.
 
-
-def hub_files(name: str) -> tuple[list[Path], str]:
-    """Return the files of a dataset's training split, downloaded if needed, and a note on them.
-
-    Raises ``UserError`` where the dataset does not exist or cannot be reached.
+    ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` for a source that does not
+    exist, is empty, has no usable field, or holds preferences that the recipe rejects.
     """
-    cached = _read_cached(name)
-    if cached is None:
-        cached = _fetch(name)
-        if not cached.files:
-            raise UserError(
-                "No such data",
-                what=f"{name} has no files in the cache after its download: split {cached.split} is empty.",
-                fix="Choose another dataset, or download its files and name their folder.",
-            )
-        atomic_write(_cache_path(name), msgspec.json.encode(cached))
-    other = "" if cached.split in TRAINING_SPLITS else ", because it has none for training"
-    return [Path(file) for file in cached.files], f"hub dataset {name}, split {cached.split}{other}"
+    paths, note = paths_of(source)
+    files = [SourceFile(path, index, sniff(path, source, preferences)) for path in paths]
+    notes = [f"{file.path.name}: {file.detection.note}" for file in files if file.detection.note]
+    return files, "; ".join(filter(None, [note, *notes]))
 
 
-def is_training_split(name: str) -> bool:
-    """Return whether the split of an earlier download is for training. Makes no request to the Hub."""
-    cached = _read_cached(name)
-    return cached is not None and cached.split in TRAINING_SPLITS
+def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile:
+    """Open the file ``path`` of a source, or its first file. Raises ``UserError``."""
+    paths, _ = paths_of(source)
+    chosen = next((one for one in paths if str(one) == path), paths[0])
+    return SourceFile(chosen, 0, sniff(chosen, source, preferences))
 
 
-def local_files(name: str) -> list[Path] | None:
-    """Return the files of an earlier download, else None. Makes no request to the Hub."""
-    cached = _read_cached(name)
-    return None if cached is None else [Path(file) for file in cached.files]
+def paths_of(source: Source) -> tuple[list[Path], str]:
+    """Return the files of a source, with a note; downloads a Hub dataset. Raises ``UserError``."""
+    if is_hub_dataset(source.path):
+        return hub_files(source.path)
+    return files_of(Path(source.path).expanduser(), validation=isinstance(source, ValidationSource))
 
 
-def _cache_path(name: str) -> Path:
-    return private_dir(cache_dir() / "datasets") / f"{name.replace('/', '--').replace(':', '@')}.json"
+def is_hub_dataset(name: str) -> bool:
+    """Return whether a source's path is a Hub dataset id rather than a file or folder."""
+    path = Path(name).expanduser()
+    return is_hub_id(name) and not path.exists() and not kind_of(path)
 
 
-def _read_cached(name: str) -> HubFiles | None:
-    try:
-        files = decode_json(_cache_path(name).read_bytes(), _FILES)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return files if files.files and all(Path(file).is_file() for file in files.files) else None
+def source_stamps(source: Source) -> tuple[tuple[str, int, int], ...]:
+    """Return path, modification time and size of a source's files; empty for a Hub dataset or a missing file.
 
-
-def _fetch(name: str) -> HubFiles:
-    return run_job(
-        "qlora_tui.data.sources:download_split",
-        name,
-        result=HubFiles,
-        title="No such data",
-        subject=f"The process that downloads {name}",
-        fix="Check the name and the connection.",
-        environ=online_environ(),
-    )
-
-
-def download_split(name: str) -> HubFiles:
-    """Download the training split of a dataset, as a job. Raises UserError.
-
-    ``trust_remote_code`` is never set, so the library refuses a dataset that is a script.
+    Two results differ if a file changed in between.
     """
-    import datasets
-
-    path, _, subset = name.partition(":")
+    path = Path(source.path).expanduser()
     try:
-        names = datasets.get_dataset_split_names(path, subset or None)
-        split = next((s for s in TRAINING_SPLITS if s in names), names[0])
-        loaded = datasets.load_dataset(path, subset or None, split=split)
-    except Exception as error:  # the library raises a dozen kinds, from its own to its HTTP client's
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            "No such data",
-            what=f"{name} is neither a local file nor a dataset that the Hub provides: {text[:400]}",
-            fix=_fix(text, type(error).__name__),
-        ) from None
-    return HubFiles(tuple(file["filename"] for file in loaded.cache_files), split)
+        files = [path / name for name in files_inside(path)] if path.is_dir() else [path]
+        stats = [(str(file), file.stat()) for file in files]
+    except (OSError, UserError):
+        return ()
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
-def _fix(text: str, kind: str) -> str:
-    if "Missing config name" in text:
-        return "Add the subset after a colon: owner/name:subset."
-    if "Gated" in kind or "401" in text or "403" in text or "gated" in text:
-        return "Accept its terms on its page, then log in: hf auth login."
-    if "script" in text:
-        return "Dataset scripts are never run. Download the data files and use their paths."
-    return "Check the name and the connection."
+def sniff(path: Path, source: Source, preferences: str) -> Detection:
+    """Detect the format of one file from its first rows, under ``data.preferences``. Raises ``UserError``."""
+    first = first_rows(path, SNIFFED_ROWS)
+    readable = [row for row in first if not row.error]
+    if not readable and first:
+        raise unreadable(path, first[0].kind, first[0].error)
+    detection = detect(readable, str(path), source.format, source.columns, preferences)
+    note = first[0].file_note if first else ""
+    return replace(detection, note=note) if note else detection
+
+
+def conversations(
+    file: SourceFile, position: Position | None = None
+) -> Iterator[tuple[Row, Conversation | RowRejectedError]]:
+    """Yield every row of a file with its conversation, or with the error that explains why it has none."""
+    for row in rows(file.path, position):
+        yield row, conversation_of(row, file)
+
+
+def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRejectedError:
+    """Return the conversation of one row of a file, or the error that explains why it has none."""
+    try:
+        return parse(row, file.detection.layout, file.source)
+    except RowRejectedError as refused:
+        return refused
+
+
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _VALIDATION = ("valid", "validation", "val", "dev", "eval", "evaluation")
@@ -295,102 +288,110 @@ def _left_out_note(left_out: dict[str, list[str]]) -> str:
     return f"not read: {'; '.join(parts)}" if parts else ""
 
 
-class SourceFile(Struct, frozen=True):
-    """One file of one source, and how to read it."""
-
-    path: Path
-    source: int
-    """Index of the source in the recipe."""
-    detection: Detection
+TRAINING_SPLITS = ("train", "training", "train_sft", "sft")
+_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
-class ValidationSource(Source, frozen=True, kw_only=True):
-    """What ``data.validation_path`` names. Of a folder, the files are read that are named as validation."""
+class HubFiles(Struct, frozen=True):
+    """Files that the child process downloaded."""
+
+    files: tuple[str, ...]
+    split: str
 
 
-def every_source(data: Data) -> list[Source]:
-    """Return what a run reads: the sources, then the validation file."""
-    validation = [ValidationSource(path=data.validation_path)] if data.validation_path else []
-    return [*data.sources, *validation]
+_FILES = msgspec.json.Decoder(HubFiles)
 
 
-def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[SourceFile], str]:
-    """Return the files of a source, each with its format, and a note on what of the source is read.
+def is_hub_id(name: str) -> bool:
+    """Return whether ``name`` may be a dataset id: ``owner/name``, optionally with ``:subset``."""
+    return _ID.fullmatch(name) is not None and not name.startswith(("./", "../", "~"))
 
-    ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` for a source that does not
-    exist, is empty, has no usable field, or holds preferences that the recipe rejects.
+
+def hub_files(name: str) -> tuple[list[Path], str]:
+    """Return the files of a dataset's training split, downloaded if needed, and a note on them.
+
+    Raises ``UserError`` where the dataset does not exist or cannot be reached.
     """
-    paths, note = paths_of(source)
-    files = [SourceFile(path, index, sniff(path, source, preferences)) for path in paths]
-    notes = [f"{file.path.name}: {file.detection.note}" for file in files if file.detection.note]
-    return files, "; ".join(filter(None, [note, *notes]))
+    cached = _read_cached(name)
+    if cached is None:
+        cached = _fetch(name)
+        if not cached.files:
+            raise UserError(
+                "No such data",
+                what=f"{name} has no files in the cache after its download: split {cached.split} is empty.",
+                fix="Choose another dataset, or download its files and name their folder.",
+            )
+        atomic_write(_cache_path(name), msgspec.json.encode(cached))
+    other = "" if cached.split in TRAINING_SPLITS else ", because it has none for training"
+    return [Path(file) for file in cached.files], f"hub dataset {name}, split {cached.split}{other}"
 
 
-def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile:
-    """Open the file ``path`` of a source, or its first file. Raises ``UserError``."""
-    paths, _ = paths_of(source)
-    chosen = next((one for one in paths if str(one) == path), paths[0])
-    return SourceFile(chosen, 0, sniff(chosen, source, preferences))
+def is_training_split(name: str) -> bool:
+    """Return whether the split of an earlier download is for training. Makes no request to the Hub."""
+    cached = _read_cached(name)
+    return cached is not None and cached.split in TRAINING_SPLITS
 
 
-def paths_of(source: Source) -> tuple[list[Path], str]:
-    """Return the files of a source, with a note; downloads a Hub dataset. Raises ``UserError``."""
-    if is_hub_dataset(source.path):
-        return hub_files(source.path)
-    return files_of(Path(source.path).expanduser(), validation=isinstance(source, ValidationSource))
+def local_files(name: str) -> list[Path] | None:
+    """Return the files of an earlier download, else None. Makes no request to the Hub."""
+    cached = _read_cached(name)
+    return None if cached is None else [Path(file) for file in cached.files]
 
 
-def is_hub_dataset(name: str) -> bool:
-    """Return whether a source's path is a Hub dataset id rather than a file or folder."""
-    path = Path(name).expanduser()
-    return is_hub_id(name) and not path.exists() and not kind_of(path)
+def _cache_path(name: str) -> Path:
+    return private_dir(cache_dir() / "datasets") / f"{name.replace('/', '--').replace(':', '@')}.json"
 
 
-def source_stamps(source: Source) -> tuple[tuple[str, int, int], ...]:
-    """Return path, modification time and size of a source's files; empty for a Hub dataset or a missing file.
+def _read_cached(name: str) -> HubFiles | None:
+    try:
+        files = decode_json(_cache_path(name).read_bytes(), _FILES)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return files if files.files and all(Path(file).is_file() for file in files.files) else None
 
-    Two results differ if a file changed in between.
+
+def _fetch(name: str) -> HubFiles:
+    return run_job(
+        "qlora_tui.data.sources:download_split",
+        name,
+        result=HubFiles,
+        title="No such data",
+        subject=f"The process that downloads {name}",
+        fix="Check the name and the connection.",
+        environ=online_environ(),
+    )
+
+
+def download_split(name: str) -> HubFiles:
+    """Download the training split of a dataset, as a job. Raises UserError.
+
+    ``trust_remote_code`` is never set, so the library refuses a dataset that is a script.
     """
-    path = Path(source.path).expanduser()
+    import datasets
+
+    path, _, subset = name.partition(":")
     try:
-        files = [path / name for name in files_inside(path)] if path.is_dir() else [path]
-        stats = [(str(file), file.stat()) for file in files]
-    except (OSError, UserError):
-        return ()
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+        names = datasets.get_dataset_split_names(path, subset or None)
+        split = next((s for s in TRAINING_SPLITS if s in names), names[0])
+        loaded = datasets.load_dataset(path, subset or None, split=split)
+    except Exception as error:  # the library raises a dozen kinds, from its own to its HTTP client's
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            "No such data",
+            what=f"{name} is neither a local file nor a dataset that the Hub provides: {text[:400]}",
+            fix=_fix(text, type(error).__name__),
+        ) from None
+    return HubFiles(tuple(file["filename"] for file in loaded.cache_files), split)
 
 
-def sniff(path: Path, source: Source, preferences: str) -> Detection:
-    """Detect the format of one file from its first rows, under ``data.preferences``. Raises ``UserError``."""
-    first = first_rows(path, SNIFFED_ROWS)
-    readable = [row for row in first if not row.error]
-    if not readable and first:
-        raise unreadable(path, first[0].kind, first[0].error)
-    detection = detect(readable, str(path), source.format, source.columns, preferences)
-    note = first[0].file_note if first else ""
-    return replace(detection, note=note) if note else detection
-
-
-def conversations(
-    file: SourceFile, position: Position | None = None
-) -> Iterator[tuple[Row, Conversation | RowRejectedError]]:
-    """Yield every row of a file with its conversation, or with the error that explains why it has none."""
-    for row in rows(file.path, position):
-        yield row, conversation_of(row, file)
-
-
-def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRejectedError:
-    """Return the conversation of one row of a file, or the error that explains why it has none."""
-    try:
-        return parse(row, file.detection.layout, file.source)
-    except RowRejectedError as refused:
-        return refused
-
-
-def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _fix(text: str, kind: str) -> str:
+    if "Missing config name" in text:
+        return "Add the subset after a colon: owner/name:subset."
+    if "Gated" in kind or "401" in text or "403" in text or "gated" in text:
+        return "Accept its terms on its page, then log in: hf auth login."
+    if "script" in text:
+        return "Dataset scripts are never run. Download the data files and use their paths."
+    return "Check the name and the connection."
 
 
 AUTO = "auto"

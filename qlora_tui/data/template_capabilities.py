@@ -25,170 +25,6 @@ from qlora_tui.data.chat_template import ChatTemplate, Turns
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
 from qlora_tui.recipe.schema import Thinking
 
-OnOff = Literal["on", "off"]
-
-_FLAGS = ("enable_thinking", "thinking", "enable_reasoning", "reasoning")
-"""Variables that are true or false."""
-_EFFORTS = ("reasoning_effort", "reasoning_strength")
-"""Variables that are ``low``, ``medium`` or ``high``; some templates accept ``none``."""
-
-THOUGHT_TAGS = ("<think>", "</think>")
-"""Tokens of an answer, whether or not the tokenizer calls them special."""
-OPENED = re.compile(r"<think>(\s*)\Z")
-"""A prompt that opens a thought, with the white space after the tag."""
-
-
-class Switch(Struct, frozen=True):
-    """The template variable that turns thinking on or off."""
-
-    variable: str
-    on: dict[str, Any]
-    """Variables to render with; empty where the template thinks by default."""
-    off: dict[str, Any]
-    default: OnOff
-    """Whether the template thinks when the variable is not set."""
-    can_turn_off: bool = True
-    """False for an effort whose lowest level is ``low``: the model then thinks less, but still thinks."""
-
-
-def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
-    """Return the switch of ``template``, probed on the conversation ``turns``; None where it has none."""
-
-    def prompt(variables: Mapping[str, Any]) -> str | None:
-        try:
-            return template.with_variables(variables).render(turns, prompt=True)
-        except RowRejectedError:
-            return None
-
-    default = prompt({})
-    for name in _FLAGS:
-        if name not in template.names:
-            continue
-        on, off = prompt({name: True}), prompt({name: False})
-        if on is not None and off is not None and on != off:
-            return Switch(name, {name: True}, {name: False}, "off" if off == default else "on")
-    for name in _EFFORTS:
-        if name not in template.names:
-            continue
-        constants = template.literals.split("\0")
-        least = "none" if "none" in constants else "low"
-        off = prompt({name: least})
-        if off is None:
-            continue
-        if off != default:
-            return Switch(name, {}, {name: least}, "on", can_turn_off=least == "none")
-        on = prompt({name: "high"})
-        if on is not None and on != off:
-            return Switch(name, {name: "high"}, {name: least}, "off", can_turn_off=least == "none")
-    return None
-
-
-def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
-    """Return the variables to render with; empty for ``auto``, or without a switch."""
-    if switch is None or thinking == "auto":
-        return {}
-    return switch.on if thinking == "on" else switch.off
-
-
-def resolve_thinking(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
-    """Return the setting for one conversation: ``auto`` is on where an answer has reasoning, else off.
-
-    An effort that cannot be turned off stays at the template's default, ``auto``.
-    """
-    if thinking != "auto":
-        return thinking
-    if has_reasoning(conversation.messages):
-        return "on"
-    return "off" if switch is None or switch.can_turn_off else "auto"
-
-
-def has_reasoning(messages: Sequence[Message]) -> bool:
-    """Return whether any answer has reasoning."""
-    return any(message.role == "assistant" and reasoning_of(message) for message in messages)
-
-
-def reasoning_of(message: Message) -> str:
-    """Return the reasoning of an answer, stored separately or written into it; empty if there is none."""
-    return (message.reasoning or _inline(message)[0]).strip()
-
-
-def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Return the messages without reasoning."""
-    return tuple(map(_drop_reasoning, messages))
-
-
-def separate_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Return the messages with reasoning inside an answer moved to ``Message.reasoning``."""
-    return tuple(map(_separate_reasoning, messages))
-
-
-def _separate_reasoning(message: Message) -> Message:
-    inside, rest = _inline(message)
-    return replace(message, reasoning=inside, content=rest) if inside and not message.reasoning else message
-
-
-def _drop_reasoning(message: Message) -> Message:
-    _, rest = _inline(message)
-    if not message.reasoning and rest == message.content:
-        return message
-    return replace(message, reasoning="", content=rest)
-
-
-def _inline(message: Message) -> tuple[str, str]:
-    """Split an answer into the reasoning written into it and the rest."""
-    before, tag, rest = message.content.partition("</think>")
-    if message.role != "assistant" or not tag:
-        return "", message.content
-    opening, opened, inside = before.partition("<think>")
-    if opened and opening.strip():
-        return "", message.content
-    return (inside if opened else before).strip(), rest.lstrip()
-
-
-THINK = ("<think>\n", "\n</think>\n\n")
-"""Text that most models write before and after their reasoning."""
-_GEMMA = ("<|channel>thought\n", "\n<channel|>")
-TAGS = re.compile("</?think>")
-_ENDS = re.compile(r"\s*(?:</think>|<channel\|>|<\|end\|>|<\|eom\|>|\[/THINK\])\s*")
-"""Text between reasoning and answer: Qwen, GLM and DeepSeek; Gemma 4; gpt-oss; Muse; Mistral."""
-
-
-def after_thought(text: str, end: int) -> int:
-    """Return where the answer begins after reasoning that ends at ``end``, in characters of ``text``."""
-    match = _ENDS.match(text, end)
-    return match.end() if match else end
-
-
-def tags_of(literals: str) -> tuple[str, str]:
-    """Return the tags around reasoning for a template that writes ``literals``."""
-    return _GEMMA if "<channel|>" in literals else THINK
-
-
-def answered(prompt: str, reasoning: str, rest: str, tags: tuple[str, str] = THINK) -> str:
-    """Join a prompt, the reasoning that follows it, and ``rest``, which is the answer and its end.
-
-    The tags are on separate lines, unless the prompt opens the thought without a line end, as in
-    DeepSeek-V3.1.
-    """
-    opened = OPENED.search(prompt)
-    # White space after reasoning comes from the file; before an answer without any, from the answer.
-    answer = re.sub(r"\A\s*</think>\s*", "", rest.lstrip() if reasoning else rest)
-    if opened and not opened[1]:
-        return f"{prompt}{reasoning}</think>{answer}"
-    opening, closing = tags
-    return f"{prompt}{'' if opened else opening}{reasoning}{closing}{answer}"
-
-
-_QUESTION, _ANSWER, _SYSTEM, _NAME, _VALUE, _EXTRA = (
-    "qvzask",
-    "qvzanswer",
-    "qvzsystem",
-    "qvzname",
-    "qvzvalue",
-    "qvzfound",
-)
-"""Probe words that no template writes itself."""
-
 
 class TemplateCapabilities(Struct, frozen=True):
     """What a template supports, and the message format it needs."""
@@ -403,3 +239,168 @@ def _system_in_user(messages: list[Message]) -> list[Message]:
     if rest and rest[0].role == "user":
         return [Message("user", f"{system.content}\n\n{rest[0].content}"), *rest[1:]]
     return [Message("user", system.content), *rest]
+
+
+OnOff = Literal["on", "off"]
+
+_FLAGS = ("enable_thinking", "thinking", "enable_reasoning", "reasoning")
+"""Variables that are true or false."""
+_EFFORTS = ("reasoning_effort", "reasoning_strength")
+"""Variables that are ``low``, ``medium`` or ``high``; some templates accept ``none``."""
+
+THOUGHT_TAGS = ("<think>", "</think>")
+"""Tokens of an answer, whether or not the tokenizer calls them special."""
+OPENED = re.compile(r"<think>(\s*)\Z")
+"""A prompt that opens a thought, with the white space after the tag."""
+
+
+class Switch(Struct, frozen=True):
+    """The template variable that turns thinking on or off."""
+
+    variable: str
+    on: dict[str, Any]
+    """Variables to render with; empty where the template thinks by default."""
+    off: dict[str, Any]
+    default: OnOff
+    """Whether the template thinks when the variable is not set."""
+    can_turn_off: bool = True
+    """False for an effort whose lowest level is ``low``: the model then thinks less, but still thinks."""
+
+
+def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
+    """Return the switch of ``template``, probed on the conversation ``turns``; None where it has none."""
+
+    def prompt(variables: Mapping[str, Any]) -> str | None:
+        try:
+            return template.with_variables(variables).render(turns, prompt=True)
+        except RowRejectedError:
+            return None
+
+    default = prompt({})
+    for name in _FLAGS:
+        if name not in template.names:
+            continue
+        on, off = prompt({name: True}), prompt({name: False})
+        if on is not None and off is not None and on != off:
+            return Switch(name, {name: True}, {name: False}, "off" if off == default else "on")
+    for name in _EFFORTS:
+        if name not in template.names:
+            continue
+        constants = template.literals.split("\0")
+        least = "none" if "none" in constants else "low"
+        off = prompt({name: least})
+        if off is None:
+            continue
+        if off != default:
+            return Switch(name, {}, {name: least}, "on", can_turn_off=least == "none")
+        on = prompt({name: "high"})
+        if on is not None and on != off:
+            return Switch(name, {name: "high"}, {name: least}, "off", can_turn_off=least == "none")
+    return None
+
+
+def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
+    """Return the variables to render with; empty for ``auto``, or without a switch."""
+    if switch is None or thinking == "auto":
+        return {}
+    return switch.on if thinking == "on" else switch.off
+
+
+def resolve_thinking(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
+    """Return the setting for one conversation: ``auto`` is on where an answer has reasoning, else off.
+
+    An effort that cannot be turned off stays at the template's default, ``auto``.
+    """
+    if thinking != "auto":
+        return thinking
+    if has_reasoning(conversation.messages):
+        return "on"
+    return "off" if switch is None or switch.can_turn_off else "auto"
+
+
+def has_reasoning(messages: Sequence[Message]) -> bool:
+    """Return whether any answer has reasoning."""
+    return any(message.role == "assistant" and reasoning_of(message) for message in messages)
+
+
+def reasoning_of(message: Message) -> str:
+    """Return the reasoning of an answer, stored separately or written into it; empty if there is none."""
+    return (message.reasoning or _inline(message)[0]).strip()
+
+
+def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the messages without reasoning."""
+    return tuple(map(_drop_reasoning, messages))
+
+
+def separate_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the messages with reasoning inside an answer moved to ``Message.reasoning``."""
+    return tuple(map(_separate_reasoning, messages))
+
+
+def _separate_reasoning(message: Message) -> Message:
+    inside, rest = _inline(message)
+    return replace(message, reasoning=inside, content=rest) if inside and not message.reasoning else message
+
+
+def _drop_reasoning(message: Message) -> Message:
+    _, rest = _inline(message)
+    if not message.reasoning and rest == message.content:
+        return message
+    return replace(message, reasoning="", content=rest)
+
+
+def _inline(message: Message) -> tuple[str, str]:
+    """Split an answer into the reasoning written into it and the rest."""
+    before, tag, rest = message.content.partition("</think>")
+    if message.role != "assistant" or not tag:
+        return "", message.content
+    opening, opened, inside = before.partition("<think>")
+    if opened and opening.strip():
+        return "", message.content
+    return (inside if opened else before).strip(), rest.lstrip()
+
+
+THINK = ("<think>\n", "\n</think>\n\n")
+"""Text that most models write before and after their reasoning."""
+_GEMMA = ("<|channel>thought\n", "\n<channel|>")
+TAGS = re.compile("</?think>")
+_ENDS = re.compile(r"\s*(?:</think>|<channel\|>|<\|end\|>|<\|eom\|>|\[/THINK\])\s*")
+"""Text between reasoning and answer: Qwen, GLM and DeepSeek; Gemma 4; gpt-oss; Muse; Mistral."""
+
+
+def after_thought(text: str, end: int) -> int:
+    """Return where the answer begins after reasoning that ends at ``end``, in characters of ``text``."""
+    match = _ENDS.match(text, end)
+    return match.end() if match else end
+
+
+def tags_of(literals: str) -> tuple[str, str]:
+    """Return the tags around reasoning for a template that writes ``literals``."""
+    return _GEMMA if "<channel|>" in literals else THINK
+
+
+def answered(prompt: str, reasoning: str, rest: str, tags: tuple[str, str] = THINK) -> str:
+    """Join a prompt, the reasoning that follows it, and ``rest``, which is the answer and its end.
+
+    The tags are on separate lines, unless the prompt opens the thought without a line end, as in
+    DeepSeek-V3.1.
+    """
+    opened = OPENED.search(prompt)
+    # White space after reasoning comes from the file; before an answer without any, from the answer.
+    answer = re.sub(r"\A\s*</think>\s*", "", rest.lstrip() if reasoning else rest)
+    if opened and not opened[1]:
+        return f"{prompt}{reasoning}</think>{answer}"
+    opening, closing = tags
+    return f"{prompt}{'' if opened else opening}{reasoning}{closing}{answer}"
+
+
+_QUESTION, _ANSWER, _SYSTEM, _NAME, _VALUE, _EXTRA = (
+    "qvzask",
+    "qvzanswer",
+    "qvzsystem",
+    "qvzname",
+    "qvzvalue",
+    "qvzfound",
+)
+"""Probe words that no template writes itself."""
