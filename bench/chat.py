@@ -196,7 +196,7 @@ def random_adapter(recipe: Recipe, folder: Path) -> str:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from qlora_tui.chat.session import model_folder
+    from qlora_tui.adapters.base_weights import model_folder
     from qlora_tui.training.compute_device import find_device
     from qlora_tui.training.model import load_base
 
@@ -218,7 +218,7 @@ def by_generate(recipe: Recipe, adapter: str) -> Answer:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from qlora_tui.chat.session import model_folder
+    from qlora_tui.adapters.base_weights import model_folder
     from qlora_tui.data.render import prompt_ids
     from qlora_tui.data.tokenizer import ChatTokenizer
     from qlora_tui.training.compute_device import find_device

@@ -9,6 +9,7 @@ memory    memory estimates of a recipe, and the largest settings that fit
 data      conversations from files
 runs      run directories, events, queue, runner, control requests, retries
 training  the trainer process
+adapters  what an adapter changes, and the base's weights with it merged in
 chat      answers of base and adapter
 export    merged models and GGUF files, and their comparison
 engine    a child process that runs what the app needs torch for

@@ -13,7 +13,5 @@ generation                 one answer, token by token (token_sampler, kv_cache, 
 effect_measurement         measures an adapter on validation conversations
 task_worker                what base and adapter answer to validation prompts (task_answers), in
                            a separate process
-adapter_deltas             reads an adapter and computes merged weights, for export too (base_weights: which
-                           weights of the base each update applies to; expert_deltas: updates of experts)
 repl                       the command line's chat
 """

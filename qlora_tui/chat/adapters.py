@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.adapters.deltas import ROWS, WHOLE, check_unchanged, expert_parameter, is_whole_matrix
 from qlora_tui.catalog.adapters import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.chat.adapter_deltas import ROWS, WHOLE, check_unchanged, is_whole_matrix
 from qlora_tui.chat.adapter_forwards import (
     ActiveAdapter,
     fuse_adapter,
@@ -19,7 +19,6 @@ from qlora_tui.chat.adapter_forwards import (
     restore_peft,
 )
 from qlora_tui.chat.chat_types import BASE
-from qlora_tui.chat.expert_deltas import expert_parameter
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.clean_files import adapter_view

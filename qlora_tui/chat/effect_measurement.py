@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -13,13 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.catalog.model_validation import weight_files
-from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, read_deltas
-from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
+from qlora_tui.adapters.base_weights import model_folder, placed_updates
+from qlora_tui.adapters.deltas import AdapterDeltas, EmbeddingRowDelta
 from qlora_tui.chat.chat_types import BASE
 from qlora_tui.chat.effect import Effect, LayerChange
-from qlora_tui.chat.session import ChatSession, model_folder
+from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.store import GOOD, Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -76,7 +74,7 @@ def measure_effect(
             fix="Try again and let it finish.",
         )
     on_status("Comparing the weights")
-    deltas = read_deltas(Path(session.source.adapters[adapter_name]))
+    updates = placed_updates(session.source.recipe, Path(session.source.adapters[adapter_name]))
     return Effect(
         adapter_name=adapter_name,
         samples=sums.samples,
@@ -89,8 +87,8 @@ def measure_effect(
         turns_ended=sums.turns_ended,
         turns_ended_by_base=sums.turns_ended_by_base,
         warning=session.warning,
-        token_rows=_token_rows(session, deltas),
-        layers=_layer_changes(session, adapter_name, deltas),
+        token_rows=_token_rows(session, updates),
+        layers=_layer_changes(updates),
     )
 
 
@@ -151,21 +149,16 @@ def validation_samples(session: ChatSession) -> Samples:
     return samples
 
 
-def _token_rows(session: ChatSession, deltas: AdapterDeltas) -> tuple[str, ...]:
-    rows = (update for update in deltas.values() if isinstance(update, EmbeddingRowDelta))
-    ids = dict.fromkeys(i for update in rows for i in update.ids)
+def _token_rows(session: ChatSession, updates: Mapping[Path, AdapterDeltas]) -> tuple[str, ...]:
+    every = (update for placed in updates.values() for update in placed.values())
+    ids = dict.fromkeys(i for update in every if isinstance(update, EmbeddingRowDelta) for i in update.ids)
     return tuple(session.tokenizer.backend.id_to_token(i) or str(i) for i in ids)
 
 
-def _layer_changes(session: ChatSession, adapter_name: str, deltas: AdapterDeltas) -> tuple[LayerChange, ...]:
+def _layer_changes(updates: Mapping[Path, AdapterDeltas]) -> tuple[LayerChange, ...]:
     """Compare with the 16-bit base weights on disk, one weight in memory at a time."""
-    base = model_folder(session.source.recipe)
-    adapter = Path(session.source.adapters[adapter_name])
-    files = [base / name for name in weight_files(base)]
-    head = resolve_model(session.source.recipe.model.id).architecture.head
-    deltas = with_tied_head(deltas, files, head)
     squares: dict[int, tuple[float, float]] = {}
-    for file, placed in assign_deltas(deltas, files, adapter).items():
+    for file, placed in updates.items():
         with safe_open(file, framework="pt") as content:
             for name, update in placed.items():
                 if (match := _LAYER.search(name)) is None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
 from qlora_tui.chat.adapters import AdapterSet, uses_dora
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
 from qlora_tui.chat.cpu_4bit import use_cpu_layout
@@ -52,17 +52,13 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import short_model_name
 from qlora_tui.locks import hold_folder
 from qlora_tui.memory.execution import AttentionPath
-from qlora_tui.recipe.schema import Recipe, Thinking
+from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import run_of
 from qlora_tui.training.answers import answer_greedily
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.experts.lora import fuse_experts
-from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
 from qlora_tui.training.model import load_base
 from qlora_tui.training.streaming.placement import place_streamed
-
-StatusFn = Callable[[str], None]
-"""Callback for status messages such as ``Loading the model``."""
 
 
 class ChatSession:
@@ -479,33 +475,6 @@ def _streamed_session(
     if session.steps is not None:
         session.steps.turn_off(f"{len(streamed)} layers are copied from host memory for every token.")
     return session
-
-
-def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Path:
-    """Return the folder with the recipe's model, converting a GGUF file first. Raises UserError."""
-    files = resolve_model(recipe.model.id)
-    if files.gguf_file is None:
-        return files.folder
-    file = files.folder / files.gguf_file
-    if (converted := cached_conversion(file)) is not None:
-        return converted
-    words = f"Converting {file.name}"
-    on_status(words)
-    return convert_cached(file, every_tenth(on_status, words))
-
-
-def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
-    """Report progress every 10 %, because a terminal shows each status on a separate line."""
-    reported = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal reported
-        tenths = done * 10 // max(total, 1)
-        if tenths > reported:
-            reported = tenths
-            on_status(f"{words}: {tenths * 10} %")
-
-    return report
 
 
 def out_of_memory(device: ComputeDevice) -> UserError:

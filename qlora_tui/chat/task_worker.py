@@ -123,7 +123,7 @@ def _report_done(report: Report, before: int, total: int, done: int) -> None:
 def _answer_store(session: ChatSession, adapter: str, limit: int) -> Any:
     """The file of answers of this base and adapter; ``adapter`` is its hash, empty for the base."""
     from qlora_tui import paths
-    from qlora_tui.chat.session import model_folder
+    from qlora_tui.adapters.base_weights import model_folder
     from qlora_tui.chat.task_answers import AnswerStore
     from qlora_tui.files import private_dir
     from qlora_tui.training.compute_device import versions

@@ -11,10 +11,10 @@ from pathlib import Path, PurePath
 
 from msgspec import Struct
 
+from qlora_tui.adapters.deltas import ROWS, check_unchanged
 from qlora_tui.catalog.adapters import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import MXFP4, copy_files, tokenizer_files
-from qlora_tui.chat.adapter_deltas import ROWS, check_unchanged
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing

@@ -10,6 +10,8 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qlora_tui.adapters.base_weights import every_tenth
+from qlora_tui.adapters.merged_weights import MergedWeights, merged_weights
 from qlora_tui.catalog.gguf import (
     AUTO,
     K_QUANTS,
@@ -18,7 +20,7 @@ from qlora_tui.catalog.gguf import (
     next_larger,
 )
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import chat_tokenizer, every_tenth
+from qlora_tui.chat.session import chat_tokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice, base_requantizer, choose_base
 from qlora_tui.export.gguf_file.content import gguf_content
@@ -26,7 +28,6 @@ from qlora_tui.export.gguf_file.stored_types import StoredTypes, stored_types
 from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
 from qlora_tui.export.gguf_plan import check_file_types, final_paths, needs_bf16, require_file_space
 from qlora_tui.export.llama_cpp.client import quantize, unavailable_because
-from qlora_tui.export.merged_weights import MergedWeights, merged_weights
 from qlora_tui.export.proof import Proof, prove
 from qlora_tui.export.reference import Reference, reference_or_reason, row_progress
 from qlora_tui.export.unfinished_files import draft_folder, publish_files
@@ -118,7 +119,7 @@ def export_gguf(
     if is_auto and within is None:
         within = DEFAULT_WITHIN
     targets = final_paths(source, adapter_name, out, kinds, is_auto)
-    weights = merged_weights(source, adapter_name, on_status)
+    weights = merged_weights(source.recipe, Path(source.adapters[adapter_name]), on_status)
     tokenizer = chat_tokenizer(source, weights.folder)
     content = gguf_content(source, tokenizer, weights)
     require_file_space(source, content, out, kinds, is_auto)

@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from msgspec import Struct
 
+from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.catalog.hub import validate_model_id
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ADAPTER, ChatSource
-from qlora_tui.chat.session import model_folder
 from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.content import base_license

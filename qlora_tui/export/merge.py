@@ -9,34 +9,25 @@ is rounded to 4 bits and back first; the merged model is stored in 16 bits eithe
 from __future__ import annotations
 
 import shlex
-import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from msgspec import Struct
-from safetensors import safe_open
-from torch import Tensor, uint8
 
+from qlora_tui.adapters.merged_weights import merged_weights
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import (
     copy_files,
     is_template_file,
-    read_header,
     tokenizer_files,
-    weight_files,
 )
-from qlora_tui.chat.adapter_deltas import AdapterDeltas, read_deltas
-from qlora_tui.chat.base_weights import assign_deltas, with_tied_head
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import model_folder
 from qlora_tui.data.tokenizer_files import own_templates, read_json_object
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice, BaseName, base_requantizer, choice_named
 from qlora_tui.export.merge_check import MergeCheck, verify_merge
-from qlora_tui.export.merged_weights import require_mergeable
 from qlora_tui.export.model_card import render_model_card
-from qlora_tui.export.requantize import Requantizer, TensorReader, reader_of
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing, require_space
 from qlora_tui.formatting import capitalize
 from qlora_tui.runs.exports import COMPARED_TOKENS
@@ -94,23 +85,19 @@ def merge(
     """
     out = out.expanduser().absolute()
     refuse_existing(out)
-    base = model_folder(source.recipe, on_status)
-    require_mergeable(base)
     adapter = Path(source.adapters[adapter_name])
-    files = [base / name for name in weight_files(base)]
+    weights = merged_weights(source.recipe, adapter, on_status)
+    base, files = weights.folder, list(weights.updates)
     needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
     require_space(out.parent, needed, "The merged model")
-    head = resolve_model(source.recipe.model.id).architecture.head
-    placed = assign_deltas(with_tied_head(read_deltas(adapter), files, head), files, adapter)
     with draft_folder(out) as draft:
         folder = draft / "model"
         folder.mkdir(mode=0o755)
         choice = choice_named(base_name, source, adapter_name, on_status, compared_tokens)
-        requantize = base_requantizer(source, choice)
+        weights = replace(weights, requantize=base_requantizer(source, choice))
         for number, file in enumerate(files, 1):
             on_status(f"Merging {file.name} ({number} of {len(files)})")
-            changes = _changes(file, placed[file], requantize, reader_of(files))
-            _write_merged(file, folder / file.name, changes)
+            weights.write(file, folder / file.name)
         copy_files(base, folder, [name for name in _MODEL_FILES if (base / name).is_file()])
         _copy_tokenizer(base, adapter, folder)
         (folder / "README.md").write_text(
@@ -121,7 +108,7 @@ def merge(
             ),
             encoding="utf-8",
         )
-        check = verify_merge(source, adapter_name, folder, on_status, requantize)
+        check = verify_merge(source, adapter_name, folder, on_status, weights.requantize)
         if not isinstance(check, str) and not check.agrees:
             raise UserError(
                 "The merged model does not answer like the adapter",
@@ -134,42 +121,11 @@ def merge(
     return MergeResult(
         folder=str(out),
         bytes=size,
-        changed_weights=sum(map(len, placed.values())),
+        changed_weights=weights.changed,
         base=choice,
         check=None if isinstance(check, str) else check,
         unchecked_because=check if isinstance(check, str) else "",
     )
-
-
-def _changes(
-    file: Path, updates: AdapterDeltas, requantize: Requantizer | None, read: TensorReader
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return how each tensor of a weight file changes."""
-
-    def change(name: str, weight: Tensor) -> Tensor:
-        rounded = weight if requantize is None else requantize(name, weight, read)
-        update = updates.get(name)
-        return rounded if update is None else update.apply_to(rounded)
-
-    names = [name for name in read_header(file)[1] if requantize and requantize.quantizes(name)]
-    return {name: partial(change, name) for name in dict.fromkeys([*names, *updates])}
-
-
-def _write_merged(base: Path, target: Path, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    """Write a copy of a weight file in which tensors are changed, one in memory at a time. Raises OSError.
-
-    ``changes[name](tensor)`` returns the new tensor, of the same shape and dtype.
-    """
-    shutil.copyfile(base, target)
-    start, entries = read_header(base)
-    with target.open("r+b") as file, safe_open(base, framework="pt") as content:
-        for name, change in changes.items():
-            # Copy: the original is a view of the file.
-            before = content.get_tensor(name).clone()
-            after = change(before)
-            assert (after.shape, after.dtype) == (before.shape, before.dtype)
-            file.seek(start + entries[name]["data_offsets"][0])
-            file.write(after.contiguous().view(-1).view(uint8).numpy().data)
 
 
 def _copy_tokenizer(base: Path, adapter: Path, folder: Path) -> None:

@@ -16,9 +16,9 @@ import torch
 from msgspec import Struct, structs
 from torch import Tensor
 
+from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import model_folder
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer

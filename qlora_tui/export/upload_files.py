@@ -17,11 +17,12 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import __version__, paths
+from qlora_tui.adapters.deltas import check_unchanged
+from qlora_tui.adapters.merged_weights import merged_weights
 from qlora_tui.catalog.adapters import CONFIG, WEIGHTS
 from qlora_tui.catalog.gguf import AUTO, LADDER, estimated_bytes
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import copy_files, is_tokenizer_file, tokenizer_files
-from qlora_tui.chat.adapter_deltas import check_unchanged
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.effect_measurement import measure_effect
 from qlora_tui.chat.session import chat_tokenizer, load_session
@@ -32,7 +33,6 @@ from qlora_tui.export.gguf_export import export_gguf
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_plan import check_file_types
 from qlora_tui.export.merge import merge
-from qlora_tui.export.merged_weights import merged_weights
 from qlora_tui.export.model_card import CardForm
 from qlora_tui.export.unfinished_files import draft_folder, require_space
 from qlora_tui.formatting import short_model_name
@@ -79,7 +79,7 @@ def check_form(
     kinds = LADDER if file_type == AUTO else (file_type,)
     if form == "gguf":
         check_file_types(kinds, file_type == AUTO)
-    weights = merged_weights(source, adapter_name, on_status)
+    weights = merged_weights(source.recipe, Path(source.adapters[adapter_name]), on_status)
     if form == "gguf":
         gguf_content(source, chat_tokenizer(source, weights.folder), weights)
     architecture = resolve_model(source.recipe.model.id).architecture

@@ -115,7 +115,7 @@ def test_chat_rejects_a_pipe_in_place_of_a_config(adapter: Path) -> None:
 def test_an_adapter_without_one_of_its_matrices_is_refused(missing: str, adapter: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from qlora_tui.chat.adapter_deltas import read_deltas
+    from qlora_tui.adapters.deltas import read_deltas
 
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -19,7 +19,7 @@ def test_token_rows_missing_from_the_config_are_rejected(tmp_path: Path, indices
     import torch
     from safetensors.torch import save_file
 
-    from qlora_tui.chat.adapter_deltas import read_deltas
+    from qlora_tui.adapters.deltas import read_deltas
 
     rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.zeros(2, 8)}
     save_file(rows, tmp_path / "adapter_model.safetensors")
@@ -30,7 +30,7 @@ def test_token_rows_missing_from_the_config_are_rejected(tmp_path: Path, indices
 
 
 def test_an_adapter_that_changed_since_it_was_written_is_refused(tmp_path: Path) -> None:
-    from qlora_tui.chat.adapter_deltas import read_deltas
+    from qlora_tui.adapters.deltas import read_deltas
 
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(100))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_tui.adapters.merged_weights import MergedWeights
 from qlora_tui.catalog.gguf import FileType
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
@@ -16,7 +17,6 @@ from qlora_tui.export import gguf_export, gguf_plan
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.writer import write_gguf
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaModel
-from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.export.reference import kl_divergence
 from qlora_tui.recipe.schema import Model, Recipe
 

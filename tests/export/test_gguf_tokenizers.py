@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_tui.adapters.merged_weights import MergedWeights
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.demo.conversations import CONVERSATIONS
@@ -18,7 +19,6 @@ from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.vocabulary import read_vocabulary
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
-from qlora_tui.export.merged_weights import MergedWeights
 from qlora_tui.recipe.schema import Model, Recipe
 from tests.export.gguf_files import write_base
 from tests.export.published_tokenizers import KINDS, TEXTS, write_tokenizer

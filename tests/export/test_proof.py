@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from qlora_tui.chat.adapter_deltas import LoraDelta
+from qlora_tui.adapters.deltas import LoraDelta
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.export import gguf_export

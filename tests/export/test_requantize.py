@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from qlora_tui.adapters.merged_weights import requantizer
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf import estimated_bytes, rows_without_k_blocks
-from qlora_tui.export.requantize import requantizer
 from qlora_tui.recipe.schema import Quantization
 from qlora_tui.tui.screens.runs import export_choices
 

@@ -49,7 +49,7 @@ def test_a_merge_that_answers_otherwise_is_an_error(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qlora_tui.chat.adapter_deltas import LoraDelta
+    from qlora_tui.adapters.deltas import LoraDelta
 
     run = create_run(tiny_source.recipe)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)

@@ -31,7 +31,7 @@ def test_a_right_merge_answers_as_the_adapter(
 def test_a_wrong_merge_is_not_left_under_its_name(
     tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_tui.chat.adapter_deltas import LoraDelta
+    from qlora_tui.adapters.deltas import LoraDelta
     from qlora_tui.export.merge import merge
 
     source = with_adapter(tiny_source, tmp_path, "bfloat16")

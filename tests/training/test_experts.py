@@ -15,19 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from qlora_tui.adapters.base_weights import assign_deltas
+from qlora_tui.adapters.deltas import read_deltas
+from qlora_tui.adapters.merged_weights import MergedWeights, merged_weights, requantizer
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import check_folder
-from qlora_tui.chat.adapter_deltas import read_deltas
 from qlora_tui.chat.adapters import AdapterSet
-from qlora_tui.chat.base_weights import assign_deltas
 from qlora_tui.chat.chat_types import BASE, ChatSource
 from qlora_tui.chat.logits_check import library_code
 from qlora_tui.engine.trace_worker import StorageCounter
 from qlora_tui.errors import UserError
 from qlora_tui.export.merge import merge
-from qlora_tui.export.merged_weights import merged_weights, require_mergeable
-from qlora_tui.export.requantize import reader_of, requantizer
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import adapter
 from qlora_tui.training.adapter import add_lora, save_adapter
@@ -291,17 +290,13 @@ def test_the_chat_switches_between_base_and_adapter(trained: Trained) -> None:
 
 def test_merged_weights_are_those_of_the_training(trained: Trained) -> None:
     """Each tensor is rounded as in training, then changed by its part of the adapter."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     file = trained.base / "model.safetensors"
-    (placed,) = assign_deltas(read_deltas(trained.adapter), [file], trained.adapter).values()
-    architecture = parse_architecture(load_config(trained.base / "config.json"))
-    rounding = requantizer(architecture, Quantization())
+    updates = assign_deltas(read_deltas(trained.adapter), [file], trained.adapter)
+    rounding = requantizer(parse_architecture(load_config(trained.base / "config.json")), Quantization())
     assert rounding is not None
-    weights, read = load_file(file), reader_of([file])
-    merged = {name: rounding(name, weight, read) for name, weight in weights.items()}
-    for name, update in placed.items():
-        merged[name] = update.apply_to(merged[name])
+    merged = {tensor.name: tensor.read() for tensor in MergedWeights(trained.base, updates, rounding)}
     before = file.read_bytes()
     try:
         save_file(merged, file, {"format": "pt"})
@@ -423,11 +418,10 @@ def test_the_model_can_be_trained_but_not_in_16_bits(folders: tuple[Path, Path])
 
 
 def test_a_merge_is_refused_with_another_way_out(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    packed, plain = folders
-    require_mergeable(plain)
+    packed, _ = folders
     source = ChatSource(recipe=Recipe(model=Model(id=str(packed))), adapters={"adapter": ""})
     exports: list[Callable[[], object]] = [
-        partial(merged_weights, source, "adapter", print),
+        partial(merged_weights, source.recipe, tmp_path),
         partial(merge, source, "adapter", tmp_path / "merged"),
     ]
     for export in exports:

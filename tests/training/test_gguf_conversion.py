@@ -77,7 +77,7 @@ def test_a_file_is_converted_once(file: Path) -> None:
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert cached_conversion(file) == convert_cached(file) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    from qlora_tui.chat.session import model_folder
+    from qlora_tui.adapters.base_weights import model_folder
 
     said: list[str] = []
     assert model_folder(Recipe(model=Model(id=str(file))), said.append) == folder and not said

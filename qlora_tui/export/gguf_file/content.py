@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlora_tui.adapters.merged_weights import MergedTensor, MergedWeights
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -17,7 +18,6 @@ from qlora_tui.export.gguf_file.families import TensorNames, extra_tensors
 from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
 from qlora_tui.export.gguf_file.writer import FileContent, SourceTensor
-from qlora_tui.export.merged_weights import MergedTensor, MergedWeights
 from qlora_tui.formatting import short_model_name
 from qlora_tui.training.clean_files import model_view
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from qlora_tui.export.merged_weights import MergedTensor
+from qlora_tui.adapters.merged_weights import MergedTensor
 
 _OF_ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+\.weight)")
 

@@ -1,15 +1,64 @@
-"""The base model's weight files, and the tensors that an adapter's updates apply to."""
+"""The base model's folder and weight files, and the tensors that an adapter's updates apply to."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from qlora_tui.adapters.deltas import (
+    AdapterDeltas,
+    EmbeddingRowDelta,
+    ExpertDelta,
+    FusedExpertDelta,
+    LoraDelta,
+    WholeMatrix,
+    read_deltas,
+    stored_experts,
+)
 from qlora_tui.catalog.architecture_types import OutputHead
-from qlora_tui.catalog.model_validation import read_header
-from qlora_tui.chat.adapter_deltas import AdapterDeltas, EmbeddingRowDelta, LoraDelta, WholeMatrix
-from qlora_tui.chat.expert_deltas import ExpertDelta, FusedExpertDelta, stored_experts
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.model_validation import read_header, weight_files
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
+
+StatusFn = Callable[[str], None]
+"""Gets the current activity, such as ``Loading the model``."""
+
+
+def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Path:
+    """Return the folder with the recipe's model, converting a GGUF file first. Raises UserError."""
+    files = resolve_model(recipe.model.id)
+    if files.gguf_file is None:
+        return files.folder
+    file = files.folder / files.gguf_file
+    if (converted := cached_conversion(file)) is not None:
+        return converted
+    words = f"Converting {file.name}"
+    on_status(words)
+    return convert_cached(file, every_tenth(on_status, words))
+
+
+def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
+    """Report progress every 10 %, because a terminal shows each status on a separate line."""
+    reported = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal reported
+        tenths = done * 10 // max(total, 1)
+        if tenths > reported:
+            reported = tenths
+            on_status(f"{words}: {tenths * 10} %")
+
+    return report
+
+
+def placed_updates(recipe: Recipe, adapter: Path) -> dict[Path, AdapterDeltas]:
+    """Return an adapter's updates by weight file of the recipe's model and tensor name. Raises UserError."""
+    base = model_folder(recipe)
+    files = [base / name for name in weight_files(base)]
+    head = resolve_model(recipe.model.id).architecture.head
+    return assign_deltas(with_tied_head(read_deltas(adapter), files, head), files, adapter)
 
 
 def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> dict[Path, AdapterDeltas]:

@@ -1,9 +1,16 @@
-"""Weights as the training saw them: quantized to 4 bits by bitsandbytes, and back."""
+"""The weights of a base with an adapter merged in, one tensor at a time.
+
+The base may be its stored 16-bit weights, or these weights as the training saw them: quantized to 4 bits by
+bitsandbytes, and back (:class:`Requantizer`). An adapter that learned on 4-bit weights also learned to make
+up for their rounding errors, and may answer otherwise on the 16-bit ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,17 +18,108 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from qlora_tui.adapters.base_weights import StatusFn, model_folder, placed_updates
+from qlora_tui.adapters.deltas import GRANITE, MATRICES, AdapterDeltas, LoraDelta
 from qlora_tui.catalog.architecture_types import Architecture, inner_name
-from qlora_tui.catalog.model_validation import read_header
-from qlora_tui.chat.expert_deltas import GRANITE, MATRICES
+from qlora_tui.catalog.config_parser import load_config
+from qlora_tui.catalog.model_validation import CONFIG, is_mxfp4, read_header
+from qlora_tui.errors import UserError
 from qlora_tui.memory.weights import quantized_experts
-from qlora_tui.recipe.schema import Quantization
+from qlora_tui.recipe.schema import Quantization, Recipe
 
 TensorReader: TypeAlias = Callable[[str], Tensor]
 """Returns the values of a tensor by its name."""
 _STACKED = 3
 """Dimensions of a tensor that holds a matrix of each expert."""
 _GRANITE_PARAMETERS = {name.removesuffix(".weight"): parameter for parameter, name in GRANITE.items()}
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of a weight file."""
+
+    name: str
+    """Its name in the weight file."""
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Returns its values: float32 where LoRA changes it, else in the stored dtype."""
+
+
+@dataclass(frozen=True)
+class MergedWeights:
+    """The base's weight files, and the adapter's update of each tensor."""
+
+    folder: Path
+    """The base's folder."""
+    updates: dict[Path, AdapterDeltas]
+    """By weight file, then by tensor name."""
+    requantize: Requantizer | None = None
+    """Rounds a tensor as quantization did in training; None keeps the stored values."""
+
+    @property
+    def changed(self) -> int:
+        """Return the number of tensors that the adapter changes."""
+        return sum(map(len, self.updates.values()))
+
+    def __iter__(self) -> Iterator[MergedTensor]:
+        """Yield every tensor in the order of the files."""
+        for file in self.updates:
+            for name, entry in read_header(file)[1].items():
+                if name != "__metadata__":
+                    yield MergedTensor(name, tuple(entry["shape"]), partial(self.read, file, name))
+
+    def read(self, file: Path, name: str) -> Tensor:
+        """Return a tensor: float32 where LoRA changes it, else in the stored dtype."""
+        return self._merge(file, name, _stored(file, name))
+
+    def _merge(self, file: Path, name: str, stored: Tensor) -> Tensor:
+        if self.requantize is not None:
+            stored = self.requantize(name, stored, self._read_stored)
+        update = self.updates[file].get(name)
+        if update is None:
+            return stored
+        return update.apply_to(stored.float() if isinstance(update, LoraDelta) else stored)
+
+    def write(self, file: Path, target: Path) -> None:
+        """Write a copy of a weight file with the merged tensors, one in memory at a time. Raises OSError."""
+        shutil.copyfile(file, target)
+        start, entries = read_header(file)
+        rounded = (name for name in entries if self.requantize and self.requantize.quantizes(name))
+        with target.open("r+b") as copy:
+            for name in dict.fromkeys([*rounded, *self.updates[file]]):
+                stored = _stored(file, name)
+                merged = self._merge(file, name, stored).to(stored.dtype)
+                begin, end = entries[name]["data_offsets"]
+                assert merged.nbytes == end - begin
+                copy.seek(start + begin)
+                copy.write(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def _read_stored(self, name: str) -> Tensor:
+        return _stored(self._files[name], name)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        return {name: file for file in self.updates for name in read_header(file)[1]}
+
+
+def merged_weights(recipe: Recipe, adapter: Path, on_status: StatusFn = lambda words: None) -> MergedWeights:
+    """Return the weights of a recipe's base with the adapter of a folder. Raises UserError."""
+    base = model_folder(recipe, on_status)
+    if is_mxfp4(load_config(base / CONFIG)):
+        raise UserError(
+            "This base cannot be exported with its adapter",
+            what=f"{base} stores its experts in 4-bit floats (MXFP4).",
+            why="Merged models and files for llama.cpp are made from 16-bit weights.",
+            fix="Export the adapter alone, as a folder: `qlora-tui export adapter RUN FOLDER`.",
+        )
+    return MergedWeights(base, placed_updates(recipe, adapter))
+
+
+def _stored(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as content:
+        # Copy: the original is a view of the mapped file.
+        tensor: Tensor = content.get_tensor(name).clone()
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -122,15 +220,3 @@ def round_to_4_bits(weight: Tensor, settings: Quantization) -> Tensor:
     )
     rounded: Tensor = functional.dequantize_4bit(quantized, state)
     return rounded.to(weight.dtype)
-
-
-def reader_of(files: Iterable[Path]) -> TensorReader:
-    """Return what reads a tensor of weight files by its name."""
-    places = {name: file for file in files for name in read_header(file)[1]}
-
-    def read(name: str) -> Tensor:
-        with safe_open(places[name], framework="pt") as content:
-            tensor: Tensor = content.get_tensor(name)
-            return tensor
-
-    return read
