@@ -32,8 +32,7 @@ from msgspec.structs import replace
 
 from qlora_tui.chat.chat_types import ADAPTER, GREEDY, ChatSource
 from qlora_tui.data.conversation import Message
-from qlora_tui.gpu.library_imports import faster_imports
-from qlora_tui.gpu.torch_env import configure_torch_env
+from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
 from qlora_tui.recipe.schema import Model, Recipe
 
 QUESTION = "Tell me about Paris and its history."

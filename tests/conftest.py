@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from qlora_tui.gpu import wsl
+from qlora_tui.gpu import torch_env
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.quick_starts import quick_workers, worker_server
 from tests.support.trainer_processes import quick_trainers, trainers
@@ -150,7 +150,7 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
         monkeypatch.delenv(variable, raising=False)
     install_nvml_stub(monkeypatch, "no_driver")
     for path in ("_KERNEL_RELEASE", "_GPU_OF_WINDOWS"):
-        monkeypatch.setattr(wsl, path, home / "not WSL2")
+        monkeypatch.setattr(torch_env, path, home / "not WSL2")
     return home
 
 

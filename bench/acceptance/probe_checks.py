@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.acceptance.context import CheckContext, CheckSkipped, Outcome
-from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Training
@@ -61,7 +61,7 @@ def machine(context: CheckContext) -> Outcome:
         "visible_gpus": torch.cuda.device_count(),
         "expandable_segments": settings.get("expandable_segments"),
     }
-    with suppress(GpuUnavailableError), open_driver() as driver:
+    with suppress(GpuUnavailableError), Nvml() as driver:
         facts["driver"] = driver.list_gpus()[0].driver
     grows = "grows" if facts["expandable_segments"] else "does not grow"
     return Outcome(
@@ -82,7 +82,7 @@ def context_memory(context: CheckContext) -> Outcome:
         used = next((p.memory_bytes for p in processes or () if p.pid == os.getpid()), None)
         return None if used is None else (used - torch.cuda.memory_reserved()) >> 20
 
-    with open_driver() as driver:
+    with Nvml() as driver:
         index = default_cuda_device().index
         after_import = outside_pool(driver.read(index, processes=True).processes)
         ones = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)

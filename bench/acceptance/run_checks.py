@@ -14,7 +14,7 @@ from bench.acceptance.context import CheckContext, CheckSkipped, Outcome
 from bench.acceptance.runs import EndedRun, follow, short_recipe, train
 from bench.support.child_processes import python_module
 from qlora_tui.errors import UserError
-from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.paths import state_dir
 from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir

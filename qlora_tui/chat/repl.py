@@ -17,8 +17,7 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
-from qlora_tui.gpu.library_imports import faster_imports
-from qlora_tui.gpu.torch_env import configure_torch_env
+from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.visible import visible

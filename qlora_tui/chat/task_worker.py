@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measuring, no_adapter
 from qlora_tui.worker import Report

@@ -35,8 +35,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.export.unfinished_files import export_problems
-    from qlora_tui.gpu.library_imports import faster_imports
-    from qlora_tui.gpu.torch_env import configure_torch_env
+    from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
     from qlora_tui.runs.exports import leave_gpu_to_runs
 
     request = _request(args)

@@ -21,7 +21,6 @@ from typing import Self
 import msgspec
 
 from qlora_tui import worker
-from qlora_tui.engine.log_file import open_log, truncated_log
 from qlora_tui.engine.protocol import (
     AnyReply,
     AnyRequest,
@@ -30,6 +29,8 @@ from qlora_tui.engine.protocol import (
     Stop,
     decode_reply,
     encode,
+    open_log,
+    truncated_log,
 )
 from qlora_tui.errors import UserError
 

@@ -3,11 +3,15 @@
 A request is sent as :class:`RequestEnvelope` on the engine's stdin. Each reply carries the request's number,
 and exactly one ``final`` reply ends it. The engine handles one request at a time, except for chat answers,
 which are generated concurrently.
+
+The engine's log, which both sides name, is here too.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeAlias
+import os
+from pathlib import Path
+from typing import IO, ClassVar, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -19,6 +23,7 @@ from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.sources import FormatChoice
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
+from qlora_tui.paths import state_dir
 from qlora_tui.recipe.schema import Data, Source, Thinking
 
 
@@ -283,3 +288,27 @@ def decode_request(line: bytes) -> RequestEnvelope:
 def decode_reply(line: bytes) -> ReplyEnvelope:
     """Decode a reply; raises msgspec.MsgspecError if it is not valid."""
     return _reply_decoder.decode(line)
+
+
+_ENOUGH_BYTES = 1 << 20
+
+
+def log_path() -> Path:
+    """Path of the output of the engine and its libraries."""
+    return state_dir() / "engine.log"
+
+
+def truncated_log() -> Path:
+    """Return the log's path, after emptying a log that is too large."""
+    path = log_path()
+    if path.exists() and path.stat().st_size > _ENOUGH_BYTES:
+        path.write_bytes(b"")
+    return path
+
+
+def open_log() -> IO[bytes]:
+    """Open the log for appending, or the null device: an unwritable log must not stop the engine."""
+    try:
+        return truncated_log().open("ab")
+    except OSError:
+        return Path(os.devnull).open("ab")

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, BinaryIO
 import msgspec
 
 from qlora_tui.engine.data_service import DataService
-from qlora_tui.engine.log_file import log_path
 from qlora_tui.engine.protocol import (
     AnyReply,
     CountTokens,
@@ -37,10 +36,11 @@ from qlora_tui.engine.protocol import (
     Unloaded,
     decode_request,
     encode,
+    log_path,
 )
 from qlora_tui.errors import EXIT_FAILURE, INTERNAL_ERROR, UserError
 from qlora_tui.gpu.cuda_errors import breaks_process, cuda_problem
-from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.gpu.torch_env import faster_imports
 
 if TYPE_CHECKING:
     from qlora_tui.engine.chat_service import ChatService

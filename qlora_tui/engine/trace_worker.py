@@ -5,7 +5,7 @@ bitsandbytes' 4-bit product, this project's loss and attention. A dispatch mode 
 a weak reference reports when its storage is freed, so the peak follows from actual lifetimes.
 
 Where torch chooses an implementation by device, ``meta`` would take a slower path than a GPU.
-:class:`_DeviceKernels` makes the GPU's choices instead (fused attention, fused dropout, one-pass softmax).
+:func:`_kernels_of` makes the GPU's choices instead (fused attention, fused dropout, one-pass softmax).
 
 :func:`trace` is a job, which :mod:`qlora_tui.engine.trace_client` starts.
 """
@@ -15,9 +15,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,17 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.engine.meta_model import build, inputs
+from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.errors import UserError
-from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
 from qlora_tui.memory.step import StepTrace
+from qlora_tui.memory.weights import quantized_experts
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.training import packed_attention
 
 
 def trace(request: TraceRequest) -> StepTrace:
@@ -53,32 +57,142 @@ def trace_request(request: TraceRequest) -> StepTrace:
     """Build the model on ``meta``, run one forward and backward, and count its memory."""
     architecture = parse_architecture(request.config)
     dtype = getattr(torch, request.dtype)
-    model, padding_free = build(request, architecture, dtype)
+    model, padding_free = _build(request, architecture, dtype)
     frozen = sum(_size(p.untyped_storage()) for p in model.parameters() if not p.requires_grad)
     frozen += _scale_bytes(model)
     adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
-    batch = inputs(request, padding_free=padding_free)
+    batch = _inputs(request, padding_free=padding_free)
     model.train()
-    with _DeviceKernels(request), StorageCounter() as storages:
+    with _kernels_of(request.device), StorageCounter() as counter:
         if request.recipe.training.gradient_accumulation > 1:
             model(**batch).loss.sum().backward()
-            storages.restart()
-        chunked_loss = model(**batch).loss.sum()
-        forward, kept_bytes = storages.peak_bytes, storages.live_bytes
-        storages.restart()
-        chunked_loss.backward()
-        backward = storages.peak_bytes
+            counter.restart()
+        loss = model(**batch).loss.sum()
+        forward_bytes, kept_bytes = counter.peak_bytes, counter.live_bytes
+        counter.restart()
+        loss.backward()
     # In float32, gradients that were computed together are the rows of one tensor.
     storages = (p.grad.untyped_storage() for p in model.parameters() if p.grad is not None)
     gradients = sum({storage._cdata: _size(storage) for storage in storages}.values())
     return StepTrace(
         parameter_bytes=frozen,
         adapter_bytes=adapter,
-        forward_bytes=forward,
-        backward_bytes=backward,
+        forward_bytes=forward_bytes,
+        backward_bytes=counter.peak_bytes,
         gradient_bytes=gradients,
         kept_bytes=kept_bytes,
     )
+
+
+def _build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
+    """Build the trainer's model without weights; also return whether packed samples are isolated."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_tui.training import model as model_loading
+    from qlora_tui.training.adapter import add_lora
+    from qlora_tui.training.experts.routing import replace_experts
+    from qlora_tui.training.loss import find_head, use_loss
+
+    recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
+    clean, _ = without_code(request.config)
+    values = {k: v for k, v in clean.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
+    config = AutoConfig.for_model(**values)
+    attention = "eager" if recipe.model.attention == "eager" else "sdpa"
+    with torch.device("meta"):
+        try:
+            model = factory.from_config(config, dtype=dtype, attn_implementation=attention)
+        except ValueError:  # the family has no SDPA
+            model = factory.from_config(config, dtype=dtype, attn_implementation="eager")
+    if recipe.quantization.method in ("nf4", "fp4"):
+        _quantize(model, recipe, architecture, dtype)
+        if quantized_experts(recipe.quantization, architecture) != "none":
+            replace_experts(model, recipe.quantization.method, nested=recipe.quantization.double_quantization)
+    model_loading.freeze(model)
+    segments = attention != "eager" and packed_attention.use_packed_attention(
+        model, "varlen" if request.varlen else "segments"
+    )
+    if recipe.training.gradient_checkpointing != "off":
+        model_loading.checkpoint_activations(model, preserve_rng_state=False)
+    model.enable_input_require_grads()
+    is_chunked = request.loss == "chunked" or recipe.preference_method is not None
+    use_loss(model, find_head(model) if is_chunked else "the stock loss is traced")
+    with torch.device("meta"):
+        return add_lora(
+            model, recipe.lora, architecture, range(len(set(recipe.lora.trainable_tokens)))
+        ), segments
+
+
+def _inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
+    """Build one micro-batch with every token in the loss, packed into one sequence where possible."""
+    recipe = request.recipe
+    rows, length = recipe.rows_per_pass, recipe.data.max_length
+    shape = (1, rows * length) if padding_free else (rows, length)
+    labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
+    batch: dict[str, Any] = {
+        "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
+        "labels": labels,
+    }
+    if recipe.preference_method is not None:
+        batch |= {"per_token": True, "loss_positions": torch.arange(labels.numel() - 1)}
+    if padding_free:
+        batch["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
+        batch["segments"] = [length] * rows
+    else:
+        # On the CPU, where transformers can read it and find nothing masked.
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    return batch
+
+
+def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtype: torch.dtype) -> None:
+    """Insert bitsandbytes modules with packed weights and scales of the right sizes but no values."""
+    from bitsandbytes import functional as quantization
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    for module in architecture.modules:
+        if not module.quantizable:
+            continue
+        parent, _, leaf = module.name.rpartition(".")
+        try:
+            holder = model.get_submodule(parent)
+        except AttributeError:  # text model extracted from a multimodal one
+            continue
+        layer = Linear4bit(
+            module.in_features, module.out_features, bias=module.bias, compute_dtype=dtype, device="meta"
+        )
+        count = module.weight_params
+        blocks = -(-count // 64)
+        inner = None
+        if nested:
+            inner = quantization.QuantState(
+                absmax=torch.empty(-(-blocks // 256), device="meta"),
+                code=torch.empty(256, device="meta"),
+                blocksize=256,
+                dtype=torch.float32,
+            )
+        state = quantization.QuantState(
+            absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"),
+            shape=torch.Size((module.out_features, module.in_features)),
+            code=torch.empty(16, device="meta"),
+            blocksize=64,
+            quant_type=method,
+            dtype=dtype,
+            offset=torch.empty((), device="meta") if nested else None,
+            state2=inner,
+        )
+        layer.weight = Params4bit(
+            torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta"),
+            requires_grad=False,
+            quant_state=state,
+            quant_type=method,
+            compress_statistics=nested,
+            bnb_quantized=True,
+        )
+        layer.quant_state = state
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        setattr(holder, leaf, layer)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft goes by
 
 
 def _scale_bytes(model: nn.Module) -> int:
@@ -153,6 +267,32 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.live_bytes -= self._known.pop(key, 0)
 
 
+@contextlib.contextmanager
+def _kernels_of(device: str) -> Iterator[None]:
+    """Make torch's device-dependent choices those of ``device`` in the body of ``with``."""
+    from qlora_tui.training import loss
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (functional, "scaled_dot_product_attention", _attention),
+        (torch, "autocast", _no_autocast),
+        (loss, "block_rows", lambda _: LOSS_BLOCK_ROWS[device]),
+    ]
+    if device == "cuda":
+        replacements += [
+            (functional, "dropout", _dropout),
+            (packed_attention, "supports", lambda query, value, samples: True),
+            (packed_attention, "attend", _varlen_attention),
+        ]
+    else:
+        row_attention = (packed_attention, "prefers_row_attention", lambda q: q.dtype == torch.bfloat16)
+        replacements.append(row_attention)
+    with contextlib.ExitStack() as undo:
+        for owner, name, value in replacements:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
 class _FusedAttention(torch.autograd.Function):
     """Memory of FlashAttention: saves q, k, v, its output and one number per row."""
 
@@ -176,38 +316,6 @@ class _FusedAttention(torch.autograd.Function):
             del spread
         del delta, sums
         return gradients
-
-
-class _DeviceKernels:
-    """Makes torch's device-dependent choices those of the request's device while the trace runs."""
-
-    def __init__(self, request: TraceRequest) -> None:
-        self._device = request.device
-        self._undo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> None:
-        self._replace(functional, "scaled_dot_product_attention", _attention)
-        from qlora_tui.training import loss, packed_attention
-
-        self._replace(torch, "autocast", _no_autocast)
-        self._replace(loss, "block_rows", lambda device: LOSS_BLOCK_ROWS[self._device])
-        if self._device == "cuda":
-            self._replace(functional, "dropout", _dropout)
-            self._replace(packed_attention, "supports", lambda query, value, samples: True)
-            self._replace(packed_attention, "attend", _varlen_attention)
-        else:
-            self._replace(
-                packed_attention, "prefers_row_attention", lambda query: query.dtype == torch.bfloat16
-            )
-
-    def __exit__(self, *exc: object) -> None:
-        for undo in self._undo:
-            undo()
-
-    def _replace(self, owner: Any, name: str, value: Any) -> None:
-        before = getattr(owner, name)
-        setattr(owner, name, value)
-        self._undo.append(lambda: setattr(owner, name, before))
 
 
 _unfused_attention = functional.scaled_dot_product_attention

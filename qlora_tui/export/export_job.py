@@ -18,8 +18,7 @@ from msgspec.structs import replace
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.errors import INTERNAL_ERROR, UserError
 from qlora_tui.export.unfinished_files import export_problems
-from qlora_tui.gpu.library_imports import faster_imports
-from qlora_tui.gpu.torch_env import configure_torch_env
+from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
 from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import ErrorText, GpuUnavailableError
-from qlora_tui.gpu.torch_env import without_growing_segments
+from qlora_tui.gpu.torch_env import is_wsl2, without_growing_segments
 from qlora_tui.gpu.torch_on_gpu import install_fix
 from qlora_tui.gpu.visible_devices import default_cuda_device
-from qlora_tui.gpu.wsl import is_wsl2
 from qlora_tui.installation import install_command
 
 OUT_OF_MEMORY = "out of memory"

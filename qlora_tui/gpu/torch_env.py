@@ -1,17 +1,54 @@
-"""Environment variables and warning filters to set before a process imports torch."""
+"""What to set before a process imports torch, and how to import it faster.
+
+Environment variables and warning filters; whether this is WSL2, where CUDA reaches the GPU through the driver
+of Windows, and what that rules out; :func:`faster_imports` of torch, transformers, peft and bitsandbytes.
+"""
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import psutil
 
 from qlora_tui import paths, worker
 from qlora_tui.gpu.visible_devices import set_device_variables
-from qlora_tui.gpu.wsl import is_wsl2
+
+_KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
+_GPU_OF_WINDOWS = Path("/dev/dxg")
+"""The device of Linux's ``dxgkrnl``, which a kernel that the user built without Microsoft's name has too."""
+
+
+def is_wsl2() -> bool:
+    """Return whether this is Linux under Windows, in a container there too.
+
+    The release of its kernel is like ``5.15.153.1-microsoft-standard-WSL2``.
+    """
+    try:
+        release = _KERNEL_RELEASE.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        release = ""
+    return "microsoft" in release.lower() or _GPU_OF_WINDOWS.exists()
+
+
+def managed_memory_is_safe() -> bool:
+    """Return whether the CPU may touch CUDA's managed memory while the GPU computes.
+
+    Paged optimizers keep their states there. Where ``concurrentManagedAccess`` is 0, as on WSL2, a CPU access
+    to any managed memory before the GPU is synchronized is a segmentation fault (CUDA C++ Programming Guide,
+    "Unified Memory on Windows or devices with compute capability 5.x"; CUDA on WSL User Guide, "Known
+    Limitations for Linux CUDA Applications").
+    """
+    return not is_wsl2()
+
 
 _CPU_SAMPLE_S = 0.3
 _IDLE_MAX_CORES = 0.5
@@ -164,3 +201,47 @@ def openmp_wait_policy(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     busy_cores = psutil.cpu_percent(_CPU_SAMPLE_S) / 100 * (psutil.cpu_count() or 1)
     return {"GOMP_SPINCOUNT": "20000"} if busy_cores <= _IDLE_MAX_CORES else {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@contextmanager
+def faster_imports() -> Iterator[None]:
+    """Import libraries in the body of ``with`` without two kinds of work that nothing needs then.
+
+    bitsandbytes passes four functions, of which training on a GPU calls none, to ``torch.compile`` when it is
+    imported. That loads torch's compiler, TorchInductor, which takes over a second. Functions given to
+    ``torch.compile`` in the body are compiled at their first call instead.
+
+    Garbage collections go over all modules loaded so far and free nothing: they wait until the end, and then
+    leave out what was loaded.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    import torch
+
+    compile_now = torch.compile
+    vars(torch)["compile"] = functools.partial(_compile_at_first_call, compile_now)
+    try:
+        yield
+    finally:
+        vars(torch)["compile"] = compile_now
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
+
+
+def _compile_at_first_call(
+    compile_now: Callable[..., Any], model: Callable[..., Any] | None = None, **options: Any
+) -> Callable[..., Any]:
+    """Return what ``torch.compile`` returns for ``model``; a function is compiled when it is first called."""
+    if model is None:
+        return functools.partial(_compile_at_first_call, compile_now, **options)
+    if not isinstance(model, FunctionType):
+        return compile_now(model, **options)  # type: ignore[no-any-return]
+
+    compiled = functools.cache(lambda: compile_now(model, **options))
+
+    @functools.wraps(model)
+    def compile_and_call(*arguments: Any, **keywords: Any) -> Any:
+        return compiled()(*arguments, **keywords)
+
+    return compile_and_call

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
-from qlora_tui.gpu.driver import list_gpus
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.gpu.nvml import list_gpus
 from qlora_tui.settings import GPU_VARIABLE, load_settings
 
 PCI_BUS_ORDER_ENV = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

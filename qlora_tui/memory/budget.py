@@ -15,10 +15,9 @@ import psutil
 
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice
-from qlora_tui.gpu.torch_env import grows_segments, torch_version
+from qlora_tui.gpu.torch_env import grows_segments, managed_memory_is_safe, torch_version
 from qlora_tui.gpu.torch_on_gpu import installed_torch
 from qlora_tui.gpu.visible_devices import default_cuda_device
-from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.memory.calibration import correction_for, measured_speed
 from qlora_tui.memory.execution import Device
 

@@ -19,9 +19,9 @@ from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
 from qlora_tui.formatting import format_bytes, format_gib, format_path
-from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
+from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
 from qlora_tui.gpu.visible_devices import CPU, choose_gpu
 from qlora_tui.installation import PROGRAM, install_command
@@ -127,7 +127,7 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
     choice, used, unavailable = None, None, None
     try:
         choice = choose_gpu()
-        with open_driver() as driver:
+        with Nvml() as driver:
             used = driver.read(choice.gpu.index).memory_used_bytes
     except GpuUnavailableError as error:
         unavailable = error
@@ -263,7 +263,7 @@ def _without_gpu(error: GpuUnavailableError | None) -> Check:
 
 def _gpu_processes(gpu: GpuDevice) -> tuple[GpuProcess, ...]:
     try:
-        with open_driver() as driver:
+        with Nvml() as driver:
             return driver.read(gpu.index, processes=True).processes or ()
     except GpuUnavailableError:
         return ()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qlora_tui.gpu.wsl import managed_memory_is_safe
+from qlora_tui.gpu.torch_env import managed_memory_is_safe
 from qlora_tui.runs.events import Finished, Paused, RunEnded, Stopped
 from qlora_tui.runs.telemetry import JOULES_PER_KWH, EnergyMeter
 from qlora_tui.training.adapter import load_best_weights, require_trained, write_adapter

@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.torch_env import is_wsl2
 from qlora_tui.gpu.torch_on_gpu import architecture_problem, why_on_the_cpu
-from qlora_tui.gpu.wsl import is_wsl2
 from qlora_tui.memory.budget import this_processor
 from qlora_tui.memory.execution import (
     BFLOAT16_CAPABILITY,

@@ -15,11 +15,10 @@ from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
-from qlora_tui.gpu.driver import open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.torch_env import grows_segments
+from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.gpu.torch_env import grows_segments, managed_memory_is_safe
 from qlora_tui.gpu.visible_devices import default_cuda_device
-from qlora_tui.gpu.wsl import managed_memory_is_safe
 from qlora_tui.memory import Device as EstimatedDevice
 from qlora_tui.memory import Estimate, MeasuredRun, correction_for, estimate, record_run, trainer_execution
 from qlora_tui.memory.budget import (
@@ -248,7 +247,7 @@ def peak_resident_bytes() -> int:
 
 def _gpu_memory_used() -> int | None:
     try:
-        with open_driver() as driver:
+        with Nvml() as driver:
             processes = driver.read(default_cuda_device().index, processes=True).processes or ()
     except GpuUnavailableError:
         return None

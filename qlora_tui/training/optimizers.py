@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
-from qlora_tui.gpu.wsl import managed_memory_is_safe
+from qlora_tui.gpu.torch_env import managed_memory_is_safe
 from qlora_tui.recipe.schema import Training
 from qlora_tui.training.embeddings import embedding_rate, trained_matrices
 
@@ -104,7 +104,7 @@ def _class_and_options(training: Training) -> tuple[Any, dict[str, Any]]:
 def wait_for_gpu() -> None:
     """Wait until the GPU has done all that was queued; call it before the CPU touches optimizer states.
 
-    Paged ones are in managed memory: see :func:`~qlora_tui.gpu.wsl.managed_memory_is_safe`.
+    Paged ones are in managed memory: see :func:`~qlora_tui.gpu.torch_env.managed_memory_is_safe`.
     """
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
         torch.cuda.synchronize()

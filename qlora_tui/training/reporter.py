@@ -21,7 +21,7 @@ from qlora_tui.errors import EXIT_FAILURE
 from qlora_tui.files import open_append
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.gpu.metrics_sampler import MetricsSampler
+from qlora_tui.gpu.nvml import MetricsSampler
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measuring, no_adapter
 from qlora_tui.worker import Report

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 
 from qlora_tui.data.tokenizer_files import is_panic
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
-from qlora_tui.gpu.library_imports import faster_imports
+from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import require_runnable

@@ -11,9 +11,9 @@ from contextlib import suppress
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
-from qlora_tui.gpu.driver import GpuDriver, open_driver
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem
 from qlora_tui.gpu.visible_devices import GpuChoice, choose_gpu
 from qlora_tui.runs import run_queue
@@ -40,7 +40,7 @@ class SystemMonitor:
         """When a file in the run's folder was last replaced, in ns, and its status then."""
         self._training: set[str] = set()
         """Ids of runs seen in training, whose end will be news."""
-        self._driver: GpuDriver | None = None
+        self._driver: Nvml | None = None
         self._choice: GpuChoice | None = None
         self._gpu_problem: UserError | None = None
         self._no_gpu: GpuUnavailableError | None = None
@@ -113,7 +113,7 @@ class SystemMonitor:
                 self._choice = choose_gpu()
                 self._gpu_problem = torch_problem(self._choice.gpu)
             if self._driver is None:
-                self._driver = open_driver()
+                self._driver = Nvml()
             metrics = self._driver.read(self._choice.gpu.index)
         except GpuUnavailableError as problem:
             self.close()

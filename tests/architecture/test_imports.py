@@ -21,7 +21,7 @@ HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "
 LIGHT_MODULES = (
     "qlora_tui.recipe.presets",
     "qlora_tui.catalog.local_models",
-    "qlora_tui.gpu.metrics_sampler",
+    "qlora_tui.gpu.nvml",
     "qlora_tui.memory",
     "qlora_tui.data.inspection",
     "qlora_tui.runs.actions",

@@ -18,7 +18,6 @@ import pytest_asyncio
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.client import EngineClient, EngineClosedError
-from qlora_tui.engine.log_file import log_path
 from qlora_tui.engine.protocol import (
     ChatReady,
     CountTokens,
@@ -33,6 +32,7 @@ from qlora_tui.engine.protocol import (
     TokensCounted,
     Unload,
     Unloaded,
+    log_path,
 )
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe

@@ -1,11 +1,22 @@
-"""The driver behind the real binding, in child processes that load the stub as their driver."""
+"""The driver behind the real binding, in child processes that load the stub as their driver.
+
+The facts travel as JSON, and what a GPU does not say stays unsaid.
+
+The thread that reads the GPU: it is regular, survives a lost GPU, and stops on request.
+
+Having no GPU is an answer with sentences in it.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import pickle
+import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +24,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from qlora_tui.errors import UserError
 from qlora_tui.gpu import nvml
-from qlora_tui.gpu.driver import list_gpus
-from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason, from_nvml_error
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics, GpuProcess
-from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.gpu.nvml import MetricsSampler, Nvml, describe_throttle, list_gpus
+from qlora_tui.gpu.visible_devices import default_cuda_device
 from tests.support.nvml_stub import install_nvml_stub, stub_env
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,7 +39,7 @@ GIB = 1 << 30
 READ = """
 import msgspec
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.driver import list_gpus
+from qlora_tui.gpu.nvml import list_gpus
 from qlora_tui.gpu.nvml import Nvml
 out = {"gpus": [], "readings": [], "no_gpu": None}
 try:
@@ -225,7 +237,7 @@ def test_processes_are_asked_for_only_on_demand(monkeypatch: pytest.MonkeyPatch)
 def test_importing_the_room_loads_neither_driver_binding_nor_numpy() -> None:
     code = """
 import json, sys
-import qlora_tui.gpu.metrics_sampler, qlora_tui.gpu.visible_devices
+import qlora_tui.gpu.nvml, qlora_tui.gpu.visible_devices
 print(json.dumps(sorted({"pynvml", "ctypes", "numpy", "torch"} & set(sys.modules))))
 """
     assert run_child(code, {}) == []
@@ -235,3 +247,256 @@ def _reason(ask: Callable[[], object]) -> GpuUnavailableReason:
     with pytest.raises(GpuUnavailableError) as caught:
         ask()
     return caught.value.reason
+
+
+def test_a_reading_survives_json() -> None:
+    reading = GpuMetrics(
+        at=1764000000.25,
+        index=1,
+        utilization_percent=0,
+        power_w=21.5,
+        throttle=("power cap", "thermal"),
+        processes=(GpuProcess(4242, 7 << 30), GpuProcess(5151)),
+    )
+    assert msgspec.json.decode(msgspec.json.encode(reading), type=GpuMetrics) == reading
+
+
+def test_a_missing_value_is_omitted_and_decoded_as_none() -> None:
+    line = msgspec.json.encode(GpuMetrics(at=1.0, index=0))
+    assert line == b'{"at":1.0,"index":0}'
+    assert msgspec.json.decode(line, type=GpuMetrics).memory_used_bytes is None
+
+
+def test_not_throttled_and_not_said_are_told_apart_in_json() -> None:
+    line = msgspec.json.encode(GpuMetrics(at=1.0, index=0, throttle=()))
+    assert msgspec.json.decode(line, type=GpuMetrics).throttle == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB HBM3"),
+        ("Tesla T4", "Tesla T4"),
+    ],
+)
+def test_the_short_name_leaves_the_maker_out(name: str, short: str) -> None:
+    assert GpuDevice(0, name, None, None, None, None).short_name == short
+
+
+@pytest.mark.parametrize(
+    ("total", "reserved", "usable"), [(24564, 430, 24134), (24564, None, 24564), (None, None, None)]
+)
+def test_programs_cannot_have_what_the_driver_reserves(
+    total: int | None, reserved: int | None, usable: int | None
+) -> None:
+    assert GpuDevice(0, "T4", None, total, None, None, reserved).usable_bytes == usable
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (0, ()),
+        (0x1, ()),
+        (0x2 | 0x100, ()),
+        (0x4, ("power cap",)),
+        (0x20 | 0x40, ("thermal",)),
+        (0x8, ("hardware slowdown",)),
+        (0x8 | 0x40, ("thermal",)),
+        (0x8 | 0x80, ("power brake",)),
+        (0x1 << 40, ()),
+    ],
+)
+def test_throttle_reasons_in_words(bits: int, words: tuple[str, ...]) -> None:
+    assert describe_throttle(bits) == words
+
+
+def test_cores_say_how_many_multiprocessors_there_are() -> None:
+    chips = {(5888, "8.6"): 46, (6912, "8.0"): 108, (2560, "7.5"): 40, (None, "8.9"): None, (16, None): None}
+    for (cores, capability), multiprocessors in chips.items():
+        gpu = GpuDevice(0, "GPU", None, None, capability, None, cores=cores)
+        assert gpu.multiprocessors == multiprocessors
+
+
+Samples = queue.SimpleQueue[GpuMetrics | GpuUnavailableError]
+SOON_S = 20.0
+"""Longer than any of this takes on a busy machine."""
+
+
+def take_reading(samples: Samples) -> GpuMetrics:
+    sample = samples.get(timeout=SOON_S)
+    assert isinstance(sample, GpuMetrics)
+    return sample
+
+
+def take_reason(samples: Samples) -> GpuUnavailableReason:
+    sample = samples.get(timeout=SOON_S)
+    assert isinstance(sample, GpuUnavailableError)
+    return sample.reason
+
+
+def test_readings_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    samples: Samples = queue.SimpleQueue()
+    with MetricsSampler(0, samples.put, period_s=0.01) as sampler:
+        readings = [take_reading(samples) for _ in range(5)]
+        assert isinstance(sampler.latest, GpuMetrics)
+    assert [reading.utilization_percent for reading in readings] == [91, 92, 93, 94, 95]
+    times = [reading.at for reading in readings]
+    assert times == sorted(times)
+    assert times[4] - times[0] >= 0.02
+
+
+def test_processes_are_asked_for_seldom_and_carried_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    monkeypatch.setattr("qlora_tui.gpu.nvml.PROCESSES_EVERY_S", 3600.0)
+    samples: Samples = queue.SimpleQueue()
+    with MetricsSampler(0, samples.put, period_s=0.01):
+        readings = [take_reading(samples) for _ in range(5)]
+    first_answer = GpuProcess(4242, (7 << 30) + (1 << 20))
+    assert [reading.processes and reading.processes[0] for reading in readings] == [first_answer] * 5
+
+
+def test_processes_are_asked_for_again_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    monkeypatch.setattr("qlora_tui.gpu.nvml.PROCESSES_EVERY_S", 0.0)
+    samples: Samples = queue.SimpleQueue()
+    with MetricsSampler(0, samples.put, period_s=0.01):
+        readings = [take_reading(samples) for _ in range(2)]
+    assert readings[0].processes != readings[1].processes
+
+
+def test_a_gpu_lost_for_good_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "lost_later", lost_after=30)
+    opened = threading.Semaphore(0)
+    samples: Samples = queue.SimpleQueue()
+    with MetricsSampler(0, samples.put, period_s=0.01, retry_s=0.01) as sampler:
+        _count_openings(monkeypatch, opened)
+        take_reading(samples)
+        while isinstance(sample := samples.get(timeout=SOON_S), GpuMetrics):
+            pass
+        assert sample.reason is GpuUnavailableReason.LOST
+        for _ in range(3):
+            assert opened.acquire(timeout=SOON_S), "it does not try again"
+        assert isinstance(sampler.latest, GpuUnavailableError)
+    assert samples.empty()
+
+
+def test_a_gpu_that_comes_back_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "recovers", lost_after=30)
+    samples: Samples = queue.SimpleQueue()
+    with MetricsSampler(0, samples.put, period_s=0.01, retry_s=0.01):
+        take_reading(samples)
+        while isinstance(sample := samples.get(timeout=SOON_S), GpuMetrics):
+            pass
+        assert sample.reason is GpuUnavailableReason.LOST
+        assert take_reading(samples).memory_total_bytes == 24564 << 20
+
+
+def test_a_missing_gpu_is_reported_once_until_it_appears(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_nvml_stub(monkeypatch, "not_loaded")
+    samples: Samples = queue.SimpleQueue()
+    with MetricsSampler(0, samples.put, period_s=0.01, retry_s=0.01):
+        assert take_reason(samples) is GpuUnavailableReason.NOT_LOADED
+        monkeypatch.setenv("NVML_STUB_SCENARIO", "one_gpu")
+        assert take_reading(samples).utilization_percent == 91
+
+
+def test_stopping_interrupts_the_wait_for_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    samples: Samples = queue.SimpleQueue()
+    sampler = MetricsSampler(0, samples.put, period_s=3600)
+    sampler.start()
+    take_reading(samples)
+    sampler.stop(timeout_s=60)
+    sampler.stop()
+    assert "gpu-sampler" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_the_one_who_gets_the_samples_may_stop_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    samples: Samples = queue.SimpleQueue()
+
+    def take_one(sample: GpuMetrics | GpuUnavailableError) -> None:
+        sampler.stop()
+        samples.put(sample)
+
+    sampler = MetricsSampler(0, take_one, period_s=0.01)
+    sampler.start()
+    take_reading(samples)
+    sampler.stop()
+    assert samples.empty()
+
+
+def test_a_failing_receiver_is_logged_once_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install_nvml_stub(monkeypatch, "one_gpu")
+    enough = threading.Event()
+    calls = 0
+
+    def fail(_sample: GpuMetrics | GpuUnavailableError) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            enough.set()
+        raise OSError("no space left on device")
+
+    with caplog.at_level(logging.ERROR), MetricsSampler(0, fail, period_s=0.01):
+        assert enough.wait(SOON_S)
+    assert len(caplog.records) == 1
+
+
+def test_a_process_ends_without_stopping_its_sampler() -> None:
+    code = """
+import threading
+from qlora_tui.gpu.nvml import MetricsSampler
+got = threading.Event()
+MetricsSampler(0, lambda sample: got.set()).start()
+assert got.wait(20)
+"""
+    env = {**os.environ, **stub_env("one_gpu")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def _count_openings(patch: pytest.MonkeyPatch, opened: threading.Semaphore) -> None:
+    import pynvml
+
+    real = pynvml.nvmlInit
+
+    def counted() -> None:
+        opened.release()
+        real()
+
+    patch.setattr(pynvml, "nvmlInit", counted)
+
+
+@pytest.mark.parametrize("reason", GpuUnavailableReason)
+def test_every_reason_says_what_and_what_to_do(reason: GpuUnavailableReason) -> None:
+    no_gpu = GpuUnavailableError(reason)
+    assert isinstance(no_gpu, UserError)
+    assert no_gpu.title
+    assert no_gpu.what.endswith(".")
+    assert no_gpu.fix.endswith(".")
+
+
+def test_an_unknown_nvml_error_shows_nvmls_own_text() -> None:
+    assert from_nvml_error(999, "Unknown Error").why == "NVML says: Unknown Error."
+
+
+def test_it_crosses_a_process_border_whole() -> None:
+    copy = pickle.loads(pickle.dumps(GpuUnavailableError(GpuUnavailableReason.HIDDEN, "It is empty.")))
+    assert (copy.reason, copy.why) == (GpuUnavailableReason.HIDDEN, "It is empty.")
+
+
+def test_a_simulated_gpu_ends_with_its_test() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        install_nvml_stub(patch, "one_gpu")
+        assert default_cuda_device().short_name == "RTX 4090"
+    with pytest.raises(GpuUnavailableError):
+        default_cuda_device()

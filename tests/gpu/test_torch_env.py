@@ -1,18 +1,24 @@
-"""How threads wait is chosen by how busy the machine is, and by the user before that."""
+"""How threads wait is chosen by how busy the machine is, and by the user before that.
+
+Imports of torch's libraries without its compiler.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.gpu import torch_env, wsl
+from qlora_tui.gpu import torch_env
 from qlora_tui.gpu.torch_env import allocator_variables, grows_segments, openmp_wait_policy
 from qlora_tui.memory.budget import budget_for
 from tests.support.nvml_stub import stub_env
@@ -153,8 +159,8 @@ def test_wsl2_grows_no_segments_unless_the_user_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, is_wsl2: bool
 ) -> None:
     (tmp_path / "osrelease").write_text(f"{release}\n")
-    monkeypatch.setattr(wsl, "_KERNEL_RELEASE", tmp_path / "osrelease")
-    assert (wsl.is_wsl2(), wsl.managed_memory_is_safe()) == (is_wsl2, not is_wsl2)
+    monkeypatch.setattr(torch_env, "_KERNEL_RELEASE", tmp_path / "osrelease")
+    assert (torch_env.is_wsl2(), torch_env.managed_memory_is_safe()) == (is_wsl2, not is_wsl2)
     assert allocator_variables({}) == ({} if is_wsl2 else {NEW: GROWING})
     assert (grows_segments({}), budget_for(None, GIB).device.expandable_segments) == (not is_wsl2,) * 2
     assert allocator_variables({NEW: GROWING}) == {}
@@ -165,5 +171,52 @@ def test_a_kernel_without_microsofts_name_is_known_by_its_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "dxg").touch()
-    monkeypatch.setattr(wsl, "_GPU_OF_WINDOWS", tmp_path / "dxg")
-    assert wsl.is_wsl2()
+    monkeypatch.setattr(torch_env, "_GPU_OF_WINDOWS", tmp_path / "dxg")
+    assert torch_env.is_wsl2()
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_bitsandbytes_is_imported_without_the_compiler_of_torch() -> None:
+    code = (
+        "import sys, gc; from qlora_tui.gpu.torch_env import faster_imports\n"
+        "with faster_imports(): import bitsandbytes\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "print('torch._inductor.compile_fx' in sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout == "False\n"
+
+
+def test_functions_are_compiled_once_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from qlora_tui.gpu.torch_env import faster_imports
+
+    compiled: list[tuple[str, dict[str, Any]]] = []
+
+    def compile_now(model: Any, **options: Any) -> Callable[..., int]:
+        compiled.append((getattr(model, "__name__", type(model).__name__), options))
+        return lambda number: int(model(number)) + 100
+
+    def double(number: int) -> int:
+        return 2 * number
+
+    def triple(number: int) -> int:
+        return 3 * number
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    frozen = gc.get_freeze_count()
+    try:
+        with faster_imports():
+            doubled = torch.compile(double, dynamic=False)
+            tripled = torch.compile(dynamic=True)(triple)
+            torch.compile(torch.nn.Identity())
+    finally:
+        if not frozen:
+            gc.unfreeze()
+    assert torch.compile is compile_now
+    assert compiled == [("Identity", {})]
+    assert [doubled(1), doubled(2), tripled(1)] == [102, 104, 103]
+    assert compiled == [("Identity", {}), ("double", {"dynamic": False}), ("triple", {"dynamic": True})]

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.gpu.metrics_sampler import MetricsSampler
+from qlora_tui.gpu.nvml import MetricsSampler
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Finished

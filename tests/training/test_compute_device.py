@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_tui.gpu import wsl
+from qlora_tui.gpu import torch_env
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.compute_device import find_device
 
@@ -33,7 +33,7 @@ def test_on_wsl2_torch_holds_no_more_than_is_free(
     limits: list[tuple[float, int]],
 ) -> None:
     (tmp_path / "osrelease").write_text(release)
-    monkeypatch.setattr(wsl, "_KERNEL_RELEASE", tmp_path / "osrelease")
+    monkeypatch.setattr(torch_env, "_KERNEL_RELEASE", tmp_path / "osrelease")
     set_limits: list[Limit] = []
     properties = SimpleNamespace(name="NVIDIA GeForce RTX 3060", major=8, minor=6, total_memory=8)
     for name, replacement in {

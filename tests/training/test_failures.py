@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_tui.gpu import cuda_errors, wsl
+from qlora_tui.gpu import cuda_errors, torch_env
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.damage import checkpoint_damage
 from qlora_tui.runs.directory import RunDir
@@ -211,7 +211,7 @@ def test_wsl2_names_the_driver_of_windows(
 ) -> None:
     release = tmp_path / "osrelease"
     release.write_text("5.15.153.1-microsoft-standard-WSL2\n")
-    monkeypatch.setattr(wsl, "_KERNEL_RELEASE", release)
+    monkeypatch.setattr(torch_env, "_KERNEL_RELEASE", release)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)

@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer as StockTrainer
 from transformers import TrainingArguments, get_scheduler
 
-from qlora_tui.gpu import wsl
+from qlora_tui.gpu import torch_env
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.static_memory import state_sizes
 from qlora_tui.recipe.fields import fields
@@ -155,7 +155,7 @@ def test_an_optimizer_pages_no_states_on_wsl2(
 
     assert pages()
     (tmp_path / "osrelease").write_text("5.15.153.1-microsoft-standard-WSL2")
-    monkeypatch.setattr(wsl, "_KERNEL_RELEASE", tmp_path / "osrelease")
+    monkeypatch.setattr(torch_env, "_KERNEL_RELEASE", tmp_path / "osrelease")
     assert not pages()
 
 

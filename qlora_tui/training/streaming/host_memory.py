@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.gpu.wsl import is_wsl2
+from qlora_tui.gpu.torch_env import is_wsl2
 from qlora_tui.memory.calibration import TransferSpeed
 from qlora_tui.runs.machine_checks import host_memory_problem
 from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
