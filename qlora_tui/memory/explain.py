@@ -237,8 +237,12 @@ def _process_sentences(facts: ExplainContext) -> dict[str, str]:
         "unsplit": "Up to 1 MiB per tensor, not split off without expandable segments.",
         "kernels": "Code that oneDNN compiles and caches for each shape of a product.",
         "fragmentation": (
-            "What the allocator holds besides the tensors: free blocks too small for the next tensor, as "
-            "left by loading and two steps."
+            "What the allocator holds besides the tensors: free blocks too small for the next tensor, "
+            + (
+                "as left by loading and two steps."
+                if facts.execution.device == "cuda"
+                else "above all between the layer inputs that are kept."
+            )
         ),
         "context": "The CUDA context and loaded kernels, outside torch's allocator.",
         "tokenizer": (

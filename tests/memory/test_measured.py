@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.memory import Device, trainer_execution
+from qlora_tui.memory import Device, estimate, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.step import peak_candidates, profile_step
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
-from qlora_tui.training import packed_attention
 from tests.catalog.configs import config
 
 TINY: dict[str, Any] = {
@@ -127,6 +130,56 @@ def test_a_real_135m_step_uses_the_predicted_memory() -> None:
     assert predicted == pytest.approx(_measured(model, recipe, 0.0), rel=0.02)
 
 
+DEEP = TINY | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24}
+"""Layer inputs of 2 MiB at 1,024 tokens, and tensors of 5.5 MiB in between."""
+
+
+def _deep_recipe(checkpointing: Any) -> Recipe:
+    return Recipe(
+        quantization=Quantization(compute_dtype="float32"),
+        data=Data(max_length=256),
+        training=Training(
+            micro_batch_size=4,
+            gradient_checkpointing=checkpointing,
+            gradient_accumulation=1,
+            optimizer="adamw",
+        ),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_a_step_on_a_cpu_leaves_the_gaps_in_the_heap_that_were_predicted(checkpointing: Any) -> None:
+    recipe, architecture, cpu = _deep_recipe(checkpointing), parse_architecture(DEEP), Device(kind="cpu")
+    step = closed_form(recipe, architecture, trainer_execution(recipe, cpu))["step"]
+    gaps = estimate(recipe, architecture, device=cpu).bytes_of("fragmentation")
+    code = f"from tests.memory.test_measured import print_growth; print_growth({checkpointing!r})"
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert step + gaps == pytest.approx(int(done.stdout.splitlines()[-1]), rel=0.2)
+
+
+def print_growth(checkpointing: Any) -> None:
+    """Print by how many bytes two steps grow this process, whose kernels a short one has loaded."""
+    from qlora_tui.training.host import release_free_memory
+
+    recipe = _deep_recipe(checkpointing)
+    model, batch = _model_and_batch(DEEP, recipe)
+    short = {key: value[:, :32] for key, value in batch.items() if key != "segments"}
+    model(**short, segments=[32]).loss.backward()
+    model.zero_grad()
+    release_free_memory()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    for _ in range(2):
+        model(**batch).loss.backward()
+        model.zero_grad()
+    from qlora_tui.training.memory_meter import peak_resident_bytes
+
+    print(peak_resident_bytes() - before)
+
+
 @pytest.mark.slow
 def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -157,27 +210,48 @@ def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
 
 def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_layers: int = 0) -> int:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_tui.data.store import BAD, GOOD
     from qlora_tui.engine.trace_worker import StorageCounter
-    from qlora_tui.training import model as model_loading
-    from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.loss import (
-        IGNORED,
-        ChunkedHead,
-        find_head,
-        loss_positions,
-        use_loss,
-    )
+    from qlora_tui.training.loss import IGNORED, loss_positions
     from qlora_tui.training.preferences import PreferenceObjective
     from qlora_tui.training.scoring import no_grad_eval
+
+    model, batch = _model_and_batch(values, recipe, dropout, kept_layers)
+    objective = PreferenceObjective.of(recipe)
+    if objective is None:
+        with StorageCounter() as storages:
+            model(**batch).loss.backward()
+        return int(storages.peak_bytes)
+    rows, length = recipe.rows_per_pass, recipe.data.max_length
+    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED)
+    batch["loss_positions"] = loss_positions(batch["labels"])
+    batch |= {"sides": [GOOD, BAD] * (rows // 2), "answer_tokens": [length - 1] * rows}
+    with StorageCounter() as storages:
+        if objective.needs_divergence:
+            objective.divergence(model, batch)
+        torch.autograd.backward(objective.summed_loss(model, model, batch, 1.0))
+        with no_grad_eval(model):  # a validation
+            objective.summed_loss(model, model, batch, 1.0)
+    return int(storages.peak_bytes)
+
+
+def _model_and_batch(
+    values: dict[str, Any], recipe: Recipe, dropout: float = 0.0, kept_layers: int = 0
+) -> tuple[Any, dict[str, Any]]:
+    """Prepare a model of random weights like the trainer, and a micro-batch of the longest samples."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_tui.training import model as model_loading
+    from qlora_tui.training import packed_attention
+    from qlora_tui.training.adapter import add_lora
+    from qlora_tui.training.loss import ChunkedHead, find_head, use_loss
 
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
     dtype = getattr(torch, recipe.quantization.compute_dtype)
     model = factory.from_config(AutoConfig.for_model(**values), attn_implementation="sdpa", dtype=dtype)
-    architecture = parse_architecture(values)
     if recipe.quantization.method != "none":
         _quantize(model, recipe.quantization.method)
     model_loading.freeze(model)
@@ -189,31 +263,11 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     head = find_head(model)
     assert isinstance(head, ChunkedHead)
     use_loss(model, head)
-    objective = PreferenceObjective.of(recipe)
-    model = add_lora(model, recipe.lora, architecture).train()
+    model = add_lora(model, recipe.lora, parse_architecture(values)).train()
     rows, length = recipe.rows_per_pass, recipe.data.max_length
     ids = torch.randint(0, 2048, (1, rows * length))
     positions = torch.arange(length).repeat(rows)[None]
-    batch: dict[str, Any] = {
-        "input_ids": ids,
-        "labels": ids,
-        "position_ids": positions,
-        "segments": [length] * rows,
-    }
-    if objective is None:
-        with StorageCounter() as storages:
-            model(**batch).loss.backward()
-        return int(storages.peak_bytes)
-    batch["labels"] = ids.masked_fill(positions == 0, IGNORED)
-    batch["loss_positions"] = loss_positions(batch["labels"])
-    batch |= {"sides": [GOOD, BAD] * (rows // 2), "answer_tokens": [length - 1] * rows}
-    with StorageCounter() as storages:
-        if objective.needs_divergence:
-            objective.divergence(model, batch)
-        torch.autograd.backward(objective.summed_loss(model, model, batch, 1.0))
-        with no_grad_eval(model):  # a validation
-            objective.summed_loss(model, model, batch, 1.0)
-    return int(storages.peak_bytes)
+    return model, {"input_ids": ids, "labels": ids, "position_ids": positions, "segments": [length] * rows}
 
 
 def _quantize(model: Any, method: str) -> None:
