@@ -51,7 +51,7 @@ FAMILIES = {
     "gpt-oss": "openai__gpt-oss-20b",
     "DeepSeek-V2": "deepseek-ai__DeepSeek-V2-Lite",
 }
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "Arcee": {"model_type": "arcee", "hidden_act": "relu2"},
     "Cohere 2": {"model_type": "cohere2", "tie_word_embeddings": True},
     "EXAONE 4": {"model_type": "exaone4"},
@@ -64,7 +64,7 @@ OTHERS = {
     "StarCoder 2": {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh"},
 }
 """Further families whose layer is written out, as models of Llama 2's sizes; two cases of each are enough."""
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_attention_heads": 32,

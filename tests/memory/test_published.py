@@ -46,7 +46,7 @@ def read(entry: dict[str, Any]) -> Published:
     recipe = Recipe()
     for path, value in entry["recipe"].items():
         recipe = replace_setting(recipe, path, tuple(value) if isinstance(value, list) else value)
-    facts = {
+    facts: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in entry["execution"].items()
     }
     architecture = parse_architecture(json.loads((CONFIGS / f"{entry['config']}.json").read_text()))
