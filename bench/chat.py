@@ -1,6 +1,6 @@
 """Speed and memory of the chat, beside plain ``generate`` with the same adapter unmerged.
 
-    python -m bench.chat MODEL [--adapter FOLDER] [--tokens 48] [--rounds 7] [--fixed] [--json]
+    python -m bench.chat MODEL [--adapter FOLDER] [--tokens 48] [--rounds 7] [--json]
 
 Both hold the same NF4 base, each in a separate process; without --adapter a random LoRA of rank 16 on all
 linear modules is made. They answer in turns whose order is reversed every round, so that a busy machine slows
@@ -8,8 +8,7 @@ both: a short question, and one of some 600 tokens. Medians count. Processor tim
 machine disturbs least (with OMP_NUM_THREADS=1, or threads that wait count too). Plain ``generate`` looks for
 no end of its turn, and its threads wait for each other as ours do.
 
-On a GPU the table says how many tokens a CUDA graph gave, or why none. --fixed is for a CPU: it adds this
-program with the shapes of such a graph, which is not the way that it decodes there.
+On a GPU the table says how many tokens a CUDA graph gave, or why none.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
+from bench.baselines.runner import in_turn
 from qlora_tui.chat.chat_types import ADAPTER, GREEDY, ChatSource
 from qlora_tui.data.conversation import Message
 from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
@@ -38,8 +38,6 @@ from qlora_tui.recipe.schema import Model, Recipe
 QUESTION = "Tell me about Paris and its history."
 QUESTIONS = {"short": QUESTION, "long": f"{QUESTION} " * 70}
 WAYS = ("plain", "ours")
-FIXED = "fixed"
-"""This program, decoding in fixed shapes on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,8 @@ def main() -> int:
     parser.add_argument("--adapter")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--way", choices=(*WAYS, FIXED), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
         # Both: threads that spin on a busy machine would make plain ``generate`` many times slower.
@@ -81,27 +78,21 @@ def main() -> int:
         with faster_imports():
             import peft  # noqa: F401
         recipe = Recipe(model=Model(id=args.model))
-        if args.way == "plain":
-            serve(by_generate(recipe, args.adapter))
-        else:
-            serve(by_chat(recipe, args.adapter, fixed_shapes=args.way == FIXED))
+        serve((by_generate if args.way == "plain" else by_chat)(recipe, args.adapter))
         return 0
-    ways = (*WAYS, FIXED) if args.fixed else WAYS
     with tempfile.TemporaryDirectory() as scratch:
         adapter = args.adapter or random_adapter(Recipe(model=Model(id=args.model)), Path(scratch))
-        report = summary(answered(args.model, adapter, args.tokens, args.rounds, ways))
+        report = summary(answered(args.model, adapter, args.tokens, args.rounds))
     print(json.dumps(report) if args.json else table(report))
     return 0
 
 
-def answered(
-    model: str, adapter: str, tokens: int, rounds: int, ways: Sequence[str] = WAYS
-) -> dict[str, dict[str, list[Answered]]]:
-    """Way to length of question to answers, after one that warms up."""
+def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, dict[str, list[Answered]]]:
+    """Answers by way and question length; one warm-up first."""
     command = [sys.executable, "-m", "bench.chat", model, "--adapter", adapter, "--way"]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as ends:
-        children = {way: ends.enter_context(subprocess.Popen([*command, way], **pipes)) for way in ways}
+        children = {way: ends.enter_context(subprocess.Popen([*command, way], **pipes)) for way in WAYS}
         # Without its input a child ends.
         for child in children.values():
             ends.callback(child.stdin.close)
@@ -111,10 +102,9 @@ def answered(
 def _in_turns(
     children: dict[str, subprocess.Popen[str]], tokens: int, rounds: int
 ) -> dict[str, dict[str, list[Answered]]]:
-    ways = list(children)
-    answers: dict[str, dict[str, list[Answered]]] = {way: {name: [] for name in QUESTIONS} for way in ways}
+    answers: dict[str, dict[str, list[Answered]]] = {way: {name: [] for name in QUESTIONS} for way in WAYS}
     for number in range(-1, rounds):
-        for way in reversed(ways) if number % 2 else ways:
+        for way in in_turn(WAYS, number):
             child = children[way]
             assert child.stdin and child.stdout
             for name in QUESTIONS:
@@ -156,14 +146,6 @@ def table(report: dict[str, Any]) -> str:
         f"| peak memory of the process | {plain / 2**20:,.0f} MiB | {ours / 2**20:,.0f} MiB |"
         f" {ours / plain:.2f}× |"
     )
-    if FIXED in report["short"]:
-        for name in QUESTIONS:
-            ours, fixed = (report[name][way]["tokens_per_s"] for way in ("ours", FIXED))
-            prompt = report[name]["ours"]["prompt_tokens"]
-            lines.append(
-                f"| tokens/s in fixed shapes after a prompt of {prompt:.0f} tokens | | {fixed:.1f} |"
-                f" {fixed / ours:.2f}× ours |"
-            )
     graph = f"{report['short']['ours']['recorded_tokens']:.0f} tokens of an answer by a CUDA graph."
     same = all(report[name]["same_text"] for name in QUESTIONS)
     return "\n".join([*lines, "", f"Both say the same: {'yes' if same else 'no'}. {report['note'] or graph}"])
@@ -281,17 +263,12 @@ class _Clock:
         pass
 
 
-def by_chat(recipe: Recipe, adapter: str, *, fixed_shapes: bool = False) -> Answer:
+def by_chat(recipe: Recipe, adapter: str) -> Answer:
     """As this program does."""
-    from qlora_tui.chat.decode_step import DecodeSteps
     from qlora_tui.chat.session import load_session
 
     session = load_session(ChatSource(recipe=recipe, adapters={ADAPTER: adapter}))
     session.end_ids = frozenset()
-    if fixed_shapes:
-        session.steps = DecodeSteps(
-            session._step_forward, lambda function: function, lambda: 1 << 40, session.device
-        )
 
     def answer(question: str, tokens: int) -> Answered:
         # Each question is processed again, though it was asked before. The first token stays, and with it

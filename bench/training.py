@@ -57,7 +57,7 @@ def main() -> int:
         scratch = Path(folder)
         job = shared_job(args, scratch)
         pairs = write_pairs(args, scratch / "pairs.jsonl")
-        report: dict[str, Any] = {"dtype": job.dtype, "limit": limit(job, scratch), "settings": {}}
+        report: dict[str, Any] = {"dtype": job.dtype, "settings": {}}
         for name in args.settings:
             say(name)
             this_job = replace(job, **SETTINGS[name])
@@ -128,13 +128,6 @@ def quickest_dtype() -> str:
     return find_device(Recipe()).dtype_name
 
 
-def limit(job: TrainingJob, scratch: Path) -> float:
-    """Tokens a second if matrix products were all."""
-    file = job.write(scratch / "limit.json")
-    (line,) = lines_of(sys.executable, "bench.baselines.matmul_limit", [str(file)], scratch / "limit.log")
-    return float(line["tokens_per_s"])
-
-
 def one_setting(job: TrainingJob, repeats: int, scratch: Path) -> dict[str, Any]:
     """Run all trainers in alternating order; each repeat has its own seed."""
     ways = {key: way for key, way in WAYS.items() if key != "a" or not job.preferences}
@@ -172,7 +165,7 @@ def one_setting(job: TrainingJob, repeats: int, scratch: Path) -> dict[str, Any]
 
 def table(report: dict[str, Any]) -> str:
     """Format the results as a table."""
-    lines = [f"matrix products alone: {report['limit']:.0f} tokens/s in {report['dtype']}"]
+    lines = [f"in {report['dtype']}"]
     for name, setting in report["settings"].items():
         base, ours = setting["base_validation_loss"], setting["c"]
         lines += ["", name if base is None else f"{name} (base: validation loss {base:.4f})"]
@@ -186,9 +179,7 @@ def table(report: dict[str, Any]) -> str:
             )
             if result["validation_loss"] is not None:
                 line += f", validation {result['validation_loss']:.4f}"
-            if key == "c":
-                line += f"  of the limit {result['tokens_per_s'] / report['limit']:.2f}"
-            else:
+            if key != "c":
                 line += (
                     f"  ours {ours['tokens_per_s'] / result['tokens_per_s']:.2f}× as fast,"
                     f" {ours['growth_bytes'] / result['growth_bytes']:.2f}× the memory"

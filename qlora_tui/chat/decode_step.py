@@ -15,8 +15,7 @@ Adapters are not merged. Merging into a 4-bit base quantizes it again and mergin
 either changes what was trained, and the base has to answer without the adapter too. In a graph the two thin
 products of each layer cost no launches, and their weights are about 2 % of the base's.
 
-On a CPU there is no such step: it would attend to the whole buffer, and gain nothing
-(``python -m bench.chat --fixed``).
+On a CPU there is no such step: it would attend to the whole buffer, and gain nothing.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.tui.screens.chat import chat_turn, conversation_screen
 from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
-from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_path
 from tests.tui.chat_screen import chat_of, finished, rest, with_adapters
@@ -76,18 +75,6 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
         assert ask_prompt(screen) == [ADAPTER, "step-800"]
         text = await wait_for_text(pilot, "One answer", "m Model")
         assert "esc" not in text.splitlines()[-1]
-
-
-async def test_digits_are_typed_until_escape_leaves_the_field() -> None:
-    finished(ADAPTER)
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Esc: leave, then [o]: sampling")
-        await pilot.press("6")
-        text = await wait_for_text(pilot, "Esc Leave field")
-        assert app.screen.query_one(PromptBox).text == "6" and "Esc Stop" not in text
-        await pilot.press("escape", "6")
-        await wait_until(pilot, lambda: app.current_mode == "runs")
 
 
 async def test_another_run_or_the_bare_model_can_be_chosen() -> None:

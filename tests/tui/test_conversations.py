@@ -11,7 +11,6 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 from textual.pilot import Pilot
-from textual.widgets import TextArea
 
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, ThinkingSupport
 from qlora_tui.data.thought_splitter import TextChunk
@@ -21,7 +20,6 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import chat_choices
 from qlora_tui.runs.chat_choices import ChoiceKind, choices_path
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.chat.answer_editor import AnswerArea
 from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
 from qlora_tui.tui.screens.chat.saved_conversations import (
     SavedAnswer,
@@ -33,7 +31,6 @@ from qlora_tui.tui.screens.chat.saved_conversations import (
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_path
 from qlora_tui.tui.screens.train.screen import TrainScreen
-from qlora_tui.tui.ui_state import recent
 from tests.tui.chat_screen import OUTCOME, chat_of, finished, rest, with_adapters
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
@@ -220,24 +217,6 @@ async def test_one_key_copies_the_last_answer(key: str, text: str, monkeypatch: 
         assert len(copied) == 1 and copied[0].startswith(text)
 
 
-async def test_system_prompts_are_offered_again_in_another_session() -> None:
-    finished(ADAPTER)
-    for remembered in ("", "Be kind."):
-        app = open_on("chat")
-        async with app.run_test(size=(80, 24)) as pilot:
-            await wait_for_text(pilot, "not loaded yet")
-            await pilot.press("escape", "o")
-            shown = await wait_for_text(pilot, "Sampling")
-            assert ("Ctrl+R earlier prompt" in shown) == bool(remembered)
-            await pilot.press("ctrl+r")
-            field = app.screen.query_one(TextArea)
-            assert field.text == remembered
-            field.text = remembered or "Be kind."
-            await pilot.press("enter")
-            await wait_for_text(pilot, "system: Be ki")
-    assert recent("system_prompts") == ("Be kind.",)
-
-
 def saved_turn(prompt: str) -> ChatTurn:
     turn = ChatTurn(prompt, (ADAPTER,))
     turn.answers[ADAPTER].text = "Yes."
@@ -401,25 +380,6 @@ async def test_an_answer_cut_off_is_not_recorded_as_better() -> None:
         await pilot.press("less_than_sign")
         await wait_for_text(pilot, "base · ✓ better")
         assert len(rows("pairs")) == 1
-
-
-async def test_an_answer_is_edited_over_several_lines() -> None:
-    finished(ADAPTER)
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await wait_for_text(pilot, "not loaded yet")
-        await answered(pilot, chat_of(app), "It is late.", "In Oslo.")
-        await pilot.press("E")
-        await wait_until(pilot, lambda: isinstance(app.focused, AnswerArea))
-        await pilot.press("enter", *"Ask.", "ctrl+s")
-        await wait_for_text(pilot, "The edited answer is kept: 1 edit, of 20")
-        (row,) = rows("edits")
-        assert row["completion"][0]["content"] == "In Oslo.\nAsk."
-        assert row["provenance"]["original"] == "In Oslo."
-        await pilot.press("E")
-        await wait_until(pilot, lambda: isinstance(app.focused, AnswerArea))
-        await pilot.press("escape")
-        assert len(rows("edits")) == 1
 
 
 async def test_twenty_choices_become_a_run_from_the_same_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,29 @@
-"""What holds on every screen: the way to everything else is in view, and a digit goes to its screen."""
+"""What holds on every screen: digits, clicks, the palette, own keys, the top bar, the strip of the recipe."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from textual.app import App, ComposeResult
 
+from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.commands import SCREENS, ScreenEntry, screen_commands
 from qlora_tui.tui.key_names import validate_keymap
+from qlora_tui.tui.screens.home.reader import gpu_lines
+from qlora_tui.tui.system_monitor import SystemMonitor
+from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets.bars import TopBar
+from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.tui.sample_data import readable_model
-from tests.tui.screen_assertions import wait_for_text, wait_until
-from tests.tui.workstation import open_on
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.workstation import config_folder, open_on
 
 WAY_OUT = ("^P Palette", "? Help")
 
@@ -134,3 +143,84 @@ def test_a_keymap_with_mistakes_gets_a_sentence_for_each() -> None:
     assert validate_keymap({"train.stop": "z", "train.pause": "s"}) == []
     (everywhere,) = validate_keymap({"train.stop": "q"})
     assert "train.stop and app.quit both have the key q" in everywhere
+
+
+async def test_texts_name_the_keys_of_the_users_keymap() -> None:
+    keymap = {"go.train": "f7", "models.filter": "ctrl+f", "app.undo": "z", "memory.apply": "f2"}
+    app = open_on("runs", keymap=keymap)
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await wait_for_text(pilot, "No runs yet. Press F7 to launch one.")
+        await app.action_go("models")
+        await wait_for_text(pilot, "Ctrl+F type a name", "[z] Undo", "F7 Train")
+        await app.action_go("memory")
+        await pilot.press("question_mark")
+        await wait_for_text(pilot, "recipe does not fit, F2", "applies")
+
+
+async def test_nothing_is_repainted_while_nothing_changes() -> None:
+    class Bar(App[None]):
+        def compose(self) -> ComposeResult:
+            yield TopBar("home")
+
+    app = Bar()
+    async with app.run_test(size=(80, 3)) as pilot:
+        bar = app.query_one(TopBar)
+        refreshes: list[None] = []
+        refresh = bar.refresh
+        bar.refresh = lambda *a, **k: refreshes.append(None) or refresh(*a, **k)  # type: ignore[method-assign,func-returns-value]
+        bar.show_status(SystemStatus())
+        assert not refreshes
+        bar.show_status(SystemStatus(waiting_ids=("a", "b")))
+        assert refreshes
+        await pilot.pause()
+        assert "2 waiting" in text_of(app)
+
+
+def test_a_gpu_that_says_nothing_is_na_and_never_zero() -> None:
+    gpu = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, None, None, None)
+    assert "NA" in TopBar.status_options(SystemStatus(gpu=gpu))[0]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "environ", "cuda", "bar", "home"),
+    [
+        ("one_gpu", {}, "12.4", "RTX 4090 91%", "RTX 4090"),
+        ("one_gpu", {}, None, "RTX 4090 unusable", "built for the CPU"),
+        ("no_driver", {}, None, "no GPU", "Training runs on the CPU"),
+        ("one_gpu", {"QLORA_TUI_GPU": "cpu"}, None, "no GPU", "The CPU is chosen"),
+        ("sliced", {}, "12.4", "unknown GPU", "a slice of a GPU"),
+        ("mismatch", {}, "12.4", "no usable GPU", "The NVIDIA driver was updated"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: str,
+    environ: dict[str, str],
+    cuda: str | None,
+    bar: str,
+    home: str,
+) -> None:
+    install_nvml_stub(monkeypatch, scenario)
+    install_torch(monkeypatch, cuda)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    status = SystemMonitor().poll_and_recover()
+    assert bar in TopBar.status_options(status)[0]
+    lines = " ".join(line.plain for line in gpu_lines(status, budget_for(status.gpu), None, 80))
+    assert home in lines and ("CPU, slowly" in lines) == (bar == "no GPU")
+
+
+async def test_a_model_without_weights_would_fit_but_cannot_train(private_home: Path) -> None:
+    model = config_folder(private_home, "Qwen__Qwen2.5-7B", has_weights=False)
+    app = open_on("lora", model=str(model))
+    async with app.run_test(size=(80, 24)) as pilot:
+        shown = await wait_for_text(pilot, "✗ cannot train", "6.3 of 24.0 GiB")
+        line = shown.splitlines()[2]
+        assert line.count("would fit") == 2 and line.startswith(" ✗ cannot train  NF4 ")
+        await pilot.press("3")
+        await wait_for_text(pilot, "NF4 would fit", "✗ cannot train: this model has no")
+        await pilot.press("0")
+        await wait_for_text(pilot, "would fit  ✗ cannot train", "Get the model's weights")
+        shutil.copy(config_folder(private_home, "Qwen__Qwen2.5-0.5B") / "model.safetensors", model)
+        await pilot.press("1", "r", "4")
+        await wait_for_text(pilot, "6.3 of 24.0 GiB fits")

@@ -106,28 +106,6 @@ async def test_without_llama_cpp_only_its_types_are_missing(
         await wait_for_text(pilot, "GGUF Q8_0")
 
 
-async def test_a_run_without_an_adapter_cannot_be_exported() -> None:
-    write_fake_run(FakeRun(name="tickets", state="failed", steps=1, total=10))
-    async with QloraApp().run_test(size=(100, 30)) as pilot:
-        await pilot.press("6")
-        await wait_for_text(pilot, "tickets")
-        await pilot.press("e")
-        assert "No adapter yet" in await wait_for_text(pilot, "No adapter yet")
-
-
-async def test_a_name_is_proposed_for_ollama_and_the_hub(
-    run: RunDir,
-) -> None:
-    async with QloraApp().run_test(size=(120, 40)) as pilot:
-        await open_dialog(pilot)
-        await pilot.press("down")
-        await wait_for_text(pilot, "Name tickets")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "Ollama model  Starting")
-        (export,) = read_exports(run)
-        assert (export.request.form, export.request.out) == ("ollama", "tickets")
-
-
 async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_choices, "is_installed", lambda: True)
     for step in (5, 10):

@@ -4,7 +4,6 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,23 +206,6 @@ def test_the_run_that_changed_last_is_the_one_shown() -> None:
     write_fake_run(replace(older, state="finished", steps=300, seconds_a_step=5.0))
     assert look.poll_and_recover().active_or_last == run
     look.close()
-
-
-async def test_the_queue_and_active_run_are_shown_and_enter_watches(
-    set_clock: Callable[[float], None],
-) -> None:
-    run = write_fake_run(FakeRun(steps=120))
-    run_queue.enqueue(write_fake_run(FakeRun(name="next-one", state="queued", steps=0)))
-    app = QloraApp()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "step 120 of 3,000", "1. next-one", "Watch the run", "of the next run")
-        await pilot.press("4")
-        await wait_for_text(pilot, "next run: balanced · no model")
-        await pilot.press("0", "enter")
-        await wait_for_text(pilot, "step 120/3,000")
-        screen = app.screen
-        assert isinstance(screen, TrainScreen)
-        assert screen.run == run
 
 
 async def test_the_machine_is_checked_in_the_app(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,21 +41,6 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed() -> None:
         assert app.workbench.recipe.training.micro_batch_size == 1
 
 
-async def test_a_letter_jumps_to_a_visible_setting_and_nothing_else() -> None:
-    app = QloraApp()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await pilot.press("5")
-        await wait_for_text(pilot, "▸ Name")
-        await pilot.press("apostrophe")
-        await wait_for_text(pilot, "a Name", "s Micro-batch", "d Gradient accumulation")
-        await pilot.press("d")
-        shown = await wait_for_text(pilot, "▸ Gradient accumulation")
-        assert "s Micro-batch" not in shown
-        await pilot.press("apostrophe", "1")
-        await wait_for_text(pilot, "▸ Gradient accumulation", "  Micro-batch")
-        assert app.current_mode == "train"
-
-
 async def test_every_setting_of_the_form_can_be_stepped_both_ways() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:

@@ -22,13 +22,13 @@ from qlora_tui.tui.themes import load_themes
 from qlora_tui.tui.ui_state import save_ui_state
 from tests.catalog.models import make_cached
 from tests.tui.chat_screen import OUTCOME, chat_of, finished
-from tests.tui.contrast import colors_of, illegible
 from tests.tui.data_screen import data_app, whole
 from tests.tui.fake_runs import BEGAN, FakeRun, last_at, write_fake_run
 from tests.tui.run_states import lost, no_memory, not_a_number, three_runs, watching
 from tests.tui.sample_data import readable_model, tickets, write_rows
 from tests.tui.screen_assertions import segments_of, wait_for_text, wait_until
 from tests.tui.test_row_losses import measured_run
+from tests.tui.test_themes import colors_of, illegible
 from tests.tui.workstation import config_folder, config_of, go_to, open_on, settle
 
 pytestmark = pytest.mark.usefixtures("same_machine", "here")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.lora.module_grid import ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.screen import parse_targets
-from qlora_tui.tui.screens.memory.peak_panel import item_lines
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, open_on
 
@@ -117,17 +115,6 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
         assert app.workbench.recipe.lora == Lora()
 
 
-async def test_another_models_targets_are_reported_and_replaced_on_choice(
-    private_home: Path,
-) -> None:
-    app = open_on("lora", model=str(config_folder(private_home, "openai-community__gpt2")))
-    app.workbench.set("lora.target_modules", ("q_proj",))
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "the model has no q_proj", "[ ] c_attn")
-        await pilot.press("j", "space")
-        assert targets(app) == ("c_attn",)
-
-
 async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -206,15 +193,3 @@ def test_experts_are_rows_that_all_linear_leaves_alone() -> None:
     assert [state(row.modules, chosen) for row in table.rows] == ["all"] * 5 + ["none"] * 2
     down = table.rows[-1].modules[0]
     assert adapter_parameters([down], Lora(rank=4)) == 128 * 4 * (768 + 2048)
-
-
-async def test_adapter_takes_the_memory_that_memory_lists(small: str) -> None:
-    app = open_on("lora", model=small)
-    async with app.run_test(size=(120, 40)) as pilot:
-        shown = await wait_for_text(pilot, "in memory", "targets, at the rank marked above", "rsLoRA: ")
-        size = re.search(r"([\d.]+ \w+) in memory", shown)
-        assert size is not None
-    estimated = app.workbench.estimate(app.memory_budget.device)
-    assert estimated is not None
-    groups = [line.plain for _, line in item_lines(estimated, 70) if "Adapter" in line.plain]
-    assert f" {size[1]} " in groups[0]

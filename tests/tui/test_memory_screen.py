@@ -11,11 +11,9 @@ from qlora_tui.memory.step import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
-from qlora_tui.tui.screens.memory.peak_panel import parts_of, stacked_bar
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
-from qlora_tui.tui.widgets.controls import ViList
 from tests.support.counting import count_allocations
-from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import config_folder, open_on, settle
 
 
@@ -79,17 +77,6 @@ async def test_targets_that_the_model_lacks_are_skipped(private_home: Path) -> N
         assert app.workbench.recipe.lora.target_modules == ("all-linear",)
 
 
-async def test_the_selected_item_is_explained_and_stays_selected(seven_billion: str) -> None:
-    app = open_on("memory", model=seven_billion)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "Quantized weights: 6.53 billion linear")
-        await pilot.press("j", "j")
-        await wait_for_text(pilot, "Output head: 152,064 × 3,584 × 2")
-        await pilot.press("s", "s", "s", "s")
-        await wait_for_text(pilot, "Output head: 152,064")
-        assert app.screen.query_one(ViList).current == "head"
-
-
 async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=12)
     _big(app)
@@ -110,14 +97,6 @@ async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> 
         await pilot.pause()
 
 
-async def test_a_model_too_large_for_any_change_is_reported(private_home: Path) -> None:
-    model = str(config_folder(private_home, "mistralai__Mixtral-8x7B-v0.1"))
-    app = open_on("memory", model=model, gpu_gib=2)
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await wait_for_text(pilot, "No change makes it fit", "none")
-        await wait_until(pilot, lambda: "Make it fit" not in text_of(app))
-
-
 async def test_a_model_larger_than_the_card_is_offered_streamed(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=6)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -135,17 +114,6 @@ async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.Monkey
             # Three estimates, of some 370 allocations and frees each.
             assert count_allocations(partial(app.edit, "lora.rank", rank)) < 3_000
             await pilot.pause()
-
-
-def test_a_bars_parts_add_up_and_its_end_is_marked(seven_billion: str) -> None:
-    app = open_on("memory", model=seven_billion)
-    compared = app.workbench.comparison(app.memory_budget.device)
-    assert isinstance(compared, dict)
-    for estimated in compared.values():
-        assert sum(bytes_ for _, bytes_ in parts_of(estimated)) == estimated.total_bytes
-        for width in (1, 10, 33, 120):
-            assert stacked_bar(estimated, 24 << 30, width).cell_length == width
-            assert stacked_bar(estimated, 4 << 30, width).plain.endswith("▶")
 
 
 async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:

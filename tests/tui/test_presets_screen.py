@@ -150,23 +150,6 @@ async def import_(pilot: Pilot[Any], path: Path) -> None:
     await pilot.press("enter")
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [("false", "false ended with exit status 1"), ("/no/such", "No such file"), ("vi 'x", "No closing")],
-)
-async def test_an_editor_that_fails_is_reported(
-    monkeypatch: pytest.MonkeyPatch, command: str, said: str
-) -> None:
-    monkeypatch.delenv("VISUAL", raising=False)
-    monkeypatch.setenv("EDITOR", command)
-    monkeypatch.setattr(QloraApp, "suspend", lambda self: nullcontext())
-    mine("tickets").write_text("[lora]\nrank = 4\n")
-    async with open_on("memory").run_test(size=(120, 40)) as pilot:
-        await go_to(pilot, "tickets")
-        await pilot.press("e")
-        await wait_for_text(pilot, said, "export EDITOR=nano")
-
-
 async def test_the_editors_result_for_a_users_preset_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,28 +27,17 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui import desktop
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.charts import downsample
-from qlora_tui.tui.render.charts import plot as draw
-from qlora_tui.tui.render.labels import SIGNS, result_label
+from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens import answer_measuring
-from qlora_tui.tui.screens.runs.compare import compare_plot, differing, read
+from qlora_tui.tui.screens.runs.compare import differing, read
 from qlora_tui.tui.screens.runs.run_preview import RunFiles, run_keys
-from qlora_tui.tui.screens.runs.run_table import MARKS
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_runs
-
-
-def test_a_summary_says_what_a_line_needs(three_runs: list[RunDir]) -> None:
-    summary = summarize(three_runs[1])
-    assert summary.model == "Qwen2.5-7B-Instruct"
-    assert summary.settings == "nf4 r64 2,048×2×8"
-    assert summary.best is not None and summary.best[1] == 120
-    assert summary.seconds == pytest.approx(120 * 1.5, rel=0.02)
-    assert len(summary.losses) == 120
 
 
 def test_a_summary_is_read_again_only_when_a_file_changed(three_runs: list[RunDir]) -> None:
@@ -120,20 +109,6 @@ def test_a_decimated_curve_marks_nan_and_leaves_gaps() -> None:
     means = downsample([1.0, 3.0, float("nan"), 1.0], 2)
     assert means[0] == 2.0
     assert means[1] is not None and math.isnan(means[1])
-
-
-async def test_the_filter_cuts_the_list_down(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a", "poems-c")
-        await pilot.press("slash", *"poems")
-        await pilot.pause()
-        assert "tickets-a" not in text_of(app)
-        await pilot.press("enter", "escape")
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("slash", *"nothing")
-        await wait_for_text(pilot, "No run matches")
 
 
 def test_a_second_poll_stats_each_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,14 +209,6 @@ def test_a_model_by_name_and_by_path_is_no_difference(three_runs: list[RunDir]) 
     assert differing([by_name, by_path]) == []
 
 
-def test_curves_differ_by_their_symbols_and_not_by_color_alone(three_runs: list[RunDir]) -> None:
-    compared = [read(run) for run in three_runs]
-    text = "\n".join(line.plain for line in draw(compare_plot(compared), 100, 20))
-    assert all(mark in text for mark in "ABC")
-    assert not set(MARKS) & {sign for sign, _style in SIGNS.values()}
-    assert [name for name, _ in differing(compared)] == ["Rank", "Learning rate"]
-
-
 async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
     three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,15 +293,6 @@ async def test_a_deleted_run_leaves_the_list_before_the_next_reading(three_runs:
         screen.action_delete()
         assert [run.id for run in all_runs()] == ["poems-c"]
         assert app.screen is screen
-
-
-async def test_with_nothing_deleted_u_undoes_a_recipe_change() -> None:
-    app = QloraApp()
-    app.workbench.set("lora.rank", 32)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await pilot.press("u")
-        assert app.workbench.recipe.lora.rank == 16
 
 
 @pytest.mark.parametrize("state", ["running", "queued"])

@@ -1,16 +1,67 @@
+"""Themes: every text is legible on every ground, and a broken file disables nothing."""
+
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.style import Style
 from textual.color import Color
 
 from qlora_tui import paths
 from qlora_tui.settings import Settings
 from qlora_tui.tui.themes import load_themes
-from tests.tui.contrast import MIN_CONTRAST, contrast
-from tests.tui.screen_assertions import wait_for_text, wait_until
+from tests.tui.screen_assertions import segments_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on
+
+MIN_CONTRAST = 4.5
+"""For text, WCAG 2.1, 1.4.3."""
+
+
+def illegible(app: Any) -> set[str]:
+    """Words with low contrast to their background. What is drawn, bars and lines, is not looked at."""
+    return {
+        f"{one.text.strip()!r} {ratio:.2f}"
+        for line in segments_of(app)
+        for one in line
+        if any(character.isalnum() for character in one.text)
+        for ratio in _contrast_of(_seen(one.style))
+        if ratio < MIN_CONTRAST
+    }
+
+
+def colors_of(app: Any) -> set[str]:
+    """Of what kinds the colors are: default, standard, eight_bit, truecolor; none where there are none."""
+    styles = [_seen(one.style) for line in segments_of(app) for one in line]
+    return {color.type.name.lower() for style in styles for color in (style.color, style.bgcolor) if color}
+
+
+def contrast(a: Color, b: Color) -> float:
+    """As WCAG 2.1 defines it, from relative luminance: 1 to 21."""
+    lighter, darker = sorted((_luminance(a), _luminance(b)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _contrast_of(style: Style) -> Iterator[float]:
+    # What a terminal shows for one of its own sixteen is not known.
+    if all(color is not None and color.triplet for color in (style.color, style.bgcolor)):
+        yield contrast(*map(Color.from_rich_color, (style.color, style.bgcolor)))
+
+
+def _luminance(color: Color) -> float:
+    def linear(part: float) -> float:
+        return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+
+    red, green, blue = (linear(part) for part in color.normalized)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _seen(style: Style | None) -> Style:
+    """Without what a click runs."""
+    return Style() if style is None else style.clear_meta_and_links()
+
 
 TEXT = ("foreground", "primary", "secondary", "warning", "error", "success", "accent")
 GROUNDS = ("background", "surface", "panel")
@@ -96,20 +147,6 @@ def test_a_broken_theme_is_reported_and_the_others_load(content: str) -> None:
     assert str(path) in problems[0].what
 
 
-async def test_the_app_opens_with_a_broken_theme_and_reports_it() -> None:
-    _write("bad", "name = ")
-    async with open_on("memory").run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "Theme not loaded")
-
-
-async def test_a_users_theme_without_variables_works(private_home: Path) -> None:
-    _write("mine", MINE.format(name="mine", foreground="#eeeeee"))
-    app = open_on("memory", theme="mine")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "The recipe has no model")
-        assert app.theme == "mine"
-
-
 async def test_an_edited_theme_applies_at_once_and_errors_are_named(
     private_home: Path,
 ) -> None:
@@ -137,3 +174,30 @@ def _write(name: str, content: str) -> Path:
     path = paths.user_themes_dir() / f"{name}.toml"
     path.write_text(content)
     return path
+
+
+XTERM_LEVELS = (0x00, 0x5F, 0x87, 0xAF, 0xD7, 0xFF)
+XTERM_GRAYS = tuple(range(0x08, 0xEF, 10))
+
+
+@pytest.mark.parametrize("name", ["background", "surface", "panel"])
+def test_backgrounds_look_the_same_in_256_colors(name: str) -> None:
+    themes, problems = load_themes()
+    assert not problems
+    for theme in themes:
+        assert is_in_palette(getattr(theme, name) or "ansi_default"), (theme.name, name)
+
+
+@pytest.mark.parametrize("name", ["block-cursor-background", "block-cursor-blurred-background"])
+def test_cursors_look_the_same_in_256_colors(name: str) -> None:
+    for theme in load_themes()[0]:
+        assert is_in_palette(theme.variables.get(name, "ansi_default")), (theme.name, name)
+
+
+def is_in_palette(color: str) -> bool:
+    """Whether an xterm of 256 colors has exactly this one, or the color is one of the terminal's 16."""
+    if color.startswith("ansi_"):
+        return True
+    red, green, blue = (int(color[place : place + 2], 16) for place in (1, 3, 5))
+    is_gray = red == green == blue and red in XTERM_GRAYS
+    return is_gray or all(part in XTERM_LEVELS for part in (red, green, blue))
