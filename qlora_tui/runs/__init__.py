@@ -14,7 +14,7 @@ control         sends a request to a running trainer
 preflight       checks a recipe before a launch; data_checks its data
 machine_checks  checks GPU, memory, disks, queue and libraries
 suggested_fix   a fix for a warning that one key applies
-run_queue       the waiting runs; queue_entries: the folder that holds their order
+run_queue       the waiting runs
 runner          starts the trainers, one at a time
 outcomes        how an attempt ended
 retry           what the next attempt changes after memory ran out, and what the user can change

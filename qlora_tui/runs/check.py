@@ -30,7 +30,6 @@ from qlora_tui.runs.event_log import EventWriter, events_and_damage
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.exports import unreadable_exports
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
-from qlora_tui.runs.queue_entries import Entry, entries, queue_dir, queue_lock, stray_names
 from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, status_problem, write_status
 
 _DAMAGED = "damaged-"
@@ -85,19 +84,15 @@ def check_run(run: RunDir) -> CheckResult:
 
 
 def check_queue() -> CheckResult:
-    """Check the queue's folder for names that queue nothing."""
+    """Check the queue for runs that do not exist."""
     defects = [
         Defect(
-            f"{entry.path.name} queues a run that does not exist",
+            f"{name} is queued and does not exist",
             "a repair removes it from the queue",
-            partial(take_out, entry),
+            partial(take_out, RunDir(paths.runs_dir() / name)),
         )
-        for entry in entries()
-        if not (paths.runs_dir() / entry.run_id).is_dir()
-    ]
-    defects += [
-        Defect(f"{name} is not a queue entry", f"it is ignored; delete {queue_dir() / name}")
-        for name in stray_names()
+        for name in run_queue.waiting()
+        if not (paths.runs_dir() / name).is_dir()
     ]
     return CheckResult("queue", None, tuple(defects))
 
@@ -149,7 +144,7 @@ def _held(checked: CheckResult) -> Iterator[str]:
     if run is None:
         yield ""
         return
-    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as alone, queue_lock():
+    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as alone, run_queue.queue_lock():
         state = read_status(run).state
         if state in ACTIVE or state == "queued":
             yield f"it is {state}"
@@ -239,9 +234,9 @@ def restore_status(run: RunDir) -> str:
     return f"it is {read_status(run).state} now"
 
 
-def take_out(entry: Entry) -> str:
-    """Remove the queue entry of a run that no longer exists."""
-    run_queue.remove(RunDir(paths.runs_dir() / entry.run_id))
+def take_out(run: RunDir) -> str:
+    """Remove a run that no longer exists from the queue."""
+    run_queue.remove(run)
     return "taken out"
 
 

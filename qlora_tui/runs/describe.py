@@ -298,7 +298,7 @@ def summarize_status(view: RunView, sample: Reading | None) -> str:
     state = view.status.state
     parts: list[str] = [phase_label(view.phase) if state == "running" and view.phase else state]
     progress = view.progress
-    if progress is not None and view.phase == progress.phase:
+    if progress is not None and view.phase == progress.phase and state == "running":
         parts.append(f"{progress.done:,} of {progress.total:,}")
     if view.total_steps:
         parts.append(f"step {view.step:,} of {view.total_steps:,}")

@@ -24,7 +24,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from qlora_tui import paths
+from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
@@ -35,6 +38,7 @@ from qlora_tui.runs.event_log import EventWriter, read_from
 from qlora_tui.runs.events import Queued, decode
 
 _FIRST_EVENT_BYTES = 1024
+_IDS = msgspec.json.Decoder(list[str])
 TRASH = ".deleted"
 """Folder, next to the runs, of deleted runs that can be restored: see :mod:`qlora_tui.runs.actions`."""
 
@@ -233,6 +237,23 @@ def _publish(draft: Path, parent: Path, recipe: Recipe) -> Path:
             raise
         sync(parent)
         return final
+
+
+def queue_path() -> Path:
+    """Path of the list of waiting runs; see :mod:`qlora_tui.runs.run_queue`, which writes it."""
+    return paths.state_dir() / "queue.json"
+
+
+def waiting() -> list[str]:
+    """Return ids of the queued runs, the next one first; a list that cannot be read is empty."""
+    try:
+        return decode_json(read_regular(queue_path()), _IDS)
+    except FileNotFoundError:
+        # Version 0.2 had a file for each, in a folder.
+        names = sorted(path.name for path in (paths.state_dir() / "queue").glob("[0-9]*.?*"))
+        return list(dict.fromkeys(name.partition(".")[2] for name in names))
+    except (OSError, msgspec.MsgspecError):
+        return []
 
 
 def all_runs() -> list[RunDir]:

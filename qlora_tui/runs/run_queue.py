@@ -1,27 +1,29 @@
 """The queue: the next run, and adding, removing and moving runs.
 
-A run is queued while its entry exists (:mod:`qlora_tui.runs.queue_entries`): moving is a rename, taking is an
-unlink.
-The entry is written before the status says "queued" and removed after it says "starting", each synced: a run
-that a crash caught in between stays queued.
+``queue.json`` is the list of waiting runs, replaced as a whole. A run is in it before its status says
+"queued", and leaves it after that says "starting", each synced: a run that a crash caught in between stays
+queued.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-from qlora_tui.files import private_dir, sync
-from qlora_tui.runs.directory import RunDir
+import msgspec
+
+from qlora_tui import paths
+from qlora_tui.files import atomic_write
+from qlora_tui.runs.directory import RunDir, queue_path, waiting
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Queued, Stopped
 from qlora_tui.runs.process import ProcessIdentity
-from qlora_tui.runs.queue_entries import Entry, entries, entries_of, queue_dir, queue_lock
 from qlora_tui.runs.status import ACTIVE, read_status, write_status
 
-ORDER_GAP_NS = 1_000_000_000
-"""Distance between the orders of two runs: one second, in nanoseconds."""
+__all__ = ["waiting"]
 
 
 def enqueue(run: RunDir) -> None:
@@ -38,25 +40,21 @@ def requeue(run: RunDir) -> None:
 
 def _enter(run: RunDir, *, again: bool) -> None:
     with queue_lock():
-        line = entries()
-        # Behind the others even if the clock was set back.
-        order = max(time.time_ns(), max((entry.order for entry in line), default=0) + ORDER_GAP_NS)
-        # A crash may have come between an entry and its status.
-        entry = next((entry for entry in line if entry.run_id == run.id), Entry(order, run.id))
-        status = read_status(run)
-        if entry in line and status.state in ("queued", *ACTIVE):
+        ids, status = waiting(), read_status(run)
+        # A crash may have come between the queue and the status.
+        if run.id in ids and status.state in ("queued", *ACTIVE):
             return
         try:
             if again:
                 _forget_requests(run)
-            if entry not in line:
-                _create(entry)
+            if run.id not in ids:
+                _write([*ids, run.id])
             write_status(run, status.transition("queued"))
             if again:
                 with EventWriter(run.events_path) as log:
                     log.append(Queued(at=time.time()))
         except OSError:
-            _unlink([entry])
+            _remove(run)
             raise
 
 
@@ -72,18 +70,13 @@ def take(run: RunDir, process: ProcessIdentity) -> None:
     """Take a run for the runner: its status becomes "starting" and it leaves the queue."""
     with queue_lock():
         write_status(run, read_status(run).transition("starting", process=process))
-        _unlink(entries_of(run.id))
-
-
-def waiting() -> list[str]:
-    """Return ids of the queued runs, the next one first."""
-    return list(dict.fromkeys(entry.run_id for entry in entries()))
+        _remove(run)
 
 
 def remove(run: RunDir) -> bool:
     """Remove a run from the queue; False if it was not (or no longer) queued."""
     with queue_lock():
-        return _unlink(entries_of(run.id))
+        return _remove(run)
 
 
 def cancel(run: RunDir) -> bool:
@@ -92,16 +85,14 @@ def cancel(run: RunDir) -> bool:
     Raises OSError if it is still queued. A full disk may prevent recording the stop: a run in no queue reads
     as stopped all the same.
     """
-    if not entries_of(run.id):
+    if run.id not in waiting():
         return False
     try:
         if not remove(run):
             return False
     except OSError:
-        if entries_of(run.id):
+        if run.id in waiting():
             raise
-        if read_status(run).state in ACTIVE:
-            return False
     with suppress(OSError):
         mark_not_queued(run, "Taken out of the queue.")
     return True
@@ -118,48 +109,36 @@ def mark_not_queued(run: RunDir, why: str) -> None:
 def move(run: RunDir, places: int) -> None:
     """Move a queued run by ``places``; negative is sooner."""
     with queue_lock():
-        line = entries()
-        here = next((place for place, entry in enumerate(line) if entry.run_id == run.id), None)
-        if here is None:
-            return
-        there = min(max(here + places, 0), len(line) - 1)
-        if there == here:
-            return
-        others = line[:here] + line[here + 1 :]
-        order = _order_at(others, there)
-        if order is None:
-            others = _spread_out(others)
-            order = _order_at(others, there)
-        assert order is not None
-        line[here].path.rename(Entry(order, run.id).path)
-        sync(queue_dir())
+        ids = waiting()
+        if run.id in ids:
+            place = ids.index(run.id)
+            ids.remove(run.id)
+            ids.insert(max(place + places, 0), run.id)
+            _write(ids)
 
 
-def _order_at(line: list[Entry], place: int) -> int | None:
-    """Order between the entries before and after ``place``; None if there is no gap."""
-    low = line[place - 1].order if place else 0
-    high = line[place].order if place < len(line) else low + 2 * ORDER_GAP_NS
-    return (low + high) // 2 if high - low > 1 else None
+@contextmanager
+def queue_lock() -> Iterator[None]:
+    """Hold the queue's lock: the queue and a run's status change together for every other writer.
+
+    Held only while a few files are written. Without locks in the file system, nothing is held.
+    """
+    handle = os.open(paths.state_dir() / "queue.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
-def _spread_out(line: list[Entry]) -> list[Entry]:
-    """Renumber the entries one second apart, the last one first, so that none overtakes another meanwhile."""
-    last = line[-1].order
-    spread = [Entry(last + place * ORDER_GAP_NS, entry.run_id) for place, entry in enumerate(line, 1)]
-    for entry, moved in reversed(list(zip(line, spread, strict=True))):
-        entry.path.rename(moved.path)
-    return spread
+def _remove(run: RunDir) -> bool:
+    ids = waiting()
+    if run.id not in ids:
+        return False
+    _write([name for name in ids if name != run.id])
+    return True
 
 
-def _create(entry: Entry) -> None:
-    private_dir(queue_dir())
-    os.close(os.open(entry.path, os.O_WRONLY | os.O_CREAT, 0o600))
-    sync(queue_dir())
-
-
-def _unlink(removed: list[Entry]) -> bool:
-    for entry in removed:
-        entry.path.unlink(missing_ok=True)
-    if removed:
-        sync(queue_dir())
-    return bool(removed)
+def _write(ids: list[str]) -> None:
+    atomic_write(queue_path(), msgspec.json.encode(ids), durable=True)

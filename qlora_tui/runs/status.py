@@ -23,11 +23,10 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import format_duration
 from qlora_tui.locks import is_locked
-from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.directory import RunDir, all_runs, waiting
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Paused, Phase, Queued, Step, Stopped
 from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
-from qlora_tui.runs.queue_entries import entries_of
 
 BEAT_S = 60.0
 """Age in seconds after which a heartbeat counts as the last, if its process cannot be looked up."""
@@ -92,7 +91,7 @@ def read_status(run: RunDir) -> Status:
     """Read the actual status: an active run whose process has ended is ``lost``."""
     status = _state_from_events(run)
     if status.state == "queued":
-        if not entries_of(run.id):
+        if run.id not in waiting():
             return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
         return structs.replace(status, detail=describe_runner() or status.detail)
     if status.state not in ACTIVE:
@@ -185,7 +184,7 @@ def _age(beat_at: float) -> str:
 
 def is_stranded(run: RunDir) -> bool:
     """Whether the run's last recorded state is queued, but it is not in the queue."""
-    return _state_from_events(run).state == "queued" and not entries_of(run.id)
+    return _state_from_events(run).state == "queued" and run.id not in waiting()
 
 
 def status_problem(run: RunDir) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,19 +12,19 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.drafts import draft_path, held_draft
+from qlora_tui.drafts import draft_path
 from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, leftovers, run_queue
 from qlora_tui.runs.check import apply_repairs, check_leftovers, check_queue, check_run
-from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.directory import RunDir, queue_path
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import AnyEvent, Failed, Finished
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.queue_entries import queue_dir
 from qlora_tui.runs.status import Status, read_status, write_status
 from tests.runs import story
 from tests.runs.test_damage import flip
+from tests.runs.test_leftovers import killed
 from tests.support.power import FaultyDisk
 
 
@@ -245,22 +244,16 @@ def test_a_repair_that_fails_says_why(finished: RunDir, monkeypatch: pytest.Monk
     assert again.defects == checked.defects and "Read-only file system" in done[0]
 
 
-def test_entries_of_runs_that_are_gone_are_taken_out(finished: RunDir) -> None:
-    (queue_dir() / f"{5:020d}.gone-20260101").touch()
-    (queue_dir() / "stray").touch()
+def test_runs_that_are_gone_are_taken_out_of_the_queue(finished: RunDir) -> None:
+    queue_path().write_text('["gone-20260101"]')
     again, done = apply_repairs(check_queue(), check_queue)
-    assert done == ["taken out"] and run_queue.waiting() == []
-    (stray,) = again.defects
-    assert "stray" in stray.what and stray.repair is None
+    assert done == ["taken out"] and run_queue.waiting() == [] and again.defects == ()
 
 
 def test_leftovers_are_deleted(finished: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Leftovers of this machine are not the test's.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    draft = draft_path(paths.runs_dir() / "x")
-    with pytest.raises(KeyboardInterrupt), held_draft(draft, "key"):
-        raise KeyboardInterrupt
-    os.utime(draft / "key", (1, 1))
+    draft = killed(draft_path(paths.runs_dir() / "x"))
     assert [str(draft) in defect.what for defect in check_leftovers().defects] == [True]
     again, _ = apply_repairs(check_leftovers(), check_leftovers)
     assert again.defects == () and not draft.exists() and leftovers.sweep() == []
