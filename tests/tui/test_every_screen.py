@@ -7,9 +7,11 @@ import gc
 import shutil
 from importlib import import_module
 from pathlib import Path
+from weakref import ReferenceType, ref
 
 import pytest
 from textual.app import App, ComposeResult
+from textual.widget import Widget
 
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
@@ -61,36 +63,26 @@ async def test_a_click_on_a_key_anywhere_presses_it(private_home: Path, words: s
         await wait_for_text(pilot, shown)
 
 
-def count_objects() -> int:
-    gc.collect()
-    return len(gc.get_objects())
-
-
 async def test_closed_screens_are_freed(private_home: Path) -> None:
     """Textual keeps the keys of every footer and what a thousand closed widgets had painted."""
     app = open_on("home", model=readable_model(private_home))
+    closed: list[list[ReferenceType[object]]] = []
 
-    async def open_and_close() -> int:
-        for _ in range(5):
-            await pilot.press("question_mark")
-            await wait_for_text(pilot, "Esc close")
-            await pilot.press("q")
-            await wait_until(pilot, lambda: len(app.screen_stack) == 1)
-        # The last screen is freed, and the one below it painted, a moment after it closed.
-        counts: list[int] = []
-
-        def has_settled() -> bool:
-            counts.append(count_objects())
-            return len(counts) >= 8 and max(counts[-8:]) - min(counts[-8:]) < 100
-
-        await wait_until(pilot, has_settled)
-        return counts[-1]
+    def are_freed() -> bool:
+        gc.collect()
+        # The last screen is freed later.
+        return not any(part() for parts in closed[:-1] for part in parts)
 
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, *WAY_OUT)
-        await open_and_close()
-        before = await open_and_close()
-        assert await open_and_close() < before + 1000
+        for _ in range(3):
+            await pilot.press("question_mark")
+            await wait_for_text(pilot, "Esc close")
+            widgets = app.screen.walk_children(Widget, with_self=True)
+            closed.append([ref(part) for widget in widgets for part in (widget, widget._styles_cache)])
+            await pilot.press("q")
+            await wait_until(pilot, lambda: len(app.screen_stack) == 1)
+        await wait_until(pilot, are_freed)
 
 
 async def test_the_palette_lists_and_opens_other_screens_commands() -> None:
