@@ -21,7 +21,7 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.adapters import make_adapter
 from tests.chat.tape import record_tape
-from tests.training.families import FAMILIES, build
+from tests.training.families import build
 from tests.training.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,8 @@ def steps_of(session: ChatSession) -> DecodeSteps:
     return session.steps
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Windows, caps, sinks, a fused projection, parallel blocks: what an attention with a fixed buffer could miss.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt_oss", "phi3", "cohere"])
 def test_recorded_steps_answer_as_the_cpu_does(
     family_source: Callable[[str], ChatSource], family: str
 ) -> None:
