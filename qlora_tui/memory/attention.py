@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from qlora_tui.memory.autograd import AllocationMeter, Grads, Storage, Tape, Tensor
 from qlora_tui.memory.execution import Kernel
@@ -43,12 +42,9 @@ class Heads:
     softcap: bool = False
     sinks: bool = False
     """Whether a learned logit for each head takes part in the softmax (gpt-oss)."""
-    repeated_by: Literal["layer", "kernel", ""] = ""
-    """Where each key and value head is copied for its query heads, if the kernel is flash or efficient: in
-    the layer, which frees the originals; in the function that calls the kernel, whose caller still holds
-    them; or not at all."""
-    copied: bool = False
-    """Whether queries, keys and values are made contiguous for the kernel."""
+    repeated: bool = False
+    """Whether the function that calls the kernel copies each key and value head for its query heads; the
+    caller still holds the originals."""
 
     @property
     def scores(self) -> int:
@@ -81,26 +77,15 @@ def attend(ops: Ops, q: Tensor, k: Tensor, v: Tensor, shape: Heads, kernel: Kern
         return _by_blocks(ops, q, k, v, shape)
     if kernel in ("flash", "efficient"):
         grouped = shape.heads != shape.kv_heads
-        if shape.repeated_by == "kernel":
+        if shape.repeated:
             k, v = _repeat(ops, k, shape), _repeat(ops, v, shape)
             grouped = False
-        if shape.copied:
-            q = ops.copy(q)
-            if k.numel == q.numel and shape.heads == shape.kv_heads:
-                k, v = ops.copy(k), ops.copy(v)
         if shape.pieces > 1:
             # Views, whose gradients are joined in a copy.
             q, k, v = (ops.slice(tensor, tensor.numel) for tensor in (q, k, v))
         out = _fused(ops, q, k, v, shape, grouped=grouped and kernel == "flash")
         return ops.join(out) if shape.pieces > 1 else out
     return _written_out(ops, q, k, v, shape, math=kernel == "math")
-
-
-def repeated(ops: Ops, k: Tensor, v: Tensor, shape: Heads) -> tuple[Tensor, Tensor, Heads]:
-    """Return keys and values as the layer passes them to the kernel, and the resulting shape."""
-    if shape.repeated_by != "layer":
-        return k, v, shape
-    return _repeat(ops, k, shape), _repeat(ops, v, shape), replace(shape, kv_heads=shape.heads)
 
 
 def _repeat(ops: Ops, x: Tensor, shape: Heads) -> Tensor:

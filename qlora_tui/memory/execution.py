@@ -1,15 +1,10 @@
 """The code that a run executes, as far as it affects memory.
 
-The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
-float32, which logits the loss keeps, which attention kernel runs. :func:`trainer_execution` returns what
-this project's trainer runs for a recipe and a :class:`Device`; ``tests/memory/test_published.py``
-has what transformers and peft run, with measurements of it.
-
-Differences between versions of transformers' modeling code that affect the peak.
-
-From the sources of 4.43.3, 4.44.2, 4.45.2, 4.46.3, 4.47.1, 4.48.1, 4.49.0, 4.50.3, 4.52.4, 4.53.3, 4.54.1,
-4.55.4, 4.56.2 and 5.24: ``models/*/modeling_*.py``, ``loss/loss_utils.py``,
-``integrations/sdpa_attention.py``.
+:func:`trainer_execution` returns what this project's trainer runs for a recipe and a :class:`Device`. The
+same recipe costs different amounts under different trainers: whether the frozen weights were cast to float32,
+which logits the loss keeps, which attention kernel runs. ``tests/memory/test_published.py`` has what
+transformers 4.45 to 5.17 and peft run, with measurements of it; what their versions do differently is from
+``models/*/modeling_*.py`` and ``loss/loss_utils.py``.
 """
 
 from __future__ import annotations
@@ -25,77 +20,32 @@ if TYPE_CHECKING:
 
 
 Version = tuple[int, int]
-"""Major and minor version."""
+"""Major and minor version of transformers."""
 
 CURRENT: Version = (5, 24)
-
 FUSED_EXPERTS: Version = (5, 0)
 """First version in which experts are two 3-D parameters; before, each matrix was a linear module."""
+_LABELS_SHIFTED: Version = (4, 49)
+"""First version in which ``ForCausalLMLoss`` pads the labels."""
+_LOSS_FUNCTION: Version = (4, 48)
+"""Version in which every family of the measured runs calls ``ForCausalLMLoss``."""
 
-LossCode = Literal["narrow", "rebound", "shifted", "padded"]
-"""narrow: the model's own loss, in the logits' dtype, on a shifted copy.
-rebound: the model's own loss on a shifted copy in float32; the 16-bit logits are freed once they are cast.
+LossCode = Literal["rebound", "shifted", "padded"]
+"""rebound: the model's own loss on a shifted copy in float32; the 16-bit logits are freed once they are cast.
 shifted: ``ForCausalLMLoss`` on a shifted copy in float32; the caller still holds the 16-bit logits.
 padded: ``ForCausalLMLoss`` shifts the labels, so nothing is copied."""
 
-_NARROW_FAMILIES = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "stablelm")
-_LABELS_SHIFTED: Version = (4, 49)
-"""First version in which ``ForCausalLMLoss`` pads the labels, and every family above calls it."""
-_LOSS_FUNCTION: Version = (4, 46)
-_LATE_LOSS_FUNCTION: dict[str, Version] = {"starcoder2": (4, 47), "mistral": (4, 48), "granite": (4, 48)}
-"""Families that adopted ``self.loss_function`` later than the others."""
-
-_REPEATED_FOR_FLASH = ("mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "starcoder2")
-_ONE_ATTENTION_FOR_ALL: Version = (4, 48)
-"""First version with one attention class; before, each family had one per kernel (``LlamaSdpaAttention``)."""
-_SDPA_SHARES_HEADS: Version = (4, 54)
-_SDPA_WITHOUT_COPIES: Version = (4, 56)
-
-
-_EMBEDDING_SCALES_ITSELF: Version = (5, 4)
-"""First version without the multiplication of the embedding's output in Gemma's and Gemma 2's models (5.2
-still had it)."""
-
-
-def multiplies_embedding(model_type: str, version: Version) -> bool:
-    """Return whether the model multiplies its embedding's output, so that both exist in the first layer."""
-    if model_type in ("gemma", "gemma2"):
-        return version < _EMBEDDING_SCALES_ITSELF
-    return model_type == "granite"
-
-
-def loss_code(model_type: str, version: Version) -> LossCode:
-    """Return the variant of a family's stock loss in one version."""
-    if version >= _LABELS_SHIFTED:
-        return "padded"
-    if model_type in _NARROW_FAMILIES:
-        return "narrow"
-    return "shifted" if version >= _LATE_LOSS_FUNCTION.get(model_type, _LOSS_FUNCTION) else "rebound"
-
-
-def repeats_heads_in_layer(model_type: str, version: Version, *, sdpa: bool) -> bool:
-    """Return whether the layer itself copies shared key and value heads before it calls a fused kernel."""
-    if version >= _ONE_ATTENTION_FOR_ALL:
-        return False
-    return sdpa or model_type in _REPEATED_FOR_FLASH
-
-
-def repeats_heads_in_sdpa(version: Version) -> bool:
-    """Return whether ``sdpa_attention_forward`` copies shared heads: later versions let the kernel share
-    them, as long as there is no mask."""
-    return _ONE_ATTENTION_FOR_ALL <= version < _SDPA_SHARES_HEADS
-
-
-def copies_for_sdpa(version: Version) -> bool:
-    """Return whether ``sdpa_attention_forward`` makes queries, keys and values contiguous, which all come as
-    transposed views."""
-    return _ONE_ATTENTION_FOR_ALL <= version < _SDPA_WITHOUT_COPIES
-
+ADAPTER_ITEMSIZE = 4
+"""Bytes per element of the LoRA matrices, and so of their gradients."""
 
 Loss = Literal["stock", "chunked", "liger"]
-"""stock: the model's own or transformers' ``ForCausalLMLoss`` (``versions.loss_code`` says which).
+"""stock: the model's own or transformers' ``ForCausalLMLoss`` (:attr:`ExecutionConfig.loss_code` says which).
 chunked: this project's, a few rows of logits at a time. liger: Liger's fused linear cross-entropy, in our
 trainer."""
+
+Kernel = Literal["flash", "efficient", "math", "eager"]
+"""flash: FlashAttention (its own or SDPA's). efficient: SDPA's memory-efficient kernel. math: SDPA without a
+fused kernel. eager: transformers' own, which saves the scores."""
 
 Optimizer = Literal["adamw_fused", RecipeOptimizer]
 """The recipe's ``adamw`` is ``adamw_fused`` here; ``adamw`` takes many tensors at once."""
@@ -168,8 +118,6 @@ class ExecutionConfig:
     cast_to_float32: bool = False
     """Whether norms, embedding, head and so the residual stream are in float32, as after peft's
     ``prepare_model_for_kbit_training``."""
-    adapter_itemsize: int = 4
-    """Bytes per element of the LoRA matrices, and so of their gradients."""
     autocast: bool = False
     """Whether the forward runs under ``torch.autocast``, as with ``Trainer(bf16=True)``."""
     loss: Loss = "chunked"
@@ -187,8 +135,6 @@ class ExecutionConfig:
     reentrant: bool = False
     """Whether checkpointing is reentrant: it reruns the whole layer and holds its output and gradient."""
     attention: Kernel = "flash"
-    sdpa: bool = False
-    """Whether transformers' SDPA code calls the kernel, not ours or FlashAttention's own."""
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
     """Whether gradients of earlier micro-steps exist during the forward."""
@@ -218,12 +164,18 @@ class ExecutionConfig:
     """Whether a paged optimizer keeps its states in CUDA's managed memory, outside torch's pool."""
     general_prompts: int = 0
     """General prompts that are answered between steps, for the forgetting curve."""
-    name: str = "this trainer"
 
     @property
     def residual_itemsize(self) -> int:
         """Return the bytes per element of the residual stream, norms, embedding and head."""
         return 4 if self.cast_to_float32 else self.compute_itemsize
+
+    @property
+    def loss_code(self) -> LossCode:
+        """Return the variant of the stock loss in the version that runs."""
+        if self.transformers >= _LABELS_SHIFTED:
+            return "padded"
+        return "shifted" if self.transformers >= _LOSS_FUNCTION else "rebound"
 
     @property
     def separate_experts(self) -> bool:
@@ -259,7 +211,6 @@ def trainer_execution(
         float16=float16,
         # Trainer's fp16 mode: autocast, with scaled gradients.
         autocast=float16 and device.kind == "cuda",
-        adapter_itemsize=4,
         own_fused=True,
         triton=device.triton and device.kind == "cuda" and recipe.model.kernels == "auto",
         # Liger would keep float16's gradients in 16 bits.
@@ -357,8 +308,3 @@ def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:
     if device.kind == "cuda" and (compute == 4 or device.capability < BFLOAT16_CAPABILITY):
         return "efficient"
     return "flash"
-
-
-Kernel = Literal["flash", "efficient", "math", "eager"]
-"""flash: FlashAttention (its own or SDPA's). efficient: SDPA's memory-efficient kernel. math: SDPA without a
-fused kernel. eager: transformers' own, which saves the scores."""

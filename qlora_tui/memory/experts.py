@@ -222,7 +222,7 @@ class _Loop:
         weights = ops.new(self.slots, FLOAT)
         grad_x, grad_weights = ops.new(self._numel, FLOAT), ops.new(self.slots, FLOAT)
         factors = [
-            ops.new(self._config.experts * each.rank * width, ops.adapter, "gradients")
+            ops.new(self._config.experts * each.rank * width, FLOAT, "gradients")
             for each in (self._up, self._down)
             if each.rank
             for width in (each.inputs, each.outputs)

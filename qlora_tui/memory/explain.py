@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
+from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
 from qlora_tui.memory.weights import expert_method
@@ -150,10 +150,10 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
     start = ", twice: the adapter that it starts from too" if facts.recipe.keeps_starting_adapter else ""
     return {
         "adapter": (
-            f"{trained} trained parameters × {execution.adapter_itemsize} bytes{_copies(execution)}{start}: "
+            f"{trained} trained parameters × {ADAPTER_ITEMSIZE} bytes{_copies(execution)}{start}: "
             f"rank {_ranks(facts.recipe)} × (in + out) per target{_vocabulary(facts.layout)}."
         ),
-        "gradients": f"One gradient per trained parameter: {trained} × {execution.adapter_itemsize} bytes.",
+        "gradients": f"One gradient per trained parameter: {trained} × {ADAPTER_ITEMSIZE} bytes.",
         "optimizer": f"{moments}{paged}.",
         "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter."
         if execution.optimizer == "adamw"
@@ -163,14 +163,14 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
 
 def _copies(execution: ExecutionConfig) -> str:
     """The copies of the weights in the compute dtype, where there are any."""
-    has_copies = execution.own_fused and execution.compute_itemsize < execution.adapter_itemsize
+    has_copies = execution.own_fused and execution.compute_itemsize < ADAPTER_ITEMSIZE
     return f", and {execution.compute_itemsize} for a copy in 16 bits" if has_copies else ""
 
 
 def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
     execution, layout, layers = facts.execution, facts.layout, facts.architecture.layers
     tokens, hidden = f"{layout.tokens:,} tokens", f"{layout.hidden:,}"
-    compute, adapter = execution.compute_itemsize, execution.adapter_itemsize
+    compute, adapter = execution.compute_itemsize, ADAPTER_ITEMSIZE
     stream = 4 if execution.cast_to_float32 else compute
     return {
         "checkpoints": (

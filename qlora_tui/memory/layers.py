@@ -8,23 +8,17 @@ they decide when a tensor is freed. A new model family gets an entry in :data:`S
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
-from qlora_tui.memory.attention import Heads, attend, latent_attention, repeated
+from qlora_tui.memory.attention import Heads, attend, latent_attention
 from qlora_tui.memory.autograd import Tensor
 from qlora_tui.memory.execution import (
     ExecutionConfig,
     Kernel,
-    LossCode,
-    copies_for_sdpa,
     flash_trains,
-    loss_code,
-    multiplies_embedding,
-    repeats_heads_in_layer,
-    repeats_heads_in_sdpa,
 )
 from qlora_tui.memory.experts import Mixture, mixture, weighted
 from qlora_tui.memory.linear import gated, group, linear, uses_fused_lora
@@ -197,8 +191,7 @@ def _attention(ops: Ops, block: DecoderLayer, hidden_states: Tensor) -> Tensor:
         query, key = ops.rotate_together(query, key)
     elif block.style.rotary:
         query, key = ops.rotate(query), ops.rotate(key)
-    key, value, heads = repeated(ops, key, value, block.heads)
-    attended = attend(ops, query, key, value, heads, block.kernel)
+    attended = attend(ops, query, key, value, block.heads, block.kernel)
     output = block.find("attention", "o_proj", "dense", "out_proj", "c_proj")
     return linear(ops, attended, output) if output else attended
 
@@ -311,8 +304,6 @@ class Layout:
     """Whether the family's layer is implemented."""
     experts_in_16_bits: bool
     """Whether the model has fused experts that are not quantized."""
-    loss_code: LossCode
-    """Variant of the family's stock loss in the version of transformers that runs."""
 
     @cached_property
     def adapter_tensors(self) -> tuple[int, ...]:
@@ -347,8 +338,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         samples=(execution.samples or rows) if in_one_call else 0,
         softcap=softcap,
         sinks=sinks,
-        repeated_by=_repeated_by(architecture, execution),
-        copied=execution.sdpa and copies_for_sdpa(execution.transformers),
+        repeated=execution.attention == "efficient",
     )
     experts: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
     for module in architecture.expert_modules:
@@ -356,15 +346,12 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
             experts[module.layer].append(module)
     known: dict[tuple[tuple[int, ...], Mixture | None], DecoderLayer] = {}
     """Layers by their modules, of which equal ones are the same object."""
-    linear_cache: dict[tuple[object, ...], Linear] = {}
     routed = _mixture(recipe, architecture, execution)
     blocks = []
     shapes: list[tuple[int, ...]] = []
     expert_shapes: list[tuple[int, ...]] = []
     for modules, projections in zip(by_layer, experts, strict=True):
-        linears = tuple(
-            _linear(module, recipe, ranks.get(module.name, 0), linear_cache) for module in modules
-        )
+        linears = tuple([_linear(module, recipe, ranks.get(module.name, 0)) for module in modules])
         for each in linears:
             if each.rank:
                 shapes += [(each.rank, each.inputs), (each.outputs, each.rank)]
@@ -401,8 +388,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         length=length,
         hidden=architecture.hidden_size,
         vocabulary=architecture.vocab_size,
-        modifies_embedding=len(architecture.embeddings) > 1
-        or multiplies_embedding(architecture.model_type, execution.transformers),
+        modifies_embedding=len(architecture.embeddings) > 1 or architecture.model_type == "granite",
         embedding_dropout=architecture.residual_dropout if architecture.model_type in GPT_2 else 0.0,
         softcap=architecture.final_logit_softcapping is not None,
         logit_scale=architecture.logit_scale is not None,
@@ -416,7 +402,6 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         experts_in_16_bits=bool(architecture.expert_modules)
         and expert_method(recipe, architecture, execution) == "none"
         and not execution.separate_experts,
-        loss_code=loss_code(architecture.model_type, execution.transformers),
     )
 
 
@@ -429,24 +414,9 @@ def vocabulary_shapes(lora: Lora, architecture: Architecture) -> list[tuple[int,
 
 def _kernel(architecture: Architecture, execution: ExecutionConfig) -> Kernel:
     """Return the attention kernel. Falcon passes SDPA one key head for all query heads, which no fused kernel
-    supports; gpt-oss has no SDPA in transformers."""
-    if architecture.model_type == "gpt_oss" and execution.sdpa:
-        return "eager"
+    supports."""
     shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
     return "math" if shared and execution.attention in ("flash", "efficient") else execution.attention
-
-
-def _repeated_by(architecture: Architecture, execution: ExecutionConfig) -> Literal["layer", "kernel", ""]:
-    """Return where key and value heads are copied for the query heads that share them."""
-    if execution.attention in ("flash", "efficient") and repeats_heads_in_layer(
-        architecture.model_type, execution.transformers, sdpa=execution.sdpa
-    ):
-        return "layer"
-    if execution.attention == "efficient" or (
-        execution.sdpa and repeats_heads_in_sdpa(execution.transformers)
-    ):
-        return "kernel"
-    return ""
 
 
 def _layer_norms(architecture: Architecture) -> int:
@@ -474,26 +444,14 @@ def _mixture(recipe: Recipe, architecture: Architecture, execution: ExecutionCon
     )
 
 
-def _linear(
-    module: LinearModule, recipe: Recipe, rank: int, linear_cache: dict[tuple[object, ...], Linear]
-) -> Linear:
-    """Return the module as the trainer holds it, with rank 0 where it is no target; equal ones are cached."""
-    key = (
-        module.kind,
-        module.in_features,
-        module.out_features,
-        module.part,
-        module.quantizable,
-        rank,
+def _linear(module: LinearModule, recipe: Recipe, rank: int) -> Linear:
+    """Return the module as the trainer holds it, with rank 0 where it is no target."""
+    method = recipe.quantization.method if module.quantizable else "none"
+    dora = recipe.lora.use_dora and rank > 0
+    return _cached_linear(
+        module.kind, module.in_features, module.out_features, method, module.part, rank, dora
     )
-    if key not in linear_cache:
-        linear_cache[key] = Linear(
-            name=module.kind,
-            inputs=module.in_features,
-            outputs=module.out_features,
-            method=recipe.quantization.method if module.quantizable else "none",
-            part=module.part,
-            rank=rank,
-            dora=recipe.lora.use_dora and rank > 0,
-        )
-    return linear_cache[key]
+
+
+_cached_linear = lru_cache(maxsize=4096)(Linear)
+"""Equal modules are the same object, so that layers compare by their modules' identities."""

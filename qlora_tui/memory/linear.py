@@ -70,9 +70,9 @@ def _group_backward(
         grad_a = ops.new(rank * inputs, itemsize)
         del narrow
         grads_a = [grad_a.view(None) for _ in modules]  # the rows of each
-        if itemsize != ops.adapter:
-            grads_a = [ops.new(module.rank * inputs, ops.adapter) for module in modules]
-            grads_b = [ops.new(grad.numel, ops.adapter) for grad in grads_b]
+        if itemsize != FLOAT:
+            grads_a = [ops.new(module.rank * inputs, FLOAT) for module in modules]
+            grads_b = [ops.new(grad.numel, FLOAT) for grad in grads_b]
         del grad_a
     grads = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
     if not needs:
@@ -168,7 +168,7 @@ def _adapter_grad(ops: Ops, numel: int, itemsize: int) -> None:
 
 def _stacked(ops: Ops, weights: int, itemsize: int) -> Tensor | None:
     """Replay joining the rows of several A; there are joined copies where the compute dtype is narrower."""
-    return ops.new(weights, itemsize) if itemsize == ops.adapter else None
+    return ops.new(weights, itemsize) if itemsize == FLOAT else None
 
 
 def _linear_backward(
@@ -182,8 +182,8 @@ def _linear_backward(
     with ops.meter.attribute_to("gradients"):
         grad_a = ops.new(module.rank * module.inputs, itemsize)
         del dropped
-        if itemsize != ops.adapter:
-            grad_a, grad_b = (ops.new(grad.numel, ops.adapter) for grad in (grad_a, grad_b))
+        if itemsize != FLOAT:
+            grad_a, grad_b = (ops.new(grad.numel, FLOAT) for grad in (grad_a, grad_b))
     if not needs:
         return (None, grad_a, grad_b)
     weight = _weight(ops, module, itemsize)
@@ -204,7 +204,7 @@ def _narrowed(ops: Ops, numel: int, entered: int, itemsize: int) -> Tensor | Non
 def _gradient(ops: Ops, weights: int, itemsize: int) -> Tensor:
     """Replay the gradient of an adapter's weight: computed in the compute dtype, cast to the adapter's."""
     gradient = ops.new(weights, itemsize, "gradients")
-    return gradient if itemsize == ops.adapter else ops.new(weights, ops.adapter, "gradients")
+    return gradient if itemsize == FLOAT else ops.new(weights, FLOAT, "gradients")
 
 
 def _weight(ops: Ops, module: Linear, itemsize: int) -> Tensor | None:
@@ -342,7 +342,7 @@ def _entered(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     if ops.autocast and module.method != "none":
         return x
     with ops.meter.attribute_to("adapter_inputs"):
-        return ops.cast(x, ops.adapter)
+        return ops.cast(x, FLOAT)
 
 
 def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
@@ -351,7 +351,7 @@ def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
         x = _dropout(ops, x)
         if ops.autocast:
             x = ops.cast(x, ops.compute)
-    rows, itemsize = _rows(x, module), (ops.compute if ops.autocast else ops.adapter)
+    rows, itemsize = _rows(x, module), (ops.compute if ops.autocast else FLOAT)
     thin = _trained(ops, x, module.inputs, module.rank, rows, itemsize)
     del x
     wide = _trained(ops, thin, module.rank, module.outputs, rows, itemsize)
@@ -361,7 +361,7 @@ def _adapter(ops: Ops, x: Tensor, module: Linear) -> Tensor:
 
 def _trained(ops: Ops, x: Tensor, inputs: int, outputs: int, rows: int, itemsize: int) -> Tensor:
     """Replay a linear layer with a trained weight: saves its input, and computes the weight's gradient."""
-    numel, weights, adapter, needs = x.numel, inputs * outputs, ops.adapter, x.needs_grad
+    numel, weights, adapter, needs = x.numel, inputs * outputs, FLOAT, x.needs_grad
 
     def fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
         toward_input = ops.new(numel, itemsize) if needs else None

@@ -50,7 +50,6 @@ class Ops:
         """Bytes per element of the compute dtype (to which 4-bit weights are dequantized)."""
         self.residual = execution.residual_itemsize
         """Bytes per element of the norms' weights."""
-        self.adapter = execution.adapter_itemsize
         self.device = execution.device
         self.autocast = execution.autocast
         self.own_fused = execution.own_fused
@@ -103,7 +102,7 @@ class Ops:
 
     def adapter_leaves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return an adapter's two weights as inputs of a node; their bytes are part of the static memory."""
-        a, b = (Tensor(x.storage, 0, self.adapter, self.tape.leaf()) for _ in range(2))
+        a, b = (Tensor(x.storage, 0, FLOAT, self.tape.leaf()) for _ in range(2))
         return a, b
 
     def cast(self, x: Tensor, itemsize: int) -> Tensor:

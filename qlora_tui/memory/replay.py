@@ -22,7 +22,7 @@ from functools import lru_cache
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.allocator import Blocks, CachingAllocator, MemoryBlock, Recording
-from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, ExecutionConfig
 from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.static_memory import (
@@ -85,7 +85,7 @@ def load(
         if execution.cast_to_float32:
             allocator.empty_cache()  # peft/utils/other.py, after its casts
     for _ in range(2 if recipe.keeps_starting_adapter else 1):
-        allocator.keep(count * execution.adapter_itemsize for count in layout.adapter_tensors)
+        allocator.keep(count * ADAPTER_ITEMSIZE for count in layout.adapter_tensors)
 
 
 def _place_streamed(
@@ -295,7 +295,7 @@ class _Run:
         if not layout.trained_matrix:
             return []
         is_first = layout.own_head and not execution.accumulates
-        size = layout.trained_matrix * execution.adapter_itemsize
+        size = layout.trained_matrix * ADAPTER_ITEMSIZE
         gradients = [self._allocator.malloc(size)] if is_first else []
         for block in take_all(self._allocator, [layout.tokens * layout.hidden * FLOAT] * 3):
             self._allocator.free(block)
@@ -316,9 +316,7 @@ class _Run:
         """Keep the gradients between micro-steps. Return the bytes in small tensors."""
         before = self._allocator.small_bytes
         if first and self._execution.accumulates:
-            self._allocator.keep(
-                count * self._execution.adapter_itemsize for count in self._layout.adapter_tensors
-            )
+            self._allocator.keep(count * ADAPTER_ITEMSIZE for count in self._layout.adapter_tensors)
         return self._allocator.small_bytes - before
 
     def _optimize(self, *, first: bool) -> int:
@@ -333,7 +331,7 @@ class _Run:
             allocator.keep(size for shape in shapes for size in state_sizes(shape, execution))
         allocated_bytes = allocator.small_bytes - before
         if execution.optimizer == "adamw":
-            for block in take_all(allocator, (count * execution.adapter_itemsize for count in sizes)):
+            for block in take_all(allocator, (count * ADAPTER_ITEMSIZE for count in sizes)):
                 allocator.free(block)
         elif itemsize := step_itemsize(execution):
             for count in sizes:

@@ -12,7 +12,7 @@ from collections import Counter
 from math import prod
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, ExecutionConfig
 from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.weights import frozen_weights, round_to_block, streamed_weights
 from qlora_tui.recipe.schema import Recipe
@@ -41,7 +41,7 @@ def step_itemsize(execution: ExecutionConfig) -> int:
 def adapter_bytes(layout: Layout, execution: ExecutionConfig) -> int:
     """Return the bytes of the trained matrices."""
     sizes = Counter(layout.adapter_tensors).items()
-    return sum(times * round_to_block(count * execution.adapter_itemsize) for count, times in sizes)
+    return sum(times * round_to_block(count * ADAPTER_ITEMSIZE) for count, times in sizes)
 
 
 def gradient_bytes(layout: Layout, execution: ExecutionConfig) -> int:
@@ -72,8 +72,7 @@ def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int
         return (*[count] * moments, *[-(-count // STATE_BLOCK) * 4] * moments)
     if optimizer == "adafactor":
         return (*[size * 4 for size in shape], 4)
-    in_adapter_dtype = optimizer.startswith("adamw") and "8bit" not in optimizer
-    return (count * (execution.adapter_itemsize if in_adapter_dtype else 4),) * moments
+    return (count * 4,) * moments
 
 
 def optimizer_step_bytes(layout: Layout, execution: ExecutionConfig) -> int:

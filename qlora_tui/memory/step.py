@@ -26,7 +26,13 @@ from qlora_tui.memory.autograd import (
     Tensor,
     backward,
 )
-from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig, liger_rows
+from qlora_tui.memory.execution import (
+    ADAPTER_ITEMSIZE,
+    LOSS_BLOCK_ROWS,
+    LOSS_CHUNK_ROWS,
+    ExecutionConfig,
+    liger_rows,
+)
 from qlora_tui.memory.layers import DecoderLayer, Layout, norm, run_block
 from qlora_tui.memory.ops import FLOAT, Ops
 from qlora_tui.memory.static_memory import gradient_bytes, optimizer_step_bytes
@@ -201,7 +207,7 @@ def peak_candidates(
     candidates.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
     candidates.append(Peak("loss backward", dict(before + Counter(head.backward))))
     held = Counter(head.held)
-    gradients = 0 if execution.accumulates else layout.token_rows * layout.hidden * execution.adapter_itemsize
+    gradients = 0 if execution.accumulates else layout.token_rows * layout.hidden * ADAPTER_ITEMSIZE
     for index in range(last, -1, -1):
         profile = order[index]
         items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)
@@ -217,9 +223,9 @@ def peak_candidates(
 def _embedding_gradient(layout: Layout, execution: ExecutionConfig) -> Counter[str]:
     """Return the bytes of the backward of a trained embedding (``training/embeddings.py``): the
     gradients of the rows as looked up, in fp32, sorted and summed, and a matrix where there is none yet."""
-    looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * execution.adapter_itemsize)
+    looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * ADAPTER_ITEMSIZE)
     is_first = layout.own_head and not execution.accumulates
-    matrix = layout.trained_matrix * execution.adapter_itemsize if is_first else 0
+    matrix = layout.trained_matrix * ADAPTER_ITEMSIZE if is_first else 0
     return Counter(activations=looked_up, gradients=matrix)
 
 
@@ -228,7 +234,7 @@ def _autocast_copies(layout: Layout, execution: ExecutionConfig) -> Counter[str]
 
     A LoRA projection fused into one function casts separately and keeps nothing.
     """
-    casts = execution.autocast and execution.adapter_itemsize != execution.compute_itemsize
+    casts = execution.autocast and execution.compute_itemsize != ADAPTER_ITEMSIZE
     if not casts or execution.own_fused:
         return Counter()
     return Counter(adapter=layout.adapter_parameters * execution.compute_itemsize)
@@ -249,7 +255,7 @@ def layer_input_bytes(layout: Layout, execution: ExecutionConfig) -> int:
 def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
     """Return the bytes of each of our copies of the LoRA weights in the compute dtype
     (``training/fused/adapter_casts.py``)."""
-    if not execution.own_fused or execution.compute_itemsize >= execution.adapter_itemsize:
+    if not execution.own_fused or execution.compute_itemsize >= ADAPTER_ITEMSIZE:
         return []
     return [round_to_block(count * execution.compute_itemsize) for count in layout.lora_tensors]
 
@@ -386,10 +392,10 @@ def _head_and_loss(
         return _liger(ops, layout, hidden), []
     logits = _logits(ops, layout, hidden)
     with ops.meter.attribute_to("logits"):
-        wide = logits if layout.loss_code == "narrow" else ops.cast(logits, FLOAT)
-        if layout.loss_code == "rebound":
+        wide = ops.cast(logits, FLOAT)
+        if execution.loss_code == "rebound":
             logits = wide
-        if layout.loss_code == "padded":
+        if execution.loss_code == "padded":
             source = wide
         else:  # logits[..., :-1, :].contiguous()
             source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))

@@ -9,13 +9,7 @@ from msgspec import structs
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import estimate
-from qlora_tui.memory.execution import (
-    ExecutionConfig,
-    Version,
-    copies_for_sdpa,
-    loss_code,
-    repeats_heads_in_layer,
-)
+from qlora_tui.memory.execution import ExecutionConfig, Version
 from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.step import profile_step
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
@@ -28,24 +22,6 @@ RECIPE = Recipe(
 )
 LOGITS = 2 * 1024 * 32000
 STOCK = ExecutionConfig(loss="stock", reentrant=True, expandable_segments=False)
-
-
-@pytest.mark.parametrize(
-    ("family", "version", "code"),
-    [
-        ("llama", (4, 45), "rebound"),
-        ("llama", (4, 46), "shifted"),
-        ("mistral", (4, 47), "rebound"),
-        ("mistral", (4, 48), "shifted"),
-        ("granite", (4, 47), "rebound"),
-        ("granite", (4, 48), "shifted"),
-        ("gpt2", (4, 48), "narrow"),
-        ("gpt2", (4, 49), "padded"),
-        ("llama", (5, 24), "padded"),
-    ],
-)
-def test_a_familys_loss_is_that_of_its_version(family: str, version: Version, code: str) -> None:
-    assert loss_code(family, version) == code
 
 
 def _loss_bytes(name: str, version: Version) -> int:
@@ -64,40 +40,18 @@ def test_each_loss_holds_the_copies_its_code_makes() -> None:
     assert _loss_bytes(name, (4, 45)) == pytest.approx(4 * LOGITS + 2 * shifted, abs=2048)
 
 
+@pytest.mark.parametrize(
+    ("version", "code"),
+    [((4, 45), "rebound"), ((4, 48), "shifted"), ((5, 24), "padded")],
+)
+def test_the_loss_is_that_of_the_version(version: Version, code: str) -> None:
+    assert replace(STOCK, transformers=version).loss_code == code
+
+
 def test_granites_scaled_logits_are_no_copy_more_before_4_48() -> None:
     name, logits = "ibm-research/PowerLM-3b", 2 * 1024 * 49152
     assert _loss_bytes(name, (4, 45)) == pytest.approx(12 * logits, rel=0.001)
     assert _loss_bytes(name, (4, 48)) == pytest.approx(14 * logits, rel=0.001)
-
-
-def test_mistral_repeated_its_heads_for_flash_until_4_48() -> None:
-    assert repeats_heads_in_layer("mistral", (4, 47), sdpa=False)
-    assert not repeats_heads_in_layer("mistral", (4, 48), sdpa=False)
-    assert not repeats_heads_in_layer("llama", (4, 47), sdpa=False)
-    assert repeats_heads_in_layer("llama", (4, 47), sdpa=True)
-
-
-def _kept_bytes(name: str, **changes: object) -> int:
-    """Of activations that one layer keeps without checkpointing."""
-    execution = replace(STOCK, checkpointing=False, **changes)  # type: ignore[arg-type]  # fields of a CodePath
-    layout = build_layout(RECIPE, parse_architecture(config(name)), execution)
-    return profile_step(layout, execution, 0.0).layers[0].retained["activations"]
-
-
-def test_repeated_heads_are_kept_for_the_backward() -> None:
-    name = "mistralai/Mistral-7B-v0.1"
-    more = _kept_bytes(name, transformers=(4, 47)) - _kept_bytes(name, transformers=(4, 48))
-    assert more == 2 * (32 - 8) * 128 * 2 * 1024 * 2  # of keys and values, 24 heads more, in 16 bits
-
-
-def test_sdpa_shares_heads_from_4_54() -> None:
-    name = "mistralai/Mistral-7B-v0.1"
-    before, after = (_kept_bytes(name, sdpa=True, transformers=version) for version in ((4, 53), (4, 54)))
-    assert before - after == 2 * (32 - 8) * 128 * 2 * 1024 * 2
-
-
-def test_sdpa_copies_queries_keys_and_values_until_4_56() -> None:
-    assert [copies_for_sdpa((4, minor)) for minor in (47, 48, 55, 56)] == [False, True, True, False]
 
 
 def test_experts_are_modules_of_their_own_before_version_5() -> None:
@@ -118,16 +72,6 @@ def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
         and estimates[8, 6].bytes_of("context") == 141 * 2**20
     )
     assert estimates[8, 0].process_bytes - estimates[8, 0].reserved_bytes == 522 * 2**20
-
-
-def test_gemmas_model_scaled_its_embedding_beside_it_until_5_4() -> None:
-    layouts = [
-        build_layout(
-            RECIPE, parse_architecture(config("google/gemma-2-2b")), replace(STOCK, transformers=version)
-        )
-        for version in ((5, 2), (5, 4))
-    ]
-    assert [layout.modifies_embedding for layout in layouts] == [True, False]
 
 
 def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
