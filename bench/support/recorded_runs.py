@@ -26,8 +26,6 @@ CONVERSATIONS = Path(__file__).parent / "recordings" / "conversations.jsonl"
 """The data of these runs: the demo's as they were then."""
 NAME = "smollm2-135m-demo-20261124-1609"
 STEPS = 81
-ENDED = 1_795_538_085.3
-"""24 November 2026, 16:34:45 UTC."""
 LONGER, SHORTER = "smollm2-135m-demo-20261127-0233", "smollm2-135m-demo-20261127-0413"
 """Of 2.5 epochs, and of 22 steps."""
 NOT_A_NUMBER, NO_MEMORY = "smollm2-135m-demo-20261125-2000", "smollm2-135m-demo-20261125-2010"

@@ -18,9 +18,3 @@ def test_its_modules_are_those_of_the_published_config(model: StarterModel) -> N
     published, starter = parse_architecture(CONFIGS / f"{name}.json"), model.architecture()
     assert starter.modules == published.modules
     assert starter.total_params == published.total_params
-
-
-def test_they_are_sorted_by_size_and_free_to_use() -> None:
-    sizes = [model.architecture().total_params for model in STARTER_MODELS]
-    assert sizes == sorted(sizes)
-    assert {model.license for model in STARTER_MODELS} == {"apache-2.0"}

@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.training.gguf_conversion import folder_of
-from tests.catalog.models import make_cached
 from tests.cli.conftest import Call
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.tui.sample_data import readable_model
@@ -65,12 +63,6 @@ def test_a_wrong_option_of_a_run_is_named(option: str, value: str, words: str, c
     assert all_runs() == []
 
 
-def test_a_recipe_that_is_not_there(call: Call, tmp_path: Path) -> None:
-    said = call("train", str(tmp_path / "gone.toml"))
-    assert said.code == 2
-    assert "gone.toml" in said.err
-
-
 @pytest.mark.parametrize("words", [["--set", "lora.rnak=3"], ["--set", "lora.rank"], ["--preset", "blanced"]])
 def test_a_wrong_option_is_answered_with_the_near_match(words: list[str], call: Call) -> None:
     said = call("train", *words)
@@ -101,12 +93,6 @@ def test_a_model_folder_with_pickled_weights_only(call: Call, qwen: Path) -> Non
     assert all_runs() == []
 
 
-def test_a_model_that_is_not_here(call: Call) -> None:
-    said = call("estimate", "--model", "acme/nothing")
-    assert said.code in (1, 2)
-    assert "acme/nothing" in said.err
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -127,23 +113,6 @@ def test_a_data_file_that_cannot_be_used(
         assert word in said.err + said.out
 
 
-def test_rows_called_by_their_lines_are_said_to_be(call: Call, tmp_path: Path) -> None:
-    path = tmp_path / "owls.txt"
-    path.write_text("An owl.\n\n\n\nAnother, which is much longer.\n")
-    said = call("data", "inspect", str(path)).out
-    assert "2 rows, 2 conversations; rows are numbered by their first line" in said
-    assert "(row 5)" in said
-    path.write_text("An owl.\n")
-    assert "called by" not in call("data", "inspect", str(path)).out
-
-
-def test_an_estimate_without_a_model_names_the_local_ones(call: Call) -> None:
-    make_cached(hub_cache_dir(), "acme/local-tiny")
-    said = call("estimate", "--gpu-gib", "12")
-    assert said.code == 2
-    assert "On this machine: acme/local-tiny." in said.err
-
-
 def test_an_estimate_rejects_data_that_a_run_rejects(call: Call, qwen: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()
@@ -151,26 +120,6 @@ def test_an_estimate_rejects_data_that_a_run_rejects(call: Call, qwen: Path, tmp
         said = call("estimate", "--model", str(qwen), "--data", str(path))
         assert said.code in (1, 2) and said.out == ""
         assert path.name in said.err
-
-
-def test_a_data_file_that_is_not_there(call: Call) -> None:
-    said = call("data", "inspect", "gone.jsonl")
-    assert said.code in (1, 2)
-    assert "gone.jsonl" in said.err
-
-
-def test_an_unknown_run(call: Call) -> None:
-    said = call("attach", "nothing")
-    assert said.code == 2
-    assert "nothing" in said.err
-    assert "No run yet" in call("attach", "last").err
-
-
-def test_a_size_that_is_none(call: Call, qwen: Path) -> None:
-    for size in ("0", "-3", "nan", "much"):
-        said = call("estimate", "--model", str(qwen), "--gpu-gib", size)
-        assert said.code == 2
-        assert "it must be a size above 0, in GiB" in said.err
 
 
 @pytest.mark.parametrize("setting", ["lora.target_modules=nope", "lora.trainable_tokens=nope"])
@@ -264,35 +213,6 @@ def test_rows_with_images_are_refused_before_anything_is_queued(
     assert "Only text can be trained on" in said.err
     said = call("data", "inspect", str(data))
     assert said.code == 1 and "error: Images, video or audio: 1 (row 2), run blocked" in said.out
-
-
-def test_rows_rated_bad_are_counted_by_an_inspection(call: Call, tmp_path: Path) -> None:
-    data = tmp_path / "rated.jsonl"
-    rows = [f'{{"prompt": "{n}?", "completion": "{n}", "label": {str(n > 2).lower()}}}' for n in range(9)]
-    data.write_text("\n".join(rows))
-    said = call("data", "inspect", str(data), "--set", "data.preferences=chosen")
-    assert said.code == 0 and "9 rows, 6 conversations, 3 rows left out" in said.out
-    assert "warning: Left out: not rated good: 3 (rows 1, 2, 3)" in said.out
-
-
-def test_a_run_reports_rows_that_are_dropped_or_cut(call: Call, readable: Path, tmp_path: Path) -> None:
-    rated, book = tmp_path / "rated.jsonl", tmp_path / "book.txt"
-    row = '{"prompt": "a", "completion": "b", "label": %s}\n'
-    rated.write_text(row % "true" + row % "false")
-    book.write_text("fox " * 30_000)
-    data = ("--data", str(rated), "--data", str(book), "--set", "data.preferences=chosen")
-    said = call("train", "--model", str(readable), *data, "--print-command")
-    assert said.code == 0
-    assert "warning: data: Left out: not rated good (1 row of rated.jsonl): 'label' is False" in said.err
-    assert "warning: data: Long text (1 row of book.txt): One text holds" in said.err
-    assert "--set data.overflow=split" in said.err
-
-
-def test_a_setting_of_an_inspection_is_checked(call: Call, tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"text": "a"}\n')
-    said = call("data", "inspect", str(data), "--set", "data.preferences=all")
-    assert said.code == 2 and "refuse, chosen" in said.err
 
 
 def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path, tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from qlora_tui.gpu import torch_env
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import describe, machine_checks, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.events import AnyEvent
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.status import State, Status, read_status, write_status
+from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from tests.cli.conftest import Call
 from tests.support.power import FaultyDisk
@@ -199,25 +198,6 @@ def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: li
         list(describe.follow_events(RunView(run)))
     assert no_runner == ["runner"], "one more was tried"
     assert caught.value.why == "Its log ends: File locks do not work."
-
-
-def test_attach_says_that_a_trainer_does_not_respond(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    details = iter(["", "Not responding: for 31 s.", "Not responding: for 32 s.", "", ""])
-
-    class Played(RunView):
-        def refresh(self) -> list[AnyEvent]:
-            detail = next(details, None)
-            state: State = "finished" if detail is None else "running"
-            self.status = Status(state=state, at=1.0, detail=detail or "")
-            return []
-
-        def iter_new(self):  # type: ignore[no-untyped-def]
-            yield from self.refresh()
-
-    monkeypatch.setattr(describe, "POLL_S", 0.0)
-    list(describe.follow_events(Played(run), said.append))
-    assert said == ["Not responding: for 31 s.", "The trainer responds again."]
 
 
 def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_tui.cli import train
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Finished, Health, Paused, Phase, PhaseChanged, Progress, Started
+from qlora_tui.runs.events import Finished, Health
 from qlora_tui.runs.status import Status, write_status
 from tests.cli.conftest import Call
 from tests.support.polling import while_it_sleeps
@@ -64,41 +64,9 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
     assert said.code == 0
 
 
-def test_progress_within_a_phase_is_not_printed(call: Call) -> None:
-    run = write_fake_run(FakeRun(state="finished", steps=5, total=5))
-    with EventWriter(run.events_path) as log:
-        log.append(PhaseChanged(at=BEGAN, phase="evaluating"))
-        for done in (1, 2, 3):
-            log.append(Progress(at=BEGAN, phase="evaluating", done=done, total=3))
-        log.append(Finished(at=BEGAN, step=5, seconds=9.0, tokens_per_s=9.0))
-    assert call("attach", run.id).out.count("evaluating") == 1
-    assert call("attach", run.id, "--json").out.count('"event":"progress"') == 3
-
-
-def test_each_phase_is_told_once_an_attempt(call: Call) -> None:
-    run = write_fake_run(FakeRun(state="paused", steps=5))
-    phases: tuple[Phase, ...] = ("loading", "training", "evaluating", "training", "saving", "training")
-    with EventWriter(run.events_path) as log:
-        for attempt in (2, 3):
-            log.append(Started(at=BEGAN, attempt=attempt, pid=1, resumed_from_step=5))
-            for phase in phases:
-                log.append(PhaseChanged(at=BEGAN, phase=phase))
-            log.append(Paused(at=BEGAN, step=5))
-    lines = [line[10:] for line in call("attach", run.id).out.splitlines()]
-    assert lines[-5:] == ["loading", "training", "evaluating", "saving", "paused at step 5"]
-    assert lines.count("evaluating") == 2
-
-
 def test_a_run_that_is_deleted_meanwhile_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_fake_run(FakeRun(state="running", steps=5))
     while_it_sleeps(monkeypatch, partial(shutil.rmtree, run.path, ignore_errors=True))
     said = call("attach", run.id)
     assert said.code == 1
     assert "The run was deleted" in said.err and "resume" not in said.err
-
-
-def test_lines_of_another_version_are_said(call: Call) -> None:
-    run = write_fake_run(FakeRun(state="finished", steps=5, total=5))
-    run.events_path.write_bytes(b'{"event":"teleported","at":1}\n' + run.events_path.read_bytes())
-    for words in (["attach", run.id], ["attach", run.id, "--plain"], ["attach", run.id, "--json"]):
-        assert "1 line is not shown: another version" in call(*words).err

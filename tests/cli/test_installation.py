@@ -108,29 +108,6 @@ def test_runs_are_completed(complete: Complete) -> None:
     assert complete(f"qlora-tui runs check {run.id[:5]}") == {run.id}
 
 
-def test_runs_are_completed_for_each_form_of_export(complete: Complete) -> None:
-    run = create_run(Recipe(name="support"))
-    for form in ("merge", "gguf", "lora", "ollama", "hub"):
-        assert complete(f"qlora-tui export {form} su") == {run.id}
-
-
-def test_presets_are_completed_with_the_users_own(complete: Complete) -> None:
-    (paths.user_presets_dir() / "balcony.toml").write_text("[lora]\nrank = 8\n")
-    assert complete("qlora-tui train --preset bal") == {"balanced", "balcony"}
-    assert complete("qlora-tui presets show bal") == {"balanced", "balcony"}
-
-
-def test_models_are_completed(complete: Complete, qwen: Path) -> None:
-    (paths.config_dir() / "config.toml").write_text(f"model_folders = [{str(qwen.parent)!r}]\n")
-    (qwen / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    assert complete("qlora-tui estimate --model Qwen") == {"Qwen2.5-7B"}
-
-
-def test_settings_are_completed_with_their_values(complete: Complete) -> None:
-    assert {"lora.rank=", "lora.alpha="} <= complete("qlora-tui train --set lora.")
-    assert "quantization.method=nf4" in complete("qlora-tui train --set quantization.m")
-
-
 def test_a_name_that_controls_the_terminal_is_left_out(complete: Complete) -> None:
     run = create_run(Recipe(name="tickets"))
     run.path.rename(run.path.with_name(f"{run.id}\x1b]52;c;\x07"))

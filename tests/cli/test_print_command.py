@@ -55,26 +55,6 @@ def test_settings_for_one_gpu_are_refused_with_several(
     assert call(*streamed, "--gpus", "1").code == 0
 
 
-def test_a_run_takes_its_name_from_the_command(call: Call, train: list[str]) -> None:
-    assert call(*train, "--print-command", "--name", "parcels").code == 0
-    run = find_run("last")
-    assert run.id.startswith("parcels-") and run.recipe().name == "parcels"
-    assert call(*train, "--print-command", "--name", "x" * 81).code == 2
-
-
-def test_samples_beyond_the_context_length_warn_before_a_run(call: Call, train: list[str]) -> None:
-    said = call(*train, "--print-command", "--set", "data.max_length=262144")
-    assert said.code == 0
-    assert "warning: length: Samples may be 262,144 tokens" in said.err
-    assert "Set the sequence length (data.max_length) to" in said.err
-
-
-def test_only_the_command_is_on_stdout(call: Call, train: list[str]) -> None:
-    said = call(*train, "--print-command", "--gpus", "3")
-    assert said.out.endswith(f"{find_run('last').path}\n") and said.out.count("\n") == 1
-    assert "is not queued" in said.err and "8 micro-batches per step leave some of 3 GPUs idle" in said.err
-
-
 def test_every_gpu_is_used_unless_told_and_no_more(
     call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,21 +1,18 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
-from qlora_tui.installation import install_command
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Step
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.loss import loss_png, loss_svg, running_mean
+from qlora_tui.tui.render.loss import loss_svg, running_mean
 from tests.cli.conftest import Call
 from tests.tui.fake_runs import FakeRun, write_fake_run
 
@@ -64,22 +61,6 @@ def test_the_parquet_table_has_the_values_of_the_csv(tmp_path: Path) -> None:
     for row, values in zip(rows, table.to_pylist(), strict=True):
         assert {k: "" if v is None else f"{v:.8g}" for k, v in values.items()} == row
     assert table.schema.field("step").type == pyarrow.int64()
-
-
-def test_a_png_needs_pillow(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    write_fake_run(FakeRun(name="owls", state="finished", steps=60, total=60))
-    assert install_command("pillow") in call("runs", "save", "owls", str(tmp_path / "loss.png")).err
-    assert not (tmp_path / "loss.png").exists()
-
-
-def test_the_png_has_the_colors_of_the_svg(tmp_path: Path) -> None:
-    images = pytest.importorskip("PIL.Image")
-    content = loss_png(loss_svg(run_with(tmp_path, [2.0, 1.9, 1.6, 1.5])))
-    picture = images.open(io.BytesIO(content)).convert("RGB")
-    assert picture.size == (1920, 960)
-    colors = {color for _, color in picture.getcolors(1 << 20)}
-    assert {(255, 255, 255), (0x2F, 0x7F, 0xB5), (0x2E, 0x8B, 0x57)} <= colors
 
 
 def test_the_picture_breaks_its_line_at_nan(tmp_path: Path) -> None:

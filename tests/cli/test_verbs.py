@@ -13,14 +13,14 @@ import pytest
 
 from qlora_tui import paths, worker
 from qlora_tui.catalog import hub
-from qlora_tui.cli.main import SUBCOMMANDS, main
+from qlora_tui.cli.main import main
 from qlora_tui.formatting import format_path
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, machine_checks, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Evaluated, Failed, Finished, Started, StepVerified
+from qlora_tui.runs.events import Failed, Finished, Started
 from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
@@ -32,7 +32,6 @@ from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.support.step_events import a_step
 from tests.support.task_evaluations import a_row, put_evaluation
 from tests.support.tiny_gguf import write_tiny_gguf
-from tests.tui.fake_runs import FakeRun, write_fake_run
 
 
 @pytest.fixture
@@ -46,26 +45,6 @@ def finished_run() -> RunDir:
         log.append(Finished(at=4.0, step=3, seconds=3.0, tokens_per_s=50.0))
     write_status(run, Status(state="finished", at=4.0, step=3, total_steps=3, loss=2.5))
     return run
-
-
-@pytest.mark.parametrize("verb", SUBCOMMANDS)
-def test_every_verb_explains_itself(verb: str, call: Call) -> None:
-    said = call(verb, "--help")
-    assert said.code == 0
-    assert verb in said.out
-
-
-@pytest.mark.parametrize(
-    "words", [("data", "show"), ("data", "inspect"), ("presets", "show"), ("runs", "rename")]
-)
-def test_an_action_explains_its_json(words: tuple[str, str], call: Call) -> None:
-    assert "one JSON object per line" in call(*words, "--help").out
-
-
-def test_the_help_names_every_verb(call: Call) -> None:
-    said = call("--help")
-    assert said.code == 0
-    assert all(f"    {verb}" in said.out for verb in SUBCOMMANDS)
 
 
 def test_an_unknown_verb_is_a_wrong_call(call: Call) -> None:
@@ -131,20 +110,6 @@ def test_presets_are_listed_and_shown(call: Call) -> None:
     assert "rank = 64" in call("presets", "show", "paper").out
 
 
-def test_a_preset_is_shown_by_its_name_alone(call: Call) -> None:
-    assert call("presets", "paper").out == call("presets", "show", "paper").out
-    assert call("presets", "--json", "paper").json["name"] == "paper"
-    unknown = call("presets", "papper")
-    assert unknown.code == 2 and "paper" in unknown.err
-
-
-def test_the_reference_has_every_setting_with_what_it_does(call: Call) -> None:
-    said = call("presets", "reference")
-    assert "Rank of the two matrices added" in said.out
-    assert "from 1 to 1,024" in said.out
-    assert call("presets", "reference", "--json").json["settings"]["lora.rank"] == 16
-
-
 def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Path) -> None:
     estimated = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--json").json
     nf4, fp16 = estimated["precisions"]["nf4"], estimated["precisions"]["fp16"]
@@ -153,12 +118,6 @@ def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Pa
     assert nf4["tiers"]["allocated"] <= nf4["tiers"]["reserved"] <= nf4["tiers"]["process"]
     assert nf4["verdict"] == "fits"
     assert estimated["what_fits"]["sequence_length"] > 1024
-
-
-def test_an_estimate_itemizes_the_precision_of_the_recipe(call: Call, qwen: Path) -> None:
-    said = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--set", "quantization.method=none")
-    assert "\nfp16 (the recipe's)\n" in said.out
-    assert "Unquantized linear" in said.out and "Quantized weights" not in said.out
 
 
 def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwen: Path) -> None:
@@ -174,17 +133,6 @@ def test_an_estimate_refuses_a_gpu_that_is_not_there(
     refused = call("estimate", "--model", str(qwen), "--gpu", "5")
     assert refused.code == 2 and "0: RTX 4090" in refused.err
     assert "RTX 4090" in call("estimate", "--model", str(qwen), "--gpu", "4090").out
-
-
-def test_an_estimate_that_cannot_fit_says_what_it_needs(call: Call, qwen: Path) -> None:
-    said = call("estimate", "--model", str(qwen), "--gpu-gib", "0.1")
-    assert "nothing fits" in said.out and "GiB. Choose a smaller model" in said.out
-    assert "the most that fits" not in said.out and "cheapest change that fits" not in said.out
-
-
-def test_an_estimate_warns_of_samples_beyond_the_models_context(call: Call, qwen: Path) -> None:
-    said = call("estimate", "--model", str(qwen), "--set", "data.max_length=262144")
-    assert "warning: Samples may be 262,144 tokens long, and the model's context is 131,072." in said.out
 
 
 def test_a_gguf_estimate_includes_the_conversion_until_converted(call: Call, tmp_path: Path) -> None:
@@ -208,46 +156,6 @@ def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) 
         waiting.id: "queued",
     }
     assert listed["queue"] == [waiting.id]
-
-
-def test_a_run_is_listed_with_best_validation_and_exact_answers(call: Call, finished_run: RunDir) -> None:
-    assert "NA" in call("runs").out
-    with EventWriter(finished_run.events_path) as log:
-        for step, loss, accuracy in ((0, 3.0, 0.12), (2, 1.2901, 0.9), (3, 1.4, 0.97)):
-            log.append(Evaluated(at=5.0, step=step, loss=loss, accuracy=accuracy))
-    assert "1.29, exact answers 97%, base 12%" in call("runs").out
-    (listed,) = call("runs", "--json").json["runs"]
-    assert (listed["best_validation_loss"], listed["best_step"]) == (1.2901, 2)
-    assert (listed["accuracy"], listed["base_accuracy"]) == (0.97, 0.12)
-
-
-def test_a_run_names_the_parts_replaced_in_it(call: Call, finished_run: RunDir) -> None:
-    assert call("runs", "--json").json["runs"][0]["replaced"] == []
-    with EventWriter(finished_run.events_path) as log:
-        log.append(
-            StepVerified(
-                at=5.0,
-                tokens=64,
-                seconds=1.0,
-                loss=2.5,
-                reference_loss=2.25,
-                gradient_difference=20.0,
-                gradient_noise=1e-3,
-                replaced=("the fused RMSNorm",),
-            )
-        )
-    assert call("runs", "--json").json["runs"][0]["replaced"] == ["the fused RMSNorm"]
-    expected = "loss 2.5, theirs 2.25; gradients differ by 2000.00%, through rounding alone by 0.10%"
-    assert expected in call("attach", "last").out
-
-
-def test_a_run_says_why_its_first_step_was_not_checked(call: Call, finished_run: RunDir) -> None:
-    with EventWriter(finished_run.events_path) as log:
-        log.append(StepVerified(at=5.0, tokens=0, seconds=1.0, agrees=False, reason="KeyError: 'rope_type'"))
-    assert (
-        "could not be checked against transformers and peft: KeyError: 'rope_type'"
-        in call("attach", "last").out
-    )
 
 
 def test_a_run_is_renamed_and_found_under_its_new_name(call: Call, finished_run: RunDir) -> None:
@@ -287,12 +195,6 @@ def test_deleting_a_run_in_use_needs_another_word(call: Call, finished_run: RunD
     assert refused.code == 2 and "--in-use" in refused.err and run.path.exists()
     assert call("runs", "delete", run.id, "--yes", "--in-use").code == 0 and not run.path.exists()
     os.close(handle)
-
-
-def test_an_empty_name_is_no_run(call: Call, finished_run: RunDir) -> None:
-    assert call("attach", "").code == 2
-    assert call("runs", "delete", "", "--yes").code == 2
-    assert finished_run.path.is_dir()
 
 
 def test_a_run_is_deleted_only_with_yes(call: Call, finished_run: RunDir) -> None:
@@ -349,20 +251,6 @@ def test_a_finished_run_cannot_be_resumed(call: Call, finished_run: RunDir) -> N
     assert "finished" in said.err
 
 
-def test_resume_says_where_a_run_without_a_checkpoint_begins(
-    call: Call, finished_run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    write_status(finished_run, Status(state="failed", at=4.0))
-    assert "restarts: it has no checkpoint" in call("resume", finished_run.id).out
-
-
-def test_an_empty_prompt_is_not_asked(call: Call, finished_run: RunDir) -> None:
-    said = call("chat", finished_run.id, "--prompt", " ")
-    assert said.code == 2
-    assert "The prompt is empty." in said.err
-
-
 @pytest.mark.parametrize("model", ["acme/tiny", "/models/tiny-Q4_K_M.gguf"])
 def test_evaluate_prints_the_command_of_lm_eval_for_the_adapter(call: Call, model: str) -> None:
     run = create_run(Recipe(name="owls", model=Model(id=model)))
@@ -381,17 +269,6 @@ def test_rows_of_a_folder_are_named_with_their_file(call: Call, tmp_path: Path) 
     assert "(row 2 of b.jsonl)" in call("data", "inspect", str(tmp_path)).out
 
 
-def test_a_learning_rate_needs_a_value_and_other_requests_none(call: Call, finished_run: RunDir) -> None:
-    assert call("ask", finished_run.id, "learning-rate").code == 2
-    assert call("ask", finished_run.id, "evaluate", "3").code == 2
-
-
-def test_the_app_needs_a_terminal_and_says_so(call: Call) -> None:
-    said = call()
-    assert said.code == 2
-    assert "terminal" in said.err
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_trainers")
 def test_a_family_without_a_formula_is_traced_on_request(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,11 +283,6 @@ def test_a_family_without_a_formula_is_traced_on_request(call: Call, monkeypatch
     assert trace["items"]["step"]["traced"] > trace["items"]["gradients"]["traced"] > 0
     assert "no formula: the step was traced" in nf4["notes"][0]
     assert said.json["precisions"]["fp16"]["notes"][0].endswith("estimated as Llama's.")
-
-
-def test_a_trace_that_cannot_be_had_is_a_problem(call: Call, qwen: Path) -> None:
-    said = call("estimate", "--model", str(qwen), "--trace", "--set", "quantization.method=int8")
-    assert said.code == 1 and "An int8 step cannot be traced" in said.err
 
 
 def test_json_lists_hub_models_that_cannot_be_trained(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,10 +308,3 @@ def test_an_unknown_command_is_answered_with_the_closest(call: Call) -> None:
     assert "'esitmate' is not a command." in said.err
     assert "Did you mean `qlora-tui estimate`?" in said.err
     assert "Did you mean" not in call("zzz").err
-
-
-def test_resuming_a_finished_run_says_what_to_do_instead(call: Call) -> None:
-    run = write_fake_run(FakeRun(name="done", state="finished", steps=10, total=10))
-    said = call("resume", run.id)
-    assert said.code == 2
-    assert "qlora-tui chat done" in said.err and "qlora-tui train" in said.err

@@ -16,26 +16,13 @@ from qlora_tui.recipe.fields import (
     SettingChange,
     diff_recipes,
     fields,
-    format_exact,
     format_value,
     get_setting,
     replace_setting,
-    sections,
     source_fields,
 )
 from qlora_tui.recipe.schema import Data, Lora, Recipe, Source, Training
 from tests.recipe.strategies import recipes, values
-
-
-def test_every_setting_has_a_label_and_a_line_of_help() -> None:
-    for field in [*fields().values(), *source_fields().values()]:
-        assert field.label != field.path and field.help.endswith("."), field.path
-        assert "\n" not in field.help
-
-
-def test_settings_come_section_by_section() -> None:
-    assert sections() == ("model", "quantization", "lora", "data", "training")
-    assert list(fields())[:3] == ["name", "note", "model.id"]
 
 
 def test_defaults_are_those_of_the_recipe() -> None:
@@ -77,16 +64,6 @@ def test_a_setting_is_changed_and_read_back(data: st.DataObject) -> None:
     changed = replace_setting(Recipe(), field.path, value)
     assert get_setting(changed, field.path) == value
     assert msgspec.convert(msgspec.to_builtins(changed), Recipe) == changed
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_a_number_in_words_is_exact(value: float) -> None:
-    assert float(format_exact(value).replace(",", "")) == value
-
-
-def test_what_zero_means_is_a_few_words() -> None:
-    meanings = [field.zero_meaning for field in fields().values()]
-    assert all(len(meaning) <= 24 and ";" not in meaning for meaning in meanings), meanings
 
 
 def test_changes_come_in_the_order_of_declaration() -> None:

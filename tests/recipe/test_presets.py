@@ -44,22 +44,8 @@ def test_a_shipped_preset_survives_the_round_trip(name: str) -> None:
     assert toml.to_recipe(toml.parse(toml.dump(recipe), name)) == recipe
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_preset_explains_every_line(name: str) -> None:
-    lines = presets.find_preset(name).path.read_text().splitlines()
-    settings = [line for line in lines if " = " in line and not line.startswith(("#", "note"))]
-    assert settings and all(" # " in line for line in settings)
-
-
 def test_balanced_states_the_defaults() -> None:
     assert presets.find_preset("balanced").recipe() == Recipe()
-
-
-def test_paper_is_the_papers() -> None:
-    recipe = presets.find_preset("paper").recipe()
-    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (64, 16.0, 0.1)
-    assert (recipe.training.lr_scheduler, recipe.training.max_grad_norm) == ("constant", 0.3)
-    assert (recipe.training.optimizer, recipe.effective_batch) == ("paged_adamw_32bit", 16)
 
 
 def test_a_users_preset_hides_the_shipped_one() -> None:
@@ -77,12 +63,6 @@ def test_a_broken_preset_is_listed_with_its_problem() -> None:
     assert sorted(broken) == ["folder", "latin", "typo"]
     with pytest.raises(UserError, match=r"typo\.toml, line 2: lora\.rnak"):
         broken["typo"].recipe()
-
-
-def test_hidden_and_other_files_are_no_presets() -> None:
-    (paths.user_presets_dir() / ".half.toml").touch()
-    (paths.user_presets_dir() / "notes.txt").touch()
-    assert [preset.name for preset in presets.list_presets()] == SHIPPED
 
 
 def test_a_file_name_that_is_not_text_is_tolerated() -> None:

@@ -9,8 +9,6 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from qlora_tui import paths
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.metrics import GpuMetrics
@@ -339,9 +337,3 @@ def _output(what: FakeRun) -> list[str]:
         "Map: 10%|#         |\rMap: 100%|##########|",
         "02:14:00 training",
     ]
-
-
-def with_reading(sample: Reading, **changes: object) -> Reading:
-    """The same second with other readings of the GPU."""
-    assert sample.gpu is not None
-    return msgspec.structs.replace(sample, gpu=msgspec.structs.replace(sample.gpu, **changes))

@@ -217,18 +217,8 @@ async def test_one_key_copies_the_last_answer(key: str, text: str, monkeypatch: 
         assert len(copied) == 1 and copied[0].startswith(text)
 
 
-def saved_turn(prompt: str) -> ChatTurn:
-    turn = ChatTurn(prompt, (ADAPTER,))
-    turn.answers[ADAPTER].text = "Yes."
-    return turn
-
-
 WHY = "I look at the ticket:\n\n1. It was sorted on Sunday.\n2. It left **Oslo** on Monday."
 THOUGHT = msgspec.structs.replace(OUTCOME, thought=WHY, thought_tokens=340, thought_s=12.3)
-CUT = msgspec.structs.replace(
-    OUTCOME, text="", thought="Okay, the", thought_tokens=512, thought_s=20.1, thought_ended=False,
-    ending="most tokens",
-)  # fmt: skip
 SWITCH = ThinkingSupport(kind="switch", variable="enable_thinking", default="on")
 
 

@@ -46,13 +46,6 @@ def open_on(mode: str, *, model: str = "", gpu_gib: float = 24.0, **settings: An
     return _first_shown(mode)(Settings(gpu_memory_gib=gpu_gib, **settings))
 
 
-def open_with_gpu(mode: str, *, model: str) -> QloraApp:
-    """Open a screen with the GPU that NVML reports."""
-    app = _first_shown(mode)()
-    app.workbench.set("model.id", model)
-    return app
-
-
 def _first_shown(mode: str) -> type[QloraApp]:
     # Textual looks for a style sheet beside the class's own file.
     styles = Path(app_module.__file__).with_name("app.tcss")
