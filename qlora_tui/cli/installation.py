@@ -34,7 +34,6 @@ KINDS = {
     "task-answers": "answers of bases and adapters to validation prompts, read by later evaluations",
     "configs": "config.json of Hub models, for estimates",
     "findings": "checks of data files",
-    "uploads": "exports that are not on the Hub yet; without them an interrupted upload starts over",
 }
 """Folders of the cache, and what is in them."""
 _NAMES = {
@@ -46,7 +45,6 @@ _NAMES = {
     "task-answers": r".+-[0-9a-f]{16}\.jsonl",
     "configs": r".+\.json",
     "findings": r"[0-9a-f]{32}\.json",
-    "uploads": r"[0-9a-f]{16}",
 }
 """Names that this program gives to what it puts there. Anything else is neither listed nor deleted."""
 SHELLS = ("bash", "zsh", "fish")

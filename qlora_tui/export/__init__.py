@@ -6,7 +6,7 @@
 the base weights that ``base_choice`` picks, and ``proof`` compares each with the trained model's answers
 through ``llama_cpp``. ``reference`` chooses the validation rows and has these answers. ``ollama_export`` adds
 a Modelfile, whose TEMPLATE ``ollama_template`` writes and ``go_template`` renders. ``adapter_folder`` copies
-an adapter that vLLM can serve. ``hub_export`` uploads what ``upload_files`` writes (adapter, model or GGUF
-file) with the jobs of ``hub_upload``. ``unfinished_files`` names files once they are complete. ``gguf_chat``
+an adapter that vLLM can serve. ``hub`` uploads an adapter, model or GGUF file with the jobs of
+``hub_upload``. ``unfinished_files`` names files once they are complete. ``gguf_chat``
 lets a written file answer in the chat.
 """

@@ -1,4 +1,4 @@
-"""Upload to the Hub, by jobs that :mod:`qlora_tui.export.hub_export` starts.
+"""Upload to the Hub, by jobs that :mod:`qlora_tui.export.hub` starts.
 
 The process that exports is offline, and holds torch and the model; that of a job has neither. The token is
 read as ``huggingface_hub`` does (``HF_TOKEN``, or the file of ``hf auth login``), and never written: messages
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from qlora_tui.catalog.hub import endpoint, network_error, translate_hub_errors
+from qlora_tui.catalog.hub import endpoint, translate_hub_errors
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.worker import Report
@@ -32,8 +31,7 @@ TAG = "qlora-tui"
 """Tag of every model card that this program writes."""
 _LEFT_BY_THE_HUB = ".gitattributes"
 _TIMEOUT_S, _CONNECT_TIMEOUT_S = 120, 15
-_MAX_BUSY = 4
-"""Most answers that another operation is in progress: ``HfApi`` asks again without a pause or an end."""
+_AGAIN = "Run the same command again: files already sent are not sent again."
 
 
 class Prepared(Struct, frozen=True):
@@ -52,10 +50,6 @@ class Uploaded(Struct, frozen=True):
 
     url: str
     commit: str
-
-
-class _StillBusy(Exception):
-    pass
 
 
 def prepare(repo_name: str, is_public: bool, base: str) -> Prepared:
@@ -108,7 +102,7 @@ def upload(repo: str, folder: Path, message: str, report: Report) -> Uploaded:
     api = HfApi(endpoint=endpoint())
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
-    with _translated(repo, has_begun=True):
+    with _translated(repo):
         parent = api.model_info(repo).sha
         operations = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
@@ -123,106 +117,66 @@ def upload(repo: str, folder: Path, message: str, report: Report) -> Uploaded:
 
 
 @contextmanager
-def _translated(repo: str, *, has_begun: bool = False) -> Iterator[None]:
-    """Convert exceptions to UserError; ``has_begun``: files may have been sent."""
+def _translated(repo: str) -> Iterator[None]:
+    """Convert exceptions to UserError."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        with translate_hub_errors(repo):
-            try:
-                yield
-            except UserError:
-                raise
-            except _StillBusy:
-                raise _conflict(repo) from None
-            except Exception as error:
-                cause = _cause(error)
-                if isinstance(cause, HfHubHTTPError):
-                    if (problem := _refusal(cause.response.status_code, repo)) is not None:
-                        raise problem from None
-                elif isinstance(cause, (network_error(), ConnectionError)):
-                    if has_begun:
-                        raise _interrupted(type(cause).__name__) from None
-                elif not isinstance(cause, OSError) and not _is_offline(cause):
-                    raise _unknown(error) from None
-                raise cause from None
-    except UserError as problem:
-        raise problem from None
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the exception that the client wrapped."""
-    while error.__cause__ is not None and isinstance(error, RuntimeError):
-        error = error.__cause__
-    return error
-
-
-def _is_offline(error: BaseException) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    return isinstance(error, OfflineModeIsEnabled)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # The client wraps what it meets while it sends a file.
+        cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
+        if isinstance(cause, HfHubHTTPError) and (problem := _refusal(cause.response.status_code, repo)):
+            raise problem from None
+        try:
+            with translate_hub_errors(repo):
+                raise cause
+        except UserError as problem:
+            raise problem from None
+        except Exception:
+            # Not its text: it may hold a signed address.
+            raise UserError(
+                "The upload failed",
+                what=f"The Hub's client ended with {type(cause).__name__}.",
+                why="The Hub answered in a way that it does not know, or refused a file.",
+                fix=_AGAIN,
+            ) from None
 
 
 def _refusal(status: int, repo: str) -> UserError | None:
-    if status == 401:
-        return UserError(
-            "Hugging Face token rejected",
-            what="The Hub does not accept the token on this machine.",
-            why="It has expired or was revoked, or HF_TOKEN is wrong.",
-            fix="Log in again with `hf auth login`, then run the same command.",
-        )
-    if status == 403:
-        return UserError(
-            "No permission to write to the repository",
-            what=f"The token on this machine may not write to {repo}.",
-            why="It can only read, or the name belongs to another account.",
-            fix=f"Create a token that can write on {endpoint()}/settings/tokens, or use a name of your own.",
-        )
-    if status in (409, 412):
-        return _conflict(repo)
-    if status == 413:
-        return UserError(
-            "Too large for the Hub",
-            what=f"The Hub does not accept a file of this size for {repo}.",
-            why="A file is over its limit, or the storage of the account is full.",
-            fix="Choose a smaller --quant, or free some storage on the Hub.",
-        )
-    if status >= 500:
-        return UserError(
-            "Hub server error",
-            what=f"The Hub answered with status {status}, several times.",
-            why="Files that were sent completely stay there.",
-            fix="Run the same command in a few minutes: it continues.",
-        )
+    """Return the error for a status that means something else to who writes than to who reads."""
+    match status:
+        case 401:
+            return UserError(
+                "Hugging Face token rejected",
+                what="The Hub does not accept the token on this machine.",
+                why="It has expired or was revoked, or HF_TOKEN is wrong.",
+                fix="Log in again with `hf auth login`, then run the same command.",
+            )
+        case 403:
+            return UserError(
+                "No permission to write to the repository",
+                what=f"The token on this machine may not write to {repo}.",
+                why="It can only read, or the name belongs to another account.",
+                fix=f"Create a token that can write on {endpoint()}/settings/tokens, or use another name.",
+            )
+        case 409 | 412:
+            return UserError(
+                "The repository is being changed by something else",
+                what=f"The Hub reports a conflict on {repo}.",
+                why="Another upload to it, or to this account, is in progress.",
+                fix=f"Wait until it ends. {_AGAIN}",
+            )
+        case 413:
+            return UserError(
+                "Too large for the Hub",
+                what=f"The Hub does not accept a file of this size for {repo}.",
+                why="A file is over its limit, or the storage of the account is full.",
+                fix="Choose a smaller --quant, or free some storage on the Hub.",
+            )
     return None
-
-
-def _conflict(repo: str) -> UserError:
-    return UserError(
-        "The repository is being changed by something else",
-        what=f"The Hub reports a conflict on {repo}.",
-        why="Another upload to it, or to this account, is in progress.",
-        fix="Wait until it ends, then run the same command: files already sent are not sent again.",
-    )
-
-
-def _interrupted(reason: str) -> UserError:
-    return UserError(
-        "The upload was interrupted",
-        what=f"The connection to {endpoint()} broke, and did not come back ({reason}).",
-        why="The network is down, or a firewall or proxy is in the way.",
-        fix="Run the same command again: files already sent are not sent again.",
-    )
-
-
-def _unknown(error: BaseException) -> UserError:
-    # Not its text: it may hold a signed address.
-    return UserError(
-        "The upload failed",
-        what=f"The Hub's client ended with {type(_cause(error)).__name__}.",
-        why="The Hub answered in a way that it does not know, or refused a file.",
-        fix="Run the same command again: files already sent are not sent again.",
-    )
 
 
 def _configure_client() -> None:
@@ -233,25 +187,10 @@ def _configure_client() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     if not sys.stderr.isatty():
         disable_progress_bars()
-    default = get_session()
-    hooks, timeout = default.event_hooks, type(default.timeout)(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
-    kind, busy = type(default), 0
-
-    def count_busy(response: Any) -> None:
-        nonlocal busy
-        if response.status_code != 409 or not response.url.path.endswith("/repos/create"):
-            return
-        busy += 1
-        if busy > _MAX_BUSY:
-            raise _StillBusy
-        if busy > 1:
-            time.sleep(1)
+    default: Any = get_session()
+    timeout = type(default.timeout)(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
 
     def client() -> Any:
-        return kind(
-            event_hooks={**hooks, "response": [*hooks["response"], count_busy]},
-            follow_redirects=True,
-            timeout=timeout,
-        )
+        return type(default)(event_hooks=default.event_hooks, follow_redirects=True, timeout=timeout)
 
     set_client_factory(client)
