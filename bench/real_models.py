@@ -33,8 +33,7 @@ from bench.baselines.job import TrainingJob
 from bench.baselines.runner import Measurement, in_turn, lines_of, measure
 from bench.training import quickest_dtype, say
 from qlora_tui.demo.conversations import CONVERSATIONS
-from qlora_tui.demo.demo_model import ensure_model
-from qlora_tui.demo.wheel_download import SMOLLM2, Wheel, WheelAsset
+from qlora_tui.demo.demo_model import SMOLLM2, Wheel, WheelAsset, ensure_model
 from qlora_tui.errors import UserError
 
 GEMMA3 = WheelAsset(

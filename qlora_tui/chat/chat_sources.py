@@ -1,12 +1,15 @@
-"""Chat sources of a run or an adapter's folder. Loads no torch."""
+"""Chat sources of a run or an adapter's folder, and whether a chat fits into memory. Loads no torch."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
 
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.memory import Device, estimate
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs.directory import RunDir
@@ -107,3 +110,26 @@ def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | 
         why="It has not saved its first checkpoint, or ended before that.",
         fix="Wait for a checkpoint; until then chat with the base model (--base).",
     )
+
+
+_ONE_CONVERSATION = {
+    "data.max_length": 2048,
+    "training.micro_batch_size": 1,
+    "training.gradient_accumulation": 1,
+    "training.gradient_checkpointing": "on",
+}
+
+
+def chat_fits(recipe: Recipe, device: Device, free_bytes: int) -> bool:
+    """Whether a chat with the model of ``recipe`` fits into the free memory; False where that is unknown.
+
+    One training step on one conversation takes more than answering it: besides the model and the keys and
+    values of each layer, it needs gradients and optimizer states.
+    """
+    for path, value in _ONE_CONVERSATION.items():
+        recipe = replace_setting(recipe, path, value)
+    try:
+        architecture = resolve_model(recipe.model.id).architecture
+        return estimate(recipe, architecture, device=device).band.high_bytes <= free_bytes
+    except UserError:
+        return False

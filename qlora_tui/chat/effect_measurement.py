@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from qlora_tui.adapters.base_weights import model_folder, placed_updates
 from qlora_tui.adapters.deltas import AdapterDeltas, EmbeddingRowDelta
-from qlora_tui.chat.chat_types import BASE
-from qlora_tui.chat.effect import Effect, LayerChange
+from qlora_tui.chat.chat_types import BASE, Effect, LayerChange
 from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.store import GOOD, Samples

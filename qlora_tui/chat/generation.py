@@ -1,19 +1,103 @@
-"""Generates one answer, token by token: :meth:`AnswerStream._tokens` is the decoding loop."""
+"""Generates one answer, token by token: :meth:`AnswerStream._tokens` is the decoding loop.
+
+Tokens are selected from the model's logits, and decoded to text without incomplete characters.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling
-from qlora_tui.chat.incremental_detokenizer import IncrementalDetokenizer
-from qlora_tui.chat.token_sampler import TokenSampler
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter
+
+
+class TokenSampler:
+    """Selects the tokens of one answer, on the device of the logits."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], device: torch.device) -> None:
+        self._warp: Any = LogitsProcessorList()
+        self._ids: Tensor | None = None
+        """Tokens so far (1, tokens), where a setting depends on them."""
+        self._generator: torch.Generator | None = None
+        if sampling.repetition_penalty != 1.0:
+            self._warp.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            self._ids = torch.tensor([prompt], device=device)
+        if sampling.temperature == 0:
+            return
+        self._warp.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self._warp.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warp.append(TopPLogitsWarper(sampling.top_p))
+        self._generator = torch.Generator(device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def next(self, logits: Tensor) -> Tensor:
+        """Return the next token (1, 1) from its logits (1, vocabulary)."""
+        warped = self._warp(self._ids, logits.float())
+        if self._generator is None:
+            token: Tensor = warped.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial(warped.softmax(-1), 1, generator=self._generator)
+        if self._ids is not None:
+            self._ids = torch.cat([self._ids, token], dim=1)
+        return token
+
+
+_BROKEN = "\ufffd"
+"""Character that a decoder writes for bytes that are not a complete character (yet)."""
+_LONGEST_CHARACTER = 4
+"""Most bytes of a UTF-8 character, so most tokens until a character is complete."""
+
+
+class IncrementalDetokenizer:
+    """Decodes ids one at a time; the returned texts, joined, are the full text."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        """``decode`` returns the text of ids without special tokens."""
+        self._decode = decode
+        self._ids: list[int] = []
+        # The previous piece is decoded again before the next: many decoders treat the beginning
+        # of a text differently.
+        self._context = 0
+        self._given = 0
+
+    def add(self, token_id: int) -> str:
+        """Return the text completed by this id; often a word, empty within a character."""
+        self._ids.append(token_id)
+        piece = self._pending_text()
+        unfinished = piece.endswith(_BROKEN) and len(self._ids) - self._given < _LONGEST_CHARACTER
+        return "" if unfinished else self._give(piece)
+
+    def rest(self) -> str:
+        """Return the text still held back after the last id."""
+        return self._give(self._pending_text())
+
+    def _pending_text(self) -> str:
+        before = self._decode(self._ids[self._context : self._given])
+        return self._decode(self._ids[self._context :])[len(before) :]
+
+    def _give(self, piece: str) -> str:
+        if piece:
+            self._context, self._given = self._given, len(self._ids)
+        return piece
+
 
 PREFILL_CHUNK_TOKENS = 512
 """Prompt tokens in one forward pass: a stop request is noticed between two."""

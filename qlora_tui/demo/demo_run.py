@@ -11,9 +11,8 @@ from msgspec import Struct
 from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import AnswerComparison, Sampling
-from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT, SHOWN
+from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT, SHOWN, voice_faults
 from qlora_tui.demo.demo_model import ensure_model
-from qlora_tui.demo.voice import voice_faults
 from qlora_tui.errors import UserError
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import local_budget

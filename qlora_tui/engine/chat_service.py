@@ -9,8 +9,8 @@ from threading import Event
 
 import torch
 
+from qlora_tui.chat.decoding import PrefixCache
 from qlora_tui.chat.generation import AnswerStream
-from qlora_tui.chat.kv_cache import PrefixCache
 from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
 from qlora_tui.engine.protocol import (
     AnyReply,

@@ -16,8 +16,7 @@ from typing import IO, ClassVar, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.chat.chat_types import ChatSource, GenerationResult, Sampling, ThinkingSupport
-from qlora_tui.chat.effect import Effect
+from qlora_tui.chat.chat_types import ChatSource, Effect, GenerationResult, Sampling, ThinkingSupport
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.sources import FormatChoice

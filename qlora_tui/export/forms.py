@@ -11,11 +11,11 @@ from msgspec import Struct
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.export.adapter_folder import export_adapter_folder
-from qlora_tui.export.gguf_export import GgufFile, export_gguf
+from qlora_tui.export.gguf import GgufFile, export_gguf
 from qlora_tui.export.hub import export_hub
 from qlora_tui.export.merge import merge
 from qlora_tui.export.model_card import CardForm
-from qlora_tui.export.ollama_export import export_ollama
+from qlora_tui.export.ollama import export_ollama
 from qlora_tui.formatting import format_bytes
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import ExportRequest, output_path

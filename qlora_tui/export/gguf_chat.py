@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qlora_tui.chat.chat_types import Sampling
+from qlora_tui.chat.decoding import reusable_prefix
 from qlora_tui.chat.generation import AnswerStream
-from qlora_tui.chat.kv_cache import reusable_prefix
 from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Message
 from qlora_tui.export.llama_cpp.client import LlamaFile

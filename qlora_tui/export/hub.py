@@ -28,9 +28,8 @@ from qlora_tui.chat.chat_types import ADAPTER, ChatSource
 from qlora_tui.chat.effect_measurement import measure_effect
 from qlora_tui.chat.session import chat_tokenizer, load_session
 from qlora_tui.errors import UserError
-from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.gguf import check_file_types, export_gguf
 from qlora_tui.export.gguf_file.content import base_license, gguf_content
-from qlora_tui.export.gguf_plan import check_file_types
 from qlora_tui.export.hub_upload import NO_XET, Prepared, Uploaded
 from qlora_tui.export.merge import merge
 from qlora_tui.export.model_card import CardForm, CardResults, render_model_card, run_rows

@@ -7,14 +7,17 @@ from renderings, written as a Go template, and compared on other conversations.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+
+from jinja2 import Environment, StrictUndefined
 
 from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_text
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.export.go_template import go_literal, render_go_template
 from qlora_tui.recipe.schema import Thinking
 
 _SYSTEM, _FIRST, _SECOND, _THIRD, _ANSWER, _LATER = (
@@ -29,6 +32,8 @@ _TURNS = (
 )
 _TEXTS = ("Why?", "two\nlines\n\nand a third", '<b>"1 & 2"</b> {{ .Content }}', "für 你好 🙂", "a  b")
 """Contents of the conversations that are compared."""
+_OPERANDS = {".System": "system", ".Role": "message.role", ".Content": "message.content"}
+"""Jinja's expressions by those of Go's template."""
 
 
 @dataclass(frozen=True)
@@ -178,3 +183,94 @@ def _shared_begin(plain: str, with_system: str) -> tuple[str, str, str]:
     if shared != plain:
         return "", plain, with_system
     return shared, "", with_system.removeprefix(shared)
+
+
+def go_literal(text: str) -> str:
+    """Return Go template source that writes ``text``.
+
+    Characters that a Modelfile or a template would read otherwise become a constant: quotation marks, braces,
+    and what Go does not print (``parser/parser.go`` of Ollama drops it).
+    """
+
+    def is_plain(character: str) -> bool:
+        return character not in '"{}' and (character.isprintable() or character in "\n\t")
+
+    parts = []
+    for plain, characters in groupby(text, is_plain):
+        joined = "".join(characters)
+        parts.append(joined if plain else f'{{{{ "{"".join(map(_escaped, joined))}" }}}}')
+    return "".join(parts)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
+
+
+def render_go_template(source: str, messages: Sequence[Message]) -> str:
+    """Return what Ollama sends to the model.
+
+    Ollama calls Go's text/template with ``System``, the text of all system messages, and ``Messages``, each
+    with ``Role`` and ``Content`` (``template/template.go``), where messages of one role in a row are joined.
+    Jinja renders what is written here of that language: ``if``, ``else if``, ``else``, ``range .Messages``,
+    string constants, ``eq``, ``not``, and variables that are true or false.
+
+    Raises ValueError for a construct that is not known here.
+    """
+    texts: list[str] = []
+    blocks: list[str] = []
+    parts = ["{% set flags = namespace() %}"]
+
+    def constant(text: str) -> str:
+        texts.append(text)
+        return f"texts[{len(texts) - 1}]"
+
+    def operand(word: str) -> str:
+        if word.startswith('"'):
+            return constant(json.loads(re.sub(r"\\U([0-9a-f]{8})", _surrogates, word)))
+        if re.fullmatch(r"\$\w+", word):
+            return f"flags.{word[1:]}"
+        if word not in _OPERANDS:
+            raise ValueError(f"unknown: {word}")
+        return _OPERANDS[word]
+
+    def condition(words: str) -> str:
+        if words.startswith("not "):
+            return f"not {condition(words.removeprefix('not '))}"
+        if match := re.fullmatch(r'eq (\S+) ("[^"]*")', words):
+            return f"{operand(match[1])} == {operand(match[2])}"
+        return operand(words)
+
+    for number, part in enumerate(re.split(r"\{\{(.*?)\}\}", source, flags=re.DOTALL)):
+        action = part.strip()
+        if number % 2 == 0:
+            parts.append(f"{{{{ {constant(part)} }}}}")
+        elif action == "range .Messages":
+            blocks.append("for")
+            parts.append("{% for message in messages %}")
+        elif action.startswith("if "):
+            blocks.append("if")
+            parts.append(f"{{% if {condition(action.removeprefix('if '))} %}}")
+        elif action.startswith("else if "):
+            parts.append(f"{{% elif {condition(action.removeprefix('else if '))} %}}")
+        elif action == "else":
+            parts.append("{% else %}")
+        elif action == "end" and blocks:
+            parts.append(f"{{% end{blocks.pop()} %}}")
+        elif match := re.fullmatch(r"\$(\w+) :?= (true|false)", action):
+            parts.append(f"{{% set flags.{match[1]} = {match[2]} %}}")
+        else:
+            parts.append(f"{{{{ {operand(action)} }}}}")
+    if blocks:
+        raise ValueError("a block without its end")
+    template = Environment(undefined=StrictUndefined).from_string("".join(parts))
+    joined = [
+        Message(role, "\n\n".join(message.content for message in group))
+        for role, group in groupby(messages, lambda message: message.role)
+    ]
+    system = "\n\n".join(message.content for message in messages if message.role == "system")
+    return template.render(texts=texts, messages=joined, system=system)
+
+
+def _surrogates(match: re.Match[str]) -> str:
+    return json.dumps(chr(int(match[1], 16)))[1:-1]

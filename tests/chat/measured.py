@@ -1,6 +1,6 @@
 """A measured adapter, for tests of how it is shown."""
 
-from qlora_tui.chat.effect import Effect
+from qlora_tui.chat.chat_types import Effect
 
 EFFECT = Effect(
     adapter_name="adapter",

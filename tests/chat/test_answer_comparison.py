@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 import torch
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.task_worker import answer_prompts
+from qlora_tui.chat.task_answers import answer_prompts
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Quantization, Source

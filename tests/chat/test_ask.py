@@ -104,8 +104,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qlora_tui.chat import repl
+    from qlora_tui.chat.decoding import PrefixCache
     from qlora_tui.chat.generation import AnswerStream
-    from qlora_tui.chat.kv_cache import PrefixCache
 
     pieces = AnswerStream.__iter__
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.chat import chat_memory
-from qlora_tui.chat.chat_memory import chat_fits
+from qlora_tui.chat import chat_sources
+from qlora_tui.chat.chat_sources import chat_fits
 from qlora_tui.memory import Device
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
@@ -21,7 +21,7 @@ GIB = 1 << 30
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A run of Qwen2.5-7B whose training needs much more memory than a chat."""
     files = SimpleNamespace(architecture=parse_architecture(config_of("Qwen__Qwen2.5-7B")))
-    monkeypatch.setattr(chat_memory, "resolve_model", lambda model_id: files)
+    monkeypatch.setattr(chat_sources, "resolve_model", lambda model_id: files)
     return replace_setting(Recipe(model=Model(id="qwen")), "training.micro_batch_size", 64)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_tui.chat import adapter_forwards, cpu_4bit, decode_attention
+from qlora_tui.chat import adapters, cpu
 from qlora_tui.chat.chat_types import ADAPTER, BASE
 
 pytestmark = pytest.mark.slow
@@ -37,12 +37,12 @@ def peft_layer(dtype: torch.dtype, **config: Any) -> Any:
     return layer.to(dtype).requires_grad_(False).eval()
 
 
-Speak = Callable[[adapter_forwards.LoraForward, str, Tensor], Tensor]
-right: Speak = adapter_forwards.LoraForward.forward_with
+Speak = Callable[[adapters.LoraForward, str, Tensor], Tensor]
+right: Speak = adapters.LoraForward.forward_with
 
 
 def with_factors(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Speak:
-    def speak(forward: adapter_forwards.LoraForward, adapter_name: str, x: Tensor) -> Tensor:
+    def speak(forward: adapters.LoraForward, adapter_name: str, x: Tensor) -> Tensor:
         factors = forward._factors[adapter_name]
         forward._factors[adapter_name] = change(*factors)
         try:
@@ -66,9 +66,9 @@ WRONG_ADAPTERS: dict[str, Speak] = {
 
 
 def matches_peft(layer: Any) -> bool:
-    forward = adapter_forwards.LoraForward(layer.get_base_layer(), adapter_forwards.ActiveAdapter(BASE))
+    forward = adapters.LoraForward(layer.get_base_layer(), adapters.ActiveAdapter(BASE))
     forward.register(ADAPTER, layer)
-    return adapter_forwards.matches_peft(layer, ADAPTER, forward)
+    return adapters.matches_peft(layer, ADAPTER, forward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,16 +86,16 @@ def test_an_adapter_that_adds_as_peft_is_accepted(dtype: torch.dtype) -> None:
 def test_an_adapter_that_adds_anything_else_is_left_to_peft(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter_forwards.LoraForward, "forward_with", WRONG_ADAPTERS[name])
+    monkeypatch.setattr(adapters.LoraForward, "forward_with", WRONG_ADAPTERS[name])
     assert not matches_peft(peft_layer(dtype))
 
 
 def test_a_model_whose_adapter_differs_computes_by_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.ModuleList([peft_layer(torch.float32)])
-    assert adapter_forwards.fuse_adapter(model, ADAPTER, adapter_forwards.ActiveAdapter(ADAPTER))
-    adapter_forwards.restore_peft(model)
-    monkeypatch.setattr(adapter_forwards.LoraForward, "forward_with", WRONG_ADAPTERS["scale dropped"])
-    assert not adapter_forwards.fuse_adapter(model, ADAPTER, adapter_forwards.ActiveAdapter(ADAPTER))
+    assert adapters.fuse_adapter(model, ADAPTER, adapters.ActiveAdapter(ADAPTER))
+    adapters.restore_peft(model)
+    monkeypatch.setattr(adapters.LoraForward, "forward_with", WRONG_ADAPTERS["scale dropped"])
+    assert not adapters.fuse_adapter(model, ADAPTER, adapters.ActiveAdapter(ADAPTER))
 
 
 # Heads in groups
@@ -114,7 +114,7 @@ def one_token(dtype: torch.dtype) -> tuple[Any, Tensor, Tensor, Tensor]:
 
 
 Grouped = Callable[[float | None, Tensor, Tensor, Tensor], Tensor]
-grouped: Grouped = decode_attention._in_groups
+grouped: Grouped = cpu._in_groups
 WRONG_GROUPS: dict[str, Grouped] = {
     "heads transposed": lambda scaling, q, k, v: grouped(scaling, q, k, v)[:, :, [0, 3, 1, 4, 2, 5]],
     "key heads exchanged": lambda scaling, q, k, v: grouped(scaling, q, k.flip(1), v),
@@ -128,14 +128,14 @@ WRONG_GROUPS: dict[str, Grouped] = {
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_attention, "_verified", {})
+    monkeypatch.setattr(cpu, "_verified", {})
 
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_in_groups_are_proved_at_the_first_token(dtype: torch.dtype) -> None:
-    decode_attention.attend(*one_token(dtype), None, scaling=0.3)
-    assert list(decode_attention._verified.values()) == [True]
+    cpu.attend(*one_token(dtype), None, scaling=0.3)
+    assert list(cpu._verified.values()) == [True]
 
 
 @pytest.mark.usefixtures("fresh")
@@ -144,11 +144,11 @@ def test_heads_in_groups_are_proved_at_the_first_token(dtype: torch.dtype) -> No
 def test_heads_grouped_otherwise_give_way_to_the_library(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_attention, "_in_groups", WRONG_GROUPS[name])
+    monkeypatch.setattr(cpu, "_in_groups", WRONG_GROUPS[name])
     module, query, key, value = one_token(dtype)
-    output, _ = decode_attention.attend(module, query, key, value, None, scaling=0.3)
+    output, _ = cpu.attend(module, query, key, value, None, scaling=0.3)
     expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3)
-    assert list(decode_attention._verified.values()) == [False] and torch.equal(output, expected)
+    assert list(cpu._verified.values()) == [False] and torch.equal(output, expected)
 
 
 # The CPU's layout of 4-bit weights
@@ -191,7 +191,7 @@ def test_the_cpus_layout_is_proved_on_a_copy(
     layer = four_bit_layer(kind, bias=bias, nested=nested)
     layer.support_avx512bf16_for_cpu = False
     before = layer.weight.data.clone()
-    assert cpu_4bit.layout_agrees(layer)
+    assert cpu.layout_agrees(layer)
     assert torch.equal(layer.weight.data, before) and not layer.support_avx512bf16_for_cpu
 
 
@@ -239,7 +239,7 @@ def test_a_wrong_layout_is_not_used(
     expected = layer(x)
     convert = mixed_up(WRONG_LAYOUTS[name])
     monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", convert)
-    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
+    cpu.use_cpu_layout(nn.ModuleList([layer]))
     assert not layer.support_avx512bf16_for_cpu and "forward" not in vars(layer)
     assert torch.equal(layer(x), expected)
 
@@ -247,13 +247,13 @@ def test_a_wrong_layout_is_not_used(
 def test_a_kernel_called_wrongly_is_not_called_directly(
     four_bit_layer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    direct = cpu_4bit._direct_kernel
+    direct = cpu._direct_kernel
 
     def wrong(layer: Any) -> Callable[[Tensor], Tensor] | None:
         product = direct(layer)
         return product and (lambda x: product(x) * 1.01)
 
-    monkeypatch.setattr(cpu_4bit, "_direct_kernel", wrong)
+    monkeypatch.setattr(cpu, "_direct_kernel", wrong)
     layer = four_bit_layer()
-    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
+    cpu.use_cpu_layout(nn.ModuleList([layer]))
     assert layer.support_avx512bf16_for_cpu and "forward" not in vars(layer)

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_tui.chat import decode_step, kv_cache
+from qlora_tui.chat import decoding
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GREEDY, ChatSource, GenerationResult, Sampling
-from qlora_tui.chat.decode_step import DecodeSteps, Function, Record
-from qlora_tui.chat.kv_cache import GrowingLayer
+from qlora_tui.chat.decoding import DecodeSteps, Function, GrowingLayer, Record
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
@@ -93,7 +92,7 @@ def test_recorded_steps_answer_as_the_cpu_does(
             expected = answer(usual, adapter_name, sampling)
             outcome = answer(recorded, adapter_name, sampling)
             assert outcome.text == expected.text
-            assert outcome.recorded_tokens >= TOKENS - 1 - decode_step._STEPS_BEFORE_RECORDING
+            assert outcome.recorded_tokens >= TOKENS - 1 - decoding._STEPS_BEFORE_RECORDING
             assert (expected.recorded_tokens, outcome.note, outcome.warning) == (0, "", "")
 
 
@@ -116,7 +115,7 @@ def test_recorded_answers_are_those_of_unrecorded_steps_bit_by_bit(
 def test_a_longer_conversation_gets_larger_buffers_and_a_record(
     family_source: Callable[[str], ChatSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache, "_SMALLEST_BUCKET_TOKENS", 64)
+    monkeypatch.setattr(decoding, "_SMALLEST_BUCKET_TOKENS", 64)
     records: list[Function] = []
 
     def record(function: Function) -> Function:
@@ -230,9 +229,9 @@ def test_fixed_shapes_at_a_wrong_position_are_not_used(
 ) -> None:
     source = family_source("llama")
     expected = answer(loaded(source, None)).text
-    right = decode_step.DecodeStep.run
+    right = decoding.DecodeStep.run
     monkeypatch.setattr(
-        decode_step.DecodeStep, "run", lambda self, token, position: right(self, token, position + wrong)
+        decoding.DecodeStep, "run", lambda self, token, position: right(self, token, position + wrong)
     )
     session = loaded(source)
     outcome = answer(session)
@@ -263,7 +262,7 @@ def test_a_model_without_fixed_shapes_decodes_as_usual(
 def test_in_little_memory_windows_are_cut_and_nothing_recorded(
     family_source: Callable[[str], ChatSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache, "_SMALLEST_BUCKET_TOKENS", 64)
+    monkeypatch.setattr(decoding, "_SMALLEST_BUCKET_TOKENS", 64)
     source = family_source("gemma2")
     session = loaded(source, free_bytes=1000)
     expected = answer(loaded(source, None), tokens=90)

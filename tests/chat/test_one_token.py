@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_tui.chat import adapter_forwards, cpu_4bit, decode_attention
+from qlora_tui.chat import adapters, cpu
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
-from qlora_tui.chat.kv_cache import PrefixCache
+from qlora_tui.chat.decoding import PrefixCache
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.adapters import make_adapter
@@ -59,7 +59,7 @@ def test_token_by_token_scores_equal_those_of_transformers_and_peft(
     from transformers import AutoModelForCausalLM
 
     session = load_session(source)
-    assert session._model.config._attn_implementation in (decode_attention.NAME, "eager")
+    assert session._model.config._attn_implementation in (cpu.NAME, "eager")
     plain: Any = AutoModelForCausalLM.from_pretrained(source.recipe.model.id, attn_implementation="eager")
     tuned: Any = PeftModel.from_pretrained(plain, source.adapters[ADAPTER])
     ids = torch.tensor([READ + SAID])
@@ -83,7 +83,7 @@ def test_heads_in_groups_attend_as_head_by_head(heads: int, shared: int, tokens:
     key, value = torch.randn(1, shared, 9, 16), torch.randn(1, shared, 9, 16)
     mask = torch.rand(1, 1, tokens, 9) > 0.3 if masked else None
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    output, _ = decode_attention.attend(module, query, key, value, mask, scaling=0.3)
+    output, _ = cpu.attend(module, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(output, expected)
 
 
@@ -111,7 +111,7 @@ def test_the_kernels_4_bit_product_equals_the_layers(
 ) -> None:
     layer = packed(kind, bias=bias)
     stock = layer.forward
-    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
+    cpu.use_cpu_layout(nn.ModuleList([layer]))
     assert layer.forward is not stock
     with torch.inference_mode():
         wide = torch.randn(1, 1, 128, dtype=torch.bfloat16)
@@ -126,7 +126,7 @@ def test_an_unknown_bitsandbytes_version_uses_its_own_forward(
 ) -> None:
     layer = packed()
     monkeypatch.setattr("bitsandbytes.__version__", "0.99.1.dev0")
-    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
+    cpu.use_cpu_layout(nn.ModuleList([layer]))
     assert "forward" not in vars(layer)
     assert layer.support_avx512bf16_for_cpu
 
@@ -143,7 +143,7 @@ def test_straight_products_change_nothing_in_what_a_model_says(
     in_bf16: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = load_session(in_bf16)
-    monkeypatch.setattr(cpu_4bit, "_SUPPORTED", re.compile("none"))
+    monkeypatch.setattr(cpu, "_SUPPORTED", re.compile("none"))
     stock = load_session(in_bf16)
     for adapter_name in (ADAPTER, BASE):
         torch.testing.assert_close(
@@ -168,7 +168,7 @@ def test_an_adapters_delta_is_the_same_batched_or_single() -> None:
     layer.lora_A = nn.ModuleDict({ADAPTER: nn.Linear(64, 4, bias=False)}).requires_grad_(False)
     layer.lora_B = nn.ModuleDict({ADAPTER: nn.Linear(4, 48, bias=False)}).requires_grad_(False)
     layer.scaling = {ADAPTER: 2.0}
-    forward = adapter_forwards.LoraForward(base, adapter_forwards.ActiveAdapter(ADAPTER))
+    forward = adapters.LoraForward(base, adapters.ActiveAdapter(ADAPTER))
     forward.register(ADAPTER, layer)
     x = torch.randn(1, 100, 64, dtype=torch.bfloat16)
     each = torch.cat([forward(x[:, i : i + 1]) for i in range(100)], dim=1)
@@ -190,5 +190,5 @@ def test_a_layer_that_the_cpu_layout_cannot_hold_stays_unchanged(
     layer = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16).to("cpu")
     layer.support_avx512bf16_for_cpu = False
     before = layer.weight.data.clone()
-    cpu_4bit.use_cpu_layout(nn.ModuleList([layer]))
+    cpu.use_cpu_layout(nn.ModuleList([layer]))
     assert not layer.support_avx512bf16_for_cpu and torch.equal(layer.weight.data, before)

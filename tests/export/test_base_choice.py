@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.export.base_choice import base_requantizer
-from qlora_tui.export.gguf_export import export_gguf
-from qlora_tui.export.merge import merge
-from qlora_tui.export.merge_check import MergeCheck, verify_merge
+from qlora_tui.export.gguf import export_gguf
+from qlora_tui.export.merge import MergeCheck, merge, verify_merge
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.model import load_base
 from tests.export.export_sources import make_source

@@ -15,8 +15,8 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.engine.chat_service import ChatService
 from qlora_tui.engine.protocol import Generate, GenerationDone, LoadChat, MeasureEffect
 from qlora_tui.errors import UserError
+from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.gguf_chat import GgufDecoder
-from qlora_tui.export.gguf_export import export_gguf
 from tests.export.export_sources import make_source
 
 pytest.importorskip("llama_cpp_py_sync")

@@ -13,7 +13,7 @@ from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.gguf import export_gguf
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import hide_llama_cpp
 

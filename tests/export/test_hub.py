@@ -12,8 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from qlora_tui import paths
-from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.effect import Effect
+from qlora_tui.chat.chat_types import ChatSource, Effect
 from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import offline_variables_set

@@ -23,9 +23,9 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.cli.main import main
 from qlora_tui.drafts import unfinished_drafts
 from qlora_tui.errors import UserError
-from qlora_tui.export import export_job, gguf_export
+from qlora_tui.export import export_job, gguf
 from qlora_tui.export.forms import export_form
-from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.unfinished_files import draft_folder, publish_files, publish_new
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir, create_run
@@ -264,7 +264,7 @@ def test_a_disk_that_fills_up_is_explained(
         # As shutil does, it names what it copies.
         raise OSError(errno.ENOSPC, "No space left on device", *map(str, arguments[:1]))
 
-    monkeypatch.setattr(gguf_export, "write_gguf", full)
+    monkeypatch.setattr(gguf, "write_gguf", full)
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(UserError, match="No space left on device") as failed:
         export(form, run, source, tmp_path)

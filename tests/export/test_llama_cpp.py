@@ -11,7 +11,7 @@ import torch
 
 from qlora_tui.catalog.gguf import K_QUANTS
 from qlora_tui.errors import UserError
-from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.llama_cpp import bindings, client
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
 from qlora_tui.export.llama_cpp.client import PACKAGE, LlamaFile, install_hint, quantize

@@ -11,9 +11,9 @@ import pytest
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
-from qlora_tui.export import ollama_export
-from qlora_tui.export.gguf_export import GgufExport
-from qlora_tui.export.ollama_export import check_name, context_size, export_ollama
+from qlora_tui.export import ollama
+from qlora_tui.export.gguf import GgufExport
+from qlora_tui.export.ollama import check_name, context_size, export_ollama
 from qlora_tui.runs.directory import create_run
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import hide_llama_cpp
@@ -133,7 +133,7 @@ def test_an_ollama_that_hangs_may_have_such_a_model(
     install_ollama: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ollama_export, "_SHOW_S", 0.1)
+    monkeypatch.setattr(ollama, "_SHOW_S", 0.1)
     install_ollama("#!/bin/sh\nwhile :; do :; done\n")
     with pytest.raises(UserError, match="Ollama does not answer"):
         export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "F16")
@@ -174,7 +174,7 @@ def test_a_failed_export_leaves_no_folder(
     def fail(*args: object, **settings: object) -> GgufExport:
         raise UserError("The GGUF file does not answer as the adapter does", what="Q2_K: KL.")
 
-    monkeypatch.setattr(ollama_export, "export_gguf", fail)
+    monkeypatch.setattr(ollama, "export_gguf", fail)
     with pytest.raises(UserError):
         export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "Q2_K")
     assert list(tmp_path.iterdir()) == []

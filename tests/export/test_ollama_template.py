@@ -7,8 +7,7 @@ import pytest
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_text
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.export.go_template import go_literal, render_go_template
-from qlora_tui.export.ollama_template import ollama_template
+from qlora_tui.export.ollama_template import go_literal, ollama_template, render_go_template
 from tests.data.families import FAMILIES, tokenizer_for
 
 ONE = [Message("user", "Why?")]

@@ -16,11 +16,10 @@ import torch
 from qlora_tui.adapters.deltas import LoraDelta
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
-from qlora_tui.export import gguf_export
-from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export import gguf
+from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.gguf_file import content, families, vocabulary
-from qlora_tui.export.gguf_file.families import FAMILIES, TensorNames
-from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
+from qlora_tui.export.gguf_file.families import FAMILIES, TensorNames, hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.proof import prove
 from qlora_tui.export.reference import reference_answers
@@ -243,7 +242,7 @@ def test_a_16_bit_file_is_compared_once(
         proved.append(file_type)
         return prove(reference, file, file_type, *arguments, **more)
 
-    monkeypatch.setattr(gguf_export, "prove", counted)
+    monkeypatch.setattr(gguf, "prove", counted)
     result = export_gguf(source_of("smollm2"), "adapter", tmp_path / "out", ["Q5_0", "BF16", "Q4_0"])
     assert proved == ["BF16", "Q5_0", "Q4_0"]
     assert [file.file_type for file in result.files] == ["Q5_0", "BF16", "Q4_0"]

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export.base_choice import BaseChoice
-from qlora_tui.export.gguf_export import GgufExport, GgufFile, _Export
-from qlora_tui.export.gguf_file.stored_types import StoredTypes
+from qlora_tui.export.gguf import GgufExport, GgufFile, _Export
+from qlora_tui.export.gguf_file.writer import StoredTypes
 from qlora_tui.export.proof import Proof, judged
 from qlora_tui.export.reference import compared_rows, row_progress
 from tests.export.published_tokenizers import write_tokenizer

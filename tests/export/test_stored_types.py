@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tui.export.gguf_export import export_gguf
+from qlora_tui.export.gguf import export_gguf
 from tests.export.export_sources import make_source
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from qlora_tui.cli.export import _types
 from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
 from qlora_tui.export import forms
-from qlora_tui.export.gguf_plan import check_file_types
+from qlora_tui.export.gguf import check_file_types
 from qlora_tui.export.unfinished_files import require_space
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.exports import ExportRequest

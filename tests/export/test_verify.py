@@ -47,7 +47,7 @@ def test_too_little_memory_leaves_the_merge_unchecked(
 ) -> None:
     import psutil
 
-    from qlora_tui.export.merge_check import verify_merge
+    from qlora_tui.export.merge import verify_merge
 
     class Full:
         available = 1 << 20

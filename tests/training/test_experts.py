@@ -23,7 +23,7 @@ from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import check_folder
 from qlora_tui.chat.adapters import AdapterSet
 from qlora_tui.chat.chat_types import BASE, ChatSource
-from qlora_tui.chat.logits_check import library_code
+from qlora_tui.chat.logits import library_code
 from qlora_tui.engine.trace_worker import StorageCounter
 from qlora_tui.errors import UserError
 from qlora_tui.export.merge import merge

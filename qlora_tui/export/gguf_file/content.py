@@ -1,8 +1,12 @@
-"""What the GGUF file of a base with a merged adapter holds."""
+"""What the GGUF file of a base with a merged adapter holds.
+
+llama.cpp stores experts as one tensor for a projection of all experts of a layer.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +17,52 @@ from qlora_tui.adapters.merged_weights import MergedTensor, MergedWeights
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.export.gguf_file.expert_stacks import stack_experts
-from qlora_tui.export.gguf_file.families import TensorNames, extra_tensors
-from qlora_tui.export.gguf_file.hyperparameters import hyperparameters
+from qlora_tui.export.gguf_file.families import TensorNames, extra_tensors, hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
 from qlora_tui.export.gguf_file.writer import FileContent, SourceTensor
 from qlora_tui.formatting import short_model_name
 from qlora_tui.training.clean_files import model_view
+
+_OF_ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+\.weight)")
+
+
+def stack_experts(tensors: Iterable[MergedTensor]) -> Iterator[MergedTensor]:
+    """Yield all tensors, with the matrices of experts as one tensor (experts, rows, columns).
+
+    ``mlp.experts.0.up_proj.weight`` to ``mlp.experts.127.up_proj.weight`` become
+    ``mlp.experts.up_proj.weight``, in the place of the first.
+    """
+    stacks: dict[str, dict[int, MergedTensor]] = {}
+    order: list[MergedTensor | str] = []
+    for tensor in tensors:
+        match = _OF_ONE_EXPERT.fullmatch(tensor.name)
+        if match is None:
+            order.append(tensor)
+            continue
+        name = f"{match['experts']}.{match['projection']}"
+        if name not in stacks:
+            stacks[name] = {}
+            order.append(name)
+        stacks[name][int(match["number"])] = tensor
+    for each in order:
+        if isinstance(each, MergedTensor):
+            yield each
+        else:
+            members = [tensor for _, tensor in sorted(stacks[each].items())]
+            yield MergedTensor(each, (len(members), *members[0].shape), partial(_stacked, members))
+
+
+def _stacked(members: Sequence[MergedTensor]) -> Tensor:
+    """The values of the members, (members, rows, columns)."""
+    stack: Tensor | None = None
+    for number, member in enumerate(members):
+        values = member.read()
+        if stack is None:
+            stack = values.new_empty(len(members), *member.shape)
+        stack[number] = values
+    assert stack is not None
+    return stack
+
 
 _PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
 """What llama.cpp looks for in a model's name."""

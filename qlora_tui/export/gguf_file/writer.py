@@ -1,18 +1,71 @@
-"""Writes a GGUF file one tensor at a time, each encoded a block of rows at a time."""
+"""Writes a GGUF file one tensor at a time, each encoded a block of rows at a time; reads the types of one.
+
+Norms, biases, rotary factors and routers stay float32, as llama.cpp expects. In a file of a 4- or 5-bit type
+the embedding and the head are Q8_0: they are the weights that suffer most from few bits.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from msgspec import Struct
 from torch import Tensor
 
-from qlora_tui.catalog.gguf import FileType
-from qlora_tui.export.gguf_file.hyperparameters import Hyperparameters
-from qlora_tui.export.gguf_file.tensor_types import encode, encoded_bytes, tensor_type
+from qlora_tui.catalog.gguf import K_QUANTS, FileType, read_gguf
+from qlora_tui.errors import UserError
+from qlora_tui.export.gguf_file.families import Hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary
+
+_ROUTER = ".ffn_gate_inp"
+_WIDE_AT_FEW_BITS = ("token_embd.weight", "output.weight")
+
+
+def tensor_type(name: str, shape: tuple[int, ...], file_type: FileType) -> Any:
+    """Return the ``GGMLQuantizationType`` of a tensor in a file of a type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if len(shape) < 2 or name.startswith("rope_") or _ROUTER in name:
+        return GGMLQuantizationType.F32
+    if name in _WIDE_AT_FEW_BITS and file_type.startswith(("Q4", "Q5")):
+        file_type = "Q8_0"
+    kind = GGMLQuantizationType[file_type]
+    block, _ = GGML_QUANT_SIZES[kind]
+    # A row that is not made of whole blocks cannot be quantized.
+    return kind if shape[-1] % block == 0 else GGMLQuantizationType.F16
+
+
+def encoded_bytes(shape: tuple[int, ...], kind: Any) -> int:
+    """Return the size of a tensor in the file."""
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // int(block) * int(size)
+
+
+def encode(values: Tensor, kind: Any) -> bytes:
+    """Encode a tensor, or a block of its rows. Raises UserError for a weight beyond float16's range."""
+    from gguf import GGMLQuantizationType, quantize
+
+    if kind == GGMLQuantizationType.BF16:
+        return bytes(values.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    if kind == GGMLQuantizationType.F16:
+        halves = values.to(torch.float16)
+        if not bool(torch.isfinite(halves).all()):
+            raise UserError(
+                "A weight is too large for float16",
+                what="F16 stores values up to 65,504, and a weight is larger, or is not a number.",
+                fix="Export as BF16 or Q8_0.",
+            )
+        return bytes(halves.contiguous().view(torch.uint8).numpy().data)
+    wide = values.float().contiguous().numpy()
+    return bytes(wide.data if kind == GGMLQuantizationType.F32 else quantize(wide, kind).data)
+
 
 _ALIGNMENT = 32
 """Tensors begin at multiples of so many bytes (gguf, GGUF_DEFAULT_ALIGNMENT)."""
@@ -157,3 +210,60 @@ def _blocks(values: Tensor) -> Iterator[Tensor]:
     rows = len(values) if values.ndim < 2 else max(1, _BLOCK_WEIGHTS // values.shape[-1])
     for start in range(0, len(values), rows):
         yield values[start : start + rows]
+
+
+_NOT_BLOCKS_OF_256 = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "F16", "BF16")
+"""Types that llama.cpp writes in place of a K type (src/llama-quant.cpp, ``tensor_type_fallback``)."""
+_K_BLOCK, _BLOCK = 256, 32
+
+
+class StoredTypes(Struct, frozen=True):
+    """Types of a file's matrices."""
+
+    counts: dict[str, int]
+    """Number of matrices by type, the most frequent first."""
+    replaced: tuple[str, ...] = ()
+    """Types that stand in for smaller ones whose blocks do not fit the rows."""
+    replaced_count: int = 0
+    row_lengths: tuple[int, ...] = ()
+    """Lengths of the rows that do not fit."""
+    block: int = _K_BLOCK
+    """Number of weights in a block of the file's type."""
+
+    @property
+    def sentence(self) -> str:
+        """Say why the file is larger than its type suggests; empty where it is not."""
+        if not self.replaced:
+            return ""
+        lengths = " and ".join(f"{length:,}" for length in self.row_lengths)
+        count = f"{self.replaced_count} of {sum(self.counts.values())} matrices"
+        return (
+            f"{count} are {' and '.join(self.replaced)}, "
+            f"which makes the file larger: rows of {lengths} are not made of whole blocks of {self.block}"
+        )
+
+
+def stored_types(path: Path, file_type: str) -> StoredTypes:
+    """Read the types of a written file of a type. Raises UserError for a file that is not GGUF."""
+    from gguf import GGMLQuantizationType
+
+    header = read_gguf(path)
+    matrices = {
+        name: GGMLQuantizationType(kind).name
+        for name, kind in header.tensor_types.items()
+        if len(header.tensors[name]) > 1
+    }
+    block = _K_BLOCK if file_type in K_QUANTS else _BLOCK
+    instead = _NOT_BLOCKS_OF_256 if file_type in K_QUANTS else ("F16",)
+    replaced = [
+        name
+        for name, kind in matrices.items()
+        if kind in instead and header.tensors[name][0] % block and file_type not in ("F16", "BF16")
+    ]
+    return StoredTypes(
+        counts=dict(Counter(matrices.values()).most_common()),
+        replaced=tuple(kind for kind, _ in Counter(matrices[name] for name in replaced).most_common()),
+        replaced_count=len(replaced),
+        row_lengths=tuple(sorted({header.tensors[name][0] for name in replaced})),
+        block=block,
+    )

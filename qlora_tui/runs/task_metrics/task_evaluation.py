@@ -22,7 +22,7 @@ from qlora_tui.runs.measuring import measure_in_child
 from qlora_tui.runs.task_metrics.answer_metrics import LabelCount, Metric, TaskRow
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, mean_interval
 
-_JOB = "qlora_tui.chat.task_worker:evaluate"
+_JOB = "qlora_tui.chat.task_answers:evaluate"
 DEFAULT_PROMPTS = 100
 """Validation prompts that are answered unless another number is asked for."""
 _MAX_BYTES = 1 << 26

@@ -12,9 +12,8 @@ import psutil
 from textual import work
 from textual.containers import VerticalScroll
 
-from qlora_tui.chat.chat_memory import chat_fits
-from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling
-from qlora_tui.chat.effect import Effect
+from qlora_tui.chat.chat_sources import chat_fits
+from qlora_tui.chat.chat_types import BASE, ChatSource, Effect, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
 from qlora_tui.engine.protocol import (

@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static, TextArea
 
-from qlora_tui.chat.effect import Effect
+from qlora_tui.chat.chat_types import Effect
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens, TokensCounted
 from qlora_tui.errors import UserError

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from textual.content import Content
 
-from qlora_tui.chat.chat_types import Sampling
-from qlora_tui.chat.effect import Effect
+from qlora_tui.chat.chat_types import Effect, Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import format_bytes, format_float, format_path, truncate_middle
 from qlora_tui.recipe.schema import Thinking

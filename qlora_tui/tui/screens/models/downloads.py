@@ -22,7 +22,7 @@ from textual.widgets import Static
 
 from qlora_tui import worker
 from qlora_tui.catalog.download import start_download
-from qlora_tui.demo.wheel_download import SMOLLM2
+from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.tui.key_names import key_name

@@ -21,7 +21,7 @@ from qlora_tui.catalog.download import plan_download
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel, fetch_architecture, hub_cache_dir
 from qlora_tui.catalog.model_validation import MissingFilesError
-from qlora_tui.demo.wheel_download import SMOLLM2
+from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     format_bytes,

@@ -13,7 +13,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
 from qlora_tui.catalog.starter_models import STARTER_MODELS
-from qlora_tui.demo.wheel_download import SMOLLM2
+from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe

@@ -14,7 +14,7 @@ from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, list_local_models
-from qlora_tui.demo.wheel_download import SMOLLM2
+from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Recipe

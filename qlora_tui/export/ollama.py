@@ -22,7 +22,7 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import chat_tokenizer
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.export.gguf_export import GgufExport, export_gguf
+from qlora_tui.export.gguf import GgufExport, export_gguf
 from qlora_tui.export.gguf_file.content import base_license
 from qlora_tui.export.gguf_file.vocabulary import adds_bos
 from qlora_tui.export.ollama_template import OllamaTemplate, ollama_template

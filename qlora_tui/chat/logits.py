@@ -1,6 +1,9 @@
-"""Comparison of this chat's first logits with those of transformers and peft alone.
+"""The layer that computes logits, and the comparison of a chat's first logits with the libraries'.
 
-The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels directly. This
+An input of the layer has as many numbers as the model is wide, hundredths of the logits, so that those of
+thousands of positions can be computed when they are needed.
+
+The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels directly. The
 check runs the end of a real prompt through both that code and the library's own. The logits of the next token
 must agree as closely as the library agrees with itself when each module's output is perturbed by the rounding
 error of the dtype (see :mod:`qlora_tui.training.checks.step`).
@@ -16,12 +19,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.chat.adapter_forwards import LoraForward, TokenRowsForward, WholeModuleForward
-from qlora_tui.chat.cpu_4bit import SingleTokenForward
-from qlora_tui.chat.decode_attention import NAME
+from qlora_tui.chat.adapters import LoraForward, TokenRowsForward, WholeModuleForward
+from qlora_tui.chat.cpu import NAME, SingleTokenForward
 from qlora_tui.training.checks.step import FACTOR, rounding_error_of, rounding_errors
 from qlora_tui.training.fused.patching import PatchedForwards
 from qlora_tui.training.packed_attention import set_attention
+
+_BLOCK = 256
+"""Rows of the matrix that are computed at once."""
+
+
+class ModelHead:
+    """The layer that computes logits, and what the model does with them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        config = model.config.get_text_config()
+        self.scale = float(
+            getattr(config, "logit_scale", None)
+            or getattr(config, "lm_head_multiplier", None)
+            or 1 / (getattr(config, "logits_scaling", None) or 1)
+        )
+        """Factor of the logits."""
+        self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
+        """Bound c of logits c·tanh(x/c); 0 for none."""
+
+    @torch.inference_mode()
+    def inputs_of(self, compute: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+        """Run the model, and return the layer's inputs (positions, width) and the first logits (vocabulary,).
+
+        ``compute`` runs the model on one row and returns its output. The layer itself computes only the first
+        position.
+        """
+        inputs: list[Tensor] = []
+
+        def keep_first(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+            inputs.append(arguments[0])
+            return (arguments[0][:, :1],)
+
+        # Looked up here: an adapter may replace the layer.
+        hook = self._model.get_output_embeddings().register_forward_pre_hook(keep_first)
+        try:
+            output = compute()
+        finally:
+            hook.remove()
+        return inputs[0][0], output.logits[0, 0]
+
+    @torch.inference_mode()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return the logits (positions, vocabulary), float32, of inputs (positions, width)."""
+        logits = self._apply(inputs) * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    @torch.inference_mode()
+    def matrix(self, like: Tensor) -> Iterator[Tensor]:
+        """Yield the layer's matrix, adapter included, in blocks of rows (rows, vocabulary).
+
+        Inputs (positions, width) times the matrix (width, vocabulary) are the logits before scale and cap.
+        ``like`` has the dtype and device of the inputs.
+        """
+        identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+        for start in range(0, len(identity), _BLOCK):
+            yield self._apply(identity[start : start + _BLOCK]).to(like.dtype)
+
+    def _apply(self, inputs: Tensor) -> Tensor:
+        layer = self._model.get_output_embeddings()
+        result: Tensor = layer(inputs[None])[0].float()
+        return result
+
 
 TOKENS = 16
 """Tokens of the prompt's end: a forward pass over these costs little more than one token of the answer."""
