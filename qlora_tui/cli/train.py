@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     require_runnable(recipe)
     for source in every_source(recipe.data):
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
-    if not _confirm(preflight(recipe, read_machine(), read_columnar=True)):
+    if not _confirm(preflight(recipe, read_machine())):
         return CommandResult(data={"run": None}, text="Not queued.", exit_code=EXIT_FAILURE)
     if args.print_command:
         return _print_command(recipe, args.gpus)

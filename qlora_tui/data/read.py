@@ -73,9 +73,6 @@ _decode = msgspec.json.Decoder().decode
 _KEYS = (b'":', b'" :', b'"\t:')
 """What follows a key, and may be inside a string too."""
 
-COLUMNAR = ("parquet", "arrow")
-"""Formats whose reader is slow to import and takes memory that the app should not hold."""
-
 
 def kind_of(path: Path) -> str:
     """Return the format of a file by its name (``json``, ``csv``, see ``SUFFIXES``); empty if unknown."""
@@ -114,7 +111,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
     """Yield every row of one file, with the lines of a JSONL file unparsed and including blank ones."""
     kind = kind_of(path)
     try:
-        if kind in COLUMNAR:
+        if kind in ("parquet", "arrow"):
             yield from arrow_rows(path, kind, position)
             return
         with opened(path, position) as stream:

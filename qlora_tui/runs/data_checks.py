@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.excluded_rows import all_excluded, excluded_by_file
@@ -30,7 +29,7 @@ from qlora_tui.data.quick_check import (
     tokenizer_fingerprint,
     total_steps,
 )
-from qlora_tui.data.read import COLUMNAR, kind_of
+from qlora_tui.data.read import kind_of
 from qlora_tui.data.sources import (
     SourceFile,
     every_source,
@@ -54,13 +53,8 @@ _Fingerprint = tuple[Path, int, bytes, int, int]
 size in bytes."""
 
 
-def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar: bool) -> list[Check]:
-    """Check sources, rows and the step limit.
-
-    Args:
-        model_files: files of the model; None where there is none.
-        read_columnar: whether this process may load the reader of Parquet and Arrow files.
-    """
+def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
+    """Check sources, rows and the step limit; ``model_files`` is None without a model."""
     data = recipe.data
     if not data.sources:
         fix = "Choose a file on the Data screen, or pass --data."
@@ -68,7 +62,7 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None, *, read_columnar:
         return [Check.blocked(CheckKind.DATA, problem)]
     try:
         descriptions = _describe_sources(data, _token_fingerprint(recipe, model_files))
-        result = _check_rows(_fingerprints(data), _reading_settings(data), read_columnar)
+        result = _check_rows(_fingerprints(data), _reading_settings(data))
         if isinstance(result, UserError):
             raise result
         checks = [Check(CheckKind.DATA, "note", note) for note in _source_notes(data)]
@@ -226,26 +220,22 @@ def _reading_settings(data: Data) -> bytes:
 
 
 @lru_cache(maxsize=4)
-def _check_rows(
-    fingerprints: tuple[_Fingerprint, ...], settings: bytes, read_columnar: bool
-) -> QuickCheckResult | UserError:
+def _check_rows(fingerprints: tuple[_Fingerprint, ...], settings: bytes) -> QuickCheckResult | UserError:
     """Return the rows' warnings, or the error that blocks a run; cached: the Train screen checks often."""
     data = msgspec.json.decode(settings, type=Data)
-    every_file = [
+    files = [
         (path, index, msgspec.json.decode(source, type=Source)) for path, index, source, *_ in fingerprints
     ]
-    files = [file for file in every_file if read_columnar or kind_of(file[0]) not in COLUMNAR]
     try:
-        sources = {index: source for _, index, source in every_file}
-        excluded = excluded_by_file(sources, [(index, path) for path, index, _ in every_file])
-        result = quick_check(
+        sources = {index: source for _, index, source in files}
+        excluded = excluded_by_file(sources, [(index, path) for path, index, _ in files])
+        return quick_check(
             (SourceFile(path, i, sniff(path, source, data.preferences)) for path, i, source in files),
             data,
             excluded,
         )
     except UserError as problem:
         return problem
-    return replace(result, complete=result.complete and len(files) == len(fingerprints))
 
 
 def _local_files(source: Source) -> list[Path] | None:
@@ -277,8 +267,7 @@ def _describe_source(source: Source, preferences: str) -> str:
     files = _local_files(source)
     if files is None:
         return f"{source.path}, which the run downloads from the Hub"
-    kind = kind_of(files[0])
-    layout = kind if kind in COLUMNAR else _detected(files[0], source, preferences).layout.format
+    layout = _detected(files[0], source, preferences).layout.format
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     name = source.path if is_hub_dataset(source.path) else files[0].name
     return f"{name}{more}, {format_bytes(sum(f.stat().st_size for f in files))}, {layout}"

@@ -61,14 +61,13 @@ _UNKNOWN_MEMORY = Check(
 )
 
 
-def preflight(recipe: Recipe, machine: Machine, *, read_columnar: bool) -> tuple[Check, ...]:
+def preflight(recipe: Recipe, machine: Machine) -> tuple[Check, ...]:
     """Run every check of a recipe on a machine, in the order of what to fix first.
 
-    ``read_columnar``: whether this process may load the reader of Parquet and Arrow files. Never raises: a
-    run that cannot start has a check with a ``problem``.
+    Never raises: a run that cannot start has a check with a ``problem``.
     """
     model, files = _model(recipe)
-    checks = [model, *check_data(recipe, files, read_columnar=read_columnar), *_settings(recipe)]
+    checks = [model, *check_data(recipe, files), *_settings(recipe)]
     estimated = None
     if files is not None:
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]

@@ -31,7 +31,7 @@ from tests.tui.sample_data import readable_model
 
 def checks_by_kind(recipe: Recipe, **machine: object) -> dict[CheckKind, Check]:
     """The first check of each kind."""
-    checks = preflight(recipe, Machine(budget_for(None), **machine), read_columnar=False)  # type: ignore[arg-type]
+    checks = preflight(recipe, Machine(budget_for(None), **machine))  # type: ignore[arg-type]
     return {check.kind: check for check in reversed(checks)}
 
 
@@ -53,7 +53,7 @@ def test_the_memory_of_an_unknown_gpu_is_unknown(tmp_path: Path) -> None:
     sliced = GpuUnavailableError(GpuUnavailableReason.MIG)
     assert "unknown" in checks_by_kind(recipe, no_gpu=sliced)[CheckKind.MEMORY].text
     assert "this machine's memory" in checks_by_kind(recipe)[CheckKind.MEMORY].text
-    checks = preflight(recipe, Machine(budget_for(None, 8 << 30), no_gpu=sliced), read_columnar=False)
+    checks = preflight(recipe, Machine(budget_for(None, 8 << 30), no_gpu=sliced))
     assert any("a GPU with 8.0 GiB" in check.text for check in checks)
 
 
@@ -68,7 +68,7 @@ def test_the_checks_warn_of_samples_beyond_the_models_context(tmp_path: Path) ->
 def test_the_memory_check_names_what_the_run_will_use(tmp_path: Path) -> None:
     recipe = Recipe(model=Model(id=readable_model(tmp_path)))
     budget = MemoryBudget(Device(), 24 << 30, "RTX 4090")
-    checks = preflight(recipe, Machine(budget), read_columnar=False)
+    checks = preflight(recipe, Machine(budget))
     (memory,) = [check for check in checks if check.kind == CheckKind.MEMORY]
     assert "fits: " in memory.text and "It will use " in memory.text
 
@@ -173,12 +173,10 @@ def test_rows_that_would_all_be_left_out_block_a_launch(
 
 def test_memory_that_does_not_fit_comes_with_the_cheapest_fix(tmp_path: Path) -> None:
     recipe = Recipe(model=Model(id=readable_model(tmp_path)), training=Training(micro_batch_size=512))
-    checks = preflight(recipe, Machine(budget_for(None, 2 << 30)), read_columnar=False)
+    checks = preflight(recipe, Machine(budget_for(None, 2 << 30)))
     memory = next(check for check in checks if check.kind is CheckKind.MEMORY)
     assert memory.outcome == "error" and memory.suggested_fix is not None
-    fixed = preflight(
-        memory.suggested_fix.apply_to(recipe), Machine(budget_for(None, 2 << 30)), read_columnar=False
-    )
+    fixed = preflight(memory.suggested_fix.apply_to(recipe), Machine(budget_for(None, 2 << 30)))
     assert next(check for check in fixed if check.kind is CheckKind.MEMORY).outcome != "error"
 
 
@@ -246,7 +244,7 @@ def test_one_rated_answer_a_step_is_a_warning() -> None:
 
 
 def preflight_data(recipe: Recipe) -> list[Check]:
-    checks = preflight(recipe, Machine(budget_for(None)), read_columnar=False)
+    checks = preflight(recipe, Machine(budget_for(None)))
     return [check for check in checks if check.kind == CheckKind.DATA]
 
 
@@ -261,11 +259,11 @@ def test_a_dataset_of_the_hub_is_no_missing_file(tmp_path: Path) -> None:
     assert (check.outcome, "downloads from the Hub" in check.text) == ("note", True)
     assert "checked when the run starts" in check.text
 
-    fetched = tmp_path / "set-train.arrow"
-    fetched.write_bytes(b"x" * 2048)
+    fetched = tmp_path / "set-train.jsonl"
+    fetched.write_text('{"prompt": "a", "completion": "b"}\n' * 64)
     note = private_dir(paths.cache_dir() / "datasets") / "owner--set.json"
     note.write_text(json.dumps({"files": [str(fetched)], "split": "train"}))
-    assert _data_check(recipe).text.startswith("owner/set, 2 KiB, arrow.")
+    assert _data_check(recipe).text.startswith("owner/set, 2 KiB, prompt-completion.")
     note.write_text(json.dumps({"files": [str(fetched)], "split": "test"}))
     assert "split test, because it has none for training" in _data_check(recipe).text
 
@@ -285,7 +283,7 @@ def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str
         data=Data(sources=(Source(path=str(rows)),), validation_fraction=0),
         training=Training(max_steps=max_steps, epochs=epochs),
     )
-    checks = preflight(recipe, Machine(budget_for(None)), read_columnar=False)
+    checks = preflight(recipe, Machine(budget_for(None)))
     return [check.text for check in checks if check.kind is CheckKind.SETTINGS]
 
 

@@ -172,7 +172,7 @@ def test_an_adapter_of_another_shape_is_refused(
     wanted = structs.replace(recipe(), lora=lora)
     architecture = load_architecture(wanted.model.id)
     assert any(words in each for each in adapter_differences(adapter, lora, architecture))
-    checks = preflight(wanted, Machine(budget_for(None)), read_columnar=False)
+    checks = preflight(wanted, Machine(budget_for(None)))
     [check] = [each for each in checks if each.kind is CheckKind.LORA]
     assert check.outcome == "error" and words in check.text
     # The fix that one key applies.
@@ -255,7 +255,7 @@ def test_a_missing_adapter_is_an_error(recipe: MakeRecipe, tmp_path: Path, named
     wanted = recipe({"lora.init_from": named.format(tmp=tmp_path)})
     with pytest.raises(UserError, match=r"No such run|No adapter to start from"):
         with_initial_adapter(wanted)
-    checks = preflight(wanted, Machine(budget_for(None)), read_columnar=False)
+    checks = preflight(wanted, Machine(budget_for(None)))
     assert [each.outcome for each in checks if each.kind is CheckKind.LORA] == ["error"]
 
 
@@ -267,7 +267,7 @@ def test_an_adapter_that_began_with_loftq_is_refused(
     shutil.copytree(adapter, folder)
     (folder / "recipe.toml").write_text(f'[lora]\n{line}\n[training]\noptimizer = "of another version"\n')
     wanted = structs.replace(recipe(), lora=structs.replace(LORA, init_from=str(folder)))
-    checks = preflight(wanted, Machine(budget_for(None)), read_columnar=False)
+    checks = preflight(wanted, Machine(budget_for(None)))
     [check] = [each for each in checks if each.kind is CheckKind.LORA]
     assert (check.outcome == "error") is refused
     with pytest.raises(UserError, match="LoftQ") if refused else nullcontext():

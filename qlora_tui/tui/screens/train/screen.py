@@ -264,9 +264,7 @@ class TrainScreen(EvaluationActions):
         await self._run_checks(recipe, system_status)
 
     async def _run_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
-        self.checks = await asyncio.to_thread(
-            preflight, recipe, system_status.machine(self._budget), read_columnar=False
-        )
+        self.checks = await asyncio.to_thread(preflight, recipe, system_status.machine(self._budget))
         self.query_one(LaunchPane).show_checks(self.checks, recipe)
         self.refresh_bindings()
 
