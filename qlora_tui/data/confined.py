@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_tui import paths, worker
+from qlora_tui.errors import UserError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -160,7 +161,15 @@ class Confined:
 
     def _connected(self) -> Connection:
         if self._connection is None or self._owner != os.getpid():
-            self._connection = self._start()
+            try:
+                self._connection = self._start()
+            except OSError as error:
+                raise UserError(
+                    "A process could not be started",
+                    what=f"{sys.executable}: {error.strerror or error}.",
+                    why="What foreign files say is computed in a process with limits.",
+                    fix="Close other programs, or raise the limits of this account (`ulimit -a`).",
+                ) from error
         return self._connection
 
     def _start(self) -> Connection:
@@ -170,9 +179,7 @@ class Confined:
             atexit.register(self.close)
         self._owner = os.getpid()
         ours, theirs = socket.socketpair()
-        log = paths.log_path()
-        # A library's last message may contain text of a row: to the log.
-        with theirs, (log if os.access(log.parent, os.W_OK) else Path(os.devnull)).open("ab") as errors:
+        with theirs, _log().open("ab") as errors:
             self._child = subprocess.Popen(
                 worker.module_argv("qlora_tui.data.confined", str(theirs.fileno()), self._module),
                 env={**worker.subprocess_env(), "TOKENIZERS_PARALLELISM": "false"},
@@ -186,6 +193,15 @@ class Confined:
         connection = Connection(ours.detach())
         connection.send((self.cpu_s, self.memory_bytes, self._prepare))
         return connection
+
+
+def _log() -> Path:
+    """Return where a child's stderr goes: the log, since a message may contain text of a row."""
+    with suppress(OSError, UserError):
+        log = paths.log_path()
+        if os.access(log.parent, os.W_OK):
+            return log
+    return Path(os.devnull)
 
 
 def _nothing() -> None:
@@ -235,8 +251,9 @@ def _limit_memory(more_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError, IndexError):
         held = int(_STATUS.read_bytes().partition(b"VmData:")[2].split(maxsplit=1)[0]) << 10
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (held + more_bytes, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft == resource.RLIM_INFINITY or held + more_bytes < soft:
+            resource.setrlimit(resource.RLIMIT_DATA, (held + more_bytes, hard))
 
 
 def main() -> None:

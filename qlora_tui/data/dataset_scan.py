@@ -1,9 +1,9 @@
 """Rows in file order: the result of each, by several processes, counted and compared with the other rows.
 
 ``dataset`` writes the results, ``inspection`` measures them, so both agree on what a run trains on. A small
-file is processed in this process. For a large one each core gets a confined child; until the first is ready,
-this process does the work too. A batch in which a child is killed is processed here, where what killed it is
-confined by itself and refused with its row. The results are the same either way.
+file is processed in this process. A large one gets a confined child, or one for each core; until the first is
+ready, this process does the work too. A batch in which a child is killed is processed here, where what killed
+it is confined by itself and refused with its row. The results are the same either way.
 """
 
 from __future__ import annotations
@@ -144,8 +144,10 @@ class DatasetScanner:
         return bool(self._data.validation_path) and source >= len(self._data.sources)
 
 
+MIN_CHILD_BYTES = 256 << 10
+"""Bytes of data from which one child pays off: here, each rendering is a call to the renderer."""
 MIN_PARALLEL_BYTES = 4 << 20
-"""Bytes of data from which child processes pay off: a child takes a third of a second of a core to start, and
+"""Bytes of data from which several pay off: a child takes a third of a second of a core to start, and
 processes some five megabytes a second."""
 MAX_WORKERS = 4
 """Most child processes. A data set must be made within a gigabyte: each holds a tokenizer, 82 MiB at its
@@ -159,10 +161,10 @@ _processors: list[RowProcessor] = []
 @contextmanager
 def open_worker_pool(processor: RowProcessor, data_bytes: int) -> Iterator[Work]:
     """Provide the function that processes batches, chosen by ``data_bytes`` in total."""
-    count = min(cores(), MAX_WORKERS) if data_bytes >= MIN_PARALLEL_BYTES else 1
-    if count < 2:
+    if data_bytes < MIN_CHILD_BYTES:
         yield lambda batches: map(processor.process, batches)
         return
+    count = min(cores(), MAX_WORKERS) if data_bytes >= MIN_PARALLEL_BYTES else 1
     children = [
         Confined(
             __name__,

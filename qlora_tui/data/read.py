@@ -128,10 +128,10 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
     except TooLarge as error:
         raise too_large(path, error) from error
     except OSError as error:
-        raise _cannot_read(path, error) from error
+        raise cannot_read(path, error) from error
 
 
-def _cannot_read(path: Path, error: OSError) -> UserError:
+def cannot_read(path: Path, error: OSError) -> UserError:
     return UserError(
         "Cannot read the data",
         what=f"{path}: {error.strerror or error}.",

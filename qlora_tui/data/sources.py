@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.formats import NOT_IN_FORMAT, PARTS, SNIFFED_ROWS, Detection, RowFormat, detect, parse
 from qlora_tui.data.problems import shorten
-from qlora_tui.data.read import SUFFIXES, _cannot_read, _decode, first_rows, kind_of, rows, unreadable
+from qlora_tui.data.read import SUFFIXES, cannot_read, first_rows, kind_of, rows, unreadable
 from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import Position
 from qlora_tui.decoding import decode_json
@@ -219,7 +219,7 @@ def files_inside(folder: Path) -> list[Path]:
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise _cannot_read(Path(error.filename), error)
+            raise cannot_read(Path(error.filename), error)
 
     inside: list[Path] = []
     searched = set()
@@ -266,7 +266,7 @@ def _describes_data(path: Path) -> bool:
     try:
         if keys is None or path.stat().st_size > _MAX_METADATA_BYTES:
             return False
-        value = _decode(path.read_bytes())
+        value = msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError, RecursionError):
         return False  # read as data, which says what is wrong
     levels = [value, *value.values()] if isinstance(value, dict) else []

@@ -55,6 +55,7 @@ def written(tmp_path: Path) -> Path:
 def by_two(monkeypatch: pytest.MonkeyPatch) -> list[Confined]:
     """Process even the smallest file in two children, from its first row on; returns them."""
     monkeypatch.setattr(dataset_scan, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(dataset_scan, "MIN_CHILD_BYTES", 0)
     monkeypatch.setattr(dataset_scan, "cores", lambda: 2)
     children: list[Confined] = []
 
@@ -128,6 +129,7 @@ def test_children_that_never_start_are_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset_scan, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(dataset_scan, "MIN_CHILD_BYTES", 0)
     monkeypatch.setattr(dataset_scan, "cores", lambda: 2)
     monkeypatch.setattr(dataset_scan, "__name__", "qlora_tui.no_such_module")
     outcomes = RowProcessor(Data(), family("chatml"))
@@ -201,4 +203,6 @@ def test_a_child_loads_nothing_heavy() -> None:
 
 def test_small_data_starts_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_scan, "Confined", None)
-    prepare_dataset(recipe(written(tmp_path)), family("chatml"))
+    small = tmp_path / "small.jsonl"
+    small.write_text("".join(written(tmp_path).read_text().splitlines(keepends=True)[:99]))
+    prepare_dataset(recipe(small), family("chatml"))
