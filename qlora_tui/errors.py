@@ -69,6 +69,11 @@ def _rebuild(fields: dict[str, Any]) -> UserError:
     return UserError(**fields)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 _LONGEST_SHOWN = 300
 _USE_ANOTHER_DISK = "point XDG_STATE_HOME, XDG_CACHE_HOME and XDG_CONFIG_HOME at another disk"
 _DISK: dict[int, tuple[str, str]] = {

@@ -59,23 +59,15 @@ def hold_folder(folder: Path) -> int | None:
 
 def is_held(folder: Path) -> bool:
     """Whether a process says that it uses a folder; False too where the file system cannot tell."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
+    return bool(_is_refused(folder, fcntl.LOCK_EX))
 
 
 def is_locked(path: Path) -> bool | None:
     """Whether a process holds the lock, on any machine that shares it; None if unknown."""
+    return _is_refused(path, fcntl.LOCK_SH)
+
+
+def _is_refused(path: Path, kind: int) -> bool | None:
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -83,7 +75,7 @@ def is_locked(path: Path) -> bool | None:
     except OSError:
         return None
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

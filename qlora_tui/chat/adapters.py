@@ -24,7 +24,7 @@ from qlora_tui.adapters.deltas import ROWS, WHOLE, check_unchanged, expert_param
 from qlora_tui.catalog.adapters import CONFIG, WEIGHTS, load_adapter_config
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.chat.chat_types import BASE
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import EXIT_USAGE, UserError, first_line
 from qlora_tui.memory.budget import this_processor
 from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.checks.compare import within_rounding
@@ -346,7 +346,7 @@ class AdapterSet:
         except UserError:
             raise
         except Exception as error:  # peft and torch raise anything for files that do not belong together
-            raise _unfit(folder, _first_line(error)) from error
+            raise _unfit(folder, first_line(error)) from error
         self._model.eval()
         for name, parameter in self._model.named_parameters():
             if ("lora_" in name or "trainable_tokens_" in name) and parameter.dtype != self._model.dtype:
@@ -395,7 +395,7 @@ def _check_fits(folder: Path, model: Any) -> None:
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
-        raise _unfit(folder, f"{WEIGHTS} cannot be read: {_first_line(error)}") from error
+        raise _unfit(folder, f"{WEIGHTS} cannot be read: {first_line(error)}") from error
     for key, shape in shapes.items():
         if match := _FACTOR.fullmatch(key):
             name, side = match.groups()
@@ -460,7 +460,3 @@ def _unfit(folder: Path, what: str) -> UserError:
         why="It was trained on another model, or its files are damaged.",
         fix="Choose the model it was trained on; its adapter_config.json names it.",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -39,6 +39,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qlora_tui.chat.logits import LogitsComparison
+from qlora_tui.errors import first_line
 from qlora_tui.formatting import format_bytes
 from qlora_tui.training.length_scaled_rope import frequency_switch
 
@@ -372,7 +373,7 @@ class DecodeStep:
                 reason = f"its logits differed by {worst:.2g} of their standard deviation"
         except Exception as error:
             # Drivers, kernels and models raise anything, and the step can be computed without a record.
-            reason = first_line(error)
+            reason = first_line(error).rstrip(".")
         if reason:
             self._compute = compute
             return f"The decoding step could not be recorded: {reason}."
@@ -485,11 +486,6 @@ def record_cuda_graph(function: Function) -> Function:
             gc.enable()
     replay: Function = graph.replay
     return replay
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def free_gpu_bytes(device: torch.device) -> int:

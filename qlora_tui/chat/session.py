@@ -28,7 +28,6 @@ from qlora_tui.chat.decoding import (
     Forward,
     PrefixCache,
     TokenReader,
-    first_line,
     free_gpu_bytes,
     record_cuda_graph,
 )
@@ -46,7 +45,7 @@ from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thought_splitter import ThoughtSplitter
 from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
 from qlora_tui.data.tokenizer_files import panics_as_errors
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import EXIT_USAGE, UserError, first_line
 from qlora_tui.formatting import short_model_name
 from qlora_tui.locks import hold_folder
 from qlora_tui.memory.execution import AttentionPath
@@ -343,7 +342,7 @@ class ChatSession:
             # Models raise anything. Where the GPU is at fault, the usual way raises it again.
             assert self.steps is not None
             prefix_cache.step = None
-            self.steps.turn_off(f"The model cannot decode in fixed shapes: {first_line(error)}.")
+            self.steps.turn_off(f"The model cannot decode in fixed shapes: {first_line(error).rstrip('.')}.")
             return None
 
     def _step_forward(self, adapter_name: str) -> Forward:

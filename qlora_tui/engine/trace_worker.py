@@ -29,7 +29,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.engine.trace_client import TraceRequest
-from qlora_tui.errors import UserError
+from qlora_tui.errors import UserError, first_line
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
 from qlora_tui.memory.step import StepTrace
@@ -47,7 +47,7 @@ def trace(request: TraceRequest) -> StepTrace:
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise UserError(
             "The step could not be traced",
-            what=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            what=f"{type(error).__name__}: {first_line(error)}",
             why=f"transformers {version('transformers')} cannot run this model without its weights.",
             fix="The estimate without a trace is still valid.",
         ) from error

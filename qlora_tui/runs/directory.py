@@ -43,11 +43,43 @@ TRASH = ".deleted"
 """Folder, next to the runs, of deleted runs that can be restored: see :mod:`qlora_tui.runs.actions`."""
 
 
+class _Inside:
+    """A file or folder of a run, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunDir, owner: type[RunDir]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths of one run. Nothing is read until requested."""
 
     path: Path
+
+    name_path = _Inside("name")
+    gpu_path = _Inside("gpu")
+    recipe_path = _Inside("recipe.toml")
+    events_path = _Inside("events.jsonl")
+    telemetry_path = _Inside("telemetry.jsonl")
+    status_path = _Inside("status.json")
+    heartbeat_path = _Inside("heartbeat.json")
+    log_path = _Inside("trainer.log")
+    unreported_path = _Inside("untold")
+    trainer_lock_path = _Inside("trainer.lock")
+    control_dir = _Inside("control")
+    checkpoints_dir = _Inside("checkpoints")
+    replay_path = _Inside("replay.jsonl")
+    """The base's answers that the run trains on; only where its recipe replays some."""
+    starting_adapter_path = _Inside("starting_adapter.safetensors")
+    """The adapter that the run started from; only where it compares its answers with that one's."""
+    row_losses_path = _Inside("row_losses.json")
+    """The loss of each training row before and after the run; only where it was computed."""
+    task_evaluation_path = _Inside("task_evaluation.json")
+    """The answers of base and adapter to validation prompts; only where they were measured."""
+    adapter_dir = _Inside("adapter")
 
     @property
     def id(self) -> str:
@@ -61,10 +93,6 @@ class RunDir:
             return read_regular(self.name_path).decode().strip() or self.id
         except (OSError, UnicodeDecodeError):
             return self.id
-
-    @property
-    def name_path(self) -> Path:
-        return self.path / "name"
 
     @property
     def gpu(self) -> str:
@@ -82,74 +110,6 @@ class RunDir:
                 what=f"{self.gpu_path}: {getattr(error, 'strerror', None) or error}.",
                 fix=f"Choose it again: `qlora-tui --gpu GPU resume {self.id}`.",
             ) from error
-
-    @property
-    def gpu_path(self) -> Path:
-        return self.path / "gpu"
-
-    @property
-    def recipe_path(self) -> Path:
-        return self.path / "recipe.toml"
-
-    @property
-    def events_path(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def telemetry_path(self) -> Path:
-        return self.path / "telemetry.jsonl"
-
-    @property
-    def status_path(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def heartbeat_path(self) -> Path:
-        return self.path / "heartbeat.json"
-
-    @property
-    def log_path(self) -> Path:
-        return self.path / "trainer.log"
-
-    @property
-    def unreported_path(self) -> Path:
-        return self.path / "untold"
-
-    @property
-    def trainer_lock_path(self) -> Path:
-        return self.path / "trainer.lock"
-
-    @property
-    def control_dir(self) -> Path:
-        return self.path / "control"
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def replay_path(self) -> Path:
-        """The base's answers that the run trains on; only where its recipe replays some."""
-        return self.path / "replay.jsonl"
-
-    @property
-    def starting_adapter_path(self) -> Path:
-        """The adapter that the run started from; only where it compares its answers with that one's."""
-        return self.path / "starting_adapter.safetensors"
-
-    @property
-    def row_losses_path(self) -> Path:
-        """The loss of each training row before and after the run; only where it was computed."""
-        return self.path / "row_losses.json"
-
-    @property
-    def task_evaluation_path(self) -> Path:
-        """The answers of base and adapter to validation prompts; only where they were measured."""
-        return self.path / "task_evaluation.json"
-
-    @property
-    def adapter_dir(self) -> Path:
-        return self.path / "adapter"
 
     @property
     def is_deleted(self) -> bool:

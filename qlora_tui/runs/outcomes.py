@@ -11,6 +11,8 @@ import signal
 import time
 from contextlib import suppress
 
+from msgspec import structs
+
 from qlora_tui.errors import EXIT_DISK, UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.cuda_errors import OUT_OF_MEMORY, CudaError, describe, error_in_log, sentence_in_log
@@ -30,7 +32,7 @@ from qlora_tui.runs.events import (
     Stopped,
 )
 from qlora_tui.runs.retry import describe_fix, last_phase, last_plan
-from qlora_tui.runs.status import State, Status, read_status, write_status
+from qlora_tui.runs.status import State, ended_status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView
 
@@ -137,28 +139,11 @@ def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = N
             log.append(ending)
     elif now in _FINAL_STATES:
         return
-    state: State
-    if isinstance(ending, Finished):
-        state, detail = "finished", ending.reason
-    elif isinstance(ending, Stopped):
-        state, detail = "stopped", f"Stopped at step {ending.step}."
-    elif isinstance(ending, Paused):
-        state, detail = "paused", f"Paused at step {ending.step}."
-    else:
-        state, detail = "failed", f"{ending.title}: {ending.what}"
     # The last heartbeat may be a second older than the last step.
     view, _ = RunView.from_sample(run, _STEPS)
-    write_status(
-        run,
-        Status(
-            state=state,
-            at=ending.at,
-            step=view.step if isinstance(ending, Failed) else ending.step,
-            total_steps=view.total_steps,
-            loss=view.loss,
-            detail=detail,
-        ),
-    )
+    status = ended_status(ending)
+    step = status.step or view.step
+    write_status(run, structs.replace(status, step=step, total_steps=view.total_steps, loss=view.loss))
 
 
 def gpu_problem(run: RunDir, error: CudaError | None) -> UserError | None:

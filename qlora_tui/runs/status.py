@@ -25,7 +25,17 @@ from qlora_tui.formatting import format_duration
 from qlora_tui.locks import is_locked
 from qlora_tui.runs.directory import RunDir, all_runs, waiting
 from qlora_tui.runs.event_log import last_event
-from qlora_tui.runs.events import CheckpointSaved, Failed, Finished, Paused, Phase, Queued, Step, Stopped
+from qlora_tui.runs.events import (
+    CheckpointSaved,
+    Failed,
+    Finished,
+    Paused,
+    Phase,
+    Queued,
+    RunEnded,
+    Step,
+    Stopped,
+)
 from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
 
 BEAT_S = 60.0
@@ -222,6 +232,21 @@ def _heartbeat(run: RunDir) -> Status | None:
         return None
 
 
+def ended_status(ending: RunEnded) -> Status:
+    """Return the status of a run that has ended so."""
+    match ending:
+        case Finished():
+            return Status(state="finished", at=ending.at, step=ending.step, detail=ending.reason)
+        case Failed():
+            return Status(state="failed", at=ending.at, detail=f"{ending.title}: {ending.what}")
+        case Stopped():
+            detail = f"Stopped at step {ending.step}."
+            return Status(state="stopped", at=ending.at, step=ending.step, detail=detail)
+        case Paused():
+            detail = f"Paused at step {ending.step}."
+            return Status(state="paused", at=ending.at, step=ending.step, detail=detail)
+
+
 def _without_status(run: RunDir, error: Exception) -> Status:
     """Derive the status from heartbeat and events, for an unreadable ``status.json``."""
     if not run.recipe_path.is_file():
@@ -238,18 +263,8 @@ def _without_status(run: RunDir, error: Exception) -> Status:
     match event:
         case None | Queued():
             return Status(state="queued", at=event.at if event else 0.0)
-        case Finished():
-            return Status(state="finished", at=event.at, step=event.step, detail=event.reason)
-        case Failed():
-            return Status(state="failed", at=event.at, detail=f"{event.title}: {event.what}")
-        case Stopped():
-            return Status(
-                state="stopped", at=event.at, step=event.step, detail=f"Stopped at step {event.step}."
-            )
-        case Paused():
-            return Status(
-                state="paused", at=event.at, step=event.step, detail=f"Paused at step {event.step}."
-            )
+        case Finished() | Failed() | Stopped() | Paused():
+            return ended_status(event)
         case Step() | CheckpointSaved():
             return Status(state="running", at=event.at, step=event.step)
         case _:

@@ -30,7 +30,7 @@ from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.checksums import write_checksums
 from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import discard, draft_files, draft_path, held_draft, publish
-from qlora_tui.errors import UserError
+from qlora_tui.errors import UserError, first_line
 from qlora_tui.files import atomic_write, open_to_read, read_regular
 from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, diff_recipes
 from qlora_tui.recipe.schema import Recipe
@@ -85,7 +85,7 @@ class UnloadableCheckpoint(UserError):
     """torch or peft cannot load a checkpoint whose files are undamaged."""
 
     def __init__(self, folder: Path, error: Exception) -> None:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         super().__init__(
             "The checkpoint could not be loaded",
             what=f"{folder.name} could not be loaded: {type(error).__name__}: {reason}.",

@@ -15,7 +15,7 @@ from pathlib import Path
 from qlora_tui.catalog.gguf import read_gguf, to_hf_config
 from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.drafts import draft_path, held_draft, publish
-from qlora_tui.errors import UserError
+from qlora_tui.errors import UserError, first_line
 from qlora_tui.training.failures import is_full_disk, is_out_of_memory
 from qlora_tui.training.gguf_weights import ProgressCallback, is_known, write_llama, write_streamed
 from qlora_tui.worker import Report
@@ -70,7 +70,7 @@ def _conversion_lock(folder: Path) -> Iterator[None]:
 
 
 def _problem(file: Path, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if is_full_disk(error):
         fix = "Free some space, or set XDG_CACHE_HOME to a folder on another disk."
     elif is_out_of_memory(error):

@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.model_validation import is_mxfp4
 from qlora_tui.drafts import discard
-from qlora_tui.errors import UserError
+from qlora_tui.errors import UserError, first_line
 from qlora_tui.memory.execution import AttentionPath, Loss
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
@@ -221,7 +221,7 @@ def _load(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             "The model could not be loaded",
-            what=f"{folder}: {_first_line(error)}",
+            what=f"{folder}: {first_line(error)}",
             fix="Run `qlora-tui doctor` to check the installation, or download the model again.",
         ) from error
 
@@ -330,10 +330,6 @@ def _is_stored_quantized(folder: Path) -> bool:
     """Whether the weights are stored quantized by bitsandbytes, and not in 16 bits or MXFP4."""
     config = load_config(folder / "config.json")
     return bool(config.get("quantization_config")) and not is_mxfp4(config)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import integration_utils
 
 from qlora_tui import paths
+from qlora_tui.errors import first_line
 from qlora_tui.recipe.fields import fields, format_value, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
@@ -200,7 +201,7 @@ def _set_defaults(name: str, run: RunDir) -> None:
 
 def describe_failure(report_to: str, error: Exception) -> tuple[str, str]:
     """Return (evidence, remedy) of a tracker that failed, without the values of secret variables."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     text = _URL_PASSWORD.sub("//…@", text)
     for variable, value in os.environ.items():
         if len(value) >= _SECRET_LENGTH and variable.endswith(("_KEY", "_TOKEN", "_PASSWORD", "_SECRET")):

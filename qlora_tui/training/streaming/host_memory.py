@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_tui.errors import first_line
 from qlora_tui.gpu.torch_env import is_wsl2
 from qlora_tui.memory.calibration import TransferSpeed
 from qlora_tui.runs.machine_checks import host_memory_problem
@@ -75,7 +76,7 @@ def _pin(buffer: Tensor, device: torch.device) -> str:
     try:
         result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     code = int(result)
     if code:
         _clear_error(device)
