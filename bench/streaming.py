@@ -32,7 +32,7 @@ from qlora_tui.training.loss import find_head, use_loss
 from qlora_tui.training.model import checkpoint_activations, load_base
 from qlora_tui.training.packed_attention import use_packed_attention
 from qlora_tui.training.streaming.placement import place_streamed
-from qlora_tui.training.streaming.slots import CopyDevice, copies_for
+from qlora_tui.training.streaming.slots import Copies
 
 LEARNING_RATE = 2e-4
 
@@ -121,7 +121,7 @@ class Training:
         device = find_device(recipe)
         self._device = device.torch_device
         on_cpu = device.kind == "cpu"
-        self.copies: CopyDevice = RecordedCopies() if on_cpu else copies_for(device.torch_device)
+        self.copies: Copies = RecordedCopies() if on_cpu else Copies(device.torch_device)
         model: Any = load_base(folder, recipe, device, "segments", to_host=streamed)
         self.placed = (
             place_streamed(model, recipe.quantization.streamed_layers, device.torch_device, self.copies)

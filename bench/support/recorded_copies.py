@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_tui.training.streaming.slots import Copies
+
 _NAN = 0xFF
 """Every byte of a NaN, in each float format, and the highest code of a quantized weight."""
 
@@ -26,7 +28,7 @@ class Copy(NamedTuple):
 
 
 @dataclass
-class RecordedCopies:
+class RecordedCopies(Copies):
     """Logs ``copy N``, ``wait N`` and, from the tests, what is computed between them."""
 
     log: list[str] = field(default_factory=list)

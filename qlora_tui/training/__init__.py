@@ -9,6 +9,7 @@ in the order in which it is traveled:
 ``setup``            loads data, model and adapter, plans all steps, verifies the first; fills the ``run``
 ``model``            the base: loaded, quantized, frozen, with the loss and attention that were verified on it
 ``adapter``          adds LoRA; reads and writes its weights, and the final folder
+``samples``          tokenized samples, in a data set or in memory, and pairs of them
 ``batches``          samples to sequences to micro-batches to steps, in an order that resume can repeat
 ``checks``           comparisons of every shortcut with the libraries, before it is used
 ``loop``             all steps; between them: report, evaluate, save, carry out requests

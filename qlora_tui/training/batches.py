@@ -33,69 +33,14 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, Protocol, TypeAlias, TypedDict, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.data.store import GOOD
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.loss import IGNORED, loss_positions
-
-
-class TokenizedDataset(Protocol):
-    """The interface of a tokenized data set; ``qlora_tui.data.store.Samples`` implements it."""
-
-    def __len__(self) -> int: ...
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
-
-    def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token in the loss; None where each token in the loss has weight 1."""
-
-    def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Indices of all samples in the random order of one epoch."""
-
-
-class SidedDataset(TokenizedDataset, Protocol):
-    """Tokenized samples that are good or bad answers; ``qlora_tui.data.store.Samples`` is one."""
-
-    def side(self, i: int, /) -> int:
-        """``GOOD`` or ``BAD`` of :mod:`qlora_tui.data.store`."""
-
-    def of_side(self, side: int, /) -> SidedDataset:
-        """The samples of one side, in order."""
-
-
-class Pairs:
-    """The pairs of a data set, numbered from 0."""
-
-    def __init__(self, samples: SidedDataset) -> None:
-        self._samples = samples
-        self._chosen = samples.of_side(GOOD)
-
-    def __len__(self) -> int:
-        return len(self._samples) // 2
-
-    def length(self, pair: int) -> int:
-        """Tokens of both sides."""
-        return sum(self._samples.length(i) for i in members((pair,)))
-
-    def epoch(self, epoch: int, seed: int) -> Sequence[int]:
-        """The pairs in the random order of one epoch."""
-        return self._chosen.epoch(epoch, seed)
-
-
-def members(pairs: Sequence[int]) -> tuple[int, ...]:
-    """The samples of these pairs, the chosen side of each first."""
-    return tuple(i for pair in pairs for i in (2 * pair, 2 * pair + 1))
+from qlora_tui.training.samples import Pairs, SidedDataset, TokenizedDataset, members
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from qlora_tui.training.adapter import load_initial_adapter
 from qlora_tui.training.batches import (
     PackedSamples,
     RowShape,
-    TokenizedDataset,
     collate,
     on_device,
     sum_loss_weights,
@@ -37,6 +36,7 @@ from qlora_tui.training.preferences import (
     mismatched_batches,
 )
 from qlora_tui.training.run import Run
+from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.training.scoring import no_grad_eval, token_losses
 
 SHORT_TOKENS = 16

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_tui.errors import EXIT_DISK, EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.formatting import format_bytes
@@ -51,19 +51,6 @@ def disk_error(error: BaseException) -> OSError | None:
 @contextmanager
 def true_disk_errors() -> Iterator[None]:
     """Raise OSError, with its error number, for a failed write of torch or safetensors inside."""
-    import torch
-
-    save = torch.save
-
-    def save_through_python(value: object, file: Any, *arguments: Any, **options: Any) -> None:
-        if not isinstance(file, str | os.PathLike):
-            save(value, file, *arguments, **options)
-            return
-        # With a file object, torch keeps the exception of its write as the context of its own exception.
-        with _Unbuffered(Path(file)) as raw, io.BufferedWriter(raw, BUFFER_BYTES) as written:
-            save(value, written, *arguments, **options)
-
-    torch.save = save_through_python  # type: ignore[assignment]  # it takes the same arguments
     try:
         yield
     except Exception as error:
@@ -71,8 +58,17 @@ def true_disk_errors() -> Iterator[None]:
         if behind is None or behind is error:
             raise
         raise behind from error
-    finally:
-        torch.save = save
+
+
+def save_with_torch(value: object, path: Path) -> None:
+    """Write what ``torch.load`` reads.
+
+    Through a file object of Python, whose error torch keeps as the context of its own.
+    """
+    import torch
+
+    with _Unbuffered(path) as raw, io.BufferedWriter(raw, BUFFER_BYTES) as written:
+        torch.save(value, written)
 
 
 class _Unbuffered(io.RawIOBase):

@@ -30,7 +30,6 @@ from qlora_tui.training.adapter import StartingAdapter
 from qlora_tui.training.batches import (
     PackedSamples,
     RowShape,
-    SidedDataset,
     StepData,
     Steps,
     collate,
@@ -38,6 +37,7 @@ from qlora_tui.training.batches import (
     sum_loss_weights,
     validation_batches,
 )
+from qlora_tui.training.samples import Sample, SampleList, SidedDataset
 from qlora_tui.training.scoring import frozen_eval, no_grad_eval
 
 
@@ -129,61 +129,28 @@ def score_with_reference(
         return score_answers(peft_model, batch).log_probabilities
 
 
-class MismatchedSamples:
+def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: int) -> SampleList:
     """Each answer after the prompt of another sample, from which KTO estimates its reference point.
 
     The divergence of the model from its base is estimated on answers that do not belong to their prompts
     (KTO's paper, section 4.1): sample ``k`` here is the prompt of ``order[k]`` with the answer of
     ``order[k - 1]``, so that the answers of a step are used once each. An answer begins at the first trained
-    token.
+    token. What is longer than ``max_length`` tokens loses the beginning of its prompt.
     """
 
-    def __init__(self, samples: SidedDataset, order: Sequence[int], max_length: int) -> None:
-        """``max_length``: tokens of a sample; a longer prompt loses its beginning."""
-        self._samples = samples
-        self._order = tuple(order)
-        self._max_length = max_length
+    def parts(i: int) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of the prompt, and tokens and loss mask of the answer."""
+        ids, mask = list(samples.token_ids(i)), list(samples.loss_mask(i))
+        start = mask.index(1)
+        return ids[:start], ids[start:], mask[start:]
 
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
-        answer = self._answer(i)
-        prompt = list(self._samples.token_ids(self._order[i]))[: self._prompt_tokens(self._order[i])]
-        return [*prompt[max(0, len(prompt) + len(answer) - self._max_length) :], *answer]
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
-        before = self._order[i - 1]
-        mask = list(self._samples.loss_mask(before))[self._prompt_tokens(before) :]
-        return [0] * (self.length(i) - len(mask)) + mask
-
-    def weights(self, i: int, /) -> None:
-        """None: each token in the loss counts as one."""
-
-    def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
-        return min(self._max_length, self._prompt_tokens(self._order[i]) + len(self._answer(i)))
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """All samples in order."""
-        return range(len(self))
-
-    def side(self, i: int, /) -> int:
-        """``GOOD`` for all: they are only scored."""
-        return GOOD
-
-    def of_side(self, side: int, /) -> MismatchedSamples:
-        """These samples: all are of one side."""
-        return self
-
-    def _answer(self, i: int) -> list[int]:
-        before = self._order[i - 1]
-        return list(self._samples.token_ids(before))[self._prompt_tokens(before) :]
-
-    def _prompt_tokens(self, sample: int) -> int:
-        return list(self._samples.loss_mask(sample)).index(1)
+    every = [parts(i) for i in order]
+    mismatched = []
+    for number, (prompt, _, _) in enumerate(every):
+        _, answer, mask = every[number - 1]
+        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+        mismatched.append(Sample([*prompt, *answer], [0] * len(prompt) + mask))
+    return SampleList(mismatched)
 
 
 _DEFAULT_BETA: dict[PreferenceMethod, float] = {"orpo": 0.1, "dpo": 0.1, "simpo": 2.0, "kto": 0.1}
@@ -406,7 +373,7 @@ class PreferenceSteps(Steps):
 def mismatched_batches(
     samples: SidedDataset, order: Sequence[int], size: int, shape: RowShape
 ) -> list[dict[str, Any]]:
-    """Micro-batches of ``size`` samples of :class:`MismatchedSamples`, for KTO's reference point."""
-    mismatched = MismatchedSamples(samples, order, shape.max_length)
+    """Micro-batches of ``size`` samples of :func:`mismatched_samples`, for KTO's reference point."""
+    mismatched = mismatched_samples(samples, order, shape.max_length)
     batches = validation_batches(mismatched, size, shape)
     return [collate_answers(sequences, mismatched, shape) for sequences in batches]

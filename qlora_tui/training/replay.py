@@ -26,8 +26,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.training.answers import answer_greedily
-from qlora_tui.training.batches import TokenizedDataset
 from qlora_tui.training.forgetting import prompt_tokens
+from qlora_tui.training.samples import TokenizedDataset
 
 REPLAY_PROMPTS: tuple[str, ...] = (
     "What is the capital of Canada, and in which province does it lie?",

@@ -9,7 +9,6 @@ gradients, and writes the files of :mod:`qlora_tui.runs.row_losses`, which start
 from __future__ import annotations
 
 import time
-from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import groupby
@@ -19,15 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measuring, no_adapter
+from qlora_tui.training.samples import Sample, SampleList, TokenizedDataset
 from qlora_tui.worker import Report
 
 if TYPE_CHECKING:
     from qlora_tui.data.tokenizer import ChatTokenizer
-    from qlora_tui.training.batches import TokenizedDataset
 
 
-class OtherPrompts:
-    """Each sample's answers after prompts of other samples; a ``TokenizedDataset``.
+class OtherPrompts(Sequence[Sample]):
+    """Each sample's answers after prompts of other samples, made one at a time.
 
     A prompt is a stretch of tokens outside the loss, an answer the stretch in the loss after it. The first
     prompt, with system text and template, is that of the next sample. Later ones are those of the next
@@ -48,24 +47,9 @@ class OtherPrompts:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
-        return self._swapped(i)[0]
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
-        return self._swapped(i)[1]
-
-    def weights(self, i: int, /) -> None:
-        """None: each token in the loss counts as one."""
-
-    def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
-        return len(self.token_ids(i))
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Indices of all samples, in order."""
-        return array("I", range(len(self)))
+    def __getitem__(self, i: Any) -> Any:
+        ids, mask = self._swapped(i)
+        return Sample(ids, mask)
 
     def _swapped(self, i: int) -> tuple[list[int], list[int]]:
         """Token ids and loss mask of a sample with other prompts."""
@@ -181,7 +165,7 @@ def _measure(run: RunDir, report: Report) -> None:
     with model.disable_adapter():
         before = losses(samples, 0)
     after = losses(samples, 1)
-    others = losses(OtherPrompts(samples, recipe.data.max_length), 2)
+    others = losses(SampleList(OtherPrompts(samples, recipe.data.max_length)), 2)
     contradicts = find_contradictions([_texts(samples, i, tokenizer) for i in range(len(samples))])
     measured = [
         MeasuredRow(

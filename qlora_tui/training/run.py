@@ -12,7 +12,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.adapter import StartingAdapter
-from qlora_tui.training.batches import RowShape, StepPlan, TokenizedDataset
+from qlora_tui.training.batches import RowShape, StepPlan
 from qlora_tui.training.checkpoints import Checkpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.control_requests import ControlRequests
@@ -20,6 +20,7 @@ from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.model import PreparedBase
 from qlora_tui.training.reporter import Reporter
+from qlora_tui.training.samples import TokenizedDataset
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

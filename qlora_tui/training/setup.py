@@ -22,7 +22,7 @@ from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import model as model_loading
 from qlora_tui.training import quantized_cache, replay
 from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, trained_parameters
-from qlora_tui.training.batches import TokenizedDataset, plan_steps
+from qlora_tui.training.batches import plan_steps
 from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
 from qlora_tui.training.checks.first_step import verify_first_step
 from qlora_tui.training.compute_device import choose_attention, versions
@@ -33,10 +33,11 @@ from qlora_tui.training.library_names import require_names
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.model import PreparedBase, prepare_base
 from qlora_tui.training.run import Run
+from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.placement import decoder_layers
-from qlora_tui.training.streaming.slots import copies_for
+from qlora_tui.training.streaming.slots import Copies
 from qlora_tui.worker import JobStopped
 
 
@@ -282,7 +283,7 @@ def _add_adapter(run: Run) -> Any:
     if training.gradient_checkpointing == "offload" and run.device.kind == "cuda":
         where = run.device.torch_device
         memory = HostMemory(where, lambda why: _warn_not_pinned(run, "offloaded inputs", why))
-        offload = InputOffload(copies_for(where), memory.allocate)
+        offload = InputOffload(Copies(where), memory.allocate)
         offload_inputs(decoder_layers(base.model, "training.gradient_checkpointing"), offload)
     if base.streamed is not None:
         base.streamed.use_checkpoints()

@@ -24,7 +24,7 @@ from qlora_tui.training.batches import StepData, on_device
 from qlora_tui.training.checkpoints import UnloadableCheckpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.embeddings import EmbeddingNoise, trained_matrices
-from qlora_tui.training.failures import is_out_of_memory, true_disk_errors
+from qlora_tui.training.failures import is_out_of_memory, save_with_torch, true_disk_errors
 from qlora_tui.training.host import release_free_memory, release_gpu_memory
 from qlora_tui.training.optimizers import create_optimizer, create_schedule, wait_for_gpu, warmup_steps
 from qlora_tui.training.preferences import PreferenceObjective
@@ -218,11 +218,13 @@ class Trainer:
             wait_for_gpu()
             if self._accelerator.is_main_process:
                 save_adapter(self.model, folder)
-                torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-                torch.save(self.schedule.state_dict(), folder / "scheduler.pt")
+                save_with_torch(self.optimizer.state_dict(), folder / "optimizer.pt")
+                save_with_torch(self.schedule.state_dict(), folder / "scheduler.pt")
                 if self._accelerator.scaler is not None:
-                    torch.save(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
-            torch.save(RandomNumberState.capture(self._device)._asdict(), folder / self._random_numbers_file)
+                    save_with_torch(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
+            save_with_torch(
+                RandomNumberState.capture(self._device)._asdict(), folder / self._random_numbers_file
+            )
 
     def load(self, folder: Path) -> None:
         """Restore weights, optimizer, schedule and loss scale. Raises UnloadableCheckpoint."""

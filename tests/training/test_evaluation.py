@@ -11,7 +11,6 @@ import msgspec
 import pytest
 import torch
 
-from qlora_tui.data.store import GOOD
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import Evaluated, SampleGenerated
@@ -19,10 +18,10 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.training.batches import RowShape
 from qlora_tui.training.evaluation import compare_validation, exact_answers
 from qlora_tui.training.loss import IGNORED
+from qlora_tui.training.samples import Sample, SampleList
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of
-from tests.training.test_preferences import TokenLists
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +92,7 @@ def test_long_answers_have_no_share(recipe: MakeRecipe, trainers: Trainers) -> N
     assert [e.accuracy for e in events_of(run, Evaluated)] == [None, None]
 
 
-class Unselected(TokenLists):
+class Unselected(SampleList):
     """Samples, of which every selection is all."""
 
     def of_side(self, side: int, /) -> Unselected:
@@ -107,7 +106,7 @@ def reported(model: Any, samples: int = 1, world_size: int = 1) -> list[str]:
     """Names and texts that the reporter gets."""
     lines: list[str] = []
     run: Any = SimpleNamespace(
-        data=SimpleNamespace(validation=Unselected([([1, 2], 1, GOOD)] * samples)),
+        data=SimpleNamespace(validation=Unselected([Sample([1, 2], [0, 1])] * samples)),
         recipe=Recipe(),
         model=model,
         shape=RowShape(packed=True, max_length=64),

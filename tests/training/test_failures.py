@@ -23,7 +23,7 @@ from qlora_tui.runs.events import Health, PhaseChanged
 from qlora_tui.training import checkpoints, failures
 from qlora_tui.training.checkpoints import CheckpointState
 from qlora_tui.training.distributed import DistributedContext
-from qlora_tui.training.failures import disk_error, failure_event, true_disk_errors
+from qlora_tui.training.failures import disk_error, failure_event, save_with_torch, true_disk_errors
 from qlora_tui.training.reporter import Reporter, TelemetryRecorder
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.polling import wait_for
@@ -41,8 +41,8 @@ def save_checkpoint_files(folder: Path) -> None:
     """What a trainer saves, each with the library that writes it in a run."""
     with true_disk_errors():
         save_file(ADAPTER, folder / "adapter.safetensors")
-        torch.save(OPTIMIZER, folder / "optimizer.pt")
-        torch.save({"python": 1}, str(folder / "rng_state.pth"))
+        save_with_torch(OPTIMIZER, folder / "optimizer.pt")
+        save_with_torch({"python": 1}, folder / "rng_state.pth")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])

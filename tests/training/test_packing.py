@@ -18,7 +18,6 @@ from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.training import length_scaled_rope, packed_attention
 from qlora_tui.training.batches import RowShape, collate
 from qlora_tui.training.checks import attention, base
-from qlora_tui.training.checks.step import Excerpt
 from qlora_tui.training.compute_device import ComputeDevice, choose_attention
 from qlora_tui.training.fused.cpu_attention import RowAttention
 from qlora_tui.training.loss import use_loss
@@ -27,6 +26,7 @@ from qlora_tui.training.packed_attention import (
     segment_mask,
     supports_grouped_heads,
 )
+from qlora_tui.training.samples import Sample, SampleList
 from tests.training.families import build
 from tests.training.trained_weights import LENGTH_SCALED, build_with_trained_weights, in_turns
 
@@ -231,11 +231,7 @@ def test_frequencies_follow_from_the_length_of_each_sample(name: str, padding_fr
     ]
     model = packing(model_type, torch.float32, **settings)
     length_scaled_rope.scale_each_sample(model)
-    samples = Excerpt(
-        tuple(tuple(ids[i, :n].tolist()) for i, n in enumerate(lengths)),
-        tuple((1,) * n for n in lengths),
-        (None,) * len(lengths),
-    )
+    samples = SampleList([Sample(ids[i, :n].tolist(), (1,) * n) for i, n in enumerate(lengths)])
     sequences = [tuple(range(5))] if padding_free else [(i,) for i in range(5)]
     batch = collate(sequences, samples, RowShape(padding_free, 64, multiple=16))
     given = {key: value for key, value in batch.items() if key not in ("labels", "loss_positions")}

@@ -28,16 +28,17 @@ from qlora_tui.training.batches import PlannedStep, RowShape, StepPlan
 from qlora_tui.training.loss import ChunkedHead, token_losses
 from qlora_tui.training.model import checkpoint_activations
 from qlora_tui.training.preferences import (
-    MismatchedSamples,
     PreferenceObjective,
     PreferenceSteps,
     RewardSums,
     collate_answers,
     logistic_loss,
+    mismatched_samples,
     odds_ratio_loss,
     prospect_loss,
     score_with_reference,
 )
+from qlora_tui.training.samples import Sample, SampleList
 from tests.training.conftest import MakeRecipe
 from tests.training.test_verify import adapted, massive_channel
 
@@ -70,36 +71,14 @@ def write_rated(file: Path, rows: int = 24) -> Path:
     return file
 
 
-class TokenLists:
+def token_lists(samples: Sequence[tuple[list[int], int, int]]) -> SampleList:
     """Samples in memory: token ids, the first token of the answer, and the side of each."""
-
-    def __init__(self, samples: Sequence[tuple[list[int], int, int]]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        return self.samples[i][0]
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        ids, start, _ = self.samples[i]
-        return [int(place >= start) for place in range(len(ids))]
-
-    def weights(self, i: int, /) -> None:
-        pass
-
-    def length(self, i: int, /) -> int:
-        return len(self.samples[i][0])
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        return range(len(self))
-
-    def side(self, i: int, /) -> int:
-        return self.samples[i][2]
-
-    def of_side(self, side: int, /) -> TokenLists:
-        return TokenLists([sample for sample in self.samples if sample[2] == side])
+    return SampleList(
+        [
+            Sample(ids, [int(at >= start) for at in range(len(ids))], None, side)
+            for ids, start, side in samples
+        ]
+    )
 
 
 pytestmark = pytest.mark.slow
@@ -155,7 +134,7 @@ def test_token_losses_weighted_afterwards_equal_the_summed_loss(
         assert (ours is None and expected is None) or torch.allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-SAMPLES = TokenLists(
+SAMPLES = token_lists(
     [
         ([1, 2, 11, 12], 2, GOOD),
         ([1, 2, 13], 2, BAD),
@@ -195,7 +174,7 @@ def test_a_step_is_divided_by_its_pairs(size: int) -> None:
 
 
 def test_each_answer_of_a_step_follows_another_prompt() -> None:
-    samples = MismatchedSamples(SAMPLES, (4, 0, 3), max_length=3)
+    samples = mismatched_samples(SAMPLES, (4, 0, 3), max_length=3)
     assert [samples.token_ids(i) for i in range(3)] == [[6, 17, 18], [1, 2, 19], [3, 11, 12]]
     assert [samples.loss_mask(i) for i in range(3)] == [[0, 1, 1], [0, 0, 1], [0, 1, 1]]
     assert [samples.length(i) for i in range(3)] == [3, 3, 3]
@@ -256,7 +235,7 @@ def test_rewards_are_zero_before_the_first_step(
                 torch.nn.init.normal_(parameter, std=0.1)
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (100, 21, 37, 5)]
-    samples = TokenLists(
+    samples = token_lists(
         [(each, len(each) // 2, side) for each, side in zip(ids, (GOOD, BAD) * 2, strict=True)]
     )
     batch = collate_answers([(0, 1), (2, 3)], samples, RowShape(packed=True, max_length=200))
@@ -348,7 +327,7 @@ def their_trainer(method: PreferenceMethod, adapted: Any, folder: Path, output: 
     return trl_trainer
 
 
-def token_lists(method: PreferenceMethod, batch: Any) -> TokenLists:
+def samples_of_trl(method: PreferenceMethod, batch: Any) -> SampleList:
     """The samples of a batch of TRL's, in our order."""
     if method in ("orpo", "simpo"):
         samples = []
@@ -357,7 +336,7 @@ def token_lists(method: PreferenceMethod, batch: Any) -> TokenLists:
                 ids, labels = batch[f"{name}_input_ids"][i], batch[f"{name}_labels"][i]
                 real = int(batch[f"{name}_attention_mask"][i].sum())
                 samples.append((ids[:real].tolist(), int((labels[:real] == -100).sum()), side))
-        return TokenLists(samples)
+        return token_lists(samples)
     ids, mask, answers = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
     lengths = mask.sum(1).tolist()
     starts = [n - a for n, a in zip(lengths, answers.sum(1).tolist(), strict=True)]
@@ -367,7 +346,7 @@ def token_lists(method: PreferenceMethod, batch: Any) -> TokenLists:
     else:
         order = [i for pair in range(half) for i in (pair, half + pair)]
         sides = [GOOD] * half + [BAD] * half
-    return TokenLists([(ids[i][: lengths[i]].tolist(), starts[i], sides[i]) for i in order])
+    return token_lists([(ids[i][: lengths[i]].tolist(), starts[i], sides[i]) for i in order])
 
 
 @pytest.mark.parametrize("method", ["orpo", "dpo", "simpo", "kto"])
@@ -377,7 +356,7 @@ def test_loss_and_gradients_are_those_of_trl(
     import torch
 
     from qlora_tui.training.batches import RowShape
-    from qlora_tui.training.preferences import MismatchedSamples, PreferenceObjective, collate_answers
+    from qlora_tui.training.preferences import PreferenceObjective, collate_answers, mismatched_samples
 
     model = our_model(recipe({"quantization.method": "none"}), tiny_model)
     trainer = their_trainer(method, model, tiny_model, tmp_path)
@@ -386,7 +365,7 @@ def test_loss_and_gradients_are_those_of_trl(
     expected = trainer.compute_loss(theirs, batch)
     torch.autograd.backward(expected)
 
-    samples = token_lists(method, batch)
+    samples = samples_of_trl(method, batch)
     shape = RowShape(packed=True, max_length=64)
     objective = PreferenceObjective(method, BETA, GAMMA)
     everything = tuple(range(len(samples)))
@@ -394,7 +373,7 @@ def test_loss_and_gradients_are_those_of_trl(
     if method == "kto":
         # TRL makes its mismatched answers before it shuffles the rows.
         mismatched = _trl_mismatched(batch)
-        other = MismatchedSamples(samples, everything, 64)
+        other = mismatched_samples(samples, everything, 64)
         assert sorted(other.length(i) for i in everything) == sorted(map(mismatched.length, everything))
         divergence, count = objective.divergence(model, collate_answers([everything], mismatched, shape))
         objective.set_divergence(divergence / count)
@@ -411,10 +390,10 @@ def test_loss_and_gradients_are_those_of_trl(
             assert float(difference) < 1e-4, name
 
 
-def _trl_mismatched(batch: Any) -> TokenLists:
+def _trl_mismatched(batch: Any) -> SampleList:
     lengths = batch["KL_attention_mask"].sum(1).tolist()
     answers = batch["KL_completion_mask"].sum(1).tolist()
-    return TokenLists(
+    return token_lists(
         [
             (batch["KL_input_ids"][i][:n].tolist(), n - answer, GOOD)
             for i, (n, answer) in enumerate(zip(lengths, answers, strict=True))
@@ -436,7 +415,7 @@ def test_a_further_trained_adapter_is_compared_with_its_start(
     )
 
     model = our_model(recipe({"quantization.method": "none", "lora.dropout": 0.5}), tiny_model).eval()
-    samples = TokenLists([([5, 6, 7, 8], 2, GOOD), ([5, 6, 9], 2, BAD)])
+    samples = token_lists([([5, 6, 7, 8], 2, GOOD), ([5, 6, 9], 2, BAD)])
     batch = collate_answers([(0, 1)], samples, RowShape(packed=True, max_length=64))
     with torch.no_grad():
         start = score_answers(model, batch).log_probabilities

@@ -19,6 +19,7 @@ from qlora_tui.runs.row_losses import read_row_losses, token_changes
 from qlora_tui.runs.view import RunView
 from qlora_tui.training.batches import RowShape
 from qlora_tui.training.row_losses import OtherPrompts
+from qlora_tui.training.samples import SampleList
 from qlora_tui.training.scoring import token_losses
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
@@ -52,7 +53,7 @@ class TwoTurns:
 
 
 def test_an_answer_follows_the_next_samples_prompt() -> None:
-    others = OtherPrompts(TwoTurns(), max_length=4)
+    others = SampleList(OtherPrompts(TwoTurns(), max_length=4))
     assert [others.token_ids(i) for i in range(3)] == [[9, 7, 8], [12, 13, 10, 11], [6, 14, 15, 16]]
     assert [others.loss_mask(i) for i in range(3)] == [[0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1]]
 
@@ -65,10 +66,10 @@ class Chats(TwoTurns):
 
 
 def test_later_answers_follow_later_prompts_of_others() -> None:
-    others = OtherPrompts(Chats(), max_length=9)
+    others = SampleList(OtherPrompts(Chats(), max_length=9))
     assert [others.token_ids(i) for i in range(3)] == [[6, 2, 14, 5], [11, 12, 7], [1, 13, 3, 4, 15]]
     assert [others.loss_mask(i) for i in range(3)] == [[0, 1, 0, 1], [0, 0, 1], [0, 1, 0, 0, 1]]
-    assert OtherPrompts(Chats(), max_length=3).token_ids(2) == [13, 3, 4]
+    assert SampleList(OtherPrompts(Chats(), max_length=3)).token_ids(2) == [13, 3, 4]
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,6 @@ from qlora_tui.training.checks.first_step import (
     verify_step,
 )
 from qlora_tui.training.checks.step import (
-    Excerpt,
     StepComparison,
     StepReference,
     excerpt_of,
@@ -44,6 +43,7 @@ from qlora_tui.training.fused import gated_mlp, norm_rotary
 from qlora_tui.training.fused import lora as lora_group
 from qlora_tui.training.fused import lora as lora_linear
 from qlora_tui.training.model import PreparedBase, checkpoint_activations, prepare_base
+from qlora_tui.training.samples import Sample, SampleList
 from tests.training.families import build
 from tests.training.trained_weights import CLAIMED, LENGTH_SCALED, build_with_trained_weights
 
@@ -60,13 +60,13 @@ rounding, whichever way it is computed."""
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
-def excerpt(weights: float | None = None) -> Excerpt:
+def excerpt(weights: float | None = None) -> SampleList:
     """Two samples of 20 and 13 tokens, the second half of each trained on."""
     generator = torch.Generator().manual_seed(3)
     ids = [tuple(torch.randint(3, 300, (n,), generator=generator).tolist()) for n in (20, 13)]
     labels = [tuple(int(at >= len(of_one) // 2) for at in range(len(of_one))) for of_one in ids]
     counts = [None if weights is None else tuple(weights * on for on in of_one) for of_one in labels]
-    return Excerpt(tuple(ids), tuple(labels), tuple(counts))
+    return SampleList([Sample(*each) for each in zip(ids, labels, counts, strict=True)])
 
 
 def massive_channel(model_type: str, dtype: torch.dtype, **settings: Any) -> Any:
@@ -419,7 +419,7 @@ def test_a_failure_in_one_process_is_one_of_all(
 def test_nothing_is_dropped_out_during_the_check(tmp_path: Path) -> None:
     model = build_with_trained_weights("falcon", torch.float32, hidden_dropout=0.3, attention_dropout=0.3)
     modes = {module: module.training for module in model.modules()}
-    tokens = torch.tensor([excerpt().ids[0]])
+    tokens = torch.tensor([excerpt().token_ids(0)])
     recipe = Recipe(model=Model(id="falcon"), quantization=Quantization(compute_dtype="float32"))
     with ready_to_compare(model, find_device(recipe)), torch.no_grad():
         assert model.training and torch.equal(model(tokens).logits, model(tokens).logits)
@@ -460,6 +460,6 @@ class _Samples:
 
 def test_an_excerpt_ends_with_the_last_trained_token() -> None:
     part = excerpt_of([(0,), (1,)], _Samples(), tokens=20)
-    assert part.ids == (tuple(range(10, 20)), (100, 101, 102, 103))
-    assert part.loss_masks == ((0, 0, 1, 1, 1, 1, 1, 1, 1, 1), (0, 0, 1, 1))
+    assert [list(part.token_ids(i)) for i in (0, 1)] == [list(range(10, 20)), [100, 101, 102, 103]]
+    assert [list(part.loss_mask(i)) for i in (0, 1)] == [[0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1]]
     assert part.tokens == 14

@@ -21,13 +21,11 @@ from qlora_tui.training import loss, packed_attention
 from qlora_tui.training.batches import (
     PackedSamples,
     StepPlan,
-    TokenizedDataset,
     count_tokens,
     longest_micro_batch,
     micro_batches,
 )
 from qlora_tui.training.checks.step import (
-    Excerpt,
     StepComparison,
     StepReference,
     excerpt_of,
@@ -41,6 +39,7 @@ from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.model import PreparedBase
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.run import Run
+from qlora_tui.training.samples import SampleList, TokenizedDataset
 
 FastPath: TypeAlias = Literal["packed attention", "loss"] | PatchedPart
 DESCRIPTIONS: dict[FastPath, str] = {
@@ -179,7 +178,7 @@ def verify_first_step(run: Run) -> PreparedBase:
 def verify_step(
     model: Any,
     base: PreparedBase,
-    excerpt: Excerpt,
+    excerpt: SampleList,
     device: ComputeDevice,
     pad_id: int,
     dist: DistributedContext,

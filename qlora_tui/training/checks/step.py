@@ -20,17 +20,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.batches import (
-    PackedSamples,
-    RowShape,
-    TokenizedDataset,
-    collate,
-    on_device,
-    sum_loss_weights,
-)
+from qlora_tui.training.batches import PackedSamples, RowShape, collate, on_device, sum_loss_weights
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.loss import IGNORED
 from qlora_tui.training.model import dropout_settings
+from qlora_tui.training.samples import Sample, SampleList, TokenizedDataset
 
 Gradients: TypeAlias = dict[str, Tensor]
 """Gradient of each trained parameter, by its name in the model."""
@@ -54,61 +48,21 @@ _FP16_LOSS_SCALE = 1024.0
 """Loss scale of the check, so that small gradients do not vanish in float16."""
 
 
-@dataclass(frozen=True)
-class Excerpt:
-    """Some samples of the first micro-batch, as a ``TokenizedDataset``."""
-
-    ids: tuple[tuple[int, ...], ...]
-    loss_masks: tuple[tuple[int, ...], ...]
-    """1 for each token in the loss, else 0."""
-    loss_weights: tuple[tuple[float, ...] | None, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of one sample."""
-        return self.ids[i]
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
-        return self.loss_masks[i]
-
-    def weights(self, i: int, /) -> Sequence[float] | None:
-        """Loss weight of each token; None where each trained token has weight 1."""
-        return self.loss_weights[i]
-
-    def length(self, i: int, /) -> int:
-        """Tokens of one sample."""
-        return len(self.ids[i])
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """The samples in order."""
-        return range(len(self))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all samples."""
-        return sum(map(len, self.ids))
-
-
-def excerpt_of(sequences: Sequence[PackedSamples], samples: TokenizedDataset, *, tokens: int) -> Excerpt:
+def excerpt_of(sequences: Sequence[PackedSamples], samples: TokenizedDataset, *, tokens: int) -> SampleList:
     """At most ``tokens`` tokens of the first two samples in ``sequences``, each up to its last trained token.
 
     Two samples, so that packing them into one sequence shows whether one attends to the other.
     """
     first = [i for sequence in sequences for i in sequence][:2]
     each = max(2, tokens // len(first))
-    ids, loss_masks, weights = [], [], []
+    excerpt = []
     for i in first:
-        loss_mask = list(samples.loss_mask(i))
+        loss_mask, weights = list(samples.loss_mask(i)), samples.weights(i)
         end = max((at + 1 for at, on in enumerate(loss_mask) if on), default=len(loss_mask))
         window = slice(max(0, end - each), end)
-        of_sample = samples.weights(i)
-        ids.append(tuple(samples.token_ids(i)[window]))
-        loss_masks.append(tuple(loss_mask[window]))
-        weights.append(None if of_sample is None else tuple(of_sample[window]))
-    return Excerpt(tuple(ids), tuple(loss_masks), tuple(weights))
+        of_window = None if weights is None else weights[window]
+        excerpt.append(Sample(samples.token_ids(i)[window], loss_mask[window], of_window))
+    return SampleList(excerpt)
 
 
 @dataclass(frozen=True)
@@ -139,7 +93,7 @@ class StepComparison:
 class StepReference:
     """The library's step on an excerpt and its rounding noise, the reference for our step."""
 
-    def __init__(self, model: nn.Module, excerpt: Excerpt, device: ComputeDevice) -> None:
+    def __init__(self, model: nn.Module, excerpt: SampleList, device: ComputeDevice) -> None:
         """Compute the library's step on ``model``, which must use no fast path; clears its gradients."""
         self._model, self._excerpt, self._device = model, excerpt, device
         self._items = sum_loss_weights([(i,) for i in range(len(excerpt))], excerpt) or 1.0
@@ -229,19 +183,18 @@ class StepReference:
         excerpt, device = self._excerpt, self._device.torch_device
         losses: list[Tensor] = []
         self._model.zero_grad()
-        for ids, loss_mask, weights in zip(
-            excerpt.ids, excerpt.loss_masks, excerpt.loss_weights, strict=True
-        ):
-            tokens = torch.tensor([ids], device=device)
-            targets = tokens[0].masked_fill(torch.tensor(loss_mask, device=device) == 0, IGNORED)[1:]
+        for i in range(len(excerpt)):
+            tokens = torch.tensor([list(excerpt.token_ids(i))], device=device)
+            loss_mask = torch.tensor(list(excerpt.loss_mask(i)), device=device)
+            targets = tokens[0].masked_fill(loss_mask == 0, IGNORED)[1:]
             trained_at = (targets != IGNORED).nonzero()[:, 0]
             with _autocast(self._device):
                 logits = self._model(input_ids=tokens, use_cache=False).logits[0, trained_at]
             each = nn.functional.cross_entropy(logits.float(), targets[trained_at], reduction="none")
             # Each is as large as the run's own logits in a large vocabulary.
             del logits
-            if weights is not None:
-                each = each * torch.tensor(weights[1:], device=device)[trained_at]
+            if (weights := excerpt.weights(i)) is not None:
+                each = each * torch.tensor(list(weights[1:]), device=device)[trained_at]
             losses.append(each.detach().cpu())
             self._backward_of(each.sum() / self._items)
         return torch.cat(losses), self._take_gradients()
@@ -268,7 +221,8 @@ class StepReference:
         """What is compared of a gradient, as fp32 on the CPU."""
         if gradient.numel() > _LARGE:
             rows = set(range(0, len(gradient), max(1, len(gradient) // _COMPARED_ROWS)))
-            rows.update(token for ids in self._excerpt.ids for token in ids if token < len(gradient))
+            every = (self._excerpt.token_ids(i) for i in range(len(self._excerpt)))
+            rows.update(token for ids in every for token in ids if token < len(gradient))
             gradient = gradient[torch.tensor(sorted(rows), device=gradient.device)]
         return gradient.to("cpu", torch.float32)
 

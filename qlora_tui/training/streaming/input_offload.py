@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.training.streaming.slots import CopyDevice, bytes_of
+from qlora_tui.training.streaming.slots import Copies, bytes_of
 
 
 class KeptInput:
@@ -36,7 +36,7 @@ class KeptInput:
 class InputOffload:
     """The inputs of all layers of a model, in the order of the forward."""
 
-    def __init__(self, copies: CopyDevice, allocate_host: Callable[[int], Tensor]) -> None:
+    def __init__(self, copies: Copies, allocate_host: Callable[[int], Tensor]) -> None:
         """``allocate_host`` returns a uint8 vector of host memory of a number of bytes."""
         self._copies = copies
         self._allocate_host = allocate_host

@@ -19,14 +19,13 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory.weights import streamed_indices
 from qlora_tui.training.streaming.host_memory import HostMemory
 from qlora_tui.training.streaming.slots import (
-    CopyDevice,
+    Copies,
     Extent,
     LayerSlots,
     LayerTensors,
     Pass,
     all_tensors,
     bytes_of,
-    copies_for,
     extent_of,
     lay_out,
     movable_tensors,
@@ -134,7 +133,7 @@ def place_streamed(
     model: Any,
     count: int,
     device: torch.device,
-    copies: CopyDevice | None = None,
+    copies: Copies | None = None,
 ) -> StreamedLayers:
     """Move the frozen weights of ``count`` layers to host memory, and everything else to the device.
 
@@ -149,7 +148,7 @@ def place_streamed(
     every_layer = decoder_layers(model)
     layers = [every_layer[index] for index in streamed_indices(len(every_layer), count)]
     laid_out = [lay_out(tensors) for tensors in _moving_tensors(model, layers)]
-    slots = LayerSlots([layer.size_bytes for layer in laid_out], copies or copies_for(device))
+    slots = LayerSlots([layer.size_bytes for layer in laid_out], copies or Copies(device))
     host_memory = HostMemory(device)
     for place, layer in enumerate(laid_out):
         buffer = host_memory.allocate(layer.size_bytes)

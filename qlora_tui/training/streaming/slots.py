@@ -26,78 +26,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 
-class CopyDevice(Protocol):
-    """Buffers of a device, and copies to it from host memory."""
+class Copies:
+    """Buffers of a device, copies between it and host memory, and events that order them.
 
-    def allocate(self, size_bytes: int) -> Tensor:
-        """A uint8 buffer on the device."""
-
-    def record_computation(self) -> Any:
-        """An event that occurs when everything that was computed so far has ended."""
-
-    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Start a copy from host memory behind the event ``after``; returns the event of its end."""
-
-    def wait_for(self, copied: Any) -> None:
-        """Let what is computed from now on start after the event of a copy."""
-
-
-class CudaCopies:
-    """Copies on a second stream of a CUDA GPU."""
+    On a CPU a copy is done when the call returns, and there are no events.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
     def allocate(self, size_bytes: int) -> Tensor:
-        """A uint8 buffer on the GPU."""
+        """A uint8 buffer on the device."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def record_computation(self) -> Any:
-        """An event after all that is queued on the current stream."""
-        return torch.cuda.current_stream(self._device).record_event()
+        """An event that occurs when everything that was computed so far has ended."""
+        return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Queue a copy on the second stream, behind the event ``after``."""
+        """Start a copy behind the event ``after``; returns the event of its end."""
+        if self._stream is None:
+            target.copy_(source)
+            return None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(after)
             target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
     def wait_for(self, copied: Any) -> None:
-        """Let the current stream wait for a copy."""
-        torch.cuda.current_stream(self._device).wait_event(copied)
-
-
-class CpuCopies:
-    """Copies of a machine without a GPU: each is done when the call returns."""
-
-    def allocate(self, size_bytes: int) -> Tensor:
-        """A uint8 buffer."""
-        return torch.empty(size_bytes, dtype=torch.uint8)
-
-    def record_computation(self) -> Any:
-        """Nothing runs beside the caller."""
-        return None
-
-    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Copy now."""
-        target.copy_(source)
-        return None
-
-    def wait_for(self, copied: Any) -> None:
-        """The copy is done."""
-
-
-def copies_for(device: torch.device) -> CopyDevice:
-    """The copies of this kind of device."""
-    return CudaCopies(device) if device.type == "cuda" else CpuCopies()
+        """Let what is computed from now on start after the event of a copy."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_event(copied)
 
 
 _STATE_PACKAGES = ("bitsandbytes", "qlora_tui")
@@ -256,7 +224,7 @@ _SLOTS = 2
 class LayerSlots:
     """Two device buffers for the streamed layers of a model, in the order of the forward."""
 
-    def __init__(self, sizes: Sequence[int], copies: CopyDevice) -> None:
+    def __init__(self, sizes: Sequence[int], copies: Copies) -> None:
         """Allocate the buffers for layers of ``sizes`` bytes."""
         self._copies = copies
         self._layers: list[Tensor | None] = [None] * len(sizes)
