@@ -34,7 +34,7 @@ from qlora_tui.errors import UserError, first_line
 from qlora_tui.files import atomic_write, open_to_read, read_regular
 from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, diff_recipes
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.toml import dump, parse, to_frozen_recipe
+from qlora_tui.recipe.toml import parse, to_frozen_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.distributed import DistributedContext
@@ -234,8 +234,3 @@ def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) ->
             why="A data file, the tokenizer or its chat template has changed.",
             fix="Restore the files, or start a new run.",
         )
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """The recipe in the form of ``CheckpointState.recipe``."""
-    return dump(recipe)

@@ -82,8 +82,8 @@ class Evaluator:
         )
         self._objective = PreferenceObjective.of(recipe, run.starting_adapter)
         """Not that of the trainer, whose sums are of training steps."""
-        turn_ends = frozenset(run.tokenizer.turn_end_ids)
-        self._short_answers_end = turn_ends if has_short_answers(samples) else None
+        short = [sum(samples.loss_mask(i)) <= SHORT_TOKENS for i in range(len(samples))]
+        self._short_answers_end = frozenset(run.tokenizer.turn_end_ids) if short and all(short) else None
 
     @property
     def has_validation_data(self) -> bool:
@@ -174,11 +174,6 @@ def evaluate(
                     exact, answered = exact + right, answered + total_answers
             progress(done, len(batches))
     return ValidationSums(total, loss_weight_sum, exact, answered)
-
-
-def has_short_answers(samples: TokenizedDataset) -> bool:
-    """Whether every sample has a short answer, so that exact-match accuracy is meaningful."""
-    return len(samples) > 0 and all(sum(samples.loss_mask(i)) <= SHORT_TOKENS for i in range(len(samples)))
 
 
 @contextmanager

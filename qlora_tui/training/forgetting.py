@@ -133,7 +133,7 @@ class AnswerCounts(NamedTuple):
 def count_answers(answers: Iterable[GeneralAnswer]) -> AnswerCounts:
     """Count the answers that end, loop, refuse, and hold the JSON that was asked for."""
     every = list(answers)
-    with_json = [answer for answer in every if asks_for_json(answer.prompt)]
+    with_json = [answer for answer in every if "JSON" in answer.prompt]
     return AnswerCounts(
         answers=len(every),
         ended=sum(answer.ended for answer in every),
@@ -142,11 +142,6 @@ def count_answers(answers: Iterable[GeneralAnswer]) -> AnswerCounts:
         json_prompts=len(with_json),
         json_valid=sum(holds_json(answer.text) for answer in with_json),
     )
-
-
-def asks_for_json(prompt: str) -> bool:
-    """Whether a prompt asks for JSON."""
-    return "JSON" in prompt
 
 
 def is_refusal(text: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,17 +15,8 @@ def release_free_memory() -> None:
     glibc itself returns only what lies at the top of the heap. Reading a tokenizer of 262,144 tokens leaves
     260 MiB of free pages below the top, and a step's tensors do not fill them.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return trim
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def release_gpu_memory() -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from qlora_tui.errors import UserError, disk_problem
 from qlora_tui.formatting import uncapitalize
+from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.events import (
     ALL_STEPS_DONE,
@@ -470,7 +471,7 @@ class Loop:
             tokens=self.trainer.tokens,
             data_hash=run.data.data_hash,
             padding_free=run.base.padding_free,
-            recipe=checkpoints.recipe_text(run.recipe),
+            recipe=dump(run.recipe),
             base_hash=run.base_hash,
             best_step=progress.best_step,
             best_score=progress.best_score,

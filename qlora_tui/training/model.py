@@ -7,6 +7,7 @@ every hidden state.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -115,7 +116,9 @@ def load_base(
         is_mapped = model is not None
         if model is None:
             settings = {}
-            if quantization is not None and not _is_stored_quantized(folder):
+            config = load_config(folder / "config.json")
+            is_quantized = bool(config.get("quantization_config")) and not is_mxfp4(config)
+            if quantization is not None and not is_quantized:
                 settings["quantization_config"] = quantization
             model = _load(folder, device, attention_path, on_progress, **settings)
             if stored is not None:
@@ -123,7 +126,11 @@ def load_base(
     # peft writes this into the adapter as its base model.
     model.config._name_or_path = model.name_or_path = str(folder)
     if device.kind == "cpu" and quantization is not None and not is_mapped:
-        _detach_from_mmap(model)
+        # Weights that are not quantized are views that would keep the whole mapped file in memory. A file of
+        # stored weights has only what is used.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
     return freeze(model)
 
 
@@ -186,7 +193,7 @@ def _load_stored(
         with suppress(OSError):
             discard(stored)
         return None
-    quantized_cache.mark_used(stored)
+    os.utime(stored)  # the least recently used are deleted first
     return model
 
 
@@ -252,16 +259,6 @@ def loading_progress(on_progress: ProgressCallback | None) -> Iterator[None]:
         set_hook(None)
 
 
-def _detach_from_mmap(model: nn.Module) -> None:
-    """Copy weights that are not quantized: they are views that would keep the whole mapped file in memory.
-
-    A file of stored weights has only what is used: its 4-bit weights stay views, and so do the others.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
-
-
 def freeze(model: nn.Module) -> nn.Module:
     """Freeze every weight, with 4-bit weights in the layout that the backward needs."""
     model.requires_grad_(False)
@@ -324,12 +321,6 @@ def _quantization_config(settings: Quantization, device: ComputeDevice) -> Any:
     if settings.method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     return None
-
-
-def _is_stored_quantized(folder: Path) -> bool:
-    """Whether the weights are stored quantized by bitsandbytes, and not in 16 bits or MXFP4."""
-    config = load_config(folder / "config.json")
-    return bool(config.get("quantization_config")) and not is_mxfp4(config)
 
 
 _FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
@@ -400,7 +391,9 @@ def prepare_base(
     """
     allow_kernels(recipe.model.kernels == "auto")
     verify_kernels(device.torch_device, device.dtype)
-    model, streamed = _load_and_place(folder, recipe, device, attention_path, on_progress)
+    count = recipe.quantization.streamed_layers
+    model = load_base(folder, recipe, device, attention_path, on_progress, to_host=count > 0)
+    streamed = place_streamed(model, count, device.torch_device) if count else None
     router_loss_off = _switch_off_router_loss(model)
     head = find_head(model)
     if not isinstance(head, str) and not head_matches_model(model, head, device.torch_device):
@@ -425,19 +418,6 @@ def prepare_base(
         router_loss_off=router_loss_off,
         streamed=streamed,
     )
-
-
-def _load_and_place(
-    folder: Path,
-    recipe: Recipe,
-    device: ComputeDevice,
-    attention_path: AttentionPath,
-    on_progress: ProgressCallback | None,
-) -> tuple[Any, StreamedLayers | None]:
-    """The model on the device, but for the layers that the recipe streams, which are in host memory."""
-    count = recipe.quantization.streamed_layers
-    model = load_base(folder, recipe, device, attention_path, on_progress, to_host=count > 0)
-    return model, place_streamed(model, count, device.torch_device) if count else None
 
 
 def _switch_off_router_loss(model: Any) -> bool:

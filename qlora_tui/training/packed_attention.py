@@ -229,18 +229,16 @@ def varlen_attention_forward(
     if (
         attention_mask is not None
         and attention_mask.dtype == torch.int32
-        and not (settings.get("dropout") or _has_special_scores(settings))
+        # Nor capped scores (Gemma 2), nor sinks that compete with them (gpt-oss).
+        and not settings.get("dropout")
+        and settings.get("softcap") is None
+        and settings.get("s_aux") is None
         and supports(query, value, samples=attention_mask.shape[-1] - 1)
     ):
         scaling, window = settings.get("scaling"), settings.get("sliding_window")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(query, key, value, attention_mask, scale, window), None
     return segment_attention(module, query, key, value, attention_mask, **settings)
-
-
-def _has_special_scores(settings: dict[str, Any]) -> bool:
-    """Whether scores are capped (Gemma 2) or compete with sinks (gpt-oss)."""
-    return settings.get("softcap") is not None or settings.get("s_aux") is not None
 
 
 def _functions() -> dict[PackedAttention, AttentionFunction]:

@@ -158,13 +158,6 @@ _LARGEST_LOG_PROBABILITY = -1e-7
 """At 0, a certain answer, the odds would be infinite."""
 
 
-def beta_of(recipe: Recipe) -> float:
-    """The recipe's ``training.preference_beta``, or where it is 0 that of the method's paper."""
-    method = recipe.preference_method
-    assert method is not None
-    return recipe.training.preference_beta or _DEFAULT_BETA[method]
-
-
 def odds_ratio_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """ORPO's second term; the first is the cross-entropy of the chosen answer.
 
@@ -260,7 +253,10 @@ class PreferenceObjective:
     def of(cls, recipe: Recipe, starting: StartingAdapter | None = None) -> PreferenceObjective | None:
         """The objective of a recipe; None where it trains on answers alone."""
         method = recipe.preference_method
-        return None if method is None else cls(method, beta_of(recipe), recipe.training.simpo_gamma, starting)
+        if method is None:
+            return None
+        beta = recipe.training.preference_beta or _DEFAULT_BETA[method]
+        return cls(method, beta, recipe.training.simpo_gamma, starting)
 
     @property
     def needs_divergence(self) -> bool:

@@ -10,7 +10,6 @@ used folders are deleted when the total exceeds ``quantized_cache_gib`` of ``con
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from importlib.metadata import version
@@ -118,11 +117,6 @@ def quantizes_experts(folder: Path, recipe: Recipe) -> bool:
 def is_stored(folder: Path | None) -> bool:
     """Whether the weights are there. A folder is written completely or not at all."""
     return folder is not None and (folder / "config.json").is_file()
-
-
-def mark_used(folder: Path) -> None:
-    """Note that a folder was used now: the least recently used are deleted first."""
-    os.utime(folder)
 
 
 def store(model: Any, folder: Path) -> None:

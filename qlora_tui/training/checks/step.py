@@ -149,7 +149,8 @@ class StepReference:
             name: float((gradients[name] - expected).norm()) for name, expected in self._gradients.items()
         }
         # Written so that NaN counts as the largest difference.
-        worst = max(differences, key=lambda name: _or_infinite(differences[name] / self._noise_of(name)))
+        exceeded = {name: differences[name] / self._noise_of(name) for name in differences}
+        worst = max(exceeded, key=lambda name: exceeded[name] if math.isfinite(exceeded[name]) else math.inf)
         size = self._size(worst)
         return StepComparison(
             loss=float(loss.detach()),
@@ -297,10 +298,6 @@ def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _or_infinite(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def _autocast(device: ComputeDevice) -> AbstractContextManager[Any]:

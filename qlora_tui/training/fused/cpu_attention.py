@@ -71,7 +71,10 @@ class RowAttention(torch.autograd.Function):
             _split_precision(log_sums / -ctx.scale, query.dtype),
             _split_precision(neg_delta, query.dtype),
         )
-        grads = [_empty_token_major(x) for x in (query, key, value)]
+        # Stored token by token, like what they are the gradients of.
+        grads = [
+            x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)
+        ]
         parts = (
             torch.split(x[0], ctx.lengths, dim=1) for x in (query, key, value, grad, *extra_columns, *grads)
         )
@@ -107,11 +110,6 @@ def _kernel_supports_gqa() -> bool:
     q, k = torch.ones(1, 2, 3, 16), torch.ones(1, 1, 3, 16)
     out, _ = _flash(q, k, k, 1.0)
     return torch.equal(out, q)
-
-
-def _empty_token_major(x: Tensor) -> Tensor:
-    """An empty gradient for x (1, heads, tokens, width), stored token by token like x itself."""
-    return x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def _split_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
