@@ -28,7 +28,7 @@ from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
 from qlora_tui.memory.layers import STYLES, Layout, build_layout
 from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_range, corrected, tiers
 from qlora_tui.memory.replay import replay
-from qlora_tui.memory.static_memory import FROZEN, gradient_bytes, static_items
+from qlora_tui.memory.static_memory import FROZEN, adapter_bytes, static_items
 from qlora_tui.memory.step import (
     Peak,
     StepTrace,
@@ -187,28 +187,28 @@ def _calculate(
     capacity_bytes: int | None,
 ) -> Estimate:
     layout = build_layout(recipe, architecture, execution)
-    resident = static_items(recipe, architecture, layout, execution)
+    resident = static_items(layout)
     streamed = streamed_weights(recipe, architecture, execution)
-    step_profile = profile_step(layout, execution, recipe.lora.dropout)
+    step_profile = profile_step(layout)
     if traced is not None:
         layout = replace(layout, exact=True)
     elif execution.accumulates:
-        resident["gradients"] = gradient_bytes(layout, execution)
+        resident["gradients"] = adapter_bytes(layout)
     moments = [
-        *step_moments(step_profile, layout, execution, traced),
-        answers_moment(layout, execution),
+        *step_moments(step_profile, layout, traced),
+        answers_moment(layout),
     ]
     pool = None
     if execution.device == "cuda":
         room = None if capacity_bytes is None else capacity_bytes - context_range(execution)[1]
-        pool = replay(recipe, architecture, layout, execution, step_profile, room)
+        pool = replay(layout, step_profile, room)
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = _together(resident, fullest)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
     loading = _together(frozen, Peak(LOADING, {"loading": loading_bytes(recipe, architecture, execution)}))
-    levels = tiers(items, fullest.total_bytes, pool, architecture, layout, execution)
+    levels = tiers(items, fullest.total_bytes, pool, layout)
     # By process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
-    levels_at_loading = tiers(loading, 0, pool, architecture, layout, execution)
+    levels_at_loading = tiers(loading, 0, pool, layout)
     before = max(levels.process_bytes, levels_at_loading.process_bytes)
     correction = device.correction
     if correction is not None and correction.applies:
@@ -219,21 +219,20 @@ def _calculate(
         items[LOADING] = levels_at_loading.process_bytes - levels.process_bytes
         fullest, levels = Peak(LOADING, loading), levels_at_loading
     result = replace(
-        _assemble(recipe, architecture, layout, execution, items, levels, fullest),
+        _assemble(layout, items, levels, fullest),
         loading_process_bytes=levels_at_loading.process_bytes,
-        host_bytes=_host_bytes(resident, streamed, layout, execution),
+        host_bytes=_host_bytes(resident, streamed, layout),
     )
     if correction is None:
         return result
     return replace(result, correction=correction, uncorrected_bytes=before)
 
 
-def _host_bytes(
-    resident: dict[str, int], streamed: StreamedWeights | None, layout: Layout, execution: ExecutionConfig
-) -> int:
+def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None, layout: Layout) -> int:
     """Return the host memory of a run on a GPU: the whole base where some of its layers are streamed, and the
     inputs of all layers where they are offloaded."""
-    size = len(layout.blocks) * layer_input_bytes(layout, execution) if execution.offloads_inputs else 0
+    execution = layout.execution
+    size = len(layout.blocks) * layer_input_bytes(layout) if execution.offloads_inputs else 0
     if streamed is None or execution.device == "cpu":
         return size
     return size + streamed.host_bytes + sum(resident.get(key, 0) for key in FROZEN if key != "slots")
@@ -264,14 +263,12 @@ def loading_bytes(recipe: Recipe, architecture: Architecture, execution: Executi
 
 
 def _assemble(
-    recipe: Recipe,
-    architecture: Architecture,
     layout: Layout,
-    execution: ExecutionConfig,
     items: dict[str, int],
     levels: MemoryLevels,
     fullest: Peak,
 ) -> Estimate:
+    recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
     sentences = explanations(ExplainContext(recipe, architecture, execution, layout))
     return Estimate(
         method=recipe.quantization.method,
@@ -287,13 +284,12 @@ def _assemble(
         peak_phase=fullest.phase,
         execution=execution,
         exact=layout.exact,
-        notes=_notes(recipe, architecture, layout, items),
+        notes=_notes(layout, items),
     )
 
 
-def _notes(
-    recipe: Recipe, architecture: Architecture, layout: Layout, items: dict[str, int]
-) -> tuple[str, ...]:
+def _notes(layout: Layout, items: dict[str, int]) -> tuple[str, ...]:
+    recipe, architecture = layout.recipe, layout.architecture
     notes = []
     if items.get("int8_inputs"):
         notes.append(
@@ -447,12 +443,12 @@ def step_timeline(
     """
     execution = estimated.execution
     layout = build_layout(recipe, architecture, execution)
-    resident = static_items(recipe, architecture, layout, execution)
+    resident = static_items(layout)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
     if traced is None and execution.accumulates:
-        resident["gradients"] = gradient_bytes(layout, execution)
-    profile = profile_step(layout, execution, recipe.lora.dropout)
-    peaks = step_moments(profile, layout, execution, traced, every_layer=True)
+        resident["gradients"] = adapter_bytes(layout)
+    profile = profile_step(layout)
+    peaks = step_moments(profile, layout, traced, every_layer=True)
     most = max(peak.total_bytes for peak in peaks) + sum(resident.values())
     outside = {OVERHEAD: estimated.step_bytes - most}
     moments = _loading(frozen, loading_bytes(recipe, architecture, execution), estimated)
@@ -492,12 +488,9 @@ def closed_form(recipe: Recipe, architecture: Architecture, execution: Execution
     """Return the estimate's own values of the figures in a trace: frozen weights, adapter, gradients, and the
     step's peak beyond weights and adapter."""
     layout = build_layout(recipe, architecture, execution)
-    resident = static_items(recipe, architecture, layout, execution)
-    gradients = gradient_bytes(layout, execution)
-    step = max(
-        peak.total_bytes
-        for peak in peak_candidates(profile_step(layout, execution, recipe.lora.dropout), layout, execution)
-    )
+    resident = static_items(layout)
+    gradients = adapter_bytes(layout)
+    step = max(peak.total_bytes for peak in peak_candidates(profile_step(layout), layout))
     return {
         "frozen": sum(resident.get(key, 0) for key in FROZEN),
         "adapter": resident["adapter"],

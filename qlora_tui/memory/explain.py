@@ -202,11 +202,12 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
         "mask": f"Attention mask: {layout.length:,}² elements.",
         "dequantized": f"One weight at a time, dequantized to {compute} bytes per element.",
         "hidden_gradient": f"The positions in the loss, and the gradient at each: 2 × {tokens} × {hidden}.",
-        "logits": _logits_sentence(execution, layout),
+        "logits": _logits_sentence(layout),
     }
 
 
-def _logits_sentence(execution: ExecutionConfig, layout: Layout) -> str:
+def _logits_sentence(layout: Layout) -> str:
+    execution = layout.execution
     vocabulary = f"{layout.vocabulary:,}"
     if execution.loss == "chunked":
         rows = min(LOSS_CHUNK_ROWS, layout.tokens)

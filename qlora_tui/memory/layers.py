@@ -277,6 +277,9 @@ def _linear_of(ops: Ops, x: Tensor, module: Linear | None, together: dict[str, T
 class Layout:
     """The model of one run: its resident tensors, and its layers in order."""
 
+    recipe: Recipe
+    architecture: Architecture
+    execution: ExecutionConfig
     blocks: tuple[DecoderLayer, ...]
     """One entry per layer; equal layers are the same object."""
     tokens: int
@@ -322,11 +325,12 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
             by_layer[module.layer].append(module)
     # The kernel for a whole row neither caps scores nor has sinks or dropout.
     softcap, sinks = architecture.model_type == "gemma2", architecture.model_type == "gpt_oss"
+    attention, varlen = execution.attention, execution.varlen
     if execution.device == "cuda" and not flash_trains(execution.capability, architecture.head_dim):
         # SDPA chooses its memory-efficient kernel, sample by sample.
-        attention: Kernel = "efficient" if execution.attention == "flash" else execution.attention
-        execution = replace(execution, attention=attention, varlen=False)
-    in_one_call = execution.varlen and not (softcap or sinks or architecture.attention_dropout)
+        attention = "efficient" if execution.attention == "flash" else execution.attention
+        varlen = False
+    in_one_call = varlen and not (softcap or sinks or architecture.attention_dropout)
     heads = Heads(
         rows=rows,
         length=length,
@@ -338,8 +342,11 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         samples=(execution.samples or rows) if in_one_call else 0,
         softcap=softcap,
         sinks=sinks,
-        repeated=execution.attention == "efficient",
+        repeated=attention == "efficient",
     )
+    # Falcon passes SDPA one key head for all query heads, which no fused kernel supports.
+    shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
+    kernel = "math" if shared and attention != "eager" else attention
     experts: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
     for module in architecture.expert_modules:
         if module.layer is not None:
@@ -373,7 +380,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 two_norms=_layer_norms(architecture) > 1,
                 activation=architecture.activation,
                 gated=architecture.gated,
-                kernel=_kernel(architecture, execution),
+                kernel=kernel,
                 mixture=of_layer,
                 dropout=architecture.residual_dropout,
             )
@@ -382,6 +389,9 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
     shapes += expert_shapes
     shapes += vocabulary_shapes(recipe.lora, architecture)
     return Layout(
+        recipe=recipe,
+        architecture=architecture,
+        execution=execution,
         blocks=tuple(blocks),
         tokens=rows * length,
         rows=rows,
@@ -410,13 +420,6 @@ def vocabulary_shapes(lora: Lora, architecture: Architecture) -> list[tuple[int,
     head = architecture.head
     rows = head.out_features if lora.train_embeddings else len(set(lora.trainable_tokens))
     return [(rows, head.in_features)] * (1 if head.tied else 2) if rows else []
-
-
-def _kernel(architecture: Architecture, execution: ExecutionConfig) -> Kernel:
-    """Return the attention kernel. Falcon passes SDPA one key head for all query heads, which no fused kernel
-    supports."""
-    shared = architecture.model_type == "falcon" and architecture.heads != architecture.kv_heads
-    return "math" if shared and execution.attention in ("flash", "efficient") else execution.attention
 
 
 def _layer_norms(architecture: Architecture) -> int:

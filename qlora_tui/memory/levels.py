@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.formatting import MIB, format_bytes
 from qlora_tui.gpu.torch_env import ONEDNN_CACHE_CAPACITY
 from qlora_tui.memory.calibration import Correction
@@ -42,8 +41,9 @@ FULL_ROWS = 4
 """Number of lengths that packed sequences have: all are nearly full."""
 
 
-def kernel_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+def kernel_bytes(layout: Layout) -> int:
     """Return the heap bytes after a run with samples of every length; 0 except for bfloat16 on a CPU."""
+    execution = layout.execution
     if execution.device != "cpu" or execution.compute_itemsize != 2 or execution.float16:
         return 0
     lengths = -(-layout.length // TOKEN_MULTIPLE)
@@ -140,22 +140,21 @@ def tiers(
     items: dict[str, int],
     moving_bytes: int,
     pool: Pool | None,
-    architecture: Architecture,
     layout: Layout,
-    execution: ExecutionConfig,
 ) -> MemoryLevels:
     """Compute all three levels from the items at the peak. ``moving_bytes`` of them are allocated and freed
     in each step. ``pool`` has the totals of a GPU's allocator."""
+    architecture, execution = layout.architecture, layout.execution
     allocated = sum(items.values())
     if pool is None:
         checkpoint_bytes = items.get("checkpoints", 0)
-        return _on_cpu(allocated, moving_bytes, checkpoint_bytes, architecture, layout, execution)
+        return _on_cpu(allocated, moving_bytes, checkpoint_bytes, layout)
     # Blocks that were not split count as allocated; with growing segments all are split.
     unsplit = 0 if execution.expandable_segments else max(0, pool.allocated_bytes - allocated)
     allocated += unsplit
     slack = pool.reserved_bytes - pool.allocated_bytes
     reserved = allocated + slack
-    paged = optimizer_bytes(layout, execution) if execution.pages_states else 0
+    paged = optimizer_bytes(layout) if execution.pages_states else 0
     context_low, context, context_high = context_range(execution)
     process = reserved + context + paged
     doubt = _uncertainty_bytes(allocated, layout)
@@ -206,13 +205,12 @@ def _on_cpu(
     allocated: int,
     moving_bytes: int,
     checkpoint_bytes: int,
-    architecture: Architecture,
     layout: Layout,
-    execution: ExecutionConfig,
 ) -> MemoryLevels:
-    kernels = kernel_bytes(layout, execution) if moving_bytes else 0
-    slack = max(0, moving_bytes - checkpoint_bytes - _mapped_bytes(layout, execution)) // HEAP_HOLES
-    if layer_input_bytes(layout, execution) < MAPPED_BYTES:
+    architecture, execution = layout.architecture, layout.execution
+    kernels = kernel_bytes(layout) if moving_bytes else 0
+    slack = max(0, moving_bytes - checkpoint_bytes - _mapped_bytes(layout)) // HEAP_HOLES
+    if layer_input_bytes(layout) < MAPPED_BYTES:
         slack += CHECKPOINT_HOLES * checkpoint_bytes
     tokenizer = architecture.vocab_size * TOKENIZER_BYTES_PER_TOKEN
     reserved = allocated + slack + kernels + tokenizer
@@ -230,8 +228,9 @@ def _on_cpu(
     )
 
 
-def _mapped_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+def _mapped_bytes(layout: Layout) -> int:
     """Return the bytes of the chunked loss's tensors that are mapped separately and leave no holes."""
+    execution = layout.execution
     if execution.loss != "chunked":
         return 0
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)

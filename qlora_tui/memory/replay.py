@@ -64,12 +64,10 @@ class _Weight:
 
 def load(
     allocator: CachingAllocator,
-    recipe: Recipe,
-    architecture: Architecture,
     layout: Layout,
-    execution: ExecutionConfig,
 ) -> None:
     """Load the weights, the casts of unquantized ones, and the adapter."""
+    recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
     weights = _weights(architecture, execution.separate_experts)
     if execution.streamed_layers:
         _place_streamed(allocator, recipe, architecture, execution)
@@ -202,18 +200,16 @@ class Pool:
 
 
 def replay(
-    recipe: Recipe,
-    architecture: Architecture,
     layout: Layout,
-    execution: ExecutionConfig,
     step_profile: StepProfile,
     capacity_bytes: int | None = None,
 ) -> Pool:
     """Load the model and run two steps. An allocator that reaches ``capacity_bytes`` releases free segments
     before it takes more, unless its segments grow."""
+    execution = layout.execution
     allocator = CachingAllocator(expandable=execution.expandable_segments, capacity_bytes=capacity_bytes)
-    load(allocator, recipe, architecture, layout, execution)
-    run = _Run(allocator, architecture, layout, execution, step_profile)
+    load(allocator, layout)
+    run = _Run(allocator, layout, step_profile)
     for step in range(STEPS):
         run.step(first=not step)
     return Pool(allocator.most_allocated_bytes, allocator.most_reserved_bytes)
@@ -225,11 +221,10 @@ class _Run:
     def __init__(
         self,
         allocator: CachingAllocator,
-        architecture: Architecture,
         layout: Layout,
-        execution: ExecutionConfig,
         step_profile: StepProfile,
     ) -> None:
+        execution = layout.execution
         self._allocator = allocator
         self._layout = layout
         self._execution = execution
@@ -239,15 +234,15 @@ class _Run:
             ends = len(step_profile.layers)
         marked = _with_repetitions(step_profile.layers, ends)
         self._layers = [(layer.recording, not is_repeated) for layer, is_repeated in marked]
-        self._embedded_bytes = layer_input_bytes(layout, execution)
+        self._embedded_bytes = layer_input_bytes(layout)
         self._keeps_embedding = layout.modifies_embedding or not step_profile.layers[0].keeps_input
-        self._inputs = (input_bytes(architecture, layout, execution), mask_bytes(layout, execution))
+        self._inputs = (input_bytes(layout), mask_bytes(layout))
 
     def step(self, *, first: bool) -> None:
         """Replay forward, backward and optimizer. At the end all tensors of the step are freed."""
         allocator = self._allocator
         if first:
-            allocator.keep(adapter_copies(self._layout, self._execution))
+            allocator.keep(adapter_copies(self._layout))
         small = allocator.small_bytes
         alive = take_all(allocator, self._inputs)
         if self._layout.modifies_embedding:
@@ -275,7 +270,7 @@ class _Run:
             blocks[recording.seed] = gradient
             if self._execution.offloads_inputs and recording is not self._head:
                 # This layer's input, and that of the layer before, ahead of it.
-                size = layer_input_bytes(self._layout, self._execution)
+                size = layer_input_bytes(self._layout)
                 fetched += [allocator.malloc(size) for _ in range(min(2, len(parts) + 1) - len(fetched))]
                 blocks[recording.enters] = fetched.pop(0)
             recording.backward.replay(allocator, blocks, whole=whole)

@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 
-from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, ExecutionConfig
 from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.weights import frozen_weights, round_to_block, streamed_weights
-from qlora_tui.recipe.schema import Recipe
 
 SMALL_TENSOR = 4096
 """Elements below which bitsandbytes uses 32-bit optimizer states for a tensor."""
@@ -38,19 +36,15 @@ def step_itemsize(execution: ExecutionConfig) -> int:
     return itemsizes.get(execution.optimizer, 0)
 
 
-def adapter_bytes(layout: Layout, execution: ExecutionConfig) -> int:
-    """Return the bytes of the trained matrices."""
+def adapter_bytes(layout: Layout) -> int:
+    """Return the bytes of the trained matrices, and of their gradients, which have the same dtype."""
     sizes = Counter(layout.adapter_tensors).items()
     return sum(times * round_to_block(count * ADAPTER_ITEMSIZE) for count, times in sizes)
 
 
-def gradient_bytes(layout: Layout, execution: ExecutionConfig) -> int:
-    """Return the bytes of the gradients, which have their parameters' dtype."""
-    return adapter_bytes(layout, execution)
-
-
-def optimizer_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+def optimizer_bytes(layout: Layout) -> int:
     """Return the bytes of all states. Paged states take the same bytes in managed memory."""
+    execution = layout.execution
     return sum(
         times * _state_bytes(shape, execution) for shape, times in Counter(layout.adapter_shapes).items()
     )
@@ -75,12 +69,13 @@ def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int
     return (count * 4,) * moments
 
 
-def optimizer_step_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+def optimizer_step_bytes(layout: Layout) -> int:
     """Return the temporary bytes of one optimizer step: torch's multi-tensor AdamW takes a square root of all
     second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none on a GPU. Others take
     one tensor after the other."""
+    execution = layout.execution
     if execution.optimizer == "adamw" and execution.device == "cuda":
-        return adapter_bytes(layout, execution)
+        return adapter_bytes(layout)
     largest = max(layout.adapter_tensors, default=0)
     return round_to_block(largest * step_itemsize(execution))
 
@@ -96,10 +91,9 @@ CUBLAS_HANDLES = 2
 """Number of cuBLAS handles, each with a workspace: the calling thread's and autograd's."""
 
 
-def static_items(
-    recipe: Recipe, architecture: Architecture, layout: Layout, execution: ExecutionConfig
-) -> dict[str, int]:
+def static_items(layout: Layout) -> dict[str, int]:
     """Return the bytes by item."""
+    recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
     frozen = frozen_weights(recipe, architecture, execution)
     items = {
         "weights": frozen.packed_bytes,
@@ -110,9 +104,9 @@ def static_items(
         "norms": frozen.norm_and_other_bytes,
         "experts": frozen.expert_bytes,
         "vision": frozen.vision_bytes,
-        "adapter": adapter_bytes(layout, execution) * (2 if recipe.keeps_starting_adapter else 1),
-        "inputs": input_bytes(architecture, layout, execution),
-        "mask": mask_bytes(layout, execution),
+        "adapter": adapter_bytes(layout) * (2 if recipe.keeps_starting_adapter else 1),
+        "inputs": input_bytes(layout),
+        "mask": mask_bytes(layout),
     }
     streamed = streamed_weights(recipe, architecture, execution) if execution.streamed_layers else None
     if streamed is not None:
@@ -123,7 +117,7 @@ def static_items(
     if execution.device == "cuda":
         items["workspace"] = CUBLAS_HANDLES * workspace_bytes(execution)
     if not execution.pages_states:
-        items["optimizer"] = optimizer_bytes(layout, execution)
+        items["optimizer"] = optimizer_bytes(layout)
     return {key: size for key, size in items.items() if size}
 
 
@@ -132,14 +126,16 @@ def workspace_bytes(execution: ExecutionConfig) -> int:
     return HOPPER_WORKSPACE_BYTES if execution.capability in ((9, 0), (10, 0)) else CUBLAS_WORKSPACE_BYTES
 
 
-def input_bytes(architecture: Architecture, layout: Layout, execution: ExecutionConfig) -> int:
+def input_bytes(layout: Layout) -> int:
     """Return the bytes of ids, labels, shifted labels and positions, 8 each, and of the rotary tables."""
+    architecture, execution = layout.architecture, layout.execution
     tables = 2 * layout.length * architecture.head_dim * execution.residual_itemsize
     return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)
 
 
-def mask_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+def mask_bytes(layout: Layout) -> int:
     """Return the bytes of eager attention's mask, in the hidden states' dtype."""
+    execution = layout.execution
     if execution.attention == "eager":
         return round_to_block(layout.length * layout.length * execution.residual_itemsize)
     return 0

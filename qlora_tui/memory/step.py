@@ -35,7 +35,7 @@ from qlora_tui.memory.execution import (
 )
 from qlora_tui.memory.layers import DecoderLayer, Layout, norm, run_block
 from qlora_tui.memory.ops import FLOAT, Ops
-from qlora_tui.memory.static_memory import gradient_bytes, optimizer_step_bytes
+from qlora_tui.memory.static_memory import adapter_bytes, optimizer_step_bytes
 from qlora_tui.memory.weights import round_to_block
 from qlora_tui.recipe.schema import Recipe
 
@@ -138,7 +138,6 @@ def check_traceable(recipe: Recipe, execution: ExecutionConfig) -> None:
 def step_moments(
     step_profile: StepProfile,
     layout: Layout,
-    execution: ExecutionConfig,
     traced: StepTrace | None = None,
     *,
     every_layer: bool = False,
@@ -148,8 +147,9 @@ def step_moments(
     With ``every_layer`` there is one for the forward of each layer, not only of the first and the last, and
     of a trace both its forward and its backward, not only the larger.
     """
+    execution = layout.execution
     if traced is None:
-        moments = peak_candidates(step_profile, layout, execution, every_layer=every_layer)
+        moments = peak_candidates(step_profile, layout, every_layer=every_layer)
     else:
         sizes = {"traced step": traced.step_bytes}
         if every_layer:
@@ -161,34 +161,34 @@ def step_moments(
     # Accumulated gradients are there all the time, and in a trace they are part of its figures.
     is_counted = execution.accumulates and traced is None
     optimizer = {
-        "gradients": 0 if is_counted else gradient_bytes(layout, execution),
-        "optimizer_step": optimizer_step_bytes(layout, execution),
+        "gradients": 0 if is_counted else adapter_bytes(layout),
+        "optimizer_step": optimizer_step_bytes(layout),
     }
     return [*moments, Peak("optimizer step", optimizer)]
 
 
-def answers_moment(layout: Layout, execution: ExecutionConfig) -> Peak:
+def answers_moment(layout: Layout) -> Peak:
     """Return the moment when all general prompts are being answered, for the forgetting curve.
 
     They are answered together, between two steps and without gradients, so what counts are their keys and
     values. Comparing the answers takes less than a step of the same tokens.
     """
+    execution = layout.execution
     tokens = execution.general_prompts * (PROMPT_TOKENS + ANSWER_TOKENS)
     widths = (b.heads.kv_heads * (b.heads.head_dim + b.heads.value_dim) for b in layout.blocks)
     return Peak("answers to general prompts", {"kv_cache": tokens * sum(widths) * execution.compute_itemsize})
 
 
-def peak_candidates(
-    step_profile: StepProfile, layout: Layout, execution: ExecutionConfig, *, every_layer: bool = False
-) -> list[Peak]:
+def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: bool = False) -> list[Peak]:
     """Return every moment of forward and backward that may be the peak, in order of time."""
+    execution = layout.execution
     order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
     persistent = Counter(
-        adapter=sum(adapter_copies(layout, execution)),
+        adapter=sum(adapter_copies(layout)),
         # One more than that of the layer at work: on its way to or from the host.
-        checkpoints=layer_input_bytes(layout, execution) if execution.offloads_inputs else 0,
+        checkpoints=layer_input_bytes(layout) if execution.offloads_inputs else 0,
     )
-    cast = _autocast_copies(layout, execution)
+    cast = _autocast_copies(layout)
     before = Counter(persistent)
     candidates: list[Peak] = []
     below: list[Counter[str]] = []
@@ -202,7 +202,7 @@ def peak_candidates(
             # The embedding's output requires gradients, so the graph holds it as a leaf even where the first
             # layer does not; where something is added to it, it is always separate.
             if layout.modifies_embedding or not profile.keeps_input:
-                before["activations"] += _embedded_bytes(layout, execution)
+                before["activations"] += _embedded_bytes(layout)
             before["activations"] += layout.tokens * layout.token_rows  # trained row index of each token
     candidates.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
     candidates.append(Peak("loss backward", dict(before + Counter(head.backward))))
@@ -215,46 +215,51 @@ def peak_candidates(
         gradients += profile.gradient_bytes
         held.update(profile.held)
     if layout.trained_matrix:
-        items = persistent + held + Counter(gradients=gradients) + _embedding_gradient(layout, execution)
+        items = persistent + held + Counter(gradients=gradients) + _embedding_gradient(layout)
         candidates.append(Peak("backward of the embedding", dict(items)))
     return candidates
 
 
-def _embedding_gradient(layout: Layout, execution: ExecutionConfig) -> Counter[str]:
+def _embedding_gradient(layout: Layout) -> Counter[str]:
     """Return the bytes of the backward of a trained embedding (``training/embeddings.py``): the
     gradients of the rows as looked up, in fp32, sorted and summed, and a matrix where there is none yet."""
+    execution = layout.execution
     looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * ADAPTER_ITEMSIZE)
     is_first = layout.own_head and not execution.accumulates
     matrix = layout.trained_matrix * ADAPTER_ITEMSIZE if is_first else 0
     return Counter(activations=looked_up, gradients=matrix)
 
 
-def _autocast_copies(layout: Layout, execution: ExecutionConfig) -> Counter[str]:
+def _autocast_copies(layout: Layout) -> Counter[str]:
     """Return the bytes of autocast's copies of trained float32 weights, kept until the loss is computed.
 
     A LoRA projection fused into one function casts separately and keeps nothing.
     """
+    execution = layout.execution
     casts = execution.autocast and execution.compute_itemsize != ADAPTER_ITEMSIZE
     if not casts or execution.own_fused:
         return Counter()
     return Counter(adapter=layout.adapter_parameters * execution.compute_itemsize)
 
 
-def _embedded_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+def _embedded_bytes(layout: Layout) -> int:
     """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
+    execution = layout.execution
     numel, itemsize = layout.tokens * layout.hidden, execution.residual_itemsize
     mask = numel * (1 if execution.device == "cuda" else itemsize) if layout.embedding_dropout else 0
     return numel * itemsize + mask
 
 
-def layer_input_bytes(layout: Layout, execution: ExecutionConfig) -> int:
+def layer_input_bytes(layout: Layout) -> int:
     """Return the bytes of the hidden states between two layers."""
+    execution = layout.execution
     return layout.tokens * layout.hidden * execution.residual_itemsize
 
 
-def adapter_copies(layout: Layout, execution: ExecutionConfig) -> list[int]:
+def adapter_copies(layout: Layout) -> list[int]:
     """Return the bytes of each of our copies of the LoRA weights in the compute dtype
     (``training/fused/adapter_casts.py``)."""
+    execution = layout.execution
     if not execution.own_fused or execution.compute_itemsize >= ADAPTER_ITEMSIZE:
         return []
     return [round_to_block(count * execution.compute_itemsize) for count in layout.lora_tensors]
@@ -264,8 +269,9 @@ ForwardFn = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
 """Forward of a part. Its input comes in a list, so that the part itself can drop it."""
 
 
-def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> StepProfile:
+def profile_step(layout: Layout) -> StepProfile:
     """Replay each kind of layer once, and the head."""
+    execution = layout.execution
     profiles: dict[tuple[int, bool], PartProfile] = {}
     layers = []
     first_kept = len(layout.blocks) - execution.kept_layers
@@ -274,31 +280,28 @@ def profile_step(layout: Layout, execution: ExecutionConfig, dropout: float) -> 
         key = (id(block), checkpointed)
         if key not in profiles:
             run = partial(_layer, block=block)
-            profiles[key] = _profile(layout, execution, dropout, run, checkpointed=checkpointed)
+            profiles[key] = _profile(layout, run, checkpointed=checkpointed)
         layers.append(profiles[key])
-    tail = partial(_tail, layout=layout, execution=execution)
-    return StepProfile(tuple(layers), _profile(layout, execution, dropout, tail, checkpointed=False))
+    tail = partial(_tail, layout=layout)
+    return StepProfile(tuple(layers), _profile(layout, tail, checkpointed=False))
 
 
 def _layer(ops: Ops, inputs: list[Tensor], *, block: DecoderLayer) -> tuple[Tensor, list[Tensor]]:
     return run_block(ops, block, inputs[0]), []
 
 
-def _tail(
-    ops: Ops, inputs: list[Tensor], *, layout: Layout, execution: ExecutionConfig
-) -> tuple[Tensor, list[Tensor]]:
+def _tail(ops: Ops, inputs: list[Tensor], *, layout: Layout) -> tuple[Tensor, list[Tensor]]:
     """Replay final norm, head and loss. The last layer's output is freed after the norm."""
     normed = norm(ops, layout.blocks[-1], inputs[0])
     inputs.clear()
-    return _head_and_loss(ops, layout, execution, normed)
+    return _head_and_loss(ops, layout, normed)
 
 
-def _profile(
-    layout: Layout, execution: ExecutionConfig, dropout: float, run: ForwardFn, *, checkpointed: bool
-) -> PartProfile:
+def _profile(layout: Layout, run: ForwardFn, *, checkpointed: bool) -> PartProfile:
     """Replay one part."""
+    execution = layout.execution
     meter = AllocationMeter()
-    ops = Ops(meter, execution, tokens=layout.tokens, dropout=dropout)
+    ops = Ops(meter, execution, tokens=layout.tokens, dropout=layout.recipe.lora.dropout)
     profile = PartProfile()
     upstream = Node(0, "upstream", (), lambda grad, saved: ())
     x = ops.new(layout.tokens * layout.hidden, ops.residual, "checkpoints" if checkpointed else None)
@@ -381,13 +384,12 @@ def _recompute(run: ForwardFn, ops: Ops, x: Tensor) -> Tensor:
     return run(ops, [x])[0]
 
 
-def _head_and_loss(
-    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def _head_and_loss(ops: Ops, layout: Layout, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Replay head and loss; return the scalar loss, and what is held after its backward: logits that the
     caller refers to, and the gradient of a trained head."""
+    execution = layout.execution
     if execution.loss == "chunked":
-        return _chunked(ops, layout, execution, hidden)
+        return _chunked(ops, layout, hidden)
     if execution.loss == "liger":
         return _liger(ops, layout, hidden), []
     logits = _logits(ops, layout, hidden)
@@ -424,15 +426,14 @@ def _logits(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
     return logits
 
 
-def _chunked(
-    ops: Ops, layout: Layout, execution: ExecutionConfig, hidden: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def _chunked(ops: Ops, layout: Layout, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Replay our loss (``training/loss.py``), with every token in the loss: the worst case.
 
     The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
     place. The gradient of a trained head is held after the backward unless it is added to that of earlier
     micro-steps.
     """
+    execution = layout.execution
     itemsize, numel, item = ops.residual, hidden.numel, "hidden_gradient"
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
     gradient_itemsize = FLOAT if execution.float16 else itemsize

@@ -238,12 +238,12 @@ def test_steps_of_bitsandbytes_on_a_cpu_are_counted(optimizer: RecipeOptimizer, 
     recipe = Recipe(lora=Lora(train_embeddings=True), training=Training(optimizer=optimizer))
     architecture, cpu = qwen_7b(), Device(kind="cpu")
     execution = trainer_execution(recipe, cpu, architecture)
-    step = optimizer_step_bytes(build_layout(recipe, architecture, execution), execution)
+    step = optimizer_step_bytes(build_layout(recipe, architecture, execution))
     assert step == pytest.approx(itemsize * architecture.head.weight_params, abs=512)
     phase = estimate(replace_setting(recipe, "data.max_length", 128), architecture, device=cpu).peak_phase
     assert (phase == "optimizer step") == bool(itemsize)
     on_gpu = trainer_execution(recipe, Device(), architecture)
-    assert not optimizer_step_bytes(build_layout(recipe, architecture, on_gpu), on_gpu)
+    assert not optimizer_step_bytes(build_layout(recipe, architecture, on_gpu))
 
 
 def test_a_cuda_build_of_torch_costs_memory_on_cpus_only() -> None:

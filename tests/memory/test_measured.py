@@ -62,10 +62,7 @@ def test_a_real_step_holds_what_was_predicted(
     )
     execution = trainer_execution(recipe, Device(kind="cpu"))
     layout = build_layout(recipe, parse_architecture(TINY), execution)
-    predicted = max(
-        peak.total_bytes
-        for peak in peak_candidates(profile_step(layout, execution, dropout), layout, execution)
-    )
+    predicted = max(peak.total_bytes for peak in peak_candidates(profile_step(layout), layout))
     assert predicted == pytest.approx(_measured(TINY, recipe, dropout), rel=0.02)
 
 
@@ -79,9 +76,7 @@ def test_a_real_step_with_kept_layers_holds_what_was_predicted(kept_layers: int)
     )
     execution = replace(trainer_execution(recipe, Device(kind="cpu")), kept_layers=kept_layers)
     layout = build_layout(recipe, parse_architecture(TINY), execution)
-    predicted = max(
-        peak.total_bytes for peak in peak_candidates(profile_step(layout, execution, 0.0), layout, execution)
-    )
+    predicted = max(peak.total_bytes for peak in peak_candidates(profile_step(layout), layout))
     assert predicted == pytest.approx(_measured(TINY, recipe, 0.0, kept_layers=kept_layers), rel=0.02)
 
 
@@ -124,9 +119,7 @@ def test_a_real_135m_step_uses_the_predicted_memory() -> None:
     model = config("HuggingFaceTB/SmolLM2-135M")
     execution = trainer_execution(recipe, Device(kind="cpu"))
     layout = build_layout(recipe, parse_architecture(model), execution)
-    predicted = max(
-        peak.total_bytes for peak in peak_candidates(profile_step(layout, execution, 0.0), layout, execution)
-    )
+    predicted = max(peak.total_bytes for peak in peak_candidates(profile_step(layout), layout))
     assert predicted == pytest.approx(_measured(model, recipe, 0.0), rel=0.02)
 
 

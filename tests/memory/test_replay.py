@@ -18,9 +18,7 @@ MODELS = ("Qwen/Qwen2.5-0.5B", "google/gemma-2-2b", "meta-llama/Llama-3.1-8B")
 def _replayed(recipe: Recipe, name: str) -> Pool:
     architecture, execution = parse_architecture(config(name)), trainer_execution(recipe, Device())
     layout = build_layout(recipe, architecture, execution)
-    return replay.replay(
-        recipe, architecture, layout, execution, profile_step(layout, execution, recipe.lora.dropout)
-    )
+    return replay.replay(layout, profile_step(layout))
 
 
 @pytest.mark.parametrize("name", MODELS)

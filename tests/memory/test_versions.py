@@ -28,7 +28,7 @@ def _loss_bytes(name: str, version: Version) -> int:
     """Of the logits and all that comes of them, at the fullest moment of the loss's forward."""
     execution = replace(STOCK, transformers=version)
     layout = build_layout(RECIPE, parse_architecture(config(name)), execution)
-    return profile_step(layout, execution, 0.0).head.forward["logits"]
+    return profile_step(layout).head.forward["logits"]
 
 
 def test_each_loss_holds_the_copies_its_code_makes() -> None:
@@ -77,7 +77,7 @@ def test_hopper_has_larger_workspaces_and_an_a100_a_larger_context() -> None:
 def test_flash_attention_caps_gemmas_scores_without_making_them() -> None:
     def scores(execution: ExecutionConfig) -> int:
         layout = build_layout(RECIPE, parse_architecture(config("google/gemma-2-2b")), execution)
-        return profile_step(layout, execution, 0.0).layers[0].backward.get("scores", 0)
+        return profile_step(layout).layers[0].backward.get("scores", 0)
 
     assert scores(STOCK) == 0
     assert scores(replace(STOCK, own_fused=True)) > 0  # ours, sample by sample
@@ -90,7 +90,7 @@ def test_a_head_in_float32_is_cast_under_autocast_and_saved() -> None:
     for autocast in (False, True):
         execution = replace(STOCK, cast_to_float32=True, autocast=autocast, transformers=(5, 0))
         layout = build_layout(RECIPE, parse_architecture(config(name)), execution)
-        heads.append(profile_step(layout, execution, 0.0).head)
+        heads.append(profile_step(layout).head)
     assert [part.forward.get("head", 0) for part in heads] == [0, 2 * head]
     assert heads[1].retained["head"] == 2 * head
     # Logits in 32 bits, the same for the loss, and log-softmax; or first in 16 bits
@@ -108,7 +108,7 @@ def test_under_autocast_peft_casts_inputs_of_16_bit_weights() -> None:
         )
         execution = replace(STOCK, autocast=True)
         layout = build_layout(recipe, parse_architecture(config("mistralai/Mistral-7B-v0.1")), execution)
-        events = profile_step(layout, execution, 0.0).layers[0].recording.forward.events
+        events = profile_step(layout).layers[0].recording.forward.events
         casts[method] = sum(size == 4 * 2 * 768 * 4096 for _, size in events)
     # Those of the norms in both; of the two adapted modules in 16 bits alone.
     assert casts["none"] - casts["nf4"] == 2

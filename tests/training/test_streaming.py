@@ -207,7 +207,7 @@ def test_memory_of_the_device_is_as_estimated(tmp_path: Path, quantization: Any)
     # Memory outside the slots is on the device, and each storage counts once.
     extents = {extent_of(tensor) for tensor in all_tensors(model) if tensor.numel()}
     on_device = [extent for extent in extents if not any(holds(slot, extent) for slot in copies.buffers)]
-    items = static_items(recipe, architecture, build_layout(recipe, architecture, execution), execution)
+    items = static_items(build_layout(recipe, architecture, execution))
     frozen = sum(items.get(key, 0) for key in FROZEN)
     assert sum(extent.size_bytes for extent in on_device) + slots == pytest.approx(frozen, rel=0.02)
 
