@@ -24,13 +24,13 @@ from msgspec import structs
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.calibration import MIN_RUNS, Correction
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
-from qlora_tui.memory.explain import LABELS, ExplainContext, explanations
+from qlora_tui.memory.explain import LABELS, explanations
 from qlora_tui.memory.layers import STYLES, Layout, build_layout
-from qlora_tui.memory.levels import MemoryLevels, UncertaintyBand, context_range, corrected, tiers
+from qlora_tui.memory.levels import UncertaintyBand, context_range, corrected, tiers
 from qlora_tui.memory.replay import replay
 from qlora_tui.memory.static_memory import FROZEN, adapter_bytes, static_items
 from qlora_tui.memory.step import (
-    Peak,
+    Moment,
     StepTrace,
     answers_moment,
     layer_input_bytes,
@@ -85,7 +85,7 @@ class Estimate:
     band: UncertaintyBand
     """Uncertainty range of the process level, and its reason."""
     peak_phase: str
-    """As in :attr:`.step.Peak.phase`."""
+    """As in :attr:`.step.Moment.name`."""
     execution: ExecutionConfig
     exact: bool
     """Whether the family's layer is implemented; otherwise it is approximated by Llama's."""
@@ -203,9 +203,9 @@ def _calculate(
         room = None if capacity_bytes is None else capacity_bytes - context_range(execution)[1]
         pool = replay(layout, step_profile, room)
     fullest = max(moments, key=lambda moment: moment.total_bytes)
-    items = _together(resident, fullest)
+    items = _sum(resident, fullest.items)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
-    loading = _together(frozen, Peak(LOADING, {"loading": loading_bytes(recipe, architecture, execution)}))
+    loading = _sum(frozen, {"loading": loading_bytes(recipe, architecture, execution)})
     levels = tiers(items, fullest.total_bytes, pool, layout)
     # By process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
     levels_at_loading = tiers(loading, 0, pool, layout)
@@ -217,15 +217,28 @@ def _calculate(
     items |= levels.added
     if levels_at_loading.process_bytes > levels.process_bytes:
         items[LOADING] = levels_at_loading.process_bytes - levels.process_bytes
-        fullest, levels = Peak(LOADING, loading), levels_at_loading
-    result = replace(
-        _assemble(layout, items, levels, fullest),
+        fullest, levels = Moment("loading", LOADING, loading), levels_at_loading
+    sentences = explanations(layout)
+    return Estimate(
+        method=recipe.quantization.method,
+        items=tuple(
+            Item(key, label, items[key], sentences.get(key, ""))
+            for key, label in LABELS.items()
+            if items.get(key, 0) > 0
+        ),
+        allocated_bytes=levels.allocated_bytes,
+        reserved_bytes=levels.reserved_bytes,
+        process_bytes=levels.process_bytes,
+        band=levels.band,
+        peak_phase=fullest.name,
+        execution=execution,
+        exact=layout.exact,
+        notes=_notes(layout, items),
+        correction=correction,
+        uncorrected_bytes=before if correction else 0,
         loading_process_bytes=levels_at_loading.process_bytes,
         host_bytes=_host_bytes(resident, streamed, layout),
     )
-    if correction is None:
-        return result
-    return replace(result, correction=correction, uncorrected_bytes=before)
 
 
 def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None, layout: Layout) -> int:
@@ -236,13 +249,6 @@ def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None, layo
     if streamed is None or execution.device == "cpu":
         return size
     return size + streamed.host_bytes + sum(resident.get(key, 0) for key in FROZEN if key != "slots")
-
-
-def _together(resident: dict[str, int], moment: Peak) -> dict[str, int]:
-    items = dict(resident)
-    for key, size in moment.items.items():
-        items[key] = items.get(key, 0) + size
-    return items
 
 
 LOADERS = 4
@@ -260,32 +266,6 @@ def loading_bytes(recipe: Recipe, architecture: Architecture, execution: Executi
         return 2 * architecture.total_params
     sizes = sorted((2 * module.weight_params for module in architecture.modules), reverse=True)
     return sum(sizes[:LOADERS])
-
-
-def _assemble(
-    layout: Layout,
-    items: dict[str, int],
-    levels: MemoryLevels,
-    fullest: Peak,
-) -> Estimate:
-    recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
-    sentences = explanations(ExplainContext(recipe, architecture, execution, layout))
-    return Estimate(
-        method=recipe.quantization.method,
-        items=tuple(
-            Item(key, label, items[key], sentences.get(key, ""))
-            for key, label in LABELS.items()
-            if items.get(key, 0) > 0
-        ),
-        allocated_bytes=levels.allocated_bytes,
-        reserved_bytes=levels.reserved_bytes,
-        process_bytes=levels.process_bytes,
-        band=levels.band,
-        peak_phase=fullest.phase,
-        execution=execution,
-        exact=layout.exact,
-        notes=_notes(layout, items),
-    )
 
 
 def _notes(layout: Layout, items: dict[str, int]) -> tuple[str, ...]:
@@ -408,26 +388,10 @@ def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
     )
 
 
-Phase = Literal["loading", "forward", "loss", "backward", "optimizer"]
-PHASES: tuple[Phase, ...] = ("loading", "forward", "loss", "backward", "optimizer")
 OVERHEAD = "overhead"
 """Item of a moment for all that is not in tensors: context, libraries, and the allocator's slack."""
 LOADING_PARTS = 8
 """Moments that loading is divided into."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Memory of the process at one time."""
-
-    phase: Phase
-    name: str
-    """``backward of layer 31``, as in :attr:`.step.Peak.phase`."""
-    items: Mapping[str, int]
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.items.values())
 
 
 def step_timeline(
@@ -452,9 +416,7 @@ def step_timeline(
     most = max(peak.total_bytes for peak in peaks) + sum(resident.values())
     outside = {OVERHEAD: estimated.step_bytes - most}
     moments = _loading(frozen, loading_bytes(recipe, architecture, execution), estimated)
-    moments += [
-        Moment(_phase_of(peak.phase), peak.phase, _sum(resident, peak.items, outside)) for peak in peaks
-    ]
+    moments += [Moment(peak.phase, peak.name, _sum(resident, peak.items, outside)) for peak in peaks]
     moments.append(Moment("optimizer", "after the step", _sum(resident, outside)))
     return tuple(moments)
 
@@ -476,12 +438,6 @@ def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
         for key, size in part.items():
             items[key] = items.get(key, 0) + size
     return {key: size for key, size in items.items() if size}
-
-
-def _phase_of(peak: str) -> Phase:
-    """Return the phase of a peak by its words: ``loss backward`` belongs to the loss."""
-    phases: tuple[Phase, ...] = ("loss", "forward", "backward")
-    return next((phase for phase in phases if phase in peak), "optimizer")
 
 
 def closed_form(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> dict[str, int]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
@@ -72,28 +70,18 @@ def describe_speedup(speedup: float) -> str:
     return f"{speedup - 1:.0%} faster" if speedup < 2 else f"{speedup:.1f} times as fast"
 
 
-@dataclass(frozen=True)
-class ExplainContext:
-    """Facts that the sentences use."""
-
-    recipe: Recipe
-    architecture: Architecture
-    execution: ExecutionConfig
-    layout: Layout
-
-
-def explanations(facts: ExplainContext) -> dict[str, str]:
+def explanations(layout: Layout) -> dict[str, str]:
     """Return one sentence for each item, with the formula in this recipe's numbers."""
     return {
-        **_weight_sentences(facts),
-        **_training_sentences(facts),
-        **_activation_sentences(facts),
-        **_process_sentences(facts),
+        **_weight_sentences(layout),
+        **_training_sentences(layout),
+        **_activation_sentences(layout),
+        **_process_sentences(layout),
     }
 
 
-def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
-    recipe, architecture, execution = facts.recipe, facts.architecture, facts.execution
+def _weight_sentences(layout: Layout) -> dict[str, str]:
+    recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
     itemsize = execution.residual_itemsize
     int8 = recipe.quantization.method == "int8"
     return {
@@ -105,7 +93,7 @@ def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
             f"{architecture.vocab_size:,} × {architecture.hidden_size:,} × {itemsize} bytes; never quantized."
         ),
         "norms": "Norms, routers and other parameters, in their own dtype.",
-        "experts": _experts_sentence(facts, itemsize),
+        "experts": _experts_sentence(layout, itemsize),
         "slots": (
             "Two buffers, each as large as the largest of the "
             f"{min(execution.streamed_layers, architecture.layers)} layers whose weights wait in host memory."
@@ -114,9 +102,9 @@ def _weight_sentences(facts: ExplainContext) -> dict[str, str]:
     }
 
 
-def _experts_sentence(facts: ExplainContext, itemsize: int) -> str:
-    recipe, architecture = facts.recipe, facts.architecture
-    if expert_method(recipe, architecture, facts.execution) == "none":
+def _experts_sentence(layout: Layout, itemsize: int) -> str:
+    recipe, architecture = layout.recipe, layout.architecture
+    if expert_method(recipe, architecture, layout.execution) == "none":
         why = (
             "quantization.experts is off" if recipe.quantization.method in ("nf4", "fp4") else "not quantized"
         )
@@ -133,8 +121,8 @@ def _scales_sentence(recipe: Recipe) -> str:
     return "One 4-byte scale per 64 weights, and one code table per module; double quantization quarters it."
 
 
-def _training_sentences(facts: ExplainContext) -> dict[str, str]:
-    execution, trained = facts.execution, _n(facts.layout.adapter_parameters)
+def _training_sentences(layout: Layout) -> dict[str, str]:
+    execution, trained = layout.execution, _n(layout.adapter_parameters)
     match execution.optimizer:
         case "adafactor":
             moments = "The second moment's mean of each row and column of each matrix"
@@ -147,11 +135,11 @@ def _training_sentences(facts: ExplainContext) -> dict[str, str]:
         case _:
             moments = f"Two 32-bit moments: {trained} × 8 bytes"
     paged = ", in managed memory that can move to the host" if execution.pages_states else ""
-    start = ", twice: the adapter that it starts from too" if facts.recipe.keeps_starting_adapter else ""
+    start = ", twice: the adapter that it starts from too" if layout.recipe.keeps_starting_adapter else ""
     return {
         "adapter": (
             f"{trained} trained parameters × {ADAPTER_ITEMSIZE} bytes{_copies(execution)}{start}: "
-            f"rank {_ranks(facts.recipe)} × (in + out) per target{_vocabulary(facts.layout)}."
+            f"rank {_ranks(layout.recipe)} × (in + out) per target{_vocabulary(layout)}."
         ),
         "gradients": f"One gradient per trained parameter: {trained} × {ADAPTER_ITEMSIZE} bytes.",
         "optimizer": f"{moments}{paged}.",
@@ -167,8 +155,8 @@ def _copies(execution: ExecutionConfig) -> str:
     return f", and {execution.compute_itemsize} for a copy in 16 bits" if has_copies else ""
 
 
-def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
-    execution, layout, layers = facts.execution, facts.layout, facts.architecture.layers
+def _activation_sentences(layout: Layout) -> dict[str, str]:
+    execution, layers = layout.execution, layout.architecture.layers
     tokens, hidden = f"{layout.tokens:,} tokens", f"{layout.hidden:,}"
     compute, adapter = execution.compute_itemsize, ADAPTER_ITEMSIZE
     stream = 4 if execution.cast_to_float32 else compute
@@ -196,7 +184,7 @@ def _activation_sentences(facts: ExplainContext) -> dict[str, str]:
             else f"A dropped copy of each target's input, and its mask: {tokens} × width."
         ),
         "scores": (
-            f"Attention written out: {layout.rows} × {facts.architecture.heads} heads × "
+            f"Attention written out: {layout.rows} × {layout.architecture.heads} heads × "
             f"{layout.length:,}² scores per matrix, several at a time."
         ),
         "mask": f"Attention mask: {layout.length:,}² elements.",
@@ -224,11 +212,11 @@ def _logits_sentence(layout: Layout) -> str:
     )
 
 
-def _process_sentences(facts: ExplainContext) -> dict[str, str]:
-    tokens = facts.architecture.vocab_size
+def _process_sentences(layout: Layout) -> dict[str, str]:
+    tokens = layout.architecture.vocab_size
     return {
         "kv_cache": (
-            f"Keys and values of {facts.execution.general_prompts} general prompts, answered between steps."
+            f"Keys and values of {layout.execution.general_prompts} general prompts, answered between steps."
         ),
         "inputs": "Token ids, labels, positions and rotary tables.",
         "loading": (
@@ -241,7 +229,7 @@ def _process_sentences(facts: ExplainContext) -> dict[str, str]:
             "What the allocator holds besides the tensors: free blocks too small for the next tensor, "
             + (
                 "as left by loading and two steps."
-                if facts.execution.device == "cuda"
+                if layout.execution.device == "cuda"
                 else "above all between the layer inputs that are kept."
             )
         ),

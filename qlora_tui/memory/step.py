@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from msgspec import Struct
 
@@ -76,14 +77,19 @@ class StepProfile:
     """Final norm, output head and loss."""
 
 
-@dataclass(frozen=True)
-class Peak:
-    """A moment that may be the peak of the step, beyond the static memory."""
+Phase = Literal["loading", "forward", "loss", "backward", "optimizer"]
+PHASES: tuple[Phase, ...] = ("loading", "forward", "loss", "backward", "optimizer")
 
-    phase: str
-    """Phase of the peak: ``forward of layer 0``, ``loss forward``, ``loss backward``,
-    ``backward of layer 31``, ``backward of the embedding``, ``optimizer step``, ``loading``."""
-    items: Items
+
+@dataclass(frozen=True)
+class Moment:
+    """Memory at one time: in a step, of what is not there all the time, or of the whole process."""
+
+    phase: Phase
+    name: str
+    """``forward of layer 0``, ``loss forward``, ``loss backward``, ``backward of layer 31``,
+    ``backward of the embedding``, ``optimizer step``, ``loading``."""
+    items: Mapping[str, int]
 
     @property
     def total_bytes(self) -> int:
@@ -141,7 +147,7 @@ def step_moments(
     traced: StepTrace | None = None,
     *,
     every_layer: bool = False,
-) -> list[Peak]:
+) -> list[Moment]:
     """Return the moments that may be the peak, in order of time, without what is there all the time.
 
     With ``every_layer`` there is one for the forward of each layer, not only of the first and the last, and
@@ -151,23 +157,26 @@ def step_moments(
     if traced is None:
         moments = peak_candidates(step_profile, layout, every_layer=every_layer)
     else:
-        sizes = {"traced step": traced.step_bytes}
+        sizes: list[tuple[Phase, str, int]] = [("backward", "traced step", traced.step_bytes)]
         if every_layer:
-            sizes = {"traced forward": traced.forward_bytes, "traced backward": traced.backward_bytes}
+            sizes = [
+                ("forward", "traced forward", traced.forward_bytes),
+                ("backward", "traced backward", traced.backward_bytes),
+            ]
         moments = []
-        for phase, size in sizes.items():
+        for phase, name, size in sizes:
             gradients = min(traced.gradient_bytes, size)
-            moments.append(Peak(phase, {"gradients": gradients, "activations": size - gradients}))
+            moments.append(Moment(phase, name, {"gradients": gradients, "activations": size - gradients}))
     # Accumulated gradients are there all the time, and in a trace they are part of its figures.
     is_counted = execution.accumulates and traced is None
     optimizer = {
         "gradients": 0 if is_counted else adapter_bytes(layout),
         "optimizer_step": optimizer_step_bytes(layout),
     }
-    return [*moments, Peak("optimizer step", optimizer)]
+    return [*moments, Moment("optimizer", "optimizer step", optimizer)]
 
 
-def answers_moment(layout: Layout) -> Peak:
+def answers_moment(layout: Layout) -> Moment:
     """Return the moment when all general prompts are being answered, for the forgetting curve.
 
     They are answered together, between two steps and without gradients, so what counts are their keys and
@@ -176,10 +185,11 @@ def answers_moment(layout: Layout) -> Peak:
     execution = layout.execution
     tokens = execution.general_prompts * (PROMPT_TOKENS + ANSWER_TOKENS)
     widths = (b.heads.kv_heads * (b.heads.head_dim + b.heads.value_dim) for b in layout.blocks)
-    return Peak("answers to general prompts", {"kv_cache": tokens * sum(widths) * execution.compute_itemsize})
+    items = {"kv_cache": tokens * sum(widths) * execution.compute_itemsize}
+    return Moment("optimizer", "answers to general prompts", items)
 
 
-def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: bool = False) -> list[Peak]:
+def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: bool = False) -> list[Moment]:
     """Return every moment of forward and backward that may be the peak, in order of time."""
     execution = layout.execution
     order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
@@ -190,13 +200,13 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: b
     )
     cast = _autocast_copies(layout)
     before = Counter(persistent)
-    candidates: list[Peak] = []
+    candidates: list[Moment] = []
     below: list[Counter[str]] = []
     for index, profile in enumerate(order):
         below.append(Counter(before))
         if every_layer or index in (0, last):
             items = before + cast + Counter(profile.forward)
-            candidates.append(Peak(f"forward of layer {index}", dict(items)))
+            candidates.append(Moment("forward", f"forward of layer {index}", dict(items)))
         before.update(profile.retained)
         if not index:
             # The embedding's output requires gradients, so the graph holds it as a leaf even where the first
@@ -204,19 +214,19 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: b
             if layout.modifies_embedding or not profile.keeps_input:
                 before["activations"] += _embedded_bytes(layout)
             before["activations"] += layout.tokens * layout.token_rows  # trained row index of each token
-    candidates.append(Peak("loss forward", dict(before + cast + Counter(head.forward))))
-    candidates.append(Peak("loss backward", dict(before + Counter(head.backward))))
+    candidates.append(Moment("loss", "loss forward", dict(before + cast + Counter(head.forward))))
+    candidates.append(Moment("loss", "loss backward", dict(before + Counter(head.backward))))
     held = Counter(head.held)
     gradients = 0 if execution.accumulates else layout.token_rows * layout.hidden * ADAPTER_ITEMSIZE
     for index in range(last, -1, -1):
         profile = order[index]
         items = below[index] + held + Counter(profile.backward) + Counter(gradients=gradients)
-        candidates.append(Peak(f"backward of layer {index}", dict(items)))
+        candidates.append(Moment("backward", f"backward of layer {index}", dict(items)))
         gradients += profile.gradient_bytes
         held.update(profile.held)
     if layout.trained_matrix:
         items = persistent + held + Counter(gradients=gradients) + _embedding_gradient(layout)
-        candidates.append(Peak("backward of the embedding", dict(items)))
+        candidates.append(Moment("backward", "backward of the embedding", dict(items)))
     return candidates
 
 

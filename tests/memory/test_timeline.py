@@ -8,8 +8,8 @@ import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Correction, Device, estimate
-from qlora_tui.memory.estimate import LOADING, PHASES, step_timeline
-from qlora_tui.memory.step import StepTrace
+from qlora_tui.memory.estimate import LOADING, step_timeline
+from qlora_tui.memory.step import PHASES, StepTrace
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 from tests.memory.models import qwen_7b

@@ -19,14 +19,8 @@ from qlora_tui.engine.trace_client import trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import (
-    PRECISIONS,
-    Moment,
-    Precision,
-    precision_of,
-    step_timeline,
-    with_precision,
-)
+from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
+from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name, settings_title

@@ -8,7 +8,7 @@ from itertools import pairwise
 from textual.content import Content
 
 from qlora_tui.formatting import format_gib
-from qlora_tui.memory.estimate import PHASES, Moment, Phase
+from qlora_tui.memory.step import PHASES, Moment, Phase
 from qlora_tui.tui.render.charts import Axis, join_cells, ticks
 from qlora_tui.tui.screens.memory.peak_panel import PARTS, BarPart, part_of
 from qlora_tui.tui.widgets.line_widgets import DiffWidget
