@@ -20,7 +20,7 @@ from qlora_tui.locks import is_held
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.runs.directory import create_run
 from tests.chat.adapters import make_adapter
-from tests.runs.test_damage import flip
+from tests.runs.test_check import flip
 from tests.training.families import build
 from tests.training.tiny_model import make_tiny_model
 from tests.training.trained_weights import LENGTH_SCALED

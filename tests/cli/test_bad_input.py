@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.training.gguf_conversion import folder_of
 from tests.cli.conftest import Call
@@ -52,35 +51,11 @@ def test_a_wrong_recipe_names_file_line_key_and_expected_value(
     assert all_runs() == []
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "words"),
-    [("--name", "x" * 81, "name"), ("--init-from", "x" * 300, "lora.init_from")],
-    ids=["name", "init_from"],
-)
-def test_a_wrong_option_of_a_run_is_named(option: str, value: str, words: str, call: Call) -> None:
-    said = call("train", option, value)
-    assert said.code == 2 and option in said.err and words in said.err
-    assert all_runs() == []
-
-
 @pytest.mark.parametrize("words", [["--set", "lora.rnak=3"], ["--set", "lora.rank"], ["--preset", "blanced"]])
 def test_a_wrong_option_is_answered_with_the_near_match(words: list[str], call: Call) -> None:
     said = call("train", *words)
     assert said.code == 2
     assert "lora.rank" in said.err or "balanced" in said.err
-
-
-def test_a_run_needs_a_model_and_data(call: Call) -> None:
-    said = call("train")
-    assert said.code == 2
-    assert "model" in said.err and "data" in said.err
-
-
-def test_a_model_folder_without_config(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    said = call("estimate", "--model", str(tmp_path / "model"))
-    assert said.code in (1, 2)
-    assert "config.json" in said.err
 
 
 def test_a_model_folder_with_pickled_weights_only(call: Call, qwen: Path) -> None:
@@ -113,15 +88,6 @@ def test_a_data_file_that_cannot_be_used(
         assert word in said.err + said.out
 
 
-def test_an_estimate_rejects_data_that_a_run_rejects(call: Call, qwen: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    for path in (empty, tmp_path / "gone.jsonl"):
-        said = call("estimate", "--model", str(qwen), "--data", str(path))
-        assert said.code in (1, 2) and said.out == ""
-        assert path.name in said.err
-
-
 @pytest.mark.parametrize("setting", ["lora.target_modules=nope", "lora.trainable_tokens=nope"])
 def test_targets_the_model_lacks_are_rejected_before_queueing(
     call: Call, readable: Path, tmp_path: Path, setting: str
@@ -147,22 +113,6 @@ def test_a_row_that_blocks_a_run_is_rejected_before_queueing(
     data.write_text(good * 300)
     said = call(*words)
     assert said.code == 0 and "the run starts" not in said.err
-
-
-def test_errors_of_an_earlier_inspection_are_rejected_at_any_row(
-    call: Call, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qlora_tui.runs.data_checks.quick_check", lambda *_: QuickCheckResult(False, ()))
-    data = tmp_path / "owls.jsonl"
-    good = '{"prompt": "a", "completion": "b"}\n'
-    data.write_text(good * 300 + "{bad\n")
-    words = ("train", "--model", str(readable), "--data", str(data), "--print-command")
-    assert call(*words).code == 0
-    assert call("data", "inspect", str(data)).code == 1
-    said = call(*words)
-    assert said.code == 1 and "owls.jsonl, row 301" in said.err
-    data.write_text(good * 300)
-    assert call(*words).code == 0
 
 
 PREFERENCES = '{"prompt": "Which?", "chosen": "This.", "rejected": "That."}\n'
@@ -199,20 +149,6 @@ def test_a_refusal_of_data_is_an_object_with_json(call: Call, tmp_path: Path) ->
     assert set(said.json["error"]) == {"title", "what", "why", "fix", "code"}
     said = call("data", "inspect", str(data), "--json", "--set", "data.preferences=chosen")
     assert said.code == 0 and said.json["files"][0]["format"] == "preference"
-
-
-def test_rows_with_images_are_refused_before_anything_is_queued(
-    call: Call, readable: Path, tmp_path: Path
-) -> None:
-    data = tmp_path / "looks.jsonl"
-    row = '{"prompt": "What is it?", "completion": "A fox."'
-    data.write_text(f'{row}}}\n{row}, "images": ["fox.png"]}}\n')
-    said = call("train", "--model", str(readable), "--data", str(data), "--print-command")
-    assert said.code == 1 and all_runs() == []
-    assert "looks.jsonl, row 2: The column 'images' holds an image." in said.err
-    assert "Only text can be trained on" in said.err
-    said = call("data", "inspect", str(data))
-    assert said.code == 1 and "error: Images, video or audio: 1 (row 2), run blocked" in said.out
 
 
 def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs.directory import RunDir
 from tests.cli.conftest import Call
 from tests.runs import story
-from tests.runs.test_damage import flip
+from tests.runs.test_check import flip
 
 
 @pytest.fixture

@@ -72,13 +72,6 @@ def test_ctrl_c_explains_resuming_and_the_next_call_resumes(hub: FakeHub) -> Non
     assert hub.ranges(sha256(weights)) == [f"bytes={fetched}-"]
 
 
-def test_a_gated_model_is_refused_with_guidance(hub: FakeHub) -> None:
-    hub.repos["org/tiny"] = tiny_repo(gated=True)
-    code, out, err = _call(hub, "org/tiny")
-    assert (code, out) == (1, "")
-    assert "gated" in err and f"Accept the license at {hub.url}/org/tiny" in err
-
-
 def test_a_revision_is_kept_under_its_name(hub: FakeHub) -> None:
     hub.repos["org/tiny"].branches = ("refs/pr/1",)
     code, out, _ = _call(hub, "org/tiny", "--revision", "refs/pr/1")

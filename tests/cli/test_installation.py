@@ -5,7 +5,6 @@ Completion of the command line: as the program answers a shell, and in real shel
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -48,21 +47,11 @@ def test_the_list_shows_kind_name_size_and_how_to_delete(call: Call, cached: dic
     assert "qlora-tui cache --clear quantized" in shown.out and ".lock" not in shown.out
 
 
-def test_json_has_paths_and_bytes(call: Call, cached: dict[str, Path]) -> None:
-    data = json.loads(call("cache", "--json").out)
-    assert data["total_bytes"] == 3072
-    assert {item["path"] for item in data["items"]} == set(map(str, cached.values()))
-
-
 def test_clear_deletes_one_kind_only(call: Call, cached: dict[str, Path]) -> None:
     shown = call("cache", "--clear", "quantized")
     assert "Deleted 1 KiB of quantized" in shown.out
     assert not cached["quantized"].exists() and cached["tokenized"].exists()
     assert (cached["quantized"].parent / "mine").exists()
-
-
-def test_an_empty_cache_says_where_it_would_be(call: Call) -> None:
-    assert str(paths.cache_dir()) in call("cache").out
 
 
 Complete = Callable[[str], set[str]]

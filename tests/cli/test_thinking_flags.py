@@ -32,8 +32,3 @@ def test_a_file_is_looked_over_as_the_settings_have_it(call: Call, words: tuple[
     assert "note: Rendered with thinking" not in said
     report = call("data", "inspect", *words, "--thinking", "off", "--json").json
     assert report["thinking"][0] == "Reasoning: 1 of 3 rows, left out."
-
-
-def test_chat_takes_no_other_word_for_thinking(call: Call) -> None:
-    refused = call("chat", "last", "--thinking", "maybe")
-    assert refused.code == 2 and "auto" in refused.err

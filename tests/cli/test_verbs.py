@@ -47,10 +47,6 @@ def finished_run() -> RunDir:
     return run
 
 
-def test_an_unknown_verb_is_a_wrong_call(call: Call) -> None:
-    assert call("trian").code == 2
-
-
 def test_locate_names_directories_that_are_private(call: Call) -> None:
     places = call("locate", "--json").json
     assert Path(places["runs"]) == paths.runs_dir()
@@ -158,15 +154,6 @@ def test_runs_are_listed_with_state_and_queue(call: Call, finished_run: RunDir) 
     assert listed["queue"] == [waiting.id]
 
 
-def test_a_run_is_renamed_and_found_under_its_new_name(call: Call, finished_run: RunDir) -> None:
-    said = call("runs", "rename", "last", "barn owls", "--json").json
-    assert said == {"run": finished_run.id, "name": "barn owls"}
-    assert call("attach", "barn").code == 0
-    assert "barn owls" in call("runs").out
-    assert call("runs", "rename", "last", " ").code == 2
-    assert call("runs", "rename", finished_run.id, "last").code == 2
-
-
 def test_no_two_runs_can_be_given_one_name(call: Call, finished_run: RunDir) -> None:
     other = create_run(finished_run.recipe())
     assert call("runs", "rename", finished_run.id, other.id).code == 2
@@ -205,13 +192,6 @@ def test_a_run_is_deleted_only_with_yes(call: Call, finished_run: RunDir) -> Non
     assert not finished_run.path.exists()
 
 
-def test_a_waiting_run_is_not_deleted(call: Call, finished_run: RunDir) -> None:
-    run_queue.enqueue(finished_run)
-    said = call("runs", "delete", "last", "--yes")
-    assert said.code == 2
-    assert f"stop {finished_run.id}" in said.err
-
-
 def test_attach_tells_a_run_from_its_first_event(call: Call, finished_run: RunDir) -> None:
     said = call("attach", "owls")
     assert said.code == 0
@@ -241,12 +221,6 @@ def test_what_needs_a_trainer_is_refused_without_one(
     words: list[str], call: Call, finished_run: RunDir
 ) -> None:
     said = call(words[0], finished_run.id, *words[1:])
-    assert said.code == 2
-    assert "finished" in said.err
-
-
-def test_a_finished_run_cannot_be_resumed(call: Call, finished_run: RunDir) -> None:
-    said = call("resume", finished_run.id)
     assert said.code == 2
     assert "finished" in said.err
 

@@ -20,7 +20,7 @@ from qlora_tui.data.store import Store
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Recipe, Source, Training
 from tests.data.families import family
-from tests.runs.test_damage import flip
+from tests.runs.test_check import flip
 
 
 def write(path: Path, rows: list[Any]) -> Source:

@@ -19,15 +19,9 @@ from qlora_tui.recipe.fields import (
     format_value,
     get_setting,
     replace_setting,
-    source_fields,
 )
 from qlora_tui.recipe.schema import Data, Lora, Recipe, Source, Training
 from tests.recipe.strategies import recipes, values
-
-
-def test_defaults_are_those_of_the_recipe() -> None:
-    assert all(get_setting(Recipe(), path) == field.default for path, field in fields().items())
-    assert [key for key, field in source_fields().items() if field.required] == ["path"]
 
 
 def test_every_whole_number_fits_64_bits() -> None:

@@ -17,16 +17,12 @@ from qlora_tui.recipe.fields import Field, fields
 from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.recipe.validation import InvalidRecipeError
-from tests.recipe.strategies import patterns, values
+from tests.recipe.strategies import values
 
 
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
-
-
-def test_nothing_given_is_the_defaults() -> None:
-    assert layering.build_recipe() == Recipe()
 
 
 def test_the_later_layer_wins_key_by_key(tmp_path: Path) -> None:
@@ -97,10 +93,6 @@ def test_a_set_value_needs_no_quotes(argument: str, value: Any) -> None:
     assert here == value
 
 
-def test_the_last_set_of_a_setting_wins() -> None:
-    assert layering.build_recipe(sets=["lora.rank=1", "lora.rank=2", "lora.alpha=3"]).lora.rank == 2
-
-
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -151,11 +143,6 @@ def test_bytes_that_are_no_text_are_refused() -> None:
             layering.build_recipe(**call)
 
 
-def test_an_empty_model_or_data_argument_is_refused() -> None:
-    with pytest.raises(InvalidRecipeError, match="2 mistakes\n  --model: it is empty\n  --data: it is empty"):
-        layering.build_recipe(model="", data=[" "])
-
-
 def test_all_wrong_sets_come_at_once() -> None:
     with pytest.raises(InvalidRecipeError) as caught:
         layering.build_recipe(sets=["lora.rank=0", "lora.alpha=1", "zzz=1"])
@@ -187,11 +174,6 @@ def test_any_value_can_be_set(data: st.DataObject) -> None:
     layer = layering.parse_override(f"{field.path}={literal}")
     parsed = layer[field.section][field.key] if field.section else layer[field.key]
     assert (tuple(parsed) if isinstance(parsed, list) else parsed) == value
-
-
-@given(st.lists(patterns, min_size=1, max_size=4))
-def test_any_targets_can_be_set_as_a_comma_list(some: list[str]) -> None:
-    assert layering.parse_override(f"lora.target_modules={','.join(some)}")["lora"]["target_modules"] == some
 
 
 @given(st.text() | st.tuples(st.sampled_from(sorted(fields())), st.text()).map("=".join))

@@ -44,10 +44,6 @@ def test_a_shipped_preset_survives_the_round_trip(name: str) -> None:
     assert toml.to_recipe(toml.parse(toml.dump(recipe), name)) == recipe
 
 
-def test_balanced_states_the_defaults() -> None:
-    assert presets.find_preset("balanced").recipe() == Recipe()
-
-
 def test_a_users_preset_hides_the_shipped_one() -> None:
     mine("paper").write_text("[lora]\nrank = 3\n")
     paper = presets.find_preset("paper")

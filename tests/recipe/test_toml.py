@@ -10,8 +10,7 @@ from hypothesis import given
 
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe import layering, toml
-from qlora_tui.recipe.fields import fields
-from qlora_tui.recipe.schema import Data, Lora, Recipe, Source
+from qlora_tui.recipe.schema import Lora, Recipe
 from tests.recipe.strategies import recipes
 
 
@@ -54,20 +53,6 @@ def test_a_difference_holds_nothing_but_what_differs() -> None:
     assert toml.dump_overrides(Recipe(lora=Lora(rank=8)), Recipe()) == "[lora]\nrank = 8\n"
 
 
-def test_comments_explain_every_setting() -> None:
-    text = toml.dump(Recipe(), comments=True)
-    assert all(f"# {field.help}\n" in text for field in fields().values())
-    assert "\n# A whole number from 1 to 1,024.\n# Memory: 16 bytes per adapter parameter" in text
-
-
-def test_sources_are_commented_once_however_they_are_written() -> None:
-    long = Source(path="a" * 90, columns={"prompt": "question", "completion": "answer"})
-    recipe = Recipe(data=Data(sources=(long, Source(path="b.jsonl"))))
-    text = toml.dump(recipe, comments=True)
-    assert text.count(fields()["data.sources"].help) == 1
-    assert toml.to_recipe(toml.parse(text, "it")) == recipe
-
-
 def test_a_whole_number_serves_where_a_number_is_asked() -> None:
     recipe = toml.to_recipe(toml.parse("[lora]\nalpha = 64", "it"))
     assert recipe.lora.alpha == 64.0 and isinstance(recipe.lora.alpha, float)
@@ -89,10 +74,6 @@ def test_an_unfinished_text_names_its_last_line(tmp_path: Path) -> None:
     assert "mine.toml, line 2: " in refusal('[data]\nsources = ["a",\n', tmp_path)
 
 
-def test_a_key_given_twice_names_the_second(tmp_path: Path) -> None:
-    assert "mine.toml, line 3: " in refusal("[lora]\nrank = 1\nrank = 2\n", tmp_path)
-
-
 @pytest.mark.parametrize("text", ["a = " + "[" * 20_000, "a = " + "9" * 5_000])
 def test_a_hostile_text_is_refused_like_any_other(text: str, tmp_path: Path) -> None:
     assert refusal(text, tmp_path).startswith("Not TOML: mine.toml")
@@ -110,10 +91,6 @@ def test_a_missing_file_names_a_similar_one(tmp_path: Path) -> None:
     assert refusal_of(tmp_path / "stile.toml") == (
         "Cannot read recipe: stile.toml: there is no such file.\n  Did you mean style.toml?"
     )
-
-
-def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
-    assert "it is a directory" in refusal_of(tmp_path)
 
 
 def test_a_file_the_system_refuses(tmp_path: Path) -> None:

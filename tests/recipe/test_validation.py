@@ -187,16 +187,6 @@ def test_a_file_full_of_mistakes_is_not_printed_whole() -> None:
     assert str(problem).endswith("\n  and 480 more")
 
 
-def test_without_a_text_no_line_is_named() -> None:
-    with pytest.raises(InvalidRecipeError, match=r"^Invalid recipe: here: lora\.rank must"):
-        toml.validate({"lora": {"rank": 0}}, "here")
-
-
-def test_a_layer_that_was_not_validated_is_refused_too() -> None:
-    with pytest.raises(InvalidRecipeError, match=r"recipe: lora\.rank must be"):
-        toml.to_recipe({"lora": {"rank": "x"}})
-
-
 def test_loading_a_file_names_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("[lora]\nrank = 0\n")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from qlora_tui.checksums import write_checksums
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import telemetry
+from qlora_tui.runs.damage import MARKER
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Finished, Started, encode
 from qlora_tui.runs.process import ProcessIdentity
@@ -76,3 +80,24 @@ def damaged(recipe: Recipe, state: State, file: str, how: str) -> RunDir:
     else:
         path.write_bytes(DAMAGE[how](path.read_bytes()))
     return run
+
+
+def put_adapter(folder: Path) -> Path:
+    """A small adapter in the formats that peft writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"a": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}}).encode()
+    weights = len(header).to_bytes(8, "little") + header + bytes(range(64))
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return folder
+
+
+def put_checkpoint(folder: Path, *, with_checksums: bool = True) -> Path:
+    """A checkpoint; without checksums it is as older versions wrote it."""
+    put_adapter(folder)
+    with zipfile.ZipFile(folder / "optimizer.pt", "w") as archive:
+        archive.writestr("optimizer/data/0", bytes(4096))
+    if with_checksums:
+        write_checksums(folder)
+    (folder / MARKER).write_text(json.dumps({f.name: f.stat().st_size for f in folder.iterdir()}))
+    return folder

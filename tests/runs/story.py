@@ -15,7 +15,7 @@ from qlora_tui.runs.process import process_identity
 from qlora_tui.training import checkpoints
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.reporter import Reporter
-from tests.runs.test_damage import put_adapter
+from tests.runs.damage import put_adapter
 from tests.support.step_events import a_step
 
 

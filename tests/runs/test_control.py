@@ -6,10 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from msgspec import structs
 
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import process_identity
@@ -75,28 +73,11 @@ def test_a_request_that_cannot_be_removed_is_not_taken(
     assert control.take_requests(running) == []
 
 
-def test_no_control_folder_means_no_requests(running: RunDir) -> None:
-    running.control_dir.rmdir()
-    assert control.take_requests(running) == []
-    running.control_dir.touch()
-    assert control.take_requests(running) == []
-
-
 def test_asking_a_run_nobody_trains_is_refused(run: RunDir) -> None:
     write_status(run, Status(state="finished", at=time.time()))
     with pytest.raises(UserError, match="not running") as caught:
         control.send_request(run, "pause")
     assert "finished" in caught.value.what
-
-
-def test_a_sample_of_no_prompts_is_refused(running: RunDir) -> None:
-    with pytest.raises(UserError, match="has no sample prompts"):
-        control.send_request(running, "sample")
-    recipe = running.recipe()
-    training = structs.replace(recipe.training, sample_prompts=("Where?",))
-    running.recipe_path.write_text(dump(structs.replace(recipe, training=training)))
-    control.send_request(running, "sample")
-    assert control.take_requests(running) == [control.ControlRequest(kind="sample")]
 
 
 def test_a_request_to_a_killed_attempt_is_dropped(run: RunDir) -> None:

@@ -17,10 +17,6 @@ from qlora_tui.runs import actions, leftovers, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs, create_run, find_run
 
 
-def test_the_frozen_recipe_is_the_recipe(recipe: Recipe) -> None:
-    assert create_run(recipe).recipe() == recipe
-
-
 def test_directories_are_private(recipe: Recipe) -> None:
     run = create_run(recipe)
     for folder in (run.path, run.control_dir, paths.runs_dir(), paths.state_dir()):
@@ -52,14 +48,6 @@ def test_an_exact_name_wins_over_longer_ones(recipe: Recipe) -> None:
     with pytest.raises(UserError, match="Which run"):
         find_run("tickets")
     assert find_run(second.id) == second
-
-
-def test_an_unknown_run_is_answered_with_what_there_is(recipe: Recipe) -> None:
-    run = create_run(recipe)
-    with pytest.raises(UserError) as caught:
-        find_run("nothing")
-    assert run.id in str(caught.value)
-    assert caught.value.exit_code == 2
 
 
 def test_a_checkpoint_counts_only_when_it_is_complete(recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from qlora_tui.runs import leftovers
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import ExportRequest, delete_export, read_exports
 from qlora_tui.training.clean_files import single_file_view
-from tests.runs.test_damage import put_adapter, put_checkpoint
+from tests.runs.damage import put_adapter, put_checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.runs.machine_checks import Check, Machine, check_disk, check_gpu, check_queue, read_machine
+from qlora_tui.runs.machine_checks import Check, Machine, check_disk, check_gpu, read_machine
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 
 GIB = 1 << 30
@@ -54,11 +54,6 @@ def test_a_gpu_that_cannot_be_read_is_unknown(monkeypatch: pytest.MonkeyPatch) -
     assert no_gpu(GpuUnavailableReason.MIG).problem is not None
 
 
-def test_a_free_gpu_is_ok_with_its_free_memory() -> None:
-    check = check_gpu(machine(gpu=GPU, used_bytes=100 << 20), 20 * GIB)
-    assert (check.outcome, "GiB free" in check.text) == ("ok", True)
-
-
 def test_a_gpu_that_does_not_respond_blocks_a_run() -> None:
     check = check_gpu(machine(gpu=GPU, no_gpu=GpuUnavailableError(GpuUnavailableReason.LOST)))
     assert check.problem is not None and check.problem.title == "GPU lost"
@@ -95,19 +90,9 @@ def test_memory_of_other_programs_is_an_error_where_needed() -> None:
     assert "10.0 GiB in use by other programs" in check.text and "the run needs 20.0 GiB" in check.fix
 
 
-def test_memory_used_by_our_own_run_is_no_warning() -> None:
-    assert check_gpu(machine(gpu=GPU, used_bytes=10 * GIB, active="run"), 20 * GIB).outcome == "ok"
-
-
 def test_a_full_disk_is_an_error_that_names_the_variable(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there"
     assert check_disk(folder, 1, variable="XDG_STATE_HOME").outcome == "ok"
     check = check_disk(folder, 1 << 60, variable="XDG_STATE_HOME", name="disk for runs")
     assert (check.outcome, check.label) == ("error", "disk for runs")
     assert "XDG_STATE_HOME" in check.fix
-
-
-def test_a_waiting_run_is_named() -> None:
-    assert check_queue(machine()).outcome == "ok"
-    check = check_queue(machine(active="a", waiting=("b", "c")))
-    assert (check.outcome, check.text) == ("note", "It waits for a and 2 more.")

@@ -19,7 +19,7 @@ from qlora_tui.runs.events import CheckpointSaved, Paused, Started
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.runs import story
-from tests.runs.test_damage import put_adapter
+from tests.runs.damage import put_adapter
 from tests.support.power import MODES, Disk
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,7 @@ from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.installation import install_command
-from qlora_tui.memory import Device
-from qlora_tui.memory.budget import MemoryBudget, budget_for
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source, Training
 from qlora_tui.runs import data_checks
 from qlora_tui.runs import preflight as tracker_packages
@@ -55,22 +54,6 @@ def test_the_memory_of_an_unknown_gpu_is_unknown(tmp_path: Path) -> None:
     assert "this machine's memory" in checks_by_kind(recipe)[CheckKind.MEMORY].text
     checks = preflight(recipe, Machine(budget_for(None, 8 << 30), no_gpu=sliced))
     assert any("a GPU with 8.0 GiB" in check.text for check in checks)
-
-
-def test_the_checks_warn_of_samples_beyond_the_models_context(tmp_path: Path) -> None:
-    recipe = Recipe(model=Model(id=readable_model(tmp_path)), data=Data(max_length=8193))
-    length = checks_by_kind(recipe)[CheckKind.LENGTH]
-    assert length.outcome == "warning"
-    assert "the model's context is 8,192" in length.text
-    assert length.fix == "Set the sequence length (data.max_length) to 8,192 or less."
-
-
-def test_the_memory_check_names_what_the_run_will_use(tmp_path: Path) -> None:
-    recipe = Recipe(model=Model(id=readable_model(tmp_path)))
-    budget = MemoryBudget(Device(), 24 << 30, "RTX 4090")
-    checks = preflight(recipe, Machine(budget))
-    (memory,) = [check for check in checks if check.kind == CheckKind.MEMORY]
-    assert "fits: " in memory.text and "It will use " in memory.text
 
 
 def test_preflight_reads_the_data_and_lists_earlier_queued_runs(tmp_path: Path) -> None:
@@ -268,12 +251,6 @@ def test_a_dataset_of_the_hub_is_no_missing_file(tmp_path: Path) -> None:
     assert "split test, because it has none for training" in _data_check(recipe).text
 
 
-def test_a_recipe_without_model_and_data_says_where_to_choose() -> None:
-    checks = checks_by_kind(Recipe())
-    assert checks[CheckKind.MODEL].fix == "Choose one on the Model screen, or pass --model."
-    assert checks[CheckKind.DATA].fix == "Choose a file on the Data screen, or pass --data."
-
-
 def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str]:
     """Settings warnings about 200 rows of some 500 tokens: about 12 steps an epoch."""
     rows = tmp_path / "rows.jsonl"
@@ -290,18 +267,6 @@ def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str
 def test_a_step_limit_below_the_epochs_is_a_warning(tmp_path: Path) -> None:
     assert _with_steps(tmp_path, 6) == ["Max steps is 6: the run ends after about 0.46 of the 2 epochs set."]
     assert _with_steps(tmp_path, 0) == ["About 26 steps in 2 epochs."]
-
-
-def test_epochs_that_end_before_the_step_limit_are_a_warning(tmp_path: Path) -> None:
-    assert _with_steps(tmp_path, 1000) == [
-        "Epochs is 2: the run ends after about 26 steps, before the 1,000 of Max steps."
-    ]
-    assert _with_steps(tmp_path, 26) == ["About 26 steps in 2 epochs."]
-
-
-def test_a_run_of_few_steps_is_a_warning(tmp_path: Path) -> None:
-    (text,) = _with_steps(tmp_path, 0, epochs=0.5)
-    assert text == "The run has only about 7 steps: it will learn hardly anything."
 
 
 def test_a_learning_rate_far_above_the_usual_is_a_warning() -> None:

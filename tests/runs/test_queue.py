@@ -7,7 +7,6 @@ from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import create_run, queue_path
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Stopped
-from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, read_status, write_status
 
 
@@ -16,13 +15,6 @@ def test_runs_leave_in_the_order_they_came(recipe: Recipe) -> None:
     for run in runs:
         run_queue.enqueue(run)
     assert run_queue.waiting() == [run.id for run in runs]
-
-
-def test_a_run_is_queued_once(recipe: Recipe) -> None:
-    run = create_run(recipe)
-    run_queue.enqueue(run)
-    run_queue.enqueue(run)
-    assert run_queue.waiting() == [run.id]
 
 
 def test_a_run_can_be_moved_within_the_queue_only(recipe: Recipe) -> None:
@@ -37,14 +29,6 @@ def test_a_run_can_be_moved_within_the_queue_only(recipe: Recipe) -> None:
     assert run_queue.waiting() == [a.id, c.id, b.id]
     run_queue.move(a, 9)
     assert run_queue.waiting() == [c.id, b.id, a.id]
-
-
-def test_a_run_whose_name_begins_like_another_keeps_its_place(recipe: Recipe) -> None:
-    first, second = create_run(recipe), create_run(recipe)
-    assert second.id.startswith(first.id)
-    run_queue.enqueue(second)
-    assert not run_queue.remove(first)
-    assert run_queue.waiting() == [second.id]
 
 
 def test_a_withdrawn_run_is_stopped_before_it_began(recipe: Recipe) -> None:
@@ -97,13 +81,6 @@ def test_an_entry_whose_status_was_not_written_is_queued_again(recipe: Recipe) -
     run_queue.requeue(run)
     assert run_queue.waiting() == [run.id]
     assert (read_status(run).state, read_status(run).step) == ("queued", 7)
-
-
-def test_a_taken_run_is_starting_and_waits_no_longer(recipe: Recipe) -> None:
-    run = create_run(recipe)
-    run_queue.enqueue(run)
-    run_queue.take(run, process_identity())
-    assert run_queue.waiting() == [] and read_status(run).state == "starting"
 
 
 def test_reading_an_empty_queue_creates_nothing() -> None:

@@ -5,10 +5,10 @@ from msgspec import structs
 
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Recipe, Training
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, last_event
-from qlora_tui.runs.events import Failed, Finished, Health, LayersStreamed, Phase, Started
+from qlora_tui.runs.events import Failed, Health, LayersStreamed, Phase, Started
 from qlora_tui.runs.retry import (
     RetryPlan,
     describe_plan,
@@ -77,18 +77,6 @@ def test_a_resumed_run_keeps_retry_settings_else_its_recipe(run: RunDir) -> None
     assert plan.micro_batch_size == 1
 
 
-def test_one_kept_layer_is_described_in_the_singular() -> None:
-    plan = RetryPlan(
-        micro_batch_size=1, gradient_accumulation=8, gradient_checkpointing="auto", kept_layers=1
-    )
-    assert describe_plan(plan).endswith("keeping the activations of 1 layer")
-
-
-def test_only_running_out_of_memory_is_tried_again(run: RunDir) -> None:
-    assert plan_retry(run, Failed(at=1.0, title="x", what="y", kind="killed")) is None
-    assert plan_retry(run, Finished(at=1.0, step=1, seconds=1.0, tokens_per_s=1.0)) is None
-
-
 @pytest.mark.parametrize("phase", ["loading", "converting", "tokenizing"])
 def test_out_of_memory_before_the_first_batch_is_not_retried(run: RunDir, phase: Phase) -> None:
     with EventWriter(run.events_path) as log:
@@ -113,8 +101,3 @@ def test_what_is_no_plan_is_a_wrong_call(argument: str) -> None:
     with pytest.raises(UserError, match="Invalid --plan") as refused:
         parse_plan(argument)
     assert refused.value.exit_code == 2
-
-
-def test_a_retry_plan_names_recipe_settings_and_event_fields() -> None:
-    settings = set(RetryPlan.__struct_fields__) - {"kept_layers", "streamed_layers", "resident_layers"}
-    assert settings <= set(Training.__struct_fields__) & set(Started.__struct_fields__)

@@ -1,4 +1,7 @@
-"""Classes and order of training rows by their losses, and the files that hold them."""
+"""Classes and order of training rows by their losses, and the files that hold them.
+
+Jobs that measure a run, and what is said if they leave no result.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from qlora_tui.runs.measuring import measuring
 from qlora_tui.runs.row_losses import (
     MeasuredRow,
     classify,
+    measure_row_losses,
     read_row_losses,
     token_changes,
     write_row_losses,
 )
+from qlora_tui.runs.task_metrics.task_evaluation import evaluate_task
 
 
 def a_row(
@@ -93,3 +98,17 @@ def test_a_run_is_not_deleted_while_it_is_measured(run: RunDir, monkeypatch: pyt
             actions.check_deletable(run)
         with pytest.raises(UserError, match="is being trained or measured"), measuring(run.path):
             pass
+
+
+def test_a_gpu_that_fails_is_reported_in_words(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_tui.gpu.torch_env.configure_torch_env", lambda variables: None)
+    with pytest.raises(UserError, match="The GPU stopped computing"), measuring(run.path):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+def test_a_process_that_leaves_no_result_is_an_error(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_tui.runs.measuring.run_job", lambda *arguments, **options: None)
+    with pytest.raises(UserError, match=r"task_evaluation\.json cannot be read"):
+        evaluate_task(run)
+    with pytest.raises(UserError, match=r"row_losses\.json cannot be read"):
+        measure_row_losses(run)

@@ -15,7 +15,6 @@ from qlora_tui.runs.events import (
     Finished,
     Health,
     Started,
-    Stopped,
     ValidationCompared,
 )
 from qlora_tui.runs.run_summary import PreferenceAccuracy, RunEvidence, gather_evidence, judge_run, summarize
@@ -44,13 +43,6 @@ def answers(base: int, adapter: int, rows: int = 20) -> list[TaskRow]:
 def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
     """Accuracy of a base and an adapter that answer so many of the rows rightly."""
     return measure_answers(answers(base, adapter, rows))[0][0]
-
-
-def test_a_run_stopped_before_a_step_has_no_verdict(run: RunDir) -> None:
-    with EventWriter(run.events_path) as log:
-        log.append(Started(at=1.0, attempt=1, pid=1))
-        log.append(Stopped(at=2.0, step=0))
-    assert summarize(run).verdict is None
 
 
 def data_ready(validation_samples: int) -> DataReady:

@@ -12,7 +12,6 @@ from qlora_tui.checksums import digest, write_checksums
 from qlora_tui.data.conversation import ToolCall
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.answer_metrics import (
-    Metric,
     fits_tools,
     is_json,
     measure_answers,
@@ -22,7 +21,6 @@ from qlora_tui.runs.task_metrics.answer_metrics import (
     token_f1,
 )
 from qlora_tui.runs.task_metrics.intervals import (
-    Interval,
     mcnemar_p,
     mean_interval,
     paired_share_interval,
@@ -32,7 +30,6 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     LossChange,
     describe_loss,
     describe_metric,
-    metric_table,
     read_task_evaluation,
     read_task_headline,
     write_task_evaluation,
@@ -244,19 +241,3 @@ def test_an_evaluation_of_another_adapter_does_not_count(run: RunDir) -> None:
     assert read_task_evaluation(run) is None and read_task_headline(run) is None
     run.task_evaluation_path.write_bytes(msgspec.json.encode(evaluation)[:-1])
     assert read_task_evaluation(run) is None
-
-
-def test_a_narrow_table_fits_in_a_dialog_of_80_columns() -> None:
-    tool_calls = Metric(
-        name="valid tool calls",
-        rows=6,
-        base=1.0,
-        base_interval=Interval(0.0, 1.0),
-        adapter=1.0,
-        adapter_interval=Interval(0.0, 1.0),
-        difference_interval=Interval(-1.0, 1.0),
-        p=1.0,
-    )
-    narrow, wide = metric_table([tool_calls], narrow=True), metric_table([tool_calls])
-    assert max(map(len, narrow)) <= 71 < max(map(len, wide))
-    assert " ".join(narrow[1].split()) == "valid tool calls 100% 100% +0 -100 to +100 1.000 unclear"

@@ -20,7 +20,6 @@ from qlora_tui.runs.events import (
     Started,
     Step,
     StepVerified,
-    ValidationCompared,
 )
 from qlora_tui.runs.metrics_table import metrics_csv
 from qlora_tui.runs.outcomes import record_outcome
@@ -259,10 +258,3 @@ def test_rewards_of_a_preference_run_are_described_and_tabulated(run: RunDir) ->
     (row,) = csv.DictReader(metrics_csv(view).splitlines())
     columns = ("reward_margin", "validation_reward_accuracy", "validation_reward_margin")
     assert [row[name] for name in columns] == ["0.125", "0.5", "-0.25"]
-
-
-def test_a_loss_change_on_few_rows_has_no_interval() -> None:
-    event = ValidationCompared(at=1, rows=1, before=4.0, after=3.8, low=None, high=None)
-    assert describe(event, 2).endswith("after 3.8000; too few rows to tell a change from chance")
-    measured = structs.replace(event, rows=40, low=-0.3, high=-0.1)
-    assert describe(measured, 2).endswith("95% interval of the change -0.300 to -0.100")

@@ -39,7 +39,7 @@ from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.status import read_status
 from qlora_tui.training import checkpoints
-from tests.runs.test_damage import flip
+from tests.runs.test_check import flip
 from tests.support.polling import wait_for
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
