@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import threading
@@ -8,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from textual.drivers.headless_driver import HeadlessDriver
 
-from qlora_tui import paths
+from qlora_tui import paths, worker
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
@@ -114,12 +116,14 @@ async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     began = []
-    says = 'echo \'{"event":"saying","text":"Fetching"}\'; until [ -e go ]; do sleep 0.05; done; '
-    done = f'echo \'{{"event":"done","path":"{tmp_path}/model"}}\''
+    says = msgspec.json.encode(worker.Progress(text="Fetching")).decode()
+    path = base64.b64encode(os.fsencode(tmp_path / "model")).decode()
+    done = msgspec.json.encode(worker.Result(msgspec.Raw(f'"{path}"'))).decode()
+    script = f"echo '{says}'; until [ -e go ]; do sleep 0.05; done; echo '{done}'"
 
     def start() -> downloads.Download:
         began.append(1)
-        child = subprocess.Popen(["sh", "-c", says + done], cwd=tmp_path, stdout=subprocess.PIPE)
+        child = subprocess.Popen(["sh", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE)
         return downloads.Download(downloads.DEMO, "demo", child)
 
     monkeypatch.setattr(downloads, "start_demo", start)
