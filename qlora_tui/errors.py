@@ -22,6 +22,9 @@ INTERNAL_ERROR = "Internal error"
 """Title of an exception that is a bug in this program."""
 
 
+_FIELDS = ("title", "what", "why", "fix", "code", "exit_code")
+
+
 class UserError(Exception):
     """An error that the user can act on."""
 
@@ -55,7 +58,12 @@ class UserError(Exception):
 
     def fields(self) -> dict[str, Any]:
         """Return the arguments that construct an equal error, as strings and a number."""
-        return {name: getattr(self, name) for name in ("title", "what", "why", "fix", "code", "exit_code")}
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    @staticmethod
+    def of(record: object) -> UserError:
+        """Return the error that a record with the same fields stands for."""
+        return UserError(**{name: getattr(record, name) for name in _FIELDS})
 
     def replace(self, **changes: Any) -> UserError:
         """Return a copy with other texts, as a plain UserError."""

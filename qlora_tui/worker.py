@@ -94,14 +94,7 @@ class Failure(Struct, frozen=True, tag="failure", omit_defaults=True):
 
     def error(self) -> UserError:
         """Return it as the exception."""
-        return UserError(
-            self.title,
-            what=self.what,
-            why=self.why,
-            fix=self.fix,
-            code=self.code,
-            exit_code=self.exit_code,
-        )
+        return UserError.of(self)
 
 
 Message: TypeAlias = Progress | Result | Failure
@@ -129,7 +122,6 @@ def run_job(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     deadline_s: float | None = None,
-    log_lines: int = 0,
     shows_stderr: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> T:
@@ -145,7 +137,6 @@ def run_job(
         on_progress: called with each message; what it raises ends the job.
         should_stop: asked several times a second, also while the job is silent.
         deadline_s: seconds after which the job is killed.
-        log_lines: last lines of its stderr to add to an error that says no reason.
         shows_stderr: whether its stderr is this process's, for progress bars of a library.
         environ: its environment, by default that of this process.
 
@@ -174,10 +165,9 @@ def run_job(
         finally:
             # Whatever interrupts the wait, the child must not outlive it.
             child.kill()
-        log = _last_lines(errors, log_lines or 1)
+        last_line = _last_line(errors)
     if isinstance(outcome, Failure):
-        error = outcome.error()
-        raise error if error.why or not log_lines else error.replace(why=log)
+        raise outcome.error()
     if code == -signal.SIGKILL:
         why = "The machine most likely ran out of memory."
         raise died.replace(
@@ -185,7 +175,7 @@ def run_job(
         )
     if code or not isinstance(outcome, Result):
         ending = f"code {code}" if code >= 0 else signal.Signals(-code).name
-        raise died.replace(what=f"{subject} ended with {ending}.", why=log)
+        raise died.replace(what=f"{subject} ended with {ending}.", why=last_line)
     return outcome.decode(result)
 
 
@@ -260,9 +250,9 @@ def _messages(
             yield from filter(None, map(decode_message, lines))
 
 
-def _last_lines(errors: IO[bytes], count: int) -> str:
+def _last_line(errors: IO[bytes]) -> str:
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST_BYTES))
-    return " ".join(errors.read().decode(errors="replace").strip().splitlines()[-count:])
+    return (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
 
 
 def _encode_path(value: object) -> bytes:

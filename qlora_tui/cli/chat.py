@@ -9,7 +9,14 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand, positive_int, whole_number
+from qlora_tui.cli.subcommand import (
+    CommandResult,
+    ProgressLine,
+    Subcommand,
+    add_run_argument,
+    positive_int,
+    whole_number,
+)
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.task_metrics.task_evaluation import (
@@ -55,7 +62,7 @@ def run_chat(args: argparse.Namespace) -> CommandResult | int:
 
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
+    add_run_argument(parser)
     parser.add_argument("--prompt", help="print the answer to this prompt and exit")
     parser.add_argument("--base", action="store_true", help="chat with the base model, without the adapter")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="chat with a checkpoint")
@@ -126,7 +133,7 @@ def _lm_eval_lines(run: RunDir) -> list[str]:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
+    add_run_argument(parser)
     parser.add_argument(
         "--prompts",
         type=positive_int,

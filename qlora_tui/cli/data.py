@@ -16,6 +16,7 @@ from qlora_tui.cli.subcommand import (
     ProgressLine,
     Subcommand,
     add_json_argument,
+    add_run_argument,
     format_table,
     positive_int,
     write_control,
@@ -214,9 +215,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     blame_parser = actions.add_parser(
         "blame", help="which training rows of a run were learned, and which may be wrong"
     )
-    blame_parser.add_argument(
-        "run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`"
-    )
+    add_run_argument(blame_parser)
     blame_parser.add_argument(
         "--rows", type=positive_int, default=30, metavar="N", help="number of rows to print (default: 30)"
     )

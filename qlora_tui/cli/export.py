@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from qlora_tui.catalog.gguf import spelled
-from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand, add_json_argument
+from qlora_tui.cli.subcommand import (
+    CommandResult,
+    ProgressLine,
+    Subcommand,
+    add_json_argument,
+    add_run_argument,
+)
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.locks import hold_folder
 from qlora_tui.runs.directory import find_run
@@ -116,7 +122,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     hub = forms.add_parser("hub", help="a private repository on the Hub, with a model card")
     all_forms = (gguf, ollama, merge, adapter, hub)
     for form in all_forms:
-        form.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
+        add_run_argument(form)
     for form, out in (
         (merge, "the folder to write; it must not exist yet"),
         (gguf, "the .gguf file to write, or a folder for several types"),

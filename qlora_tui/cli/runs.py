@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.cli.main import can_show_app, open_app
-from qlora_tui.cli.subcommand import CommandResult, Subcommand, add_json_argument, format_table
+from qlora_tui.cli.subcommand import (
+    CommandResult,
+    Subcommand,
+    add_json_argument,
+    add_run_argument,
+    format_table,
+)
 from qlora_tui.cli.train import PLAIN_INTERVAL_S, follow, follow_plain
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_duration, format_float, pluralize
@@ -285,10 +291,6 @@ def _format_validation(view: RunView) -> str:
     return ", ".join(parts)
 
 
-def _add_run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
-
-
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     changes = parser.add_subparsers(
         dest="action",
@@ -296,10 +298,10 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
         help="without a subcommand, all runs are listed",
     )
     rename = changes.add_parser("rename", help="rename a run (its id does not change)")
-    _add_run_argument(rename)
+    add_run_argument(rename)
     rename.add_argument("name", metavar="NAME", help="its new name")
     delete = changes.add_parser("delete", help="delete an ended run for good")
-    _add_run_argument(delete)
+    add_run_argument(delete)
     delete.add_argument("--yes", action="store_true", help="confirm: without this, nothing is deleted")
     delete.add_argument(
         "--in-use",
@@ -316,7 +318,7 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
         "save",
         help="save the steps of a run as a table (.csv, .parquet) or its loss as a picture (.svg, .png)",
     )
-    _add_run_argument(save)
+    add_run_argument(save)
     save.add_argument("file", metavar="FILE", help="the file to write; it must not exist")
     verify = changes.add_parser(
         "check", help="verify the files of runs, adapters and checkpoints by their checksums"
@@ -350,7 +352,7 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _stop_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_run_argument(parser)
+    add_run_argument(parser)
     parser.add_argument(
         "--now",
         action="store_true",
@@ -359,12 +361,12 @@ def _stop_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_run_argument(parser)
+    add_run_argument(parser)
     parser.add_argument("--follow", action="store_true", help="also follow it to its end")
 
 
 def _request_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_run_argument(parser)
+    add_run_argument(parser)
     parser.add_argument(
         "request",
         choices=list(_REQUESTS),
@@ -378,7 +380,7 @@ SUBCOMMANDS = {
     "runs": Subcommand(runs, _runs_arguments),
     "attach": Subcommand(attach, _attach_arguments),
     "stop": Subcommand(stop, _stop_arguments),
-    "pause": Subcommand(pause, _add_run_argument),
+    "pause": Subcommand(pause, add_run_argument),
     "resume": Subcommand(resume, _resume_arguments, uses_gpu=True),
     "ask": Subcommand(send_request, _request_arguments),
 }

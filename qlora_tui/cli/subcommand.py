@@ -83,6 +83,11 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
 
 
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument ``RUN``."""
+    parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options from which a recipe is built."""
     parser.add_argument("--preset", help="start from this preset (list them with `qlora-tui presets`)")

@@ -216,14 +216,7 @@ class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
 
     def problem(self) -> UserError:
         """Convert the reply back to a UserError."""
-        return UserError(
-            self.title,
-            what=self.what,
-            why=self.why,
-            fix=self.fix,
-            code=self.code,
-            exit_code=self.exit_code,
-        )
+        return UserError.of(self)
 
 
 AnyRequest: TypeAlias = (

@@ -42,7 +42,7 @@ _STEPS = 64
 """Steps sampled from a long run; the curve in a list is a few cells wide."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """Summary of a run."""
 
@@ -56,30 +56,30 @@ class RunSummary:
     """Number of steps; 0 while unknown."""
     loss: float | None
     """Training loss of the last step."""
-    queued_at: float
+    queued_at: float = 0.0
     """Unix time; 0 if the events are missing."""
-    started_at: float | None
+    started_at: float | None = None
     """Unix time at which the last attempt began; None before the first."""
-    model: str
-    settings: str
+    model: str = ""
+    settings: str = ""
     """``nf4 r16 2,048×2×8``: the settings in which runs most often differ."""
-    best: tuple[float, int] | None
+    best: tuple[float, int] | None = None
     """Lowest validation loss after training began, and its step."""
-    loss_to_beat: float | None
+    loss_to_beat: float | None = None
     """Validation loss before training where no later one is lower; None otherwise."""
-    accuracy: float | None
+    accuracy: float | None = None
     """Exact answers at the last evaluation; None for data without short ones."""
-    steps: tuple[int, ...]
+    steps: tuple[int, ...] = ()
     """The steps of ``losses``."""
-    losses: tuple[float, ...]
+    losses: tuple[float, ...] = ()
     """Training losses in order, decimated; NaN where one was not a number."""
-    seconds: float | None
+    seconds: float | None = None
     """Training time without evaluations and pauses; None before the first step."""
-    seconds_left: float | None
+    seconds_left: float | None = None
     """Remaining time of an active run at its pace; None otherwise."""
-    energy: str
+    energy: str = ""
     """``0.42 kWh, 3.1 tokens/J``; empty if unknown."""
-    fix: str
+    fix: str = ""
     """The suggested fix of a failure, in a sentence; empty otherwise."""
     defect: ResultDefect | None = None
     """What is wrong with the result of a run that ended regularly."""
@@ -196,19 +196,6 @@ def outline(run: RunDir) -> RunSummary:
         step=status.step,
         total_steps=status.total_steps,
         loss=status.loss,
-        queued_at=0.0,
-        started_at=None,
-        model="",
-        settings="",
-        best=None,
-        loss_to_beat=None,
-        accuracy=None,
-        steps=(),
-        losses=(),
-        seconds=None,
-        seconds_left=None,
-        energy="",
-        fix="",
     )
 
 
