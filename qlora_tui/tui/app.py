@@ -307,7 +307,7 @@ class QloraApp(TerminalApp):
         ask_gpu_size(self)
 
     def action_check_machine(self) -> None:
-        from qlora_tui.tui.screens.modals.machine_report import MachineReportScreen
+        from qlora_tui.tui.screens.modals.dialogs import MachineReportScreen
 
         self.push_screen(MachineReportScreen())
 

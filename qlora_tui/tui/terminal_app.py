@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.control import Control
+from rich.segment import Segment
 from textual.await_complete import AwaitComplete
 from textual.events import Resize
 from textual.filter import LineFilter
@@ -31,7 +32,6 @@ from qlora_tui.tui.textual_compat import (
     clear_style_caches,
     full_update,
 )
-from qlora_tui.tui.widgets.line_widgets import changed_cells
 
 _VISIBLE_TEXT = VisibleTextFilter()
 _MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
@@ -156,3 +156,32 @@ class ScreenDiff(CompositorUpdate):
 def _plain(strips: Iterable[Strip]) -> Strip:
     """A line without metadata such as click actions, so that lines are compared by looks."""
     return Strip.join(strips).discard_meta().simplify()
+
+
+def changed_cells(old: Strip, new: Strip) -> tuple[int, int]:
+    """From the first to behind the last cell that differs; the same number twice where none does."""
+    before, after = list(old), list(new)
+    if before == after:
+        return 0, 0
+    if old.cell_length != new.cell_length:
+        return 0, max(old.cell_length, new.cell_length)
+    same_left = _same_cells(before, after)
+    same_right = _same_cells(before[::-1], after[::-1], from_right=True)
+    return same_left, max(same_left, new.cell_length - same_right)
+
+
+def _same_cells(one: list[Segment], other: list[Segment], *, from_right: bool = False) -> int:
+    cells = 0
+    for a, b in zip(one, other, strict=False):
+        if a == b:
+            cells += a.cell_length
+            continue
+        # Inside a run of one style, only where every character is one cell wide.
+        if a.style == b.style and a.cell_length == len(a.text) and b.cell_length == len(b.text):
+            pairs = zip(a.text[::-1], b.text[::-1]) if from_right else zip(a.text, b.text)  # noqa: B905
+            for x, y in pairs:
+                if x != y:
+                    break
+                cells += 1
+        break
+    return cells

@@ -20,9 +20,9 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.chat.chat_turn import AdapterAnswer
-from qlora_tui.tui.screens.chat.prompt_box import PromptBox
+from qlora_tui.tui.screens.chat.dialogs import PromptBox
 from qlora_tui.tui.screens.chat.screen import ChatScreen
+from qlora_tui.tui.screens.chat.turn import AdapterAnswer
 
 
 async def wait_until(pilot: Pilot[None], what: Callable[[], Any], seconds: float = 60.0) -> None:
@@ -110,7 +110,9 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
 
         # Talk to base and adapter side by side.
         await pilot.press("7")
-        await wait_until(pilot, lambda: isinstance(app.screen, ChatScreen) and app.screen.source is not None)
+        await wait_until(
+            pilot, lambda: isinstance(app.screen, ChatScreen) and app.screen.conversation.source is not None
+        )
         field = app.screen.query_one(PromptBox)
         field.focus()
         field.text = "what is the colour of fox 3?"

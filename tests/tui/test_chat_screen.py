@@ -21,11 +21,11 @@ from qlora_tui.chat import chat_sources
 from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status, write_status
-from qlora_tui.tui.screens.chat import chat_turn, conversation_screen
-from qlora_tui.tui.screens.chat.adapter_pair import AdapterPair
-from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
+from qlora_tui.tui.screens.chat import conversation, turn
+from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
+from qlora_tui.tui.screens.chat.saved import append_exchange, transcript_path
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
-from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_path
+from qlora_tui.tui.screens.chat.turn import ChatTurn
 from tests.tui.chat_screen import chat_of, finished, rest, with_adapters
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
@@ -34,7 +34,7 @@ from tests.tui.workstation import config_of, open_on
 
 
 def ask_prompt(screen: ChatScreen) -> list[str]:
-    return list(screen.pair.active)
+    return list(screen.conversation.pair.active)
 
 
 def test_voices_pair_off_split_switch_and_change() -> None:
@@ -89,7 +89,7 @@ async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
         )
         await pilot.press("G", "enter")
         await wait_for_text(pilot, "some-model")
-        assert chat_of(app).pair.active == (BASE,)
+        assert chat_of(app).conversation.pair.active == (BASE,)
 
 
 async def test_a_deleted_run_gives_way_to_the_next_or_none() -> None:
@@ -131,7 +131,7 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
         field.value = "0"
         await pilot.press("enter")
         await wait_for_text(pilot, "greedy")
-        assert chat_of(app).sampling.temperature == 0
+        assert chat_of(app).conversation.sampling.temperature == 0
         await pilot.press("o")
         await wait_for_text(pilot, "Sampling")
         list(app.screen.query(Input))[-1].value = "2400670123"
@@ -150,9 +150,9 @@ async def test_loading_asks_only_where_memory_may_run_out(
     files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
     monkeypatch.setattr(chat_sources, "resolve_model", lambda model_id: files)
     free = SimpleNamespace(available=free_gib << 30)
-    monkeypatch.setattr(conversation_screen, "psutil", SimpleNamespace(virtual_memory=lambda: free))
+    monkeypatch.setattr(conversation, "psutil", SimpleNamespace(virtual_memory=lambda: free))
     sent: list[str] = []
-    monkeypatch.setattr(ChatScreen, "_answer", lambda screen, prompt: sent.append(prompt))
+    monkeypatch.setattr(Conversation, "_answer", lambda screen, prompt: sent.append(prompt))
     finished(ADAPTER)
     busy = write_fake_run(FakeRun(name="busy-run", state="running"))
     write_status(busy, msgspec.structs.replace(read_status(busy), phase=phase))
@@ -172,13 +172,13 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(app)
         turn = ChatTurn("one\ntwo", (BASE,))
-        screen.turns.append(turn)
+        screen.conversation.turns.append(turn)
         await screen.query_one("#conversation").mount(turn)
         await wait_for_text(pilot, "▸ one")
         await pilot.press("up")
         text = await wait_for_text(pilot, "one", "two")
         assert "▸ one" not in text
-        assert not screen.turns
+        assert not screen.conversation.turns
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ async def talking(tiny: tuple[Path, Path], most: int = 12) -> AsyncIterator[tupl
     async with app.run_test(size=(100, 40)) as pilot:
         await show_chat(app, run)
         screen = chat_of(app)
-        screen.sampling = Sampling(max_new_tokens=most, temperature=1.0)
+        screen.conversation.sampling = Sampling(max_new_tokens=most, temperature=1.0)
         yield pilot, screen
 
 
@@ -216,17 +216,17 @@ async def test_base_and_adapter_answer_side_by_side(
     tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With some seeds the adapter ends its turn at once, and there is nothing to choose.
-    monkeypatch.setattr(conversation_screen, "random", SimpleNamespace(randrange=lambda stop: 1))
+    monkeypatch.setattr(conversation, "random", SimpleNamespace(randrange=lambda stop: 1))
     async with talking(tiny) as (pilot, screen):
         await pilot.press(*"what is red", "enter")
         await wait_for_text(pilot, "▸ what is red", "Starting the engine")
         await rest(pilot, screen)
-        answers = screen.turns[0].answers
+        answers = screen.conversation.turns[0].answers
         assert list(answers) == [BASE, ADAPTER]
         assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
         await wait_for_text(pilot, "tok", ", wait", "saved in", "Which answer is better? Esc, then [<]")
-        assert screen.run_dir is not None
-        saved = transcript_path(screen.run_dir).read_text()
+        assert screen.conversation.run_dir is not None
+        saved = transcript_path(screen.conversation.run_dir).read_text()
         assert saved.count("> what is red") == 1
         assert "seed" in saved
 
@@ -242,40 +242,40 @@ async def test_base_and_adapter_answer_side_by_side(
         await pilot.press("i")
 
         # The base forgets nothing the adapter did not hear: each keeps its own conversation.
-        screen.sampling = Sampling(max_new_tokens=8, temperature=0)
+        screen.conversation.sampling = Sampling(max_new_tokens=8, temperature=0)
         await pilot.press("ctrl+t", *"and blue", "enter")
         await rest(pilot, screen)
-        assert list(screen.turns[1].answers) == [ADAPTER]
+        assert list(screen.conversation.turns[1].answers) == [ADAPTER]
         # Its answer was drawn at random, and may have ended at once: of a silent turn nothing is kept.
-        heard = screen._conversation(screen.turns[1], ADAPTER)
+        heard = screen.conversation.messages(screen.conversation.turns[1], ADAPTER)
         assert len(heard) == (3 if answers[ADAPTER].text else 1)
 
-        first = screen.turns[1].answers[ADAPTER].text
+        first = screen.conversation.turns[1].answers[ADAPTER].text
         await pilot.press("escape", "r")
         await rest(pilot, screen)
-        assert screen.turns[1].answers[ADAPTER].text == first
+        assert screen.conversation.turns[1].answers[ADAPTER].text == first
 
         await pilot.press("e")
         await pilot.press(*"!", "enter")
         await rest(pilot, screen)
-        assert [turn.prompt for turn in screen.turns] == ["what is red", "and blue!"]
+        assert [turn.prompt for turn in screen.conversation.turns] == ["what is red", "and blue!"]
 
         # Escape stops an answer in the middle; what was said stays. Always the likeliest token, this model
         # says the same for ever; drawn at random, the end of its turn would come by itself.
-        screen.sampling = Sampling(max_new_tokens=1 << 19, temperature=0)
-        monkeypatch.setattr(chat_turn, "find_loop", lambda text: "")
+        screen.conversation.sampling = Sampling(max_new_tokens=1 << 19, temperature=0)
+        monkeypatch.setattr(turn, "find_loop", lambda text: "")
         await pilot.press(*"on", "enter")
-        while not any(a.text for a in screen.turns[-1].answers.values()):
+        while not any(a.text for a in screen.conversation.turns[-1].answers.values()):
             await pilot.pause(0.05)
         await pilot.press("escape")
         await rest(pilot, screen)
-        (answer,) = screen.turns[-1].answers.values()
+        (answer,) = screen.conversation.turns[-1].answers.values()
         assert answer.outcome is not None
         assert answer.outcome.ending == "stopped"
         await wait_for_text(pilot, "■ Stopped.")
 
         # A run that begins gets the memory.
-        assert screen.ready is not None
+        assert screen.conversation.ready is not None
         write_fake_run(FakeRun(name="next-run", state="running"))
         await wait_for_text(pilot, "not loaded yet")
-        assert screen.engine.pid is None
+        assert screen.conversation.engine.pid is None

@@ -20,16 +20,17 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import chat_choices
 from qlora_tui.runs.chat_choices import ChoiceKind, choices_path
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
-from qlora_tui.tui.screens.chat.saved_conversations import (
+from qlora_tui.tui.screens.chat.saved import (
     SavedAnswer,
     SavedConversation,
     SavedTurn,
+    append_exchange,
     list_conversations,
     new_conversation_path,
+    transcript_path,
 )
 from qlora_tui.tui.screens.chat.screen import ChatScreen
-from qlora_tui.tui.screens.chat.transcript import append_exchange, transcript_path
+from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from tests.tui.chat_screen import OUTCOME, chat_of, finished, rest, with_adapters
 from tests.tui.fake_runs import FakeRun, write_fake_run
@@ -110,8 +111,8 @@ READY = ChatReady(
 def with_fake_engine(screen: ChatScreen) -> FakeEngine:
     """Replace the engine of a screen by one that has loaded a model."""
     engine = FakeEngine()
-    screen.engine = cast(EngineClient, engine)
-    screen.ready = READY
+    screen.conversation.engine = cast(EngineClient, engine)
+    screen.conversation.ready = READY
     return engine
 
 
@@ -150,7 +151,7 @@ async def test_an_answer_that_repeats_itself_is_stopped_with_a_word() -> None:
         await pilot.press(*"Hello", "enter")
         await rest(pilot, screen)
         await wait_for_text(pilot, "A calm day.", "kept repeating", "[r]")
-        answers = screen.turns[0].answers
+        answers = screen.conversation.turns[0].answers
         assert answers[ADAPTER].loop == "The light turns."
         assert answers[ADAPTER].text.count("The light turns.") == 3
         assert not answers[BASE].loop
@@ -167,7 +168,7 @@ async def test_a_saved_conversation_is_opened_and_continued() -> None:
         await rest(pilot, screen)
         await pilot.press("escape", "x", "h")
         await wait_for_text(pilot, "Saved conversations", "Hello")
-        assert not screen.turns
+        assert not screen.conversation.turns
         await pilot.press("enter")
         await wait_for_text(pilot, "▸ Hello", "base · saved", "A calm day.")
         await pilot.press(*"Again", "enter")
@@ -251,7 +252,7 @@ async def chatting(
         await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(app)
         if thinking is not None:
-            screen.ready = ready(thinking)
+            screen.conversation.ready = ready(thinking)
             screen.show_header()
         yield pilot, screen
 
@@ -260,8 +261,8 @@ async def exchange(
     screen: ChatScreen, *pieces: TextChunk, outcome: GenerationResult | None = None
 ) -> ChatTurn:
     """A prompt, and what the adapter says to it."""
-    turn = ChatTurn("Where is my parcel?", (ADAPTER,), unfolded=screen.unfolded)
-    screen.turns.append(turn)
+    turn = ChatTurn("Where is my parcel?", (ADAPTER,), unfolded=screen.conversation.unfolded)
+    screen.conversation.turns.append(turn)
     await screen.query_one("#conversation").mount(turn)
     for piece in pieces:
         await turn.answers[ADAPTER].append_text(piece)
@@ -274,8 +275,8 @@ async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:
     async with chatting(SWITCH) as (_, screen):
         await exchange(screen, TextChunk(WHY, True, 340), TextChunk("On the road."), outcome=THOUGHT)
         following = ChatTurn("And now?", (ADAPTER,))
-        screen.turns.append(following)
-        prompt, answered, _ = screen._conversation(following, ADAPTER)
+        screen.conversation.turns.append(following)
+        prompt, answered, _ = screen.conversation.messages(following, ADAPTER)
         assert (prompt.content, answered.content, answered.reasoning) == (
             "Where is my parcel?",
             THOUGHT.text,
@@ -290,7 +291,7 @@ async def test_one_key_turns_thinking_off_and_on() -> None:
         await wait_for_text(pilot, "thinking off")
         await pilot.press("escape", "t")
         await wait_for_text(pilot, "thinking on")
-        assert screen.thinking == "on"
+        assert screen.conversation.thinking == "on"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ async def test_a_model_without_such_a_switch_says_so(thinking: ThinkingSupport, 
     async with chatting(thinking) as (pilot, screen):
         await pilot.press("ctrl+g")
         await wait_until(pilot, lambda: any(says in note.message for note in pilot.app._notifications))
-        assert screen.thinking == then
+        assert screen.conversation.thinking == then
 
 
 def test_thoughts_are_kept_in_the_transcript_apart_from_answers() -> None:
@@ -328,7 +329,7 @@ def rows(kind: ChoiceKind) -> list[dict[str, Any]]:
 async def answered(pilot: Pilot[Any], screen: ChatScreen, base: str, adapter: str) -> ChatTurn:
     """A turn in which base and adapter have answered, out of the prompt field."""
     turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
-    screen.turns.append(turn)
+    screen.conversation.turns.append(turn)
     await screen.query_one("#conversation").mount(turn)
     for name, text in ((BASE, base), (ADAPTER, adapter)):
         await turn.answers[name].end(replace(OUTCOME, text=text))
@@ -379,7 +380,7 @@ async def test_twenty_choices_become_a_run_from_the_same_adapter(monkeypatch: py
         await wait_for_text(pilot, "not loaded yet")
         await pilot.press("escape", "C")
         await wait_for_text(pilot, "0 choices, 0 edits so far; 20 of a kind are enough")
-        monkeypatch.setattr("qlora_tui.tui.screens.chat.choice_actions.ENOUGH", 1)
+        monkeypatch.setattr("qlora_tui.tui.screens.chat.screen.ENOUGH", 1)
         await answered(pilot, chat_of(app), "It is late.", "In Oslo.")
         await pilot.press("greater_than_sign")
         await wait_for_text(pilot, "1 choice. Press [C] to train on them.")

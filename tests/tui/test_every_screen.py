@@ -198,7 +198,7 @@ def test_a_gpu_that_cannot_be_used_is_not_called_missing(
         monkeypatch.setenv(name, value)
     status = SystemMonitor().poll_and_recover()
     assert bar in TopBar.status_options(status)[0]
-    lines = " ".join(line.plain for line in gpu_lines(status, budget_for(status.gpu), None, 80))
+    lines = " ".join(line.plain for line in gpu_lines(status, budget_for(status.gpu), 80, is_compact=True))
     assert home in lines and ("CPU, slowly" in lines) == (bar == "no GPU")
 
 

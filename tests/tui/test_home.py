@@ -17,7 +17,7 @@ from qlora_tui import paths, worker
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs import actions, machine_checks, run_queue
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.process import ensure_runner
@@ -26,7 +26,6 @@ from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
 from qlora_tui.tui.screens.home.screen import HomeScreen
-from qlora_tui.tui.screens.modals import machine_report
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
@@ -214,7 +213,7 @@ def test_the_run_that_changed_last_is_the_one_shown() -> None:
 
 async def test_the_machine_is_checked_in_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        machine_report,
+        machine_checks,
         "check_libraries",
         lambda: [Check(CheckKind.LIBRARY, "error", "It is broken.", "Install it again.", name="torch")],
     )

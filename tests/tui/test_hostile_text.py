@@ -18,7 +18,7 @@ from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.status import State
 from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.line_filters import VisibleTextFilter
-from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
+from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.tui.workbench import Workbench
 from tests.support.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
 from tests.tui.fake_runs import FakeRun, write_fake_run

@@ -29,7 +29,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.draft import Draft, open_workbench
 from qlora_tui.tui.process import screen_on
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.chat.prompt_box import PromptBox
+from qlora_tui.tui.screens.chat.dialogs import PromptBox
 from qlora_tui.tui.widgets.controls import TextField
 from tests.runs.damage import FILES, damaged
 from tests.tui.fake_runs import TICKETS

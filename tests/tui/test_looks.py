@@ -17,7 +17,7 @@ from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.recipe.presets import save
 from qlora_tui.recipe.schema import Lora, Recipe, Source
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.chat.chat_turn import ChatTurn
+from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.tui.themes import load_themes
 from qlora_tui.tui.ui_state import save_ui_state
 from tests.catalog.models import make_cached
@@ -145,7 +145,7 @@ def chat(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
         await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(pilot.app)
         turn = ChatTurn("Where is my parcel?", (BASE, ADAPTER))
-        screen.turns.append(turn)
+        screen.conversation.turns.append(turn)
         await screen.query_one("#conversation").mount(turn)
         screen.show_header()
         await turn.answers[ADAPTER].append_text(TextChunk(OUTCOME.text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 from textual.content import Content
@@ -27,6 +28,9 @@ from qlora_tui.runs.status import State
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.workbench import Workbench
 
+if TYPE_CHECKING:
+    from qlora_tui.runs.machine_checks import Outcome
+
 VERDICT_STYLE = {
     "fits": "$success",
     "tight": "$warning",
@@ -38,7 +42,7 @@ VERDICT_SIGN = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "
 """Where there is no room for the word."""
 CANNOT_TRAIN = "✗ cannot train"
 """Beside an estimate of a model that has no weights here, or that cannot be trained for another reason."""
-_SEPARATOR = " · "
+SEPARATOR = " · "
 _MIN_NAME = 9
 """Cells that a name is not shortened below."""
 _MIN_BAR = 4
@@ -48,7 +52,13 @@ PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "
 
 
 def recipe_line(workbench: Workbench, width: int | None = None) -> str:
-    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok · batch 2 × 8``.
+    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok · batch 2 × 8``."""
+    line = SEPARATOR.join(recipe_parts(workbench, width))
+    return line if width is None else cut_cells(line, width)
+
+
+def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
+    """Preset, model, data, adapter and batch of the line of a recipe.
 
     To fit a ``width`` the batch becomes ``× 2 × 8``, then names are shortened, that of the data first; the
     numbers stay.
@@ -62,16 +72,17 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
         f"{format_rank(recipe.lora)} {targets_words(recipe, 16)}",
         batch_words(recipe),
     ]
-    if width is not None and cell_len(_SEPARATOR.join(parts)) > width:
+    if width is None:
+        return parts
+    if cell_len(SEPARATOR.join(parts)) > width:
         parts[-1] = batch_words(recipe, short=True)
     for place in (2, 1, 0):
-        over = 0 if width is None else cell_len(_SEPARATOR.join(parts)) - width
-        name = parts[place]
-        cells = cell_len(name)
+        over = cell_len(SEPARATOR.join(parts)) - width
+        cells = cell_len(parts[place])
         if over > 0 and cells > _MIN_NAME + 1:
-            parts[place] = cut_cells(name, max(_MIN_NAME, cells - over - 1)).rstrip(".-_ ") + "…"
-    line = _SEPARATOR.join(parts)
-    return line if width is None else cut_cells(line, width)
+            name = cut_cells(parts[place], max(_MIN_NAME, cells - over - 1))
+            parts[place] = name.rstrip(".-_ ") + "…"
+    return parts
 
 
 def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
@@ -178,6 +189,13 @@ SIGNS: dict[State, tuple[str, str]] = {
     "gone": ("✗", "$error"),
 }
 """(sign, color) by state; the word is always shown too."""
+OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
+    "ok": ("✓ ok", "$success"),
+    "note": ("· note", "$accent"),
+    "warning": ("! warning", "$warning"),
+    "error": ("✗ error", "$error"),
+}
+"""(sign and word, color) by the outcome of a check, the best first."""
 SEVERITY_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 """(sign, color) by the severity of a problem with data."""
 BEST = "★"

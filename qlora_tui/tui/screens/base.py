@@ -26,14 +26,16 @@ _FREEZE_AFTER_S = 4.0
 
 
 class CancelsWorkersFirst(Widget):
-    """A screen whose workers end before its widgets do.
+    """A screen whose workers, and those of its widgets, end before its widgets do.
 
     Textual cancels workers after it has removed the widgets: a worker that finished as the user quits would
     query a widget that is gone.
     """
 
     async def on_prune(self, event: Prune) -> None:
-        self.workers.cancel_node(self)
+        for worker in list(self.workers):
+            if self in worker.node.ancestors_with_self:
+                worker.cancel()
 
 
 class OnQloraApp(Widget):

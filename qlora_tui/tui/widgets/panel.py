@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from textual.containers import Vertical
 from textual.content import Content
 from textual.widget import Widget
+from textual.widgets import Static
 
+from qlora_tui.errors import UserError
 from qlora_tui.tui.key_names import bare_key, command_key, pressable
 
 _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
@@ -82,3 +84,24 @@ def _hint(command: str, verb: str) -> Content:
     """``x other run``, on which a click presses the key."""
     shown = bare_key(command)
     return pressable(f"{_ARROWS.get(shown, shown)} {verb}", command_key(command))
+
+
+class ModelProblem(Static):
+    """In place of a screen's content: what is wrong with the recipe's model; hidden while nothing is."""
+
+    DEFAULT_CSS = """
+    ModelProblem {
+        height: auto;
+        padding: 1 2;
+        color: $text-muted;
+    }
+    """
+
+    def __init__(self) -> None:
+        super().__init__(markup=False)
+
+    def show(self, problem: UserError | None) -> None:
+        """Show a problem; None hides the widget."""
+        self.display = problem is not None
+        if problem is not None:
+            self.update("\n".join(filter(None, (problem.what, problem.why, f"▸ {problem.fix}"))))

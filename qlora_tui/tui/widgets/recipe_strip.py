@@ -16,9 +16,11 @@ from qlora_tui.tui.key_names import command_key, key_name, pressable
 from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
     PRECISION_NAMES,
+    SEPARATOR,
     FitLine,
     cut_cells,
     recipe_line,
+    recipe_parts,
 )
 from qlora_tui.tui.workbench import Workbench
 
@@ -84,23 +86,26 @@ class RecipeStrip(Widget):
         """The recipe, and the longest hint beside it; the last hint may shorten the name of the data."""
         if self._bench is None:
             return "", Content("")
-        widest = recipe_line(self._bench, width)
+        widest = recipe_parts(self._bench, width)
         for commands in _HINTS:
             hint = Content("  ").join(_hint(*command) for command in commands)
-            line = recipe_line(self._bench, width - hint.cell_length - 2)
-            if line == widest or (commands == _HINTS[-1] and _essentials(line) == _essentials(widest)):
+            room = width - hint.cell_length - 2
+            parts = recipe_parts(self._bench, room)
+            shortened = {place for place, part in enumerate(parts) if part != widest[place]}
+            # The last hint may take cells of the data and of the batch, whose numbers stay.
+            allowed = {2, 4} if commands == _HINTS[-1] else set()
+            line = SEPARATOR.join(parts)
+            if shortened <= allowed and cell_len(line) <= room:
                 return line, hint
-        return widest, Content("")
-
-    def _bench_has_model(self) -> bool:
-        return self._bench is not None and bool(self._bench.recipe.model.id)
+        return recipe_line(self._bench, width), Content("")
 
     def _cost_line(self, width: int) -> Content:
         if self._comparison is None or self._budget is None:
             return Content("")
         if isinstance(self._comparison, UserError):
             problem = self._comparison
-            if self._mode == "models" and not self._bench_has_model():
+            has_model = self._bench is not None and bool(self._bench.recipe.model.id)
+            if self._mode == "models" and not has_model:
                 return Content.styled("The recipe has no model. Press Enter on one to select it.", "dim")
             message = f"{problem.what} {problem.fix}".replace("\n", " ")
             return Content.styled(cut_cells(message, width), "dim")
@@ -123,9 +128,3 @@ class RecipeStrip(Widget):
 def _hint(command: str, label: str) -> Content:
     """``[u] Undo``, on which a click presses the key."""
     return pressable(f"{key_name(command)} {label}", command_key(command))
-
-
-def _essentials(line: str) -> list[str]:
-    """The parts of a recipe's line without the name of the data, the batch in its short form."""
-    parts = line.replace(" · batch ", " × ").split(" · ")
-    return parts[:2] + parts[3:]

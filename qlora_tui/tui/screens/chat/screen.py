@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from textual import work
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static, TextArea
 
-from qlora_tui.chat.chat_types import Effect
+from qlora_tui.chat.chat_sources import run_source
+from qlora_tui.chat.chat_types import ChatSource, Effect, Sampling
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens, TokensCounted
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import truncate_middle
+from qlora_tui.formatting import pluralize, truncate_middle
+from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, count_choices, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import TALL_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
-from qlora_tui.tui.screens.chat import side_text, transcript
-from qlora_tui.tui.screens.chat import text as chat_text
-from qlora_tui.tui.screens.chat.actions import ChatActions
-from qlora_tui.tui.screens.chat.prompt_box import PromptBox
-from qlora_tui.tui.screens.chat.saved_conversations import list_conversations
-from qlora_tui.tui.screens.chat.source_picker import chat_runs
+from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
+from qlora_tui.tui.screens.chat.dialogs import (
+    AnswerEditor,
+    ChatSettingsScreen,
+    ChatSourceScreen,
+    ConversationPicker,
+    PromptBox,
+    chat_runs,
+)
+from qlora_tui.tui.screens.chat.panels import (
+    HINT,
+    NOTHING_TO_CHAT_WITH,
+    START,
+    ChatSide,
+    effect_text,
+    loaded_text,
+    prompt_title,
+    sampling_line,
+    session_line,
+)
+from qlora_tui.tui.screens.chat.saved import list_conversations, transcript_path
+from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
+from qlora_tui.tui.screens.modals.dialogs import ask_search
+from qlora_tui.tui.screens.train.screen import prepare_run
+from qlora_tui.tui.ui_state import add_recent, recent
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
 
@@ -44,9 +65,11 @@ _MAX_SEARCH = 24
 """Cells of the text searched for in the title."""
 _TITLE_FRAME, _FRAME, _SHORT_FRAME = 6, 4, 2
 """Cells of a panel around its title, and around its contents with and without a border."""
+_CHOICES: dict[ChoiceKind, str] = {"edits": "edit", "pairs": "choice"}
+"""What is counted of each kind of judgment, the kind that is trained on first."""
 
 
-class ChatScreen(ChatActions):
+class ChatScreen(WorkScreen):
     """One prompt, answered by one or two adapters."""
 
     MODE = "chat"
@@ -72,6 +95,13 @@ class ChatScreen(ChatActions):
 
     def __init__(self) -> None:
         super().__init__()
+        self.conversation = Conversation(
+            Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
+            Static(highlight_keys(name_keys(START)), id="chat-start"),
+        )
+        self.source_name = ""
+        self.search = ""
+        """The text that exchanges are searched for; empty shows all."""
         self._effect: str | Effect = ""
 
     def compose_body(self) -> Iterable[Widget]:
@@ -80,82 +110,173 @@ class ChatScreen(ChatActions):
                 with Panel("Chat", id="chat-panel"):
                     yield Static(id="sampling-line")
                     yield Static(id="effect", markup=False)
-                    with VerticalScroll(id="conversation", can_focus=False):
-                        yield Static(
-                            highlight_keys(name_keys(chat_text.NOTHING_TO_CHAT_WITH)), id="chat-empty"
-                        )
-                        yield Static(highlight_keys(name_keys(chat_text.START)), id="chat-start")
-                yield Panel("Message", PromptBox(name_keys(chat_text.HINT), id="prompt"), id="prompt-panel")
-            with Vertical(id="chat-side"):
-                yield Panel(
-                    "Sampling",
-                    Static(id="side-settings"),
-                    keys=(("chat.settings", "change"), ("chat.source", "model")),
-                )
-                yield Panel("Tokens", Static(id="side-tokens"))
-                yield Panel(
-                    "Conversations",
-                    Static(id="side-history"),
-                    keys=(("chat.history", "open"), ("chat.clear", "new")),
-                    id="history-panel",
-                )
+                    yield self.conversation
+                yield Panel("Message", PromptBox(name_keys(HINT), id="prompt"), id="prompt-panel")
+            yield ChatSide()
+
+    # Which model
 
     def on_screen_resume(self) -> None:
         """Talk to the newest run, until another is chosen; and once that one is deleted."""
-        deleted = self.run_dir is not None and not self.run_dir.path.exists() and not self.busy
+        chat = self.conversation
+        deleted = chat.run_dir is not None and not chat.run_dir.path.exists() and not chat.busy
         if deleted:
             self.notify(f"{self.source_name} was deleted.")
-        runs = chat_runs() if deleted or self.source is None else []
+        runs = chat_runs() if deleted or chat.source is None else []
         if runs:
             self.call_later(self.chat_with, runs[0])
         elif deleted:
             self.call_later(self.set_source, None, None, "")
         self.show_header()
 
-    def on_resize(self) -> None:
-        has_side = self.size.width >= _SIDE_CELLS and self.size.height >= TALL_CELLS
-        self.set_class(has_side, "-side")
-        self.call_after_refresh(self._show_all)
+    async def chat_with(self, run: RunDir) -> None:
+        """Switch to another run; its model is loaded with the first prompt."""
+        try:
+            source = run_source(run)
+        except UserError as problem:
+            self.qlora_app.show_error(problem)
+            return
+        if run == self.conversation.run_dir and source == self.conversation.source:
+            self.query_one(PromptBox).focus()
+            return
+        await self.set_source(source, run, run.name)
+        if not source.adapters:
+            self.notify(
+                f"{run.name} has saved no adapter, so only the base model answers.", severity="warning"
+            )
+
+    async def set_source(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
+        await self.conversation.set_source(source, run)
+        self.source_name, self.search = name, ""
+        self.show_effect("")
+        self.show_header()
+        self.query_one(PromptBox).focus()
+
+    def action_choose_source(self) -> None:
+        """Choose another run, or the recipe's model."""
+        recipe = self.qlora_app.workbench.recipe
+
+        async def on_result(chosen: RunDir | str | None) -> None:
+            if isinstance(chosen, RunDir):
+                await self.chat_with(chosen)
+            elif chosen is not None:
+                name = recipe.model.id.rstrip("/").rpartition("/")[2]
+                await self.set_source(ChatSource(recipe=recipe, thinking=recipe.data.thinking), None, name)
+
+        runs = chat_runs()
+        if runs or recipe.model.id:
+            self.app.push_screen(ChatSourceScreen(runs, recipe.model.id), on_result)
+        else:
+            self.notify(
+                "No run has an adapter and the recipe has no model. "
+                f"Press {key_name('go.models')} to select one."
+            )
+
+    async def action_unload(self) -> None:
+        """Unload the model; the next prompt loads it again."""
+        await self.conversation.unload()
+
+    # Which adapters, and how they answer
+
+    def action_toggle_adapter(self) -> None:
+        """Switch from the adapter to the base and back."""
+        self._choose(self.conversation.pair.switched())
+
+    def action_split(self) -> None:
+        """Show two columns, or one."""
+        self._choose(self.conversation.pair.split())
+
+    def action_next_adapter(self, side: str) -> None:
+        """Select another of the run's checkpoints."""
+        self._choose(self.conversation.pair.next(side))
+
+    def _choose(self, pair: AdapterPair) -> None:
+        if pair == self.conversation.pair and self.conversation.source is not None:
+            self.notify("This run has no other adapter or checkpoint.")
+        self.conversation.pair = pair
+        self.show_header()
+
+    def action_thinking(self) -> None:
+        """Turn thinking on or off, or say that the model has no such switch."""
+        chat = self.conversation
+        if chat.source is None:
+            return
+        known = chat.ready.thinking if chat.ready else None
+        default = known.default if known else "off"
+        now = default if chat.thinking == "auto" else chat.thinking
+        chat.thinking = "off" if now == "on" else "on"
+        if known is not None and (effect := known.effect_of(chat.thinking)):
+            if known.kind != "effort":
+                chat.thinking = "auto"
+            self.notify(effect)
+        self.show_header()
+
+    async def action_unfold(self) -> None:
+        """Show every thought, or fold each into a line."""
+        await self.conversation.unfold(not self.conversation.unfolded)
+
+    def action_settings(self) -> None:
+        """Set sampling and system prompt."""
+
+        def apply(given: tuple[Sampling, str]) -> None:
+            self.conversation.sampling, self.conversation.system_prompt = given
+            add_recent("system_prompts", given[1])
+            self.show_header()
+
+        chat = self.conversation
+        self.ask(ChatSettingsScreen(chat.sampling, chat.system_prompt, recent("system_prompts")), apply)
+
+    # Prompts and answers
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that would be typed are no commands while the field has the focus; few are without a model."""
         is_own = any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
-        if self.source is None and is_own:
+        if self.conversation.source is None and is_own:
             return action in ("choose_source", "settings")
         typing = isinstance(self.focused, PromptBox)
         if action == "stop":
-            return self.busy
+            return self.conversation.busy
         if action == "leave_field":
-            return typing and not self.busy
+            return typing and not self.conversation.busy
         if typing and action not in _TYPING_ACTIONS:
             return not is_own
         return super().check_action(action, parameters)
 
+    def action_write(self) -> None:
+        """Go into the field."""
+        if self.conversation.source is not None:
+            self.query_one(PromptBox).focus()
+
+    def action_leave_field(self) -> None:
+        """Leave the field: keys are commands again."""
+        self.set_focus(None)
+
     async def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
         """Send the prompt."""
-        if self.busy:
-            self.query_one(PromptBox).put(event.text)
+        box = self.query_one(PromptBox)
+        if self.conversation.busy:
+            box.put(event.text)
             self.notify(f"The model is still answering. Press {key_name('chat.stop')} to stop it.")
             return
         # What is asked now is shown, whatever was searched for.
-        self.search_for("")
-        await self.send(event.text)
+        self._search_for("")
+        await self.conversation.send(event.text, lambda: box.put(event.text))
 
     async def on_prompt_box_recalled(self) -> None:
-        """Up in the empty field: the last prompt again."""
+        """Put the last prompt back: Up was pressed in the empty field."""
         await self.action_edit_last()
 
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
         """Say how long the prompt is."""
         self._show_prompt_length(None)
-        if self.ready is not None and event.text_area.text:
+        if self.conversation.ready is not None and event.text_area.text:
             self._count_tokens(event.text_area.text)
 
     @work(group="count", exclusive=True)
     async def _count_tokens(self, text: str) -> None:
         await asyncio.sleep(_COUNT_AFTER_S)
         try:
-            async for reply in self.engine.ask(CountTokens(text=text)):
+            async for reply in self.conversation.engine.ask(CountTokens(text=text)):
                 if isinstance(reply, TokensCounted) and text == self.query_one(PromptBox).text:
                     self._show_prompt_length(reply.tokens)
         except (EngineClosedError, UserError):
@@ -163,8 +284,174 @@ class ChatScreen(ChatActions):
             return
 
     def _show_prompt_length(self, tokens: int | None) -> None:
-        title = side_text.prompt_title(self.query_one(PromptBox).text, tokens)
+        title = prompt_title(self.query_one(PromptBox).text, tokens)
         self.query_one("#prompt-panel", Panel).show_title(title)
+
+    async def action_stop(self) -> None:
+        """Stop what is under way."""
+        await self.conversation.stop()
+
+    async def action_retry(self) -> None:
+        """Answer the last prompt again with the adapters selected now."""
+        if self.conversation.turns and not self.conversation.busy:
+            await self.conversation.send((await self.conversation.remove_last_turn()).prompt)
+
+    async def action_edit_last(self) -> None:
+        """Put the last prompt back into the field, and forget its answers."""
+        if self.conversation.turns and not self.conversation.busy:
+            self.query_one(PromptBox).put((await self.conversation.remove_last_turn()).prompt)
+
+    def action_copy(self, side: str) -> None:
+        """Copy the last answer of one side."""
+        pair = self.conversation.pair
+        name = pair.left if side == "left" else pair.right
+        answers = [turn.answers[name] for turn in self.conversation.turns if name in turn.answers]
+        if not answers or not answers[-1].text:
+            self.notify(f"There is no answer of {name} to copy yet.")
+            return
+        self.app.copy_to_clipboard(answers[-1].text.strip())
+
+    def action_scroll_conversation(self, by: int) -> None:
+        """Scroll up or down by some lines."""
+        self.conversation.scroll_relative(y=3 * by, animate=False)
+
+    async def action_effect(self) -> None:
+        """Measure what the adapter changes."""
+        if self.conversation.pair.single:
+            self.notify("This chat has no adapter to measure.")
+        elif not self.conversation.busy:
+            await self.conversation.measure()
+
+    # Earlier exchanges
+
+    async def action_clear(self) -> None:
+        """Begin a new conversation."""
+        self.search = ""
+        await self.conversation.clear()
+
+    def action_history(self) -> None:
+        """Choose a saved conversation to continue."""
+        conversations = list_conversations(self.conversation.run_dir)
+        if not conversations:
+            self.notify("No conversation with this run has been saved yet.")
+            return
+
+        async def on_result(path: Path | None) -> None:
+            if path is not None:
+                self.search = ""
+                await self.conversation.open_saved(path, dict(conversations)[path])
+                self.query_one(PromptBox).focus()
+
+        self.app.push_screen(ConversationPicker(conversations), on_result)
+
+    def action_search(self) -> None:
+        """Ask for a text that exchanges must contain."""
+        ask_search(self.app, "exchanges", self.search, self._search_for)
+
+    def _search_for(self, text: str) -> None:
+        """Show only exchanges with this text."""
+        self.search = text
+        for turn in self.conversation.turns:
+            turn.display = turn.contains(text)
+        self.show_header()
+
+    # Judgments
+
+    def action_prefer(self, side: str) -> None:
+        """Record that the left or right one of the last two answers is better."""
+        turn = self.conversation.last_answered(2)
+        if turn is None:
+            self.notify(
+                "There are no two answers to choose from. Side by side, base and adapter both answer."
+            )
+            return
+        left, right = list(turn.answers.values())[:2]
+        chosen, rejected = (left, right) if side == "left" else (right, left)
+        if chosen.text.strip() == rejected.text.strip():
+            self.notify("Both answers are the same: there is nothing to choose.")
+        elif chosen.was_cut:
+            self.notify(
+                f"The better answer was cut off: a model trained on it would stop there too. "
+                f"{key_name('chat.settings')} raises the limit and {key_name('chat.retry')} asks again, or "
+                f"{key_name('chat.edit_answer')} edits it.",
+                severity="warning",
+            )
+        elif self._record(
+            "pairs",
+            f"The answer of {chosen.adapter_name} is better",
+            lambda: self.conversation.record_choice(turn, chosen, rejected),
+        ):
+            turn.show_question(False)
+            chosen.show_judgment("better")
+            rejected.show_judgment("")
+
+    def action_edit_answer(self) -> None:
+        """Edit the last answer of the adapter, and record how it should read."""
+        turn = self.conversation.last_answered(1)
+        if turn is None:
+            self.notify("There is no answer to edit yet.")
+            return
+        answer = [each for each in turn.answers.values() if each.text.strip()][-1]
+        editor = AnswerEditor(answer.adapter_name, answer.text.strip())
+        self.ask(editor, lambda text: self._record_edit(turn, answer, text))
+
+    def _record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
+        def record() -> int:
+            return self.conversation.record_edit(turn, answer, text)
+
+        if self._record("edits", "The edited answer is kept", record):
+            answer.show_judgment("edited")
+
+    def _record(self, kind: ChoiceKind, happened: str, record: Callable[[], int]) -> bool:
+        """Record a judgment, and say how many there are; False if that failed."""
+        try:
+            count = record()
+        except UserError as problem:
+            self.qlora_app.show_error(problem)
+            return False
+        number = pluralize(count, _CHOICES[kind])
+        if count < ENOUGH:
+            self.notify(f"{happened}: {number}, of {ENOUGH} to train on.")
+        else:
+            self.notify(f"{happened}: {number}. Press {key_name('chat.train_choices')} to train on them.")
+        return True
+
+    async def action_train_on_choices(self) -> None:
+        """Prepare a run on the edits or choices, whichever there are enough of."""
+        source, run = self.conversation.source, self.conversation.run_dir
+        if source is None:
+            return
+        counts = {kind: count_choices(source.recipe.model.id, kind) for kind in _CHOICES}
+        kind = next((kind for kind in _CHOICES if counts[kind] >= ENOUGH), None)
+        if kind is None:
+            so_far = ", ".join(pluralize(counts[kind], _CHOICES[kind]) for kind in reversed(_CHOICES))
+            self.notify(
+                f"{so_far} so far; {ENOUGH} of a kind are enough to train on. "
+                f"{key_name('chat.prefer_right')} and {key_name('chat.prefer_left')} choose, "
+                f"{key_name('chat.edit_answer')} edits."
+            )
+            return
+        run_id = run.id if run is not None and source.adapters else ""
+        if self.qlora_app.load_recipe(recipe_on_choices(source.recipe, kind, run_id)):
+            start = f", from the adapter of {run_id}" if run_id else ""
+            self.notify_undoable(f"Prepared a run on your {kind}{start}.")
+        await prepare_run(self.qlora_app)
+
+    # What is shown around the conversation
+
+    def on_resize(self) -> None:
+        has_side = self.size.width >= _SIDE_CELLS and self.size.height >= TALL_CELLS
+        self.set_class(has_side, "-side")
+        self.call_after_refresh(self._show_all)
+
+    def on_conversation_changed(self, event: Conversation.Changed) -> None:
+        """Show the state of the conversation."""
+        self.show_header(event.doing)
+        self.refresh_bindings()
+
+    def on_conversation_effect_changed(self, event: Conversation.EffectChanged) -> None:
+        """Say what the adapter changes, or how far that has come."""
+        self.show_effect(event.effect)
 
     def _show_all(self) -> None:
         self.show_header()
@@ -172,7 +459,7 @@ class ChatScreen(ChatActions):
 
     def show_effect(self, effect: str | Effect) -> None:
         self._effect = effect
-        text = Content(effect) if isinstance(effect, str) else chat_text.effect_text(effect, self._room)
+        text = Content(effect) if isinstance(effect, str) else effect_text(effect, self._room)
         self.query_one("#effect").display = bool(effect)
         update_if_changed(self.query_one("#effect", Static), text)
 
@@ -183,64 +470,35 @@ class ChatScreen(ChatActions):
 
     @property
     def _room(self) -> int:
-        """Cells of a line beside the border of the panel."""
+        """Cells of a line in the panel, beside its border."""
         has_border = self.has_class("-tall") and not self.has_class("-narrow")
         return self._main_width - (_FRAME if has_border else _SHORT_FRAME)
 
     def show_header(self, doing: str = "") -> None:
-        has_source = self.source is not None
+        """Show the model, its adapters, and the current state."""
+        chat, has_side = self.conversation, self.has_class("-side")
+        has_source = chat.source is not None
         self.query_one("#chat-empty").display = not has_source
-        self.query_one("#chat-start").display = has_source and not self.turns
+        self.query_one("#chat-start").display = has_source and not chat.turns
         self.query_one("#prompt-panel").display = has_source
-        self.query_one("#chat-side").display = has_source and self.has_class("-side")
-        self.query_one("#sampling-line").display = has_source and not self.has_class("-side")
+        self.query_one(ChatSide).display = has_source and has_side
+        self.query_one("#sampling-line").display = has_source and not has_side
         panel = self.query_one("#chat-panel", Panel)
         if not has_source:
             panel.show_title("Chat")
             return
-        loaded = "loaded" if self.has_class("-side") or not self.ready else chat_text.loaded_text(self.ready)
-        state = doing or (loaded if self.ready else "not loaded yet")
-        path = transcript.transcript_path(self.run_dir)
-        width = self._main_width - _TITLE_FRAME
+        loaded = "loaded" if has_side or not chat.ready else loaded_text(chat.ready)
+        state = doing or (loaded if chat.ready else "not loaded yet")
         if self.search:
-            matching = sum(turn.contains(self.search) for turn in self.turns)
-            state = f"/{truncate_middle(self.search, _MAX_SEARCH)} in {matching} of {len(self.turns)}"
-        panel.show_title(chat_text.session_line(self.source_name, self.pair, state, width))
-        thinking = chat_text.thinking_text(self.thinking, self.ready)
-        line = chat_text.sampling_line(
-            self.sampling,
-            self.system_prompt,
-            path if path.exists() else None,
-            self._room,
-            thinking,
-            chat_text.answering_text(self.pair),
-        )
-        update_if_changed(self.query_one("#sampling-line", Static), line)
-        if self.has_class("-side"):
-            self._show_side(path if path.exists() else None)
-
-    def _show_side(self, path: Path | None) -> None:
-        settings = self.query_one("#side-settings", Static)
-        width = max(20, settings.content_size.width)
-        lines = side_text.settings_lines(
-            self.sampling, self.system_prompt, self.pair, self.thinking, self.ready
-        )
-        update_if_changed(settings, Content("\n").join(lines))
-        outcomes = {
-            name: answer.outcome
-            for turn in self.turns
-            for name, answer in turn.answers.items()
-            if answer.outcome is not None
-        }
-        tokens = side_text.token_lines(outcomes, self.ready, width)
-        update_if_changed(self.query_one("#side-tokens", Static), Content("\n").join(tokens))
-        self._show_history(path, width)
-
-    @work(group="history", exclusive=True)
-    async def _show_history(self, path: Path | None, width: int) -> None:
-        saved = await asyncio.to_thread(list_conversations, self.run_dir)
-        lines = side_text.history_lines(saved, path, clock.now(), width)
-        update_if_changed(self.query_one("#side-history", Static), Content("\n").join(lines))
+            matching = sum(turn.contains(self.search) for turn in chat.turns)
+            state = f"/{truncate_middle(self.search, _MAX_SEARCH)} in {matching} of {len(chat.turns)}"
+        panel.show_title(session_line(self.source_name, chat.pair, state, self._main_width - _TITLE_FRAME))
+        transcript = transcript_path(chat.run_dir)
+        path = transcript if transcript.exists() else None
+        line = self.query_one("#sampling-line", Static)
+        update_if_changed(line, sampling_line(chat, path, self._room))
+        if has_side:
+            self.query_one(ChatSide).show(chat, path)
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,13 +20,23 @@ from qlora_tui.formatting import format_bytes, format_path
 from qlora_tui.recipe.schema import Preferences
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.screens.modals.list_picker import ListPicker
+from qlora_tui.tui.screens.modals.dialogs import ListPicker
 from qlora_tui.tui.ui_state import Kind, add_recent, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
-_SHOWN = 500
+_MAX_ENTRIES = 500
 """Entries of one folder; type to find the others."""
-_RECENT = 6
+_MAX_RECENT = 6
+_PAIRS: dict[Preferences, tuple[str, str]] = {
+    "orpo": ("ORPO", "learn the chosen answers, and to prefer them"),
+    "dpo": ("DPO", "prefer the chosen answers, near the base model"),
+    "simpo": ("SimPO", "as DPO without the base model: shorter steps"),
+}
+_RATED: dict[Preferences, tuple[str, str]] = {
+    "kto": ("KTO", "prefer good answers to bad ones, near the base"),
+}
+_LINE_WIDTH = 200
+"""Cells of a line, which the dialog cuts."""
 
 
 class FilePickerScreen(ModalScreen[Path | None]):
@@ -79,7 +89,11 @@ class FilePickerScreen(ModalScreen[Path | None]):
         """List the entries that match the typed path."""
         text = event.value
         if self._is_id(text) and not Path(text).expanduser().parent.is_dir():
-            self._offer_hub_id(text)
+            self._show_location("Not a local path. Enter loads it from the Hub.")
+            self._listed = [Path(text)]
+            entries = self.query_one(ViList)
+            entries.show([("id", Content.assemble(("hub  ", "dim"), text))])
+            entries.highlighted = 0
             return
         if "/" in text or text.startswith("~"):
             typed = Path(text).expanduser()
@@ -88,14 +102,6 @@ class FilePickerScreen(ModalScreen[Path | None]):
                 self._folder = parent.resolve()
             text = "" if parent == typed else typed.name
         self._list(text)
-
-    def _offer_hub_id(self, id_: str) -> None:
-        """Offer a text that is no local path as a Hub id."""
-        self._show_location("Not a local path. Enter loads it from the Hub.")
-        self._listed = [Path(id_)]
-        entries = self.query_one(ViList)
-        entries.show([("id", Content.assemble(("hub  ", "dim"), id_))])
-        entries.highlighted = 0
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Choose the typed path, or the entry under the cursor."""
@@ -148,27 +154,19 @@ class FilePickerScreen(ModalScreen[Path | None]):
     def _list(self, part: str) -> None:
         self._show_location(format_path(self._folder))
         wanted = part.lower()
-        recent_matches = [p for p in recent_paths(self._kind) if wanted in str(p).lower()][:_RECENT]
+        recent_matches = [p for p in recent_paths(self._kind) if wanted in str(p).lower()][:_MAX_RECENT]
         here = [p for p in self._entries() if wanted in p.name.lower()]
         # A name that begins so is likelier meant than one that holds it somewhere.
         here.sort(key=lambda p: not p.name.lower().startswith(wanted))
-        up = [] if part or self._folder.parent == self._folder else [self._folder.parent]
-        self._listed = [*recent_matches, *here, *up][:_SHOWN]
+        lines = [(path, Content.assemble(("recent  ", "dim"), format_path(path))) for path in recent_matches]
+        lines += [(path, _entry_line(path)) for path in here]
+        if not part and self._folder.parent != self._folder:
+            lines.append((self._folder.parent, Content.styled("../", "dim")))
+        self._listed = [path for path, _ in lines[:_MAX_ENTRIES]]
         entries = self.query_one(ViList)
         entries.clear_options()
-        entries.show([(str(n), line) for n, line in enumerate(self._lines(len(recent_matches)))])
+        entries.show([(str(number), line) for number, (_, line) in enumerate(lines[:_MAX_ENTRIES])])
         entries.highlighted = 0 if self._listed else None
-
-    def _lines(self, lately: int) -> Iterable[Content]:
-        for n, path in enumerate(self._listed):
-            if n < lately:
-                yield Content.assemble(("recent  ", "dim"), format_path(path))
-            elif path == self._folder.parent:
-                yield Content.styled("../", "dim")
-            elif path.is_dir():
-                yield Content.styled(f"{path.name}/", "bold")
-            else:
-                yield Content.assemble(path.name, (f"  {_size(path)}", "dim"))
 
     def _show_location(self, words: str) -> None:
         self.query_one("#location", Static).update(words)
@@ -184,23 +182,15 @@ class FilePickerScreen(ModalScreen[Path | None]):
         return files + [p for p in entries if p.is_dir()]
 
 
-def _size(path: Path) -> str:
+def _entry_line(path: Path) -> Content:
+    """A file with its size, or a folder."""
+    if path.is_dir():
+        return Content.styled(f"{path.name}/", "bold")
     try:
-        return format_bytes(path.stat().st_size)
+        size = format_bytes(path.stat().st_size)
     except OSError:
-        return ""
-
-
-_PAIRS: dict[Preferences, tuple[str, str]] = {
-    "orpo": ("ORPO", "learn the chosen answers, and to prefer them"),
-    "dpo": ("DPO", "prefer the chosen answers, near the base model"),
-    "simpo": ("SimPO", "as DPO without the base model: shorter steps"),
-}
-_RATED: dict[Preferences, tuple[str, str]] = {
-    "kto": ("KTO", "prefer good answers to bad ones, near the base"),
-}
-_LINE_WIDTH = 200
-"""Cells of a line, which the dialog cuts."""
+        size = ""
+    return Content.assemble(path.name, (f"  {size}", "dim"))
 
 
 class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):

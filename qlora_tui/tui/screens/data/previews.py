@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
 
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.sources import FormatChoice, source_stamps
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import (
+    AnyRequest,
     DataInspected,
     DataReport,
     FieldsShown,
@@ -22,6 +26,8 @@ from qlora_tui.engine.protocol import (
 )
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Recipe, Source
+
+ReplyT = TypeVar("ReplyT")
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,13 @@ class DataPreviews:
             template=wanted.template,
         )
         try:
-            return await self._show_row(request), None
+            return (await _reply(self._rows, request, RowShown)).shown, None
         except UserError as problem:
             if not wanted.model:
                 raise
-            plain = ShowRow(source=wanted.source, row=number, path=path, data=wanted.data)
             # If the file itself is at fault, this raises the same.
-            return await self._show_row(plain), problem
+            plain = msgspec.structs.replace(request, model="", template="")
+            return (await _reply(self._rows, plain, RowShown)).shown, problem
         finally:
             self._first_row_shown.set()
 
@@ -101,39 +107,35 @@ class DataPreviews:
         except UserError:
             if not wanted.model:
                 raise
-            async for report in self._inspect(InspectData(source=wanted.source, data=wanted.data)):
+            async for report in self._inspect(msgspec.structs.replace(request, model="", template="")):
                 yield report
 
     async def fields(self, source: Source) -> dict[str, str]:
         """Columns of a file in no known format, with an example each; empty if nothing can be read."""
         try:
-            async for reply in self._rows.ask(ShowFields(source=source)):
-                if isinstance(reply, FieldsShown):
-                    return reply.fields
-        except UserError:
-            # The file has been complained of already.
+            return (await _reply(self._rows, ShowFields(source=source), FieldsShown)).fields
+        except UserError:  # which the file caused before
             return {}
-        return {}
 
     async def formats(self, source: Source, preferences: str) -> tuple[FormatChoice, ...]:
         """What each format reads of a source's first file. Raises UserError if it cannot be read."""
-        async for reply in self._rows.ask(ShowFormats(source=source, preferences=preferences)):
-            if isinstance(reply, FormatsShown):
-                return reply.choices
-        raise AssertionError("the engine ends formats with FormatsShown or a Problem")
+        request = ShowFormats(source=source, preferences=preferences)
+        return (await _reply(self._rows, request, FormatsShown)).choices
 
     async def close(self) -> None:
         """End both."""
         await self._rows.close()
         await self._reports.close()
 
-    async def _show_row(self, request: ShowRow) -> Shown:
-        async for reply in self._rows.ask(request):
-            if isinstance(reply, RowShown):
-                return reply.shown
-        raise AssertionError("the engine ends a row with RowShown or a Problem")
-
     async def _inspect(self, request: InspectData) -> AsyncIterator[Report]:
         async for reply in self._reports.ask(request):
             if isinstance(reply, DataReport | DataInspected) and reply.report is not None:
                 yield reply.report
+
+
+async def _reply(engine: EngineClient, request: AnyRequest, kind: type[ReplyT]) -> ReplyT:
+    """The reply of a kind, with which an engine ends a request unless it raises UserError."""
+    async for reply in engine.ask(request):
+        if isinstance(reply, kind):
+            return reply
+    raise AssertionError(f"the engine ends {type(request).__name__} with {kind.__name__} or a Problem")

@@ -170,9 +170,16 @@ def totals(
     )
     lines += _labeled("samples", samples, width)
     lines += _labeled("tokens", Content(f"{counts.tokens:,}"), width)
-    lines += _labeled("to learn", _to_learn(counts.trained_tokens, counts.tokens, width), width)
-    if report.complete:
-        lines += _labeled("steps", Content(steps_line(report, recipe) + time), width)
+    share = counts.trained_tokens / counts.tokens if counts.tokens else 0.0
+    trained = f"{counts.trained_tokens:,} ({format_percent(share)})" if counts.tokens else "none"
+    cells = min(_MAX_BAR, width - _LABEL - len(trained) - 1)
+    drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
+    lines += _labeled("to learn", Content.assemble((drawn, "$secondary"), trained), width)
+    if report.complete and counts.samples:
+        a_pass, steps = _steps(report, recipe)
+        lines += _labeled("steps", Content(f"about {a_pass:,} an epoch, {steps:,} in all{time}"), width)
+    elif report.complete:
+        lines += _labeled("steps", Content(f"Nothing to train on{time}"), width)
     lines += map(Content, report.thinking[:1] if brief else report.thinking)
     lines.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
     return Content("\n").join(lines)
@@ -185,13 +192,6 @@ def _labeled(label: str, text: Content, width: int) -> list[Content]:
         labeled(label, first, _LABEL),
         *(Content(" " * _LABEL) + other for other in others),
     ]
-
-
-def _to_learn(trained: int, tokens: int, width: int) -> Content:
-    share = trained / tokens if tokens else 0.0
-    text = f"{trained:,} ({format_percent(share)})" if tokens else "none"
-    cells = min(_MAX_BAR, width - _LABEL - len(text) - 1)
-    return Content.assemble((f"{bar(share, cells)} " if cells >= _MIN_BAR else "", "$secondary"), text)
 
 
 def _rules(data: Data, formats: set[str]) -> str:
@@ -280,14 +280,6 @@ def few_steps_line(report: Report, recipe: Recipe, *, brief: bool) -> Content | 
     is_limited = steps < total_steps(a_pass, recipe)
     change = "raise Max steps" if is_limited else f"raise Epochs{less}"
     return warning + Content.styled(f"\n  ▸ On {key_name('go.train')} Train, {change}.", "dim")
-
-
-def steps_line(report: Report, recipe: Recipe) -> str:
-    """How many optimizer steps the data makes, roughly: packing is only known once it is done."""
-    if not report.counts.samples:
-        return "Nothing to train on"
-    a_pass, steps = _steps(report, recipe)
-    return f"about {a_pass:,} an epoch, {steps:,} in all"
 
 
 def _steps(report: Report, recipe: Recipe) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from qlora_tui.runs.row_losses import (
 )
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.screens.modals.list_picker import ListPicker
+from qlora_tui.tui.screens.modals.dialogs import ListPicker
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.visible import visible
 

@@ -135,7 +135,10 @@ class SamplePanel(Panel):
 def sample(shown: Shown, problems: Sequence[DataProblem], data: Data, changes: Changes = ()) -> Content:
     """The row as the model will see it, below its problems."""
     parts: list[Content | str | tuple[str, str]] = []
-    for kind, example in _row_problems(shown, problems):
+    found = {kind for kind, _ in shown.findings}
+    in_file = (p for p in problems if p.path in ("", shown.path))
+    others = [(p.kind, "") for p in in_file if shown.row in p.rows and p.kind not in found]
+    for kind, example in (*shown.findings, *others):
         check = check_of(kind, skips_bad_rows=data.bad_rows == "skip") if kind in CHECKS else None
         sign, style = SEVERITY_SIGNS[check.severity if check else "warning"]
         parts.append((f"{sign} {check.title if check else kind}", f"{style} bold"))
@@ -282,14 +285,6 @@ def next_problem(
 
 def _file_number(path: str, files: Sequence[FileReport]) -> int:
     return next((n for n, file in enumerate(files) if file.path == path), 0)
-
-
-def _row_problems(shown: Shown, problems: Sequence[DataProblem]) -> list[tuple[str, str]]:
-    """(kind, example) of each problem of this row."""
-    seen = {kind for kind, _ in shown.findings}
-    here = (p for p in problems if p.path in ("", shown.path))
-    others = [(p.kind, "") for p in here if shown.row in p.rows and p.kind not in seen]
-    return [*shown.findings, *others]
 
 
 def _styled(piece: Piece) -> Content:

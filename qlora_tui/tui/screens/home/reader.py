@@ -61,87 +61,91 @@ _LABEL = 8
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Cells from which the list of runs has curves, and models and settings."""
+_MAX_RECENT = 40
+"""Runs that are read for the list of recent ones, more than a window of 60 rows shows."""
 
 
 @dataclass(frozen=True)
-class HostFacts:
-    """Memory and disk of the machine."""
+class HomeLayout:
+    """Room for the text of each panel, in cells."""
 
-    memory_used_bytes: int
-    memory_bytes: int
-    disk_free_bytes: int | None
-    """Where runs are stored; None if it cannot be asked."""
+    wide: int
+    """Width of the panels that cross the window."""
+    left: int
+    right: int
+    is_compact: bool
+    """Whether panels have no borders and as few lines as possible."""
 
-    @classmethod
-    def read(cls) -> HostFacts:
-        """Ask the system."""
-        memory = psutil.virtual_memory()
-        try:
-            free = shutil.disk_usage(paths.runs_dir()).free
-        except OSError:
-            free = None
-        return cls(memory.total - memory.available, memory.total, free)
+
+@dataclass(frozen=True)
+class HomeFacts:
+    """All of Home."""
+
+    lines: dict[str, tuple[Content, ...]]
+    """Lines by panel: next, run, gpu, queue, recipe."""
+    suggestion: NextStep
+    last: RunSummary | None
+    """The active or last run."""
+    recent: tuple[RunSummary, ...]
+    """The runs before it, the newest first."""
 
 
 def gpu_lines(
-    system_status: SystemStatus, budget: MemoryBudget, host: HostFacts | None, width: int
+    system_status: SystemStatus, budget: MemoryBudget, width: int, *, is_compact: bool
 ) -> list[Content]:
-    """The GPU with its utilization, or what is used instead.
+    """The GPU with its utilization, or what is used instead; below it memory and disk of the machine.
 
     Args:
         system_status: The latest readings.
         budget: The device that estimates are for.
-        host: Memory and disk of the machine, for a panel with room for a line each; None for a short one.
         width: Cells of a line.
+        is_compact: Whether the panel has as few lines as possible.
     """
     gpu, metrics = system_status.gpu, system_status.gpu_metrics
+    problem = system_status.gpu_problem
     if gpu is None:
         title = capitalize(system_status.no_gpu_title)
         where = f"Estimates: {budget.name}."
         if system_status.trains_on == budget.device.kind:
             where = "Training runs on the CPU, slowly."
-        lines = [Content.assemble((title, "bold"), ("" if host else f"   {where}", "dim"))]
-        lines += [Content.styled(where, "dim")] if host else []
-        if system_status.no_gpu_reason:
-            lines.append(Content.styled(system_status.no_gpu_reason, "dim"))
-        return lines + _host_lines(host, width)
-    if metrics is None:
+        lines = [Content.assemble((title, "bold"), (f"   {where}" if is_compact else "", "dim"))]
+        reasons = [] if is_compact else [where]
+        lines += [Content.styled(text, "dim") for text in (*reasons, system_status.no_gpu_reason) if text]
+    elif metrics is None or problem is not None:
+        title, reason = "does not respond", system_status.no_gpu_reason
+        if metrics is not None and problem is not None:
+            title, reason = problem.title, problem.what
+        head = Content.assemble((gpu.short_name, "bold"), (f"   {title}", "$warning"))
+        lines = [head, Content.styled(reason, "dim")]
+    else:
+        use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
+        temperature = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
+        power = "" if metrics.power_w is None else f"   {metrics.power_w:.0f} W"
+        used, total = metrics.memory_used_bytes, metrics.memory_total_bytes
+        memory = f"{format_gib(used)} of {format_gib(total)} GiB"
+        share = used / total if used is not None and total else None
+        if is_compact:
+            drawn = "" if share is None else f"{bar(share, 16)} "
+            text = f"   util {use}   {drawn}{memory}   {temperature}"
+            return [Content.assemble((gpu.short_name, "bold"), text)]
         lines = [
-            Content.assemble((gpu.short_name, "bold"), ("   does not respond", "$warning")),
-            Content.styled(system_status.no_gpu_reason, "dim"),
+            Content.assemble((gpu.short_name, "bold"), (f"   {temperature}{power}", "dim")),
+            meter("util", (metrics.utilization_percent or 0) / 100, use, _LABEL, width),
+            meter("memory", share or 0.0, memory, _LABEL, width),
         ]
-        return lines + _host_lines(host, width)
-    if system_status.gpu_problem is not None:
-        lines = [
-            Content.assemble((gpu.short_name, "bold"), (f"   {system_status.gpu_problem.title}", "$warning")),
-            Content.styled(system_status.gpu_problem.what, "dim"),
-        ]
-        return lines + _host_lines(host, width)
-    use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
-    temperature = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
-    power = "" if metrics.power_w is None else f"   {metrics.power_w:.0f} W"
-    used, total = metrics.memory_used_bytes, metrics.memory_total_bytes
-    memory = f"{format_gib(used)} of {format_gib(total)} GiB"
-    if host is None:
-        drawn = f"{bar(used / total, 16)} " if used is not None and total else ""
-        text = f"   util {use}   {drawn}{memory}   {temperature}"
-        return [Content.assemble((gpu.short_name, "bold"), text)]
-    share = (metrics.utilization_percent or 0) / 100
-    return [
-        Content.assemble((gpu.short_name, "bold"), (f"   {temperature}{power}", "dim")),
-        meter("util", share, use, _LABEL, width),
-        meter("memory", used / total if used is not None and total else 0.0, memory, _LABEL, width),
-        *_host_lines(host, width),
-    ]
+    return lines if is_compact else [*lines, *_host_lines(width)]
 
 
-def _host_lines(host: HostFacts | None, width: int) -> list[Content]:
-    if host is None:
-        return []
-    share = host.memory_used_bytes / host.memory_bytes
-    memory = f"{format_gib(host.memory_used_bytes)} of {format_gib(host.memory_bytes)} GiB"
-    disk = "NA" if host.disk_free_bytes is None else f"{format_gib(host.disk_free_bytes)} GiB free"
-    return [meter("RAM", share, memory, _LABEL, width), labeled("disk", disk, _LABEL)]
+def _host_lines(width: int) -> list[Content]:
+    """Memory of the machine, and the disk where runs are stored."""
+    memory = psutil.virtual_memory()
+    used = memory.total - memory.available
+    try:
+        disk = f"{format_gib(shutil.disk_usage(paths.runs_dir()).free)} GiB free"
+    except OSError:
+        disk = "NA"
+    text = f"{format_gib(used)} of {format_gib(memory.total)} GiB"
+    return [meter("RAM", used / memory.total, text, _LABEL, width), labeled("disk", disk, _LABEL)]
 
 
 def run_lines(
@@ -166,10 +170,22 @@ def run_lines(
         if len(line + best + left) > width:
             best = best.replace(" best validation", "").replace(" lowest validation", "")
         return [first, Content(f"{line}{best}{left}")]
-    lines = [first, *_ended(status.at, now, while_away=while_away)]
+    lines = [first]
+    if status.at:
+        away = "  while you were away" if while_away else ""
+        lines.append(Content.assemble(format_ago(status.at, now), (away, "$accent")))
     if sum(line.cell_length for line in lines) + 2 <= width:
         lines = [Content("  ").join(lines)]
-    facts = _outcome(summary, has_graph=has_graph)
+    parts = [] if has_graph or summary.best is None else [best_words(summary)]
+    if summary.best is None and summary.loss is not None:
+        parts.append(f"loss {format_float(summary.loss, 3)}")
+    elif summary.loss_to_beat is not None:
+        parts.append(f"worse than before training ({format_float(summary.loss_to_beat, 3)})")
+    if summary.step < summary.total_steps:
+        parts.append(f"step {summary.step:,} of {summary.total_steps:,}")
+    if summary.seconds is not None:
+        parts.append(format_duration(summary.seconds))
+    facts = "   ".join(parts)
     if summary.losses and not has_graph:
         lines.append(Content.assemble((sparkline(summary.losses, cells), "$primary"), "  ", facts))
     elif facts:
@@ -179,29 +195,6 @@ def run_lines(
     if status.state in ("failed", "lost", "unreadable") and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines
-
-
-def _ended(at: float, now: float, *, while_away: bool) -> list[Content]:
-    """``at 03:12, 4 h ago  while you were away``, as a line if it is known."""
-    if not at:
-        return []
-    return [Content.assemble(format_ago(at, now), ("  while you were away" if while_away else "", "$accent"))]
-
-
-def _outcome(summary: RunSummary, *, has_graph: bool) -> str:
-    facts = []
-    if summary.best is not None:
-        # A graph names its star itself.
-        facts += [] if has_graph else [best_words(summary)]
-        if summary.loss_to_beat is not None:
-            facts.append(f"worse than before training ({format_float(summary.loss_to_beat, 3)})")
-    elif summary.loss is not None:
-        facts.append(f"loss {format_float(summary.loss, 3)}")
-    if summary.step < summary.total_steps:
-        facts.append(f"step {summary.step:,} of {summary.total_steps:,}")
-    if summary.seconds is not None:
-        facts.append(format_duration(summary.seconds))
-    return "   ".join(facts)
 
 
 def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Content]:
@@ -248,54 +241,36 @@ def recipe_lines(
     workbench: Workbench, budget: MemoryBudget, estimate: Estimate | None, width: int, *, is_compact: bool
 ) -> list[Content]:
     """The recipe being edited, and whether it fits: an item a line, or two lines where that is too long."""
-    recipe, problem = workbench.recipe, None
-    compared = workbench.comparison(budget.device)
-    if isinstance(compared, UserError) and recipe.model.id:
-        problem = Content.styled(f"{compared.what} {compared.fix}", "dim")
+    recipe, refusal = workbench.recipe, workbench.model_refusal()
+    compared, architecture = workbench.comparison(budget.device), workbench.architecture()
+    memory: list[Content] = []
+    if estimate is not None:
+        head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
+        fit = FitLine("", estimate, budget, can_train=refusal is None)
+        line = head + fit.draw(width - head.cell_length, _CURVE_WIDTH)
+        if refusal is not None:
+            reason = f"  {refusal_words(refusal)}"
+            has_room = line.cell_length + len(reason) <= width
+            line += Content.styled(reason if has_room else f"  {CANNOT_TRAIN}", "$error")
+        memory = [line]
+    elif isinstance(compared, UserError) and recipe.model.id:
+        memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]
     if is_compact:
-        memory = (
-            problem
-            if estimate is None
-            else _memory_line(estimate, budget, width, label="", refusal=workbench.model_refusal())
-        )
-        return [Content(recipe_line(workbench)), *([memory] if memory else [])]
-    architecture = workbench.architecture()
-    size = (
-        ""
-        if isinstance(architecture, UserError)
-        else f"{format_count(architecture.total_params)} parameters, {architecture.layers} layers"
-    )
-    lora, training = recipe.lora, recipe.training
-    rate = f"learning rate {training.learning_rate:g}"
+        return [Content(recipe_line(workbench)), *memory]
+    size = ""
+    if not isinstance(architecture, UserError):
+        size = f"   {format_count(architecture.total_params)} parameters, {architecture.layers} layers"
+    lora = recipe.lora
+    targets = f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 40)}"
+    rate = f"   learning rate {recipe.training.learning_rate:g}"
     rows = [
         ("model", short_model_name(recipe.model.id) or "none yet", size),
         ("data", data_words(recipe), ""),
-        ("LoRA", f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 40)}", ""),
+        ("LoRA", targets, ""),
         ("length", batch_words(recipe), rate),
     ]
-    lines = [
-        labeled(name, Content.assemble(value, (f"   {note}" if note else "", "dim")), _LABEL)
-        for name, value, note in rows
-    ]
-    if estimate is not None:
-        refusal = workbench.model_refusal()
-        lines.append(_memory_line(estimate, budget, width, label="memory", refusal=refusal))
-    elif problem is not None:
-        lines.append(problem)
-    return lines
-
-
-def _memory_line(
-    estimate: Estimate, budget: MemoryBudget, width: int, label: str, refusal: UserError | None
-) -> Content:
-    head = Content.styled(f"{label:<{_LABEL}}" if label else "", "dim")
-    fit = FitLine("", estimate, budget, can_train=refusal is None)
-    line = head + fit.draw(width - head.cell_length, _CURVE_WIDTH)
-    if refusal is None:
-        return line
-    reason = f"  {refusal_words(refusal)}"
-    has_room = line.cell_length + len(reason) <= width
-    return line + Content.styled(reason if has_room else f"  {CANNOT_TRAIN}", "$error")
+    lines = [labeled(name, Content.assemble(value, (note, "dim")), _LABEL) for name, value, note in rows]
+    return [*lines, *memory]
 
 
 def next_lines(step: NextStep, others: tuple[NextStep, ...], width: int) -> list[Content]:
@@ -318,35 +293,6 @@ def next_lines(step: NextStep, others: tuple[NextStep, ...], width: int) -> list
             indent = column + 4
             lines += [first, *(Content(" " * indent) + part for part in why.wrap(max(20, width - indent)))]
     return lines
-
-
-_MAX_RECENT = 40
-"""Runs that are read for the list of recent ones, more than a window of 60 rows shows."""
-
-
-@dataclass(frozen=True)
-class HomeLayout:
-    """Room for the text of each panel, in cells."""
-
-    wide: int
-    """Width of the panels that cross the window."""
-    left: int
-    right: int
-    is_compact: bool
-    """Whether panels have no borders and as few lines as possible."""
-
-
-@dataclass(frozen=True)
-class HomeFacts:
-    """All of Home."""
-
-    lines: dict[str, tuple[Content, ...]]
-    """Lines by panel: next, run, gpu, queue, recipe."""
-    suggestion: NextStep
-    last: RunSummary | None
-    """The active or last run."""
-    recent: tuple[RunSummary, ...]
-    """The runs before it, the newest first."""
 
 
 class HomeReader:
@@ -405,7 +351,6 @@ class HomeReader:
             edited_since=status is not None and draft_written_at() > status.at,
         )
         step = next_step(state)
-        host = None if layout.is_compact else HostFacts.read()
         if summary is None:
             run = [Content.styled("No runs yet.", "dim")]
         else:
@@ -413,7 +358,7 @@ class HomeReader:
         lines = {
             "next": next_lines(step, other_steps(state, step), layout.wide),
             "run": run,
-            "gpu": gpu_lines(system_status, budget, host, layout.right),
+            "gpu": gpu_lines(system_status, budget, layout.right, is_compact=layout.is_compact),
             "queue": queue_lines(system_status.waiting_ids),
             "recipe": recipe_lines(workbench, budget, estimate, layout.wide, is_compact=layout.is_compact),
         }

@@ -276,12 +276,10 @@ class HomeScreen(WorkScreen):
         from qlora_tui.tui.screens.models import downloads
 
         download = downloads.start_demo()
-        try:
-            async for _ in download.follow():
-                self.query_one("#next", Static).update(f"{download.status_text}…")
-        finally:
-            self.downloading_demo = False
-            self.start_reading()
+        async for _ in download.follow():
+            self.query_one("#next", Static).update(f"{download.status_text}…")
+        self.downloading_demo = False
+        self.start_reading()
         if download.problem is not None:
             self.qlora_app.show_error(download.problem)
         elif download.path is not None:
@@ -320,10 +318,11 @@ class HomeScreen(WorkScreen):
         """What of the run and of earlier ones is more than text."""
         from qlora_tui.tui.render.loss import summary_plot
 
-        is_new = facts.last is None
+        is_new, is_active = facts.last is None, self.qlora_app.system_status.active is not None
         panel = self.query_one("#run-panel", Panel)
-        panel.show_title("Run" if is_new or self._is_active else "Last run")
-        panel.show_keys(() if is_new else self._run_keys)
+        panel.show_title("Run" if is_new or is_active else "Last run")
+        keys = (("go.train", "watch"),) if is_active else (("go.train", "open"), ("home.export", "export"))
+        panel.show_keys(() if is_new else keys)
         graph = self.query_one("#run-graph", Graph)
         graph.visible = not is_new
         graph.show(summary_plot(facts.last))
@@ -336,16 +335,6 @@ class HomeScreen(WorkScreen):
         self.query_one("#recipe-panel", Panel).show_title(f"Recipe of the next run · {preset}")
         self.query_one("#recent-panel").display = bool(facts.recent)
         self.query_one(RecentRuns).show(facts.recent, clock.now())
-
-    @property
-    def _is_active(self) -> bool:
-        return self.qlora_app.system_status.active is not None
-
-    @property
-    def _run_keys(self) -> tuple[tuple[str, str], ...]:
-        return (
-            (("go.train", "watch"),) if self._is_active else (("go.train", "open"), ("home.export", "export"))
-        )
 
     def _show_lines(self, panel: str, lines: tuple[Content, ...]) -> None:
         """Show the text of a panel if it reads differently than before."""

@@ -48,8 +48,7 @@ from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.widgets.controls import TextField
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.model_problem import ModelProblem
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.panel import ModelProblem, Panel
 
 SETTLED_S = 0.1
 """Seconds without a key before the memory deltas are computed."""

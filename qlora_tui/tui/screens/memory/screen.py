@@ -38,8 +38,7 @@ from qlora_tui.tui.screens.memory.what_fits import (
 )
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.model_problem import ModelProblem
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.panel import ModelProblem, Panel
 
 SETTLED_S = 0.15
 """Seconds without a key before the slow computations start."""

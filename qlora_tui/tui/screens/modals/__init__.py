@@ -1,5 +1,5 @@
 """Windows over any screen.
 
-``dialogs`` asks yes or no, for a text or for a choice, and shows errors; ``help`` lists keys, and
-``machine_report`` tests this machine. ``list_picker`` is the base of dialogs that select from a list.
+``dialogs`` asks yes or no, for a text or for a line of a list, shows errors, and tests this machine; ``help``
+lists keys.
 """

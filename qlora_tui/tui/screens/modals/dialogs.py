@@ -1,32 +1,37 @@
-"""Dialogs over any screen: yes or no, a line of text, an error, whose recipe stays, a window too small."""
+"""Dialogs over any screen: yes or no, a text, a line of a list, an error, the checks of this machine."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import msgspec
 from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.content import Content
 from textual.events import Resize
 from textual.markup import escape
 from textual.screen import ModalScreen
-from textual.widgets import Input, Static
+from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home, format_path
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.tui.breakpoints import MIN_SIZE
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.widgets.controls import TextField, ViScroll
+from qlora_tui.tui.render.labels import OUTCOME_SIGNS
+from qlora_tui.tui.screens.base import CancelsWorkersFirst
+from qlora_tui.tui.widgets.controls import TextField, ViList, ViScroll
 
 if TYPE_CHECKING:
+    from qlora_tui.runs.machine_checks import Check
     from qlora_tui.tui.app import QloraApp
 
 CHECK_INTERVAL_S = 1.0
@@ -35,7 +40,11 @@ _YES = Binding("y", "dismiss(True)", "Yes")
 _ENTER = Binding("enter", "confirm", "Yes")
 _NO = Binding("n,escape", "dismiss(False)", "No")
 _MAX_CHANGES = 8
+_NO_MATCH = "No line matches. Press Esc to show all."
+_SHOWN_FIRST = ("error", "warning", "note", "ok")
+_TESTING = "Testing the libraries on a few real weights. This takes some seconds…"
 DraftChoice = Literal["mine", "theirs"]
+Picked = TypeVar("Picked")
 
 
 class ConfirmScreen(ModalScreen[bool | None]):
@@ -251,3 +260,135 @@ class TooSmallScreen(ModalScreen[None]):
             f"It is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
             "Enlarge the window or reduce the font size. Runs continue either way."
         )
+
+
+class ListPicker(ModalScreen[Picked | None]):
+    """Returns what the selected line stands for; None when closed with Escape."""
+
+    # Absolute: a subclass in another folder would look for it there.
+    CSS_PATH = Path(__file__).with_name("modal.tcss")
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "filter", "Filter"),
+        Binding("escape", "leave", "Close"),
+    ]
+    HEADING: str
+    ENTER: ClassVar[str]
+    """What Enter does, in a word."""
+    EMPTY: ClassVar[str] = ""
+    """The text shown without lines."""
+    DIALOG_CLASSES: ClassVar[str] = "dialog"
+    selected: str | None = None
+    """Id of the line that has the cursor at first; None for the first line."""
+
+    @abstractmethod
+    def lines(self) -> list[tuple[str, Content]]:
+        """An id and the text of each line."""
+
+    @abstractmethod
+    def picked(self, id_: str) -> Picked:
+        """What the line with this id stands for."""
+
+    def searched_text(self, id_: str) -> str:
+        """What the filter searches beside the text of the line with this id."""
+        return id_
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes=self.DIALOG_CLASSES) as dialog:
+            dialog.border_title = self.HEADING
+            dialog.border_subtitle = dialog_keys(ListPicker.BINDINGS, f"Enter {self.ENTER}")
+            yield TextField(placeholder="Part of a line", compact=True, id="picker-filter")
+            yield ViList()
+            yield Static(self.EMPTY, markup=False)
+
+    def on_mount(self) -> None:
+        self._lines = self.lines()
+        self.query_one(TextField).display = False
+        self._show(self._lines, self.EMPTY, self.selected)
+        self.query_one(ViList).focus()
+
+    def action_filter(self) -> None:
+        """Type a part of a line."""
+        self.query_one(TextField).display = True
+        self.query_one(TextField).focus()
+
+    def action_leave(self) -> None:
+        """Show all lines again, or close."""
+        field = self.query_one(TextField)
+        if not field.display:
+            self.dismiss(None)
+            return
+        field.value = ""
+        field.display = False
+        self.query_one(ViList).focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filter the list while typing."""
+        text = event.value.casefold()
+        matching = [
+            (id_, line)
+            for id_, line in self._lines
+            if text in line.plain.casefold() or text in self.searched_text(id_).casefold()
+        ]
+        self._show(matching, _NO_MATCH)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Go from the filter to the list."""
+        event.input.display = bool(event.value)
+        self.query_one(ViList).focus()
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Choose it."""
+        self.dismiss(self.picked(event.option_id or ""))
+
+    def _show(self, lines: list[tuple[str, Content]], empty: str, select: str | None = None) -> None:
+        self.query_one(ViList).show(lines, select)
+        self.query_one(ViList).display = bool(lines)
+        note = self.query_one(Static)
+        note.update(empty)
+        note.display = not lines
+
+
+class MachineReportScreen(ModalScreen[None], CancelsWorkersFirst):
+    """The answer on the first line, then what is wrong, then the rest.
+
+    The quick checks are shown at once, those of the libraries when their process has ended.
+    """
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+
+    def compose(self) -> ComposeResult:
+        with ViScroll(classes="dialog") as dialog:
+            dialog.border_title = "Can this machine train?"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
+            yield Static("Checking…", id="machine-report")
+
+    def on_mount(self) -> None:
+        self.query_one(ViScroll).focus()
+        self._check()
+
+    @work
+    async def _check(self) -> None:
+        from qlora_tui.runs import machine_checks  # no other dialog needs it
+
+        checks = await asyncio.to_thread(machine_checks.check_system)
+        self._show(checks, Content.styled(_TESTING, "dim"))
+        checks += await asyncio.to_thread(machine_checks.check_libraries)
+        if any(check.outcome == "error" for check in checks):
+            conclusion = Content.styled("Not ready to train: fix the errors below.", "bold $error")
+        else:
+            conclusion = Content.styled("Ready to train.", "bold $success")
+        self._show(checks, conclusion)
+
+    def _show(self, checks: Sequence[Check], conclusion: Content) -> None:
+        lines = [conclusion, Content("")]
+        for check in sorted(checks, key=lambda check: _SHOWN_FIRST.index(check.outcome)):
+            sign, style = OUTCOME_SIGNS[check.outcome]
+            lines.append(
+                Content.assemble(
+                    (f"{sign:<10}", style), (f"{check.label}: ", "bold"), abbreviate_home(check.text)
+                )
+            )
+            if check.fix:
+                lines.append(Content.styled(f"  ▸ {abbreviate_home(check.fix)}", "$accent"))
+        self.query_one("#machine-report", Static).update(Content("\n").join(lines))

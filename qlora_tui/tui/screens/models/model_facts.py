@@ -72,7 +72,12 @@ def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
     if is_current:
         lines.append(Content.assemble(("● ", "$accent bold"), ("The recipe's model", "bold")))
     if model.refusal:
-        lines.append(error_content(model.refusal, step=_download_step(model)))
+        step = None
+        if can_be_completed(model):
+            step = _step(key_name("models.download"), "Download the missing files")
+        elif isinstance(model.refusal, MissingFilesError):
+            step = _step(key_name("models.filter"), "Find it on the Hub, to download it")
+        lines.append(error_content(model.refusal, step=step))
         if model.architecture and not is_current:
             lines.append(_step("Enter", "Select it for estimates only", mark=" "))
     elif not is_current:
@@ -96,7 +101,12 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> l
     elif known is None:
         lines = [_step("Enter", "Load its details from the Hub")]
     else:
-        lines = [_to_fetch(known, speed), _step("Enter", "Select it for estimates, not downloaded", mark=" ")]
+        missing = known.total_bytes - known.done_bytes
+        took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
+        part = f"; {format_bytes(known.done_bytes)} already here" if known.done_bytes else ""
+        download = _step(key_name("models.download"), f"Download {format_bytes(missing)}{took}{part}")
+        select = _step("Enter", "Select it for estimates, not downloaded", mark=" ")
+        lines = [download if missing else Content("Already on this machine."), select]
     lines.append(_fact("license", model.license or "NA"))
     if known and known.architecture:
         lines += _architecture_lines(known.architecture)
@@ -176,27 +186,9 @@ def _architecture_lines(model: Architecture) -> list[Content]:
     return lines
 
 
-def _to_fetch(known: HubFacts, speed: float | None) -> Content:
-    missing = known.total_bytes - known.done_bytes
-    if not missing:
-        return Content("Already on this machine.")
-    took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
-    part = f"; {format_bytes(known.done_bytes)} already here" if known.done_bytes else ""
-    return _step(key_name("models.download"), f"Download {format_bytes(missing)}{took}{part}")
-
-
 def can_be_completed(model: LocalModel) -> bool:
     """Whether a download brings what the model lacks: it is one of the Hub's."""
     return model.source == "hub cache" and isinstance(model.refusal, MissingFilesError)
-
-
-def _download_step(model: LocalModel) -> Content | None:
-    """The key that gets the files that a model lacks."""
-    if can_be_completed(model):
-        return _step(key_name("models.download"), "Download the missing files")
-    if isinstance(model.refusal, MissingFilesError):
-        return _step(key_name("models.filter"), "Find it on the Hub, to download it")
-    return None
 
 
 def fetch_hub_facts(model_id: str) -> HubFacts:

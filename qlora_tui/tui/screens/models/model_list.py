@@ -91,17 +91,14 @@ class ListedModels:
         """Whether models to start with take the place of results: until the Hub is searched."""
         return self.hub is None and not self.query
 
-    def local_model(self, id_: str | None) -> LocalModel | None:
-        """The model of this machine with this id of a line."""
-        return next((m for m in self.local or () if LOCAL + str(m.path) == id_), None)
-
-    def hub_model(self, id_: str | None) -> HubModel | None:
-        """The model on the Hub with this id of a line."""
-        return next((m for m in self.hub or () if HUB + m.id == id_), None)
-
-    def starter(self, id_: str | None) -> Starter | None:
-        """The model to start with that has this id of a line."""
-        return next((m for m in self.starters if STARTER + m.id == id_), None)
+    def find(self, id_: str | None) -> LocalModel | HubModel | Starter | None:
+        """The model with this id of a line; None for the demo's, a heading, and no line."""
+        models: dict[str | None, LocalModel | HubModel | Starter] = {
+            **{LOCAL + str(model.path): model for model in self.local or ()},
+            **{HUB + model.id: model for model in self.hub or ()},
+            **{STARTER + model.id: model for model in self.starters},
+        }
+        return models.get(id_)
 
     def copy_here(self, model: HubModel) -> LocalModel | None:
         """The copy on this machine of a model on the Hub, where it can be trained."""

@@ -35,7 +35,7 @@ from qlora_tui.tui.screens.models.model_facts import (
     storage_lines,
     validate_model_path,
 )
-from qlora_tui.tui.screens.models.model_list import DEMO_LINE, HUB, LOCAL, STARTER, ListedModels, starters
+from qlora_tui.tui.screens.models.model_list import HUB, LOCAL, ListedModels, Starter, starters
 from qlora_tui.tui.ui_state import add_recent, load_ui_state, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.tui.widgets.panel import Panel
@@ -135,23 +135,23 @@ class ModelsScreen(WorkScreen):
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Select a local model, or load the details of one on the Hub."""
-        id_ = event.option.id or ""
-        local = self._models.local_model(id_)
-        if local is not None:
-            self._choose(local)
-        elif (hub := self._models.hub_model(id_)) is not None:
-            if (here := self._models.copy_here(hub)) is not None:
-                self._choose(here)
-            elif hub.refusal is not None:
-                self.qlora_app.show_error(hub.refusal)
-            elif (known := self._models.hub_facts.get(hub.id)) is not None and known.architecture is not None:
-                self._choose_for_estimates(hub)
-            else:
-                self._fetch_hub_facts(hub.id)
-        elif (starter := self._models.starter(id_)) is not None:
-            self._search(starter.id)
-        elif id_ == DEMO_LINE:
-            self.action_download()
+        match self._models.find(event.option.id):
+            case LocalModel() as model:
+                self._choose(model)
+            case HubModel() as model:
+                facts = self._models.hub_facts.get(model.id)
+                if (here := self._models.copy_here(model)) is not None:
+                    self._choose(here)
+                elif model.refusal is not None:
+                    self.qlora_app.show_error(model.refusal)
+                elif facts is not None and facts.architecture is not None:
+                    self._choose_for_estimates(model)
+                else:
+                    self._fetch_hub_facts(model.id)
+            case Starter(id=id_):
+                self._search(id_)
+            case None:
+                self.action_download()
 
     def on_key(self, event: Key) -> None:
         """Down and escape leave the search field for the list."""
@@ -161,11 +161,13 @@ class ModelsScreen(WorkScreen):
     @property
     def selected_hub_model(self) -> str:
         """Id of the selected model, if it is a result from the Hub or lacks files of it; else empty."""
-        current = self.query_one(ViList).current or ""
-        if (local := self._models.local_model(current)) is not None and can_be_completed(local):
-            return local.id
-        prefix, _, id_ = current.partition(":")
-        return id_ if f"{prefix}:" in (HUB, STARTER) else ""
+        match self._models.find(self.query_one(ViList).current):
+            case LocalModel() as model:
+                return model.id if can_be_completed(model) else ""
+            case HubModel(id=id_) | Starter(id=id_):
+                return id_
+            case None:
+                return ""
 
     def action_download(self) -> None:
         """Download the selected model, or the demo model if there is no other."""
@@ -277,33 +279,28 @@ class ModelsScreen(WorkScreen):
         list_.show(self._models.lines(words, chosen, list_.scrollable_content_region.width), select)
 
     def _show_facts(self) -> None:
-        current = self.query_one(ViList).current
-        local, hub = self._models.local_model(current), self._models.hub_model(current)
-        starter = self._models.starter(current)
-        if local is not None:
-            chosen = self.qlora_app.workbench.recipe.model.id in (local.id, str(local.path))
-            title, lines = local.name, local_facts(local, is_current=chosen)
-        elif hub is not None:
-            speed = load_ui_state().download_bytes_per_s or None
-            title, lines = hub.id, hub_facts(hub, self._models.hub_facts.get(hub.id), speed)
-        elif starter is not None:
-            title = starter.id
-            lines = starter_facts(starter.license, starter.architecture, starter.download_bytes)
-        elif self._models.local is None or self._models.local:
-            title, lines = "Model", []
-        else:
-            title, lines = SMOLLM2.name, demo_facts()
+        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        model = self._models.find(self.query_one(ViList).current)
+        architecture, can_train = None, True
+        title, lines = "Model", []
+        match model:
+            case LocalModel():
+                is_current = recipe.model.id in (model.id, str(model.path))
+                title, lines = model.name, local_facts(model, is_current=is_current)
+                architecture, can_train = model.architecture, model.refusal is None
+            case HubModel():
+                facts = self._models.hub_facts.get(model.id)
+                speed = load_ui_state().download_bytes_per_s or None
+                title, lines = model.id, hub_facts(model, facts, speed)
+                architecture = facts.architecture if facts is not None else None
+            case Starter():
+                title, architecture = model.id, model.architecture
+                lines = starter_facts(model.license, model.architecture, model.download_bytes)
+            case None if self._models.local == []:
+                title, lines = SMOLLM2.name, demo_facts()
         side = self.query_one(ModelSide)
         side.show(title, lines)
-        known = self._models.hub_facts.get(hub.id) if hub is not None else None
-        shown = local or starter or known
-        architecture = None if shown is None else shown.architecture
-        side.estimate(
-            architecture,
-            self.qlora_app.workbench.recipe,
-            self.qlora_app.memory_budget,
-            can_train=local is None or local.refusal is None,
-        )
+        side.estimate(architecture, recipe, budget, can_train=can_train)
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:

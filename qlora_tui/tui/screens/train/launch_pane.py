@@ -16,10 +16,11 @@ from qlora_tui.recipe.fields import Field, fields
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
+from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
+from qlora_tui.tui.render.labels import OUTCOME_SIGNS
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.widgets.controls import ViScroll
 from qlora_tui.tui.widgets.line_widgets import DiffWidget, update_if_changed
@@ -57,12 +58,6 @@ _PLACES: dict[CheckKind, tuple[str, str]] = {
 }
 """Command that leads to where an error is resolved, and what is done there."""
 _CHECK_KEYS = (("train.recheck", "check again"),)
-SIGNS: dict[Outcome, tuple[str, str]] = {
-    "ok": ("✓ ok", "$success"),
-    "note": ("· note", "$accent"),
-    "warning": ("! warning", "$warning"),
-    "error": ("✗ error", "$error"),
-}
 
 
 def _form_fields() -> list[Field]:
@@ -205,7 +200,7 @@ def check_lines(checks: tuple[Check, ...], width: int, *, with_questions: bool) 
     lines: list[Content] = []
     offered = first_fix(checks)
     for check in worst_first(checks):
-        sign, style = SIGNS[check.outcome]
+        sign, style = OUTCOME_SIGNS[check.outcome]
         head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
         if offered is not None and check.suggested_fix is offered:
             fix = f"▸ {key_name('train.fix')} {offered.label}"
@@ -224,7 +219,7 @@ def check_lines(checks: tuple[Check, ...], width: int, *, with_questions: bool) 
 
 def worst_first(checks: tuple[Check, ...]) -> list[Check]:
     """The checks in the order in which they are shown."""
-    return sorted(checks, key=lambda check: list(SIGNS).index(check.outcome), reverse=True)
+    return sorted(checks, key=lambda check: list(OUTCOME_SIGNS).index(check.outcome), reverse=True)
 
 
 def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:

@@ -1,24 +1,29 @@
-"""One turn of a chat: the prompt, and the answers of all adapters side by side."""
+"""One turn of a chat: the prompt, and the answers of all adapters side by side, each with its thought."""
 
 from __future__ import annotations
 
+import time
 from uuid import uuid4
 
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from textual import events
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
-from textual.widgets import Static
+from textual.widgets import Markdown, Static
 
 from qlora_tui.chat.chat_types import GenerationResult
 from qlora_tui.data.repetition import find_loop
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_duration, truncate_middle
-from qlora_tui.tui.key_names import highlight_keys, name_keys
-from qlora_tui.tui.screens.chat.streaming_markdown import StreamingMarkdown
-from qlora_tui.tui.screens.chat.thought_view import ThoughtView
+from qlora_tui.formatting import format_duration, pluralize, truncate_middle
+from qlora_tui.tui.key_names import highlight_keys, key_while_typing, name_keys
+from qlora_tui.tui.render.labels import error_content
 from qlora_tui.tui.widgets.panel import Panel
 
+_ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5
+"""Seconds between two paintings of an answer, and of the line of a thought, over a slow link."""
 _ENDINGS = {
     "most tokens": "Cut off at the token limit. Press {chat.settings} to raise it.",
     "context full": "Cut off: the context is full.",
@@ -32,8 +37,6 @@ _STILL_THINKING = {
     "stopped": "Stopped while thinking.",
 }
 """The note if the answer had not started, by finish reason."""
-
-
 _LOOP = (
     "Stopped: it kept repeating “{phrase}”. Press {{chat.retry}} for another answer, or {{chat.settings}} to "
     "set a repetition penalty."
@@ -43,6 +46,169 @@ _QUESTION = (
     "Which answer is better? Esc, then {chat.prefer_left} left or {chat.prefer_right} right; "
     "{chat.edit_answer} edits the adapter's."
 )
+
+
+class StreamingMarkdown(Markdown):
+    """Markdown that grows piece by piece: :meth:`append_text` each, :meth:`finish` at the end."""
+
+    DEFAULT_CSS = """
+    StreamingMarkdown {
+        height: auto;
+        margin: 0;
+        padding: 0;
+        background: $background;
+    }
+    StreamingMarkdown MarkdownBlock:last-child {
+        margin-bottom: 0;
+    }
+    """
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__("", parser_factory=_parser, open_links=False, id=id)
+        self._waiting = ""
+        self._painted_at = 0.0
+
+    async def append_text(self, piece: str) -> None:
+        """Add a piece; it is seen with the next painting, a moment later at most while more come."""
+        self._waiting += piece
+        if time.monotonic() - self._painted_at >= _ANSWER_EVERY_S:
+            await self.finish()
+
+    async def finish(self) -> None:
+        """Paint what has not been painted."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, ""
+            await self.append(waiting)
+            self._painted_at = time.monotonic()
+
+
+def _parser() -> MarkdownIt:
+    """GitHub's Markdown, but a line end stays one: what a model writes in lines is meant in lines."""
+    parser = MarkdownIt("gfm-like")
+    parser.core.ruler.push("keep_line_ends", _keep_line_ends)
+    return parser
+
+
+def _keep_line_ends(state: object) -> None:
+    tokens: list[Token] = getattr(state, "tokens", [])
+    for token in tokens:
+        for child in token.children or []:
+            if child.type == "softbreak":
+                child.type = "hardbreak"
+
+
+class ThoughtLine(Static):
+    """``Thought for 12 s, 340 tokens``, and the key of all of them. A click unfolds this one."""
+
+    async def on_click(self, event: events.Click) -> None:
+        """Unfold the thought, or fold it again."""
+        event.stop()
+        view = self.parent
+        assert isinstance(view, ThoughtView)
+        await view.unfold(not view.unfolded)
+
+
+class ThoughtView(Vertical):
+    """Hidden until a thought begins. While it is folded, its text is stored but not laid out."""
+
+    DEFAULT_CSS = """
+    ThoughtView {
+        height: auto;
+        display: none;
+    }
+    ThoughtView.-begun {
+        display: block;
+    }
+    ThoughtView ThoughtLine {
+        color: $text-muted;
+        text-wrap: nowrap;
+        text-overflow: ellipsis;
+    }
+    ThoughtView StreamingMarkdown {
+        border-left: outer $panel;
+        padding-left: 1;
+        margin-bottom: 1;
+        color: $text-muted;
+        display: none;
+    }
+    ThoughtView.-unfolded StreamingMarkdown {
+        display: block;
+    }
+    """
+
+    def __init__(self, *, unfolded: bool = False) -> None:
+        super().__init__(classes="-unfolded" if unfolded else "")
+        self.text = ""
+        self._appended = 0
+        """Characters of the text that are in the widget which shows it."""
+        self._tokens = 0
+        self._began_at = 0.0
+        self._painted_at = 0.0
+        self._is_over = False
+        self._ending: tuple[float, bool] = (0.0, True)
+        """Seconds it took, and whether it came to its end."""
+
+    def compose(self) -> ComposeResult:
+        yield ThoughtLine("")
+        yield StreamingMarkdown()
+
+    @property
+    def unfolded(self) -> bool:
+        return self.has_class("-unfolded")
+
+    async def append_text(self, chunk: TextChunk) -> None:
+        """Add a piece of the thought."""
+        now = time.monotonic()
+        if not self.text:
+            self._began_at = now
+            self.add_class("-begun")
+        self.text += chunk.text
+        self._tokens = chunk.tokens
+        if self.unfolded:
+            await self._append_pending()
+        if now - self._painted_at >= _THOUGHT_EVERY_S:
+            self._painted_at = now
+            self._show_line()
+
+    async def end(self, outcome: GenerationResult | None = None) -> None:
+        """The answer begins, or nothing more comes; ``outcome`` has the exact figures."""
+        if not self.text:
+            return
+        if not self._is_over:
+            self._ending = (time.monotonic() - self._began_at, True)
+        if outcome is not None:
+            self._tokens = outcome.thought_tokens
+            self._ending = (outcome.thought_s, outcome.thought_ended)
+        self._is_over = True
+        if self.unfolded:
+            await self._append_pending()
+            await self.query_one(StreamingMarkdown).finish()
+        self._show_line()
+
+    async def unfold(self, unfolded: bool) -> None:
+        """Show the text, or fold it into the line."""
+        self.set_class(unfolded, "-unfolded")
+        if unfolded:
+            await self._append_pending()
+            await self.query_one(StreamingMarkdown).finish()
+        self._show_line()
+
+    async def _append_pending(self) -> None:
+        text, self._appended = self.text[self._appended :], len(self.text)
+        await self.query_one(StreamingMarkdown).append_text(text)
+
+    def _show_line(self) -> None:
+        if not self.text:
+            return
+        seconds, ended = self._ending
+        if not self._is_over:
+            seconds = time.monotonic() - self._began_at
+        took = f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
+        verb = "Thinking for" if not self._is_over else "Thought for" if ended else "Unfinished:"
+        line = f"{'▾' if self.unfolded else '▸'} {verb} {took}, {pluralize(self._tokens, 'token')}"
+        self.query_one(ThoughtLine).update(
+            Content.assemble(line, (f"  {key_while_typing('chat.unfold')}", "dim"))
+        )
 
 
 class AdapterAnswer(Panel):
@@ -150,13 +316,7 @@ class AdapterAnswer(Panel):
         await self._answer.finish()
         await self._thought.end()
         self.show_title(answer_title(self.adapter_name, "no answer"))
-        why = f"\n{problem.why}" if problem.why else ""
-        fix = f"\n▸ {problem.fix}" if problem.fix else ""
-        self._update_note(
-            Content.assemble(
-                (f"✗ {problem.title}\n", "$error bold"), problem.what, (why, "dim"), (fix, "$accent")
-            )
-        )
+        self._update_note(error_content(problem))
 
     def _show_note(self, words: str) -> None:
         self._update_note(highlight_keys(f"■ {words}", "dim"))

@@ -1,0 +1,457 @@
+"""A conversation with the engine: which model it has loaded, requests, and where the answers go."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+import psutil
+from textual import message, work
+from textual.containers import VerticalScroll
+from textual.widget import Widget
+
+from qlora_tui.chat.chat_sources import chat_fits
+from qlora_tui.chat.chat_types import BASE, ChatSource, Effect, Sampling
+from qlora_tui.data.conversation import Message
+from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
+from qlora_tui.engine.protocol import (
+    ChatReady,
+    EffectMeasured,
+    Generate,
+    GenerationDone,
+    LoadChat,
+    MeasureEffect,
+    StatusUpdate,
+    Text,
+)
+from qlora_tui.errors import UserError
+from qlora_tui.memory.budget import budget_for
+from qlora_tui.recipe.schema import Thinking
+from qlora_tui.runs.chat_choices import Provenance, add_edit, add_pair
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import STEP_PHASES
+from qlora_tui.runs.status import ACTIVE, Status, read_status
+from qlora_tui.tui import clock
+from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.screens.chat.saved import (
+    SavedConversation,
+    append_exchange,
+    new_conversation_path,
+    save_conversation,
+)
+from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
+from qlora_tui.tui.system_status import SystemStatus
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+_STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
+_UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
+_NOT_MEASURED = "Not measured: the model was unloaded. Press {chat.effect} to load it and measure."
+_WARNING_S = 20.0
+
+
+@dataclass(frozen=True)
+class AdapterPair:
+    """Which adapters of a run answer: two side by side, or one of the two. The base model counts as one."""
+
+    adapter_names: tuple[str, ...]
+    left: str
+    right: str
+    shown: str = "both"
+    """``both``, ``left`` or ``right``."""
+
+    @classmethod
+    def of(cls, adapter_names: tuple[str, ...]) -> AdapterPair:
+        """Pair the base with the newest adapter; the base alone without an adapter."""
+        adapters = [adapter_name for adapter_name in adapter_names if adapter_name != BASE]
+        return cls(adapter_names, BASE, adapters[0]) if adapters else cls(adapter_names, BASE, BASE, "left")
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that answer the next prompt."""
+        both = (self.left, self.right)
+        return {"both": both, "left": both[:1], "right": both[1:]}[self.shown]
+
+    @property
+    def single(self) -> bool:
+        """Whether there is only one adapter."""
+        return self.left == self.right
+
+    def split(self) -> AdapterPair:
+        """Toggle between both and the right one alone."""
+        if self.single:
+            return self
+        return replace(self, shown="right" if self.shown == "both" else "both")
+
+    def switched(self) -> AdapterPair:
+        """Show one alone: the right one, or the left one if the right one is alone already."""
+        if self.single:
+            return self
+        return replace(self, shown="left" if self.shown == "right" else "right")
+
+    def next(self, side: str) -> AdapterPair:
+        """Select the next adapter on one side, skipping the one on the other side."""
+        own, other = (self.left, self.right) if side == "left" else (self.right, self.left)
+        free = [adapter_name for adapter_name in self.adapter_names if adapter_name != other]
+        if len(free) < 2:
+            return self
+        following = free[(free.index(own) + 1) % len(free)]
+        return replace(self, left=following) if side == "left" else replace(self, right=following)
+
+
+class Conversation(VerticalScroll):
+    """The turns of a conversation, answered by one or two adapters; it owns the engine."""
+
+    class Changed(message.Message):
+        """The model, what it does, or the turns have changed."""
+
+        def __init__(self, doing: str = "") -> None:
+            super().__init__()
+            self.doing = doing
+            """The current activity, if it takes a while."""
+
+    class EffectChanged(message.Message):
+        """What the adapter changes was measured, or how far that has come."""
+
+        def __init__(self, effect: str | Effect) -> None:
+            super().__init__()
+            self.effect = effect
+
+    def __init__(self, *children: Widget) -> None:
+        super().__init__(*children, id="conversation", can_focus=False)
+        self.engine = EngineClient()
+        self.source: ChatSource | None = None
+        self.run_dir: RunDir | None = None
+        """None if the source is a model without a run."""
+        self.pair = AdapterPair.of((BASE,))
+        self.ready: ChatReady | None = None
+        """The model that the engine has loaded; None while none is."""
+        self.turns: list[ChatTurn] = []
+        self.busy = False
+        self.sampling = Sampling()
+        self.system_prompt = ""
+        self.thinking: Thinking = "auto"
+        """The thinking mode of requests; ``auto`` is the one of the run and the chat template."""
+        self.unfolded = False
+        """Whether thoughts are shown."""
+        self.path: Path | None = None
+        """Where the conversation is saved; None before its first answer."""
+        self._open_requests: list[ReplyStream] = []
+        """Those that the engine has not finished."""
+        self._last_warning = ""
+        self._shares_with: set[str] = set()
+        """Runs that the user allowed to share memory with the chat."""
+
+    @property
+    def _qlora_app(self) -> QloraApp:
+        return cast("QloraApp", self.app)
+
+    def on_mount(self) -> None:
+        self._qlora_app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
+
+    async def on_unmount(self) -> None:
+        """Free the model's memory with the screen."""
+        # Workers that wait for answers have no widgets left to show them.
+        self.workers.cancel_node(self)
+        await self.engine.close()
+
+    async def set_source(self, source: ChatSource | None, run: RunDir | None) -> None:
+        """Talk to another run or model, which is loaded with the first prompt."""
+        await self.clear()
+        before = self.source
+        same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
+        self.source, self.run_dir = source, run
+        self.thinking = "auto" if source is None else source.thinking
+        self.pair = AdapterPair.of((BASE,) if source is None else source.answer_names)
+        self.ready = None
+        if not same_base and self.engine.pid is not None:
+            # The model loaded before is no longer needed.
+            await self.engine.close()
+
+    async def clear(self) -> None:
+        """Begin a new conversation."""
+        for request in self._open_requests:
+            request.stop()
+        self.turns.clear()
+        self.path = None
+        await self.query(ChatTurn).remove()
+        self.post_message(self.Changed())
+
+    async def open_saved(self, path: Path, saved: SavedConversation) -> None:
+        """Show a saved conversation; the next prompt continues it."""
+        await self.clear()
+        self.path, self.system_prompt = path, saved.system_prompt
+        for exchange in saved.turns:
+            turn = await self._add_turn(exchange.prompt, tuple(exchange.answers))
+            for name, answer in exchange.answers.items():
+                await turn.answers[name].show_saved(answer.text, answer.thought)
+        self.anchor()
+        self.post_message(self.Changed())
+
+    async def remove_last_turn(self) -> ChatTurn:
+        """Forget the last prompt and its answers."""
+        turn = self.turns.pop()
+        await turn.remove()
+        return turn
+
+    async def unfold(self, unfolded: bool) -> None:
+        """Show every thought, or fold each into a line."""
+        self.unfolded = unfolded
+        for turn in self.turns:
+            for answer in turn.answers.values():
+                await answer.unfold(unfolded)
+
+    async def send(self, prompt: str, cancel: Callable[[], object] = lambda: None) -> None:
+        """Have a prompt answered; ``cancel`` is called if the user does not want the model to be loaded."""
+        if self.source is not None:
+            await self._confirm_shared_memory(lambda: self._answer(prompt), cancel)
+
+    async def measure(self) -> None:
+        """Measure what the right adapter changes."""
+        await self._confirm_shared_memory(self._measure)
+
+    async def stop(self) -> None:
+        """Stop what is under way."""
+        for request in self._open_requests:
+            request.stop()
+        if not self._open_requests:
+            # A model that is loading cannot be interrupted, so its process is ended.
+            self.post_message(self.Changed("Stopping"))
+            await self.engine.close()
+
+    async def unload(self) -> None:
+        """Unload the model; the next prompt loads it again."""
+        await self.engine.close()
+        self.ready = None
+        self.post_message(self.Changed())
+
+    def last_answered(self, answers: int) -> ChatTurn | None:
+        """The last turn if so many of its answers are complete."""
+        if not self.turns or self.busy:
+            return None
+        complete = [answer for answer in self.turns[-1].answers.values() if answer.text.strip()]
+        return self.turns[-1] if len(complete) >= answers else None
+
+    def record_choice(self, turn: ChatTurn, chosen: AdapterAnswer, rejected: AdapterAnswer) -> int:
+        """Record which answer is better; return how many choices there are. Raises UserError."""
+        names = {"chosen": chosen.adapter_name, "rejected": rejected.adapter_name}
+        prompt = self.messages(turn, chosen.adapter_name)
+        texts = chosen.text.strip(), rejected.text.strip()
+        return add_pair(prompt, *texts, self._provenance(turn, names))
+
+    def record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> int:
+        """Record how an answer should read; return how many edits there are. Raises UserError."""
+        provenance = self._provenance(turn, {"edited": answer.adapter_name}, original=answer.text)
+        return add_edit(self.messages(turn, answer.adapter_name), text, provenance)
+
+    def messages(self, turn: ChatTurn, adapter_name: str) -> tuple[Message, ...]:
+        """The messages that this adapter has seen so far; turns without its answer are left out."""
+        messages = [Message("system", self.system_prompt)] if self.system_prompt else []
+        earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
+        for before in earlier:
+            answer = before.answers.get(adapter_name)
+            if answer is not None and answer.text:
+                reply = Message("assistant", answer.text, reasoning=answer.thought)
+                messages += [Message("user", before.prompt), reply]
+        return (*messages, Message("user", turn.prompt))
+
+    def _provenance(self, turn: ChatTurn, answers: dict[str, str], original: str = "") -> Provenance:
+        assert self.source is not None
+        sampling: dict[str, Any] = msgspec.to_builtins(self.sampling)
+        run_id = self.run_dir.id if self.run_dir is not None else ""
+        return Provenance(
+            id=turn.key,
+            at=clock.now(),
+            base=self.source.recipe.model.id,
+            run=run_id,
+            answers=answers,
+            sampling=sampling,
+            original=original,
+        )
+
+    async def _confirm_shared_memory(
+        self, proceed: Callable[[], object], cancel: Callable[[], object] = lambda: None
+    ) -> None:
+        """Call ``proceed``; ask first if the chat may not fit beside a run, and call ``cancel`` for no."""
+        active = self._qlora_app.system_status.active
+        if (
+            self.ready is not None
+            or active is None
+            or active.id in self._shares_with
+            # What the app last saw may be a second old.
+            or (status := read_status(active)).state not in ACTIVE
+        ):
+            proceed()
+            return
+        if await self._fits_beside(status):
+            self._shares_with.add(active.id)
+            proceed()
+            return
+
+        def on_result(yes: bool | None) -> None:
+            if yes:
+                self._shares_with.add(active.id)
+                proceed()
+            else:
+                cancel()
+
+        text = (
+            f"{active.id} is training on this machine, and the free memory may not be enough for the chat's "
+            "model. If you load it, either may run out of memory. If you do not, nothing is sent, and your "
+            "message stays in the field."
+        )
+        self.app.push_screen(
+            ConfirmScreen(
+                "A run is training",
+                text,
+                yes="Load anyway",
+                no="Not now",
+                is_outdated=lambda: read_status(active).state not in ACTIVE,
+            ),
+            on_result,
+        )
+
+    async def _fits_beside(self, status: Status) -> bool:
+        """Whether the chat fits beside the active run, which must have reached the memory it needs."""
+        source, machine = self.source, self._qlora_app.system_status
+        llama_cpp = source is not None and not source.gguf_files.keys().isdisjoint(self.pair.active)
+        if source is None or llama_cpp or status.phase not in STEP_PHASES:
+            return False
+        free_bytes = machine.free_bytes if machine.gpu else psutil.virtual_memory().available
+        return free_bytes is not None and await asyncio.to_thread(
+            chat_fits, source.recipe, budget_for(machine.gpu).device, free_bytes
+        )
+
+    def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
+        """Give the memory that the chat holds to a run that begins."""
+        active = system_status.active
+        if self.ready is not None and active is not None and active.id not in self._shares_with:
+            self.ready = None
+            self._unload_for(active.id)
+
+    @work
+    async def _unload_for(self, run_id: str) -> None:
+        await self.unload()
+        self.notify(f"Unloaded the chat model to free memory for {run_id}. The next prompt loads it again.")
+
+    async def _add_turn(self, prompt: str, adapter_names: tuple[str, ...]) -> ChatTurn:
+        turn = ChatTurn(prompt, adapter_names, unfolded=self.unfolded)
+        self.turns.append(turn)
+        await self.mount(turn)
+        return turn
+
+    @work(group="answers")
+    async def _answer(self, prompt: str) -> None:
+        if self.turns:
+            self.turns[-1].show_question(False)
+        turn = await self._add_turn(prompt, self.pair.active)
+        self.anchor()
+        self._set_busy(True)
+        sampling = self.sampling
+        if sampling.seed is None:
+            # The same seed for both, so that two answers differ by the adapter only.
+            sampling = msgspec.structs.replace(sampling, seed=random.randrange(1 << 32))
+        try:
+            await self._load()
+            await asyncio.gather(*(self._generate(turn, name, sampling) for name in turn.answers))
+        except EngineClosedError:
+            for answer in turn.answers.values():
+                await answer.stop(name_keys(_STOPPED_LOADING))
+        except UserError as problem:
+            for answer in turn.answers.values():
+                await answer.fail(problem)
+        turn.show_question(True)
+        self._save(turn, sampling)
+        self._set_busy(False)
+
+    async def _load(self) -> None:
+        if self.ready is not None or self.source is None:
+            return
+        self.post_message(self.Changed("Starting the engine"))
+        async for reply in self.engine.ask(LoadChat(source=self.source)):
+            if isinstance(reply, StatusUpdate):
+                self.post_message(self.Changed(reply.words))
+            elif isinstance(reply, ChatReady):
+                self.ready = reply
+                if effect := reply.thinking.effect_of(self.thinking):
+                    self.notify(effect)
+        self.post_message(self.Changed())
+
+    async def _generate(self, turn: ChatTurn, adapter_name: str, sampling: Sampling) -> None:
+        """Stream one adapter's answer; an error is shown in its place."""
+        request = self.engine.ask(
+            Generate(
+                messages=self.messages(turn, adapter_name),
+                adapter_name=adapter_name,
+                sampling=sampling,
+                thinking=self.thinking,
+            )
+        )
+        answer = turn.answers[adapter_name]
+        self._open_requests.append(request)
+        try:
+            async for reply in request:
+                if isinstance(reply, Text):
+                    await answer.append_text(reply.chunk)
+                    if answer.notice_loop():
+                        request.stop()
+                elif isinstance(reply, GenerationDone):
+                    await answer.end(reply.outcome)
+                    warning = reply.outcome.warning
+                    if warning and warning != self._last_warning:
+                        self._last_warning = warning
+                        self.notify(warning, severity="warning", timeout=_WARNING_S)
+        except EngineClosedError:
+            await answer.stop(name_keys(_UNLOADED))
+        except UserError as problem:
+            await answer.fail(problem)
+        finally:
+            self._open_requests.remove(request)
+
+    @work(group="answers")
+    async def _measure(self) -> None:
+        self._set_busy(True)
+        try:
+            await self._load()
+            request = self.engine.ask(MeasureEffect(adapter_name=self.pair.right))
+            self._open_requests.append(request)
+            try:
+                async for reply in request:
+                    if isinstance(reply, StatusUpdate):
+                        self.post_message(self.EffectChanged(f"{reply.words}…"))
+                    elif isinstance(reply, EffectMeasured):
+                        self.post_message(self.EffectChanged(reply.effect))
+            finally:
+                self._open_requests.remove(request)
+        except EngineClosedError:
+            self.post_message(self.EffectChanged(name_keys(_NOT_MEASURED)))
+        except UserError as problem:
+            self.post_message(self.EffectChanged(""))
+            self._qlora_app.show_error(problem)
+        self._set_busy(False)
+
+    def _set_busy(self, busy: bool) -> None:
+        self.busy = busy
+        if not busy and self.engine.pid is None:
+            self.ready = None
+        self.post_message(self.Changed())
+
+    def _save(self, turn: ChatTurn, sampling: Sampling) -> None:
+        answered = {name: answer for name, answer in turn.answers.items() if answer.text or answer.thought}
+        if not answered or turn not in self.turns:
+            return
+        texts = {name: answer.text for name, answer in answered.items()}
+        thoughts = {name: answer.thought for name, answer in answered.items()}
+        try:
+            append_exchange(self.run_dir, turn.prompt, texts, sampling, self.system_prompt, thoughts)
+            self.path = self.path or new_conversation_path(self.run_dir)
+            save_conversation(self.path, self.turns, self.system_prompt)
+        except OSError as error:
+            self.notify(f"Could not write the transcript: {error.strerror}.", severity="warning")

@@ -1,0 +1,298 @@
+"""Where text is typed and things are chosen in a chat: the prompt field, and the dialogs of the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.message import Message
+from textual.screen import ModalScreen
+from textual.widgets import Input, Label, Static, TextArea
+
+from qlora_tui.chat.chat_types import Sampling
+from qlora_tui.formatting import uncapitalize
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.status import read_status
+from qlora_tui.tui import clock
+from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.screens.chat.panels import conversation_line
+from qlora_tui.tui.screens.chat.saved import SavedConversation, format_setting
+from qlora_tui.tui.screens.modals.dialogs import ListPicker
+from qlora_tui.tui.widgets.controls import OwnKeysFirst, TextField
+
+_HELP = {
+    "temperature": "0: only the most likely token",
+    "top_p": "cumulative probability limit",
+    "top_k": "most likely tokens; 0: all",
+    "repetition_penalty": "above 1: less repetition",
+    "max_new_tokens": "longest answer, in tokens",
+    "seed": "empty: a random one each time",
+}
+_LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "max tokens"}
+_BASE_ALONE = "base"
+"""What stands for the recipe's model among the runs."""
+_LINE_WIDTH = 70
+"""Cells of a line in the list of conversations."""
+
+
+class PromptBox(OwnKeysFirst, TextArea):
+    """Where a prompt is written: Enter sends, Ctrl+J makes a line, and it grows with its text."""
+
+    DEFAULT_CSS = """
+    PromptBox, PromptBox:focus {
+        height: auto;
+        max-height: 8;
+        border: none;
+        padding: 0 1;
+        background: $surface;
+        scrollbar-size-vertical: 1;
+        & .text-area--placeholder { color: $text-muted; }
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "send", show=False),
+        Binding("ctrl+j", "new_line", show=False),
+    ]
+
+    class Sent(Message):
+        """Enter was pressed on some text."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.text = text
+
+    class Recalled(Message):
+        """Up was pressed in the empty box."""
+
+    def __init__(self, placeholder: str, *, id: str) -> None:
+        super().__init__(
+            id=id,
+            placeholder=Content(placeholder),
+            soft_wrap=True,
+            show_line_numbers=False,
+            tab_behavior="focus",
+        )
+        self.cursor_blink = False
+        self.highlight_cursor_line = False
+
+    def action_send(self) -> None:
+        """Post ``Sent`` and clear the field."""
+        text = self.text.strip()
+        if text:
+            self.text = ""
+            self.post_message(self.Sent(text))
+
+    def action_new_line(self) -> None:
+        """Break the line."""
+        self.insert("\n")
+
+    def put(self, text: str) -> None:
+        """Replace the text; the cursor goes to its end."""
+        self.text = text
+        self.move_cursor(self.document.end)
+        self.focus()
+
+    async def on_key(self, event: events.Key) -> None:
+        if event.key == "up" and not self.text:
+            event.stop()
+            event.prevent_default()
+            self.post_message(self.Recalled())
+
+
+class AnswerArea(OwnKeysFirst, TextArea):
+    """A text of several lines: Enter makes a line."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+s", "screen.save", show=False)]
+
+
+class AnswerEditor(ModalScreen[str | None]):
+    """Returns the edited answer; None if it was cancelled, left as it was, or emptied."""
+
+    CSS_PATH = "../modals/modal.tcss"
+    DEFAULT_CSS = """
+    AnswerEditor AnswerArea, AnswerEditor AnswerArea:focus {
+        height: 14;
+        border: none;
+        background: $surface;
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+s", "save", "Save"),
+        Binding("escape", "dismiss(None)", "Cancel"),
+    ]
+
+    def __init__(self, adapter_name: str, answer: str) -> None:
+        super().__init__()
+        self._adapter_name = adapter_name
+        self._answer = answer
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog wide") as dialog:
+            dialog.border_title = f"Edit the answer of {self._adapter_name}"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
+            yield Static("Write it as it should have been. It is kept as data to train on.")
+            area = AnswerArea(self._answer, soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
+            area.cursor_blink = False
+            yield area
+
+    def on_mount(self) -> None:
+        area = self.query_one(AnswerArea)
+        area.focus()
+        area.move_cursor(area.document.end)
+
+    def action_save(self) -> None:
+        """Return the text if it was changed."""
+        text = self.query_one(AnswerArea).text.strip()
+        self.dismiss(text if text and text != self._answer else None)
+
+
+class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
+    """Gives sampling and system prompt; None when closed with Escape."""
+
+    CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+s", "apply", "Apply", priority=True),
+        Binding("ctrl+r", "earlier_prompt", "Earlier prompt", priority=True),
+        Binding("escape", "dismiss(None)", "Close"),
+    ]
+
+    def __init__(self, sampling: Sampling, system_prompt: str, earlier_prompts: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._earlier_prompts = [prompt for prompt in earlier_prompts if prompt != system_prompt]
+        self._sampling = sampling
+        self._system_prompt = system_prompt
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog", can_focus=False) as dialog:
+            dialog.border_title = "Sampling"
+            keys = self.BINDINGS if self._earlier_prompts else (self.BINDINGS[0], self.BINDINGS[-1])
+            dialog.border_subtitle = dialog_keys(keys, "Tab next", "Enter apply")
+            yield Label("system prompt")
+            system = TextArea(self._system_prompt, id="system", soft_wrap=True, tab_behavior="focus")
+            system.cursor_blink = False
+            yield system
+            for name, value in msgspec.structs.asdict(self._sampling).items():
+                with Horizontal(classes="field"):
+                    yield Label(_LABELS.get(name, name.replace("_", " ")))
+                    yield TextField("" if value is None else format_setting(value), name=name, compact=True)
+                    yield Static(_HELP[name], classes="muted help", markup=False)
+            yield Static("", id="settings-error", markup=False)
+
+    def on_mount(self) -> None:
+        self.query_one(Input).focus()
+
+    def on_input_submitted(self) -> None:
+        """Enter in any of the figures."""
+        self.action_apply()
+
+    def action_earlier_prompt(self) -> None:
+        """Put in the next of the system prompts used before, and at last the present one again."""
+        if self._earlier_prompts:
+            field = self.query_one(TextArea)
+            self._earlier_prompts.append(field.text.strip())
+            field.text = self._earlier_prompts.pop(0)
+
+    def action_apply(self) -> None:
+        """Apply the fields if they are valid, or else show what is wrong."""
+        given = {field.name or "": field.value.strip() for field in self.query(Input)}
+        try:
+            numbers: dict[str, Any] = {name: _number(name, text) for name, text in given.items()}
+            sampling = msgspec.convert(numbers, Sampling)
+        except (ValueError, msgspec.ValidationError) as error:
+            self.query_one("#settings-error", Static).update(f"✗ {_words(error)}")
+            return
+        self.dismiss((sampling, self.query_one(TextArea).text.strip()))
+
+
+def _number(name: str, text: str) -> float | int | None:
+    if not text and name == "seed":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{_LABELS.get(name, name.replace('_', ' '))} must be a number.") from None
+    return int(value) if value.is_integer() else value
+
+
+def _words(error: Exception) -> str:
+    """Rewrite msgspec's ``Expected `float` <= 5.0 - at `$.temperature` `` for users."""
+    text = str(error)
+    what, _, where = text.partition(" - at `$.")
+    if not where:
+        return text
+    name = where.rstrip("`")
+    return f"{_LABELS.get(name, name.replace('_', ' '))}: {uncapitalize(what).replace('`', '')}."
+
+
+def chat_runs() -> list[RunDir]:
+    """Every run that has an adapter or a checkpoint, newest first."""
+    return [
+        run for run in all_runs() if (run.adapter_dir / "adapter_config.json").exists() or run.checkpoints()
+    ]
+
+
+class ChatSourceScreen(ListPicker[RunDir | str]):
+    """Returns the chosen run, ``base`` for the recipe's model, None when closed with Escape."""
+
+    HEADING = "Chat with"
+    ENTER = "select"
+
+    def __init__(self, runs: list[RunDir], model: str) -> None:
+        super().__init__()
+        self._runs = {run.id: run for run in runs}
+        self._model = model
+
+    def lines(self) -> list[tuple[str, Content]]:
+        lines = [(run.id, _line(run)) for run in self._runs.values()]
+        if self._model:
+            name = self._model.rstrip("/").rpartition("/")[2]
+            lines.append(
+                (_BASE_ALONE, Content.assemble(name, ("  the recipe's model, without an adapter", "dim")))
+            )
+        return lines
+
+    def picked(self, id_: str) -> RunDir | str:
+        return self._runs.get(id_, id_)
+
+
+def _line(run: RunDir) -> Content:
+    status = read_status(run)
+    loss = f", loss {status.loss:.3g}" if status.loss is not None else ""
+    checkpoints = len(run.checkpoints())
+    more = f", {checkpoints} checkpoint{'s' if checkpoints != 1 else ''}" if checkpoints else ""
+    return Content.assemble(
+        (run.name, "bold"), (f"\n  {status.state} at step {status.step:,}{loss}{more}", "dim")
+    )
+
+
+class ConversationPicker(ListPicker[Path]):
+    """Returns the file of the chosen conversation; None when closed with Escape."""
+
+    HEADING = "Saved conversations"
+    ENTER = "open"
+    DIALOG_CLASSES = "dialog wide"
+
+    def __init__(self, conversations: Sequence[tuple[Path, SavedConversation]]) -> None:
+        super().__init__()
+        self._conversations = conversations
+
+    def lines(self) -> list[tuple[str, Content]]:
+        now = clock.now()
+        return [
+            (str(path), conversation_line(saved, now, _LINE_WIDTH)) for path, saved in self._conversations
+        ]
+
+    def searched_text(self, id_: str) -> str:
+        saved = dict(self._conversations)[Path(id_)]
+        answers = (answer.text for turn in saved.turns for answer in turn.answers.values())
+        return "\n".join((*(turn.prompt for turn in saved.turns), *answers))
+
+    def picked(self, id_: str) -> Path:
+        return Path(id_)

@@ -1,0 +1,258 @@
+"""What the Chat screen shows around a conversation: who answers and how, the effect, the column beside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from textual import work
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widget import Widget
+from textual.widgets import Static
+
+from qlora_tui.chat.chat_types import Effect, GenerationResult
+from qlora_tui.engine.protocol import ChatReady
+from qlora_tui.formatting import (
+    format_bytes,
+    format_duration,
+    format_float,
+    format_path,
+    pluralize,
+    truncate_middle,
+)
+from qlora_tui.recipe.schema import Thinking
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui import clock
+from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.render.charts import blocks, downsample, labeled, meter
+from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
+from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
+from qlora_tui.tui.widgets.line_widgets import update_if_changed
+from qlora_tui.tui.widgets.panel import Panel
+
+NOTHING_TO_CHAT_WITH = (
+    "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
+    "Press {go.train} to launch one.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
+    "before any training."
+)
+START = (
+    "Ask what the data is about, and something else: all get the same prompt and the same seed.\n\n"
+    "{chat.leave} leaves the field. Then {chat.history} continues a saved conversation, {chat.settings} sets "
+    "sampling and system prompt, and {chat.source} selects another run or model."
+)
+HINT = "Enter: send · Ctrl+J: new line · {chat.leave}: leave, then {chat.settings}: sampling"
+_MIN_NAME_WIDTH = 16
+_MIN_COLUMNS = 8
+"""Least number of columns that the layers are drawn in, however narrow the window."""
+_LABEL = 12
+_row = partial(labeled, cells=_LABEL)
+_AGE = 10
+"""Cells of the age of a conversation."""
+_NOW_S = 60.0
+_CHARACTERS_PER_TOKEN = 4
+"""Of English text, roughly."""
+
+
+def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
+    """The run, its adapters (the active ones reversed), and the state; a long name is cut in its middle."""
+    parts: list[Content | str | tuple[str, str]] = ["  "]
+    for number, adapter_name in enumerate(dict.fromkeys((pair.left, pair.right))):
+        if number:
+            parts.append(" ")
+        on = adapter_name in pair.active
+        parts.append((f" {adapter_name} ", "reverse" if on else "not bold $text-muted"))
+    rest = Content.assemble(*parts, (f"  {state}", "not bold $text-muted"))
+    name = truncate_middle(name, max(_MIN_NAME_WIDTH, width - rest.cell_length))
+    return Content.styled(name, "bold") + rest
+
+
+def loaded_text(ready: ChatReady) -> str:
+    """``RTX 4090 bfloat16, 5.2 GiB, context 32,768``."""
+    return (
+        f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, context {ready.context_tokens:,}"
+    )
+
+
+def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
+    """``thinking on``; empty where it is not known, or the model cannot think."""
+    if ready is None:
+        return "" if setting == "auto" else f"thinking {setting}"
+    known = ready.thinking
+    match known.kind:
+        case "none":
+            return ""
+        case "always":
+            return "always thinks"
+        case "effort":
+            return f"{known.variable} {known.off}" if setting == "off" else "thinks"
+        case "switch":
+            return f"thinking {known.default if setting == 'auto' else setting}"
+
+
+def answering_text(pair: AdapterPair) -> str:
+    """Which adapters answer, in words for terminals without color; empty where there is no choice."""
+    if pair.single:
+        return ""
+    return "both answer" if pair.shown == "both" else f"only {pair.active[0]} answers"
+
+
+def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Content:
+    """Which adapters answer, thinking, sampling settings, and where the conversation is saved."""
+    sampling, system_prompt = chat.sampling, " ".join(chat.system_prompt.split())
+    answering, thinking = answering_text(chat.pair), thinking_text(chat.thinking, chat.ready)
+    parts = [part for part in (answering, thinking) if part]
+    if sampling.temperature:
+        parts.append(f"temp {format_float(sampling.temperature, 3)}")
+        parts += [f"top-p {format_float(sampling.top_p, 3)}"] if sampling.top_p < 1 else []
+        parts += [f"top-k {sampling.top_k}"] if sampling.top_k else []
+        penalty = sampling.repetition_penalty
+        parts += [f"penalty {format_float(penalty, 3)}"] if penalty != 1 else []
+    else:
+        parts.append("greedy")
+    parts.append(f"≤ {sampling.max_new_tokens} tokens")
+    if sampling.seed is not None:
+        parts.append(f"seed {sampling.seed}")
+    if system_prompt:
+        parts.append(f"system: {system_prompt}")
+    line = " · ".join(parts)
+    if transcript is None:
+        key = name_keys("   {chat.settings} change")
+        return Content.styled(line + key if len(line + key) <= width else line[:width], "dim")
+    place = f"saved in {format_path(transcript)}"
+    space_left = width - len(line)
+    if len(place) + 2 > space_left:
+        place = f"saved in …/{transcript.parent.name}/{transcript.name}"
+    if len(place) + 2 > space_left:
+        line = line[: max(0, width - len(place) - 3)] + "…"
+        space_left = width - len(line)
+    return Content.styled(line + " " * (space_left - len(place)) + place, "dim")
+
+
+def effect_text(measured: Effect, width: int) -> Content:
+    """The verdict, and under it the figures: mean KL, and how far each layer moved, from none to the most."""
+    figures = f"KL {format_float(measured.mean_kl, 3)} nats"
+    if measured.layers:
+        first, last = measured.layers[0].layer, measured.layers[-1].layer
+        most = max(measured.layers, key=lambda change: change.relative)
+        before = f"{figures} · layers moved: {first} "
+        after = f" {last}, most {format_float(most.relative * 100, 2)}% in {most.layer}"
+        width_left = min(len(measured.layers), max(_MIN_COLUMNS, width - len(before + after)))
+        columns = downsample([change.relative for change in measured.layers], width_left)
+        figures = before + blocks(columns, 0.0, most.relative, 1)[0] + after
+    warning = f"\n{measured.warning}" if measured.warning else ""
+    return Content.assemble(measured.sentence, (warning, "$text-warning"), (f"\n{figures}", "$text-muted"))
+
+
+class ChatSide(Vertical):
+    """The column beside the conversation: sampling, tokens, saved conversations."""
+
+    def __init__(self) -> None:
+        super().__init__(id="chat-side")
+
+    def compose(self) -> Iterable[Widget]:
+        keys = (("chat.settings", "change"), ("chat.source", "model"))
+        yield Panel("Sampling", Static(id="side-settings"), keys=keys)
+        yield Panel("Tokens", Static(id="side-tokens"))
+        keys = (("chat.history", "open"), ("chat.clear", "new"))
+        yield Panel("Conversations", Static(id="side-history"), keys=keys, id="history-panel")
+
+    def show(self, chat: Conversation, transcript: Path | None) -> None:
+        """Show the state of a conversation, and where its transcript is."""
+        width = max(20, self.query_one("#side-settings").content_size.width)
+        self._update("settings", settings_lines(chat))
+        outcomes = {
+            name: answer.outcome
+            for turn in chat.turns
+            for name, answer in turn.answers.items()
+            if answer.outcome is not None
+        }
+        self._update("tokens", token_lines(outcomes, chat.ready, width))
+        self._show_history(chat.run_dir, transcript, width)
+
+    @work(group="history", exclusive=True)
+    async def _show_history(self, run: RunDir | None, transcript: Path | None, width: int) -> None:
+        saved = await asyncio.to_thread(list_conversations, run)
+        self._update("history", history_lines(saved, transcript, clock.now(), width))
+
+    def _update(self, part: str, lines: list[Content]) -> None:
+        update_if_changed(self.query_one(f"#side-{part}", Static), Content("\n").join(lines))
+
+
+def settings_lines(chat: Conversation) -> list[Content]:
+    """Who answers, and every setting of the sampling."""
+    sampling = chat.sampling
+    rows = [("answers", answering_text(chat.pair) or f"{chat.pair.left} only")]
+    if thinks := thinking_text(chat.thinking, chat.ready):
+        rows.append(("thinking", thinks))
+    if sampling.temperature:
+        rows += [
+            ("temperature", format_float(sampling.temperature, 3)),
+            ("top-p", format_float(sampling.top_p, 3)),
+            ("top-k", f"{sampling.top_k}" if sampling.top_k else "all"),
+        ]
+    else:
+        rows.append(("temperature", "0, greedy"))
+    penalty = sampling.repetition_penalty
+    rows += [
+        ("penalty", "none" if penalty == 1 else format_float(penalty, 3)),
+        ("max tokens", f"{sampling.max_new_tokens:,}"),
+        ("seed", "random" if sampling.seed is None else str(sampling.seed)),
+    ]
+    lines = [_row(label, value) for label, value in rows]
+    lines.append(_row("system", " ".join(chat.system_prompt.split()) or "none"))
+    return lines
+
+
+def token_lines(
+    outcomes: Mapping[str, GenerationResult], ready: ChatReady | None, width: int
+) -> list[Content]:
+    """How full the context of each adapter is after its last answer, and how fast that was."""
+    if ready is None:
+        return [Content.styled("Loaded with the first prompt.", "dim")]
+    lines = [
+        _row("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}"),
+        _row("context", f"{ready.context_tokens:,} tokens"),
+    ]
+    for name, outcome in outcomes.items():
+        used = outcome.prompt_tokens + outcome.new_tokens
+        label = truncate_middle(name, _LABEL - 1)
+        lines.append(meter(label, used / ready.context_tokens, f"{used:,}", _LABEL, width))
+        speed = f", {format_float(outcome.tokens_per_s, 3)}/s" if outcome.tokens_per_s else ""
+        answer = f"{outcome.prompt_tokens:,} read, {outcome.new_tokens:,} written{speed}"
+        lines.append(Content.styled(f"  {answer}", "dim"))
+    return lines
+
+
+def history_lines(
+    conversations: Sequence[tuple[Path, SavedConversation]], transcript: Path | None, now: float, width: int
+) -> list[Content]:
+    """Where the transcript is, and the saved conversations with this run, the newest first."""
+    if not conversations:
+        return [Content.styled("None yet. Each is saved as you chat.", "dim")]
+    lines = [conversation_line(saved, now, width) for _, saved in conversations]
+    if transcript is not None:
+        lines.insert(0, Content.styled(truncate_middle(format_path(transcript), width), "dim"))
+    return lines
+
+
+def conversation_line(saved: SavedConversation, now: float, width: int) -> Content:
+    """``4 min ago  Where is my parcel? (3)``: age, first prompt, and the number of prompts."""
+    seconds = now - saved.at
+    age = "just now" if seconds < _NOW_S else f"{format_duration(seconds)} ago"
+    prompt = " ".join(saved.turns[0].prompt.split())
+    number = f" ({len(saved.turns)})" if len(saved.turns) > 1 else ""
+    left = max(8, width - max(_AGE, len(age)) - 2 - len(number))
+    shown = prompt if len(prompt) <= left else prompt[: left - 1] + "…"
+    return Content.assemble((f"{age:<{_AGE}}  ", "dim"), shown, (number, "dim"))
+
+
+def prompt_title(text: str, tokens: int | None) -> Content:
+    """``Message · 12 tokens``: counted by the tokenizer, or estimated where no model is loaded."""
+    if not text:
+        return Content("Message")
+    estimate = max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
+    number = f"about {pluralize(estimate, 'token')}" if tokens is None else pluralize(tokens, "token")
+    return Content.assemble("Message", (f" · {number}", "not bold $text-muted"))

@@ -1,0 +1,141 @@
+"""What is saved of a chat: transcripts as Markdown, and conversations to continue.
+
+The folder is the run's, or beside the runs for a base model alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui import paths
+from qlora_tui.chat.chat_types import Sampling
+from qlora_tui.decoding import decode_json
+from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.tui import clock
+from qlora_tui.tui.screens.chat.turn import ChatTurn
+
+_MAX_LISTED = 50
+_MAX_BYTES = 1 << 24
+
+
+class SavedAnswer(Struct, frozen=True, omit_defaults=True):
+    """What one adapter answered."""
+
+    text: str
+    thought: str = ""
+
+
+class SavedTurn(Struct, frozen=True):
+    """A prompt, and the answers by adapter."""
+
+    prompt: str
+    answers: dict[str, SavedAnswer]
+
+
+class SavedConversation(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The content of a file."""
+
+    at: float
+    """Unix time of the last answer."""
+    turns: tuple[SavedTurn, ...]
+    system_prompt: str = ""
+
+
+_CONVERSATIONS = msgspec.json.Decoder(SavedConversation)
+
+
+def transcript_path(run: RunDir | None) -> Path:
+    """Today's transcript of a run's chats, or of those with a base alone or a run that was deleted since."""
+    home = run.path if run is not None and run.path.exists() else paths.state_dir()
+    folder = home / "chats"
+    return folder / time.strftime("%Y%m%d.md", time.localtime(clock.now()))
+
+
+def format_setting(value: float) -> str:
+    """Format a setting in full, so that it can be typed again: a seed needs all its digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def append_exchange(
+    run: RunDir | None,
+    prompt: str,
+    answers: dict[str, str],
+    sampling: Sampling,
+    system_prompt: str = "",
+    thoughts: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Append a prompt, its sampling and its answers to today's transcript. Returns its path; raises OSError.
+
+    ``answers`` and ``thoughts`` are by adapter.
+    """
+    path = transcript_path(run)
+    private_dir(path.parent)
+    settings = ", ".join(
+        f"{name} {format_setting(getattr(sampling, name))}"
+        for name in sampling.__struct_fields__
+        if getattr(sampling, name) is not None
+    )
+    lines = [f"## {time.strftime('%H:%M', time.localtime(clock.now()))}", "", f"*{settings}*", ""]
+    if system_prompt:
+        lines += ["**system**", "", system_prompt, ""]
+    lines += [*(f"> {line}" for line in prompt.splitlines()), ""]
+    for adapter_name, text in answers.items():
+        lines += [f"**{adapter_name}**", ""]
+        if thought := thoughts.get(adapter_name):
+            lines += ["<details><summary>Thought</summary>", "", thought, "", "</details>", ""]
+        lines += [text or "*no answer*", ""]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    return path
+
+
+def new_conversation_path(run: RunDir | None) -> Path:
+    """Return a path that does not exist yet, in the folder of the run's transcripts."""
+    folder = transcript_path(run).parent
+    stem = time.strftime("%Y%m%d-%H%M%S", time.localtime(clock.now()))
+    path, number = folder / f"{stem}.json", 2
+    while path.exists():
+        path = folder / f"{stem}-{number}.json"
+        number += 1
+    return path
+
+
+def save_conversation(path: Path, turns: Sequence[ChatTurn], system_prompt: str) -> None:
+    """Write the turns that have an answer. Raises OSError."""
+    saved = []
+    for turn in turns:
+        answers = {
+            name: SavedAnswer(answer.text, answer.thought)
+            for name, answer in turn.answers.items()
+            if answer.text or answer.thought
+        }
+        if answers:
+            saved.append(SavedTurn(turn.prompt, answers))
+    conversation = SavedConversation(at=clock.now(), turns=tuple(saved), system_prompt=system_prompt)
+    private_dir(path.parent)
+    atomic_write(path, msgspec.json.encode(conversation))
+
+
+def list_conversations(run: RunDir | None) -> list[tuple[Path, SavedConversation]]:
+    """Return the conversations with a run, the newest first; unreadable ones are left out."""
+    try:
+        paths = sorted(transcript_path(run).parent.glob("*.json"), reverse=True)[:_MAX_LISTED]
+    except OSError:
+        return []
+    listed = [(path, saved) for path in paths if (saved := _read(path)) is not None]
+    return sorted(listed, key=lambda each: -each[1].at)
+
+
+def _read(path: Path) -> SavedConversation | None:
+    try:
+        saved = decode_json(read_regular(path, _MAX_BYTES), _CONVERSATIONS)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return saved if saved.turns else None
