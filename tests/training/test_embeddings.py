@@ -18,12 +18,12 @@ from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import GREEDY
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Lora, Source, Training
+from qlora_tui.recipe.schema import Lora, Source
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, StepVerified
 from qlora_tui.training import loss
 from qlora_tui.training.adapter import add_lora, load_adapter, save_adapter
-from qlora_tui.training.embeddings import EmbeddingNoise, embedding_rate, trained_matrices
+from qlora_tui.training.embeddings import EmbeddingNoise, trained_matrices
 from qlora_tui.training.evaluation import argmax_tokens
 from qlora_tui.training.forgetting import equals_base
 from qlora_tui.training.model import checkpoint_activations
@@ -394,11 +394,6 @@ def test_embedding_and_head_have_their_own_rate(optimizer: str, ratio: float) ->
     assert trained == names.union(*(names for names, _, _ in others))
     trainer.set_learning_rate(PEAK / 2)
     assert groups(model, trainer.optimizer)[-1][1] == pytest.approx(1.5e-5)
-
-
-def test_the_rate_is_a_tenth_unless_it_is_set() -> None:
-    assert embedding_rate(Training(learning_rate=5e-5)) == pytest.approx(5e-6)
-    assert embedding_rate(Training(embedding_learning_rate=1e-5)) == 1e-5
 
 
 def test_a_head_with_a_bias_is_refused() -> None:

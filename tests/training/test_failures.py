@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_tui.gpu import cuda_errors, torch_env
+from qlora_tui.gpu import cuda_errors
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.damage import checkpoint_damage
 from qlora_tui.runs.directory import RunDir
@@ -189,34 +189,6 @@ def test_what_cuda_reports_says_how_to_go_on(tmp_path: Path, error: RuntimeError
     assert (ending.title, ending.kind) == (title, "bug" if title == BUG else "problem")
     assert (f"resume {tmp_path.name}" in ending.fix) == (title != BUG)
     assert "{" not in ending.fix and ("pytorch.org" in ending.fix) == (title == "No code for this GPU")
-
-
-@pytest.mark.parametrize("said", ["CUDA driver error: device not ready", "CUDA error: unknown error"])
-@pytest.mark.parametrize(
-    ("variables", "command"),
-    [
-        ({}, ""),
-        (
-            {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
-            "`PYTORCH_ALLOC_CONF=expandable_segments:False`",
-        ),
-        (
-            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments: True"},
-            "`PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64,expandable_segments:False`",
-        ),
-    ],
-)
-def test_wsl2_names_the_driver_of_windows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, variables: dict[str, str], command: str
-) -> None:
-    release = tmp_path / "osrelease"
-    release.write_text("5.15.153.1-microsoft-standard-WSL2\n")
-    monkeypatch.setattr(torch_env, "_KERNEL_RELEASE", release)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
-    assert (ending.title, "wsl --shutdown" in ending.fix) == ("The driver of Windows failed", True)
-    assert ("expandable_segments" in ending.fix) == bool(command) and command in ending.fix
 
 
 def test_a_gpu_lost_in_a_suspend_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

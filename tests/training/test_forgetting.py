@@ -16,7 +16,6 @@ from qlora_tui.training import forgetting, packed_attention
 from qlora_tui.training.answers import answer_greedily
 from qlora_tui.training.batches import RowShape
 from qlora_tui.training.forgetting import (
-    GENERAL_PROMPTS,
     BaseAnswer,
     GeneralAnswer,
     compare_with_base,
@@ -233,11 +232,6 @@ def test_answers_are_counted_by_each_rule() -> None:
         ]
     )
     assert counts == (5, 4, 1, 1, 2, 1)
-
-
-def test_the_first_general_prompts_ask_for_json() -> None:
-    assert sum("JSON" in prompt for prompt in GENERAL_PROMPTS[:12]) == 3
-    assert len(GENERAL_PROMPTS) == len(set(GENERAL_PROMPTS)) == 32
 
 
 def test_answers_that_got_worse_are_a_finding() -> None:

@@ -74,13 +74,6 @@ def test_a_run_of_few_steps_is_told(steps: int, odd: bool) -> None:
     assert (too_few_steps(steps) is not None) is odd
 
 
-def test_the_step_limit_is_named_where_it_causes_few_steps() -> None:
-    limited, short = too_few_steps(5, max_steps=5), too_few_steps(5, max_steps=6)
-    assert limited is not None and short is not None
-    assert limited.evidence == "The run has only 5 optimizer steps: Max steps (training.max_steps) is 5."
-    assert short.evidence == "The run has only 5 optimizer steps."
-
-
 def test_a_validation_worse_than_before_training_is_reported_once() -> None:
     monitor = ValidationMonitor()
     losses = [(0, 4.36), (2, 4.5), (4, 16.1), (6, 9.38), (8, 4.0), (10, float("nan"))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,12 +19,9 @@ from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
 from qlora_tui.training import loss as chunked_loss
 from qlora_tui.training import loss as head_chunks
-from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.liger import verified_liger_loss
-from qlora_tui.training.model import prepare_base
 from tests.training.families import build
 from tests.training.test_loss import close, labeled, loss_and_gradient
-from tests.training.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -260,30 +256,6 @@ def test_weighted_tokens_use_our_own_loss(install: Any) -> None:
     chunked_loss.use_loss(model, head, unwanted)
     value, _ = loss_and_gradient(model, **inputs)
     assert value > 0
-
-
-@pytest.mark.parametrize(
-    ("kind", "weighted", "record"),
-    [
-        (FakeLiger, False, "liger"),
-        (FakeLiger, True, "chunked: this data has token weights"),
-        (WrongInputGrad, False, "chunked: Liger's gradient differs from the model's"),
-    ],
-)
-def test_the_record_names_the_loss_that_is_used(
-    kind: type[FakeLiger], weighted: bool, record: str, tmp_path: Path, install: Any
-) -> None:
-    install(kind)
-    recipe = Recipe(quantization=Quantization(method="none", compute_dtype="float32"))
-    base = prepare_base(
-        make_tiny_model(tmp_path / "llama"),
-        recipe,
-        find_device(recipe),
-        "segments",
-        expected_loss="liger",
-        weighted=weighted,
-    )
-    assert base.loss_description.startswith(record)
 
 
 def test_liger_is_planned_where_installed_suitable_and_worthwhile() -> None:

@@ -466,19 +466,6 @@ def test_auto_uses_what_the_gpu_runs(monkeypatch: pytest.MonkeyPatch, kernel: Ke
     assert choose_attention(recipe("auto"), gpu()) == "segments"
 
 
-@pytest.mark.parametrize(
-    ("ampere", "has_kernel", "why"), [(False, True, "RTX 2080"), (True, False, "torch 2.11 or newer")]
-)
-def test_flash_that_cannot_run_says_why(
-    ampere: bool, has_kernel: bool, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed_attention, "capability_of", lambda device: (8 if ampere else 7, 5))
-    monkeypatch.setattr(packed_attention, "find_kernel", lambda: varlen_reference if has_kernel else None)
-    with pytest.raises(UserError) as refused:
-        choose_attention(recipe("flash"), gpu())
-    assert why in (refused.value.why or "")
-
-
 @pytest.mark.parametrize("ampere", [True, False])
 @pytest.mark.parametrize("has_kernel", [True, False])
 def test_the_estimate_assumes_the_attention_that_the_trainer_chooses(

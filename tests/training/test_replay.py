@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from array import array
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.events import DataReady, Evaluated, Health
-from qlora_tui.runs.retry import RetryPlan
-from qlora_tui.runs.suggested_fix import suggest_fix
+from qlora_tui.runs.events import DataReady, Evaluated
 from qlora_tui.training.forgetting import GENERAL_PROMPTS
 from qlora_tui.training.replay import (
     REPLAY_PROMPTS,
@@ -88,18 +83,6 @@ def test_replayed_answers_are_read_back_or_refused(tmp_path: Path) -> None:
 def test_no_replay_prompt_measures_forgetting() -> None:
     assert not set(REPLAY_PROMPTS) & set(GENERAL_PROMPTS)
     assert len(set(REPLAY_PROMPTS)) == len(REPLAY_PROMPTS) == 48
-
-
-def test_forgetting_offers_replay_and_then_a_lower_rate() -> None:
-    def changes(recipe: Recipe) -> Any:
-        finding = Health(at=1.0, kind="forgetting", severity="warning", evidence="", remedy="")
-        fix = suggest_fix("finished", [finding], None, recipe, RetryPlan())
-        assert fix is not None
-        return fix.changes
-
-    assert changes(Recipe()) == {"training.replay_share": 0.1}
-    most = replace_setting(Recipe(), "training.replay_share", 0.5)
-    assert changes(most) == {"training.learning_rate": 1e-4}
 
 
 def test_replay_lowers_what_overtraining_raises(recipe: MakeRecipe, trainers: Trainers) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,29 +9,14 @@ import pytest
 
 pytest.importorskip("torch")
 
-from qlora_tui.recipe.schema import Data, Recipe, Source, Training
+from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.training import setup
-from tests.data.families import family
 
 pytestmark = pytest.mark.slow
 
 
 def ignore(*_: object) -> None:
     """Of a reporter."""
-
-
-def test_files_that_are_not_read_are_in_the_log(tmp_path: Path) -> None:
-    for name in ("rows.jsonl", "dev_blog.jsonl"):
-        (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    lines: list[str] = []
-    run: Any = SimpleNamespace(
-        recipe=Recipe(data=Data(sources=(Source(path=str(tmp_path)),))),
-        reporter=SimpleNamespace(phase=ignore, progress=ignore, log=lines.append),
-        tokenizer=family("chatml"),
-        checkpoint=None,
-    )
-    assert setup._tokenize(run).counts.rows == 4
-    assert [line for line in lines if "dev_blog.jsonl" in line]
 
 
 def test_every_process_takes_what_the_first_chose_from_the_least_memory() -> None:

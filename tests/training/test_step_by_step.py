@@ -163,36 +163,3 @@ def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
     )
     assert warning.remedy.startswith("This run uses their code instead")
     assert len(events_of(run, Step)) == STEPS and isinstance(events(run)[-1], Finished)
-
-
-def in_two_dtypes(losses: list[float], *, noise: float, dtype: str = "bfloat16") -> list[Agreement]:
-    """Ours with these losses in one dtype, beside a plain script whose losses are 3 and 2 in fp32."""
-    step_by_step, noisy = (
-        Measurement(losses=[3.0, 2.0 + more], grad_norms=[1.0, 1.0]) for more in (0.0, noise)
-    )
-    pairs = {"bfloat16": Pair(noisy, noisy), "float32": Pair(step_by_step, step_by_step)}
-    pairs[dtype] = replace(pairs[dtype], ours=Measurement(losses=losses, grad_norms=[1.0, 1.1]))
-    return agreements(pairs)
-
-
-def test_the_largest_difference_is_named_with_its_step() -> None:
-    loss, norm, *in_float32 = in_two_dtypes([3.125, 2.75], noise=0.25)
-    assert (loss.step, loss.difference, loss.limit) == (2, 0.5, 0.25)
-    assert "step 2" in str(loss)
-    assert norm.difference == pytest.approx(0.1)
-    assert [each.difference for each in in_float32] == [0.0, 0.0]
-
-
-def test_more_than_the_noise_is_a_failure() -> None:
-    assert in_two_dtypes([3.0, 2.5], noise=0.25)[0].within_limit
-    assert not in_two_dtypes([3.0, 2.51], noise=0.25)[0].within_limit
-
-
-def test_float32_may_differ_by_a_256th_of_the_noise() -> None:
-    within, outside = (in_two_dtypes([3.0, 2.0 + x], noise=0.25, dtype="float32")[2] for x in (0.0009, 0.001))
-    assert within.within_limit
-    assert not outside.within_limit
-
-
-def test_a_loss_that_is_not_a_number_is_a_failure() -> None:
-    assert not in_two_dtypes([float("nan"), 2.25], noise=0.25)[0].within_limit
