@@ -16,7 +16,7 @@ from qlora_tui.data.conversation import (
     medium_of,
     placeholder,
 )
-from qlora_tui.data.formats import RowFormat, detect, parse, parts_of
+from qlora_tui.data.formats import RowFormat, detect, parse
 from qlora_tui.data.row import Row
 from qlora_tui.errors import UserError
 
@@ -249,13 +249,6 @@ def test_plain_text_is_read_as_text() -> None:
     assert read("Once upon a time")[1].text == "Once upon a time"
 
 
-def test_the_evidence_names_columns_and_counts() -> None:
-    rows = [Row(n, {"instruction": "a", "output": "b", "id": n}) for n in range(5)] + [Row(6, {"id": 6})]
-    detection = detect(rows, "file")
-    assert "column 'instruction' in 5 of 6 rows" in detection.evidence
-    assert "not used: id" in detection.evidence
-
-
 def test_alpaca_puts_the_input_under_the_instruction_and_keeps_history() -> None:
     row = {
         "instruction": "Sum up.",
@@ -397,12 +390,6 @@ def test_several_labels_of_a_text_are_read_with_commas_between() -> None:
     assert read({"s": "T", "y": [1, 0]}, columns=columns)[1].messages[1].content == "good, bad"
 
 
-def test_labels_without_names_are_pointed_out() -> None:
-    detection = detect([Row(1, {"text": "a", "label": 0})], "file")
-    assert any("label_names" in line for line in detection.evidence)
-    assert parse(Row(1, {"text": "a", "label": 0}), detection.layout).messages[1].content == "0"
-
-
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
@@ -508,11 +495,6 @@ def test_a_chosen_format_reads_turns_in_either_spelling() -> None:
     assert read({"conversations": SHAREGPT}, "messages")[1].messages == PLAIN
 
 
-def test_every_format_lists_its_parts() -> None:
-    assert parts_of("alpaca")[:2] == ("instruction", "output")
-    assert "label_names" in parts_of("label")
-
-
 @pytest.mark.parametrize(
     ("fields", "column"),
     [
@@ -606,11 +588,6 @@ def test_an_answer_may_be_an_element_of_html() -> None:
     question = Message("user", "Which element plays a film?")
     assert placeholder((question, Message("assistant", "<video>"))) == ""
     assert placeholder((question, Message("assistant", "<image>"))) == "Turn 2 has the placeholder <image>."
-
-
-def test_a_placeholder_beside_a_code_block_is_named() -> None:
-    text = "<image>\n```python\nprint(1)\n```\nDoes this draw it?"
-    assert placeholder((Message("user", text),)) == "Turn 1 has the placeholder <image>."
 
 
 def test_types_of_parts_are_told_apart() -> None:

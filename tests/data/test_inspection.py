@@ -59,14 +59,6 @@ def test_without_a_tokenizer_lengths_are_in_characters(tmp_path: Path) -> None:
     assert (report.counts.conversations, report.counts.tokens, report.template) == (1, 0, "")
 
 
-def test_the_length_limit_and_the_longest_row_are_named(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", [*pairs(3), {"prompt": "x", "completion": "word " * 99}])
-    report = inspect(source, family("chatml"), Data(max_length=64))
-    assert report.too_long == 1
-    assert report.lengths.longest_row == 4
-    assert report.counts.cut == 1
-
-
 def test_a_folder_reports_each_of_its_files(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", pairs(3))
     (tmp_path / "b.csv").write_text("question,answer\nq,a\n")
@@ -123,11 +115,6 @@ def test_a_cut_row_and_a_rejected_row_are_shown(tmp_path: Path) -> None:
     assert cut.token_counts[0] > 32
     refused = show(source, 2, family("chatml"))
     assert (refused.samples, refused.refused) == ((), "The prompt is empty.")
-
-
-def test_a_row_beyond_the_end_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No such row"):
-        show(write(tmp_path / "a.jsonl", pairs(3)), 4, family("chatml"))
 
 
 def test_any_line_of_a_large_file_can_be_shown(tmp_path: Path) -> None:
@@ -204,14 +191,6 @@ def test_a_row_of_any_file_in_a_folder_is_shown(tmp_path: Path) -> None:
     assert "number 11" in "".join(piece.text for piece in shown.samples[0])
     assert show(Source(path=str(tmp_path)), 1, family("chatml")).path == str(tmp_path / "a.jsonl")
     assert [file.last_row for file in inspect(Source(path=str(tmp_path))).files] == [3, 3]
-
-
-def test_a_file_of_one_row_is_told(tmp_path: Path) -> None:
-    kinds = [
-        [problem.kind for problem in inspect(write(tmp_path / f"{count}.jsonl", pairs(count))).problems]
-        for count in (1, 2)
-    ]
-    assert kinds == [["one-row"], []]
 
 
 @pytest.mark.parametrize(

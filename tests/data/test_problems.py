@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 
 from qlora_tui.data.dataset import prepare_dataset
-from qlora_tui.data.inspection import inspect, show
-from qlora_tui.data.problems import CHECKS, MAX_LISTED_ROWS, NOTES, ProblemCounter, row_outcome
-from qlora_tui.data.render import render
+from qlora_tui.data.inspection import inspect
+from qlora_tui.data.problems import CHECKS, MAX_LISTED_ROWS, ProblemCounter, row_outcome
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from tests.data.conversation_shapes import conversation
 from tests.data.families import CHATML, MARKED, STRIPS, family, tokenizer_for, tokenizer_json
 
 WITHOUT_END = MARKED.replace(
@@ -217,22 +215,6 @@ def test_a_secret_is_not_shown_whole(tmp_path: Path) -> None:
     assert problem.example == "hf_a1B… (39 characters)"
 
 
-def test_one_row_says_what_is_wrong_with_it(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(pair("caf\ufffd", "<|im_end|>")))
-    findings = show(Source(path=str(path)), 1, family("chatml")).findings
-    assert [kind for kind, _ in findings] == ["encoding-damage", "control-tokens"]
-
-
-def test_every_note_has_words() -> None:
-    notes = set()
-    for name in ("no-system", "chatml", "tools"):
-        for shape in ("system", "tool"):
-            notes |= set(render(conversation(shape), family(name))[0].notes)
-    assert notes
-    assert notes <= NOTES.keys()
-
-
 def test_a_tally_keeps_the_first_rows_and_counts_the_rest() -> None:
     tally = ProblemCounter()
     for row in range(1, MAX_LISTED_ROWS + 51):
@@ -301,13 +283,6 @@ def test_what_stays_of_a_text_is_counted_in_tokens(tmp_path: Path) -> None:
         f'data.overflow = "cut-right" keeps the first 64 of {whole:,} tokens; splitting makes '
         f"{-(-whole // 64)} rows of them."
     )
-
-
-def test_split_texts_and_texts_that_fit_are_no_problem(tmp_path: Path) -> None:
-    source = texts(tmp_path / "book.txt", 500)
-    for data in (Data(max_length=64, overflow="split"), Data(max_length=4096)):
-        kinds = {p.kind for p in inspect(source, family("chatml"), data).problems}
-        assert not kinds & {"long-text", "too-long", "nothing-left"}
 
 
 def test_without_a_tokenizer_the_rows_of_a_split_are_estimated(tmp_path: Path) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
 from qlora_tui.adapters.merged_weights import requantizer
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf import estimated_bytes, rows_without_k_blocks
 from qlora_tui.recipe.schema import Quantization
-from qlora_tui.tui.screens.runs import export_choices
 
 pytestmark = pytest.mark.slow
 
@@ -52,14 +48,3 @@ def test_the_size_of_a_gguf_file_leaves_out_the_tower() -> None:
 
 def test_rows_that_do_not_fit_k_blocks_are_known() -> None:
     assert rows_without_k_blocks(GEMMA) == (1000,)
-
-
-@pytest.mark.parametrize("kind, is_said", [("Q4_K_M", True), ("Q8_0", False)])
-def test_the_dialog_says_which_rows_are_stored_larger(
-    kind: str, is_said: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export_choices, "is_installed", lambda: True)
-    budget: Any = SimpleNamespace(bytes=1 << 40, name="the GPU")
-    choices = export_choices.export_choices(GEMMA, budget, 7, kind)
-    detail = next(choice.detail for choice in choices if choice.id == "gguf")
-    assert ("stores rows of 1,000 weights, not whole blocks of 256, as larger types" in detail) == is_said

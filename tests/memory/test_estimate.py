@@ -27,7 +27,7 @@ from qlora_tui.memory import (
     trainer_execution,
 )
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.memory.estimate import LOADING, cached_estimate, why_int8_is_larger
+from qlora_tui.memory.estimate import LOADING, cached_estimate
 from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES, context_range
 from qlora_tui.memory.static_memory import optimizer_step_bytes
@@ -95,23 +95,9 @@ def test_items_add_up_to_what_must_be_free() -> None:
         assert estimated.allocated_bytes <= estimated.reserved_bytes <= estimated.process_bytes
 
 
-def test_every_item_has_a_label_and_a_sentence() -> None:
-    recipe = Recipe(lora=Lora(dropout=0.1), training=Training(gradient_checkpointing="off"))
-    for estimated in compare(recipe, qwen_7b()).values():
-        assert all(item.label and item.explanation.endswith(".") for item in estimated.items)
-
-
 def test_fewer_bits_need_less_memory() -> None:
     estimates = compare(Recipe(), qwen_7b())
     assert estimates["nf4"].process_bytes < estimates["int8"].process_bytes < estimates["fp16"].process_bytes
-
-
-def test_only_int8_above_fp16_has_a_reason() -> None:
-    long = compare(Recipe(data=Data(max_length=8192)), tinyllama())
-    assert long["int8"].total_bytes > long["fp16"].total_bytes
-    assert "not recomputed" in why_int8_is_larger(long["int8"], long["fp16"])
-    short = compare(Recipe(), qwen_7b())
-    assert not why_int8_is_larger(short["int8"], short["fp16"])
 
 
 def test_weights_of_a_7b_model_follow_the_formula() -> None:
@@ -340,12 +326,6 @@ def test_a_peak_while_loading_itemizes_the_training_step() -> None:
     assert first.bytes_of("optimizer") > 0
     assert first.step_bytes < second.step_bytes < second.total_bytes == first.total_bytes
     assert sum(item.bytes for item in first.items) == first.total_bytes
-
-
-def test_int8_says_why_it_takes_more() -> None:
-    compared = compare(Recipe(), tinyllama())
-    assert any("although activations are recomputed" in note for note in compared["int8"].notes)
-    assert not compared["nf4"].notes
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.memory import Device, as_json, cheapest_changes, estimate, plan_kept_layers, trainer_execution
+from qlora_tui.memory import Device, cheapest_changes, estimate, plan_kept_layers, trainer_execution
 from qlora_tui.memory.calibration import TransferSpeed, measured_speed, record_speed, speed_file
 from qlora_tui.memory.estimate import step_timeline
-from qlora_tui.memory.step_choice import copied_bytes, describe_host_memory, describe_slowdown, slowdown
+from qlora_tui.memory.step_choice import copied_bytes, describe_host_memory, slowdown
 from qlora_tui.memory.weights import streamed_indices, streamed_weights
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Training
@@ -95,28 +95,8 @@ def test_a_step_takes_the_longer_of_copies_and_products(llama: Architecture) -> 
     assert factor(streaming(32), bytes_per_s=1e15, flops_per_s=60e12) == 1
 
 
-def test_nothing_is_said_of_speeds_that_were_not_measured(llama: Architecture) -> None:
-    execution = trainer_execution(RECIPE, Device(), llama)
-    words = describe_slowdown(streaming(32), llama, execution, None)
-    assert words == "slower: `qlora-tui doctor` measures how much"
-    assert "×" in describe_slowdown(streaming(32), llama, execution, replace_speed(1e9))
-    assert describe_slowdown(streaming(32), llama, execution, replace_speed(1e15)) == "about as fast"
-
-
 def replace_speed(bytes_per_s: float) -> TransferSpeed:
     return TransferSpeed(at=0.0, bytes_per_s=bytes_per_s, flops_per_s=SPEED.flops_per_s)
-
-
-def test_a_sentence_says_what_is_streamed_and_its_cost(llama: Architecture) -> None:
-    device = Device(speed=replace_speed(1e9))
-    sentence = describe_host_memory(streaming(20), llama, device)
-    assert sentence.startswith("20 of 32 layers are streamed: 5.3 GiB of host memory hold the base.")
-    assert sentence.endswith("× slower.")
-    report = as_json(streaming(20), llama, None, device=device)
-    assert report["host_memory"] == sentence
-    assert report["precisions"]["nf4"]["host_bytes"] == estimate(streaming(20), llama).host_bytes
-    assert not describe_host_memory(RECIPE, llama, device)
-    assert not describe_host_memory(streaming(20), llama, Device(kind="cpu"))
 
 
 def test_streaming_is_offered_with_its_cost(llama: Architecture) -> None:

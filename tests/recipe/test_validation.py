@@ -39,36 +39,10 @@ def refused(text: str) -> InvalidRecipeError:
             '[quantization]\nprecision = "fp16"',
             "line 2: quantization.precision is not a setting\n  Did you mean quantization.method?",
         ),
-        ("[lora]\nUSE-DORA = true", "line 2: lora.USE-DORA is not a setting\n  Did you mean lora.use_dora?"),
-        (
-            "[training]\nwarmup_steps = 10",
-            "line 2: training.warmup_steps is not a setting\n  Did you mean training.warmup_ratio?",
-        ),
-        (
-            "[data]\nvalidation_share = 0.0",
-            "line 2: data.validation_share is not a setting\n  Did you mean data.validation_fraction?",
-        ),
-        ("batch_size = 8", "line 1: batch_size is not a setting\n  Did you mean training.micro_batch_size?"),
-        (
-            "[lora]\nlerning_rate = 1",
-            "line 2: lora.lerning_rate is not a setting\n  Did you mean training.learning_rate?",
-        ),
-        (
-            "[quantization]\nzzz = 1",
-            "line 2: quantization.zzz is not a setting\n"
-            "  [quantization] takes method, double_quantization, experts, compute_dtype, streamed_layers",
-        ),
-        (
-            "zzz = 1",
-            "line 1: zzz is not a setting\n"
-            "  The sections are [model], [quantization], [lora], [data], [training]",
-        ),
         ("[trainig]\nepochs = 1", "line 1: [trainig] is not a section\n  Did you mean [training]?"),
         ("lora = 3", "line 1: lora must be a section, not 3\n  Write [lora]"),
         ("[lora]\nrank = 5000", "line 2: lora.rank must be a whole number from 1 to 1,024, not 5,000"),
         ("[lora]\nrank = 0", "line 2: lora.rank must be a whole number from 1 to 1,024, not 0"),
-        ("[lora]\nrank = true", "line 2: lora.rank must be a whole number from 1 to 1,024, not true"),
-        ("[lora]\nrank = 16.5", "line 2: lora.rank must be a whole number from 1 to 1,024, not 16.5"),
         (
             "[lora]\nrank = 16.0",
             "line 2: lora.rank must be a whole number from 1 to 1,024, not 16\n  Write 16",
@@ -85,18 +59,9 @@ def refused(text: str) -> InvalidRecipeError:
         ("[lora]\nalpha = nan", "line 2: lora.alpha must be a number above 0 and at most 8,192, not nan"),
         ("[lora]\nalpha = inf", "line 2: lora.alpha must be a number above 0 and at most 8,192, not inf"),
         (
-            "[training]\nlearning_rate = 2.5e7",
-            "line 2: training.learning_rate must be a number above 0 and at most 1, not 25,000,000",
-        ),
-        (
             "[training]\nepochs = 2030-01-01",
             "line 2: training.epochs must be a number above 0 and at most 1,000, not a date or time",
         ),
-        (
-            '[data]\npacking = "True"',
-            'line 2: data.packing must be true or false, not "True"\n  Write true',
-        ),
-        ("[model]\nid = 7", "line 2: model.id must be a text in quotes, not 7"),
         (
             f"name = '{'n' * 81}'",
             f'line 1: name must be a text in quotes of at most 80 characters, not "{"n" * 39}…"',
@@ -107,55 +72,20 @@ def refused(text: str) -> InvalidRecipeError:
             '  Did you mean "nf4"?',
         ),
         (
-            "[quantization]\nmethod = 4",
-            "line 2: quantization.method must be one of nf4, fp4, int8, none, not 4",
-        ),
-        (
-            "[lora]\ntarget_modules = 'q_proj'",
-            'line 2: lora.target_modules must be a non-empty list of texts, not "q_proj"\n  Write ["q_proj"]',
-        ),
-        (
             "[lora]\ntarget_modules = []",
             "line 2: lora.target_modules must be a non-empty list of texts, not an empty list",
-        ),
-        (
-            "[lora]\ntarget_modules = [1]",
-            "line 2: lora.target_modules must be a non-empty list of texts, not a list",
         ),
         (
             "[lora]\ntarget_modules = ['8-3.q_proj']",
             'line 2: lora.target_modules: layers "8-3" run backwards\n  Write 3-8',
         ),
         (
-            "[lora]\ntarget_modules = ['*']",
-            'line 2: lora.target_modules: "*" is not a target pattern\n  Write all-linear, a module name '
-            "(q_proj), layers and a name (8-23.q_proj), or a full module path",
-        ),
-        ("[lora.rank]\nx = 1", "line 1: lora.rank must be a whole number from 1 to 1,024, not a table"),
-        (
             "[data]\nsources = 'a'",
             'line 2: data.sources must be a list of tables, not "a"\n  Write [{ path = "a" }]',
         ),
         (
-            "[data]\nsources = ['a']",
-            'line 2: data.sources[1] must be a table, not "a"\n  Write { path = "a" }',
-        ),
-        (
-            "[[data.sources]]\npath = 'a'\n\n[[data.sources]]\npath = 'b'\nformt = 'text'",
-            "line 6: data.sources[2].formt is not a setting\n  Did you mean format?",
-        ),
-        (
-            "[[data.sources]]\npath = 'a'\nzzz = 1",
-            "line 3: data.sources[1].zzz is not a setting\n"
-            "  A source takes path, format, columns, weight, excluded_rows",
-        ),
-        (
             "[[data.sources]]\nformat = 'text'",
             "line 1: data.sources[1] has no path\n  Add path = …, a non-empty text in quotes",
-        ),
-        (
-            "[[data.sources]]\npath = 'a'\n[data.sources.columns]\nprompt = 1",
-            "line 3: data.sources[1].columns must be a table of texts, not a table",
         ),
         (
             "[data]\nmax_length = 10\nsources = [\n  { path = 'a', weight = 0 },\n]",

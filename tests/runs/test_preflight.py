@@ -15,11 +15,9 @@ from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
-from qlora_tui.installation import install_command
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source, Training
 from qlora_tui.runs import data_checks
-from qlora_tui.runs import preflight as tracker_packages
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
@@ -90,16 +88,6 @@ def test_repaired_files_and_validation_files_are_checked_again(tmp_path: Path) -
     held.write_text(good * 2 + "{bad\n")
     check = _data_check(recipe)
     assert check.outcome == "error" and "held.jsonl, row 3" in check.text
-
-
-def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for name in ("rows.jsonl", "dev_blog.jsonl", "README.md"):
-        (folder / name).write_text('{"prompt": "a", "completion": "b"}\n')
-    note, *others = preflight_data(Recipe(data=Data(sources=(Source(path=str(folder)),))))
-    assert note.outcome == "note" and "dev_blog.jsonl" in note.text and "README.md" in note.text
-    assert [check.outcome for check in others] == ["ok"]
 
 
 def test_errors_of_an_earlier_inspection_are_reported_at_any_row(
@@ -219,18 +207,6 @@ def test_a_wrong_choice_for_preferences_comes_with_the_right_one(
     assert fixed.data.preferences == method and _data_check(fixed).outcome == "ok"
 
 
-def test_one_rated_answer_a_step_is_a_warning() -> None:
-    data, training = Data(preferences="kto", packing=False), Training(gradient_accumulation=1)
-    check = checks_by_kind(Recipe(data=data, training=training))[CheckKind.SETTINGS]
-    assert check.outcome == "warning" and "one answer" in check.text
-    assert check.suggested_fix is not None
-
-
-def preflight_data(recipe: Recipe) -> list[Check]:
-    checks = preflight(recipe, Machine(budget_for(None)))
-    return [check for check in checks if check.kind == CheckKind.DATA]
-
-
 def _data_check(recipe: Recipe) -> Check:
     return checks_by_kind(recipe)[CheckKind.DATA]
 
@@ -267,24 +243,6 @@ def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str
 def test_a_step_limit_below_the_epochs_is_a_warning(tmp_path: Path) -> None:
     assert _with_steps(tmp_path, 6) == ["Max steps is 6: the run ends after about 0.46 of the 2 epochs set."]
     assert _with_steps(tmp_path, 0) == ["About 26 steps in 2 epochs."]
-
-
-def test_a_learning_rate_far_above_the_usual_is_a_warning() -> None:
-    def outcome(rate: float) -> str:
-        checks = checks_by_kind(Recipe(training=Training(learning_rate=rate)))
-        return checks[CheckKind.SETTINGS].outcome if CheckKind.SETTINGS in checks else ""
-
-    assert outcome(0.02) == "warning"
-    assert outcome(2e-3) == ""
-
-
-def test_a_tracker_that_is_not_installed_blocks_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(training=Training(report_to="mlflow"))
-    monkeypatch.setattr(tracker_packages, "find_spec", lambda name: None)
-    check = checks_by_kind(recipe)[CheckKind.SETTINGS]
-    assert check.problem is not None and install_command("mlflow") in check.fix
-    monkeypatch.setattr(tracker_packages, "find_spec", lambda name: object())
-    assert CheckKind.SETTINGS not in checks_by_kind(recipe)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import math
 
 import pytest
@@ -14,14 +13,12 @@ from qlora_tui.runs.events import (
     Evaluated,
     Failed,
     Finished,
-    GeneralAnswers,
     Paused,
     Queued,
     Started,
     Step,
     StepVerified,
 )
-from qlora_tui.runs.metrics_table import metrics_csv
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
@@ -213,48 +210,3 @@ def test_the_best_evaluation_has_the_lowest_score_where_forgetting_counts(run: R
     view = RunView(run)
     view.refresh()
     assert view.best is not None and view.best.step == 5
-
-
-def test_counts_over_general_answers_are_described_and_tabulated(run: RunDir) -> None:
-    counts = GeneralAnswers(
-        answers=12,
-        ended=9,
-        base_ended=11,
-        looping=3,
-        base_looping=0,
-        refused=0,
-        base_refused=1,
-        json_prompts=4,
-        json_valid=2,
-        base_json_valid=4,
-    )
-    event = Evaluated(at=5.0, step=5, loss=1.0, forgetting=0.5, general_answers=counts)
-    with EventWriter(run.events_path) as log:
-        log.append(Evaluated(at=1.0, step=0, loss=2.0, forgetting=0.0))
-        log.append(event)
-    view = RunView(run)
-    view.refresh()
-    assert view.general_answers == counts
-    assert "of 12 general answers ended 9 (base 11), looping 3 (base 0)" in describe(event, 5)
-    before, after = csv.DictReader(metrics_csv(view).splitlines())
-    assert (before["forgetting"], before["answers_ended"]) == ("0", "")
-    assert (after["answers_ended"], after["answers_looping"], after["answers_valid_json"]) == (
-        "0.75",
-        "0.25",
-        "0.5",
-    )
-
-
-def test_rewards_of_a_preference_run_are_described_and_tabulated(run: RunDir) -> None:
-    step = structs.replace(a_step(1), reward_accuracy=0.75, reward_margin=0.125)
-    evaluated = Evaluated(at=5.0, step=1, loss=0.6, reward_accuracy=0.5, reward_margin=-0.25)
-    with EventWriter(run.events_path) as log:
-        log.append(step)
-        log.append(evaluated)
-    view = RunView(run)
-    view.refresh()
-    assert "75% right, margin 0.125" in describe(step, 2)
-    assert "validation loss 0.6, 50% right, margin -0.25" in describe(evaluated, 2)
-    (row,) = csv.DictReader(metrics_csv(view).splitlines())
-    columns = ("reward_margin", "validation_reward_accuracy", "validation_reward_margin")
-    assert [row[name] for name in columns] == ["0.125", "0.5", "-0.25"]
