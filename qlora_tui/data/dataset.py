@@ -11,7 +11,7 @@ import hashlib
 import re
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from qlora_tui.checksums import mismatch, write_checksums
 from qlora_tui.data.dataset_report import Counts
-from qlora_tui.data.dataset_scan import DatasetScanner, Work, open_worker_pool
+from qlora_tui.data.dataset_scan import DatasetScanner, open_worker_pool
 from qlora_tui.data.excluded_rows import (
     EVERY_FILE,
     all_excluded,
@@ -172,45 +172,31 @@ def _make(
     fraction = 0.0 if validation_source is not None else recipe.data.validation_fraction
     total = sum(file.path.stat().st_size for file in files)
     outcomes = RowProcessor(recipe.data, tokenizer, recipe.training.seed)
+    excluded = excluded_by_file(every_source(recipe.data), [(file.source, file.path) for file in files])
+    split = Split(folder, fraction)
     with open_worker_pool(outcomes, total) as work, Writer(folder, _file_names(recipe, files)) as writer:
-        maker = _Maker(writer, Split(folder, fraction), recipe, files, work)
+        scanner = DatasetScanner(recipe.data, work, excluded, sketched=split.wanted)
         done = 0
         for number, file in enumerate(files):
             position = Position()
-            for _ in maker.write(file, number, position):
+            for results in scanner.scan(file, position):
+                for one in results:
+                    if one.samples and one.key is not None:
+                        split.add(file.source, one.key, array("I", one.sketch))
+                        for sample in one.samples:
+                            writer.add(sample, file.source, one.row, one.key, number)
                 if progress is not None:
-                    so_far = maker.examiner.counts
+                    so_far = scanner.counts
                     share = min(1.0, (done + position.bytes) / (total or 1))
                     progress(PrepareProgress(share, so_far.rows, so_far.tokens))
             done += file.path.stat().st_size
-        problems = maker.examiner.problems()
+        problems = scanner.problems()
         raise_first_error(problems)
-        counts = maker.examiner.counts
-        if not counts.samples:
-            raise _nothing_left(counts, recipe)
-        data_hash = writer.finish(maker.split.held_back(), validation_source)
-    meta = _Meta(data_hash, counts, tuple(problems), maker.examiner.notes)
+        if not scanner.counts.samples:
+            raise _nothing_left(scanner.counts, recipe)
+        data_hash = writer.finish(split.held_back(), validation_source)
+    meta = _Meta(data_hash, scanner.counts, tuple(problems), scanner.notes)
     atomic_write(folder / "meta.json", msgspec.json.encode(meta))
-
-
-class _Maker:
-    """Writes the samples of rows that pass the checks."""
-
-    def __init__(self, writer: Writer, split: Split, recipe: Recipe, files: Sequence[SourceFile], work: Work):
-        self.split = split
-        excluded = excluded_by_file(every_source(recipe.data), [(file.source, file.path) for file in files])
-        self.examiner = DatasetScanner(recipe.data, work, excluded, sketched=split.wanted)
-        self._writer = writer
-
-    def write(self, file: SourceFile, number: int, position: Position) -> Iterator[None]:
-        """Write the samples of a file, the ``number``-th of all, yielding after each batch."""
-        for outcomes in self.examiner.scan(file, position):
-            for one in outcomes:
-                if one.samples and one.key is not None:
-                    self.split.add(file.source, one.key, array("I", one.sketch))
-                    for sample in one.samples:
-                        self._writer.add(sample, file.source, one.row, one.key, number)
-            yield
 
 
 def _key(

@@ -67,7 +67,9 @@ class DatasetScanner:
         self._counters: dict[tuple[int, str], ProblemCounter] = {}
         self._unused_files: list[DataProblem] = []
         self._long_texts: dict[tuple[int, str], LongTexts] = {}
-        self._seen, self._seen_in_validation = KeyTable(), KeyTable()
+        self._seen: dict[int, int] = {}
+        """First row with each key. A million rows take 116 MiB."""
+        self._seen_in_validation: dict[int, int] = {}
         self._near = NearDuplicates() if near_duplicates else None
 
     def scan(self, file: SourceFile, position: Position) -> Iterator[list[RowResult]]:
@@ -130,14 +132,14 @@ class DatasetScanner:
             seen = self._seen_in_validation
             if (trained := self._seen.get(key)) is not None:
                 tally.add("overlap", row, f"Row {row} of the validation file is row {trained} of the data.")
-        earlier = seen.first(key, row)
-        if earlier is not None:
+        if (earlier := seen.get(key)) is not None:
             tally.add("duplicate", row, f"Row {row} says the same as row {earlier}.")
-        elif (
-            self._near is not None
-            and (near := self._near.find_earlier(array("I", one.sketch), row)) is not None
-        ):
-            tally.add("near-duplicate", row, f"Row {row} is nearly the same as row {near}.")
+            return
+        seen[key] = row
+        if self._near is not None:
+            near = self._near.find_earlier(array("I", one.sketch), row)
+            if near is not None:
+                tally.add("near-duplicate", row, f"Row {row} is nearly the same as row {near}.")
 
     def _is_validation(self, source: int) -> bool:
         """Return whether a source is the recipe's validation file, which comes after its sources."""
@@ -240,50 +242,3 @@ def _keep(processor: RowProcessor) -> None:
 
 def _process(batch: Batch) -> list[RowResult]:
     return _processors[0].process(batch)
-
-
-_START_SLOTS = 1 << 10
-
-
-class KeyTable:
-    """Maps each key to the first row that had it."""
-
-    def __init__(self) -> None:
-        self._keys = array("Q", bytes(8 * _START_SLOTS))
-        self._rows = array("Q", bytes(8 * _START_SLOTS))
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def first(self, key: int, row: int) -> int | None:
-        """Return the earlier row with ``key``; None if there is none, and ``row`` is then stored."""
-        slot = self._slot(key)
-        if self._rows[slot]:
-            return self._rows[slot] - 1
-        self._keys[slot], self._rows[slot] = key, row + 1
-        self._count += 1
-        if 2 * self._count > len(self._keys):
-            self._grow()
-        return None
-
-    def get(self, key: int) -> int | None:
-        """Return the row stored for ``key``, or None."""
-        slot = self._slot(key)
-        return self._rows[slot] - 1 if self._rows[slot] else None
-
-    def _slot(self, key: int) -> int:
-        """Return the slot where ``key`` is, or would be."""
-        mask = len(self._keys) - 1
-        slot = key & mask
-        while self._rows[slot] and self._keys[slot] != key:
-            slot = (slot + 1) & mask
-        return slot
-
-    def _grow(self) -> None:
-        keys, rows = self._keys, self._rows
-        self._keys, self._rows = array("Q", bytes(16 * len(keys))), array("Q", bytes(16 * len(keys)))
-        for key, row in zip(keys, rows, strict=True):
-            if row:
-                slot = self._slot(key)
-                self._keys[slot], self._rows[slot] = key, row

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from qlora_tui.data import dataset
 from qlora_tui.data.dataset import PreparedDataset, PrepareProgress, prepare_dataset
-from qlora_tui.data.dataset_scan import KeyTable
 from qlora_tui.data.samples import TokenizedSample, truncate
 from qlora_tui.data.store import Store
 from qlora_tui.errors import UserError
@@ -441,13 +440,3 @@ def test_fitting_samples_are_unchanged_and_samples_without_answer_are_dropped() 
     assert truncate(SAMPLE, 10, "drop") == [SAMPLE]
     assert truncate(SAMPLE, 3, "cut-right") == []
     assert truncate(TokenizedSample([1, 2], b"\x00\x00"), 10, "drop") == []
-
-
-@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 50), max_size=3000))
-def test_the_key_table_remembers_the_first_row_of_each_key(keys: list[int]) -> None:
-    table, reference = KeyTable(), dict[int, int]()
-    for row, key in enumerate(keys):
-        assert table.first(key, row) == reference.get(key)
-        reference.setdefault(key, row)
-        assert table.get(key) == reference[key]
-    assert len(table) == len(reference)
