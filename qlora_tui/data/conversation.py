@@ -126,8 +126,8 @@ def media_column(fields: Mapping[str, Any]) -> str:
                 continue
         elif _is_struct(value):
             return f"The column {column!r} holds an image, a video or audio as bytes."
-        if not value or column not in suspects or _is_switch(value):
-            continue
+        if not value or column not in suspects or isinstance(value, bool | int | float):
+            continue  # a flag, or a count of images
         if medium := suspects[column]:
             return f"The column {column!r} holds {medium}."
         if isinstance(value, str) and value.lower().endswith(_ENDINGS):
@@ -190,8 +190,3 @@ def _is_struct(value: Any) -> bool:
     if isinstance(value, list) and value:
         value = value[0]
     return isinstance(value, dict) and value.keys() in _STRUCTS
-
-
-def _is_switch(value: Any) -> bool:
-    """Return whether the value is a number or a flag, such as a count of images, rather than a medium."""
-    return isinstance(value, bool | int | float)

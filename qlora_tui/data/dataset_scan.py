@@ -81,7 +81,11 @@ class DatasetScanner:
         rows = raw_rows(file.path, position)
         rows_before, left_out_before = self.counts.rows, self.counts.left_out
         self.last_row = 0
-        for outcomes in self._work(batches(file, rows, self._wants_sketches)):
+
+        def sketched() -> bool:
+            return self._sketched or (self._near is not None and not self._near.full)
+
+        for outcomes in self._work(batches(file, rows, sketched)):
             self.last_row = outcomes[-1].row if outcomes else self.last_row
             included = [one for one in outcomes if one.row not in excluded]
             self.counts.excluded += len(outcomes) - len(included)
@@ -101,9 +105,6 @@ class DatasetScanner:
         if self.counts.conversations:  # else it is an error of all files together
             problems += self._unused_files
         return sorted(problems, key=lambda p: p.severity != "error")
-
-    def _wants_sketches(self) -> bool:
-        return self._sketched or (self._near is not None and not self._near.full)
 
     def _count(self, tally: ProblemCounter, file: SourceFile, one: RowResult) -> None:
         counts, row = self.counts, one.row
@@ -128,7 +129,8 @@ class DatasetScanner:
 
     def _check_duplicates(self, tally: ProblemCounter, file: SourceFile, one: RowResult, key: int) -> None:
         row, seen = one.row, self._seen
-        if self._is_validation(file.source):
+        # The validation file comes after the sources.
+        if self._data.validation_path and file.source >= len(self._data.sources):
             seen = self._seen_in_validation
             if (trained := self._seen.get(key)) is not None:
                 tally.add("overlap", row, f"Row {row} of the validation file is row {trained} of the data.")
@@ -140,10 +142,6 @@ class DatasetScanner:
             near = self._near.find_earlier(array("I", one.sketch), row)
             if near is not None:
                 tally.add("near-duplicate", row, f"Row {row} is nearly the same as row {near}.")
-
-    def _is_validation(self, source: int) -> bool:
-        """Return whether a source is the recipe's validation file, which comes after its sources."""
-        return bool(self._data.validation_path) and source >= len(self._data.sources)
 
 
 MIN_CHILD_BYTES = 256 << 10

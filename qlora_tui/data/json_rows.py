@@ -104,12 +104,9 @@ def _held_rows(value: dict[str, Any]) -> list[Any] | None:
 
 
 def _is_set_of_rows(value: Any) -> bool:
-    is_objects = isinstance(value, list) and value and all(isinstance(v, dict) for v in value[:10])
-    return bool(is_objects) and not _is_chat(value)
-
-
-def _is_chat(values: list[Any]) -> bool:
-    return any("role" in v or "from" in v for v in values[:10])
+    if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value[:10]):
+        return False
+    return not any("role" in v or "from" in v for v in value[:10])  # else the turns of one conversation
 
 
 class _Values:

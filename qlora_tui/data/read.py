@@ -121,7 +121,9 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
                     what=f"{path} is empty.",
                     fix="Choose another file, or download this one again.",
                 )
-            yield from _READERS[kind or _guess(stream)](stream)
+            # Without a known suffix, it is JSON if it starts like it.
+            starts_as_json = stream.peek().lstrip()[:1] in (b"[", b"{")
+            yield from _READERS[kind or ("json" if starts_as_json else "text")](stream)
     except BrokenFileError as error:
         why = "Where the next row begins is not known, so no row after it can be read."
         raise unreadable(path, error.kind, f"Line {error.line}: {error}", why) from error
@@ -162,16 +164,6 @@ def unreadable(path: Path, kind: str, reason: str, why: str = "") -> DamagedFile
         why=why,
         fix=fixes.get(kind, ""),
     )
-
-
-def _guess(stream: Stream) -> str:
-    """Guess the format of a file without a known suffix: JSON if it starts like it, else text."""
-    start = stream.peek().lstrip()[:1]
-    return "json" if start in (b"[", b"{") else "text"
-
-
-def _jsonl_lines(stream: Stream) -> Iterator[Line]:
-    return (Line(number, line) for number, line in enumerate(stream.lines(), 1))
 
 
 def jsonl_row(number: int, line: bytes) -> Row | None:
@@ -227,14 +219,6 @@ def _text_rows(stream: Stream) -> Iterator[Row]:
             else:
                 yield Row(number=start, value={"text": "\n".join(paragraph)})
             paragraph = []
-
-
-def _csv_rows(stream: Stream) -> Iterator[Row]:
-    return _table_rows(stream, None)
-
-
-def _tsv_rows(stream: Stream) -> Iterator[Row]:
-    return _table_rows(stream, "\t")
 
 
 def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
@@ -387,9 +371,9 @@ def _delimiter(header: str) -> str:
 
 _READERS: dict[str, Callable[[Stream], Iterator[Row | Line]]] = {
     "json": json_rows,
-    "jsonl": _jsonl_lines,
-    "csv": _csv_rows,
-    "tsv": _tsv_rows,
+    "jsonl": lambda stream: (Line(number, line) for number, line in enumerate(stream.lines(), 1)),
+    "csv": lambda stream: _table_rows(stream, None),
+    "tsv": lambda stream: _table_rows(stream, "\t"),
     "text": _text_rows,
 }
 

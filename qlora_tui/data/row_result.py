@@ -96,7 +96,10 @@ class RowProcessor:
         rows = list(filter(None, map(row_of, batch.rows)))
         read = [conversation_of(row, batch.file) for row in rows]
         usable = [one for one in read if isinstance(one, Conversation)]
-        rendered = iter(self._render([each for one in usable for each in (one, *one.rejected)]))
+        sides = [each for one in usable for each in (one, *one.rejected)]
+        rendered: Iterator[list[TokenizedSample] | RowRejectedError] = ([] for _ in sides)
+        if self._tokenizer is not None:
+            rendered = render_many(sides, self._tokenizer, RenderOptions.of(self._data))
         return [
             RowResult(row.number, (one.kind, one.reason), messages=row.warnings)
             if isinstance(one, RowRejectedError)
@@ -105,11 +108,6 @@ class RowProcessor:
             )
             for row, one in zip(rows, read, strict=True)
         ]
-
-    def _render(self, usable: Sequence[Conversation]) -> Iterable[list[TokenizedSample] | RowRejectedError]:
-        if self._tokenizer is None:
-            return ([] for _ in usable)
-        return render_many(usable, self._tokenizer, RenderOptions.of(self._data))
 
     def _row_result(
         self,
@@ -134,10 +132,11 @@ class RowProcessor:
             return self._measured(result, conversation, rendered, self._tokenizer)
         if conversation.messages and not conversation.answers and self._data.train_on == "assistant":
             return replace(result, rejected=("no-answer", "No assistant turn is in the loss."))
+        characters = sum(len(m.content) + len(m.reasoning) for m in conversation.messages)
         return replace(
             result,
             notes=("reasoning-present",) if has_reasoning(conversation.messages) else (),
-            lengths=(_characters(conversation),),
+            lengths=(len(conversation.text) + characters,),
             long_text=estimated_long_text(conversation, self._data),
             counts=Counts(conversations=1),
         )
@@ -236,10 +235,6 @@ class RowProcessor:
             counts.split += overflow == "split"
             counts.cut += overflow != "split"
         return fitted
-
-
-def _characters(conversation: Conversation) -> int:
-    return len(conversation.text) + sum(len(m.content) + len(m.reasoning) for m in conversation.messages)
 
 
 _ALLOWED_AFTER: dict[str, tuple[str, ...]] = {

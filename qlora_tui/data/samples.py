@@ -188,7 +188,7 @@ def last_samples(
     if not conversation.text or len(samples) < 2:
         return samples
     shared = _shared(samples)
-    return [_masked(sample, shared) for sample in samples]
+    return [replace(s, loss_mask=bytes(shared) + s.loss_mask[shared:]) for s in samples]
 
 
 def side_names(conversation: Conversation) -> tuple[str, ...]:
@@ -225,8 +225,3 @@ def _shared(samples: Sequence[TokenizedSample]) -> int:
             break
         count += 1
     return count
-
-
-def _masked(sample: TokenizedSample, tokens: int) -> TokenizedSample:
-    mask = bytes(tokens) + sample.loss_mask[tokens:]
-    return replace(sample, loss_mask=mask)

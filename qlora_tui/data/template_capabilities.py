@@ -330,24 +330,22 @@ def reasoning_of(message: Message) -> str:
 
 def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Return the messages without reasoning."""
-    return tuple(map(_drop_reasoning, messages))
+    split = [(message, _inline(message)[1]) for message in messages]
+    return tuple(
+        replace(message, reasoning="", content=rest)
+        if message.reasoning or rest != message.content
+        else message
+        for message, rest in split
+    )
 
 
 def separate_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Return the messages with reasoning inside an answer moved to ``Message.reasoning``."""
-    return tuple(map(_separate_reasoning, messages))
-
-
-def _separate_reasoning(message: Message) -> Message:
-    inside, rest = _inline(message)
-    return replace(message, reasoning=inside, content=rest) if inside and not message.reasoning else message
-
-
-def _drop_reasoning(message: Message) -> Message:
-    _, rest = _inline(message)
-    if not message.reasoning and rest == message.content:
-        return message
-    return replace(message, reasoning="", content=rest)
+    split = [(message, *_inline(message)) for message in messages]
+    return tuple(
+        replace(message, reasoning=inside, content=rest) if inside and not message.reasoning else message
+        for message, inside, rest in split
+    )
 
 
 def _inline(message: Message) -> tuple[str, str]:
