@@ -83,193 +83,6 @@ def check_run(run: RunDir) -> CheckResult:
     return CheckResult(run.id, state, tuple(defects), run=run, seen=seen)
 
 
-def check_queue() -> CheckResult:
-    """Check the queue for runs that do not exist."""
-    defects = [
-        Defect(
-            f"{name} is queued and does not exist",
-            "a repair removes it from the queue",
-            partial(take_out, RunDir(paths.runs_dir() / name)),
-        )
-        for name in run_queue.waiting()
-        if not (paths.runs_dir() / name).is_dir()
-    ]
-    return CheckResult("queue", None, tuple(defects))
-
-
-def check_leftovers() -> CheckResult:
-    """List what killed processes left half written."""
-    defects = [
-        Defect(f"{path} was left by a killed process", "a repair deletes it", partial(delete, path))
-        for path in leftovers.leftovers()
-    ]
-    return CheckResult("leftovers", None, tuple(defects))
-
-
-def apply_repairs(
-    checked: CheckResult, check_again: Callable[[], CheckResult]
-) -> tuple[CheckResult, list[str]]:
-    """Repair what can be repaired; return a second check's result and what was done, in clauses.
-
-    A run is held in the meantime, so that no trainer starts on it, and skipped if it has changed since the
-    check. A repair that fails says why, and leaves its defect to the second check.
-    """
-    repairs = [defect for defect in checked.defects if defect.repair is not None]
-    if not repairs:
-        return checked, []
-    try:
-        with _held(checked) as refusal:
-            done = [f"left alone: {refusal}"] if refusal else _apply(repairs)
-    except (OSError, UserError) as error:
-        done = [f"could not repair {checked.name}: {_reason(error)}"]
-    return check_again(), done
-
-
-def fingerprint(run: RunDir) -> Fingerprint:
-    """Name, inode, size and time of the run's files and checkpoints. It changes with every repair."""
-    files: list[tuple[str, int, int, int]] = []
-    for folder in (run.path, run.checkpoints_dir):
-        with suppress(OSError), os.scandir(folder) as listed:
-            for entry in listed:
-                if entry.name != run.trainer_lock_path.name:
-                    stat = entry.stat(follow_symlinks=False)
-                    files.append((entry.path, stat.st_ino, stat.st_size, stat.st_mtime_ns))
-    return tuple(sorted(files))
-
-
-@contextmanager
-def _held(checked: CheckResult) -> Iterator[str]:
-    """Keep trainers and queue away from a run; yields why it cannot be repaired now, or an empty string."""
-    run = checked.run
-    if run is None:
-        yield ""
-        return
-    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as alone, run_queue.queue_lock():
-        state = read_status(run).state
-        if state in ACTIVE or state == "queued":
-            yield f"it is {state}"
-        elif alone is None:
-            yield "a trainer still has it"
-        elif fingerprint(run) != checked.seen:
-            yield "it has changed since it was checked"
-        else:
-            yield ""
-
-
-def _apply(defects: list[Defect]) -> list[str]:
-    done = []
-    for defect in defects:
-        assert defect.repair is not None
-        try:
-            done.append(defect.repair())
-        except (OSError, UserError) as error:
-            done.append(f"could not repair {defect.what}: {_reason(error)}")
-    return done
-
-
-def _reason(error: OSError | UserError) -> str:
-    return error.title if isinstance(error, UserError) else error.strerror or str(error)
-
-
-def put_back(run: RunDir, final: Path) -> str:
-    """Restore a folder that was moved aside for a replacement that is missing."""
-    leftovers.restore(run)
-    return f"put {final.name} back"
-
-
-def restore_recipe(run: RunDir, text: str, origin: Path) -> str:
-    """Write the recipe from its copy ``text``, read from the file ``origin``."""
-    keep = _place_aside(run.recipe_path) if run.recipe_path.exists() else None
-    atomic_write(run.recipe_path, text, durable=True, keep=keep)
-    return f"restored recipe.toml from {origin.relative_to(run.path)}"
-
-
-def rewrite_events(run: RunDir) -> str:
-    """Remove damaged lines from ``events.jsonl``."""
-    content = b"".join(line for line, _ in events_and_damage(run.events_path))
-    aside = _place_aside(run.events_path)
-    atomic_write(run.events_path, content, durable=True, keep=aside)
-    return f"left them out; the file as it was is {aside.name}"
-
-
-def restore_events(run: RunDir, aside: Path) -> str:
-    """Restore the events from the file that an interrupted repair moved aside."""
-    content = b"".join(line for line, _ in events_and_damage(aside))
-    atomic_write(run.events_path, content, durable=True)
-    return f"restored events.jsonl from {aside.name}"
-
-
-def set_aside(folder: Path) -> str:
-    """Move a damaged file or folder aside."""
-    return f"moved it to {_move_aside(folder).name}"
-
-
-def reopen(run: RunDir, damage: str) -> str:
-    """Turn a finished run into a failed one, so that it can be resumed."""
-    if run.adapter_dir.exists():
-        _move_aside(run.adapter_dir)
-    resume = f"`qlora-tui resume {run.id}`"
-    lost = Failed(
-        at=time.time(),
-        title="The adapter was lost",
-        what=f"After the run had finished, its adapter was found damaged: {damage}.",
-        fix=f"{resume} writes it again from the last checkpoint.",
-        kind="lost",
-    )
-    with EventWriter(run.events_path) as log:
-        log.append(lost)
-    write_status(run, read_status(run).transition("failed", detail=f"{lost.title}: {lost.what}"))
-    return f"{resume} writes it again now"
-
-
-def restore_status(run: RunDir) -> str:
-    """Write the status from the run's events."""
-    status = read_status(run)
-    if status.state == "lost":
-        record_outcome(run, determine_outcome(run, None))
-    elif is_stranded(run):
-        run_queue.mark_not_queued(run, "It was queued and was not in the queue.")
-    else:
-        write_status(run, status)
-    return f"it is {read_status(run).state} now"
-
-
-def take_out(run: RunDir) -> str:
-    """Remove a run that no longer exists from the queue."""
-    run_queue.remove(run)
-    return "taken out"
-
-
-def delete(path: Path) -> str:
-    """Delete the leftovers of a killed process."""
-    leftovers.delete(path)
-    return "deleted"
-
-
-def last_aside(path: Path) -> Path | None:
-    """Path to which a file or folder was last moved aside; None if it never was."""
-    asides = (path.with_name(name) for name in _names_aside(path))
-    return max(takewhile(Path.exists, asides), key=lambda aside: aside.stat().st_ctime_ns, default=None)
-
-
-def _move_aside(path: Path) -> Path:
-    """Rename a file or folder within its folder, durably; return its new path."""
-    aside = _place_aside(path)
-    path.rename(aside)
-    sync(path.parent)
-    return aside
-
-
-def _place_aside(path: Path) -> Path:
-    """First free name for ``path`` in its folder."""
-    return next(aside for name in _names_aside(path) if not (aside := path.with_name(name)).exists())
-
-
-def _names_aside(path: Path) -> Iterator[str]:
-    yield f"{_DAMAGED}{path.name}"
-    yield from (f"{_DAMAGED}{number}-{path.name}" for number in count(2))
-
-
 def _moved_aside(run: RunDir) -> Iterator[Defect]:
     for final in leftovers.moved_aside(run):
         earlier = kept_earlier(final)
@@ -278,6 +91,12 @@ def _moved_aside(run: RunDir) -> Iterator[Defect]:
         place = earlier.relative_to(final.parent)
         what = f"{final.name} was moved to {place} and the replacement is missing"
         yield Defect(what, "a repair moves it back", partial(put_back, run, final))
+
+
+def put_back(run: RunDir, final: Path) -> str:
+    """Restore a folder that was moved aside for a replacement that is missing."""
+    leftovers.restore(run)
+    return f"put {final.name} back"
 
 
 def _recipe(run: RunDir) -> Iterator[Defect]:
@@ -309,6 +128,13 @@ def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
         yield text, file
 
 
+def restore_recipe(run: RunDir, text: str, origin: Path) -> str:
+    """Write the recipe from its copy ``text``, read from the file ``origin``."""
+    keep = _place_aside(run.recipe_path) if run.recipe_path.exists() else None
+    atomic_write(run.recipe_path, text, durable=True, keep=keep)
+    return f"restored recipe.toml from {origin.relative_to(run.path)}"
+
+
 def _events(run: RunDir) -> Iterator[Defect]:
     aside = last_aside(run.events_path)
     if not run.events_path.exists() and aside is not None:
@@ -331,6 +157,21 @@ def _events(run: RunDir) -> Iterator[Defect]:
         )
 
 
+def rewrite_events(run: RunDir) -> str:
+    """Remove damaged lines from ``events.jsonl``."""
+    content = b"".join(line for line, _ in events_and_damage(run.events_path))
+    aside = _place_aside(run.events_path)
+    atomic_write(run.events_path, content, durable=True, keep=aside)
+    return f"left them out; the file as it was is {aside.name}"
+
+
+def restore_events(run: RunDir, aside: Path) -> str:
+    """Restore the events from the file that an interrupted repair moved aside."""
+    content = b"".join(line for line, _ in events_and_damage(aside))
+    atomic_write(run.events_path, content, durable=True)
+    return f"restored events.jsonl from {aside.name}"
+
+
 def _checkpoints(run: RunDir) -> Iterator[Defect]:
     for step, folder in run.checkpoints():
         damage = checkpoint_damage(folder)
@@ -340,6 +181,11 @@ def _checkpoints(run: RunDir) -> Iterator[Defect]:
                 "an earlier one is used instead; a repair moves this one aside",
                 partial(set_aside, folder),
             )
+
+
+def set_aside(folder: Path) -> str:
+    """Move a damaged file or folder aside."""
+    return f"moved it to {_move_aside(folder).name}"
 
 
 def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
@@ -360,10 +206,22 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
     yield Defect(f"adapter: {damage}", remedy, partial(reopen, run, damage))
 
 
-def _exports(run: RunDir) -> Iterator[Defect]:
-    for folder in unreadable_exports(run):
-        what = f"exports/{folder.name} cannot be read, so no list shows it"
-        yield Defect(what, f"what it wrote is whole; delete the record: {folder}")
+def reopen(run: RunDir, damage: str) -> str:
+    """Turn a finished run into a failed one, so that it can be resumed."""
+    if run.adapter_dir.exists():
+        _move_aside(run.adapter_dir)
+    resume = f"`qlora-tui resume {run.id}`"
+    lost = Failed(
+        at=time.time(),
+        title="The adapter was lost",
+        what=f"After the run had finished, its adapter was found damaged: {damage}.",
+        fix=f"{resume} writes it again from the last checkpoint.",
+        kind="lost",
+    )
+    with EventWriter(run.events_path) as log:
+        log.append(lost)
+    write_status(run, read_status(run).transition("failed", detail=f"{lost.title}: {lost.what}"))
+    return f"{resume} writes it again now"
 
 
 def _status(run: RunDir) -> Iterator[Defect]:
@@ -378,3 +236,145 @@ def _status(run: RunDir) -> Iterator[Defect]:
             f"`qlora-tui resume {run.id}` queues it; a repair records it as stopped",
             partial(restore_status, run),
         )
+
+
+def restore_status(run: RunDir) -> str:
+    """Write the status from the run's events."""
+    status = read_status(run)
+    if status.state == "lost":
+        record_outcome(run, determine_outcome(run, None))
+    elif is_stranded(run):
+        run_queue.mark_not_queued(run, "It was queued and was not in the queue.")
+    else:
+        write_status(run, status)
+    return f"it is {read_status(run).state} now"
+
+
+def _exports(run: RunDir) -> Iterator[Defect]:
+    for folder in unreadable_exports(run):
+        what = f"exports/{folder.name} cannot be read, so no list shows it"
+        yield Defect(what, f"what it wrote is whole; delete the record: {folder}")
+
+
+def check_queue() -> CheckResult:
+    """Check the queue for runs that do not exist."""
+    defects = [
+        Defect(
+            f"{name} is queued and does not exist",
+            "a repair removes it from the queue",
+            partial(take_out, RunDir(paths.runs_dir() / name)),
+        )
+        for name in run_queue.waiting()
+        if not (paths.runs_dir() / name).is_dir()
+    ]
+    return CheckResult("queue", None, tuple(defects))
+
+
+def take_out(run: RunDir) -> str:
+    """Remove a run that no longer exists from the queue."""
+    run_queue.remove(run)
+    return "taken out"
+
+
+def check_leftovers() -> CheckResult:
+    """List what killed processes left half written."""
+    defects = [
+        Defect(f"{path} was left by a killed process", "a repair deletes it", partial(delete, path))
+        for path in leftovers.leftovers()
+    ]
+    return CheckResult("leftovers", None, tuple(defects))
+
+
+def delete(path: Path) -> str:
+    """Delete the leftovers of a killed process."""
+    leftovers.delete(path)
+    return "deleted"
+
+
+def apply_repairs(
+    checked: CheckResult, check_again: Callable[[], CheckResult]
+) -> tuple[CheckResult, list[str]]:
+    """Repair what can be repaired; return a second check's result and what was done, in clauses.
+
+    A run is held in the meantime, so that no trainer starts on it, and skipped if it has changed since the
+    check. A repair that fails says why, and leaves its defect to the second check.
+    """
+    repairs = [defect for defect in checked.defects if defect.repair is not None]
+    if not repairs:
+        return checked, []
+    try:
+        with _held(checked) as refusal:
+            done = [f"left alone: {refusal}"] if refusal else _apply(repairs)
+    except (OSError, UserError) as error:
+        done = [f"could not repair {checked.name}: {_reason(error)}"]
+    return check_again(), done
+
+
+@contextmanager
+def _held(checked: CheckResult) -> Iterator[str]:
+    """Keep trainers and queue away from a run; yields why it cannot be repaired now, or an empty string."""
+    run = checked.run
+    if run is None:
+        yield ""
+        return
+    with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as alone, run_queue.queue_lock():
+        state = read_status(run).state
+        if state in ACTIVE or state == "queued":
+            yield f"it is {state}"
+        elif alone is None:
+            yield "a trainer still has it"
+        elif fingerprint(run) != checked.seen:
+            yield "it has changed since it was checked"
+        else:
+            yield ""
+
+
+def fingerprint(run: RunDir) -> Fingerprint:
+    """Name, inode, size and time of the run's files and checkpoints. It changes with every repair."""
+    files: list[tuple[str, int, int, int]] = []
+    for folder in (run.path, run.checkpoints_dir):
+        with suppress(OSError), os.scandir(folder) as listed:
+            for entry in listed:
+                if entry.name != run.trainer_lock_path.name:
+                    stat = entry.stat(follow_symlinks=False)
+                    files.append((entry.path, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(sorted(files))
+
+
+def _apply(defects: list[Defect]) -> list[str]:
+    done = []
+    for defect in defects:
+        assert defect.repair is not None
+        try:
+            done.append(defect.repair())
+        except (OSError, UserError) as error:
+            done.append(f"could not repair {defect.what}: {_reason(error)}")
+    return done
+
+
+def _reason(error: OSError | UserError) -> str:
+    return error.title if isinstance(error, UserError) else error.strerror or str(error)
+
+
+def last_aside(path: Path) -> Path | None:
+    """Path to which a file or folder was last moved aside; None if it never was."""
+    asides = (path.with_name(name) for name in _names_aside(path))
+    return max(takewhile(Path.exists, asides), key=lambda aside: aside.stat().st_ctime_ns, default=None)
+
+
+def _move_aside(path: Path) -> Path:
+    """Rename a file or folder within its folder, durably; return its new path."""
+    aside = _place_aside(path)
+    path.rename(aside)
+    sync(path.parent)
+    return aside
+
+
+def _place_aside(path: Path) -> Path:
+    """First free name for ``path`` in its folder."""
+    return next(aside for name in _names_aside(path) if not (aside := path.with_name(name)).exists())
+
+
+def _names_aside(path: Path) -> Iterator[str]:
+    yield f"{_DAMAGED}{path.name}"
+    yield from (f"{_DAMAGED}{number}-{path.name}" for number in count(2))

@@ -146,27 +146,6 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
     )
 
 
-def check_system() -> list[Check]:
-    """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
-    return [_python(), *_disks(), check_locks(), check_gpu(read_machine())]
-
-
-def check_libraries(*, on_cpu: bool = False) -> list[Check]:
-    """Import, quantize, train and save a few weights, in a separate process; ``on_cpu``: not on the GPU."""
-    try:
-        return run_job(
-            "qlora_tui.training.selftest:check_training",
-            result=list[Check],
-            title="The self-test failed",
-            subject="The self-test",
-            fix=install_command(PROGRAM),
-            deadline_s=_SELFTEST_S,
-            environ=worker.subprocess_env() | ({GPU_VARIABLE: CPU} if on_cpu else {}),
-        )
-    except UserError as error:
-        return [Check(CheckKind.LIBRARY, "error", f"{error.what} {error.why}".strip(), error.fix)]
-
-
 def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
     """Check that torch can use the GPU, and that other programs leave ``needed_bytes`` of its memory free."""
     if machine.gpu_problem is not None:
@@ -190,61 +169,6 @@ def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
         fix = f"Close these programs: the run needs {format_gib(needed_bytes)} GiB."
         return Check(CheckKind.GPU, "error", text, fix)
     return Check(CheckKind.GPU, "warning", text, "Memory they allocate later is not available to this run.")
-
-
-def check_host_memory(needed_bytes: int) -> Check:
-    """Check that ``needed_bytes`` of streamed layers and offloaded inputs fit in free host memory."""
-    problem = host_memory_problem(needed_bytes)
-    if problem is not None:
-        return Check(CheckKind.HOST_MEMORY, "error", problem.what, problem.fix)
-    return Check(
-        CheckKind.HOST_MEMORY, "ok", f"{format_gib(needed_bytes)} GiB for streamed layers and their inputs."
-    )
-
-
-def several_gpus_problem(recipe: Recipe, gpus: int) -> UserError | None:
-    """Return the error for a recipe that trains on one GPU only, and is to train on ``gpus``."""
-    if gpus == 1:
-        return None
-    if recipe.lora.train_embeddings:
-        return UserError(
-            "Trained embeddings need a run on one GPU",
-            what=f"lora.train_embeddings is on, and this run has {gpus} GPUs.",
-            why="The gradients of embedding and head are not summed over several GPUs.",
-            fix="Set lora.train_embeddings = false, or train on one GPU.",
-            exit_code=EXIT_USAGE,
-        )
-    if not recipe.quantization.streamed_layers:
-        return None
-    return UserError(
-        "Streamed layers need a run on one GPU",
-        what=f"quantization.streamed_layers is set, and this run has {gpus} GPUs.",
-        why="Each process would hold the streamed layers in host memory, and copy them on the same bus.",
-        fix="Set quantization.streamed_layers to 0, or train on one GPU.",
-        exit_code=EXIT_USAGE,
-    )
-
-
-def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> UserError | None:
-    """The error for what does not fit in free host memory; None where it does.
-
-    Args:
-        needed_bytes: the whole base, which is loaded there before its layers are streamed, and the inputs of
-            its layers where they are offloaded.
-        limit_bytes: what a container allows, where that may be less than is free.
-    """
-    free = int(psutil.virtual_memory().available)
-    free = free if limit_bytes is None else min(free, limit_bytes)
-    if needed_bytes + _SPARE_HOST_BYTES <= free:
-        return None
-    return UserError(
-        "Host memory is too small",
-        what=f"Streamed layers and offloaded inputs need {format_gib(needed_bytes)} GiB of host memory, and "
-        f"{format_gib(free)} GiB of it are free.",
-        why="1 GiB stays free for other programs.",
-        fix="Close other programs, or choose a smaller model, fewer Streamed layers "
-        "(quantization.streamed_layers), or Gradient checkpointing (training.gradient_checkpointing) on.",
-    )
 
 
 def _without_gpu(error: GpuUnavailableError | None) -> Check:
@@ -281,6 +205,61 @@ def _format_process(process: GpuProcess) -> str:
     return f"{name} ({process.pid})"
 
 
+def check_host_memory(needed_bytes: int) -> Check:
+    """Check that ``needed_bytes`` of streamed layers and offloaded inputs fit in free host memory."""
+    problem = host_memory_problem(needed_bytes)
+    if problem is not None:
+        return Check(CheckKind.HOST_MEMORY, "error", problem.what, problem.fix)
+    return Check(
+        CheckKind.HOST_MEMORY, "ok", f"{format_gib(needed_bytes)} GiB for streamed layers and their inputs."
+    )
+
+
+def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> UserError | None:
+    """The error for what does not fit in free host memory; None where it does.
+
+    Args:
+        needed_bytes: the whole base, which is loaded there before its layers are streamed, and the inputs of
+            its layers where they are offloaded.
+        limit_bytes: what a container allows, where that may be less than is free.
+    """
+    free = int(psutil.virtual_memory().available)
+    free = free if limit_bytes is None else min(free, limit_bytes)
+    if needed_bytes + _SPARE_HOST_BYTES <= free:
+        return None
+    return UserError(
+        "Host memory is too small",
+        what=f"Streamed layers and offloaded inputs need {format_gib(needed_bytes)} GiB of host memory, and "
+        f"{format_gib(free)} GiB of it are free.",
+        why="1 GiB stays free for other programs.",
+        fix="Close other programs, or choose a smaller model, fewer Streamed layers "
+        "(quantization.streamed_layers), or Gradient checkpointing (training.gradient_checkpointing) on.",
+    )
+
+
+def several_gpus_problem(recipe: Recipe, gpus: int) -> UserError | None:
+    """Return the error for a recipe that trains on one GPU only, and is to train on ``gpus``."""
+    if gpus == 1:
+        return None
+    if recipe.lora.train_embeddings:
+        return UserError(
+            "Trained embeddings need a run on one GPU",
+            what=f"lora.train_embeddings is on, and this run has {gpus} GPUs.",
+            why="The gradients of embedding and head are not summed over several GPUs.",
+            fix="Set lora.train_embeddings = false, or train on one GPU.",
+            exit_code=EXIT_USAGE,
+        )
+    if not recipe.quantization.streamed_layers:
+        return None
+    return UserError(
+        "Streamed layers need a run on one GPU",
+        what=f"quantization.streamed_layers is set, and this run has {gpus} GPUs.",
+        why="Each process would hold the streamed layers in host memory, and copy them on the same bus.",
+        fix="Set quantization.streamed_layers to 0, or train on one GPU.",
+        exit_code=EXIT_USAGE,
+    )
+
+
 def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = "") -> Check:
     """Check that the disk of ``folder``, which may not exist yet, has ``needed_bytes`` free.
 
@@ -302,6 +281,11 @@ def check_queue(machine: Machine) -> Check:
     more = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
     fix = "Change the order on the Runs screen." if machine.waiting else ""
     return Check(CheckKind.QUEUE, "note", f"It waits for {ahead[0]}{more}.", fix)
+
+
+def check_system() -> list[Check]:
+    """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
+    return [_python(), *_disks(), check_locks(), check_gpu(read_machine())]
 
 
 def _python() -> Check:
@@ -330,3 +314,19 @@ def check_locks() -> Check:
         fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."
         return Check(CheckKind.LOCKS, "error", problem.what if problem else str(error), fix)
     return Check(CheckKind.LOCKS, "ok", f"work in {paths.state_dir()}")
+
+
+def check_libraries(*, on_cpu: bool = False) -> list[Check]:
+    """Import, quantize, train and save a few weights, in a separate process; ``on_cpu``: not on the GPU."""
+    try:
+        return run_job(
+            "qlora_tui.training.selftest:check_training",
+            result=list[Check],
+            title="The self-test failed",
+            subject="The self-test",
+            fix=install_command(PROGRAM),
+            deadline_s=_SELFTEST_S,
+            environ=worker.subprocess_env() | ({GPU_VARIABLE: CPU} if on_cpu else {}),
+        )
+    except UserError as error:
+        return [Check(CheckKind.LIBRARY, "error", f"{error.what} {error.why}".strip(), error.fix)]

@@ -151,6 +151,29 @@ class SummaryCache:
         return self._runs
 
 
+def _with_heartbeat(summary: RunSummary, status: Status) -> RunSummary:
+    if status.step <= summary.step:
+        return replace(summary, status=status)
+    return replace(summary, status=status, step=status.step, loss=status.loss)
+
+
+def _rank(summary: RunSummary, places: Mapping[str, int]) -> int:
+    if summary.status.state in ACTIVE:
+        return -1
+    return places.get(summary.id, len(places))
+
+
+def _changed_at(run: RunDir) -> int:
+    """mtime of the folder, when a file in it was last created or replaced: one stat instead of three.
+
+    Appending events does not change it, but the status or the heartbeat is always replaced afterwards.
+    """
+    try:
+        return run.path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def summarize(run: RunDir) -> RunSummary:
     """Read the summary of a run."""
     view, _ = RunView.from_sample(run, _STEPS)
@@ -199,6 +222,19 @@ def outline(run: RunDir) -> RunSummary:
     )
 
 
+def _readable_recipe(run: RunDir) -> Recipe | None:
+    try:
+        return run.recipe()
+    except UserError:
+        return None
+
+
+def _verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
+    if not isinstance(view.ending, Finished | Stopped) or not view.step:
+        return None
+    return judge_run(gather_evidence(view, read_task_headline(view.run), recipe))
+
+
 def short_model(recipe: Recipe) -> str:
     """The model's name without the publisher, folder, hash or suffix."""
     return short_model_name(recipe.model.id) or "none"
@@ -209,36 +245,6 @@ def short_settings(recipe: Recipe) -> str:
     training = recipe.training
     batch = f"{recipe.data.max_length:,}×{training.micro_batch_size}×{training.gradient_accumulation}"
     return f"{recipe.quantization.method} {format_rank(recipe.lora)} {batch}"
-
-
-def _with_heartbeat(summary: RunSummary, status: Status) -> RunSummary:
-    if status.step <= summary.step:
-        return replace(summary, status=status)
-    return replace(summary, status=status, step=status.step, loss=status.loss)
-
-
-def _rank(summary: RunSummary, places: Mapping[str, int]) -> int:
-    if summary.status.state in ACTIVE:
-        return -1
-    return places.get(summary.id, len(places))
-
-
-def _readable_recipe(run: RunDir) -> Recipe | None:
-    try:
-        return run.recipe()
-    except UserError:
-        return None
-
-
-def _changed_at(run: RunDir) -> int:
-    """mtime of the folder, when a file in it was last created or replaced: one stat instead of three.
-
-    Appending events does not change it, but the status or the heartbeat is always replaced afterwards.
-    """
-    try:
-        return run.path.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -434,9 +440,3 @@ def _metric_words(metric: Metric | None) -> str:
     if metric.comparison == "worse":
         return f"answers worse: {values}"
     return f"answers not clearly better: {values} on {pluralize(metric.rows, 'prompt')}"
-
-
-def _verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
-    if not isinstance(view.ending, Finished | Stopped) or not view.step:
-        return None
-    return judge_run(gather_evidence(view, read_task_headline(view.run), recipe))
