@@ -1,6 +1,7 @@
-"""Linear modules: the frozen base in 4, 8 or 16 bits and its adapter, as in bitsandbytes and peft.
+"""Linear modules: the frozen base in 4, 8 or 16 bits and its adapter.
 
-This project's fused functions, which save less than the library's (``training/fused``).
+First what a layer calls; then this project's fused functions, which save less than the libraries'
+(``training/fused``); then the modules of bitsandbytes and peft.
 """
 
 from __future__ import annotations
@@ -9,6 +10,92 @@ from collections.abc import Sequence
 
 from qlora_tui.memory.autograd import Grads, Tensor
 from qlora_tui.memory.ops import FLOAT, Linear, Ops
+
+
+def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
+    """Replay the whole module: base, and adapter where it is a target."""
+    if not module.rank:
+        return base(ops, x, module)
+    if uses_fused_lora(ops, module):
+        return _fused_linear(ops, x, module)
+    result = base(ops, x, module)
+    if module.method in ("nf4", "fp4"):
+        result = ops.copy(result)  # peft/tuners/lora/bnb.py clones the 4-bit result
+    out_itemsize = result.itemsize
+    if module.dora:
+        return ops.cast(_dora(ops, x, result, module), out_itemsize)
+    # peft binds the cast input to a name that lives until the end of its forward.
+    entered = _entered(ops, x, module)
+    update = _adapter(ops, entered, module)
+    if module.method != "none" and not ops.autocast:
+        update = ops.cast(update, out_itemsize)
+    result = ops.add(result, update)
+    if module.method == "none":
+        del update  # a temporary value in peft's layer.py; bnb.py gives it a name
+    return ops.cast(result, out_itemsize)
+
+
+def group(ops: Ops, x: Tensor, *modules: Linear | None) -> dict[str, Tensor]:
+    """Replay those of the modules that our functions compute together; return their outputs by name.
+
+    Empty where each is computed by itself, as with dropout, whose masks differ.
+    """
+    adapted = [module for module in modules if module and uses_fused_lora(ops, module)]
+    if ops.dropout or len(adapted) < 2:
+        return {}
+    outputs = _fused_group(ops, x, adapted)
+    return {module.name: output for module, output in zip(adapted, outputs, strict=True)}
+
+
+def uses_fused_lora(ops: Ops, module: Linear) -> bool:
+    """Return whether module and adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
+    return ops.own_fused and bool(module.rank) and not module.dora and module.method != "int8"
+
+
+def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear, *, one_kernel: bool = False) -> Tensor:
+    """Replay ``down(act(gate) * up)`` as two functions that save gate and up, and recompute the rest.
+
+    The second saves nothing, so that a recomputation ends before it; it pins the inputs times A. With
+    ``one_kernel`` the product and its backward are a Triton kernel each; the second overwrites the gradient.
+    """
+    numel, itemsize = gate.numel, gate.itemsize
+    rows = numel // module.inputs
+    grads_of_xa: list[Tensor] = []
+
+    def product_fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        activated = None if one_kernel else ops.new(numel, itemsize)
+        product = ops.new(numel, itemsize)
+        dropped = ops.new(numel, itemsize, "dropout") if ops.dropout else None
+        grad_a = _gradient(ops, module.rank * module.inputs, itemsize)
+        del dropped, product
+        _adapter_grad(ops, numel, itemsize)
+        grad_up = ops.new(numel, itemsize)
+        grad_gate = grad.view(None) if one_kernel else ops.new(numel, itemsize)
+        grads_of_xa.clear()
+        del activated
+        return (grad_gate, grad_up, grad_a)
+
+    def down_fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
+        grads_of_xa.append(ops.new(rows * module.rank, itemsize))
+        grad_b = _gradient(ops, module.rank * module.outputs, itemsize)
+        weight = _weight(ops, module, itemsize)
+        grad_product = ops.new(numel, itemsize)
+        del weight
+        return (grad_product, grad_b)
+
+    activated = None if one_kernel else ops.new(numel, itemsize)
+    product = ops.new(numel, itemsize)
+    del activated
+    saved_mask, xa = _adapter_inputs(ops, numel, itemsize, itemsize, module)
+    leaf_a, leaf_b = ops.adapter_leaves(gate)
+    product.node = ops.tape.node((gate, up, leaf_a), product_fn, (gate, up, saved_mask))
+    weight = _weight(ops, module, ops.compute)
+    out = ops.new(rows * module.outputs, itemsize)
+    del weight
+    out.node = ops.tape.node((product, leaf_b), down_fn)
+    if out.node is not None:
+        out.node.pinned = (xa,)
+    return out
 
 
 def _fused_linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
@@ -22,6 +109,42 @@ def _fused_linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
     out, saved_input, thin = _linear_forward(ops, x, module, itemsize)
     out.node = ops.tape.node((x, *ops.adapter_leaves(x)), fn, (x, saved_input, thin))
     return out
+
+
+def _linear_forward(
+    ops: Ops, x: Tensor, module: Linear, itemsize: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Replay the forward; return the outputs, the dropout result, and the inputs times A."""
+    rows, numel = x.numel // module.inputs, x.numel
+    workspace = _weight(ops, module, ops.compute)
+    out = ops.new(rows * module.outputs, x.itemsize)
+    del workspace
+    return out, *_adapter_inputs(ops, numel, x.itemsize, itemsize, module)
+
+
+def _linear_backward(
+    ops: Ops, module: Linear, numel: int, entered: int, itemsize: int, *, needs: bool
+) -> Grads:
+    """Replay the backward; return the gradients of the inputs, of A and of B."""
+    narrow = _narrowed(ops, numel, entered, itemsize)
+    grad_xa = ops.new(numel // module.inputs * module.rank, itemsize)
+    grad_b = ops.new(module.rank * module.outputs, itemsize, "gradients")
+    dropped = ops.new(numel, itemsize, "dropout") if ops.dropout else None
+    with ops.meter.attribute_to("gradients"):
+        grad_a = ops.new(module.rank * module.inputs, itemsize)
+        del dropped
+        if itemsize != FLOAT:
+            grad_a, grad_b = (ops.new(grad.numel, FLOAT) for grad in (grad_a, grad_b))
+    if not needs:
+        return (None, grad_a, grad_b)
+    weight = _weight(ops, module, itemsize)
+    grad_x = ops.new(numel, itemsize)
+    del weight
+    _adapter_grad(ops, numel, itemsize)
+    if entered != itemsize:
+        grad_x = ops.new(numel, entered)
+    del grad_xa, narrow
+    return (grad_x, grad_a, grad_b)
 
 
 def _fused_group(ops: Ops, x: Tensor, modules: Sequence[Linear]) -> list[Tensor]:
@@ -89,63 +212,6 @@ def _group_backward(
     return (grad_x, *grads)
 
 
-def gated(ops: Ops, gate: Tensor, up: Tensor, module: Linear, *, one_kernel: bool = False) -> Tensor:
-    """Replay ``down(act(gate) * up)`` as two functions that save gate and up, and recompute the rest.
-
-    The second saves nothing, so that a recomputation ends before it; it pins the inputs times A. With
-    ``one_kernel`` the product and its backward are a Triton kernel each; the second overwrites the gradient.
-    """
-    numel, itemsize = gate.numel, gate.itemsize
-    rows = numel // module.inputs
-    grads_of_xa: list[Tensor] = []
-
-    def product_fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        activated = None if one_kernel else ops.new(numel, itemsize)
-        product = ops.new(numel, itemsize)
-        dropped = ops.new(numel, itemsize, "dropout") if ops.dropout else None
-        grad_a = _gradient(ops, module.rank * module.inputs, itemsize)
-        del dropped, product
-        _adapter_grad(ops, numel, itemsize)
-        grad_up = ops.new(numel, itemsize)
-        grad_gate = grad.view(None) if one_kernel else ops.new(numel, itemsize)
-        grads_of_xa.clear()
-        del activated
-        return (grad_gate, grad_up, grad_a)
-
-    def down_fn(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        grads_of_xa.append(ops.new(rows * module.rank, itemsize))
-        grad_b = _gradient(ops, module.rank * module.outputs, itemsize)
-        weight = _weight(ops, module, itemsize)
-        grad_product = ops.new(numel, itemsize)
-        del weight
-        return (grad_product, grad_b)
-
-    activated = None if one_kernel else ops.new(numel, itemsize)
-    product = ops.new(numel, itemsize)
-    del activated
-    saved_mask, xa = _adapter_inputs(ops, numel, itemsize, itemsize, module)
-    leaf_a, leaf_b = ops.adapter_leaves(gate)
-    product.node = ops.tape.node((gate, up, leaf_a), product_fn, (gate, up, saved_mask))
-    weight = _weight(ops, module, ops.compute)
-    out = ops.new(rows * module.outputs, itemsize)
-    del weight
-    out.node = ops.tape.node((product, leaf_b), down_fn)
-    if out.node is not None:
-        out.node.pinned = (xa,)
-    return out
-
-
-def _linear_forward(
-    ops: Ops, x: Tensor, module: Linear, itemsize: int
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Replay the forward; return the outputs, the dropout result, and the inputs times A."""
-    rows, numel = x.numel // module.inputs, x.numel
-    workspace = _weight(ops, module, ops.compute)
-    out = ops.new(rows * module.outputs, x.itemsize)
-    del workspace
-    return out, *_adapter_inputs(ops, numel, x.itemsize, itemsize, module)
-
-
 def _adapter_inputs(
     ops: Ops, numel: int, entered: int, itemsize: int, module: Linear
 ) -> tuple[Tensor | None, Tensor]:
@@ -166,34 +232,10 @@ def _adapter_grad(ops: Ops, numel: int, itemsize: int) -> None:
         del through, masked
 
 
-def _stacked(ops: Ops, weights: int, itemsize: int) -> Tensor | None:
-    """Replay joining the rows of several A; there are joined copies where the compute dtype is narrower."""
-    return ops.new(weights, itemsize) if itemsize == FLOAT else None
-
-
-def _linear_backward(
-    ops: Ops, module: Linear, numel: int, entered: int, itemsize: int, *, needs: bool
-) -> Grads:
-    """Replay the backward; return the gradients of the inputs, of A and of B."""
-    narrow = _narrowed(ops, numel, entered, itemsize)
-    grad_xa = ops.new(numel // module.inputs * module.rank, itemsize)
-    grad_b = ops.new(module.rank * module.outputs, itemsize, "gradients")
-    dropped = ops.new(numel, itemsize, "dropout") if ops.dropout else None
-    with ops.meter.attribute_to("gradients"):
-        grad_a = ops.new(module.rank * module.inputs, itemsize)
-        del dropped
-        if itemsize != FLOAT:
-            grad_a, grad_b = (ops.new(grad.numel, FLOAT) for grad in (grad_a, grad_b))
-    if not needs:
-        return (None, grad_a, grad_b)
-    weight = _weight(ops, module, itemsize)
-    grad_x = ops.new(numel, itemsize)
-    del weight
-    _adapter_grad(ops, numel, itemsize)
-    if entered != itemsize:
-        grad_x = ops.new(numel, entered)
-    del grad_xa, narrow
-    return (grad_x, grad_a, grad_b)
+def _gradient(ops: Ops, weights: int, itemsize: int) -> Tensor:
+    """Replay the gradient of an adapter's weight: computed in the compute dtype, cast to the adapter's."""
+    gradient = ops.new(weights, itemsize, "gradients")
+    return gradient if itemsize == FLOAT else ops.new(weights, FLOAT, "gradients")
 
 
 def _narrowed(ops: Ops, numel: int, entered: int, itemsize: int) -> Tensor | None:
@@ -201,55 +243,14 @@ def _narrowed(ops: Ops, numel: int, entered: int, itemsize: int) -> Tensor | Non
     return ops.new(numel, itemsize) if entered != itemsize else None
 
 
-def _gradient(ops: Ops, weights: int, itemsize: int) -> Tensor:
-    """Replay the gradient of an adapter's weight: computed in the compute dtype, cast to the adapter's."""
-    gradient = ops.new(weights, itemsize, "gradients")
-    return gradient if itemsize == FLOAT else ops.new(weights, FLOAT, "gradients")
+def _stacked(ops: Ops, weights: int, itemsize: int) -> Tensor | None:
+    """Replay joining the rows of several A; there are joined copies where the compute dtype is narrower."""
+    return ops.new(weights, itemsize) if itemsize == FLOAT else None
 
 
 def _weight(ops: Ops, module: Linear, itemsize: int) -> Tensor | None:
     """Return the base weight for a product, dequantized if it is packed."""
     return ops.dequantized(module, itemsize) if module.method in ("nf4", "fp4") else None
-
-
-def linear(ops: Ops, x: Tensor, module: Linear) -> Tensor:
-    """Replay the whole module: base, and adapter where it is a target."""
-    if not module.rank:
-        return base(ops, x, module)
-    if uses_fused_lora(ops, module):
-        return _fused_linear(ops, x, module)
-    result = base(ops, x, module)
-    if module.method in ("nf4", "fp4"):
-        result = ops.copy(result)  # peft/tuners/lora/bnb.py clones the 4-bit result
-    out_itemsize = result.itemsize
-    if module.dora:
-        return ops.cast(_dora(ops, x, result, module), out_itemsize)
-    # peft binds the cast input to a name that lives until the end of its forward.
-    entered = _entered(ops, x, module)
-    update = _adapter(ops, entered, module)
-    if module.method != "none" and not ops.autocast:
-        update = ops.cast(update, out_itemsize)
-    result = ops.add(result, update)
-    if module.method == "none":
-        del update  # a temporary value in peft's layer.py; bnb.py gives it a name
-    return ops.cast(result, out_itemsize)
-
-
-def group(ops: Ops, x: Tensor, *modules: Linear | None) -> dict[str, Tensor]:
-    """Replay those of the modules that our functions compute together; return their outputs by name.
-
-    Empty where each is computed by itself, as with dropout, whose masks differ.
-    """
-    adapted = [module for module in modules if module and uses_fused_lora(ops, module)]
-    if ops.dropout or len(adapted) < 2:
-        return {}
-    outputs = _fused_group(ops, x, adapted)
-    return {module.name: output for module, output in zip(adapted, outputs, strict=True)}
-
-
-def uses_fused_lora(ops: Ops, module: Linear) -> bool:
-    """Return whether module and adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
-    return ops.own_fused and bool(module.rank) and not module.dora and module.method != "int8"
 
 
 def base(ops: Ops, x: Tensor, module: Linear) -> Tensor:

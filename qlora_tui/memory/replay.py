@@ -46,7 +46,7 @@ from qlora_tui.memory.weights import (
     moves,
     streamed_weights,
 )
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Quantization, Recipe
 
 READ_BYTES = 2
 """Bytes per weight as read from the file."""
@@ -95,27 +95,30 @@ def _place_streamed(
     slots = min(SLOTS, len(streamed.indices))
     allocator.keep([streamed.slot_bytes // slots] * slots)
     in_host_memory = moves(architecture, recipe)
-    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    packs_experts = expert_method(recipe, architecture, execution) != "none"
     for weight in _weights(architecture, execution.separate_experts):
-        if weight.name in in_host_memory:
-            continue
-        if weight.experts and expert_method(recipe, architecture, execution) != "none":
-            allocator.keep(expert_tensor_sizes(weight.experts, nested))
-        elif not weight.rows or method == "none":
-            allocator.keep((weight.count * execution.compute_itemsize,))
-        elif method == "int8":
-            allocator.keep((weight.rows * FLOAT, weight.count))
-        else:
-            allocator.keep((*four_bit_scale_sizes(weight.count, nested), -(-weight.count // 2)))
+        if weight.name not in in_host_memory:
+            packed = _packed(weight, recipe.quantization, packs_experts=packs_experts)
+            allocator.keep(packed or (weight.count * execution.compute_itemsize,))
+
+
+def _packed(weight: _Weight, settings: Quantization, *, packs_experts: bool) -> tuple[int, ...]:
+    """Return the bytes of the tensors of a weight once it is quantized; empty where it stays as read."""
+    if weight.experts and packs_experts:
+        return expert_tensor_sizes(weight.experts, settings.double_quantization)
+    if not weight.rows or settings.method == "none":
+        return ()
+    if settings.method == "int8":
+        return (weight.rows * FLOAT, weight.count)
+    return (*four_bit_scale_sizes(weight.count, settings.double_quantization), -(-weight.count // 2))
 
 
 def _quantize(
     allocator: CachingAllocator, recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
 ) -> dict[str, MemoryBlock]:
     """Load and quantize the weights; return the blocks of those that stay as read."""
-    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
     weights = _in_natural_order(architecture, execution.separate_experts)
-    a_weight = 1.0 if method == "int8" else 0.5
+    a_weight = 1.0 if recipe.quantization.method == "int8" else 0.5
     packs_experts = expert_method(recipe, architecture, execution) != "none"
     whole = 0.0
     for weight in weights:
@@ -124,22 +127,15 @@ def _quantize(
     allocator.free(allocator.malloc(int(whole)))
     quantized: dict[str, MemoryBlock] = {}
     for weight in weights:
-        if weight.experts and packs_experts:
-            # One matrix at a time, in the same memory (training/experts/loading.py).
-            read = allocator.malloc(weight.count // weight.experts[0] * READ_BYTES)
-            allocator.keep(expert_tensor_sizes(weight.experts, nested))
+        packed = _packed(weight, recipe.quantization, packs_experts=packs_experts)
+        # Experts one matrix at a time, in the same memory (training/experts/loading.py).
+        matrices = weight.experts[0] if weight.experts and packs_experts else 1
+        read = allocator.malloc(weight.count // matrices * READ_BYTES)
+        if packed:
+            allocator.keep(packed)
             allocator.free(read)
-            continue
-        read = allocator.malloc(weight.count * READ_BYTES)
-        if not weight.rows:
-            quantized[weight.name] = read
-            continue
-        if method == "int8":
-            scales: tuple[int, ...] = (weight.rows * FLOAT,)
         else:
-            scales = four_bit_scale_sizes(weight.count, nested)
-        allocator.keep((*scales, -(-weight.count // 2) if method != "int8" else weight.count))
-        allocator.free(read)
+            quantized[weight.name] = read
     return quantized
 
 

@@ -250,7 +250,7 @@ def _more_streamed_layers(
         return
     most, now = architecture.layers, recipe.quantization.streamed_layers
     base = frozen_weights(recipe, architecture, trainer_execution(recipe, device, architecture))
-    if device.host_bytes is not None and base.total_bytes > device.host_bytes:
+    if device.host_bytes is not None and sum(base.values()) > device.host_bytes:
         return
     for count in range(now + 1, most + 1):
         # In sixteenths of the model: each is an estimate.

@@ -94,16 +94,7 @@ CUBLAS_HANDLES = 2
 def static_items(layout: Layout) -> dict[str, int]:
     """Return the bytes by item."""
     recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
-    frozen = frozen_weights(recipe, architecture, execution)
-    items = {
-        "weights": frozen.packed_bytes,
-        "scales": frozen.scale_bytes,
-        "linear": frozen.dense_bytes,
-        "embedding": frozen.embedding_bytes,
-        "head": frozen.head_bytes,
-        "norms": frozen.norm_and_other_bytes,
-        "experts": frozen.expert_bytes,
-        "vision": frozen.vision_bytes,
+    items = frozen_weights(recipe, architecture, execution) | {
         "adapter": adapter_bytes(layout) * (2 if recipe.keeps_starting_adapter else 1),
         "inputs": input_bytes(layout),
         "mask": mask_bytes(layout),

@@ -336,7 +336,7 @@ def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Dev
     streamed = streamed_weights(recipe, architecture, execution)
     sentences = []
     if streamed is not None and device.kind == "cuda":
-        base = frozen_weights(recipe, architecture, execution).total_bytes
+        base = sum(frozen_weights(recipe, architecture, execution).values())
         layers = f"{len(streamed.indices)} of {architecture.layers} layers"
         sentences.append(f"{layers} are streamed: {format_gib(base)} GiB of host memory hold the base.")
     if execution.offloads_inputs:

@@ -99,55 +99,39 @@ def round_to_block(size: int) -> int:
     return -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
 
 
-@dataclass(frozen=True)
-class FrozenWeights:
-    """Bytes of the frozen model, by kind."""
+def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> dict[str, int]:
+    """Return the bytes of the whole base model, in the dtypes it has during training, by item.
 
-    packed_bytes: int
-    """Quantized linear weights."""
-    scale_bytes: int
-    """Scales, nested scales and code tables of the quantized weights."""
-    dense_bytes: int
-    """Linear weights and biases kept in 16 bits (or more)."""
-    embedding_bytes: int
-    head_bytes: int
-    norm_and_other_bytes: int
-    """Norms, MoE routers, convolutions and other parameters that are not quantized."""
-    expert_bytes: int
-    """Fused experts: in 16 bits (or more), or quantized, with their scales."""
-    vision_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Return the bytes of the whole model."""
-        return sum(vars(self).values())
-
-
-def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> FrozenWeights:
-    """Compute the bytes of every base model parameter, in the dtype it has during training."""
+    ``weights`` are the quantized ones, with their ``scales`` and code tables; ``linear``, weights and biases
+    that stay as they are; ``experts``, fused ones with their scales; ``norms``, also routers, convolutions
+    and others.
+    """
     method, nested = recipe.quantization.method, recipe.quantization.double_quantization
-    packed = scales = dense = vision = 0
     itemsize = execution.residual_itemsize
-    # A model has hundreds of modules, but few that differ.
+    items = dict.fromkeys(("weights", "scales", "linear", "norms", "experts", "vision"), 0)
+    items["embedding"] = sum(round_to_block(table.params * itemsize) for table in architecture.embeddings)
+    items["head"] = round_to_block(architecture.head.own_params * itemsize)
+
+    def add(item: str, count: int, *sizes: int) -> None:
+        items[item] += count * sum(map(round_to_block, sizes))
+
+    # A model has hundreds of modules and parameters, but few that differ.
     kinds: dict[tuple[object, ...], tuple[LinearModule, int]] = {}
     for module in architecture.modules:
         is_vision = module.part == "vision"
         key = (module.in_features, module.out_features, module.bias, module.quantizable, is_vision)
         kinds[key] = (module, kinds[key][1] + 1 if key in kinds else 1)
     for module, count in kinds.values():
-        weights, rows = module.weight_params, module.out_features
+        weights = module.weight_params
         if module.quantizable and method in ("nf4", "fp4"):
-            packed += count * round_to_block(-(-weights // 2))
-            scales += count * four_bit_scale_bytes(weights, nested)
+            add("weights", count, -(-weights // 2))
+            add("scales", count, *four_bit_scale_sizes(weights, nested))
         elif module.quantizable and method == "int8":
-            packed += count * round_to_block(weights)
-            scales += count * round_to_block(rows * 4)
-        elif module.part == "vision":
-            vision += count * round_to_block(weights * itemsize)
+            add("weights", count, weights)
+            add("scales", count, module.out_features * 4)
         else:
-            dense += count * round_to_block(weights * itemsize)
-        dense += count * round_to_block(module.bias_params * itemsize)
-    roles = {"expert": 0, "vision": 0, "other": 0}
+            add("vision" if module.part == "vision" else "linear", count, weights * itemsize)
+        add("linear", count, module.bias_params * itemsize)
     separate = execution.separate_experts and method in ("nf4", "fp4")
     stacked = expert_method(recipe, architecture, execution) != "none"
     shapes: dict[tuple[str, tuple[int, ...]], tuple[Parameter, int]] = {}
@@ -156,29 +140,14 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
         shapes[shape] = (parameter, shapes[shape][1] + 1 if shape in shapes else 1)
     for parameter, count in shapes.values():
         if parameter.role == "expert" and separate:
-            packed += count * round_to_block(-(-parameter.params // 2))
-            scales += count * four_bit_scale_bytes(parameter.params, nested)
+            add("weights", count, -(-parameter.params // 2))
+            add("scales", count, *four_bit_scale_sizes(parameter.params, nested))
         elif parameter.is_expert_matrices and stacked:
-            sizes = expert_tensor_sizes(parameter.shape, nested)
-            roles["expert"] += count * sum(map(round_to_block, sizes))
+            add("experts", count, *expert_tensor_sizes(parameter.shape, nested))
         else:
-            role = parameter.role if parameter.role in roles else "other"
-            roles[role] += count * round_to_block(parameter.params * itemsize)
-    return FrozenWeights(
-        packed_bytes=packed,
-        scale_bytes=scales,
-        dense_bytes=dense,
-        embedding_bytes=sum(round_to_block(table.params * itemsize) for table in architecture.embeddings),
-        head_bytes=round_to_block(architecture.head.own_params * itemsize),
-        norm_and_other_bytes=roles["other"],
-        expert_bytes=roles["expert"],
-        vision_bytes=vision + roles["vision"],
-    )
-
-
-def four_bit_scale_bytes(weights: int, nested: bool) -> int:
-    """Return the bytes of scales and code tables of one 4-bit module."""
-    return sum(round_to_block(size) for size in four_bit_scale_sizes(weights, nested))
+            item = {"expert": "experts", "vision": "vision"}.get(parameter.role, "norms")
+            add(item, count, parameter.params * itemsize)
+    return items
 
 
 SLOTS = 2
@@ -261,19 +230,10 @@ def _weights_by_layer(
                 if parameter.layer == index and _parameter_moves(parameter.role, parameter.shape)
             ),
         )
-        by_layer.append(_items(frozen_weights(recipe, layer, execution)))
+        items = frozen_weights(recipe, layer, execution)
+        movable = ("weights", "scales", "linear", "norms", "experts")
+        by_layer.append({key: items[key] for key in movable if items[key]})
     return tuple(by_layer)
-
-
-def _items(weights: FrozenWeights) -> dict[str, int]:
-    items = {
-        "weights": weights.packed_bytes,
-        "scales": weights.scale_bytes,
-        "linear": weights.dense_bytes,
-        "norms": weights.norm_and_other_bytes,
-        "experts": weights.expert_bytes,
-    }
-    return {key: size for key, size in items.items() if size}
 
 
 def _parameter_moves(role: str, shape: tuple[int, ...]) -> bool:

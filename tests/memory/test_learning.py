@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from msgspec import structs
 
 from qlora_tui.memory import Device, Estimate, MeasuredRun, correction_for, estimate, record_run
 from qlora_tui.memory.calibration import record_file
-from qlora_tui.memory.levels import RUNTIME_BYTES
+from qlora_tui.memory.levels import RUNTIME_BYTES, Way, peak_bytes
 from qlora_tui.recipe.schema import Recipe
 from tests.memory.models import qwen_7b, tinyllama
 
@@ -152,3 +153,14 @@ def test_a_torn_line_is_passed_over() -> None:
     record_run(_run(1.0))
     correction = correction_for(GPU)
     assert correction is not None and correction.runs == 2
+
+
+@pytest.mark.parametrize(
+    ("way", "file_bytes", "vocabulary", "measured_mib"),
+    [("plain", 98_362_432, 49_152, 329), ("streamed", 253_113_024, 262_144, 995)],
+)
+def test_the_formula_is_within_a_tenth_of_what_was_measured(
+    way: Way, file_bytes: int, vocabulary: int, measured_mib: int
+) -> None:
+    estimated = peak_bytes(way, file_bytes=file_bytes, vocabulary=vocabulary)
+    assert estimated / MIB == pytest.approx(measured_mib, rel=0.1)
