@@ -371,7 +371,7 @@ def _find(run_id: str) -> TrashedRun:
     )
     if len(matches) == 1:
         return matches[0]
-    what = f"{len(matches)} deleted runs begin with {run_id!r}." if matches else f"{run_id!r} is not in it."
+    what = f"{len(matches)} deleted runs begin with '{run_id}'." if matches else f"'{run_id}' is not in it."
     raise UserError(
         "Not in the trash", what=what, fix="`qlora-tui runs trash` lists what is.", exit_code=EXIT_USAGE
     )

@@ -19,15 +19,13 @@ runs/<id>/
 from __future__ import annotations
 
 import errno
+import json
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from qlora_tui import paths
-from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
@@ -38,7 +36,6 @@ from qlora_tui.runs.event_log import EventWriter, read_from
 from qlora_tui.runs.events import Queued, decode
 
 _FIRST_EVENT_BYTES = 1024
-_IDS = msgspec.json.Decoder(list[str])
 TRASH = ".deleted"
 """Folder, next to the runs, of deleted runs that can be restored: see :mod:`qlora_tui.runs.actions`."""
 
@@ -207,12 +204,14 @@ def queue_path() -> Path:
 def waiting() -> list[str]:
     """Return ids of the queued runs, the next one first; a list that cannot be read is empty."""
     try:
-        return decode_json(read_regular(queue_path()), _IDS)
+        # Not msgspec: in an id that is not UTF-8, bytes become lone surrogates.
+        ids = json.loads(read_regular(queue_path()))
+        return [name for name in ids if isinstance(name, str)] if isinstance(ids, list) else []
     except FileNotFoundError:
         # Version 0.2 had a file for each, in a folder.
         names = sorted(path.name for path in (paths.state_dir() / "queue").glob("[0-9]*.?*"))
         return list(dict.fromkeys(name.partition(".")[2] for name in names))
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError, RecursionError):
         return []
 
 
@@ -244,7 +243,7 @@ def find_run(name: str) -> RunDir:
     if matches:
         raise UserError(
             "Which run?",
-            what=f"{len(matches)} runs begin with {name!r}: {', '.join(r.id for r in matches[:5])}.",
+            what=f"{len(matches)} runs begin with '{name}': {', '.join(r.id for r in matches[:5])}.",
             fix="Type more of the name.",
             exit_code=EXIT_USAGE,
         )
@@ -258,7 +257,7 @@ def find_run(name: str) -> RunDir:
     newest = f" The newest is {runs[0].id}." if runs else ""
     raise UserError(
         "No such run",
-        what=f"There is no run named {name!r} in {paths.runs_dir()}.{newest}",
+        what=f"There is no run named '{name}' in {paths.runs_dir()}.{newest}",
         fix="`qlora-tui runs` lists them.",
         exit_code=EXIT_USAGE,
     )

@@ -8,12 +8,11 @@ queued.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-
-import msgspec
 
 from qlora_tui import paths
 from qlora_tui.files import atomic_write
@@ -141,4 +140,4 @@ def _remove(run: RunDir) -> bool:
 
 
 def _write(ids: list[str]) -> None:
-    atomic_write(queue_path(), msgspec.json.encode(ids), durable=True)
+    atomic_write(queue_path(), json.dumps(ids), durable=True)

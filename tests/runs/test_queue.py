@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
+
 from qlora_tui import paths
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
-from qlora_tui.runs.directory import create_run, queue_path
+from qlora_tui.runs.directory import RunDir, create_run, queue_path
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Stopped
 from qlora_tui.runs.status import Status, read_status, write_status
@@ -64,6 +66,13 @@ def test_the_queue_of_an_earlier_version_is_continued(recipe: Recipe) -> None:
     assert run_queue.waiting() == [second.id, first.id]
     run_queue.enqueue(third)
     assert run_queue.remove(second) and run_queue.waiting() == [first.id, third.id]
+
+
+def test_a_run_whose_id_is_not_utf8_is_queued(recipe: Recipe) -> None:
+    run = create_run(recipe)
+    odd = RunDir(run.path.rename(run.path.with_name(os.fsdecode(b"owls\xff"))))
+    run_queue.enqueue(odd)
+    assert run_queue.waiting() == [odd.id] and run_queue.cancel(odd)
 
 
 def test_a_damaged_queue_is_empty(recipe: Recipe) -> None:
