@@ -268,7 +268,7 @@ def layer_input_bytes(layout: Layout) -> int:
 
 def adapter_copies(layout: Layout) -> list[int]:
     """Return the bytes of each of our copies of the LoRA weights in the compute dtype
-    (``training/fused/adapter_casts.py``)."""
+    (``training/fused/lora.py``)."""
     execution = layout.execution
     if not execution.own_fused or execution.compute_itemsize >= ADAPTER_ITEMSIZE:
         return []

@@ -43,7 +43,6 @@ from torch.nn import functional
 
 from qlora_tui.memory.attention import SAMPLE_PADDING_ROWS, accumulator_width
 from qlora_tui.memory.execution import BFLOAT16_CAPABILITY, flash_trains
-from qlora_tui.training import packed_attention
 from qlora_tui.training.fused.cpu_attention import RowAttention, pad_tokens, token_multiple
 
 _MAX_HEAD_WIDTH = 256
@@ -346,10 +345,10 @@ def _repeat(heads: Tensor, wanted: int) -> Tensor:
     return heads.repeat_interleave(wanted // heads.shape[1], dim=1) if heads.shape[1] != wanted else heads
 
 
-def use_packed_attention(model: Any, kind: packed_attention.PackedAttention = "segments") -> bool:
+def use_packed_attention(model: Any, kind: PackedAttention = "segments") -> bool:
     """Switch to packed attention; False where the family does not use transformers' attention interface."""
-    packed_attention.register()
-    return set_attention(model, packed_attention.NAMES[kind])
+    register()
+    return set_attention(model, NAMES[kind])
 
 
 def set_attention(model: Any, name: str) -> bool:

@@ -19,7 +19,6 @@ from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
 from qlora_tui.runs.actions import initial_adapter
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
 from qlora_tui.runs.machine_checks import several_gpus_problem
-from qlora_tui.training import model as model_loading
 from qlora_tui.training import quantized_cache, replay
 from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, trained_parameters
 from qlora_tui.training.batches import plan_steps
@@ -31,7 +30,7 @@ from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
 from qlora_tui.training.host import release_free_memory
 from qlora_tui.training.library_names import require_names
 from qlora_tui.training.memory_meter import MemoryMeter
-from qlora_tui.training.model import PreparedBase, prepare_base
+from qlora_tui.training.model import PreparedBase, checkpoint_activations, prepare_base
 from qlora_tui.training.run import Run
 from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory
@@ -279,7 +278,7 @@ def _add_adapter(run: Run) -> Any:
         load_initial_adapter(model, lora, architecture)
         run.reporter.log(f"The adapter starts from {lora.init_from}.")
     if training.gradient_checkpointing != "off":
-        model_loading.checkpoint_activations(base.model)
+        checkpoint_activations(base.model)
     if training.gradient_checkpointing == "offload" and run.device.kind == "cuda":
         where = run.device.torch_device
         memory = HostMemory(where, lambda why: _warn_not_pinned(run, "offloaded inputs", why))

@@ -329,7 +329,7 @@ class Experts4bit(nn.Module):
     """Experts whose two projections are stacks of 4-bit matrices.
 
     Every tensor is a parameter or a buffer of this module: ``gate_up_proj`` and ``down_proj``, (experts,
-    bytes) of uint8, their scales with suffixes (:mod:`.expert_storage`), and the family's biases if any.
+    bytes) of uint8, their scales with suffixes (:mod:`.storage`), and the family's biases if any.
     """
 
     def __init__(self, family: Any, method: str, *, nested: bool) -> None:
