@@ -28,7 +28,6 @@ from qlora_tui.memory.levels import UncertaintyBand
 from qlora_tui.memory.report import as_json
 from qlora_tui.memory.solver import (
     MemorySaving,
-    ModelClass,
     WhatFits,
     cheapest_changes,
     largest_model_size,
@@ -47,7 +46,6 @@ __all__ = [
     "KeptLayersPlan",
     "MeasuredRun",
     "MemorySaving",
-    "ModelClass",
     "StepChoice",
     "UncertaintyBand",
     "Verdict",

@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Literal
 
 import msgspec
-from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.calibration import MIN_RUNS, Correction
@@ -39,6 +38,7 @@ from qlora_tui.memory.step import (
     step_moments,
 )
 from qlora_tui.memory.weights import StreamedWeights, streamed_weights
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]
@@ -297,7 +297,7 @@ def _why_in_16_bits(recipe: Recipe) -> str:
 def with_precision(recipe: Recipe, precision: Precision) -> Recipe:
     """Return the recipe with its base model in another precision."""
     method: Literal["nf4", "int8", "none"] = "none" if precision == "fp16" else precision
-    return structs.replace(recipe, quantization=structs.replace(recipe.quantization, method=method))
+    return replace_setting(recipe, "quantization.method", method)
 
 
 def precision_of(recipe: Recipe) -> Precision:

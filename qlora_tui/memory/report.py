@@ -34,12 +34,11 @@ def as_json(
     least: int | None = None
     if available_bytes is not None:
         largest = largest_settings(recipe, architecture, available_bytes, device=device)
-        model = largest_model_size(recipe, available_bytes, device=device)
         fitting = {
             "sequence_length": largest.sequence_length,
             "micro_batch": largest.micro_batch,
             "rank": largest.rank,
-            "model_class": model.label if model else None,
+            "model_class": largest_model_size(recipe, available_bytes, device=device),
         }
         changes = [
             {

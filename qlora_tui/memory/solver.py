@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from msgspec import structs
@@ -21,6 +21,7 @@ from qlora_tui.memory.estimate import Estimate, Verdict, check_fit, estimate
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.step_choice import describe_slowdown
 from qlora_tui.memory.weights import frozen_weights, quantized_experts
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 
 Key = TypeVar("Key")
@@ -84,15 +85,16 @@ def largest_settings(
 ) -> WhatFits:
     """Return the largest sequence length, micro-batch and rank that fit in ``available_bytes``."""
 
-    def fits(settings: dict[str, Any]) -> bool:
-        changed = set_values(recipe, settings)
-        return check_fit(estimate(changed, architecture, device=device), available_bytes).fits_even_if_tight
+    def fits(key: str, value: int) -> bool:
+        return check_fit(
+            estimate(replace_setting(recipe, key, value), architecture, device=device), available_bytes
+        ).fits_even_if_tight
 
     longest = (architecture.max_positions or 131_072) // LENGTH_STEP
     return WhatFits(
-        sequence_length=_largest(longest, lambda n: fits({"data.max_length": n * LENGTH_STEP})) * LENGTH_STEP,
-        micro_batch=_largest(MAX_ROWS, lambda n: fits({"training.micro_batch_size": n})),
-        rank=max((rank for rank in RANKS if fits({"lora.rank": rank})), default=0),
+        sequence_length=_largest(longest, lambda n: fits("data.max_length", n * LENGTH_STEP)) * LENGTH_STEP,
+        micro_batch=_largest(MAX_ROWS, lambda n: fits("training.micro_batch_size", n)),
+        rank=max((rank for rank in RANKS if fits("lora.rank", rank)), default=0),
     )
 
 
@@ -124,7 +126,8 @@ def cheapest_changes(
     whole = estimate(recipe, architecture, device=device)
     if check_fit(whole, available_bytes).fits_even_if_tight:
         return ()
-    offers = list(_offers(recipe, architecture, device or Device()))
+    device = device or Device()
+    offers = list(_offers(recipe, architecture, device))
     changes = [_gentlest(recipe, architecture, available_bytes, device, offer) for offer in offers]
     together = _together(recipe, architecture, available_bytes, device)
     return tuple(change for change in changes if change.fits) or tuple(c for c in together if c.fits)
@@ -133,18 +136,18 @@ def cheapest_changes(
 def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | None = None) -> int:
     """Return the least memory in which this model can be trained, with every saving change made."""
     result = estimate(recipe, architecture, device=device)
-    for change in _together(recipe, architecture, 0, device):
+    for change in _together(recipe, architecture, 0, device or Device()):
         result = change.estimate
     return result.process_bytes
 
 
 def _together(
-    recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device | None
+    recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device
 ) -> Iterator[MemorySaving]:
     """Yield all changes so far after each one that saves memory, until the recipe fits."""
     taken: list[MemorySaving] = []
     now, size = recipe, estimate(recipe, architecture, device=device).process_bytes
-    for offer in _offers(recipe, architecture, device or Device()):
+    for offer in _offers(recipe, architecture, device):
         change = _gentlest(now, architecture, available_bytes, device, offer)
         if change.estimate.process_bytes >= size:
             continue
@@ -162,24 +165,25 @@ def _together(
 class SavingOption:
     """One setting that can change, with its values from mildest to strongest."""
 
-    cost: str
+    cost: str | None
+    """None where it is the time of copies, which depends on the value."""
     steps: tuple[tuple[str, dict[str, Any]], ...]
-    cost_of: Callable[[Recipe], str] | None = None
-    """The cost of the changed recipe, where it depends on the value; it replaces ``cost``."""
 
 
 def _gentlest(
     recipe: Recipe,
     architecture: Architecture,
     available_bytes: int,
-    device: Device | None,
+    device: Device,
     offer: SavingOption,
 ) -> MemorySaving:
     """Return the first value of the option that fits, or its last."""
     for label, settings in offer.steps:
-        changed = set_values(recipe, settings)
+        changed = recipe
+        for key, value in settings.items():
+            changed = replace_setting(changed, key, value)
         result = estimate(changed, architecture, device=device)
-        cost = offer.cost_of(changed) if offer.cost_of else offer.cost
+        cost = describe_slowdown(changed, architecture, device) if offer.cost is None else offer.cost
         change = MemorySaving(label, cost, settings, changed, result, check_fit(result, available_bytes))
         if change.fits:
             break
@@ -204,7 +208,7 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
         yield _single("a third slower", "Recompute activations", "training.gradient_checkpointing", "on")
     if device.kind == "cuda" and training.gradient_checkpointing in ("auto", "on"):
         step = ("Keep layer inputs in host memory", {"training.gradient_checkpointing": "offload"})
-        yield SavingOption("", (step,), partial(_copying_cost, architecture=architecture, device=device))
+        yield SavingOption(None, (step,))
     if quantization.method in ("none", "int8"):
         label = "16 bits → NF4" if quantization.method == "none" else "int8 → NF4"
         yield _single("slightly less exact", label, "quantization.method", "nf4")
@@ -213,7 +217,7 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
     if lora.dropout:
         yield _single("less regularisation", f"Dropout {lora.dropout:g} → 0", "lora.dropout", 0.0)
     if steps := tuple(_more_streamed_layers(recipe, architecture, device)):
-        yield SavingOption("", steps, partial(_copying_cost, architecture=architecture, device=device))
+        yield SavingOption(None, steps)
     if recipe.data.max_length >= 2 * LENGTH_STEP:
         yield SavingOption("longer samples are cut or dropped", tuple(_shorter_rows(recipe)))
     if lora.train_embeddings:
@@ -262,29 +266,12 @@ def _more_streamed_layers(
         yield f"Stream {count} of {most} layers from host memory", settings
 
 
-def _copying_cost(recipe: Recipe, architecture: Architecture, device: Device) -> str:
-    return describe_slowdown(
-        recipe, architecture, trainer_execution(recipe, device, architecture), device.speed
-    )
-
-
 def _shorter_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     was = recipe.data.max_length
     length = was
     while length >= 2 * LENGTH_STEP:
         length = length // 2 // LENGTH_STEP * LENGTH_STEP
         yield f"Sequence length {was:,} → {length:,}", {"data.max_length": length}
-
-
-def set_values(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """Return the recipe with dotted keys replaced. Values must have the field's type."""
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        if not name or not hasattr(recipe, section):
-            raise UserError("Unknown setting", what=f"{key} is not a setting.")
-        part = structs.replace(getattr(recipe, section), **{name: value})
-        recipe = structs.replace(recipe, **{section: part})
-    return recipe
 
 
 _SHAPES = (
@@ -298,29 +285,18 @@ _SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class ModelClass:
-    """One model size under the recipe."""
-
-    label: str
-    """Name of the class: ``7B``."""
-    estimate: Estimate
-
-
-def largest_model_size(
-    recipe: Recipe, available_bytes: int, *, device: Device | None = None
-) -> ModelClass | None:
-    """Return the largest class that fits; None when not even the smallest does.
+def largest_model_size(recipe: Recipe, available_bytes: int, *, device: Device | None = None) -> str | None:
+    """Return the largest class of models that fits, such as ``7B``; None when not even the smallest does.
 
     Target modules are assumed ``all-linear``, because another model has other modules.
     """
-    all_linear = structs.replace(recipe, lora=structs.replace(recipe.lora, target_modules=(ALL_LINEAR,)))
+    all_linear = replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,))
     largest = None
     for label, *_ in _SHAPES:
         result = estimate(all_linear, _architecture(label), device=device)
         if not check_fit(result, available_bytes).fits_even_if_tight:
             break
-        largest = ModelClass(label, result)
+        largest = label
     return largest
 
 

@@ -297,33 +297,28 @@ def copied_bytes(recipe: Recipe, architecture: Architecture, execution: Executio
 
 def _input_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
     """Return the bytes of the inputs of all layers in a micro-batch."""
-    width = architecture.hidden_size * execution.residual_itemsize
-    return architecture.layers * _tokens(recipe) * width
-
-
-def _tokens(recipe: Recipe) -> int:
-    return recipe.training.micro_batch_size * recipe.data.max_length
+    tokens = recipe.rows_per_pass * recipe.data.max_length
+    return architecture.layers * tokens * architecture.hidden_size * execution.residual_itemsize
 
 
 def slowdown(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed
 ) -> float:
     """Return the time of a step with streamed layers, relative to one with all of them on the device."""
-    tokens = _tokens(recipe)
     once, again = products_per_token(recipe, architecture)
+    tokens = recipe.rows_per_pass * recipe.data.max_length
     flops = _FLOPS_PER_PRODUCT * tokens * (once + architecture.layers * again)
     compute_s = flops / speed.flops_per_s
     copy_s = copied_bytes(recipe, architecture, execution) / speed.bytes_per_s
     return max(copy_s, compute_s) / compute_s
 
 
-def describe_slowdown(
-    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed | None
-) -> str:
-    """Describe what streaming costs: ``about 1.6× slower``, or what measures it."""
-    if speed is None:
+def describe_slowdown(recipe: Recipe, architecture: Architecture, device: Device) -> str:
+    """Describe what copies cost: ``about 1.6× slower``, or what measures it."""
+    if device.speed is None:
         return "slower: `qlora-tui doctor` measures how much"
-    factor = slowdown(recipe, architecture, execution, speed)
+    execution = trainer_execution(recipe, device, architecture)
+    factor = slowdown(recipe, architecture, execution, device.speed)
     return f"about {factor:.1f}× slower" if factor >= _NOTICEABLE_SLOWDOWN else "about as fast"
 
 
@@ -344,5 +339,4 @@ def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Dev
         sentences.append(f"Layer inputs take {format_gib(size)} GiB of host memory.")
     if not sentences:
         return ""
-    cost = describe_slowdown(recipe, architecture, execution, device.speed)
-    return " ".join((*sentences, f"A step is {cost}."))
+    return " ".join((*sentences, f"A step is {describe_slowdown(recipe, architecture, device)}."))

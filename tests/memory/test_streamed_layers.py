@@ -146,6 +146,8 @@ def test_offloaded_inputs_are_copied_both_ways(llama: Architecture) -> None:
     recipe = replace_setting(RECIPE, "training.gradient_checkpointing", "offload")
     execution = trainer_execution(recipe, Device(), llama)
     assert copied_bytes(recipe, llama, execution) == 2 * 32 * 2048 * 4096 * 2
+    pairs = replace_setting(recipe, "data.preferences", "dpo")
+    assert copied_bytes(pairs, llama, execution) == 2 * 2 * 32 * 2048 * 4096 * 2
     assert slowdown(recipe, llama, execution, SPEED) == 1
     words = describe_host_memory(recipe, llama, Device(speed=SPEED))
     assert words == "Layer inputs take 0.5 GiB of host memory. A step is about as fast."
