@@ -46,6 +46,18 @@ class OnQloraApp(Widget):
         """The app, typed."""
         return cast("QloraApp", self.app)
 
+    def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
+        """Open a dialog, and call ``then`` with its answer; not if it was closed, or answered with no.
+
+        It is open at once: keys that were typed ahead go into it.
+        """
+
+        def on_result(answer: Answer | None) -> None:
+            if answer is not None and answer is not False:
+                then(answer)
+
+        self.app.push_screen(dialog, on_result)
+
 
 class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     """A numbered screen. Subclasses define ``MODE`` and ``compose_body``.
@@ -108,18 +120,6 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
         value = get_setting(self.qlora_app.workbench.recipe, path)
         self.qlora_app.edit(path, step_value(fields()[path], value, direction))
-
-    def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
-        """Open a dialog, and call ``then`` with its answer; not if it was closed, or answered with no.
-
-        It is open at once: keys that were typed ahead go into it.
-        """
-
-        def on_result(answer: Answer | None) -> None:
-            if answer is not None and answer is not False:
-                then(answer)
-
-        self.app.push_screen(dialog, on_result)
 
     def notify_undoable(self, text: str) -> None:
         """Say what was changed in the recipe, and the key that undoes it."""

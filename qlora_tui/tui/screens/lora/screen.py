@@ -170,28 +170,26 @@ class LoraScreen(WorkScreen):
     def action_all_linear(self) -> None:
         self.qlora_app.edit("lora.target_modules", (ALL_LINEAR,))
 
-    @work
-    async def action_set_custom_value(self, name: str) -> None:
+    def action_set_custom_value(self, name: str) -> None:
         """Ask for a rank or alpha that only the modules under the cursor have."""
         recipe, modules = self.qlora_app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.qlora_app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
             return
-        names = {module.name for module in modules}
+        names, targets = {module.name for module in modules}, architecture.targets
         setting, usual = f"lora.{name}", get_setting(recipe, f"lora.{name}")
-        prompt = TextPromptScreen(
-            f"{name.title()} of {', '.join(to_patterns(names, architecture.targets))}",
-            f"{pluralize(len(names), 'module')}. Leave empty for {format_value(usual)}, as for all others.",
-            "",
-            lambda text: validate_number(setting, text),
-        )
-        text = await self.app.push_screen_wait(prompt)
-        if text is not None:
+
+        def set_value(text: str) -> None:
             number = msgspec.convert(text.strip() or usual, fields()[setting].type, strict=False)
             own = get_setting(recipe, f"{setting}_pattern")
-            patterns = assign_pattern_values(own, usual, names, number, architecture.targets)
-            self.qlora_app.edit(f"{setting}_pattern", patterns)
+            self.qlora_app.edit(
+                f"{setting}_pattern", assign_pattern_values(own, usual, names, number, targets)
+            )
             self.query_one(ModuleGrid).action_clear_block()
+
+        title = f"{name.title()} of {', '.join(to_patterns(names, targets))}"
+        text = f"{pluralize(len(names), 'module')}. Leave empty for {format_value(usual)}, as for all others."
+        self.ask(TextPromptScreen(title, text, "", lambda typed: validate_number(setting, typed)), set_value)
 
     def action_edit_targets(self) -> None:
         field = self.query_one("#targets-input", Input)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -254,24 +254,25 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
         if tried and after is not None and after.problem is not None:
             self.qlora_app.show_error(after.problem)
 
+    def action_import_preset(self) -> None:
+        self._ask_path("Import a preset", "Path of a TOML file:", self._import)
+
     @work
-    async def action_import_preset(self) -> None:
-        path = await self._ask_path("Import a preset", "Path of a TOML file:")
-        if path is not None and await write_or_ask(
+    async def _import(self, path: Path) -> None:
+        if await write_or_ask(
             self.qlora_app, lambda sure: self._remember(import_preset(path, overwrite=sure))
         ):
             self.refresh_list(path.stem)
             self.notify(f"Imported {path.stem}. Press {key_name('presets.undo')} here to undo.")
 
+    def action_export_preset(self) -> None:
+        if (preset := self.current) is not None:
+            title = f"Export {preset.name}"
+            self._ask_path(title, "Path of a file or folder:", lambda path: self._export(preset, path))
+
     @work
-    async def action_export_preset(self) -> None:
-        preset = self.current
-        if preset is None:
-            return
-        target = await self._ask_path(f"Export {preset.name}", "Path of a file or folder:")
-        if target is not None and await write_or_ask(
-            self.qlora_app, lambda sure: export_preset(preset, target, overwrite=sure)
-        ):
+    async def _export(self, preset: Preset, target: Path) -> None:
+        if await write_or_ask(self.qlora_app, lambda sure: export_preset(preset, target, overwrite=sure)):
             file = target / preset.path.name if target.is_dir() else target
             self.notify(f"Exported to {file}.")
 
@@ -293,9 +294,12 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
             self.action_leave()
             self.refresh_list(name)
 
-    async def _ask_path(self, title: str, words: str) -> Path | None:
-        text = await self.app.push_screen_wait(TextPromptScreen(title, words))
-        return Path(text.strip()).expanduser() if text and text.strip() else None
+    def _ask_path(self, title: str, words: str, then: Callable[[Path], object]) -> None:
+        def on_text(text: str) -> None:
+            if text.strip():
+                then(Path(text.strip()).expanduser())
+
+        self.ask(TextPromptScreen(title, words), on_text)
 
 
 def preset_line(preset: Preset, current: str, verdict: Verdict | None, width: int) -> Content:

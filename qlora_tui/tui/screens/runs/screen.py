@@ -365,43 +365,38 @@ class RunsScreen(EvaluationActions):
     async def _prepare(self, recipe: Recipe) -> None:
         """Load a recipe, and show the checks before its launch."""
         if self.qlora_app.load_recipe(recipe):
-            self.notify(f"Loaded the run's recipe. Press {key_name('app.undo')} to undo.")
+            self.notify_undoable("Loaded the run's recipe.")
         await prepare_run(self.qlora_app)
 
-    @work
-    async def action_save_preset(self) -> None:
+    def action_save_preset(self) -> None:
         recipe = self._recipe()
-        if recipe is None:
-            return
-        text = "Name of the preset. Model and data are left out."
-        name = await self.app.push_screen_wait(TextPromptScreen("Save as a preset", text))
+        if recipe is not None:
+            text = "Name of the preset. Model and data are left out."
+            prompt = TextPromptScreen("Save as a preset", text)
+            self.ask(prompt, lambda name: self._save_preset(name, recipe))
+
+    @work
+    async def _save_preset(self, name: str, recipe: Recipe) -> None:
         if name and await write_or_ask(self.qlora_app, lambda sure: save_as(name, recipe, overwrite=sure)):
             self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
 
-    @work
-    async def action_rename(self) -> None:
+    def action_rename(self) -> None:
         summary = self.current
-        if summary is None:
-            return
-        text = "The new name. The folder keeps its name."
-        prompt = TextPromptScreen("Rename the run", text, summary.name, run_actions.validate_name)
-        name = await self.app.push_screen_wait(prompt)
-        if name is not None:
-            self._act_on(summary.run, lambda run: run_actions.rename(run, name))
+        if summary is not None:
+            run, text = summary.run, "The new name. The folder keeps its name."
+            prompt = TextPromptScreen("Rename the run", text, summary.name, run_actions.validate_name)
+            self.ask(prompt, lambda name: self._act_on(run, lambda run: run_actions.rename(run, name)))
 
     def action_delete(self) -> None:
         """Move the run to the trash; ask first only if something else uses it."""
-        if self.current is None:
+        summary = self.current
+        if summary is None:
             return
-        if uses := run_actions.uses_of(self.current.run):
-            self._ask_and_delete(self.current, uses)
+        if uses := run_actions.uses_of(summary.run):
+            text = f"{summary.name} is in use: {'; '.join(uses)}."
+            question = ConfirmScreen("Delete the run?", text, "Delete")
+            self.ask(question, lambda _yes: self._delete(summary))
         else:
-            self._delete(self.current)
-
-    @work
-    async def _ask_and_delete(self, summary: RunSummary, uses: Sequence[str]) -> None:
-        text = f"{summary.name} is in use: {'; '.join(uses)}."
-        if await self.app.push_screen_wait(ConfirmScreen("Delete the run?", text, "Delete")):
             self._delete(summary)
 
     def _delete(self, summary: RunSummary) -> None:

@@ -318,16 +318,16 @@ class TrainScreen(EvaluationActions):
         now = self.snapshot.learning_rate if self.snapshot else None
         self._prompt_for_rate("" if now is None else f"{now:.3g}")
 
-    @work
-    async def _prompt_for_rate(self, proposed: str) -> None:
-        text = "The new peak. The schedule continues from it."
-        prompt = TextPromptScreen("Learning rate", text, proposed, _rate_problem)
-        if typed := await self.app.push_screen_wait(prompt):
+    def _prompt_for_rate(self, proposed: str) -> None:
+        def set_rate(typed: str) -> None:
             rate = float(typed)
             self._act_on_run(
                 lambda run: control.send_request(run, "set_learning_rate", rate),
                 f"The learning rate will change to {rate:g} after this step.",
             )
+
+        text = "The new peak. The schedule continues from it."
+        self.ask(TextPromptScreen("Learning rate", text, proposed, _rate_problem), set_rate)
 
     def action_fix(self) -> None:
         if self.run is None:
@@ -348,15 +348,16 @@ class TrainScreen(EvaluationActions):
         workbench = self.qlora_app.workbench
         if fix is not None and workbench.replace(fix.apply_to(workbench.recipe)):
             self.qlora_app.recipe_edited()
-            self.notify(f"{capitalize(fix.label)}. Press {key_name('app.undo')} to undo.")
+            self.notify_undoable(f"{capitalize(fix.label)}.")
 
-    @work
-    async def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
-        text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
-        if await self.app.push_screen_wait(ConfirmScreen(f"{capitalize(fix.label)}?", text)):
+    def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
+        def prepare(_yes: bool) -> None:
             if self.qlora_app.workbench.replace(fix.apply_to(run.recipe())):
                 self.qlora_app.recipe_edited()
             self.action_prepare()
+
+        text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
+        self.ask(ConfirmScreen(f"{capitalize(fix.label)}?", text), prepare)
 
     async def action_chat(self) -> None:
         from qlora_tui.tui.screens.chat.screen import show_chat
@@ -364,11 +365,8 @@ class TrainScreen(EvaluationActions):
         if self.run is not None:
             await show_chat(self.qlora_app, self.run)
 
-    @work
-    async def action_watch_another(self) -> None:
-        run = await self.app.push_screen_wait(RunPickerScreen(self.run))
-        if run is not None:
-            self.attach(run)
+    def action_watch_another(self) -> None:
+        self.ask(RunPickerScreen(self.run), self.attach)
 
     def action_prepare(self) -> None:
         self._stop_watching()
@@ -411,17 +409,14 @@ class TrainScreen(EvaluationActions):
         if self.run is not None:
             self.app.copy_to_clipboard(f"qlora-tui attach {shlex.quote(self.run.id)}")
 
-    @work
-    async def _confirm(self, title: str, outcome: str, act: Callable[[RunDir], None], done: str) -> None:
+    def _confirm(self, title: str, outcome: str, act: Callable[[RunDir], None], done: str) -> None:
         """Ask, then act; the question is closed when the run is no longer active."""
         run = self.run
-        if run is None:
-            return
-        question = ConfirmScreen(
-            title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
-        )
-        if await self.app.push_screen_wait(question):
-            self._act_on_run(act, done)
+        if run is not None:
+            question = ConfirmScreen(
+                title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
+            )
+            self.ask(question, lambda _yes: self._act_on_run(act, done))
 
     def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
         run = self.run
