@@ -16,7 +16,7 @@ from qlora_tui.export import export_job, forms
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.exports import Export, ExportRequest, lock_path, read_exports, start_export
-from qlora_tui.tui.screens.runs.export_choices import export_detail
+from qlora_tui.tui.screens.runs.export_dialog import export_detail
 from tests.support.polling import while_it_sleeps
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from qlora_tui.runs.exports import (
     write_export_status,
 )
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.runs import export_choices
+from qlora_tui.tui.screens.runs import export_dialog
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text
 
@@ -96,7 +96,7 @@ async def test_a_canceled_export_is_deleted_with_one_key(run: RunDir, tmp_path: 
 async def test_without_llama_cpp_only_its_types_are_missing(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_choices, "is_installed", lambda: False)
+    monkeypatch.setattr(export_dialog, "is_installed", lambda: False)
     async with QloraApp().run_test(size=(100, 30)) as pilot:
         await open_dialog(pilot)
         await wait_for_text(pilot, "GGUF Q8_0", "smaller types need llama.cpp. Install it with", "[export]")
@@ -107,7 +107,7 @@ async def test_without_llama_cpp_only_its_types_are_missing(
 
 
 async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_choices, "is_installed", lambda: True)
+    monkeypatch.setattr(export_dialog, "is_installed", lambda: True)
     for step in (5, 10):
         folder = run.checkpoints_dir / f"step-{step}"
         folder.mkdir(parents=True)

@@ -1,12 +1,15 @@
-"""Exports of a run: what can be written, where to, and how far earlier exports are."""
+"""The export dialog: what can be written of a run and where to, and how far earlier exports are."""
 
 from __future__ import annotations
 
+import re
 import shlex
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -17,13 +20,26 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.catalog.adapters import WEIGHTS
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.gguf import (
+    AUTO,
+    K_QUANTS,
+    bytes_to_run,
+    estimated_bytes,
+    rows_without_k_blocks,
+)
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.errors import UserError
+from qlora_tui.export.llama_cpp.client import install_hint, is_installed
+from qlora_tui.formatting import abbreviate_home, format_bytes, format_duration, format_path, truncate_middle
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
     Export,
+    ExportRequest,
+    Form,
     cancel_export,
     delete_export,
     read_exports,
@@ -31,19 +47,11 @@ from qlora_tui.runs.exports import (
     start_export,
 )
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.screens.runs.export_choices import (
-    ExportChoice,
-    choice_line,
-    export_choices,
-    export_detail,
-    export_line,
-    proposed_target,
-    request_for,
-)
 from qlora_tui.tui.widgets.controls import HEADING, TextField, ViList
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
+
 
 _READ_INTERVAL_S = 0.5
 _EARLIER = "export:"
@@ -54,7 +62,40 @@ _RESTART = Binding("r", "restart", "Start again")
 _DELETE = Binding("D", "delete", "Delete")
 _COPY = Binding("y", "copy", "Copy command")
 _CLOSE = Binding("escape", "dismiss(None)", "Close")
-_STARTED = "Started. It continues when you close this window or the app."
+_TYPES = ("Q8_0", "F16", AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
+_NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
+_SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
+HUB_FORMS = ("adapter", "merged")
+"""What is uploaded to the Hub, besides GGUF files."""
+_LINE_WIDTH = 66
+"""Cells of an export's line, so that it fits 80 columns."""
+
+
+Target: TypeAlias = Literal["File", "Folder", "Name", "Repository"]
+
+
+_NAMES: tuple[Target, ...] = ("Name", "Repository")
+
+
+@dataclass(frozen=True)
+class ExportChoice:
+    """One form to export."""
+
+    id: str
+    label: str
+    size: str
+    note: str
+    """What it is for, in a few words."""
+    detail: str
+    """What it is, in sentences."""
+    form: Form
+    file_type: str = ""
+    suffix: str = ""
+    """End of the proposed file name."""
+    target: Target = "File"
+    """What is asked for."""
+    types: tuple[str, ...] = ()
+    """What a key changes, in its order: the type of a GGUF file, or what is uploaded; empty for neither."""
 
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
@@ -166,50 +207,49 @@ class ExportScreen(ModalScreen[None]):
 
     def action_cancel(self) -> None:
         """Cancel the export under the cursor."""
-        export = self._current_export
-        if export is None or export.status.state != "running":
-            self.notify("Move to a running export to cancel it.", severity="warning")
-            return
-        try:
-            cancel_export(export)
-        except UserError as problem:
-            self._say(f"✗ {problem.what} {problem.fix}")
+        export = self._export_in("running", "Move to a running export to cancel it.")
+        if export is not None:
+            self._try(lambda: cancel_export(export))
 
     def action_restart(self) -> None:
         """Start the export under the cursor again if it failed or was canceled."""
-        export = self._current_export
-        if export is None or export.status.state not in ("failed", "canceled"):
-            self.notify("Move to a failed or canceled export to start it again.", severity="warning")
-            return
-        try:
-            again = restart_export(self._run_dir, export)
-        except UserError as problem:
-            self._say(f"✗ {problem}")
-            return
-        self._say(_STARTED)
-        self._refresh_exports(select=again)
+        export = self._export_in("failed canceled", "Move to a failed or canceled export to start it again.")
+        if export is not None:
+            self._try(lambda: self._show_started(restart_export(self._run_dir, export)))
 
     def action_delete(self) -> None:
         """Delete a failed or canceled export from the list, and what a kill left of it."""
-        export = self._current_export
-        if export is None or export.status.state not in ("failed", "canceled"):
-            self.notify("Move to a failed or canceled export to delete it.", severity="warning")
-            return
-        try:
-            delete_export(export)
-        except UserError as problem:
-            self._say(f"✗ {problem}")
-            return
-        self._say("Deleted.")
-        self._refresh_exports()
+        export = self._export_in("failed canceled", "Move to a failed or canceled export to delete it.")
+        if export is not None and self._try(lambda: delete_export(export)):
+            self._say("Deleted.")
+            self._refresh_exports()
 
     def action_copy(self) -> None:
         """Copy the command that runs an exported file, or its path."""
+        export = self._export_in("finished", "Move to a finished export to copy its command.")
+        if export is not None:
+            self.app.copy_to_clipboard(export.status.command or shlex.join(export.status.paths))
+
+    def _export_in(self, states: str, otherwise: str) -> Export | None:
+        """The export under the cursor if it is in one of these states; else say what to do."""
         export = self._current_export
-        if export is None or export.status.state != "finished":
-            self.notify("Move to a finished export to copy its command.", severity="warning")
-            return
-        self.app.copy_to_clipboard(export.status.command or shlex.join(export.status.paths))
+        if export is not None and export.status.state in states.split():
+            return export
+        self.notify(otherwise, severity="warning")
+        return None
+
+    def _try(self, act: Callable[[], object]) -> bool:
+        """Call ``act``; show an error in the dialog and return False if it fails."""
+        try:
+            act()
+        except UserError as problem:
+            self._say(f"✗ {problem}")
+            return False
+        return True
+
+    def _show_started(self, export: Export) -> None:
+        self._say("Started. It continues when you close this window or the app.")
+        self._refresh_exports(select=export)
 
     @property
     def _current_choice(self) -> ExportChoice | None:
@@ -228,25 +268,18 @@ class ExportScreen(ModalScreen[None]):
         request = request_for(choice, path, self._steps[0])
         if not path.strip():
             self._say(f"✗ Enter a {choice.target.lower()}.")
-        elif request.out in self._being_written():
+        elif any(e.request.out == request.out for e in self._exports.values() if e.status.state == "running"):
             self._say("✗ This file is being written already.")
-        else:
-            try:
-                export = start_export(self._run_dir, request)
-            except UserError as problem:
-                self._say(f"✗ {problem}")
-                return
-            self._say(_STARTED)
-            self._proposed = self.query_one(TextField).value
-            self._refresh_exports(select=export)
+        elif self._try(lambda: self._show_started(start_export(self._run_dir, request))):
+            self._proposed = path
             self.query_one(ViList).focus()
-
-    def _being_written(self) -> set[str]:
-        return {e.request.out for e in self._exports.values() if e.status.state == "running"}
 
     def _refresh_exports(self, *, select: Export | None = None) -> None:
         self._exports = {f"{_EARLIER}{e.folder.name}": e for e in read_exports(self._run_dir)}
-        lines = [(choice.id, choice_line(choice)) for choice in self._choices.values()]
+        lines = [
+            (each.id, Content.assemble(f"{each.label:<29}{each.size:>10}  ", (each.note, "dim")))
+            for each in self._choices.values()
+        ]
         if self._exports:
             lines.append((f"{HEADING}exports", Content.styled("Exports of this run", "bold")))
             lines += [(id_, export_line(export)) for id_, export in self._exports.items()]
@@ -292,3 +325,173 @@ class ExportScreen(ModalScreen[None]):
         message = self.query_one("#export-message", Static)
         message.update(text)
         message.display = True
+
+
+def export_choices(
+    architecture: Architecture | None,
+    budget: MemoryBudget,
+    adapter_bytes: int,
+    file_type: str = _TYPES[0],
+    hub_form: str = HUB_FORMS[0],
+) -> list[ExportChoice]:
+    """Return every choice, the most useful first; sizes need the model's architecture.
+
+    ``file_type`` is that of GGUF files; ``hub_form`` is what is uploaded: one of :data:`HUB_FORMS`, or a
+    type.
+    """
+    types = tuple(kind for kind in _TYPES if is_installed() or kind not in _NEED_LLAMA_CPP)
+    adapter_size = format_bytes(adapter_bytes)
+    merged = "" if architecture is None else format_bytes(architecture.total_params * 2)
+    size, about_type = _size_of_type(file_type, architecture), _about_type(file_type, architecture, budget)
+    if is_installed():
+        checked = "llama.cpp then compares the file with your adapter's answers."
+    else:
+        checked = f"Not checked, and smaller types need llama.cpp. {install_hint()}"
+    uploads: dict[str, tuple[Form, str, str]] = {
+        "adapter": ("hub-adapter", "the adapter", adapter_size),
+        "merged": ("hub-merged", "the merged model", merged),
+    }
+    if hub_form not in uploads:
+        uploads[hub_form] = ("hub-gguf", f"GGUF {hub_form}", _size_of_type(hub_form, architecture))
+    form, uploaded, uploaded_size = uploads[hub_form]
+    return [
+        ExportChoice(
+            "gguf",
+            f"GGUF {file_type}",
+            size,
+            "llama.cpp, LM Studio",
+            f"{checked}{about_type}",
+            "gguf",
+            file_type=file_type,
+            suffix=".gguf" if file_type == AUTO else f"-{file_type}.gguf",
+            types=types,
+        ),
+        ExportChoice(
+            "ollama",
+            f"Model in Ollama, {file_type}",
+            size,
+            "ollama run NAME",
+            "A GGUF file and its Modelfile in ~/models, given to `ollama create` if Ollama is "
+            f"installed.{about_type}",
+            "ollama",
+            file_type=file_type,
+            target="Name",
+            types=types,
+        ),
+        ExportChoice(
+            "merge",
+            "Merged model, 16-bit",
+            merged,
+            "transformers, vLLM",
+            "A folder with base and adapter as one model, compared with them before it gets its name.",
+            "merge",
+            suffix="-merged",
+            target="Folder",
+        ),
+        ExportChoice(
+            "adapter",
+            "Adapter folder",
+            adapter_size,
+            "vLLM, peft",
+            "A copy of the adapter, checked against what vLLM can serve.",
+            "adapter",
+            suffix="-adapter",
+            target="Folder",
+        ),
+        ExportChoice(
+            "hub",
+            f"Upload {uploaded}",
+            uploaded_size,
+            "Hugging Face Hub",
+            "With a model card, to a private repository: name or owner/name. Needs HF_TOKEN or "
+            "`hf auth login`.",
+            form,
+            file_type=hub_form if form == "hub-gguf" else "",
+            target="Repository",
+            types=(*HUB_FORMS, *types),
+        ),
+    ]
+
+
+def _size_of_type(kind: str, architecture: Architecture | None) -> str:
+    """Return the approximate size of a GGUF file; empty if it is unknown."""
+    if architecture is None or kind == AUTO:
+        return ""
+    return f"≈ {format_bytes(estimated_bytes(architecture, kind))}"
+
+
+def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
+    """Return where a file of this type runs, and what is special about it; empty if that is unknown."""
+    if kind == AUTO:
+        return (
+            " auto: the smallest type that still answers like your adapter: the first within a KL divergence "
+            "of 0.03, as llama.cpp computes it."
+        )
+    if architecture is None:
+        return ""
+    needed = bytes_to_run(architecture, kind)
+    verb = "Fits" if needed <= budget.bytes else "Does not fit"
+    text = f" {verb} {budget.name} at a context of 4,096 tokens (≈ {format_bytes(needed)})."
+    lengths = rows_without_k_blocks(architecture) if kind in K_QUANTS else ()
+    if lengths:
+        rows = " and ".join(f"{length:,}" for length in lengths)
+        text += f" llama.cpp stores rows of {rows} weights, not whole blocks of 256, as larger types."
+    return text
+
+
+def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
+    """Return a path in the user's home that does not exist yet, or a name."""
+    stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
+    if checkpoint is not None:
+        stem += f"-step-{checkpoint}"
+    if choice.target in _NAMES:
+        return stem.lower()
+    folder = Path.home() / "models"
+    path, number = folder / f"{stem}{choice.suffix}", 2
+    while path.exists():
+        path = folder / f"{stem}-{number}{choice.suffix}"
+        number += 1
+    return format_path(path)
+
+
+def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
+    """Return the request for a choice. ``out`` is as typed."""
+    is_name = choice.target in _NAMES
+    target = out.strip() if is_name else str(Path(out.strip()).expanduser().absolute())
+    return ExportRequest(form=choice.form, out=target, file_type=choice.file_type, checkpoint=checkpoint)
+
+
+def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
+    """Return the line of an export that was started before, in so many cells."""
+    status = export.status
+    sign, style = _SIGNS.get(status.state, ("·", "dim"))
+    elapsed = f" · {format_duration(time.time() - status.began)}" if status.began else ""
+    said = {
+        "running": f"{status.activity}{elapsed}",
+        "finished": f"{format_bytes(status.bytes)}  {abbreviate_home(export.request.out)}",
+        "failed": status.problem.partition("\n")[0],
+        "canceled": "canceled",
+    }[status.state]
+    begin = f"{export.name}  "
+    return Content.assemble(
+        (f"{sign} ", style), begin, (truncate_middle(said, max(8, width - len(sign) - 1 - len(begin))), "dim")
+    )
+
+
+def export_detail(export: Export) -> str:
+    """Return what is known of an export, in sentences."""
+    status = export.status
+    match status.state:
+        case "finished":
+            paths = ", ".join(map(abbreviate_home, status.paths))
+            size = format_bytes(status.bytes)
+            return "\n".join(filter(None, (f"{size} in {paths}", status.summary, status.command)))
+        case "running":
+            return "\n".join(filter(None, (status.activity, status.note)))
+        case "failed":
+            written = f"Written: {', '.join(map(abbreviate_home, status.paths))}" if status.paths else ""
+            return "\n".join(filter(None, (status.problem, written, status.summary)))
+        case "canceled" if status.paths:
+            return f"It was canceled when it was already complete: {', '.join(status.paths)}"
+        case "canceled":
+            return "It was canceled and left nothing behind."

@@ -41,7 +41,7 @@ from qlora_tui.tui.render.labels import (
     result_label,
     targets_words,
 )
-from qlora_tui.tui.screens.runs.export_choices import export_line
+from qlora_tui.tui.screens.runs.export_dialog import export_line
 
 _LABEL = 10
 """Cells of a label."""
