@@ -15,9 +15,9 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
-from queue import Empty, Queue
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,262 +28,6 @@ from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES
 from qlora_tui.catalog.model_validation import CONFIG, check_model_type
 from qlora_tui.decoding import Count, decode_json
 from qlora_tui.errors import UserError
-
-TIMEOUT_S = 15
-"""Seconds for connecting, and for each wait for data."""
-_HEADERS_S = 60.0
-"""Seconds for a response to begin, however often a piece of its headers arrives."""
-_WINDOW_S = 30.0
-_LEAST_BYTES = 30 << 10
-"""A server that sends less than this in a window of time is given up: at a byte a second nothing ends."""
-_MAX_REDIRECTS = 10
-T = TypeVar("T")
-_USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
-"""Headers that ``huggingface_hub`` uses to distinguish errors, and that messages here use."""
-
-
-class TooLong(Exception):
-    """A body is longer than its bound."""
-
-
-class TooSlow(ConnectionError):
-    """A response begins or goes on so slowly that it would not end."""
-
-
-@contextmanager
-def open_response(
-    url: str, headers: Mapping[str, str], params: Mapping[str, Any] | None = None
-) -> Iterator[Any]:
-    """Open the response for ``url`` after redirections, its body unread and uncompressed.
-
-    Raises the client's exceptions, and ConnectionError for a response that cannot be read within bounds.
-    """
-    from huggingface_hub import get_session
-
-    client = get_session()
-    request = client.build_request(
-        "GET",
-        url,
-        params=dict(params or {}),
-        headers={**headers, "Accept-Encoding": "identity"},
-        timeout=TIMEOUT_S,
-    )
-    for _ in range(_MAX_REDIRECTS + 1):
-        response = _within(_HEADERS_S, partial(client.send, request, stream=True, follow_redirects=False))
-        try:
-            if response.next_request is None:
-                if response.headers.get("Content-Encoding", "identity") != "identity":
-                    raise ConnectionError("an unrequested compressed response")
-                yield response
-                return
-            request = response.next_request
-        finally:
-            response.close()
-    raise ConnectionError("too many redirections")
-
-
-def raise_for_status(response: Any) -> None:
-    """Raise the client's error for an error status, without reading the body."""
-    from huggingface_hub import hf_raise_for_status
-
-    if response.status_code < 400:
-        return
-    headers = {name: response.headers[name] for name in _USED_HEADERS if name in response.headers}
-    hf_raise_for_status(type(response)(response.status_code, headers=headers, request=response.request))
-
-
-def pieces(response: Any) -> Iterator[bytes]:
-    """Yield the body of a response as it arrives. Raises TooSlow."""
-    began, size = time.monotonic(), 0
-    for part in response.iter_bytes():
-        yield part
-        size += len(part)
-        now = time.monotonic()
-        if now - began < _WINDOW_S:
-            continue
-        if size < _LEAST_BYTES:
-            raise TooSlow(f"only {size:,} bytes in {now - began:.0f} seconds")
-        began, size = now, 0
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what a call returns, in another thread. Raises TooSlow where it takes longer."""
-    done: Queue[tuple[T | None, BaseException | None]] = Queue()
-
-    def run() -> None:
-        try:
-            done.put((call(), None))
-        except BaseException as error:
-            done.put((None, error))
-
-    threading.Thread(target=run, name="request", daemon=True).start()
-    try:
-        answer, error = done.get(timeout=seconds)
-    except Empty:
-        raise TooSlow(f"no response in {seconds:.0f} seconds") from None
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]  # without an error there is an answer
-
-
-def read_body(response: Any, max_bytes: int) -> bytes:
-    """Read the body of a response. Raises TooLong where it is longer than ``max_bytes``."""
-    parts, size = [], 0
-    for part in pieces(response):
-        size += len(part)
-        if size > max_bytes:
-            raise TooLong(f"more than {max_bytes >> 20} MiB")
-        parts.append(part)
-    return b"".join(parts)
-
-
-@contextmanager
-def translate_hub_errors(model_id: str = "") -> Iterator[None]:
-    """Convert the client's exceptions inside the block to UserError."""
-    import huggingface_hub.errors as hub_errors
-
-    try:
-        yield
-    except UserError:
-        raise
-    except hub_errors.HfHubHTTPError as error:
-        raise _http_problem(error, model_id) from None
-    except hub_errors.OfflineModeIsEnabled:
-        raise UserError(
-            "Hub access is turned off",
-            what="HF_HUB_OFFLINE is set, so no request is sent to the Hub.",
-            fix="Unset HF_HUB_OFFLINE (and TRANSFORMERS_OFFLINE) and start again.",
-        ) from None
-    except (network_error(), ConnectionError) as error:
-        raise unreachable(type(error).__name__) from None
-    except OSError as error:
-        raise _disk_problem(error) from None
-
-
-def network_error() -> type[Exception]:
-    """Return the base exception of the client's HTTP library: httpx in huggingface_hub 1, httpx2 in 2."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    base = HfHubHTTPError.__mro__[1]
-    assert issubclass(base, Exception)
-    return base
-
-
-def is_permanent(error: Exception) -> bool:
-    """Return whether retrying is useless: an HTTP error other than 429 or 5xx."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if not isinstance(error, HfHubHTTPError):
-        return False
-    status: int = error.response.status_code
-    return status < 500 and status != 429
-
-
-def unreachable(reason: str) -> UserError:
-    from huggingface_hub import constants
-
-    return UserError(
-        "Cannot reach the Hub",
-        what=f"There is no connection to {constants.ENDPOINT} ({reason}).",
-        why="The network is down, or a firewall or proxy is in the way.",
-        fix="Check the network and try again. Models on this machine can be used without it.",
-    )
-
-
-def _http_problem(error: Any, model_id: str) -> UserError:
-    """Build the error for an HfHubHTTPError. Its response has the status and, from the Hub, a code."""
-    import huggingface_hub.errors as hub_errors
-
-    status = error.response.status_code
-    if isinstance(error, hub_errors.GatedRepoError):
-        return _gated(status, model_id)
-    if status == 401 and not isinstance(error, hub_errors.RepositoryNotFoundError):
-        return UserError(
-            "Hugging Face token rejected",
-            what="The Hugging Face token on this machine is not valid.",
-            why="It has expired or was revoked, or HF_TOKEN is wrong.",
-            fix="Log in again with: hf auth login",
-        )
-    if isinstance(error, hub_errors.EntryNotFoundError):
-        return UserError(
-            "File missing from the model",
-            what=f"{model_id} on {_endpoint()} has no config.json, or lacks an index it needs.",
-            fix="Choose another model, or another copy of it.",
-        )
-    if isinstance(error, hub_errors.RevisionNotFoundError):
-        return UserError(
-            "Revision not found",
-            what=f"{model_id} on {_endpoint()} has no branch, tag or commit of this name.",
-            fix="The Hub lists revisions under Files and versions; the default is main.",
-        )
-    if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
-        return UserError(
-            "Model not found on the Hub",
-            what=f"The model {model_id!r} does not exist on {_endpoint()}, or it is private.",
-            fix="Check its name. For a private model, log in first with: hf auth login",
-        )
-    if status == 403:
-        return UserError(
-            "Access denied by the Hub",
-            what=f"The token on this machine may not read {model_id or 'this'}.",
-            why="A fine-grained token can read only the repositories it was granted.",
-            fix=f"Give the token read access on {_endpoint()}/settings/tokens, or log in with: hf auth login",
-        )
-    if status == 429:
-        return _rate_limited(error.response)
-    return UserError(
-        "Hub server error",
-        what=f"{_endpoint()} answered with status {status}.",
-        fix="Try again in a few minutes.",
-    )
-
-
-def _gated(status: int, model_id: str) -> UserError:
-    page = f"{_endpoint()}/{model_id}"
-    if status == 401:
-        return UserError(
-            "The model is gated",
-            what=f"{model_id} can be downloaded only after you accept its license.",
-            why="There is no Hugging Face token on this machine.",
-            fix=f"Accept the license at {page}, then log in with: hf auth login",
-        )
-    return UserError(
-        "The model is gated",
-        what=f"The account of the token on this machine may not download {model_id}.",
-        why="Its license is not accepted, or its publisher has not granted access yet.",
-        fix=f"Accept the license at {page} with that account (hf auth whoami names it), then try again.",
-    )
-
-
-def _rate_limited(response: Any) -> UserError:
-    seconds = response.headers.get("Retry-After", "")
-    wait = f"Wait {seconds} seconds" if seconds.isdigit() else "Wait a few minutes"
-    return UserError(
-        "Rate limited by the Hub",
-        what="Too many requests came from this address or account.",
-        fix=f"{wait} and try again. Logged-in users have a higher limit: hf auth login",
-    )
-
-
-def _disk_problem(error: OSError) -> UserError:
-    if error.errno == errno.ENOSPC:
-        return UserError(
-            "The disk is full",
-            what="There is no space left on the disk of the model cache.",
-            fix="Free some space, or set HF_HOME to a larger disk, and resume the download.",
-        )
-    return UserError(
-        "Cannot write the model",
-        what=f"{error.filename or 'The cache'}: {error.strerror or type(error).__name__}.",
-        fix="Check that the folder can be written to, or set HF_HOME to another.",
-    )
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)
-
 
 MAX_BYTES = 16 << 20
 """Most bytes of a list of results or files: some hundred thousand entries."""
@@ -448,3 +192,256 @@ def not_a_hub_problem() -> UserError:
         why="A login page of the network or a proxy may have responded instead.",
         fix="Open the address in a browser on this machine's network, or check HF_ENDPOINT.",
     )
+
+
+TIMEOUT_S = 15
+"""Seconds for connecting, and for each wait for data."""
+_HEADERS_S = 60.0
+"""Seconds for a response to begin, however often a piece of its headers arrives."""
+_WINDOW_S = 30.0
+_LEAST_BYTES = 30 << 10
+"""A server that sends less than this in a window of time is given up: at a byte a second nothing ends."""
+_MAX_REDIRECTS = 10
+T = TypeVar("T")
+_USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
+"""Headers that ``huggingface_hub`` uses to distinguish errors, and that messages here use."""
+
+
+class TooLong(Exception):
+    """A body is longer than its bound."""
+
+
+class TooSlow(ConnectionError):
+    """A response begins or goes on so slowly that it would not end."""
+
+
+@contextmanager
+def open_response(
+    url: str, headers: Mapping[str, str], params: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """Open the response for ``url`` after redirections, its body unread and uncompressed.
+
+    Raises the client's exceptions, and ConnectionError for a response that cannot be read within bounds.
+    """
+    from huggingface_hub import get_session
+
+    client = get_session()
+    request = client.build_request(
+        "GET",
+        url,
+        params=dict(params or {}),
+        headers={**headers, "Accept-Encoding": "identity"},
+        timeout=TIMEOUT_S,
+    )
+    for _ in range(_MAX_REDIRECTS + 1):
+        response = _within(_HEADERS_S, partial(client.send, request, stream=True, follow_redirects=False))
+        try:
+            if response.next_request is None:
+                if response.headers.get("Content-Encoding", "identity") != "identity":
+                    raise ConnectionError("an unrequested compressed response")
+                yield response
+                return
+            request = response.next_request
+        finally:
+            response.close()
+    raise ConnectionError("too many redirections")
+
+
+def raise_for_status(response: Any) -> None:
+    """Raise the client's error for an error status, without reading the body."""
+    from huggingface_hub import hf_raise_for_status
+
+    if response.status_code < 400:
+        return
+    headers = {name: response.headers[name] for name in _USED_HEADERS if name in response.headers}
+    hf_raise_for_status(type(response)(response.status_code, headers=headers, request=response.request))
+
+
+def pieces(response: Any) -> Iterator[bytes]:
+    """Yield the body of a response as it arrives. Raises TooSlow."""
+    began, size = time.monotonic(), 0
+    for part in response.iter_bytes():
+        yield part
+        size += len(part)
+        now = time.monotonic()
+        if now - began < _WINDOW_S:
+            continue
+        if size < _LEAST_BYTES:
+            raise TooSlow(f"only {size:,} bytes in {now - began:.0f} seconds")
+        began, size = now, 0
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Return what a call returns, in another thread. Raises TooSlow where it takes longer."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="request", daemon=True).start()
+    wait([done], timeout=seconds)
+    if not done.done():
+        raise TooSlow(f"no response in {seconds:.0f} seconds")
+    return done.result()
+
+
+def read_body(response: Any, max_bytes: int) -> bytes:
+    """Read the body of a response. Raises TooLong where it is longer than ``max_bytes``."""
+    parts, size = [], 0
+    for part in pieces(response):
+        size += len(part)
+        if size > max_bytes:
+            raise TooLong(f"more than {max_bytes >> 20} MiB")
+        parts.append(part)
+    return b"".join(parts)
+
+
+@contextmanager
+def translate_hub_errors(model_id: str = "") -> Iterator[None]:
+    """Convert the client's exceptions inside the block to UserError."""
+    import huggingface_hub.errors as hub_errors
+
+    try:
+        yield
+    except UserError:
+        raise
+    except hub_errors.HfHubHTTPError as error:
+        raise _http_problem(error, model_id) from None
+    except hub_errors.OfflineModeIsEnabled:
+        raise UserError(
+            "Hub access is turned off",
+            what="HF_HUB_OFFLINE is set, so no request is sent to the Hub.",
+            fix="Unset HF_HUB_OFFLINE (and TRANSFORMERS_OFFLINE) and start again.",
+        ) from None
+    except (network_error(), ConnectionError) as error:
+        raise unreachable(type(error).__name__) from None
+    except OSError as error:
+        raise _disk_problem(error) from None
+
+
+def network_error() -> type[Exception]:
+    """Return the base exception of the client's HTTP library: httpx in huggingface_hub 1, httpx2 in 2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base = HfHubHTTPError.__mro__[1]
+    assert issubclass(base, Exception)
+    return base
+
+
+def is_permanent(error: Exception) -> bool:
+    """Return whether retrying is useless: an HTTP error other than 429 or 5xx."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):
+        return False
+    status: int = error.response.status_code
+    return status < 500 and status != 429
+
+
+def unreachable(reason: str) -> UserError:
+    from huggingface_hub import constants
+
+    return UserError(
+        "Cannot reach the Hub",
+        what=f"There is no connection to {constants.ENDPOINT} ({reason}).",
+        why="The network is down, or a firewall or proxy is in the way.",
+        fix="Check the network and try again. Models on this machine can be used without it.",
+    )
+
+
+def _http_problem(error: Any, model_id: str) -> UserError:
+    """Build the error for an HfHubHTTPError. Its response has the status and, from the Hub, a code."""
+    import huggingface_hub.errors as hub_errors
+
+    status = error.response.status_code
+    if isinstance(error, hub_errors.GatedRepoError):
+        return _gated(status, model_id)
+    if status == 401 and not isinstance(error, hub_errors.RepositoryNotFoundError):
+        return UserError(
+            "Hugging Face token rejected",
+            what="The Hugging Face token on this machine is not valid.",
+            why="It has expired or was revoked, or HF_TOKEN is wrong.",
+            fix="Log in again with: hf auth login",
+        )
+    if isinstance(error, hub_errors.EntryNotFoundError):
+        return UserError(
+            "File missing from the model",
+            what=f"{model_id} on {_endpoint()} has no config.json, or lacks an index it needs.",
+            fix="Choose another model, or another copy of it.",
+        )
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return UserError(
+            "Revision not found",
+            what=f"{model_id} on {_endpoint()} has no branch, tag or commit of this name.",
+            fix="The Hub lists revisions under Files and versions; the default is main.",
+        )
+    if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
+        return UserError(
+            "Model not found on the Hub",
+            what=f"The model {model_id!r} does not exist on {_endpoint()}, or it is private.",
+            fix="Check its name. For a private model, log in first with: hf auth login",
+        )
+    if status == 403:
+        return UserError(
+            "Access denied by the Hub",
+            what=f"The token on this machine may not read {model_id or 'this'}.",
+            why="A fine-grained token can read only the repositories it was granted.",
+            fix=f"Give the token read access on {_endpoint()}/settings/tokens, or log in with: hf auth login",
+        )
+    if status == 429:
+        return _rate_limited(error.response)
+    return UserError(
+        "Hub server error",
+        what=f"{_endpoint()} answered with status {status}.",
+        fix="Try again in a few minutes.",
+    )
+
+
+def _gated(status: int, model_id: str) -> UserError:
+    page = f"{_endpoint()}/{model_id}"
+    if status == 401:
+        return UserError(
+            "The model is gated",
+            what=f"{model_id} can be downloaded only after you accept its license.",
+            why="There is no Hugging Face token on this machine.",
+            fix=f"Accept the license at {page}, then log in with: hf auth login",
+        )
+    return UserError(
+        "The model is gated",
+        what=f"The account of the token on this machine may not download {model_id}.",
+        why="Its license is not accepted, or its publisher has not granted access yet.",
+        fix=f"Accept the license at {page} with that account (hf auth whoami names it), then try again.",
+    )
+
+
+def _rate_limited(response: Any) -> UserError:
+    seconds = response.headers.get("Retry-After", "")
+    wait = f"Wait {seconds} seconds" if seconds.isdigit() else "Wait a few minutes"
+    return UserError(
+        "Rate limited by the Hub",
+        what="Too many requests came from this address or account.",
+        fix=f"{wait} and try again. Logged-in users have a higher limit: hf auth login",
+    )
+
+
+def _disk_problem(error: OSError) -> UserError:
+    if error.errno == errno.ENOSPC:
+        return UserError(
+            "The disk is full",
+            what="There is no space left on the disk of the model cache.",
+            fix="Free some space, or set HF_HOME to a larger disk, and resume the download.",
+        )
+    return UserError(
+        "Cannot write the model",
+        what=f"{error.filename or 'The cache'}: {error.strerror or type(error).__name__}.",
+        fix="Check that the folder can be written to, or set HF_HOME to another.",
+    )
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
