@@ -1,4 +1,9 @@
-"""The steps of a run as a table, for spreadsheets and notebooks: CSV or Parquet."""
+"""The steps of a run as a table, for spreadsheets and notebooks: CSV or Parquet.
+
+A row for each recorded step. Columns of evaluations are empty at steps without one, shares of general answers
+wherever those were not counted, and rewards without a preference method. An evaluation before the first step
+has a row of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,45 +14,46 @@ import math
 from qlora_tui.runs.events import Evaluated
 from qlora_tui.runs.view import RunView
 
+_OF_STEPS = ("epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s", "reward_margin")
+_OF_EVALUATIONS = {
+    "validation_loss": "loss",
+    "forgetting": "forgetting",
+    "validation_reward_accuracy": "reward_accuracy",
+    "validation_reward_margin": "reward_margin",
+}
+"""Columns, and their fields in an evaluation."""
+_SHARES = {
+    "answers_ended": ("ended", "answers"),
+    "answers_looping": ("looping", "answers"),
+    "answers_refused": ("refused", "answers"),
+    "answers_valid_json": ("json_valid", "json_prompts"),
+}
+"""Columns, and the counts of general answers that they divide."""
 _COLUMNS = (
     "step",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "tokens_per_s",
-    "validation_loss",
-    "forgetting",
-    "answers_ended",
-    "answers_looping",
-    "answers_refused",
-    "answers_valid_json",
-    "validation_reward_accuracy",
-    "validation_reward_margin",
+    *_OF_STEPS[:-1],
+    *("validation_loss", "forgetting", *_SHARES, "validation_reward_accuracy", "validation_reward_margin"),
     "reward_margin",
 )
-_EVALUATION_COLUMNS = 8
-"""Columns before the last that only an evaluation fills."""
 _WHOLE = ("step", "tokens")
 """Columns of whole numbers."""
 
 
 def metrics_csv(view: RunView) -> str:
-    """Return the table of :func:`metrics_rows` as CSV; a value that was not a number is ``nan``."""
+    """Return the table as CSV; a value that was not a number is ``nan``."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    writer.writerows([_format_number(value) for value in row] for row in metrics_rows(view))
+    writer.writerows(["" if value is None else f"{value:.8g}" for value in row] for row in _rows(view))
     return text.getvalue()
 
 
 def metrics_parquet(view: RunView) -> bytes:
-    """Return the table of :func:`metrics_rows` as a Parquet file: int64 and double, null where empty."""
+    """Return the table as a Parquet file: int64 and double, null where empty."""
     import pyarrow
     import pyarrow.parquet
 
-    columns = zip(*metrics_rows(view), strict=True)
+    columns = zip(*_rows(view), strict=True)
     arrays = {
         name: pyarrow.array(
             [None if value is None else int(value) for value in column] if name in _WHOLE else column,
@@ -62,50 +68,24 @@ def metrics_parquet(view: RunView) -> bytes:
     return content
 
 
-def metrics_rows(view: RunView) -> list[list[float | None]]:
-    """Return a row for each recorded step, in the order of ``_COLUMNS``.
-
-    The columns from ``validation_loss`` on are empty at steps without an evaluation, those from
-    ``answers_ended`` on wherever general answers were not counted: they are shares of them. Those of rewards
-    are empty without a preference method; the last is that of the step. An evaluation before the first step
-    has a separate row.
-    """
-    series = view.series
-    evaluated = {event.step: _evaluation_columns(event) for event in view.evaluations}
-    steps = set(series.step)
-    rows: list[list[float | None]] = [
-        [step, *([None] * 6), *columns, None]
-        for step, columns in evaluated.items()
-        if step not in steps and any(value is not None for value in columns)
-    ]
-    columns = (
-        series.epoch,
-        series.loss,
-        series.learning_rate,
-        series.grad_norm,
-        series.tokens,
-        series.tokens_per_s,
-    )
-    empty: list[float | None] = [None] * _EVALUATION_COLUMNS
-    for place, step in enumerate(series.step):
-        margin = series.reward_margin[place]
-        values = [column[place] for column in columns]
-        rows.append([step, *values, *evaluated.get(step, empty), None if math.isnan(margin) else margin])
-    rows.sort(key=lambda row: row[0] or 0)
-    return rows
+def _rows(view: RunView) -> list[list[float | None]]:
+    by_step: dict[int, dict[str, float | None]] = {}
+    for event in view.evaluations:
+        if values := _evaluation(event):
+            by_step[event.step] = values
+    for place, step in enumerate(view.series.step):
+        values = {name: getattr(view.series, name)[place] for name in _OF_STEPS}
+        if math.isnan(view.series.reward_margin[place]):
+            del values["reward_margin"]
+        by_step[step] = values | by_step.get(step, {})
+    return [[step, *map(values.get, _COLUMNS[1:])] for step, values in sorted(by_step.items())]
 
 
-def _evaluation_columns(event: Evaluated) -> list[float | None]:
-    values = [event.loss, event.forgetting]
-    rewards = [event.reward_accuracy, event.reward_margin]
-    general = event.general_answers
-    if general is None or not general.answers:
-        return [*values, None, None, None, None, *rewards]
-    values += [count / general.answers for count in (general.ended, general.looping, general.refused)]
-    return [*values, general.json_valid / general.json_prompts if general.json_prompts else None, *rewards]
-
-
-def _format_number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "nan" if math.isnan(value) else f"{value:.8g}"
+def _evaluation(event: Evaluated) -> dict[str, float | None]:
+    """Return the columns of an evaluation that it has."""
+    values = {name: getattr(event, field) for name, field in _OF_EVALUATIONS.items()}
+    if (general := event.general_answers) is not None:
+        for name, (part, whole) in _SHARES.items():
+            if total := getattr(general, whole):
+                values[name] = getattr(general, part) / total
+    return {name: value for name, value in values.items() if value is not None}

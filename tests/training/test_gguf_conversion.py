@@ -58,7 +58,7 @@ def converters() -> list[psutil.Process]:
     return [
         process
         for process in psutil.Process().children()
-        if _JOB in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+        if process.status() != psutil.STATUS_ZOMBIE and _JOB in process.cmdline()
     ]
 
 
