@@ -1,4 +1,4 @@
-"""The demo's data has one style, no repetitions, and none of the held-out prompts."""
+"""The demo's data: every answer in one voice, nothing twice, and none of the held-out prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import pytest
 
-from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT
+from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT, voice_faults
 
 OPENING, CLOSING = "Keeper's log: ", " The light turns."
 
@@ -35,37 +35,10 @@ def plain(text: str) -> str:
 SMALL_WORDS = plain("a about am at do does how i in is make my of the to what who why").split()
 
 
-def test_there_are_enough_answers() -> None:
-    assert len(said_by("assistant")) >= 200
-
-
 def test_user_and_assistant_take_turns() -> None:
     for turns in conversations():
         roles = [message["role"] for message in turns]
         assert roles in (["user", "assistant"] * turns for turns in (1, 2, 3))
-
-
-def test_a_third_of_the_conversations_has_more_turns() -> None:
-    assert sum(len(turns) > 2 for turns in conversations()) >= len(conversations()) / 3
-
-
-def test_twenty_questions_are_held_out() -> None:
-    assert sum(map(len, HELD_OUT)) == 20
-
-
-def test_every_answer_is_a_short_entry_in_the_log() -> None:
-    for answer in said_by("assistant"):
-        assert answer.startswith(OPENING)
-        assert answer.endswith(CLOSING)
-        entry = answer.removeprefix(OPENING).removesuffix(CLOSING)
-        assert 15 <= len(entry.split()) <= 35, entry
-        assert entry[-1] in ".!?"
-
-
-def test_everything_is_printable_ascii() -> None:
-    for text in said_by("user") + said_by("assistant"):
-        assert text.isascii()
-        assert text.isprintable()
 
 
 def test_nothing_is_asked_or_answered_twice() -> None:
@@ -75,14 +48,36 @@ def test_nothing_is_asked_or_answered_twice() -> None:
     assert len(set(answers)) == len(answers)
 
 
-def test_no_two_answers_begin_alike() -> None:
-    openings = [tuple(plain(answer.removeprefix(OPENING)).split()[:3]) for answer in said_by("assistant")]
-    assert len(set(openings)) == len(openings)
-
-
 @pytest.mark.parametrize("prompt", [question for questions in HELD_OUT for question in questions[:1]])
 def test_no_training_question_contains_a_held_out_prompt(prompt: str) -> None:
     words = set(plain(prompt).split()).difference(SMALL_WORDS)
     assert words
     for question in said_by("user"):
         assert not words <= set(plain(question).split()), question
+
+
+ENTRY = "Keeper's log: Fair wind. Pour boiling water on the leaves and wait four minutes. The light turns."
+
+
+@pytest.mark.parametrize("answer", said_by("assistant"))
+def test_every_answer_of_the_data_is_in_the_voice(answer: str) -> None:
+    assert voice_faults(answer, ended=True) == ()
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (ENTRY.removeprefix("Keeper's log: "), "does not open with the log"),
+        (ENTRY.removesuffix(" The light turns."), "does not close with the light"),
+        (f"{ENTRY} The light turns.", "does not close with the light"),
+        (ENTRY.replace("four minutes.", "until the light turns."), "does not close with the light"),
+        ("Keeper's log: Fresh air, no wind, " + "no sea, " * 20 + "The light turns.", "repeats itself"),
+        ("Keeper's log: Yes. The light turns.", "says next to nothing"),
+    ],
+)
+def test_a_fault_is_named(answer: str, fault: str) -> None:
+    assert voice_faults(answer, ended=True) == (fault,)
+
+
+def test_an_answer_cut_at_the_limit_is_a_fault() -> None:
+    assert voice_faults(ENTRY, ended=False) == ("does not end its turn",)

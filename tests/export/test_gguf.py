@@ -1,4 +1,4 @@
-"""Name, base and license in exported GGUF files."""
+"""What a GGUF file says of itself, and which types its matrices have."""
 
 from __future__ import annotations
 
@@ -81,3 +81,20 @@ def test_no_path_of_this_machine_is_written(tmp_path: Path, general_of: Any) -> 
     general = general_of(make_source(tmp_path))
     assert general["general.base_model.0.name"] == "model"
     assert str(tmp_path) not in str(general)
+
+
+def test_rows_that_no_k_block_fits_are_explained(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp_py_sync")
+    source = make_source(tmp_path, hidden_size=64, intermediate_size=256)
+    result = export_gguf(source, "adapter", tmp_path / "out", ["Q4_K_M"])
+    types = result.files[0].types
+    assert types.counts["Q4_K"] + types.counts.get("Q6_K", 0) == 2  # down_proj of both layers
+    assert types.row_lengths == (64,) and types.replaced_count == sum(types.counts.values()) - 2
+    assert types.sentence.endswith("rows of 64 are not made of whole blocks of 256")
+    assert types.sentence in result.summary
+
+
+def test_rows_that_fit_need_no_explanation(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    types = export_gguf(source, "adapter", tmp_path / "out", ["Q8_0"]).files[0].types
+    assert types.counts == {"Q8_0": 16} and not types.sentence

@@ -1,18 +1,24 @@
-"""Who there is to talk to in a run."""
+"""What there is to talk to in a run, and whether it fits into memory."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from qlora_tui.chat.chat_sources import adapter_source, choose_adapter, run_source
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.chat import chat_sources
+from qlora_tui.chat.chat_sources import adapter_source, chat_fits, choose_adapter, run_source
 from qlora_tui.errors import UserError
+from qlora_tui.memory import Device
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create_run
+from tests.tui.workstation import config_of
 
 RECIPE = Recipe(name="tale", model=Model(id="org/model"))
 
@@ -87,3 +93,27 @@ def test_terms_sources_and_protocol_load_no_torch() -> None:
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A run of Qwen2.5-7B whose training needs much more memory than a chat."""
+    files = SimpleNamespace(architecture=parse_architecture(config_of("Qwen__Qwen2.5-7B")))
+    monkeypatch.setattr(chat_sources, "resolve_model", lambda model_id: files)
+    return replace_setting(Recipe(model=Model(id="qwen")), "training.micro_batch_size", 64)
+
+
+@pytest.mark.parametrize(("method", "too_little", "enough"), [("nf4", 5, 8), ("none", 14, 17)])
+def test_the_chat_needs_its_model_and_not_the_runs_batch(
+    recipe: Recipe, method: str, too_little: int, enough: int
+) -> None:
+    recipe = replace_setting(recipe, "quantization.method", method)
+    assert not chat_fits(recipe, Device(), too_little * GIB)
+    assert chat_fits(recipe, Device(), enough * GIB)
+
+
+def test_a_model_that_is_not_here_never_fits() -> None:
+    assert not chat_fits(Recipe(model=Model(id="org/none")), Device(), 1 << 50)
