@@ -74,7 +74,7 @@ class MergedWeights:
 
     def _merge(self, file: Path, name: str, stored: Tensor) -> Tensor:
         if self.requantize is not None:
-            stored = self.requantize(name, stored, self._read_stored)
+            stored = self.requantize(name, stored, lambda part: _stored(self._files[part], part))
         update = self.updates[file].get(name)
         if update is None:
             return stored
@@ -93,9 +93,6 @@ class MergedWeights:
                 assert merged.nbytes == end - begin
                 copy.seek(start + begin)
                 copy.write(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-    def _read_stored(self, name: str) -> Tensor:
-        return _stored(self._files[name], name)
 
     @cached_property
     def _files(self) -> dict[str, Path]:

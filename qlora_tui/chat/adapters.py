@@ -334,7 +334,7 @@ class AdapterSet:
         try:
             with (
                 adapter_view(folder) as view,
-                exact_target_names(self._model, _targets(view)),
+                exact_target_names(self._model, load_config(view / CONFIG).get("target_modules") or ""),
                 as_fused_parameters(self._model),
             ):
                 if self._peft_model is None:
@@ -359,11 +359,6 @@ def uses_dora(folder: str) -> bool:
         return bool(load_adapter_config(Path(folder)).get("use_dora"))
     except UserError:
         return False
-
-
-def _targets(folder: Path) -> list[str] | str:
-    targets: list[str] | str = load_config(folder / CONFIG).get("target_modules") or ""
-    return targets
 
 
 def _check(folder: Path) -> None:

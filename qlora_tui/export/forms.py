@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from msgspec import Struct
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.export.adapter_folder import export_adapter_folder
-from qlora_tui.export.gguf import GgufFile, export_gguf
+from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.hub import export_hub
 from qlora_tui.export.merge import merge
 from qlora_tui.export.model_card import CardForm
@@ -91,7 +91,7 @@ def export_form(
             )
             return Written(
                 result=gguf,
-                sizes=_sizes(gguf.files),
+                sizes={file.path: file.bytes for file in gguf.files},
                 summary=gguf.summary,
                 command=gguf.command,
                 file_type=gguf.files[0].file_type,
@@ -146,14 +146,9 @@ def export_form(
             )
             sizes = {uploaded.url: uploaded.bytes}
             return Written(result=uploaded, sizes=sizes, summary=uploaded.summary, command="")
-
         case "lora":
             raise UserError(
                 "This form is no longer written",
                 what="The adapter as a GGUF file of its own (export lora).",
                 fix="Export the merged GGUF file, or the adapter's folder for vLLM.",
             )
-
-
-def _sizes(files: Sequence[GgufFile]) -> dict[str, int]:
-    return {file.path: file.bytes for file in files}

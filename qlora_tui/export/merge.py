@@ -146,7 +146,7 @@ def merge(
         (folder / "README.md").write_text(
             render_model_card(
                 source.recipe,
-                from_hub=_from_hub(source),
+                from_hub=resolve_model(source.recipe.model.id).source == "hub cache",
                 is_dequantized=choice.chosen == "dequantized",
             ),
             encoding="utf-8",
@@ -178,10 +178,6 @@ def _copy_tokenizer(base: Path, adapter: Path, folder: Path) -> None:
         names = [name for name in names if not is_template_file(name)]
     copy_files(base, folder, names)
     copy_files(adapter, folder, tokenizer_files(adapter))
-
-
-def _from_hub(source: ChatSource) -> bool:
-    return resolve_model(source.recipe.model.id).source == "hub cache"
 
 
 def verify_merge(

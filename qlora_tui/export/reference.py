@@ -178,11 +178,14 @@ def reference_answers(
         )
     first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     begins = tokenizer.begins_with_bos and all(row.ids[:1] == first for row in rows)
+    begin = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
     computed = [row for row in rows if row.positions]
     answers, effect = _compute(source, adapter_name, computed, on_status, words)
     return Reference(
         rows=rows,
-        strange=tuple(_strange_rows(tokenizer)),
+        strange=tuple(
+            ComparedRow(begin + text, tuple(tokenizer.encode(begin + text))) for text in _STRANGE_TEXTS
+        ),
         prompts=tuple(_prompts(source, tokenizer)),
         answers=answers,
         end_ids=tokenizer.turn_end_ids,
@@ -306,7 +309,9 @@ def compared_rows(
     count = min(len(samples), _MAX_ROWS)
     numbers = [place * len(samples) // count for place in range(count)]
     ids = [tuple(samples.token_ids(number)[: min(_MAX_TOKENS, tokens)]) for number in numbers]
-    trained = [_trained_positions(samples.loss_mask(number)) for number in numbers]
+    masks = [samples.loss_mask(number) for number in numbers]
+    # Places whose next token is trained.
+    trained = [[place for place in range(len(mask) - 1) if mask[place + 1]] for mask in masks]
     computed = max(1, min(count, tokens * count // max(1, sum(map(len, ids)))))
     chosen = {place * count // computed for place in range(computed)}
     rows = tuple(
@@ -318,11 +323,6 @@ def compared_rows(
         for place, (row, positions) in enumerate(zip(ids, trained, strict=True))
     )
     return rows, sum(map(len, trained))
-
-
-def _trained_positions(loss_mask: Sequence[int]) -> list[int]:
-    """Return places whose next token is trained."""
-    return [place for place in range(len(loss_mask) - 1) if loss_mask[place + 1]]
 
 
 def _samples(source: ChatSource, tokenizer: ChatTokenizer) -> Samples:
@@ -343,12 +343,6 @@ def _text(ids: tuple[int, ...], tokenizer: ChatTokenizer) -> str:
     runs = groupby(ids, tokenizer.special_ids.__contains__)
     text = "".join(tokenizer.decode(list(run)) for _, run in runs)
     return text if tokenizer.encode(text) == list(ids) else ""
-
-
-def _strange_rows(tokenizer: ChatTokenizer) -> Iterator[ComparedRow]:
-    first = tokenizer.special_tokens.get("bos_token", "") if tokenizer.begins_with_bos else ""
-    for text in _STRANGE_TEXTS:
-        yield ComparedRow(first + text, tuple(tokenizer.encode(first + text)))
 
 
 def _prompts(source: ChatSource, tokenizer: ChatTokenizer) -> Iterator[ComparedPrompt]:

@@ -167,12 +167,13 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
     tokens, types = _tokens(tokenizer, model["vocab"], rows, is_byte_level, ranks)
     pre = pre_tokenizer_name(content) if is_byte_level else "default"
     ends = tokenizer.turn_end_ids
+    unknown = tokenizer.special_tokens.get("unk_token") or model.get("unk_token")
     ids = {
         "bos": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id,
         "eos": tokenizer.eos_id,
         "eot": ends[-1] if ends else None,
         "padding": tokenizer.pad_id,
-        "unknown": _id_of(tokenizer, tokenizer.special_tokens.get("unk_token") or model.get("unk_token")),
+        "unknown": tokenizer.backend.token_to_id(unknown) if unknown else None,
     }
     return Vocabulary(
         model="gpt2" if is_byte_level else "llama",
@@ -208,7 +209,8 @@ def _tokens(
     types = [UNUSED] * rows
     for text, number in vocab.items():
         tokens[number] = text
-        types[number] = BYTE if not is_byte_level and _is_byte(text) else NORMAL
+        is_byte = not is_byte_level and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        types[number] = BYTE if is_byte else NORMAL
     for number, token in added.items():
         tokens[number] = token.content
         types[number] = CONTROL if token.special else USER_DEFINED
@@ -284,14 +286,6 @@ def _differences(normalizer: Mapping[str, Any], pre: str) -> Iterator[KnownDiffe
             "llama.cpp splits words with accented capitals or combining marks into other tokens.",
             is_split_otherwise,
         )
-
-
-def _id_of(tokenizer: ChatTokenizer, token: str | None) -> int | None:
-    return None if token is None else tokenizer.backend.token_to_id(token)
-
-
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _has(node: Mapping[str, Any], kind: str) -> bool:
