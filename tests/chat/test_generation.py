@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_tui.chat.generation import IncrementalDetokenizer
+
+pytestmark = pytest.mark.slow
 
 
 def bytes_as_ids(ids: Sequence[int]) -> str:
