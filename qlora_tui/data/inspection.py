@@ -67,7 +67,7 @@ def show(
     """Render row number ``row`` of the source's file ``path``, or of its first file. Raises ``UserError``."""
     data = data or Data()
     file, found_row = row_of(source, row, data, path)
-    shown = _shown(found_row.number, conversation_of(found_row, file), tokenizer, data)
+    shown = _shown(found_row, conversation_of(found_row, file), tokenizer, data)
     return msgspec.structs.replace(shown, path=str(file.path))
 
 
@@ -245,7 +245,7 @@ def _context_of(tokenizer: ChatTokenizer | None) -> int | None:
         return None
 
 
-def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokenizer, data: Data) -> Shown:
+def _shown(row: Row, one: Conversation | RowRejectedError, tokenizer: ChatTokenizer, data: Data) -> Shown:
     try:
         if isinstance(one, RowRejectedError):
             raise one
@@ -255,12 +255,12 @@ def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokeni
             others = [render(other, tokenizer, options) for other in one.rejected]
             whole = last_samples(one, [whole, *others])
     except RowRejectedError as refused:
-        return Shown(row, (), (), (), refused=refused.reason)
+        return Shown(row.number, (), (), (), refused=refused.reason, findings=row.warnings)
     samples = [
         s for rendered in whole for s in truncate(rendered, data.max_length, data.overflow, tokenizer.bos_id)
     ]
     return Shown(
-        row=row,
+        row=row.number,
         samples=tuple(tuple(pieces(tokenizer, s.token_ids, s.loss_mask)) for s in samples),
         token_counts=tuple(len(r.token_ids) for r in whole),
         trained_counts=tuple(s.trained_count for s in samples),
@@ -268,5 +268,9 @@ def _shown(row: int, one: Conversation | RowRejectedError, tokenizer: ChatTokeni
         sides=sides if len(samples) == len(sides) else (),
         refused="" if samples else f"Nothing is left to learn within {data.max_length} tokens.",
         notes=whole[0].notes,
-        findings=(*conversation_findings(one), *sample_findings(tokenizer, one, whole, data.train_on)),
+        findings=(
+            *row.warnings,
+            *conversation_findings(one),
+            *sample_findings(tokenizer, one, whole, data.train_on),
+        ),
     )

@@ -45,8 +45,9 @@ _TEMPLATE_TOKENS = 5
 """Tokens that a chat template adds around each turn: role, and the start and end of the turn."""
 _MARGIN = 1.25
 """Factor of the length limit above which an estimated length is taken to be over it."""
-_SHOWN_BEFORE_RUN = BAD_ROWS | {"rated-bad", "same-answers", "long-text", "ends-with-user"}
-_SHOWN_BEFORE_RUN |= {"rows-in-value", "repeated-key"}
+_SHOWN_BEFORE_RUN = BAD_ROWS.union(
+    ("rated-bad", "same-answers", "long-text", "ends-with-user", "rows-in-value", "repeated-key")
+)
 """Warnings on rows that are left out or cut, also shown before a run."""
 
 
