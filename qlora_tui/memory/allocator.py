@@ -11,7 +11,7 @@ smallest that is large enough, at the lowest address), ``get_allocation_size``, 
 ``try_merge_blocks``, ``try_allocate_expandable_block``. Tensors of up to 1 MiB come from a separate pool, of
 which only the bytes are counted: its segments have 2 MiB.
 
-Allocations and frees of one part of a step, in order, so that they can be replayed on an allocator.
+A :class:`Recording` has the allocations and frees of one part of a step, in order, to be replayed on it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Scaled dot-product attention, kernel by kernel: what each saves and what its backward needs.
-
-DeepSeek's latent attention: keys and values rebuilt from one narrow projection.
-"""
+"""Attention, kernel by kernel: what each saves and what its backward needs; DeepSeek's latent attention."""
 
 from __future__ import annotations
 
@@ -317,7 +314,12 @@ def latent_attention(
     heads, tokens = shape.heads, ops.tokens
     value_dim = linears["o_proj"].inputs // heads
     rope = down.outputs - up.inputs
-    query = _queries(ops, linears, hidden_states)
+    if "q_proj" in linears:
+        query = linear(ops, hidden_states, linears["q_proj"])
+    else:  # two projections with a norm between
+        narrow = ops.rms_norm(linear(ops, hidden_states, linears["q_a_proj"]))
+        query = linear(ops, narrow, linears["q_b_proj"])
+        del narrow
     head_dim = query.numel // tokens // heads
     compressed = linear(ops, hidden_states, down)
     latent = ops.rms_norm(ops.slice(compressed, tokens * up.inputs))
@@ -336,14 +338,6 @@ def latent_attention(
     del both, key_turned
     own = replace(shape, kv_heads=heads, head_dim=head_dim, value_dim=value_dim)
     return attend(ops, query, key, value, own, kernel)
-
-
-def _queries(ops: Ops, linears: dict[str, Linear], x: Tensor) -> Tensor:
-    """Replay the query projection, or two with a norm between."""
-    if "q_proj" in linears:
-        return linear(ops, x, linears["q_proj"])
-    narrow = ops.rms_norm(linear(ops, x, linears["q_a_proj"]))
-    return linear(ops, narrow, linears["q_b_proj"])
 
 
 def _turned(ops: Ops, x: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ which mixes tensors, heap and libraries: it gives no allocated or reserved bytes
 GPU. The whole difference is attributed to the libraries, in bytes, so that a tiny run does not distort the
 estimate of a large one.
 
-How fast this machine copies to its GPU and multiplies there: measured by ``doctor``, read by estimates.
-
-One record per GPU, in ``transfer.json`` of the state directory. Nothing is assumed without a measurement.
+How fast this machine copies to its GPU and multiplies there is measured by ``doctor``: one record per GPU, in
+``transfer.json``. Nothing is assumed without a measurement.
 """
 
 from __future__ import annotations
@@ -72,9 +71,6 @@ class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return max(0, self.measured_process_bytes - pool)
 
 
-_DECODER = msgspec.json.Decoder(MeasuredRun)
-
-
 @dataclass(frozen=True)
 class Correction:
     """Correction of a machine's estimates by its past runs."""
@@ -92,44 +88,6 @@ class Correction:
     def applies(self) -> bool:
         """Return whether there are enough runs."""
         return self.runs >= MIN_RUNS
-
-
-def record_file() -> Path:
-    """Return the file with the recorded runs."""
-    return state_dir() / "memory.jsonl"
-
-
-def record_run(peaks: MeasuredRun) -> None:
-    """Append one run. Raises OSError."""
-    with record_file().open("ab") as out:
-        # A line truncated by a full disk must not damage this one.
-        out.write(b"\n" + msgspec.json.encode(peaks) + b"\n")
-
-
-def load_runs() -> tuple[MeasuredRun, ...]:
-    """Return all recorded runs, oldest first; unreadable lines are skipped."""
-    file = record_file()
-    try:
-        stat = file.stat()
-    except OSError:
-        return ()
-    return _read(file, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=1)
-def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
-    """Read the file; cached until it changes, because screens call this at every key press."""
-    runs = []
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError:
-        return ()
-    for line in lines:
-        try:
-            runs.append(decode_json(line, _DECODER))
-        except msgspec.MsgspecError:
-            continue
-    return tuple(runs)
 
 
 def correction_for(machine: str) -> Correction | None:
@@ -164,7 +122,45 @@ def _corrected_bytes(run: MeasuredRun, factor: float, outside: int | None) -> fl
     return run.predicted_reserved_bytes * factor + outside + run.managed_bytes
 
 
-_MAX_BYTES = 1 << 20
+def record_file() -> Path:
+    """Return the file with the recorded runs."""
+    return state_dir() / "memory.jsonl"
+
+
+def record_run(peaks: MeasuredRun) -> None:
+    """Append one run. Raises OSError."""
+    with record_file().open("ab") as out:
+        # A line truncated by a full disk must not damage this one.
+        out.write(b"\n" + msgspec.json.encode(peaks) + b"\n")
+
+
+def load_runs() -> tuple[MeasuredRun, ...]:
+    """Return all recorded runs, oldest first; unreadable lines are skipped."""
+    file = record_file()
+    try:
+        stat = file.stat()
+    except OSError:
+        return ()
+    return _read(file, stat.st_mtime_ns, stat.st_size)
+
+
+_DECODER = msgspec.json.Decoder(MeasuredRun)
+
+
+@lru_cache(maxsize=1)
+def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
+    """Read the file; cached until it changes, because screens call this at every key press."""
+    runs = []
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        try:
+            runs.append(decode_json(line, _DECODER))
+        except msgspec.MsgspecError:
+            continue
+    return tuple(runs)
 
 
 class TransferSpeed(Struct, frozen=True, kw_only=True):
@@ -176,9 +172,6 @@ class TransferSpeed(Struct, frozen=True, kw_only=True):
     """Copies from pinned host memory to the GPU."""
     flops_per_s: float
     """Matrix products in the compute dtype, each with a weight that is dequantized from NF4 before."""
-
-
-_SPEED_DECODER = msgspec.json.Decoder(dict[str, TransferSpeed])
 
 
 def speed_file() -> Path:
@@ -204,6 +197,10 @@ def _load() -> dict[str, TransferSpeed]:
     except OSError:
         return {}
     return _read_speeds(file, stat.st_mtime_ns, stat.st_size)
+
+
+_MAX_BYTES = 1 << 20
+_SPEED_DECODER = msgspec.json.Decoder(dict[str, TransferSpeed])
 
 
 @lru_cache(maxsize=1)

@@ -1,14 +1,8 @@
-"""The memory estimate of one recipe on one model, by item, on three levels.
+"""The memory estimate of one recipe on one model: by item, on three levels, over time, and against a memory.
 
 The Memory screen, the CLI, the runner and the demo call ``estimate``. Everything is pure Python and takes a
-few milliseconds.
-
-Comparison of an estimate with the available memory, including its uncertainty.
-
-Memory of the process over time: the model is loaded, then one training step runs.
-
-The estimate is the maximum of this series. The parts of a step follow one another as they are replayed; how
-long each takes is not known here.
+few milliseconds. The parts of a timeline follow one another as they are replayed; how long each takes is not
+known here.
 """
 
 from __future__ import annotations

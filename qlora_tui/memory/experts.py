@@ -41,18 +41,13 @@ class Mixture:
     ranks: tuple[int, ...] = ()
     """Ranks of the adapters on gate and up, and on down, of fused experts; 0 without."""
 
-    @property
-    def one_at_a_time(self) -> bool:
-        """Whether our own function computes them."""
-        return self.expert_method != "none" or any(self.ranks)
-
 
 def mixture(ops: Ops, config: Mixture, x: Tensor) -> Tensor:
     """Replay the routed experts of the layer."""
     weights = _route(ops, config, x)
     if config.separate:
         return _in_turn(ops, config, x, weights)
-    if config.one_at_a_time:
+    if config.expert_method != "none" or any(config.ranks):
         return _one_at_a_time(ops, config, x, weights)
     return _grouped(ops, config, x, weights)
 

@@ -351,6 +351,12 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
     for module in architecture.expert_modules:
         if module.layer is not None:
             experts[module.layer].append(module)
+    norms = [
+        parameter.name
+        for parameter in architecture.parameters
+        if (parameter.layer, parameter.role, parameter.shape) == (0, "norm", (architecture.hidden_size,))
+        and parameter.name.endswith(".weight")
+    ]
     known: dict[tuple[tuple[int, ...], Mixture | None], DecoderLayer] = {}
     """Layers by their modules, of which equal ones are the same object."""
     routed = _mixture(recipe, architecture, execution)
@@ -377,7 +383,7 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
                 linears=linears,
                 heads=heads,
                 style=style,
-                two_norms=_layer_norms(architecture) > 1,
+                two_norms=len(norms) > 1,
                 activation=architecture.activation,
                 gated=architecture.gated,
                 kernel=kernel,
@@ -420,13 +426,6 @@ def vocabulary_shapes(lora: Lora, architecture: Architecture) -> list[tuple[int,
     head = architecture.head
     rows = head.out_features if lora.train_embeddings else len(set(lora.trainable_tokens))
     return [(rows, head.in_features)] * (1 if head.tied else 2) if rows else []
-
-
-def _layer_norms(architecture: Architecture) -> int:
-    """Count the norms over the hidden state in the first layer."""
-    wanted = (architecture.hidden_size,)
-    norms = [p for p in architecture.parameters if p.layer == 0 and p.role == "norm" and p.shape == wanted]
-    return sum(p.name.endswith(".weight") for p in norms)
 
 
 def _mixture(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Mixture | None:

@@ -1,16 +1,12 @@
-"""Memory levels from tensors to what the GPU sees: allocated, reserved, process, and their uncertainty.
+"""From tensors to what the GPU sees, or a CPU's system: allocated, reserved, process, and their uncertainty.
 
-Memory of oneDNN on a CPU: the code it generates for each shape of a bfloat16 product.
+On a CPU that includes the code that oneDNN generates for each shape of a bfloat16 product (float32 ones pass
+to MKL, which generates none). Measured with torch 2.13: each new shape adds 0.57 MB to the heap, of which 0.3
+are freed when oneDNN's cache evicts the shape. The rest, a code buffer of 256 KiB per kernel, stays
+(cpu/x64/brgemm/brgemm_containers.cpp keeps every kernel).
 
-torch passes bfloat16 products to oneDNN, float32 ones to MKL, which generates no code. Measured with torch
-2.13: each new shape adds 0.57 MB to the heap, of which 0.3 are freed when oneDNN's cache evicts the shape.
-The rest, a code buffer of 256 KiB per kernel, stays (cpu/x64/brgemm/brgemm_containers.cpp keeps every
-kernel).
-
-Memory of converting a GGUF file, in a separate process before the first run.
-
-It is compared with a run's peak and never added to it: the conversion process ends before the trainer loads
-anything.
+A GGUF file is converted in a process that ends before the trainer loads anything, so its peak is compared
+with a run's and never added to it.
 """
 
 from __future__ import annotations
@@ -27,65 +23,6 @@ from qlora_tui.memory.ops import FLOAT
 from qlora_tui.memory.replay import Pool
 from qlora_tui.memory.static_memory import optimizer_bytes
 from qlora_tui.memory.step import layer_input_bytes
-
-KEPT_BYTES = 300 * 1024
-KERNEL_BYTES = 268 * 1024
-TOKEN_MULTIPLE = 32
-"""Multiple of tokens to which rows, samples and loss chunks are padded (training/compute_device.py): a kernel
-takes milliseconds to generate, and without padding there would be some 10 for each new length of a sample,
-some 25 for each of a row."""
-ATTENTION_PRODUCTS = 5
-"""Products for each sample length: those of attention's backward (training/fused/cpu_attention.py). The
-forward generates no kernel."""
-FULL_ROWS = 4
-"""Number of lengths that packed sequences have: all are nearly full."""
-
-
-def kernel_bytes(layout: Layout) -> int:
-    """Return the heap bytes after a run with samples of every length; 0 except for bfloat16 on a CPU."""
-    execution = layout.execution
-    if execution.device != "cpu" or execution.compute_itemsize != 2 or execution.float16:
-        return 0
-    lengths = -(-layout.length // TOKEN_MULTIPLE)
-    rows = min(FULL_ROWS, lengths) if execution.packing else lengths
-    chunks = min(lengths, LOSS_CHUNK_ROWS // TOKEN_MULTIPLE)
-    shapes = _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * chunks
-    return ONEDNN_CACHE_CAPACITY * KEPT_BYTES + shapes * KERNEL_BYTES
-
-
-def _products(layout: Layout) -> int:
-    """Count the product shapes over one row: two with each weight, three with each half of an adapter."""
-    linears = {linear for block in layout.blocks for linear in block.linears}
-    weights = {(linear.inputs, linear.outputs) for linear in linears}
-    halves = {(linear.inputs, "A") for linear in linears if linear.rank}
-    halves |= {(linear.outputs, "B") for linear in linears if linear.rank}
-    return 2 * len(weights) + 3 * len(halves)
-
-
-T4_CONTEXT_BYTES = 141 * MIB
-"""CUDA context with cuBLAS's and bitsandbytes' kernels loaded. Measured 133 to 147 MiB on a T4."""
-A100_CONTEXT_BYTES = 522 * MIB
-"""CUDA context on an A100: memory of ten runs of a 16-bit base outside what the allocator reserved
-(fms-acceleration's ``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``; torch 2.4.1 with flash-attn and
-Triton)."""
-CONTEXT_MIB_PER_MULTIPROCESSOR = (2.95, 3.15)
-"""Context before any kernel is loaded, published: 107 MiB on an RTX 4060 Ti with 34 multiprocessors and 555
-on an RTX PRO 6000 with 188 (llama.cpp pull request 23604), 256 on an RTX 3090 with 82 (InvokeAI issue 9413),
-426 on an RTX 6000 Ada with 142 (unsloth-zoo pull request 1053): 3.15, 2.95, 3.12 and 3.00 each."""
-KERNELS_MIB = {False: (7, 29), True: (7, 203)}
-"""Loaded kernels without FlashAttention and with it. Calculated: what the measured contexts have beyond that
-of 40 multiprocessors (T4), and the A100's beyond that of 108."""
-MULTIPROCESSORS = {(7, 5): 72, (8, 6): 84, (8, 9): 142, (9, 0): 132, (12, 0): 188}
-"""Most multiprocessors of a GPU with this compute capability (TITAN RTX, RTX 3090 Ti, RTX 6000 Ada, H100 SXM,
-RTX PRO 6000), for GPUs that do not say how many they have."""
-UNKNOWN_CONTEXT_BYTES = 400 * MIB
-"""Additional bytes that other GPUs may take."""
-
-SLACK_UNCERTAINTY = 0.5
-"""Uncertainty of the slack, as a share. The order in which weights are read and the addresses of segments
-differ between runs, and with them which free block a tensor gets: of 27 runs on a T4 with a quantized base,
-24 had at most this much more slack than replayed, and three had 54 to 302 MiB more. Without quantization 19
-runs were within 23 MiB."""
 
 
 @dataclass(frozen=True)
@@ -108,32 +45,11 @@ class MemoryLevels:
     band: UncertaintyBand
 
 
-RUNTIME_BYTES = 535 * MIB
-"""Memory of a trainer on the CPU without tensors and tokenizer. Measured, with torch's CPU build: 482 MiB
-once torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported, of which 126
-are library files; 29 of library files that are loaded later, with weights and first kernel calls; the rest
-are Python objects for data, modules and optimizer."""
-TOKENIZER_BYTES_PER_TOKEN = 500
-"""Bytes per vocabulary token. Measured with tokenizers 0.23, after returning the memory that reading left
-free: 472 bytes for 49,152 tokens (SmolLM2), 511 for 262,144 (Gemma 3): it holds the words twice, the merges,
-and the JSON text itself."""
-CUDA_LIBRARIES_BYTES = 640 * MIB
-"""Additional memory with a CUDA build of torch, with or without a GPU: its libraries are loaded and their
-kernels registered. Measured with torch 2.15 for CUDA 13.2: 725 MiB instead of 221 once torch is imported,
-1,117 instead of 475 with the rest (and Triton)."""
-RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
-"""Uncertainty for other versions and builds of the libraries."""
-HEAP_HOLES = 6
-"""Divisor: one part in this many of the memory that moves with each step remains in gaps of the heap, because
-rows and samples of other lengths leave holes too small for the next. glibc returns only the memory at the
-heap's top. Measured over the demo, in float32 and in bfloat16."""
-CHECKPOINT_HOLES = 2
-"""Bytes of gaps for each byte of layer inputs kept. Each lies in the heap among larger tensors of its layer,
-which are freed soon after, and the next layer's do not fit between two of them. Measured with
-``mallinfo2`` on models of 10 to 30 layers in float32: 1.8 to 2.6. Allocations that are returned at once
-(``M_MMAP_THRESHOLD``) have none, and make a step a fifth slower."""
-MAPPED_BYTES = 32 * MIB
-"""Size from which glibc maps a block separately and returns all of it (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
+SLACK_UNCERTAINTY = 0.5
+"""Uncertainty of the slack, as a share. The order in which weights are read and the addresses of segments
+differ between runs, and with them which free block a tensor gets: of 27 runs on a T4 with a quantized base,
+24 had at most this much more slack than replayed, and three had 54 to 302 MiB more. Without quantization 19
+runs were within 23 MiB."""
 
 
 def tiers(
@@ -181,6 +97,26 @@ def tiers(
     )
 
 
+T4_CONTEXT_BYTES = 141 * MIB
+"""CUDA context with cuBLAS's and bitsandbytes' kernels loaded. Measured 133 to 147 MiB on a T4."""
+A100_CONTEXT_BYTES = 522 * MIB
+"""CUDA context on an A100: memory of ten runs of a 16-bit base outside what the allocator reserved
+(fms-acceleration's ``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``; torch 2.4.1 with flash-attn and
+Triton)."""
+CONTEXT_MIB_PER_MULTIPROCESSOR = (2.95, 3.15)
+"""Context before any kernel is loaded, published: 107 MiB on an RTX 4060 Ti with 34 multiprocessors and 555
+on an RTX PRO 6000 with 188 (llama.cpp pull request 23604), 256 on an RTX 3090 with 82 (InvokeAI issue 9413),
+426 on an RTX 6000 Ada with 142 (unsloth-zoo pull request 1053): 3.15, 2.95, 3.12 and 3.00 each."""
+KERNELS_MIB = {False: (7, 29), True: (7, 203)}
+"""Loaded kernels without FlashAttention and with it. Calculated: what the measured contexts have beyond that
+of 40 multiprocessors (T4), and the A100's beyond that of 108."""
+MULTIPROCESSORS = {(7, 5): 72, (8, 6): 84, (8, 9): 142, (9, 0): 132, (12, 0): 188}
+"""Most multiprocessors of a GPU with this compute capability (TITAN RTX, RTX 3090 Ti, RTX 6000 Ada, H100 SXM,
+RTX PRO 6000), for GPUs that do not say how many they have."""
+UNKNOWN_CONTEXT_BYTES = 400 * MIB
+"""Additional bytes that other GPUs may take."""
+
+
 def context_range(execution: ExecutionConfig) -> tuple[int, int, int]:
     """Return the least, the expected and the most bytes of the CUDA context with its kernels.
 
@@ -199,6 +135,34 @@ def context_range(execution: ExecutionConfig) -> tuple[int, int, int]:
     if capability == (8, 0):
         return low, A100_CONTEXT_BYTES, max(high, A100_CONTEXT_BYTES)
     return low, T4_CONTEXT_BYTES if count is None else (low + high) // 2, high
+
+
+RUNTIME_BYTES = 535 * MIB
+"""Memory of a trainer on the CPU without tensors and tokenizer. Measured, with torch's CPU build: 482 MiB
+once torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported, of which 126
+are library files; 29 of library files that are loaded later, with weights and first kernel calls; the rest
+are Python objects for data, modules and optimizer."""
+TOKENIZER_BYTES_PER_TOKEN = 500
+"""Bytes per vocabulary token. Measured with tokenizers 0.23, after returning the memory that reading left
+free: 472 bytes for 49,152 tokens (SmolLM2), 511 for 262,144 (Gemma 3): it holds the words twice, the merges,
+and the JSON text itself."""
+CUDA_LIBRARIES_BYTES = 640 * MIB
+"""Additional memory with a CUDA build of torch, with or without a GPU: its libraries are loaded and their
+kernels registered. Measured with torch 2.15 for CUDA 13.2: 725 MiB instead of 221 once torch is imported,
+1,117 instead of 475 with the rest (and Triton)."""
+RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
+"""Uncertainty for other versions and builds of the libraries."""
+HEAP_HOLES = 6
+"""Divisor: one part in this many of the memory that moves with each step remains in gaps of the heap, because
+rows and samples of other lengths leave holes too small for the next. glibc returns only the memory at the
+heap's top. Measured over the demo, in float32 and in bfloat16."""
+CHECKPOINT_HOLES = 2
+"""Bytes of gaps for each byte of layer inputs kept. Each lies in the heap among larger tensors of its layer,
+which are freed soon after, and the next layer's do not fit between two of them. Measured with
+``mallinfo2`` on models of 10 to 30 layers in float32: 1.8 to 2.6. Allocations that are returned at once
+(``M_MMAP_THRESHOLD``) have none, and make a step a fifth slower."""
+MAPPED_BYTES = 32 * MIB
+"""Size from which glibc maps a block separately and returns all of it (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
 
 
 def _on_cpu(
@@ -238,6 +202,40 @@ def _mapped_bytes(layout: Layout) -> int:
     block = min(LOSS_BLOCK_ROWS["cpu"], rows) * layout.vocabulary * FLOAT
     copies = 1 + (execution.compute_itemsize != FLOAT)
     return (chunk if chunk >= MAPPED_BYTES else 0) + (copies * block if block >= MAPPED_BYTES else 0)
+
+
+KEPT_BYTES = 300 * 1024
+KERNEL_BYTES = 268 * 1024
+TOKEN_MULTIPLE = 32
+"""Multiple of tokens to which rows, samples and loss chunks are padded (training/compute_device.py): a kernel
+takes milliseconds to generate, and without padding there would be some 10 for each new length of a sample,
+some 25 for each of a row."""
+ATTENTION_PRODUCTS = 5
+"""Products for each sample length: those of attention's backward (training/fused/cpu_attention.py). The
+forward generates no kernel."""
+FULL_ROWS = 4
+"""Number of lengths that packed sequences have: all are nearly full."""
+
+
+def kernel_bytes(layout: Layout) -> int:
+    """Return the heap bytes after a run with samples of every length; 0 except for bfloat16 on a CPU."""
+    execution = layout.execution
+    if execution.device != "cpu" or execution.compute_itemsize != 2 or execution.float16:
+        return 0
+    lengths = -(-layout.length // TOKEN_MULTIPLE)
+    rows = min(FULL_ROWS, lengths) if execution.packing else lengths
+    chunks = min(lengths, LOSS_CHUNK_ROWS // TOKEN_MULTIPLE)
+    shapes = _products(layout) * rows + ATTENTION_PRODUCTS * lengths + 2 * chunks
+    return ONEDNN_CACHE_CAPACITY * KEPT_BYTES + shapes * KERNEL_BYTES
+
+
+def _products(layout: Layout) -> int:
+    """Count the product shapes over one row: two with each weight, three with each half of an adapter."""
+    linears = {linear for block in layout.blocks for linear in block.linears}
+    weights = {(linear.inputs, linear.outputs) for linear in linears}
+    halves = {(linear.inputs, "A") for linear in linears if linear.rank}
+    halves |= {(linear.outputs, "B") for linear in linears if linear.rank}
+    return 2 * len(weights) + 3 * len(halves)
 
 
 def corrected(levels: MemoryLevels, layout: Layout, correction: Correction) -> MemoryLevels:

@@ -5,12 +5,11 @@ end of the first and lie between the tensors of the second. The bytes alive at t
 reserved bytes: a freed block serves another tensor only if it is large enough, and for logits, or the scores
 of eager attention, there is often none.
 
-Loading of the model into the allocator: the step's tensors use the blocks that loading leaves free.
-
-With quantization transformers first allocates one tensor of the size of the whole model and frees it, so that
-the weights are split from one segment (``caching_allocator_warmup`` in modeling_utils.py). It then reads them
-in the natural order of their names, and quantizes each before it reads the next
-(``convert_and_load_state_dict_in_model`` in core_model_loading.py).
+The step's tensors use the blocks that loading leaves free. With quantization transformers first allocates
+one tensor of the size of the whole model and frees it, so that the weights are split from one segment
+(``caching_allocator_warmup`` in modeling_utils.py). It then reads them in the natural order of their names,
+and quantizes each before it reads the next (``convert_and_load_state_dict_in_model`` in
+core_model_loading.py).
 """
 
 from __future__ import annotations
@@ -50,16 +49,188 @@ from qlora_tui.recipe.schema import Quantization, Recipe
 
 READ_BYTES = 2
 """Bytes per weight as read from the file."""
+_NUMBERS = re.compile(r"(\d+)")
+ENDS, ENDS_THAT_KEEP = 2, 8
+"""Periods at either end of a series of equal layers that are replayed in full where blocks are cut to size:
+short-lived tensors get the same blocks in all layers between. Over eight families, with and without dropout,
+this is within 1 % of the full replay where a layer keeps only its checkpoint, and 2 % where it keeps what it
+saves."""
+LONGEST_PERIOD = 8
+"""Layers after which a family's kinds of layers may repeat: 2 in Gemma 2, 4 in Qwen3-Next, 6 in Gemma 3."""
+NOTHING = MemoryBlock(0, 0)
+"""Placeholder for a small tensor, which the parts only count."""
 
 
 @dataclass(frozen=True)
-class _Weight:
-    name: str
-    count: int
-    rows: int
-    """Outputs of a linear weight that can be quantized; 0 for any other."""
-    experts: tuple[int, ...] = ()
-    """Shape of fused experts: matrices of equal shape, rows, columns; empty for any other weight."""
+class Pool:
+    """Totals of the allocator, in bytes."""
+
+    allocated_bytes: int
+    """``max_memory_allocated``: tensors, and the unused rest of their blocks."""
+    reserved_bytes: int
+    """``max_memory_reserved`` of the steps."""
+
+
+def replay(
+    layout: Layout,
+    step_profile: StepProfile,
+    capacity_bytes: int | None = None,
+) -> Pool:
+    """Load the model and run two steps. An allocator that reaches ``capacity_bytes`` releases free segments
+    before it takes more, unless its segments grow."""
+    execution = layout.execution
+    allocator = CachingAllocator(expandable=execution.expandable_segments, capacity_bytes=capacity_bytes)
+    load(allocator, layout)
+    run = _Run(allocator, layout, step_profile)
+    run.step(first=True)
+    run.step(first=False)
+    return Pool(allocator.most_allocated_bytes, allocator.most_reserved_bytes)
+
+
+class _Run:
+    """Steps of a run on one allocator."""
+
+    def __init__(
+        self,
+        allocator: CachingAllocator,
+        layout: Layout,
+        step_profile: StepProfile,
+    ) -> None:
+        execution = layout.execution
+        self._allocator = allocator
+        self._layout = layout
+        self._execution = execution
+        self._head = step_profile.head.recording
+        ends = ENDS if execution.checkpointing and not execution.kept_layers else ENDS_THAT_KEEP
+        if not execution.expandable_segments:
+            ends = len(step_profile.layers)
+        marked = _with_repetitions(step_profile.layers, ends)
+        self._layers = [(layer.recording, not is_repeated) for layer, is_repeated in marked]
+        self._embedded_bytes = layer_input_bytes(layout)
+        self._keeps_embedding = layout.modifies_embedding or not step_profile.layers[0].keeps_input
+        self._inputs = (input_bytes(layout), mask_bytes(layout))
+
+    def step(self, *, first: bool) -> None:
+        """Replay forward, backward and optimizer. At the end all tensors of the step are freed."""
+        allocator = self._allocator
+        if first:
+            allocator.keep(adapter_copies(self._layout))
+        small = allocator.small_bytes
+        alive = take_all(allocator, self._inputs)
+        if self._layout.modifies_embedding:
+            alive.append(allocator.malloc(self._embedded_bytes))
+        x = allocator.malloc(self._embedded_bytes)
+        if self._keeps_embedding and not self._layout.modifies_embedding:
+            alive.append(x)
+        if first:
+            allocator.malloc(workspace_bytes(self._execution))  # this thread's, with its first product
+        owned = not self._keeps_embedding or self._layout.modifies_embedding
+        parts: list[Blocks] = []
+        for place, (recording, whole) in enumerate(self._layers):
+            if place and self._execution.offloads_inputs:
+                # The input of the layer before is in host memory by now.
+                allocator.free(parts[-1].pop(self._layers[place - 1][0].enters, NOTHING))
+            x = self._forward(recording, x, parts, owned=owned, whole=whole)
+            owned = not recording.owns_output
+        self._forward(self._head, x, parts, owned=owned, whole=True)
+        if first:
+            allocator.malloc(workspace_bytes(self._execution))  # the workspace of autograd's thread
+        gradient = allocator.malloc(FLOAT)  # the gradient of the loss: 1
+        fetched: list[MemoryBlock] = []
+        for recording, whole in [*self._layers, (self._head, True)][::-1]:
+            blocks = parts.pop()
+            blocks[recording.seed] = gradient
+            if self._execution.offloads_inputs and recording is not self._head:
+                # This layer's input, and that of the layer before, ahead of it.
+                size = layer_input_bytes(self._layout)
+                fetched += [allocator.malloc(size) for _ in range(min(2, len(parts) + 1) - len(fetched))]
+                blocks[recording.enters] = fetched.pop(0)
+            recording.backward.replay(allocator, blocks, whole=whole)
+            gradient = blocks.pop(recording.gradient, NOTHING)
+            alive += blocks.values()
+        alive.append(gradient)
+        alive += self._embedding_backward()
+        allocated_bytes = self._optimize(first=first)
+        for block in alive:
+            allocator.free(block)
+        # Small tensors were counted by the parts, not freed one at a time.
+        allocator.small_bytes = small + allocated_bytes
+
+    def _embedding_backward(self) -> list[MemoryBlock]:
+        """Replay the gradient of a trained embedding; return what is alive after it."""
+        layout, execution = self._layout, self._execution
+        if not layout.trained_matrix:
+            return []
+        is_first = layout.own_head and not execution.accumulates
+        size = layout.trained_matrix * ADAPTER_ITEMSIZE
+        gradients = [self._allocator.malloc(size)] if is_first else []
+        for block in take_all(self._allocator, [layout.tokens * layout.hidden * FLOAT] * 3):
+            self._allocator.free(block)
+        return gradients
+
+    def _forward(
+        self, recording: Recording, x: MemoryBlock, parts: list[Blocks], *, owned: bool, whole: bool
+    ) -> MemoryBlock:
+        """Replay a part's forward; return its output. Without ``owned`` another part frees its input."""
+        blocks: Blocks = {recording.enters: x} if owned else {}
+        recording.forward.replay(self._allocator, blocks, whole=whole)
+        parts.append(blocks)
+        if recording.owns_output:
+            return blocks.get(recording.leaves, NOTHING)
+        return blocks.pop(recording.leaves, NOTHING)
+
+    def _optimize(self, *, first: bool) -> int:
+        """Create the optimizer states in the first step, and keep the gradients that are accumulated.
+
+        Returns the bytes of these in small tensors.
+        """
+        allocator, execution, sizes = self._allocator, self._execution, self._layout.adapter_tensors
+        before = allocator.small_bytes
+        if first and not execution.pages_states:
+            shapes = self._layout.adapter_shapes
+            allocator.keep(size for shape in shapes for size in state_sizes(shape, execution))
+        if execution.optimizer == "adamw":
+            for block in take_all(allocator, (count * ADAPTER_ITEMSIZE for count in sizes)):
+                allocator.free(block)
+        elif itemsize := step_itemsize(execution):
+            for count in sizes:
+                allocator.free(allocator.malloc(count * itemsize))
+        if first and execution.accumulates:
+            allocator.keep(count * ADAPTER_ITEMSIZE for count in sizes)
+        return allocator.small_bytes - before
+
+
+def take_all(allocator: CachingAllocator, sizes: Iterable[int]) -> list[MemoryBlock]:
+    """Allocate tensors in order."""
+    return [allocator.malloc(size) for size in sizes if size]
+
+
+def _with_repetitions(layers: tuple[PartProfile, ...], ends: int) -> Iterator[tuple[PartProfile, bool]]:
+    """Yield each layer, and whether the layers around it repeat, for ``ends`` periods on either side.
+
+    In most families all layers are equal, and the period is 1; in others it is one of linear attention, three
+    of it and one of full attention, or a layer with a window and one without.
+    """
+    since = {period: _equal_since(layers, period) for period in range(1, LONGEST_PERIOD + 1)}
+    for place, layer in enumerate(layers):
+        yield (
+            layer,
+            any(
+                place >= period * ends
+                and place + period * ends < len(layers)
+                and since[period][place + period * ends] <= place - period * ends
+                for period in since
+            ),
+        )
+
+
+def _equal_since(layers: tuple[PartProfile, ...], period: int) -> list[int]:
+    """For each layer, the first one from which on all up to it equal the one ``period`` before them."""
+    since: list[int] = []
+    for place, layer in enumerate(layers):
+        equal = place >= period and layers[place - period] is layer
+        since.append(since[-1] if equal else max(place - period + 1, 0))
+    return since
 
 
 def load(
@@ -139,6 +310,16 @@ def _quantize(
     return quantized
 
 
+@dataclass(frozen=True)
+class _Weight:
+    name: str
+    count: int
+    rows: int
+    """Outputs of a linear weight that can be quantized; 0 for any other."""
+    experts: tuple[int, ...] = ()
+    """Shape of fused experts: matrices of equal shape, rows, columns; empty for any other weight."""
+
+
 @lru_cache(maxsize=16)
 def _weights(architecture: Architecture, separate_experts: bool) -> tuple[_Weight, ...]:
     """Return every parameter, in the model's order as far as it is known: norms come last."""
@@ -160,204 +341,10 @@ def _weights(architecture: Architecture, separate_experts: bool) -> tuple[_Weigh
 @lru_cache(maxsize=16)
 def _in_natural_order(architecture: Architecture, separate_experts: bool) -> tuple[_Weight, ...]:
     """Return the parameters by name, in natural order: numbers in names compare as numbers."""
-    return tuple(sorted(_weights(architecture, separate_experts), key=_natural))
 
+    def natural(weight: _Weight) -> list[int | str]:
+        parts: list[int | str] = [*_NUMBERS.split(weight.name)]
+        parts[1::2] = map(int, parts[1::2])
+        return parts
 
-_NUMBERS = re.compile(r"(\d+)")
-
-
-def _natural(weight: _Weight) -> list[int | str]:
-    parts: list[int | str] = [*_NUMBERS.split(weight.name)]
-    parts[1::2] = map(int, parts[1::2])
-    return parts
-
-
-STEPS = 2
-ENDS, ENDS_THAT_KEEP = 2, 8
-"""Periods at either end of a series of equal layers that are replayed in full where blocks are cut to size:
-short-lived tensors get the same blocks in all layers between. Over eight families, with and without dropout,
-this is within 1 % of the full replay where a layer keeps only its checkpoint, and 2 % where it keeps what it
-saves."""
-
-LONGEST_PERIOD = 8
-"""Layers after which a family's kinds of layers may repeat: 2 in Gemma 2, 4 in Qwen3-Next, 6 in Gemma 3."""
-NOTHING = MemoryBlock(0, 0)
-"""Placeholder for a small tensor, which the parts only count."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Totals of the allocator, in bytes."""
-
-    allocated_bytes: int
-    """``max_memory_allocated``: tensors, and the unused rest of their blocks."""
-    reserved_bytes: int
-    """``max_memory_reserved`` of the steps."""
-
-
-def replay(
-    layout: Layout,
-    step_profile: StepProfile,
-    capacity_bytes: int | None = None,
-) -> Pool:
-    """Load the model and run two steps. An allocator that reaches ``capacity_bytes`` releases free segments
-    before it takes more, unless its segments grow."""
-    execution = layout.execution
-    allocator = CachingAllocator(expandable=execution.expandable_segments, capacity_bytes=capacity_bytes)
-    load(allocator, layout)
-    run = _Run(allocator, layout, step_profile)
-    for step in range(STEPS):
-        run.step(first=not step)
-    return Pool(allocator.most_allocated_bytes, allocator.most_reserved_bytes)
-
-
-class _Run:
-    """Steps of a run on one allocator."""
-
-    def __init__(
-        self,
-        allocator: CachingAllocator,
-        layout: Layout,
-        step_profile: StepProfile,
-    ) -> None:
-        execution = layout.execution
-        self._allocator = allocator
-        self._layout = layout
-        self._execution = execution
-        self._head = step_profile.head.recording
-        ends = ENDS if execution.checkpointing and not execution.kept_layers else ENDS_THAT_KEEP
-        if not execution.expandable_segments:
-            ends = len(step_profile.layers)
-        marked = _with_repetitions(step_profile.layers, ends)
-        self._layers = [(layer.recording, not is_repeated) for layer, is_repeated in marked]
-        self._embedded_bytes = layer_input_bytes(layout)
-        self._keeps_embedding = layout.modifies_embedding or not step_profile.layers[0].keeps_input
-        self._inputs = (input_bytes(layout), mask_bytes(layout))
-
-    def step(self, *, first: bool) -> None:
-        """Replay forward, backward and optimizer. At the end all tensors of the step are freed."""
-        allocator = self._allocator
-        if first:
-            allocator.keep(adapter_copies(self._layout))
-        small = allocator.small_bytes
-        alive = take_all(allocator, self._inputs)
-        if self._layout.modifies_embedding:
-            alive.append(allocator.malloc(self._embedded_bytes))
-        x = allocator.malloc(self._embedded_bytes)
-        if self._keeps_embedding and not self._layout.modifies_embedding:
-            alive.append(x)
-        if first:
-            allocator.malloc(workspace_bytes(self._execution))  # this thread's, with its first product
-        owned = not self._keeps_embedding or self._layout.modifies_embedding
-        parts: list[Blocks] = []
-        for place, (recording, whole) in enumerate(self._layers):
-            if place and self._execution.offloads_inputs:
-                # The input of the layer before is in host memory by now.
-                allocator.free(parts[-1].pop(self._layers[place - 1][0].enters, NOTHING))
-            x = self._forward(recording, x, parts, owned=owned, whole=whole)
-            owned = not recording.owns_output
-        self._forward(self._head, x, parts, owned=owned, whole=True)
-        if first:
-            allocator.malloc(workspace_bytes(self._execution))  # the workspace of autograd's thread
-        gradient = allocator.malloc(FLOAT)  # the gradient of the loss: 1
-        fetched: list[MemoryBlock] = []
-        for recording, whole in [*self._layers, (self._head, True)][::-1]:
-            blocks = parts.pop()
-            blocks[recording.seed] = gradient
-            if self._execution.offloads_inputs and recording is not self._head:
-                # This layer's input, and that of the layer before, ahead of it.
-                size = layer_input_bytes(self._layout)
-                fetched += [allocator.malloc(size) for _ in range(min(2, len(parts) + 1) - len(fetched))]
-                blocks[recording.enters] = fetched.pop(0)
-            recording.backward.replay(allocator, blocks, whole=whole)
-            gradient = blocks.pop(recording.gradient, NOTHING)
-            alive += blocks.values()
-        alive.append(gradient)
-        alive += self._embedding_backward()
-        allocated_bytes = self._optimize(first=first) + self._accumulate(first=first)
-        for block in alive:
-            allocator.free(block)
-        # Small tensors were counted by the parts, not freed one at a time.
-        allocator.small_bytes = small + allocated_bytes
-
-    def _embedding_backward(self) -> list[MemoryBlock]:
-        """Replay the gradient of a trained embedding; return what is alive after it."""
-        layout, execution = self._layout, self._execution
-        if not layout.trained_matrix:
-            return []
-        is_first = layout.own_head and not execution.accumulates
-        size = layout.trained_matrix * ADAPTER_ITEMSIZE
-        gradients = [self._allocator.malloc(size)] if is_first else []
-        for block in take_all(self._allocator, [layout.tokens * layout.hidden * FLOAT] * 3):
-            self._allocator.free(block)
-        return gradients
-
-    def _forward(
-        self, recording: Recording, x: MemoryBlock, parts: list[Blocks], *, owned: bool, whole: bool
-    ) -> MemoryBlock:
-        """Replay a part's forward; return its output. Without ``owned`` another part frees its input."""
-        blocks: Blocks = {recording.enters: x} if owned else {}
-        recording.forward.replay(self._allocator, blocks, whole=whole)
-        parts.append(blocks)
-        if recording.owns_output:
-            return blocks.get(recording.leaves, NOTHING)
-        return blocks.pop(recording.leaves, NOTHING)
-
-    def _accumulate(self, *, first: bool) -> int:
-        """Keep the gradients between micro-steps. Return the bytes in small tensors."""
-        before = self._allocator.small_bytes
-        if first and self._execution.accumulates:
-            self._allocator.keep(count * ADAPTER_ITEMSIZE for count in self._layout.adapter_tensors)
-        return self._allocator.small_bytes - before
-
-    def _optimize(self, *, first: bool) -> int:
-        """Create the optimizer states in the first step; gradients stay alive.
-
-        Returns the bytes of these in small tensors.
-        """
-        allocator, execution, sizes = self._allocator, self._execution, self._layout.adapter_tensors
-        before = allocator.small_bytes
-        if first and not execution.pages_states:
-            shapes = self._layout.adapter_shapes
-            allocator.keep(size for shape in shapes for size in state_sizes(shape, execution))
-        allocated_bytes = allocator.small_bytes - before
-        if execution.optimizer == "adamw":
-            for block in take_all(allocator, (count * ADAPTER_ITEMSIZE for count in sizes)):
-                allocator.free(block)
-        elif itemsize := step_itemsize(execution):
-            for count in sizes:
-                allocator.free(allocator.malloc(count * itemsize))
-        return allocated_bytes
-
-
-def take_all(allocator: CachingAllocator, sizes: Iterable[int]) -> list[MemoryBlock]:
-    """Allocate tensors in order."""
-    return [allocator.malloc(size) for size in sizes if size]
-
-
-def _with_repetitions(layers: tuple[PartProfile, ...], ends: int) -> Iterator[tuple[PartProfile, bool]]:
-    """Yield each layer, and whether the layers around it repeat, for ``ends`` periods on either side.
-
-    In most families all layers are equal, and the period is 1; in others it is one of linear attention, three
-    of it and one of full attention, or a layer with a window and one without.
-    """
-    since = {period: _equal_since(layers, period) for period in range(1, LONGEST_PERIOD + 1)}
-    for place, layer in enumerate(layers):
-        yield (
-            layer,
-            any(
-                place >= period * ends
-                and place + period * ends < len(layers)
-                and since[period][place + period * ends] <= place - period * ends
-                for period in since
-            ),
-        )
-
-
-def _equal_since(layers: tuple[PartProfile, ...], period: int) -> list[int]:
-    """For each layer, the first one from which on all up to it equal the one ``period`` before them."""
-    since: list[int] = []
-    for place, layer in enumerate(layers):
-        equal = place >= period and layers[place - period] is layer
-        since.append(since[-1] if equal else max(place - period + 1, 0))
-    return since
+    return tuple(sorted(_weights(architecture, separate_experts), key=natural))

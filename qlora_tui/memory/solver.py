@@ -1,6 +1,5 @@
-"""What fits: the largest value of each setting, and the cheapest change for a recipe that does not fit.
-
-The largest model size that fits with a recipe; Qwen2.5's shapes represent each class.
+"""What fits: the largest value of each setting, the cheapest change for a recipe that does not fit, and the
+largest model of a kind.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Memory that is constant through a step: weights, adapter, optimizer states, batch, workspace.
-
-Memory that is constant through the run: the frozen model, the adapter, the optimizer's states.
+"""Memory that is there through a step: weights, adapter, optimizer states, batch, workspaces.
 
 Sources: bitsandbytes ``optim/optimizer.py`` (8-bit states from 4,096 elements on, ``min_8bit_size``), QLoRA
 (arXiv 2305.14314, section 3).
@@ -44,14 +42,10 @@ def adapter_bytes(layout: Layout) -> int:
 
 def optimizer_bytes(layout: Layout) -> int:
     """Return the bytes of all states. Paged states take the same bytes in managed memory."""
-    execution = layout.execution
-    return sum(
-        times * _state_bytes(shape, execution) for shape, times in Counter(layout.adapter_shapes).items()
-    )
-
-
-def _state_bytes(shape: tuple[int, ...], execution: ExecutionConfig) -> int:
-    return sum(round_to_block(size) for size in state_sizes(shape, execution))
+    total = 0
+    for shape, times in Counter(layout.adapter_shapes).items():
+        total += times * sum(map(round_to_block, state_sizes(shape, layout.execution)))
+    return total
 
 
 def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int, ...]:

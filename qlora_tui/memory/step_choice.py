@@ -13,9 +13,8 @@ All three compete for the same memory, so the fastest combination is chosen by t
 The trainer chooses rows and optimizer before it loads the model, and layers for its longest batch. After an
 out-of-memory error ``runs.retry`` lowers both.
 
-How much slower a run is with streamed layers or offloaded inputs, from measured speeds and its arithmetic.
-
-Copies run beside the computation, so a step takes the longer of the two. Of S streamed layers, a micro-batch
+How much slower streamed layers or offloaded inputs make a run follows from the same times: copies run beside
+the computation, so a step takes the longer of the two. Of S streamed layers, a micro-batch
 copies each twice, forward and backward, but for the two that are still in the buffers at either turn:
 2 (S - 2) copies.
 """

@@ -1,12 +1,10 @@
-"""Weights in 4 bits: which are quantized, and the sizes of their tensors.
+"""The frozen weights: which are in 4 bits, the sizes of their tensors, and which layers are streamed.
+
+Streamed layers wait in host memory and pass through two buffers of the device (``training/streaming``), each
+as large as the largest of them. Norms, biases, adapters, embeddings and head stay on the device.
 
 Sources: bitsandbytes ``functional.py`` (``quantize_4bit`` with blocks of 64, ``quantize_blockwise`` with
 blocks of 256 for the scales of a double quantization), and ``training/experts/storage.py``.
-
-Which decoder layers wait in host memory, and what they take there and on the device.
-
-Their frozen weights pass through two buffers of the device (``training/streaming``), each as large as the
-largest of them. Norms, biases, adapters, embeddings and head stay on the device.
 """
 
 from __future__ import annotations
