@@ -17,8 +17,7 @@ from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.training import memory_meter, model, packed_attention
-from qlora_tui.training.checks import base
+from qlora_tui.training import loss, memory_meter, model, packed_attention
 from qlora_tui.training.checks.step import StepReference
 from qlora_tui.training.fused import norm_rotary
 from qlora_tui.training.loop import Loop
@@ -122,8 +121,8 @@ def refuse_kernels() -> None:
 def samples_see_each_other() -> None:
     """Let packed attention treat a row as one sample, unnoticed by the checks of single parts."""
     whole = packed_attention.segment_mask
-    base.packing_is_isolated = lambda *args: True
-    vars(packed_attention)["segment_mask"] = lambda lengths: whole([sum(lengths)])
+    vars(model)["packing_is_isolated"] = lambda *args: True
+    vars(loss)["segment_mask"] = lambda lengths: whole([sum(lengths)])
 
 
 def overflow_every_step() -> None:

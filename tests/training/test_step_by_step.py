@@ -100,20 +100,20 @@ UNVERIFIED = "from qlora_tui.training import setup\nsetup.verify_first_step = la
 """Without the check before the first step, which would replace a wrong part."""
 MUTANTS = {
     "a norm without its offset": (
-        "from qlora_tui.training.fused import rms_norm\n"
-        "stock = rms_norm._rms_norm\n"
+        "from qlora_tui.training.fused import norm_rotary\n"
+        "stock = norm_rotary._rms_norm\n"
         "def forward(ctx, x, weight, eps, variant):\n"
         "    out, spread = stock(x, weight - 1, eps, variant)\n"
         "    ctx.save_for_backward(x, spread)\n"
         "    ctx.weight, ctx.variant = weight, variant\n"
         "    return out\n"
-        "rms_norm._FusedRmsNorm.forward = staticmethod(forward)"
+        "norm_rotary._FusedRmsNorm.forward = staticmethod(forward)"
     ),
     "samples that see each other": (
-        "from qlora_tui.training import equivalence_checks, packed_attention\n"
-        "equivalence_checks.packing_is_isolated = lambda *args: True\n"
+        "from qlora_tui.training import loss, model, packed_attention\n"
+        "model.packing_is_isolated = lambda *args: True\n"
         "whole = packed_attention.segment_mask\n"
-        "packed_attention.segment_mask = lambda lengths: whole([sum(lengths)])"
+        "loss.segment_mask = lambda lengths: whole([sum(lengths)])"
     ),
     "a first step without a rate": (
         "from qlora_tui.training import optimizers\n"

@@ -184,7 +184,7 @@ def columns_swapped(patch: pytest.MonkeyPatch) -> None:
 
 def samples_not_separated(patch: pytest.MonkeyPatch) -> None:
     right = packed_attention.segment_mask
-    patch.setattr(packed_attention, "segment_mask", lambda lengths: right([sum(lengths)]))
+    patch.setattr(loss, "segment_mask", lambda lengths: right([sum(lengths)]))
 
 
 def soft_cap_forgotten(patch: pytest.MonkeyPatch) -> None:
