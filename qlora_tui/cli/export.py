@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
     from qlora_tui.runs.exports import leave_gpu_to_runs
 
-    request = _request(args)
+    request = _form_request(args)
+    request = replace(request, checkpoint=args.checkpoint, compared_tokens=args.compared_tokens)
     run = find_run(args.run_id)
     source = run_source(run)
     adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
@@ -61,11 +62,6 @@ def run(args: argparse.Namespace) -> CommandResult:
     if written.problem:
         print(f"Refused: {written.problem}", file=sys.stderr)
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
-
-
-def _request(args: argparse.Namespace) -> ExportRequest:
-    """Return what the arguments ask for. Raises UserError."""
-    return replace(_form_request(args), checkpoint=args.checkpoint, compared_tokens=args.compared_tokens)
 
 
 def _form_request(args: argparse.Namespace) -> ExportRequest:

@@ -67,7 +67,13 @@ def run_doctor(args: argparse.Namespace) -> CommandResult:
             lines.append(f"         ▸ {check.fix}")
     lines.append("Not ready to train: fix the errors above." if failed else "Ready to train.")
     return CommandResult(
-        data={"ok": not failed, "checks": [_check_data(check) for check in checks]},
+        data={
+            "ok": not failed,
+            "checks": [
+                {"name": check.label, "outcome": check.outcome, "text": _check_text(check), "fix": check.fix}
+                for check in checks
+            ],
+        },
         text="\n".join(lines),
         exit_code=EXIT_FAILURE if failed else 0,
     )
@@ -75,10 +81,6 @@ def run_doctor(args: argparse.Namespace) -> CommandResult:
 
 def _check_text(check: Check) -> str:
     return f"{check.text} {check.problem.why}".rstrip() if check.problem else check.text
-
-
-def _check_data(check: Check) -> dict[str, str]:
-    return {"name": check.label, "outcome": check.outcome, "text": _check_text(check), "fix": check.fix}
 
 
 def run_locate(args: argparse.Namespace) -> CommandResult:

@@ -18,13 +18,14 @@ from qlora_tui.cli.subcommand import (
     GPU_HELP,
     open_missing_streams,
     positive_float,
+    print_result,
     visible_output,
 )
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, INTERNAL_ERROR, UserError, disk_problem
 from qlora_tui.settings import load_settings
 
 if TYPE_CHECKING:
-    from qlora_tui.cli.subcommand import CommandResult, Subcommand
+    from qlora_tui.cli.subcommand import Subcommand
     from qlora_tui.runs.directory import RunDir
 
 SUBCOMMANDS = {
@@ -137,7 +138,7 @@ def _run(argv: list[str]) -> int:
         if args.verb is None:
             return open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
         result = args.run(args)
-        return result if isinstance(result, int) else _print_result(result, as_json=args.json)
+        return result if isinstance(result, int) else print_result(result, as_json=args.json)
     except UserError as problem:
         print(f"qlora-tui: {problem}", file=sys.stderr)
         return problem.exit_code
@@ -233,12 +234,6 @@ def _complete() -> NoReturn:
 
     words = os.environ.get("COMP_LINE", "").split()
     answer(_parser(next((word for word in words if word in SUBCOMMANDS), None)))
-
-
-def _print_result(result: CommandResult, *, as_json: bool) -> int:
-    from qlora_tui.cli.subcommand import print_result
-
-    return print_result(result, as_json=as_json)
 
 
 def _report_bug(error: Exception) -> int:

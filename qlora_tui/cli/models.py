@@ -26,7 +26,10 @@ def run_models(args: argparse.Namespace) -> CommandResult:
     data: dict[str, Any] = {"local": [_local_entry(model) for model in local]}
     if args.query:
         hub_models = search_models(args.query)
-        data["hub"] = [_hub_entry(model) for model in hub_models]
+        data["hub"] = [
+            {**msgspec.structs.asdict(model), "refusal": str(model.refusal) if model.refusal else None}
+            for model in hub_models
+        ]
         text += "\n\n" + (_hub_table(hub_models) if hub_models else "No match on the Hub.")
     return CommandResult(data=data, text=text)
 
@@ -56,26 +59,17 @@ def _local_entry(model: LocalModel) -> dict[str, Any]:
     }
 
 
-def _hub_entry(model: HubModel) -> dict[str, Any]:
-    refusal = str(model.refusal) if model.refusal else None
-    return {**msgspec.structs.asdict(model), "refusal": refusal}
-
-
 def _hub_table(models: list[HubModel]) -> str:
     rows = [
         [
             model.id,
             format_count(model.parameters),
             f"{model.downloads:,}" if model.downloads else "",
-            _access(model),
+            "license not accepted yet" if model.gated else "",
         ]
         for model in models
     ]
     return format_table(rows, ["on the hub", "parameters", "downloads", ""])
-
-
-def _access(model: HubModel) -> str:
-    return "license not accepted yet" if model.gated else ""
 
 
 def _models_arguments(parser: argparse.ArgumentParser) -> None:

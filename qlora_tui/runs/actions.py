@@ -241,7 +241,7 @@ def uses_of(run: RunDir) -> list[str]:
     """Return what uses an ended run, in clauses: who deletes it should say so first."""
     uses = [
         f"{other.name}, which waits in the queue, starts from its adapter"
-        for other in map(_run, run_queue.waiting())
+        for other in (RunDir(paths.runs_dir() / name) for name in run_queue.waiting())
         if _starts_from(other, run)
     ]
     if is_exported(run):
@@ -249,10 +249,6 @@ def uses_of(run: RunDir) -> list[str]:
     elif is_held(run.path):
         uses.append("its adapter is loaded for a chat or an export")
     return uses
-
-
-def _run(run_id: str) -> RunDir:
-    return RunDir(paths.runs_dir() / run_id)
 
 
 def _starts_from(other: RunDir, run: RunDir) -> bool:

@@ -175,15 +175,10 @@ def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
                 fix="Move it away: the next choice starts another file.",
             )
         lines = _lines(path) if path.exists() else []
-        lines = [line for line in lines if _turn_of(line) != turn_id]
+        lines = [line for line in lines if _provenance(line).get("id") != turn_id]
         lines.append(msgspec.json.encode(row))
         atomic_write(path, b"\n".join(lines) + b"\n", durable=True)
     return len(lines)
-
-
-def _turn_of(line: bytes) -> str:
-    """The turn that a row is of; empty for a row that something else wrote."""
-    return str(_provenance(line).get("id", ""))
 
 
 def _provenance(line: bytes) -> dict[str, Any]:

@@ -330,7 +330,7 @@ def summarize_status(view: RunView, sample: Reading | None) -> str:
 def _machine(sample: Reading) -> str:
     if sample.gpu is None:
         return f"No GPU; CPU {sample.cpu_percent:.0f}% of one core, {format_gib(sample.rss_bytes)} GiB."
-    return f"GPU {', '.join(_gpu(sample.gpu)) or 'tells nothing'}."
+    return f"GPU {', '.join(_gpu(sample.gpu)) or 'reports no metrics'}."
 
 
 def _gpu(gpu: GpuMetrics) -> list[str]:

@@ -285,12 +285,9 @@ def check_queue(machine: Machine) -> Check:
 
 def check_system() -> list[Check]:
     """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
-    return [_python(), *_disks(), check_locks(), check_gpu(read_machine())]
-
-
-def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
+    python = Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
+    return [python, *_disks(), check_locks(), check_gpu(read_machine())]
 
 
 def _disks() -> list[Check]:
