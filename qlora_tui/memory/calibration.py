@@ -54,6 +54,9 @@ class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
     own_process: bool = False
     """Whether the process did only the run's work. Before this was recorded, the trainer of a GGUF file's
     first run also converted the file, whose peak is included in ``measured_process_bytes``."""
+    counts_gaps: bool = False
+    """Whether the prediction counts the gaps in a CPU's heap between kept layer inputs. Before it did, they
+    were part of what a run took beyond it."""
     managed_bytes: Count = 0
     """Predicted states of a paged optimizer. They are outside torch's pool, on the GPU or not."""
     predicted_allocated_bytes: Count
@@ -110,8 +113,8 @@ def correction_for(machine: str) -> Correction | None:
 
 
 def _is_usable(run: MeasuredRun) -> bool:
-    # On a GPU a conversion leaves no trace; on a CPU it cannot be separated from the run.
-    if not (run.own_process or run.measured_reserved_bytes):
+    # On a GPU conversions and gaps leave no trace; on a CPU they cannot be separated from the run.
+    if not (run.measured_reserved_bytes or (run.own_process and run.counts_gaps)):
         return False
     return run.measured_process_bytes > 0 and 0 < run.predicted_reserved_bytes <= run.predicted_process_bytes
 

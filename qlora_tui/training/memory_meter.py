@@ -173,6 +173,7 @@ class MemoryMeter:
                     model_type=self._architecture.model_type,
                     ran_out=ran_out,
                     own_process=True,
+                    counts_gaps=True,
                     managed_bytes=predicted.process_bytes - predicted.reserved_bytes - outside,
                     predicted_allocated_bytes=predicted.allocated_bytes,
                     predicted_reserved_bytes=predicted.reserved_bytes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from msgspec import structs
 
@@ -36,6 +35,7 @@ def _cpu_run(process: int) -> MeasuredRun:
         at=0.0,
         machine="a CPU",
         own_process=True,
+        counts_gaps=True,
         predicted_allocated_bytes=100 * MIB,
         predicted_reserved_bytes=120 * MIB,
         predicted_process_bytes=600 * MIB,
@@ -97,9 +97,10 @@ def test_a_tiny_cpu_run_does_not_distort_a_large_one() -> None:
         assert corrected.process_bytes - raw.process_bytes == 580 * MIB - RUNTIME_BYTES
 
 
-def test_a_cpu_run_that_may_have_converted_is_not_learned() -> None:
+@pytest.mark.parametrize("earlier", ["own_process", "counts_gaps"])
+def test_a_cpu_run_of_an_earlier_version_is_not_learned(earlier: str) -> None:
     for _ in range(3):
-        record_run(structs.replace(_cpu_run(1600 * MIB), own_process=False))
+        record_run(structs.replace(_cpu_run(1600 * MIB), **{earlier: False}))
     assert correction_for("a CPU") is None
     record_run(_cpu_run(700 * MIB))
     record_run(_cpu_run(700 * MIB))
@@ -113,12 +114,6 @@ def test_a_gpu_run_is_learned_whoever_converted_its_file() -> None:
     record_run(_run(1.0))
     correction = correction_for(GPU)
     assert correction is not None and correction.runs == 2
-
-
-def test_a_line_of_an_earlier_version_has_no_own_process() -> None:
-    line = msgspec.json.encode(structs.replace(_cpu_run(700 * MIB), own_process=False))
-    assert b"own_process" not in line
-    assert not msgspec.json.decode(line, type=MeasuredRun).own_process
 
 
 def test_a_large_vocabularys_memory_is_not_learned_for_small_ones() -> None:
