@@ -26,6 +26,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.data.families import NO_TURN_END, family, tokenizer_json
 
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
 
 def _look(path: Path, patience_s: float = 60.0, data: Data | None = None) -> QuickCheckResult:
     data = data or Data()
@@ -132,9 +134,6 @@ def test_what_settings_leave_out_and_cut_is_counted(tmp_path: Path) -> None:
     assert (cut.kind, cut.rows) == ("long-text", (1,))
     assert "--set data.overflow=split" in cut.fix
     assert not _look(book, data=Data(max_length=64, overflow="split")).warnings
-
-
-GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
 @pytest.fixture
