@@ -7,7 +7,7 @@ them when CPython drops the last reference to it, which is when torch frees its 
 need gradients leave a :class:`Node`, and :func:`backward` runs the nodes in autograd's order (highest
 sequence number first) and frees what they saved along the way.
 
-``ops.py`` has the operations, ``decoder_layer.py`` the layers, ``step.py`` the whole step.
+``ops.py`` has the operations, ``layers.py`` the layers, ``step.py`` the whole step.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ ALLOCATION_BYTES = 512
 class AllocationMeter:
     """Bytes alive now and at the peak, by item, and every allocation and free."""
 
-    __slots__ = ("events", "item", "live_bytes", "live_items", "made", "peak_bytes", "peak_items", "rounding")
+    __slots__ = ("events", "item", "live_bytes", "live_items", "made", "peak_bytes", "peak_items")
 
-    def __init__(self, rounding: int = ALLOCATION_BYTES) -> None:
-        self.rounding = rounding
+    def __init__(self) -> None:
         self.item = "activations"
         self.live_bytes = 0
         self.peak_bytes = 0
         self.live_items: dict[str, int] = {}
         self.peak_items: dict[str, int] = {}
         self.made = 0
+        """Storages so far; each is known by its number."""
         self.events: list[tuple[int, int]] = []
         """Number of a storage and its bytes, negative for a free."""
 
@@ -50,11 +50,6 @@ class AllocationMeter:
         """Reset the peak to the bytes alive now."""
         self.peak_bytes = self.live_bytes
         self.peak_items = dict(self.live_items)
-
-    def number(self) -> int:
-        """Return the number of a new storage."""
-        self.made += 1
-        return self.made
 
     def add(self, number: int, size: int, item: str) -> None:
         """Add ``size`` bytes (negative for a free) to the storage with that number."""
@@ -73,9 +68,10 @@ class Storage:
 
     def __init__(self, meter: AllocationMeter, size: int, item: str | None = None) -> None:
         self.meter = meter
-        self.size = -(-size // meter.rounding) * meter.rounding
+        self.size = -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
         self.item = item or meter.item
-        self.number = meter.number()
+        meter.made += 1
+        self.number = meter.made
         meter.add(self.number, self.size, self.item)
 
     def __del__(self) -> None:
