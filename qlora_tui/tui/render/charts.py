@@ -18,6 +18,17 @@ _ROUND = (1.0, 2.0, 5.0)
 _FAR = 1e30
 _EPSILON = 1e-12
 """An axis goes no further, and no finer, so that its arithmetic stays finite."""
+NOT_A_NUMBER = "×"
+"""Drawn at the foot of a chart where a value was NaN or infinite."""
+_BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
+_COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
+_BROKEN = -1
+_MIN_BAR = 6
+"""Cells below which a bar is left out: it could not be read."""
+_APART = 3
+"""Cells between two marks of one kind, so that many do not become a line."""
+_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+"""Bit of each dot of a braille cell, by column and by row from the top (Unicode 2800 to 28FF)."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +120,6 @@ def _clean(value: float) -> float:
     return float(f"{value:.12g}")
 
 
-NOT_A_NUMBER = "×"
-"""Drawn at the foot of a chart where a value was NaN or infinite."""
-_BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
-_COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
-_BROKEN = -1
-
-
 def bar(part: float, width: int) -> str:
     """``part`` (0 to 1, more is cut) of ``width`` cells: full blocks, an eighth, then dots."""
     eighths = round(min(max(part, 0.0), 1.0) * width * 8)
@@ -193,10 +197,6 @@ def sparkline(losses: tuple[float, ...], width: int) -> str:
     return blocks(means, axis.low, axis.high, 1)[0]
 
 
-_MIN_BAR = 6
-"""Cells below which a bar is left out: it could not be read."""
-
-
 def labeled(label: str, value: str | Content, cells: int) -> Content:
     """``model   SmolLM2-135M``: the label is padded to ``cells``."""
     return Content.assemble((f"{label:<{cells}}", "dim"), value)
@@ -207,12 +207,6 @@ def meter(label: str, share: float, value: str, cells: int, width: int) -> Conte
     of_bar = width - cells - len(value) - 1
     drawn = f"{bar(share, of_bar)} " if of_bar >= _MIN_BAR else ""
     return labeled(label, Content.assemble((drawn, "$secondary"), value), cells)
-
-
-_APART = 3
-"""Cells between two marks of one kind, so that many do not become a line."""
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-"""Bit of each dot of a braille cell, by column and by row from the top (Unicode 2800 to 28FF)."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +273,11 @@ class _Canvas:
 
 
 def plot(what: Plot, width: int, height: int) -> list[Content]:
-    """``height`` lines: the legend, the graph with its scale at the left, the scale below."""
+    """Draw ``height`` lines: the legend, the graph with its scale at the left, the scale below.
+
+    A value that is not a number breaks the curve and is marked below it; a stretch without a value has no
+    line.
+    """
     rows = max(1, height - 2)
     if what.is_empty:
         return _nothing(what, width, height)

@@ -49,6 +49,30 @@ _MIN_BAR = 4
 """Cells below which a bar shows nothing."""
 _ASSUMED = " (assumed)"
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
+SIGNS: dict[State, tuple[str, str]] = {
+    "queued": ("◌", "dim"),
+    "starting": ("●", "$primary"),
+    "running": ("●", "$primary"),
+    "finished": ("✓", "$success"),
+    "failed": ("✗", "$error"),
+    "stopped": ("■", "$warning"),
+    "paused": ("‖", "$warning"),
+    "lost": ("?", "$error"),
+    "unreadable": ("?", "$error"),
+    "gone": ("✗", "$error"),
+}
+"""(sign, color) by state; the word is always shown too."""
+OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
+    "ok": ("✓ ok", "$success"),
+    "note": ("· note", "$accent"),
+    "warning": ("! warning", "$warning"),
+    "error": ("✗ error", "$error"),
+}
+"""(sign and word, color) by the outcome of a check, the best first."""
+SEVERITY_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
+"""(sign, color) by the severity of a problem with data."""
+BEST = "★"
+"""The sign of the best evaluation."""
 
 
 def recipe_line(workbench: Workbench, width: int | None = None) -> str:
@@ -83,6 +107,41 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
             name = cut_cells(parts[place], max(_MIN_NAME, cells - over - 1))
             parts[place] = name.rstrip(".-_ ") + "…"
     return parts
+
+
+def data_words(recipe: Recipe) -> str:
+    """Name of the first data file, and how many more there are."""
+    sources = recipe.data.sources
+    if not sources:
+        return "no data"
+    more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
+    return Path(sources[0].path).name + more
+
+
+def batch_words(recipe: Recipe, *, short: bool = False) -> str:
+    """``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
+
+    ``short``: ``1,024 tok × 1 × 8``, for 80 columns.
+    """
+    batch = f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
+    return f"{recipe.data.max_length:,} tok {'×' if short else '· batch'} {batch}"
+
+
+def targets_words(recipe: Recipe, width: int) -> str:
+    """The target modules, or their number where the names are longer than ``width``."""
+    patterns = recipe.lora.target_modules
+    names = ",".join(patterns)
+    return names if len(names) <= width else f"{len(patterns)} targets"
+
+
+def preference_words(recipe: Recipe) -> str:
+    """``DPO β 0.1``: how preferences are trained on; empty where answers alone are."""
+    method, training = recipe.preference_method, recipe.training
+    if method is None:
+        return ""
+    beta = f" β {training.preference_beta:g}" if training.preference_beta else ""
+    gamma = f" γ {training.simpo_gamma:g}" if method == "simpo" else ""
+    return f"{'SimPO' if method == 'simpo' else method.upper()}{beta}{gamma}"
 
 
 def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
@@ -136,72 +195,6 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
     )
 
 
-def cut_cells(text: str, width: int) -> str:
-    """The beginning of ``text`` that fits ``width`` cells: Chinese characters, for example, take two."""
-    return text if cell_len(text) <= width else set_cell_size(text, width).rstrip()
-
-
-def batch_words(recipe: Recipe, *, short: bool = False) -> str:
-    """``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
-
-    ``short``: ``1,024 tok × 1 × 8``, for 80 columns.
-    """
-    batch = f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
-    return f"{recipe.data.max_length:,} tok {'×' if short else '· batch'} {batch}"
-
-
-def targets_words(recipe: Recipe, width: int) -> str:
-    """The target modules, or their number where the names are longer than ``width``."""
-    patterns = recipe.lora.target_modules
-    names = ",".join(patterns)
-    return names if len(names) <= width else f"{len(patterns)} targets"
-
-
-def preference_words(recipe: Recipe) -> str:
-    """``DPO β 0.1``: how preferences are trained on; empty where answers alone are."""
-    method, training = recipe.preference_method, recipe.training
-    if method is None:
-        return ""
-    beta = f" β {training.preference_beta:g}" if training.preference_beta else ""
-    gamma = f" γ {training.simpo_gamma:g}" if method == "simpo" else ""
-    return f"{'SimPO' if method == 'simpo' else method.upper()}{beta}{gamma}"
-
-
-def data_words(recipe: Recipe) -> str:
-    """Name of the first data file, and how many more there are."""
-    sources = recipe.data.sources
-    if not sources:
-        return "no data"
-    more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
-    return Path(sources[0].path).name + more
-
-
-SIGNS: dict[State, tuple[str, str]] = {
-    "queued": ("◌", "dim"),
-    "starting": ("●", "$primary"),
-    "running": ("●", "$primary"),
-    "finished": ("✓", "$success"),
-    "failed": ("✗", "$error"),
-    "stopped": ("■", "$warning"),
-    "paused": ("‖", "$warning"),
-    "lost": ("?", "$error"),
-    "unreadable": ("?", "$error"),
-    "gone": ("✗", "$error"),
-}
-"""(sign, color) by state; the word is always shown too."""
-OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
-    "ok": ("✓ ok", "$success"),
-    "note": ("· note", "$accent"),
-    "warning": ("! warning", "$warning"),
-    "error": ("✗ error", "$error"),
-}
-"""(sign and word, color) by the outcome of a check, the best first."""
-SEVERITY_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
-"""(sign, color) by the severity of a problem with data."""
-BEST = "★"
-"""The sign of the best evaluation."""
-
-
 def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, str]:
     """(sign, word, color) of a run's state, or of what is wrong with its result."""
     if defect is not None:
@@ -229,3 +222,8 @@ def format_ago(at: float, now: float) -> str:
     moment, today = time.localtime(at), time.localtime(now)
     day = "" if moment[:3] == today[:3] else time.strftime("%d %b ", moment)
     return f"at {day}{time.strftime('%H:%M', moment)}, {format_duration(max(0.0, now - at))} ago"
+
+
+def cut_cells(text: str, width: int) -> str:
+    """The beginning of ``text`` that fits ``width`` cells: Chinese characters, for example, take two."""
+    return text if cell_len(text) <= width else set_cell_size(text, width).rstrip()

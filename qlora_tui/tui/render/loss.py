@@ -18,6 +18,18 @@ from qlora_tui.tui.render.charts import Axis, Curve, Mark, Plot, overall, rounde
 from qlora_tui.tui.render.labels import best_words, no_steps_words
 from qlora_tui.tui.render.series import Envelope
 
+_WIDTH, _HEIGHT = 960, 480
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
+_MEAN_WEIGHT = 0.1
+"""Weight of the newest step in the running mean."""
+_GRAY, _BLUE, _GREEN, _AXIS = "#9a9a9a", "#2f7fb5", "#2e8b57", "#777777"
+_SCALE = 2
+"""Pixels per unit of the SVG."""
+_SAMPLES = 2
+"""Samples per pixel, each way, of which the picture is the mean."""
+_BACKGROUND = "#ffffff"
+_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
+
 
 def summary_plot(summary: RunSummary | None) -> Plot:
     """Return the plot of a run; without steps it says whether there will be any."""
@@ -50,15 +62,11 @@ def summary_plot(summary: RunSummary | None) -> Plot:
     )
 
 
-_WIDTH, _HEIGHT = 960, 480
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
-_MEAN_WEIGHT = 0.1
-"""Weight of the newest step in the running mean."""
-_GRAY, _BLUE, _GREEN, _AXIS = "#9a9a9a", "#2f7fb5", "#2e8b57", "#777777"
-
-
 def loss_svg(view: RunView) -> str:
-    """Return the picture of all recorded steps."""
+    """Return the picture of all recorded steps: losses, their running mean, and evaluations.
+
+    Colors are readable on white and on black; the file has no script, no font and no link.
+    """
     steps, losses = list(view.series.step), list(view.series.loss)
     mean = running_mean(losses)
     evaluations = [(e.step, e.loss) for e in view.evaluations if e.loss is not None]
@@ -136,14 +144,6 @@ def _line(
 def _text(x: float, y: float, text: str, *, size: int = 13, anchor: str = "start") -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
     return f'<text {place} fill="{_AXIS}">{escape(text)}</text>'
-
-
-_SCALE = 2
-"""Pixels per unit of the SVG."""
-_SAMPLES = 2
-"""Samples per pixel, each way, of which the picture is the mean."""
-_BACKGROUND = "#ffffff"
-_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 
 def loss_png(svg: str) -> bytes:

@@ -19,6 +19,11 @@ from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
+_MARGIN = 1
+_GAP, _NARROW_GAP = 3, 1
+"""Cells between two keys, where all fit and where not."""
+_Items: TypeAlias = list[tuple[Content, ActiveBinding]]
+
 
 class TopBar(Widget):
     """Never wraps: the status is cut to what fits beside the screens; Home can be a digit only."""
@@ -103,14 +108,11 @@ def _gpu_text(system_status: SystemStatus) -> str:
     return f"{system_status.gpu.short_name} {use} {memory}{temperature}"
 
 
-_MARGIN = 1
-_GAP, _NARROW_GAP = 3, 1
-"""Cells between two keys, where all fit and where not."""
-_Items: TypeAlias = list[tuple[Content, ActiveBinding]]
-
-
 class CommandFooter(DiffWidget):
-    """``s Stop   z Pause   ^P Palette``; keys that do not fit are in the help. A click presses a key."""
+    """``s Stop   z Pause   ^P Palette``; keys that do not fit are in the help. A click presses a key.
+
+    Textual's Footer mounts a widget for each key at every change of focus, and its style caches keep them.
+    """
 
     DEFAULT_CSS = """
     CommandFooter {

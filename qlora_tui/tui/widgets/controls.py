@@ -17,6 +17,27 @@ from textual.widgets.option_list import Option
 from qlora_tui.tui.textual_compat import bindings_of_widget
 
 HEADING = "heading:"
+_PAGE_ROWS = 10
+_ALL_ROWS = 100_000
+"""More rows than there are in any list."""
+ROW_KEYS = (
+    Binding("up,k", "move(-1)", show=False),
+    Binding("down,j", "move(1)", show=False),
+    Binding("pageup,ctrl+u", f"move({-_PAGE_ROWS})", show=False),
+    Binding("pagedown,ctrl+d", f"move({_PAGE_ROWS})", show=False),
+    Binding("g", f"move({-_ALL_ROWS})", show=False),
+    Binding("G", f"move({_ALL_ROWS})", show=False),
+)
+"""Keys from row to row, if Home and End have another meaning, of widgets that move a cursor themselves.
+
+Such a widget has an ``action_move`` that takes a number of rows and stops at both ends.
+"""
+LIST_KEYS = (
+    *ROW_KEYS,
+    Binding("home", f"move({-_ALL_ROWS})", show=False),
+    Binding("end", f"move({_ALL_ROWS})", show=False),
+)
+"""Keys of a list with one item per row."""
 
 
 class ViList(OptionList):
@@ -100,28 +121,6 @@ class ViScroll(VerticalScroll):
         Binding("ctrl+d", "page_down", show=False),
         Binding("ctrl+u", "page_up", show=False),
     ]
-
-
-_PAGE_ROWS = 10
-_ALL_ROWS = 100_000
-"""More rows than there are in any list."""
-
-ROW_KEYS = (
-    Binding("up,k", "move(-1)", show=False),
-    Binding("down,j", "move(1)", show=False),
-    Binding("pageup,ctrl+u", f"move({-_PAGE_ROWS})", show=False),
-    Binding("pagedown,ctrl+d", f"move({_PAGE_ROWS})", show=False),
-    Binding("g", f"move({-_ALL_ROWS})", show=False),
-    Binding("G", f"move({_ALL_ROWS})", show=False),
-)
-"""Keys from row to row, where Home and End have another meaning."""
-
-LIST_KEYS = (
-    *ROW_KEYS,
-    Binding("home", f"move({-_ALL_ROWS})", show=False),
-    Binding("end", f"move({_ALL_ROWS})", show=False),
-)
-"""Keys of a list with one item per row."""
 
 
 class OwnKeysFirst:

