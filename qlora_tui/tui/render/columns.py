@@ -54,46 +54,55 @@ def table(
             widths[number] = max(column.min_width, left)
     lines = []
     if any(column.title for column in columns):
-        titles: list[str | Content] = [column.title for column in columns]
-        lines.append(Content("").join(_cells(columns, titles, widths, gaps)).rstrip().stylize(title_style))
-    for number in range(len(rows)):
-        lines.append(Content("").join(_cells(columns, [cells[number] for cells in texts], widths, gaps)))
-    return lines
-
-
-def fit_cells(text: Content, width: int) -> Content:
-    """Cut a text to ``width`` cells, in its middle; one with wide characters at its end."""
-    if text.cell_length <= width:
-        return text
-    if text.cell_length != len(text) or width < 3:
-        return text.truncate(width, ellipsis=True)
-    end = width // 2
-    return text[: width - end - 1] + "…" + text[len(text) - end :]
+        titles = [Content.styled(column.title, title_style) for column in columns]
+        lines.append(_line(columns, titles, widths, gaps).rstrip())
+    return lines + [_line(columns, cells, widths, gaps) for cells in zip(*texts, strict=True)]
 
 
 def _width(column: Column[Row], texts: Sequence[str | Content]) -> int:
     if column.width is not None:
         return column.width
-    widest = max(cell_len(t) if isinstance(t, str) else t.cell_length for t in (column.title, *texts))
+    widest = max(map(_cells, (column.title, *texts)))
     return widest if column.max_width is None else min(widest, column.max_width)
 
 
-def _cells(
+def _cells(text: str | Content) -> int:
+    plain = text if isinstance(text, str) else text.plain
+    return len(plain) if plain.isascii() else cell_len(plain)
+
+
+def _line(
     columns: Sequence[Column[Row]], texts: Sequence[str | Content], widths: Sequence[int], gaps: Sequence[int]
-) -> list[Content]:
-    cells = []
+) -> Content:
+    """A row: each text cut or padded; styles that a text begins and ends with reach over its padding."""
+    line, spans, at = "", list[Span](), 0
     for column, text, width, gap in zip(columns, texts, widths, gaps, strict=True):
-        cell = fit_cells(Content.styled(text, column.style) if isinstance(text, str) else text, width)
-        missing = width - cell.cell_length
-        cell = _padded(cell, gap + missing, 0) if column.right else _padded(cell, 0, missing).pad_left(gap)
-        cells.append(cell)
-    return cells
+        if _cells(text) > width:
+            text = _cut(Content.styled(text, column.style) if isinstance(text, str) else text, width)
+        plain, styles = (text, None) if isinstance(text, str) else (text.plain, text.spans)
+        missing = width - _cells(text)
+        left, right = (gap + missing, 0) if column.right else (0, missing)
+        at += 0 if column.right else gap
+        end = at + left + len(plain) + right
+        if styles is None:
+            spans += [Span(at, end, column.style)] if column.style else []
+        else:
+            spans += [
+                Span(
+                    at + left + start if start else at,
+                    at + left + stop if stop < len(plain) else end,
+                    style,
+                )
+                for start, stop, style in styles
+            ]
+        line += f"{' ' * (at + left - len(line))}{plain}{' ' * right}"
+        at = end
+    return Content(line, spans)
 
 
-def _padded(text: Content, left: int, right: int) -> Content:
-    """Add spaces; the styles that a text begins and ends with reach over them."""
-    spans = [
-        Span(start + left if start else 0, end + left + (right if end == len(text) else 0), style)
-        for start, end, style in text.spans
-    ]
-    return Content(f"{' ' * left}{text.plain}{' ' * right}", spans)
+def _cut(text: Content, width: int) -> Content:
+    """Cut a text to ``width`` cells, in its middle; one with wide characters at its end."""
+    if text.cell_length != len(text) or width < 3:
+        return text.truncate(width, ellipsis=True)
+    end = width // 2
+    return text[: width - end - 1] + "…" + text[len(text) - end :]
