@@ -32,7 +32,6 @@ _CONTROL_DEVICE = Path("/dev/nvidiactl")
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
 """NVIDIA's number as a vendor of PCI devices."""
-
 _THERMAL = "thermal"
 _POWER_BRAKE = "power brake"
 _THROTTLE_WORDS = {
@@ -47,6 +46,15 @@ _THROTTLE_WORDS = {
 """``nvmlClocksEventReasons`` in ``nvml.h``. Left out: 0x1, the GPU is idle; 0x2 and 0x100,
 application clocks, which data-center GPUs always have. ``describe_throttle`` handles 0x8."""
 _HARDWARE_SLOWDOWN = 0x8
+PROCESSES_EVERY_S = 5.0
+"""Process lists cost 4.5 ms and a driver lock, everything else together well under one millisecond."""
+log = logging.getLogger(__name__)
+
+
+def list_gpus() -> list[GpuDevice]:
+    """Return every GPU of the machine, at least one. Raises ``GpuUnavailableError``."""
+    with Nvml() as driver:
+        return driver.list_gpus()
 
 
 class Nvml:
@@ -234,18 +242,6 @@ def describe_throttle(reasons: int) -> tuple[str, ...]:
 
 def _watts(milliwatts: int | None) -> float | None:
     return None if milliwatts is None else milliwatts / 1000
-
-
-def list_gpus() -> list[GpuDevice]:
-    """Return every GPU of the machine, at least one. Raises ``GpuUnavailableError``."""
-    with Nvml() as driver:
-        return driver.list_gpus()
-
-
-PROCESSES_EVERY_S = 5.0
-"""Process lists cost 4.5 ms and a driver lock, everything else together well under one millisecond."""
-
-log = logging.getLogger(__name__)
 
 
 class MetricsSampler:

@@ -22,34 +22,6 @@ import psutil
 from qlora_tui import paths, worker
 from qlora_tui.gpu.visible_devices import set_device_variables
 
-_KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
-_GPU_OF_WINDOWS = Path("/dev/dxg")
-"""The device of Linux's ``dxgkrnl``, which a kernel that the user built without Microsoft's name has too."""
-
-
-def is_wsl2() -> bool:
-    """Return whether this is Linux under Windows, in a container there too.
-
-    The release of its kernel is like ``5.15.153.1-microsoft-standard-WSL2``.
-    """
-    try:
-        release = _KERNEL_RELEASE.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        release = ""
-    return "microsoft" in release.lower() or _GPU_OF_WINDOWS.exists()
-
-
-def managed_memory_is_safe() -> bool:
-    """Return whether the CPU may touch CUDA's managed memory while the GPU computes.
-
-    Paged optimizers keep their states there. Where ``concurrentManagedAccess`` is 0, as on WSL2, a CPU access
-    to any managed memory before the GPU is synchronized is a segmentation fault (CUDA C++ Programming Guide,
-    "Unified Memory on Windows or devices with compute capability 5.x"; CUDA on WSL User Guide, "Known
-    Limitations for Linux CUDA Applications").
-    """
-    return not is_wsl2()
-
-
 _CPU_SAMPLE_S = 0.3
 _IDLE_MAX_CORES = 0.5
 """The machine counts as idle up to this CPU load, in cores."""
@@ -85,13 +57,6 @@ offline_variables_set: set[str] = set()
 _USER_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def online_environ() -> dict[str, str]:
-    """Environment of a child process that may use the network even if this process, with a model, is
-    offline."""
-    inherited = worker.subprocess_env()
-    return {name: value for name, value in inherited.items() if name not in offline_variables_set}
-
-
 def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
     """Set the environment variables that torch and its libraries read, except those the user has set.
 
@@ -109,6 +74,54 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     _log_bitsandbytes_warnings()
+
+
+def _log_bitsandbytes_warnings() -> None:
+    """Send the warnings of bitsandbytes' CPU backend to the log instead of the terminal.
+
+    On import it warns that an optional kernel from the Hub is missing. ``doctor`` reports it in a sentence.
+    """
+    # Imported here because commands that start without logging import this module.
+    import logging
+
+    class LogHandler(logging.FileHandler):
+        """Writes to the log; reports an unwritable log once and continues."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                super().emit(record)
+            except OSError as error:
+                logger.handlers[:] = [logging.NullHandler()]
+                reason = error.strerror or error
+                print(f"{self.baseFilename}: {reason}. What libraries say is not logged.", file=sys.stderr)
+
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.propagate = False
+    if not logger.handlers:
+        handler = LogHandler(paths.log_path(), delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+def openmp_wait_policy(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables for how OpenMP threads wait, from 0.3 s of measured CPU load.
+
+    On a busy machine threads sleep: spinning makes a step many times slower as soon as another process needs
+    a core. On an idle machine they spin briefly first: two cores then train at 160 to 175 tokens/s instead of
+    94 to 110, but at 30 instead of 88 if the machine becomes busy later. Empty where the user has set a wait
+    policy or uses one thread.
+    """
+    if environ.get("OMP_NUM_THREADS") == "1" or any(name in environ for name in _USER_WAIT_VARIABLES):
+        return {}
+    busy_cores = psutil.cpu_percent(_CPU_SAMPLE_S) / 100 * (psutil.cpu_count() or 1)
+    return {"GOMP_SPINCOUNT": "20000"} if busy_cores <= _IDLE_MAX_CORES else {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def online_environ() -> dict[str, str]:
+    """Environment of a child process that may use the network even if this process, with a model, is
+    offline."""
+    inherited = worker.subprocess_env()
+    return {name: value for name, value in inherited.items() if name not in offline_variables_set}
 
 
 def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -162,45 +175,32 @@ def torch_version() -> tuple[int, ...]:
     return tuple(int(number) for number in numbers)
 
 
-def _log_bitsandbytes_warnings() -> None:
-    """Send the warnings of bitsandbytes' CPU backend to the log instead of the terminal.
+_KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
+_GPU_OF_WINDOWS = Path("/dev/dxg")
+"""The device of Linux's ``dxgkrnl``, which a kernel that the user built without Microsoft's name has too."""
 
-    On import it warns that an optional kernel from the Hub is missing. ``doctor`` reports it in a sentence.
+
+def is_wsl2() -> bool:
+    """Return whether this is Linux under Windows, in a container there too.
+
+    The release of its kernel is like ``5.15.153.1-microsoft-standard-WSL2``.
     """
-    # Imported here because commands that start without logging import this module.
-    import logging
-
-    class LogHandler(logging.FileHandler):
-        """Writes to the log; reports an unwritable log once and continues."""
-
-        def emit(self, record: logging.LogRecord) -> None:
-            try:
-                super().emit(record)
-            except OSError as error:
-                logger.handlers[:] = [logging.NullHandler()]
-                reason = error.strerror or error
-                print(f"{self.baseFilename}: {reason}. What libraries say is not logged.", file=sys.stderr)
-
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.propagate = False
-    if not logger.handlers:
-        handler = LogHandler(paths.log_path(), delay=True)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-        logger.addHandler(handler)
+    try:
+        release = _KERNEL_RELEASE.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        release = ""
+    return "microsoft" in release.lower() or _GPU_OF_WINDOWS.exists()
 
 
-def openmp_wait_policy(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables for how OpenMP threads wait, from 0.3 s of measured CPU load.
+def managed_memory_is_safe() -> bool:
+    """Return whether the CPU may touch CUDA's managed memory while the GPU computes.
 
-    On a busy machine threads sleep: spinning makes a step many times slower as soon as another process needs
-    a core. On an idle machine they spin briefly first: two cores then train at 160 to 175 tokens/s instead of
-    94 to 110, but at 30 instead of 88 if the machine becomes busy later. Empty where the user has set a wait
-    policy or uses one thread.
+    Paged optimizers keep their states there. Where ``concurrentManagedAccess`` is 0, as on WSL2, a CPU access
+    to any managed memory before the GPU is synchronized is a segmentation fault (CUDA C++ Programming Guide,
+    "Unified Memory on Windows or devices with compute capability 5.x"; CUDA on WSL User Guide, "Known
+    Limitations for Linux CUDA Applications").
     """
-    if environ.get("OMP_NUM_THREADS") == "1" or any(name in environ for name in _USER_WAIT_VARIABLES):
-        return {}
-    busy_cores = psutil.cpu_percent(_CPU_SAMPLE_S) / 100 * (psutil.cpu_count() or 1)
-    return {"GOMP_SPINCOUNT": "20000"} if busy_cores <= _IDLE_MAX_CORES else {"OMP_WAIT_POLICY": "PASSIVE"}
+    return not is_wsl2()
 
 
 @contextmanager
