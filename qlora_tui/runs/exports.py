@@ -34,8 +34,7 @@ Form: TypeAlias = Literal[
 """``adapter``: the adapter's folder, for vLLM; ``hub-``: what is uploaded to the Hub; ``lora``: only in
 records."""
 COMPARED_TOKENS = 4_096
-"""Most tokens whose answers are compared unless another number is asked for; docs/measured.md: what they
-show."""
+"""Most tokens whose answers are compared unless another number is asked for; docs/export.md says why."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
 
