@@ -132,7 +132,7 @@ def test_unreadable_exports_are_left_out(run: RunDir) -> None:
     assert any("exports/0001" in defect.what for defect in check_run(run).defects)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exports, "start_detached", lambda *args, **how: None)
 
@@ -144,6 +144,7 @@ def start(run: RunDir, out: Path, state: ExportState = "running") -> exports.Exp
     return export
 
 
+@pytest.mark.usefixtures("no_process")
 def test_an_export_that_ends_while_read_has_not_failed(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +158,7 @@ def test_an_export_that_ends_while_read_has_not_failed(
     assert [each.status.state for each in read_exports(run)] == ["finished"]
 
 
+@pytest.mark.usefixtures("no_process")
 def test_a_restarted_export_replaces_the_failed_one(run: RunDir, tmp_path: Path) -> None:
     failed = start(run, tmp_path / "model.gguf", "failed")
     again = restart_export(run, failed)
@@ -164,6 +166,7 @@ def test_a_restarted_export_replaces_the_failed_one(run: RunDir, tmp_path: Path)
     assert [each.folder for each in read_exports(run)] == [again.folder]
 
 
+@pytest.mark.usefixtures("no_process")
 def test_an_export_that_cannot_be_recorded_is_explained(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
