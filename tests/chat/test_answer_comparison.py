@@ -72,7 +72,7 @@ class Ended:
         self.events: list[Any] = []
         recipe = run.recipe()
         training = msgspec.structs.replace(recipe.training, task_prompts=task_prompts)
-        self._run: Any = SimpleNamespace(
+        self.context: Any = SimpleNamespace(
             directory=run,
             model=model,
             data=prepare_dataset(recipe, tokenizer),
@@ -91,8 +91,8 @@ class Ended:
     def compare(self, training_seconds: float = 1e6, tick: float = 0.0) -> None:
         """Compare the answers; each look at the clock takes ``tick`` seconds."""
         ticks = count()
-        answers = answer_validation(self._run, training_seconds, lambda: tick * next(ticks))
-        report_answers(self._run, answers, LOSS)
+        answers = answer_validation(self.context, training_seconds, lambda: tick * next(ticks))
+        report_answers(self.context, answers, LOSS)
 
 
 def test_answers_at_the_end_are_those_of_evaluate(ended: Callable[..., Ended]) -> None:
@@ -144,6 +144,6 @@ def test_free_text_and_few_rows_are_not_answered(
 
 def test_an_error_costs_the_answers_and_not_the_run(ended: Callable[..., Ended]) -> None:
     end = ended(*LABELS)
-    end.model = SimpleNamespace()
+    end.context.model = SimpleNamespace()
     end.compare()
     assert end.lines[0].startswith("the answers were not compared: AttributeError")
