@@ -145,7 +145,6 @@ def test_an_error_in_the_child_is_reported_in_its_words(tmp_path: Path) -> None:
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
 def phases(run: RunDir) -> list[str]:
     return [event.phase for event in events(run) if isinstance(event, PhaseChanged)]
 
