@@ -60,18 +60,15 @@ class ScreenEntry:
 def _read() -> dict[str, tuple[Command, ...]]:
     """The commands of each section."""
     sections = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    # The action of a command that does not name one; on a screen it has the command's name.
+    actions = {"go": "app.go('{}')", "app": "app.{}"}
     return {
         section: tuple(
-            Command(**{"id": f"{section}.{name}", "action": _action(section, name), **row})
+            Command(**{"id": f"{section}.{name}", "action": actions.get(section, "{}").format(name), **row})
             for name, row in rows.items()
         )
         for section, rows in sections.items()
     }
-
-
-def _action(section: str, name: str) -> str:
-    """The Textual action of a command that does not name one."""
-    return f"app.go('{name}')" if section == "go" else f"app.{name}" if section == "app" else name
 
 
 _SECTIONS = _read()

@@ -68,8 +68,12 @@ def _printable(text: str) -> str:
 async def copy(app: QloraApp, text: str) -> None:
     """Copy in every way there is, and notify which one worked."""
     app.write_escape(set_clipboard(text))
-    tool = await asyncio.to_thread(copy_locally, text)
-    app.notify(text if len(text) <= _SHOWN else text[:_SHOWN] + "…", title=result_text(tool))
+    if tool := await asyncio.to_thread(copy_locally, text):
+        title = f"Copied with {tool}, and sent to the terminal (OSC 52)"
+    else:
+        through = " through tmux" if os.environ.get("TMUX") else ""
+        title = f"Sent to the terminal{through} (OSC 52). Not every terminal supports it"
+    app.notify(text if len(text) <= _SHOWN else text[:_SHOWN] + "…", title=title)
 
 
 def copy_locally(text: str) -> str:
@@ -94,26 +98,14 @@ def copy_locally(text: str) -> str:
     return ""
 
 
-def result_text(tool: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Describes what was done: which tool copied it, or that only the terminal was asked to."""
-    if tool:
-        return f"Copied with {tool}, and sent to the terminal (OSC 52)"
-    through = " through tmux" if environment.get("TMUX") else ""
-    return f"Sent to the terminal{through} (OSC 52). Not every terminal supports it"
-
-
 def open_folder(app: QloraApp, folder: Path) -> None:
     """Open a folder in the file manager; without a desktop, copy the command that goes there and show it."""
-    if has_desktop() and _open(folder):
+    # Otherwise a window would not open on the user's own screen.
+    has_screen = any(os.environ.get(name) for name in ("WAYLAND_DISPLAY", "DISPLAY"))
+    if has_screen and "SSH_CONNECTION" not in os.environ and _open(folder):
         app.notify(f"Opened {folder} in the file manager.")
     else:
         app.copy_to_clipboard(f"cd {shlex.quote(str(folder))}")
-
-
-def has_desktop(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a window opened here would be on the user's own screen."""
-    is_remote = "SSH_CONNECTION" in environment
-    return not is_remote and any(environment.get(name) for name in ("WAYLAND_DISPLAY", "DISPLAY"))
 
 
 def _open(folder: Path) -> bool:

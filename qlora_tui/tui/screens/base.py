@@ -19,6 +19,7 @@ from qlora_tui.tui.widgets.bars import CommandFooter, TopBar
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.tui.app import QloraApp
+    from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
 Answer = TypeVar("Answer")
 _FREEZE_AFTER_S = 4.0
@@ -76,6 +77,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     """A few sentences for the help screen: what is shown and what the terms mean."""
     EDITS_RECIPE: ClassVar[bool] = False
     """Whether the recipe strip is shown below the top bar."""
+    _strip: RecipeStrip
     # Textual would focus the first field, and a digit typed before a screen has set its focus
     # would be text in it.
     AUTO_FOCUS = ""
@@ -92,7 +94,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
             # Imported here: Home is painted first, has no strip, and need not wait for the memory package.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
-            yield RecipeStrip(self.MODE)
+            self._strip = RecipeStrip(self.MODE)
+            yield self._strip
         yield from self.compose_body()
         yield CommandFooter(self.FOOTER_APP_COMMANDS)
 
@@ -132,23 +135,14 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         """Show new readings of the GPU and the runs, about once a second while this screen is current."""
 
     def _recipe_changed(self, recipe: Recipe) -> None:
-        if not self.is_current:
-            return
-        self._show_recipe_strip()
-        self.show_recipe(recipe)
+        if self.is_current:
+            if self.EDITS_RECIPE:
+                self._strip.show_recipe(self.qlora_app.workbench, self.qlora_app.memory_budget)
+            self.show_recipe(recipe)
 
     def _system_status_changed(self, system_status: SystemStatus) -> None:
-        if not self.is_current:
-            return
-        self.query_one(TopBar).show_status(system_status)
-        if self.EDITS_RECIPE:
-            from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
-
-            self.query_one(RecipeStrip).show_running(is_running=system_status.active is not None)
-        self.show_system_status(system_status)
-
-    def _show_recipe_strip(self) -> None:
-        if self.EDITS_RECIPE:
-            from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
-
-            self.query_one(RecipeStrip).show_recipe(self.qlora_app.workbench, self.qlora_app.memory_budget)
+        if self.is_current:
+            self.query_one(TopBar).show_status(system_status)
+            if self.EDITS_RECIPE:
+                self._strip.show_running(is_running=system_status.active is not None)
+            self.show_system_status(system_status)

@@ -248,7 +248,9 @@ class ModuleGrid(Widget, can_focus=True):
         if table is None:
             return Content("")
         width_left = max(1, (self.content_size.width - self._head_width) // self._cell_width)
-        self._first_column = self._window(width_left)
+        # The cursor's column stays in view.
+        column, last = max(self._column, 0), max(0, len(table.columns) - width_left)
+        self._first_column = min(max(min(self._first_column, column), column - width_left + 1), last)
         shown = range(self._first_column, min(self._first_column + width_left, len(table.columns)))
         first = self._first_row()
         rows = range(first, min(first + self.content_size.height - 1, len(table.rows)))
@@ -266,13 +268,6 @@ class ModuleGrid(Widget, can_focus=True):
         """Two cells for a layer where there is room for all of them."""
         assert self._table is not None
         return 2 if self._head_width + 2 * len(self._table.columns) <= self.content_size.width else 1
-
-    def _window(self, width_left: int) -> int:
-        """The first column to show so that the cursor's is in view."""
-        assert self._table is not None
-        last = max(0, len(self._table.columns) - width_left)
-        column = max(self._column, 0)
-        return min(max(min(self._first_column, column), column - width_left + 1), last)
 
     def _first_row(self) -> int:
         """The first row to show so that the cursor's is in view."""

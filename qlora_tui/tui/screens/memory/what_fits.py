@@ -202,17 +202,15 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
     )
 
 
-def format_change(bytes_: int) -> str:
-    """``-0.1``: a change in GiB; without a sign where it rounds to 0."""
-    text = f"{bytes_ / GIB:+.1f}"
-    return "0.0" if float(text) == 0 else text
-
-
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
+    """``-0.1 GiB``, without a sign if it rounds to 0."""
     if change is None:
         return "–" if is_known else "…"
-    # Auto needs what on needs; it only takes more where more is free.
-    return f"{format_change(change.bytes)} GiB" if change.bytes else "same need"
+    if not change.bytes:
+        # Auto needs what on needs; it only takes more where more is free.
+        return "same need"
+    text = f"{change.bytes / GIB:+.1f}"
+    return f"{'0.0' if float(text) == 0 else text} GiB"
 
 
 def _choice_words(value: Any) -> str:

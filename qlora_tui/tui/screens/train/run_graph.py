@@ -163,7 +163,8 @@ def zoom_start(step: int, zoom: int) -> float:
 
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
     """Each quantity over the steps from zero to a round maximum; those that only some runs have first."""
-    envelopes, speed = snapshot.envelopes, snapshot.tokens_per_s
+    envelopes, speed, rate = snapshot.envelopes, snapshot.tokens_per_s, snapshot.learning_rate
+    lr = "NA" if rate is None else f"{rate:.2e}".replace("e-0", "e-") if rate else "0"
     points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
     forgetting = Envelope.of_points(tuple(points), tuple(points.values()))
     margin, recipe = snapshot.reward_margin, snapshot.recipe
@@ -175,7 +176,7 @@ def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
             if len(forgetting.xs) > 1
             else ()
         ),
-        _chart("lr", _rate(snapshot.learning_rate), envelopes.learning_rate),
+        _chart("lr", lr, envelopes.learning_rate),
         _chart("grad", format_float(snapshot.grad_norm, 3), envelopes.grad_norm),
         _chart("tok/s", "NA" if speed is None else f"{speed:,.0f}", envelopes.tokens_per_s),
     )
@@ -218,12 +219,6 @@ def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
     if snapshot.step_stride > 1:
         items.append((f"showing 1 of {snapshot.step_stride:,} steps", "dim"))
     return tuple(items)
-
-
-def _rate(value: float | None) -> str:
-    if value is None:
-        return "NA"
-    return f"{value:.2e}".replace("e-0", "e-") if value else "0"
 
 
 def _number(value: float | None) -> float:

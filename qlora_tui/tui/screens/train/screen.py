@@ -440,18 +440,18 @@ class RunPickerScreen(ListPicker[RunDir]):
         self._runs = {run.id: run for run in [run for run in all_runs() if run != now][:_MAX_LISTED]}
 
     def lines(self) -> list[tuple[str, Content]]:
-        return [(id_, _run_line(run)) for id_, run in self._runs.items()]
+        lines = []
+        for id_, run in self._runs.items():
+            status = read_status(run)
+            sign, style = SIGNS[status.state]
+            steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
+            name = truncate_middle(run.name, _NAME_WIDTH)
+            line = Content.assemble((f"{sign} {status.state:<10} ", style), name, (steps, "dim"))
+            lines.append((id_, line))
+        return lines
 
     def picked(self, id_: str) -> RunDir:
         return self._runs[id_]
-
-
-def _run_line(run: RunDir) -> Content:
-    status = read_status(run)
-    sign, style = SIGNS[status.state]
-    steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
-    name = truncate_middle(run.name, _NAME_WIDTH)
-    return Content.assemble((f"{sign} {status.state:<10} ", style), name, (steps, "dim"))
 
 
 def _outcome_of_stopping(snapshot: RunSnapshot | None) -> str:
