@@ -16,7 +16,7 @@ from torch.utils import backend_registration
 
 pytestmark = pytest.mark.slow
 
-NOT_OURS = ("masking_utils.py", "varlen_reference.py")
+NOT_OURS = ("masking_utils.py", "varlen_reference")
 """transformers asks whether a mask of padding masks anything; the written-out kernel reads samples."""
 
 
