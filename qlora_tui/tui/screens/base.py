@@ -136,9 +136,12 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     def _recipe_changed(self, recipe: Recipe) -> None:
         if self.is_current:
-            if self.EDITS_RECIPE:
-                self._strip.show_recipe(self.qlora_app.workbench, self.qlora_app.memory_budget)
+            self._show_recipe_strip()
             self.show_recipe(recipe)
+
+    def _show_recipe_strip(self) -> None:
+        if self.EDITS_RECIPE:
+            self._strip.show_recipe(self.qlora_app.workbench, self.qlora_app.memory_budget)
 
     def _system_status_changed(self, system_status: SystemStatus) -> None:
         if self.is_current:
