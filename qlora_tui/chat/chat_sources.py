@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.memory import Device, estimate
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.recipe.toml import load, to_frozen_recipe
@@ -16,6 +15,9 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import DataReady
 from qlora_tui.runs.exports import read_exports
+
+if TYPE_CHECKING:
+    from qlora_tui.memory import Device
 
 _CONFIG = "adapter_config.json"
 
@@ -126,6 +128,10 @@ def chat_fits(recipe: Recipe, device: Device, free_bytes: int) -> bool:
     One training step on one conversation takes more than answering it: besides the model and the keys and
     values of each layer, it needs gradients and optimizer states.
     """
+    # Imported here: most callers only list sources.
+    from qlora_tui.catalog.local_models import resolve_model
+    from qlora_tui.memory import estimate
+
     for path, value in _ONE_CONVERSATION.items():
         recipe = replace_setting(recipe, path, value)
     try:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora_tui.cli.follow import PLAIN_INTERVAL_S, follow, follow_plain
 from qlora_tui.cli.main import can_show_app, open_app
 from qlora_tui.cli.subcommand import (
     CommandResult,
@@ -20,7 +21,6 @@ from qlora_tui.cli.subcommand import (
     add_run_argument,
     format_table,
 )
-from qlora_tui.cli.train import PLAIN_INTERVAL_S, follow, follow_plain
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.formatting import format_bytes, format_duration, format_float, pluralize
 from qlora_tui.runs import actions, control, run_queue

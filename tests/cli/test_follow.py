@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from qlora_tui.cli import train
+from qlora_tui.cli import follow
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished, Health
 from qlora_tui.runs.status import Status, write_status
@@ -30,7 +30,7 @@ def test_a_long_run_prints_a_sample_and_json_prints_everything(call: Call) -> No
 def test_attach_without_a_name_prefers_the_running_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     running = write_fake_run(FakeRun(name="older", state="running", steps=5))
     write_fake_run(FakeRun(name="newest", state="stopped", steps=7, began=BEGAN + 60))
-    monkeypatch.setattr(train, "follow_events", lambda view, on_silence: iter(()))
+    monkeypatch.setattr(follow, "follow_events", lambda view, on_silence: iter(()))
     assert running.id in call("attach").err
     write_status(running, Status(state="paused", at=BEGAN))
     assert "stopped at step 7" in call("attach").out
@@ -39,7 +39,7 @@ def test_attach_without_a_name_prefers_the_running_run(call: Call, monkeypatch: 
 def test_plain_says_in_sentences_what_the_live_screen_shows(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(follow, "PLAIN_INTERVAL_S", 0.0)
     run = write_fake_run(FakeRun(steps=640, nan=range(30, 33), health=True))
 
     def go_on() -> None:

@@ -17,7 +17,6 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.chat import chat_sources
 from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status, write_status
@@ -148,7 +147,7 @@ async def test_loading_asks_only_where_memory_may_run_out(
     monkeypatch: pytest.MonkeyPatch, free_gib: int, phase: Any, asks: bool
 ) -> None:
     files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
-    monkeypatch.setattr(chat_sources, "resolve_model", lambda model_id: files)
+    monkeypatch.setattr("qlora_tui.catalog.local_models.resolve_model", lambda model_id: files)
     free = SimpleNamespace(available=free_gib << 30)
     monkeypatch.setattr(conversation, "psutil", SimpleNamespace(virtual_memory=lambda: free))
     sent: list[str] = []
