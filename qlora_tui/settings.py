@@ -69,8 +69,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     gpu_memory_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         _about(
-            "GPU memory to assume",
-            "GiB that estimates are for, on every start. Empty: this machine's GPU.",
+            "GPU memory to assume, GiB",
+            "What estimates are for, on every start. Empty: this machine's GPU.",
         ),
     ] = msgspec.field(default=None, name="card_gib")
     model_folders: Annotated[
@@ -83,8 +83,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     quantized_cache_gib: Annotated[
         float,
         _about(
-            "Quantized weights",
-            "Most GiB of quantized base weights to keep, so that later runs load faster. 0: none.",
+            "Quantized weights, GiB",
+            "Most of the quantized base weights to keep, so that later runs load faster. 0: none.",
             ge=0,
         ),
     ] = 30.0

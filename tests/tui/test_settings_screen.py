@@ -1,8 +1,9 @@
-""" """
+"""The settings screen, and what it writes to config.toml."""
 
 from __future__ import annotations
 
 import pytest
+from textual.widgets import Input
 
 from qlora_tui.errors import UserError
 from qlora_tui.settings import Settings, config_path, load_settings, save_setting
@@ -78,6 +79,16 @@ async def test_a_typed_number_is_checked_and_saved() -> None:
         await wait_for_text(pilot, "12  * default: none")
         assert app.memory_budget.bytes == 12 << 30
         assert load_settings().gpu_memory_gib == 12
+
+
+async def test_a_folder_that_is_not_there_stays_in_its_field() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("f6", "j", "j", "j", "enter", *"/nope", "enter")
+        await wait_for_text(pilot, "There is no folder /nope.")
+        assert app.screen.query_one(Input).value == "/nope"
+        await pilot.press(*["backspace"] * 5, *"/tmp", "enter")
+        await wait_until(pilot, lambda: load_settings().model_folders == ("/tmp",))
 
 
 async def test_the_palette_offers_every_theme() -> None:

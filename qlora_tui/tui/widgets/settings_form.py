@@ -6,7 +6,7 @@ The form changes nothing itself: it posts :class:`SettingEdited`, the screen mak
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -226,10 +226,23 @@ class SettingsForm(Vertical):
     """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave_field", show=False)]
 
-    def __init__(self, fields: Sequence[Field], base_name: str = "preset", *, id: str | None = None) -> None:
-        """``base_name``: what the settings are compared with."""
+    def __init__(
+        self,
+        fields: Sequence[Field],
+        base_name: str = "preset",
+        *,
+        refuse: Callable[[str, Any], str] = lambda path, value: "",
+        id: str | None = None,
+    ) -> None:
+        """Show nothing yet.
+
+        Args:
+            base_name: what the settings are compared with.
+            refuse: returns why a typed value is not accepted, in a sentence; empty if it is.
+        """
         super().__init__(id=id)
         self.list = SettingList(fields, base_name)
+        self._refuse = refuse
         self._values: Struct | None = None
 
     def compose(self) -> ComposeResult:
@@ -273,6 +286,9 @@ class SettingsForm(Vertical):
             value = _parsed(self.field, event.value.strip())
         except (InvalidRecipeError, ValueError) as problem:
             self.query_one("#setting-help", Static).update(f"✗ {_problem(self.field, problem)}.")
+            return
+        if refusal := self._refuse(self.field.path, value):
+            self.query_one("#setting-help", Static).update(f"✗ {refusal}")
             return
         self.action_leave_field()
         self.post_message(SettingEdited(self.field.path, value))

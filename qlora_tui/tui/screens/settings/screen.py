@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 from textual.app import ComposeResult
@@ -49,7 +49,8 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         with Vertical(classes="dialog wide") as dialog:
             dialog.border_title = "Settings"
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter change")
-            yield SettingsForm([*{**fields, "theme": theme}.values()], base_name="default")
+            shown = [*{**fields, "theme": theme}.values()]
+            yield SettingsForm(shown, base_name="default", refuse=_missing_folder)
             yield Static(f"Saved in {format_path(config_path())}.", classes="muted", markup=False)
 
     def on_mount(self) -> None:
@@ -61,11 +62,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         """Save the setting; a default is removed from the file."""
         app, path, value = self.qlora_app, message.path, message.value
         is_default = value == get_setting(Settings(), path)
-        folders = value if path == "model_folders" else ()
         try:
-            for folder in folders:
-                if not Path(folder).expanduser().is_dir():
-                    raise UserError("Setting not changed", what=f"There is no folder {folder}.")
             settings = save_setting(_KEYS_IN_FILE.get(path, path), None if is_default else value)
         except UserError as problem:
             app.show_error(problem)
@@ -90,3 +87,10 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
                 event="finished", run="test", name="test", text=text, step=1, total_steps=1, best_loss=None
             ),
         )
+
+
+def _missing_folder(path: str, value: Any) -> str:
+    """Return a sentence that names the first of these folders that is not there; empty for none."""
+    folders = value if path == "model_folders" else ()
+    missing = [folder for folder in folders if not Path(folder).expanduser().is_dir()]
+    return f"There is no folder {missing[0]}." if missing else ""
