@@ -173,9 +173,10 @@ def _on_cpu(
 ) -> MemoryLevels:
     architecture, execution = layout.architecture, layout.execution
     kernels = kernel_bytes(layout) if moving_bytes else 0
-    slack = max(0, moving_bytes - checkpoint_bytes - _mapped_bytes(layout)) // HEAP_HOLES
-    if layer_input_bytes(layout) < MAPPED_BYTES:
-        slack += CHECKPOINT_HOLES * checkpoint_bytes
+    # Larger layer inputs are mapped separately, and have no such gaps.
+    gaps_bytes = checkpoint_bytes if layer_input_bytes(layout) < MAPPED_BYTES else 0
+    slack = max(0, moving_bytes - gaps_bytes - _mapped_bytes(layout)) // HEAP_HOLES
+    slack += CHECKPOINT_HOLES * gaps_bytes
     tokenizer = architecture.vocab_size * TOKENIZER_BYTES_PER_TOKEN
     reserved = allocated + slack + kernels + tokenizer
     runtime = RUNTIME_BYTES + (CUDA_LIBRARIES_BYTES if execution.cuda_libraries else 0)
