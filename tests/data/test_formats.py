@@ -1,4 +1,4 @@
-""" """
+"""Layouts of rows: which one a file has, and the conversations that it gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-""" """
+"""The event log of a run: appended lines, torn ends, and readers of it."""
 
 from __future__ import annotations
 
