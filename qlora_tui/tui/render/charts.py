@@ -128,27 +128,6 @@ def bar(part: float, width: int) -> str:
     return text + "░" * (width - len(text))
 
 
-def over_axis(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
-    """The highest value of each column; one between two samples holds the earlier, NaN where one broke."""
-    values: list[float | None] = [None] * columns
-    if not columns:
-        return values
-    before: int | None = None
-    for place, high, broken in zip(envelope.xs, envelope.highs, envelope.broken, strict=True):
-        if not x.low <= place <= x.high:
-            continue
-        column = column_of(place, x, columns)
-        if before is not None:
-            values[before + 1 : column] = [values[before]] * (column - before - 1)
-        known = values[column] if column == before else None
-        if broken or (known is not None and math.isnan(known)):
-            values[column] = math.nan
-        else:
-            values[column] = high if known is None else max(known, high)
-        before = column
-    return values
-
-
 def blocks(values: Sequence[float | None], low: float, high: float, height: int) -> list[str]:
     """Rows of block characters from the top; None is an empty column, the lowest value still a line."""
     levels = height * 8
