@@ -38,6 +38,15 @@ LIST_KEYS = (
     Binding("end", f"move({_ALL_ROWS})", show=False),
 )
 """Keys of a list with one item per row."""
+SCROLL_KEYS = (
+    Binding("j", "scroll_down", show=False),
+    Binding("k", "scroll_up", show=False),
+    Binding("g", "scroll_home", show=False),
+    Binding("G", "scroll_end", show=False),
+    Binding("ctrl+d", "page_down", show=False),
+    Binding("ctrl+u", "page_up", show=False),
+)
+"""Keys of text that scrolls, in addition to Textual's own."""
 
 
 class ViList(OptionList):
@@ -113,14 +122,7 @@ class ViList(OptionList):
 class ViScroll(VerticalScroll):
     """Text longer than its window."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "scroll_down", show=False),
-        Binding("k", "scroll_up", show=False),
-        Binding("g", "scroll_home", show=False),
-        Binding("G", "scroll_end", show=False),
-        Binding("ctrl+d", "page_down", show=False),
-        Binding("ctrl+u", "page_up", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*SCROLL_KEYS]
 
 
 class OwnKeysFirst:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import psutil
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.geometry import Size
@@ -37,6 +37,7 @@ from qlora_tui.tui.screens.train.run_panels import (
     setup_lines,
 )
 from qlora_tui.tui.textual_compat import follow_end
+from qlora_tui.tui.widgets.controls import SCROLL_KEYS
 from qlora_tui.tui.widgets.line_widgets import LineView, render_line, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
 
@@ -265,14 +266,7 @@ def _health_note(snapshot: RunSnapshot) -> str:
 class LogTail(LineView):
     """Follows the end until it is scrolled away from it."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "scroll_down", show=False),
-        Binding("k", "scroll_up", show=False),
-        Binding("g", "scroll_home", show=False),
-        Binding("G", "scroll_end", show=False),
-        Binding("ctrl+d", "page_down", show=False),
-        Binding("ctrl+u", "page_up", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*SCROLL_KEYS]
 
     def __init__(self, empty: str, *, id: str | None = None) -> None:
         super().__init__(id=id)
