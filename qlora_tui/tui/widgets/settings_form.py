@@ -231,18 +231,18 @@ class SettingsForm(Vertical):
         fields: Sequence[Field],
         base_name: str = "preset",
         *,
-        refuse: Callable[[str, Any], str] = lambda path, value: "",
+        validate: Callable[[str, Any], str] = lambda path, value: "",
         id: str | None = None,
     ) -> None:
         """Show nothing yet.
 
         Args:
             base_name: what the settings are compared with.
-            refuse: returns why a typed value is not accepted, in a sentence; empty if it is.
+            validate: returns what is wrong with a typed value of a path; empty if nothing is.
         """
         super().__init__(id=id)
         self.list = SettingList(fields, base_name)
-        self._refuse = refuse
+        self._validate = validate
         self._values: Struct | None = None
 
     def compose(self) -> ComposeResult:
@@ -284,11 +284,11 @@ class SettingsForm(Vertical):
         event.stop()
         try:
             value = _parsed(self.field, event.value.strip())
+            wrong = self._validate(self.field.path, value)
         except (InvalidRecipeError, ValueError) as problem:
-            self.query_one("#setting-help", Static).update(f"✗ {_problem(self.field, problem)}.")
-            return
-        if refusal := self._refuse(self.field.path, value):
-            self.query_one("#setting-help", Static).update(f"✗ {refusal}")
+            wrong = f"{_problem(self.field, problem)}."
+        if wrong:
+            self.query_one("#setting-help", Static).update(f"✗ {wrong}")
             return
         self.action_leave_field()
         self.post_message(SettingEdited(self.field.path, value))

@@ -50,7 +50,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
             dialog.border_title = "Settings"
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter change")
             shown = [*{**fields, "theme": theme}.values()]
-            yield SettingsForm(shown, base_name="default", refuse=_missing_folder)
+            yield SettingsForm(shown, base_name="default", validate=_missing_folder)
             yield Static(f"Saved in {format_path(config_path())}.", classes="muted", markup=False)
 
     def on_mount(self) -> None:
