@@ -22,7 +22,7 @@ from qlora_tui.formatting import (
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.locks import is_locked
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import read_from
+from qlora_tui.runs.event_log import end_offset, read_from
 from qlora_tui.runs.events import (
     STEP_PHASES,
     AdapterReady,
@@ -415,8 +415,7 @@ class _RunnerMonitor:
 
 def _last_line(log: Path) -> str:
     try:
-        begin = max(0, log.stat().st_size - _LOG_BYTES)
-        lines = read_from(log, begin, _LOG_BYTES).decode(errors="replace").split("\n")
+        lines = read_from(log, end_offset(log, _LOG_BYTES), _LOG_BYTES).decode(errors="replace").split("\n")
     except OSError:
         return ""
     return next((f"Its log ends: {line.strip()}" for line in reversed(lines) if line.strip()), "")

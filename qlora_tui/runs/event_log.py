@@ -219,6 +219,11 @@ def read_from(path: Path, offset: int, max_bytes: int) -> bytes:
         os.close(file)
 
 
+def end_offset(path: Path, last_bytes: int) -> int:
+    """Return the offset of the last ``last_bytes`` of a file; 0 if it is shorter or missing."""
+    return max(0, path.stat().st_size - last_bytes) if path.exists() else 0
+
+
 def next_data(path: Path, offset: int) -> int:
     """Return ``offset``, or where the next data begins if there is a hole: it may be terabytes long."""
     try:

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from qlora_tui.decoding import Count, UnixTime, decode_json
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.runs.event_log import JsonLinesTail
+from qlora_tui.runs.event_log import JsonLinesTail, end_offset
 
 JOULES_PER_KWH = 3.6e6
 MAX_PIECES = 24
@@ -45,8 +45,7 @@ class TelemetryTail(JsonLinesTail[Reading]):
     """The samples of a run, beginning with those of the last minutes."""
 
     def __init__(self, path: Path) -> None:
-        size = path.stat().st_size if path.exists() else 0
-        super().__init__(path, _decoder_of(Reading), max(0, size - _RECENT_BYTES))
+        super().__init__(path, _decoder_of(Reading), end_offset(path, _RECENT_BYTES))
 
 
 class _Power(Struct):

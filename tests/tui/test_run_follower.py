@@ -49,6 +49,19 @@ def test_a_followed_long_run_is_drawn_like_an_opened_one(
     assert len(texts) == len(set(texts)) and sum("seen on the way" in text for text in texts) == 1
 
 
+def test_output_goes_on_after_a_line_longer_than_one_read() -> None:
+    run = write_fake_run(FakeRun(steps=10))
+    follower = RunFollower(run)
+    follower.poll()
+    bar = "".join(f"\rloading {n:,} of 99,999" for n in range(100_000))
+    with run.log_path.open("a") as log:
+        log.write(f"{bar}\n{'x' * 1_000_000}\nafter\n")
+    follower.poll()
+    *_, progress, long, last = [entry.text for entry in follower.poll().output]
+    assert (progress, last) == ("loading 99,999 of 99,999", "after")
+    assert 0 < len(long) < 20_000
+
+
 @pytest.mark.slow
 def test_hundreds_of_thousands_of_steps_are_held_as_a_sample() -> None:
     run = write_fake_run(FakeRun(steps=10, total=200_000))

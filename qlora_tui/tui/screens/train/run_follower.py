@@ -20,7 +20,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control
 from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import read_from
+from qlora_tui.runs.event_log import LineTail, end_offset
 from qlora_tui.runs.events import (
     STEP_PHASES,
     AnyEvent,
@@ -55,6 +55,8 @@ _MAX_ANSWERS = 60
 """Answers to the sample prompts that are kept."""
 _OUTPUT_BYTES = 128 << 10
 """Of the end of the output that a first read takes."""
+_MAX_CHARACTERS = 10_000
+"""Most of a line of output that is shown."""
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -354,25 +356,18 @@ class OutputTail:
     def __init__(self, path: Path, max_lines: int) -> None:
         self.entries: list[LogEntry] = []
         """Appended to; replaced by a shorter list when it has become too long."""
-        self._path = path
+        self._lines = LineTail(path, end_offset(path, _OUTPUT_BYTES))
         self._max_lines = max_lines
-        self._offset: int | None = None
 
     def read(self) -> None:
         """Take in the whole lines that are new."""
-        if self._offset is None:
-            size = self._path.stat().st_size if self._path.exists() else 0
-            self._offset = max(0, size - _OUTPUT_BYTES)
-        chunk = read_from(self._path, self._offset, _OUTPUT_BYTES * 4)
-        end = chunk.rfind(b"\n") + 1
-        self._offset += end
-        lines = chunk[:end].decode("utf-8", "replace").split("\n")[:-1]
+        lines = self._lines.poll(_OUTPUT_BYTES * 4).decode("utf-8", "replace").split("\n")[:-1]
         self.entries += [LogEntry(None, "info", strip_escapes(line)) for line in lines]
         if len(self.entries) > 2 * self._max_lines:
             self.entries = self.entries[-self._max_lines :]
 
 
 def strip_escapes(line: str) -> str:
-    """Remove colors and cursor moves; a progress bar becomes its last state."""
+    """Remove colors and cursor moves; a progress bar becomes its last state, a long line its beginning."""
     shown = _ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2]
-    return _CONTROLS.sub("", shown.expandtabs(4))
+    return _CONTROLS.sub("", shown[:_MAX_CHARACTERS].expandtabs(4))
