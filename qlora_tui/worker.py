@@ -165,7 +165,7 @@ def run_job(
         finally:
             # Whatever interrupts the wait, the child must not outlive it.
             child.kill()
-        last_line = _last_line(errors)
+        last_line = last_lines(errors, 1)
     if isinstance(outcome, Failure):
         raise outcome.error()
     if code == -signal.SIGKILL:
@@ -250,9 +250,10 @@ def _messages(
             yield from filter(None, map(decode_message, lines))
 
 
-def _last_line(errors: IO[bytes]) -> str:
+def last_lines(errors: IO[bytes], count: int) -> str:
+    """Return the last lines of a file that a child writes its errors to, on one line."""
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST_BYTES))
-    return (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+    return " ".join(errors.read().decode(errors="replace").strip().splitlines()[-count:])
 
 
 def _encode_path(value: object) -> bytes:

@@ -135,19 +135,15 @@ class LlamaProcess:
             raise self._ended()
         reply = _REPLIES.decode(line)
         if reply.failure:
-            raise UserError(
-                self._title, what=f"llama.cpp: {reply.failure}.", why=" ".join(self._last_lines())
-            )
+            log = worker.last_lines(self._log, _LOG_LINES)
+            raise UserError(self._title, what=f"llama.cpp: {reply.failure}.", why=log)
         return reply
 
     def _ended(self) -> UserError:
         code = self._process.wait()
         name = signal.Signals(-code).name if code < 0 else f"code {code}"
-        return UserError(self._title, what=f"llama.cpp ended with {name}.", why=" ".join(self._last_lines()))
-
-    def _last_lines(self) -> list[str]:
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace").strip().splitlines()[-_LOG_LINES:]
+        log = worker.last_lines(self._log, _LOG_LINES)
+        return UserError(self._title, what=f"llama.cpp ended with {name}.", why=log)
 
 
 class LlamaFile:
