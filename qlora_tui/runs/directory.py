@@ -125,6 +125,13 @@ class RunDir:
             raise self._recipe_damaged("is empty")
         return to_frozen_recipe(layer, origin=str(self.recipe_path))
 
+    def readable_recipe(self) -> Recipe | None:
+        """Read the recipe; None if that is impossible."""
+        try:
+            return self.recipe()
+        except UserError:
+            return None
+
     def _recipe_damaged(self, how: str) -> UserError:
         return UserError(
             "The recipe is damaged",

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qlora_tui import paths
-from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_float, pluralize, short_model_name
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
@@ -180,7 +179,7 @@ def summarize(run: RunDir) -> RunSummary:
     series = view.series
     ending = view.ending
     best = view.best
-    recipe = _readable_recipe(run)
+    recipe = run.readable_recipe()
     model, settings = "unknown", "recipe unreadable"
     if recipe is not None:
         model, settings = short_model(recipe), short_settings(recipe)
@@ -220,13 +219,6 @@ def outline(run: RunDir) -> RunSummary:
         total_steps=status.total_steps,
         loss=status.loss,
     )
-
-
-def _readable_recipe(run: RunDir) -> Recipe | None:
-    try:
-        return run.recipe()
-    except UserError:
-        return None
 
 
 def _verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:

@@ -18,7 +18,6 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
 from qlora_tui.recipe.fields import DESCRIPTIVE, fields, format_value, get_setting
 from qlora_tui.recipe.schema import Recipe
@@ -69,10 +68,7 @@ def read(run: RunDir) -> ComparedRun:
     series = view.series
     mean_losses = DecimatedSeries()
     mean_losses.extend(series.tokens, BiasCorrectedEma(smoothing_window(len(series))).smooth(series.loss))
-    try:
-        recipe = run.recipe()
-    except UserError:
-        recipe = None
+    recipe = run.readable_recipe()
     speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
     best, last = view.best, view.last_evaluation
     general = dict(general_answer_texts(view.general_answers))

@@ -11,7 +11,6 @@ from textwrap import wrap
 
 from textual.content import Content
 
-from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     capitalize,
     format_bytes,
@@ -69,10 +68,7 @@ class RunFiles:
     @classmethod
     def read(cls, summary: RunSummary) -> RunFiles:
         """Read them. Used in a thread."""
-        try:
-            recipe = summary.run.recipe()
-        except UserError:
-            recipe = None
+        recipe = summary.run.readable_recipe()
         return cls(
             recipe,
             tuple(read_exports(summary.run)),

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control
 from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
@@ -231,7 +230,7 @@ class RunFollower:
         self._unknown_count = 0
         self._phases = PhaseFilter()
         self._stages: list[PhaseChanged] = []
-        self._recipe = _recipe(run)
+        self._recipe = run.readable_recipe()
         self._telemetry = TelemetryTail(run.telemetry_path)
         self._readings: deque[Reading] = deque(maxlen=_MAX_READINGS)
         self._energy = EnergyMeter(run.telemetry_path)
@@ -318,13 +317,6 @@ class RunFollower:
             recipe=self._recipe,
             ending_request=control.pending_ending(self.run) or view.requested_ending,
         )
-
-
-def _recipe(run: RunDir) -> Recipe | None:
-    try:
-        return run.recipe()
-    except UserError:
-        return None
 
 
 def _without_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:
