@@ -33,7 +33,7 @@ from typing import IO
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
-from qlora_tui.files import read_regular, sync, sync_tree
+from qlora_tui.files import list_folder, read_regular, sync, sync_tree
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
 
 _LOCK = "lock"
@@ -161,15 +161,11 @@ def discard(path: Path) -> None:
 
 def abandoned_in(folder: Path) -> list[Path]:
     """Return the drafts in a folder that no process holds."""
-    try:
-        drafts = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    except OSError:
-        return []
     return [
-        draft
-        for draft in drafts
+        path
+        for path in list_folder(folder)
         # In a folder of everybody, such as /tmp, those of other users are theirs.
-        if is_abandoned(draft) and draft.lstat().st_uid == os.getuid()
+        if _NAME.fullmatch(path.name) and is_abandoned(path) and path.lstat().st_uid == os.getuid()
     ]
 
 

@@ -140,6 +140,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def list_folder(folder: Path) -> list[Path]:
+    """Return what a folder holds, sorted by name; nothing if it cannot be listed."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
 def sync_tree(folder: Path) -> None:
     """Sync every file and folder in ``folder``, then ``folder`` itself."""
     for entry in sorted(folder.iterdir()):

@@ -33,7 +33,7 @@ from qlora_tui.catalog.model_validation import (
     weight_files,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.files import atomic_write, private_dir, read_bounded
+from qlora_tui.files import atomic_write, list_folder, private_dir, read_bounded
 from qlora_tui.paths import cache_dir
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
@@ -371,11 +371,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _entries(folder: Path, *, folders: bool) -> Iterator[Path]:
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError:
-        return
-    for entry in entries:
+    for entry in list_folder(folder):
         try:
             if entry.is_dir() if folders else entry.is_file():
                 yield entry

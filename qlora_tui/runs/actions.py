@@ -21,7 +21,7 @@ from qlora_tui import paths
 from qlora_tui.catalog.adapters import CONFIG
 from qlora_tui.drafts import discard
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
-from qlora_tui.files import atomic_write, private_dir, read_regular, sync
+from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular, sync
 from qlora_tui.locks import is_held, is_locked
 from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
@@ -313,7 +313,7 @@ def move_to_trash(run: RunDir) -> None:
 def trashed_runs() -> list[TrashedRun]:
     """Return every run that can be restored, the one deleted last first."""
     return sorted(
-        (TrashedRun(RunDir(path), _deleted_at(path)) for path in _listed(_home()) if _is_run(path)),
+        (TrashedRun(RunDir(path), _deleted_at(path)) for path in list_folder(_home()) if _is_run(path)),
         key=lambda each: each.deleted_at,
         reverse=True,
     )
@@ -384,13 +384,6 @@ def _deleted_at(path: Path) -> float:
             return deleted_at
     # A rename changes this time.
     return path.lstat().st_ctime
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
 
 
 def _home() -> Path:

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
-from qlora_tui.files import atomic_write, open_regular
+from qlora_tui.files import atomic_write, list_folder, open_regular
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import ACTIVE, read_status
@@ -96,10 +96,7 @@ def terminate(process: ProcessIdentity | None) -> bool:
 
 def pending_ending(run: RunDir) -> Kind | None:
     """Return the last request to end the run that the trainer has not taken yet."""
-    try:
-        names = sorted(path.stem for path in run.control_dir.iterdir() if path.suffix == ".json")
-    except OSError:
-        return None
+    names = sorted(path.stem for path in list_folder(run.control_dir) if path.suffix == ".json")
     kinds = [name.rpartition("-")[2] for name in names]
     return next((kind for name in reversed(kinds) for kind in ENDINGS if kind == name), None)
 
@@ -110,12 +107,10 @@ def take_requests(run: RunDir) -> list[ControlRequest]:
     Any other entry in the folder neither fails nor blocks: it is deleted if possible. A request that cannot
     be deleted is skipped, since it would otherwise be taken again at every step.
     """
-    try:
-        paths = sorted(path for path in run.control_dir.iterdir() if path.suffix == ".json")
-    except OSError:
-        return []
     requests = []
-    for path in paths:
+    for path in list_folder(run.control_dir):
+        if path.suffix != ".json":
+            continue
         try:
             request = _read(path)
             path.unlink()

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from qlora_tui.decoding import decode_json
 from qlora_tui.drafts import delete_unfinished, discard
 from qlora_tui.errors import UserError, disk_problems
-from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular
 from qlora_tui.locks import is_locked
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
@@ -155,10 +155,7 @@ def restart_export(run: RunDir, export: Export) -> Export:
 
 def read_exports(run: RunDir) -> list[Export]:
     """Return the run's exports, newest first; unreadable ones are left out."""
-    try:
-        folders = sorted(exports_dir(run).iterdir(), reverse=True)
-    except OSError:
-        return []
+    folders = reversed(list_folder(exports_dir(run)))
     return [export for folder in folders if (export := _read(folder)) is not None]
 
 

@@ -24,7 +24,7 @@ from qlora_tui.drafts import (
     unfinished_drafts,
 )
 from qlora_tui.errors import UserError
-from qlora_tui.files import TEMPORARY
+from qlora_tui.files import TEMPORARY, list_folder
 from qlora_tui.runs.directory import RunDir
 
 OLD_S = 3600.0
@@ -43,7 +43,7 @@ def restore(run: RunDir) -> list[Path]:
 def moved_aside(run: RunDir) -> list[Path]:
     """Paths of a missing adapter or checkpoint whose previous folder still exists."""
     finals = []
-    for path in (*_listed(run.path), *_listed(run.checkpoints_dir)):
+    for path in (*list_folder(run.path), *list_folder(run.checkpoints_dir)):
         match = _EARLIER.fullmatch(path.name)
         final = path.with_name(match[1]) if match else final_path(path)
         if final != path and kept_earlier(final) is not None:
@@ -81,18 +81,18 @@ def _leftovers() -> Iterator[Path]:
     yield from unfinished_drafts()
     for folder in _own_folders():
         yield from abandoned_in(folder)
-        yield from (path for path in _listed(folder) if _is_old_file(path))
+        yield from (path for path in list_folder(folder) if _is_old_file(path))
 
 
 def _own_folders() -> Iterator[Path]:
     """Yield every folder in which temporary files and folders are created, but for those of exports."""
     yield paths.state_dir()
     cache = paths.cache_dir()
-    for folder in (cache, *_listed(cache)):
+    for folder in (cache, *list_folder(cache)):
         if folder.is_dir() and not folder.is_symlink():
             yield folder
     yield paths.runs_dir()
-    for run in map(RunDir, _listed(paths.runs_dir())):
+    for run in map(RunDir, list_folder(paths.runs_dir())):
         if not run.id.startswith(".") and run.path.is_dir():
             yield run.path
             yield run.checkpoints_dir
@@ -105,13 +105,6 @@ def _is_old_file(path: Path) -> bool:
         return False
     is_temporary = TEMPORARY.fullmatch(path.name) is not None and stat.S_ISREG(status.st_mode)
     return is_temporary and time.time() - status.st_mtime > OLD_S
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
 
 
 def delete(path: Path) -> None:
