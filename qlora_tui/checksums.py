@@ -34,13 +34,13 @@ def checked_folder(final: Path) -> Iterator[Path]:
 def write_checksums(folder: Path) -> None:
     """Hash every file in ``folder`` and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
-    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / NAME).write_text("".join(lines), "utf-8")
 
 
 def digest(folder: Path) -> str:
     """Return the hash of ``SHA256SUMS`` itself, which covers every file it lists. Raises OSError."""
-    return _sha256(folder / NAME)
+    return sha256(folder / NAME)
 
 
 def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] = ()) -> str | None:
@@ -69,7 +69,7 @@ def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] =
         try:
             if (folder / name).exists() and not (folder / name).is_file():
                 return f"{name} is not a file"
-            if _sha256(folder / name) != expected:
+            if sha256(folder / name) != expected:
                 return f"{name} is not what was written: its checksum differs"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -80,7 +80,8 @@ def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] =
     return None if lines else f"{NAME} is empty"
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
     import hashlib  # imports OpenSSL, which a start that verifies nothing does not need
 
     with open_to_read(path) as file:

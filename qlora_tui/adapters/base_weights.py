@@ -15,7 +15,7 @@ from qlora_tui.adapters.deltas import (
     read_deltas,
     stored_experts,
 )
-from qlora_tui.catalog.architecture_types import OutputHead
+from qlora_tui.catalog.architecture_types import OutputHead, inner_name
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import read_header, weight_files
 from qlora_tui.errors import UserError
@@ -67,13 +67,13 @@ def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> di
     ``adapter`` is the folder of the updates, for the message.
     """
     shapes = {name: (file, shape) for file in files for name, shape in _shapes(file).items()}
-    by_tail = {_tail(name): name for name in shapes}
+    by_inner_name = {inner_name(name): name for name in shapes}
     placed: dict[Path, AdapterDeltas] = {file: {} for file in files}
     for module, update in _without_stacks(deltas, shapes).items():
         name = module if module in shapes else f"{module}.weight"
         if name not in shapes:
             # A text model inside a multimodal one is named with or without the outer part.
-            name = by_tail.get(_tail(name), name)
+            name = by_inner_name.get(inner_name(name), name)
         if name not in shapes and isinstance(update, EmbeddingRowDelta):
             last = f".{module.rpartition('.')[2]}.weight"
             name = next((known for known in shapes if f".{known}".endswith(last)), name)
@@ -141,8 +141,3 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(entry["shape"]) for name, entry in read_header(file)[1].items() if name != "__metadata__"
     }
-
-
-def _tail(name: str) -> str:
-    _, separator, tail = name.partition("layers.")
-    return separator + tail if separator else name

