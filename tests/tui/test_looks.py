@@ -41,11 +41,13 @@ SHIPPED = {path.stem for path in paths.shipped_dir("themes").glob("*.toml")}
 TRUECOLOR = [theme.name for theme in load_themes()[0] if not theme.ansi and theme.name in SHIPPED]
 
 
-def keys(pressed: str, *texts: str) -> Before:
-    """Press keys, and wait for texts."""
+def keys(pressed: str, *texts: str, screen: tuple[str, str] | None = None) -> Before:
+    """Press keys, and wait for texts; before that, go to a screen by its key and wait for its text."""
 
     async def before(pilot: Pilot[Any]) -> None:
         await settle(pilot)
+        if screen:
+            await go_to(pilot, *screen)
         await pilot.press(*pressed.split())
         await wait_for_text(pilot, *texts)
         await settle(pilot)
@@ -130,12 +132,14 @@ def train(_home: Path, set_clock: Callable[[float], None]) -> tuple[QloraApp, Be
 
 def runs(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
     three_runs()
-    return QloraApp(), keys("6 j space", "tickets-a", "poems-c", "queue 1")
+    return QloraApp(), keys("j space", "tickets-a", "poems-c", "queue 1", screen=("6", "tickets-a"))
 
 
 def comparison(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
     three_runs()
-    return QloraApp(), keys("6 j space space space v", "3 runs compared", "Learning rate")
+    return QloraApp(), keys(
+        "j space space space v", "3 runs compared", "Learning rate", screen=("6", "tickets-a")
+    )
 
 
 def chat(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
