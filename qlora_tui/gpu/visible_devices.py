@@ -48,7 +48,7 @@ def choose_gpu(environ: Mapping[str, str] = os.environ) -> GpuChoice:
     choice, source = _requested(environ)
     if choice == CPU:
         raise GpuUnavailableError(GpuUnavailableReason.CPU_CHOSEN, f"{source} is {CPU}.")
-    devices = list_gpus()
+    devices = _present(environ)
     gpu = _usable(devices, environ)[0]
     if gpu.is_sliced:
         raise GpuUnavailableError(GpuUnavailableReason.MIG, f"{gpu.short_name} is divided into slices.")
@@ -65,7 +65,7 @@ def default_cuda_device(environ: Mapping[str, str] = os.environ) -> GpuDevice:
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[GpuDevice]:
     """Return the GPUs for one run on several, in torch's order. Raises ``GpuUnavailableError``."""
-    return _usable(list_gpus(), environ)
+    return _usable(_present(environ), environ)
 
 
 def device_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -76,7 +76,7 @@ def device_variables(environ: Mapping[str, str]) -> dict[str, str]:
             return {_VARIABLE: ""}
         if _VARIABLE in environ and not choice:
             return {}
-        devices = list_gpus()
+        devices = _present(environ)
         gpus = _usable(devices, environ)
     except GpuUnavailableError:
         return {}
@@ -147,6 +147,22 @@ def _choice(text: str) -> str:
     """Return a choice without space around it, and the words for CPU and automatic choice in lower case."""
     text = text.strip()
     return text.lower() if text.lower() in (CPU, AUTO) else text
+
+
+def _present(environ: Mapping[str, str]) -> list[GpuDevice]:
+    """Return the GPUs of the machine.
+
+    Raises GpuUnavailableError, also if the user chose a GPU and there is none: the CPU instead would be a
+    surprise.
+    """
+    try:
+        return list_gpus()
+    except GpuUnavailableError as error:
+        choice, source = _requested(environ)
+        if choice and error.reason.device == "cpu":
+            why = f'{source} is "{choice}". {error.what}'
+            raise GpuUnavailableError(GpuUnavailableReason.NOT_PRESENT, why) from error
+        raise
 
 
 def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[GpuDevice]:

@@ -89,6 +89,8 @@ def test_cuda_visible_devices(value: str | None, names: str) -> None:
         ("two_gpus", "", "MIG-0c757cd7", "auto", GpuUnavailableReason.MIG, {}),
         ("sliced", "", None, "auto", GpuUnavailableReason.MIG, {}),
         ("no_driver", "", None, "auto", GpuUnavailableReason.NO_DRIVER, {}),
+        ("no_driver", "7", None, "auto", NOT_PRESENT, {}),
+        ("no_device", "", None, "RTX", NOT_PRESENT, {}),
     ],
 )
 def test_one_of_several_gpus_is_chosen(
@@ -107,7 +109,7 @@ def test_one_of_several_gpus_is_chosen(
         with pytest.raises(GpuUnavailableError) as caught:
             choose_gpu(environ)
         assert caught.value.reason is name
-        if name is NOT_PRESENT:
+        if name is NOT_PRESENT and scenario == "two_gpus":
             assert f'"{option or variable or setting}"' in caught.value.why and "RTX 4090" in caught.value.why
             assert ("several" in caught.value.why) == (option == "RTX")
     else:
