@@ -28,7 +28,7 @@ from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
 from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.run_events import health_event, step_event
-from tests.tui.screen_assertions import text_of, wait_for_text
+from tests.tui.screen_assertions import style_of, text_of, wait_for_text
 
 SetClock = Callable[[float], None]
 
@@ -217,13 +217,14 @@ async def test_a_paused_run_is_queued_again_with_r(monkeypatch: pytest.MonkeyPat
 
 
 async def test_tab_switches_log_tabs_and_slash_searches() -> None:
-    run = write_fake_run(FakeRun(steps=450, nan=range(300, 303), health=True))
+    run = write_fake_run(FakeRun(state="finished", steps=450, nan=range(300, 303), health=True))
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "validation loss", "× not a number")
         await pilot.press("tab")
         await wait_for_text(pilot, "── step 400 ──", "Please send me your order number")
+        assert style_of(app, " answers ").reverse and not style_of(app, " log ").reverse
         await pilot.press("tab")
         await wait_for_text(pilot, "steps 300 to 302", "times) ▸ Lower training.learning_rate")
         await pilot.press("tab")

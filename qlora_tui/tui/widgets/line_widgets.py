@@ -116,7 +116,7 @@ def update_if_changed(static: Static, content: Content) -> None:
     """Show ``content``, with no repaint or layout that is not needed."""
     before = static.content
     # Equal text can differ in its colors.
-    if isinstance(before, Content) and before.plain == content.plain and before.spans == content.spans:
+    if isinstance(before, Content) and before.is_same(content):
         return
     width = static.content_size.width
     same_height = isinstance(before, Content) and _lines(before, width) == _lines(content, width)

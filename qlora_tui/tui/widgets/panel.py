@@ -51,15 +51,15 @@ class Panel(Vertical):
         """``keys``: ids of commands with a verb for each, shown in the lower border: ``x other run``."""
         super().__init__(*children, id=id, classes=classes)
         self._keys: tuple[tuple[str, str], ...] = ()
-        self._title: str | Content = ""
+        self._title = Content()
         self.show_title(title)
         self.show_keys(keys)
 
     def show_title(self, title: str | Content) -> None:
         """Change the title; a string is plain text, in which brackets are nothing special."""
-        if title != self._title:
-            self._title = title
-            self.border_title = title if isinstance(title, Content) else Content(title)
+        content = title if isinstance(title, Content) else Content(title)
+        if not content.is_same(self._title):  # equal text can differ in its style
+            self.border_title = self._title = content
 
     def show_keys(self, keys: Sequence[tuple[str, str]]) -> None:
         """Change the keys in the lower border."""
