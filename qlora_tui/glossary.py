@@ -44,7 +44,7 @@ GLOSSARY: dict[str, str] = {
         "from pairs of a chosen and a rejected answer, KTO from answers rated good or bad"
     ),
     "reward": (
-        "of an answer, under a preference method: β times its log-probability beside that of the reference "
+        "of an answer, under a preference method: β times its log-probability minus that of the reference "
         "(DPO, KTO), or times its mean log-probability (ORPO, SimPO). Their mean difference is the margin; "
         "right is the share of comparisons in which the better answer has the higher one"
     ),
@@ -85,7 +85,7 @@ GLOSSARY: dict[str, str] = {
         "low-rank adaptation: the model's weights stay frozen, and for each target module two thin "
         "matrices A and B are trained, whose product is added to its weight"
     ),
-    "adapter": "the trained matrices of LoRA, saved as a few MiB beside the model",
+    "adapter": "the trained matrices of LoRA, saved as a few MiB next to the model",
     "target modules": "the linear layers of the model that get an adapter; `all-linear` is every one",
     "rank": (
         "the number of columns of A and B. A higher rank can learn more and takes more memory; 8 to "

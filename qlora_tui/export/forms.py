@@ -36,7 +36,7 @@ class Written(Struct, frozen=True, kw_only=True):
     file_type: str = ""
     """GGUF type of a single file."""
     problem: str = ""
-    """What was asked for beside it and could not be written, and why."""
+    """What was requested in addition and could not be written, and why."""
 
     @property
     def bytes(self) -> int:

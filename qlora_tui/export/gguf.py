@@ -65,7 +65,7 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     unchecked_because: str = ""
     """Why llama.cpp did not check the files, and how to check them; empty if it did."""
     refused: tuple[str, ...] = ()
-    """Types that were asked for beside these and are not there, each with its reason."""
+    """Requested types that could not be written, each with its reason."""
 
     @property
     def summary(self) -> str:
@@ -183,7 +183,7 @@ def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
     if AUTO in kinds:
         raise UserError(
             "auto and another type?",
-            what="auto chooses the type itself, and others were asked for beside it.",
+            what="auto chooses the type itself, and other types were requested with it.",
             fix="Name auto alone, or the types without it.",
             exit_code=EXIT_USAGE,
         )

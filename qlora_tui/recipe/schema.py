@@ -470,7 +470,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about(
             "Forgetting weight",
-            "How much the divergence from the base on general prompts counts beside the validation loss, for "
+            "Weight of the divergence from the base on general prompts next to the validation loss, for "
             "the best checkpoint and early stopping. 0: only the loss counts.",
             ge=0.0,
             le=100.0,
@@ -491,7 +491,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about(
             "Preference beta",
-            "Strength of a preference method. orpo: weight of the odds ratio beside the loss of the chosen "
+            "Strength of a preference method. orpo: weight of the odds ratio added to the loss of the chosen "
             "answer. dpo and kto: the higher, the nearer the model stays to its base. simpo: scale of the "
             "reward. 0: as in its paper. That is 0.1, for simpo 2.",
             ge=0.0,

@@ -144,7 +144,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
             verdict = "not enough evidence" if event.comparison == "unclear" else event.comparison
             return (
                 f"answers to {pluralize(event.prompts, 'validation prompt')}: {event.metric} "
-                f"{event.adapter:.0%} beside the base's {event.base:.0%}, 95% interval of the change "
+                f"{event.adapter:.0%} versus the base's {event.base:.0%}, 95% interval of the change "
                 f"{100 * event.low:+.0f} to {100 * event.high:+.0f} points: {verdict}"
             )
         case CheckpointSaved():

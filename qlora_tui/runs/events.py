@@ -101,7 +101,7 @@ class DataReady(Event, tag="data_ready", frozen=True, kw_only=True):
     thinking: Literal["auto", "on", "off"] = "auto"
     """Thinking mode the model was trained in; ``auto``: the default of its chat template."""
     replayed: Count = 0
-    """Answers of the base in each epoch, beside the samples."""
+    """Answers of the base in each epoch, next to the samples."""
 
 
 class AdapterReady(Event, tag="adapter_ready", frozen=True, kw_only=True):
@@ -205,7 +205,7 @@ class Step(Event, tag="step", frozen=True, kw_only=True):
 
 
 class GeneralAnswers(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Counts over short greedy answers to general prompts: the model's, and its base's beside them."""
+    """Counts over short greedy answers to general prompts: the model's, and its base's."""
 
     answers: Count
     ended: Count

@@ -140,7 +140,7 @@ class RunView:
         self.memory: MemoryMeasured | None = None
         self.evaluations: list[Evaluated] = []
         self.validation_change: ValidationCompared | None = None
-        """The final adapter beside what the run started from; None until the run ends with one."""
+        """The final adapter compared with what the run started from; None until the run ends with one."""
         self.checkpoints: list[CheckpointSaved] = []
         self.samples: list[SampleGenerated] = []
         self.health: list[Health] = []

@@ -7,7 +7,7 @@ Writes the result, ``adapter/``, which plain peft can load.
 The adapter that a run starts from (``lora.init_from``) as the reference of DPO and KTO.
 
 The reference is what the model was before the run, so where an adapter is trained further it is that adapter
-and not the base. Its weights are kept beside those that change, and take their place for a pass. The first
+and not the base. Its weights are kept next to those that change, and take their place for a pass. The first
 attempt writes them to the run's folder, so that a resume compares with the same ones.
 """
 

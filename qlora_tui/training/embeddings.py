@@ -225,7 +225,7 @@ def _unsupported_tokens(why: str) -> UserError:
 
 RATE_SHARE = 0.1
 """Rate of embedding and head as a share of that of LoRA where the recipe names none. Unsloth recommends a
-half to a tenth, and has 5e-6 beside 5e-5 in its example (docs.unsloth.ai/basics/continued-pretraining)."""
+half to a tenth, and has 5e-6 with 5e-5 in its example (docs.unsloth.ai/basics/continued-pretraining)."""
 _ADAPTER = "default"
 
 

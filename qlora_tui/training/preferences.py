@@ -61,8 +61,8 @@ class Comparisons(NamedTuple):
     compared: int
     """Pairs, or rated answers: the divisor of the summed losses."""
     token_share: float
-    """``compared`` divided by the trained tokens of good answers: what a token of ORPO's cross-entropy counts
-    beside a pair."""
+    """``compared`` divided by the trained tokens of good answers: the weight of a token of ORPO's
+    cross-entropy relative to a pair."""
 
 
 def count_comparisons(answers: Sequence[int], samples: SidedDataset, *, pairs: bool) -> Comparisons:
@@ -282,7 +282,7 @@ class PreferenceObjective:
             peft_model: gives the reference.
             batch: from :func:`~qlora_tui.training.preferences.collate_answers`, on the device.
             token_share: pairs divided by tokens of chosen answers, of the whole step: what a token of ORPO's
-                cross-entropy counts beside a pair.
+                cross-entropy counts in addition to a pair.
         """
         reference = None
         if self.method in ("dpo", "kto"):

@@ -158,7 +158,7 @@ class ReplaySamples:
 
 
 def replayed(samples: int, share: float) -> int:
-    """Number of answers beside ``samples`` so that they are ``share`` of all."""
+    """Number of answers to add to ``samples`` so that they are ``share`` of all."""
     return round(samples * share / (1 - share))
 
 

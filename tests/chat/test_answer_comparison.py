@@ -112,7 +112,7 @@ def test_answers_at_the_end_are_those_of_evaluate(ended: Callable[..., Ended]) -
     assert at_end.loss == LOSS and at_end.is_of_run
     assert any("Validation loss" in line for line in report_lines(at_end, 0))
     assert isinstance(event, AnswersCompared) and event.metric == "accuracy" and event.prompts == 12
-    assert describe(event, 1).startswith("answers to 12 validation prompts: accuracy 0% beside the base's 0%")
+    assert describe(event, 1).startswith("answers to 12 validation prompts: accuracy 0% versus the base's 0%")
 
 
 def test_what_is_not_answered_in_time_is_left_out(ended: Callable[..., Ended]) -> None:

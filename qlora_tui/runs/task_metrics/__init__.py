@@ -1,4 +1,4 @@
-"""What a model got right on validation prompts: the answers of the base beside those of the adapter.
+"""What a model got right on validation prompts: the adapter's answers compared with the base's.
 
 ``intervals``          confidence intervals of shares, means and paired differences
 ``answer_metrics``     chooses metrics by what the reference answers look like, and compares answers by them

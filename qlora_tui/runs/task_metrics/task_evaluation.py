@@ -176,9 +176,9 @@ def _read(run: RunDir, decoder: msgspec.json.Decoder[_Evaluation]) -> _Evaluatio
 
 
 def describe_metric(metric: Metric) -> str:
-    """``accuracy 82% beside the base's 41% on 90 prompts (+41 points, 95% interval +30 to +52)``."""
+    """``accuracy 82% versus the base's 41% on 90 prompts (+41 points, 95% interval +30 to +52)``."""
     name = "ended turns" if metric.name == "ended" else metric.name
-    values = f"{name} {metric.adapter:.0%} beside the base's {metric.base:.0%}"
+    values = f"{name} {metric.adapter:.0%} versus the base's {metric.base:.0%}"
     if metric.rows < MIN_ROWS:
         return f"{values} on {pluralize(metric.rows, 'prompt')}, too few to tell"
     low, high = metric.difference_interval

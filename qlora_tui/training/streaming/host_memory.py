@@ -1,6 +1,6 @@
 """Host memory in which streamed layers wait, pinned where the system allows it.
 
-A GPU copies from pinned memory directly, beside the computation. Copies from other memory pass through a
+A GPU copies from pinned memory directly, during the computation. Copies from other memory pass through a
 buffer of the driver, which takes longer and stops the host until they are done.
 
 How fast a GPU gets layers from it, and computes with them, ``doctor`` measures once per machine: from that

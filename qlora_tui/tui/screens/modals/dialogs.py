@@ -289,7 +289,7 @@ class ListPicker(ModalScreen[Picked | None]):
         """What the line with this id stands for."""
 
     def searched_text(self, id_: str) -> str:
-        """What the filter searches beside the text of the line with this id."""
+        """What the filter searches in addition to the text of the line with this id."""
         return id_
 
     def compose(self) -> ComposeResult:
