@@ -17,7 +17,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_iter
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.gpu.torch_env import faster_imports
@@ -86,23 +85,15 @@ def trace_request(request: TraceRequest) -> StepTrace:
 
 def _build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
     """Build the trainer's model without weights; also return whether packed samples are isolated."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from qlora_tui.training import model as model_loading
     from qlora_tui.training.adapter import add_lora
     from qlora_tui.training.experts.routing import replace_experts
     from qlora_tui.training.loss import find_head, use_loss
+    from qlora_tui.training.model_class import build_on_meta
 
-    recipe, factory = request.recipe, cast(Any, AutoModelForCausalLM)
-    clean, _ = without_code(request.config)
-    values = {k: v for k, v in clean.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
-    config = AutoConfig.for_model(**values)
+    recipe = request.recipe
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
-    with torch.device("meta"):
-        try:
-            model = factory.from_config(config, dtype=dtype, attn_implementation=attention)
-        except ValueError:  # the family has no SDPA
-            model = factory.from_config(config, dtype=dtype, attn_implementation="eager")
+    model = build_on_meta(request.config, dtype=dtype, attention=attention)
     if recipe.quantization.method in ("nf4", "fp4"):
         _quantize(model, recipe, architecture, dtype)
         if quantized_experts(recipe.quantization, architecture) != "none":

@@ -35,6 +35,7 @@ from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.length_scaled_rope import scale_each_sample
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.loss import ChunkedHead, LossSumFn, find_head, use_loss
+from qlora_tui.training.model_class import auto_class, read_config
 from qlora_tui.training.packed_attention import PackedAttention, set_attention, use_packed_attention
 from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
 
@@ -205,7 +206,6 @@ def _load(
     **settings: Any,
 ) -> Any:
     """What transformers loads from the folder. Raises UserError."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -213,9 +213,10 @@ def _load(
     # model's own config are removed before.
     attention = "eager" if attention_path == "eager" else None
     pin_publisher()
+    loader = auto_class(read_config(load_config(folder / "config.json")))
     try:
         with model_view(folder) as view, loading_progress(on_progress):
-            return AutoModelForCausalLM.from_pretrained(
+            return loader.from_pretrained(
                 str(view),
                 dtype=device.dtype,
                 device_map={"": device.torch_device},

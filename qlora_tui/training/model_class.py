@@ -1,0 +1,102 @@
+"""Which transformers class a config selects, and the model it builds on torch's ``meta`` device.
+
+The one answer for everything that loads or describes a base: the trainer, traces of a step, and the
+description that the catalog caches. A causal language model is preferred. A config of several parts (text and
+vision) without one selects its image-text-to-text class, of which the language model is trained.
+
+Nothing here imports code of a repository: ``auto_map`` and other keys that select code are removed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qlora_tui.catalog.model_validation import without_code
+from qlora_tui.errors import UserError, first_line
+
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""transformers' classes that load a model that generates text, the preferred one first."""
+_WEIGHT_KEYS = ("quantization_config", "torch_dtype", "dtype")
+"""Keys on how weights are stored, which a model without weights does not have."""
+
+
+def read_config(values: Mapping[str, Any]) -> Any:
+    """Return transformers' config object for a parsed ``config.json``, without the keys that select code.
+
+    Raises UserError when the installed transformers does not know the type or rejects a value.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    clean, _ = without_code(values)
+    model_type = clean.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise unbuildable(str(model_type), f"transformers {_version()} does not know this model_type")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(
+            {key: value for key, value in clean.items() if key not in _WEIGHT_KEYS}
+        )
+    except Exception as error:  # whatever the class raises for a value that it does not expect
+        raise unbuildable(model_type, f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that loads a model of this config.
+
+    It may load the text part of the config alone, or the whole model.
+
+    Raises UserError when no class of the installed transformers generates text from this config.
+    """
+    import transformers
+
+    for name in AUTO_CLASSES:
+        loader = getattr(transformers, name, None)
+        if loader is not None and type(config) in loader._model_mapping:
+            return loader
+    raise unbuildable(config.model_type, f"transformers {_version()} has no class of it that generates text")
+
+
+def build_on_meta(
+    values: Mapping[str, Any], *, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa"
+) -> Any:
+    """Return the model of a parsed ``config.json`` on ``meta``, so that its weights take no memory.
+
+    Args:
+        values: the whole config.
+        dtype: dtype of the weights.
+        attention: implementation of attention; classes without it get ``eager``.
+
+    Raises:
+        UserError: the installed transformers cannot build it.
+    """
+    config = read_config(values)
+    loader = auto_class(config)
+    try:
+        with torch.device("meta"):
+            try:
+                return loader.from_config(config, dtype=dtype, attn_implementation=attention)
+            except ValueError:
+                if attention == "eager":
+                    raise
+                # The class lacks SDPA. The failed attempt may have changed the config.
+                return loader.from_config(read_config(values), dtype=dtype, attn_implementation="eager")
+    except Exception as error:  # whatever the class raises for a value that it does not expect
+        raise unbuildable(config.model_type, f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def unbuildable(model_type: str, reason: str) -> UserError:
+    """Build the error for a config of which transformers builds no model that generates text."""
+    return UserError(
+        "This model cannot be built",
+        what=f"model_type {model_type!r}: {reason}.",
+        why="A model is trained as the installed transformers builds it from its config.json.",
+        fix="Compare the file with the one published with the model, or choose another model.",
+    )
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__
