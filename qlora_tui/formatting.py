@@ -108,6 +108,11 @@ def uncapitalize(text: str) -> str:
     return text if _NAME.match(text) else f"{text[:1].lower()}{text[1:]}"
 
 
+def join_words(words: Sequence[str]) -> str:
+    """Join the items of a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
 def truncate_middle(text: str, width: int) -> str:
     """Shorten text in the middle: run names often begin alike and differ at the end."""
     if len(text) <= width:

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -86,24 +86,32 @@ class _UvTool:
         return words + (["--python", self.python] if self.python else [])
 
 
-def install_command(*requirements: str) -> str:
+def install_command(
+    *requirements: str, options: Sequence[str] = ("--upgrade",), keep: Sequence[str] = ()
+) -> str:
     """Return the command that installs or upgrades packages, such as ``mlflow`` or ``qlora-tui[export]``.
 
     An environment of uv or pipx is changed through these, and may have no pip. The program comes from where
     it was installed from, be it a folder.
+
+    Args:
+        requirements: Names of packages.
+        options: What pip and uv are told.
+        keep: Packages that stay at their installed versions; a uv tool keeps to what this program needs.
     """
     packages = [_Package.parse(requirement) for requirement in requirements]
     match installer():
         case Installer.UV_TOOL if tool := _uv_tool():
             tool = replace(tool, packages=_with(tool.packages, packages))
             build = _torch_build()
-            return shlex.join(tool.command("--upgrade", *(["--torch-backend", build] if build else [])))
+            return shlex.join(tool.command(*options, *(["--torch-backend", build] if build else [])))
         case Installer.PIPX:
-            begin = ["pipx", "runpip", PROGRAM, "install", "--upgrade"]
+            begin = ["pipx", "runpip", PROGRAM, "install", *options]
         case Installer.PIP:
-            begin = [sys.executable, "-m", "pip", "install", "--upgrade"]
+            begin = [sys.executable, "-m", "pip", "install", *options]
         case _:
-            begin = ["uv", "pip", "install", "--python", sys.executable, "--upgrade"]
+            begin = ["uv", "pip", "install", "--python", sys.executable, *options]
+    packages += [_Package(name, source=f"=={version(name).partition('+')[0]}") for name in keep]
     own = _installed_program()
     packages = [replace(own, extras=each.extras) if each.name == PROGRAM else each for each in packages]
     return shlex.join([*begin, *(word for each in packages for word in each.words())])

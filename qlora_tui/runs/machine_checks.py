@@ -16,9 +16,10 @@ import psutil
 
 from qlora_tui import paths, worker
 from qlora_tui.catalog.local_models import hub_cache_dir
+from qlora_tui.catalog.optional_kernels import describe_missing, types_by_kernel
 from qlora_tui.drafts import new_draft
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
-from qlora_tui.formatting import format_bytes, format_gib, format_path
+from qlora_tui.formatting import format_bytes, format_gib, format_path, uncapitalize
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.gpu.nvml import Nvml
@@ -40,6 +41,7 @@ _NOTABLE_BYTES = 512 << 20
 _SPARE_HOST_BYTES = 1 << 30
 """Host memory that streamed layers leave to other programs."""
 _SELFTEST_S = 1800.0
+_NAMED_TYPES = 6
 _DISK_BYTES = 5 * 2**30
 """Free space below which a model's download or a few checkpoints fill the disk."""
 
@@ -60,6 +62,7 @@ class CheckKind(Enum):
     PYTHON = "Python"
     LOCKS = "file locks"
     LIBRARY = "library"
+    KERNELS = "kernels"
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,8 @@ def check_system() -> list[Check]:
     """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
     version = ".".join(map(str, sys.version_info[:3]))
     python = Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
-    return [python, *_disks(), check_locks(), check_gpu(read_machine())]
+    machine = read_machine()
+    return [python, *_disks(), check_locks(), check_gpu(machine), *check_kernels(machine)]
 
 
 def _disks() -> list[Check]:
@@ -311,6 +315,22 @@ def check_locks() -> Check:
         fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."
         return Check(CheckKind.LOCKS, "error", problem.what if problem else str(error), fix)
     return Check(CheckKind.LOCKS, "ok", f"work in {paths.state_dir()}")
+
+
+def check_kernels(machine: Machine) -> list[Check]:
+    """Report packages with kernels, on a GPU, and which models are slow without those not installed."""
+    checks = []
+    for package, types in types_by_kernel().items() if machine.gpu else ():
+        name, models = package.distribution, ", ".join(types[:_NAMED_TYPES])
+        more = f" and {len(types) - _NAMED_TYPES} more" if len(types) > _NAMED_TYPES else ""
+        if package.is_installed:
+            checks.append(Check(CheckKind.KERNELS, "ok", f"for {models}{more}", name=name))
+        else:
+            text, fix = describe_missing((package,))
+            checks.append(
+                Check(CheckKind.KERNELS, "note", f"{models}{more}: {uncapitalize(text)}", fix, name=name)
+            )
+    return checks
 
 
 def check_libraries(*, on_cpu: bool = False) -> list[Check]:

@@ -14,6 +14,7 @@ from qlora_tui import paths
 from qlora_tui.catalog.adapters import require_fit, trained_on
 from qlora_tui.catalog.architecture_types import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, resolve_model
+from qlora_tui.catalog.optional_kernels import describe_missing, missing_kernels
 from qlora_tui.data.trainable_tokens import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import (
@@ -73,6 +74,7 @@ def preflight(recipe: Recipe, machine: Machine) -> tuple[Check, ...]:
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
         memory, estimated = _memory(recipe, files, machine)
         checks.append(_UNKNOWN_MEMORY if machine.trains_on_unknown_gpu else memory)
+        checks += _kernels(files, machine)
         # An assumed GPU is in another machine.
         if estimated is not None and estimated.host_bytes and not machine.budget.is_assumed:
             checks.append(check_host_memory(estimated.host_bytes))
@@ -233,6 +235,15 @@ def _memory(recipe: Recipe, files: ModelFiles, machine: Machine) -> tuple[Check,
             fix = f"It may take {low} to {high} GiB: see the Memory screen or `qlora-tui estimate`."
             check = Check(CheckKind.MEMORY, "warning", text, fix)
     return check, estimated
+
+
+def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
+    """Report kernels of this model that are not installed, on a GPU."""
+    missing = missing_kernels(files.architecture.model_type)
+    if machine.gpu is None or not missing:
+        return []
+    text, fix = describe_missing(missing)
+    return [Check(CheckKind.KERNELS, "warning", text, fix)]
 
 
 def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:

@@ -9,7 +9,7 @@ import pytest
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.runs.machine_checks import Check, Machine, check_disk, check_gpu, read_machine
+from qlora_tui.runs.machine_checks import Check, Machine, check_disk, check_gpu, check_kernels, read_machine
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 
 GIB = 1 << 30
@@ -88,6 +88,13 @@ def test_memory_of_other_programs_is_an_error_where_needed() -> None:
     check = check_gpu(used, 20 * GIB)
     assert check.outcome == "error"
     assert "10.0 GiB in use by other programs" in check.text and "the run needs 20.0 GiB" in check.fix
+
+
+def test_kernels_are_reported_on_a_gpu_only() -> None:
+    assert check_kernels(machine()) == []
+    checks = {check.label: check for check in check_kernels(machine(gpu=GPU))}
+    linear = checks["flash-linear-attention"]
+    assert linear.outcome == "note" and "qwen3_5" in linear.text and "pip install" in linear.fix
 
 
 def test_a_full_disk_is_an_error_that_names_the_variable(tmp_path: Path) -> None:

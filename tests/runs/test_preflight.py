@@ -15,6 +15,7 @@ from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source, Training
 from qlora_tui.runs import data_checks
@@ -52,6 +53,14 @@ def test_the_memory_of_an_unknown_gpu_is_unknown(tmp_path: Path) -> None:
     assert "this machine's memory" in checks_by_kind(recipe)[CheckKind.MEMORY].text
     checks = preflight(recipe, Machine(budget_for(None, 8 << 30), no_gpu=sliced))
     assert any("a GPU with 8.0 GiB" in check.text for check in checks)
+
+
+def test_missing_kernels_are_a_warning_on_a_gpu(tmp_path: Path) -> None:
+    recipe = Recipe(model=Model(id=readable_model(tmp_path, "Qwen__Qwen3.5-27B")))
+    gpu = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, 24 << 30, "8.9", None)
+    check = checks_by_kind(recipe, gpu=gpu)[CheckKind.KERNELS]
+    assert check.outcome == "warning" and "causal-conv1d" in check.text and "pip install" in check.fix
+    assert CheckKind.KERNELS not in checks_by_kind(recipe)
 
 
 def test_preflight_reads_the_data_and_lists_earlier_queued_runs(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import wraps
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -15,8 +17,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.optional_kernels import KernelPackage
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import loss, packed_attention
 from qlora_tui.training.adapter import add_lora
@@ -142,6 +146,25 @@ def test_a_loss_of_routers_is_switched_off(tmp_path: Path) -> None:
     assert base.router_loss_off and not base.model.config.output_router_logits and base.loss == "chunked"
     verified = verify_step(model, base, excerpt(), device, 0, DistributedContext())
     assert isinstance(verified, VerificationResult) and verified.agrees and verified.replaced == ()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_installed_kernels_are_compared_with_pytorch(
+    late: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "torch_chunk_gated_delta_rule"
+    right = unwrap(getattr(modeling_qwen3_5, name))
+
+    @wraps(right)
+    def kernel(*args: Any, **settings: Any) -> Any:
+        output, state = right(*args, **settings)
+        return output.roll(late, dims=1), state
+
+    monkeypatch.setattr(modeling_qwen3_5, name, kernel)
+    monkeypatch.setattr(KernelPackage, "is_installed", True)
+    verified = verify(tmp_path, "qwen3_5_text")
+    assert verified.agrees and verified.replaced == (("kernels",) if late else ())
+    assert getattr(modeling_qwen3_5, name) is (right if late else kernel)
 
 
 def no_offset(patch: pytest.MonkeyPatch) -> None:

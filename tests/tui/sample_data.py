@@ -10,9 +10,9 @@ from tests.data.families import CHATML, tokenizer_json
 from tests.tui.workstation import config_folder
 
 
-def readable_model(home: Path) -> str:
-    """All the Data screen needs of a model; its folder."""
-    folder = config_folder(home, "HuggingFaceTB__SmolLM2-135M")
+def readable_model(home: Path, config: str = "HuggingFaceTB__SmolLM2-135M") -> str:
+    """All the Data screen needs of a model, which has this config of ``tests/configs``; its folder."""
+    folder = config_folder(home, config)
     (folder / "tokenizer.json").write_text(tokenizer_json())
     names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": CHATML}))

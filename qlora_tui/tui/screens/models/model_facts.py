@@ -21,6 +21,7 @@ from qlora_tui.catalog.download import plan_download
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel, fetch_architecture, hub_cache_dir
 from qlora_tui.catalog.model_validation import MissingFilesError
+from qlora_tui.catalog.optional_kernels import describe_missing, missing_kernels
 from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
@@ -89,7 +90,7 @@ class ModelFit:
     rows: tuple[LengthFit, ...]
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
-    """What explains the figures, in sentences."""
+    """What explains the figures, in sentences, and kernels that are not installed."""
 
 
 class ModelSide(Vertical):
@@ -292,7 +293,9 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
         rows.append(LengthFit(length, length == own, needs))
         if precision == "int8":
             reason = reason or why_int8_is_larger(*estimates)
-    return ModelFit(precisions, tuple(rows), budget, tuple(filter(None, (note, reason))))
+    missing = missing_kernels(model.model_type) if budget.device.kind == "cuda" else ()
+    kernels = describe_missing(missing) if missing and not budget.is_assumed else ()
+    return ModelFit(precisions, tuple(rows), budget, tuple(filter(None, (note, reason, *kernels))))
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:

@@ -33,7 +33,14 @@ from qlora_tui.chat.chat_sources import choose_adapter, run_source
 from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.errors import UserError
 from qlora_tui.export.llama_cpp.client import install_hint, is_installed
-from qlora_tui.formatting import abbreviate_home, format_bytes, format_duration, format_path, truncate_middle
+from qlora_tui.formatting import (
+    abbreviate_home,
+    format_bytes,
+    format_duration,
+    format_path,
+    join_words,
+    truncate_middle,
+)
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
@@ -434,7 +441,7 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
     text = f" {verb} {budget.name} at a context of 4,096 tokens (≈ {format_bytes(needed)})."
     lengths = rows_without_k_blocks(architecture) if kind in K_QUANTS else ()
     if lengths:
-        rows = " and ".join(f"{length:,}" for length in lengths)
+        rows = join_words([f"{length:,}" for length in lengths])
         text += f" llama.cpp stores rows of {rows} weights, not whole blocks of 256, as larger types."
     return text
 

@@ -44,6 +44,7 @@ QUESTIONS: dict[CheckKind, str] = {
     CheckKind.LORA: "Do the targets exist in this model?",
     CheckKind.LENGTH: "Does the model take this length?",
     CheckKind.MEMORY: "Does one training step fit?",
+    CheckKind.KERNELS: "Are its kernels installed?",
     CheckKind.GPU: "Is there a GPU, and is it free?",
     CheckKind.DISK: "Is there room for the checkpoints?",
     CheckKind.QUEUE: "Does it start at once?",

@@ -1,0 +1,169 @@
+"""Kernels that transformers runs a model with if their packages are installed, and plain PyTorch if not.
+
+Linear attention, state space and short convolution layers have kernels in packages that neither transformers
+nor this program requires. Which of them a model looks for is read from the source of its class in the
+installed transformers, without importing it. Read by the checks before a launch, ``doctor`` and the Model
+screen.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from qlora_tui.formatting import join_words
+from qlora_tui.installation import install_command
+
+_DECORATOR, _LOADER = "use_kernel_func_from_hub_with_fallback", "lazy_load_kernel"
+"""Functions of ``transformers.integrations.hub_kernels``: a decorator whose second argument is the package to
+import (transformers 5.24), and a function whose argument is the name of a package (5.5)."""
+_GUARD = re.compile(r"is_\w+_available")
+"""Function that guards the import of an optional package (5.5); ``else`` says what is used instead."""
+_HINT = re.compile(rf"{_DECORATOR}|{_LOADER}|^if {_GUARD.pattern}\(", re.MULTILINE)
+_MODEL_TYPE = r"""^\s+model_type\s*(?::[^=]+)?=\s*["']{}["']"""
+_KEEP = ("torch", "transformers")
+"""Packages whose installed versions an installation of kernels must not change."""
+
+
+@dataclass(frozen=True)
+class KernelPackage:
+    """A package with kernels."""
+
+    module: str
+    """Name to import: ``fla``."""
+
+    @property
+    def distribution(self) -> str:
+        """Name to install."""
+        return _DISTRIBUTIONS.get(self.module, self.module.replace("_", "-"))
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it has no wheels on the package index, but code for ``nvcc``."""
+        return self.module in _COMPILED
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether this Python can find it."""
+        return find_spec(self.module) is not None
+
+
+_DISTRIBUTIONS = {"fla": "flash-linear-attention"}
+_EXTRAS = {"fla": "[cuda]"}
+"""Extra that chooses a version for the installed torch and Triton (0.6.0 needs 2.7 and 3.3)."""
+_COMPILED = frozenset({"causal_conv1d", "mamba_ssm"})
+"""Their setup.py (causal-conv1d 1.7.0, mamba-ssm 2.3.2) downloads a wheel for the installed torch from their
+releases on GitHub if there is one, and otherwise compiles."""
+
+
+@cache
+def kernel_packages(model_type: str) -> tuple[KernelPackage, ...]:
+    """Return the packages that the class of a ``model_type`` looks for; empty for an unknown one."""
+    folder = _source_folder(model_type)
+    return _of_source(folder) if folder else ()
+
+
+def missing_kernels(model_type: str) -> tuple[KernelPackage, ...]:
+    """Return those of :func:`kernel_packages` that are not installed."""
+    return tuple(package for package in kernel_packages(model_type) if not package.is_installed)
+
+
+def types_by_kernel() -> dict[KernelPackage, tuple[str, ...]]:
+    """Return all packages with kernels, and the folders of transformers' models that look for each."""
+    found: dict[KernelPackage, list[str]] = {}
+    root = _models_folder()
+    for folder in sorted(root.iterdir()) if root else ():
+        for package in _of_source(folder):
+            found.setdefault(package, []).append(folder.name)
+    return {package: tuple(found[package]) for package in sorted(found, key=lambda each: each.module)}
+
+
+def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
+    """Return what it means that these packages are missing, and how to install them."""
+    names = join_words([package.distribution for package in packages])
+    are = "are" if len(packages) > 1 else "is"
+    text = f"Some layers run as plain PyTorch, much slower: {names} {are} not installed."
+    if any(package.module == "fla" for package in packages):
+        text += (
+            " With flash-linear-attention a step of Qwen3.5-9B took 0.70 s, not 1.22 (transformers#48718)."
+        )
+    wheels, compiled = (
+        [
+            each.distribution + _EXTRAS.get(each.module, "")
+            for each in packages
+            if each.is_compiled is compiles
+        ]
+        for compiles in (False, True)
+    )
+    fixes = []
+    if wheels:
+        fixes.append(f"Install with `{install_command(*wheels, options=(), keep=_KEEP)}`.")
+    if compiled:
+        command = install_command(*compiled, options=("--no-build-isolation",), keep=_KEEP)
+        compiler = "" if shutil.which("nvcc") else ", which is not installed"
+        fixes.append(
+            f"{'Then' if wheels else 'Install with'} `{command}`, which downloads a build for this torch, or "
+            f"compiles one with nvcc{compiler}."
+        )
+    return text, " ".join(fixes)
+
+
+@cache
+def _models_folder() -> Path | None:
+    spec = find_spec("transformers")
+    folders = spec.submodule_search_locations if spec else None
+    return next((path for folder in folders or () if (path := Path(folder) / "models").is_dir()), None)
+
+
+def _source_folder(model_type: str) -> Path | None:
+    """Return the folder of the model whose config class has this ``model_type``.
+
+    A part of a model (``qwen3_5_text``) is in the folder of the whole, whose name begins its own.
+    """
+    root, name = _models_folder(), model_type.replace("-", "_")
+    if root is None or not re.fullmatch(r"[\w.]+", name):
+        return None
+    pattern = re.compile(_MODEL_TYPE.format(re.escape(model_type)), re.MULTILINE)
+    for end in range(len(name), 0, -1):
+        folder = root / name[:end]
+        if (end == len(name) or name[end] == "_" or not name[end:].isalnum()) and any(
+            pattern.search(path.read_text(encoding="utf-8", errors="replace"))
+            for path in folder.glob("configuration_*.py")
+        ):
+            return folder
+    return None
+
+
+def _of_source(folder: Path) -> tuple[KernelPackage, ...]:
+    found: dict[str, None] = {}
+    for path in sorted(folder.glob("modeling_*.py")):
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if _HINT.search(source):
+            found.update(dict.fromkeys(_packages_in(source)))
+    return tuple(map(KernelPackage, found))
+
+
+def _packages_in(source: str) -> Iterator[str]:
+    """Yield the modules that a class's source imports only if they are installed."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=[*_, ast.Constant(value=str(package))]) if name in (
+                _DECORATOR,
+                _LOADER,
+            ):
+                yield package.replace("-", "_")
+            case ast.If(test=ast.Call(func=ast.Name(id=guard)), body=body, orelse=[_, *_]) if (
+                _GUARD.fullmatch(guard)
+            ):
+                for statement in body:
+                    if isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+                        package = statement.module.partition(".")[0]
+                        # A setting of the config asks for it, off by default: ``use_mambapy``.
+                        if package not in ("torch", "transformers") and f"use_{package}" not in source:
+                            yield package
