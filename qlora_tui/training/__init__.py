@@ -8,7 +8,8 @@ in the order in which it is traveled:
 ``attempt``          one attempt at a run: set up, train, finish
 ``setup``            loads data, model and adapter, plans all steps, verifies the first; fills the ``run``
 ``model``            the base: loaded, quantized, frozen, with the loss and attention that were verified on it
-``model_class``      which class of transformers loads a config, and a model of it without weights
+``model_class``      which class of transformers loads a config, and a model of it without weights;
+                     ``description``: its architecture, from that model
 ``adapter``          adds LoRA; reads and writes its weights, and the final folder
 ``samples``          tokenized samples, in a data set or in memory, and pairs of them
 ``batches``          samples to sequences to micro-batches to steps, in an order that resume can repeat

@@ -9,6 +9,9 @@ Nothing here imports code of a repository: ``auto_map`` and other keys that sele
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +19,16 @@ import torch
 
 from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.errors import UserError, first_line
+from qlora_tui.installation import install_command
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """transformers' classes that load a model that generates text, the preferred one first."""
 _WEIGHT_KEYS = ("quantization_config", "torch_dtype", "dtype")
 """Keys on how weights are stored, which a model without weights does not have."""
+_READS_IS_DECODER = re.compile(r"self\.is_decoder|if [^\n]*config\.is_decoder")
+"""Code of a class that attends to later tokens too, unless its config says ``is_decoder``."""
+_INSTALL = re.compile(r"pip install ([\w.-]+)")
+"""The packages in transformers' messages on a missing one."""
 
 
 def read_config(values: Mapping[str, Any]) -> Any:
@@ -43,19 +51,39 @@ def read_config(values: Mapping[str, Any]) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """Return the class of transformers that loads a model of this config.
+    """Return the class of transformers that loads a language model of this config.
 
     It may load the text part of the config alone, or the whole model.
 
-    Raises UserError when no class of the installed transformers generates text from this config.
+    Raises UserError when no class of the installed transformers continues text from this config.
     """
     import transformers
 
     for name in AUTO_CLASSES:
         loader = getattr(transformers, name, None)
         if loader is not None and type(config) in loader._model_mapping:
+            _check_causal(config, loader)
             return loader
-    raise unbuildable(config.model_type, f"transformers {_version()} has no class of it that generates text")
+    raise unbuildable(config.model_type, f"no class of transformers {_version()} generates text")
+
+
+def _check_causal(config: Any, loader: Any) -> None:
+    """Raise UserError for an encoder, which sees later tokens, and for one with a decoder, which needs both."""
+    from transformers import AutoModelForMaskedLM
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise not_causal(config.model_type, "it has an encoder next to its decoder")
+    if getattr(config, "is_decoder", False):
+        return
+    built = loader._model_mapping[type(config)]
+    module = sys.modules[(built[0] if isinstance(built, tuple | list) else built).__module__]
+    if type(config) in AutoModelForMaskedLM._model_mapping or (
+        hasattr(config, "is_decoder") and _READS_IS_DECODER.search(inspect.getsource(module))
+    ):
+        raise not_causal(
+            config.model_type,
+            "without is_decoder in its config, its tokens see those after them",
+        )
 
 
 def build_on_meta(
@@ -83,7 +111,7 @@ def build_on_meta(
                 # The class lacks SDPA. The failed attempt may have changed the config.
                 return loader.from_config(read_config(values), dtype=dtype, attn_implementation="eager")
     except Exception as error:  # whatever the class raises for a value that it does not expect
-        raise unbuildable(config.model_type, f"{type(error).__name__}: {first_line(error)}") from error
+        raise _failed(config, error) from error
 
 
 def unbuildable(model_type: str, reason: str) -> UserError:
@@ -94,6 +122,29 @@ def unbuildable(model_type: str, reason: str) -> UserError:
         why="A model is trained as the installed transformers builds it from its config.json.",
         fix="Compare the file with the one published with the model, or choose another model.",
     )
+
+
+def not_causal(model_type: str, reason: str) -> UserError:
+    """Build the error for a model that does not continue a text token by token."""
+    return UserError(
+        "This model does not generate text",
+        what=f"model_type {model_type!r}: {reason}.",
+        why="Fine-tuning here needs a causal language model, with its output head.",
+        fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
+    )
+
+
+def _failed(config: Any, error: Exception) -> UserError:
+    """Build the error for what a class raised while it was built."""
+    packages = dict.fromkeys(_INSTALL.findall(str(error))) if isinstance(error, ImportError) else ()
+    if packages:
+        return UserError(
+            "This model needs another package",
+            what=f"model_type {config.model_type!r}: its class in transformers needs {' and '.join(packages)}.",
+            why="It is not installed.",
+            fix=f"Install it with `{install_command(*packages)}`, or choose another model.",
+        )
+    return unbuildable(config.model_type, f"{type(error).__name__}: {first_line(error)}")
 
 
 def _version() -> str:
