@@ -68,7 +68,7 @@ def auto_class(config: Any) -> Any:
 
 
 def _check_causal(config: Any, loader: Any) -> None:
-    """Raise UserError for an encoder, which sees later tokens, and for one with a decoder, which needs both."""
+    raise unbuildable(config.model_type, f"no class of transformers {_version()} generates text")
     from transformers import AutoModelForMaskedLM
 
     if getattr(config, "is_encoder_decoder", False):
@@ -140,7 +140,7 @@ def _failed(config: Any, error: Exception) -> UserError:
     if packages:
         return UserError(
             "This model needs another package",
-            what=f"model_type {config.model_type!r}: its class in transformers needs {' and '.join(packages)}.",
+            what=f"model_type {config.model_type!r}: its class needs {' and '.join(packages)}.",
             why="It is not installed.",
             fix=f"Install it with `{install_command(*packages)}`, or choose another model.",
         )
