@@ -100,7 +100,7 @@ async def test_a_deleted_run_gives_way_to_the_next_or_none() -> None:
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(pilot, newest.id, "not loaded yet")
         for run, then in ((newest, ("older-run", "step-9")), (older, ("Nothing to chat with yet.",))):
-            await pilot.press("escape", "6")
+            await pilot.press("6")
             shutil.rmtree(run.path)
             await pilot.press("7")
             await wait_for_text(pilot, f"{run.id} was deleted.", *then)
@@ -159,7 +159,7 @@ async def test_loading_asks_only_where_memory_may_run_out(
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "not loaded yet")
         await wait_until(pilot, lambda: app.system_status.active is not None)
-        await pilot.press(*"Hello", "enter")
+        await pilot.press("i", *"Hello", "enter")
         await wait_until(pilot, lambda: bool(sent) or "A run is training" in text_of(app))
         assert sent == ([] if asks else ["Hello"])
 
@@ -174,7 +174,7 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         screen.conversation.turns.append(turn)
         await screen.query_one("#conversation").mount(turn)
         await wait_for_text(pilot, "▸ one")
-        await pilot.press("up")
+        await pilot.press("i", "up")
         text = await wait_for_text(pilot, "one", "two")
         assert "▸ one" not in text
         assert not screen.conversation.turns

@@ -148,7 +148,7 @@ async def test_an_answer_that_repeats_itself_is_stopped_with_a_word() -> None:
         await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(app)
         with_fake_engine(screen)
-        await pilot.press(*"Hello", "enter")
+        await pilot.press("i", *"Hello", "enter")
         await rest(pilot, screen)
         await wait_for_text(pilot, "A calm day.", "kept repeating", "[r]")
         answers = screen.conversation.turns[0].answers
@@ -164,7 +164,7 @@ async def test_a_saved_conversation_is_opened_and_continued() -> None:
         await wait_for_text(pilot, "not loaded yet", "continues a saved conversation")
         screen = chat_of(app)
         engine = with_fake_engine(screen)
-        await pilot.press(*"Hello", "enter")
+        await pilot.press("i", *"Hello", "enter")
         await rest(pilot, screen)
         await pilot.press("escape", "x", "h")
         await wait_for_text(pilot, "Saved conversations", "Hello")
@@ -193,7 +193,7 @@ async def test_tokens_of_a_prompt_are_estimated_then_counted() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(app)
-        await pilot.press(*"one two three")
+        await pilot.press("i", *"one two three")
         await wait_for_text(pilot, "Message · about 3 tokens")
         with_fake_engine(screen)
         await pilot.press("space", *"four")

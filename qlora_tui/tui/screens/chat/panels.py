@@ -39,11 +39,12 @@ NOTHING_TO_CHAT_WITH = (
     "before any training."
 )
 START = (
-    "Ask what the data is about, and something else: all get the same prompt and the same seed.\n\n"
-    "{chat.leave} leaves the field. Then {chat.history} continues a saved conversation, {chat.settings} sets "
-    "sampling and system prompt, and {chat.source} selects another run or model."
+    "Press {chat.write} and ask something from your data, then something unrelated. "
+    "All answer with the same seed.\n\n"
+    "{chat.history} continues a saved conversation, {chat.settings} sets sampling and system prompt, and "
+    "{chat.source} selects another run or model. While you write, {chat.leave} leaves the field."
 )
-HINT = "Enter: send · Ctrl+J: new line · {chat.leave}: leave, then {chat.settings}: sampling"
+HINT = "{chat.write}: write · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
 """Least number of columns that the layers are drawn in, however narrow the window."""

@@ -124,12 +124,17 @@ class ChatScreen(WorkScreen):
             self.notify(f"{self.source_name} was deleted.")
         runs = chat_runs() if deleted or chat.source is None else []
         if runs:
-            self.call_later(self.chat_with, runs[0])
+            self.call_later(self._show_run, runs[0])
         elif deleted:
             self.call_later(self.set_source, None, None, "")
         self.show_header()
 
     async def chat_with(self, run: RunDir) -> None:
+        """Switch to a run that the user chose, and go into the field."""
+        await self._show_run(run)
+        self.action_write()
+
+    async def _show_run(self, run: RunDir) -> None:
         """Switch to another run; its model is loaded with the first prompt."""
         try:
             source = run_source(run)
@@ -137,7 +142,6 @@ class ChatScreen(WorkScreen):
             self.qlora_app.show_error(problem)
             return
         if run == self.conversation.run_dir and source == self.conversation.source:
-            self.query_one(PromptBox).focus()
             return
         await self.set_source(source, run, run.name)
         if not source.adapters:
@@ -150,7 +154,6 @@ class ChatScreen(WorkScreen):
         self.source_name, self.search = name, ""
         self.show_effect("")
         self.show_header()
-        self.query_one(PromptBox).focus()
 
     def action_choose_source(self) -> None:
         """Choose another run, or the recipe's model."""
@@ -162,6 +165,7 @@ class ChatScreen(WorkScreen):
             elif chosen is not None:
                 name = recipe.model.id.rstrip("/").rpartition("/")[2]
                 await self.set_source(ChatSource(recipe=recipe, thinking=recipe.data.thinking), None, name)
+                self.action_write()
 
         runs = chat_runs()
         if runs or recipe.model.id:
