@@ -8,7 +8,7 @@
   ``model_validation``: whether a model can be trained. ``gguf``: GGUF files. ``adapters``: LoRA adapters.
 * ``hub``: search the Hub, read its responses within bounds, translate its errors. ``download``: a model.
 * ``optional_kernels``: packages without which the layers of some models are slow on a GPU.
-* ``starter_models``: models worth starting with, offered to a user who has none.
+* ``starter_models``: models worth starting with, kept in ``starter_models.toml``.
 
 Read by the memory estimate, the LoRA and Model screens, and the trainer.
 """

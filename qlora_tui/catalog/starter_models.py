@@ -1,64 +1,67 @@
-"""Models worth starting with: chat models that anyone may download and use, from small to large.
+"""Models worth starting with, from ``starter_models.toml``: the Model screen lists those that fit.
 
-Home lists those that fit to a user who has none. Each has the shapes of its ``config.json``, so that its
-memory is estimated before anything is downloaded.
+Each has the keys of its ``config.json`` that decide its shapes, so that its memory is estimated before
+anything is downloaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import datetime
+from functools import cache
+from importlib.resources import files
 from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 
-_SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("vocab_size", "max_position_embeddings"),
-)
-_QWEN2: dict[str, Any] = {"model_type": "qwen2"}
-_QWEN3: dict[str, Any] = {"model_type": "qwen3", "head_dim": 128}
 
-
-@dataclass(frozen=True)
-class StarterModel:
-    """A model on the Hub; the sizes are those of its ``config.json``."""
+class StarterModel(Struct, frozen=True, forbid_unknown_fields=True):
+    """A model on the Hub."""
 
     id: str
     license: str
-    """SPDX identifier, lower case as on the Hub."""
-    sizes: tuple[int, ...]
-    """Values of ``_SIZES``."""
-    tied: bool
-    """Whether the output head is the embedding."""
-    family: dict[str, Any]
-    """Other keys of the config."""
+    """Name of the license, as on the Hub."""
+    billions: float
+    """Parameters that are loaded for training on text, in billions."""
+    good_for: str
+    """What it is good for, in a few words."""
+    source: str
+    """Where its sizes were read."""
+    config: dict[str, Any]
+    gated: bool | None = None
+    """Whether its license must be accepted on the Hub; None where that was not confirmed."""
+    layer_types: tuple[str, ...] = ()
+    """Kinds of its layers, repeated to their number."""
+
+    def full_config(self) -> dict[str, Any]:
+        """Return its ``config.json``, as far as it decides shapes."""
+        if not self.layer_types:
+            return self.config
+        text = self.config.get("text_config", self.config)
+        kinds = [self.layer_types[i % len(self.layer_types)] for i in range(text["num_hidden_layers"])]
+        return self.config | (
+            {"layer_types": kinds} if text is self.config else {"text_config": text | {"layer_types": kinds}}
+        )
 
     def architecture(self) -> Architecture:
-        """Its linear modules and other parameters."""
-        sizes = dict(zip(_SIZES, self.sizes, strict=True))
-        return parse_architecture({**sizes, **self.family, "tie_word_embeddings": self.tied})
+        """Return its modules and parameters. Raises UserError if this version cannot train it."""
+        return parse_architecture(self.full_config())
 
 
-def _qwen(name: str, sizes: tuple[int, ...], tied: bool, family: dict[str, Any]) -> StarterModel:
-    return StarterModel(f"Qwen/{name}", "apache-2.0", sizes, tied, family)
+class StarterFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of ``starter_models.toml``."""
+
+    checked: datetime.date
+    """Day on which its facts were last compared with their sources."""
+    models: tuple[StarterModel, ...]
+    """From the smallest to the largest."""
 
 
-STARTER_MODELS = (
-    _qwen("Qwen2.5-0.5B-Instruct", (896, 4864, 24, 14, 2, 151_936, 32_768), True, _QWEN2),
-    _qwen("Qwen3-0.6B", (1024, 3072, 28, 16, 8, 151_936, 40_960), True, _QWEN3),
-    StarterModel(
-        "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-        "apache-2.0",
-        (2048, 8192, 24, 32, 32, 49_152, 8192),
-        True,
-        {"model_type": "llama"},
-    ),
-    _qwen("Qwen3-1.7B", (2048, 6144, 28, 16, 8, 151_936, 40_960), True, _QWEN3),
-    _qwen("Qwen3-4B", (2560, 9728, 36, 32, 8, 151_936, 40_960), True, _QWEN3),
-    _qwen("Qwen2.5-7B-Instruct", (3584, 18_944, 28, 28, 4, 152_064, 32_768), False, _QWEN2),
-    _qwen("Qwen3-8B", (4096, 12_288, 36, 32, 8, 151_936, 40_960), False, _QWEN3),
-    _qwen("Qwen2.5-14B-Instruct", (5120, 13_824, 48, 40, 8, 152_064, 32_768), False, _QWEN2),
-    _qwen("Qwen2.5-32B-Instruct", (5120, 27_648, 64, 40, 8, 152_064, 32_768), False, _QWEN2),
-)
-"""From the smallest to the largest."""
+@cache
+def starter_file() -> StarterFile:
+    """Return all models worth starting with."""
+    content = files("qlora_tui.catalog").joinpath("starter_models.toml").read_bytes()
+    return msgspec.toml.decode(content, type=StarterFile)

@@ -7,17 +7,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from msgspec.structs import replace
 from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
-from qlora_tui.catalog.starter_models import STARTER_MODELS
+from qlora_tui.catalog.starter_models import starter_file
 from qlora_tui.tui.screens.models import downloads, model_facts, model_list
 from qlora_tui.tui.screens.models.screen import ModelsScreen
 from qlora_tui.tui.widgets.controls import ViList
@@ -153,14 +153,14 @@ async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) 
 async def test_a_model_to_start_with_is_found_or_downloaded(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smallest = replace(STARTER_MODELS[0], id=TINY)
-    monkeypatch.setattr(model_list, "STARTER_MODELS", (smallest,))
+    smallest = replace(starter_file().models[0], id=TINY, gated=True)
+    monkeypatch.setattr(model_list, "starter_file", lambda: replace(starter_file(), models=(smallest,)))
     app = open_on("models")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "Worth starting with", "(demo)", TINY, "942 MiB")
+        await wait_for_text(pilot, "Worth starting with", "(demo)", TINY, "1.1 GiB")
         await pilot.press("j")
         await wait_for_text(
-            pilot, "[d]  Download about 942 MiB", "Find it on the Hub", "layers     24", "NF4"
+            pilot, "[d]  Download about 1.1 GiB", "Find it on the Hub", "layers     28", "gated", "NF4"
         )
         assert hub.requests == []
         await pilot.press("enter")

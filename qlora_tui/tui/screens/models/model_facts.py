@@ -22,6 +22,7 @@ from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel, fetch_architecture, hub_cache_dir
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.catalog.optional_kernels import describe_missing, missing_kernels
+from qlora_tui.catalog.starter_models import StarterModel, starter_file
 from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
@@ -51,6 +52,7 @@ _PLACES = {
     "converted": "app's cache",
 }
 _README_BYTES = 4096
+_ACCESS = {True: "gated: accept its license and log in", False: "no token needed"}
 _LABEL = 11
 """Cells of the column of labels."""
 _fact = partial(labeled, cells=_LABEL)
@@ -198,20 +200,23 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> l
         ]
     return [
         *lines,
-        _fact("access", "gated: accept its license and log in" if model.gated else "no token needed"),
+        _fact("access", _ACCESS[model.gated]),
         _fact("downloads", f"{model.downloads:,} last month"),
         _fact("changed", model.modified or "NA"),
     ]
 
 
-def starter_facts(license_: str, architecture: Architecture, download_bytes: int) -> list[Content]:
+def starter_facts(model: StarterModel, architecture: Architecture, download_bytes: int) -> list[Content]:
     """Details of a model to start with, before the Hub was asked."""
+    access = "NA" if model.gated is None else _ACCESS[model.gated]
     return [
         _step(key_name("models.download"), f"Download about {format_bytes(download_bytes)}"),
         _step("Enter", "Find it on the Hub", mark=" "),
-        _fact("license", license_),
+        _fact("good for", model.good_for),
+        _fact("license", model.license),
         *_architecture_lines(architecture),
-        _fact("access", "no token needed"),
+        _fact("access", access),
+        _fact("checked", f"{starter_file().checked}"),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,9 @@ from textual.content import Content
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.hub import HubModel
 from qlora_tui.catalog.local_models import LocalModel
-from qlora_tui.catalog.starter_models import STARTER_MODELS
+from qlora_tui.catalog.starter_models import StarterModel, starter_file
 from qlora_tui.demo.demo_model import SMOLLM2
+from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_count
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
@@ -41,11 +43,15 @@ _BYTES_PER_WEIGHT = 2
 class Starter:
     """A model on the Hub worth starting with, and what it needs with the recipe as it is."""
 
-    id: str
-    license: str
+    model: StarterModel
     architecture: Architecture
     needs_bytes: int
     verdict: str
+
+    @property
+    def id(self) -> str:
+        """Its repository on the Hub."""
+        return self.model.id
 
     @property
     def download_bytes(self) -> int:
@@ -56,9 +62,11 @@ class Starter:
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
     """The largest models of a short list that fit, from small to large; else its smallest. Takes a thread."""
     all_models = []
-    for model in STARTER_MODELS:
-        architecture = model.architecture()
-        all_models.append(Starter(model.id, model.license, architecture, *need(architecture, recipe, budget)))
+    for model in starter_file().models:
+        # One that this version refuses is offered by the next that does not.
+        with suppress(UserError):
+            architecture = model.architecture()
+            all_models.append(Starter(model, architecture, *need(architecture, recipe, budget)))
     on_cpu = budget.device.kind == "cpu"
     fitting = [
         starter
@@ -175,7 +183,7 @@ def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) ->
     for model in models:
         needed = _need((model.needs_bytes, model.verdict))
         texts = _architecture_texts(model.architecture, format_bytes(model.download_bytes), needed)
-        rows.append(_Line(STARTER + model.id, " ", model.id, (*texts, model.license)))
+        rows.append(_Line(STARTER + model.id, " ", model.id, (*texts, model.model.license)))
     columns = _architecture_columns("download", "license")
     return _lines("Worth starting with, to download", columns, rows, width)
 

@@ -295,7 +295,7 @@ class ModelsScreen(WorkScreen):
                 architecture = facts.architecture if facts is not None else None
             case Starter():
                 title, architecture = model.id, model.architecture
-                lines = starter_facts(model.license, model.architecture, model.download_bytes)
+                lines = starter_facts(model.model, model.architecture, model.download_bytes)
             case None if self._models.local == []:
                 title, lines = SMOLLM2.name, demo_facts()
         side = self.query_one(ModelSide)
