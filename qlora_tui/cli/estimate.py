@@ -34,7 +34,7 @@ from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.memory.explain import describe_speedup
 from qlora_tui.memory.levels import Conversion
-from qlora_tui.memory.step import StepTrace
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.schema import Recipe
 
 _LARGEST_ITEMS = 12

@@ -9,8 +9,8 @@ from typing import Any
 from msgspec import Struct
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.memory.execution import Device, trainer_execution
-from qlora_tui.memory.step import StepTrace, check_traceable
+from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.worker import run_job
 
@@ -21,13 +21,10 @@ class TraceRequest(Struct, kw_only=True):
     config: dict[str, Any]
     """The model's ``config.json``."""
     recipe: Recipe
-    device: str = "cuda"
-    """Device whose kernels to imitate: ``cuda`` or ``cpu``."""
-    loss: str = "chunked"
-    """``chunked`` (this project's) or ``stock`` (transformers', over all logits)."""
-    dtype: str = "bfloat16"
-    varlen: bool = True
-    """Whether all samples of a packed sequence are attended in one call."""
+    execution: ExecutionConfig
+    """The code that runs, and the device whose kernels are imitated."""
+    room_bytes: int | None = None
+    """What the allocator of a GPU can take, where its segments do not grow; None is unlimited."""
 
 
 async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> StepTrace:
@@ -38,15 +35,8 @@ async def trace_step(config: dict[str, Any], recipe: Recipe, device: Device) -> 
     Raises UserError for a recipe that tracing does not support, or if the libraries cannot build the model.
     """
     execution = trainer_execution(recipe, device)
-    check_traceable(recipe, execution)
     parse_architecture(config)
-    request = TraceRequest(
-        config=config,
-        recipe=recipe,
-        device=device.kind,
-        dtype="bfloat16" if execution.compute_itemsize == 2 else "float32",
-        varlen=execution.varlen,
-    )
+    request = TraceRequest(config=config, recipe=recipe, execution=execution)
     stop = Event()
     try:
         return await asyncio.to_thread(

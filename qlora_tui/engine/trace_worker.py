@@ -1,44 +1,59 @@
-"""A training step run on torch's ``meta`` device with every storage counted: a reference for the estimate.
+"""A training step run on torch's ``meta`` device with every storage recorded: the exact form of the estimate.
 
 Nothing is computed and no weight is read, but the code is the real one: transformers' model, peft's adapter,
-bitsandbytes' 4-bit product, this project's loss and attention. A dispatch mode sees each tensor created, and
-a weak reference reports when its storage is freed, so the peak follows from actual lifetimes.
-
-Where torch chooses an implementation by device, ``meta`` would take a slower path than a GPU.
-:func:`_kernels_of` makes the GPU's choices instead (fused attention, fused dropout, one-pass softmax).
+bitsandbytes' 4-bit product, this project's loss and attention. :mod:`.recorder` records what it allocates and
+frees, :mod:`.device_kernels` makes it choose as on the device of the run, and
+:mod:`qlora_tui.memory.recording` puts loading and two such steps through the allocator.
 
 :func:`trace` is a job, which :mod:`qlora_tui.engine.trace_client` starts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import weakref
-from collections.abc import Iterator
+from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from transformers.pytorch_utils import Conv1D
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.engine.device_kernels import compute_dtype, kernels_of, liger_loss
+from qlora_tui.engine.recorder import StorageRecorder
 from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.gpu.torch_env import faster_imports
-from qlora_tui.memory.execution import LOSS_BLOCK_ROWS
-from qlora_tui.memory.step import StepTrace
-from qlora_tui.memory.weights import quantized_experts
+from qlora_tui.memory.execution import ADAPTER_ITEMSIZE
+from qlora_tui.memory.recording import (
+    LoadedWeight,
+    MicroStep,
+    StepTrace,
+    optimizer_moment,
+    run_pool,
+    step_moments,
+)
+from qlora_tui.memory.static_memory import CUBLAS_HANDLES, state_sizes, workspace_bytes
+from qlora_tui.memory.weights import SLOTS, moves, quantized_experts, round_to_block, streamed_weights
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import packed_attention
+from qlora_tui.training.experts.routing import Experts4bit, replace_experts
+from qlora_tui.training.model_class import build_on_meta
+from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
+from qlora_tui.training.streaming.slots import Copies
+
+INDEX_BYTES = 8
+BATCH_TENSORS = 4
+"""Tensors of a micro-batch with an integer per token: ids, labels, shifted labels and positions."""
+_EXPERT_DIMENSIONS = 3
 
 
 def trace(request: TraceRequest) -> StepTrace:
-    """Do the job. Raises UserError for a model that the libraries cannot build."""
+    """Do the job. Raises UserError for a model that the libraries cannot build or run without values."""
     try:
         with faster_imports():
             import peft  # noqa: F401
@@ -52,73 +67,341 @@ def trace(request: TraceRequest) -> StepTrace:
         ) from error
 
 
-def trace_request(request: TraceRequest) -> StepTrace:
-    """Build the model on ``meta``, run one forward and backward, and count its memory."""
-    architecture = parse_architecture(request.config)
-    dtype = getattr(torch, request.dtype)
-    model, padding_free = _build(request, architecture, dtype)
-    frozen = sum(_size(p.untyped_storage()) for p in model.parameters() if not p.requires_grad)
-    frozen += _scale_bytes(model)
-    adapter = sum(_size(p.untyped_storage()) for p in model.parameters() if p.requires_grad)
-    batch = _inputs(request, padding_free=padding_free)
-    model.train()
-    with _kernels_of(request.device), StorageCounter() as counter:
-        if request.recipe.training.gradient_accumulation > 1:
-            model(**batch).loss.sum().backward()
-            counter.restart()
-        loss = model(**batch).loss.sum()
-        forward_bytes, kept_bytes = counter.peak_bytes, counter.live_bytes
-        counter.restart()
+@dataclass(frozen=True)
+class Recorded:
+    """A model without weights, and what it allocated."""
+
+    model: Any
+    weights: tuple[LoadedWeight, ...]
+    """The frozen weights on the device, in the model's order."""
+    steps: tuple[MicroStep, ...]
+    """The first micro-step, and one that adds to its gradients where a step has several."""
+
+
+def record(request: TraceRequest) -> Recorded:
+    """Build the model and run one or two micro-steps."""
+    gc.collect()
+    gc.freeze()  # What is there already is left out of later collections.
+    with kernels_of(request.execution):
+        model, weights = build(request)
+        model.train()
+        count = 2 if request.execution.accumulates else 1
+        return Recorded(model, weights, tuple(record_micro_step(model, request) for _ in range(count)))
+
+
+def record_micro_step(model: Any, request: TraceRequest) -> MicroStep:
+    """Run forward and backward of one micro-batch; the gradients stay."""
+    execution, recipe = request.execution, request.recipe
+    base = model.get_base_model()
+    batch = _inputs(request, padding_free=packed_attention.packed_attention_of(base) is not None)
+    before = {id(p): p.grad for p in model.parameters() if p.grad is not None}
+    recorder = StorageRecorder(_vocabulary(model), recipe.data.max_length)
+    hooks = _mark_layers(model, recorder, checkpointing=execution.checkpointing)
+    with recorder:
+        with torch.autocast("cuda", enabled=execution.autocast):
+            output = model(**batch)
+        loss = output.loss.sum()
+        if not execution.logits_alive_in_backward:
+            del output
+        gc.collect()
+        backward_at = len(recorder.events)
+        recorder.mark("loss", "loss backward")
         loss.backward()
-    # In float32, gradients that were computed together are the rows of one tensor.
-    storages = (p.grad.untyped_storage() for p in model.parameters() if p.grad is not None)
-    gradients = sum({storage._cdata: _size(storage) for storage in storages}.values())
+        output = loss = None
+    for hook in hooks:
+        hook.remove()
+    gradients = set()
+    for parameter in model.parameters():
+        if parameter.grad is not None and id(parameter) not in before:
+            # Gradients that were computed together are the rows of one tensor.
+            recorder.relabel(parameter.grad, "gradients")
+            gradients.add(recorder.number_of(parameter.grad))
+    step = MicroStep(
+        tuple(recorder.events), recorder.items, tuple(recorder.marks), backward_at, frozenset(gradients)
+    )
+    for number in step.lasting - step.gradients:
+        recorder.items[number] = "adapter"  # its copies in the compute dtype
+    return step
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _mark_layers(model: Any, recorder: StorageRecorder, *, checkpointing: bool) -> list[Any]:
+    """Mark where each layer's forward and backward begin, and the loss."""
+    layers = _layers(model)
+    hooks = []
+    state = {"forward": True}
+
+    def before_forward(index: int, args: Any, kwargs: Any) -> None:
+        if not state["forward"]:
+            return
+        recorder.mark("forward", f"forward of layer {index}")
+        hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if checkpointing and hidden is not None:
+            recorder.relabel(hidden, "checkpoints")
+
+    def after_forward(index: int, output: Any) -> None:
+        if not state["forward"]:
+            return
+        if index == len(layers) - 1:
+            recorder.mark("loss", "loss forward")
+        hidden = output if isinstance(output, Tensor) else output[0]
+
+        def before_backward(gradient: Tensor) -> None:
+            state["forward"] = False
+            recorder.mark("backward", f"backward of layer {index}")
+
+        if hidden.requires_grad:
+            hidden.register_hook(before_backward)
+
+    for index, layer in enumerate(layers):
+        hooks.append(
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, index=index: before_forward(index, args, kwargs),
+                with_kwargs=True,
+            )
+        )
+        hooks.append(
+            layer.register_forward_hook(
+                lambda module, args, output, index=index: after_forward(index, output)
+            )
+        )
+    recorder.mark("forward", "forward of the embedding")
+    return hooks
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """Return the decoder layers in the order of the forward."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [m for m in base.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def trace_request(request: TraceRequest) -> StepTrace:
+    """Build the model on ``meta``, run a step, and put it through the allocator."""
+    recorded = record(request)
+    recipe, execution, model = request.recipe, request.execution, recorded.model
+    shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+    inputs = [round_to_block(recipe.rows_per_pass * recipe.data.max_length * INDEX_BYTES)] * BATCH_TENSORS
+    adapters = 2 if recipe.keeps_starting_adapter else 1
+    resident = Counter(frozen_items(model))
+    slots: list[int] = []
+    streamed = streamed_weights(recipe, parse_architecture(request.config), execution)
+    if streamed is not None:
+        count = min(SLOTS, len(streamed.indices))
+        slots = [streamed.slot_bytes // count] * count
+        resident["slots"] = streamed.slot_bytes
+        if execution.device == "cuda":  # On a CPU host memory is the memory of the device.
+            resident.subtract(streamed.items)
+    resident["adapter"] = adapters * sum(round_to_block(prod(shape) * ADAPTER_ITEMSIZE) for shape in shapes)
+    resident["inputs"] = sum(inputs)
+    if not execution.pages_states:
+        states = (size for shape in shapes for size in state_sizes(shape, execution))
+        resident["optimizer"] = sum(map(round_to_block, states))
+    pool = None
+    if execution.device == "cuda":
+        resident["workspace"] = CUBLAS_HANDLES * workspace_bytes(execution)
+        pool = run_pool(
+            recorded.weights,
+            recorded.steps,
+            shapes,
+            inputs,
+            execution,
+            adapters=adapters,
+            slot_sizes=slots,
+            room_bytes=request.room_bytes,
+        )
+    copies = recorded.steps[0].lasting_items["adapter"]
     return StepTrace(
-        parameter_bytes=frozen,
-        adapter_bytes=adapter,
-        forward_bytes=forward_bytes,
-        backward_bytes=counter.peak_bytes,
-        gradient_bytes=gradients,
-        kept_bytes=kept_bytes,
+        transformers=version("transformers"),
+        resident=dict(+resident),
+        moments=(*step_moments(recorded.steps), optimizer_moment(shapes, copies, execution)),
+        pool=pool,
+        uncertain=_other_kernels(model),
     )
 
 
-def _build(request: TraceRequest, architecture: Architecture, dtype: torch.dtype) -> tuple[Any, bool]:
-    """Build the trainer's model without weights; also return whether packed samples are isolated."""
+def _other_kernels(model: Any) -> tuple[str, ...]:
+    """Return the classes of layers with a convolution: recurrent ones, for which a GPU has other kernels."""
+    mixers = {
+        type(module).__name__
+        for layer in _layers(model)
+        for module in layer.modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children())
+    }
+    return tuple(sorted(mixers))
+
+
+def frozen_items(model: Any) -> Counter[str]:
+    """Return the bytes of the frozen weights under the keys of :data:`.static_memory.FROZEN`."""
+    base = model.get_base_model()
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    of_text = set(decoder.modules()) | set(head.modules())
+    items: Counter[str] = Counter()
+    seen: set[int] = set()
+    for module in model.modules():
+        tensors = [*module.parameters(recurse=False)]
+        if isinstance(module, Experts4bit):
+            tensors += module.buffers(recurse=False)
+        for tensor in tensors:
+            if tensor.requires_grad or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            item = _item_of(module, tensor, decoder, head)
+            items["vision" if module not in of_text and item != "scales" else item] += _size(tensor)
+            items["scales"] += sum(map(round_to_block, _scale_sizes(tensor)))
+    return items
+
+
+def _item_of(module: nn.Module, tensor: Tensor, decoder: nn.Module, head: nn.Module) -> str:
+    if isinstance(module, Experts4bit) or tensor.dim() == _EXPERT_DIMENSIONS:
+        return "experts"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if module in set(head.modules()):
+        return "head"
+    if hasattr(tensor, "quant_state") or tensor.dtype == torch.int8:
+        return "weights"
+    return "linear" if isinstance(module, (nn.Linear, Conv1D)) else "norms"
+
+
+def loaded_weights(model: nn.Module, counts: dict[str, int]) -> tuple[LoadedWeight, ...]:
+    """Return the weights of a base that was quantized, which had so many elements before."""
+    modules = dict(model.named_modules())
+    stored = dict(model.named_parameters(remove_duplicate=False))
+    weights = []
+    for name, count in counts.items():
+        module = modules[name.rpartition(".")[0]]
+        packed: tuple[int, ...] = ()
+        matrices = 1
+        tensor = stored[name]
+        if isinstance(module, Experts4bit) and not tensor.is_floating_point():
+            tensors = module.tensors(name.rpartition(".")[2]).values()
+            packed, matrices = tuple(each.untyped_storage().nbytes() for each in tensors), module.num_experts
+        elif not tensor.is_floating_point():
+            packed = (*_scale_sizes(tensor), tensor.untyped_storage().nbytes())
+        weights.append(LoadedWeight(name, count, packed, matrices))
+    return tuple(weights)
+
+
+def _scale_sizes(tensor: Tensor) -> tuple[int, ...]:
+    """Return the bytes of the scales of a quantized weight, and of its code tables."""
+    if tensor.dtype == torch.int8:
+        return (tensor.shape[0] * ADAPTER_ITEMSIZE,)
+    sizes = []
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:
+        for each in (state.absmax, state.code, getattr(state, "offset", None)):
+            sizes += [each.untyped_storage().nbytes()] if isinstance(each, Tensor) else []
+        state = getattr(state, "state2", None)
+    return tuple(sizes)
+
+
+def build(request: TraceRequest) -> tuple[Any, tuple[LoadedWeight, ...]]:
+    """Build the model of the run with its adapter, without weights; return it and what is loaded for it."""
+    execution, recipe = request.execution, request.recipe
+    architecture = parse_architecture(request.config)
+    dtype = compute_dtype(execution)
+    attention = "eager" if execution.attention == "eager" else "sdpa"
+    model = build_on_meta(request.config, dtype=dtype, attention=attention)
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    method = recipe.quantization.method
+    if method != "none":
+        _quantize(model, recipe, architecture, dtype)
+    packs_experts = execution.own_fused and quantized_experts(recipe.quantization, architecture) != "none"
+    if packs_experts:
+        replace_experts(model, method, nested=recipe.quantization.double_quantization)
+    weights = loaded_weights(model, counts)
+    in_host_memory = moves(architecture, recipe) if execution.device == "cuda" else frozenset()
+    weights = tuple(weight for weight in weights if weight.name not in in_host_memory)
+    prepare = _as_trainer if execution.own_fused else _as_peft
+    return prepare(model, request, architecture), weights
+
+
+def _as_trainer(model: Any, request: TraceRequest, architecture: Architecture) -> Any:
+    """Prepare a base as this project's trainer does."""
     from qlora_tui.training import model as model_loading
     from qlora_tui.training.adapter import add_lora
-    from qlora_tui.training.experts.routing import replace_experts
     from qlora_tui.training.loss import find_head, use_loss
-    from qlora_tui.training.model_class import build_on_meta
 
-    recipe = request.recipe
-    attention = "eager" if recipe.model.attention == "eager" else "sdpa"
-    model = build_on_meta(request.config, dtype=dtype, attention=attention)
-    if recipe.quantization.method in ("nf4", "fp4"):
-        _quantize(model, recipe, architecture, dtype)
-        if quantized_experts(recipe.quantization, architecture) != "none":
-            replace_experts(model, recipe.quantization.method, nested=recipe.quantization.double_quantization)
+    execution, recipe = request.execution, request.recipe
     model_loading.freeze(model)
-    segments = attention != "eager" and packed_attention.use_packed_attention(
-        model, "varlen" if request.varlen else "segments"
-    )
-    if recipe.training.gradient_checkpointing != "off":
+    if execution.segments:
+        packed_attention.use_packed_attention(model, "varlen" if execution.varlen else "segments")
+    if execution.checkpointing:
         model_loading.checkpoint_activations(model, preserve_rng_state=False)
+        model_loading.apply_kept_layers(model, execution.kept_layers)
+    if execution.offloads_inputs:
+        offload = InputOffload(
+            _NoCopies(torch.device("meta")), lambda size: torch.empty(size, dtype=torch.uint8, device="cpu")
+        )
+        offload_inputs(_layers(model), offload)
     model.enable_input_require_grads()
-    is_chunked = request.loss == "chunked" or recipe.preference_method is not None
-    use_loss(model, find_head(model) if is_chunked else "the stock loss is traced")
+    head = find_head(model) if execution.loss != "stock" else "the stock loss is traced"
+    use_loss(model, head, liger_loss(head) if execution.loss == "liger" else None)
     with torch.device("meta"):
-        return add_lora(
-            model, recipe.lora, architecture, range(len(set(recipe.lora.trainable_tokens)))
-        ), segments
+        return add_lora(model, recipe.lora, architecture, range(len(set(recipe.lora.trainable_tokens))))
+
+
+def _loss_of_shifted_logits(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+    """``ForCausalLMLoss`` as it was before transformers 4.49."""
+    shifted = logits.float()[..., :-1, :].contiguous().view(-1, vocab_size)
+    return nn.functional.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
+
+
+class _NoCopies(Copies):
+    """Copies to host memory and back, of tensors without values."""
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> None:
+        """Do nothing."""
+
+
+def _as_peft(model: Any, request: TraceRequest, architecture: Architecture) -> Any:
+    """Prepare a base as peft and transformers' ``Trainer`` do."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    from qlora_tui.recipe.targets import resolve_targets
+    from qlora_tui.training.adapter import exact_target_names
+
+    execution, recipe = request.execution, request.recipe
+    options = {"use_reentrant": execution.reentrant, "preserve_rng_state": False}
+    if execution.cast_to_float32:
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=execution.checkpointing,
+            gradient_checkpointing_kwargs=options,
+        )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if execution.loss_code != "padded":
+        model.loss_function = _loss_of_shifted_logits
+    if execution.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.enable_input_require_grads()
+    names = [module.name for module in resolve_targets(recipe.lora, architecture.targets)]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora.rank,
+        lora_alpha=int(recipe.lora.alpha),
+        lora_dropout=recipe.lora.dropout,
+        target_modules=names,
+        use_dora=recipe.lora.use_dora,
+    )
+    with torch.device("meta"), exact_target_names(model, names):
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def _inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
     """Build one micro-batch with every token in the loss, packed into one sequence where possible."""
-    recipe = request.recipe
+    recipe, execution = request.recipe, request.execution
     rows, length = recipe.rows_per_pass, recipe.data.max_length
     shape = (1, rows * length) if padding_free else (rows, length)
-    labels = torch.zeros(shape, dtype=torch.long, device="cpu" if request.loss == "chunked" else "meta")
+    chunked = execution.own_fused and execution.loss != "stock"
+    # The positions in the loss are looked for on the CPU.
+    labels = torch.zeros(shape, dtype=torch.long, device="cpu" if chunked else "meta")
     batch: dict[str, Any] = {
         "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),
         "labels": labels,
@@ -136,10 +419,7 @@ def _inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
 
 def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtype: torch.dtype) -> None:
     """Insert bitsandbytes modules with packed weights and scales of the right sizes but no values."""
-    from bitsandbytes import functional as quantization
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    method = recipe.quantization.method
     for module in architecture.modules:
         if not module.quantizable:
             continue
@@ -148,189 +428,68 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
             holder = model.get_submodule(parent)
         except AttributeError:  # text model extracted from a multimodal one
             continue
-        layer = Linear4bit(
-            module.in_features, module.out_features, bias=module.bias, compute_dtype=dtype, device="meta"
+        shape = (module.out_features, module.in_features)
+        layer = (
+            _eight_bits(*shape, module.bias)
+            if method == "int8"
+            else _four_bits(*shape, module.bias, recipe, dtype)
         )
-        count = module.weight_params
-        blocks = -(-count // 64)
-        inner = None
-        if nested:
-            inner = quantization.QuantState(
-                absmax=torch.empty(-(-blocks // 256), device="meta"),
-                code=torch.empty(256, device="meta"),
-                blocksize=256,
-                dtype=torch.float32,
-            )
-        state = quantization.QuantState(
-            absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"),
-            shape=torch.Size((module.out_features, module.in_features)),
-            code=torch.empty(16, device="meta"),
-            blocksize=64,
-            quant_type=method,
-            dtype=dtype,
-            offset=torch.empty((), device="meta") if nested else None,
-            state2=inner,
-        )
-        layer.weight = Params4bit(
-            torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta"),
-            requires_grad=False,
-            quant_state=state,
-            quant_type=method,
-            compress_statistics=nested,
-            bnb_quantized=True,
-        )
-        layer.quant_state = state
         if layer.bias is not None:
             layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         setattr(holder, leaf, layer)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft goes by
+    # What peft goes by.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = method != "int8", method == "int8"  # type: ignore[assignment]
 
 
-def _scale_bytes(model: nn.Module) -> int:
-    from qlora_tui.training.experts.routing import experts_4bit
+def _eight_bits(outputs: int, inputs: int, bias: bool) -> Any:
+    """Return an 8-bit layer without outliers, whose number depends on values; their columns are few."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
 
-    total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:
-            for tensor in (state.absmax, state.code, getattr(state, "offset", None)):
-                total += _size(tensor.untyped_storage()) if isinstance(tensor, Tensor) else 0
-            state = getattr(state, "state2", None)
-    scales = (buffer for _, experts in experts_4bit(model) for buffer in experts.buffers())
-    return total + sum(_size(buffer.untyped_storage()) for buffer in scales)
+    layer = Linear8bitLt(inputs, outputs, bias=bias, has_fp16_weights=False, threshold=0.0, device="meta")
+    packed = torch.empty(outputs, inputs, dtype=torch.int8, device="meta")
+    scales = torch.empty(outputs, device="meta")
+    layer.weight = Int8Params(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
+    layer.state.CB, layer.state.SCB = packed, scales
+    return layer
 
 
-def _size(storage: torch.UntypedStorage) -> int:
-    return -(-storage.nbytes() // 512) * 512
+def _four_bits(outputs: int, inputs: int, bias: bool, recipe: Recipe, dtype: torch.dtype) -> Any:
+    from bitsandbytes import functional as quantization
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
-
-class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Counts storages created under this mode until they are freed; earlier ones do not count."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self._known: dict[int, int] = {}
-
-    def restart(self) -> None:
-        """Reset the peak to the bytes that are allocated now."""
-        gc.collect()
-        self.peak_bytes = self.live_bytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for given in tree_iter((args, kwargs)):
-            if isinstance(given, Tensor) and given.untyped_storage()._cdata not in self._known:
-                self._watch(given, 0)
-        workspace = self._workspace(func, args)
-        result = func(*args, **(kwargs or {}))
-        for output in tree_iter(result):
-            if isinstance(output, Tensor) and output.untyped_storage()._cdata not in self._known:
-                self._watch(output, _size(output.untyped_storage()))
-        del workspace
-        return result
-
-    def _workspace(self, func: Any, args: Any) -> Tensor | None:
-        """Return the workspace that a device's kernel allocates and the meta kernel does not.
-
-        A 4-bit product dequantizes the weight; ``logsumexp`` takes the exponentials of all its input
-        (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp); a GPU's softmax backward multiplies
-        gradient and result first (``softmax_backward_cuda_out`` in aten/src/ATen/native/cuda/SoftMax.cu).
-        """
-        name = str(func)
-        if name.startswith("bitsandbytes.gemm_4bit"):
-            workspace = torch.empty(args[2], dtype=args[0].dtype, device="meta")
-        elif name.startswith(("aten.logsumexp", "aten._softmax_backward_data")):
-            workspace = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")
-        else:
-            return None
-        self._watch(workspace, _size(workspace.untyped_storage()))
-        return workspace
-
-    def _watch(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        self._known[storage._cdata] = size
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._on_freed, storage._cdata)
-
-    def _on_freed(self, key: int) -> None:
-        self.live_bytes -= self._known.pop(key, 0)
-
-
-@contextlib.contextmanager
-def _kernels_of(device: str) -> Iterator[None]:
-    """Make torch's device-dependent choices those of ``device`` in the body of ``with``."""
-    from qlora_tui.training import loss
-
-    replacements: list[tuple[Any, str, Any]] = [
-        (functional, "scaled_dot_product_attention", _attention),
-        (torch, "autocast", _no_autocast),
-        (loss, "block_rows", lambda _: LOSS_BLOCK_ROWS[device]),
-    ]
-    if device == "cuda":
-        replacements += [
-            (functional, "dropout", _dropout),
-            (packed_attention, "supports", lambda query, value, samples: True),
-            (packed_attention, "attend", _varlen_attention),
-        ]
-    else:
-        row_attention = (packed_attention, "prefers_row_attention", lambda q: q.dtype == torch.bfloat16)
-        replacements.append(row_attention)
-    with contextlib.ExitStack() as undo:
-        for owner, name, value in replacements:
-            undo.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
-        yield
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Memory of FlashAttention: saves q, k, v, its output and one number per row."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[-1])).transpose(
-            1, 2
+    method, nested = recipe.quantization.method, recipe.quantization.double_quantization
+    layer = Linear4bit(inputs, outputs, bias=bias, compute_dtype=dtype, device="meta")
+    count = inputs * outputs
+    blocks = -(-count // 64)
+    inner = None
+    if nested:
+        inner = quantization.QuantState(
+            absmax=torch.empty(-(-blocks // 256), device="meta"),
+            code=torch.empty(256, device="meta"),
+            blocksize=256,
+            dtype=torch.float32,
         )
-        row_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, row_sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _, row_sums = ctx.saved_tensors
-        delta = torch.empty_like(row_sums)
-        sums = query.new_empty(query.shape, dtype=torch.float32) if query.element_size() == 2 else None
-        gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        if query.shape[1] != key.shape[1]:
-            spread = torch.empty_like(query), query.new_empty((*query.shape[:3], value.shape[-1]))
-            del spread
-        del delta, sums
-        return gradients
-
-
-_unfused_attention = functional.scaled_dot_product_attention
-"""torch's own, which on ``meta`` is decomposed as in its fallback on a GPU."""
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if query.shape[1] != key.shape[1] and not kwargs.get("enable_gqa"):
-        return _unfused_attention(query, key, value, *args, **kwargs)  # no fused kernel broadcasts heads
-    attended: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch's own
-    return attended
+    state = quantization.QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"),
+        shape=torch.Size((outputs, inputs)),
+        code=torch.empty(16, device="meta"),
+        blocksize=64,
+        quant_type=method,
+        dtype=dtype,
+        offset=torch.empty((), device="meta") if nested else None,
+        state2=inner,
+    )
+    layer.weight = Params4bit(
+        torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta"),
+        requires_grad=False,
+        quant_state=state,
+        quant_type=method,
+        compress_statistics=nested,
+        bnb_quantized=True,
+    )
+    layer.quant_state = state
+    return layer
 
 
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
-    attended: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch's own
-    return attended.transpose(1, 2)
-
-
-def _no_autocast(*args: Any, **kwargs: Any) -> contextlib.nullcontext[None]:
-    """Replace autocast: the meta device has none, and the traced path uses none."""
-    return contextlib.nullcontext()
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if not training or not p:
-        return input
-    return torch.native_dropout(input, p, True)[0]
+def _size(tensor: Tensor) -> int:
+    return round_to_block(tensor.untyped_storage().nbytes())

@@ -12,6 +12,7 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 ``layers``         the layer of each family, replayed on ``autograd`` by ``ops``, ``linear``, ``attention``
                    and ``experts``: what each operation allocates, saves and frees
 ``replay``         puts loading and two steps on a model of CUDA's ``allocator``
+``recording``      the exact form: loading and two traced steps on the model of the ``allocator``
 ``levels``         from tensors to what the GPU sees, or the system of a CPU; converting a GGUF file
 ``calibration``    measurements of past runs and of copies on this machine, and the correction from them
 ``explain``        a sentence for each item; ``report``: the JSON output

@@ -208,6 +208,16 @@ class CachingAllocator:
         self._free.pop(bisect_left(self._free, (block.size, block.address)))
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Totals of the allocator, in bytes."""
+
+    allocated_bytes: int
+    """``max_memory_allocated``: tensors, and the unused rest of their blocks."""
+    reserved_bytes: int
+    """``max_memory_reserved`` of the steps."""
+
+
 Event = tuple[int, int]
 """Number of a storage and its bytes: positive for an allocation, negative for a free."""
 Blocks = dict[int, MemoryBlock]

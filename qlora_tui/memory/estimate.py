@@ -20,11 +20,11 @@ from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_executio
 from qlora_tui.memory.explain import LABELS, explanations
 from qlora_tui.memory.layers import STYLES, Layout, build_layout
 from qlora_tui.memory.levels import UncertaintyBand, context_range, corrected, tiers
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.replay import replay
 from qlora_tui.memory.static_memory import FROZEN, adapter_bytes, static_items
 from qlora_tui.memory.step import (
     Moment,
-    StepTrace,
     answers_moment,
     layer_input_bytes,
     peak_candidates,
@@ -181,21 +181,19 @@ def _calculate(
     capacity_bytes: int | None,
 ) -> Estimate:
     layout = build_layout(recipe, architecture, execution)
-    resident = static_items(layout)
     streamed = streamed_weights(recipe, architecture, execution)
-    step_profile = profile_step(layout)
     if traced is not None:
         layout = replace(layout, exact=True)
-    elif execution.accumulates:
-        resident["gradients"] = adapter_bytes(layout)
-    moments = [
-        *step_moments(step_profile, layout, traced),
-        answers_moment(layout),
-    ]
-    pool = None
-    if execution.device == "cuda":
-        room = None if capacity_bytes is None else capacity_bytes - context_range(execution)[1]
-        pool = replay(layout, step_profile, room)
+        resident, moments, pool = dict(traced.resident), list(traced.moments), traced.pool
+    else:
+        resident, step_profile, pool = static_items(layout), profile_step(layout), None
+        if execution.accumulates:
+            resident["gradients"] = adapter_bytes(layout)
+        moments = step_moments(step_profile, layout)
+        if execution.device == "cuda":
+            room = None if capacity_bytes is None else capacity_bytes - context_range(execution)[1]
+            pool = replay(layout, step_profile, room)
+    moments.append(answers_moment(layout))
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = _sum(resident, fullest.items)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
@@ -401,12 +399,13 @@ def step_timeline(
     """
     execution = estimated.execution
     layout = build_layout(recipe, architecture, execution)
-    resident = static_items(layout)
+    if traced is not None:
+        resident, peaks = dict(traced.resident), list(traced.moments)
+    else:
+        resident, peaks = static_items(layout), step_moments(profile_step(layout), layout, every_layer=True)
+        if execution.accumulates:
+            resident["gradients"] = adapter_bytes(layout)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
-    if traced is None and execution.accumulates:
-        resident["gradients"] = adapter_bytes(layout)
-    profile = profile_step(layout)
-    peaks = step_moments(profile, layout, traced, every_layer=True)
     most = max(peak.total_bytes for peak in peaks) + sum(resident.values())
     outside = {OVERHEAD: estimated.step_bytes - most}
     moments = _loading(frozen, loading_bytes(recipe, architecture, execution), estimated)

@@ -16,11 +16,11 @@ from typing import Literal
 
 from qlora_tui.formatting import MIB, format_bytes
 from qlora_tui.gpu.torch_env import ONEDNN_CACHE_CAPACITY
+from qlora_tui.memory.allocator import Pool
 from qlora_tui.memory.calibration import Correction
 from qlora_tui.memory.execution import BFLOAT16_CAPABILITY, LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.ops import FLOAT
-from qlora_tui.memory.replay import Pool
 from qlora_tui.memory.static_memory import optimizer_bytes
 from qlora_tui.memory.step import layer_input_bytes
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.memory.allocator import Blocks, CachingAllocator, MemoryBlock, Recording
+from qlora_tui.memory.allocator import Blocks, CachingAllocator, MemoryBlock, Pool, Recording
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, ExecutionConfig
 from qlora_tui.memory.layers import Layout
 from qlora_tui.memory.ops import FLOAT
@@ -59,16 +59,6 @@ LONGEST_PERIOD = 8
 """Layers after which a family's kinds of layers may repeat: 2 in Gemma 2, 4 in Qwen3-Next, 6 in Gemma 3."""
 NOTHING = MemoryBlock(0, 0)
 """Placeholder for a small tensor, which the parts only count."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Totals of the allocator, in bytes."""
-
-    allocated_bytes: int
-    """``max_memory_allocated``: tensors, and the unused rest of their blocks."""
-    reserved_bytes: int
-    """``max_memory_reserved`` of the steps."""
 
 
 def replay(

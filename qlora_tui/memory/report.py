@@ -9,8 +9,8 @@ from qlora_tui.memory.estimate import Estimate, check_fit, closed_form, compare,
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.layers import STYLES
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.solver import cheapest_changes, largest_model_size, largest_settings, minimum_bytes
-from qlora_tui.memory.step import StepTrace
 from qlora_tui.memory.step_choice import choose_step, describe_host_memory
 from qlora_tui.recipe.schema import Recipe
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from msgspec import Struct
-
-from qlora_tui.errors import UserError
 from qlora_tui.memory.allocator import Recording, build_phase, without_input_gradient
 from qlora_tui.memory.autograd import (
     ActivationCheckpoint,
@@ -38,7 +35,6 @@ from qlora_tui.memory.layers import DecoderLayer, Layout, norm, run_block
 from qlora_tui.memory.ops import FLOAT, Ops
 from qlora_tui.memory.static_memory import adapter_bytes, optimizer_step_bytes
 from qlora_tui.memory.weights import round_to_block
-from qlora_tui.recipe.schema import Recipe
 
 ANSWER_TOKENS = 48
 """Most tokens of an answer to a general prompt, for the forgetting curve."""
@@ -96,81 +92,15 @@ class Moment:
         return sum(self.items.values())
 
 
-class StepTrace(Struct, frozen=True, kw_only=True, tag_field="reply", tag="traced"):
-    """Peak bytes of a traced step, in storages."""
-
-    parameter_bytes: int
-    """Frozen weights as stored, including scales."""
-    adapter_bytes: int
-    forward_bytes: int
-    """Peak of the forward beyond weights and adapter; including gradients of an earlier micro-step."""
-    backward_bytes: int
-    """Peak of the backward beyond weights and adapter, including gradients."""
-    gradient_bytes: int
-    kept_bytes: int
-    """Bytes alive between forward and backward."""
-
-    @property
-    def step_bytes(self) -> int:
-        """Return the larger of both peaks, beyond weights and adapter."""
-        return max(self.forward_bytes, self.backward_bytes)
-
-    def figures(self) -> dict[str, int]:
-        """Return the figures under the keys of :func:`.estimate.closed_form`."""
-        return {
-            "frozen": self.parameter_bytes,
-            "adapter": self.adapter_bytes,
-            "gradients": self.gradient_bytes,
-            "step": self.step_bytes,
-        }
-
-
-def check_traceable(recipe: Recipe, execution: ExecutionConfig) -> None:
-    """Raise UserError for recipes that the meta device cannot run."""
-    if recipe.quantization.method == "int8":
-        raise UserError(
-            "An int8 step cannot be traced",
-            what="bitsandbytes has no 8-bit product for tensors without values.",
-            fix="Trace it with quantization.method = nf4 or none; the estimate itself covers int8.",
-        )
-    if execution.float16:
-        raise UserError(
-            "A float16 step cannot be traced",
-            what="Tensors without values do not support what a float16 step adds, such as autocast.",
-            fix="Trace it with quantization.compute_dtype = bfloat16; the estimate itself covers float16.",
-        )
-
-
-def step_moments(
-    step_profile: StepProfile,
-    layout: Layout,
-    traced: StepTrace | None = None,
-    *,
-    every_layer: bool = False,
-) -> list[Moment]:
+def step_moments(step_profile: StepProfile, layout: Layout, *, every_layer: bool = False) -> list[Moment]:
     """Return the moments that may be the peak, in order of time, without what is there all the time.
 
-    With ``every_layer`` there is one for the forward of each layer, not only of the first and the last, and
-    of a trace both its forward and its backward, not only the larger.
+    With ``every_layer`` there is one for the forward of each layer, not only of the first and the last.
     """
-    execution = layout.execution
-    if traced is None:
-        moments = peak_candidates(step_profile, layout, every_layer=every_layer)
-    else:
-        sizes: list[tuple[Phase, str, int]] = [("backward", "traced step", traced.step_bytes)]
-        if every_layer:
-            sizes = [
-                ("forward", "traced forward", traced.forward_bytes),
-                ("backward", "traced backward", traced.backward_bytes),
-            ]
-        moments = []
-        for phase, name, size in sizes:
-            gradients = min(traced.gradient_bytes, size)
-            moments.append(Moment(phase, name, {"gradients": gradients, "activations": size - gradients}))
-    # Accumulated gradients are there all the time, and in a trace they are part of its figures.
-    is_counted = execution.accumulates and traced is None
+    moments = peak_candidates(step_profile, layout, every_layer=every_layer)
+    # Accumulated gradients are there all the time.
     optimizer = {
-        "gradients": 0 if is_counted else adapter_bytes(layout),
+        "gradients": 0 if layout.execution.accumulates else adapter_bytes(layout),
         "optimizer_step": optimizer_step_bytes(layout),
     }
     return [*moments, Moment("optimizer", "optimizer step", optimizer)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
     from qlora_tui.memory import Device, Estimate
     from qlora_tui.memory.estimate import Precision
-    from qlora_tui.memory.step import StepTrace
+    from qlora_tui.memory.recording import StepTrace
     from qlora_tui.tui.app import QloraApp
 
 # The first frame shows neither architecture nor estimate, so it does not wait for their packages:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.memory.allocator import Pool
+from qlora_tui.memory.recording import StepTrace
+from qlora_tui.memory.step import Moment
 from tests.catalog.configs import config
 
 
@@ -13,3 +16,17 @@ def tinyllama() -> Architecture:
 
 def qwen_7b() -> Architecture:
     return parse_architecture(config("Qwen/Qwen2.5-7B"))
+
+
+def traced_peaks(forward_bytes: int, backward_bytes: int) -> StepTrace:
+    """Return a trace with these peaks and 1 GiB of weights, whose allocator reserves another GiB."""
+    peak = max(forward_bytes, backward_bytes) + (1 << 30)
+    return StepTrace(
+        transformers="5.0",
+        resident={"weights": 1 << 30},
+        moments=(
+            Moment("forward", "forward of layer 0", {"activations": forward_bytes}),
+            Moment("backward", "backward of layer 0", {"activations": backward_bytes}),
+        ),
+        pool=Pool(peak, peak + (1 << 30)),
+    )

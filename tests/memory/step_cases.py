@@ -7,15 +7,15 @@ weights and the adapter.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.memory import Device, trainer_execution
+from qlora_tui.memory import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.estimate import closed_form
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Training
 from tests.catalog.configs import CONFIGS
 
@@ -168,23 +168,25 @@ def recipe_of(case: Case) -> Recipe:
 
 def compare(case: Case, max_experts: int | None = None) -> Compared:
     """Trace and estimate one case, by default with all experts of a mixture."""
-    from qlora_tui.engine.trace_client import TraceRequest
-    from qlora_tui.engine.trace_worker import trace_request
-
     config, recipe = cut_config(case.family, max_experts=max_experts), recipe_of(case)
-    traced = trace_request(TraceRequest(config=config, recipe=recipe, loss=case.loss))
-    execution = replace(
-        trainer_execution(recipe, Device()), loss="stock" if case.loss == "stock" else "chunked"
-    )
+    execution = trainer_execution(recipe, Device())
+    if case.loss == "stock":
+        execution = replace(execution, loss="stock")
+    traced = traced_step(config, recipe, execution)
     return Compared(
         case, traced.step_bytes, closed_form(recipe, parse_architecture(config), execution)["step"]
     )
 
 
-def quicken_collections() -> None:
-    """Leave what is there already out of the collections that each trace begins its backward with."""
-    gc.collect()
-    gc.freeze()
+def traced_step(
+    config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig | None = None
+) -> StepTrace:
+    """Trace a step of this project's trainer on a GPU, or another execution."""
+    from qlora_tui.engine.trace_client import TraceRequest
+    from qlora_tui.engine.trace_worker import trace_request
+
+    execution = execution or trainer_execution(recipe, Device())
+    return trace_request(TraceRequest(config=config, recipe=recipe, execution=execution))
 
 
 Cases: TypeAlias = Literal["pairs", "two"]

@@ -33,11 +33,11 @@ from qlora_tui.memory.estimate import LOADING, cached_estimate, step_timeline
 from qlora_tui.memory.layers import build_layout
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES, context_range
 from qlora_tui.memory.static_memory import optimizer_step_bytes
-from qlora_tui.memory.step import PHASES, StepTrace
+from qlora_tui.memory.step import PHASES
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, RecipeOptimizer, Training
 from tests.catalog.configs import CONFIGS, config
-from tests.memory.models import qwen_7b, tinyllama
+from tests.memory.models import qwen_7b, tinyllama, traced_peaks
 from tests.support.counting import count_allocations
 
 GIB, MIB = 2**30, 2**20
@@ -471,17 +471,11 @@ def test_kept_activations_rise_in_forward_and_fall_in_backward() -> None:
 
 
 def test_a_traced_step_has_the_traced_peak() -> None:
-    architecture = qwen_7b()
-    traced = StepTrace(
-        parameter_bytes=1,
-        adapter_bytes=1,
-        forward_bytes=2 << 30,
-        backward_bytes=3 << 30,
-        gradient_bytes=1 << 20,
-        kept_bytes=1,
-    )
-    estimated = estimate(Recipe(), architecture, traced=traced)
-    moments = step_timeline(Recipe(), architecture, estimated, traced)
+    traced = traced_peaks(forward_bytes=2 << 30, backward_bytes=3 << 30)
+    estimated = estimate(Recipe(), qwen_7b(), traced=traced)
+    assert estimated.peak_phase == "backward of layer 0"
+    assert (estimated.allocated_bytes, estimated.reserved_bytes) == (4 << 30, 5 << 30)
+    moments = step_timeline(Recipe(), qwen_7b(), estimated, traced)
     assert max(moment.total_bytes for moment in moments) == estimated.process_bytes
     forward, backward = (next(m for m in moments if m.phase == p) for p in ("forward", "backward"))
     assert backward.total_bytes - forward.total_bytes == 1 << 30

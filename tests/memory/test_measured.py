@@ -205,7 +205,7 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     import torch
 
     from qlora_tui.data.store import BAD, GOOD
-    from qlora_tui.engine.trace_worker import StorageCounter
+    from qlora_tui.engine.recorder import StorageRecorder
     from qlora_tui.training.loss import IGNORED, loss_positions
     from qlora_tui.training.preferences import PreferenceObjective
     from qlora_tui.training.scoring import no_grad_eval
@@ -213,14 +213,14 @@ def _measured(values: dict[str, Any], recipe: Recipe, dropout: float, *, kept_la
     model, batch = _model_and_batch(values, recipe, dropout, kept_layers)
     objective = PreferenceObjective.of(recipe)
     if objective is None:
-        with StorageCounter() as storages:
+        with StorageRecorder(device="cpu") as storages:
             model(**batch).loss.backward()
         return int(storages.peak_bytes)
     rows, length = recipe.rows_per_pass, recipe.data.max_length
     batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED)
     batch["loss_positions"] = loss_positions(batch["labels"])
     batch |= {"sides": [GOOD, BAD] * (rows // 2), "answer_tokens": [length - 1] * rows}
-    with StorageCounter() as storages:
+    with StorageRecorder(device="cpu") as storages:
         if objective.needs_divergence:
             objective.divergence(model, batch)
         torch.autograd.backward(objective.summed_loss(model, model, batch, 1.0))

@@ -7,9 +7,8 @@ import pytest
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.formatting import MIB
 from qlora_tui.memory import Device, estimate, replay, trainer_execution
-from qlora_tui.memory.allocator import CachingAllocator
+from qlora_tui.memory.allocator import CachingAllocator, Pool
 from qlora_tui.memory.layers import build_layout
-from qlora_tui.memory.replay import Pool
 from qlora_tui.memory.step import profile_step
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config

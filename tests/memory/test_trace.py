@@ -15,6 +15,7 @@ from qlora_tui.engine.trace_client import TraceRequest, trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.estimate import closed_form
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import replace_setting
 from tests.memory.step_cases import (
     FAMILIES,
@@ -23,8 +24,8 @@ from tests.memory.step_cases import (
     compare,
     cut_config,
     grid,
-    quicken_collections,
     recipe_of,
+    traced_step,
 )
 
 WORST_SHOWN = 5
@@ -35,15 +36,7 @@ FEW_EXPERTS = 8
 adapters on experts."""
 
 
-@pytest.fixture(scope="module")
-def traces() -> None:
-    """The first imports what all need, which is then left alone by the collector."""
-    compare(Case("Llama 3"))
-    quicken_collections()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("traces")
 @pytest.mark.parametrize("family", DIFFERENT)
 def test_the_closed_form_averages_below_one_percent_error(family: str) -> None:
     cases = list(grid([family], "pairs"))
@@ -57,7 +50,6 @@ def test_the_closed_form_averages_below_one_percent_error(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traces")
 @pytest.mark.parametrize("family", [name for name in (*FAMILIES, *OTHERS) if name not in DIFFERENT])
 def test_a_further_family_is_within_three_percent(family: str) -> None:
     for case in grid([family], "two"):
@@ -66,17 +58,14 @@ def test_a_further_family_is_within_three_percent(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traces")
 @pytest.mark.parametrize(("family", "is_4_bit"), [("Mixtral", True), ("Mixtral", False)])
 def test_adapters_on_experts_are_counted(family: str, is_4_bit: bool) -> None:
-    from qlora_tui.engine.trace_worker import trace_request
-
     recipe = recipe_of(Case(family, rows=4))
     recipe = replace_setting(recipe, "quantization.experts", is_4_bit)
     targets = ("q_proj", "experts.gate_up_proj", "experts.down_proj")
     recipe = replace_setting(recipe, "lora.target_modules", targets)
     config = cut_config(family)
-    traced = trace_request(TraceRequest(config=config, recipe=recipe)).figures()
+    traced = traced_step(config, recipe).figures()
     closed = closed_form(recipe, parse_architecture(config), trainer_execution(recipe, Device()))
     assert closed == pytest.approx(traced, rel=0.02)
 
@@ -84,15 +73,13 @@ def test_adapters_on_experts_are_counted(family: str, is_4_bit: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False)])
 def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) -> None:
-    from qlora_tui.engine.trace_worker import trace_request
-
     config = cut_config(family)
     architecture = parse_architecture(config)
     assert architecture.head.tied == tied
     traced, closed = [], []
     for rows in (0, 200):
         recipe = recipe_of(Case(family, length=512, token_rows=rows))
-        traced.append(trace_request(TraceRequest(config=config, recipe=recipe)).figures())
+        traced.append(traced_step(config, recipe).figures())
         closed.append(closed_form(recipe, architecture, trainer_execution(recipe, Device())))
         assert closed[-1] == pytest.approx(traced[-1], rel=0.01)
     added = closed[1]["step"] - closed[0]["step"]
@@ -103,28 +90,28 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
 @pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False), ("Gemma 3", True)])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_trained_embedding_and_head_are_counted(family: str, tied: bool, accumulation: int) -> None:
-    from qlora_tui.engine.trace_worker import trace_request
-
     config = cut_config(family)
     architecture = parse_architecture(config)
     assert architecture.head.tied == tied
     recipe = recipe_of(Case(family, length=512, embeddings=True))
     recipe = replace_setting(recipe, "training.gradient_accumulation", accumulation)
-    traced = trace_request(TraceRequest(config=config, recipe=recipe)).figures()
+    traced = traced_step(config, recipe).figures()
     closed = closed_form(recipe, architecture, trainer_execution(recipe, Device()))
     assert closed == pytest.approx(traced, rel=0.01)
 
 
 @pytest.mark.slow
 def test_earlier_gradients_are_counted_in_the_next_forward() -> None:
-    from qlora_tui.engine.trace_worker import trace_request
-
     recipe = recipe_of(Case("GPT-2", length=128))
-    alone = trace_request(TraceRequest(config=cut_config("GPT-2"), recipe=recipe))
+    alone = traced_step(cut_config("GPT-2"), recipe)
     training = msgspec.structs.replace(recipe.training, gradient_accumulation=4)
     accumulating = msgspec.structs.replace(recipe, training=training)
-    after = trace_request(TraceRequest(config=cut_config("GPT-2"), recipe=accumulating))
-    assert after.forward_bytes == alone.forward_bytes + alone.gradient_bytes
+    after = traced_step(cut_config("GPT-2"), accumulating)
+
+    def first_forward(traced: StepTrace) -> int:
+        return next(m.total_bytes for m in traced.moments if m.name == "forward of layer 0")
+
+    assert first_forward(after) == first_forward(alone) + alone.figures()["gradients"]
     closed = closed_form(
         accumulating, parse_architecture(cut_config("GPT-2")), trainer_execution(accumulating, Device())
     )
@@ -135,33 +122,29 @@ def test_earlier_gradients_are_counted_in_the_next_forward() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_both_sides_of_a_pair_are_counted(checkpointing: bool) -> None:
-    from qlora_tui.engine.trace_worker import trace_request
-
     config = cut_config("Llama 3")
     answers = recipe_of(Case("Llama 3", length=512, checkpointing=checkpointing))
     pairs = replace_setting(answers, "data.preferences", "dpo")
-    traced = trace_request(TraceRequest(config=config, recipe=pairs))
+    traced = traced_step(config, pairs)
     closed = closed_form(pairs, parse_architecture(config), trainer_execution(pairs, Device()))
     assert closed["step"] == pytest.approx(traced.step_bytes, rel=0.03)
-    alone = trace_request(TraceRequest(config=config, recipe=answers))
-    assert traced.kept_bytes > 1.5 * alone.kept_bytes
+    alone = traced_step(config, answers)
+    assert traced.step_bytes > 1.2 * alone.step_bytes
 
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_built_is_reported() -> None:
     from qlora_tui.engine.trace_worker import trace
 
-    request = TraceRequest(config=cut_config("GPT-2") | {"n_head": 7}, recipe=recipe_of(Case("GPT-2")))
+    recipe = recipe_of(Case("GPT-2"))
+    request = TraceRequest(
+        config=cut_config("GPT-2") | {"n_head": 7},
+        recipe=recipe,
+        execution=trainer_execution(recipe, Device()),
+    )
     with pytest.raises(UserError) as caught:
         trace(request)
     assert caught.value.what and caught.value.fix
-
-
-@pytest.mark.parametrize("key, value", [("method", "int8"), ("compute_dtype", "float16")])
-async def test_what_cannot_be_traced_is_refused(key: str, value: str) -> None:
-    recipe = replace_setting(recipe_of(Case("GPT-2")), f"quantization.{key}", value)
-    with pytest.raises(UserError, match="cannot be traced"):
-        await trace_step(cut_config("GPT-2"), recipe, Device())
 
 
 @pytest.mark.slow

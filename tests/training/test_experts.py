@@ -24,7 +24,7 @@ from qlora_tui.catalog.model_validation import check_folder
 from qlora_tui.chat.adapters import AdapterSet
 from qlora_tui.chat.chat_types import BASE, ChatSource
 from qlora_tui.chat.logits import library_code
-from qlora_tui.engine.trace_worker import StorageCounter
+from qlora_tui.engine.recorder import StorageRecorder
 from qlora_tui.errors import UserError
 from qlora_tui.export.merge import merge
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
@@ -184,14 +184,16 @@ def test_stored_experts_are_read_again(qwen: Path, monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
-class AllocatedStorages(StorageCounter):  # type: ignore[no-untyped-call]  # torch's own
+class AllocatedStorages(StorageRecorder):  # type: ignore[no-untyped-call]  # torch's own
     """Counts what is allocated, and not the float32 parameters of the mapped weight file."""
 
     mapped_bytes: tuple[int, ...] = (64 * 192 * 64 * 4, 64 * 96 * 64 * 4)
 
-    def _watch(self, tensor: Tensor, size: int) -> None:
-        is_counted = tensor.device.type == "cpu" and size not in self.mapped_bytes
-        super()._watch(tensor, size if is_counted else 0)
+    def __init__(self) -> None:
+        super().__init__(device="cpu")
+
+    def _watch(self, tensor: Tensor, size: int, item: str) -> None:
+        super()._watch(tensor, 0 if size in self.mapped_bytes else size, item)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.memory import estimate
-from qlora_tui.memory.step import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
+from tests.memory.models import traced_peaks
 from tests.support.counting import count_allocations
 from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import config_folder, open_on, settle
@@ -130,19 +130,11 @@ async def test_a_family_without_a_formula_is_traced(private_home: Path) -> None:
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
     workbench, device = app.workbench, app.memory_budget.device
-    traced = StepTrace(
-        parameter_bytes=1,
-        adapter_bytes=1,
-        forward_bytes=2 << 30,
-        backward_bytes=3 << 30,
-        gradient_bytes=1 << 20,
-        kept_bytes=1,
-    )
+    traced = traced_peaks(forward_bytes=2 << 30, backward_bytes=3 << 30)
     workbench.use_trace(workbench.recipe, device, traced)
     estimates = workbench.comparison(device)
     assert isinstance(estimates, dict) and estimates["nf4"].exact and not estimates["fp16"].exact
-    assert estimates["nf4"].peak_phase == "traced step"
-    assert estimates["nf4"].bytes_of("activations") + estimates["nf4"].bytes_of("gradients") == 3 << 30
+    assert estimates["nf4"].bytes_of("activations") == 3 << 30
     workbench.set("lora.rank", 32)
     estimates = workbench.comparison(device)
     assert isinstance(estimates, dict) and not estimates["nf4"].exact

@@ -1,0 +1,326 @@
+"""Choices that torch and this project make by device, made on the meta device as a GPU or CPU makes them.
+
+On ``meta`` nothing is computed, so every operation takes the path without a kernel of its own, and some have
+none. Here attention, dropout, fused kernels and autocast allocate and save what they do on the device of the
+run. Workspaces inside kernels are in :meth:`.recorder.StorageRecorder`.
+
+Not imitated: cuDNN's attention and convolutions, whose workspaces depend on what it measures, and kernels of
+``flash-linear-attention`` and ``mamba-ssm``; layers that use those take transformers' own code in a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from bitsandbytes.autograd import _functions as bitsandbytes_products
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
+from transformers.integrations import sdpa_attention
+
+from qlora_tui.memory.attention import SAMPLE_PADDING_ROWS, accumulator_width
+from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, ExecutionConfig, flash_trains, liger_rows
+from qlora_tui.training import loss, packed_attention
+
+WIDEST_FLASH = 256
+"""Widest head of FlashAttention (``check_head_dim_size_flash`` in aten's ``sdp_utils.cpp``)."""
+DTYPES = {(2, False): torch.bfloat16, (2, True): torch.float16}
+"""Compute dtypes by their bytes and whether they are float16; others are float32."""
+
+
+def compute_dtype(execution: ExecutionConfig) -> torch.dtype:
+    """Return the dtype of the products."""
+    return DTYPES.get((execution.compute_itemsize, execution.float16), torch.float32)
+
+
+@contextmanager
+def kernels_of(execution: ExecutionConfig) -> Iterator[None]:
+    """Make torch's and our device-dependent choices those of the run's device inside."""
+    on_gpu = execution.device == "cuda"
+    attention = _Attention(execution)
+    autocast = _Autocast(compute_dtype(execution) if execution.autocast else None)
+    replacements: list[tuple[Any, str, Any]] = [
+        (functional, "scaled_dot_product_attention", attention),
+        (torch, "autocast", autocast.context),
+        (torch.amp, "autocast", autocast.context),
+        (torch.amp, "is_autocast_available", lambda device: True),
+        (torch, "is_autocast_enabled", autocast.is_enabled),
+        (torch, "get_autocast_dtype", lambda device: autocast.dtype or torch.float32),
+        (loss, "block_rows", lambda _: LOSS_BLOCK_ROWS[execution.device]),
+        # A mask has no values, and nothing is masked.
+        (masking_utils, "fast_all", lambda mask: True),
+    ]
+    if on_gpu:
+        replacements += [
+            (functional, "dropout", _dropout),
+            (packed_attention, "supports", attention.supports_varlen),
+            (packed_attention, "attend", attention.varlen),
+            (packed_attention, "supports_grouped_heads", attention.supports_grouped_heads),
+            (sdpa_attention, "use_gqa_in_sdpa", attention.groups_heads),
+        ]
+        if execution.float16:
+            replacements += [(owner, "softmax", _softmax) for owner in (functional, torch, Tensor)]
+    else:
+        replacements += [
+            (packed_attention, "prefers_row_attention", lambda q: q.dtype == torch.bfloat16),
+            (bitsandbytes_products, "MatMul8bitLt", bitsandbytes_products.MatMul8bitFp),
+        ]
+    with ExitStack() as undo:
+        for owner, name, value in replacements:
+            if name in vars(owner):
+                undo.callback(setattr, owner, name, getattr(owner, name))
+            else:  # inherited
+                undo.callback(delattr, owner, name)
+            setattr(owner, name, value)
+        yield
+
+
+class _Attention:
+    """SDPA and FlashAttention for packed samples, with the kernel that the device chooses."""
+
+    def __init__(self, execution: ExecutionConfig) -> None:
+        self._execution = execution
+        self._unfused = functional.scaled_dot_product_attention
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Replace ``scaled_dot_product_attention``: torch's own on ``meta`` is its fallback on a GPU."""
+        if self._execution.autocast and torch.is_autocast_enabled("cuda"):
+            dtype = compute_dtype(self._execution)
+            query, key, value = (x.to(dtype) for x in (query, key, value))
+        mask = self._mask(kwargs.get("attn_mask", args[0] if args else None))
+        if self._execution.device == "cpu":
+            grouped = kwargs.get("enable_gqa", False) or query.shape[1] == key.shape[1]
+            return _fused(query, key, value) if grouped else self._unfused(query, key, value, *args, **kwargs)
+        if self._runs_flash(query, key, value) and mask is None:
+            return _fused(query, key, value, spreads=query.shape[1] != key.shape[1])
+        if query.shape[1] == key.shape[1] and self._execution.attention != "math":
+            return _fused(query, key, value)
+        return self._unfused(query, key, value, *args, **kwargs)
+
+    def _mask(self, mask: Tensor | None) -> Tensor | None:
+        """Return the mask that SDPA gets; the library of FlashAttention needs none for a window."""
+        return mask if self._execution.own_fused else None
+
+    def _runs_flash(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        execution = self._execution
+        width = query.shape[-1]
+        return (
+            execution.attention == "flash"
+            and query.element_size() == 2
+            and value.shape[-1] == width <= WIDEST_FLASH
+            and flash_trains(execution.capability, width)
+        )
+
+    def supports_varlen(self, query: Tensor, value: Tensor, *, samples: int) -> bool:
+        """Replace :func:`.packed_attention.supports`."""
+        return self._execution.varlen and self._runs_flash(query, query, value)
+
+    def supports_grouped_heads(self, query: Tensor, masked: bool) -> bool:
+        """Replace :func:`.packed_attention.supports_grouped_heads`."""
+        return not masked and self._runs_flash(query, query, query)
+
+    def groups_heads(self, mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+        """Replace transformers' ``use_gqa_in_sdpa``."""
+        return self._mask(mask) is None and self._runs_flash(key, key, value)
+
+    def varlen(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *args: Any) -> Tensor:
+        """Replace :func:`.packed_attention.attend`."""
+        samples = self._execution.samples or starts.shape[-1] - 1
+        attended = _fused(query, key, value, spreads=query.shape[1] != key.shape[1], samples=samples)
+        return attended.transpose(1, 2)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, *, spreads: bool = False, samples: int = 0) -> Tensor:
+    attended: Tensor = _FusedAttention.apply(query, key, value, spreads, samples)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _FusedAttention(torch.autograd.Function):
+    """A kernel that saves q, k, v, its output and one number per row instead of the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spreads: bool, samples: int) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
+        row_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, row_sums)
+        ctx.spreads, ctx.samples = spreads, samples
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, _, row_sums = ctx.saved_tensors
+        rows = row_sums.numel() + SAMPLE_PADDING_ROWS * ctx.samples * query.shape[1]
+        delta = row_sums.new_empty(rows)
+        # The gradient of q is summed over key blocks in float32 (dq_accum in flash_api.cpp, workspace_gq in
+        # the CUTLASS kernel), unless everything is float32 already.
+        summed = rows * accumulator_width(query.shape[-1]) if ctx.samples else query.numel()
+        sums = row_sums.new_empty(summed) if query.element_size() == 2 else None
+        gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        if ctx.spreads:  # flash computes dk and dv for every query head, then sums over the groups
+            spread = torch.empty_like(query), query.new_empty((*query.shape[:3], value.shape[-1]))
+            del spread
+        del delta, sums
+        return *gradients, None, None
+
+
+class _Autocast(TorchFunctionMode):
+    """``torch.autocast`` of a GPU on the meta device, which has none.
+
+    Casts what torch's own casts (``AT_FORALL_LOWER_PRECISION_FP`` and ``AT_FORALL_FP32`` in
+    aten/src/ATen/autocast_mode.h), and keeps the copies of trained weights until the forward ends
+    (``cached_cast`` in autocast_mode.cpp).
+    """
+
+    NARROW = frozenset(
+        (
+            functional.linear,
+            torch.matmul,
+            Tensor.matmul,
+            Tensor.__matmul__,
+            Tensor.__rmatmul__,
+            torch.mm,
+            Tensor.mm,
+            torch.bmm,
+            Tensor.bmm,
+            torch.addmm,
+            torch.baddbmm,
+            torch.einsum,
+            functional.conv1d,
+            torch.conv1d,
+            functional.conv2d,
+        )
+    )
+    WIDE = frozenset(
+        (
+            functional.softmax,
+            torch.softmax,
+            Tensor.softmax,
+            functional.log_softmax,
+            torch.log_softmax,
+            Tensor.log_softmax,
+            functional.layer_norm,
+            functional.cross_entropy,
+            functional.nll_loss,
+            functional.softplus,
+            torch.rsqrt,
+            Tensor.rsqrt,
+            torch.pow,
+            Tensor.pow,
+            Tensor.__pow__,
+            torch.exp,
+            Tensor.exp,
+            torch.log,
+            Tensor.log,
+            torch.sum,
+            Tensor.sum,
+            torch.cumsum,
+            Tensor.cumsum,
+        )
+    )
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self._enabled = False
+        self._depth = 0
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def is_enabled(self, device: str = "cuda") -> bool:
+        """Replace ``torch.is_autocast_enabled``."""
+        return self._enabled and device != "cpu"
+
+    @contextmanager
+    def context(
+        self, device_type: str = "cuda", *args: Any, enabled: bool = True, **kwargs: Any
+    ) -> Iterator[None]:
+        """Replace ``torch.autocast``."""
+        if device_type == "cpu" or self.dtype is None:
+            yield
+            return
+        before, self._enabled = self._enabled, enabled
+        self._depth += 1
+        try:
+            # Entered here: autograd leaves out function modes that were entered before the backward.
+            with self if self._depth == 1 else nullcontext():
+                yield
+        finally:
+            self._enabled = before
+            self._depth -= 1
+            if not self._depth:
+                self._copies.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._enabled and self.dtype is not None:
+            if func in self.NARROW:
+                args = [self._narrow(value) for value in args]
+            elif func in self.WIDE:
+                args = [_wide(value) for value in args]
+        return func(*args, **kwargs)
+
+    def _narrow(self, value: Any) -> Any:
+        assert self.dtype is not None
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == self.dtype:
+            return value
+        if not (value.requires_grad and value.is_leaf and value.dtype == torch.float32):
+            return value.to(self.dtype)
+        if id(value) not in self._copies:
+            self._copies[id(value)] = value, value.to(self.dtype)
+        return self._copies[id(value)][1]
+
+
+def _wide(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_narrow else value
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or not p:
+        return input
+    return torch.native_dropout(input, p, True)[0]
+
+
+_library_softmax = torch.softmax
+
+
+def _softmax(
+    input: Tensor, dim: int = -1, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any
+) -> Tensor:
+    """A GPU widens float16 inside the kernel (``softmax`` in aten/src/ATen/native/SoftMax.cpp)."""
+    if input.dtype == torch.float16 and dtype == torch.float32:
+        return torch._softmax(input, dim, True)
+    return _library_softmax(input, dim, dtype=dtype)
+
+
+def liger_loss(head: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a stand-in for Liger's loss with this head, which allocates what Liger's does."""
+
+    def summed(states: Tensor, targets: Tensor) -> Tensor:
+        scaled = states if head.multiplier == 1.0 else states * head.multiplier
+        total: Tensor = _LigerLoss.apply(scaled, head.projection.weight)  # type: ignore[no-untyped-call]
+        return total
+
+    return summed
+
+
+class _LigerLoss(torch.autograd.Function):
+    """Gradient and logits of Liger's fused linear cross-entropy (its ``fused_linear_cross_entropy.py``)."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
+        gradient = torch.empty_like(states)
+        rows = liger_rows(states.shape[0], states.shape[1], weight.shape[0])
+        logits = states.new_empty(rows, weight.shape[0])
+        del logits
+        ctx.save_for_backward(gradient)
+        return states.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Multiplied by the gradient of the loss in place (element_mul_kernel).
+        return ctx.saved_tensors[0], None

@@ -1,0 +1,156 @@
+"""Records when each storage of a step is allocated and freed, and what it is.
+
+A dispatch mode sees each tensor that is created, and a weak reference reports when its storage is freed, so
+the order of both is the one that the step has on a device.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from qlora_tui.memory.allocator import Event
+from qlora_tui.memory.recording import Mark
+from qlora_tui.memory.step import Phase
+from qlora_tui.memory.weights import round_to_block
+
+ACTIVATIONS = "activations"
+
+
+class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Records storages created under this mode until they are freed; earlier ones do not count."""
+
+    def __init__(self, vocabulary: int = 0, tokens: int = 0, *, device: str = "meta") -> None:
+        """Record tensors on ``device``.
+
+        ``vocabulary`` and ``tokens`` (of a sequence) tell logits and attention scores by their shapes.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.events: list[Event] = []
+        self.items: list[str] = [""]
+        """What each storage is, by its number."""
+        self.marks: list[Mark] = []
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._vocabulary, self._tokens, self._device = vocabulary, tokens, device
+        self._item = ""
+        self._known: dict[int, tuple[int, int]] = {}
+        """Number and bytes of each storage that is alive, by its address; 0 for an earlier one."""
+
+    def restart(self) -> None:
+        """Reset the peak to the bytes that are allocated now."""
+        gc.collect()
+        self.peak_bytes = self.live_bytes
+
+    def mark(self, phase: Phase, name: str) -> None:
+        """Note that a part of the step begins here."""
+        self.marks.append(Mark(phase, name, len(self.events)))
+
+    @contextmanager
+    def attribute_to(self, item: str) -> Iterator[None]:
+        """Record what is allocated inside as this item."""
+        before, self._item = self._item, item
+        try:
+            yield
+        finally:
+            self._item = before
+
+    def relabel(self, tensor: Tensor, item: str) -> None:
+        """Record a tensor that exists as another item."""
+        number, _ = self._known.get(tensor.untyped_storage()._cdata, (0, 0))
+        if number:
+            self.items[number] = item
+
+    def number_of(self, tensor: Tensor) -> int:
+        """Return the number of a tensor's storage; 0 for an earlier one."""
+        return self._known.get(tensor.untyped_storage()._cdata, (0, 0))[0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in self._unknown((args, kwargs)):
+            self._watch(given, 0, "")
+        name = str(func)
+        workspace = self._workspace(name, args, kwargs)
+        result = func(*args, **(kwargs or {}))
+        for output in self._unknown(result):
+            self._watch(output, round_to_block(output.untyped_storage().nbytes()), self._kind(name, output))
+        del workspace
+        return result
+
+    def _unknown(self, values: Any) -> Iterator[Tensor]:
+        """Yield the tensors of the device with a storage that was not seen yet."""
+        for value in tree_iter(values):
+            is_there = isinstance(value, Tensor) and value.device.type == self._device
+            if is_there and value.untyped_storage()._cdata not in self._known:
+                yield value
+
+    def _workspace(self, name: str, args: Any, kwargs: Any) -> list[Tensor]:
+        """Return the workspaces that a device's kernel allocates and the meta kernel does not.
+
+        A 4-bit product dequantizes the weight. An 8-bit product is summed in int32 and scaled to float16
+        before it gets its dtype (``int8_mm_dequant`` in bitsandbytes). ``logsumexp`` takes the exponentials
+        of all its input (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp); a GPU's softmax
+        backward multiplies gradient and result first (``softmax_backward_cuda_out`` in
+        aten/src/ATen/native/cuda/SoftMax.cu).
+        """
+        if name.startswith("bitsandbytes.gemm_4bit"):
+            kinds = [(args[2], args[0].dtype)]
+        elif name.startswith("bitsandbytes.int8_scaled_mm"):
+            shape = (*args[0].shape[:-1], args[1].shape[0])
+            kinds = [(shape, torch.int32)]
+            kinds += (
+                [(shape, torch.float16)]
+                if (kwargs or {}).get("dtype", torch.float16) != torch.float16
+                else []
+            )
+        elif name.startswith(("aten.logsumexp", "aten._softmax_backward_data")):
+            kinds = [(args[0].shape, args[0].dtype)]
+        else:
+            return []
+        made = []
+        for shape, dtype in kinds:
+            made.append(torch.empty(shape, dtype=dtype, device="meta"))
+            size = round_to_block(made[-1].untyped_storage().nbytes())
+            self._watch(made[-1], size, self._kind(name, made[-1]))
+        return made
+
+    def _kind(self, name: str, tensor: Tensor) -> str:
+        """Return the item of a tensor that an operation has created."""
+        if self._item:
+            return self._item
+        if name.startswith(("bitsandbytes.dequantize", "bitsandbytes.gemm")) and tensor.dim() == 2:
+            is_weight = name.startswith("bitsandbytes.dequantize") or tensor.shape[0] != self._tokens
+            return "dequantized" if is_weight else ACTIVATIONS
+        if tensor.dtype in (torch.bool, torch.uint8) and tensor.dim() > 1:
+            return "dropout"
+        shape = tensor.shape
+        if self._vocabulary and len(shape) > 1 and shape[-1] == self._vocabulary:
+            return "logits"
+        if self._tokens and len(shape) > 3 and min(shape[-2:]) >= self._tokens:
+            return "scores"
+        return ACTIVATIONS
+
+    def _watch(self, tensor: Tensor, size: int, item: str) -> None:
+        storage = tensor.untyped_storage()
+        number = 0
+        if size:
+            number = len(self.items)
+            self.items.append(item)
+            self.events.append((number, size))
+        self._known[storage._cdata] = number, size
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._on_freed, storage._cdata)
+
+    def _on_freed(self, key: int) -> None:
+        number, size = self._known.pop(key, (0, 0))
+        if size:
+            self.events.append((number, -size))
+            self.live_bytes -= size

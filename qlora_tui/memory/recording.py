@@ -1,0 +1,290 @@
+"""What a run with a traced step allocates and frees, in order, and what that takes on a GPU.
+
+A run loads its model and then makes steps that are equal but for the optimizer's states, which are created at
+the end of the first and lie between the tensors of the second. The bytes alive at the peak do not give the
+reserved bytes: a freed block serves another tensor only if it is large enough, and for logits, or the scores
+of eager attention, there is often none.
+
+The step's tensors use the blocks that loading leaves free. With quantization transformers first allocates
+one tensor of the size of the whole model and frees it, so that the weights are split from one segment
+(``caching_allocator_warmup`` in modeling_utils.py). It then reads them in the natural order of their names,
+and quantizes each before it reads the next (``convert_and_load_state_dict_in_model`` in
+core_model_loading.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+
+from msgspec import Struct
+
+from qlora_tui.memory.allocator import CachingAllocator, Event, MemoryBlock, Pool
+from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, ExecutionConfig
+from qlora_tui.memory.static_memory import FROZEN, state_sizes, step_itemsize, workspace_bytes
+from qlora_tui.memory.step import Moment, Phase
+from qlora_tui.memory.weights import round_to_block
+
+READ_BYTES = 2
+"""Bytes per weight as read from the file."""
+_NUMBERS = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True)
+class LoadedWeight:
+    """A frozen weight, as it is read and as it is stored."""
+
+    name: str
+    count: int
+    """Elements."""
+    packed: tuple[int, ...] = ()
+    """Bytes of each tensor that it is quantized to; empty where it stays as read."""
+    matrices: int = 1
+    """Parts that are read and quantized in turn, in the same memory (training/experts/loading.py)."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a part of the step begins."""
+
+    phase: Phase
+    name: str
+    """As in :attr:`.step.Moment.name`."""
+    at: int
+    """Number of events before it."""
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """Forward, loss and backward of one micro-batch."""
+
+    events: Sequence[Event]
+    items: Sequence[str]
+    """What each storage is, by its number."""
+    marks: Sequence[Mark]
+    backward_at: int
+    """Number of events before the backward."""
+    gradients: frozenset[int]
+    """Storages of the gradients that it leaves."""
+
+    @property
+    def lasting(self) -> frozenset[int]:
+        """Return the storages that the step leaves: gradients, and copies of the adapter."""
+        alive: set[int] = set()
+        for number, size in self.events:
+            (alive.add if size > 0 else alive.discard)(number)
+        return frozenset(alive)
+
+    @property
+    def lasting_items(self) -> Counter[str]:
+        """Return the bytes that the step leaves, by item."""
+        items: Counter[str] = Counter()
+        for number, size in self.events:
+            items[self.items[number]] += size
+        return +items
+
+
+def step_moments(micro_steps: Sequence[MicroStep]) -> list[Moment]:
+    """Return the fullest moment of each part of the last micro-step, without what was there before a step."""
+    step = micro_steps[-1]
+    totals = [0, *accumulate(size for _, size in step.events)]
+    ends = [mark.at for mark in step.marks[1:]] + [len(step.events)]
+    now = Counter(sum((earlier.lasting_items for earlier in micro_steps[:-1]), Counter()))
+    done, moments = 0, []
+    for mark, end in zip(step.marks, ends, strict=True):
+        fullest = max(range(mark.at, end + 1), key=totals.__getitem__)
+        for number, size in step.events[done:fullest]:
+            now[step.items[number]] += size
+        done = fullest
+        moments.append(Moment(mark.phase, mark.name, dict(+now)))
+    return moments
+
+
+def run_pool(
+    weights: Sequence[LoadedWeight],
+    micro_steps: Sequence[MicroStep],
+    adapter_shapes: Sequence[tuple[int, ...]],
+    input_sizes: Iterable[int],
+    execution: ExecutionConfig,
+    *,
+    adapters: int = 1,
+    slot_sizes: Sequence[int] = (),
+    room_bytes: int | None = None,
+) -> Pool:
+    """Load the model on a GPU, run two steps, and return the allocator's totals.
+
+    Args:
+        weights: those on the device, in the model's order.
+        micro_steps: the first of a step, and another one where it has several, which adds to the gradients.
+        adapter_shapes: of each trained tensor.
+        input_sizes: bytes of each tensor of the micro-batch.
+        execution: the code that runs.
+        adapters: copies of the adapter, of which one is trained.
+        slot_sizes: bytes of the buffers of streamed layers, whose weights are not among ``weights``.
+        room_bytes: what the allocator can take; at that it releases free segments before it takes more,
+            unless its segments grow.
+    """
+    allocator = CachingAllocator(expandable=execution.expandable_segments, capacity_bytes=room_bytes)
+    _load(allocator, weights, slot_sizes, execution)
+    for _ in range(adapters):
+        allocator.keep(prod(shape) * ADAPTER_ITEMSIZE for shape in adapter_shapes)
+    _run_steps(allocator, micro_steps, adapter_shapes, tuple(input_sizes), execution)
+    return Pool(allocator.most_allocated_bytes, allocator.most_reserved_bytes)
+
+
+def _load(
+    allocator: CachingAllocator,
+    weights: Sequence[LoadedWeight],
+    slot_sizes: Sequence[int],
+    execution: ExecutionConfig,
+) -> None:
+    """Load and quantize the weights, and cast those that are not quantized."""
+    if slot_sizes:  # loaded to host memory
+        allocator.keep(slot_sizes)
+        for weight in weights:
+            allocator.keep(weight.packed or (weight.count * execution.compute_itemsize,))
+        return
+    if not any(weight.packed for weight in weights):
+        allocator.keep(weight.count * execution.compute_itemsize for weight in weights)
+        return
+    whole = sum(_announced_bytes(weight) for weight in weights)
+    allocator.free(allocator.malloc(whole))
+    as_read: dict[str, MemoryBlock] = {}
+    for weight in sorted(weights, key=_natural):
+        read = allocator.malloc(weight.count // weight.matrices * READ_BYTES)
+        if weight.packed:
+            allocator.keep(weight.packed)
+            allocator.free(read)
+        else:
+            as_read[weight.name] = read
+    if execution.cast_to_float32 or execution.compute_itemsize != READ_BYTES:
+        for weight in weights:  # one after another, in the model's order
+            if weight.name in as_read:
+                allocator.malloc(weight.count * ADAPTER_ITEMSIZE)
+                allocator.free(as_read[weight.name])
+    if execution.cast_to_float32:
+        allocator.empty_cache()  # peft/utils/other.py, after its casts
+
+
+def _announced_bytes(weight: LoadedWeight) -> int:
+    """Return the bytes that transformers expects a weight to take: half a byte in 4 bits, without scales."""
+    if not weight.packed:
+        return weight.count * READ_BYTES
+    return weight.count if weight.count in weight.packed else weight.count // 2
+
+
+def _natural(weight: LoadedWeight) -> list[int | str]:
+    """Return a key for the natural order of names: numbers in names compare as numbers."""
+    parts: list[int | str] = [*_NUMBERS.split(weight.name)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+def _run_steps(
+    allocator: CachingAllocator,
+    micro_steps: Sequence[MicroStep],
+    shapes: Sequence[tuple[int, ...]],
+    inputs: Sequence[int],
+    execution: ExecutionConfig,
+) -> None:
+    copies: list[MemoryBlock] = []
+    """Those of the adapter in the compute dtype, which the first forward makes."""
+    for is_first in (True, False):
+        gradients: list[MemoryBlock] = []
+        for place, micro_step in enumerate(micro_steps):
+            alive = [allocator.malloc(size) for size in inputs]
+            is_start = is_first and not place
+            blocks = _run_micro_step(allocator, micro_step, execution, is_start=is_start)
+            for number, block in blocks.items():
+                lasting = gradients if number in micro_step.gradients else copies
+                lasting.append(block)
+            for block in alive:
+                allocator.free(block)
+        _optimize(allocator, shapes, execution, is_first=is_first)
+        for block in gradients:
+            allocator.free(block)
+
+
+def _run_micro_step(
+    allocator: CachingAllocator, micro_step: MicroStep, execution: ExecutionConfig, *, is_start: bool
+) -> Mapping[int, MemoryBlock]:
+    """Replay forward and backward; return the blocks that are left."""
+    blocks: dict[int, MemoryBlock] = {}
+    skipped = frozenset[int]() if is_start else micro_step.lasting - micro_step.gradients
+    for place, (number, size) in enumerate(micro_step.events):
+        if is_start and place in (0, micro_step.backward_at):
+            # With the first product of each thread: this one, and autograd's.
+            allocator.malloc(workspace_bytes(execution))
+        if number in skipped:
+            continue
+        if size > 0:
+            blocks[number] = allocator.malloc(size)
+        else:
+            allocator.free(blocks.pop(number))
+    return blocks
+
+
+def _optimize(
+    allocator: CachingAllocator,
+    shapes: Sequence[tuple[int, ...]],
+    execution: ExecutionConfig,
+    *,
+    is_first: bool,
+) -> None:
+    """Create the optimizer's states in the first step, and take what its step takes."""
+    if is_first and not execution.pages_states:
+        allocator.keep(size for shape in shapes for size in state_sizes(shape, execution))
+    counts = [prod(shape) for shape in shapes]
+    if execution.optimizer == "adamw":
+        for block in [allocator.malloc(count * ADAPTER_ITEMSIZE) for count in counts]:
+            allocator.free(block)
+    elif itemsize := step_itemsize(execution):
+        for count in counts:
+            allocator.free(allocator.malloc(count * itemsize))
+
+
+def optimizer_moment(
+    shapes: Sequence[tuple[int, ...]], copies_bytes: int, execution: ExecutionConfig
+) -> Moment:
+    """Return the moment of the optimizer's step: torch's multi-tensor AdamW takes a square root of all second
+    moments at once (``_foreach_sqrt``), others one tensor after another."""
+    sizes = [round_to_block(prod(shape) * ADAPTER_ITEMSIZE) for shape in shapes]
+    if execution.optimizer == "adamw" and execution.device == "cuda":
+        taken = sum(sizes)
+    else:
+        taken = round_to_block(max(map(prod, shapes), default=0) * step_itemsize(execution))
+    items = {"gradients": sum(sizes), "adapter": copies_bytes, "optimizer_step": taken}
+    return Moment("optimizer", "optimizer step", items)
+
+
+class StepTrace(Struct, frozen=True, kw_only=True):
+    """The exact form of a step: what the code of the run allocated, and what that takes."""
+
+    transformers: str
+    """Version of the library that ran."""
+    resident: dict[str, int]
+    """Bytes by item of what is there through a step."""
+    moments: tuple[Moment, ...]
+    """The fullest moment of each part of a step, without ``resident``."""
+    pool: Pool | None
+    """Totals of a GPU's allocator over loading and two steps; None on a CPU."""
+    uncertain: tuple[str, ...] = ()
+    """Parts of the model that run other kernels on a GPU than in the trace."""
+
+    @property
+    def step_bytes(self) -> int:
+        """Return the bytes of the fullest moment of forward and backward, beyond what is resident."""
+        return max(moment.total_bytes for moment in self.moments if moment.phase != "optimizer")
+
+    def figures(self) -> dict[str, int]:
+        """Return the figures under the keys of :func:`.estimate.closed_form`."""
+        return {
+            "frozen": sum(self.resident.get(key, 0) for key in FROZEN),
+            "adapter": self.resident["adapter"],
+            "gradients": self.moments[-1].items["gradients"],
+            "step": self.step_bytes,
+        }
