@@ -22,7 +22,8 @@ from msgspec import Struct
 from qlora_tui import paths
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES, parse_architecture
-from qlora_tui.catalog.gguf import read_gguf, to_hf_config
+from qlora_tui.catalog.gguf import read_gguf
+from qlora_tui.catalog.gguf_config import to_hf_config
 from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.model_validation import (
     CONFIG,
@@ -39,8 +40,8 @@ from qlora_tui.paths import cache_dir
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 _PREFIX_CHARACTERS = 3
 """From so many characters the beginning of a name counts as a close match."""
-_UNCHECKED_CONVERSION = re.compile(r".+-[0-9a-f]{12}")
-"""Names of conversions before ``gguf`` refused files of which something would be lost."""
+_UNCHECKED_CONVERSION = re.compile(r".+-(?:[0-9a-f]{12}|[0-9a-f]{16})")
+"""Names of conversions before all of what a GGUF file says about model and tokenizer was read or refused."""
 MAX_DEPTH = 3
 """Levels searched below a named folder: publisher, model, file."""
 
@@ -281,7 +282,7 @@ def _read_converted(folder: Path) -> LocalModel:
         refusal = model_problem(
             "Converted by an earlier version",
             f"{folder} was made from a GGUF file without a check of what would be lost.",
-            "Such a model may lack a scaling of positions or of attention.",
+            "Such a model may lack a scaling of positions or of attention, or split text differently.",
             "Choose the GGUF file: it is checked, and converted again. Then delete this folder.",
         )
         return msgspec.structs.replace(model, refusal=refusal)

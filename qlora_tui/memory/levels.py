@@ -12,7 +12,6 @@ with a run's and never added to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from qlora_tui.formatting import MIB, format_bytes
 from qlora_tui.gpu.torch_env import ONEDNN_CACHE_CAPACITY
@@ -279,17 +278,10 @@ def _uncertainty_bytes(allocated: int, layout: Layout) -> int:
     return allocated // (50 if layout.exact else 3)
 
 
-Way = Literal["plain", "streamed"]
-"""How the file is converted: all of it by this program (plain), or tokenizer and config by transformers
-(streamed)."""
-PLAIN_BYTES = 50 * MIB
-"""Python, numpy, tokenizers, and a block of rows in float32."""
-PLAIN_BYTES_PER_TOKEN = 4000
-"""Bytes per vocabulary token: Python lists of words and merges, and the tokenizer built from them."""
-LIBRARIES_BYTES = 320 * MIB
-"""Bytes of the libraries with torch and transformers."""
-BYTES_PER_TOKEN = 2000
-"""Bytes per vocabulary token in transformers."""
+LIBRARIES_BYTES = 335 * MIB
+"""Bytes of a conversion's libraries with torch and transformers, and of a block of rows in float32."""
+BYTES_PER_TOKEN = 920
+"""Bytes per vocabulary token: words and merges, and the tokenizer built from them."""
 
 
 @dataclass(frozen=True)
@@ -313,11 +305,9 @@ class Conversion:
         )
 
 
-def peak_bytes(way: Way, *, file_bytes: int, vocabulary: int) -> int:
+def peak_bytes(*, file_bytes: int, vocabulary: int) -> int:
     """Return the largest resident set. The whole GGUF file is mapped, and counts as it is read.
 
-    Measured: 329 MiB for SmolLM2 135M in Q4_1 (plain), 995 for Gemma 3 270M in Q4_K_M (streamed).
+    Measured: 472 MiB for SmolLM2 135M in Q4_1, 805 for Gemma 3 270M in Q4_K_M.
     """
-    if way == "plain":
-        return PLAIN_BYTES + file_bytes + vocabulary * PLAIN_BYTES_PER_TOKEN
     return LIBRARIES_BYTES + file_bytes + vocabulary * BYTES_PER_TOKEN

@@ -64,14 +64,6 @@ def adapter_view(folder: Path) -> Iterator[Path]:
         yield view
 
 
-@contextmanager
-def single_file_view(file: Path) -> Iterator[Path]:
-    """A folder that holds only ``file``."""
-    with _temporary() as view:
-        (view / file.name).symlink_to(file.absolute())
-        yield view
-
-
 def _write(file: Path, config: dict[str, Any]) -> None:
     file.write_text(json.dumps(config))
 

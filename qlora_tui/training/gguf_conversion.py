@@ -19,8 +19,7 @@ from qlora_tui.drafts import delete_abandoned, draft_path
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
-from qlora_tui.memory.levels import Conversion, Way, peak_bytes
-from qlora_tui.training import gguf_weights
+from qlora_tui.memory.levels import Conversion, peak_bytes
 from qlora_tui.training.gguf_weights import ProgressCallback
 from qlora_tui.worker import run_job
 
@@ -68,9 +67,7 @@ def pending_conversion(model_id: str) -> Conversion | None:
 @lru_cache(maxsize=4)
 def _peak_bytes(file: Path, file_bytes: int) -> int:
     """Cached: the Memory screen calls it after each change, and a header has a hundred thousand tokens."""
-    header = read_gguf(file)
-    method: Way = "plain" if gguf_weights.is_known(header) else "streamed"
-    return peak_bytes(method, file_bytes=file_bytes, vocabulary=header.vocab_size or 0)
+    return peak_bytes(file_bytes=file_bytes, vocabulary=read_gguf(file).vocab_size or 0)
 
 
 def convert_in_child(
@@ -101,11 +98,11 @@ def convert_in_child(
 def folder_of(file: Path) -> Path:
     """The folder of a file's conversion: other files of the same name, or changed ones, get other folders.
 
-    The 12 digits of earlier versions are refused by :mod:`qlora_tui.catalog.local_models`.
+    The 12 and 16 digits of earlier versions are refused by :mod:`qlora_tui.catalog.local_models`.
     """
     try:
         stat = file.stat()
     except OSError as error:
         raise UserError("GGUF file not found", what=f"{file}: {error.strerror}.") from error
-    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:20]
     return private_dir(converted_dir()) / f"{file.stem}-{key}"

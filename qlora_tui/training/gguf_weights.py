@@ -1,39 +1,32 @@
 """Writes what a GGUF file holds as a model folder: bfloat16 safetensors, tokenizer and config.
 
-Weights are written a block of rows at a time: memory holds one float32 block of at most ``BLOCK_BYTES``,
-never the whole model. Changes that llama.cpp's converter (``convert_hf_to_gguf.py``) makes to the values are
-undone.
+Which tensors a model has, and under which names, says transformers' class, built from the config without
+weights. Their names in the file come from the tables of the ``gguf`` package. A tensor that only one of the
+two has refuses the file. What llama.cpp's converter changes about the values is undone.
 
-A plain Llama, such as the demo's model, is read once, in a quarter of the time that transformers takes, with
-the tokenizer that its publisher intended: transformers loses the rule that digits are split. For the other
-families transformers reads configuration and tokenizer. If it read the weights too, it would hold all of them
-at once in float32: 3.2 GB instead of 1.0 GB for Gemma 3 270M. What the keys mean: github.com/ggml-org/ggml,
-docs/gguf.md.
+Weights are written a block of rows at a time: memory holds one float32 block of at most ``BLOCK_BYTES``,
+never the whole model. For Gemma 3 270M transformers would need 3.2 GB.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-from qlora_tui.catalog.gguf import GgufHeader, name_of, read_gguf, rope_base
-from qlora_tui.training.clean_files import single_file_view
+from qlora_tui.catalog.gguf import GgufHeader, read_gguf
+from qlora_tui.catalog.gguf_config import GgufArchitecture, architecture_of, to_hf_config
+from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 
 BLOCK_BYTES = 16 * 2**20
 """Largest block of rows that is dequantized at once, in bytes of float32."""
 ProgressCallback = Callable[[int, int], None]
 """Called with the bytes written and the total bytes of the safetensors file."""
 Shape = tuple[int, ...]
-
-_NORMS_PLUS_ONE = ("gemma2", "gemma3")
-"""Architectures whose norms multiply by 1 + w in transformers, but by w in llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -42,40 +35,130 @@ class GgufTensor:
 
     name: str
     shape: Shape
-    tensor: Any
-    """``gguf.ReaderTensor``: a view of the mapped GGUF file."""
+    data: Any
+    """Its bytes in the GGUF file, (…, bytes of a row), mapped."""
+    kind: Any
+    """``gguf.GGMLQuantizationType`` of the bytes."""
     change: Callable[[Any], Any] | None = None
     """Applied to the whole tensor in float32, which is then not split into blocks."""
 
     @property
     def size(self) -> int:
         """Size in the safetensors file, in bytes."""
-        count = 2
-        for length in self.shape:
-            count *= length
-        return count
+        return 2 * math.prod(self.shape)
 
 
-def weights_of(reader: Any, architecture: str, heads: int, kv_heads: int) -> list[GgufTensor]:
-    """All tensors of a ``gguf.GGUFReader`` in the order of the file. Raises ValueError for an unknown one."""
-    weights = []
-    for tensor in reader.tensors:
-        name = name_of(tensor.name, architecture)
-        if name is None:
-            raise ValueError(f"its tensor {tensor.name} is unknown")
-        # ggml lists dimensions from the fastest-changing one.
-        shape = tuple(int(length) for length in reversed(tensor.shape))
-        weights.append(GgufTensor(name, shape, tensor, _change(name, architecture, heads, kv_heads)))
-    return weights
+def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
+    """Write config, tokenizer, chat template and bfloat16 safetensors of a GGUF file.
+
+    Raises UserError and ValueError for a file of which something would be lost.
+    """
+    header = read_gguf(file, vocabulary=True)
+    config = to_hf_config(header, file)
+    tokenizer = GgufTokenizer(header)
+    if len(tokenizer.tokens) > config["vocab_size"]:
+        raise ValueError(f"it has {len(tokenizer.tokens):,} tokens and {config['vocab_size']:,} embeddings")
+    tokenizer.write(folder, config.get("max_position_embeddings"))
+    del config["dtype"]
+    names = {"bos": "bos", "pad": "padding"}
+    special: dict[str, Any] = {f"{name}_token_id": tokenizer.special_id(key) for name, key in names.items()}
+    special["eos_token_id"] = tokenizer.ends[0] if len(tokenizer.ends) == 1 else tokenizer.ends or None
+    weights = weights_of(file, header, config | special, folder, architecture_of(header, file))
+    write_weights(weights, folder / "model.safetensors", progress)
 
 
-def _change(name: str, architecture: str, heads: int, kv_heads: int) -> Callable[[Any], Any] | None:
-    if architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
-        return lambda values: values - 1
-    if architecture == "llama" and ".q_proj." in name:
-        return lambda values: _unpermute_rope(values, heads)
-    if architecture == "llama" and ".k_proj." in name:
-        return lambda values: _unpermute_rope(values, kv_heads)
+def weights_of(
+    file: Path, header: GgufHeader, config: Mapping[str, Any], folder: Path, architecture: GgufArchitecture
+) -> list[GgufTensor]:
+    """Write the configs of the model; return its tensors in the order of the file.
+
+    Raises ValueError for a tensor that only the file or only transformers' class has.
+    """
+    import gguf
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from qlora_tui.training.model_class import build_on_meta
+
+    model = build_on_meta(config)
+    # Names as in weight files: an expert's matrices each have one.
+    state = revert_weight_conversion(model, model.state_dict())
+    expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if config["tie_word_embeddings"]:
+        expected.pop("lm_head.weight", None)
+    by_name = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(by_name[header.architecture], config["num_hidden_layers"])
+    stored: dict[str, list[str]] = {}
+    for name in expected:
+        part = _ONE_EXPERT.sub(".experts.", name)
+        stored_name = names.get_name(part, try_suffixes=(".weight", ".bias"))
+        stored.setdefault(stored_name or f"for {name}", []).append(name)
+    factors = header.rope_factors.keys()
+    if unknown := [name for name in header.tensors if name not in stored and name not in factors]:
+        raise ValueError(f"it has a tensor {unknown[0]}, which {type(model).__name__} has no place for")
+    if missing := [name for name in stored if name not in header.tensors]:
+        raise ValueError(f"it has no tensor {missing[0]}, which {type(model).__name__} needs")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    return [
+        weight
+        for tensor in header.tensors
+        if tensor in stored
+        for weight in _split(file, header, tensor, stored[tensor], expected, model.config, architecture)
+    ]
+
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def _split(
+    file: Path,
+    header: GgufHeader,
+    tensor: str,
+    names: list[str],
+    expected: Mapping[str, Shape],
+    config: Any,
+    architecture: GgufArchitecture,
+) -> Iterator[GgufTensor]:
+    """Yield the tensors of the model that one of the file holds: one, or one for each expert."""
+    # ggml lists dimensions from the fastest-changing one.
+    shape = tuple(reversed(header.tensors[tensor]))
+    data, kind = _mapped(file, header, tensor, shape)
+    experts = _ONE_EXPERT.search(names[0]) is not None
+    own = shape[1:] if experts else shape
+    if len(names) != (shape[0] if experts else 1):
+        raise ValueError(f"its tensor {tensor} stands for {len(names)} tensors of the model")
+    for number, name in enumerate(names):
+        if expected[name] != own and math.prod(expected[name]) != math.prod(own):
+            raise ValueError(f"its tensor {tensor} is {own}, and {name} is {expected[name]}")
+        change = _change(name, config, architecture)
+        yield GgufTensor(name, expected[name], data[number] if experts else data, kind, change)
+
+
+def _mapped(file: Path, header: GgufHeader, tensor: str, shape: Shape) -> tuple[Any, Any]:
+    """Return the bytes of a tensor, (…, bytes of a row), and their type. Raises ValueError."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    kind = GGMLQuantizationType(header.tensor_types[tensor])
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if not shape or shape[-1] % block:
+        raise ValueError(f"its tensor {tensor} has rows that are not made of whole blocks of {block}")
+    rows = (*shape[:-1], shape[-1] // block * block_bytes)
+    offset = header.offsets[tensor]
+    if offset + math.prod(rows) > file.stat().st_size:
+        raise ValueError(f"the file ends before its tensor {tensor}")
+    return np.memmap(file, np.uint8, "r", offset, rows), kind
+
+
+def _change(name: str, config: Any, architecture: GgufArchitecture) -> Callable[[Any], Any] | None:
+    if architecture.norm_offset and name.endswith("norm.weight"):
+        return lambda values: values - architecture.norm_offset
+    if architecture.rotates_neighbors and ".q_proj." in name:
+        return lambda values: _unpermute_rope(values, config.num_attention_heads)
+    if architecture.rotates_neighbors and ".k_proj." in name:
+        return lambda values: _unpermute_rope(values, config.num_key_value_heads)
     return None
 
 
@@ -122,14 +205,13 @@ def _blocks(weight: GgufTensor) -> Iterator[Any]:
     """Yield the tensor in float32, a block of rows at a time."""
     from gguf import dequantize
 
-    tensor = weight.tensor
     if weight.change is not None or len(weight.shape) < 2:
-        values = dequantize(tensor.data, tensor.tensor_type)
+        values = dequantize(weight.data, weight.kind)
         yield weight.change(values) if weight.change else values
         return
     rows = max(1, BLOCK_BYTES // (4 * weight.shape[-1]))
     for start in range(0, weight.shape[0], rows):
-        yield dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+        yield dequantize(weight.data[start : start + rows], weight.kind)
 
 
 def _bfloat16(values: Any) -> Any:
@@ -143,189 +225,3 @@ def _bfloat16(values: Any) -> Any:
     halves = rounded.astype(np.uint16)
     halves[np.isnan(values)] = 0x7FC0
     return halves
-
-
-KIND = ("gpt2", "smollm")
-"""``tokenizer.ggml.model`` and ``.pre`` of the supported kind of vocabulary."""
-CONTROL = 3
-"""``token_type`` of a control token, such as the begin or end of a turn."""
-
-
-def tokenizer_from(header: dict[str, Any]) -> Tokenizer:
-    """Build the tokenizer from a file's metadata, which must be of the kind ``KIND``."""
-    tokens = header["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: id_ for id_, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    types = header["tokenizer.ggml.token_type"]
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, type_ in zip(tokens, types, strict=True)
-            if type_ == CONTROL
-        ]
-    )
-    return tokenizer
-
-
-_NEEDED = (
-    "tokenizer.chat_template",
-    *(f"tokenizer.ggml.{special}_token_id" for special in ("bos", "eos", "padding", "unknown")),
-)
-
-
-def is_known(header: GgufHeader) -> bool:
-    """Whether the file is a plain Llama with a supported vocabulary, and nothing is missing.
-
-    What is unknown is refused before (``catalog.gguf``).
-    """
-    kind = (header.values.get("tokenizer.ggml.model"), header.values.get("tokenizer.ggml.pre"))
-    return (
-        header.architecture == "llama"
-        and kind == KIND
-        and all(key in header.values for key in _NEEDED)
-        and not any(tensor.endswith(".bias") for tensor in header.tensors)
-    )
-
-
-def write_llama(file: Path, folder: Path, progress: ProgressCallback) -> None:
-    """Write config, tokenizer, chat template and bfloat16 safetensors of a file that ``is_known``."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-    header = {key: field.contents() for key, field in reader.fields.items()}
-    _write_tokenizer(header, folder)
-    _write_llama_config(header, reader, folder)
-    heads, kv_heads = header["llama.attention.head_count"], header["llama.attention.head_count_kv"]
-    write_weights(weights_of(reader, "llama", heads, kv_heads), folder / "model.safetensors", progress)
-
-
-def _write_tokenizer(header: dict[str, Any], folder: Path) -> None:
-    tokens = header["tokenizer.ggml.tokens"]
-    tokenizer_from(header).save(str(folder / "tokenizer.json"))
-    special = {
-        name: tokens[header[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("pad_token", "padding"),
-            ("unk_token", "unknown"),
-        )
-    }
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": header["llama.context_length"],
-            "clean_up_tokenization_spaces": False,
-            **special,
-        },
-    )
-    (folder / "chat_template.jinja").write_text(header["tokenizer.chat_template"], encoding="utf-8")
-
-
-def _write_llama_config(header: dict[str, Any], reader: Any, folder: Path) -> None:
-    special = {
-        f"{name}_token_id": header[f"tokenizer.ggml.{key}_token_id"]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
-    heads = header["llama.attention.head_count"]
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "vocab_size": len(header["tokenizer.ggml.tokens"]),
-        "hidden_size": header["llama.embedding_length"],
-        "intermediate_size": header["llama.feed_forward_length"],
-        "num_hidden_layers": header["llama.block_count"],
-        "num_attention_heads": heads,
-        "head_dim": header.get("llama.rope.dimension_count") or header["llama.embedding_length"] // heads,
-        "num_key_value_heads": header["llama.attention.head_count_kv"],
-        "max_position_embeddings": header["llama.context_length"],
-        # A float32 printed with as many digits as it holds, so that 1e-05 stays 1e-05.
-        "rms_norm_eps": float(f"{header['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": rope_base(header, "llama"),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
-        **special,
-    }
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", special)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_streamed(file: Path, folder: Path, architecture: str, progress: ProgressCallback) -> None:
-    """Write the folder of a file of a family whose tensors are known.
-
-    Raises ValueError where the model that transformers builds from the configuration has other tensors.
-    """
-    import gguf
-    from transformers import AutoConfig, AutoTokenizer
-
-    with single_file_view(file) as view, one_reader_per_file():
-        place: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(view),
-            "gguf_file": file.name,
-            "local_files_only": True,
-            "trust_remote_code": False,
-        }
-        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-        config: Any = AutoConfig.from_pretrained(**place)
-        reader = gguf.GGUFReader(str(view / file.name))
-    rope = config.rope_parameters
-    base = rope_base(read_gguf(file).values, architecture)
-    # transformers reads the base of some families only, and has others where the file names none.
-    rope.get("full_attention", rope)["rope_theta"] = base
-    weights = weights_of(reader, architecture, config.num_attention_heads, config.num_key_value_heads)
-    _write_config(config, folder, weights)
-    write_weights(weights, folder / "model.safetensors", progress)
-
-
-@contextmanager
-def one_reader_per_file() -> Iterator[None]:
-    """Make all users of ``gguf.GGUFReader`` share one reader for each file.
-
-    transformers opens one for the tokenizer and one for the configuration, and each reads the vocabulary
-    entry by entry: 15 s for the 262,144 of Gemma 3.
-    """
-    import gguf
-
-    original = gguf.GGUFReader
-    gguf.GGUFReader = lru_cache(original)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = original
-
-
-def _write_config(config: Any, folder: Path, weights: list[GgufTensor]) -> None:
-    """Write what ``save_pretrained`` writes besides the weights, from a model without weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers'
-            config, dtype=torch.bfloat16
-        )
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    written = {weight.name: weight.shape for weight in weights}
-    different = sorted(name for name in {*expected, *written} if expected.get(name) != written.get(name))
-    if different:
-        raise ValueError(f"its tensors are not those of {type(model).__name__}: {', '.join(different[:3])}")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_tui.catalog.gguf import read_gguf, to_hf_config
-from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 from qlora_tui.drafts import draft_path, held_draft, publish
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.training.failures import is_full_disk, is_out_of_memory
-from qlora_tui.training.gguf_weights import ProgressCallback, is_known, write_llama, write_streamed
+from qlora_tui.training.gguf_weights import write_model
 from qlora_tui.worker import Report
 
 
@@ -35,27 +33,13 @@ def convert(file: Path, folder: Path, report: Report = lambda done, total, text=
             with held_draft(draft_path(folder)) as draft:
                 # Only who holds the lock writes it.
                 assert draft is not None
-                _convert(file, draft, report)
+                write_model(file, draft, report)
                 publish(draft, folder)
         except (
             *(OSError, ValueError, KeyError, ImportError, NotImplementedError),
             *(MemoryError, RuntimeError, SafetensorError),
         ) as error:
             raise _problem(file, error) from error
-
-
-def _convert(file: Path, folder: Path, progress: ProgressCallback) -> None:
-    header = read_gguf(file)
-    to_hf_config(header, file)  # refuses what would be lost
-    if is_known(header):
-        write_llama(file, folder, progress)
-    else:
-        assert header.architecture is not None
-        write_streamed(file, folder, header.architecture, progress)
-    if tool_template := header.values.get("tokenizer.chat_template.tool_use"):
-        path = folder / TOOL_TEMPLATE
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(str(tool_template), encoding="utf-8")
 
 
 @contextmanager

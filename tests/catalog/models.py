@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 TINY: dict[str, Any] = {
@@ -59,14 +61,21 @@ def make_cached(cache: Path, model_id: str, config: dict[str, Any] | None = None
     return snapshot
 
 
-def gguf_bytes(values: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> bytes:
-    """A GGUF file of version 3 with these metadata and tensor names, and no tensor data."""
-    body = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
+def gguf_bytes(
+    values: dict[str, Any],
+    tensors: dict[str, tuple[int, ...]],
+    vectors: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> bytes:
+    """A GGUF file of version 3 with these metadata, tensor names without data, and float32 vectors."""
+    body = b"GGUF" + struct.pack("<IQQ", 3, len(tensors) + len(vectors), len(values))
     for key, value in values.items():
         body += _text(key) + _value(value)
-    for name, shape in tensors.items():
-        body += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, 0)
-    return body
+    data = b""
+    for name, shape in (tensors | {name: (len(vector),) for name, vector in vectors.items()}).items():
+        body += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))
+        data += struct.pack(f"<{len(vectors[name])}f", *vectors[name]) if name in vectors else b""
+        data += bytes(-len(data) % 32)
+    return body + (bytes(-len(body) % 32) + data if data else b"")
 
 
 def _text(text: str) -> bytes:
@@ -78,13 +87,15 @@ def _value(value: Any) -> bytes:
         case bool():
             return struct.pack("<I?", 7, value)
         case int():
-            return struct.pack("<II", 4, value)
+            return struct.pack("<II", 4, value) if value >= 0 else struct.pack("<Ii", 5, value)
         case float():
             return struct.pack("<If", 6, value)
         case str():
             return struct.pack("<I", 8) + _text(value)
         case [str(), *_]:
             return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_text, value))
+        case [bool(), *_]:
+            return struct.pack(f"<IIQ{len(value)}?", 9, 7, len(value), *value)
         case list():
             return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
     raise TypeError(value)
@@ -100,6 +111,8 @@ TINY_GGUF_VALUES: dict[str, Any] = {
     "llama.context_length": 128,
     "llama.rope.dimension_count": 8,
     "llama.rope.freq_base": 10000.0,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
     "tokenizer.ggml.add_bos_token": False,
     "tokenizer.ggml.tokens": [f"token {i}" for i in range(64)],
     "tokenizer.ggml.token_type": [1] * 64,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from qlora_tui import paths
 from qlora_tui.catalog import model_validation
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.catalog.gguf import read_gguf, to_hf_config
+from qlora_tui.catalog.gguf import read_gguf
+from qlora_tui.catalog.gguf_config import to_hf_config
 from qlora_tui.catalog.model_validation import safetensors_damage
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError

@@ -18,7 +18,6 @@ from qlora_tui.files import private_dir
 from qlora_tui.runs import leftovers
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import ExportRequest, delete_export, read_exports
-from qlora_tui.training.clean_files import single_file_view
 from tests.runs.damage import put_adapter, put_checkpoint
 
 
@@ -100,14 +99,13 @@ def test_nothing_without_our_marker_is_swept(run: RunDir) -> None:
 
 
 def test_what_a_process_uses_stays(run: RunDir, tmp_path: Path) -> None:
-    (tmp_path / "weights").touch()
     young = run.path / ".qlora-tui-a8_xy7z1.tmp"
     young.touch()
-    with new_draft(paths.runs_dir()) as files, single_file_view(tmp_path / "weights") as view:
+    with new_draft(paths.runs_dir()) as files, new_draft(Path(tempfile.gettempdir())) as view:
         assert leftovers.sweep() == []
         leftovers.sweep_own(run)
         assert files.exists() and view.exists() and young.exists()
-    assert not files.parent.exists() and not view.parent.exists() and (tmp_path / "weights").exists()
+    assert not files.parent.exists() and not view.parent.exists()
 
 
 def test_no_file_of_a_run_decides_what_is_deleted_elsewhere(run: RunDir, tmp_path: Path) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.training import gguf_weights
 from qlora_tui.training.gguf_conversion import convert_in_child
-from qlora_tui.training.gguf_weights import is_known, weights_of, write_weights
 from qlora_tui.training.gguf_worker import convert
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -103,12 +100,6 @@ def test_the_template_for_tools_comes_along(tmp_path: Path, pre: str) -> None:
     assert tokenizer.tool_template.text == "{{ tools }}" != tokenizer.template.text
 
 
-def test_another_vocabulary_goes_the_general_way(tmp_path: Path) -> None:
-    known = write_tiny_gguf(tmp_path / "known.gguf")
-    assert is_known(read_gguf(known))
-    assert not is_known(read_gguf(write_tiny_gguf(tmp_path / "other.gguf", pre="qwen2")))
-
-
 def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     file = write_tiny_gguf(tmp_path / "other.gguf", architecture="unheard-of")
     with pytest.raises(UserError, match="cannot be used") as raised:
@@ -129,28 +120,6 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(file: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_header_is_read_once_for_tokenizer_config_and_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gguf
-
-    from qlora_tui.training import gguf_weights
-
-    opened: list[str] = []
-
-    class Counted(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
-        def __init__(self, path: str) -> None:
-            opened.append(path)
-            super().__init__(path)
-
-    monkeypatch.setattr(gguf, "GGUFReader", Counted)
-    file = write_tiny_gguf(tmp_path / "other.gguf", pre="qwen2")
-    (tmp_path / "converted").mkdir()
-    gguf_weights.write_streamed(file, tmp_path / "converted", "llama", lambda done, total: None)
-    assert len(opened) == 1
-    assert gguf.GGUFReader is Counted
-
-
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY, LAYERS = 64, 96, 4, 2, 320, 2
 NORMS = {"llama": 2, "qwen2": 2, "qwen3": 2, "phi3": 2, "starcoder2": 2, "gemma2": 4, "gemma3": 4}
 HEAD_NORMS = ("qwen3", "gemma3")
@@ -163,7 +132,7 @@ HEAD_DIM = {"qwen3": 128}
 """transformers reads no other for Qwen 3."""
 
 
-def write_model(path: Path, architecture: str, rope_base: float = 10_000.0) -> Path:
+def write_model(path: Path, architecture: str) -> Path:
     """A random model of two layers, norm weights as far from one as Gemma's."""
     import numpy as np
     from gguf import GGMLQuantizationType as Kind
@@ -180,10 +149,16 @@ def write_model(path: Path, architecture: str, rope_base: float = 10_000.0) -> P
     writer.add_head_count_kv(KV_HEADS)
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(rope_base)
+    if architecture == "starcoder2":
+        writer.add_layer_norm_eps(1e-6)
+    else:
+        writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+    writer.add_token_merges(["t 0"])
     writer.add_pad_token_id(0)
 
     def add(name: str, shape: tuple[int, ...], kind: Kind = Kind.Q8_0) -> None:
@@ -232,18 +207,13 @@ def test_every_family_is_as_transformers_reads_it(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
-    from gguf import GGUFReader
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, GgufConfig
 
     # Blocks of five rows: the last one of each tensor is not full.
     monkeypatch.setattr(gguf_weights, "BLOCK_BYTES", 5 * 4 * HIDDEN)
     file = write_model(tmp_path / "model.gguf", architecture)
-    write_weights(
-        weights_of(GGUFReader(file), architecture, HEADS, KV_HEADS),
-        tmp_path / "model.safetensors",
-        lambda done, total: None,
-    )
+    convert(file, tmp_path / "converted")
     reference: Any = AutoModelForCausalLM.from_pretrained(
         str(tmp_path),
         gguf_file=file.name,
@@ -252,27 +222,10 @@ def test_every_family_is_as_transformers_reads_it(
     ).state_dict()
     if architecture not in UNTIED:
         del reference["lm_head.weight"]  # tied to the embeddings, and stored once
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_file(tmp_path / "converted" / "model.safetensors")
     assert weights.keys() == reference.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, reference[name]), name
-
-
-@pytest.mark.parametrize("architecture", ["starcoder2", "gemma3"])
-def test_the_rotary_base_of_the_file_is_used(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import transformers
-
-    class NoTokenizer:
-        from_pretrained = save_pretrained = classmethod(lambda cls, *args, **kwargs: cls)
-
-    monkeypatch.setattr(transformers, "AutoTokenizer", NoTokenizer)
-    file = write_model(tmp_path / "model.gguf", architecture, 999_999.0)
-    gguf_weights.write_streamed(file, tmp_path, architecture, lambda done, total: None)
-    rope = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
-    assert rope.get("full_attention", rope)["rope_theta"] == 999_999
-    assert rope.get("sliding_attention", {}).get("rope_theta", 10_000) == 10_000
 
 
 def test_rounding_to_bfloat16_is_torchs() -> None:
