@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
+
+from safetensors import safe_open
+from torch import Tensor
 
 from qlora_tui.adapters.deltas import (
     AdapterDeltas,
+    Delta,
     EmbeddingRowDelta,
     ExpertDelta,
     FusedExpertDelta,
-    LoraDelta,
     WholeMatrix,
     read_deltas,
-    stored_experts,
 )
-from qlora_tui.catalog.architecture_types import OutputHead, inner_name
+from qlora_tui.adapters.stored_layout import StoredLayout, TensorGroup
+from qlora_tui.catalog.architecture_types import OutputHead
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import read_header, weight_files
 from qlora_tui.errors import UserError
@@ -53,32 +58,97 @@ def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
     return report
 
 
-def placed_updates(recipe: Recipe, adapter: Path) -> dict[Path, AdapterDeltas]:
+@dataclass(frozen=True, eq=False)
+class ConvertedDelta:
+    """Update of a tensor that transformers converts, with others, to the parameters of the model."""
+
+    layout: StoredLayout
+    group: TensorGroup
+    updates: AdapterDeltas
+    """Updates of the group's parameters."""
+    file_of: Mapping[str, Path]
+    """Weight file of each stored tensor."""
+    name: str
+    """The tensor's name in its file."""
+
+    def apply_to(self, weight: Tensor) -> Tensor:
+        """Return the merged tensor; ``weight`` are its stored values, which are read again."""
+        return self.merged(as_stored)[self.name].to(weight.dtype)
+
+    def merged(self, round_parameter: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the group, merged, in float32. Those of the last group are kept.
+
+        ``round_parameter`` returns the values that an update is added to, from those of a parameter by its
+        name.
+        """
+        last = self.layout.last_merged
+        if last is None or last[:2] != (self.group, round_parameter):
+            last = self.layout.last_merged = None  # first: both may be large
+            last = self.layout.last_merged = (self.group, round_parameter, self._merge(round_parameter))
+        return last[2]
+
+    def _merge(self, round_parameter: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        def change(parameter: str, values: Tensor) -> Tensor:
+            wide = round_parameter(parameter, values).float()
+            update = self.updates.get(parameter)
+            return wide if update is None else update.apply_to(wide)
+
+        stored = {name: read_tensor(self.file_of[name], name) for name in self.group.stored}
+        parameters = self.layout.to_model(self.group, stored)
+        return self.layout.to_files(
+            self.group, {name: change(name, values) for name, values in parameters.items()}
+        )
+
+
+def as_stored(_parameter: str, values: Tensor) -> Tensor:
+    """Return the values of a parameter as they are."""
+    return values
+
+
+PlacedDeltas: TypeAlias = dict[str, Delta | ConvertedDelta]
+"""Updates by the name of a tensor in a weight file."""
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Return a tensor of a weight file. Raises OSError."""
+    with safe_open(file, framework="pt") as content:
+        # Copy: the original is a view of the mapped file.
+        tensor: Tensor = content.get_tensor(name).clone()
+        return tensor
+
+
+def placed_updates(recipe: Recipe, adapter: Path) -> dict[Path, PlacedDeltas]:
     """Return an adapter's updates by weight file of the recipe's model and tensor name. Raises UserError."""
     base = model_folder(recipe)
     files = [base / name for name in weight_files(base)]
     head = resolve_model(recipe.model.id).architecture.head
-    return assign_deltas(with_tied_head(read_deltas(adapter), files, head), files, adapter)
+    deltas = with_tied_head(read_deltas(adapter), files, head)
+    return assign_deltas(deltas, files, adapter, StoredLayout(base))
 
 
-def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> dict[Path, AdapterDeltas]:
+def assign_deltas(
+    deltas: AdapterDeltas, files: list[Path], adapter: Path, layout: StoredLayout
+) -> dict[Path, PlacedDeltas]:
     """Group updates by weight file and tensor name. Raises UserError for an update without a tensor.
 
     ``adapter`` is the folder of the updates, for the message.
     """
-    shapes = {name: (file, shape) for file in files for name, shape in _shapes(file).items()}
-    by_inner_name = {inner_name(name): name for name in shapes}
-    placed: dict[Path, AdapterDeltas] = {file: {} for file in files}
-    for module, update in _without_stacks(deltas, shapes).items():
-        name = module if module in shapes else f"{module}.weight"
-        if name not in shapes:
-            # A text model inside a multimodal one is named with or without the outer part.
-            name = by_inner_name.get(inner_name(name), name)
-        if name not in shapes and isinstance(update, EmbeddingRowDelta):
+    file_of = {name: file for file in files for name in _shapes(file)}
+    placed: dict[Path, PlacedDeltas] = {file: {} for file in files}
+    converted: dict[TensorGroup, AdapterDeltas] = {}
+    for module, update in deltas.items():
+        parameter = layout.parameter_of(module)
+        if parameter is None and isinstance(update, EmbeddingRowDelta):
             last = f".{module.rpartition('.')[2]}.weight"
-            name = next((known for known in shapes if f".{known}".endswith(last)), name)
-        file, shape = shapes.get(name, (Path(), ()))
-        if not update.fits(shape):
+            parameter = next((known for known in layout.by_parameter if known.endswith(last)), None)
+        if parameter is None and f"{module}.weight" in file_of:
+            # A tied head that is stored separately.
+            placed[file_of[f"{module}.weight"]][f"{module}.weight"] = update
+            continue
+        shape = () if parameter is None else tuple(layout.by_parameter[parameter].parameters[parameter])
+        if parameter is not None and isinstance(update, ExpertDelta):
+            update = FusedExpertDelta(update, layout.is_transposed(parameter))
+        if parameter is None or not update.fits(shape):
             there = f"{shape} in the base and {update.shape} here" if shape else "the base has no such weight"
             raise UserError(
                 "The adapter does not fit",
@@ -86,25 +156,16 @@ def assign_deltas(deltas: AdapterDeltas, files: list[Path], adapter: Path) -> di
                 why="It was trained on another model, or the base stores this weight in another layout.",
                 fix="Choose the model it was trained on; its adapter_config.json names it.",
             )
-        placed[file][name] = update
-    return placed
-
-
-def _without_stacks(deltas: AdapterDeltas, names: Collection[str]) -> AdapterDeltas:
-    """Return the updates, with those of experts as updates of the tensors that the files have."""
-    apart: AdapterDeltas = {}
-    for module, update in deltas.items():
-        stored = stored_experts(module, names, update.experts) if isinstance(update, ExpertDelta) else None
-        if not isinstance(update, ExpertDelta) or stored is None:
-            apart[module] = update
-        elif stored.fused:
-            apart[stored.fused] = FusedExpertDelta(update, stored.transposed)
+        group = layout.by_parameter[parameter]
+        if group.is_converted:
+            converted.setdefault(group, {})[parameter] = update
         else:
-            for expert, matrices in enumerate(stored.matrices):
-                down, up = update.factors_of(expert)
-                for name, rows in zip(matrices, up.chunk(len(matrices)), strict=True):
-                    apart[name] = LoraDelta(down, rows, update.scale, None, transposed=False)
-    return apart
+            (name,) = group.stored
+            placed[file_of[name]][name] = update
+    for group, updates in converted.items():
+        for name in group.stored:
+            placed[file_of[name]][name] = ConvertedDelta(layout, group, updates, file_of, name)
+    return placed
 
 
 def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -> AdapterDeltas:

@@ -4,18 +4,18 @@ LoRA (arXiv:2106.09685, section 4.1): W + s·B·A with s = alpha / r, or alpha /
 (arXiv:2312.03732). DoRA (arXiv:2402.09353, equation 5): the rows of that, scaled to the learned magnitudes.
 
 peft stacks the factors of all experts of a layer (``ParamWrapper`` in ``tuners/lora/layer.py``), and names
-them by the module that holds the parameters, not by the parameter. The weight files of most families have a
-tensor for each expert and projection, those of others one for all experts: see :func:`stored_experts`.
+them by the module that holds the parameters, not by the parameter. Which tensors of the weight files a
+parameter is: :mod:`.stored_layout`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -27,15 +27,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.runs.damage import checksum_damage
 from qlora_tui.training.experts.routing import PROJECTIONS, columns_of_b, rows_of_a
 
-MATRICES = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
-"""Names of an expert's matrices in weight files, by the parameter that holds those of all experts. The
-matrices of one tuple are below each other in it."""
 _WRAPPER = ".base_layer"
-GRANITE = {"gate_up_proj": "input_linear.weight", "down_proj": "output_linear.weight"}
-"""Names of the parameters of all experts in Granite's weight files, in place of ``experts.`` and theirs."""
 
 
 def expert_parameter(name: str, config: Mapping[str, Any]) -> str | None:
@@ -50,39 +42,6 @@ def expert_parameter(name: str, config: Mapping[str, Any]) -> str | None:
     adapted = [p for p in PROJECTIONS if any(f".{path}.{p}".endswith(f".{target}") for target in targets)]
     # peft wraps the parameters in the model's order: the last one is outermost.
     return f"{path}.{adapted[-1 - depth]}" if depth < len(adapted) else None
-
-
-@dataclass(frozen=True)
-class StoredExperts:
-    """Where the weight files have the matrices of a parameter of experts."""
-
-    fused: str = ""
-    """Name of the tensor of all experts; empty where each expert has its own."""
-    transposed: bool = False
-    """Whether matrices are stored as (inputs, outputs)."""
-    matrices: tuple[tuple[str, ...], ...] = ()
-    """Names of the tensors of each expert, which are below each other in the parameter."""
-
-
-def stored_experts(parameter: str, names: Collection[str], experts: int) -> StoredExperts | None:
-    """Find the tensors of a parameter of experts, such as ``model.layers.0.mlp.experts.gate_up_proj``.
-
-    ``names`` are those of all tensors in the weight files. None where they do not have it.
-    """
-    path, _, projection = parameter.rpartition(".")
-    granite = f"{path.removesuffix('experts')}{GRANITE[projection]}"
-    for fused in (parameter, granite):
-        if fused in names:
-            # Only gpt-oss has biases, and matrices of (inputs, outputs).
-            return StoredExperts(fused, transposed=f"{parameter}_bias" in names)
-    for holder in (path, path.replace(".mlp.", ".block_sparse_moe.")):
-        for parts in MATRICES[projection]:
-            matrices = tuple(
-                tuple(f"{holder}.{expert}.{part}.weight" for part in parts) for expert in range(experts)
-            )
-            if all(name in names for each in matrices for name in each):
-                return StoredExperts(matrices=matrices)
-    return None
 
 
 @dataclass(frozen=True)
@@ -102,12 +61,12 @@ class ExpertDelta:
         return self.experts, len(self.up), self.down.shape[1]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the update belongs to one tensor; it has to be taken apart first."""
+        """Return False: which way round the matrices are is known to the model only."""
         return False
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """Refuse: it has to be taken apart first."""
-        raise NotImplementedError("an update of experts that was not taken apart")
+        """Refuse: see :class:`FusedExpertDelta`."""
+        raise NotImplementedError("an update of experts without the layout of their parameter")
 
     def change_of(self, expert: int) -> Tensor:
         """Compute s·B·A of one expert, in fp32: (outputs, inputs)."""
@@ -121,24 +80,24 @@ class ExpertDelta:
 
 @dataclass(frozen=True)
 class FusedExpertDelta:
-    """LoRA update of a tensor that holds the matrices of all experts."""
+    """LoRA update of a parameter that holds the matrices of all experts."""
 
     delta: ExpertDelta
     transposed: bool
-    """Whether a matrix is stored as (inputs, outputs), as in gpt-oss."""
+    """Whether a matrix is (inputs, outputs), as in gpt-oss."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Return the shape of the tensor as stored."""
+        """Return the shape of the parameter."""
         outputs, inputs = len(self.delta.up), self.delta.down.shape[1]
         return (self.delta.experts, *((inputs, outputs) if self.transposed else (outputs, inputs)))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the update belongs to a tensor of this shape."""
+        """Return whether the update belongs to a parameter of this shape."""
         return shape == self.shape
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """Return the merged tensor, in the dtype of ``weight``; each expert is computed in fp32."""
+        """Return the merged parameter, in the dtype of ``weight``; each expert is computed in fp32."""
         merged = weight.clone()
         for expert in range(self.delta.experts):
             change = self.delta.change_of(expert)
@@ -239,8 +198,9 @@ class WholeMatrix:
         return self.weight.to(weight.dtype)
 
 
-AdapterDeltas = dict[str, LoraDelta | EmbeddingRowDelta | WholeMatrix | ExpertDelta | FusedExpertDelta]
-"""Updates by module name."""
+Delta: TypeAlias = LoraDelta | EmbeddingRowDelta | WholeMatrix | ExpertDelta | FusedExpertDelta
+AdapterDeltas: TypeAlias = dict[str, Delta]
+"""Updates by the name of a module, or of a parameter of experts."""
 
 
 def check_unchanged(folder: Path) -> None:

@@ -12,14 +12,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from qlora_tui.adapters.base_weights import StatusFn, model_folder, placed_updates
-from qlora_tui.adapters.deltas import GRANITE, MATRICES, AdapterDeltas, LoraDelta
+from qlora_tui.adapters.base_weights import (
+    ConvertedDelta,
+    PlacedDeltas,
+    StatusFn,
+    as_stored,
+    model_folder,
+    placed_updates,
+    read_tensor,
+)
+from qlora_tui.adapters.deltas import LoraDelta
+from qlora_tui.adapters.stored_layout import StoredLayout
 from qlora_tui.catalog.architecture_types import Architecture, inner_name
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import CONFIG, is_mxfp4, read_header
@@ -27,11 +34,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory.weights import quantized_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
 
-TensorReader: TypeAlias = Callable[[str], Tensor]
-"""Returns the values of a tensor by its name."""
 _STACKED = 3
-"""Dimensions of a tensor that holds a matrix of each expert."""
-_GRANITE_PARAMETERS = {name.removesuffix(".weight"): parameter for parameter, name in GRANITE.items()}
+"""Dimensions of a parameter that holds a matrix of each expert."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class MergedWeights:
 
     folder: Path
     """The base's folder."""
-    updates: dict[Path, AdapterDeltas]
+    updates: dict[Path, PlacedDeltas]
     """By weight file, then by tensor name."""
     requantize: Requantizer | None = None
-    """Rounds a tensor as quantization did in training; None keeps the stored values."""
+    """Rounds a parameter as quantization did in training; None keeps the stored values."""
 
     @property
     def changed(self) -> int:
@@ -70,24 +74,35 @@ class MergedWeights:
 
     def read(self, file: Path, name: str) -> Tensor:
         """Return a tensor: float32 where LoRA changes it, else in the stored dtype."""
-        return self._merge(file, name, _stored(file, name))
+        return self._merge(file, name, read_tensor(file, name))
 
     def _merge(self, file: Path, name: str, stored: Tensor) -> Tensor:
-        if self.requantize is not None:
-            stored = self.requantize(name, stored, lambda part: _stored(self._files[part], part))
         update = self.updates[file].get(name)
+        if self.requantize is not None and self._is_rounded(name):
+            group = self._layout.by_stored[name]
+            if not group.is_converted:
+                stored = self.requantize(next(iter(group.parameters)), stored)
+            elif update is None:
+                update = ConvertedDelta(self._layout, group, {}, self._file_of, name)
         if update is None:
             return stored
+        if isinstance(update, ConvertedDelta):
+            return update.merged(self.requantize or as_stored)[name]
         return update.apply_to(stored.float() if isinstance(update, LoraDelta) else stored)
+
+    def _is_rounded(self, name: str) -> bool:
+        if self.requantize is None or (group := self._layout.by_stored.get(name)) is None:
+            return False
+        return any(map(self.requantize.quantizes, group.parameters))
 
     def write(self, file: Path, target: Path) -> None:
         """Write a copy of a weight file with the merged tensors, one in memory at a time. Raises OSError."""
         shutil.copyfile(file, target)
         start, entries = read_header(file)
-        rounded = (name for name in entries if self.requantize and self.requantize.quantizes(name))
+        rounded = (name for name in entries if self._is_rounded(name))
         with target.open("r+b") as copy:
             for name in dict.fromkeys([*rounded, *self.updates[file]]):
-                stored = _stored(file, name)
+                stored = read_tensor(file, name)
                 merged = self._merge(file, name, stored).to(stored.dtype)
                 begin, end = entries[name]["data_offsets"]
                 assert merged.nbytes == end - begin
@@ -95,8 +110,12 @@ class MergedWeights:
                 copy.write(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
+    def _file_of(self) -> dict[str, Path]:
         return {name: file for file in self.updates for name in read_header(file)[1]}
+
+    @cached_property
+    def _layout(self) -> StoredLayout:
+        return StoredLayout(self.folder)
 
 
 def merged_weights(recipe: Recipe, adapter: Path, on_status: StatusFn = lambda words: None) -> MergedWeights:
@@ -112,13 +131,6 @@ def merged_weights(recipe: Recipe, adapter: Path, on_status: StatusFn = lambda w
     return MergedWeights(base, placed_updates(recipe, adapter))
 
 
-def _stored(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as content:
-        # Copy: the original is a view of the mapped file.
-        tensor: Tensor = content.get_tensor(name).clone()
-        return tensor
-
-
 @dataclass(frozen=True)
 class Requantizer:
     """Rounds weights as the training did; call it with a tensor's name and values."""
@@ -132,62 +144,20 @@ class Requantizer:
     """Names of the parameters of experts that training quantizes, from their layer on."""
 
     def quantizes(self, name: str) -> bool:
-        """Return whether a tensor of the weight files is rounded.
+        """Return whether a parameter of the model is rounded.
 
         Modules that read images are not, although training quantizes them: text never passes through them,
         so that an adapter cannot make up for their rounding.
         """
-        is_quantized = inner_name(name) in self.tails or self._expert_weight(name) is not None
-        return is_quantized and self.towers.isdisjoint(name.split("."))
+        return inner_name(name) in self.tails | self.experts and self.towers.isdisjoint(name.split("."))
 
-    def __call__(self, name: str, weight: Tensor, read: TensorReader | None = None) -> Tensor:
-        """Return the tensor rounded; unchanged if training does not quantize it.
-
-        Args:
-            name: its name, in the weight files or in the model.
-            weight: its values.
-            read: returns the values of another tensor of the weight files: training joins the gate and up
-                projections of an expert before it quantizes them.
-        """
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        """Return a parameter of the model rounded; unchanged if training does not quantize it."""
         if not self.quantizes(name):
             return weight
-        expert = self._expert_weight(name)
-        if expert is None:
-            return round_to_4_bits(weight, self.settings)
         if weight.dim() == _STACKED:
             return torch.stack([round_to_4_bits(matrix, self.settings) for matrix in weight])
-        if len(expert.parts) == 1:
-            return round_to_4_bits(weight, self.settings)
-        if read is None:
-            raise ValueError(f"{name} is quantized with another tensor, which cannot be read")
-        joined = torch.cat([weight if part == name else read(part) for part in expert.parts])
-        rounded = round_to_4_bits(joined, self.settings)
-        return rounded.chunk(len(expert.parts))[expert.parts.index(name)].contiguous()
-
-    def _expert_weight(self, name: str) -> _ExpertWeight | None:
-        """What a tensor holds of the quantized experts; None for any other tensor."""
-        if not self.experts:
-            return None
-        if inner_name(name) in self.experts:
-            return _ExpertWeight()
-        holder, _, last = name.removesuffix(".weight").rpartition(".")
-        if (parameter := _GRANITE_PARAMETERS.get(last)) is not None:
-            return _ExpertWeight() if f"{inner_name(holder)}.experts.{parameter}" in self.experts else None
-        path, _, number = holder.rpartition(".")
-        for parameter, alternatives in MATRICES.items():
-            for parts in alternatives:
-                known = inner_name(f"{path.replace('.block_sparse_moe.', '.mlp.')}.{parameter}")
-                if number.isdigit() and last in parts and known in self.experts:
-                    return _ExpertWeight(tuple(f"{holder}.{part}.weight" for part in parts))
-        return None
-
-
-@dataclass(frozen=True)
-class _ExpertWeight:
-    """A tensor of quantized experts."""
-
-    parts: tuple[str, ...] = ()
-    """Tensors that are quantized together, in their order; empty for a tensor of all experts."""
+        return round_to_4_bits(weight, self.settings)
 
 
 def requantizer(architecture: Architecture, settings: Quantization) -> Requantizer | None:

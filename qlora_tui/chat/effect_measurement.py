@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.adapters.base_weights import model_folder, placed_updates
-from qlora_tui.adapters.deltas import AdapterDeltas, EmbeddingRowDelta
+from qlora_tui.adapters.base_weights import PlacedDeltas, model_folder, placed_updates
+from qlora_tui.adapters.deltas import EmbeddingRowDelta
 from qlora_tui.chat.chat_types import BASE, Effect, LayerChange
 from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.dataset import prepare_dataset
@@ -148,13 +148,13 @@ def validation_samples(session: ChatSession) -> Samples:
     return samples
 
 
-def _token_rows(session: ChatSession, updates: Mapping[Path, AdapterDeltas]) -> tuple[str, ...]:
+def _token_rows(session: ChatSession, updates: Mapping[Path, PlacedDeltas]) -> tuple[str, ...]:
     every = (update for placed in updates.values() for update in placed.values())
     ids = dict.fromkeys(i for update in every if isinstance(update, EmbeddingRowDelta) for i in update.ids)
     return tuple(session.tokenizer.backend.id_to_token(i) or str(i) for i in ids)
 
 
-def _layer_changes(updates: Mapping[Path, AdapterDeltas]) -> tuple[LayerChange, ...]:
+def _layer_changes(updates: Mapping[Path, PlacedDeltas]) -> tuple[LayerChange, ...]:
     """Compare with the 16-bit base weights on disk, one weight in memory at a time."""
     squares: dict[int, tuple[float, float]] = {}
     for file, placed in updates.items():

@@ -18,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from qlora_tui.adapters.base_weights import assign_deltas
 from qlora_tui.adapters.deltas import read_deltas
 from qlora_tui.adapters.merged_weights import MergedWeights, merged_weights, requantizer
+from qlora_tui.adapters.stored_layout import StoredLayout
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import check_folder
@@ -295,7 +296,8 @@ def test_merged_weights_are_those_of_the_training(trained: Trained) -> None:
     from safetensors.torch import save_file
 
     file = trained.base / "model.safetensors"
-    updates = assign_deltas(read_deltas(trained.adapter), [file], trained.adapter)
+    layout = StoredLayout(trained.base)
+    updates = assign_deltas(read_deltas(trained.adapter), [file], trained.adapter, layout)
     rounding = requantizer(parse_architecture(load_config(trained.base / "config.json")), Quantization())
     assert rounding is not None
     merged = {tensor.name: tensor.read() for tensor in MergedWeights(trained.base, updates, rounding)}
