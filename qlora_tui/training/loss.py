@@ -235,16 +235,9 @@ def use_loss(model: nn.Module, head: ChunkedHead | str, kernel: LossSumFn | None
             each = each_token_loss(self, head, inputs, labels, loss_positions, library_forward)
             return CausalLMOutputWithPast(loss=each)
         if isinstance(head, str):
-            if loss_weights is None:
-                if num_items_in_batch is not None:
-                    inputs["num_items_in_batch"] = num_items_in_batch
-                return library_forward(labels=labels, **inputs)
             logits = library_forward(**inputs).logits
-            losses = nn.functional.cross_entropy(
-                logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-            )
-            total = (losses * loss_weights[:, 1:]).sum()
-            return CausalLMOutputWithPast(loss=total / (num_items_in_batch or 1), logits=logits)
+            loss = stock_loss(logits, labels, num_items_in_batch, loss_weights)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
         hidden = decoder(**(inputs | {"use_cache": False}))[0]
         module = self.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel's method
         rows, matrix = active_rows(module), active_weight(module)
@@ -255,8 +248,38 @@ def use_loss(model: nn.Module, head: ChunkedHead | str, kernel: LossSumFn | None
     model.forward = MethodType(forward, model)
 
 
+def stock_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    loss_weights: Tensor | None = None,
+) -> Tensor:
+    """Return the cross-entropy of all logits, as transformers' ``ForCausalLMLoss`` computes it.
+
+    Not left to the model: some classes expect labels that are shifted already (BART's decoder), and others
+    add terms of their own.
+
+    Args:
+        logits: (batch, tokens, vocabulary); position t - 1 predicts token t.
+        labels: (batch, tokens), ``IGNORED`` for tokens that are not in the loss.
+        num_items_in_batch: divides the sum; None: the number of tokens in the loss.
+        loss_weights: (batch, tokens); None where each token counts 1.
+    """
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous().view(-1)
+    rows = logits.float().view(-1, logits.shape[-1])
+    targets = targets.to(rows.device)
+    if loss_weights is not None:
+        each = nn.functional.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="none")
+        weights = nn.functional.pad(loss_weights, (0, 1))[..., 1:].reshape(-1)
+        return (each * weights).sum() / (1 if num_items_in_batch is None else num_items_in_batch)
+    if num_items_in_batch is None:
+        return nn.functional.cross_entropy(rows, targets, ignore_index=IGNORED)
+    total = nn.functional.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="sum")
+    return total / num_items_in_batch
+
+
 def use_reference_loss(model: nn.Module) -> None:
-    """Restore the library's own loss, with packed samples, loss weights and losses of tokens as before."""
+    """Restore the loss of all logits, with packed samples, loss weights and losses of tokens as before."""
     vars(model).pop("forward", None)
     use_loss(model, "the library's own loss is used")
 

@@ -26,7 +26,7 @@ from qlora_tui.memory.execution import AttentionPath, Loss
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import quantized_cache
-from qlora_tui.training.checks.base import head_matches_model, packing_is_isolated
+from qlora_tui.training.checks.base import head_matches_model, packing_is_isolated, require_causal
 from qlora_tui.training.clean_files import model_view, pin_publisher
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.failures import is_out_of_memory
@@ -272,13 +272,18 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None) -> None:
+def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None) -> bool:
     """Save one hidden state per layer and recompute the rest in the backward; see :func:`apply_kept_layers`.
 
     Args:
         preserve_rng_state: repeat the random numbers of the forward, which needs a real device and costs
             time in each layer. None: only if the model, or its adapter (already added), draws any.
+
+    Returns:
+        False where the model's class does not support it: then everything is kept.
     """
+    if not model.supports_gradient_checkpointing:
+        return False
     if preserve_rng_state is None:
         preserve_rng_state = draws_random_numbers(model)
     kwargs = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
@@ -286,6 +291,7 @@ def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:  # its name before transformers 5.20
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    return True
 
 
 def apply_kept_layers(model: Any, count: int) -> bool:
@@ -395,6 +401,7 @@ def prepare_base(
     count = recipe.quantization.streamed_layers
     model = load_base(folder, recipe, device, attention_path, on_progress, to_host=count > 0)
     streamed = place_streamed(model, count, device.torch_device) if count else None
+    require_causal(model, device.torch_device)
     router_loss_off = _switch_off_router_loss(model)
     head = find_head(model)
     if not isinstance(head, str) and not head_matches_model(model, head, device.torch_device):

@@ -277,8 +277,13 @@ def _add_adapter(run: Run) -> Any:
     if lora.init_from and run.checkpoint is None:
         load_initial_adapter(model, lora, architecture)
         run.reporter.log(f"The adapter starts from {lora.init_from}.")
-    if training.gradient_checkpointing != "off":
-        checkpoint_activations(base.model)
+    if training.gradient_checkpointing != "off" and not checkpoint_activations(base.model):
+        run.reporter.health(
+            "not_checkpointed",
+            f"{type(base.model).__name__} does not support gradient checkpointing, which is off in this run.",
+            "The activations of every layer are kept: lower data.max_length or training.micro_batch_size if "
+            "memory runs out.",
+        )
     if training.gradient_checkpointing == "offload" and run.device.kind == "cuda":
         where = run.device.torch_device
         memory = HostMemory(where, lambda why: _warn_not_pinned(run, "offloaded inputs", why))

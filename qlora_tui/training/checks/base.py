@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.errors import UserError, first_line
 from qlora_tui.training.checks.attention import reference_logits, short_windows
 from qlora_tui.training.checks.compare import bitwise_equal, within_rounding
+from qlora_tui.training.checks.kernels import InstalledKernels
 from qlora_tui.training.experts.routing import Experts4bit
+from qlora_tui.training.failures import is_out_of_memory
 from qlora_tui.training.fused.patching import temporary_forwards
-from qlora_tui.training.loss import IGNORED, ChunkedHead, losses_and_grads
+from qlora_tui.training.loss import IGNORED, ChunkedHead, losses_and_grads, stock_loss
 
 _FIRST, _SECOND = 9, 7
 """Lengths of the two samples, in tokens."""
@@ -37,6 +40,42 @@ _MAX_NOISE = 0.25
 _INT8_LEAK = 1e-3
 """Share of a token's logits by which an 8-bit model's move when another sample changes: outliers of one row
 are scaled with another's. Every other path keeps samples apart exactly, but for the grouping of experts."""
+
+
+@torch.no_grad()
+def require_causal(model: Any, device: torch.device) -> None:
+    """Compute the logits of a short text, of which later tokens must not change those of earlier ones.
+
+    Raises UserError for a model that computes nothing from text alone, and for one whose tokens see those
+    after them: it would learn to copy what it is to predict.
+    """
+    first, _, second = _tokens(model, device)
+    end = first.shape[1]
+    try:
+        with _eval_mode(model), InstalledKernels(model).off():
+            continued, changed = (
+                model(input_ids=torch.cat([first, after], dim=1), use_cache=False).logits
+                for after in (second, second.flip(1))
+            )
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            "This model does not compute text alone",
+            what=f"{type(model).__name__}: {first_line(error)}",
+            why="It was given nothing but the tokens of a text, which is all that fine-tuning here has.",
+            fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
+        ) from error
+    before, moved = continued[0, :end], continued[0, :end] - changed[0, :end]
+    # Experts get other tokens, and so round otherwise.
+    allowed = _NOISE * _MIN_NOISE[before.dtype] * _rms(before)
+    if len(before) != end or not bool((_rms(moved) <= allowed).all()):
+        raise UserError(
+            "This model does not generate text",
+            what=f"{type(model).__name__}: the logits of a token change with the tokens after it.",
+            why="Fine-tuning here needs a causal language model.",
+            fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
+        )
 
 
 @torch.no_grad()
@@ -89,7 +128,7 @@ def _rms(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> bool:
-    """Whether ``head`` describes the model's own loss completely, and its gradient at the logits.
+    """Whether ``head`` describes the way from hidden states to logits completely, and the gradient of it.
 
     For the check the decoder returns chosen hidden states and the output projection chosen fp32 logits, from
     0 to far beyond any soft cap. So everything that the model does before, between and after the two shows
@@ -117,8 +156,8 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
     hook = decoder.register_forward_hook(give_chosen)
     try:
         with _eval_mode(model), temporary_forwards({head.projection: project}), torch.enable_grad():
-            own = model(input_ids=tokens, labels=labels, use_cache=False)
-            (gradient,) = torch.autograd.grad(own.loss, raw)
+            own = stock_loss(model(input_ids=tokens, use_cache=False).logits, labels)
+            (gradient,) = torch.autograd.grad(own, raw)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
         return False
     finally:
@@ -126,7 +165,7 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
     weight = head.projection.weight
     if len(given) != 1 or len(received) != 1 or not bitwise_equal(received[0], given[0].to(weight.dtype)):
         return False
-    return _is_cross_entropy(own.loss, gradient, raw.detach(), labels[0], head)
+    return _is_cross_entropy(own, gradient, raw.detach(), labels[0], head)
 
 
 def _example_states(states: Tensor) -> Tensor:

@@ -6,17 +6,14 @@ the run, which then trains as transformers and peft would; an event and a warnin
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import isfunction, unwrap
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from qlora_tui.catalog.optional_kernels import kernel_packages
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import join_words
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
@@ -29,6 +26,7 @@ from qlora_tui.training.batches import (
     longest_micro_batch,
     micro_batches,
 )
+from qlora_tui.training.checks.kernels import InstalledKernels
 from qlora_tui.training.checks.step import (
     StepComparison,
     StepReference,
@@ -79,11 +77,9 @@ class FastPaths:
                 partial(vars(bare).__setitem__, "forward", vars(bare)["forward"]),
                 partial(loss.use_reference_loss, bare),
             )
-        functions = _kernel_functions(bare)
-        if functions:
-            kernels = [(names, name, function) for names, name, function, _ in functions]
-            plain = [(names, name, function) for names, name, _, function in functions]
-            self._switches["kernels"] = (partial(_set_names, kernels), partial(_set_names, plain))
+        kernels = InstalledKernels(bare)
+        if len(kernels):
+            self._switches["kernels"] = (kernels.use_ours, kernels.use_reference)
         for part in PATCHED_PARTS:
             replaced = PatchedForwards(model, part)
             if len(replaced):
@@ -101,30 +97,6 @@ class FastPaths:
                 ours()
             else:
                 reference()
-
-
-def _kernel_functions(bare: Any) -> list[tuple[dict[str, Any], str, Any, Any]]:
-    """Return the functions of the model's module that call installed kernels.
-
-    Each as the names of the module, its name there, the function, and the PyTorch function that transformers
-    has for it. flash-linear-attention 0.6.0 differs from PyTorch by a rounding of the dtype (relative norm of
-    outputs and gradients: 5.9e-4 in float16, 4e-7 in float32, run by Triton's interpreter).
-    """
-    if not any(package.is_installed for package in kernel_packages(bare.config.model_type)):
-        return []
-    modules = {type(module).__module__ for module in bare.modules()}
-    return [
-        (vars(sys.modules[module]), name, function, function.__wrapped__)
-        for module in sorted(modules)
-        for name, function in vars(sys.modules[module]).items()
-        if isfunction(function) and getattr(unwrap(function), "__module__", "") == module
-        if hasattr(function, "__wrapped__")
-    ]
-
-
-def _set_names(functions: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
-    for names, name, function in functions:
-        names[name] = function
 
 
 _MAX_TOKENS = {"cpu": 128, "cuda": 512}
