@@ -77,7 +77,7 @@ _DBRX = PreTokenizer((GPT4,))
 _GPT4O = PreTokenizer((GPT4O,))
 _DEEPSEEK_V3 = PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3))
 
-PRE_TOKENIZERS: Mapping[str | None, PreTokenizer] = {
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "llama-bpe": _LLAMA3,
     "dbrx": _DBRX,
     "qwen2": _QWEN2,

@@ -79,6 +79,7 @@ def weights_of(
 
     from qlora_tui.training.model_class import build_on_meta
 
+    _check_counts(header, config)
     model = build_on_meta(config)
     # Names as in weight files: an expert's matrices each have one.
     state = revert_weight_conversion(model, model.state_dict())
@@ -107,6 +108,18 @@ def weights_of(
         if tensor in stored
         for weight in _split(file, header, tensor, stored[tensor], expected, model.config, architecture)
     ]
+
+
+def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for more layers or experts than the file has tensors of, before they are built."""
+    layers = config["num_hidden_layers"]
+    if layers > len(header.tensors):
+        raise ValueError(f"it counts {layers:,} layers and has {len(header.tensors):,} tensors")
+    experts = header.values.get(f"{header.architecture}.expert_count") or 0
+    stacked = [shape[-1] for name, shape in header.tensors.items() if name.endswith("_exps.weight") and shape]
+    if set(stacked) != ({experts} if experts else set()):
+        sizes = " and ".join(map(str, sorted(set(stacked)))) or "none"
+        raise ValueError(f"it counts {experts:,} experts and has tensors of {sizes}")
 
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -240,3 +240,42 @@ def test_rounding_to_bfloat16_is_torchs() -> None:
     rounded = torch.from_numpy(gguf_weights._bfloat16(values).view(np.int16)).view(torch.bfloat16)
     assert torch.equal(rounded.isnan(), reference.isnan())
     assert torch.equal(rounded[~rounded.isnan()], reference[~reference.isnan()])
+
+
+def rewritten(file: Path, target: Path, key: str, value: int) -> Path:
+    """A copy with another whole number at a key."""
+    data = file.read_bytes()
+    at = data.index(key.encode()) + len(key)
+    target.write_bytes(data[: at + 4] + value.to_bytes(4, "little") + data[at + 8 :])
+    return target
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("llama.block_count", 900_000, "900,000 layers"),
+        ("llama.block_count", 3, "no tensor blk.2."),
+        ("llama.block_count", 1, "a tensor blk.1."),
+        ("llama.embedding_length", 65_536, "token_embd.weight is"),
+        ("llama.attention.head_count_kv", 4, "attn_k.weight is"),
+        ("tokenizer.ggml.eos_token_id", 4_000_000_000, ""),
+    ],
+)
+def test_counts_that_are_not_those_of_the_tensors_are_refused_at_once(
+    file: Path, tmp_path: Path, key: str, value: int, named: str
+) -> None:
+    changed = rewritten(file, tmp_path / "changed.gguf", key, value)
+    if not named:
+        convert(changed, tmp_path / "converted")
+        assert "eos_token" not in (tmp_path / "converted" / "tokenizer_config.json").read_text()
+        return
+    with pytest.raises(UserError) as refused:
+        convert(changed, tmp_path / "converted")
+    assert named in refused.value.what
+    assert not (tmp_path / "converted").exists()
+
+
+def test_a_file_without_its_last_tensors_is_refused(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.gguf").write_bytes(file.read_bytes()[:-20_000])
+    with pytest.raises(UserError, match="the file ends before its tensor"):
+        convert(tmp_path / "short.gguf", tmp_path / "converted")

@@ -7,7 +7,7 @@ as BPE with ``byte_fallback``, whose merges in order are the scores.
 Which of llama.cpp's pre-tokenizers splits text as a ``tokenizer.json`` does (``tokenizer.ggml.pre``) is read
 from the regular expression that splits text before the merges. llama.cpp's converter recognizes a published
 tokenizer by a hash of what it makes of one text, so that a tokenizer with added tokens is unknown to it. The
-rules of each name: llama.cpp, src/llama-vocab.cpp, ``llm_tokenizer_bpe``.
+rules of each name: :mod:`qlora_tui.catalog.gguf_tokenizers`.
 """
 
 from __future__ import annotations
@@ -19,41 +19,26 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_tui.catalog.gguf_tokenizers import (
+    DIGITS,
+    GPT2,
+    GPT4O_PUBLISHED,
+    PRE_TOKENIZERS,
+    TEKKEN_PUBLISHED,
+)
 from qlora_tui.data.chat_template import PINNED_DATE
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_ENDING = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+",
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*",
-)
-
-_GPT4 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_ENDING}"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_ENDING}"
-_TEKKEN_ENDING = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_TEKKEN_ENDING}"
-_GPT4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_TEKKEN_ENDING}"
-
-_GPT2 = "gpt-2"
-"""The regular expression of GPT-2, which ``ByteLevel`` has built in."""
-_DIGITS = "digits"
-"""The rule that splits digits one by one."""
-
-_NAMES: Mapping[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT4,), True): "llama-bpe",
-    ((_GPT4,), False): "dbrx",
-    ((_QWEN2,), False): "qwen2",
-    ((_TEKKEN,), True): "tekken",
-    ((_GPT4O,), False): "gpt-4o",
-    ((_DIGITS, _GPT2), False): "smollm",
-    ((_GPT2,), False): "gpt-2",
+_NAMES: dict[tuple[tuple[str, ...], bool], str] = {
+    ((TEKKEN_PUBLISHED,), True): "tekken",
+    ((GPT4O_PUBLISHED,), False): "gpt-4o",
 }
 """By the rules that split text, and whether a word in the vocabulary is taken whole (``ignore_merges``)."""
+for _name, _splitter in PRE_TOKENIZERS.items():
+    _NAMES.setdefault((_splitter.rules, _splitter.takes_words), _name)
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
@@ -97,13 +82,13 @@ def _rules(node: Mapping[str, Any]) -> Iterator[str]:
         for part in node["pretokenizers"]:
             yield from _rules(part)
     elif kind == "Digits" and node.get("individual_digits"):
-        yield _DIGITS
+        yield DIGITS
     elif kind == "Split":
         pattern = node.get("pattern") or {}
         yield pattern.get("Regex") or f"the text {pattern.get('String')!r}"
     elif kind == "ByteLevel":
         if node.get("use_regex", True):
-            yield _GPT2
+            yield GPT2
     elif kind:
         yield str(kind)
 
@@ -188,7 +173,7 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
         strips_after_special=_strips_after_special(tokenizer, tokens),
         template=tokenizer.template.text,
         tool_template="" if tokenizer.tool_template is tokenizer.template else tokenizer.tool_template.text,
-        differences=tuple(_differences(content.get("normalizer") or {}, pre)),
+        differences=tuple(_differences(content)),
         prompt_notes=tuple(_prompt_notes(tokenizer)),
     )
 
@@ -274,14 +259,14 @@ def _prompt_notes(tokenizer: ChatTokenizer) -> Iterator[str]:
         )
 
 
-def _differences(normalizer: Mapping[str, Any], pre: str) -> Iterator[KnownDifference]:
-    if _has(normalizer, "NFC"):
+def _differences(tokenizer: Mapping[str, Any]) -> Iterator[KnownDifference]:
+    if _has(tokenizer.get("normalizer") or {}, "NFC"):
         yield KnownDifference(
             "llama.cpp does not compose characters that are stored as a letter and an accent (Unicode NFC), "
             "so it splits text with them into other tokens.",
             lambda text: not unicodedata.is_normalized("NFC", text),
         )
-    if pre in ("tekken", "gpt-4o"):
+    if {TEKKEN_PUBLISHED, GPT4O_PUBLISHED} & set(_rules(tokenizer.get("pre_tokenizer") or {})):
         yield KnownDifference(
             "llama.cpp splits words with accented capitals or combining marks into other tokens.",
             is_split_otherwise,
