@@ -28,7 +28,7 @@ from tests.support.polling import wait_for
 
 pytestmark = pytest.mark.slow
 
-ROWS = 1200
+ROWS = 500
 
 
 def written(tmp_path: Path) -> Path:
@@ -37,8 +37,8 @@ def written(tmp_path: Path) -> Path:
     lines = []
     for n in range(ROWS):
         turns: list[dict[str, Any]] = [
-            {"role": "user", "content": f"question {n % 700}? sk-"},
-            {"role": "assistant", "content": f"the answer é {n % 700} " * (1 + n % 40)},
+            {"role": "user", "content": f"question {n % 300}? sk-"},
+            {"role": "assistant", "content": f"the answer é {n % 300} " * (1 + n % 40)},
         ]
         if n % 5 == 0:
             turns.insert(0, {"role": "system", "content": "Be kind. <|im_end|>"})
@@ -153,13 +153,13 @@ def test_a_row_that_kills_a_child_is_named(tmp_path: Path) -> None:
     path = written(tmp_path)
     endless = "{{ (messages | length) ** (9 ** 9) }}"
     hanging = f"{{% if messages[1:] and 'é 77 ' in messages[1].content %}}{endless}{{% endif %}}"
-    renderer = Confined("qlora_tui.data.chat_template", cpu_s=0.5, memory_bytes=1 << 28)
+    renderer = Confined("qlora_tui.data.chat_template", cpu_s=0.2, memory_bytes=1 << 28)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_template, "_renderer", renderer)
-        patch.setattr(dataset_scan, "_BATCH_CPU_S", 1.0)
+        patch.setattr(dataset_scan, "_BATCH_CPU_S", 0.4)
         report = inspect(Source(path=str(path)), tokenizer_for(hanging + CHATML))
     (refused,) = (problem for problem in report.problems if problem.kind == "template-refuses")
-    assert refused.rows and "takes more than 0.5 seconds" in refused.example
+    assert refused.rows and "takes more than 0.2 seconds" in refused.example
 
 
 def test_children_end_with_a_parent_that_is_killed() -> None:
