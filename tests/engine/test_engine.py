@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,8 @@ from qlora_tui.engine.protocol import (
 )
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
+from tests.support.quick_starts import TRAINING_MODULES
+from tests.support.trainer_processes import Trainers
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,6 +55,14 @@ LONG = Generate(
 ENDLESS = Generate(
     messages=QUESTION, adapter_name="adapter", sampling=msgspec.structs.replace(GREEDY, max_new_tokens=2000)
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_engines(trainers: Trainers) -> Iterator[None]:
+    """Engines start with torch imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        trainers.server.serve(TRAINING_MODULES, patch)
+        yield
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -77,6 +77,7 @@ def left_behind(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.iterdir()) if out.parent.exists() else []
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_an_export_survives_kill_and_cancel_and_is_written(run: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "out" / "tiny.gguf"
     request = ExportRequest(form="gguf", out=str(out), file_type="Q8_0")

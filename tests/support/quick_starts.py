@@ -18,11 +18,15 @@ QUICK_START = Path(__file__).parent / "quick_start"
 TRAINING_IMPORTS = (
     "bitsandbytes",
     "peft",
+    "qlora_tui.chat.session",
+    "qlora_tui.engine.server",
     "transformers.models.llama.modeling_llama",
     "qlora_tui.training.attempt",
 )
 TRAINING_MODULES = (
     "qlora_tui.training",
+    "qlora_tui.engine",
+    "qlora_tui.export.export_job:run_job",
     "qlora_tui.training.row_losses:measure",
     "qlora_tui.training.selftest:check_training",
     "qlora_tui.chat.task_answers:evaluate",
@@ -32,6 +36,8 @@ TRAINING_MODULES = (
     "bench.chat",
     "bench.fast_paths",
     "bench.support.random_model",
+    "tests.training.fake_cuda_steps",
+    "tests.training.managed_states",
 )
 """Modules and jobs that need torch, if no test is about the start of their process."""
 WORKER_IMPORTS = (

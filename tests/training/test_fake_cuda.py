@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 from torch.utils import backend_registration
 
+from tests.support.quick_starts import TRAINING_MODULES
+from tests.support.trainer_processes import Trainers
+
 pytestmark = pytest.mark.slow
 
 NOT_OURS = ("masking_utils.py", "varlen_reference")
@@ -21,12 +24,14 @@ NOT_OURS = ("masking_utils.py", "varlen_reference")
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
+def results(trainers: Trainers) -> dict[str, dict[str, Any]]:
     """The result of each case, from a separate process in which torch knows the fake GPU."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot be given a device by Python alone")
     command = [sys.executable, "-m", "tests.training.fake_cuda_steps"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    with pytest.MonkeyPatch.context() as patch:
+        trainers.server.serve(TRAINING_MODULES, patch)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return {case.pop("case"): case for case in map(json.loads, done.stdout.splitlines()) if "case" in case}
 

@@ -135,6 +135,7 @@ def test_a_checkpoint_continues_each_optimizer_exactly(
     assert not all(map(torch.equal, trained(first), trained(third)))
 
 
+@pytest.mark.usefixtures("quick_trainers")
 @pytest.mark.parametrize(("case", "states"), [("reset", "[0, 0]"), ("save", "[3, 3]")])
 def test_paged_states_are_touched_once_the_gpu_is_done(case: str, states: str) -> None:
     command = [sys.executable, "-m", "tests.training.managed_states", case]

@@ -10,10 +10,12 @@ import pytest
 from qlora_tui import worker
 from qlora_tui.paths import state_dir
 from qlora_tui.training import selftest
+from tests.training.test_faults import inject_fault
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_run_of_two_layers_shows_that_training_works() -> None:
     findings, on_gpu = selftest._train()
     (finding,) = findings
@@ -23,11 +25,9 @@ def test_a_run_of_two_layers_shows_that_training_works() -> None:
     assert not (state_dir() / "runs").exists()
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_what_a_run_reports_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    fault = "from tests.training.fault_injection import *; refuse_kernels()"
-    run = "import runpy; runpy.run_module('qlora_tui.training', run_name='__main__', alter_sys=True)"
-    argv = [sys.executable, "-c", f"{fault}; {run}"]
-    monkeypatch.setattr(worker, "module_argv", lambda module, *args: [*argv, *args])
+    inject_fault(monkeypatch, "refuse_kernels()")
     findings, _ = selftest._train()
     assert findings[-1].outcome == "warning"
     assert "No C compiler" in findings[-1].text and "model.kernels" in findings[-1].fix

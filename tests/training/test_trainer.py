@@ -92,26 +92,23 @@ def test_a_run_tells_what_it_is_and_does(recipe: MakeRecipe, trainers: Trainers)
     assert TelemetryTail(run.telemetry_path).poll()[0].rss_bytes > 10**8
 
 
-def test_the_adapter_loads_with_plain_peft(recipe: MakeRecipe, trainers: Trainers, tmp_path: Path) -> None:
+def test_the_adapter_loads_with_plain_peft(recipe: MakeRecipe, trainers: Trainers) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
     run = create_run(recipe({"training.epochs": 1.0}))
     assert trainers.run(run) == 0
-    code = (
-        "import sys; from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer;"
-        "model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]);"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1]);"
-        "text = tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False);"
-        "moved = [n for n, p in model.named_parameters() if 'lora_B' in n and p.abs().max() > 0];"
-        "assert len(moved) == 14 and 'qlora_tui' not in sys.modules; print(text)"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code, str(run.adapter_dir)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout == "<|im_start|>user\nhi<|im_end|>\n\n"
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(run.adapter_dir)
+    moved = [name for name, p in model.named_parameters() if "lora_B" in name and p.abs().max() > 0]
+    assert len(moved) == 14
+    assert {type(module).__module__.partition(".")[0] for module in model.modules()} == {
+        "peft",
+        "torch",
+        "transformers",
+    }
+    tokenizer: Any = AutoTokenizer.from_pretrained(run.adapter_dir)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n"
     assert list(run.path.rglob("README.md")) == []
     assert (run.adapter_dir / "recipe.toml").read_text() == run.recipe_path.read_text()
     sums = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=run.adapter_dir, check=False)

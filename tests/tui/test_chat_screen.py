@@ -210,7 +210,7 @@ async def talking(tiny: tuple[Path, Path], most: int = 12) -> AsyncIterator[tupl
         yield pilot, screen
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 async def test_base_and_adapter_answer_side_by_side(
     tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +218,7 @@ async def test_base_and_adapter_answer_side_by_side(
     monkeypatch.setattr(conversation, "random", SimpleNamespace(randrange=lambda stop: 1))
     async with talking(tiny) as (pilot, screen):
         await pilot.press(*"what is red", "enter")
-        await wait_for_text(pilot, "▸ what is red", "Starting the engine")
+        await wait_for_text(pilot, "▸ what is red")
         await rest(pilot, screen)
         answers = screen.conversation.turns[0].answers
         assert list(answers) == [BASE, ADAPTER]
