@@ -19,17 +19,17 @@ pytestmark = pytest.mark.slow
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "pandas", "pyarrow")
 
 LIGHT_MODULES = (
-    "qlora_tui.recipe.presets",
-    "qlora_tui.catalog.local_models",
-    "qlora_tui.gpu.nvml",
-    "qlora_tui.memory",
-    "qlora_tui.data.inspection",
-    "qlora_tui.runs.actions",
-    "qlora_tui.runs.runner",
-    "qlora_tui.engine.client",
-    "qlora_tui.cli.main",
-    "qlora_tui.tui.app",
+    "recipe.presets",
+    "catalog.local_models",
+    "gpu.nvml",
+    "memory",
+    "data.inspection",
+    "runs.actions",
+    "runs.runner",
+    "engine.client",
+    "cli.main",
 )
+SCREENS = ("home", "models", "data", "memory", "lora", "train", "runs", "chat", "presets")
 
 
 def loaded_by(code: str) -> set[str]:
@@ -38,21 +38,18 @@ def loaded_by(code: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-@pytest.mark.parametrize("module", LIGHT_MODULES)
-def test_light_modules_load_no_ml_library(module: str) -> None:
-    assert not loaded_by(f"import {module}") & set(HEAVY)
-
-
-@pytest.mark.parametrize("module", [m for m in LIGHT_MODULES if ".tui." not in m])
-def test_everything_but_the_app_works_without_textual(module: str) -> None:
-    assert "textual" not in loaded_by(f"import {module}")
-
-
 @pytest.mark.parametrize(
-    "screen", ["home", "models", "data", "memory", "lora", "train", "runs", "chat", "presets"]
+    ("modules", "unwanted"),
+    [
+        (LIGHT_MODULES, {*HEAVY, "textual"}),
+        (("tui.app", *(f"tui.screens.{name}.screen" for name in SCREENS)), {*HEAVY}),
+    ],
+    ids=["all but the app", "the app"],
 )
-def test_no_screen_loads_an_ml_library(screen: str) -> None:
-    assert not loaded_by(f"import qlora_tui.tui.screens.{screen}.screen") & set(HEAVY)
+def test_light_modules_load_no_ml_library(modules: tuple[str, ...], unwanted: set[str]) -> None:
+    # The first module that loads one is named.
+    check = f"found = {unwanted!r} & sys.modules.keys()\nassert not found, found"
+    loaded_by("\n".join(f"import qlora_tui.{module}\n{check}" for module in modules))
 
 
 def test_an_estimate_loads_no_ml_library_and_no_event_loop(tmp_path: Path) -> None:
@@ -72,10 +69,9 @@ def test_a_run_is_queued_without_the_estimate() -> None:
     assert "qlora_tui.memory" not in done.stdout.split()
 
 
-@pytest.mark.parametrize("words", [["runs"], ["locate"], ["presets"], ["models"]])
-def test_light_verbs_load_no_ml_library(words: list[str]) -> None:
-    code = f"from qlora_tui.cli import main; code = main({words!r}); assert code == 0, code"
-    assert not loaded_by(code) & {*HEAVY, "textual"}
+def test_light_verbs_load_no_ml_library() -> None:
+    calls = "\n".join(f"assert main([{verb!r}]) == 0" for verb in ("runs", "locate", "presets", "models"))
+    assert not loaded_by(f"from qlora_tui.cli import main\n{calls}") & {*HEAVY, "textual"}
 
 
 def test_no_module_shadows_the_standard_library() -> None:

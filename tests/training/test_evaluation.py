@@ -68,9 +68,9 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
         "data.sources": (source,),
         "data.validation_path": str(write("validation.jsonl", range(100, 106))),
         "training.sample_prompts": tuple(f"what colour is {COLORS[n % 4]} {n}" for n in range(100, 106)),
-        "training.epochs": 8.0,
+        "training.epochs": 4.0,
         "training.eval_every": 1000,
-        "training.learning_rate": 1e-2,
+        "training.learning_rate": 2e-2,
     }
     run = create_run(recipe(settings))
     assert trainers.run(run) == 0

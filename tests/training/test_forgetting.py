@@ -157,7 +157,7 @@ def test_answers_are_read_back_and_damaged_files_ignored(
 
 def test_a_run_reports_what_it_forgets_and_caches_the_answers(recipe: MakeRecipe, trainers: Trainers) -> None:
     def run(**settings: Any) -> RunDir:
-        learning = {"training.learning_rate": 3e-2, "training.epochs": 4.0}
+        learning = {"training.learning_rate": 5e-2, "training.epochs": 2.0}
         run = create_run(recipe({**learning, "training.general_prompts": 4, **settings}))
         assert trainers.run(run) == 0
         return run

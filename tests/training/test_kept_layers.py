@@ -25,7 +25,7 @@ AUTO = {"training.gradient_checkpointing": "auto"}
 def test_kept_layers_do_not_change_what_is_learned(recipe: MakeRecipe, trainers: Trainers) -> None:
     runs = {}
     for limit in (0, 1, None):
-        run = create_run(recipe(AUTO))
+        run = create_run(recipe({**AUTO, "training.max_steps": 4}))
         assert trainers.run(run, RetryPlan(kept_layers=limit)) == 0
         (event,) = events_of(run, LayersKept)
         assert event.kept_layers == (event.layers if limit is None else limit)
@@ -59,10 +59,11 @@ def test_a_retry_takes_the_least_memory(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inject_fault(monkeypatch, "choose_for_memory(2, 'adamw')")
-    run = create_run(recipe(LEFT_OPEN))
+    short = recipe({**LEFT_OPEN, "training.max_steps": 2})
+    run = create_run(short)
     assert trainers.run(run) == 0
     assert last_plan(run).micro_batch_size == 2
-    retry = create_run(recipe(LEFT_OPEN))
+    retry = create_run(short)
     assert trainers.run(retry, RetryPlan(micro_batch_size=1, gradient_accumulation=4)) == 0
     (chosen,) = events_of(retry, StepChosen)
     assert (chosen.micro_batch_size, chosen.optimizer) == (1, LEAN_OPTIMIZER)

@@ -87,7 +87,7 @@ def test_no_replay_prompt_measures_forgetting() -> None:
 
 def test_replay_lowers_what_overtraining_raises(recipe: MakeRecipe, trainers: Trainers) -> None:
     def curve(share: float) -> list[float]:
-        settings = {"training.learning_rate": 3e-2, "training.epochs": 4.0, "training.general_prompts": 4}
+        settings = {"training.learning_rate": 5e-2, "training.epochs": 2.0, "training.general_prompts": 4}
         run = create_run(recipe({**settings, "training.replay_share": share}))
         assert trainers.run(run) == 0
         data = events_of(run, DataReady)[0]
