@@ -23,7 +23,6 @@ from qlora_tui.runs.row_losses import (
     RowLoss,
     RowLosses,
     measure_row_losses,
-    read_row_losses,
     token_changes,
 )
 from qlora_tui.tui.key_names import dialog_keys
@@ -68,29 +67,14 @@ class MeasuredRows:
         return run_actions.submit(msgspec.structs.replace(recipe, data=data)), sources[self.number]
 
 
-def read_measured_rows(run: RunDir, number: int, *, has_files: bool) -> MeasuredRows | None:
-    """Read the losses of a run's rows; None if they have to be measured.
-
-    ``has_files``: whether the source has several files, which an early version did not note.
-    """
-    losses = read_row_losses(run)
-    if losses is None:
-        return None
-    rows = [row for row in losses.rows if row.source == number]
-    if has_files and rows and not any(row.file for row in rows):
-        return None
-    return MeasuredRows(run, number, losses)
-
-
-async def measure_rows(run: RunDir, number: int) -> MeasuredRows:
+async def measure_rows(run: RunDir) -> RowLosses:
     """Measure the losses of a run's rows; stops when it is cancelled. Raises UserError."""
     stop = Event()
     try:
-        losses = await asyncio.to_thread(measure_row_losses, run, should_stop=stop.is_set)
+        return await asyncio.to_thread(measure_row_losses, run, should_stop=stop.is_set)
     finally:
         # Leaving the app cancels the caller, but not this thread, for whose end the app would wait.
         stop.set()
-    return MeasuredRows(run, number, losses)
 
 
 def newest_run_on(source: Source) -> tuple[RunDir, int] | None:

@@ -26,6 +26,7 @@ from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
+from qlora_tui.runs.row_losses import read_row_losses
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import error_content
 from qlora_tui.tui.screens.base import WorkScreen
@@ -42,7 +43,6 @@ from qlora_tui.tui.screens.data.row_losses import (
     RowLossScreen,
     measure_rows,
     newest_run_on,
-    read_measured_rows,
 )
 from qlora_tui.tui.screens.data.sample import (
     SamplePanel,
@@ -575,24 +575,23 @@ class DataScreen(WorkScreen):
             self.notify("No run with an adapter trained on this file. Train on it first.", severity="warning")
             return
         run, number = run_and_number
-        has_files = any(self._file_names().values())
-        measured = await asyncio.to_thread(read_measured_rows, run, number, has_files=has_files)
-        if measured is None:
+        losses = await asyncio.to_thread(read_row_losses, run)
+        if losses is None:
             self._measuring = True
             self.notify(
                 f"Measuring the rows of {run.name}, about as long as training on them once. "
                 "The list opens when it is done."
             )
             try:
-                measured = await measure_rows(run, number)
+                losses = await measure_rows(run)
             except UserError as problem:
                 self.qlora_app.notify_error(problem)
                 return
             finally:
                 self._measuring = False
-        self._measured = measured
+        self._measured = measured = MeasuredRows(run, number, losses)
         excluded = parse_excluded_rows(source.excluded_rows)
-        choice = await self.app.push_screen_wait(RowLossScreen(measured.losses, number, excluded))
+        choice = await self.app.push_screen_wait(RowLossScreen(losses, number, excluded))
         if choice is None:
             return
         if choice.excluded:
