@@ -94,7 +94,7 @@ async def test_typing_filters_the_list_without_searching_the_hub(hub: FakeHub) -
     app = open_on("models")
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "On this machine (3)")
-        await pilot.press("slash", *"smol")
+        await pilot.press("slash", *"smollm2")
         await wait_for_text(pilot, "On this machine (1)", "SmolLM2-135M-Instruct")
         await pilot.press("down", "enter")
         assert app.workbench.recipe.model.id == "SmolLM2-135M-Instruct"
