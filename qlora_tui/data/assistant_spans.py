@@ -10,7 +10,8 @@ the rewriting removed reasoning, which would then never be trained, or the turn 
 conversation up to that turn becomes a separate sample, exactly as the model sees it at inference.
 
 After a prompt that opens a thought (DeepSeek-R1's) comes the turn's reasoning or, where it has none, the end
-of the thought immediately.
+of the thought immediately. What else a prompt writes before an answer (an empty thought, in Gemma 4 without
+thinking) stands before the last answer, outside the loss, although the template leaves it out there.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class _SpanFinder:
         ``weights`` maps each turn in the loss to its loss weight.
         """
         template, turns = self._template, self._turns
-        whole = self._close_thought(template.render(turns, self._tools))
+        whole = self._after_its_prompt(template.render(turns, self._tools))
         spans: list[Span] = []
         span_weights: list[float] = []
         separate: list[SampleText] = []
@@ -120,14 +121,18 @@ class _SpanFinder:
                 at = after_thought(sample.text, place + len(reasoning))
         return SampleText(sample.text, (*spans, (at, len(sample.text))))
 
-    def _close_thought(self, whole: str) -> str:
-        """Return ``whole`` with an empty thought before its last answer, if the prompt opens one."""
+    def _after_its_prompt(self, whole: str) -> str:
+        """Return ``whole`` with what the prompt writes before the last answer, and opened thoughts closed."""
         last = len(self._turns) - 1
         prompt = self._prompt_for(last)
-        if _reasoning(self._turns[last]) or not OPENED.search(prompt) or whole.startswith(prompt):
+        if _reasoning(self._turns[last]) or whole.startswith(prompt):
             return whole
         start = self._start(last, whole)
-        return whole if start is None else answered(prompt, "", whole[start:])
+        if start is None:
+            return whole
+        if OPENED.search(prompt):
+            return answered(prompt, "", whole[start:])
+        return prompt + whole[start:] if prompt.startswith(whole[:start]) else whole
 
     def _separate_sample(self, text: str, start: int, reasoning: str) -> SampleText:
         """Build a separate sample for the turn that begins at ``start`` and ends ``text``."""

@@ -204,7 +204,7 @@ def render_text(
     samples = find_assistant_spans(
         template, turns, weights, tools, special, eos, everything, options.reasoning_in_loss
     )
-    if not all(
+    if "answer-changed" not in notes and not all(
         _without_reasoning(turn, samples) for turn, wanted in zip(turns, weights, strict=True) if wanted
     ):
         notes.append("answer-changed")

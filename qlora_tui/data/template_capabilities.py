@@ -39,6 +39,8 @@ class TemplateCapabilities(Struct, frozen=True):
     """Form of tool calls: arguments as an object, as a JSON string, or only as text of the turn."""
     calls_without_content: bool
     """Whether a turn with calls and no text must have no content key."""
+    words_hide_calls: bool
+    """Whether it omits the calls of a turn that also has text: then the text is left out instead."""
     reasoning: bool
     """Whether it writes ``reasoning_content``; else reasoning goes into the content, in ``<think>`` tags."""
     own_tags: bool
@@ -94,6 +96,10 @@ def probe_template(template: ChatTemplate) -> TemplateCapabilities:
         tools=_shows(template, [question, answer], [tool])(_NAME, _VALUE),
         calls=style,
         calls_without_content=bare,
+        words_hide_calls=style != "text"
+        and not _shows(template, [question, {**call_turn, **answer}, wrap(_tool_turn(_EXTRA)), answer])(
+            _NAME, _VALUE
+        ),
         reasoning=reasoning,
         own_tags=own_tags,
         tool_turns=_shows(template, [question, call_turn, wrap(_tool_turn(_EXTRA)), answer])(_EXTRA, _ANSWER),
@@ -209,8 +215,12 @@ def _turn(message: Message, traits: TemplateCapabilities) -> tuple[dict[str, Any
             turn["content"] = turn["content"].removesuffix(message.content) + content
             return turn, "calls-as-text"
         turn["tool_calls"] = [_call_field(call, traits.calls) for call in message.tool_calls]
+        hidden = traits.words_hide_calls and message.content.strip()
+        if hidden:
+            turn["content"] = turn["content"].removesuffix(message.content)
         if traits.calls_without_content and not turn["content"]:
             turn["content"] = None
+        return turn, "answer-changed" if hidden else ""
     return turn, ""
 
 
