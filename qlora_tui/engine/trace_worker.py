@@ -348,7 +348,8 @@ def _as_trainer(model: Any, request: TraceRequest, architecture: Architecture) -
 
 def _loss_of_shifted_logits(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
     """``ForCausalLMLoss`` as it was before transformers 4.49."""
-    shifted = logits.float()[..., :-1, :].contiguous().view(-1, vocab_size)
+    logits = logits.float()  # alive until the loss is returned
+    shifted = logits[..., :-1, :].contiguous().view(-1, vocab_size)
     return nn.functional.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
 
 

@@ -179,14 +179,20 @@ def compare(case: Case, max_experts: int | None = None) -> Compared:
 
 
 def traced_step(
-    config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig | None = None
+    config: dict[str, Any],
+    recipe: Recipe,
+    execution: ExecutionConfig | None = None,
+    *,
+    room_bytes: int | None = None,
 ) -> StepTrace:
     """Trace a step of this project's trainer on a GPU, or another execution."""
     from qlora_tui.engine.trace_client import TraceRequest
     from qlora_tui.engine.trace_worker import trace_request
 
     execution = execution or trainer_execution(recipe, Device())
-    return trace_request(TraceRequest(config=config, recipe=recipe, execution=execution))
+    return trace_request(
+        TraceRequest(config=config, recipe=recipe, execution=execution, room_bytes=room_bytes)
+    )
 
 
 Cases: TypeAlias = Literal["pairs", "two"]

@@ -7,6 +7,8 @@ families in two cases.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -130,6 +132,33 @@ def test_both_sides_of_a_pair_are_counted(checkpointing: bool) -> None:
     assert closed["step"] == pytest.approx(traced.step_bytes, rel=0.03)
     alone = traced_step(config, answers)
     assert traced.step_bytes > 1.2 * alone.step_bytes
+
+
+@pytest.mark.slow
+def test_a_tensor_saved_without_need_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers.models.llama import modeling_llama
+
+    class SavesItsInput(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x.clone())
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0]
+
+    config, case = cut_config("Llama 3"), Case("Llama 3", length=512, checkpointing=False)
+    before = traced_step(config, recipe_of(case))
+    library_forward = modeling_llama.LlamaDecoderLayer.forward
+
+    def forward(self: Any, x: torch.Tensor, **kwargs: Any) -> Any:
+        return library_forward(self, SavesItsInput.apply(x), **kwargs)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", forward)
+    added = traced_step(config, recipe_of(case)).step_bytes - before.step_bytes
+    assert added == 2 * 512 * config["hidden_size"] * 2  # in each of two layers, in bfloat16
 
 
 @pytest.mark.slow
