@@ -246,6 +246,11 @@ def _softcaps(data: Metadata, config: Config) -> None:
         config[key] = data.positive(key) or cap
 
 
+def _last_softcap(data: Metadata, config: Config) -> None:
+    """Read the cap of the logits, which Gemma 3 has none of."""
+    config["final_logit_softcapping"] = data.positive("final_logit_softcapping")
+
+
 def _experts(*, normalized: bool, width: str = "", shared: bool = False) -> Reader:
     """Return a reader of experts whose weights are a softmax over all.
 
@@ -343,10 +348,9 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "gemma3": GgufArchitecture(
         "gemma3_text",
-        numbers=_EPSILON | {"final_logit_softcapping": "final_logit_softcapping"},
         computes=_GEMMA_ACTIVATION,
         norm_offset=1.0,
-        read=(_scaled_attention, _windows(6), _rope_by_window),
+        read=(_scaled_attention, _windows(6), _rope_by_window, _last_softcap),
     ),
     "olmo2": GgufArchitecture("olmo2", biases=_BIASES, read=(_olmo3,)),
     "glm4": GgufArchitecture("glm4", biases=_BIASES, partial_rotation=True),

@@ -11,7 +11,7 @@ from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source
 from tests.chat.adapters import make_adapter
 from tests.export.published_tokenizers import write_tokenizer
-from tests.export.test_gguf_families import SIZES, randomize
+from tests.export.tiny_models import SIZES, randomize
 
 TEMPLATES = {
     "smollm2": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"

@@ -15,8 +15,9 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export import gguf
 from qlora_tui.export.gguf_file.content import gguf_content
-from qlora_tui.export.gguf_file.writer import write_gguf
-from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaModel
+from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
+from qlora_tui.export.llama_cpp.bindings import LlamaModel
+from qlora_tui.export.llama_cpp.client import LlamaFile
 from qlora_tui.export.reference import kl_divergence
 from qlora_tui.recipe.schema import Model, Recipe
 
@@ -27,18 +28,26 @@ def hide_llama_cpp(monkeypatch: pytest.MonkeyPatch, reason: str = "llama.cpp is 
         monkeypatch.setattr(module, "unavailable_because", lambda: reason)
 
 
-def write_base(folder: Path, file: Path, file_type: FileType = "F16") -> Path:
-    """Write the GGUF file of a model without an adapter."""
+def base_content(folder: Path) -> FileContent:
+    """The content of a model's file without an adapter."""
     weights = MergedWeights(folder, {folder / name: {} for name in weight_files(folder)})
     source = ChatSource(recipe=Recipe(model=Model(id=str(folder))))
-    write_gguf(gguf_content(source, ChatTokenizer.from_folder(folder), weights), file, file_type)
+    return gguf_content(source, ChatTokenizer.from_folder(folder), weights)
+
+
+def write_base(folder: Path, file: Path, file_type: FileType = "F16") -> Path:
+    """Write the GGUF file of a model without an adapter."""
+    write_gguf(base_content(folder), file, file_type)
     return file
 
 
 def logits_of(file: Path, ids: list[int]) -> Any:
-    """llama.cpp's logits at every position, attention computed in float32."""
-    with LlamaCpp().open(str(file), context=len(ids), exact=True) as model:
-        return logits_at_all(model, ids)
+    """llama.cpp's logits at every position, computed in a process of its own, attention in float32."""
+    llama = LlamaFile(str(file), len(ids), exact=True)
+    try:
+        return llama.extend(ids, start=0, positions=range(len(ids)))
+    finally:
+        llama.close()
 
 
 def logits_at_all(model: LlamaModel, ids: list[int]) -> Any:
@@ -46,9 +55,14 @@ def logits_at_all(model: LlamaModel, ids: list[int]) -> Any:
     return model.compute(ids, range(len(ids)), 0)
 
 
-def divergence(model: Any, logits: Any, ids: list[int]) -> float:
-    """Largest KL divergence of llama.cpp's logits from a transformers model's, in nats."""
+def divergences(model: Any, logits: Any, ids: list[int]) -> torch.Tensor:
+    """KL divergence of llama.cpp's logits from a transformers model's at each position, in nats."""
     with torch.no_grad():
         ours = model(input_ids=torch.tensor([ids])).logits[0].float()
     theirs = torch.from_numpy(logits[:, : ours.shape[-1]].copy())
-    return float(kl_divergence(ours.log_softmax(-1), theirs.log_softmax(-1)).max())
+    return kl_divergence(ours.log_softmax(-1), theirs.log_softmax(-1))
+
+
+def divergence(model: Any, logits: Any, ids: list[int]) -> float:
+    """Largest KL divergence of llama.cpp's logits from a transformers model's, in nats."""
+    return float(divergences(model, logits, ids).max())

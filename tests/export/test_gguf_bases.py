@@ -25,8 +25,9 @@ from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 from qlora_tui.training.gguf_worker import convert
 from tests.export.gguf_files import divergence, logits_at_all, write_base
 from tests.export.published_tokenizers import KINDS, TEXTS
-from tests.export.test_gguf_families import EXPERTS, GEMMA, LLAMA3, LONG, make_model, token_ids
+from tests.export.test_gguf_architectures import token_ids
 from tests.export.test_gguf_tokenizers import PREFIX_ON_FIRST, STRANGE, write_model
+from tests.export.tiny_models import EXPERTS, GEMMA, LLAMA3, LONG, make_model
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow

@@ -117,7 +117,7 @@ def test_neither_paths_nor_the_note_are_uploaded(
     [
         (("--form", "gguf", "--quant", "Q9"), "Unknown file type"),
         (("--quant", "Q4_K_M"), "No file type for this form"),
-        (("--form", "gguf"), "This family cannot be exported as GGUF"),
+        (("--form", "gguf"), "This model cannot be exported as GGUF"),
     ],
 )
 def test_what_cannot_be_written_creates_no_repository(
@@ -128,7 +128,7 @@ def test_what_cannot_be_written_creates_no_repository(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("qlora_tui.export.gguf_file.families.FAMILIES", {})
+    monkeypatch.setattr("qlora_tui.export.gguf_file.architectures.CONVENTIONS", ())
     assert _export(run, *arguments) != 0
     assert title in capsys.readouterr().err
     assert not hub.requests

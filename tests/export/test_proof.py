@@ -25,8 +25,9 @@ from qlora_tui.errors import UserError
 from qlora_tui.export import gguf
 from qlora_tui.export.base_choice import BaseChoice
 from qlora_tui.export.gguf import GgufExport, GgufFile, _Export, export_gguf
-from qlora_tui.export.gguf_file import content, families, vocabulary
-from qlora_tui.export.gguf_file.families import FAMILIES, TensorNames, hyperparameters
+from qlora_tui.export.gguf_file import architectures, content, tensors, vocabulary
+from qlora_tui.export.gguf_file.architectures import CONVENTIONS
+from qlora_tui.export.gguf_file.parameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.gguf_file.writer import StoredTypes
 from qlora_tui.export.proof import Proof, judged, prove
@@ -68,8 +69,8 @@ def changed_vocabulary(change: Callable[[Vocabulary], dict[str, Any]]) -> Break:
 
 def changed_hyperparameters(**values: Any) -> Break:
     def break_it(monkeypatch: pytest.MonkeyPatch) -> None:
-        def read(config: Any) -> Any:
-            right = hyperparameters(config)
+        def read(*given: Any) -> Any:
+            right = hyperparameters(*given)
             return replace(right, values=right.values | {k.replace("__", "."): v for k, v in values.items()})
 
         monkeypatch.setattr(content, "hyperparameters", read)
@@ -78,7 +79,7 @@ def changed_hyperparameters(**values: Any) -> Break:
 
 
 def swapped_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "permute_for_interleaved_rope", lambda values, heads: values)
+    monkeypatch.setattr(architectures, "permute_for_interleaved_rope", lambda values, heads: values)
 
 
 def half_scale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +92,8 @@ def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_norm_offset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "gemma3_text", replace(FAMILIES["gemma3_text"], norm_offset=0.0))
+    without = tuple(replace(each, rewrites=()) for each in CONVENTIONS)
+    monkeypatch.setattr(architectures, "CONVENTIONS", without)
 
 
 def own_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +104,11 @@ def own_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    name_of = TensorNames.name_of
+    text_name = tensors.text_name
     monkeypatch.setattr(
-        TensorNames, "name_of", lambda self, name: None if name == "lm_head.weight" else name_of(self, name)
+        tensors,
+        "text_name",
+        lambda name, config: None if name == "lm_head.weight" else text_name(name, config),
     )
 
 

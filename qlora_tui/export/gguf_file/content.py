@@ -1,68 +1,24 @@
-"""What the GGUF file of a base with a merged adapter holds.
-
-llama.cpp stores experts as one tensor for a projection of all experts of a layer.
-"""
+"""What the GGUF file of a base with a merged adapter holds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qlora_tui.adapters.merged_weights import MergedTensor, MergedWeights
-from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.adapters.merged_weights import MergedWeights
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.export.gguf_file.families import TensorNames, extra_tensors, hyperparameters
+from qlora_tui.export.gguf_file.architectures import Convention, convention_of
+from qlora_tui.export.gguf_file.parameters import extra_tensors, hyperparameters, require_computed
+from qlora_tui.export.gguf_file.tensors import SourceTensor, gguf_tensors
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
-from qlora_tui.export.gguf_file.writer import FileContent, SourceTensor
+from qlora_tui.export.gguf_file.writer import FileContent
 from qlora_tui.formatting import short_model_name
 from qlora_tui.training.clean_files import model_view
-
-_OF_ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+\.weight)")
-
-
-def stack_experts(tensors: Iterable[MergedTensor]) -> Iterator[MergedTensor]:
-    """Yield all tensors, with the matrices of experts as one tensor (experts, rows, columns).
-
-    ``mlp.experts.0.up_proj.weight`` to ``mlp.experts.127.up_proj.weight`` become
-    ``mlp.experts.up_proj.weight``, in the place of the first.
-    """
-    stacks: dict[str, dict[int, MergedTensor]] = {}
-    order: list[MergedTensor | str] = []
-    for tensor in tensors:
-        match = _OF_ONE_EXPERT.fullmatch(tensor.name)
-        if match is None:
-            order.append(tensor)
-            continue
-        name = f"{match['experts']}.{match['projection']}"
-        if name not in stacks:
-            stacks[name] = {}
-            order.append(name)
-        stacks[name][int(match["number"])] = tensor
-    for each in order:
-        if isinstance(each, MergedTensor):
-            yield each
-        else:
-            members = [tensor for _, tensor in sorted(stacks[each].items())]
-            yield MergedTensor(each, (len(members), *members[0].shape), partial(_stacked, members))
-
-
-def _stacked(members: Sequence[MergedTensor]) -> Tensor:
-    """The values of the members, (members, rows, columns)."""
-    stack: Tensor | None = None
-    for number, member in enumerate(members):
-        values = member.read()
-        if stack is None:
-            stack = values.new_empty(len(members), *member.shape)
-        stack[number] = values
-    assert stack is not None
-    return stack
-
 
 _PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
 """What llama.cpp looks for in a model's name."""
@@ -74,26 +30,27 @@ def text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     with model_view(folder) as view:
-        return AutoConfig.from_pretrained(str(view), trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(str(view), trust_remote_code=False).get_text_config()
+    # What differs between layers is read for each; elsewhere the value of most layers is meant.
+    config.allow_global_per_layer_attribute_access = True
+    return config
 
 
 def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWeights) -> FileContent:
     """Return the content of a GGUF file. Raises UserError for a model that llama.cpp cannot compute."""
     config = text_config(weights.folder)
-    names = TensorNames(config)
-    parameters = hyperparameters(config)
-    tensors = [
-        SourceTensor(name, tensor.shape, partial(_values, names, tensor))
-        for tensor in stack_experts(weights)
-        if (name := names.name_of(tensor.name)) is not None
-    ]
+    convention = convention_of(config)
+    require_computed(config, convention)
+    tensors = gguf_tensors(weights, convention, config)
     extra = [
         SourceTensor(name, tuple(values.shape), partial(Tensor.clone, values))
         for name, values in extra_tensors(config).items()
     ]
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
+    parameters = hyperparameters(config, convention, tensors)
+    parameters.values.update(_scalars(weights, convention))
     return FileContent(
-        architecture=names.family.architecture,
+        architecture=convention.architecture,
         hyperparameters=parameters,
         vocabulary=vocabulary,
         general=_general(source, weights.folder, vocabulary),
@@ -101,10 +58,14 @@ def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWe
     )
 
 
-def _values(names: TensorNames, tensor: MergedTensor) -> Tensor:
-    values = tensor.read()
-    change = names.transform_for(tensor.name)
-    return values if change is None else change(values)
+def _scalars(weights: MergedWeights, convention: Convention) -> dict[str, list[float]]:
+    """Return the numbers that the file has as keys, and the weight files as a tensor in each layer."""
+    layers: dict[str, dict[int, float]] = {key: {} for key in convention.scalars.values()}
+    for tensor in weights:
+        for ending, key in convention.scalars.items():
+            if tensor.name.endswith(ending):
+                layers[key][int(re.findall(r"\d+", tensor.name)[0])] = float(tensor.read())
+    return {key: [number for _, number in sorted(numbers.items())] for key, numbers in layers.items()}
 
 
 def _general(source: ChatSource, folder: Path, vocabulary: Vocabulary) -> dict[str, str | int]:
@@ -129,7 +90,7 @@ def general_keys(source: ChatSource, folder: Path) -> dict[str, str | int]:
     }
     if recipe.name:
         general["finetune"] = recipe.name
-    if resolve_model(recipe.model.id).source == "hub cache":
+    if folder.parent.name == "snapshots":  # in the Hub's cache
         general["base_model.0.repo_url"] = f"https://huggingface.co/{recipe.model.id}"
         if organization := recipe.model.id.rpartition("/")[0]:
             general["base_model.0.organization"] = organization

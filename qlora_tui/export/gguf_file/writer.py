@@ -19,10 +19,19 @@ from torch import Tensor
 
 from qlora_tui.catalog.gguf import K_QUANTS, FileType, read_gguf
 from qlora_tui.errors import UserError
-from qlora_tui.export.gguf_file.families import Hyperparameters
+from qlora_tui.export.gguf_file.parameters import Hyperparameters
+from qlora_tui.export.gguf_file.tensors import SourceTensor
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary
 
-_ROUTER = ".ffn_gate_inp"
+_ALWAYS_WIDE = (
+    ".ffn_gate_inp",
+    ".ssm_conv1d.",
+    ".shortconv.conv.",
+    "_norm.",
+    "altup_correct_coef",
+    "altup_predict_coef",
+)
+"""Parts of names of matrices that llama.cpp computes with in float32 only."""
 _WIDE_AT_FEW_BITS = ("token_embd.weight", "output.weight")
 
 
@@ -30,7 +39,10 @@ def tensor_type(name: str, shape: tuple[int, ...], file_type: FileType) -> Any:
     """Return the ``GGMLQuantizationType`` of a tensor in a file of a type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if len(shape) < 2 or name.startswith("rope_") or _ROUTER in name:
+    is_wide = (
+        name.startswith("rope_") or not name.endswith(".weight") or any(part in name for part in _ALWAYS_WIDE)
+    )
+    if len(shape) < 2 or is_wide:
         return GGMLQuantizationType.F32
     if name in _WIDE_AT_FEW_BITS and file_type.startswith(("Q4", "Q5")):
         file_type = "Q8_0"
@@ -71,16 +83,6 @@ _ALIGNMENT = 32
 """Tensors begin at multiples of so many bytes (gguf, GGUF_DEFAULT_ALIGNMENT)."""
 _BLOCK_WEIGHTS = 1 << 24
 """Number of weights that are encoded at once."""
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    """Returns its values, of ``shape``."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,14 @@ def _add_general(writer: Any, general: Mapping[str, str | int]) -> None:
 
 def _add_hyperparameters(writer: Any, content: FileContent) -> None:
     for key, value in content.hyperparameters.values.items():
-        name = f"{content.architecture}.{key}"
+        name = key if key.startswith("xielu.") else f"{content.architecture}.{key}"
         match value:
             case str():
                 writer.add_string(name, value)
             case list():
                 writer.add_array(name, value)
+            case bool():
+                writer.add_bool(name, value)
             case int():
                 writer.add_uint32(name, value)
             case _:

@@ -1,0 +1,168 @@
+"""The tensors of a GGUF file, from those of weight files: names, shapes and values.
+
+llama.cpp stores the experts of a layer as one tensor per projection. Names are those of the tables in the
+``gguf`` package; what else differs is declared in ``architectures``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_tui.adapters.merged_weights import MergedTensor
+from qlora_tui.errors import UserError
+from qlora_tui.export.gguf_file.architectures import EVERYWHERE, Change, Convention, Rewrite
+
+_OUTER_NAMES = ("model.language_model.", "language_model.model.", "model.text_model.", "backbone.", "model.")
+"""Prefixes of the text model's weights, the longest first; multimodal models have one of the first three."""
+_NOT_TEXT = re.compile(
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_audio|embed_vision)\."
+    r"|.*rotary_emb\.|mtp\."
+)
+"""Tensors that take no part in reading text: towers, tables that are computed, predictors of later tokens."""
+_OF_ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+\.weight)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Returns its values, of ``shape``."""
+
+
+def gguf_tensors(tensors: Iterable[MergedTensor], convention: Convention, config: Any) -> list[SourceTensor]:
+    """Return the tensors of the file. Raises UserError for one that the architecture lacks."""
+    names = _Names(convention.architecture, config)
+    text = (
+        replace(tensor, name=name)
+        for tensor in tensors
+        if (name := text_name(tensor.name, config)) is not None
+    )
+    rules = (*convention.rewrites, *EVERYWHERE)
+    scalars = tuple(convention.scalars)
+    stored = []
+    for tensor in stack_experts(text):
+        if scalars and tensor.name.endswith(scalars):
+            continue
+        parts = [tensor]
+        for rule in rules:
+            parts = [each for part in parts for each in _rewritten(part, rule, config)]
+        stored += [SourceTensor(names.of(part.name), part.shape, part.read) for part in parts]
+    return stored
+
+
+def _rewritten(tensor: MergedTensor, rule: Rewrite, config: Any) -> list[MergedTensor]:
+    """Return what a rule makes of a tensor; the tensor itself if the rule is for others."""
+    names = rule.names(tensor.name)
+    if names is None:
+        return [tensor]
+    return [
+        _changed(tensor, name, change, config) for name, (_, change) in zip(names, rule.into, strict=True)
+    ]
+
+
+def _changed(tensor: MergedTensor, name: str, change: Change, config: Any) -> MergedTensor:
+    shape = tuple(change(torch.empty(tensor.shape, device="meta"), config).shape)
+    return MergedTensor(name, shape, lambda: change(tensor.read(), config))
+
+
+def text_name(tensor: str, config: Any) -> str | None:
+    """Return a tensor's name as in a text model; None for one that GGUF leaves out.
+
+    Left out are a tied head, which llama.cpp takes from the embedding, layers that predict later tokens, and
+    the parts of a multimodal model that do not read text.
+    """
+    if _NOT_TEXT.match(tensor) or (tensor.endswith("lm_head.weight") and config.tie_word_embeddings):
+        return None
+    if tensor.endswith("lm_head.weight"):
+        return "lm_head.weight"
+    outer = next((prefix for prefix in _OUTER_NAMES if tensor.startswith(prefix)), "")
+    name = f"model.{tensor.removeprefix(outer)}"
+    layer = _LAYER.match(name)
+    return None if layer and int(layer[1]) >= config.num_hidden_layers else name
+
+
+class _Names:
+    """The names of an architecture's tensors in the ``gguf`` package."""
+
+    def __init__(self, architecture: str, config: Any) -> None:
+        import gguf
+
+        self._architecture = architecture
+        by_name = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        self._map = gguf.get_tensor_name_map(by_name[architecture], config.num_hidden_layers)
+
+    def of(self, tensor: str) -> str:
+        """Return the name of a tensor. Raises UserError for an unknown one."""
+        if tensor.startswith("blk."):  # a rule says it
+            return tensor
+        for known in _spellings(tensor):
+            if (name := self._map.get_name(known, try_suffixes=(".weight", ".bias", ".scale"))) is not None:
+                return str(name)
+        raise UserError(
+            "This model cannot be exported as GGUF",
+            what=f"It has a tensor {tensor}, which llama.cpp's {self._architecture} lacks.",
+            fix="Export it with `qlora-tui export merge`, and report the model.",
+        )
+
+
+def _spellings(tensor: str) -> Iterator[str]:
+    """Yield how the tables of the ``gguf`` package may spell a tensor: a parameter without a module of its
+    own, or one of a model whose layers they know by another name."""
+    names = [tensor]
+    if tensor.endswith("_bias"):
+        module = tensor.removesuffix("_bias")
+        names = [f"{module}.bias", f"{tensor}.bias", f"{module}_proj.bias"]
+    elif not tensor.endswith((".weight", ".bias", ".scale", ".A_log", ".D")):
+        names = [f"{tensor}.weight"]
+    for name in names:
+        for layers in ("model.", "backbone.", "model.language_model.", "transformer.", ""):
+            yield name.replace("model.", layers, 1)
+
+
+def stack_experts(tensors: Iterable[MergedTensor]) -> Iterator[MergedTensor]:
+    """Yield all tensors, with the matrices of experts as one tensor (experts, rows, columns).
+
+    ``mlp.experts.0.up_proj.weight`` to ``mlp.experts.127.up_proj.weight`` become
+    ``mlp.experts.up_proj.weight``, in the place of the first.
+    """
+    stacks: dict[str, dict[int, MergedTensor]] = {}
+    order: list[MergedTensor | str] = []
+    for tensor in tensors:
+        match = _OF_ONE_EXPERT.fullmatch(tensor.name)
+        if match is None:
+            order.append(tensor)
+            continue
+        name = f"{match['experts']}.{match['projection']}"
+        if name not in stacks:
+            stacks[name] = {}
+            order.append(name)
+        stacks[name][int(match["number"])] = tensor
+    for each in order:
+        if isinstance(each, MergedTensor):
+            yield each
+        else:
+            members = [tensor for _, tensor in sorted(stacks[each].items())]
+            yield MergedTensor(each, (len(members), *members[0].shape), partial(_stacked, members))
+
+
+def _stacked(members: Sequence[MergedTensor]) -> Tensor:
+    """The values of the members, (members, rows, columns)."""
+    stack: Tensor | None = None
+    for number, member in enumerate(members):
+        values = member.read()
+        if stack is None:
+            stack = values.new_empty(len(members), *member.shape)
+        stack[number] = values
+    assert stack is not None
+    return stack

@@ -1,0 +1,175 @@
+"""GGUF files of tiny random models of every type, computed by llama.cpp and by transformers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from transformers import AutoConfig
+
+from qlora_tui.errors import UserError
+from qlora_tui.export.gguf_file import content, writer
+from qlora_tui.export.gguf_file.architectures import CONVENTIONS, convention_of
+from qlora_tui.export.gguf_file.content import text_config
+from qlora_tui.export.llama_cpp.bindings import LlamaCpp
+from tests.export.gguf_files import (
+    base_content,
+    divergence,
+    divergences,
+    logits_at_all,
+    logits_of,
+    write_base,
+)
+from tests.export.tiny_models import EXPERTS, GEMMA, LONG, MODELS, QUICK, SIZES, make_model
+
+pytest.importorskip("llama_cpp_py_sync")
+slow = pytest.mark.slow
+
+ROUNDING = 1e-4
+"""Largest KL divergence that the rounding of activations to float16 causes, where it moves no token to
+another expert."""
+EXACT = 2e-5
+"""Largest one of a file whose tensors are all float32."""
+ROUTES_ALIKE = {"expert_group_count", "expert_group_used_count"}
+"""Constants that change the answers of a few tokens only."""
+OUTER_TYPES = {"bamba"}
+"""Types that are computed as another one is."""
+
+
+def token_ids(count: int) -> list[int]:
+    return random.Random(0).choices(range(2, 384), k=count)
+
+
+@pytest.fixture
+def only_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "tensor_type", lambda name, shape, file_type: GGMLQuantizationType.F32)
+
+
+def each_model() -> Iterator[Any]:
+    for number, (model_type, settings) in enumerate(MODELS):
+        marks = () if model_type in QUICK else (slow,)
+        yield pytest.param(model_type, settings, marks=marks, id=f"{number}-{model_type}")
+
+
+@pytest.mark.usefixtures("only_float32")
+@pytest.mark.parametrize("model_type, settings", each_model())
+def test_llama_cpp_computes_each_type_as_transformers(
+    tmp_path: Path, model_type: str, settings: dict[str, Any]
+) -> None:
+    model = make_model(tmp_path / "model", model_type, **settings)
+    assert file_divergences(model, tmp_path).max() < EXACT
+
+
+@slow
+@pytest.mark.parametrize("model_type, settings", each_model())
+def test_a_16_bit_file_of_each_type_answers_alike(
+    tmp_path: Path, model_type: str, settings: dict[str, Any]
+) -> None:
+    model = make_model(tmp_path / "model", model_type, **settings)
+    assert file_divergences(model, tmp_path).median() < ROUNDING
+
+
+@slow
+@pytest.mark.usefixtures("only_float32")
+@pytest.mark.parametrize("model_type, settings", each_model())
+def test_no_rule_and_no_constant_is_superfluous(
+    tmp_path: Path, model_type: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model", model_type, **settings)
+    convention = convention_of(text_config(tmp_path / "model"))
+    written = base_content(tmp_path / "model").hyperparameters
+    for rule in convention.rewrites:
+        if any(rule.names(name) for name in model.state_dict()):
+            without = replace(convention, rewrites=tuple(set(convention.rewrites) - {rule}))
+            with monkeypatch.context() as patch:
+                patch.setattr(content, "convention_of", lambda config, without=without: without)
+                assert is_noticed(model, tmp_path), rule.pattern
+    for key in convention.reads & written.values.keys() - ROUTES_ALIKE:
+        value = written.values[key]
+        assert isinstance(value, int | float)
+        wrong = not value if isinstance(value, bool) else value * 2 or 3.0
+        changed = replace(written, values=written.values | {key: wrong})
+        with monkeypatch.context() as patch:
+            patch.setattr(content, "hyperparameters", lambda *given, changed=changed: changed)
+            assert is_noticed(model, tmp_path), key
+
+
+def file_divergences(model: Any, folder: Path) -> torch.Tensor:
+    """KL divergence of the file of a folder's model from that model, at each position."""
+    ids = token_ids(96)
+    file = write_base(folder / "model", folder / "model.gguf")
+    return divergences(model, logits_of(file, ids), ids)
+
+
+def is_noticed(model: Any, folder: Path) -> bool:
+    """Whether the file of a folder's model cannot be written or loaded, or answers otherwise."""
+    try:
+        return not file_divergences(model, folder).max() < ROUNDING
+    except UserError:
+        return True
+
+
+def test_every_claimed_type_is_computed_here() -> None:
+    configs = [AutoConfig.for_model(model_type, **{**SIZES, **settings}) for model_type, settings in MODELS]
+    assert {id(convention_of(config)) for config in configs} == set(map(id, CONVENTIONS))
+    types = {config.model_type.removesuffix("_text") for config in configs}
+    assert {name for each in CONVENTIONS for name in each.types} - types == OUTER_TYPES
+
+
+@pytest.mark.parametrize(
+    "model_type, settings, why",
+    [
+        ("doge", {}, "no architecture of that name"),
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "cannot write"),
+        ("gemma2", GEMMA | {"query_pre_attn_scalar": 20}, "scaled by 20"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "without rotary embedding"),
+        ("llama", {"hidden_act": "gelu"}, "its hidden_act is gelu, not silu"),
+        ("qwen3_moe", EXPERTS | {"norm_topk_prob": False}, "its norm_topk_prob is False, not True"),
+        (
+            "qwen3_moe",
+            EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [0]},
+            "its mlp_only_layers is [0]",
+        ),
+        (
+            "qwen3_moe",
+            EXPERTS | {"norm_topk_prob": True, "decoder_sparse_step": 2},
+            "its decoder_sparse_step is 2",
+        ),
+        ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "clip_qkv is 8.0, not None"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+    ],
+)
+def test_what_llama_cpp_cannot_compute_is_refused(
+    tmp_path: Path, model_type: str, settings: dict[str, Any], why: str
+) -> None:
+    make_model(tmp_path / "model", model_type, **settings)
+    with pytest.raises(UserError) as refused:
+        write_base(tmp_path / "model", tmp_path / "model.gguf")
+    assert why.lower() in str(refused.value).lower()
+    assert "export merge" in refused.value.fix
+
+
+def test_a_window_that_llama_cpp_lacks_limits_the_context(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "mistral", sliding_window=32)
+    file = write_base(tmp_path / "model", tmp_path / "model.gguf")
+    ids = token_ids(32)
+    assert divergence(model, logits_of(file, ids), ids) < 1e-4
+    assert GGUFReader(file).fields["llama.context_length"].contents() == 32
+
+
+def test_longrope_limits_the_context_to_the_short_factors(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "phi3", rope_parameters=LONG)
+    file = write_base(tmp_path / "model", tmp_path / "model.gguf")
+    context = GGUFReader(file).fields["phi3.context_length"].contents()
+    assert context == LONG["original_max_position_embeddings"]
+    ids = token_ids(96)
+    with LlamaCpp().open(str(file), context=context, exact=True) as llama:
+        assert divergence(model, logits_at_all(llama, ids), ids) < 1e-4
+    with LlamaCpp().open(str(file), context=2 * context, exact=True) as llama:
+        assert divergence(model, logits_at_all(llama, ids), ids) > 0.01
