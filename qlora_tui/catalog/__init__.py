@@ -2,6 +2,9 @@
 
 * ``architecture_types``: ``Architecture`` and its linear modules, embeddings, head and other parameters.
 * ``config_parser``: ``parse_architecture``, from a ``config.json`` to those types. Pure Python, no weights.
+* ``described``: exact architectures, which a process reads from transformers' classes, kept on disk.
+  ``outline``: approximate ones, from the keys that configs share; ``library_types``: what the installed
+  transformers knows of a type, from its source.
 * ``families/``: the structure of each model family, as tables, with which modules are quantized;
   ``family_spec`` reads them.
 * ``local_models``: the models on this machine, finding one by name, and architectures without weights.

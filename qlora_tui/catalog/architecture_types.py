@@ -158,6 +158,8 @@ class Architecture(Struct, frozen=True):
     head: OutputHead
     parameters: tuple[Parameter, ...]
     """All other parameters."""
+    is_outline: bool = False
+    """Whether it is an approximation from common keys of the config, until transformers' class is read."""
 
     @property
     def expert_modules(self) -> tuple[LinearModule, ...]:

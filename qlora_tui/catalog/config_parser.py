@@ -10,25 +10,32 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from qlora_tui.catalog import described
 from qlora_tui.catalog.architecture_types import Architecture, Experts, OutputHead
 from qlora_tui.catalog.families import COMPOSITE, FAMILY
 from qlora_tui.catalog.family_spec import (
     ConfigFields,
     Family,
+    NotInTableError,
     SizeField,
     Sizes,
+    check_bounds,
     config_problem,
     embeddings,
     evaluate,
     expand,
 )
+from qlora_tui.catalog.library_types import config_class, config_classes, is_encoder, text_generators
+from qlora_tui.catalog.outline import read_outline
 from qlora_tui.errors import UserError
 from qlora_tui.files import read_bounded
+from qlora_tui.installation import install_command
 
 MAX_CONFIG_BYTES = 4 << 20
 """Largest config file in bytes. Real ones are kilobytes; those that list all unquantized modules are up to a
@@ -78,32 +85,56 @@ def load_config(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]
     return values
 
 
-def known_model_types() -> frozenset[str]:
-    """Return every ``model_type`` that ``parse_architecture`` accepts."""
-    return frozenset(FAMILY) | frozenset(COMPOSITE)
-
-
 def _parse(fields: ConfigFields) -> Architecture:
     model_type = fields.text(("model_type",))
     if model_type is None:
         raise fields.missing("model_type")
-    if model_type in COMPOSITE:
-        return _parse_composite(fields, model_type)
-    if model_type not in FAMILY:
-        raise unknown_family(fields.where, model_type)
-    family = FAMILY[model_type]
-    sizes = read_sizes(family, fields)
-    return _assemble(fields, model_type, family, family.base, sizes)
+    with suppress(NotInTableError):
+        if model_type in FAMILY:
+            family = FAMILY[model_type]
+            return _assemble(fields, model_type, family, family.base, read_sizes(family, fields))
+        if model_type in COMPOSITE:
+            return _parse_composite(fields, model_type)
+    check_bounds(fields.values, fields.where)
+    if (description := described.stored(fields.values)) is not None:
+        return description.result()
+    if (refusal := type_problem(fields)) is not None:
+        raise refusal
+    return read_outline(fields.values, fields.where)
 
 
-def unknown_family(where: str, model_type: str) -> UserError:
-    close_matches = difflib.get_close_matches(model_type, sorted(known_model_types()), n=1, cutoff=0.75)
+def type_problem(fields: ConfigFields) -> UserError | None:
+    """Return why the installed transformers loads no language model of a config's type; None if it may.
+
+    The process that builds the model (:mod:`.described`) has the last word.
+    """
+    model_type = fields.text(("model_type",)) or ""
+    types, generators = config_classes(), text_generators()
+    if not types or not generators:
+        return None
+    if model_type in types:
+        values = {**config_class(model_type).defaults, **fields.values}
+        if model_type not in generators:
+            reason = "for which transformers has no class that does"
+        elif values.get("is_encoder_decoder") is True:
+            reason = "which has an encoder next to its decoder"
+        elif is_encoder(model_type) and values.get("is_decoder") is not True:
+            reason = "an encoder, whose tokens see those after them"
+        else:
+            return None
+        return UserError(
+            "This model does not generate text",
+            what=f"{fields.where}: model_type is {model_type!r}, {reason}.",
+            why="Fine-tuning here needs a causal language model, with its output head.",
+            fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
+        )
+    close_matches = difflib.get_close_matches(model_type, sorted(generators), n=1, cutoff=0.75)
     return UserError(
-        "Unknown model family",
-        what=f"{where}: model_type is {model_type!r}.",
-        why="The estimate and the LoRA screen need to know the layers of the family.",
-        fix=(f"The closest known family is {close_matches[0]!r}. " if close_matches else "")
-        + "Choose a model of a known family.",
+        "Model type unknown to transformers",
+        what=f"{fields.where}: model_type is {model_type!r}.",
+        why=f"The installed transformers {described.library_version()} has no model of this type.",
+        fix=(f"The closest type it has is {close_matches[0]!r}. " if close_matches else "")
+        + f"If the model is newer, upgrade with `{install_command('transformers')}`.",
     )
 
 
@@ -116,7 +147,7 @@ def _parse_composite(fields: ConfigFields, model_type: str) -> Architecture:
         family = dataclasses.replace(family, tied=fields.flag("tie_word_embeddings", composite.tied))
         text = ConfigFields({k: v for k, v in text.values.items() if k != "tie_word_embeddings"}, text.where)
     if fields.values.get("audio_config") is not None:
-        raise config_problem(fields.where, "audio_config is set, and audio models are not supported")
+        raise NotInTableError
     architecture = _assemble(fields, model_type, family, composite.base, sizes, text)
     if composite.tower is None or fields.values.get("vision_config") is None:
         return architecture

@@ -17,8 +17,16 @@ from qlora_tui.errors import UserError
 
 MAX_SIZE = 1 << 31
 """Far above any size in a real config."""
-MAX_SIZE_BY_KEY = {"layer": 1000, "head": 100_000}
-"""Tighter bounds for sizes that count modules, by a part of the key."""
+_MAX_COUNT = {
+    **dict.fromkeys(("layer", "layers", "depth", "depths", "blocks"), 1000),
+    **dict.fromkeys(("head", "heads", "experts"), 100_000),
+}
+"""Tighter bounds for sizes that count modules, by the last word of the key."""
+
+
+def size_bound(key: str) -> int:
+    """Return the largest size that a config may have under ``key``."""
+    return _MAX_COUNT.get(key.rpartition("_")[2], MAX_SIZE)
 
 
 def config_problem(where: str, what: str) -> UserError:
@@ -29,6 +37,10 @@ def config_problem(where: str, what: str) -> UserError:
         why="The model's shape is read from its config.json.",
         fix="Compare the file with the one published with the model, or download the model again.",
     )
+
+
+class NotInTableError(Exception):
+    """A table does not cover this variant of its family."""
 
 
 class ConfigFields:
@@ -61,7 +73,7 @@ class ConfigFields:
         if entry is None or entry[1] is None:
             return None
         key, value = entry
-        maximum = next((bound for part, bound in MAX_SIZE_BY_KEY.items() if part in key), MAX_SIZE)
+        maximum = size_bound(key)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise self.invalid(key, f"a whole number from {minimum} to {maximum}")
         return value
@@ -119,6 +131,27 @@ class ConfigFields:
         if not isinstance(value, dict):
             raise self.invalid(key, "an object")
         return ConfigFields(value, f"{self.where}, {key}")
+
+
+_MAX_VALUES = 200_000
+"""Most values in a config. The longest real lists name each module that is not quantized."""
+
+
+def check_bounds(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Raise UserError for a number that no model has, at any depth, before a library allocates by it."""
+    places: list[tuple[str, object]] = [("", config)]
+    seen = 0
+    while places:
+        key, value = places.pop()
+        seen += 1
+        if seen > _MAX_VALUES:
+            raise config_problem(where, f"it has more than {_MAX_VALUES:,} values")
+        if isinstance(value, dict):
+            places += [(str(name), each) for name, each in value.items()]
+        elif isinstance(value, list):
+            places += [(key, each) for each in value]
+        elif type(value) is int and abs(value) > size_bound(key):
+            raise ConfigFields({key: value}, where).invalid(key, f"at most {size_bound(key)}")
 
 
 Sizes = Mapping[str, int]

@@ -20,8 +20,9 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
+from qlora_tui.catalog import described
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import MAX_CONFIG_BYTES, parse_architecture
+from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.catalog.gguf_config import to_hf_config
 from qlora_tui.catalog.hub import fetch_config
@@ -104,8 +105,19 @@ def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
 def resolve_model(model_id: str) -> ModelFiles:
     """Return the files of a recipe's model: a cached Hub id, a converted model, a folder or a GGUF file.
 
+    Its architecture is exact, which takes seconds where nobody has asked for it before
+    (:mod:`qlora_tui.catalog.described`).
+
     Raises UserError when it is not on this machine (with close matches), cannot be trained, or is truncated.
     """
+    files = _resolve(model_id)
+    if not files.architecture.is_outline:
+        return files
+    return msgspec.structs.replace(files, architecture=described.describe(load_model_config(model_id)))
+
+
+def _resolve(model_id: str) -> ModelFiles:
+    """Return the files of a model, with what is known of its architecture without waiting."""
     model = _find_model(model_id)
     if model is None:
         raise model_not_found(model_id)
@@ -407,18 +419,28 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def load_architecture(model_id: str) -> Architecture:
     """Load the architecture of a local model, of a folder with only a ``config.json``, or of such a file.
 
-    Of a Hub model whose weights are not here, the config that :func:`fetch_architecture` stored is used.
+    Of a Hub model whose weights are not here, the config that :func:`fetch_architecture` stored is used. An
+    outline stands for one that has to be waited for (:func:`describe_model`).
 
     Raises UserError where the model is not on this machine or its config cannot be used.
     """
     if (config := _config_file(model_id)) is not None:
         return parse_architecture(config)
     try:
-        return resolve_model(model_id).architecture
+        return _resolve(model_id).architecture
     except ModelNotFoundError:
         if (config := stored_config(model_id)) is None:
             raise
         return parse_architecture(config)
+
+
+def describe_model(model_id: str) -> Architecture:
+    """Return the exact architecture of a model, a folder or a file; takes seconds for the first time.
+
+    Raises UserError where it cannot be found, or the installed transformers does not build it.
+    """
+    architecture = load_architecture(model_id)
+    return described.describe(load_model_config(model_id)) if architecture.is_outline else architecture
 
 
 def is_fetchable(model_id: str) -> bool:
@@ -446,22 +468,21 @@ def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
 
 
 def load_model_config(model_id: str) -> dict[str, Any]:
-    """Load the ``config.json`` of a model, a folder or a file. Raises UserError where it cannot be read."""
+    """Load the ``config.json`` of a model, a folder or a file, or what the header of a GGUF file says.
+
+    Raises UserError where it cannot be read.
+    """
     file = _config_file(model_id)
     try:
-        file = file or resolve_model(model_id).folder / "config.json"
+        files = None if file else _resolve(model_id)
+        if files is not None and files.gguf_file is not None:
+            gguf = files.folder / files.gguf_file
+            return to_hf_config(read_gguf(gguf), gguf)
+        file = file or (files.folder if files else Path()) / CONFIG
     except ModelNotFoundError:
         if (file := stored_config(model_id)) is None:
             raise
-    try:
-        return msgspec.json.decode(read_bounded(file, MAX_CONFIG_BYTES), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(
-            "No config.json for a trace",
-            what=f"{file} could not be read.",
-            why="A GGUF file stores its settings in its own header.",
-            fix="Choose the model it was made from; the estimate without a trace does not need it.",
-        ) from error
+    return load_config(file)
 
 
 def _config_file(model_id: str) -> Path | None:

@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import (
-    known_model_types,
-    load_config,
-    parse_architecture,
-    unknown_family,
-)
+from qlora_tui.catalog.config_parser import load_config, parse_architecture, type_problem
 from qlora_tui.catalog.family_spec import ConfigFields
+from qlora_tui.catalog.library_types import config_classes, text_generators
 from qlora_tui.errors import UserError
 from qlora_tui.files import open_foreign
 
@@ -91,15 +87,15 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
     model_type = config.get("model_type")
     if model_type is not None and not isinstance(model_type, str):
         return ConfigFields(config, name).invalid("model_type", "a string")
-    if model_type not in known_model_types():
-        if config.get("auto_map"):
+    if model_type and (unknown := type_problem(ConfigFields(config, "config.json"))) is not None:
+        if config.get("auto_map") and model_type not in config_classes():
             return model_problem(
                 "This model needs its own code",
                 f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
                 "That would run the author's Python on this machine, which qlora-tui never does.",
-                "Choose a model of a family that is part of transformers.",
+                "Choose a model whose type is part of transformers.",
             )
-        return _with_model_name(unknown_family("config.json", str(model_type)), name) if model_type else None
+        return _with_model_name(unknown, name)
     if kernels := named_kernels(config):
         return model_problem(
             "This model chooses its own kernels",
@@ -108,7 +104,12 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
             "Remove the key from config.json, or choose another copy of the model.",
         )
     classes = config.get("architectures")
-    if isinstance(classes, list) and classes and not str(classes[0]).endswith(CAUSAL_LM_SUFFIXES):
+    if (
+        isinstance(classes, list)
+        and classes
+        and not str(classes[0]).endswith(CAUSAL_LM_SUFFIXES)
+        and str(classes[0]) not in text_generators().get(str(model_type), ())
+    ):
         return model_problem(
             "This model does not generate text",
             f"{name} is a {classes[0]}.",

@@ -9,6 +9,7 @@ from typing import Any
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.local_models import (
     ModelNotFoundError,
+    describe_model,
     fetch_architecture,
     is_fetchable,
     list_local_models,
@@ -132,12 +133,16 @@ def _require_chosen_gpu() -> None:
 def _architecture(model_id: str, revision: str) -> Architecture:
     """Load the architecture of a local model, or fetch it from the Hub. Raises UserError."""
     try:
-        return load_architecture(model_id)
+        architecture = load_architecture(model_id)
     except ModelNotFoundError:
         if not is_fetchable(model_id):
             raise
-    print(f"fetching config.json of {model_id} from the Hub", file=sys.stderr)
-    return fetch_architecture(model_id, revision)
+        print(f"fetching config.json of {model_id} from the Hub", file=sys.stderr)
+        architecture = fetch_architecture(model_id, revision)
+    if architecture.is_outline:
+        print("reading the model's structure from transformers, once", file=sys.stderr)
+        architecture = describe_model(model_id)
+    return architecture
 
 
 def _conversion(model_id: str) -> Conversion | None:

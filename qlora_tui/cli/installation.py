@@ -33,6 +33,7 @@ KINDS = {
     "base-answers": "answers of base models to general prompts, which evaluations compare with",
     "task-answers": "answers of bases and adapters to validation prompts, read by later evaluations",
     "configs": "config.json of Hub models, for estimates",
+    "descriptions": "architectures of models, read from transformers",
     "findings": "checks of data files",
 }
 """Folders of the cache, and what is in them."""
@@ -44,6 +45,7 @@ _NAMES = {
     "base-answers": r".+-[0-9a-f]{16}\.safetensors",
     "task-answers": r".+-[0-9a-f]{16}\.jsonl",
     "configs": r".+\.json",
+    "descriptions": r"[0-9a-f]{64}\.json",
     "findings": r"[0-9a-f]{32}\.json",
 }
 """Names that this program gives to what it puts there. Anything else is neither listed nor deleted."""

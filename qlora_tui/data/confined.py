@@ -231,7 +231,7 @@ def _serve(connection: Connection, module: str) -> None:
     cpu_s, memory_bytes, prepare = connection.recv()
     if prepare is not None:
         prepare()
-    _limit_memory(memory_bytes)
+    limit_memory(memory_bytes)
     while connection.poll(_IDLE_S) or _iterators:
         function, arguments = connection.recv()
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
@@ -246,7 +246,7 @@ def _serve(connection: Connection, module: str) -> None:
             connection.send((False, error))
 
 
-def _limit_memory(more_bytes: int) -> None:
+def limit_memory(more_bytes: int) -> None:
     """Let this process hold ``more_bytes`` more than now, where the kernel counts that."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError, IndexError):

@@ -1,12 +1,13 @@
 """The architecture of any config, read from the model that transformers builds of it without weights.
 
 Nothing here knows a family. What a module is follows from its place in the tree, its class and its shape; the
-libraries say what is tied and what bitsandbytes replaces. :func:`describe` is a job that
+libraries say what is tied and what bitsandbytes replaces. :func:`describe_all` is a job that
 :mod:`qlora_tui.catalog.described` runs, and whose results it keeps.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,7 +28,12 @@ from qlora_tui.catalog.architecture_types import (
     Part,
     Role,
 )
-from qlora_tui.training.model_class import build_on_meta, unbuildable
+from qlora_tui.catalog.described import Description
+from qlora_tui.catalog.family_spec import check_bounds
+from qlora_tui.data.confined import limit_memory
+from qlora_tui.errors import UserError
+from qlora_tui.training.model_class import build_on_meta, reason_of, unbuildable
+from qlora_tui.worker import Failure
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -46,11 +52,38 @@ _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "atten
 """Names of one fact in transformers' configs, whose class defaults are then those of the family."""
 
 
-def describe(values: dict[str, Any]) -> Architecture:
+MEMORY_BYTES = 4 << 30
+"""Most memory that a description takes, in addition to the libraries. Real models take some megabytes."""
+CPU_S = 20.0
+"""Most processor seconds for one description. The largest real models take one."""
+
+
+def describe_all(configs: list[dict[str, Any]]) -> list[Description]:
+    """Do the job: describe each config, or say why the installed transformers cannot build it."""
+    limit_memory(MEMORY_BYTES)
+    return [_describe_within_limits(values) for values in configs]
+
+
+def _describe_within_limits(values: dict[str, Any]) -> Description:
+    # At its limit, the kernel ends the process.
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)
+    try:
+        return Description(architecture=describe(values))
+    except UserError as error:
+        refusal = error
+    except Exception as error:  # a module tree that no rule here expects
+        refusal = unbuildable(str(values.get("model_type")), reason_of(error))
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return Description(refusal=Failure(**refusal.fields()))
+
+
+def describe(values: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a parsed ``config.json``.
 
     Raises UserError when the installed transformers cannot build a language model of it.
     """
+    check_bounds(values)
     return _Tree(build_on_meta(values)).architecture(values)
 
 

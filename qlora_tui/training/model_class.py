@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from qlora_tui.catalog.described import MISSING_PACKAGE
 from qlora_tui.catalog.model_validation import without_code
-from qlora_tui.errors import UserError, first_line
+from qlora_tui.errors import UserError
 from qlora_tui.installation import install_command
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -27,6 +28,7 @@ _WEIGHT_KEYS = ("quantization_config", "torch_dtype", "dtype")
 """Keys on how weights are stored, which a model without weights does not have."""
 _READS_IS_DECODER = re.compile(r"self\.is_decoder|if [^\n]*config\.is_decoder")
 """Code of a class that attends to later tokens too, unless its config says ``is_decoder``."""
+_LONGEST_REASON = 240
 _INSTALL = re.compile(r"pip install ([\w.-]+)")
 """The packages in transformers' messages on a missing one."""
 
@@ -47,7 +49,7 @@ def read_config(values: Mapping[str, Any]) -> Any:
             {key: value for key, value in clean.items() if key not in _WEIGHT_KEYS}
         )
     except Exception as error:  # whatever the class raises for a value that it does not expect
-        raise unbuildable(model_type, f"{type(error).__name__}: {first_line(error)}") from error
+        raise unbuildable(model_type, reason_of(error)) from error
 
 
 def auto_class(config: Any) -> Any:
@@ -141,9 +143,16 @@ def _failed(config: Any, error: Exception) -> UserError:
             "This model needs another package",
             what=f"model_type {config.model_type!r}: its class needs {' and '.join(packages)}.",
             why="It is not installed.",
+            code=MISSING_PACKAGE,
             fix=f"Install it with `{install_command(*packages)}`, or choose another model.",
         )
-    return unbuildable(config.model_type, f"{type(error).__name__}: {first_line(error)}")
+    return unbuildable(config.model_type, reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a library raised on one line, without a period: the cause often follows on later lines."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_LONGEST_REASON]}".rstrip(".:")
 
 
 def _version() -> str:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.outline import read_outline
 from qlora_tui.errors import UserError
 from tests.catalog.configs import CONFIGS, config, counted
 
@@ -150,11 +151,20 @@ def test_a_wrong_config_is_rejected_naming_the_field(changes: dict[str, Any], na
     assert caught.value.fix
 
 
-def test_an_unknown_family_gets_the_nearest_known_name() -> None:
+def test_an_unknown_type_gets_the_nearest_known_name_and_an_upgrade() -> None:
     with pytest.raises(UserError) as caught:
         parse_architecture(_llama(model_type="lama"))
-    assert "'llama'" in caught.value.fix
-    assert {"llama", "gemma3", "qwen3_moe"} <= known_model_types()
+    assert "'llama'" in caught.value.fix and "install" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("vit", "no class that does"), ("bart", "an encoder next to"), ("bert", "see those after them")],
+)
+def test_a_type_that_does_not_continue_text_is_refused(model_type: str, reason: str) -> None:
+    with pytest.raises(UserError, match="does not generate text") as caught:
+        parse_architecture(_llama(model_type=model_type))
+    assert reason in caught.value.what
 
 
 def test_a_nested_config_without_its_text_part_is_refused() -> None:
@@ -181,6 +191,16 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         parse_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen3-8B", "google/gemma-3-27b-it", "Qwen/Qwen3.5-35B-A3B", "openai/gpt-oss-20b"]
+)
+def test_an_outline_is_close_to_the_whole(name: str) -> None:
+    outline, exact = read_outline(config(name)), parse_architecture(config(name))
+    assert outline.is_outline and not exact.is_outline
+    assert outline.total_params == pytest.approx(exact.total_params, rel=0.02)
+    assert outline.quantizable_params == pytest.approx(exact.quantizable_params, rel=0.05)
 
 
 JUNK = st.one_of(

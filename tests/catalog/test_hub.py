@@ -47,7 +47,7 @@ def test_a_search_says_what_cannot_be_trained(hub: FakeHub, ask: Ask) -> None:
     for name, changes in {
         "code": config("internlm/internlm2_5-7b"),
         "awq": {**TINY, "quantization_config": {"quant_method": "awq"}},
-        "bert": {**TINY, "model_type": "bert"},
+        "bert": {"model_type": "bert"},
         "empty": {},
     }.items():
         hub.repos[f"refused/{name}"] = tiny_repo()
@@ -56,7 +56,7 @@ def test_a_search_says_what_cannot_be_trained(hub: FakeHub, ask: Ask) -> None:
     assert results == {
         "refused/code": "This model needs its own code",
         "refused/awq": "This model is already quantized",
-        "refused/bert": "Unknown model family",
+        "refused/bert": "This model does not generate text",
         "refused/empty": None,
     }
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.library_types import text_generators
 from qlora_tui.errors import UserError
 from qlora_tui.memory import (
     Correction,
@@ -85,7 +86,7 @@ def test_an_estimate_of_class_defaults_takes_few_calls_of_functions(device: Devi
     from transformers import AutoConfig
 
     calls = {}
-    for model_type in sorted(known_model_types()):
+    for model_type in sorted(text_generators()):
         defaults = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
         with suppress(UserError):
             calls[model_type] = _calls_of_an_estimate(defaults, device)

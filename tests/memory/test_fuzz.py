@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import known_model_types, parse_architecture
+from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.library_types import text_generators
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Correction, Device, as_json, estimate
 from qlora_tui.memory.calibration import MAX_FACTOR, MIN_FACTOR
@@ -47,7 +48,7 @@ SIZES = st.one_of(
     st.floats(),
 )
 CONFIGS = st.fixed_dictionaries(
-    {"model_type": st.sampled_from(sorted(known_model_types()))},
+    {"model_type": st.sampled_from(sorted(text_generators()))},
     optional={
         **dict.fromkeys(KEYS, SIZES),
         "tie_word_embeddings": st.one_of(st.booleans(), st.none(), st.just(3)),

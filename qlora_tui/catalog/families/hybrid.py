@@ -19,10 +19,10 @@ from qlora_tui.catalog.family_spec import (
     LayerEntry,
     LinearSpec,
     NormSpec,
+    NotInTableError,
     ParameterSpec,
     SizeField,
     Sizes,
-    config_problem,
 )
 
 
@@ -182,13 +182,13 @@ QWEN3_NEXT = replace(
 
 
 def _gemma4_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
-    """Set the sizes of Gemma 4. Raises UserError for variants that the tables do not cover."""
+    """Raise NotInTableError for the small Gemma 4, with embeddings for each layer and shared keys."""
     defaults = {"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0}
     for key, absent in defaults.items():
         if fields.values.get(key, absent):
-            raise config_problem(fields.where, f"{key} is not 0: the small Gemma 4 models are not supported")
+            raise NotInTableError
     if fields.flag("use_double_wide_mlp", False):
-        raise config_problem(fields.where, "use_double_wide_mlp is true, which is not supported")
+        raise NotInTableError
 
 
 def _gemma4_layers(fields: ConfigFields, sizes: Sizes) -> list[Sizes]:

@@ -10,9 +10,9 @@ from qlora_tui.catalog.family_spec import (
     LayerEntry,
     LinearSpec,
     NormSpec,
+    NotInTableError,
     ParameterSpec,
     SizeField,
-    config_problem,
 )
 
 
@@ -33,7 +33,7 @@ class Composite:
 
 def _siglip_sizes(fields: ConfigFields, sizes: dict[str, int]) -> None:
     if fields.flag("vision_use_head", True):
-        raise config_problem(fields.where, "vision_use_head is not false: such a tower is not supported")
+        raise NotInTableError
     sizes["patches"] = (sizes["image"] // sizes["patch"]) ** 2
 
 
@@ -82,7 +82,7 @@ def _clippable(name: str, fan_in: str, fan_out: str) -> LayerEntry:
 
 def _gemma4_vision(fields: ConfigFields, sizes: dict[str, int]) -> None:
     if fields.flag("use_clipped_linears", False):
-        raise config_problem(fields.where, "use_clipped_linears is true, which is not supported")
+        raise NotInTableError
 
 
 GEMMA4_VISION = Family(

@@ -1,0 +1,137 @@
+"""Architectures that a process read from transformers' own classes, kept on disk.
+
+A description takes seconds, most of them imports, and depends on the config and the version of transformers
+alone. What a process has found is kept in the cache folder, refusals included; a damaged file is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.decoding import decode_json
+from qlora_tui.errors import UserError
+from qlora_tui.files import atomic_write, list_folder, private_dir, read_bounded
+from qlora_tui.paths import cache_dir
+from qlora_tui.worker import Failure, run_job
+
+JOB = "qlora_tui.training.description:describe_all"
+DEADLINE_S = 90.0
+"""Seconds after which a process that describes one config is ended; imports take most of the usual 4."""
+MISSING_PACKAGE = "missing-package"
+"""Code of a refusal that ends when a package is installed, and so is not kept."""
+_FORMAT = 1
+MAX_FILES = 400
+"""Most descriptions that are kept, of some 20 to 200 KB each."""
+"""Descriptions that are kept, some 20 to 200 KB each."""
+_MAX_FILE_BYTES = 64 << 20
+
+
+class Description(Struct, frozen=True, omit_defaults=True):
+    """What transformers' class says about a config: one of the two."""
+
+    architecture: Architecture | None = None
+    refusal: Failure | None = None
+
+    def result(self) -> Architecture:
+        """Return the architecture. Raises the refusal."""
+        if self.architecture is not None:
+            return self.architecture
+        assert self.refusal is not None
+        raise self.refusal.error()
+
+
+_DECODER = msgspec.json.Decoder(Description)
+
+
+def stored(config: Mapping[str, Any]) -> Description | None:
+    """Return what an earlier process found about a config; None where none did."""
+    return _read(_file(config))
+
+
+def describe(config: Mapping[str, Any]) -> Architecture:
+    """Return the exact architecture of a config, from the cache or from a process that takes seconds.
+
+    Raises UserError when the installed transformers cannot build a language model of it.
+    """
+    description = stored(config) or _describe([config])[0]
+    return description.result()
+
+
+def describe_all(configs: Iterable[Mapping[str, Any]]) -> None:
+    """Describe all configs that are not in the cache, in one process where that survives them."""
+    missing = [config for config in configs if stored(config) is None]
+    try:
+        if missing:
+            _describe(missing)
+    except UserError:
+        for config in missing if missing[1:] else ():
+            with suppress(UserError):
+                _describe([config])
+
+
+def _describe(configs: list[Mapping[str, Any]]) -> list[Description]:
+    descriptions = run_job(
+        JOB,
+        configs,
+        result=list[Description],
+        title="The model's structure could not be read",
+        subject="The process that builds it without weights",
+        fix="Compare its config.json with the one published with the model, or choose another model.",
+        deadline_s=DEADLINE_S,
+    )
+    for config, description in zip(configs, descriptions, strict=True):
+        if description.refusal is None or description.refusal.code != MISSING_PACKAGE:
+            _write(_file(config), description)
+    return descriptions
+
+
+def _file(config: Mapping[str, Any]) -> Path:
+    content = json.dumps([_FORMAT, library_version(), config], sort_keys=True, default=str)
+    return cache_dir() / "descriptions" / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+
+
+@lru_cache(maxsize=1)
+def library_version() -> str:
+    """Return the version of transformers; empty where it is not installed."""
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return ""
+
+
+@lru_cache(maxsize=32)
+def _read_state(file: Path, state: tuple[int, int]) -> Description | None:
+    try:
+        return decode_json(read_bounded(file, _MAX_FILE_BYTES), _DECODER)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _read(file: Path) -> Description | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    found = _read_state(file, (status.st_mtime_ns, status.st_size))
+    return found if found is None or found.architecture or found.refusal else None
+
+
+def _write(file: Path, description: Description) -> None:
+    """Keep a description; the oldest ones of many are deleted."""
+    with suppress(OSError):
+        private_dir(file.parent)
+        atomic_write(file, msgspec.json.encode(description))
+        kept = sorted(list_folder(file.parent), key=lambda each: each.stat().st_mtime_ns)
+        for old in kept[:-MAX_FILES]:
+            old.unlink()
