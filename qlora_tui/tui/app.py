@@ -83,6 +83,7 @@ class QloraApp(TerminalApp):
         self._polling = False
         self._is_small = False
         self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
+        self._theme_problems: list[UserError] = []
 
     @cached_property
     def workbench(self) -> Workbench:
@@ -136,10 +137,7 @@ class QloraApp(TerminalApp):
         self.set_keymap(self.settings.keymap)
 
     def on_mount(self) -> None:
-        if self.settings.theme not in self.available_themes:
-            self.notify(f"Theme {self.settings.theme!r} does not exist.", severity="warning")
-        if self.settings.keymap:
-            self._report_keymap_errors()
+        self._report_settings()
         self.write_escape(desktop.PUSH_TITLE)
         if not self.is_headless:
             install_shutdown_handlers(lambda exit_code: self.exit(return_code=exit_code))
@@ -157,11 +155,17 @@ class QloraApp(TerminalApp):
         self.write_escape(desktop.POP_TITLE)
 
     @work
-    async def _report_keymap_errors(self) -> None:
-        from qlora_tui.tui.key_names import validate_keymap
-
+    async def _report_settings(self) -> None:
+        """Report what is wrong in the settings and themes once the first screen can show it."""
         await self.shown.wait()
-        for problem in validate_keymap(self.settings.keymap):
+        problems = [str(problem) for problem in self._theme_problems]
+        if self.settings.theme not in self.available_themes:
+            problems.append(f"Theme {self.settings.theme!r} does not exist.")
+        if self.settings.keymap:
+            from qlora_tui.tui.key_names import validate_keymap
+
+            problems += validate_keymap(self.settings.keymap)
+        for problem in problems:
             self.notify(problem, severity="warning", timeout=10)
 
     @property
@@ -174,8 +178,7 @@ class QloraApp(TerminalApp):
         loaded, problems = themes.load_themes()
         for theme in (*loaded, TWO_COLORS):
             self.register_theme(theme)
-        for problem in problems:
-            self.notify(str(problem), severity="warning", timeout=10)
+        self._theme_problems = problems
 
     def apply_settings(self, settings: Settings) -> None:
         """Use settings that were changed while the app runs."""
@@ -347,6 +350,8 @@ class QloraApp(TerminalApp):
         if themes.user_theme_mtimes() != self._loaded_theme_mtimes:
             had_theme = self._wanted_theme in self.available_themes
             self._load_themes()
+            for problem in self._theme_problems:
+                self.notify(str(problem), severity="warning", timeout=10)
             if not had_theme and self._wanted_theme in self.available_themes:
                 self.theme = self._wanted_theme
             else:

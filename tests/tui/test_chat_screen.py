@@ -277,4 +277,4 @@ async def test_base_and_adapter_answer_side_by_side(
         assert screen.conversation.ready is not None
         write_fake_run(FakeRun(name="next-run", state="running"))
         await wait_for_text(pilot, "not loaded yet")
-        assert screen.conversation.engine.pid is None
+        await wait_until(pilot, lambda: screen.conversation.engine.pid is None)
