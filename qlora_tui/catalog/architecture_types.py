@@ -160,6 +160,11 @@ class Architecture(Struct, frozen=True):
     """All other parameters."""
     is_outline: bool = False
     """Whether it is an approximation from common keys of the config, until transformers' class is read."""
+    attention_softcap: bool = False
+    """Whether attention scores are capped before the softmax, which no fused kernel does (Gemma 2)."""
+    own_attention: bool = False
+    """Whether the class has attention code of its own, not transformers' interface for it, so that all scores
+    are computed (Falcon, Bloom)."""
 
     @property
     def expert_modules(self) -> tuple[LinearModule, ...]:

@@ -242,7 +242,7 @@ def _assemble(
         gated=family.gated,
         residual_dropout=_residual_dropout(fields, family),
         attention_dropout=_attention_dropout(fields, family),
-        final_logit_softcapping=_softcap(fields, family),
+        final_logit_softcapping=_softcap(fields, family, "final_logit_softcapping", 30.0),
         logit_scale=_logit_scale(fields, family),
         dtype=_dtype(fields) or _dtype(outer),
         quantized_as=_quantized_as(outer),
@@ -257,6 +257,8 @@ def _assemble(
             tied,
         ),
         parameters=tuple(expanded.parameters),
+        attention_softcap=_softcap(fields, family, "attn_logit_softcapping", 50.0) is not None,
+        own_attention=family.own_attention,
     )
 
 
@@ -293,11 +295,12 @@ def _probability(fields: ConfigFields, key: str, default: float) -> float:
     return float(value)
 
 
-def _softcap(fields: ConfigFields, family: Family) -> float | None:
-    """Return the cap of Gemma's ``cap · tanh(logits / cap)``; the second generation's class default is 30."""
-    if "gemma2" in family.model_types and "final_logit_softcapping" not in fields.values:
-        return 30.0
-    return fields.number("final_logit_softcapping")
+def _softcap(fields: ConfigFields, family: Family, key: str, default: float) -> float | None:
+    """Return the cap of Gemma's ``cap · tanh(x / cap)``, for which only the second generation has a class
+    default."""
+    if "gemma2" in family.model_types and key not in fields.values:
+        return default
+    return fields.number(key)
 
 
 def _logit_scale(fields: ConfigFields, family: Family) -> float | None:

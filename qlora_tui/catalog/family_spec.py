@@ -241,6 +241,8 @@ class Family:
     activation: str = "silu"
     """Class default of the activation."""
     gated: bool = True
+    own_attention: bool = False
+    """Whether its attention is code of its own, which no kernel replaces."""
     sizes: Mapping[str, SizeField] = field(default_factory=dict)
     """Sizes in addition to, or instead of, ``COMMON_SIZES``."""
     flags: Mapping[str, bool] = field(default_factory=dict)

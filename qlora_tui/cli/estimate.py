@@ -184,8 +184,7 @@ def _trace_table(trace: dict[str, Any]) -> str:
         [TRACE_LABELS[key], format_bytes(both["traced"]), format_bytes(both["closed_form"])]
         for key, both in trace["items"].items()
     ]
-    formula = "formula" if trace["exact"] else "as Llama's"
-    return format_table(rows, [f"{trace['precision']}, one step", "traced", formula])
+    return format_table(rows, [f"{trace['precision']}, one step", "traced", "formula"])
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,8 +22,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 from transformers.integrations import sdpa_attention
 
-from qlora_tui.memory.attention import SAMPLE_PADDING_ROWS, accumulator_width
-from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, ExecutionConfig, flash_trains, liger_rows
+from qlora_tui.memory.execution import (
+    LOSS_BLOCK_ROWS,
+    SAMPLE_PADDING_ROWS,
+    ExecutionConfig,
+    accumulator_width,
+    flash_trains,
+    liger_rows,
+)
 from qlora_tui.training import loss, packed_attention
 
 WIDEST_FLASH = 256

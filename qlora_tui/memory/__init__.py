@@ -8,11 +8,10 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 ``execution``      which trainer's code runs, and what the versions of transformers do
 ``weights``        bytes of the frozen weights, in 4 bits, streamed from host memory, or as they are
 ``static_memory``  all that is there through a step: weights, adapter, optimizer states, batch, workspaces
-``step``           activations and gradients of one training step: each kind of layer once, and the loss
-``layers``         the layer of each family, replayed on ``autograd`` by ``ops``, ``linear``, ``attention``
-                   and ``experts``: what each operation allocates, saves and frees
-``replay``         puts loading and two steps on a model of CUDA's ``allocator``
-``recording``      the exact form: loading and two traced steps on the model of the ``allocator``
+``layout``         each layer by the shapes of its modules and norms, and what is trained
+``activations``    what a layer of these shapes keeps for its backward, and takes beyond that
+``step``           one training step: each kind of layer once, the loss, and the moments of both
+``recording``      the exact form: loading and two traced steps on the model of CUDA's ``allocator``
 ``levels``         from tensors to what the GPU sees, or the system of a CPU; converting a GGUF file
 ``calibration``    measurements of past runs and of copies on this machine, and the correction from them
 ``explain``        a sentence for each item; ``report``: the JSON output

@@ -8,7 +8,7 @@ known here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -18,10 +18,9 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.calibration import MIN_RUNS, Correction
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.explain import LABELS, explanations
-from qlora_tui.memory.layers import STYLES, Layout, build_layout
-from qlora_tui.memory.levels import UncertaintyBand, context_range, corrected, tiers
+from qlora_tui.memory.layout import Layout, build_layout
+from qlora_tui.memory.levels import UncertaintyBand, context_range, corrected, expected_pool, tiers
 from qlora_tui.memory.recording import StepTrace
-from qlora_tui.memory.replay import replay
 from qlora_tui.memory.static_memory import FROZEN, adapter_bytes, static_items
 from qlora_tui.memory.step import (
     Moment,
@@ -82,7 +81,7 @@ class Estimate:
     """As in :attr:`.step.Moment.name`."""
     execution: ExecutionConfig
     exact: bool
-    """Whether the family's layer is implemented; otherwise it is approximated by Llama's."""
+    """Whether the step was traced, or all its layers are of kinds whose memory follows from their shapes."""
     notes: tuple[str, ...] = ()
     """Notes for the user on this estimate: experts in 16 bits, an unknown family."""
     correction: Correction | None = None
@@ -182,30 +181,30 @@ def _calculate(
 ) -> Estimate:
     layout = build_layout(recipe, architecture, execution)
     streamed = streamed_weights(recipe, architecture, execution)
+    step_profile = pool = None
     if traced is not None:
-        layout = replace(layout, exact=True)
         resident, moments, pool = dict(traced.resident), list(traced.moments), traced.pool
     else:
-        resident, step_profile, pool = static_items(layout), profile_step(layout), None
+        resident, step_profile = static_items(layout), profile_step(layout)
         if execution.accumulates:
             resident["gradients"] = adapter_bytes(layout)
         moments = step_moments(step_profile, layout)
-        if execution.device == "cuda":
-            room = None if capacity_bytes is None else capacity_bytes - context_range(execution)[1]
-            pool = replay(layout, step_profile, room)
     moments.append(answers_moment(layout))
     fullest = max(moments, key=lambda moment: moment.total_bytes)
     items = _sum(resident, fullest.items)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
     loading = _sum(frozen, {"loading": loading_bytes(recipe, architecture, execution)})
-    levels = tiers(items, fullest.total_bytes, pool, layout)
+    if step_profile is not None and execution.device == "cuda":
+        room = None if capacity_bytes is None else capacity_bytes - context_range(execution)[1]
+        pool = expected_pool(layout, step_profile, sum(items.values()), room)
+    levels = tiers(items, fullest.total_bytes, pool, layout, traced=traced is not None)
     # By process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
     levels_at_loading = tiers(loading, 0, pool, layout)
     before = max(levels.process_bytes, levels_at_loading.process_bytes)
     correction = device.correction
     if correction is not None and correction.applies:
-        levels = corrected(levels, layout, correction)
-        levels_at_loading = corrected(levels_at_loading, layout, correction)
+        levels = corrected(levels, fullest.total_bytes, layout, correction, traced=traced is not None)
+        levels_at_loading = corrected(levels_at_loading, 0, layout, correction)
     items |= levels.added
     if levels_at_loading.process_bytes > levels.process_bytes:
         items[LOADING] = levels_at_loading.process_bytes - levels.process_bytes
@@ -224,8 +223,8 @@ def _calculate(
         band=levels.band,
         peak_phase=fullest.name,
         execution=execution,
-        exact=layout.exact,
-        notes=_notes(layout, items),
+        exact=traced is not None or layout.exact,
+        notes=_notes(layout, items, traced=traced is not None),
         correction=correction,
         uncorrected_bytes=before if correction else 0,
         loading_process_bytes=levels_at_loading.process_bytes,
@@ -237,7 +236,7 @@ def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None, layo
     """Return the host memory of a run on a GPU: the whole base where some of its layers are streamed, and the
     inputs of all layers where they are offloaded."""
     execution = layout.execution
-    size = len(layout.blocks) * layer_input_bytes(layout) if execution.offloads_inputs else 0
+    size = len(layout.layers) * layer_input_bytes(layout) if execution.offloads_inputs else 0
     if streamed is None or execution.device == "cpu":
         return size
     return size + streamed.host_bytes + sum(resident.get(key, 0) for key in FROZEN if key != "slots")
@@ -260,8 +259,8 @@ def loading_bytes(recipe: Recipe, architecture: Architecture, execution: Executi
     return sum(sizes[:LOADERS])
 
 
-def _notes(layout: Layout, items: dict[str, int]) -> tuple[str, ...]:
-    recipe, architecture = layout.recipe, layout.architecture
+def _notes(layout: Layout, items: dict[str, int], *, traced: bool) -> tuple[str, ...]:
+    recipe = layout.recipe
     notes = []
     if items.get("int8_inputs"):
         notes.append(
@@ -270,10 +269,12 @@ def _notes(layout: Layout, items: dict[str, int]) -> tuple[str, ...]:
         )
     if layout.experts_in_16_bits and recipe.quantization.method != "none":
         notes.append(f"The experts stay in 16 bits: {_why_in_16_bits(recipe)}.")
-    if architecture.model_type not in STYLES:
+    if layout.architecture.is_outline:
+        notes.append("An outline of the model's layers, until they are read from transformers' class.")
+    elif not (layout.exact or traced):
         notes.append(
-            f"{architecture.model_type} layers have no formula: "
-            + ("the step was traced." if layout.exact else "estimated as Llama's.")
+            "Some layers mix tokens otherwise than by attention: what they save depends on the installed "
+            "kernels, and is estimated from the widths of their projections."
         )
     return tuple(notes)
 

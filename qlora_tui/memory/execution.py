@@ -68,6 +68,15 @@ LOSS_BLOCK_ROWS = {"cpu": 32, "cuda": 128}
 """Rows of these in float32 at a time: few enough for a CPU's cache; on a GPU, whose kernels use one
 multiprocessor per row, enough to keep all of them busy."""
 
+ATTENTION_BLOCK_ROWS = 512
+"""Queries whose scores our CPU backward holds at a time, twice (heads, rows, tokens): more would compute more
+of the masked upper triangle, fewer make the matrix products too small."""
+SAMPLE_PADDING_ROWS = 128
+"""Rows that the backward of the varlen kernel adds for each sample to its sums in float32 (``mha_varlen_bwd``
+in torch's ``flash_api.cpp``)."""
+EXTRA_COLUMNS = 3
+"""Extra columns of queries and keys there, for the value subtracted from each score in 16-bit parts."""
+
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is computed natively (Ampere)."""
 
@@ -256,6 +265,12 @@ def flash_trains(capability: tuple[int, int], head_dim: int) -> bool:
     """
     consumer = any(first <= capability <= last for first, last in CONSUMER_CAPABILITIES)
     return not (consumer and 192 < head_dim <= 224)
+
+
+def accumulator_width(head_dim: int) -> int:
+    """Return the columns of a head in the sums of the varlen kernel's backward: its ``head_size_rounded``."""
+    multiple = 32 if head_dim <= 128 else 64
+    return -(-head_dim // multiple) * multiple
 
 
 def attention_path(attention: str, obstacle: FlashObstacle | None) -> AttentionPath:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
-from qlora_tui.memory.layers import Layout
+from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
 from qlora_tui.memory.weights import expert_method
 from qlora_tui.recipe.fields import format_value

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
-from qlora_tui.memory.estimate import Estimate, check_fit, closed_form, compare, precision_of
+from qlora_tui.memory.estimate import Estimate, check_fit, closed_form, compare, estimate, precision_of
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.explain import describe_choice
-from qlora_tui.memory.layers import STYLES
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.solver import cheapest_changes, largest_model_size, largest_settings, minimum_bytes
 from qlora_tui.memory.step_choice import choose_step, describe_host_memory
@@ -83,12 +82,11 @@ def as_json(
 def trace_as_json(
     traced: StepTrace, recipe: Recipe, architecture: Architecture, device: Device
 ) -> dict[str, Any]:
-    """Return the bytes by item, traced and by the closed form, whose ``exact`` says whether the family's
-    layer is implemented."""
+    """Return the bytes by item, traced and by the closed form, with its :attr:`.estimate.Estimate.exact`."""
     closed = closed_form(recipe, architecture, trainer_execution(recipe, device))
     return {
         "precision": precision_of(recipe),
-        "exact": architecture.model_type in STYLES,
+        "exact": estimate(recipe, architecture, device=device).exact,
         "items": {
             key: {"traced": size, "closed_form": closed[key]} for key, size in traced.figures().items()
         },

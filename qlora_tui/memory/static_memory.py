@@ -10,7 +10,7 @@ from collections import Counter
 from math import prod
 
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, ExecutionConfig
-from qlora_tui.memory.layers import Layout
+from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.weights import frozen_weights, round_to_block, streamed_weights
 
 SMALL_TENSOR = 4096

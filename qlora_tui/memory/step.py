@@ -1,38 +1,25 @@
-"""One training step: each kind of layer is replayed once, then the peak is searched over the whole step.
+"""One training step: the profile of each kind of layer and of the loss, and the moments that may be the peak.
 
 In layer ``l`` the bytes alive are those that earlier layers keep, the gradients of later layers, and the
-layer's own. The first two are sums over layers, so one replay of each kind is enough. A step traced on the
-meta device (``engine/trace_worker.py``) can take the place of the replayed one.
+layer's own. The first two are sums over layers, so one profile of each kind is enough. A step traced on the
+meta device (``engine/trace_worker.py``) can take the place of these.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
-from qlora_tui.memory.allocator import Recording, build_phase, without_input_gradient
-from qlora_tui.memory.autograd import (
-    ActivationCheckpoint,
-    AllocationMeter,
-    Grads,
-    Node,
-    Storage,
-    Tensor,
-    backward,
-)
+from qlora_tui.memory.activations import FLOAT, Items, Rules
 from qlora_tui.memory.execution import (
     ADAPTER_ITEMSIZE,
     LOSS_BLOCK_ROWS,
     LOSS_CHUNK_ROWS,
-    ExecutionConfig,
     liger_rows,
 )
-from qlora_tui.memory.layers import DecoderLayer, Layout, norm, run_block
-from qlora_tui.memory.ops import FLOAT, Ops
+from qlora_tui.memory.layout import Layer, Layout
 from qlora_tui.memory.static_memory import adapter_bytes, optimizer_step_bytes
 from qlora_tui.memory.weights import round_to_block
 
@@ -41,31 +28,26 @@ ANSWER_TOKENS = 48
 PROMPT_TOKENS = 64
 """Tokens that the longest general prompt takes at most, with what most chat templates put around it."""
 
-Items = dict[str, int]
 
-
-@dataclass
+@dataclass(frozen=True)
 class PartProfile:
-    """Memory of one part of the step."""
+    """Memory of one part of the step, by item."""
 
-    retained: Items = field(default_factory=dict)
-    """Bytes between its forward and its backward."""
-    forward: Items = field(default_factory=dict)
+    retained: Items
+    """Bytes between its forward and its backward, with its input."""
+    forward: Items
     """Bytes at the peak of its forward, including its input."""
-    backward: Items = field(default_factory=dict)
+    backward: Items
     """Bytes at the peak of its backward, including its input."""
-    held: Items = field(default_factory=dict)
-    """Bytes still alive after its backward, because the caller or a node of the graph refers to them."""
-    keeps_input: bool = True
-    """Whether an operation in it saves its input."""
+    held: Items = field(default_factory=Counter)
+    """Bytes still alive after its backward, because the caller refers to them."""
     gradient_bytes: int = 0
     """Gradient bytes of its parameters, after its backward."""
-    recording: Recording = field(default_factory=Recording)
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """The parts of a step, each replayed once."""
+    """The parts of a step."""
 
     layers: tuple[PartProfile, ...]
     """Layers in order; equal layers are the same object."""
@@ -114,7 +96,7 @@ def answers_moment(layout: Layout) -> Moment:
     """
     execution = layout.execution
     tokens = execution.general_prompts * (PROMPT_TOKENS + ANSWER_TOKENS)
-    widths = (b.heads.kv_heads * (b.heads.head_dim + b.heads.value_dim) for b in layout.blocks)
+    widths = (layer.heads.key + layer.heads.value for layer in layout.layers if layer.heads)
     items = {"kv_cache": tokens * sum(widths) * execution.compute_itemsize}
     return Moment("optimizer", "answers to general prompts", items)
 
@@ -139,10 +121,10 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: b
             candidates.append(Moment("forward", f"forward of layer {index}", dict(items)))
         before.update(profile.retained)
         if not index:
-            # The embedding's output requires gradients, so the graph holds it as a leaf even where the first
-            # layer does not; where something is added to it, it is always separate.
-            if layout.modifies_embedding or not profile.keeps_input:
-                before["activations"] += _embedded_bytes(layout)
+            # The embedding's output requires gradients, so the graph holds it as a leaf; where something is
+            # added to it, it is separate from the first layer's input.
+            if layout.modifies_embedding:
+                before["activations"] += layer_input_bytes(layout)
             before["activations"] += layout.tokens * layout.token_rows  # trained row index of each token
     candidates.append(Moment("loss", "loss forward", dict(before + cast + Counter(head.forward))))
     candidates.append(Moment("loss", "loss backward", dict(before + Counter(head.backward))))
@@ -182,14 +164,6 @@ def _autocast_copies(layout: Layout) -> Counter[str]:
     return Counter(adapter=layout.adapter_parameters * execution.compute_itemsize)
 
 
-def _embedded_bytes(layout: Layout) -> int:
-    """Return the bytes of the embedding's output, and of the mask of GPT-2's dropout on it."""
-    execution = layout.execution
-    numel, itemsize = layout.tokens * layout.hidden, execution.residual_itemsize
-    mask = numel * (1 if execution.device == "cuda" else itemsize) if layout.embedding_dropout else 0
-    return numel * itemsize + mask
-
-
 def layer_input_bytes(layout: Layout) -> int:
     """Return the bytes of the hidden states between two layers."""
     execution = layout.execution
@@ -205,238 +179,160 @@ def adapter_copies(layout: Layout) -> list[int]:
     return [round_to_block(count * execution.compute_itemsize) for count in layout.lora_tensors]
 
 
-ForwardFn = Callable[[Ops, list[Tensor]], tuple[Tensor, list[Tensor]]]
-"""Forward of a part. Its input comes in a list, so that the part itself can drop it."""
-
-
 def profile_step(layout: Layout) -> StepProfile:
-    """Replay each kind of layer once, and the head."""
-    execution = layout.execution
+    """Apply the rules to each kind of layer, and to the loss."""
+    execution, rules = layout.execution, Rules(layout)
     profiles: dict[tuple[int, bool], PartProfile] = {}
     layers = []
-    first_kept = len(layout.blocks) - execution.kept_layers
-    for index, block in enumerate(layout.blocks):
+    first_kept = len(layout.layers) - execution.kept_layers
+    for index, layer in enumerate(layout.layers):
         checkpointed = execution.checkpointing and index < first_kept
-        key = (id(block), checkpointed)
+        key = (id(layer), checkpointed)
         if key not in profiles:
-            run = partial(_layer, block=block)
-            profiles[key] = _profile(layout, run, checkpointed=checkpointed)
+            profiles[key] = _profile_layer(layout, rules, layer, checkpointed=checkpointed)
         layers.append(profiles[key])
-    tail = partial(_tail, layout=layout)
-    return StepProfile(tuple(layers), _profile(layout, tail, checkpointed=False))
+    return StepProfile(tuple(layers), _profile_head(layout, rules))
 
 
-def _layer(ops: Ops, inputs: list[Tensor], *, block: DecoderLayer) -> tuple[Tensor, list[Tensor]]:
-    return run_block(ops, block, inputs[0]), []
-
-
-def _tail(ops: Ops, inputs: list[Tensor], *, layout: Layout) -> tuple[Tensor, list[Tensor]]:
-    """Replay final norm, head and loss. The last layer's output is freed after the norm."""
-    normed = norm(ops, layout.blocks[-1], inputs[0])
-    inputs.clear()
-    return _head_and_loss(ops, layout, normed)
-
-
-def _profile(layout: Layout, run: ForwardFn, *, checkpointed: bool) -> PartProfile:
-    """Replay one part."""
-    execution = layout.execution
-    meter = AllocationMeter()
-    ops = Ops(meter, execution, tokens=layout.tokens, dropout=layout.recipe.lora.dropout)
-    profile = PartProfile()
-    upstream = Node(0, "upstream", (), lambda grad, saved: ())
-    x = ops.new(layout.tokens * layout.hidden, ops.residual, "checkpoints" if checkpointed else None)
-    x.node = upstream
-    input_storage = weakref.ref(x.storage)
-    recording = profile.recording
-    recording.enters, begins = x.storage.number, len(meter.events)
-    meter.restart()
-    inputs = [x]
-    if checkpointed:
-        ops.tape.mode = ("first", ActivationCheckpoint(partial(_recompute, run, ops, x)))
-        if execution.reentrant:
-            inputs = [x.view(upstream)]
-    del x
-    result, held = run(ops, inputs)
-    ops.tape.mode = ("keep", None)
-    profile.forward = dict(meter.peak_items)
-    node, numel, itemsize = result.node, result.numel, result.itemsize
-    assert node is not None
-    recording.leaves = result.storage.number
-    del result
+def _profile_layer(layout: Layout, rules: Rules, layer: Layer, *, checkpointed: bool) -> PartProfile:
+    """Return one layer's profile: its halves, the norms between them, and its input."""
+    execution, hidden_bytes = layout.execution, layer_input_bytes(layout)
+    first, second = rules.attention(layer), rules.feed_forward(layer, layout.architecture.activation)
+    norms = rules.norms(layer.norms)
+    dropped = Items(
+        activations=layout.tokens * layout.hidden * 2 * bool(layout.architecture.residual_dropout)
+    )
+    if rules.norm_shares_input and layer.norms:
+        norms["activations"] -= min(hidden_bytes, norms["activations"])
+    # Half of the norms, at least those over heads, come before or in attention.
+    below = Items({key: size // 2 for key, size in (norms + dropped).items()})
+    saved = Items()
+    for part in (norms, dropped, first.saved, second.saved):
+        saved.update(part)
+    entering = Items(checkpoints=hidden_bytes) if checkpointed else Items(activations=hidden_bytes)
+    if not checkpointed and not rules.norm_shares_input:
+        entering = Items()
+    gradient = Items(activations=hidden_bytes)
+    norm = rules.norm_backward(layout.hidden)
+    moments = []
+    for moment in (*second.backward, norm):
+        moments.append(_sum(entering, saved, gradient, moment))
+    for moment in (*first.backward, norm):
+        moments.append(_sum(entering, below, first.saved, gradient, moment))
+    backward = max(moments, key=Items.total)
     if checkpointed and execution.reentrant:
-        del node
-        recording.forward = build_phase(meter.events[begins:], recording.leaves)
-        _reentrant_backward(ops, run, inputs, profile, numel, itemsize, execution)
-        return profile
-    inputs.clear()
-    recording.forward = build_phase(meter.events[begins:], recording.leaves)
-    profile.retained = {item: size for item, size in meter.live_items.items() if size}
+        backward = _sum(backward, gradient)
+    working = max(
+        _sum(first.saved, first.forward), _sum({} if checkpointed else saved, second.forward), key=Items.total
+    )
+    retained = _sum(entering, first.kept, second.kept) if checkpointed else _sum(entering, saved)
     if checkpointed and execution.offloads_inputs:
-        profile.retained.pop("checkpoints", None)
-    profile.keeps_input = input_storage() is not None
-    meter.restart()
-    seed = [ops.new(numel, itemsize)]
-    recording.seed, begins = seed[0].storage.number, len(meter.events)
-    retained: list[Storage] = []
-    backward(ops.tape, node, seed.pop(), None if execution.accumulates else retained)
-    recording.gradient = without_input_gradient(meter.events)
-    recording.backward = build_phase(meter.events[begins:], recording.gradient)
-    profile.backward = dict(meter.peak_items)
-    profile.gradient_bytes = sum(storage.size for storage in set(retained))
-    retained.clear()
-    profile.held = {item: size for item, size in meter.live_items.items() if size}
-    del held
-    return profile
+        retained.pop("checkpoints", None)
+    kept = _sum(first.kept, second.kept)
+    return PartProfile(
+        retained=retained,
+        forward=_sum(entering, gradient, working),
+        backward=_sum(backward, kept) if checkpointed else backward,
+        held=Items(int8_inputs=kept["int8_inputs"]),
+        gradient_bytes=0 if execution.accumulates else _gradient_bytes(layer),
+    )
 
 
-def _reentrant_backward(
-    ops: Ops,
-    run: ForwardFn,
-    inputs: list[Tensor],
-    profile: PartProfile,
-    numel: int,
-    itemsize: int,
-    execution: ExecutionConfig,
-) -> None:
-    """Replay ``CheckpointFunction.backward``: the whole layer with its graph, then its backward.
-
-    Its locals hold the incoming gradient and the layer's output until it returns.
-    """
-    x = inputs[0]
-    profile.retained = {x.storage.item: x.storage.size}
-    ops.meter.restart()
-    gradient = ops.new(numel, itemsize)
-    profile.recording.seed, begins = gradient.storage.number, len(ops.meter.events)
-    result, held = run(ops, [x])
-    retained: list[Storage] = []
-    assert result.node is not None
-    backward(ops.tape, result.node, gradient, None if execution.accumulates else retained)
-    profile.backward = dict(ops.meter.peak_items)
-    profile.gradient_bytes = sum(storage.size for storage in set(retained))
-    input_gradient = without_input_gradient(ops.meter.events)
-    del held, result, gradient, x
-    inputs.clear()
-    profile.recording.gradient = input_gradient
-    profile.recording.backward = build_phase(ops.meter.events[begins:], input_gradient)
+def _gradient_bytes(layer: Layer) -> int:
+    """Return the bytes of the gradients of a layer's adapters."""
+    total = 0
+    for module in layer.modules:
+        if module.rank:
+            for width in (module.inputs, module.outputs):
+                total += round_to_block(module.rank * width * ADAPTER_ITEMSIZE)
+    return total
 
 
-def _recompute(run: ForwardFn, ops: Ops, x: Tensor) -> Tensor:
-    return run(ops, [x])[0]
+def _sum(*parts: Mapping[str, int]) -> Items:
+    total = Items()
+    for part in parts:
+        total.update(part)
+    return total
 
 
-def _head_and_loss(ops: Ops, layout: Layout, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Replay head and loss; return the scalar loss, and what is held after its backward: logits that the
-    caller refers to, and the gradient of a trained head."""
-    execution = layout.execution
+def _profile_head(layout: Layout, rules: Rules) -> PartProfile:
+    """Return the profile of the final norm, the head and the loss, with every token in the loss."""
+    execution, hidden_bytes = layout.execution, layer_input_bytes(layout)
+    norm = rules.norms((layout.hidden,))
     if execution.loss == "chunked":
-        return _chunked(ops, layout, hidden)
+        return _chunked(layout, norm)
     if execution.loss == "liger":
-        return _liger(ops, layout, hidden), []
-    logits = _logits(ops, layout, hidden)
-    with ops.meter.attribute_to("logits"):
-        wide = ops.cast(logits, FLOAT)
-        if execution.loss_code == "rebound":
-            logits = wide
-        if execution.loss_code == "padded":
-            source = wide
-        else:  # logits[..., :-1, :].contiguous()
-            source = ops.copy(ops.slice(wide, wide.numel - layout.rows * layout.vocabulary))
-        # log-softmax, which both steps save, and the gradients of both: three tensors at the peak.
-        likely = ops.apply(source, numel=source.numel, itemsize=source.itemsize, saves_result=True)
-        loss = ops.apply(likely, numel=1, itemsize=FLOAT, save=(likely,))
-    return loss, [logits] if execution.logits_alive_in_backward else []
+        rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
+        states = (2 + bool(layout.architecture.logit_scale)) * hidden_bytes
+        both = _sum(norm, {"hidden_gradient": states, "activations": hidden_bytes})
+        logits = {"logits": rows * layout.vocabulary * execution.residual_itemsize}
+        return PartProfile(both, _sum(both, logits), _sum(both, {"activations": hidden_bytes}))
+    return _stock(layout, norm)
 
 
-def _logits(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
-    """Replay ``lm_head(hidden)`` and the family's operations on the logits."""
-    weight = None
-    if ops.autocast:
-        if ops.residual != ops.compute:  # a weight in float32, which the product saves in autocast's dtype
-            weight = ops.new(layout.vocabulary * layout.hidden, ops.compute, "head")
-        hidden = ops.cast(hidden, ops.compute)
-    numel, itemsize = layout.tokens * layout.vocabulary, hidden.itemsize
-    with ops.meter.attribute_to("logits"):
-        logits = ops.apply(hidden, numel=numel, itemsize=itemsize, save=(weight,))
-        if layout.logit_scale:
-            logits = ops.times_number(logits)
-        if layout.softcap:
-            logits = ops.times_number(logits)
-            logits = ops.activation(logits, "tanh")
-            logits = ops.times_number(logits)
-    return logits
+def _stock(layout: Layout, norm: Items) -> PartProfile:
+    """Return transformers' loss: all logits, a copy in float32, log-softmax, and the gradients of both."""
+    execution, architecture = layout.execution, layout.architecture
+    size, numel = execution.residual_itemsize, layout.tokens * layout.vocabulary
+    if execution.autocast:
+        size = execution.compute_itemsize
+    weight = 0
+    if execution.autocast and execution.residual_itemsize != size:
+        weight = layout.vocabulary * layout.hidden * size  # in autocast's dtype, which the product saves
+    narrow, wide = numel * size, numel * FLOAT
+    copy = wide if size != FLOAT else 0
+    shifted = 0 if execution.loss_code == "padded" else (numel - layout.rows * layout.vocabulary) * FLOAT
+    rebound = execution.loss_code == "rebound"
+    capped = narrow * bool(architecture.final_logit_softcapping)
+    held = Items()
+    if execution.logits_alive_in_backward:
+        held["logits"] = (copy or narrow) if rebound else narrow
+    base = _sum(norm, {"head": weight, "logits": capped})
+    source = shifted or wide
+    # The caller's logits, the model's copy, the loss's shifted copy, and log-softmax.
+    forward = (0 if rebound and copy else narrow) + copy + shifted + source
+    # Log-softmax, its gradient and that of the logits in float32; later theirs in the model's dtype.
+    backward = 3 * source
+    entering = {"activations": layout.tokens * layout.hidden * size}
+    return PartProfile(
+        retained=_sum(base, {"logits": source}, held),
+        forward=_sum(base, entering, {"logits": forward}),
+        backward=_sum(base, held, {"logits": backward}),
+        held=held,
+    )
 
 
-def _chunked(ops: Ops, layout: Layout, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Replay our loss (``training/loss.py``), with every token in the loss: the worst case.
+def _chunked(layout: Layout, norm: Items) -> PartProfile:
+    """Return our loss (``training/loss.py``): the positions in the loss are copied out, and their gradient is
+    computed one chunk of logits at a time, in place.
 
-    The positions in the loss are copied out; their gradient is computed one chunk of logits at a time, in
-    place. The gradient of a trained head is held after the backward unless it is added to that of earlier
+    The gradient of a trained head is held after the backward unless it is added to that of earlier
     micro-steps.
     """
-    execution = layout.execution
-    itemsize, numel, item = ops.residual, hidden.numel, "hidden_gradient"
+    execution, architecture = layout.execution, layout.architecture
+    size, hidden_bytes = execution.residual_itemsize, layer_input_bytes(layout)
+    numel = layout.tokens * layout.hidden
+    gradient = numel * (FLOAT if execution.float16 else size)
+    narrow = size if size != FLOAT else 0
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
-    gradient_itemsize = FLOAT if execution.float16 else itemsize
-
-    def scaled(grad: Tensor, saved: list[Tensor | None]) -> Grads:
-        gradient = ops.new(numel, gradient_itemsize)
-        return (ops.cast_gradient(gradient, itemsize),)
-
-    with ops.meter.attribute_to(item):
-        states = _states_in_loss(ops, hidden)
-        hidden_gradient = ops.new(numel, gradient_itemsize)
-        row_gradients = ops.new(layout.token_rows * layout.hidden, FLOAT)
-    with ops.meter.attribute_to("gradients"):
-        matrix_gradient = ops.new(layout.trained_matrix, FLOAT)
-    with ops.meter.attribute_to("logits"):
-        narrow = ops.new(layout.trained_matrix, itemsize) if itemsize != FLOAT else None
-        values = ops.new(layout.token_rows * layout.hidden, itemsize) if itemsize != FLOAT else None
-        logits = ops.new(rows * layout.vocabulary, itemsize)
-        own = ops.new(rows * layout.token_rows, FLOAT)
-        block = min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary
-        _logits_gradient(ops, layout, block, itemsize)
-        product = ops.new(rows * layout.hidden, itemsize)
-        del product, own, logits, values, narrow
-    with ops.meter.attribute_to(item):
-        node = ops.tape.node((states,), scaled, (hidden_gradient, row_gradients, matrix_gradient))
-    loss = ops.new(1, FLOAT)
-    loss.node = node
-    return loss, [matrix_gradient] if layout.trained_matrix and not execution.accumulates else []
-
-
-def _states_in_loss(ops: Ops, hidden: Tensor) -> Tensor:
-    """Replay the selection of the hidden states at the positions in the loss, as a copy; the gradient of a
-    masked index is a full tensor of zeros with the rows filled in."""
-    return ops.linear_map(ops.slice(hidden, hidden.numel), hidden.numel)
-
-
-def _logits_gradient(ops: Ops, layout: Layout, numel: int, itemsize: int) -> None:
-    """Replay the gradient of a block of logits, in float32 like all intermediate values."""
-    logits, capped = ops.new(numel, FLOAT) if itemsize != FLOAT else None, None
-    if layout.logit_scale:
-        logits = ops.new(numel, FLOAT)
-    if layout.softcap:
-        capped = ops.new(numel, FLOAT)
-        logits = ops.new(numel, FLOAT)
-    likely = ops.new(numel, FLOAT)
-    del logits, capped, likely
-
-
-def _liger(ops: Ops, layout: Layout, hidden: Tensor) -> Tensor:
-    """Replay Liger's fused linear cross-entropy: chunks of ``tokens / ceil(vocabulary / hidden)`` rows.
-
-    Our trainer passes it the positions in the loss: in the worst case, all of them.
-    """
-    rows = liger_rows(layout.tokens, layout.hidden, layout.vocabulary)
-    with ops.meter.attribute_to("hidden_gradient"):
-        states = _states_in_loss(ops, hidden)
-        if layout.logit_scale:
-            states = ops.times_number(states)
-        hidden_gradient = ops.new(hidden.numel, ops.residual)
-    with ops.meter.attribute_to("logits"):
-        logits = ops.new(rows * layout.vocabulary, ops.residual)
-        del logits
-    # Multiplied by the gradient of the loss in place (element_mul_kernel).
-    return ops.apply(
-        states, numel=1, itemsize=FLOAT, backward=lambda grad, saved: (saved[0],), save=(hidden_gradient,)
+    block = min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary * FLOAT
+    # In float32 the logits of a block, scaled or capped in further copies, and their softmax.
+    tensors = 1 + bool(narrow or architecture.logit_scale)
+    if architecture.final_logit_softcapping:
+        tensors = 3
+    trained = layout.token_rows * layout.hidden
+    chunk = Items(
+        logits=(layout.trained_matrix + trained) * narrow
+        + rows * (layout.vocabulary * size + layout.token_rows * FLOAT)
+        + tensors * block,
+    )
+    kept = _sum(norm, {"hidden_gradient": gradient + trained * FLOAT})
+    kept["gradients"] = layout.trained_matrix * FLOAT
+    states = {"activations": hidden_bytes, "hidden_gradient": hidden_bytes}
+    is_held = layout.trained_matrix and not execution.accumulates
+    return PartProfile(
+        retained=kept,
+        forward=_sum(kept, states, chunk),
+        backward=_sum(kept, {"hidden_gradient": gradient, "activations": 2 * hidden_bytes}),
+        held=Items(gradients=layout.trained_matrix * FLOAT) if is_held else Items(),
     )

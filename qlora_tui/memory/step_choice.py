@@ -31,7 +31,6 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory.calibration import TransferSpeed
 from qlora_tui.memory.estimate import TIGHT_SHARE, Estimate, check_fit, estimate
 from qlora_tui.memory.execution import LEAN_OPTIMIZER, Device, ExecutionConfig, trainer_execution
-from qlora_tui.memory.layers import STYLES
 from qlora_tui.memory.weights import SLOTS, frozen_weights, streamed_weights
 from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 
@@ -263,8 +262,7 @@ def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[floa
     attention = 2 * architecture.heads * architecture.head_dim * recipe.data.max_length / 2
     weights = down = 0
     # A norm after the MLP needs the output of the down projection.
-    style = STYLES.get(architecture.model_type)
-    ends_early = style is None or style.order in ("pre", "parallel")
+    ends_early = _norms_of_a_layer(architecture) <= _NORMS_BEFORE_HALVES
     for module in architecture.modules:
         if module.layer is not None and module.part not in ("vision", "other"):
             weights += module.weight_params
@@ -277,6 +275,15 @@ def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[floa
     return once, (weights - down) / max(layers, 1) + attention
 
 
+def _norms_of_a_layer(architecture: Architecture) -> int:
+    """Count the norms over hidden states in the first layer."""
+    width = (architecture.hidden_size,)
+    norms = (p for p in architecture.parameters if p.role == "norm" and p.layer == 0 and p.shape == width)
+    return sum(not norm.name.endswith(".bias") for norm in norms)
+
+
+_NORMS_BEFORE_HALVES = 2
+"""Norms of a layer that has one before each half, and none after it."""
 _FLOPS_PER_PRODUCT = 2
 """A multiplication and an addition."""
 _PASSES = 2

@@ -18,10 +18,11 @@ from msgspec import structs
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule, Parameter
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.memory.autograd import ALLOCATION_BYTES
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.recipe.schema import Quantization, Recipe
 
+ALLOCATION_BYTES = 512
+"""Granularity to which the CUDA caching allocator rounds blocks up (``kMinBlockSize``)."""
 BLOCK = 64
 """Weights that share one scale (``blocksize`` of Linear4bit)."""
 NESTED_BLOCK = 256

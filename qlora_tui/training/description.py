@@ -8,6 +8,7 @@ libraries say what is tied and what bitsandbytes replaces. :func:`describe_all` 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -210,6 +211,8 @@ class _Tree:
             embeddings=tuple(embeddings),
             head=OutputHead(self.head_name, width, rows, getattr(self.head, "bias", None) is not None, tied),
             parameters=tuple(parameters),
+            attention_softcap=bool(self._value(("attn_logit_softcapping",), float)),
+            own_attention=not hasattr(sys.modules[type(self.model).__module__], "ALL_ATTENTION_FUNCTIONS"),
         )
 
     def _linear(self, name: str, module: Any) -> LinearModule:

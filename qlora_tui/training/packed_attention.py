@@ -41,8 +41,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.memory.attention import SAMPLE_PADDING_ROWS, accumulator_width
-from qlora_tui.memory.execution import BFLOAT16_CAPABILITY, flash_trains
+from qlora_tui.memory.execution import (
+    BFLOAT16_CAPABILITY,
+    SAMPLE_PADDING_ROWS,
+    accumulator_width,
+    flash_trains,
+)
 from qlora_tui.training.fused.cpu_attention import RowAttention, pad_tokens, token_multiple
 
 _MAX_HEAD_WIDTH = 256

@@ -71,11 +71,9 @@ def test_a_recipe_that_decides_is_not_asked(llama: Architecture, checkpointing: 
     assert plan_kept_layers(replace_checkpointing(checkpointing), llama, 80 * GIB) is None
 
 
-def test_an_approximated_family_keeps_none(llama: Architecture) -> None:
-    from msgspec.structs import replace as with_fields
-
-    unknown = with_fields(llama, model_type="unheard-of")
-    assert most_layers(unknown, 80).kept_layers == 0
+def test_a_model_whose_step_is_uncertain_keeps_none() -> None:
+    hybrid = parse_architecture(config("LiquidAI/LFM2-350M"))
+    assert most_layers(hybrid, 80).kept_layers == 0
 
 
 def test_a_cpu_run_takes_half_of_the_free_memory(llama: Architecture) -> None:

@@ -21,7 +21,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory import trainer_execution
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.execution import Device
-from qlora_tui.memory.layers import build_layout
+from qlora_tui.memory.layout import build_layout
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.recipe.toml import dump

@@ -13,7 +13,7 @@ from bench.support.recorded_copies import RecordedCopies
 from qlora_tui.catalog.config_parser import load_config, parse_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
-from qlora_tui.memory.layers import build_layout
+from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.static_memory import FROZEN, static_items
 from qlora_tui.memory.weights import streamed_weights
 from qlora_tui.recipe.schema import Model, Quantization, Recipe

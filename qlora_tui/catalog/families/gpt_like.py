@@ -123,6 +123,7 @@ GPT_NEOX = Family(
 
 BLOOM = Family(
     model_types=("bloom",),
+    own_attention=True,
     layer=(
         LinearSpec("self_attention.query_key_value", "hidden", "3*hidden", "attention", bias=True),
         LinearSpec("self_attention.dense", "hidden", "hidden", "attention", bias=True),
@@ -158,6 +159,7 @@ def _falcon(fields: ConfigFields, sizes: dict[str, int]) -> None:
 
 FALCON = Family(
     model_types=("falcon",),
+    own_attention=True,
     # FalconLinear is a subclass of nn.Linear, and bitsandbytes' integration only replaces nn.Linear itself.
     layer=(
         LinearSpec(

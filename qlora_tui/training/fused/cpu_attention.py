@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_tui.memory.attention import ATTENTION_BLOCK_ROWS, EXTRA_COLUMNS
+from qlora_tui.memory.execution import ATTENTION_BLOCK_ROWS, EXTRA_COLUMNS
 from qlora_tui.memory.levels import TOKEN_MULTIPLE
 
 

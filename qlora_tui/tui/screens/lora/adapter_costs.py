@@ -17,7 +17,7 @@ from qlora_tui.formatting import format_bytes, format_count, format_gib
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict, precision_of
-from qlora_tui.memory.layers import vocabulary_shapes
+from qlora_tui.memory.layout import vocabulary_shapes
 from qlora_tui.memory.solver import what_if
 from qlora_tui.recipe.fields import diff_recipes, format_value, replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe

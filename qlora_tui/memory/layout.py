@@ -1,0 +1,379 @@
+"""The model of one run as the estimate reads it: shapes of each layer's modules, and what is trained.
+
+:func:`build_layout` makes it from an architecture, a recipe and the code path. Nothing here depends on the
+model's family: what a module does follows from its part of the layer and its shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Literal
+
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule, Parameter
+from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.weights import expert_method
+from qlora_tui.recipe.schema import Lora, Recipe
+from qlora_tui.recipe.targets import rank_of, resolve_targets
+
+FUSED_HALVES = 2
+"""Outputs of a gated MLP's first projections, in widths of its last one's inputs: gate and up."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear module of a layer, as the trainer runs it."""
+
+    name: str
+    inputs: int
+    outputs: int
+    method: Literal["nf4", "fp4", "int8", "none"]
+    part: str = "other"
+    """Part of the layer, as in the catalog: ``attention``, ``mlp``, ``shared_expert``."""
+    rank: int = 0
+    """Rank of its adapter; 0 where it is not a target."""
+    dora: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Return the elements of the base weight."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Block:
+    """The linear modules of one part of a layer: what reads its input, between, and what leaves it."""
+
+    first: tuple[Linear, ...]
+    """Modules that read the hidden states, in order; in attention queries, keys and values."""
+    middle: tuple[Linear, ...]
+    """Modules that read something narrower (latent attention, a convolution's outputs)."""
+    last: Linear | None
+    """The projection back to the hidden states."""
+
+    @property
+    def modules(self) -> tuple[Linear, ...]:
+        return (*self.first, *self.middle, *((self.last,) if self.last else ()))
+
+    @property
+    def width(self) -> int:
+        """Return the width of what the block computes, before its last projection."""
+        if self.last:
+            return self.last.inputs
+        return max((module.outputs for module in self.first), default=0)
+
+    @property
+    def first_width(self) -> int:
+        """Return the width of all that the first projections compute."""
+        return sum(module.outputs for module in self.first)
+
+    @property
+    def gated(self) -> bool:
+        """Return whether an MLP multiplies two projections, in one module or two."""
+        return self.first_width >= FUSED_HALVES * self.width
+
+    @property
+    def is_fused(self) -> bool:
+        """Return whether one module computes all that is projected first."""
+        return len(self.first) == 1
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The widths of one attention, in elements of a token."""
+
+    heads: int
+    query: int
+    key: int
+    value: int
+    """Of keys and values as they are computed, before they are repeated for the query heads."""
+    output: int
+    gate: int = 0
+    """Of a gate on the output, which the query projection computes too."""
+    joined: bool = False
+    """Whether one projection computes queries, keys and values, of which values stay views."""
+    softcap: bool = False
+    sinks: bool = False
+    """Whether a learned logit for each head takes part in the softmax."""
+    rotary: bool = True
+
+    @property
+    def is_grouped(self) -> bool:
+        """Return whether query heads share keys and values."""
+        return self.key < self.query
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The routed experts of one layer, fused as two parameters of three dimensions."""
+
+    experts: int
+    per_token: int
+    intermediate: int
+    has_biases: bool
+    separate: bool = False
+    """Whether each expert's matrices are separate modules (transformers 4)."""
+    method: str = "none"
+    """Quantization of the experts."""
+    ranks: tuple[int, ...] = ()
+    """Ranks of the adapters on gate and up, and on down; 0 without."""
+
+    @property
+    def is_one_at_a_time(self) -> bool:
+        """Return whether our function computes one expert after the other."""
+        return not self.separate and (self.method != "none" or any(self.ranks))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer holds, and so what it computes."""
+
+    attention: Block | None
+    heads: Heads | None
+    mixer: Block | None
+    """What replaces attention in the other layers of a hybrid, or runs beside it."""
+    mlps: tuple[Block, ...]
+    """The MLP and the shared expert."""
+    mixture: Mixture | None
+    norms: tuple[int, ...]
+    """Width of each norm's input, those over heads for all heads."""
+    convolved: int
+    """Channels of its convolutions."""
+
+    @cached_property
+    def modules(self) -> tuple[Linear, ...]:
+        blocks = [block for block in (self.attention, self.mixer, *self.mlps) if block]
+        return tuple(module for block in blocks for module in block.modules)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The model of one run: its resident tensors, and its layers in order."""
+
+    recipe: Recipe
+    architecture: Architecture
+    execution: ExecutionConfig
+    layers: tuple[Layer, ...]
+    """Equal layers are the same object."""
+    tokens: int
+    rows: int
+    length: int
+    hidden: int
+    vocabulary: int
+    layer_norm: bool
+    """Whether norms are LayerNorms, which torch computes in one kernel."""
+    modifies_embedding: bool
+    """Whether the first layer's input differs from the embedding's output, as with learned positions."""
+    token_rows: int
+    """Number of tokens whose rows of embedding and head are trained."""
+    trained_matrix: int
+    """Elements of the head where embedding and head are trained in whole; else 0."""
+    own_head: bool
+    """Whether the head is untied, and trained apart from the embedding."""
+    adapter_shapes: tuple[tuple[int, ...], ...]
+    """Shape of each trained tensor."""
+    lora_tensors: tuple[int, ...]
+    """Elements of those of linear modules, which have copies in the compute dtype."""
+    experts_in_16_bits: bool
+    """Whether the model has fused experts that are not quantized."""
+
+    @cached_property
+    def adapter_tensors(self) -> tuple[int, ...]:
+        """Return the elements of each trained tensor."""
+        return tuple(map(prod, self.adapter_shapes))
+
+    @property
+    def adapter_parameters(self) -> int:
+        return sum(self.adapter_tensors)
+
+    @cached_property
+    def exact(self) -> bool:
+        """Return whether what a step saves follows from shapes that are known: not in an outline of a model,
+        nor if something else than attention mixes tokens, where it depends on the kernels."""
+        return not (self.architecture.is_outline or any(layer.mixer for layer in self.layers))
+
+
+def build_layout(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Layout:
+    """Build every layer with its modules as this recipe and trainer code run them."""
+    ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.targets)}
+    modules: list[list[Linear]] = [[] for _ in range(architecture.layers)]
+    parameters: list[list[Parameter]] = [[] for _ in range(architecture.layers)]
+    experts: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]
+    for module in architecture.modules:
+        if module.layer is not None and module.part != "vision":
+            modules[module.layer].append(_linear(module, recipe, ranks.get(module.name, 0)))
+    for parameter in architecture.parameters:
+        if parameter.layer is not None and parameter.role != "vision":
+            parameters[parameter.layer].append(parameter)
+    for module in architecture.expert_modules:
+        if module.layer is not None:
+            experts[module.layer].append(module)
+    known: dict[tuple[object, ...], Layer] = {}
+    """Layers by their modules and parameters, of which equal ones are the same object."""
+    layers = []
+    shapes: list[tuple[int, ...]] = []
+    expert_shapes: list[tuple[int, ...]] = []
+    for linears, others, projections in zip(modules, parameters, experts, strict=True):
+        for each in linears:
+            if each.rank:
+                shapes += [(each.rank, each.inputs), (each.outputs, each.rank)]
+                shapes += [(each.outputs,)] if each.dora else []
+        adapted = tuple(ranks.get(module.name, 0) for module in projections)
+        for module, rank in zip(projections, adapted, strict=True):
+            if rank:
+                width = rank * module.copies
+                expert_shapes += [(width, module.in_features), (module.out_features, width)]
+        key = (tuple(map(id, linears)), tuple((other.role, other.shape) for other in others), adapted)
+        if key not in known:
+            routed = _mixture(recipe, architecture, execution, others, adapted)
+            known[key] = _layer(linears, others, architecture, routed)
+        layers.append(known[key])
+    lora_tensors = tuple(map(prod, shapes))
+    shapes += expert_shapes
+    shapes += vocabulary_shapes(recipe.lora, architecture)
+    rows, length = recipe.rows_per_pass, recipe.data.max_length
+    return Layout(
+        recipe=recipe,
+        architecture=architecture,
+        execution=execution,
+        layers=tuple(layers),
+        tokens=rows * length,
+        rows=rows,
+        length=length,
+        hidden=architecture.hidden_size,
+        vocabulary=architecture.vocab_size,
+        layer_norm=any(p.role == "norm" and p.name.endswith(".bias") for p in architecture.parameters),
+        modifies_embedding=len(architecture.embeddings) > 1,
+        token_rows=len(set(recipe.lora.trainable_tokens)),
+        trained_matrix=architecture.head.weight_params if recipe.lora.train_embeddings else 0,
+        own_head=not architecture.head.tied,
+        adapter_shapes=tuple(shapes),
+        lora_tensors=lora_tensors,
+        experts_in_16_bits=bool(architecture.expert_modules)
+        and expert_method(recipe, architecture, execution) == "none"
+        and not execution.separate_experts,
+    )
+
+
+def vocabulary_shapes(lora: Lora, architecture: Architecture) -> list[tuple[int, ...]]:
+    """Return the shape of what is trained of the embedding, rows or all, and of an untied head."""
+    head = architecture.head
+    rows = head.out_features if lora.train_embeddings else len(set(lora.trainable_tokens))
+    return [(rows, head.in_features)] * (1 if head.tied else 2) if rows else []
+
+
+def _mixture(
+    recipe: Recipe,
+    architecture: Architecture,
+    execution: ExecutionConfig,
+    parameters: list[Parameter],
+    ranks: tuple[int, ...],
+) -> Mixture | None:
+    experts = architecture.experts
+    if experts is None or not any(parameter.is_expert_matrices for parameter in parameters):
+        return None
+    return Mixture(
+        experts=experts.count,
+        per_token=experts.per_token,
+        intermediate=experts.intermediate_size,
+        has_biases=any(p.role == "expert" and not p.is_expert_matrices for p in parameters),
+        separate=execution.separate_experts,
+        method=recipe.quantization.method
+        if execution.separate_experts
+        else expert_method(recipe, architecture, execution),
+        ranks=ranks,
+    )
+
+
+def _layer(
+    linears: list[Linear], parameters: list[Parameter], architecture: Architecture, mixture: Mixture | None
+) -> Layer:
+    hidden = architecture.hidden_size
+
+    def block(*parts: str) -> Block | None:
+        modules = [module for module in linears if module.part in parts]
+        return _block(modules, hidden) if modules else None
+
+    attention, mixer = block("attention"), block("mixer")
+    heads = None
+    if attention:
+        heads = _heads(attention, architecture, learned={parameter.shape for parameter in parameters})
+    norms = tuple(_norm_widths(parameters, heads, mixer, hidden))
+    convolved = sum(p.shape[0] for p in parameters if p.role == "conv" and len(p.shape) > 1)
+    mlps = tuple(each for each in (block("mlp"), block("shared_expert")) if each)
+    return Layer(attention, heads, mixer, mlps, mixture, norms, convolved)
+
+
+def _block(modules: list[Linear], hidden: int) -> Block:
+    """Sort the modules of a part by what they read and compute.
+
+    The last projection is the one that leads back to the hidden states; where others are square too, the last
+    of them in the model's order.
+    """
+    back = [module for module in modules if module.outputs == hidden]
+    narrowing = [module for module in back if module.inputs != hidden]
+    last = next(reversed(narrowing or back), None) if len(modules) > 1 else None
+    others = [module for module in modules if module is not last]
+    first = tuple(module for module in others if module.inputs == hidden)
+    return Block(first, tuple(module for module in others if module.inputs != hidden), last)
+
+
+def _heads(attention: Block, architecture: Architecture, learned: set[tuple[int, ...]]) -> Heads:
+    """Read the widths of queries, keys and values from what the projections compute."""
+    output, heads = attention.width, architecture.heads
+    outputs = [module.outputs for module in attention.first]
+    gate = 0
+    if attention.middle:  # latent: keys and values are computed from what the first projections compress
+        query = key = heads * architecture.head_dim
+        value = output
+    elif len(outputs) == 1:
+        query = output
+        key = value = max(outputs[0] - query, 0) // 2
+    else:
+        query, gate = output, output if outputs[0] == 2 * output else 0
+        key = outputs[1]
+        value = outputs[2] if len(outputs) > 2 else key  # one projection for both
+    return Heads(
+        heads=heads,
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        gate=gate,
+        joined=len(outputs) == 1 and key > 0,
+        softcap=architecture.attention_softcap,
+        sinks=(heads,) in learned,
+        rotary=len(architecture.embeddings) == 1,
+    )
+
+
+def _norm_widths(
+    parameters: list[Parameter], heads: Heads | None, mixer: Block | None, hidden: int
+) -> list[int]:
+    """Return the width of the input of each norm; one over heads has the width of all of them."""
+    over_heads = [heads.query, heads.key, heads.value] if heads else []
+    widths = []
+    for parameter in parameters:
+        if parameter.role != "norm" or len(parameter.shape) != 1 or parameter.name.endswith(".bias"):
+            continue
+        width = parameter.shape[0]
+        if heads and width * heads.heads == heads.query:
+            width = over_heads.pop(0) if over_heads else width
+        elif mixer and width < hidden and mixer.width % width == 0:
+            width = mixer.width
+        widths.append(width)
+    return widths
+
+
+def _linear(module: LinearModule, recipe: Recipe, rank: int) -> Linear:
+    """Return the module as the trainer holds it, with rank 0 where it is no target."""
+    method = recipe.quantization.method if module.quantizable else "none"
+    dora = recipe.lora.use_dora and rank > 0
+    return _cached_linear(
+        module.kind, module.in_features, module.out_features, method, module.part, rank, dora
+    )
+
+
+_cached_linear = lru_cache(maxsize=4096)(Linear)
+"""Equal modules are the same object, so that layers compare by their modules' identities."""
