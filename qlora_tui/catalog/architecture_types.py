@@ -46,6 +46,9 @@ class LinearModule(Struct, frozen=True):
     """Whether it is GPT-2's ``Conv1D``, whose weight is stored transposed; quantized like a Linear."""
     copies: int = 1
     """Matrices of this shape: one, or one per expert."""
+    adaptable: bool = True
+    """Whether LoRA can adapt it: not if it computes more than a product (Llama 4's router), nor if kernels
+    read its weight, which peft refuses (Mamba's ``out_proj``)."""
 
     @property
     def weight_params(self) -> int:
@@ -192,7 +195,7 @@ class Architecture(Struct, frozen=True):
     @property
     def targets(self) -> tuple[LinearModule, ...]:
         """Return everything that LoRA can adapt: linear modules, then the experts."""
-        return (*self.modules, *self.expert_modules)
+        return (*(module for module in self.modules if module.adaptable), *self.expert_modules)
 
     @property
     def total_params(self) -> int:

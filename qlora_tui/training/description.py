@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -230,7 +231,25 @@ class _Tree:
             bias=module.bias is not None,
             quantizable=replaced and should_convert_module(name, self.kept),
             conv1d=conv1d,
+            adaptable=(conv1d or type(module).forward is nn.Linear.forward)
+            and name.rpartition(".")[2] not in self._refused,
         )
+
+    @cached_property
+    def _refused(self) -> frozenset[str]:
+        """Return the kinds of modules that peft does not adapt in this model: kernels read their weights."""
+        if not any(isinstance(module, nn.Conv1d) for module in self.modules.values()):
+            return frozenset()
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+        refused = set()
+        for kind in {name.rpartition(".")[2] for name in self.modules}:
+            try:
+                _check_lora_target_modules_mamba(LoraConfig(), self.model, kind)
+            except ValueError:
+                refused.add(kind)
+        return frozenset(refused)
 
     # Where a module is.
 

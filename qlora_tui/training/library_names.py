@@ -39,6 +39,7 @@ NAMES = {
     ),
     "peft": (
         "tuners.lora.layer:ParamWrapper.get_base_layer",
+        "tuners.tuners_utils:_check_lora_target_modules_mamba",
         "utils.other:TrainableTokensWrapper",
         "utils.other:ModulesToSaveWrapper",
         "optimizers:create_loraplus_optimizer",

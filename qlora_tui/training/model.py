@@ -8,7 +8,7 @@ every hidden state.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +121,8 @@ def load_base(
             is_quantized = bool(config.get("quantization_config")) and not is_mxfp4(config)
             if quantization is not None and not is_quantized:
                 settings["quantization_config"] = quantization
-            model = _load(folder, device, attention_path, on_progress, **settings)
+            model, info = _load(folder, device, attention_path, on_progress, **settings)
+            _require_weights(model, info["missing_keys"], folder)
             if stored is not None:
                 quantized_cache.store(model, stored)
     # peft writes this into the adapter as its base model.
@@ -181,7 +182,7 @@ def _load_stored(
     """The model with weights that were quantized earlier; None where they cannot be read."""
     model = None
     try:
-        model, info = _load(stored, device, attention_path, on_progress, output_loading_info=True)
+        model, info = _load(stored, device, attention_path, on_progress)
         is_whole = not any(info.values())
     except Exception as error:  # whatever the libraries raise for a damaged file
         if is_out_of_memory(error):
@@ -204,8 +205,8 @@ def _load(
     attention_path: AttentionPath,
     on_progress: ProgressCallback | None,
     **settings: Any,
-) -> Any:
-    """What transformers loads from the folder. Raises UserError."""
+) -> tuple[Any, dict[str, Any]]:
+    """What transformers loads from the folder, and what it says of the weights. Raises UserError."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -216,8 +217,9 @@ def _load(
     loader = auto_class(read_config(load_config(folder / "config.json")))
     try:
         with model_view(folder) as view, loading_progress(on_progress):
-            return loader.from_pretrained(
+            loaded: tuple[Any, dict[str, Any]] = loader.from_pretrained(
                 str(view),
+                output_loading_info=True,
                 dtype=device.dtype,
                 device_map={"": device.torch_device},
                 attn_implementation=attention,
@@ -226,12 +228,28 @@ def _load(
                 trust_remote_code=False,
                 **settings,
             )
+            return loaded
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             "The model could not be loaded",
             what=f"{folder}: {first_line(error)}",
             fix="Run `qlora-tui doctor` to check the installation, or download the model again.",
         ) from error
+
+
+def _require_weights(model: Any, missing: Collection[str], folder: Path) -> None:
+    """Raise UserError where weights of the language model are not in the files: they would be random."""
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    read = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    lacking = [name for name, p in model.named_parameters() if name in missing and id(p) in read]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        raise UserError(
+            "The model's files lack weights",
+            what=f"{folder} has no {lacking[0]}{more}, as {type(model).__name__} names its weights.",
+            why="transformers fills in random numbers for them.",
+            fix="Download the model again, or choose another copy of it.",
+        )
 
 
 @contextmanager
@@ -303,7 +321,7 @@ def apply_kept_layers(model: Any, count: int) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
-    if len(layers) != model.config.get_text_config().num_hidden_layers:
+    if not model.is_gradient_checkpointing or len(layers) != model.config.get_text_config().num_hidden_layers:
         return False
     for place, layer in enumerate(layers):
         layer.gradient_checkpointing = place < len(layers) - count

@@ -46,10 +46,22 @@ def read_config(values: Mapping[str, Any]) -> Any:
         raise unbuildable(str(model_type), f"transformers {_version()} does not know this model_type")
     try:
         return CONFIG_MAPPING[model_type].from_dict(
-            {key: value for key, value in clean.items() if key not in _WEIGHT_KEYS}
+            {key: _with_floats(value) for key, value in clean.items() if key not in _WEIGHT_KEYS}
         )
     except Exception as error:  # whatever the class raises for a value that it does not expect
         raise unbuildable(model_type, reason_of(error)) from error
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a value of a config with the infinities that transformers writes as ``{"__float__": …}``."""
+    if isinstance(value, list):
+        return [_with_floats(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    number = value.get("__float__")
+    if len(value) == 1 and number in ("Infinity", "-Infinity", "NaN"):
+        return float(number)
+    return {key: _with_floats(each) for key, each in value.items()}
 
 
 def auto_class(config: Any) -> Any:
