@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from safetensors import safe_open
 from torch import Tensor
 
 from qlora_tui.adapters.deltas import (
@@ -20,9 +19,10 @@ from qlora_tui.adapters.deltas import (
     read_deltas,
 )
 from qlora_tui.adapters.stored_layout import StoredLayout, TensorGroup
+from qlora_tui.adapters.weight_files import read_tensor, stored_tensors
 from qlora_tui.catalog.architecture_types import OutputHead
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.catalog.model_validation import read_header, weight_files
+from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
@@ -109,14 +109,6 @@ PlacedDeltas: TypeAlias = dict[str, Delta | ConvertedDelta]
 """Updates by the name of a tensor in a weight file."""
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """Return a tensor of a weight file. Raises OSError."""
-    with safe_open(file, framework="pt") as content:
-        # Copy: the original is a view of the mapped file.
-        tensor: Tensor = content.get_tensor(name).clone()
-        return tensor
-
-
 def placed_updates(recipe: Recipe, adapter: Path) -> dict[Path, PlacedDeltas]:
     """Return an adapter's updates by weight file of the recipe's model and tensor name. Raises UserError."""
     base = model_folder(recipe)
@@ -133,7 +125,7 @@ def assign_deltas(
 
     ``adapter`` is the folder of the updates, for the message.
     """
-    file_of = {name: file for file in files for name in _shapes(file)}
+    file_of = {name: file for file in files for name in stored_tensors(file)}
     placed: dict[Path, PlacedDeltas] = {file: {} for file in files}
     converted: dict[TensorGroup, AdapterDeltas] = {}
     for module, update in deltas.items():
@@ -176,7 +168,7 @@ def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -
     """
     if not head.tied:
         return deltas
-    is_stored = any(f"{head.name}.weight" in _shapes(file) for file in files)
+    is_stored = any(f"{head.name}.weight" in stored_tensors(file) for file in files)
     _require_tied(deltas, head)
     apart = {name: update for name, update in deltas.items() if name != head.name}
     of_embedding = next((u for u in apart.values() if isinstance(u, EmbeddingRowDelta | WholeMatrix)), None)
@@ -196,9 +188,3 @@ def _require_tied(deltas: AdapterDeltas, head: OutputHead) -> None:
             what="It trained embedding and head apart, and the base has one matrix for both.",
             fix="Use the adapter with peft, or train one with lora.train_embeddings, which keeps them one.",
         )
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(entry["shape"]) for name, entry in read_header(file)[1].items() if name != "__metadata__"
-    }

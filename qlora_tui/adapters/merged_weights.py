@@ -23,14 +23,12 @@ from qlora_tui.adapters.base_weights import (
     as_stored,
     model_folder,
     placed_updates,
-    read_tensor,
 )
 from qlora_tui.adapters.deltas import LoraDelta
 from qlora_tui.adapters.stored_layout import StoredLayout
+from qlora_tui.adapters.weight_files import read_tensor, stored_tensors, write_unpacked
 from qlora_tui.catalog.architecture_types import Architecture, inner_name
-from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.catalog.model_validation import CONFIG, is_mxfp4, read_header
-from qlora_tui.errors import UserError
+from qlora_tui.catalog.model_validation import read_header
 from qlora_tui.memory.weights import quantized_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
 
@@ -61,6 +59,11 @@ class MergedWeights:
     """Rounds a parameter as quantization did in training; None keeps the stored values."""
 
     @property
+    def bytes(self) -> int:
+        """Return the size of all tensors."""
+        return sum(tensor.bytes for file in self.updates for tensor in stored_tensors(file).values())
+
+    @property
     def changed(self) -> int:
         """Return the number of tensors that the adapter changes."""
         return sum(map(len, self.updates.values()))
@@ -68,9 +71,8 @@ class MergedWeights:
     def __iter__(self) -> Iterator[MergedTensor]:
         """Yield every tensor in the order of the files."""
         for file in self.updates:
-            for name, entry in read_header(file)[1].items():
-                if name != "__metadata__":
-                    yield MergedTensor(name, tuple(entry["shape"]), partial(self.read, file, name))
+            for name, tensor in stored_tensors(file).items():
+                yield MergedTensor(name, tensor.shape, partial(self.read, file, name))
 
     def read(self, file: Path, name: str) -> Tensor:
         """Return a tensor: float32 where LoRA changes it, else in the stored dtype."""
@@ -97,6 +99,9 @@ class MergedWeights:
 
     def write(self, file: Path, target: Path) -> None:
         """Write a copy of a weight file with the merged tensors, one in memory at a time. Raises OSError."""
+        if any(tensor.is_packed for tensor in stored_tensors(file).values()):
+            write_unpacked(file, target, partial(self.read, file))
+            return
         shutil.copyfile(file, target)
         start, entries = read_header(file)
         rounded = (name for name in entries if self._is_rounded(name))
@@ -111,7 +116,7 @@ class MergedWeights:
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
-        return {name: file for file in self.updates for name in read_header(file)[1]}
+        return {name: file for file in self.updates for name in stored_tensors(file)}
 
     @cached_property
     def _layout(self) -> StoredLayout:
@@ -121,13 +126,6 @@ class MergedWeights:
 def merged_weights(recipe: Recipe, adapter: Path, on_status: StatusFn = lambda words: None) -> MergedWeights:
     """Return the weights of a recipe's base with the adapter of a folder. Raises UserError."""
     base = model_folder(recipe, on_status)
-    if is_mxfp4(load_config(base / CONFIG)):
-        raise UserError(
-            "This base cannot be exported with its adapter",
-            what=f"{base} stores its experts in 4-bit floats (MXFP4).",
-            why="Merged models and files for llama.cpp are made from 16-bit weights.",
-            fix="Export the adapter alone, as a folder: `qlora-tui export adapter RUN FOLDER`.",
-        )
     return MergedWeights(base, placed_updates(recipe, adapter))
 
 

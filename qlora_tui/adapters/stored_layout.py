@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_tui.adapters.weight_files import stored_tensors
 from qlora_tui.catalog.architecture_types import inner_name
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.catalog.model_validation import CONFIG, read_header, weight_files
+from qlora_tui.catalog.model_validation import CONFIG, weight_files
 from qlora_tui.errors import UserError
 
 
@@ -51,10 +52,9 @@ class StoredLayout:
         from qlora_tui.training.model_class import build_on_meta
 
         self.shapes = {
-            name: tuple(entry["shape"])
+            name: tensor.shape
             for file in weight_files(folder)
-            for name, entry in read_header(folder / file)[1].items()
-            if name != "__metadata__"
+            for name, tensor in stored_tensors(folder / file).items()
         }
         self._folder = folder
         self.last_merged: tuple[TensorGroup, Any, dict[str, Tensor]] | None = None

@@ -26,9 +26,13 @@ from torch import Tensor
 
 from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.adapters.merged_weights import merged_weights
+from qlora_tui.adapters.weight_files import write_unpacked_config
+from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import (
+    CONFIG,
     copy_files,
+    is_mxfp4,
     is_template_file,
     tokenizer_files,
     weight_files,
@@ -131,7 +135,7 @@ def merge(
     adapter = Path(source.adapters[adapter_name])
     weights = merged_weights(source.recipe, adapter, on_status)
     base, files = weights.folder, list(weights.updates)
-    needed = sum(file.stat().st_size for file in files) + _SPARE_BYTES
+    needed = weights.bytes + _SPARE_BYTES
     require_space(out.parent, needed, "The merged model")
     with draft_folder(out) as draft:
         folder = draft / "model"
@@ -142,6 +146,8 @@ def merge(
             on_status(f"Merging {file.name} ({number} of {len(files)})")
             weights.write(file, folder / file.name)
         copy_files(base, folder, [name for name in _MODEL_FILES if (base / name).is_file()])
+        if is_mxfp4(load_config(base / CONFIG)):
+            write_unpacked_config(base, folder, files)
         _copy_tokenizer(base, adapter, folder)
         (folder / "README.md").write_text(
             render_model_card(

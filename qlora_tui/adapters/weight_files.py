@@ -1,0 +1,112 @@
+"""Tensors of a base's weight files. Experts in MXFP4 are read as the 16-bit matrices that they stand for.
+
+gpt-oss stores ``experts.down_proj`` as ``experts.down_proj_blocks`` and ``_scales``. Here it has one name,
+the shape that its class has in 16 bits, (experts, inputs, outputs), and values without any loss: an MXFP4
+number is one of 16 values times a power of two, which bfloat16 holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qlora_tui.catalog.model_validation import read_header, weight_files
+from qlora_tui.training.experts.storage import BLOCKS, SCALES, dequantize_mxfp4
+
+_BLOCK = 32
+"""Weights in a block of MXFP4."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Names of safetensors."""
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a weight file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it."""
+    is_packed: bool = False
+    """Whether the file has it in MXFP4."""
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of its values, unpacked."""
+        kind = _DTYPES.get(self.dtype)
+        return math.prod(self.shape) * (kind.itemsize if kind else 1)
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a weight file by name, in its order. Raises OSError and ValueError."""
+    tensors = {}
+    for name, entry in read_header(file)[1].items():
+        shape = tuple(entry.get("shape", ()))
+        if name == "__metadata__" or name.endswith(f"_proj{SCALES}"):
+            continue
+        if name.endswith(f"_proj{BLOCKS}"):
+            experts, outputs, blocks, _ = shape
+            shape = (experts, blocks * _BLOCK, outputs)
+            tensors[name.removesuffix(BLOCKS)] = StoredTensor(shape, "BF16", is_packed=True)
+        else:
+            tensors[name] = StoredTensor(shape, entry["dtype"])
+    return tensors
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Return a tensor of a weight file. Raises OSError."""
+    with safe_open(file, framework="pt") as content:
+        if name in content.keys():  # noqa: SIM118  # not a mapping
+            # Copy: the original is a view of the mapped file.
+            tensor: Tensor = content.get_tensor(name).clone()
+            return tensor
+    blocks = read_tensor(file, name + BLOCKS)
+    files = (file, *(file.parent / each for each in weight_files(file.parent)))
+    scales = read_tensor(next(each for each in files if name + SCALES in read_header(each)[1]), name + SCALES)
+    experts, outputs, count = scales.shape
+    unpacked = torch.empty(experts, count * _BLOCK, outputs, dtype=torch.bfloat16)
+    for expert, pair in enumerate(zip(blocks, scales, strict=True)):
+        unpacked[expert] = dequantize_mxfp4(*pair, torch.bfloat16).T
+    return unpacked
+
+
+def write_unpacked(file: Path, target: Path, read: Callable[[str], Tensor]) -> None:
+    """Write a weight file with the tensors of ``file``, none of them packed, one in memory at a time.
+
+    ``read`` returns the values of a tensor by its name. Raises OSError.
+    """
+    tensors = stored_tensors(file)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.bytes
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as copy:
+        copy.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            values = read(name).to(_DTYPES[tensor.dtype]).contiguous()
+            assert values.nbytes == tensor.bytes
+            copy.write(values.view(-1).view(torch.uint8).numpy().data)
+
+
+def write_unpacked_config(base: Path, folder: Path, files: Iterable[Path]) -> None:
+    """Write the config and the index of a model whose packed tensors were unpacked. Raises OSError."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if (base / _INDEX).is_file():
+        tensors = [(name, file.name, each) for file in files for name, each in stored_tensors(file).items()]
+        index = {
+            "metadata": {"total_size": sum(tensor.bytes for _, _, tensor in tensors)},
+            "weight_map": {name: file for name, file, _ in tensors},
+        }
+        (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
