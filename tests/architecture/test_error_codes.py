@@ -37,6 +37,7 @@ def _decisions(source: str) -> list[str]:
     return [ast.unparse(node) for node in ast.walk(ast.parse(source)) if _decides_by_words(node)]
 
 
+@pytest.mark.slow
 def test_no_code_decides_by_the_words_of_an_error() -> None:
     by_words = {
         str(path.relative_to(_ROOT)): decisions

@@ -50,6 +50,7 @@ def test_the_table_has_each_step_and_evaluation(tmp_path: Path) -> None:
     assert rows[1]["learning_rate"] == "0.001" and rows[3]["tokens"] == "300"
 
 
+@pytest.mark.slow
 def test_the_parquet_table_has_the_values_of_the_csv(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -106,6 +106,7 @@ def test_presets_are_listed_and_shown(call: Call) -> None:
     assert "rank = 64" in call("presets", "show", "paper").out
 
 
+@pytest.mark.slow
 def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Path) -> None:
     estimated = call("estimate", "--model", str(qwen), "--gpu-gib", "24", "--json").json
     nf4, fp16 = estimated["precisions"]["nf4"], estimated["precisions"]["fp16"]
@@ -122,6 +123,7 @@ def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwe
     assert "cheapest change that fits" in said.out
 
 
+@pytest.mark.slow
 def test_an_estimate_refuses_a_gpu_that_is_not_there(
     call: Call, qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

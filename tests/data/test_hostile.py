@@ -46,6 +46,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Source
 from tests.data.families import CHATML, family, tokenizer_for, tokenizer_json
 
+pytestmark = pytest.mark.slow
+
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 GROWING = (
@@ -122,7 +124,6 @@ def test_a_template_without_end_is_stopped(name: str) -> None:
 
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", LARGE)
-@pytest.mark.slow
 def test_a_template_that_takes_all_memory_is_stopped(name: str) -> None:
     assert re.search("takes more than|Error", refusal_of_template(LARGE[name]))
 
@@ -337,7 +338,6 @@ def read_damaged(kind: str, folder: Path) -> dict[str, int]:
     return outcomes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
 def test_damaged_tables_are_read_or_refused_and_crash_nothing(tmp_path: Path, kind: str) -> None:
     # In a separate process: a crash there is a failure here.
@@ -430,7 +430,6 @@ def refusal(path: Path) -> str:
         ("cells.tsv.zst", b"a\tb\n1\t2\n", b'"\n"\t\t\t\t\t', "row 2 is larger than 2 MiB"),
     ],
 )
-@pytest.mark.slow
 def test_a_row_over_the_bound_is_refused_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, start: bytes, piece: bytes, place: str
 ) -> None:
@@ -525,7 +524,6 @@ EXPANDING: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.slow
 def test_tables_that_expand_endlessly_are_rejected_within_a_gigabyte(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

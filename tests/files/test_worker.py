@@ -18,6 +18,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.worker import JobStopped, Progress, Report, run_job, start_detached
 from tests.support.polling import wait_for
 
+pytestmark = pytest.mark.slow
+
 _HERE = "tests.files.test_worker"
 
 

@@ -95,6 +95,7 @@ def test_values_read_as_a_person_writes_them(value: Any, words: str) -> None:
 
 
 @given(recipes(), recipes())
+@pytest.mark.slow
 def test_equal_recipes_alone_have_no_difference(a: Recipe, b: Recipe) -> None:
     assert diff_recipes(a, a) == []
     assert (diff_recipes(a, b) == []) == (a == b)

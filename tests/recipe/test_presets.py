@@ -116,6 +116,7 @@ def test_saving_keeps_the_settings_and_leaves_out_model_and_data() -> None:
 
 
 @given(recipes())
+@pytest.mark.slow
 def test_a_saved_preset_opens_as_what_was_saved(recipe: Recipe) -> None:
     presets.save("mine", recipe)
     assert presets.find_preset("mine").recipe(recipe) == recipe

@@ -32,6 +32,7 @@ def test_a_pipe_is_no_recipe_and_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @given(recipes())
+@pytest.mark.slow
 def test_a_dumped_recipe_reads_back_equal(recipe: Recipe) -> None:
     for text in (toml.dump(recipe), toml.dump(recipe, comments=True)):
         layer = toml.parse(text, "it")
@@ -40,6 +41,7 @@ def test_a_dumped_recipe_reads_back_equal(recipe: Recipe) -> None:
 
 
 @given(recipes(), recipes())
+@pytest.mark.slow
 def test_a_difference_over_its_base_is_the_recipe(recipe: Recipe, base: Recipe) -> None:
     layer = toml.parse(toml.dump_overrides(recipe, base), "it")
     assert toml.to_recipe(layering.merge_layers(toml.to_layer(base), layer)) == recipe

@@ -185,6 +185,7 @@ def test_a_key_in_an_inline_table_has_the_tables_line() -> None:
 
 
 @given(recipes())
+@pytest.mark.slow
 def test_every_key_of_a_dumped_recipe_has_its_line(recipe: Recipe) -> None:
     text = toml.dump(recipe)
     lines = text.split("\n")

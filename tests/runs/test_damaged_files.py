@@ -46,6 +46,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("file", FILES)
+@pytest.mark.slow
 def test_damage_to_one_run_disables_no_reader(
     recipe: Recipe,
     taken: list[str],

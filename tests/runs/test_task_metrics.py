@@ -80,6 +80,7 @@ def test_mcnemar_counts_only_rows_that_changed() -> None:
     assert mcnemar_p(*pairs(9, 0, 0, 9)) == 1.0
 
 
+@pytest.mark.slow
 def test_intervals_of_few_means_cover_the_truth() -> None:
     draw = random.Random(5)
     samples = [[draw.gauss(0, 1) for _ in range(8)] for _ in range(60)]

@@ -183,7 +183,8 @@ def test_a_changed_recipe_base_or_data_set_is_refused(
 ) -> None:
     before = recipe(SHORT)
     base = shutil.copytree(before.model.id, tmp_path / "base")
-    data = shutil.copy(tiny_data, tmp_path / "own.jsonl")
+    data = tmp_path / "own.jsonl"
+    data.write_bytes(tiny_data.read_bytes())
     sources = (msgspec.structs.replace(before.data.sources[0], path=str(data)),)
     run = create_run(recipe({**SHORT, "model.id": str(base), "data.sources": sources}))
     assert trainers.run(run) == 0

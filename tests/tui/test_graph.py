@@ -126,6 +126,7 @@ def test_a_graph_zoomed_past_a_spike_is_rid_of_it() -> None:
     assert history.envelopes(49_000)[0].high == history.envelopes()[0].high == 90.0
 
 
+@pytest.mark.slow
 def test_a_curves_memory_grows_with_the_logarithm_of_its_length() -> None:
     def held_bytes(steps: int) -> int:
         history = DecimatedSeries(columns=5, most=64)

@@ -125,5 +125,6 @@ def _private_uses() -> Iterator[str]:
                 yield f"{path.name}:{node.lineno} {ast.unparse(node)}"
 
 
+@pytest.mark.slow
 def test_no_other_module_uses_the_private_api() -> None:
     assert not list(_private_uses()), "move it to textual_compat.py, with a test here"
