@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,8 +28,6 @@ from qlora_tui.worker import Failure, run_job
 JOB = "qlora_tui.training.description:describe_all"
 DEADLINE_S = 90.0
 """Seconds after which a process that describes one config is ended; imports take most of the usual 4."""
-MISSING_PACKAGE = "missing-package"
-"""Code of a refusal that ends when a package is installed, and so is not kept."""
 _FORMAT = 1
 MAX_FILES = 400
 """Most descriptions that are kept, of some 20 to 200 KB each."""
@@ -42,6 +40,8 @@ class Description(Struct, frozen=True, omit_defaults=True):
 
     architecture: Architecture | None = None
     refusal: Failure | None = None
+    missing: tuple[str, ...] = ()
+    """Packages without which it is refused."""
 
     def result(self) -> Architecture:
         """Return the architecture. Raises the refusal."""
@@ -55,32 +55,38 @@ _DECODER = msgspec.json.Decoder(Description)
 
 
 def stored(config: Mapping[str, Any]) -> Description | None:
-    """Return what an earlier process found about a config; None where none did."""
-    return _read(_file(config))
+    """Return what an earlier process found about a config; None where none did, or it lacked a package."""
+    found = _read(_file(config))
+    return None if found is None or any(map(_is_installed, found.missing)) else found
 
 
-def describe(config: Mapping[str, Any]) -> Architecture:
+def describe(config: Mapping[str, Any], should_stop: Callable[[], bool] = lambda: False) -> Architecture:
     """Return the exact architecture of a config, from the cache or from a process that takes seconds.
 
-    Raises UserError when the installed transformers cannot build a language model of it.
+    Raises JobStopped, and UserError when the installed transformers cannot build a language model of it.
     """
-    description = stored(config) or _describe([config])[0]
+    description = stored(config) or _describe([config], should_stop)[0]
     return description.result()
 
 
-def describe_all(configs: Iterable[Mapping[str, Any]]) -> None:
-    """Describe all configs that are not in the cache, in one process where that survives them."""
+def describe_all(
+    configs: Iterable[Mapping[str, Any]], should_stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Describe all configs that are not in the cache, in one process where that survives them.
+
+    Raises JobStopped.
+    """
     missing = [config for config in configs if stored(config) is None]
     try:
         if missing:
-            _describe(missing)
+            _describe(missing, should_stop)
     except UserError:
         for config in missing if missing[1:] else ():
             with suppress(UserError):
-                _describe([config])
+                _describe([config], should_stop)
 
 
-def _describe(configs: list[Mapping[str, Any]]) -> list[Description]:
+def _describe(configs: list[Mapping[str, Any]], should_stop: Callable[[], bool]) -> list[Description]:
     descriptions = run_job(
         JOB,
         configs,
@@ -89,10 +95,10 @@ def _describe(configs: list[Mapping[str, Any]]) -> list[Description]:
         subject="The process that builds it without weights",
         fix="Compare its config.json with the one published with the model, or choose another model.",
         deadline_s=DEADLINE_S,
+        should_stop=should_stop,
     )
     for config, description in zip(configs, descriptions, strict=True):
-        if description.refusal is None or description.refusal.code != MISSING_PACKAGE:
-            _write(_file(config), description)
+        _write(_file(config), description)
     return descriptions
 
 
@@ -104,10 +110,14 @@ def _file(config: Mapping[str, Any]) -> Path:
 @lru_cache(maxsize=1)
 def library_version() -> str:
     """Return the version of transformers; empty where it is not installed."""
+    return version("transformers") if _is_installed("transformers") else ""
+
+
+def _is_installed(package: str) -> bool:
     try:
-        return version("transformers")
+        return bool(version(package))
     except PackageNotFoundError:
-        return ""
+        return False
 
 
 @lru_cache(maxsize=32)

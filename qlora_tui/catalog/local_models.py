@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -434,13 +434,29 @@ def load_architecture(model_id: str) -> Architecture:
         return parse_architecture(config)
 
 
-def describe_model(model_id: str) -> Architecture:
+def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: False) -> Architecture:
     """Return the exact architecture of a model, a folder or a file; takes seconds for the first time.
 
-    Raises UserError where it cannot be found, or the installed transformers does not build it.
+    Raises JobStopped, and UserError where it cannot be found or transformers does not build it.
     """
     architecture = load_architecture(model_id)
-    return described.describe(load_model_config(model_id)) if architecture.is_outline else architecture
+    if not architecture.is_outline:
+        return architecture
+    return described.describe(load_model_config(model_id), should_stop)
+
+
+def describe_models(models: Iterable[LocalModel], should_stop: Callable[[], bool] = lambda: False) -> bool:
+    """Read the exact architectures of all models that have an outline and could be trained.
+
+    Returns whether there was one. Raises JobStopped.
+    """
+    configs = []
+    for model in models:
+        if model.refusal is None and model.architecture is not None and model.architecture.is_outline:
+            with suppress(UserError):
+                configs.append(load_model_config(str(model.path)))
+    described.describe_all(configs, should_stop)
+    return bool(configs)
 
 
 def is_fetchable(model_id: str) -> bool:

@@ -34,7 +34,7 @@ from qlora_tui.catalog.described import Description
 from qlora_tui.catalog.family_spec import check_bounds
 from qlora_tui.data.confined import limit_memory
 from qlora_tui.errors import UserError
-from qlora_tui.training.model_class import build_on_meta, reason_of, unbuildable
+from qlora_tui.training.model_class import MissingPackageError, build_on_meta, reason_of, unbuildable
 from qlora_tui.worker import Failure
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -77,7 +77,8 @@ def _describe_within_limits(values: dict[str, Any]) -> Description:
         refusal = unbuildable(str(values.get("model_type")), reason_of(error))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    return Description(refusal=Failure(**refusal.fields()))
+    missing = refusal.packages if isinstance(refusal, MissingPackageError) else ()
+    return Description(refusal=Failure(**refusal.fields()), missing=missing)
 
 
 def describe(values: Mapping[str, Any]) -> Architecture:

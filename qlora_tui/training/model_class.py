@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from qlora_tui.catalog.described import MISSING_PACKAGE
 from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.errors import UserError
 from qlora_tui.installation import install_command
@@ -31,6 +30,14 @@ _READS_IS_DECODER = re.compile(r"self\.is_decoder|if [^\n]*config\.is_decoder")
 _LONGEST_REASON = 240
 _INSTALL = re.compile(r"pip install ([\w.-]+)")
 """The packages in transformers' messages on a missing one."""
+
+
+class MissingPackageError(UserError):
+    """A class of transformers needs packages that are not installed."""
+
+    def __init__(self, packages: tuple[str, ...], title: str, **texts: Any):
+        super().__init__(title, **texts)
+        self.packages = packages
 
 
 def read_config(values: Mapping[str, Any]) -> Any:
@@ -151,11 +158,11 @@ def _failed(config: Any, error: Exception) -> UserError:
     """Build the error for what a class raised while it was built."""
     packages = dict.fromkeys(_INSTALL.findall(str(error))) if isinstance(error, ImportError) else ()
     if packages:
-        return UserError(
+        return MissingPackageError(
+            tuple(packages),
             "This model needs another package",
             what=f"model_type {config.model_type!r}: its class needs {' and '.join(packages)}.",
             why="It is not installed.",
-            code=MISSING_PACKAGE,
             fix=f"Install it with `{install_command(*packages)}`, or choose another model.",
         )
     return unbuildable(config.model_type, reason_of(error))

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from functools import cached_property, partial
 from importlib import import_module
+from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
@@ -91,6 +92,7 @@ class QloraApp(TerminalApp):
         from qlora_tui.tui.draft import open_workbench
 
         workbench = open_workbench(self.draft)
+        workbench.on_outline = self._describe_model
         for problem in (workbench.draft_error, workbench.preset_error):
             if problem is not None:
                 self.call_later(partial(self.notify, str(problem), severity="warning", timeout=10))
@@ -102,6 +104,27 @@ class QloraApp(TerminalApp):
         from qlora_tui.tui.draft import Draft
 
         return Draft()
+
+    @work(exclusive=True, group="describe")
+    async def _describe_model(self, model: str) -> None:
+        """Read the exact architecture of the recipe's model in a process, then show everything by it."""
+        from qlora_tui.catalog.local_models import describe_model
+
+        stop = Event()
+        problem = None
+        try:
+            await asyncio.to_thread(describe_model, model, stop.is_set)
+        except UserError as error:
+            problem = error
+        finally:
+            # A canceled worker leaves its thread, which then ends the process.
+            stop.set()
+        if self.workbench.recipe.model.id != model:
+            return
+        self.workbench.forget_architecture()
+        if problem is not None:
+            self.workbench.refuse_outline(model, problem)
+        self.recipe_changed.publish(self.workbench.recipe)
 
     @property
     def memory_budget(self) -> MemoryBudget:

@@ -52,6 +52,8 @@ class Workbench:
         self._undo: list[_EditState] = []
         self._redo: list[_EditState] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
+        self.on_outline: Callable[[str], object] = lambda model: None
+        """Called once with the id of a model of which only an outline is known."""
         self._trainable: str | None = None
         """A model that can be trained."""
         self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | UserError] | None = None
@@ -135,7 +137,14 @@ class Workbench:
         model = self.recipe.model.id
         if self._architecture is None or self._architecture[0] != model:
             self._architecture = (model, _read(model))
+            if not isinstance(read := self._architecture[1], UserError) and read.is_outline:
+                self.on_outline(model)
         return self._architecture[1]
+
+    def refuse_outline(self, model: str, problem: UserError) -> None:
+        """Answer with the reason why the exact architecture of a model could not be read."""
+        self._architecture = (model, problem)
+        self._compared = None
 
     def model_refusal(self) -> UserError | None:
         """Why the recipe's model cannot be trained, though it may have an estimate; None if it can.

@@ -60,11 +60,12 @@ def test_a_damaged_description_is_made_again(monkeypatch: pytest.MonkeyPatch) ->
     assert process.calls == 6
 
 
-@pytest.mark.parametrize(("code", "calls"), [("", 1), (described.MISSING_PACKAGE, 2)])
-def test_a_refusal_is_kept_unless_a_package_would_end_it(
-    monkeypatch: pytest.MonkeyPatch, code: str, calls: int
+@pytest.mark.parametrize(("package", "calls"), [("no-such-package", 1), ("msgspec", 2)])
+def test_a_refusal_is_kept_until_its_package_is_installed(
+    monkeypatch: pytest.MonkeyPatch, package: str, calls: int
 ) -> None:
-    process = Process(monkeypatch, described.Description(refusal=Failure("No", "what", code=code)))
+    found = described.Description(refusal=Failure("No", "what"), missing=(package,))
+    process = Process(monkeypatch, found)
     for _ in range(2):
         with pytest.raises(UserError, match="what"):
             described.describe(TINY)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 from textual.widgets import Input
 
+from qlora_tui.catalog import described
 from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.described import Description
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import match_modules
@@ -47,6 +52,27 @@ async def test_space_toggles_a_kind_a_layer_and_a_module(small: str) -> None:
         await pilot.press("u", "g", "end", "space")
         assert targets(app) == ("0-28.all-linear",)
         await wait_for_text(pilot, "7 modules")
+
+
+async def test_modules_are_shown_when_their_model_was_described(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(SMALL) | {"model_type": "apertus"}
+    folder = private_home / "apertus"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    is_read, exact = Event(), parse_architecture(config_of(SMALL))
+
+    def read(job: str, configs: list[Any], **_: Any) -> list[Description]:
+        is_read.wait(20)
+        return [Description(architecture=exact)]
+
+    monkeypatch.setattr(described, "run_job", read)
+    app = open_on("lora", model=str(folder))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "Reading the model's structure")
+        is_read.set()
+        await wait_for_text(pilot, "210 modules")
 
 
 async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:

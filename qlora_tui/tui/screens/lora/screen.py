@@ -54,6 +54,14 @@ SETTLED_S = 0.1
 """Seconds without a key before the memory deltas are computed."""
 
 
+READING = UserError(
+    "Reading the model's structure",
+    what="Reading the model's structure from transformers.",
+    why="Which modules it has is read once, in some seconds.",
+    fix="Wait, or go on with another screen.",
+)
+
+
 class LoraScreen(WorkScreen):
     """The model's own modules with check boxes, beside the settings of the adapter."""
 
@@ -117,6 +125,8 @@ class LoraScreen(WorkScreen):
 
     def show_recipe(self, recipe: Recipe) -> None:
         architecture = self.qlora_app.workbench.architecture()
+        if not isinstance(architecture, UserError) and architecture.is_outline:
+            architecture = READING
         missing = architecture if isinstance(architecture, UserError) else None
         if self._table_of is not architecture:
             self._table_of = architecture

@@ -169,6 +169,8 @@ def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
     lines.append(_fact("license", read_license(model.path) or f"not in its files{page}"))
     if model.architecture:
         lines += _architecture_lines(model.architecture)
+        if model.architecture.is_outline and not model.refusal:
+            lines.append(Content.styled("Reading its structure from transformers…", "dim"))
     return [
         *lines,
         _fact("on disk", f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"),
@@ -361,8 +363,9 @@ def _step(key: str, text: str, mark: str = "▸") -> Content:
 def _architecture_lines(model: Architecture) -> list[Content]:
     tied = "tied" if model.tied_head else "separate"
     context = "NA" if model.max_positions is None else f"{model.max_positions:,} tokens"
+    about = "about " if model.is_outline else ""
     lines = [
-        _fact("size", f"{format_count(model.total_params)} parameters"),
+        _fact("size", f"{about}{format_count(model.total_params)} parameters"),
         _fact("family", model.model_type),
         _fact("context", context),
         _fact("layers", f"{model.layers}, hidden size {model.hidden_size:,}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Event
 
 from textual import work
 from textual.containers import Horizontal, Vertical
@@ -13,7 +14,7 @@ from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.catalog.hub import HubModel, search_models
-from qlora_tui.catalog.local_models import LocalModel, list_local_models
+from qlora_tui.catalog.local_models import LocalModel, describe_models, list_local_models
 from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import uncapitalize
@@ -67,6 +68,8 @@ class ModelsScreen(WorkScreen):
     def __init__(self) -> None:
         super().__init__()
         self._models = ListedModels()
+        self._searched: list[Path] = []
+        """Folders of the last scan, in addition to the usual ones."""
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="models-parts"):
@@ -235,7 +238,8 @@ class ModelsScreen(WorkScreen):
         if choose is not None:
             folders.append(choose)
         is_first = self._models.local is None
-        self._models.local = await asyncio.to_thread(list_local_models, [*folders, *recent_paths("models")])
+        self._searched = [*folders, *recent_paths("models")]
+        self._models.local = await asyncio.to_thread(list_local_models, self._searched)
         if is_first and select is None:
             select = next((m.path for m in self._models.local if current in (m.id, str(m.path))), None)
         within = [m for m in self._models.local if choose is not None and m.path.is_relative_to(choose)]
@@ -249,6 +253,21 @@ class ModelsScreen(WorkScreen):
         self._show_facts()
         self.query_one(ModelSide).show_storage(storage_lines(self._models.local))
         self._estimate_needs()
+        self._describe()
+
+    @work(exclusive=True, group="structure")
+    async def _describe(self) -> None:
+        """Read the structure of the models that have an outline, then list them by it."""
+        stop = Event()
+        try:
+            if await asyncio.to_thread(describe_models, self._models.local or (), stop.is_set):
+                self._models.local = await asyncio.to_thread(list_local_models, self._searched)
+                self._show_list()
+                self._show_facts()
+                self._estimate_needs()
+        finally:
+            # A canceled worker leaves its thread, which then ends the process.
+            stop.set()
 
     @work(exclusive=True, group="search")
     async def _search(self, query: str) -> None:
