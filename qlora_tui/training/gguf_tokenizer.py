@@ -70,7 +70,7 @@ class GgufTokenizer:
         """Return the content of ``tokenizer.json``."""
         if self._pre is not None:
             model = {"vocab": self._ids, "merges": self._merges(), "ignore_merges": self._pre.takes_words}
-            rules = {"normalizer": None, "pre_tokenizer": _splits(self._pre.rules), "decoder": _BYTES}
+            rules = {"normalizer": None, "pre_tokenizer": splits(self._pre.rules), "decoder": _BYTES}
         else:
             unknown = self.special_id("unknown")
             model = {
@@ -189,7 +189,7 @@ _BYTES = _BYTE_LEVEL | {"add_prefix_space": True, "use_regex": True}
 """The decoder, for which these two mean nothing; as the library writes it."""
 
 
-def _splits(rules: Sequence[str]) -> dict[str, Any]:
+def splits(rules: Sequence[str]) -> dict[str, Any]:
     """Return the pre-tokenizer of byte-level BPE with these rules."""
     steps: list[Mapping[str, Any]] = []
     for rule in rules:

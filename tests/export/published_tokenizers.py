@@ -30,6 +30,10 @@ _GPT4 = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _GPT4.replace("{1,3}", "")
+_QWEN35 = (
+    _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN_END = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
@@ -249,6 +253,19 @@ KINDS: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, str]]] = {
             _split(_QWEN2), _CHATML, normalizer={"type": "NFC"}, user_defined=["<tool_call>", "</tool_call>"]
         ),
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    ),
+    "qwen3.5": (
+        lambda: _byte_level(_split(_QWEN35), _CHATML, normalizer={"type": "NFC"}),
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    ),
+    "llama-3, spelled otherwise": (
+        lambda: _byte_level(
+            _split(_GPT4.replace(_CONTRACTIONS, "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")),
+            _LLAMA3_TOKENS,
+            ignore_merges=True,
+            begins_with="<|begin_of_text|>",
+        ),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
     ),
     "mistral-nemo": (
         lambda: _byte_level(

@@ -17,7 +17,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.content import gguf_content
-from qlora_tui.export.gguf_file.vocabulary import read_vocabulary
+from qlora_tui.export.gguf_file.vocabulary import pre_tokenizer_name, read_vocabulary
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
 from qlora_tui.recipe.schema import Model, Recipe
 from tests.export.gguf_files import write_base
@@ -158,3 +158,21 @@ def test_a_repeated_token_of_a_large_vocabulary_is_named(tmp_path: Path) -> None
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="two of its tokens are written"):
         read_vocabulary(ChatTokenizer.from_folder(folder), rows)
+
+
+@pytest.mark.parametrize("kind", ["Lowercase", "NFKC", "StripAccents"])
+def test_texts_that_are_changed_otherwise_are_refused(tmp_path: Path, kind: str) -> None:
+    folder = write_tokenizer(tmp_path, "smollm2", CHAT_TEMPLATE)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": kind}]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"changes texts by {kind}"):
+        read_vocabulary(ChatTokenizer.from_folder(folder), 2000)
+
+
+@pytest.mark.parametrize(
+    "node", [{"type": "Whitespace"}, {"type": "Punctuation", "behavior": "Isolated"}, None]
+)
+def test_rules_that_split_otherwise_have_no_name(node: Any) -> None:
+    with pytest.raises(UserError, match="no pre-tokenizer with its rules"):
+        pre_tokenizer_name({"pre_tokenizer": node, "model": {}})

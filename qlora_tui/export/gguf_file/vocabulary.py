@@ -5,7 +5,8 @@ SentencePiece's BPE, where the pair with the best score is merged first; transfo
 as BPE with ``byte_fallback``, whose merges in order are the scores.
 
 Which of llama.cpp's pre-tokenizers splits text as a ``tokenizer.json`` does (``tokenizer.ggml.pre``) is read
-from the regular expression that splits text before the merges. llama.cpp's converter recognizes a published
+from the regular expression that splits text before the merges, or from the words that it makes of hard texts.
+llama.cpp's converter recognizes a published
 tokenizer by a hash of what it makes of one text, so that a tokenizer with added tokens is unknown to it. The
 rules of each name: :mod:`qlora_tui.catalog.gguf_tokenizers`.
 """
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer, models
+
 from qlora_tui.catalog.gguf_tokenizers import (
     DIGITS,
     GPT2,
@@ -31,6 +34,7 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
+from qlora_tui.training.gguf_tokenizer import splits
 
 _NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((TEKKEN_PUBLISHED,), True): "tekken",
@@ -50,7 +54,11 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     takes_words = bool(tokenizer["model"].get("ignore_merges"))
     # Where llama.cpp knows a rule only with words taken whole, or only without, merges give the same tokens
     # for nearly all words. The check of the written file compares the tokens.
-    name = _NAMES.get((rules, takes_words)) or _NAMES.get((rules, not takes_words))
+    name = (
+        _NAMES.get((rules, takes_words))
+        or _NAMES.get((rules, not takes_words))
+        or _name_by_words(tokenizer.get("pre_tokenizer"), takes_words)
+    )
     if name is None:
         raise UserError(
             "This tokenizer cannot be exported as GGUF",
@@ -58,6 +66,35 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
             fix="Export it with `qlora-tui export merge`; transformers and vLLM load that folder.",
         )
     return name
+
+
+_PROBES = (
+    "I'm sure they'LL say 'twas don'T, HE'S, we'Ve; '' ' ''s o'clock 'D",
+    "0 12 123 1234 12345678 3.14 1,000,000 ½ ² Ⅻ ٣٤٥٦ １２３４ x²y³ v1.2.3-rc4 1st",
+    "fooBar FooBARBaz HTTPServer_name __init__ ÉCOLE école aÉ ÉA Élève ßẞ Ĳ ǅ ﬁ ℌ",
+    "cafe\u0301 e\u0301\u0302x \u0301 नमस्ते हिन्दी ไทยกำลัง بِسْمِ العربيّة שָׁלוֹם 한국어 각",
+    "我想在apple工作1314天。こんにちは、カタカナ 世界！𠀀〜 Привет МОСКВА ΑΒΓ αβγ",
+    "  two   three\t\ttabs \t mixed\n\n\nlines\r\n\r\nend  \n \n  x \u00a0\u3000\u2003\u200b\x0b\x0c y   ",
+    'a/b //c/ \\\\d ...!!!??? ,;: #@&*%$ +=<>^~|` "q" (x)[y]{z} —–… €£¥ «»',
+    'print("x"); // c\n#!/bin/sh\n    def f(a, b):\n\t\treturn a**b-1\n<div class="k">1</div>\n',
+    "🚀 😶\u200d🌫️ 👩\u200d👩\u200d👧 ✅🦙🦙 →∑√ \u2028\u2029\x85 \ufeff ''' ``` ---===",
+)
+"""Texts that the rules of published tokenizers split into different words."""
+
+
+def _name_by_words(node: Any, takes_words: bool) -> str | None:
+    """Return the name whose rules split hard texts into the same words, however they are written."""
+    own = _words(node)
+    names = (name for name, each in PRE_TOKENIZERS.items() if own == _words(splits(each.rules)))
+    alike = sorted(names, key=lambda name: PRE_TOKENIZERS[name].takes_words != takes_words)
+    return alike[0] if alike else None
+
+
+def _words(node: Any) -> list[Any]:
+    """Return where a pre-tokenizer, as in ``tokenizer.json``, splits each of the probes."""
+    content = json.loads(Tokenizer(models.BPE()).to_str()) | {"pre_tokenizer": node}
+    split = Tokenizer.from_str(json.dumps(content)).pre_tokenizer
+    return [] if split is None else [[place for _, place in split.pre_tokenize_str(text)] for text in _PROBES]
 
 
 def is_split_otherwise(text: str) -> bool:
@@ -147,6 +184,8 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
     is_byte_level = _has(content.get("decoder") or {}, "ByteLevel")
     if not is_byte_level and not model.get("byte_fallback"):
         raise _unsupported("it is neither byte-level nor has it tokens for single bytes")
+    if others := _kinds(content.get("normalizer") or {}) - _NORMALIZERS:
+        raise _unsupported(f"it changes texts by {' and '.join(sorted(others))}")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     ranks = _ranks(merges)
     tokens, types = _tokens(tokenizer, model["vocab"], rows, is_byte_level, ranks)
@@ -271,6 +310,14 @@ def _differences(tokenizer: Mapping[str, Any]) -> Iterator[KnownDifference]:
             "llama.cpp splits words with accented capitals or combining marks into other tokens.",
             is_split_otherwise,
         )
+
+
+_NORMALIZERS = {"Sequence", "NFC", "Prepend", "Replace"}
+"""What may come before the rules: composed characters, and ▁ for spaces."""
+
+
+def _kinds(node: Mapping[str, Any]) -> set[str]:
+    return {str(node["type"])}.union(*map(_kinds, node.get("normalizers", ()))) if node else set()
 
 
 def _has(node: Mapping[str, Any], kind: str) -> bool:
