@@ -9,8 +9,9 @@
   ``family_spec`` reads them.
 * ``local_models``: the models on this machine, finding one by name, and architectures without weights.
   ``model_validation``: whether a model can be trained. ``adapters``: LoRA adapters.
-* ``gguf``: the header of GGUF files. ``gguf_config``: the model that one describes, or why it is refused.
-  ``gguf_tokenizers``: how each of their tokenizers splits text.
+* ``gguf``: the header of GGUF files. ``gguf_config``: the model that one describes, or why it is refused;
+  ``gguf_architectures``, ``gguf_metadata``: what is read of each architecture. ``gguf_tokenizers``: how each
+  of their tokenizers splits text.
 * ``hub``: search the Hub, read its responses within bounds, translate its errors. ``download``: a model.
 * ``optional_kernels``: packages without which the layers of some models are slow on a GPU.
 * ``starter_models``: models worth starting with, kept in ``starter_models.toml``.

@@ -1,11 +1,11 @@
 """Writes what a GGUF file holds as a model folder: bfloat16 safetensors, tokenizer and config.
 
 Which tensors a model has, and under which names, says transformers' class, built from the config without
-weights. Their names in the file come from the tables of the ``gguf`` package. A tensor that only one of the
-two has refuses the file. What llama.cpp's converter changes about the values is undone.
+weights. How llama.cpp stores them is what an export would do (:mod:`qlora_tui.training.gguf_format`), and is
+undone here. A tensor that only one of the two has refuses the file.
 
-Weights are written a block of rows at a time: memory holds one float32 block of at most ``BLOCK_BYTES``,
-never the whole model. For Gemma 3 270M transformers would need 3.2 GB.
+Weights are written a block of rows at a time, and those that are stored in another order a matrix at a time:
+memory never holds the whole model. For Gemma 3 270M transformers would need 3.2 GB.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.gguf import GgufHeader, read_gguf
-from qlora_tui.catalog.gguf_config import GgufArchitecture, architecture_of, to_hf_config
+from qlora_tui.catalog.gguf_config import to_hf_config
 from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 
 BLOCK_BYTES = 16 * 2**20
@@ -27,20 +28,17 @@ BLOCK_BYTES = 16 * 2**20
 ProgressCallback = Callable[[int, int], None]
 """Called with the bytes written and the total bytes of the safetensors file."""
 Shape = tuple[int, ...]
+_LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class Weight:
     """One tensor of the safetensors file."""
 
     name: str
     shape: Shape
-    data: Any
-    """Its bytes in the GGUF file, (…, bytes of a row), mapped."""
-    kind: Any
-    """``gguf.GGMLQuantizationType`` of the bytes."""
-    change: Callable[[Any], Any] | None = None
-    """Applied to the whole tensor in float32, which is then not split into blocks."""
+    blocks: Callable[[], Iterator[Any]]
+    """Yields its elements in order, as arrays of float32."""
 
     @property
     def size(self) -> int:
@@ -53,6 +51,10 @@ def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
 
     Raises UserError and ValueError for a file of which something would be lost.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from qlora_tui.training.model_class import build_on_meta
+
     header = read_gguf(file, vocabulary=True)
     config = to_hf_config(header, file)
     tokenizer = GgufTokenizer(header)
@@ -63,51 +65,17 @@ def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
     names = {"bos": "bos", "pad": "padding"}
     special: dict[str, Any] = {f"{name}_token_id": tokenizer.special_id(key) for name, key in names.items()}
     special["eos_token_id"] = tokenizer.ends[0] if len(tokenizer.ends) == 1 else tokenizer.ends or None
-    weights = weights_of(file, header, config | special, folder, architecture_of(header, file))
-    write_weights(weights, folder / "model.safetensors", progress)
-
-
-def weights_of(
-    file: Path, header: GgufHeader, config: Mapping[str, Any], folder: Path, architecture: GgufArchitecture
-) -> list[GgufTensor]:
-    """Write the configs of the model; return its tensors in the order of the file.
-
-    Raises ValueError for a tensor that only the file or only transformers' class has.
-    """
-    import gguf
-    from transformers.core_model_loading import revert_weight_conversion
-
-    from qlora_tui.training.model_class import build_on_meta
-
     _check_counts(header, config)
-    model = build_on_meta(config)
+    model = build_on_meta(config | special)
     # Names as in weight files: an expert's matrices each have one.
     state = revert_weight_conversion(model, model.state_dict())
-    expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if config["tie_word_embeddings"]:
-        expected.pop("lm_head.weight", None)
-    by_name = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(by_name[header.architecture], config["num_hidden_layers"])
-    stored: dict[str, list[str]] = {}
-    for name in expected:
-        part = _ONE_EXPERT.sub(".experts.", name)
-        stored_name = names.get_name(part, try_suffixes=(".weight", ".bias"))
-        stored.setdefault(stored_name or f"for {name}", []).append(name)
-    factors = header.rope_factors.keys()
-    if unknown := [name for name in header.tensors if name not in stored and name not in factors]:
-        raise ValueError(f"it has a tensor {unknown[0]}, which {type(model).__name__} has no place for")
-    if missing := [name for name in stored if name not in header.tensors]:
-        raise ValueError(f"it has no tensor {missing[0]}, which {type(model).__name__} needs")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    weights = list(weights_of(file, header, shapes, model.config))
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    return [
-        weight
-        for tensor in header.tensors
-        if tensor in stored
-        for weight in _split(file, header, tensor, stored[tensor], expected, model.config, architecture)
-    ]
+    write_weights(weights, folder / "model.safetensors", progress)
 
 
 def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:
@@ -122,31 +90,51 @@ def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:
         raise ValueError(f"it counts {experts:,} experts and has tensors of {sizes}")
 
 
-_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+def weights_of(file: Path, header: GgufHeader, shapes: Mapping[str, Shape], config: Any) -> Iterator[Weight]:
+    """Yield the tensors of a model from those of a file.
+
+    Args:
+        file: the GGUF file.
+        header: its header.
+        shapes: shapes of the model's tensors, by their names in weight files.
+        config: transformers' config of the model.
+
+    Raises:
+        ValueError: for a tensor that only the file or only the model has, or of another shape.
+    """
+    from qlora_tui.training.gguf_format.inverse import sources_of
+
+    sources = sources_of(shapes, header.architecture or "", config)
+    stored = {tensor.name: tensor.shape for source in sources for tensor in source.stored}
+    known = stored.keys() | header.rope_factors.keys() | _later_tokens(header, config.num_hidden_layers)
+    if unknown := [name for name in header.tensors if name not in known]:
+        raise ValueError(f"it has a tensor {unknown[0]}, which {config.model_type} has no place for")
+    for name, shape in stored.items():
+        # ggml lists dimensions from the fastest-changing one, and knows no leading ones of 1.
+        own = tuple(reversed(header.tensors.get(name, ())))
+        if not own:
+            raise ValueError(f"it has no tensor {name}, which {config.model_type} needs")
+        if _without_ones(own) != _without_ones(shape):
+            raise ValueError(f"its tensor {name} is {own}, and {config.model_type} needs {shape}")
+    for source in sources:
+        data = [_mapped(file, header, tensor.name, tensor.shape) for tensor in source.stored]
+        for number, name in enumerate(source.names):
+            # A tensor for each expert, or one for all.
+            experts = range(number, number + 1) if len(source.names) > 1 else None
+            shape = source.shape[1:] if experts else source.shape
+            yield Weight(name, shape, partial(_elements, source, data, experts))
 
 
-def _split(
-    file: Path,
-    header: GgufHeader,
-    tensor: str,
-    names: list[str],
-    expected: Mapping[str, Shape],
-    config: Any,
-    architecture: GgufArchitecture,
-) -> Iterator[GgufTensor]:
-    """Yield the tensors of the model that one of the file holds: one, or one for each expert."""
-    # ggml lists dimensions from the fastest-changing one.
-    shape = tuple(reversed(header.tensors[tensor]))
-    data, kind = _mapped(file, header, tensor, shape)
-    experts = _ONE_EXPERT.search(names[0]) is not None
-    own = shape[1:] if experts else shape
-    if len(names) != (shape[0] if experts else 1):
-        raise ValueError(f"its tensor {tensor} stands for {len(names)} tensors of the model")
-    for number, name in enumerate(names):
-        if expected[name] != own and math.prod(expected[name]) != math.prod(own):
-            raise ValueError(f"its tensor {tensor} is {own}, and {name} is {expected[name]}")
-        change = _change(name, config, architecture)
-        yield GgufTensor(name, expected[name], data[number] if experts else data, kind, change)
+def _later_tokens(header: GgufHeader, layers: int) -> set[str]:
+    """Return the tensors of the last layers that predict later tokens, which the next one does not need."""
+    if not header.values.get(f"{header.architecture}.nextn_predict_layers"):
+        return set()
+    matches = ((name, _LAYER.match(name)) for name in header.tensors)
+    return {name for name, match in matches if match and int(match[1]) >= layers}
+
+
+def _without_ones(shape: Shape) -> Shape:
+    return tuple(length for length in shape if length != 1)
 
 
 def _mapped(file: Path, header: GgufHeader, tensor: str, shape: Shape) -> tuple[Any, Any]:
@@ -156,7 +144,7 @@ def _mapped(file: Path, header: GgufHeader, tensor: str, shape: Shape) -> tuple[
 
     kind = GGMLQuantizationType(header.tensor_types[tensor])
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    if not shape or shape[-1] % block:
+    if shape[-1] % block:
         raise ValueError(f"its tensor {tensor} has rows that are not made of whole blocks of {block}")
     rows = (*shape[:-1], shape[-1] // block * block_bytes)
     offset = header.offsets[tensor]
@@ -165,29 +153,33 @@ def _mapped(file: Path, header: GgufHeader, tensor: str, shape: Shape) -> tuple[
     return np.memmap(file, np.uint8, "r", offset, rows), kind
 
 
-def _change(name: str, config: Any, architecture: GgufArchitecture) -> Callable[[Any], Any] | None:
-    if architecture.norm_offset and name.endswith("norm.weight"):
-        return lambda values: values - architecture.norm_offset
-    if architecture.rotates_neighbors and ".q_proj." in name:
-        return lambda values: _unpermute_rope(values, config.num_attention_heads)
-    if architecture.rotates_neighbors and ".k_proj." in name:
-        return lambda values: _unpermute_rope(values, config.num_key_value_heads)
-    return None
+def _elements(source: Any, data: list[tuple[Any, Any]], experts: range | None) -> Iterator[Any]:
+    """Yield the elements of a tensor in float32, or those of some of its first dimension."""
+    import torch
+    from gguf import dequantize
+
+    (first, kind), *others = data
+    if not others and source.origins[0].is_same:
+        for part in first[experts.start : experts.stop] if experts else [first]:
+            rows = part.reshape(-1, part.shape[-1])
+            step = max(1, BLOCK_BYTES // (4 * max(1, source.shape[-1])))
+            for start in range(0, len(rows), step):
+                yield dequantize(rows[start : start + step], kind)
+        return
+    apart = len(source.shape) > 2 and all(origin.keeps_first for origin in source.origins)
+    whole = experts or range(source.shape[0])
+    for chosen in [range(one, one + 1) for one in whole] if apart else [range(source.shape[0])]:
+        original = torch.empty((len(chosen), *source.shape[1:]), dtype=torch.float32)
+        for (stored, kind), origin in zip(data, source.origins, strict=True):
+            part = stored[chosen.start : chosen.stop] if apart else stored
+            values = dequantize(part, kind)
+            # Of float32 it is the file itself, which is mapped to be read only.
+            values = values if values.flags.writeable else values.copy()
+            origin.restore(torch.from_numpy(values), original)
+        yield (original if apart or experts is None else original[experts.start : experts.stop]).numpy()
 
 
-def _unpermute_rope(values: Any, heads: int) -> Any:
-    """Undo llama.cpp's order of the rows of q and k, (rows, columns).
-
-    Its rotary embedding rotates pairs of neighboring rows of a head, (0, 1), (2, 3), …; that of transformers
-    pairs a row with the one half a head further, (0, d/2), (1, d/2 + 1), … With d = 4, rows ``0 2 1 3`` of a
-    head become ``0 1 2 3``.
-    """
-    rows = values.shape[0]
-    pairs = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
-
-
-def write_weights(weights: list[GgufTensor], path: Path, progress: ProgressCallback) -> None:
+def write_weights(weights: list[Weight], path: Path, progress: ProgressCallback) -> None:
     """Write ``weights`` to ``path`` in the safetensors format. Raises OSError.
 
     Format: an unsigned 64-bit length, a JSON header of that length, the tensors one after another
@@ -209,22 +201,9 @@ def write_weights(weights: list[GgufTensor], path: Path, progress: ProgressCallb
     with path.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for weight in weights:
-            for block in _blocks(weight):
+            for block in weight.blocks():
                 done += out.write(_bfloat16(block))
                 progress(done, total)
-
-
-def _blocks(weight: GgufTensor) -> Iterator[Any]:
-    """Yield the tensor in float32, a block of rows at a time."""
-    from gguf import dequantize
-
-    if weight.change is not None or len(weight.shape) < 2:
-        values = dequantize(weight.data, weight.kind)
-        yield weight.change(values) if weight.change else values
-        return
-    rows = max(1, BLOCK_BYTES // (4 * weight.shape[-1]))
-    for start in range(0, weight.shape[0], rows):
-        yield dequantize(weight.data[start : start + rows], weight.kind)
 
 
 def _bfloat16(values: Any) -> Any:

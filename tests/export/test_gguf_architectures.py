@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file import content, writer
-from qlora_tui.export.gguf_file.architectures import CONVENTIONS, convention_of
 from qlora_tui.export.gguf_file.content import text_config
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
+from qlora_tui.training.gguf_format.architectures import CONVENTIONS, convention_of
 from tests.export.gguf_files import (
     base_content,
     divergence,

@@ -11,58 +11,39 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_tui.catalog.gguf import read_gguf
-from qlora_tui.catalog.gguf_config import ARCHITECTURES
+from qlora_tui.catalog.gguf_architectures import ARCHITECTURES
 from qlora_tui.catalog.gguf_tokenizers import PRE_TOKENIZERS
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.vocabulary import read_vocabulary
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
-from qlora_tui.training import gguf_weights
+from qlora_tui.training.gguf_format import inverse
+from qlora_tui.training.gguf_format.architectures import convention_of
 from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 from qlora_tui.training.gguf_worker import convert
-from tests.export.gguf_files import divergence, logits_at_all, write_base
+from tests.export.gguf_files import divergence, divergences, logits_at_all, write_base
 from tests.export.published_tokenizers import KINDS, TEXTS
 from tests.export.test_gguf_architectures import token_ids
 from tests.export.test_gguf_tokenizers import PREFIX_ON_FIRST, STRANGE, write_model
-from tests.export.tiny_models import EXPERTS, GEMMA, LLAMA3, LONG, make_model
+from tests.export.tiny_models import GEMMA, LONG, MODELS, SIZES, YARN, make_model
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
 
-YARN: dict[str, Any] = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 LINEAR: dict[str, Any] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}
-SLIDING: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
-BASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "llama": [
-        ("llama", {"rope_parameters": LLAMA3}),
-        ("llama", {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),
-        ("llama", {"rope_parameters": LINEAR, "tie_word_embeddings": True}),
-        ("mixtral", {"num_local_experts": 8}),
-    ],
-    "smollm3": [("smollm3", {"num_hidden_layers": 5, "rope_parameters": YARN})],
-    "granite": [("granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0,
-                             "attention_multiplier": 0.3, "residual_multiplier": 0.5})],
-    "qwen2": [("qwen2", {"rope_parameters": YARN | {"attention_factor": 0.8}})],
-    "qwen3": [("qwen3", {"head_dim": 32})],
-    "qwen2moe": [("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 64})],
-    "qwen3moe": [("qwen3_moe", EXPERTS | {"head_dim": 32, "norm_topk_prob": True})],
-    "phi3": [("phi3", {"rope_parameters": LONG})],
-    "gemma2": [("gemma2", GEMMA | {"num_hidden_layers": 3})],
-    "gemma3": [("gemma3_text", GEMMA | {"num_hidden_layers": 7, "rope_parameters": {
-        "full_attention": LINEAR, "sliding_attention": SLIDING}})],
-    "olmo2": [("olmo2", {})],
-    "glm4": [("glm4", {"head_dim": 16})],
-}  # fmt: skip
-"""Models by architecture; lengths of 150 tokens are beyond their windows and original contexts."""
+BASES: list[tuple[str, dict[str, Any]]] = [
+    *MODELS,
+    ("llama", {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),
+    ("smollm3", {"num_hidden_layers": 5, "rope_parameters": YARN}),
+    ("qwen2", {"rope_parameters": YARN | {"attention_factor": 0.8}}),
+]
+NOT_READ = {"deepseek2", "apertus", "ernie4_5-moe", "falcon-h1", "nemotron_h", "nemotron_h_moe"}
+"""Architectures that are written but refused as a base."""
 LENGTH = 150
+"""Beyond the windows and the original contexts of these models."""
 
 
 def float32_copy(file: Path, target: Path, extra_tensor: str = "", **changes: Any) -> Path:
@@ -81,7 +62,7 @@ def float32_copy(file: Path, target: Path, extra_tensor: str = "", **changes: An
         writer.add_tensor(extra_tensor, np.zeros(32, np.float32))
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if values.ndim > 1:
+        if tensor.tensor_type != GGMLQuantizationType.F32:
             values = torch.from_numpy(values).bfloat16().float().numpy()  # as conversions are
         writer.add_tensor(tensor.name, values, raw_dtype=GGMLQuantizationType.F32)
     writer.write_header_to_file()
@@ -94,10 +75,13 @@ def float32_copy(file: Path, target: Path, extra_tensor: str = "", **changes: An
 def read_back(folder: Path, file: Path) -> Any:
     """Convert a file; return transformers' model of it in float32."""
     convert(file, folder)
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
-
-
-CASES = [model for models in BASES.values() for model in models]
+    config = AutoConfig.from_pretrained(str(folder))
+    if config.model_type == "gpt_oss" and config.rope_parameters["rope_type"] == "yarn":
+        # The published model does not round the borders of YaRN's ramp; llama.cpp does, and the model here.
+        assert config.rope_parameters.pop("truncate") is False
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), config=config, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def made(folder: Path, model_type: str, **settings: Any) -> tuple[Any, Path]:
@@ -115,22 +99,30 @@ def llama_logits(file: Path, ids: list[int]) -> Any:
         return logits_at_all(llama, ids)
 
 
-@pytest.mark.parametrize("model_type, settings", CASES)
+@pytest.mark.parametrize("model_type, settings", BASES)
 def test_a_base_from_gguf_computes_what_llama_cpp_does(
     tmp_path: Path, model_type: str, settings: dict[str, Any]
 ) -> None:
     original, packed = made(tmp_path, model_type, **settings)
     file = float32_copy(packed, tmp_path / "model.gguf")
+    if read_gguf(file).architecture in NOT_READ:
+        with pytest.raises(UserError, match="cannot be trained from GGUF"):
+            convert(file, tmp_path / "back")
+        return
     model = read_back(tmp_path / "back", file)
-    assert type(model) is type(original)
-    for name, weight in original.state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name]), name
+    if type(model) is type(original):
+        for name, weight in original.state_dict().items():
+            assert torch.equal(weight, model.state_dict()[name]), name
     ids = token_ids(LENGTH)
-    assert divergence(model, llama_logits(file, ids), ids) < 1e-5
+    differences = divergences(model, llama_logits(file, ids), ids)
+    # A token near the border between two experts may get another one, and so differ itself.
+    routed = "_exps." in "".join(read_gguf(file).tensors)
+    assert (differences.median() if routed else differences.max()) < 3e-5
 
 
 def test_every_architecture_is_computed_here() -> None:
-    assert BASES.keys() | {"gemma", "starcoder2"} == ARCHITECTURES.keys()
+    configs = (AutoConfig.for_model(name, **{**SIZES, **settings}) for name, settings in BASES)
+    assert {convention_of(config).architecture for config in configs} == ARCHITECTURES.keys() | NOT_READ
 
 
 def test_the_long_factors_are_read_too(tmp_path: Path) -> None:
@@ -177,7 +169,7 @@ def test_a_tensor_without_a_place_is_refused_by_name(tmp_path: Path, tensor: str
 
 def test_wrong_row_order_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, packed = made(tmp_path, "llama")
-    monkeypatch.setattr(gguf_weights, "_unpermute_rope", lambda values, heads: values)
+    monkeypatch.setattr(inverse.Origin, "restore", lambda self, stored, original: original.copy_(stored))
     ids = token_ids(LENGTH)
     model = read_back(tmp_path / "back", packed)
     assert divergence(model, llama_logits(packed, ids), ids) > 0.1

@@ -25,13 +25,14 @@ from qlora_tui.errors import UserError
 from qlora_tui.export import gguf
 from qlora_tui.export.base_choice import BaseChoice
 from qlora_tui.export.gguf import GgufExport, GgufFile, _Export, export_gguf
-from qlora_tui.export.gguf_file import architectures, content, tensors, vocabulary
-from qlora_tui.export.gguf_file.architectures import CONVENTIONS
+from qlora_tui.export.gguf_file import content, vocabulary
 from qlora_tui.export.gguf_file.parameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.gguf_file.writer import StoredTypes
 from qlora_tui.export.proof import Proof, judged, prove
 from qlora_tui.export.reference import compared_rows, reference_answers, row_progress
+from qlora_tui.training.gguf_format import architectures, tensors
+from qlora_tui.training.gguf_format.architectures import CONVENTIONS
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import write_base
 from tests.export.published_tokenizers import write_tokenizer

@@ -12,13 +12,13 @@ from torch import Tensor
 from qlora_tui.adapters.merged_weights import MergedWeights
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.export.gguf_file.architectures import Convention, convention_of
 from qlora_tui.export.gguf_file.parameters import extra_tensors, hyperparameters, require_computed
-from qlora_tui.export.gguf_file.tensors import SourceTensor, gguf_tensors
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
 from qlora_tui.export.gguf_file.writer import FileContent
 from qlora_tui.formatting import short_model_name
 from qlora_tui.training.clean_files import model_view
+from qlora_tui.training.gguf_format.architectures import Convention, convention_of
+from qlora_tui.training.gguf_format.tensors import SourceTensor, gguf_tensors
 
 _PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
 """What llama.cpp looks for in a model's name."""
@@ -41,7 +41,8 @@ def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWe
     config = text_config(weights.folder)
     convention = convention_of(config)
     require_computed(config, convention)
-    tensors = gguf_tensors(weights, convention, config)
+    given = (SourceTensor(tensor.name, tensor.shape, tensor.read) for tensor in weights)
+    tensors = gguf_tensors(given, convention, config)
     extra = [
         SourceTensor(name, tuple(values.shape), partial(Tensor.clone, values))
         for name, values in extra_tensors(config).items()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qlora_tui.catalog.gguf_config import COUNTS
-from qlora_tui.export.gguf_file.architectures import Convention, cannot_compute
-from qlora_tui.export.gguf_file.tensors import SourceTensor
+from qlora_tui.training.gguf_format.architectures import Convention, cannot_compute
+from qlora_tui.training.gguf_format.tensors import SourceTensor
 
 Value: TypeAlias = int | float | str | bool | list[bool] | list[int] | list[float]
 
@@ -96,8 +96,10 @@ def hyperparameters(config: Any, convention: Convention, tensors: Iterable[Sourc
     values |= _rope(config, rope, convention)
     values |= _windows(config, convention)
     values |= _from_shapes(tensors, config, convention)
-    if "expert_count" not in values:
-        values = {key: value for key, value in values.items() if not key.startswith("expert_")}
+    # Sizes of a kind of layer that the model could have and has not.
+    for kind, evidence in (("expert_", "expert_count"), ("ssm.", "ssm.inner_size")):
+        if evidence not in values:
+            values = {key: value for key, value in values.items() if not key.startswith(kind)}
     return Hyperparameters(values | convention.keys(config), notes)
 
 

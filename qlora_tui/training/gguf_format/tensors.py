@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.adapters.merged_weights import MergedTensor
 from qlora_tui.errors import UserError
-from qlora_tui.export.gguf_file.architectures import EVERYWHERE, Change, Convention, Rewrite
+from qlora_tui.training.gguf_format.architectures import EVERYWHERE, Change, Convention, Rewrite
 
 _OUTER_NAMES = ("model.language_model.", "language_model.model.", "model.text_model.", "backbone.", "model.")
 """Prefixes of the text model's weights, the longest first; multimodal models have one of the first three."""
@@ -32,7 +31,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of the file."""
+    """One tensor of a weight file, or of a GGUF file."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +39,7 @@ class SourceTensor:
     """Returns its values, of ``shape``."""
 
 
-def gguf_tensors(tensors: Iterable[MergedTensor], convention: Convention, config: Any) -> list[SourceTensor]:
+def gguf_tensors(tensors: Iterable[SourceTensor], convention: Convention, config: Any) -> list[SourceTensor]:
     """Return the tensors of the file. Raises UserError for one that the architecture lacks."""
     names = _Names(convention.architecture, config)
     text = (
@@ -61,7 +60,7 @@ def gguf_tensors(tensors: Iterable[MergedTensor], convention: Convention, config
     return stored
 
 
-def _rewritten(tensor: MergedTensor, rule: Rewrite, config: Any) -> list[MergedTensor]:
+def _rewritten(tensor: SourceTensor, rule: Rewrite, config: Any) -> list[SourceTensor]:
     """Return what a rule makes of a tensor; the tensor itself if the rule is for others."""
     names = rule.names(tensor.name)
     if names is None:
@@ -71,9 +70,9 @@ def _rewritten(tensor: MergedTensor, rule: Rewrite, config: Any) -> list[MergedT
     ]
 
 
-def _changed(tensor: MergedTensor, name: str, change: Change, config: Any) -> MergedTensor:
+def _changed(tensor: SourceTensor, name: str, change: Change, config: Any) -> SourceTensor:
     shape = tuple(change(torch.empty(tensor.shape, device="meta"), config).shape)
-    return MergedTensor(name, shape, lambda: change(tensor.read(), config))
+    return SourceTensor(name, shape, lambda: change(tensor.read(), config))
 
 
 def text_name(tensor: str, config: Any) -> str | None:
@@ -130,14 +129,14 @@ def _spellings(tensor: str) -> Iterator[str]:
             yield name.replace("model.", layers, 1)
 
 
-def stack_experts(tensors: Iterable[MergedTensor]) -> Iterator[MergedTensor]:
+def stack_experts(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
     """Yield all tensors, with the matrices of experts as one tensor (experts, rows, columns).
 
     ``mlp.experts.0.up_proj.weight`` to ``mlp.experts.127.up_proj.weight`` become
     ``mlp.experts.up_proj.weight``, in the place of the first.
     """
-    stacks: dict[str, dict[int, MergedTensor]] = {}
-    order: list[MergedTensor | str] = []
+    stacks: dict[str, dict[int, SourceTensor]] = {}
+    order: list[SourceTensor | str] = []
     for tensor in tensors:
         match = _OF_ONE_EXPERT.fullmatch(tensor.name)
         if match is None:
@@ -149,14 +148,14 @@ def stack_experts(tensors: Iterable[MergedTensor]) -> Iterator[MergedTensor]:
             order.append(name)
         stacks[name][int(match["number"])] = tensor
     for each in order:
-        if isinstance(each, MergedTensor):
+        if isinstance(each, SourceTensor):
             yield each
         else:
             members = [tensor for _, tensor in sorted(stacks[each].items())]
-            yield MergedTensor(each, (len(members), *members[0].shape), partial(_stacked, members))
+            yield SourceTensor(each, (len(members), *members[0].shape), partial(_stacked, members))
 
 
-def _stacked(members: Sequence[MergedTensor]) -> Tensor:
+def _stacked(members: Sequence[SourceTensor]) -> Tensor:
     """The values of the members, (members, rows, columns)."""
     stack: Tensor | None = None
     for number, member in enumerate(members):

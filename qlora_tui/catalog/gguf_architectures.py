@@ -1,0 +1,573 @@
+"""Architectures of GGUF files that can be a base: which fields of a config their metadata becomes.
+
+Each reader below takes what one kind of layer has of its own. What is the same everywhere is in
+:mod:`qlora_tui.catalog.gguf_config`; how tensors are stored, in :mod:`qlora_tui.training.gguf_format`.
+
+What llama.cpp reads of each architecture, and its defaults: llama.cpp, src/models (``load_arch_hparams``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from qlora_tui.catalog.gguf_metadata import Metadata
+
+Config: TypeAlias = dict[str, Any]
+Reader: TypeAlias = Callable[[Metadata, Config], None]
+_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_SOFTMAX, _SIGMOID = 1, 2
+"""Values of ``expert_gating_func`` (llama.cpp, src/llama-hparams.h)."""
+_ROPE_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """What one ``general.architecture`` has beyond what all have in common."""
+
+    model_type: str
+    """transformers' name of it."""
+    counts: Mapping[str, str] = field(default_factory=dict)
+    """More keys that count something, and their fields."""
+    numbers: Mapping[str, str] = field(default_factory=lambda: _RMS)
+    """Keys of numbers, and their fields."""
+    computes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of what is computed without a key, where transformers' class may do otherwise."""
+    present: Mapping[str, str] = field(default_factory=dict)
+    """Fields that are true if the file has the named tensor in a layer: ``attn_q.bias``."""
+    partial_rotation: bool = False
+    """Whether transformers' class can rotate a part of a head only."""
+    by_layer: tuple[str, ...] = ()
+    """Keys that ``read`` reads, because they may differ between layers."""
+    reads_factors: bool = False
+    """Whether ``read`` reads the factors of the rotary embedding's frequencies."""
+    read: tuple[Reader, ...] = ()
+    """What reads the rest."""
+
+
+def _scaled_attention(data: Metadata, config: Config) -> None:
+    """Read Gemma's attention scale. The 27B are known by their number of layers (src/models/gemma2.cpp)."""
+    layers_27b = {"gemma2": 46, "gemma3": 62}[data.architecture]
+    width: int = config["head_dim"]
+    if config["num_hidden_layers"] == layers_27b:
+        width = config["hidden_size"] // config["num_attention_heads"]
+    config["query_pre_attn_scalar"] = width
+
+
+def _windows(period: int, window: int | None = None) -> Reader:
+    """Return a reader of the window and of the layers that have one.
+
+    The last of each ``period`` layers has none, if the file names no pattern. ``window`` is llama.cpp's own.
+    """
+
+    def read(data: Metadata, config: Config) -> None:
+        layers: int = config["num_hidden_layers"]
+        width = data.count("attention.sliding_window") or window
+        pattern = data.value("attention.sliding_window_pattern")
+        sliding = [(layer + 1) % period != 0 for layer in range(layers)]
+        if isinstance(pattern, tuple):
+            if len(pattern) < layers or any(each not in (0, 1) for each in pattern):
+                raise data.problem(
+                    f"{data.architecture}.attention.sliding_window_pattern is not a flag a layer"
+                )
+            sliding = [bool(each) for each in pattern[:layers]]
+        elif pattern is not None:
+            every = data.count("attention.sliding_window_pattern")
+            sliding = [every is None or (layer + 1) % every != 0 for layer in range(layers)]
+        if width is None:
+            sliding = [False] * layers
+        config["layer_types"] = ["sliding_attention" if each else "full_attention" for each in sliding]
+        if width is not None:
+            config["sliding_window"] = width
+
+    return read
+
+
+def _rope_by_window(base: float | None = _ROPE_BASE) -> Reader:
+    """Return a reader of the rotary embedding of layers with a window, which is never scaled.
+
+    ``base`` is its base, if the file names none; None for that of the other layers.
+    """
+
+    def read(data: Metadata, config: Config) -> None:
+        full = config["rope_parameters"]
+        theta = data.positive("rope.freq_base_swa") or base or full["rope_theta"]
+        sliding = {"rope_type": "default", "rope_theta": theta}
+        config["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
+
+    return read
+
+
+def _one_window(data: Metadata, config: Config) -> None:
+    """Read the window of all layers, which Phi-3 has."""
+    config["sliding_window"] = data.count("attention.sliding_window")
+
+
+def _softcaps(data: Metadata, config: Config) -> None:
+    """Read Gemma 2's caps; llama.cpp's defaults are those of the published models."""
+    for key, cap in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+        config[key] = data.positive(key) or cap
+
+
+def _last_softcap(data: Metadata, config: Config) -> None:
+    """Read the cap of the logits, of which 0 means none."""
+    config["final_logit_softcapping"] = data.positive("final_logit_softcapping")
+
+
+def _routing(gate: int = _SOFTMAX, normalized: bool | None = None, scale: str = "") -> Reader:
+    """Return a reader of how a token's experts are chosen and weighed.
+
+    Args:
+        gate: what llama.cpp computes of the router's logits.
+        normalized: whether their weights are divided by their sum, if no field says it.
+        scale: field of the factor of the experts' sum, if there is one.
+    """
+
+    def read(data: Metadata, config: Config) -> None:
+        data.expect("expert_gating_func", gate, *((0,) if gate == _SOFTMAX else ()))
+        if normalized is not None:
+            data.expect("expert_weights_norm", normalized)
+        else:
+            config["norm_topk_prob"] = bool(data.value("expert_weights_norm"))
+        if scale:
+            config[scale] = data.positive("expert_weights_scale") or 1.0
+        else:
+            data.expect("expert_weights_scale", 1.0, 0.0)
+        data.expect("expert_group_count", 1, 0)
+        data.expect("expert_group_used_count", 1, 0)
+
+    return read
+
+
+def _widths(own: str, shared: str = "") -> Reader:
+    """Return a reader of the width of an expert, and of that of all shared ones together."""
+
+    def read(data: Metadata, config: Config) -> None:
+        used = max(1, config.get("num_experts_per_tok", 1))
+        width = data.count("expert_feed_forward_length")
+        config[own] = width or config.get("intermediate_size", 0) // (
+            1 if own == "intermediate_size" else used
+        )
+        together = data.count("expert_shared_feed_forward_length")
+        if shared:
+            config[shared] = together or config.get("intermediate_size")
+        elif together is not None:
+            data.expect(
+                "expert_shared_feed_forward_length", config[own] * (config.get("n_shared_experts") or 1)
+            )
+
+    return read
+
+
+def _unrotated_layers(data: Metadata, config: Config) -> None:
+    """SmolLM3 has no rotary embedding in each fourth layer (src/models/smollm3.cpp)."""
+    config["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
+
+
+def _olmo3(data: Metadata, config: Config) -> None:
+    """Olmo 3 is an Olmo 2 with windows, and scales the rotary embedding of the other layers only."""
+    if not data.header.values.get("olmo2.attention.sliding_window"):
+        data.count("attention.sliding_window")
+        return
+    config["model_type"] = "olmo3"
+    _windows(period=4)(data, config)
+    _rope_by_window(None)(data, config)
+
+
+def _ministral(data: Metadata, config: Config) -> None:
+    """Read Ministral 3's factors on YaRN and on queries far from the beginning."""
+    rope = config["rope_parameters"]
+    multiplier = data.positive("rope.scaling.yarn_log_multiplier")
+    rope["llama_4_scaling_beta"] = data.number("attention.temperature_scale") or 0.0
+    rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    data.expect("attention.temperature_length", rope["original_max_position_embeddings"])
+    if multiplier is not None:
+        rope |= {"mscale": 1.0, "mscale_all_dim": multiplier}
+
+
+def _linear_attention(data: Metadata, config: Config) -> None:
+    """Read the layers with a state (gated delta net) of Qwen3-Next and Qwen3.5."""
+    layers: int = config["num_hidden_layers"]
+    inner, heads = data.count("ssm.inner_size"), data.count("ssm.time_step_rank")
+    if inner is None or heads is None:
+        raise data.problem(f"{data.architecture}.ssm.inner_size or ssm.time_step_rank is missing")
+    config["linear_num_value_heads"], config["linear_value_head_dim"] = heads, inner // heads
+    every = data.count("full_attention_interval") or 4
+    recurrent = data.value("attention.recurrent_layers")
+    kinds = [(layer + 1) % every != 0 for layer in range(layers)]
+    if isinstance(recurrent, tuple) and len(recurrent) >= layers:
+        kinds = [bool(each) for each in recurrent[:layers]]
+    config["layer_types"] = ["linear_attention" if each else "full_attention" for each in kinds]
+    sections = data.value("rope.dimension_sections")
+    if isinstance(sections, tuple) and any(sections):
+        # Parts of the rotated pairs for time, height and width: of a text, all three are its positions.
+        config["rope_parameters"] |= {"mrope_section": list(sections[:3]), "mrope_interleaved": True}
+
+
+def _later_tokens(data: Metadata, config: Config) -> None:
+    """Leave out the last layers that predict later tokens, which transformers' class does not have."""
+    extra = data.count("nextn_predict_layers") or 0
+    if extra >= config["num_hidden_layers"]:
+        raise data.problem(f"{data.architecture}.nextn_predict_layers is {extra:,}")
+    config["num_hidden_layers"] -= extra
+
+
+def _dense_first(field_name: str) -> Reader:
+    """Return a reader of the number of first layers without experts."""
+
+    def read(data: Metadata, config: Config) -> None:
+        config[field_name] = data.count("leading_dense_block_count") or 0
+
+    return read
+
+
+def _kinds_by_key_heads(without: str) -> Reader:
+    """Return a reader of the layers that have attention: those with key heads. The others are ``without``."""
+
+    def read(data: Metadata, config: Config) -> None:
+        heads = data.value("attention.head_count_kv")
+        layers: int = config["num_hidden_layers"]
+        if not isinstance(heads, tuple) or len(heads) < layers or len({*heads[:layers]} - {0}) > 1:
+            raise data.problem(f"{data.architecture}.attention.head_count_kv is not a number a layer")
+        config["num_key_value_heads"] = max(heads[:layers]) or config["num_attention_heads"]
+        config["layer_types"] = ["full_attention" if each else without for each in heads[:layers]]
+
+    return read
+
+
+def _mamba2(data: Metadata, config: Config) -> None:
+    """Read the sizes of state-space layers of the second kind."""
+    inner, heads = data.count("ssm.inner_size"), data.count("ssm.time_step_rank")
+    if inner is None or heads is None:
+        raise data.problem(f"{data.architecture}.ssm.inner_size or ssm.time_step_rank is missing")
+    config |= {"mamba_n_heads": heads, "mamba_d_head": inner // heads}
+    config["mamba_expand"] = inner // config["hidden_size"]
+
+
+def _granite_hybrid(data: Metadata, config: Config) -> None:
+    """Read Granite 4: whether it has positions, and experts."""
+    finetuned = data.value("rope.scaling.finetuned")
+    config["position_embedding_type"] = "rope" if finetuned in (None, True) else None
+    config["shared_intermediate_size"] = data.count("expert_shared_feed_forward_length") or config.get(
+        "intermediate_size", 0
+    )
+    width = data.count("expert_feed_forward_length")
+    if "num_local_experts" not in config:
+        config |= {"num_local_experts": 0, "num_experts_per_tok": 0}
+    elif width is not None:
+        config["intermediate_size"] = width
+
+
+def _granite_shared(data: Metadata, config: Config) -> None:
+    """Read Granite's experts; with shared ones it is another type of transformers'."""
+    shared = data.count("expert_shared_feed_forward_length")
+    if shared is not None:
+        config |= {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
+    if (width := data.count("expert_feed_forward_length")) is not None:
+        config["intermediate_size"] = width
+
+
+def _gemma4(data: Metadata, config: Config) -> None:
+    """Read Gemma 4: heads of layers without a window, shared keys, embeddings of each layer."""
+    layers: int = config["num_hidden_layers"]
+    full, sliding = config["head_dim"], data.count("attention.key_length_swa") or config["head_dim"]
+    data.expect("attention.value_length_swa", sliding)
+    data.expect("rope.dimension_count_swa", sliding)
+    config |= {"head_dim": sliding, "global_head_dim": full}
+    _windows(period=6)(data, config)
+    is_full = [kind == "full_attention" for kind in config["layer_types"]]
+    heads = data.value("attention.head_count_kv")
+    heads = heads[:layers] if isinstance(heads, tuple) and len(heads) >= layers else (heads,) * layers
+    by_kind = [
+        {count for count, kind in zip(heads, is_full, strict=True) if kind is each} for each in (False, True)
+    ]
+    if any(len(each) > 1 for each in by_kind) or not by_kind[0]:
+        raise data.problem("gemma4.attention.head_count_kv differs between layers of one kind")
+    config["num_key_value_heads"] = by_kind[0].pop()
+    if by_kind[1] and (count := by_kind[1].pop()) != config["num_key_value_heads"]:
+        config["num_global_key_value_heads"] = count
+    first_full = is_full.index(True) if any(is_full) else 0
+    config["attention_k_eq_v"] = any(is_full) and not data.has(f"blk.{first_full}.attn_v.weight")
+    widths = data.value("feed_forward_length")
+    widths = widths[:layers] if isinstance(widths, tuple) and len(widths) >= layers else (widths,) * layers
+    shared = data.count("attention.shared_kv_layers") or 0
+    config["num_kv_shared_layers"] = shared
+    own, last = {*widths[: layers - shared]}, {*widths[layers - shared :]}
+    if len(own) != 1 or len(last) > 1:
+        raise data.problem("gemma4.feed_forward_length differs between layers that share keys or do not")
+    config["intermediate_size"] = own.pop()
+    double = bool(last) and last == {2 * config["intermediate_size"]}
+    if last and not double and last != {config["intermediate_size"]}:
+        raise data.problem("gemma4.feed_forward_length is neither one nor twice the first one")
+    config["use_double_wide_mlp"] = double
+    config["hidden_size_per_layer_input"] = data.count("embedding_length_per_layer_input") or 0
+    table = data.header.tensors.get("per_layer_token_embd.weight")
+    if table is not None:
+        config["vocab_size_per_layer_input"] = table[1]
+    width = data.count("expert_feed_forward_length")
+    config["enable_moe_block"] = width is not None
+    if width is not None:
+        config["moe_intermediate_size"] = width
+    base = data.positive("rope.freq_base") or _ROPE_BASE
+    config["rope_parameters"] = {
+        "full_attention": _proportional(data, base, full),
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": data.positive("rope.freq_base_swa") or _ROPE_BASE,
+        },
+    }
+
+
+def _proportional(data: Metadata, base: float, width: int) -> Config:
+    """Return a rotary embedding of a part of the pairs: the others have factors that stop them."""
+    factors = data.header.rope_factors.get("rope_freqs.weight", ())
+    rotated = sum(factor == 1.0 for factor in factors)
+    ends = factors[rotated:]
+    if len(factors) != width // 2 or any(f != 1.0 for f in factors[:rotated]) or any(f < 1e20 for f in ends):
+        raise data.problem("rope_freqs.weight is not 1 for the first pairs and endless for the others")
+    return {"rope_type": "proportional", "rope_theta": base, "partial_rotary_factor": 2 * rotated / width}
+
+
+def _fixed_epsilon(data: Metadata, config: Config) -> None:
+    """Refuse another epsilon of norms without weights, which transformers' class has built in."""
+    data.expect("attention.layer_norm_epsilon", 1e-5)
+
+
+def _dense_width(data: Metadata, config: Config) -> None:
+    """Read the width of the first layers, which have no experts."""
+    widths = data.value("feed_forward_length")
+    config["intermediate_size"] = widths[0] if isinstance(widths, tuple) and widths else widths
+
+
+def _parallel_residual(data: Metadata, config: Config) -> None:
+    """Read whether attention and MLP of a layer have the same input; it shows in the norms, if not named."""
+    named = data.value("use_parallel_residual")
+    both = data.has_in_a_layer("ffn_norm.weight")
+    config["use_parallel_residual"] = not both if named is None else bool(named)
+
+
+def _gpt_oss(data: Metadata, config: Config) -> None:
+    """Read gpt-oss. Its YaRN does not round the borders of its ramp to whole pairs, and no key says so."""
+    if config["rope_parameters"]["rope_type"] == "yarn":
+        config["rope_parameters"]["truncate"] = False
+
+
+_EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_LOCAL_EXPERTS = _EXPERTS | {"expert_count": "num_local_experts"}
+_ROUTED_EXPERTS = _EXPERTS | {
+    "expert_count": "n_routed_experts",
+    "expert_shared_count": "n_shared_experts",
+}
+_LINEAR = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+}
+_MAMBA = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.group_count": "mamba_n_groups",
+}
+_GRANITE = _RMS | {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_LAYER_NORM = {"attention.layer_norm_epsilon": "layer_norm_eps"}
+_EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+_TANH = {"hidden_activation": "gelu_pytorch_tanh"}
+_Q_BIAS = {"attention_bias": "attn_q.bias"}
+_BIASES = _Q_BIAS | {"mlp_bias": "ffn_up.bias"}
+_DELTA_NET = (_linear_attention,)
+_MOE = (_routing(normalized=True), _widths("moe_intermediate_size", "shared_expert_intermediate_size"))
+
+ARCHITECTURES: Mapping[str, GgufArchitecture] = {
+    "llama": GgufArchitecture("llama", present=_BIASES),
+    "arcee": GgufArchitecture("arcee", present=_BIASES),
+    "smollm3": GgufArchitecture("smollm3", present=_BIASES, read=(_unrotated_layers,)),
+    "mistral3": GgufArchitecture("ministral3", read=(_ministral,)),
+    "granite": GgufArchitecture("granite", numbers=_GRANITE, present=_BIASES),
+    "granitemoe": GgufArchitecture(
+        "granitemoe",
+        counts=_LOCAL_EXPERTS,
+        numbers=_GRANITE,
+        present=_Q_BIAS,
+        read=(_routing(normalized=True), _granite_shared),
+    ),
+    "granitehybrid": GgufArchitecture(
+        "granitemoehybrid",
+        counts=_LOCAL_EXPERTS | _MAMBA,
+        numbers=_GRANITE,
+        by_layer=("attention.head_count_kv",),
+        read=(
+            _routing(normalized=True),
+            _kinds_by_key_heads("linear_attention"),
+            _mamba2,
+            _granite_hybrid,
+        ),
+    ),
+    "qwen2": GgufArchitecture("qwen2"),
+    "qwen3": GgufArchitecture("qwen3", present=_Q_BIAS),
+    "qwen2moe": GgufArchitecture(
+        "qwen2_moe",
+        counts=_EXPERTS,
+        computes=_EVERY_LAYER | {"norm_topk_prob": False},
+        read=(
+            _routing(normalized=False),
+            _widths("moe_intermediate_size", "shared_expert_intermediate_size"),
+        ),
+    ),
+    "qwen3moe": GgufArchitecture(
+        "qwen3_moe",
+        counts=_EXPERTS,
+        computes=_EVERY_LAYER | {"norm_topk_prob": True},
+        present=_Q_BIAS,
+        read=(_routing(normalized=True), _widths("moe_intermediate_size")),
+    ),
+    "qwen3next": GgufArchitecture(
+        "qwen3_next",
+        counts=_EXPERTS | _LINEAR,
+        computes=_EVERY_LAYER | {"norm_topk_prob": True},
+        partial_rotation=True,
+        read=(_later_tokens, *_DELTA_NET, *_MOE),
+    ),
+    "qwen35": GgufArchitecture(
+        "qwen3_5_text", counts=_LINEAR, partial_rotation=True, read=(_later_tokens, *_DELTA_NET)
+    ),
+    "qwen35moe": GgufArchitecture(
+        "qwen3_5_moe_text",
+        counts=_EXPERTS | _LINEAR,
+        partial_rotation=True,
+        read=(_later_tokens, *_DELTA_NET, *_MOE),
+    ),
+    "phi3": GgufArchitecture("phi3", partial_rotation=True, read=(_one_window,)),
+    "phi2": GgufArchitecture("phi", numbers=_LAYER_NORM, partial_rotation=True),
+    "gemma": GgufArchitecture("gemma", computes=_TANH),
+    "gemma2": GgufArchitecture(
+        "gemma2", computes=_TANH, read=(_scaled_attention, _windows(2, 4096), _softcaps)
+    ),
+    "gemma3": GgufArchitecture(
+        "gemma3_text",
+        computes=_TANH,
+        read=(_scaled_attention, _windows(6), _rope_by_window(), _last_softcap),
+    ),
+    "gemma4": GgufArchitecture(
+        "gemma4_text",
+        counts={"expert_count": "num_experts", "expert_used_count": "top_k_experts"},
+        computes=_TANH,
+        by_layer=("attention.head_count_kv", "feed_forward_length"),
+        reads_factors=True,
+        read=(_gemma4, _routing(normalized=True), _last_softcap),
+    ),
+    "olmo": GgufArchitecture("olmo", numbers={"attention.clamp_kqv": "clip_qkv"}, read=(_fixed_epsilon,)),
+    "olmo2": GgufArchitecture("olmo2", present=_Q_BIAS, read=(_olmo3,)),
+    "olmoe": GgufArchitecture(
+        "olmoe",
+        counts=_EXPERTS,
+        computes={"norm_topk_prob": False},
+        read=(_routing(normalized=False), _widths("intermediate_size")),
+    ),
+    "chatglm": GgufArchitecture("glm", present=_Q_BIAS, partial_rotation=True),
+    "glm4": GgufArchitecture("glm4", present=_Q_BIAS, partial_rotation=True),
+    "glm4moe": GgufArchitecture(
+        "glm4_moe",
+        counts=_ROUTED_EXPERTS,
+        present=_Q_BIAS | {"use_qk_norm": "attn_q_norm.weight"},
+        partial_rotation=True,
+        read=(
+            _later_tokens,
+            _dense_first("first_k_dense_replace"),
+            _routing(_SIGMOID, scale="routed_scaling_factor"),
+            _widths("moe_intermediate_size"),
+        ),
+    ),
+    "dots1": GgufArchitecture(
+        "dots1",
+        counts=_ROUTED_EXPERTS,
+        present=_Q_BIAS,
+        read=(
+            _dense_first("first_k_dense_replace"),
+            _routing(_SIGMOID, scale="routed_scaling_factor"),
+            _widths("moe_intermediate_size"),
+        ),
+    ),
+    "minimax-m2": GgufArchitecture(
+        "minimax_m2",
+        counts=_LOCAL_EXPERTS,
+        partial_rotation=True,
+        read=(_routing(_SIGMOID, normalized=True), _widths("intermediate_size")),
+    ),
+    "gpt-oss": GgufArchitecture(
+        "gpt_oss",
+        counts=_LOCAL_EXPERTS,
+        read=(_windows(2), _routing(normalized=True), _widths("intermediate_size"), _gpt_oss),
+    ),
+    "lfm2": GgufArchitecture(
+        "lfm2",
+        counts={"shortconv.l_cache": "conv_L_cache"},
+        numbers={"attention.layer_norm_rms_epsilon": "norm_eps"},
+        computes={"block_auto_adjust_ff_dim": False},
+        by_layer=("attention.head_count_kv",),
+        read=(_kinds_by_key_heads("conv"),),
+    ),
+    "lfm2moe": GgufArchitecture(
+        "lfm2_moe",
+        counts=_EXPERTS | {"shortconv.l_cache": "conv_L_cache"},
+        numbers={"attention.layer_norm_rms_epsilon": "norm_eps"},
+        computes={"norm_topk_prob": True},
+        present={"use_expert_bias": "exp_probs_b.bias"},
+        by_layer=("attention.head_count_kv", "feed_forward_length"),
+        read=(
+            _kinds_by_key_heads("conv"),
+            _dense_width,
+            _dense_first("num_dense_layers"),
+            _routing(_SIGMOID, normalized=True, scale="routed_scaling_factor"),
+            _widths("moe_intermediate_size"),
+        ),
+    ),
+    "seed_oss": GgufArchitecture("seed_oss", present=_BIASES | {"attention_out_bias": "attn_output.bias"}),
+    "ernie4_5": GgufArchitecture("ernie4_5", present={"use_bias": "attn_q.bias"}),
+    "command-r": GgufArchitecture(
+        "cohere",
+        numbers=_LAYER_NORM | {"logit_scale": "logit_scale"},
+        present=_Q_BIAS | {"use_qk_norm": "attn_q_norm.weight"},
+    ),
+    "cohere2": GgufArchitecture(
+        "cohere2", numbers=_LAYER_NORM | {"logit_scale": "logit_scale"}, present=_Q_BIAS, read=(_windows(4),)
+    ),
+    "stablelm": GgufArchitecture(
+        "stablelm",
+        numbers=_LAYER_NORM,
+        present={"use_qkv_bias": "attn_q.bias", "qk_layernorm": "attn_q_norm.weight"},
+        partial_rotation=True,
+        read=(_parallel_residual,),
+    ),
+    "nemotron": GgufArchitecture(
+        "nemotron",
+        numbers={"attention.layer_norm_epsilon": "norm_eps"},
+        present=_BIASES,
+        partial_rotation=True,
+    ),
+    "gptneox": GgufArchitecture(
+        "gpt_neox",
+        numbers=_LAYER_NORM,
+        present={"attention_bias": "attn_qkv.bias"},
+        partial_rotation=True,
+        read=(_parallel_residual,),
+    ),
+    "hunyuan-dense": GgufArchitecture("hunyuan_v1_dense", present=_Q_BIAS),
+    "starcoder2": GgufArchitecture(
+        "starcoder2",
+        numbers={"attention.layer_norm_epsilon": "norm_epsilon"},
+        computes={"hidden_act": "gelu_pytorch_tanh"},
+        present={"use_bias": "attn_q.bias"},
+    ),
+}
+"""By ``general.architecture``, those whose weights become transformers' exactly. Each one is compared with
+llama.cpp (tests/export/test_gguf_bases.py)."""
+MIXTRAL = GgufArchitecture(
+    "mixtral", counts=_LOCAL_EXPERTS, read=(_routing(normalized=True), _widths("intermediate_size"))
+)
+"""A ``llama`` with experts."""

@@ -1,0 +1,6 @@
+"""How llama.cpp stores the tensors of a model in a GGUF file, for exports and for bases that are GGUF files.
+
+architectures  llama.cpp's architecture of each model type, and how its tensors differ from transformers'
+tensors        names, shapes and values of the tensors of a file
+inverse        the way back, by what the functions of ``architectures`` do to a few tensors
+"""

@@ -1,0 +1,213 @@
+"""From the tensors of a GGUF file back to those of weight files, by what the forward direction does.
+
+How llama.cpp stores a tensor is declared once, as functions from transformers' values to its own
+(:mod:`qlora_tui.training.gguf_format.architectures`). All of them move elements, and multiply and add
+constants or take -exp. So a function is known by what it makes of a few tensors: of the numbers of rows and
+columns, where each element of the file comes from; of zeros, ones and twos, what was done to it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_tui.training.gguf_format.architectures import convention_of
+from qlora_tui.training.gguf_format.tensors import SourceTensor, gguf_tensors
+
+_LAYER = re.compile(r"\.\d+\.")
+_OF_ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+\.weight)")
+_MAX_PROBE = 1 << 26
+"""Largest number of elements of which a function is asked where they come from; larger tensors are cut."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the elements of a stored tensor come from, and how they were changed."""
+
+    index: Tensor | None
+    """For each element, without the axis that is kept, its place in the original; None for the same."""
+    factor: Tensor | None
+    """Divides each element after ``shift`` was taken from it; None for 1."""
+    shift: Tensor | None
+    is_negative_exp: bool
+    kept: int | None
+    """Axis of the original that the function leaves alone, if any, and the axis of the stored tensor."""
+    kept_as: int | None
+
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the function treats all of the first dimension alike, and leaves it where it is."""
+        return self.kept == 0 and self.kept_as == 0
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the stored tensor is the original."""
+        return self.index is None and self.factor is None and self.shift is None and not self.is_negative_exp
+
+    def restore(self, stored: Tensor, original: Tensor) -> None:
+        """Write the elements of ``stored`` into ``original``, float32 both, to where they come from."""
+        values = stored
+        if self.kept is not None:
+            assert self.kept_as is not None
+            values = values.movedim(self.kept_as, -1)
+            original = original.movedim(self.kept, -1)
+        lead = values.shape[:-1] if self.kept is not None else values.shape
+        if self.shift is not None:
+            values = values - self.shift.reshape(*lead, *(1,) * (values.ndim - len(lead)))
+        if self.factor is not None:
+            values = values / self.factor.reshape(*lead, *(1,) * (values.ndim - len(lead)))
+        if self.is_negative_exp:
+            values = torch.log(-values)
+        width = values.shape[-1] if self.kept is not None else 1
+        flat = values.reshape(-1, width)
+        lead_of_original = original.shape[:-1] if self.kept is not None else original.shape
+        if self.index is None:
+            original.copy_(flat.reshape(original.shape))
+            return
+        places = torch.unravel_index(self.index, lead_of_original)
+        original[places] = flat if self.kept is not None else flat[:, 0]
+
+
+def origin_of(
+    forward: Callable[[Tensor], Tensor], shape: Sequence[int], stored_shape: Sequence[int]
+) -> Origin:
+    """Find what ``forward`` does to a tensor of ``shape``. Raises ValueError where it cannot be undone."""
+    kept = kept_as = None
+    probe = tuple(shape)
+    if len(shape) > 1:
+        # Experts are all treated alike, and so, mostly, are columns.
+        axis = 0 if len(shape) > 2 else len(shape) - 1
+        cut = tuple(1 if i == axis else size for i, size in enumerate(shape))
+        try:
+            made = tuple(forward(torch.zeros(cut)).shape)
+        except (RuntimeError, IndexError):
+            made = ()
+        changed = [i for i, (a, b) in enumerate(zip(made, stored_shape, strict=False)) if a != b]
+        if len(made) == len(stored_shape) and len(changed) <= 1 and shape[axis] > 1:
+            where = changed[0] if changed else None
+            if where is not None and made[where] == 1 and stored_shape[where] == shape[axis]:
+                kept, kept_as, probe = axis, where, cut
+    if math.prod(probe) > _MAX_PROBE:
+        raise ValueError(f"a tensor of {math.prod(probe):,} elements is too large to be reordered")
+    zeros, ones, twos = (forward(torch.full(probe, float(n))).float() for n in range(3))
+    steps = ones - zeros
+    is_negative_exp = bool(
+        torch.allclose(zeros, -torch.ones(())) and torch.allclose(ones, -torch.tensor(math.e))
+    )
+    if not is_negative_exp and (not torch.allclose(twos - ones, steps) or bool((steps == 0).any())):
+        raise ValueError("a tensor is stored in a way that cannot be undone")
+    index = torch.zeros(zeros.shape, dtype=torch.int64)
+    for axis, size in enumerate(probe):
+        ramp = torch.arange(size, dtype=torch.float32) / max(1, size if is_negative_exp else 1)
+        view = [1] * len(probe)
+        view[axis] = size
+        made_of = forward(ramp.reshape(view).expand(probe).contiguous()).float()
+        places = torch.log(-made_of) * size if is_negative_exp else (made_of - zeros) / steps
+        index = index * size + places.round().to(torch.int64)
+    flat = index.flatten()
+    if len(torch.unique(flat)) != len(flat):
+        raise ValueError("two elements of a tensor come from the same one")
+    same = stored_is_original(flat, math.prod(probe))
+    return Origin(
+        index=None if same else flat,
+        factor=None if is_negative_exp or bool((steps == 1).all()) else steps,
+        shift=None if is_negative_exp or not bool(zeros.any()) else zeros,
+        is_negative_exp=is_negative_exp,
+        kept=kept,
+        kept_as=kept_as,
+    )
+
+
+def stored_is_original(index: Tensor, count: int) -> bool:
+    """Whether an index names all of ``count`` elements in their order."""
+    return len(index) == count and bool((index == torch.arange(count)).all())
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the model, or those of all experts for one projection, and what a file stores of it."""
+
+    names: tuple[str, ...]
+    """Names in weight files: one, or one for each expert."""
+    shape: tuple[int, ...]
+    """With the experts as first dimension."""
+    stored: tuple[SourceTensor, ...]
+    """Names and shapes in the file; ``read`` is of no use."""
+    origins: tuple[Origin, ...]
+    """For each of ``stored``."""
+
+
+def sources_of(shapes: Mapping[str, tuple[int, ...]], architecture: str, config: Any) -> list[Source]:
+    """Return how a file stores each tensor of a model.
+
+    Args:
+        shapes: by name in weight files.
+        architecture: ``general.architecture`` of the file.
+        config: transformers' config of the text model.
+
+    Raises:
+        ValueError: for a tensor whose elements the file would not hold all.
+        UserError: for a tensor that the architecture lacks.
+    """
+    config = copy(config)
+    # What differs between layers is read for each; elsewhere the value of most layers is meant.
+    config.allow_global_per_layer_attribute_access = True
+    convention = convention_of(config)
+    if convention.architecture != architecture:
+        raise ValueError(
+            f"a {config.model_type} is stored as {convention.architecture}, not as {architecture}"
+        )
+    if convention.scalars:
+        raise ValueError(f"its {', '.join(convention.scalars.values())} cannot be read")
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        expert = _OF_ONE_EXPERT.fullmatch(name)
+        groups.setdefault(f"{expert[1]}.{expert[2]}" if expert else name, []).append(name)
+    now: dict[str, Tensor] = {}
+    read: list[str] = []
+
+    def reading(group: str) -> Callable[[], Tensor]:
+        def values() -> Tensor:
+            read.append(group)
+            return now.get(group, torch.empty(sizes[group], device="meta"))
+
+        return values
+
+    sizes = {
+        group: (len(names), *shapes[names[0]]) if names != [group] else shapes[group]
+        for group, names in groups.items()
+    }
+    stored: dict[str, list[SourceTensor]] = {group: [] for group in groups}
+    given = [SourceTensor(group, sizes[group], reading(group)) for group in groups]
+    for tensor in gguf_tensors(given, convention, config):
+        read.clear()
+        tensor.read()
+        stored[read[0]].append(tensor)
+    known: dict[tuple[str, str], Origin] = {}
+    sources = []
+    for group, names in groups.items():
+        if not stored[group]:
+            continue  # a tied head
+        origins = []
+        for tensor in stored[group]:
+
+            def forward(values: Tensor, tensor: SourceTensor = tensor, group: str = group) -> Tensor:
+                now[group] = values
+                return tensor.read()
+
+            kind = (_LAYER.sub(".", group), f"{_LAYER.sub('.', tensor.name)} {sizes[group]}")
+            if kind not in known:
+                known[kind] = origin_of(forward, sizes[group], tensor.shape)
+            now.clear()
+            origins.append(known[kind])
+        if sum(math.prod(tensor.shape) for tensor in stored[group]) != math.prod(sizes[group]):
+            raise ValueError(f"a file of {architecture} does not hold all of {group}")
+        sources.append(Source(tuple(names), sizes[group], tuple(stored[group]), tuple(origins)))
+    return sources
