@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.engine.device_kernels import compute_dtype, kernels_of, liger_loss
 from qlora_tui.engine.recorder import StorageRecorder
 from qlora_tui.engine.trace_client import TraceRequest
@@ -41,6 +40,7 @@ from qlora_tui.memory.static_memory import CUBLAS_HANDLES, state_sizes, workspac
 from qlora_tui.memory.weights import SLOTS, moves, quantized_experts, round_to_block, streamed_weights
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training import packed_attention
+from qlora_tui.training.description import architecture_of
 from qlora_tui.training.experts.routing import Experts4bit, replace_experts
 from qlora_tui.training.model_class import build_on_meta
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
@@ -189,7 +189,7 @@ def trace_request(request: TraceRequest) -> StepTrace:
     adapters = 2 if recipe.keeps_starting_adapter else 1
     resident = Counter(frozen_items(model))
     slots: list[int] = []
-    streamed = streamed_weights(recipe, parse_architecture(request.config), execution)
+    streamed = streamed_weights(recipe, architecture_of(request.config), execution)
     if streamed is not None:
         count = min(SLOTS, len(streamed.indices))
         slots = [streamed.slot_bytes // count] * count
@@ -303,7 +303,7 @@ def _scale_sizes(tensor: Tensor) -> tuple[int, ...]:
 def build(request: TraceRequest) -> tuple[Any, tuple[LoadedWeight, ...]]:
     """Build the model of the run with its adapter, without weights; return it and what is loaded for it."""
     execution, recipe = request.execution, request.recipe
-    architecture = parse_architecture(request.config)
+    architecture = architecture_of(request.config)
     dtype = compute_dtype(execution)
     attention = "eager" if execution.attention == "eager" else "sdpa"
     model = build_on_meta(request.config, dtype=dtype, attention=attention)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qlora_tui.catalog import described
 from qlora_tui.catalog.architecture_types import (
     Architecture,
     Embedding,
@@ -79,6 +80,15 @@ def _describe_within_limits(values: dict[str, Any]) -> Description:
         signal.setitimer(signal.ITIMER_PROF, 0)
     missing = refusal.packages if isinstance(refusal, MissingPackageError) else ()
     return Description(refusal=Failure(**refusal.fields()), missing=missing)
+
+
+def architecture_of(values: Mapping[str, Any]) -> Architecture:
+    """Return the exact architecture of a parsed ``config.json``, in this process.
+
+    Raises UserError when the installed transformers cannot build a language model of it.
+    """
+    kept = described.stored(values)
+    return kept.result() if kept is not None else describe(values)
 
 
 def describe(values: Mapping[str, Any]) -> Architecture:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from qlora_tui.catalog.config_parser import load_config, parse_architecture
+from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import is_mxfp4
 from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError, first_line
@@ -29,6 +29,7 @@ from qlora_tui.training import quantized_cache
 from qlora_tui.training.checks.base import head_matches_model, packing_is_isolated, require_causal
 from qlora_tui.training.clean_files import model_view, pin_publisher
 from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.description import architecture_of
 from qlora_tui.training.failures import is_out_of_memory
 from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
 from qlora_tui.training.host import release_gpu_memory
@@ -169,7 +170,7 @@ def quantized_on(device: torch.device) -> Iterator[None]:
 def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager[None]:
     """Let a mixture of experts be loaded with 4-bit experts, where the recipe says so."""
     if not quantized_cache.quantizes_experts(folder, recipe):
-        require_4_bit_experts(recipe.quantization, parse_architecture(load_config(folder / "config.json")))
+        require_4_bit_experts(recipe.quantization, architecture_of(load_config(folder / "config.json")))
         return nullcontext()
     from qlora_tui.training.experts.loading import experts_in_4_bits
 

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui import paths
-from qlora_tui.catalog.config_parser import load_config, parse_architecture
+from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import is_mxfp4, weight_files
 from qlora_tui.drafts import discard, draft_path, held_draft, publish
 from qlora_tui.errors import UserError
@@ -110,8 +110,10 @@ def weights_state(folder: Path) -> list[tuple[int, int]]:
 
 def quantizes_experts(folder: Path, recipe: Recipe) -> bool:
     """Whether the base in ``folder`` is a mixture whose experts the recipe quantizes to 4 bits."""
+    from qlora_tui.training.description import architecture_of  # imports torch
+
     config = load_config(folder / "config.json")
-    return quantized_experts(recipe.quantization, parse_architecture(config)) != "none"
+    return quantized_experts(recipe.quantization, architecture_of(config)) != "none"
 
 
 def is_stored(folder: Path | None) -> bool:
