@@ -69,6 +69,7 @@ def test_the_doctor_looks_at_the_disks_where_things_will_lie(
 
 
 @pytest.mark.parametrize("choice", ["1", "7"])
+@pytest.mark.slow
 def test_the_doctor_reports_a_gpu_that_is_not_there_once(
     call: Call, monkeypatch: pytest.MonkeyPatch, choice: str
 ) -> None:

@@ -26,10 +26,10 @@ from tests.export.gguf_files import (
     logits_of,
     write_base,
 )
-from tests.export.tiny_models import EXPERTS, GEMMA, LONG, MODELS, QUICK, SIZES, make_model
+from tests.export.tiny_models import EXPERTS, GEMMA, LONG, MODELS, SIZES, make_model
 
 pytest.importorskip("llama_cpp_py_sync")
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
 
 ROUNDING = 1e-4
 """Largest KL divergence that the rounding of activations to float16 causes, where it moves no token to
@@ -53,8 +53,7 @@ def only_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def each_model() -> Iterator[Any]:
     for number, (model_type, settings) in enumerate(MODELS):
-        marks = () if model_type in QUICK else (slow,)
-        yield pytest.param(model_type, settings, marks=marks, id=f"{number}-{model_type}")
+        yield pytest.param(model_type, settings, id=f"{number}-{model_type}")
 
 
 @pytest.mark.usefixtures("only_float32")
@@ -66,7 +65,6 @@ def test_llama_cpp_computes_each_type_as_transformers(
     assert file_divergences(model, tmp_path).max() < EXACT
 
 
-@slow
 @pytest.mark.parametrize("model_type, settings", each_model())
 def test_a_16_bit_file_of_each_type_answers_alike(
     tmp_path: Path, model_type: str, settings: dict[str, Any]
@@ -75,7 +73,6 @@ def test_a_16_bit_file_of_each_type_answers_alike(
     assert file_divergences(model, tmp_path).median() < ROUNDING
 
 
-@slow
 @pytest.mark.usefixtures("only_float32")
 @pytest.mark.parametrize("model_type, settings", each_model())
 def test_no_rule_and_no_constant_is_superfluous(

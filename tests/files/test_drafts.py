@@ -70,7 +70,10 @@ def leave(draft: Path) -> Path:
 
 
 @pytest.mark.parametrize("lock", ["", "mine", None])
-def test_a_folder_without_our_marker_is_refused_and_stays(draft: Path, lock: str | None) -> None:
+def test_a_folder_without_our_marker_is_refused_and_stays(
+    draft: Path, monkeypatch: pytest.MonkeyPatch, lock: str | None
+) -> None:
+    monkeypatch.setattr(drafts, "PATIENCE_S", 0.0)
     (draft / "files").mkdir(parents=True)
     (draft / "files/thesis.txt").write_text("mine")
     if lock is not None:
@@ -177,6 +180,7 @@ def hold_often(draft: Path, times: int) -> None:
                 times -= 1
 
 
+@pytest.mark.slow
 def test_processes_never_hold_a_draft_together(draft: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=hold_often, args=(draft, 40)) for _ in range(3)]

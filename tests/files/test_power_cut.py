@@ -62,6 +62,7 @@ def fill(folder: Path, text: str) -> None:
     (folder / "templates/one.jinja").write_text(text)
 
 
+@pytest.mark.slow
 def test_a_published_folder_is_whole_after_any_cut(
     root: Path, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_published_folder_is_whole_after_any_cut(
     assert all(there.values()), "it is on the disk on return"
 
 
+@pytest.mark.slow
 def test_an_earlier_folder_stands_until_the_new_one_does(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def test_a_line_longer_than_a_read_is_read_whole(tmp_path: Path, monkeypatch: py
     assert list(tail.drain()) == [a_step(2)]
 
 
+@pytest.mark.slow
 def test_a_long_run_is_gone_through_without_holding_it_all(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(b"".join(encode(a_step(number)) for number in range(40_000)))

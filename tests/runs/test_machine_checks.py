@@ -90,6 +90,7 @@ def test_memory_of_other_programs_is_an_error_where_needed() -> None:
     assert "10.0 GiB in use by other programs" in check.text and "the run needs 20.0 GiB" in check.fix
 
 
+@pytest.mark.slow
 def test_kernels_are_reported_on_a_gpu_only() -> None:
     assert check_kernels(machine()) == []
     checks = {check.label: check for check in check_kernels(machine(gpu=GPU))}

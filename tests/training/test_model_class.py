@@ -11,6 +11,8 @@ from qlora_tui.training.model_class import auto_class, build_on_meta, read_confi
 from tests.catalog.configs import config
 from tests.training.families import build
 
+pytestmark = pytest.mark.slow
+
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
 TEXT |= {"num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
