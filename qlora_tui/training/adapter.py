@@ -97,12 +97,14 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
 
 
 @contextmanager
-def exact_target_names(model: nn.Module, names: Iterable[str] | str) -> Iterator[None]:
-    """Make peft adapt exactly the modules that are named, and no others.
+def exact_target_names(model: nn.Module, names: Iterable[str] | str = ()) -> Iterator[None]:
+    """Make peft adapt exactly the modules that are named, and load weights under exactly their names.
 
     For adapters made before transformers 5, peft reads ``gate_proj`` and its like as the routed experts in
     families that have such (``_convert_peft_config_moe``), also at the end of the full name of a shared
-    expert's or a dense layer's module. Names that are all modules of this model need no such reading.
+    expert's or a dense layer's module. It renames the weights of an adapter as transformers renames those of
+    a model, which loses the ones that match such a pattern by chance. Names that are all modules of this
+    model need neither.
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion
@@ -110,13 +112,26 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str) -> Iterator
         yield
         return
     module_names = {name for name, _ in model.named_modules()}
-    original = conversion.convert_peft_config_for_transformers
-    if not isinstance(names, str) and module_names.issuperset(names):
+    of_config = conversion.convert_peft_config_for_transformers
+    of_weights = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    def convert_weights(
+        model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Tensor], **options: Any
+    ) -> Any:
+        modules = {name.removeprefix(_PEFT_PREFIX) for name, _ in model.named_modules()}
+        of_modules = (key.removeprefix(_PEFT_PREFIX).partition(".lora_") for key in adapter_state_dict)
+        if all(name in modules for name, lora, _ in of_modules if lora):
+            return adapter_state_dict
+        return of_weights(model, peft_config, adapter_state_dict, **options)
+
+    if names and not isinstance(names, str) and module_names.issuperset(names):
         conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    conversion.convert_peft_adapter_state_dict_for_transformers = convert_weights
     try:
         yield
     finally:
-        conversion.convert_peft_config_for_transformers = original
+        conversion.convert_peft_config_for_transformers = of_config
+        conversion.convert_peft_adapter_state_dict_for_transformers = of_weights
 
 
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
@@ -157,10 +172,20 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 def load_adapter(model: Any, folder: Path) -> None:
     """Replace the adapter weights of the model by saved ones."""
-    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    _set_weights(model, load_file(folder / WEIGHTS))
+
+
+def _set_weights(model: Any, weights: dict[str, Tensor]) -> None:
+    """Replace all weights of an adapter. Raises ValueError where they are not those of this model."""
+    from peft import set_peft_model_state_dict
+
+    with exact_target_names(model):
+        result = set_peft_model_state_dict(model, weights)
+    lacking = [name for name in result.missing_keys if ".lora_" in name]
+    for name in (*result.unexpected_keys, *lacking):
+        raise ValueError(f"{name} is only in {'the model' if name in lacking else 'the saved adapter'}")
 
 
 def load_initial_adapter(model: Any, lora: Lora, architecture: Architecture) -> None:
@@ -169,7 +194,7 @@ def load_initial_adapter(model: Any, lora: Lora, architecture: Architecture) -> 
     Raises:
         UserError: they are damaged, or not of the same modules, shapes and tokens.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     folder = Path(lora.init_from)
@@ -190,7 +215,7 @@ def load_initial_adapter(model: Any, lora: Lora, architecture: Architecture) -> 
         if tensor.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
             raise misfit(folder, f"{name} has the shape {shapes}")
-    set_peft_model_state_dict(model, weights)
+    _set_weights(model, weights)
 
 
 def _damaged(folder: Path, damage: str) -> UserError:
@@ -202,6 +227,7 @@ def _damaged(folder: Path, damage: str) -> UserError:
     )
 
 
+_PEFT_PREFIX = "base_model.model."
 _GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

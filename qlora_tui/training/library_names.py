@@ -39,6 +39,7 @@ NAMES = {
     ),
     "peft": (
         "tuners.lora.layer:ParamWrapper.get_base_layer",
+        "utils.transformers_weight_conversion:convert_peft_adapter_state_dict_for_transformers",
         "tuners.tuners_utils:_check_lora_target_modules_mamba",
         "utils.other:TrainableTokensWrapper",
         "utils.other:ModulesToSaveWrapper",
