@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -123,29 +124,22 @@ def test_the_same_content_elsewhere_is_the_same_set(tmp_path: Path) -> None:
     assert again.data_hash == first.data_hash
 
 
-def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
-    small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    first = prepare_dataset(small_recipe, family("chatml"))
-    (first.folder / "meta.json").write_text('{"half')
-    again = prepare_dataset(small_recipe, family("chatml"))
-    assert not again.cached
-    assert again.data_hash == first.data_hash
-    (first.folder / "tokens.u32").unlink()
-    assert not prepare_dataset(small_recipe, family("chatml")).cached
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "half a record": lambda folder: (folder / "meta.json").write_text('{"half'),
+    "no tokens": lambda folder: (folder / "tokens.u32").unlink(),
+    "fewer tokens": lambda folder: os.truncate(folder / "tokens.u32", 40),
+    "a flipped byte": lambda folder: flip(folder / "tokens.u32", 5),
+}
 
 
-def test_a_flipped_byte_in_the_cache_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     settings = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    flip(prepare_dataset(settings, family("chatml")).folder / "tokens.u32", 5)
-    assert not prepare_dataset(settings, family("chatml")).cached
+    first = prepare_dataset(settings, family("chatml"))
+    DAMAGE[damage](first.folder)
+    again = prepare_dataset(settings, family("chatml"))
+    assert not again.cached and again.data_hash == first.data_hash
     assert prepare_dataset(settings, family("chatml")).cached
-
-
-def test_a_truncated_token_file_is_made_again(tmp_path: Path) -> None:
-    small_recipe = recipe(write(tmp_path / "a.jsonl", pairs(20)))
-    tokens = prepare_dataset(small_recipe, family("chatml")).folder / "tokens.u32"
-    tokens.write_bytes(tokens.read_bytes()[:-8])
-    assert not prepare_dataset(small_recipe, family("chatml")).cached
 
 
 def test_duplicates_stay_on_one_side(tmp_path: Path) -> None:

@@ -70,23 +70,22 @@ def test_the_machine_stays_awake_while_a_run_trains(
     wait_for(lambda: not holding.exists())
 
 
-def test_a_trainer_killed_by_a_signal_is_told_as_killed(recipe: Recipe) -> None:
-    run = actions.submit(named(recipe, "dies"))
+@pytest.mark.parametrize(
+    ("trainer", "kind", "what", "fix"),
+    [
+        ("dies", "killed", "SIGKILL", "resume {}"),
+        ("crashes", "bug", "something unforeseen", ""),
+        ("says nothing", "lost", "", "resume {}"),
+    ],
+)
+def test_how_a_trainer_ended_without_a_word_is_said(
+    recipe: Recipe, trainer: str, kind: str, what: str, fix: str
+) -> None:
+    run = actions.submit(named(recipe, trainer))
     wait_for(lambda: is_(run, "failed"))
     ending = last_event(run.events_path)
-    assert isinstance(ending, Failed)
-    assert ending.kind == "killed"
-    assert "SIGKILL" in ending.what
-    assert f"resume {run.id}" in ending.fix
-
-
-def test_the_log_of_a_silently_ended_trainer_is_quoted(recipe: Recipe) -> None:
-    run = actions.submit(named(recipe, "crashes"))
-    wait_for(lambda: is_(run, "failed"))
-    ending = last_event(run.events_path)
-    assert isinstance(ending, Failed)
-    assert ending.kind == "bug"
-    assert "something unforeseen" in ending.what
+    assert isinstance(ending, Failed) and ending.kind == kind
+    assert what in ending.what and fix.format(run.id) in ending.fix
 
 
 def test_a_run_resumed_while_its_trainer_exits_has_not_failed(recipe: Recipe) -> None:
@@ -99,27 +98,14 @@ def test_a_run_resumed_while_its_trainer_exits_has_not_failed(recipe: Recipe) ->
     assert [type(ending) for ending in endings] == [Paused, Finished]
 
 
-def test_an_exit_without_error_is_not_called_a_bug(recipe: Recipe) -> None:
-    run = actions.submit(named(recipe, "says nothing"))
-    wait_for(lambda: is_(run, "failed"))
-    ending = last_event(run.events_path)
-    assert isinstance(ending, Failed)
-    assert ending.kind == "lost"
-    assert f"resume {run.id}" in ending.fix
-
-
-def test_out_of_memory_is_retried_with_half_the_micro_batch(recipe: Recipe) -> None:
-    run = actions.submit(replace_setting(named(recipe, "needs memory"), "training.micro_batch_size", 4))
+@pytest.mark.parametrize(("trainer", "sizes"), [("needs memory", [4, 2, 1]), ("bitsandbytes", [2, 1])])
+def test_out_of_memory_is_retried_with_half_the_micro_batch(
+    recipe: Recipe, trainer: str, sizes: list[int]
+) -> None:
+    run = actions.submit(replace_setting(named(recipe, trainer), "training.micro_batch_size", sizes[0]))
     wait_for(lambda: is_(run, "finished"))
     used = [e.micro_batch_size for e in EventTail(run.events_path).drain() if isinstance(e, Started)]
-    assert used == [4, 2, 1]
-
-
-def test_a_trainer_that_bitsandbytes_ends_is_retried(recipe: Recipe) -> None:
-    run = actions.submit(replace_setting(named(recipe, "bitsandbytes"), "training.micro_batch_size", 2))
-    wait_for(lambda: is_(run, "finished"))
-    used = [e.micro_batch_size for e in EventTail(run.events_path).drain() if isinstance(e, Started)]
-    assert used == [2, 1]
+    assert used == sizes
 
 
 def test_a_second_runner_leaves_at_once(recipe: Recipe) -> None:
