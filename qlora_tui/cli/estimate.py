@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+import msgspec
+
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.local_models import (
     ModelNotFoundError,
@@ -35,8 +37,10 @@ from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.memory.explain import describe_speedup
 from qlora_tui.memory.levels import Conversion
+from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.worker import Progress
 
 _LARGEST_ITEMS = 12
 _MODELS_NAMED = 5
@@ -116,9 +120,28 @@ def run(args: argparse.Namespace) -> CommandResult:
     if not estimate.exact:
         lines.append("note: --trace measures a step of the model itself, in seconds")
     lines += [f"warning: {warning}" for warning in data["warnings"]]
+    quality = _measured_quality(recipe) if args.quality else None
+    data["quality"] = quality and msgspec.to_builtins(quality)
+    if quality is not None:
+        lines += ["", *describe_quality(quality)]
     return CommandResult(
         data={"model": recipe.model.id, "against": budget.name} | data, text="\n".join(lines)
     )
+
+
+def _measured_quality(recipe: Recipe) -> Quality:
+    """Return what the recipe's quantization changes for rows of its data. Raises UserError."""
+    shown = ""
+
+    def show(progress: Progress) -> None:
+        nonlocal shown
+        tenths = 10 * progress.done // progress.total if progress.total else 0
+        line = f"{progress.text} {tenths * 10}%" if progress.total else progress.text
+        if line != shown:
+            print(line, file=sys.stderr)
+            shown = line
+
+    return measure_in_child(recipe, on_progress=show)
 
 
 def _require_chosen_gpu() -> None:
@@ -196,6 +219,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="GIB",
         help=GPU_GIB_HELP,
+    )
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="also measure what the quantization changes in the model's predictions for rows of the data, "
+        "one layer in memory at a time; takes minutes",
     )
     parser.add_argument(
         "--trace",

@@ -17,6 +17,7 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 ``explain``        a sentence for each item; ``report``: the JSON output
 ``budget``         the memory of the device, and its CPU or GPU
 ``solver``         what fits: settings, changes, sizes of models; what variants of a recipe need
+``quality``        what quantization changes in the predictions, measured in a child
 ``step_choice``    the rows at a time, optimizer states and recomputed layers for which memory is free; time
                    that streaming costs
 """

@@ -37,6 +37,7 @@ What is measured on the way:
 ``forgetting``       how far the model has moved from its base; ``replay``: the base's answers as samples
 ``row_losses``       loss of each training row, before and after a run
 ``health``           what goes wrong in a step or on the GPU: warnings, and the NaN that ends a run
+``quantization_quality``  what quantizing changes in the base's predictions, a layer in memory at a time
 ``memory_meter``     peak memory next to its estimate
 
 Around it:

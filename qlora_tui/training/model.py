@@ -137,6 +137,17 @@ def load_base(
     return freeze(model)
 
 
+def load_mapped(folder: Path, device: ComputeDevice) -> Any:
+    """Load the model in ``folder`` with weights that stay mapped from its files, in the dtype stored there.
+
+    They take no memory that the system could not use otherwise, except those that transformers joins from
+    several tensors of the files (experts of some mixtures). Raises UserError.
+    """
+    model, info = _load(folder, device, "segments", None, dtype="auto", device_map={"": "cpu"})
+    _require_weights(model, info["missing_keys"], folder)
+    return model
+
+
 @contextmanager
 def quantized_on(device: torch.device) -> Iterator[None]:
     """Quantize the weights of a base that is loaded to host memory inside on a GPU, one after another.
@@ -221,13 +232,11 @@ def _load(
             loaded: tuple[Any, dict[str, Any]] = loader.from_pretrained(
                 str(view),
                 output_loading_info=True,
-                dtype=device.dtype,
-                device_map={"": device.torch_device},
+                **{"dtype": device.dtype, "device_map": {"": device.torch_device}, **settings},
                 attn_implementation=attention,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
-                **settings,
             )
             return loaded
     except (OSError, ValueError, KeyError, ImportError) as error:

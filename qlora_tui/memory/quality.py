@@ -1,0 +1,116 @@
+"""What quantizing a base changes in its predictions for the user's own rows, measured in a child process.
+
+The measurement is ``training/quantization_quality.py``. Read by ``estimate --quality`` and the Memory screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from qlora_tui.formatting import format_bytes, join_words
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.worker import Progress, run_job
+
+NOTABLE_GAIN = 0.1
+"""Share of the divergence by which leaving layers in 16 bits must lower it to be worth a mention."""
+
+
+class LayerError(Struct, frozen=True):
+    """What quantizing one decoder layer changes in its own output."""
+
+    layer: int
+    error: float
+    """Mean over tokens of the change of the hidden state, as a share of its length."""
+    kept_bytes: int
+    """Bytes more that the layer takes in 16 bits."""
+
+
+class Difference(Struct, frozen=True):
+    """How far the predictions of two forms of a model are from each other."""
+
+    divergence: float
+    """Mean Kullback-Leibler divergence from the 16-bit model's next-token distribution, in nats per token."""
+    changed: float
+    """Share of tokens for which another next token is the most likely one."""
+
+
+class Quality(Struct, frozen=True):
+    """What a quantization changes in the predictions of a base."""
+
+    method: str
+    """``nf4``, ``fp4`` or ``int8``."""
+    rows: int
+    tokens: int
+    """Tokens in the loss of these rows, for which the predictions were compared."""
+    all_layers: Difference
+    """With every layer quantized."""
+    layers: tuple[LayerError, ...]
+    """In the order of the model."""
+    kept_layers: tuple[int, ...]
+    """The layers with the largest errors, in the order of the model."""
+    with_kept: Difference
+    """With all layers quantized but these."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes more that the model takes with these layers in 16 bits."""
+        return sum(each.kept_bytes for each in self.layers if each.layer in self.kept_layers)
+
+    @property
+    def gain(self) -> float:
+        """Share of the divergence that is gone with these layers in 16 bits."""
+        whole = self.all_layers.divergence
+        return 1 - self.with_kept.divergence / whole if whole > 0 else 0.0
+
+
+def measure_in_child(
+    recipe: Recipe,
+    *,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Quality:
+    """Measure what the recipe's quantization changes for rows of its data.
+
+    Raises:
+        JobStopped: ``should_stop`` returned true.
+        UserError: the recipe has no data or no quantization, or the model cannot be measured.
+    """
+    return run_job(
+        "qlora_tui.training.quantization_quality:measure_quality",
+        recipe,
+        result=Quality,
+        title="The quality could not be measured",
+        subject="The process that compares the quantized model with the 16-bit one",
+        fix="Close other programs if the machine is short of memory, and try again.",
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+
+
+def describe_quality(quality: Quality) -> list[str]:
+    """Return the result in sentences."""
+    bits = {"int8": "8 bits"}.get(quality.method, "4 bits")
+    whole, kept = quality.all_layers, quality.with_kept
+    lines = [
+        f"{bits} ({quality.method}) change {whole.changed:.1%} of the next tokens, KL {whole.divergence:.3g} "
+        f"nats per token: {quality.tokens:,} tokens in {quality.rows:,} of your rows, against 16 bits."
+    ]
+    errors = sorted(quality.layers, key=lambda each: -each.error)
+    worst = ", ".join(f"{each.layer} ({each.error:.2%})" for each in errors[:4])
+    lines.append(f"Layers whose output changes most when quantized: {worst}; median {_median(errors):.2%}.")
+    names = join_words([str(layer) for layer in quality.kept_layers])
+    if quality.gain >= NOTABLE_GAIN:
+        lines.append(
+            f"With {'layers' if len(quality.kept_layers) > 1 else 'layer'} {names} in 16 bits (+"
+            f"{format_bytes(quality.kept_bytes)}): {kept.changed:.1%} of the next tokens, "
+            f"KL {kept.divergence:.3g}."
+        )
+    else:
+        lines.append(f"No layer stands out: with {names} in 16 bits the KL is {kept.divergence:.3g}.")
+    return lines
+
+
+def _median(errors: list[LayerError]) -> float:
+    return sorted(each.error for each in errors)[len(errors) // 2]

@@ -1,0 +1,383 @@
+"""Measures what quantizing a base changes in its predictions, with one decoder layer at a time in memory.
+
+The 16-bit weights stay mapped from their files. A layer's weights are copied to the device when it runs, and
+quantized there: to 4 bits and back, or as bitsandbytes' int8 products compute. So a model can be measured
+that does not fit in 16 bits: embeddings, head and norms are in memory, and at most two copies of the largest
+layer.
+
+The hidden states of the rows go through all layers of the 16-bit model once, where each layer also runs
+quantized on the same inputs, which gives its own error; then through the quantized model; and through it with
+the worst layers in 16 bits. Job of ``memory.quality``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tui.catalog.architecture_types import Architecture, inner_name
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import UserError
+from qlora_tui.memory.quality import Difference, LayerError, Quality
+from qlora_tui.recipe.schema import Quantization, Recipe
+from qlora_tui.training.compute_device import ComputeDevice, find_device
+from qlora_tui.training.model import freeze, load_mapped
+from qlora_tui.training.samples import TokenizedDataset
+from qlora_tui.worker import Report
+
+_ROWS, _ROW_TOKENS = 16, 512
+"""Most rows that are compared, spread over the data, and most tokens of each."""
+_KEPT_SHARE = 16
+"""One of so many layers is tried in 16 bits."""
+_HEAD_ROWS = 64
+"""Tokens whose logits are in memory at a time."""
+_OUTLIER = 6.0
+"""Activation from which bitsandbytes multiplies a column in 16 bits (``llm_int8_threshold``)."""
+
+
+def measure_quality(recipe: Recipe, report: Report) -> Quality:
+    """Measure the recipe's quantization on rows of its data.
+
+    Raises UserError where the recipe has no data or no quantization, or the model cannot be measured.
+    """
+    from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
+
+    configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
+    if recipe.quantization.method == "none":
+        raise UserError(
+            "Nothing is quantized",
+            what='quantization.method is "none": the base is trained as it is stored.',
+            fix='Set quantization.method to "nf4" or "int8" to measure what it changes.',
+        )
+    files = resolve_model(recipe.model.id)
+    if files.architecture.quantized_as:
+        raise UserError(
+            "This model is stored quantized",
+            what=f"Its files hold weights in {files.architecture.quantized_as}.",
+            why="There are no 16-bit weights to compare with.",
+            fix="Choose the repository with 16-bit weights, if there is one.",
+        )
+    folder = files.folder
+    if files.gguf_file is not None:
+        from qlora_tui.training.gguf_conversion import convert_cached
+
+        folder = convert_cached(
+            folder / files.gguf_file, lambda done, total: report(done, total, "converting")
+        )
+    report(0, 0, "tokenizing")
+    data = prepare_dataset(recipe, ChatTokenizer.from_folder(folder, recipe.model.chat_template))
+    report(0, 0, "loading the model")
+    device = find_device(recipe)
+    model = load_mapped(folder, device)
+    return compare_layers(model, files.architecture, recipe.quantization, data.train, device, report)
+
+
+def compare_layers(
+    model: Any,
+    architecture: Architecture,
+    settings: Quantization,
+    samples: TokenizedDataset,
+    device: ComputeDevice,
+    report: Report,
+) -> Quality:
+    """Measure a model whose weights are mapped from its files.
+
+    Raises UserError where its layers cannot be run one by one.
+    """
+    streamed = StreamedModel(model, architecture, settings, device)
+    rows = _rows(samples)
+    passes = 3 * len(streamed.layers)
+    done = 0
+
+    def on_layer() -> None:
+        nonlocal done
+        done += 1
+        report(done, passes, "comparing layer by layer")
+
+    streamed.on_layer = on_layer
+    with torch.inference_mode():
+        reference = streamed.hidden_states(rows, measures_layers=True)
+        quantized = streamed.hidden_states(rows, quantizes=range(len(streamed.layers)))
+        kept = streamed.worst_layers(max(1, len(streamed.layers) // _KEPT_SHARE))
+        others = set(range(len(streamed.layers))) - set(kept)
+        with_kept = streamed.hidden_states(rows, quantizes=others)
+        return Quality(
+            method=settings.method,
+            rows=len(rows),
+            tokens=len(reference),
+            all_layers=streamed.difference(reference, quantized),
+            layers=streamed.layer_errors(),
+            kept_layers=kept,
+            with_kept=streamed.difference(reference, with_kept),
+        )
+
+
+class Row:
+    """The tokens of a row, and the places whose next token is in the loss."""
+
+    def __init__(self, token_ids: list[int], places: list[int]) -> None:
+        self.token_ids = token_ids
+        self.places = places
+
+
+def _rows(samples: TokenizedDataset) -> list[Row]:
+    """Return rows spread over the data, cut to a length; those with nothing in the loss are left out."""
+    step = max(1, len(samples) // _ROWS)
+    rows = []
+    for i in range(0, len(samples), step):
+        ids, mask = list(samples.token_ids(i)), list(samples.loss_mask(i))
+        first = next((place for place, wanted in enumerate(mask) if wanted and place), len(ids))
+        # The last part of what comes before the answer, where that alone is longer than a row.
+        begin = max(0, first - _ROW_TOKENS // 2)
+        ids, mask = ids[begin : begin + _ROW_TOKENS], mask[begin : begin + _ROW_TOKENS]
+        places = [place - 1 for place in range(1, len(ids)) if mask[place]]
+        if places:
+            rows.append(Row(ids, places))
+    return rows[:_ROWS]
+
+
+class StreamedModel:
+    """A model with mapped weights whose decoder layers run one at a time, as they are or quantized."""
+
+    def __init__(
+        self, model: Any, architecture: Architecture, settings: Quantization, device: ComputeDevice
+    ) -> None:
+        self._model, self._device, self._settings = freeze(model.eval()), device, settings
+        self._decoder = model.get_decoder()
+        self.layers = decoder_layers(model)
+        self.peak_layer_bytes = 0
+        """Most bytes of layers' weights that were on the device at once."""
+        self.on_layer: Callable[[], None] = lambda: None
+        self._errors: dict[int, float] = {}
+        self._quantized: Collection[int] = ()
+        self._measures = False
+        self._mask: Tensor | None = None
+        self._output: Any = None
+        """What the decoder returned last, with what its model reads besides the hidden states."""
+        names = {inner_name(f"{module.name}.weight") for module in architecture.modules if module.quantizable}
+        if settings.experts and settings.method != "int8":
+            names |= {inner_name(each.name) for each in architecture.parameters if each.is_expert_matrices}
+        wanted = {id(p) for name, p in model.named_parameters() if inner_name(name) in names}
+        self._names = [
+            frozenset(name for name, p in layer.named_parameters() if id(p) in wanted)
+            for layer in self.layers
+        ]
+        """Names of the weights that are quantized, in each layer."""
+        for number, layer in enumerate(self.layers):
+            vars(layer)["forward"] = self._streamed(number, layer)
+        self._place_the_rest()
+
+    def _place_the_rest(self) -> None:
+        """Copy what is in no layer to the device: embeddings, head, norms and all buffers."""
+        in_layers = {id(p) for layer in self.layers for p in layer.parameters()}
+        for parameter in self._model.parameters():
+            if id(parameter) not in in_layers:
+                parameter.data = parameter.data.to(self._device.torch_device, self._device.dtype)
+        for buffer in self._model.buffers():
+            buffer.data = buffer.data.to(self._device.torch_device)
+
+    def _streamed(self, number: int, layer: nn.Module) -> Callable[..., Any]:
+        library_forward = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._on_device(layer):
+                if self._measures:
+                    # First, so that what layers share (keys and values of others) is left as the reference's.
+                    with self._as_quantized(number, layer):
+                        changed = _hidden(library_forward(*args, **kwargs))
+                    output = library_forward(*args, **kwargs)
+                    self._errors[number] = self._error(_hidden(output), changed)
+                elif number in self._quantized:
+                    with self._as_quantized(number, layer):
+                        output = library_forward(*args, **kwargs)
+                else:
+                    output = library_forward(*args, **kwargs)
+            self.on_layer()
+            return output
+
+        return forward
+
+    @contextmanager
+    def _on_device(self, layer: nn.Module) -> Iterator[None]:
+        """Hold the layer's weights on the device, in the compute dtype."""
+        mapped = {parameter: parameter.data for parameter in layer.parameters()}
+        try:
+            for parameter, data in mapped.items():
+                parameter.data = data.to(self._device.torch_device, self._device.dtype, copy=True)
+            self._count(sum(parameter.nbytes for parameter in mapped))
+            yield
+        finally:
+            for parameter, data in mapped.items():
+                parameter.data = data
+
+    @contextmanager
+    def _as_quantized(self, number: int, layer: nn.Module) -> Iterator[None]:
+        """Let the layer, whose weights are on the device, compute with quantized weights."""
+        weights = {name: p for name, p in layer.named_parameters() if name in self._names[number]}
+        whole = {name: parameter.data for name, parameter in weights.items()}
+        modules = [layer.get_submodule(name.rpartition(".")[0]) for name in weights]
+        try:
+            for (name, parameter), module in zip(weights.items(), modules, strict=True):
+                if self._settings.method == "int8":
+                    vars(module)["forward"] = _int8_forward(module)
+                else:
+                    matrix = four_bit_and_back(_matrix(module, whole[name]), self._settings)
+                    parameter.data = _matrix(module, matrix)
+            self._count(
+                sum(p.nbytes for p in layer.parameters())
+                + sum(data.nbytes for name, data in whole.items() if weights[name].data is not data)
+            )
+            yield
+        finally:
+            for (name, parameter), module in zip(weights.items(), modules, strict=True):
+                parameter.data = whole[name]
+                vars(module).pop("forward", None)
+
+    def _count(self, layer_bytes: int) -> None:
+        self.peak_layer_bytes = max(self.peak_layer_bytes, layer_bytes)
+
+    def _error(self, reference: Tensor, changed: Tensor) -> float:
+        """Return the mean, over real tokens, of the change as a share of the hidden state's length."""
+        lengths = reference.float().norm(dim=-1).clamp_min(1e-12)
+        shares = (changed.float() - reference.float()).norm(dim=-1) / lengths
+        return float(shares.flatten()[self._mask].mean()) if self._mask is not None else float(shares.mean())
+
+    def hidden_states(
+        self, rows: list[Row], *, quantizes: Collection[int] = (), measures_layers: bool = False
+    ) -> Tensor:
+        """Return the last hidden states at the places of all rows, (places, hidden size).
+
+        Args:
+            rows: padded to the longest of them.
+            quantizes: layers that run quantized.
+            measures_layers: also compute the error of each layer on the inputs of the 16-bit model.
+        """
+        self._quantized, self._measures = quantizes, measures_layers
+        device, longest = self._device.torch_device, max(len(row.token_ids) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row.token_ids)] = torch.tensor(row.token_ids)
+            mask[number, : len(row.token_ids)] = 1
+        self._mask = mask.flatten().bool().to(device)
+        self._output = self._decoder(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+        )
+        hidden = self._output.last_hidden_state
+        return torch.cat([hidden[number, row.places] for number, row in enumerate(rows)])
+
+    def layer_errors(self) -> tuple[LayerError, ...]:
+        """Return the error of each layer, and what it costs to leave it in 16 bits."""
+        return tuple(
+            LayerError(number, self._errors[number], self._kept_bytes(number))
+            for number in range(len(self.layers))
+        )
+
+    def worst_layers(self, count: int) -> tuple[int, ...]:
+        """Return the layers with the largest errors, in the order of the model."""
+        return tuple(sorted(sorted(self._errors, key=lambda number: -self._errors[number])[:count]))
+
+    def _kept_bytes(self, number: int) -> int:
+        parameters = dict(self.layers[number].named_parameters())
+        weights = sum(parameters[name].numel() for name in self._names[number])
+        bits = 8 if self._settings.method == "int8" else 4.127 if self._settings.double_quantization else 4.5
+        return round(weights * (16 - bits) / 8)
+
+    def difference(self, reference: Tensor, other: Tensor) -> Difference:
+        """Compare the next-token distributions that follow from two sets of hidden states."""
+        divergence, changed = 0.0, 0
+        for begin in range(0, len(reference), _HEAD_ROWS):
+            logs = self._log_probabilities(reference[begin : begin + _HEAD_ROWS])
+            others = self._log_probabilities(other[begin : begin + _HEAD_ROWS])
+            divergence += float((logs.exp() * (logs - others)).sum(dtype=torch.float64))
+            changed += int((logs.argmax(-1) != others.argmax(-1)).sum())
+        return Difference(max(0.0, divergence / len(reference)), changed / len(reference))
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Return log-probabilities (tokens, vocabulary) as the model computes them after its decoder."""
+        output = replace(self._output, last_hidden_state=hidden[None])
+        vars(self._decoder)["forward"] = lambda *args, **kwargs: output
+        try:
+            places = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits = self._model(input_ids=places, use_cache=False).logits[0]
+        finally:
+            del vars(self._decoder)["forward"]
+        if not math.isfinite(float(logits.sum())):
+            raise UserError(
+                "The model's predictions are not numbers",
+                what="Infinite or undefined logits were computed.",
+                fix='Set quantization.compute_dtype to "float32", and measure again.',
+            )
+        logs: Tensor = logits.float().log_softmax(-1)
+        return logs
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the decoder layers of a model. Raises UserError where they cannot be told."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[nn.Module] = [
+        m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
+    if len(layers) != model.config.get_text_config().num_hidden_layers:
+        raise UserError(
+            "This model cannot be measured",
+            what=f"The decoder layers of {type(model).__name__} cannot be run one by one.",
+            fix="Train a few steps with each quantization, and compare the losses on Runs.",
+        )
+    return layers
+
+
+def _matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight as rows of output features; GPT-2's ``Conv1D`` stores the transpose, a view of it."""
+    return weight.T if hasattr(module, "nf") else weight
+
+
+def four_bit_and_back(weight: Tensor, settings: Quantization) -> Tensor:
+    """Return a weight, or a stack of experts' matrices, as it is after quantization to 4 bits."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        weight.contiguous(),
+        quant_type=settings.method,
+        compress_statistics=settings.double_quantization,
+    )
+    restored: Tensor = functional.dequantize_4bit(packed, state)
+    return restored.view(weight.shape).to(weight.dtype)
+
+
+def _int8_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a linear module's forward as bitsandbytes computes it in 8 bits (LLM.int8(), Dettmers 2022, §3).
+
+    Rows of the weight and of the input are rounded to 127 steps of their largest value, except columns in
+    which any input is an outlier: these are multiplied in 16 bits.
+    """
+    weight = _matrix(module, module.get_parameter("weight").data)
+    bias: Tensor | None = getattr(module, "bias", None)
+
+    def rounded(values: Tensor) -> Tensor:
+        scale = values.abs().amax(dim=-1, keepdim=True).float().clamp_min(1e-12) / 127
+        return ((values / scale).round() * scale).to(values.dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        is_outlier = x.flatten(0, -2).abs().amax(dim=0) >= _OUTLIER
+        small, large = x.masked_fill(is_outlier, 0), x.masked_fill(~is_outlier, 0)
+        product = nn.functional.linear(rounded(small), rounded(weight)) + nn.functional.linear(large, weight)
+        return product if bias is None else product + bias
+
+    return forward
+
+
+def _hidden(output: Any) -> Tensor:
+    """Return the hidden state that a layer returns, alone or first."""
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
