@@ -13,7 +13,10 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -59,6 +62,10 @@ MEMORY_BYTES = 4 << 30
 """Most memory that a description takes, in addition to the libraries. Real models take some megabytes."""
 CPU_S = 20.0
 """Most processor seconds for one description. The largest real models take one."""
+
+
+_LARGEST_TRIAL = 1 << 28
+"""Most weights of a module that is tried: 1 GiB."""
 
 
 def describe_all(configs: list[dict[str, Any]]) -> list[Description]:
@@ -146,6 +153,7 @@ class _Tree:
         ]
         """Patterns of the modules that transformers does not quantize."""
         self._block_parts: dict[str, Part] = {}
+        self._products: dict[type, bool] = {}
 
     def architecture(self, values: Mapping[str, Any]) -> Architecture:
         modules, embeddings, parameters = [], [], []
@@ -242,9 +250,15 @@ class _Tree:
             bias=module.bias is not None,
             quantizable=replaced and should_convert_module(name, self.kept),
             conv1d=conv1d,
-            adaptable=(conv1d or type(module).forward is nn.Linear.forward)
-            and name.rpartition(".")[2] not in self._refused,
+            adaptable=(conv1d or self._is_product(module)) and name.rpartition(".")[2] not in self._refused,
         )
+
+    def _is_product(self, module: nn.Linear) -> bool:
+        """Return whether the output of a linear module's class is its product, and nothing more."""
+        kind = type(module)
+        if kind not in self._products:
+            self._products[kind] = kind.forward is nn.Linear.forward or _computes_product(module)
+        return self._products[kind]
 
     @cached_property
     def _refused(self) -> frozenset[str]:
@@ -460,6 +474,21 @@ class _Tree:
             if type(value) is kind:
                 return value
         return None
+
+
+def _computes_product(module: nn.Linear) -> bool:
+    """Return whether a linear module computes what ``nn.Linear`` would of the same weights, by a trial."""
+    if module.weight.numel() > _LARGEST_TRIAL:
+        return False
+    values = {name: torch.randn(value.shape) for name, value in module.named_parameters()}
+    inputs = torch.randn(2, module.in_features)
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            output = functional_call(module, values, (inputs,))
+            product = functional.linear(inputs, values["weight"], values.get("bias"))
+        return isinstance(output, Tensor) and torch.allclose(output, product, rtol=1e-3, atol=1e-3)
+    except Exception:  # another call, other parameters, buffers without values
+        return False
 
 
 def _output_embeddings(module: Any) -> Any:
