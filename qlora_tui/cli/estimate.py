@@ -35,6 +35,7 @@ from qlora_tui.gpu.visible_devices import choose_gpu
 from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget, local_budget
 from qlora_tui.memory.estimate import precision_of
+from qlora_tui.memory.execution import trainer_execution
 from qlora_tui.memory.explain import describe_speedup
 from qlora_tui.memory.levels import Conversion
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     if args.gpu_gib is None:
         _require_chosen_gpu()
     budget = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
-    trace = _traced_step(recipe, budget) if args.trace else None
+    trace = _traced_step(recipe, architecture, budget) if args.exact else None
     data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=trace)
     compared = compare(recipe, architecture, device=budget.device, traced=trace)
     # The name of a GPU given only by its size is that size.
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         )
     lines += [f"note: {note}" for note in estimate.notes]
     if not estimate.exact:
-        lines.append("note: --trace measures a step of the model itself, in seconds")
+        lines.append("note: --exact runs a step of the model without its weights, in seconds")
     lines += [f"warning: {warning}" for warning in data["warnings"]]
     quality = _measured_quality(recipe) if args.quality else None
     data["quality"] = quality and msgspec.to_builtins(quality)
@@ -191,15 +192,13 @@ TRACE_LABELS = {
 }
 
 
-def _traced_step(recipe: Recipe, budget: MemoryBudget) -> StepTrace:
+def _traced_step(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> StepTrace:
     """Return a trace of the recipe's step. Raises UserError where it is not available."""
+    from qlora_tui.runs.exact_memory import trace_step
+
     print("tracing a step", file=sys.stderr)
-    # Including the event loop, they take half as long to load as the whole estimate takes.
-    import asyncio
-
-    from qlora_tui.engine.trace_client import trace_step
-
-    return asyncio.run(trace_step(load_model_config(recipe.model.id), recipe, budget.device))
+    execution = trainer_execution(recipe, budget.device, architecture)
+    return trace_step(load_model_config(recipe.model.id), recipe, execution)
 
 
 def _trace_table(trace: dict[str, Any]) -> str:
@@ -207,7 +206,8 @@ def _trace_table(trace: dict[str, Any]) -> str:
         [TRACE_LABELS[key], format_bytes(both["traced"]), format_bytes(both["closed_form"])]
         for key, both in trace["items"].items()
     ]
-    return format_table(rows, [f"{trace['precision']}, one step", "traced", "formula"])
+    table = format_table(rows, [f"{trace['precision']}, one step", "exact", "instant"])
+    return f"{table}\nexact: traced with transformers {trace['transformers']}"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,9 +227,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "one layer in memory at a time; takes minutes",
     )
     parser.add_argument(
-        "--trace",
+        "--exact",
         action="store_true",
-        help="also run one step of the model without loading its weights, for exact numbers; takes seconds",
+        help="run one step of the model without its weights, for exact numbers; takes seconds at first",
     )
 
 

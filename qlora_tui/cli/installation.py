@@ -35,6 +35,7 @@ KINDS = {
     "configs": "config.json of Hub models, for estimates",
     "descriptions": "architectures of models, read from transformers",
     "findings": "checks of data files",
+    "traces": "steps of models traced for exact memory estimates",
 }
 """Folders of the cache, and what is in them."""
 _NAMES = {
@@ -47,6 +48,7 @@ _NAMES = {
     "configs": r".+\.json",
     "descriptions": r"[0-9a-f]{64}\.json",
     "findings": r"[0-9a-f]{32}\.json",
+    "traces": r"[0-9a-f]{64}\.json",
 }
 """Names that this program gives to what it puts there. Anything else is neither listed nor deleted."""
 SHELLS = ("bash", "zsh", "fish")

@@ -5,7 +5,7 @@ bitsandbytes' 4-bit product, this project's loss and attention. :mod:`.recorder`
 frees, :mod:`.device_kernels` makes it choose as on the device of the run, and
 :mod:`qlora_tui.memory.recording` puts loading and two such steps through the allocator.
 
-:func:`trace` is a job, which :mod:`qlora_tui.engine.trace_client` starts.
+:mod:`qlora_tui.runs.exact_memory` calls :func:`trace` in a child process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.engine.device_kernels import compute_dtype, kernels_of, liger_loss
 from qlora_tui.engine.recorder import StorageRecorder
-from qlora_tui.engine.trace_client import TraceRequest
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE
@@ -39,6 +38,7 @@ from qlora_tui.memory.recording import (
 from qlora_tui.memory.static_memory import CUBLAS_HANDLES, state_sizes, workspace_bytes
 from qlora_tui.memory.weights import SLOTS, moves, quantized_experts, round_to_block, streamed_weights
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.exact_memory import TraceRequest
 from qlora_tui.training import packed_attention
 from qlora_tui.training.description import architecture_of
 from qlora_tui.training.experts.routing import Experts4bit, replace_experts
@@ -106,6 +106,8 @@ def record_micro_step(model: Any, request: TraceRequest) -> MicroStep:
         gc.collect()
         backward_at = len(recorder.events)
         recorder.mark("loss", "loss backward")
+        if not hooks:
+            recorder.mark("backward", "backward")
         loss.backward()
         output = loss = None
     for hook in hooks:

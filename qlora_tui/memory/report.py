@@ -86,6 +86,7 @@ def trace_as_json(
     closed = closed_form(recipe, architecture, trainer_execution(recipe, device))
     return {
         "precision": precision_of(recipe),
+        "transformers": traced.transformers,
         "exact": estimate(recipe, architecture, device=device).exact,
         "items": {
             key: {"traced": size, "closed_form": closed[key]} for key, size in traced.figures().items()

@@ -12,6 +12,7 @@ run_summary     a run in one line, for lists: whether its result is usable, and 
 actions         submits, resumes, renames and deletes runs, and restores them from the trash
 control         sends a request to a running trainer
 preflight       checks a recipe before a launch; data_checks its data
+exact_memory    the exact form of the memory estimate, traced by a child and kept
 machine_checks  checks GPU, memory, disks, queue and libraries
 suggested_fix   a fix for a warning that one key applies
 run_queue       the waiting runs

@@ -13,7 +13,7 @@ import msgspec
 from qlora_tui import paths
 from qlora_tui.catalog.adapters import require_fit, trained_on
 from qlora_tui.catalog.architecture_types import context_length_warning
-from qlora_tui.catalog.local_models import ModelFiles, resolve_model
+from qlora_tui.catalog.local_models import ModelFiles, load_model_config, resolve_model
 from qlora_tui.catalog.optional_kernels import describe_missing, missing_kernels
 from qlora_tui.data.trainable_tokens import check_tokens
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -33,6 +33,7 @@ from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import resolve_targets
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.data_checks import check_data
+from qlora_tui.runs.exact_memory import trace_soon
 from qlora_tui.runs.machine_checks import (
     Check,
     CheckKind,
@@ -54,6 +55,8 @@ TRACKER_NAMES = {
 _HIGH_RATE = 10
 """Factor of the default learning rate above which LoRA training seldom stays stable."""
 _SPARE_BYTES = 1 << 30
+EXACT_WITHIN_S = 20.0
+"""Seconds that a launch waits for the exact form of an estimate that is close to the memory."""
 _UNKNOWN_MEMORY = Check(
     CheckKind.MEMORY,
     "warning",
@@ -214,6 +217,13 @@ def _memory(recipe: Recipe, files: ModelFiles, machine: Machine) -> tuple[Check,
     except UserError as problem:
         return Check(CheckKind.MEMORY, "error", problem.what, problem.fix), None
     verdict = check_fit(estimated, budget.bytes)
+    # The instant form is close enough to the limit for the exact one to decide.
+    waits = EXACT_WITHIN_S if verdict.word in ("tight", "uncertain") else 0.0
+    config = load_model_config(recipe.model.id)
+    traced = trace_soon(config, recipe, estimated.execution, waits)
+    if traced is not None:
+        estimated = estimate(recipe, files.architecture, device=budget.device, traced=traced)
+        verdict = check_fit(estimated, budget.bytes)
     needed, available = format_gib(verdict.needed_bytes), format_gib(budget.bytes)
     text = f"{verdict.word}: {needed} of {available} GiB of {budget.name}."
     # What an active run holds will be free again.

@@ -252,8 +252,8 @@ def test_a_step_that_is_uncertain_is_traced_on_request(call: Call, monkeypatch: 
     estimated = "estimate", "--model", str(CONFIGS / "LiquidAI__LFM2-350M.json"), "--gpu-gib", "24"
     with monkeypatch.context() as patch:
         patch.setattr(worker, "module_argv", None)
-        assert "--trace measures a step" in call(*estimated).out
-    said = call(*estimated, "--trace", "--json")
+        assert "--exact runs a step" in call(*estimated).out
+    said = call(*estimated, "--exact", "--json")
     trace, nf4 = said.json["trace"], said.json["precisions"]["nf4"]
     assert trace["precision"] == "nf4" and not trace["exact"] and nf4["exact"]
     assert trace["items"]["adapter"]["traced"] == trace["items"]["adapter"]["closed_form"] > 0

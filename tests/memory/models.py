@@ -26,6 +26,7 @@ def traced_peaks(forward_bytes: int, backward_bytes: int) -> StepTrace:
         resident={"weights": 1 << 30},
         moments=(
             Moment("forward", "forward of layer 0", {"activations": forward_bytes}),
+            Moment("loss", "loss forward", {"logits": 1 << 20}),
             Moment("backward", "backward of layer 0", {"activations": backward_bytes}),
         ),
         pool=Pool(peak, peak + (1 << 30)),

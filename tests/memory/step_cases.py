@@ -186,8 +186,8 @@ def traced_step(
     room_bytes: int | None = None,
 ) -> StepTrace:
     """Trace a step of this project's trainer on a GPU, or another execution."""
-    from qlora_tui.engine.trace_client import TraceRequest
     from qlora_tui.engine.trace_worker import trace_request
+    from qlora_tui.runs.exact_memory import TraceRequest
 
     execution = execution or trainer_execution(recipe, Device())
     return trace_request(

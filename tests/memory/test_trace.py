@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.engine.trace_client import TraceRequest, trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.runs.exact_memory import TraceRequest
 from tests.memory.step_cases import (
     FAMILIES,
     OTHERS,
@@ -179,11 +179,10 @@ def test_a_model_that_cannot_be_built_is_reported() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_trainers")
 @pytest.mark.parametrize("device", [Device(kind="cpu", native_bfloat16=True), Device(varlen=False)])
-async def test_a_step_is_traced_on_other_devices_too(device: Device) -> None:
+def test_a_step_is_traced_on_other_devices_too(device: Device) -> None:
     recipe = recipe_of(Case("Llama 3", length=512, rows=3, checkpointing=False))
-    config = cut_config("Llama 3")
-    traced = await trace_step(config, recipe, device)
-    closed = closed_form(recipe, parse_architecture(config), trainer_execution(recipe, device))
+    config, execution = cut_config("Llama 3"), trainer_execution(recipe, device)
+    traced = traced_step(config, recipe, execution)
+    closed = closed_form(recipe, parse_architecture(config), execution)
     assert closed["step"] == pytest.approx(traced.step_bytes, rel=0.05)

@@ -30,7 +30,6 @@ TRAINING_MODULES = (
     "qlora_tui.training.row_losses:measure",
     "qlora_tui.training.selftest:check_training",
     "qlora_tui.chat.task_answers:evaluate",
-    "qlora_tui.engine.trace_worker:trace",
     "bench.acceptance.check",
     "bench.baselines.hf_trainer",
     "bench.chat",

@@ -25,12 +25,15 @@ from textual.geometry import Region
 from qlora_tui import worker
 from qlora_tui.memory import budget
 from qlora_tui.memory.budget import Processor
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import status
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.exact_memory import TraceStopped
 from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation
 from qlora_tui.tui import app, clock, system_monitor
 from qlora_tui.tui.screens import answer_measuring
+from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.train import screen as train
 from qlora_tui.worker import JobStopped
 from tests.support.polling import wait_for
@@ -54,6 +57,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if is_async(item.obj) or "snap_compare" in item.fixturenames:
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the Memory screen with its instant estimate: a trace loads torch, for each of 600 screens."""
+
+    def stop(*args: object) -> StepTrace:
+        raise TraceStopped
+
+    monkeypatch.setattr(memory, "trace_step", stop)
+    monkeypatch.setattr(memory, "TRACE_SETTLED_S", 0.0)
 
 
 @pytest.fixture(autouse=True)

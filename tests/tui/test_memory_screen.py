@@ -3,11 +3,14 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from qlora_tui.memory import estimate
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import get_setting
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
@@ -116,15 +119,25 @@ async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.Monkey
             await pilot.pause()
 
 
-async def test_a_step_that_is_uncertain_is_traced(private_home: Path) -> None:
-    app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(
-            pilot, "Peak against 24.0 GiB (assumed; F3 changes it); tracing a step…", "Some layers mix tokens"
-        )
-        # A key ends the trace, and the changed recipe has none.
-        await pilot.press("c")
-        await wait_for_text(pilot, "tracing a step…")
+async def test_the_exact_form_follows_the_instant_one(
+    seven_billion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, asked = Event(), list[Recipe]()
+
+    def trace(config: object, recipe: Recipe, *args: object) -> StepTrace:
+        asked.append(recipe)
+        assert ready.wait(20)
+        return traced_peaks(forward_bytes=2 << 30, backward_bytes=30 << 30)
+
+    monkeypatch.setattr(memory, "trace_step", trace)
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "instant estimate; tracing…", "6.3 GiB")
+        ready.set()
+        await wait_for_text(pilot, "exact: traced with transformers 5.0", "32.2 GiB")
+        await pilot.press("r")
+        await wait_for_text(pilot, "exact: traced with transformers 5.0")
+        assert [recipe.lora.rank for recipe in asked] == [16, 32]
 
 
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:

@@ -122,12 +122,12 @@ class Routes:
     def spans(self) -> Iterator[tuple[int, slice]]:
         """Each expert that has slots, and where they are. Waits for the GPU once.
 
-        Without values, on the meta device, every expert gets as many slots.
+        Without values, on the meta device, every expert gets as many slots, and only the first two run: the
+        others allocate and free the same.
         """
         start = 0
         if self.counts.device.type == "meta":
-            slots, experts = len(self.order), len(self.counts)
-            counts = [(slots * (e + 1)) // experts - (slots * e) // experts for e in range(experts)]
+            counts = [-(-len(self.order) // len(self.counts))] * 2
         else:
             counts = self.counts.tolist()
         for expert, count in enumerate(counts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
+from threading import Event
 from typing import ClassVar
 
 from textual import work
@@ -15,13 +16,13 @@ from textual.widgets import Static
 
 from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
 from qlora_tui.catalog.local_models import load_model_config
-from qlora_tui.engine.trace_client import trace_step
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.exact_memory import TraceStopped, stored_trace, trace_step
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
@@ -42,6 +43,8 @@ from qlora_tui.tui.widgets.panel import ModelProblem, Panel
 
 SETTLED_S = 0.15
 """Seconds without a key before the slow computations start."""
+TRACE_SETTLED_S = 0.6
+"""Seconds without a key before a step is traced, which takes a second or more."""
 _FRAME = 4
 """Cells of a panel's border and padding."""
 
@@ -57,6 +60,8 @@ class MemoryScreen(WorkScreen):
         "loading where that takes more. The line below them is the peak of the bar marked ▸ with its range, "
         "when it is reached, what of it PyTorch holds, and what of that is in tensors. ◂ recipe marks the "
         "precision that the recipe trains in; {memory.use} changes it to the one marked ▸.\n"
+        "The bars appear at once, from formulas. For the recipe's precision, a step of the model itself is "
+        "then run without weights, in a process of its own, and its bar becomes exact.\n"
         "The list divides that bar into items, and explains the one under the cursor. The graph shows when "
         "memory is needed: while the model is loaded, in the forward pass from the first layer to the last, "
         "in the loss, in the backward pass from the last layer to the first, and in the optimizer's step. "
@@ -131,12 +136,8 @@ class MemoryScreen(WorkScreen):
         if problem is not None:
             return
         self._solution = Solution()
-        self._trace_note = ""
-        if not self._compared[precision_of(recipe)].exact:
-            self._trace_note = "tracing a step…"
-            self._trace(recipe, budget)
-        else:
-            self.workers.cancel_group(self, "trace")
+        self._trace_note = "instant estimate; tracing…"
+        self._trace(recipe, budget)
         self._show_all()
         self._solve(recipe, budget)
 
@@ -226,17 +227,27 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Trace a step of the real model, if its layers have no formula."""
-        await asyncio.sleep(SETTLED_S)
+        """Replace the instant estimate by the exact one, once a step of the real model was traced."""
+        execution = self._compared[precision_of(recipe)].execution
+        stop = Event()
         try:
-            traced = await trace_step(load_model_config(recipe.model.id), recipe, budget.device)
+            config = load_model_config(recipe.model.id)
+            traced = stored_trace(config, recipe, execution)
+            if traced is None:
+                await asyncio.sleep(TRACE_SETTLED_S)
+                traced = await asyncio.to_thread(trace_step, config, recipe, execution, stop.is_set)
+        except TraceStopped:
+            return
         except UserError as problem:
-            self._trace_note = f"not traced: {problem.what}"
+            self._trace_note = f"instant estimate; not traced: {problem.what}"
         else:
-            self._trace_note = ""  # the estimate says so
+            self._trace_note = f"exact: traced with transformers {traced.transformers}"
             self.qlora_app.workbench.use_trace(recipe, budget.device, traced)
             compared = self.qlora_app.workbench.comparison(budget.device)
             self._compared = self._compared if isinstance(compared, UserError) else compared
+        finally:
+            # A canceled task leaves its thread.
+            stop.set()
         self._show_all()
 
     def _show_all(self) -> None:

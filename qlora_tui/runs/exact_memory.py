@@ -1,0 +1,213 @@
+"""The exact form of the memory estimate: steps that a child process traced, kept on disk.
+
+A trace takes seconds, most of them imports, so the child stays for a while. Like everything that works on a
+foreign ``config.json`` it has limits of time and memory. What it found depends on the config, the settings
+that change memory, the code that runs and the versions of the libraries; that is the key in the cache folder.
+Loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import msgspec
+from msgspec import Struct, structs
+
+from qlora_tui import __version__
+from qlora_tui.data.confined import Confined, KilledError
+from qlora_tui.decoding import decode_json
+from qlora_tui.errors import UserError
+from qlora_tui.files import atomic_write, list_folder, private_dir, read_bounded
+from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.recording import StepTrace
+from qlora_tui.paths import cache_dir
+from qlora_tui.recipe.schema import Recipe
+
+KIND = "traces"
+"""Folder of the cache."""
+MAX_FILES = 500
+"""Traces that are kept, of some 20 KB each."""
+_MAX_FILE_BYTES = 16 << 20
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_CPU_S = 120.0
+"""Processor time of one trace: a model of 100 layers takes 5 s, one of many experts several times that."""
+_MEMORY_BYTES = 4 << 30
+_WORKER = "qlora_tui.engine.trace_worker"
+_NICENESS = 10
+_one_at_a_time = Lock()
+
+
+def _give_way() -> None:
+    """Leave the processor to a run that is training."""
+    os.nice(_NICENESS)
+
+
+_child = Confined(_WORKER, cpu_s=_CPU_S, memory_bytes=_MEMORY_BYTES, prepare=_give_way)
+
+
+class TraceRequest(Struct, kw_only=True, frozen=True):
+    """The step to trace."""
+
+    config: dict[str, Any]
+    """The model's ``config.json``."""
+    recipe: Recipe
+    execution: ExecutionConfig
+    """The code that runs, and the device whose kernels are imitated."""
+    room_bytes: int | None = None
+    """What the allocator of a GPU can take, where its segments do not grow; None is unlimited."""
+
+
+class TraceStopped(Exception):
+    """A trace is not needed any more."""
+
+
+def trace_step(
+    config: dict[str, Any],
+    recipe: Recipe,
+    execution: ExecutionConfig,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> StepTrace:
+    """Return the traced step of a recipe, from the cache or after seconds.
+
+    ``should_stop`` is asked when the child is free.
+
+    Raises:
+        TraceStopped: ``should_stop`` returned true.
+        UserError: the libraries cannot build the model or run it without values.
+    """
+    request = trace_request(config, recipe, execution)
+    with _one_at_a_time:
+        stored = _stored(request)
+        if stored is not None:
+            return stored
+        if should_stop():
+            raise TraceStopped
+        traced = _trace(request)
+    _write(_file(request), traced)
+    return traced
+
+
+def trace_soon(
+    config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig, seconds: float
+) -> StepTrace | None:
+    """Return the traced step of a recipe if it is there within some seconds; None also where it fails.
+
+    A trace that takes longer is kept for the next question. No seconds only ask the cache.
+    """
+    stored = stored_trace(config, recipe, execution)
+    if stored is not None or not seconds:
+        return stored
+    found: list[StepTrace] = []
+
+    def run() -> None:
+        with suppress(UserError):
+            found.append(trace_step(config, recipe, execution))
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
+
+
+def stored_trace(config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig) -> StepTrace | None:
+    """Return the traced step of a recipe, if the cache has it."""
+    return _stored(trace_request(config, recipe, execution))
+
+
+def trace_request(config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig) -> TraceRequest:
+    """Build the request, with the settings that change memory and no others."""
+    plain, data, training, lora = Recipe(), recipe.data, recipe.training, recipe.lora
+    relevant = Recipe(
+        model=structs.replace(plain.model, attention=recipe.model.attention, kernels=recipe.model.kernels),
+        quantization=recipe.quantization,
+        lora=structs.replace(
+            lora, alpha=plain.lora.alpha, alpha_pattern={}, init_from="adapter" if lora.init_from else ""
+        ),
+        data=structs.replace(
+            plain.data, max_length=data.max_length, packing=data.packing, preferences=data.preferences
+        ),
+        training=structs.replace(
+            plain.training,
+            micro_batch_size=training.micro_batch_size,
+            gradient_accumulation=min(training.gradient_accumulation, 2),
+            gradient_checkpointing=training.gradient_checkpointing,
+            optimizer=training.optimizer,
+        ),
+    )
+    # Of the process, not of its tensors.
+    of_tensors = replace(execution, general_prompts=0, multiprocessors=None, cuda_libraries=False)
+    return TraceRequest(config=config, recipe=relevant, execution=of_tensors)
+
+
+def _trace(request: TraceRequest) -> StepTrace:
+    try:
+        return _child.call(_in_child, request)
+    except (KilledError, MemoryError) as error:
+        raise UserError(
+            "The step could not be traced",
+            what=f"The tracing process ended early: {error or 'it takes too much memory'}.",
+            why=f"It may take {_CPU_S:.0f} s of processor time and {_MEMORY_BYTES >> 30} GiB of memory.",
+            fix="The instant estimate is still valid.",
+        ) from error
+
+
+def _in_child(request: TraceRequest) -> StepTrace:
+    traced: StepTrace = importlib.import_module(_WORKER).trace(request)
+    return traced
+
+
+def _stored(request: TraceRequest) -> StepTrace | None:
+    file = _file(request)
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return _read(file, (status.st_mtime_ns, status.st_size))
+
+
+def _file(request: TraceRequest) -> Path:
+    content = msgspec.json.encode((__version__, _versions(), request), order="deterministic")
+    return cache_dir() / KIND / f"{hashlib.sha256(content).hexdigest()}.json"
+
+
+@lru_cache(maxsize=1)
+def _versions() -> tuple[str, ...]:
+    found = []
+    for library in _LIBRARIES:
+        try:
+            found.append(version(library))
+        except PackageNotFoundError:
+            found.append("")
+    return tuple(found)
+
+
+_decoder = msgspec.json.Decoder(StepTrace)
+
+
+@lru_cache(maxsize=32)
+def _read(file: Path, state: tuple[int, int]) -> StepTrace | None:
+    """Read a trace, whose time and size are ``state``; None where it is damaged: it is made again."""
+    try:
+        return decode_json(read_bounded(file, _MAX_FILE_BYTES), _decoder)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _write(file: Path, traced: StepTrace) -> None:
+    """Keep a trace; the oldest ones of many are deleted."""
+    with suppress(OSError):
+        private_dir(file.parent)
+        atomic_write(file, msgspec.json.encode(traced))
+        kept = sorted(list_folder(file.parent), key=lambda each: each.stat().st_mtime_ns)
+        for old in kept[:-MAX_FILES]:
+            old.unlink()
