@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from qlora_tui.catalog.gguf_metadata import Metadata
+from qlora_tui.catalog.gguf_metadata import Metadata, shortest
 
 Config: TypeAlias = dict[str, Any]
 Reader: TypeAlias = Callable[[Metadata, Config], None]
@@ -115,17 +115,18 @@ def _last_softcap(data: Metadata, config: Config) -> None:
     config["final_logit_softcapping"] = data.positive("final_logit_softcapping")
 
 
-def _routing(gate: int = _SOFTMAX, normalized: bool | None = None, scale: str = "") -> Reader:
+def _routing(gate: int | None = _SOFTMAX, normalized: bool | None = None, scale: str = "") -> Reader:
     """Return a reader of how a token's experts are chosen and weighed.
 
     Args:
-        gate: what llama.cpp computes of the router's logits.
+        gate: what is computed of the router's logits, if that was not read before.
         normalized: whether their weights are divided by their sum, if no field says it.
         scale: field of the factor of the experts' sum, if there is one.
     """
 
     def read(data: Metadata, config: Config) -> None:
-        data.expect("expert_gating_func", gate, *((0,) if gate == _SOFTMAX else ()))
+        if gate is not None:
+            data.expect("expert_gating_func", gate, *((0,) if gate == _SOFTMAX else ()))
         if normalized is not None:
             data.expect("expert_weights_norm", normalized)
         else:
@@ -134,8 +135,9 @@ def _routing(gate: int = _SOFTMAX, normalized: bool | None = None, scale: str = 
             config[scale] = data.positive("expert_weights_scale") or 1.0
         else:
             data.expect("expert_weights_scale", 1.0, 0.0)
-        data.expect("expert_group_count", 1, 0)
-        data.expect("expert_group_used_count", 1, 0)
+        if "n_group" not in config:
+            data.expect("expert_group_count", 1, 0)
+            data.expect("expert_group_used_count", 1, 0)
 
     return read
 
@@ -347,6 +349,69 @@ def _parallel_residual(data: Metadata, config: Config) -> None:
     config["use_parallel_residual"] = not both if named is None else bool(named)
 
 
+def _latent_attention(data: Metadata, config: Config) -> None:
+    """Read DeepSeek's attention, which is stored with one key head; its three generations compute alike.
+
+    The second one chooses experts by a softmax, the third by a sigmoid.
+    """
+    heads, rotated = config["num_attention_heads"], data.count("rope.dimension_count")
+    key, value = data.count("attention.key_length_mla"), data.count("attention.value_length_mla")
+    rank = data.count("attention.kv_lora_rank")
+    if rotated is None or key is None or value is None or rank is None or key <= rotated:
+        raise data.problem("deepseek2.attention.key_length_mla or another size of its attention is missing")
+    data.expect("attention.head_count_kv", 1)
+    data.expect("attention.key_length", rank + rotated)
+    data.expect("attention.value_length", rank)
+    config |= {"num_key_value_heads": heads, "kv_lora_rank": rank, "v_head_dim": value, "head_dim": rotated}
+    config |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": key - rotated}
+    config["q_lora_rank"] = data.count("attention.q_lora_rank")
+    rope = config["rope_parameters"]
+    # llama.cpp's key is a tenth of the factor (conversion of DeepSeek-V2).
+    if (multiplier := data.positive("rope.scaling.yarn_log_multiplier")) is not None:
+        rope |= {"mscale": shortest(10 * multiplier), "mscale_all_dim": shortest(10 * multiplier)}
+    gate = data.value("expert_gating_func")
+    config["model_type"] = "deepseek_v3" if gate == _SIGMOID else "deepseek_v2"
+    config["n_group"] = data.count("expert_group_count") or 1
+    config["topk_group"] = data.count("expert_group_used_count") or 1
+    if config["model_type"] == "deepseek_v2":
+        config["topk_method"] = "greedy" if config["n_group"] == 1 else "group_limited_greedy"
+
+
+def _blocks(data: Metadata, config: Config) -> None:
+    """Read which of four kinds each of Nemotron H's layers is, by its tensors."""
+    kinds = {
+        "ssm_in.weight": "linear_attention",
+        "attn_q.weight": "full_attention",
+        "ffn_up_exps.weight": "moe",
+        "ffn_up.weight": "mlp",
+    }
+    layers = range(config["num_hidden_layers"])
+    config["layers_block_type"] = [
+        next((kind for part, kind in kinds.items() if data.has(f"blk.{layer}.{part}")), "mlp")
+        for layer in layers
+    ]
+    heads, widths = data.value("attention.head_count_kv"), data.value("feed_forward_length")
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    widths = widths if isinstance(widths, tuple) else (widths,)
+    if len({*heads} - {0, None}) > 1 or len({*widths} - {0, None}) > 1:
+        raise data.problem("the sizes of its layers of one kind differ")
+    config["num_key_value_heads"] = max((each or 0 for each in heads), default=0) or None
+    if width := max((each or 0 for each in widths), default=0):
+        config["intermediate_size"] = width
+    inner, count = data.count("ssm.inner_size"), data.count("ssm.time_step_rank")
+    if inner is not None and count is not None:
+        config |= {"mamba_num_heads": count, "mamba_head_dim": inner // count}
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+
+
+def _folded_factors(data: Metadata, config: Config) -> None:
+    """Falcon H1 has twelve factors, which its weights were multiplied by when the file was made."""
+    names = ("lm_head", "embedding", "key", "attention_out", "attention_in", "ssm_in", "ssm_out")
+    config |= {f"{name}_multiplier": 1.0 for name in names}
+    config |= {"mlp_multipliers": [1.0] * 2, "ssm_multipliers": [1.0] * 5}
+    config["mamba_d_ssm"] = config["mamba_d_head"] * config["mamba_n_heads"]
+
+
 def _gpt_oss(data: Metadata, config: Config) -> None:
     """Read gpt-oss. Its YaRN does not round the borders of its ramp to whole pairs, and no key says so."""
     if config["rope_parameters"]["rope_type"] == "yarn":
@@ -359,6 +424,12 @@ _ROUTED_EXPERTS = _EXPERTS | {
     "expert_count": "n_routed_experts",
     "expert_shared_count": "n_shared_experts",
 }
+_NEMOTRON = {
+    "ssm.conv_kernel": "conv_kernel",
+    "ssm.state_size": "ssm_state_size",
+    "ssm.group_count": "n_groups",
+}
+_NEMOTRON_NORM = {"attention.layer_norm_rms_epsilon": "layer_norm_epsilon"}
 _LINEAR = {
     "ssm.conv_kernel": "linear_conv_kernel_dim",
     "ssm.state_size": "linear_key_head_dim",
@@ -526,6 +597,45 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
             _routing(_SIGMOID, normalized=True, scale="routed_scaling_factor"),
             _widths("moe_intermediate_size"),
         ),
+    ),
+    "deepseek2": GgufArchitecture(
+        "deepseek_v3",
+        counts=_ROUTED_EXPERTS,
+        by_layer=(
+            *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+            *("rope.dimension_count", "expert_group_count", "expert_group_used_count"),
+        ),
+        read=(
+            _later_tokens,
+            _latent_attention,
+            _dense_first("first_k_dense_replace"),
+            _routing(None, scale="routed_scaling_factor"),
+            _widths("moe_intermediate_size"),
+        ),
+    ),
+    "nemotron_h": GgufArchitecture(
+        "nemotron_h",
+        counts=_NEMOTRON,
+        numbers=_NEMOTRON_NORM,
+        by_layer=("attention.head_count_kv", "feed_forward_length"),
+        read=(_blocks,),
+    ),
+    "nemotron_h_moe": GgufArchitecture(
+        "nemotron_h",
+        counts=_NEMOTRON | _ROUTED_EXPERTS,
+        numbers=_NEMOTRON_NORM,
+        by_layer=("attention.head_count_kv", "feed_forward_length"),
+        read=(
+            _blocks,
+            _routing(_SIGMOID, scale="routed_scaling_factor"),
+            _widths("moe_intermediate_size", "moe_shared_expert_intermediate_size"),
+        ),
+    ),
+    "falcon-h1": GgufArchitecture(
+        "falcon_h1",
+        counts=_MAMBA,
+        present=_BIASES | {"mamba_rms_norm": "ssm_norm.weight"},
+        read=(_mamba2, _folded_factors),
     ),
     "seed_oss": GgufArchitecture("seed_oss", present=_BIASES | {"attention_out_bias": "attn_output.bias"}),
     "ernie4_5": GgufArchitecture("ernie4_5", present={"use_bias": "attn_q.bias"}),

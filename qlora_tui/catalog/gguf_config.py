@@ -105,7 +105,7 @@ def _check_file(data: Metadata) -> None:
     model, pre = (data.header.values.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model is None:
         raise data.problem("it has no tokenizer (tokenizer.ggml.model)")
-    if model not in ("gpt2", "llama"):
+    if model not in ("gpt2", "llama", "gemma4"):
         raise data.problem(f"its tokenizer (tokenizer.ggml.model {in_words(model)!r}) is not understood")
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
         raise data.problem(
@@ -128,7 +128,8 @@ def _read_heads(data: Metadata, config: Config, architecture: GgufArchitecture) 
         width = data.count("rope.dimension_count") or usual
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config["head_dim"] = width
-    data.expect("attention.value_length", width)
+    if "attention.value_length" not in architecture.by_layer:
+        data.expect("attention.value_length", width)
     if "attention.scale" not in architecture.numbers:
         data.expect("attention.scale", width**-0.5, 0.0)
 
@@ -154,6 +155,8 @@ def _rope(data: Metadata, config: Config, architecture: GgufArchitecture) -> Con
     }
     width: int = config["head_dim"]
     rotated = data.count("rope.dimension_count") or width
+    if "rope.dimension_count" in architecture.by_layer:
+        rotated = width
     if rotated != width:
         if not architecture.partial_rotation or rotated > width or rotated % 2:
             data.expect("rope.dimension_count", width)

@@ -3,7 +3,7 @@
 The tokens are those that llama.cpp gives. It knows two kinds of vocabulary (src/llama-vocab.cpp). ``gpt2`` is
 byte-level BPE with merges, which splits text first, by rules that have a name. ``llama`` is SentencePiece's
 BPE: of all neighbors that form a token, the one with the best score is merged first. That is BPE whose merges
-are all ways to form a token, in the order of scores.
+are all ways to form a token, in the order of scores. ``gemma4`` is the same with merges in the file.
 """
 
 from __future__ import annotations
@@ -73,15 +73,18 @@ class GgufTokenizer:
             rules = {"normalizer": None, "pre_tokenizer": splits(self._pre.rules), "decoder": _BYTES}
         else:
             unknown = self.special_id("unknown")
+            has_merges = self._kind == "gemma4"
             model = {
                 "vocab": self._ids,
-                "merges": self._merges_by_score(),
+                "merges": self._merges() if has_merges else self._merges_by_score(),
                 "byte_fallback": True,
                 "fuse_unk": True,
                 "unk_token": None if unknown is None else self.tokens[unknown],
             }
             adds_space = self._get("add_space_prefix")
-            rules = _sentencepiece(adds_space if isinstance(adds_space, bool) else True)
+            rules = _sentencepiece(adds_space if isinstance(adds_space, bool) else not has_merges)
+            if has_merges:
+                rules["pre_tokenizer"] = splits((_LINES,))["pretokenizers"][0]
         return {
             "version": "1.0",
             "truncation": None,
@@ -137,7 +140,7 @@ class GgufTokenizer:
         return ("phi-3" in name or "phi3" in name) and self._ids.keys() >= _PHI3_TOKENS
 
     def _post_processor(self) -> dict[str, Any] | None:
-        begins = self._pre.adds_begin if self._pre else True
+        begins = self._pre.adds_begin if self._pre else self._kind == "llama"
         flags = {"bos": self._get("add_bos_token"), "eos": self._get("add_eos_token")}
         wanted = {"bos": begins if flags["bos"] is None else flags["bos"], "eos": bool(flags["eos"])}
         ids = {name: self.special_id(name) for name, is_wanted in wanted.items() if is_wanted}
@@ -182,6 +185,8 @@ class GgufTokenizer:
                 (folder / path).write_text(template, encoding="utf-8")
 
 
+_LINES = r"[^\n]+|[\n]+"
+"""Words of a ``gemma4`` vocabulary."""
 _TOOL_KEY = "chat_template.tool_use"
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
