@@ -4,19 +4,23 @@ import re
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
 from qlora_tui.memory import estimate
+from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.memory import quality
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
+from qlora_tui.worker import JobStopped, Progress
 from tests.memory.models import traced_peaks
 from tests.support.counting import count_estimates
-from tests.tui.screen_assertions import text_of, wait_for_text
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, open_on, settle
 
 
@@ -205,3 +209,32 @@ async def test_each_setting_shows_what_its_key_saves(seven_billion: str, key: st
         after = app.workbench.estimate(app.memory_budget.device)
         assert before is not None and after is not None
         assert shown[1] == f"{(after.total_bytes - before.total_bytes) / 2**30:+.1f}"
+
+
+async def test_quality_is_measured_shown_and_stopped(
+    seven_billion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = Event()
+    layers = tuple(LayerError(number, 0.01 + number / 100, 1 << 20) for number in range(4))
+    result = Quality("nf4", 3, 90, Difference(0.0132, 0.021), layers, (3,), Difference(0.004, 0.01))
+
+    def measure(recipe: Recipe, *, on_progress: Any, should_stop: Any) -> Quality:
+        on_progress(Progress(1, 4, "comparing layer by layer"))
+        while not released.is_set():
+            if should_stop():
+                raise JobStopped
+        return result
+
+    monkeypatch.setattr(quality, "measure_in_child", measure)
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test(size=(160, 40)) as pilot:
+        await wait_for_text(pilot, "NF4")
+        await pilot.press("e")
+        await wait_for_text(pilot, "quality: comparing layer by layer 25%")
+        await pilot.press("e")
+        await wait_until(pilot, lambda: "quality:" not in text_of(app))
+        released.set()
+        await pilot.press("e")
+        await wait_for_text(pilot, "4 bits (nf4) change 2.1% of the next tokens", "KL 0.0132", "With layer 3")
+        await pilot.press("escape")
+        assert isinstance(app.screen, MemoryScreen)

@@ -20,6 +20,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
+from qlora_tui.memory.quality import describe_quality
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, stored_trace, trace_step
@@ -28,6 +29,7 @@ from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.peak_panel import ItemsPanel, PeakPanel, budget_words, peak_time, peak_words
+from qlora_tui.tui.screens.memory.quality import QualityMeasurement, QualityScreen
 from qlora_tui.tui.screens.memory.timeline_graph import TimelinePanel
 from qlora_tui.tui.screens.memory.what_fits import (
     METHOD_OF_PRECISION,
@@ -78,6 +80,8 @@ class MemoryScreen(WorkScreen):
         "layers as fit in the memory left keep their activations, which is faster: the run uses more then.\n"
         "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
         "only a part of the range fits.\n"
+        "{memory.quality} runs rows of your data through the base in 16 bits and as the recipe quantizes it, "
+        "a layer in memory at a time, and says how many next tokens change and which layers change most.\n"
         "To see the estimate for another GPU, press {app.assume_gpu} and type its memory, or start the app "
         "with qlora-tui --gpu-gib 12."
     )
@@ -100,6 +104,7 @@ class MemoryScreen(WorkScreen):
         self._timeline: tuple[Estimate, tuple[Moment, ...]] | None = None
         self._offered: object = None
         self._trace_note = ""
+        self._quality = QualityMeasurement(self._show_all)
 
     @property
     def precision(self) -> Precision:
@@ -185,6 +190,11 @@ class MemoryScreen(WorkScreen):
         choices = self.query_one(FitPanel).choices
         (self.query_one("#items") if choices.has_focus else choices).focus()
 
+    def action_measure_quality(self) -> None:
+        """Measure what the recipe's quantization changes, or stop measuring."""
+        if not self._quality.stop():
+            self._measure_quality(self.qlora_app.workbench.recipe)
+
     def action_timeline(self) -> None:
         self.toggle_class("-timeline")
         self.call_after_refresh(self._show_all)
@@ -225,6 +235,16 @@ class MemoryScreen(WorkScreen):
         solution = await asyncio.to_thread(solve, recipe, architecture, budget, fits=fits)
         self.post_message(self.Solved(recipe, solution))
 
+    @work(exclusive=True, group="quality")
+    async def _measure_quality(self, recipe: Recipe) -> None:
+        try:
+            quality = await self._quality.measure(recipe)
+        except UserError as problem:
+            self.qlora_app.show_error(problem)
+            return
+        if quality is not None:
+            self.app.push_screen(QualityScreen(describe_quality(quality)))
+
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
         """Replace the instant estimate by the exact one, once a step of the real model was traced."""
@@ -263,7 +283,11 @@ class MemoryScreen(WorkScreen):
         return self._compared[self.precision]
 
     def _heading_text(self) -> tuple[str, str]:
-        notes = [text for text in (self._estimate.correction_words, self._trace_note) if text]
+        notes = [
+            text
+            for text in (self._quality.progress, self._estimate.correction_words, self._trace_note)
+            if text
+        ]
         peak = peak_words(self._compared, short=bool(notes) and self.size.width < WIDE_CELLS)
         budget = budget_words(self.qlora_app.memory_budget, self.qlora_app.system_status)
         return peak, "; ".join([f" against {budget}", *notes])
