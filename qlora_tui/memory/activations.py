@@ -35,7 +35,7 @@ FLOAT = 4
 """Bytes of a float32."""
 INDEX = 8
 """Bytes of an index."""
-ACTIVATIONS_IN_STEPS = {"gelu_new": 4, "gelu_fast": 4}
+ACTIVATIONS_IN_STEPS = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2, "xielu": 4}
 """Tensors that transformers' activations save which are written out in steps (``activations.py``)."""
 ACTIVATIONS_OF_RESULT = ("relu",)
 """Activations whose backward needs the result, which the next module saves too."""
@@ -203,7 +203,7 @@ class Rules:
         if layer.attention and layer.heads:
             parts.append(self._attention(layer.attention, layer.heads))
         if layer.mixer:
-            parts.append(self._mixer(layer.mixer, layer.convolved))
+            parts.append(self._mixer(layer))
         return _one_after_another(parts)
 
     def _attention(self, block: Block, heads: Heads) -> Half:
@@ -215,6 +215,8 @@ class Rules:
             saved, kept = saved + more, kept + pinned
         scores = self._scores(heads, kernel)
         saved += scores.saved
+        if block.middle:  # values are a view of what also computes keys
+            saved["activations"] += self.tokens * max(block.middle[-1].outputs - heads.value, 0) * size
         if heads.joined and heads.rotary and not execution.autocast:
             saved["activations"] += self.tokens * 2 * heads.key * size
         if heads.gate:
@@ -302,9 +304,10 @@ class Rules:
         numel += 2 * EXTRA_COLUMNS * self.tokens * heads.heads
         return Items(activations=numel * size, scores=2 * heads.heads * block * length * size)
 
-    def _mixer(self, block: Block, convolved: int) -> Half:
+    def _mixer(self, layer: Layer) -> Half:
         """Return a mixer: what it projects is saved, convolved, and combined in float32."""
-        size = self.size
+        size, block = self.size, layer.mixer
+        assert block
         saved, kept = self.read(block.first, self.hidden)
         for module in block.middle:
             more, pinned = self.read((module,), module.inputs)
@@ -313,9 +316,9 @@ class Rules:
             more, pinned = self.read((block.last,), block.last.inputs)
             saved, kept = saved + more, kept + pinned
         projected = self.tokens * block.first_width
-        saved["activations"] += (projected + self.tokens * convolved) * size
+        saved["activations"] += (projected + self.tokens * layer.convolved) * size
         states = self.tokens * max(block.first_width, block.width) * FLOAT
-        saved["activations"] += MIXER_STATES * states
+        saved["activations"] += MIXER_STATES[layer.is_recurrent] * states
         moments = [Items(activations=states), *self.differentiated(block.modules)]
         return Half(saved, kept, Items(activations=states), tuple(moments))
 
@@ -323,12 +326,28 @@ class Rules:
         """Return the half that transforms each token: MLPs and experts, one after another."""
         # With one norm both halves read what it computes.
         shares = sum(width == self.hidden for width in layer.norms) == 1
-        parts = [self._mlp(block, activation, shares_input=shares) for block in layer.mlps]
+        parts = [
+            self._mlp(
+                block,
+                activation,
+                shares_input=shares,
+                has_norm=block.width != self.hidden and block.width in layer.norms,
+            )
+            for block in layer.mlps
+        ]
         if layer.mixture:
             parts.append(self._experts(layer.mixture, activation))
         return _one_after_another(parts)
 
-    def _mlp(self, block: Block, activation: str, *, shares_input: bool) -> Half:
+    def _mlp(self, block: Block, activation: str, *, shares_input: bool, has_norm: bool) -> Half:
+        """Return one MLP.
+
+        Args:
+            block: its modules.
+            activation: name of the activation.
+            shares_input: whether it reads what attention reads.
+            has_norm: whether there is a norm before the last projection.
+        """
         size, width = self.size, self.tokens * block.width
         saved, kept = self.read(block.first, self.hidden, is_saved=shares_input)
         if shares_input:
@@ -336,7 +355,7 @@ class Rules:
         last = block.last
         together = self.own and not self.dropout and all(map(self.is_fused, block.first))
         steps = self.differentiated(block.first, together=together)
-        if last and block.gated and not block.is_fused and self.is_fused(last):
+        if last and block.gated and not (block.is_fused or has_norm) and self.is_fused(last):
             # Our function: saves gate and up, and computes the rest again.
             own, _ = self.read((last,), last.inputs, is_saved=True)
             pinned = Items(adapter_inputs=own["adapter_inputs"])
@@ -420,8 +439,9 @@ class Rules:
         return Half(saved, Items(), forward, (backward,))
 
 
-MIXER_STATES = 2
-"""Tensors in float32, as wide as what it projects, that a mixer saves. Measured."""
+MIXER_STATES = {False: 3, True: 6}
+"""Tensors in float32, as wide as what it projects, that a mixer without and with a state saves in transformers'
+own code, which runs where the kernels for it are not installed. Measured on traces."""
 
 
 def attention_kernel(layout: Layout, heads: Heads) -> Kernel:

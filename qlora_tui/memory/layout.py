@@ -140,6 +140,8 @@ class Layer:
     """Width of each norm's input, those over heads for all heads."""
     convolved: int
     """Channels of its convolutions."""
+    is_recurrent: bool
+    """Whether a mixer has a state (Mamba, a delta rule) with parameters of its own, not only a convolution."""
 
     @cached_property
     def modules(self) -> tuple[Linear, ...]:
@@ -298,11 +300,13 @@ def _layer(
     attention, mixer = block("attention"), block("mixer")
     heads = None
     if attention:
-        heads = _heads(attention, architecture, learned={parameter.shape for parameter in parameters})
+        learned = {parameter.shape for parameter in parameters if parameter.role == "other"}
+        heads = _heads(attention, architecture, learned)
     norms = tuple(_norm_widths(parameters, heads, mixer, hidden))
     convolved = sum(p.shape[0] for p in parameters if p.role == "conv" and len(p.shape) > 1)
     mlps = tuple(each for each in (block("mlp"), block("shared_expert")) if each)
-    return Layer(attention, heads, mixer, mlps, mixture, norms, convolved)
+    is_recurrent = bool(mixer) and any(parameter.role == "other" for parameter in parameters)
+    return Layer(attention, heads, mixer, mlps, mixture, norms, convolved, is_recurrent)
 
 
 def _block(modules: list[Linear], hidden: int) -> Block:
@@ -363,7 +367,8 @@ def _norm_widths(
         elif mixer and width < hidden and mixer.width % width == 0:
             width = mixer.width
         widths.append(width)
-    return widths
+    # Norms without weights have no parameters.
+    return widths if hidden in widths else [*widths, hidden, hidden]
 
 
 def _linear(module: LinearModule, recipe: Recipe, rank: int) -> Linear:
