@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from qlora_tui.memory.execution import (
     ATTENTION_BLOCK_ROWS,
     EXTRA_COLUMNS,
+    GATED_MLP,
+    GROUPS,
     SAMPLE_PADDING_ROWS,
     Kernel,
     accumulator_width,
@@ -83,6 +85,11 @@ class Rules:
     def is_fused(self, module: Linear) -> bool:
         """Return whether module and adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
         return self.own and bool(module.rank) and not module.dora and module.method != "int8"
+
+    def are_grouped(self, modules: Sequence[Linear]) -> bool:
+        """Return whether our function computes these together: not with dropout, whose masks differ."""
+        names = {module.name for module in modules}
+        return not self.dropout and all(map(self.is_fused, modules)) and any(map(names.issubset, GROUPS))
 
     def read(self, modules: Iterable[Linear], width: int, *, is_saved: bool = False) -> tuple[Items, Items]:
         """Return what modules save that read one tensor of this width, and what of it is kept.
@@ -227,7 +234,7 @@ class Rules:
             more, pinned = self.read((block.last,), block.last.inputs, is_saved=shares)
             saved, kept = saved + more, kept + pinned
             moments += self.differentiated((block.last,))
-        together = self.own and not self.dropout and all(map(self.is_fused, block.first))
+        together = self.are_grouped(block.first)
         widths = heads.query + heads.key + heads.value
         gradients = Items(activations=self.tokens * widths * size)
         freed = Items(scores.saved)
@@ -325,7 +332,8 @@ class Rules:
     def feed_forward(self, layer: Layer, activation: str) -> Half:
         """Return the half that transforms each token: MLPs and experts, one after another."""
         # With one norm both halves read what it computes.
-        shares = sum(width == self.hidden for width in layer.norms) == 1
+        mixes = layer.attention or layer.mixer
+        shares = bool(mixes) and sum(width == self.hidden for width in layer.norms) == 1
         parts = [
             self._mlp(
                 block,
@@ -353,9 +361,9 @@ class Rules:
         if shares_input:
             kept = Items()
         last = block.last
-        together = self.own and not self.dropout and all(map(self.is_fused, block.first))
-        steps = self.differentiated(block.first, together=together)
-        if last and block.gated and not (block.is_fused or has_norm) and self.is_fused(last):
+        steps = self.differentiated(block.first, together=self.are_grouped(block.first))
+        named = {module.name for module in block.modules} == set(GATED_MLP)
+        if last and named and not has_norm and self.is_fused(last):
             # Our function: saves gate and up, and computes the rest again.
             own, _ = self.read((last,), last.inputs, is_saved=True)
             pinned = Items(adapter_inputs=own["adapter_inputs"])
@@ -440,8 +448,8 @@ class Rules:
 
 
 MIXER_STATES = {False: 3, True: 6}
-"""Tensors in float32, as wide as what it projects, that a mixer without and with a state saves in transformers'
-own code, which runs where the kernels for it are not installed. Measured on traces."""
+"""Tensors in float32, as wide as what it projects, that a mixer without and with a state saves in code of
+transformers, which runs where the kernels for it are not installed. Measured on traces."""
 
 
 def attention_kernel(layout: Layout, heads: Heads) -> Kernel:

@@ -77,6 +77,11 @@ in torch's ``flash_api.cpp``)."""
 EXTRA_COLUMNS = 3
 """Extra columns of queries and keys there, for the value subtracted from each score in 16-bit parts."""
 
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+"""Names of the modules of an MLP that our function for gated MLPs computes."""
+GROUPS = (("q_proj", "k_proj", "v_proj"), GATED_MLP[:2])
+"""Names of modules that read one input, in the order of their calls, which our function computes together."""
+
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is computed natively (Ampere)."""
 

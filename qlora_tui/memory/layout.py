@@ -17,6 +17,8 @@ from qlora_tui.memory.weights import expert_method
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import rank_of, resolve_targets
 
+USUAL_MLPS = 3
+"""Most parts of a layer that transform each token: an MLP, shared experts, and their gate."""
 FUSED_HALVES = 2
 """Outputs of a gated MLP's first projections, in widths of its last one's inputs: gate and up."""
 
@@ -34,6 +36,8 @@ class Linear:
     rank: int = 0
     """Rank of its adapter; 0 where it is not a target."""
     dora: bool = False
+    owner: str = ""
+    """Name of the module that holds it; empty for the layer itself."""
 
     @property
     def weights(self) -> int:
@@ -134,14 +138,14 @@ class Layer:
     mixer: Block | None
     """What replaces attention in the other layers of a hybrid, or runs beside it."""
     mlps: tuple[Block, ...]
-    """The MLP and the shared expert."""
+    """The MLP, the shared expert, and others that transform each token."""
     mixture: Mixture | None
     norms: tuple[int, ...]
     """Width of each norm's input, those over heads for all heads."""
     convolved: int
     """Channels of its convolutions."""
     is_recurrent: bool
-    """Whether a mixer has a state (Mamba, a delta rule) with parameters of its own, not only a convolution."""
+    """Whether a mixer has a state with parameters of its own (Mamba), not only a convolution."""
 
     @cached_property
     def modules(self) -> tuple[Linear, ...]:
@@ -192,8 +196,11 @@ class Layout:
     @cached_property
     def exact(self) -> bool:
         """Return whether what a step saves follows from shapes that are known: not in an outline of a model,
-        nor if something else than attention mixes tokens, where it depends on the kernels."""
-        return not (self.architecture.is_outline or any(layer.mixer for layer in self.layers))
+        nor if something else than attention mixes tokens, where it depends on the kernels, nor in a layer
+        with more parts than usual, between which hidden states may be repeated (Gemma 3n)."""
+        return not self.architecture.is_outline and all(
+            layer.mixer is None and len(layer.mlps) <= USUAL_MLPS for layer in self.layers
+        )
 
 
 def build_layout(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Layout:
@@ -304,7 +311,11 @@ def _layer(
         heads = _heads(attention, architecture, learned)
     norms = tuple(_norm_widths(parameters, heads, mixer, hidden))
     convolved = sum(p.shape[0] for p in parameters if p.role == "conv" and len(p.shape) > 1)
-    mlps = tuple(each for each in (block("mlp"), block("shared_expert")) if each)
+    owned: dict[tuple[str, str], list[Linear]] = {}
+    for module in linears:
+        if module.part not in ("attention", "mixer", "router"):
+            owned.setdefault((module.part, module.owner), []).append(module)
+    mlps = tuple(_block(modules, hidden) for modules in owned.values())
     is_recurrent = bool(mixer) and any(parameter.role == "other" for parameter in parameters)
     return Layer(attention, heads, mixer, mlps, mixture, norms, convolved, is_recurrent)
 
@@ -317,7 +328,9 @@ def _block(modules: list[Linear], hidden: int) -> Block:
     """
     back = [module for module in modules if module.outputs == hidden]
     narrowing = [module for module in back if module.inputs != hidden]
-    last = next(reversed(narrowing or back), None) if len(modules) > 1 else None
+    last = None
+    if len(modules) > 1 and back:
+        last = max(narrowing, key=lambda module: module.inputs) if narrowing else back[-1]
     others = [module for module in modules if module is not last]
     first = tuple(module for module in others if module.inputs == hidden)
     return Block(first, tuple(module for module in others if module.inputs != hidden), last)
@@ -375,8 +388,16 @@ def _linear(module: LinearModule, recipe: Recipe, rank: int) -> Linear:
     """Return the module as the trainer holds it, with rank 0 where it is no target."""
     method = recipe.quantization.method if module.quantizable else "none"
     dora = recipe.lora.use_dora and rank > 0
+    owner = module.name.rpartition(".")[0].rpartition(".")[2]
     return _cached_linear(
-        module.kind, module.in_features, module.out_features, method, module.part, rank, dora
+        module.kind,
+        module.in_features,
+        module.out_features,
+        method,
+        module.part,
+        rank,
+        dora,
+        "" if owner.isdigit() else owner,
     )
 
 

@@ -83,12 +83,13 @@ def test_an_estimate_takes_few_calls_of_functions(device: Device) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_an_estimate_of_class_defaults_takes_few_calls_of_functions(device: Device) -> None:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     calls = {}
     for model_type in sorted(text_generators()):
-        defaults = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
-        with suppress(UserError):
+        with suppress(UserError, StrictDataclassError):
+            defaults = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
             calls[model_type] = _calls_of_an_estimate(defaults, device)
     assert "deepseek_v3" in calls and max(calls.values()) < MOST_CALLS, calls
 

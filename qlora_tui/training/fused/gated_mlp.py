@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qlora_tui.memory.execution import GATED_MLP
 from qlora_tui.training.checks.compare import bitwise_equal
 from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.fused.lora import (
@@ -36,7 +37,7 @@ from qlora_tui.training.fused.lora import (
 from qlora_tui.training.fused.patching import patch_forward, temporary_forwards
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
-_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_PARTS = {*GATED_MLP, "act_fn"}
 _TOKENS = 4
 """Rows of the input of a check."""
 

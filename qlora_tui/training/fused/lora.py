@@ -57,6 +57,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.memory.execution import GROUPS
 from qlora_tui.training.fused.patching import patch_forward
 
 Stack: TypeAlias = tuple[nn.Parameter, ...]
@@ -373,10 +374,6 @@ def apply_dropout(values: Tensor, dropout_mask: Tensor | None) -> Tensor:
     return dropout_mask.to(bits).bitwise_and_(values.view(bits)).view(values.dtype)
 
 
-_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of modules that read the same input, in the order of their calls."""
-
-
 def fuse_lora(model: nn.Module, decoder: nn.Module, casts: AdapterCasts) -> list[Stack]:
     """Fuse every plain LoRA module. DoRA, and bases whose weight is not accessible, keep peft's forward.
 
@@ -401,7 +398,7 @@ def _modules_by_input(model: nn.Module, adapted: dict[Any, WeightLoader]) -> lis
     """All adapted modules, those together that are expected to read the same input."""
     groups: list[list[Any]] = []
     for parent in model.modules():
-        for names in _GROUPS:
+        for names in GROUPS:
             children: list[Any] = [getattr(parent, name, None) for name in names]
             modules = [module for module in children if module in adapted]
             # Several masks cannot be applied to one input.
