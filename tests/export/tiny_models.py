@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qlora_tui.training.selftest import write_tokenizer
 from tests.training.tiny_model import CHAT_TEMPLATE
@@ -95,6 +95,15 @@ FALCON_H1: dict[str, Any] = {
     "attention_in_multiplier": 0.9, "attention_out_multiplier": 0.8, "ssm_in_multiplier": 1.2,
     "ssm_out_multiplier": 0.3,
 }  # fmt: skip
+LLAMA_4: dict[str, Any] = {
+    "head_dim": 32, "num_local_experts": 8, "intermediate_size": 64, "intermediate_size_mlp": 128
+}  # fmt: skip
+SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+TOWER: dict[str, Any] = {
+    "depth": 1, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+    "num_attention_heads": 2, "out_hidden_size": 64, "image_size": 28, "fullatt_block_indexes": [0],
+    "deepstack_visual_indexes": [0],
+}  # fmt: skip
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -178,6 +187,24 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"num_key_value_heads": 4}),
     ("gpt_neox", {"num_key_value_heads": 4, "use_parallel_residual": False}),
     ("hunyuan_v1_dense", {"head_dim": 16}),
+    ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 2, "head_dim": 16}),
+    ("qwen2_5_vl", {"text_config": SIZES | {"rope_parameters": SECTIONS}, "vision_config": TOWER}),
+    ("qwen3_vl", {"text_config": SIZES | {"head_dim": 16}, "vision_config": TOWER}),
+    ("glm4v", {"text_config": SIZES | {"head_dim": 16, "rope_parameters": SECTIONS}, "vision_config": TOWER}),
+    ("gemma3", {"text_config": SIZES | GEMMA | {"num_hidden_layers": 7}, "vision_config": TOWER}),
+    ("afmoe", EXPERTS | {"head_dim": 16, "sliding_window": 24, "num_hidden_layers": 5, "mup_enabled": True,
+                         "route_scale": 1.5}),
+    ("exaone4", {"head_dim": 16, "num_hidden_layers": 64, "sliding_window": 24}),
+    ("exaone4", {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    ("llama4_text", LLAMA_4 | {"num_hidden_layers": 5, "interleave_moe_layer_step": 1}),
+    ("llama4_text", LLAMA_4 | {"num_hidden_layers": 6, "interleave_moe_layer_step": 2}),
+    ("solar_open", ROUTED | {"head_dim": 16, "first_k_dense_replace": 0}),
+    ("jais2", {"head_dim": 16}),
+    ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "num_key_value_heads": None}),
+    ("gpt_bigcode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512,
+                     "num_key_value_heads": 1}),
+    ("falcon", {"num_kv_heads": 4, "multi_query": False}),
+    ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 32, "n_groups": 2, "chunk_size": 16}),
     ("minimax_m2", {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}),
     ("dots1", ROUTED | {"num_key_value_heads": 4, "norm_topk_prob": True}),
 ]  # fmt: skip
@@ -198,10 +225,10 @@ def make_model(folder: Path, model_type: str, **settings: Any) -> Any:
     """Write a random model with weights and norms far from their initial values; returns it in float32."""
     write_tokenizer(folder, [TEXT], CHAT_TEMPLATE, vocab_size=384)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
-    model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, attn_implementation="eager"
-    )
+    config = AutoConfig.for_model(model_type, **{**({} if "text_config" in settings else SIZES), **settings})
+    is_composite = type(config) not in AutoModelForCausalLM._model_mapping
+    kind: Any = AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager")
     randomize(model).save_pretrained(folder)
     return model
 

@@ -30,7 +30,14 @@ def text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     with model_view(folder) as view:
-        config = AutoConfig.from_pretrained(str(view), trust_remote_code=False).get_text_config()
+        whole = AutoConfig.from_pretrained(str(view), trust_remote_code=False)
+    config = whole.get_text_config()
+    if config is not whole and hasattr(config, "logit_scale"):
+        config.logit_scale = (
+            1.0  # the classes with a vision tower do not scale (Aya Vision, Command A Vision)
+        )
+    if not hasattr(config, "tie_word_embeddings"):
+        config.tie_word_embeddings = whole.tie_word_embeddings
     # What differs between layers is read for each; elsewhere the value of most layers is meant.
     config.allow_global_per_layer_attribute_access = True
     return config

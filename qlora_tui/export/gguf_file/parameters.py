@@ -29,6 +29,7 @@ SETTINGS = {
     "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "ssm.state_size": ("linear_key_head_dim", "mamba_d_state", "ssm_state_size", "state_size"),
     "ssm.group_count": ("linear_num_key_heads", "mamba_n_groups", "n_groups"),
+    "shortconv.l_cache": ("conv_L_cache",),
     "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
     "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
 }
@@ -186,9 +187,10 @@ def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Conve
         if shared := one("ffn_down_shexp.weight"):
             values["expert_shared_feed_forward_length"] = shared
         first = next(layer for layer in layers if experts[layer])
-        if convention.dense_layers:
+        if convention.dense_layers == "first":
             values["leading_dense_block_count"] = first
-        if not convention.kv_by_layer and not all(experts[first if convention.dense_layers else 0 :]):
+        expected = experts[first:] if convention.dense_layers == "first" else experts
+        if convention.dense_layers != "any" and not all(expected):
             raise cannot_compute("some of its layers have no experts")
     if inner := one("ssm_out.weight"):
         values |= {
@@ -196,8 +198,6 @@ def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Conve
             "ssm.conv_kernel": one("ssm_conv1d.weight"),
             "ssm.time_step_rank": one("ssm_dt.bias"),
         }
-    if kernel := one("shortconv.conv.weight"):
-        values["shortconv.l_cache"] = kernel
     if convention.kv_by_layer:
         values["attention.head_count_kv"] = [
             rows // _head_size(config) for rows in by_layer("attn_k.weight", 0)

@@ -28,8 +28,6 @@ _ALWAYS_WIDE = (
     ".ssm_conv1d.",
     ".shortconv.conv.",
     "_norm.",
-    "altup_correct_coef",
-    "altup_predict_coef",
 )
 """Parts of names of matrices that llama.cpp computes with in float32 only."""
 _WIDE_AT_FEW_BITS = ("token_embd.weight", "output.weight")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -181,6 +181,18 @@ _GPT_OSS = (
 )
 
 
+_TRANSPOSED_EXPERTS = (
+    Rewrite(
+        r"experts\.gate_up_proj$",
+        (
+            ("experts.gate_proj.weight", lambda v, config: v.transpose(1, 2).chunk(2, dim=1)[0]),
+            ("experts.up_proj.weight", lambda v, config: v.transpose(1, 2).chunk(2, dim=1)[1]),
+        ),
+    ),
+    Rewrite(r"experts\.down_proj$", (("experts.down_proj.weight", lambda v, config: v.transpose(1, 2)),)),
+)
+
+
 def _times(pattern: str, factor: Callable[[Any], float]) -> Rewrite:
     return changed(pattern, lambda values, config: values.float() * factor(config))
 
@@ -231,8 +243,8 @@ class Convention:
     """Whether it computes sliding windows."""
     kv_by_layer: bool = False
     """Whether it recognizes layers without attention by their number of key heads, which is 0."""
-    dense_layers: bool = False
-    """Whether the first layers of a mixture may have no experts."""
+    dense_layers: Literal["", "first", "any"] = ""
+    """Which layers of a mixture may have no experts."""
     yarn_multiplier: float = 0.0
     """What ``mscale_all_dim`` is multiplied by in ``yarn_log_multiplier``; 0 if it does not read that."""
     keys: Callable[[Any], dict[str, Any]] = lambda config: {}
@@ -285,6 +297,10 @@ def _gemma4(config: Any) -> dict[str, Any]:
     """Return the sizes of heads, which differ between layers with a window and those without one."""
     if config.use_bidirectional_attention == "all":
         raise cannot_compute("a token attends to those after it")
+    if getattr(config, "num_kv_shared_layers", 0):
+        first = config.num_hidden_layers - config.num_kv_shared_layers
+        if config.layer_types[first - 2 : first] != ["sliding_attention", "full_attention"]:
+            raise cannot_compute("its last layers do not share the keys and values of the two before them")
     full = config.per_layer_config["full_attention"].head_dim
     layers = range(config.num_hidden_layers)
     return {
@@ -295,18 +311,26 @@ def _gemma4(config: Any) -> dict[str, Any]:
         "attention.value_length_swa": config.head_dim,
         "rope.dimension_count": full,
         "rope.dimension_count_swa": config.head_dim,
-        "embedding_length_per_layer_input": config.hidden_size_per_layer_input or 0,
+        "embedding_length_per_layer_input": getattr(config, "hidden_size_per_layer_input", None) or 0,
     }
+
+
+def _sections(config: Any) -> dict[str, Any]:
+    """Return how many frequencies rotate by time, height and width, which are one position in a text."""
+    sections = config.rope_parameters.get("mrope_section") or [11, 11, 10]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequencies = int(size * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
+    if sum(sections) > frequencies:  # as in the class's default for smaller heads
+        sections = [(frequencies + rest) // 3 for rest in (2, 1, 0)]
+    return {"rope.dimension_sections": [*sections, 0][:4]}
 
 
 def _recurrent(config: Any) -> dict[str, Any]:
     kinds = config.layer_types
     full = [number for number, kind in enumerate(kinds, 1) if kind == "full_attention"]
-    sections = config.rope_parameters.get("mrope_section") or [11, 11, 10]
-    return {
+    return _sections(config) | {
         "attention.recurrent_layers": [kind == "linear_attention" for kind in kinds],
         "full_attention_interval": full[0] if full else len(kinds) + 1,
-        "rope.dimension_sections": [*sections, 0][:4],
     }
 
 
@@ -350,9 +374,26 @@ def _mla(config: Any) -> dict[str, Any]:
 
 
 def _heads_apart(values: Tensor, config: Any) -> Tensor:
-    """Return the rows of q, k and v after each other, of which each head has its own next to each other."""
+    """Return the rows of q, k and v after each other, which each head has next to each other."""
     heads = values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:])
     return heads.transpose(0, 1).reshape(values.shape)
+
+
+def _falcon_key_heads(config: Any) -> int:
+    many: int = config.num_kv_heads
+    return many if config.new_decoder_architecture or not config.multi_query else 1
+
+
+def _groups_apart(values: Tensor, config: Any) -> Tensor:
+    """Return the rows of q, k and v after each other, which each key head has next to each other."""
+    keys, size = _falcon_key_heads(config), config.hidden_size // config.num_attention_heads
+    groups = values.reshape(keys, -1, size, *values.shape[1:])
+    parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]
+    return torch.cat([part.reshape(-1, *values.shape[1:]) for part in parts])
+
+
+def _transposed(pattern: str) -> Rewrite:
+    return changed(pattern, lambda values, config: values.T)
 
 
 _NEOX = (changed(r"query_key_value\.(weight|bias)$", _heads_apart),)
@@ -370,8 +411,9 @@ def _has(kind: str) -> Callable[[Any], bool]:
 _SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
 _ROUTING = frozenset({"expert_weights_scale", "expert_weights_norm"})
 _GROUPS = frozenset({"expert_group_count", "expert_group_used_count"})
+_EXAONE_32B = 64
+"""Number of layers by which llama.cpp recognizes the one with windows, whose other layers do not rotate."""
 _EXPERTS_EVERYWHERE = {"mlp_only_layers": [], "decoder_sparse_step": 1}
-_HYBRID = ("granitemoehybrid", "bamba")
 _SHARED = (
     _halves(r"shared_mlp\.input_linear\.", "mlp.shared_expert.gate_proj.", "mlp.shared_expert.up_proj."),
 )
@@ -385,12 +427,25 @@ def _granite_hybrid(config: Any) -> dict[str, Any]:
     return {"rope.scaling.finetuned": getattr(config, "position_embedding_type", "rope") == "rope"}
 
 
+def _no_dense_layers(config: Any) -> dict[str, Any]:
+    if "mlp" in config.layer_types:
+        raise cannot_compute("some of its layers have no experts")
+    return {}
+
+
 def _is_mixture(config: Any) -> bool:
     return bool(getattr(config, "num_local_experts", 0))
 
 
 _MAMBA_SETTINGS = frozenset(
-    {"mamba_expand", "mamba_chunk_size", "mamba_d_head", "mamba_d_ssm", "position_embedding_type"}
+    {
+        "attn_layer_indices",
+        "mamba_expand",
+        "mamba_chunk_size",
+        "mamba_d_head",
+        "mamba_d_ssm",
+        "position_embedding_type",
+    }
 )
 
 CONVENTIONS: tuple[Convention, ...] = (
@@ -413,7 +468,7 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     Convention(
         architecture="granitehybrid",
-        types=_HYBRID,
+        types=("granitemoehybrid",),
         when=lambda config: _has("linear_attention")(config) and _is_mixture(config),
         rewrites=(*_SHARED, *_PAIRS, *_MAMBA2),
         reads=_SCALES,
@@ -423,7 +478,7 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     Convention(
         architecture="granitehybrid",
-        types=_HYBRID,
+        types=("granitemoehybrid",),
         when=_has("linear_attention"),
         rewrites=(*_ALONE, *_PAIRS, *_MAMBA2),
         reads=_SCALES,
@@ -497,12 +552,13 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     Convention(architecture="olmoe"),
     Convention(architecture="chatglm", types=("glm",)),
-    Convention(architecture="glm4"),
+    Convention(architecture="glm4", types=("glm4", "glm4v", "glm_ocr")),
     Convention(
         architecture="glm4moe",
+        types=("glm4_moe", "glm4v_moe", "solar_open"),
         reads=_ROUTING | _GROUPS,
         folded=frozenset({"use_qk_norm"}),
-        dense_layers=True,
+        dense_layers="first",
         keys=_gating("sigmoid"),
     ),
     Convention(
@@ -512,7 +568,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         reads=_ROUTING | _GROUPS,
         folded=frozenset({"topk_method"}),
         yarn_multiplier=0.1,
-        dense_layers=True,
+        dense_layers="first",
         keys=lambda config: (
             _mla(config) | _gating("softmax" if config.model_type == "deepseek_v2" else "sigmoid")(config)
         ),
@@ -525,7 +581,7 @@ CONVENTIONS: tuple[Convention, ...] = (
     Convention(architecture="ernie4_5"),
     Convention(
         architecture="ernie4_5-moe",
-        dense_layers=True,
+        dense_layers="first",
         keys=lambda config: {"interleave_moe_layer_step": config.moe_layer_interval},
     ),
     Convention(architecture="gpt-oss", rewrites=_GPT_OSS, windows=True),
@@ -541,7 +597,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         folded=frozenset({"use_expert_bias", "conv_L_cache"}),
         fixed={"norm_topk_prob": True},
         kv_by_layer=True,
-        dense_layers=True,
+        dense_layers="first",
         keys=_gating("sigmoid"),
     ),
     Convention(
@@ -569,6 +625,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         reads=_ROUTING,
         folded=frozenset({"expand", "chunk_size", "mtp_layers_block_type"}),
         kv_by_layer=True,
+        dense_layers="any",
+        keys=_no_dense_layers,
     ),
     Convention(
         architecture="nemotron_h",
@@ -589,8 +647,52 @@ CONVENTIONS: tuple[Convention, ...] = (
         reads=frozenset({"use_parallel_residual"}),
     ),
     Convention(architecture="hunyuan-dense", types=("hunyuan_v1_dense",)),
+    Convention(architecture="qwen2vl", types=("qwen2_vl", "qwen2_5_vl"), keys=_sections),
+    Convention(architecture="qwen3vl", keys=_sections),
+    Convention(
+        architecture="afmoe",
+        reads=frozenset({"expert_weights_scale"}),
+        fixed={"mup_enabled": True},
+        windows=True,
+        dense_layers="first",
+        keys=lambda config: _gating("sigmoid")(config) | {"expert_weights_norm": True},
+    ),
+    Convention(
+        architecture="exaone4",
+        types=("exaone4", "exaone4_5"),
+        when=lambda config: config.num_hidden_layers == _EXAONE_32B,
+        windows=True,
+    ),
+    Convention(architecture="exaone4", types=("exaone4", "exaone4_5"), fixed={"sliding_window": None}),
+    Convention(architecture="jais2"),
+    Convention(architecture="gpt2", rewrites=(_transposed(r"c_(attn|proj|fc)\.weight$"),)),
+    Convention(
+        architecture="falcon",
+        rewrites=(changed(r"query_key_value\.(weight|bias)$", _groups_apart),),
+        folded=frozenset({"multi_query"}),
+        keys=lambda config: {"attention.head_count_kv": _falcon_key_heads(config)},
+    ),
+    Convention(architecture="starcoder", types=("gpt_bigcode",)),
+    Convention(
+        architecture="mamba2",
+        rewrites=_MAMBA2,
+        folded=frozenset({"expand", "chunk_size"}),
+    ),
+    Convention(
+        architecture="llama4",
+        rewrites=_TRANSPOSED_EXPERTS,
+        fixed={"attention_chunk_size": 8192},
+        dense_layers="any",
+        folded=frozenset(
+            {"no_rope_layers", "no_rope_layer_interval", "moe_layers", "interleave_moe_layer_step"}
+        ),
+        keys=lambda config: (
+            _no_rope_every_fourth(config) | {"interleave_moe_layer_step": config.interleave_moe_layer_step}
+        ),
+    ),
+    Convention(architecture="hunyuan-moe", types=("hunyuan_v1_moe",)),
     Convention(architecture="minimax-m2", keys=_gating("sigmoid")),
-    Convention(architecture="dots1", reads=_ROUTING, dense_layers=True, keys=_gating("sigmoid")),
+    Convention(architecture="dots1", reads=_ROUTING, dense_layers="first", keys=_gating("sigmoid")),
 )
 
 

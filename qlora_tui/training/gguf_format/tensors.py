@@ -18,14 +18,14 @@ from torch import Tensor
 from qlora_tui.errors import UserError
 from qlora_tui.training.gguf_format.architectures import EVERYWHERE, Change, Convention, Rewrite
 
-_OUTER_NAMES = ("model.language_model.", "language_model.model.", "model.text_model.", "backbone.", "model.")
-"""Prefixes of the text model's weights, the longest first; multimodal models have one of the first three."""
-_NOT_TEXT = re.compile(
-    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_audio|embed_vision)\."
-    r"|.*rotary_emb\.|mtp\."
-)
-"""Tensors that take no part in reading text: towers, tables that are computed, predictors of later tokens."""
-_OF_ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+\.weight)")
+_IN_TEXT_MODEL = re.compile(r"(.*\.)?(language_model|text_model)\.")
+"""The beginning of the names of the part of a composite model that reads text."""
+_OUTER_NAMES = ("backbone.", "transformer.", "model.")
+_NOT_READ = re.compile(r"(.*\.)?(rotary_emb|mtp)\.|(model\.)?(visual|vision_\w+|audio_\w+)\.")
+"""Tables that are computed, predictors of later tokens, and towers next to a text model without a name."""
+_OF_ONE = re.compile(r"(?P<holder>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>\w+\.weight)")
+"""A matrix of one of several experts."""
+_HEAD = "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -42,9 +42,12 @@ class SourceTensor:
 def gguf_tensors(tensors: Iterable[SourceTensor], convention: Convention, config: Any) -> list[SourceTensor]:
     """Return the tensors of the file. Raises UserError for one that the architecture lacks."""
     names = _Names(convention.architecture, config)
+    every = list(tensors)
+    of_text = [tensor for tensor in every if _IN_TEXT_MODEL.match(tensor.name)]
+    heads = [tensor for tensor in every if tensor.name.endswith(_HEAD) and tensor not in of_text]
     text = (
         replace(tensor, name=name)
-        for tensor in tensors
+        for tensor in ([*of_text, *heads] if of_text else every)
         if (name := text_name(tensor.name, config)) is not None
     )
     rules = (*convention.rewrites, *EVERYWHERE)
@@ -78,15 +81,15 @@ def _changed(tensor: SourceTensor, name: str, change: Change, config: Any) -> So
 def text_name(tensor: str, config: Any) -> str | None:
     """Return a tensor's name as in a text model; None for one that GGUF leaves out.
 
-    Left out are a tied head, which llama.cpp takes from the embedding, layers that predict later tokens, and
-    the parts of a multimodal model that do not read text.
+    Left out are a tied head, which llama.cpp takes from the embedding, and layers that predict later tokens.
     """
-    if _NOT_TEXT.match(tensor) or (tensor.endswith("lm_head.weight") and config.tie_word_embeddings):
+    if _NOT_READ.match(tensor) or (tensor.endswith(_HEAD) and config.tie_word_embeddings):
         return None
-    if tensor.endswith("lm_head.weight"):
-        return "lm_head.weight"
-    outer = next((prefix for prefix in _OUTER_NAMES if tensor.startswith(prefix)), "")
-    name = f"model.{tensor.removeprefix(outer)}"
+    inner = _IN_TEXT_MODEL.sub("", tensor)
+    if inner.endswith((_HEAD, "lm_head.bias")):
+        return inner[inner.index("lm_head") :]
+    outer = next((prefix for prefix in _OUTER_NAMES if inner.startswith(prefix)), "")
+    name = f"model.{inner.removeprefix(outer)}"
     layer = _LAYER.match(name)
     return None if layer and int(layer[1]) >= config.num_hidden_layers else name
 
@@ -138,11 +141,11 @@ def stack_experts(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
     stacks: dict[str, dict[int, SourceTensor]] = {}
     order: list[SourceTensor | str] = []
     for tensor in tensors:
-        match = _OF_ONE_EXPERT.fullmatch(tensor.name)
+        match = _OF_ONE.fullmatch(tensor.name)
         if match is None:
             order.append(tensor)
             continue
-        name = f"{match['experts']}.{match['projection']}"
+        name = f"{match['holder']}.{match['matrix']}"
         if name not in stacks:
             stacks[name] = {}
             order.append(name)
