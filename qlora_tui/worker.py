@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import json
 import os
 import selectors
 import signal
@@ -223,7 +224,8 @@ def _start(
     )
     assert child.stdin is not None
     with suppress(BrokenPipeError):
-        child.stdin.write(_encode(arguments) + b"\n")
+        plain = msgspec.to_builtins(arguments, enc_hook=_encode_path)
+        child.stdin.write(json.dumps(plain).encode() + b"\n")
         child.stdin.flush()
     return child
 
@@ -260,10 +262,6 @@ def _encode_path(value: object) -> bytes:
     if isinstance(value, Path):
         return os.fsencode(value)  # a name need not be UTF-8
     raise NotImplementedError(type(value))
-
-
-def _encode(value: object) -> bytes:
-    return msgspec.json.encode(value, enc_hook=_encode_path)
 
 
 def _decode(value: msgspec.Raw, kind: type[T]) -> T:
@@ -315,7 +313,7 @@ def main(job: str, *flags: str) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    messages.send(Result(msgspec.Raw(_encode(value))))
+    messages.send(Result(msgspec.Raw(msgspec.json.encode(value, enc_hook=_encode_path))))
     return 0
 
 
@@ -333,8 +331,11 @@ def _call(job: str, encoded: bytes, report: Report) -> Any:
     parameters = list(inspect.signature(function).parameters)
     hints = typing.get_type_hints(function)
     typed = [hints[parameter] for parameter in parameters if parameter != "report"]
-    given = msgspec.json.decode(encoded, type=list[msgspec.Raw])
-    arguments = [_decode(value, kind) for value, kind in zip(given, typed, strict=False)]
+    # By Python's own JSON: configs of models have infinite numbers, of which msgspec makes null.
+    given = json.loads(encoded)
+    arguments = [
+        msgspec.convert(value, kind, dec_hook=_decode_path) for value, kind in zip(given, typed, strict=False)
+    ]
     return function(*arguments, **({"report": report} if "report" in parameters else {}))
 
 

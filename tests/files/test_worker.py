@@ -23,11 +23,11 @@ pytestmark = pytest.mark.slow
 _HERE = "tests.files.test_worker"
 
 
-def double(number: int, path: Path, report: Report) -> tuple[int, str]:
+def double(number: int, path: Path, config: dict[str, Any], report: Report) -> tuple[int, str, str]:
     print("a library prints")
     report(1, 2, "half")
     report(2, 2)
-    return 2 * number, repr(path)
+    return 2 * number, repr(path), repr(config)
 
 
 def refuse() -> None:
@@ -55,7 +55,9 @@ def run(job: str, *arguments: object, **options: Any) -> Any:
 def test_a_job_returns_its_result_and_says_how_far_it_is() -> None:
     said: list[Progress] = []
     path = Path(os.fsdecode(b"/a\xff b"))
-    assert run("double", 3, path, result=tuple[int, str], on_progress=said.append) == (6, repr(path))
+    config = {"time_step_limit": [0.0, float("inf")], "name": "é\ud800"}
+    result = run("double", 3, path, config, result=tuple[int, str, str], on_progress=said.append)
+    assert result == (6, repr(path), repr(config))
     assert said == [Progress(1, 2, "half"), Progress(2, 2)]
 
 
