@@ -26,7 +26,7 @@ from qlora_tui.memory.execution import AttentionPath, Loss
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training import quantized_cache
-from qlora_tui.training.checks.base import head_matches_model, packing_is_isolated, require_causal
+from qlora_tui.training.checks.base import head_matches_model, packing_is_isolated
 from qlora_tui.training.clean_files import model_view, pin_publisher
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.description import architecture_of
@@ -429,7 +429,6 @@ def prepare_base(
     count = recipe.quantization.streamed_layers
     model = load_base(folder, recipe, device, attention_path, on_progress, to_host=count > 0)
     streamed = place_streamed(model, count, device.torch_device) if count else None
-    require_causal(model, device.torch_device)
     router_loss_off = _switch_off_router_loss(model)
     head = find_head(model)
     if not isinstance(head, str) and not head_matches_model(model, head, device.torch_device):

@@ -23,7 +23,7 @@ from qlora_tui.training import quantized_cache, replay
 from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, trained_parameters
 from qlora_tui.training.batches import plan_steps
 from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
-from qlora_tui.training.checks.first_step import verify_first_step
+from qlora_tui.training.checks.first_step import require_text_model, verify_first_step
 from qlora_tui.training.compute_device import choose_attention, versions
 from qlora_tui.training.fused.kernel_choice import find_kernels, kernel_remedy, refusal_of_kernels
 from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
@@ -323,6 +323,7 @@ def _verify(run: Run) -> None:
     """Compare the first step with transformers and peft, and leave out the fast paths that failed."""
     run.requests.raise_if_stop_requested()
     run.reporter.phase("probing", "the first step, against transformers and peft")
+    require_text_model(run)
     before, base = run.base, _keep_padding(run, verify_first_step(run))
     if base.replaced:
         run.meter.use(base, triton=run.meter.execution.triton)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.training.checks.attention import reference_logits, short_windows
 from qlora_tui.training.checks.compare import bitwise_equal, within_rounding
-from qlora_tui.training.checks.kernels import InstalledKernels
 from qlora_tui.training.experts.routing import Experts4bit
 from qlora_tui.training.failures import is_out_of_memory
 from qlora_tui.training.fused.patching import temporary_forwards
@@ -52,7 +51,7 @@ def require_causal(model: Any, device: torch.device) -> None:
     first, _, second = _tokens(model, device)
     end = first.shape[1]
     try:
-        with _eval_mode(model), InstalledKernels(model).off():
+        with _eval_mode(model):
             continued, changed = (
                 model(input_ids=torch.cat([first, after], dim=1), use_cache=False).logits
                 for after in (second, second.flip(1))

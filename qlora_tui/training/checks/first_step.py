@@ -26,6 +26,7 @@ from qlora_tui.training.batches import (
     longest_micro_batch,
     micro_batches,
 )
+from qlora_tui.training.checks.base import require_causal
 from qlora_tui.training.checks.kernels import InstalledKernels
 from qlora_tui.training.checks.step import (
     StepComparison,
@@ -133,6 +134,14 @@ class VerificationResult:
     """Fast paths that computed something else, now replaced by the library's code."""
     agrees: bool = True
     """Whether the step, with these paths replaced, agrees with the library's."""
+
+
+def require_text_model(run: Run) -> None:
+    """Raise UserError where the run's model, as the libraries compute it, does not continue text."""
+    paths = FastPaths(run.model, run.base)
+    paths.use(())
+    require_causal(run.base.model, run.device.torch_device)
+    paths.use(paths.names)
 
 
 def verify_first_step(run: Run) -> PreparedBase:

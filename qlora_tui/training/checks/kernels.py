@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import isfunction, unwrap
 from typing import Any
 
@@ -47,12 +45,3 @@ class InstalledKernels:
         """Call PyTorch instead."""
         for names, name, function in self._functions:
             names[name] = function.__wrapped__
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Call PyTorch inside."""
-        self.use_reference()
-        try:
-            yield
-        finally:
-            self.use_ours()
