@@ -129,18 +129,26 @@ def unread_frames_are_not_painted(request: pytest.FixtureRequest, monkeypatch: p
     ) -> Any:
         if simplify:
             return paint(self, full, screen_stack, simplify)
-        if self._dirty_regions:
-            painted.pop(self, None)
-        elif not full:
-            return None
         if full:
             if self not in painted:
                 painted[self] = paint(self, full, screen_stack)
             return painted[self]
+        if not self._dirty_regions:
+            return None
         self._dirty_regions.clear()
         return LayoutUpdate([], Region())
 
+    def paints_again(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(self: Compositor, *arguments: Any) -> Any:
+            painted.pop(self, None)
+            return change(self, *arguments)
+
+        return changed
+
     monkeypatch.setattr(Compositor, "render_update", render_update)
+    # Not when a region is dirty, which whoever paints a frame forgets.
+    for name in ("update_widgets", "reflow", "reflow_visible"):
+        monkeypatch.setattr(Compositor, name, paints_again(getattr(Compositor, name)))
 
 
 @pytest.fixture(autouse=True)

@@ -200,6 +200,19 @@ async def test_tokens_of_a_prompt_are_estimated_then_counted() -> None:
         await wait_for_text(pilot, "Message · 4 tokens")
 
 
+async def test_counting_tokens_does_not_start_an_unloaded_engine() -> None:
+    finished(ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "not loaded yet")
+        screen = chat_of(app)
+        engine = with_fake_engine(screen)
+        await pilot.press("i", *"one two")
+        screen.conversation.ready = None
+        await app.workers.wait_for_complete()
+        assert not engine.asked
+
+
 @pytest.mark.parametrize(("key", "text"), [("y", "The light turns."), ("Y", "A calm day.")])
 async def test_one_key_copies_the_last_answer(key: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(ADAPTER)

@@ -279,6 +279,9 @@ class ChatScreen(WorkScreen):
     @work(group="count", exclusive=True)
     async def _count_tokens(self, text: str) -> None:
         await asyncio.sleep(_COUNT_AFTER_S)
+        if self.conversation.ready is None:
+            # It was unloaded meanwhile, and asking would start the engine again.
+            return
         try:
             async for reply in self.conversation.engine.ask(CountTokens(text=text)):
                 if isinstance(reply, TokensCounted) and text == self.query_one(PromptBox).text:
