@@ -230,12 +230,27 @@ def _kinds_by_key_heads(without: str) -> Reader:
     def read(data: Metadata, config: Config) -> None:
         heads = data.value("attention.head_count_kv")
         layers: int = config["num_hidden_layers"]
-        if not isinstance(heads, tuple) or len(heads) < layers or len({*heads[:layers]} - {0}) > 1:
+        counts = heads[:layers] if isinstance(heads, tuple) else ()
+        if len(counts) < layers or not _are_counts(counts) or len({*counts} - {0}) > 1:
             raise data.problem(f"{data.architecture}.attention.head_count_kv is not a number a layer")
-        config["num_key_value_heads"] = max(heads[:layers]) or config["num_attention_heads"]
-        config["layer_types"] = ["full_attention" if each else without for each in heads[:layers]]
+        config["num_key_value_heads"] = max(counts) or config["num_attention_heads"]
+        config["layer_types"] = ["full_attention" if each else without for each in counts]
 
     return read
+
+
+def _are_counts(values: tuple[Any, ...]) -> bool:
+    """Whether all are whole numbers of at least zero."""
+    return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values)
+
+
+def _by_layer(data: Metadata, key: str, layers: int) -> tuple[int, ...]:
+    """Return a number for each layer, which may be one for all. Raises UserError."""
+    value = data.value(key)
+    values = value[:layers] if isinstance(value, tuple) else (value,) * layers
+    if len(values) < layers or not _are_counts(values):
+        raise data.problem(f"{data.architecture}.{key} is not a number a layer")
+    return values
 
 
 def _mamba2(data: Metadata, config: Config) -> None:
@@ -279,8 +294,7 @@ def _gemma4(data: Metadata, config: Config) -> None:
     config |= {"head_dim": sliding, "global_head_dim": full}
     _windows(period=6)(data, config)
     is_full = [kind == "full_attention" for kind in config["layer_types"]]
-    heads = data.value("attention.head_count_kv")
-    heads = heads[:layers] if isinstance(heads, tuple) and len(heads) >= layers else (heads,) * layers
+    heads = _by_layer(data, "attention.head_count_kv", layers)
     by_kind = [
         {count for count, kind in zip(heads, is_full, strict=True) if kind is each} for each in (False, True)
     ]
@@ -291,9 +305,8 @@ def _gemma4(data: Metadata, config: Config) -> None:
         config["num_global_key_value_heads"] = count
     first_full = is_full.index(True) if any(is_full) else 0
     config["attention_k_eq_v"] = any(is_full) and not data.has(f"blk.{first_full}.attn_v.weight")
-    widths = data.value("feed_forward_length")
-    widths = widths[:layers] if isinstance(widths, tuple) and len(widths) >= layers else (widths,) * layers
-    shared = data.count("attention.shared_kv_layers") or 0
+    widths = _by_layer(data, "feed_forward_length", layers)
+    shared = min(data.count("attention.shared_kv_layers") or 0, layers)
     config["num_kv_shared_layers"] = shared
     own, last = {*widths[: layers - shared]}, {*widths[layers - shared :]}
     if len(own) != 1 or len(last) > 1:
@@ -338,8 +351,7 @@ def _fixed_epsilon(data: Metadata, config: Config) -> None:
 
 def _dense_width(data: Metadata, config: Config) -> None:
     """Read the width of the first layers, which have no experts."""
-    widths = data.value("feed_forward_length")
-    config["intermediate_size"] = widths[0] if isinstance(widths, tuple) and widths else widths
+    config["intermediate_size"] = _by_layer(data, "feed_forward_length", config["num_hidden_layers"])[0]
 
 
 def _parallel_residual(data: Metadata, config: Config) -> None:
@@ -390,14 +402,15 @@ def _blocks(data: Metadata, config: Config) -> None:
         next((kind for part, kind in kinds.items() if data.has(f"blk.{layer}.{part}")), "mlp")
         for layer in layers
     ]
-    heads, widths = data.value("attention.head_count_kv"), data.value("feed_forward_length")
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    widths = widths if isinstance(widths, tuple) else (widths,)
-    if len({*heads} - {0, None}) > 1 or len({*widths} - {0, None}) > 1:
-        raise data.problem("the sizes of its layers of one kind differ")
-    config["num_key_value_heads"] = max((each or 0 for each in heads), default=0) or None
-    if width := max((each or 0 for each in widths), default=0):
-        config["intermediate_size"] = width
+    for key, config_field in (
+        ("attention.head_count_kv", "num_key_value_heads"),
+        ("feed_forward_length", "intermediate_size"),
+    ):
+        sizes = {0} if data.peek(key) is None else {*_by_layer(data, key, len(layers))}
+        if len(sizes - {0}) > 1:
+            raise data.problem(f"{data.architecture}.{key} differs between layers of one kind")
+        if size := max(sizes):
+            config[config_field] = size
     inner, count = data.count("ssm.inner_size"), data.count("ssm.time_step_rank")
     if inner is not None and count is not None:
         config |= {"mamba_num_heads": count, "mamba_head_dim": inner // count}

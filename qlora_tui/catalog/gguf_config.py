@@ -34,6 +34,15 @@ COUNTS: Mapping[str, str] = {
 """Keys of every architecture that count something, and the field that each one becomes."""
 _IGNORED = ("tensor_data_layout", "rope.scaling.finetuned")
 """Keys that change nothing that is computed."""
+_MAX_LAYERS = 1000
+_READ_BY_LLAMA_CPP = ("xielu.", "diffusion.", "adapter.", "clip.")
+"""Begins keys without the name of an architecture that llama.cpp reads. What publishers of files add besides
+has no effect."""
+_TOKENIZER = {
+    *("model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token"),
+    *("add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"),
+}
+"""Keys of tokenizers that are read, or change nothing for those that are read."""
 _CLOSE = 1e-4
 """Relative difference up to which a factor of Llama 3.1's scaling is what its parameters give."""
 
@@ -102,6 +111,11 @@ def _check_file(data: Metadata) -> None:
     kind = data.header.values.get("general.type", "model")
     if kind != "model":
         raise data.problem(f"it holds no model, but general.type {in_words(kind)!r}")
+    for key in (*data.header.values, *data.header.lengths):
+        part = key.removeprefix("tokenizer.ggml.")
+        is_known = part == key or part in _TOKENIZER or part.endswith("_token_id")
+        if key.startswith(_READ_BY_LLAMA_CPP) or not is_known:
+            raise data.problem(f"{key} is not understood", lost=True)
     model, pre = (data.header.values.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model is None:
         raise data.problem("it has no tokenizer (tokenizer.ggml.model)")
@@ -117,6 +131,10 @@ def _check_needed(data: Metadata, config: Config) -> None:
     for key in ("block_count", "embedding_length", "attention.head_count"):
         if COUNTS[key] not in config:
             raise data.problem(f"{COUNTS[key]} is missing ({data.architecture}.{key})")
+    if config["num_hidden_layers"] > _MAX_LAYERS:
+        raise data.problem(f"{data.architecture}.block_count is {config['num_hidden_layers']:,}")
+    if config["num_attention_heads"] > config["hidden_size"]:
+        raise data.problem(f"{data.architecture}.attention.head_count is more than embedding_length")
 
 
 def _read_heads(data: Metadata, config: Config, architecture: GgufArchitecture) -> None:
@@ -235,9 +253,9 @@ def _llama3(data: Metadata, factors: Mapping[str, Sequence[float]], base: float,
     over 1 / wavelength, whose two coefficients follow from the factors; ``low`` is 1 in all published models.
     """
     values = factors.get("rope_freqs.weight", ())
-    wavelengths = [2 * math.pi * base ** (2 * i / rotated) for i in range(rotated // 2)]
-    if len(values) != len(wavelengths) or not all(math.isfinite(v) and v >= 1 for v in values):
+    if len(values) != rotated // 2 or not all(math.isfinite(v) and v >= 1 for v in values):
         raise data.problem("rope_freqs.weight is not a factor of at least 1 for each frequency", lost=True)
+    wavelengths = [2 * math.pi * base ** (2 * i / rotated) for i in range(rotated // 2)]
     factor = shortest(max(values))
     if factor == 1:
         return {}
@@ -248,7 +266,7 @@ def _llama3(data: Metadata, factors: Mapping[str, Sequence[float]], base: float,
         if 1 + _CLOSE < value < factor * (1 - _CLOSE)
     ]
     candidates = [(1.0, 4.0, 8192)]
-    if len(points) > 1:
+    if len(points) > 1 and points[0][0] != points[-1][0]:
         (first_x, first_s), (last_x, last_s) = points[0], points[-1]
         slope = (first_s - last_s) / (first_x - last_x)
         shift = slope * first_x - first_s

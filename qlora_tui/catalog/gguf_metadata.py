@@ -48,6 +48,10 @@ class Metadata:
             raise self.problem(f"{name} is a list of {self.header.lengths[name]:,} texts or too many numbers")
         return self.header.values.get(name)
 
+    def peek(self, key: str) -> Any:
+        """Return the value as it is in the file, or None, without counting it as read."""
+        return self.header.values.get(f"{self.architecture}.{key}")
+
     def count(self, key: str) -> int | None:
         """Return a whole number above zero, or None. One for each layer must be the same everywhere."""
         value = self.value(key)
@@ -126,9 +130,9 @@ class Metadata:
 
 def shortest(value: float) -> float:
     """Return the number with the fewest digits that is the same in float32: 1e-05 for 9.99999974e-06."""
-    for digits in range(1, 10):
+    for digits in range(1, 10) if abs(value) < 3e38 else ():
         rounded = float(f"{value:.{digits}g}")
-        if abs(rounded) < 3e38 and struct.pack("<f", rounded) == struct.pack("<f", value):
+        if struct.pack("<f", rounded) == struct.pack("<f", value):
             return rounded
     return value
 

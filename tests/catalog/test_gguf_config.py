@@ -5,6 +5,7 @@ Facts about published models are those of their config.json on the Hub, keys tho
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,15 +13,19 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
+from gguf import Keys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qlora_tui.catalog.gguf import read_gguf
+from qlora_tui.catalog.gguf import GgufHeader, read_gguf
+from qlora_tui.catalog.gguf_architectures import ARCHITECTURES
 from qlora_tui.catalog.gguf_config import llama3_factor, to_hf_config
 from qlora_tui.catalog.gguf_metadata import shortest
 from qlora_tui.catalog.gguf_tokenizers import PRE_TOKENIZERS
 from qlora_tui.errors import UserError
 from tests.catalog.models import gguf_bytes, make_gguf
 
-EMBEDDING = {"token_embd.weight": (64, 512)}
+EMBEDDING: dict[str, tuple[int, ...]] = {"token_embd.weight": (64, 512)}
 HEAD = {"output.weight": (64, 512)}
 
 
@@ -325,6 +330,8 @@ def test_defaults_and_zeros_are_nothing_to_lose(tmp_path: Path) -> None:
         ({"tokenizer__ggml__model": "t5"}, "'t5'"),
         ({"tokenizer__ggml__model": "no_vocab"}, "'no_vocab'"),
         ({"split__count": 3}, "split.count is 3"),
+        ({"tokenizer__ggml__precompiled_charsmap": "x"}, "precompiled_charsmap"),
+        ({"xielu__alpha_n": [1, 2]}, "xielu.alpha_n"),
         ({"general__type": "adapter"}, "'adapter'"),
     ],
 )
@@ -332,6 +339,55 @@ def test_another_kind_of_file_or_tokenizer_is_refused(general: Any, named: str, 
     with pytest.raises(UserError) as caught:
         config_of(tmp_path, "llama", SMALL, **general)
     assert named in caught.value.what
+
+
+ODD = [
+    0,
+    1,
+    -1,
+    7,
+    1 << 40,
+    2.5,
+    1e300,
+    math.nan,
+    math.inf,
+    True,
+    "x",
+    "",
+    (),
+    (1, 2),
+    (2.5,),
+    (0, 0, 1),
+    (True,),
+]
+SUFFIXES = sorted(
+    value.removeprefix("{arch}.")
+    for group in (Keys.LLM, Keys.Attention, Keys.Rope, Keys.SSM, Keys.ShortConv)
+    for value in vars(group).values()
+    if isinstance(value, str) and value.startswith("{arch}.")
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    architecture=st.sampled_from(sorted(ARCHITECTURES)),
+    changes=st.dictionaries(st.sampled_from(SUFFIXES), st.sampled_from(ODD), max_size=6),
+    factors=st.sampled_from(
+        [{}, {"rope_freqs.weight": (1.0,) * 8}, {"rope_factors_long.weight": (math.nan,)}]
+    ),
+)
+def test_any_metadata_is_read_or_refused(
+    architecture: str, changes: dict[str, Any], factors: dict[str, tuple[float, ...]]
+) -> None:
+    values = {"general.architecture": architecture, "tokenizer.ggml.model": "llama"}
+    values |= {f"{architecture}.{key}": value for key, value in {**SMALL, **changes}.items()}
+    tensors: dict[str, tuple[int, ...]] = {name: (len(vector),) for name, vector in factors.items()}
+    try:
+        json.dumps(
+            to_hf_config(GgufHeader(values, {}, EMBEDDING | tensors, rope_factors=factors), Path("x.gguf"))
+        )
+    except UserError as refused:
+        assert "x.gguf" in refused.what
 
 
 def test_every_splitter_has_rules() -> None:

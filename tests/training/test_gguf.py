@@ -253,7 +253,8 @@ def rewritten(file: Path, target: Path, key: str, value: int) -> Path:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("llama.block_count", 900_000, "900,000 layers"),
+        ("llama.block_count", 900_000, "block_count is 900,000"),
+        ("llama.block_count", 900, "900 layers"),
         ("llama.block_count", 3, "no tensor blk.2."),
         ("llama.block_count", 1, "a tensor blk.1."),
         ("llama.embedding_length", 65_536, "token_embd.weight is"),
