@@ -34,7 +34,9 @@ class Terminal:
         columns: int = 80,
         rows: int = 24,
         env: Mapping[str, str] | None = None,
+        controls: bool = False,
     ) -> None:
+        """Start it; with ``controls`` the terminal's end is a signal for all of its session."""
         self.started = time.perf_counter()
         self._screen, side = pty.openpty()
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -45,6 +47,7 @@ class Terminal:
             stderr=side,
             env={**os.environ, "TERM": "xterm-256color", **(env or {})},
             start_new_session=True,
+            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if controls else None,
         )
         os.close(side)
         self.painted = bytearray()
@@ -62,7 +65,7 @@ class Terminal:
         self.hang_up()
 
     def hang_up(self) -> None:
-        """Close the terminal, without a signal: it is not the program's controlling terminal."""
+        """Close the terminal, like a lost connection."""
         if self._screen >= 0:
             os.close(self._screen)
         self._screen = -1

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import pty
-import struct
 import subprocess
 import sys
-import termios
-import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import pytest
 
+from bench.terminal import Terminal
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -26,47 +22,22 @@ from tests.support.polling import wait_for
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
-
-
-class Terminal:
-    """A program on its own terminal, 100 × 30; ``hang_up`` closes it like a lost connection."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._screen, side = pty.openpty()
-        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-        self.program = subprocess.Popen(
-            command,
-            stdin=side,
-            stdout=side,
-            stderr=side,
-            cwd=ROOT,
-            env=os.environ | {"TERM": "xterm-256color"},
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.close(side)
-        self.painted = b""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def shows(self, text: str) -> bool:
-        return text.encode() in self.painted
-
-    def press(self, keys: str) -> None:
-        os.write(self._screen, keys.encode())
-
-    def hang_up(self) -> None:
-        screen, self._screen = self._screen, -1
-        os.close(screen)
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError):
-            while self._screen >= 0:
-                self.painted += os.read(self._screen, 65536)
+T = TypeVar("T")
 
 
 def only_run() -> RunDir | None:
     runs = all_runs()
     return runs[0] if runs else None
+
+
+def reading(terminal: Terminal, what: Callable[[], T | None]) -> T:
+    """The first true value of ``what``; meanwhile the program can go on painting."""
+
+    def read_and_look() -> T | None:
+        terminal.read(0.0)
+        return what()
+
+    return wait_for(read_and_look, seconds=120)
 
 
 @pytest.mark.slow
@@ -75,16 +46,16 @@ def test_a_run_survives_its_terminal_and_reports_every_step(tiny_recipe: Recipe)
         replace_setting(tiny_recipe, "training.max_steps", STEPS), "training.epochs", 1000.0
     )
     Draft().save(Workbench(recipe, preset="cpu-demo"), replace=True)
-    terminal = Terminal([sys.executable, "-m", "qlora_tui"])
-    wait_for(lambda: terminal.shows("Train"), seconds=60, saying="the first frame")
-    terminal.press("5")
-    wait_for(lambda: terminal.shows("Launch"), seconds=30, saying="the Train screen")
-    terminal.press("t")
-    run = wait_for(only_run, seconds=30, saying="a run")
-    wait_for(lambda: read_status(run).step >= 3, seconds=120, saying="the third step")
-
-    terminal.hang_up()
-    terminal.program.wait(timeout=30)
+    command = [sys.executable, "-m", "qlora_tui"]
+    with Terminal(command, columns=100, rows=30, controls=True) as terminal:
+        terminal.wait_for("Train")
+        terminal.press("5")
+        terminal.wait_for("Launch")
+        terminal.press("t")
+        run = reading(terminal, only_run)
+        reading(terminal, lambda: read_status(run).step >= 3)
+        terminal.hang_up()
+        terminal.program.wait(timeout=30)
     status = read_status(run)
     assert status.state == "running"
     assert status.step < STEPS

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import html
-import re
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from textual.app import App
 from textual.content import Content
-from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -23,26 +17,10 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.chat.dialogs import PromptBox
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.turn import AdapterAnswer
+from tests.tui.screen_assertions import text_of, wait_until
 
 
-async def wait_until(pilot: Pilot[None], what: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Let the app run until ``what`` returns true."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            raise TimeoutError(screen_text(pilot.app))
-        await pilot.pause(0.1)
-
-
-def screen_text(app: App[Any]) -> str:
-    """What the screen shows, a line each, from the picture Textual makes of it."""
-    lines: dict[float, list[str]] = {}
-    for y, text in re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>([^<]*)</text>', app.export_screenshot()):
-        lines.setdefault(float(y), []).append(html.unescape(text).replace("\xa0", " "))
-    return "\n".join("".join(parts) for _, parts in sorted(lines.items()))
-
-
-def text_of(app: QloraApp, selector: str) -> str:
+def part_of(app: QloraApp, selector: str) -> str:
     shown = app.screen.query_one(selector, Static).visual
     return shown.plain if isinstance(shown, Content) else str(shown)
 
@@ -58,7 +36,7 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
 
         # Pick a model.
         await pilot.press("1")
-        await wait_until(pilot, lambda: "tiny-llama" in screen_text(app))
+        await wait_until(pilot, lambda: "tiny-llama" in text_of(app))
         await pilot.press("enter")
         await wait_until(pilot, lambda: recipe_of().model.id.endswith("tiny-llama"))
 
@@ -68,7 +46,7 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
         app.screen.query_one("#path-input", Input).value = str(conversations)
         await pilot.press("enter")
         await wait_until(pilot, lambda: recipe_of().data.sources)
-        await wait_until(pilot, lambda: "the fox is red" in text_of(app, "#sample"))
+        await wait_until(pilot, lambda: "the fox is red" in part_of(app, "#sample"))
 
         # Settings that train in a moment.
         for path, value in {
@@ -82,7 +60,7 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
 
         # See that it fits.
         await pilot.press("3")
-        await wait_until(pilot, lambda: "NF4" in text_of(app, "#bars") and "fits" in text_of(app, "#bars"))
+        await wait_until(pilot, lambda: "NF4" in part_of(app, "#bars") and "fits" in part_of(app, "#bars"))
 
         # Change what LoRA does: half the rank, and not every module.
         await pilot.press("4")
@@ -95,13 +73,13 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
 
         # Launch, and watch the loss come in.
         await pilot.press("5")
-        await wait_until(pilot, lambda: "Launch" in screen_text(app))
+        await wait_until(pilot, lambda: "Launch" in text_of(app))
         await pilot.press("t")
         await wait_until(pilot, all_runs)
         run: RunDir = all_runs()[0]
-        await wait_until(pilot, lambda: read_status(run).step > 0, seconds=120)
-        await wait_until(pilot, lambda: "step" in screen_text(app) and "loss" in screen_text(app))
-        await wait_until(pilot, lambda: read_status(run).state == "finished", seconds=120)
+        await wait_until(pilot, lambda: read_status(run).step > 0)
+        await wait_until(pilot, lambda: "step" in text_of(app) and "loss" in text_of(app))
+        await wait_until(pilot, lambda: read_status(run).state == "finished")
         view = RunView(run)
         view.refresh()
         assert view.evaluations[-1].loss is not None and view.evaluations[0].loss is not None
@@ -121,5 +99,4 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
         await wait_until(
             pilot,
             lambda: len(answers) == 2 and all(" tok" in str(one.border_title) for one in answers),
-            seconds=120,
         )

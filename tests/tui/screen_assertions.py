@@ -10,7 +10,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.pilot import Pilot
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 """A guard against waiting for ever, not a budget."""
 
 
@@ -49,7 +49,7 @@ async def wait_for_text(pilot: Pilot[Any], *texts: str) -> str:
         await pilot.pause(0.05)
 
 
-async def wait_until(pilot: Pilot[Any], condition: Callable[[], bool]) -> None:
+async def wait_until(pilot: Pilot[Any], condition: Callable[[], object]) -> None:
     """Let the app run until ``condition`` is true."""
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
