@@ -168,6 +168,8 @@ class Architecture(Struct, frozen=True):
     own_attention: bool = False
     """Whether the class has attention code of its own, not transformers' interface for it, so that all scores
     are computed (Falcon, Bloom)."""
+    own_norms: bool = False
+    """Whether its norms are LayerNorms that the class computes in steps in float32 (Cohere, OLMo)."""
 
     @property
     def expert_modules(self) -> tuple[LinearModule, ...]:

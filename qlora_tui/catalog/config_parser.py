@@ -259,6 +259,7 @@ def _assemble(
         parameters=tuple(expanded.parameters),
         attention_softcap=_softcap(fields, family, "attn_logit_softcapping", 50.0) is not None,
         own_attention=family.own_attention,
+        own_norms=family.own_norms,
     )
 
 

@@ -243,6 +243,8 @@ class Family:
     gated: bool = True
     own_attention: bool = False
     """Whether its attention is code of its own, which no kernel replaces."""
+    own_norms: bool = False
+    """Whether its norms are LayerNorms in code of its own, which no kernel replaces."""
     sizes: Mapping[str, SizeField] = field(default_factory=dict)
     """Sizes in addition to, or instead of, ``COMMON_SIZES``."""
     flags: Mapping[str, bool] = field(default_factory=dict)

@@ -187,12 +187,16 @@ class Rules:
     def norms(self, widths: Iterable[int]) -> Items:
         """Return what norms over inputs of these widths save."""
         layout = self._layout
+        if layout.architecture.own_norms:  # the deviation from the mean, which two steps save
+            return Items(activations=2 * FLOAT * self.tokens * sum(widths))
         size = self.hidden_size if self.own or layout.layer_norm else FLOAT
         return Items(activations=self.tokens * sum(width * size + FLOAT for width in widths))
 
     @property
     def norm_shares_input(self) -> bool:
         """Return whether a norm saves the hidden states themselves, not a copy in float32."""
+        if self._layout.architecture.own_norms:
+            return False
         return self.own or self._layout.layer_norm or self.hidden_size == FLOAT
 
     def norm_backward(self, width: int) -> Items:

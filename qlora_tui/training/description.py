@@ -232,6 +232,7 @@ class _Tree:
             head=OutputHead(self.head_name, width, rows, getattr(self.head, "bias", None) is not None, tied),
             parameters=tuple(parameters),
             attention_softcap=bool(self._value(("attn_logit_softcapping",), float)),
+            own_norms=any(_is_own_layer_norm(module) for module in self.modules.values()),
             own_attention=not hasattr(sys.modules[type(self.model).__module__], "ALL_ATTENTION_FUNCTIONS"),
         )
 
@@ -508,3 +509,7 @@ def _matrices(module: nn.Module, counts: set[int]) -> list[nn.Parameter]:
 def _first_int(module: nn.Module | None, *names: str) -> int | None:
     values = [getattr(module, name, None) for name in names]
     return next((value for value in values if type(value) is int), None)
+
+
+def _is_own_layer_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("LayerNorm") and not isinstance(module, nn.LayerNorm)

@@ -49,7 +49,7 @@ DEVICES = {
     "fixed segments": Device(expandable_segments=False),
     "a CPU": Device(kind="cpu"),
 }
-MOST_CALLS = 20_000
+MOST_CALLS = 30_000
 """Calls of functions in one estimate, in about 10 ms."""
 
 

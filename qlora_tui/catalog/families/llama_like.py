@@ -188,6 +188,7 @@ EXAONE4 = replace(
 
 COHERE = Family(
     model_types=("cohere",),
+    own_norms=True,
     layer=(
         *attention(),
         ParameterSpec("self_attn.q_norm.weight", ("heads", "head_dim"), "norm", "use_qk_norm"),
@@ -201,6 +202,7 @@ COHERE = Family(
 COHERE2 = replace(
     COHERE,
     model_types=("cohere2",),
+    own_norms=True,
     layer=(*attention(), *gated_mlp(), NormSpec("input_layernorm")),
     flags=ATTENTION_BIAS,
 )
