@@ -29,7 +29,7 @@ from qlora_tui.adapters.stored_layout import StoredLayout
 from qlora_tui.adapters.weight_files import read_tensor, stored_tensors, write_unpacked
 from qlora_tui.catalog.architecture_types import Architecture, inner_name
 from qlora_tui.catalog.model_validation import read_header
-from qlora_tui.memory.weights import quantized_experts
+from qlora_tui.memory.weights import quantized_experts, quantizes
 from qlora_tui.recipe.schema import Quantization, Recipe
 
 _STACKED = 3
@@ -163,7 +163,7 @@ def requantizer(architecture: Architecture, settings: Quantization) -> Requantiz
     if settings.method not in ("nf4", "fp4"):
         return None
     text = [module for module in architecture.modules if module.part != "vision"]
-    quantized = (inner_name(f"{module.name}.weight") for module in text if module.quantizable)
+    quantized = (inner_name(f"{module.name}.weight") for module in text if quantizes(settings, module))
     towers = (
         module.name.removeprefix("model.").partition(".")[0]
         for module in architecture.modules

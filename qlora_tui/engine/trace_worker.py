@@ -36,7 +36,14 @@ from qlora_tui.memory.recording import (
     step_moments,
 )
 from qlora_tui.memory.static_memory import CUBLAS_HANDLES, state_sizes, workspace_bytes
-from qlora_tui.memory.weights import SLOTS, moves, quantized_experts, round_to_block, streamed_weights
+from qlora_tui.memory.weights import (
+    SLOTS,
+    moves,
+    quantized_experts,
+    quantizes,
+    round_to_block,
+    streamed_weights,
+)
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceRequest
 from qlora_tui.training import packed_attention
@@ -424,7 +431,7 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
     """Insert bitsandbytes modules with packed weights and scales of the right sizes but no values."""
     method = recipe.quantization.method
     for module in architecture.modules:
-        if not module.quantizable:
+        if not quantizes(recipe.quantization, module):
             continue
         parent, _, leaf = module.name.rpartition(".")
         try:

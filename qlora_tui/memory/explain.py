@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
-from qlora_tui.memory.weights import expert_method
+from qlora_tui.memory.weights import expert_method, quantizes
 from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.schema import Recipe
 
@@ -84,8 +84,9 @@ def _weight_sentences(layout: Layout) -> dict[str, str]:
     recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
     itemsize = execution.residual_itemsize
     int8 = recipe.quantization.method == "int8"
+    quantized = sum(m.weight_params for m in architecture.modules if quantizes(recipe.quantization, m))
     return {
-        "weights": f"{_n(architecture.quantizable_params)} linear weights × {1 if int8 else 0.5} byte.",
+        "weights": f"{_n(quantized)} linear weights × {1 if int8 else 0.5} byte.",
         "scales": _scales_sentence(recipe),
         "linear": f"Linear weights and biases that stay unquantized × {itemsize} bytes.",
         "embedding": f"{_n(architecture.embedding_params)} weights × {itemsize} bytes; never quantized.",

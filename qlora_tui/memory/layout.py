@@ -13,7 +13,7 @@ from typing import Literal
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule, Parameter
 from qlora_tui.memory.execution import ExecutionConfig
-from qlora_tui.memory.weights import expert_method
+from qlora_tui.memory.weights import expert_method, quantizes
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import rank_of, resolve_targets
 
@@ -386,7 +386,7 @@ def _norm_widths(
 
 def _linear(module: LinearModule, recipe: Recipe, rank: int) -> Linear:
     """Return the module as the trainer holds it, with rank 0 where it is no target."""
-    method = recipe.quantization.method if module.quantizable else "none"
+    method = recipe.quantization.method if quantizes(recipe.quantization, module) else "none"
     dora = recipe.lora.use_dora and rank > 0
     owner = module.name.rpartition(".")[0].rpartition(".")[2]
     return _cached_linear(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from qlora_tui.formatting import format_bytes, join_words
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.worker import Progress, run_job
 
 NOTABLE_GAIN = 0.1
@@ -59,6 +59,11 @@ class Quality(Struct, frozen=True):
         return sum(each.kept_bytes for each in self.layers if each.layer in self.kept_layers)
 
     @property
+    def skip(self) -> str:
+        """Target pattern of these layers, for ``quantization.skip``."""
+        return f"{','.join(map(str, self.kept_layers))}.{ALL_LINEAR}"
+
+    @property
     def gain(self) -> float:
         """Share of the divergence that is gone with these layers in 16 bits."""
         whole = self.all_layers.divergence
@@ -105,7 +110,7 @@ def describe_quality(quality: Quality) -> list[str]:
         lines.append(
             f"With {'layers' if len(quality.kept_layers) > 1 else 'layer'} {names} in 16 bits (+"
             f"{format_bytes(quality.kept_bytes)}): {kept.changed:.1%} of the next tokens, "
-            f"KL {kept.divergence:.3g}."
+            f'KL {kept.divergence:.3g}. Set quantization.skip = ["{quality.skip}"].'
         )
     else:
         lines.append(f"No layer stands out: with {names} in 16 bits the KL is {kept.divergence:.3g}.")

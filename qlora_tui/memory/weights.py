@@ -20,6 +20,7 @@ from qlora_tui.catalog.architecture_types import Architecture, LinearModule, Par
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.recipe.schema import Quantization, Recipe
+from qlora_tui.recipe.targets import matches
 
 ALLOCATION_BYTES = 512
 """Granularity to which the CUDA caching allocator rounds blocks up (``kMinBlockSize``)."""
@@ -30,6 +31,11 @@ NESTED_BLOCK = 256
 CODE_BYTES = 16 * 4
 """The sixteen values of NF4 or FP4, stored by each module."""
 NESTED_CODE_BYTES = 256 * 4
+
+
+def quantizes(settings: Quantization, module: LinearModule) -> bool:
+    """Return whether a method of quantization changes this module's weight."""
+    return module.quantizable and not (settings.skip and matches(settings.skip, module))
 
 
 @lru_cache(maxsize=256)
@@ -118,14 +124,17 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
     kinds: dict[tuple[object, ...], tuple[LinearModule, int]] = {}
     for module in architecture.modules:
         is_vision = module.part == "vision"
-        key = (module.in_features, module.out_features, module.bias, module.quantizable, is_vision)
+        key = (
+            *(module.in_features, module.out_features, module.bias),
+            *(quantizes(recipe.quantization, module), is_vision),
+        )
         kinds[key] = (module, kinds[key][1] + 1 if key in kinds else 1)
     for module, count in kinds.values():
-        weights = module.weight_params
-        if module.quantizable and method in ("nf4", "fp4"):
+        weights, is_quantized = module.weight_params, quantizes(recipe.quantization, module)
+        if is_quantized and method in ("nf4", "fp4"):
             add("weights", count, -(-weights // 2))
             add("scales", count, *four_bit_scale_sizes(weights, nested))
-        elif module.quantizable and method == "int8":
+        elif is_quantized and method == "int8":
             add("weights", count, weights)
             add("scales", count, module.out_features * 4)
         else:

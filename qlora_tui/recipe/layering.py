@@ -172,7 +172,9 @@ def _parse_value(field: Field, raw: str) -> Any:
             return _parse_toml_value(raw) if raw[:1] in ("'", '"') else raw
         case "texts" if not raw.startswith("["):
             return (
-                targets.split_patterns(raw) if field.path == "lora.target_modules" else [_unquoted_text(raw)]
+                targets.split_patterns(raw)
+                if field.path in (targets.SETTINGS[0], targets.SKIP)
+                else [_unquoted_text(raw)]
             )
         case "numbers" if not raw.startswith("{"):
             pairs = [part.partition("=") for part in targets.split_patterns(raw) if part]

@@ -95,6 +95,15 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "Experts are most of a mixture's weights: half a byte each, or two.",
         ),
     ] = True
+    skip: Annotated[
+        tuple[str, ...],
+        _about(
+            "Skip",
+            "Linear modules that stay in 16 bits, by target pattern: o_proj, or all of some layers "
+            "(0,29.all-linear). estimate --quality names layers worth it.",
+            "Two bytes per weight of these modules.",
+        ),
+    ] = ()
     compute_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         _about(

@@ -31,7 +31,9 @@ from qlora_tui.recipe.aliases import did_you_mean
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora
 
 SETTINGS = ("lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern")
-"""Settings that hold patterns."""
+"""Settings of the adapter that hold patterns."""
+SKIP = "quantization.skip"
+"""Setting whose patterns name modules that stay in 16 bits."""
 _SYNTAX = "write all-linear, a module name (q_proj), layers and a name (8-23.q_proj), or a full module path"
 
 _PATTERN = re.compile(
@@ -110,12 +112,14 @@ def matches(patterns: Iterable[str], module: Module) -> bool:
     return any(_parse(pattern).matches(module) for pattern in patterns)
 
 
-def match_modules(patterns: Iterable[str], modules: Sequence[ModuleT]) -> list[ModuleT]:
+def match_modules(
+    patterns: Iterable[str], modules: Sequence[ModuleT], setting: str = SETTINGS[0]
+) -> list[ModuleT]:
     """Return the modules that the patterns match, in the model's order.
 
     Raises UserError if a pattern matches nothing: an unknown kind, or layers the model does not have.
     """
-    parsed = [_parse_matching(pattern, modules, SETTINGS[0]) for pattern in patterns]
+    parsed = [_parse_matching(pattern, modules, setting) for pattern in patterns]
     return [module for module in modules if any(pattern.matches(module) for pattern in parsed)]
 
 

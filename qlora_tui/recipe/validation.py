@@ -212,7 +212,7 @@ def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_Raw
         return
     if field.key in _PATHS and _is_too_long(value):
         yield key, path, f"{path} is too long for a path: {describe_value(value)}", ""
-    if field.path in targets.SETTINGS:
+    if field.path in (*targets.SETTINGS, targets.SKIP):
         for pattern in value:
             error_and_hint = targets.syntax_error(pattern)
             if error_and_hint:

@@ -30,7 +30,7 @@ from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
-from qlora_tui.recipe.targets import resolve_targets
+from qlora_tui.recipe.targets import SKIP, match_modules, resolve_targets
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.data_checks import check_data
 from qlora_tui.runs.exact_memory import trace_soon
@@ -166,6 +166,7 @@ def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
     """Report target patterns that match nothing, and trainable tokens missing from the tokenizer."""
     try:
         resolve_targets(recipe.lora, files.architecture.targets)
+        match_modules(recipe.quantization.skip, files.architecture.modules, SKIP)
         if files.gguf_file is None:
             check_tokens(recipe.lora.trainable_tokens, files.folder)
         if recipe.lora.init_from:

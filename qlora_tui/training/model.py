@@ -25,6 +25,7 @@ from qlora_tui.errors import UserError, first_line
 from qlora_tui.memory.execution import AttentionPath, Loss
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
+from qlora_tui.recipe.targets import SKIP, match_modules
 from qlora_tui.training import quantized_cache
 from qlora_tui.training.checks.base import head_matches_model, packing_is_isolated
 from qlora_tui.training.clean_files import model_view, pin_publisher
@@ -36,7 +37,7 @@ from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.length_scaled_rope import scale_each_sample
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.loss import ChunkedHead, LossSumFn, find_head, use_loss
-from qlora_tui.training.model_class import auto_class, read_config
+from qlora_tui.training.model_class import auto_class, build_on_meta, read_config
 from qlora_tui.training.packed_attention import PackedAttention, set_attention, use_packed_attention
 from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
 
@@ -105,7 +106,7 @@ def load_base(
     Raises:
         UserError: it cannot be loaded.
     """
-    quantization = _quantization_config(recipe.quantization, device)
+    quantization = _quantization_config(recipe.quantization, device, folder)
     stored = quantized_cache.cache_path(folder, recipe, device)
     quantizes_here: AbstractContextManager[None] = nullcontext()
     if to_host and device.kind == "cuda":
@@ -338,24 +339,40 @@ def apply_kept_layers(model: Any, count: int) -> bool:
     return True
 
 
-def _quantization_config(settings: Quantization, device: ComputeDevice) -> Any:
+def _quantization_config(settings: Quantization, device: ComputeDevice, folder: Path) -> Any:
     """The quantization config for transformers; None loads the weights as they are stored.
 
-    It has no list of modules to skip: transformers leaves out the head and tied weights, and
-    ``LinearSpec.quantizable`` of the catalog must say the same.
+    Without modules to skip, transformers leaves out the head and tied weights, and ``LinearSpec.quantizable``
+    of the catalog must say the same. Raises UserError where a pattern of ``skip`` matches nothing.
     """
     from transformers import BitsAndBytesConfig
 
+    skipped = _skipped_modules(settings, folder)
     if settings.method in ("nf4", "fp4"):
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type=settings.method,
             bnb_4bit_use_double_quant=settings.double_quantization,
             bnb_4bit_compute_dtype=device.dtype,
+            llm_int8_skip_modules=skipped,
         )
     if settings.method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_8bit=True, llm_int8_skip_modules=skipped
+        )
     return None
+
+
+def _skipped_modules(settings: Quantization, folder: Path) -> list[str] | None:
+    """The names of all modules that stay in 16 bits; None leaves them to transformers."""
+    if not settings.skip:
+        return None
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    config = load_config(folder / "config.json")
+    skipped = match_modules(settings.skip, architecture_of(config).modules, SKIP)
+    # A list replaces what transformers leaves out by itself.
+    return [*get_keys_to_not_convert(build_on_meta(config)), *(module.name for module in skipped)]
 
 
 _FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {

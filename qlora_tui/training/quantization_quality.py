@@ -28,6 +28,7 @@ from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.memory.quality import Difference, LayerError, Quality
+from qlora_tui.memory.weights import quantized_experts, quantizes
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.model import freeze, load_mapped
@@ -106,10 +107,9 @@ def compare_layers(
     streamed.on_layer = on_layer
     with torch.inference_mode():
         reference = streamed.hidden_states(rows, measures_layers=True)
-        quantized = streamed.hidden_states(rows, quantizes=range(len(streamed.layers)))
+        quantized = streamed.hidden_states(rows)
         kept = streamed.worst_layers(max(1, len(streamed.layers) // _KEPT_SHARE))
-        others = set(range(len(streamed.layers))) - set(kept)
-        with_kept = streamed.hidden_states(rows, quantizes=others)
+        with_kept = streamed.hidden_states(rows, kept=kept)
         return Quality(
             method=settings.method,
             rows=len(rows),
@@ -158,15 +158,23 @@ class StreamedModel:
         """Most bytes of layers' weights that were on the device at once."""
         self.on_layer: Callable[[], None] = lambda: None
         self._errors: dict[int, float] = {}
-        self._quantized: Collection[int] = ()
+        self._kept: Collection[int] = ()
         self._measures = False
         self._mask: Tensor | None = None
         self._output: Any = None
         """What the decoder returned last, with what its model reads besides the hidden states."""
-        names = {inner_name(f"{module.name}.weight") for module in architecture.modules if module.quantizable}
-        if settings.experts and settings.method != "int8":
-            names |= {inner_name(each.name) for each in architecture.parameters if each.is_expert_matrices}
-        wanted = {id(p) for name, p in model.named_parameters() if inner_name(name) in names}
+        names = {
+            inner_name(f"{module.name}.weight")
+            for module in architecture.modules
+            if quantizes(settings, module)
+        }
+        experts = {inner_name(each.name) for each in architecture.parameters if each.is_expert_matrices}
+        if quantized_experts(settings, architecture) == "none":
+            experts = set()
+        named = {inner_name(name): p for name, p in model.named_parameters()}
+        wanted = {id(named[name]) for name in names | experts if name in named}
+        self._experts = {id(named[name]) for name in experts if name in named}
+        """Experts, which ``quantization.skip`` does not leave in 16 bits."""
         self._names = [
             frozenset(name for name, p in layer.named_parameters() if id(p) in wanted)
             for layer in self.layers
@@ -196,11 +204,9 @@ class StreamedModel:
                         changed = _hidden(library_forward(*args, **kwargs))
                     output = library_forward(*args, **kwargs)
                     self._errors[number] = self._error(_hidden(output), changed)
-                elif number in self._quantized:
-                    with self._as_quantized(number, layer):
-                        output = library_forward(*args, **kwargs)
                 else:
-                    output = library_forward(*args, **kwargs)
+                    with self._as_quantized(number, layer, only_experts=number in self._kept):
+                        output = library_forward(*args, **kwargs)
             self.on_layer()
             return output
 
@@ -220,9 +226,13 @@ class StreamedModel:
                 parameter.data = data
 
     @contextmanager
-    def _as_quantized(self, number: int, layer: nn.Module) -> Iterator[None]:
+    def _as_quantized(self, number: int, layer: nn.Module, *, only_experts: bool = False) -> Iterator[None]:
         """Let the layer, whose weights are on the device, compute with quantized weights."""
-        weights = {name: p for name, p in layer.named_parameters() if name in self._names[number]}
+        weights = {
+            name: p
+            for name, p in layer.named_parameters()
+            if name in self._names[number] and (not only_experts or id(p) in self._experts)
+        }
         whole = {name: parameter.data for name, parameter in weights.items()}
         modules = [layer.get_submodule(name.rpartition(".")[0]) for name in weights]
         try:
@@ -252,16 +262,16 @@ class StreamedModel:
         return float(shares.flatten()[self._mask].mean()) if self._mask is not None else float(shares.mean())
 
     def hidden_states(
-        self, rows: list[Row], *, quantizes: Collection[int] = (), measures_layers: bool = False
+        self, rows: list[Row], *, kept: Collection[int] = (), measures_layers: bool = False
     ) -> Tensor:
         """Return the last hidden states at the places of all rows, (places, hidden size).
 
         Args:
             rows: padded to the longest of them.
-            quantizes: layers that run quantized.
-            measures_layers: also compute the error of each layer on the inputs of the 16-bit model.
+            kept: layers whose linear modules stay in 16 bits.
+            measures_layers: run the 16-bit model, and compute the error of each layer on its inputs.
         """
-        self._quantized, self._measures = quantizes, measures_layers
+        self._kept, self._measures = kept, measures_layers
         device, longest = self._device.torch_device, max(len(row.token_ids) for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -288,7 +298,11 @@ class StreamedModel:
 
     def _kept_bytes(self, number: int) -> int:
         parameters = dict(self.layers[number].named_parameters())
-        weights = sum(parameters[name].numel() for name in self._names[number])
+        weights = sum(
+            parameters[name].numel()
+            for name in self._names[number]
+            if id(parameters[name]) not in self._experts
+        )
         bits = 8 if self._settings.method == "int8" else 4.127 if self._settings.double_quantization else 4.5
         return round(weights * (16 - bits) / 8)
 

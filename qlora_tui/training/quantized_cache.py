@@ -73,6 +73,7 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
         "dtype": device.dtype_name,
         "device": device.kind,
         "versions": [version(name) for name in _LIBRARIES],
+        **({"skip": recipe.quantization.skip} if recipe.quantization.skip else {}),
         **({"experts": _EXPERT_FORMAT} if quantizes_experts(folder, recipe) else {}),
     }
     return quantized_dir() / cache_name(recipe, state, recipe.quantization.method)

@@ -55,7 +55,7 @@ def values(field: Field) -> st.SearchStrategy[Any]:
         case "text":
             return st.text(min_size=field.min_length, max_size=field.max_length or 30)
         case "texts":
-            items = patterns if field.key == "target_modules" else st.text(max_size=20)
+            items = patterns if field.key in ("target_modules", "skip") else st.text(max_size=20)
             return st.lists(items, min_size=field.min_length, max_size=4).map(tuple)
         case "tables":
             return st.lists(sources(), max_size=3).map(tuple)

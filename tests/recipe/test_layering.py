@@ -109,7 +109,8 @@ def test_a_set_value_needs_no_quotes(argument: str, value: Any) -> None:
         (
             "quantization=nf4",
             "quantization is a section, not a setting\n  Name one of quantization.method, "
-            "quantization.double_quantization, quantization.experts, quantization.compute_dtype, "
+            "quantization.double_quantization, quantization.experts, quantization.skip, "
+            "quantization.compute_dtype, "
             "quantization.streamed_layers",
         ),
         ("data.packing=True", 'data.packing must be true or false, not "True"\n  Write true'),

@@ -18,7 +18,7 @@ from qlora_tui.memory.quality import NOTABLE_GAIN, Quality, describe_quality, me
 from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source
 from qlora_tui.training import quantization_quality
 from qlora_tui.training.compute_device import find_device
-from qlora_tui.training.model import load_mapped
+from qlora_tui.training.model import load_base, load_mapped
 from qlora_tui.training.quantization_quality import StreamedModel, compare_layers, four_bit_and_back
 from qlora_tui.training.samples import Sample, SampleList
 from qlora_tui.training.selftest import write_random_model
@@ -114,6 +114,9 @@ def test_a_layer_with_outliers_is_named(method: Any, tmp_path: Path) -> None:
     assert quality.kept_layers == (2,) and quality.kept_bytes > 0
     if method == "nf4":
         assert quality.gain > NOTABLE_GAIN and "With layer 2 in 16 bits" in describe_quality(quality)[-1]
+        # What is taken over into a recipe is what was measured.
+        skipping = measured(tmp_path, Quantization(skip=(quality.skip,)))
+        assert skipping.all_layers.divergence == pytest.approx(quality.with_kept.divergence, rel=1e-4)
 
 
 def test_it_runs_in_a_child_that_can_be_stopped(tmp_path: Path) -> None:
@@ -147,3 +150,20 @@ def test_a_quantization_that_changes_nothing_is_said_to_change_nothing(tmp_path:
             parameter.copy_(parameter.sign() * 0.5) if parameter.dim() == 2 else None
     quality = measured(saved(model, tmp_path), Quantization(double_quantization=False))
     assert quality.all_layers.divergence < 1e-6 and quality.all_layers.changed == 0
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_skipped_modules_are_loaded_in_16_bits(method: Any, tmp_path: Path) -> None:
+    model = build("llama", num_hidden_layers=12, tie_word_embeddings=False)
+    folder = saved(model, tmp_path)
+    settings = Quantization(method=method, skip=("1.all-linear", "o_proj"))
+    recipe = Recipe(model=Model(id=str(folder)), quantization=settings)
+    device = find_device(recipe)
+    loaded = load_base(folder, recipe, device, "segments")
+    plain = {name for name, module in loaded.named_modules() if type(module) is torch.nn.Linear}
+    modules = resolve_model(str(folder)).architecture.modules
+    assert plain == {"lm_head", *(m.name for m in modules if m.layer == 1 or m.kind == "o_proj")}
+    layer = loaded.model.layers[1].mlp.down_proj.weight
+    assert torch.equal(layer.float(), model.model.layers[1].mlp.down_proj.weight.to(device.dtype).float())
+    with pytest.raises(UserError, match=r'quantization\.skip has "k2_proj"'):
+        load_base(folder, replace(recipe, quantization=Quantization(skip=("k2_proj",))), device, "segments")

@@ -33,7 +33,7 @@ from qlora_tui.tui.widgets.line_widgets import LineView, render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """The home row first."""
-_SEPARATORS = {"lora.target_modules": ", ", "model_folders": ":"}
+_SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _TEXT_SEPARATOR = " | "
 """Between the items of another list of texts while it is edited."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import Event
 from typing import ClassVar
 
@@ -13,22 +13,25 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.memory.quality import Quality, measure_in_child
+from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.widgets.controls import ViScroll
 from qlora_tui.worker import JobStopped, Progress
 
 
-class QualityScreen(ModalScreen[None]):
-    """The result of a measurement, in sentences."""
+class QualityScreen(ModalScreen[bool]):
+    """The result of a measurement, in sentences. Returns whether to leave the worst layers in 16 bits."""
 
     CSS_PATH = "../modals/modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("k", "dismiss(True)", "Keep these layers in 16 bits"),
+        Binding("escape,q", "dismiss(False)", "Close"),
+    ]
 
-    def __init__(self, sentences: Sequence[str]) -> None:
+    def __init__(self, quality: Quality) -> None:
         super().__init__()
-        self._sentences = sentences
+        self._sentences = describe_quality(quality)
 
     def compose(self) -> ComposeResult:
         with ViScroll(classes="dialog") as dialog:

@@ -20,7 +20,6 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
-from qlora_tui.memory.quality import describe_quality
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, stored_trace, trace_step
@@ -242,8 +241,9 @@ class MemoryScreen(WorkScreen):
         except UserError as problem:
             self.qlora_app.show_error(problem)
             return
-        if quality is not None:
-            self.app.push_screen(QualityScreen(describe_quality(quality)))
+        if quality is not None and await self.app.push_screen_wait(QualityScreen(quality)):
+            skipped = self.qlora_app.workbench.recipe.quantization.skip
+            self.qlora_app.edit("quantization.skip", tuple(dict.fromkeys((*skipped, quality.skip))))
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
