@@ -118,8 +118,11 @@ def run(args: argparse.Namespace) -> CommandResult:
             "GiB. Choose a smaller model or a larger GPU."
         )
     lines += [f"note: {note}" for note in estimate.notes]
-    if not estimate.exact:
-        lines.append("note: --exact runs a step of the model without its weights, in seconds")
+    is_clear = check_fit(estimate, budget.bytes).word in ("fits", "does not fit")
+    if trace is None and not (estimate.exact and is_clear):
+        lines.append(
+            "note: --exact runs a step of the model without its weights, in seconds, and narrows the range"
+        )
     lines += [f"warning: {warning}" for warning in data["warnings"]]
     quality = _measured_quality(recipe) if args.quality else None
     data["quality"] = quality and msgspec.to_builtins(quality)

@@ -248,6 +248,14 @@ def test_rows_of_a_folder_are_named_with_their_file(call: Call, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_trainers")
+@pytest.mark.parametrize(("gib", "is_offered"), [("24", False), ("6.4", True), ("2", False)])
+def test_the_exact_estimate_is_offered_where_the_limit_is_close(
+    call: Call, gib: str, is_offered: bool
+) -> None:
+    model = str(CONFIGS / "Qwen__Qwen2.5-7B.json")
+    assert ("--exact" in call("estimate", "--model", model, "--gpu-gib", gib).out) == is_offered
+
+
 def test_a_step_that_is_uncertain_is_traced_on_request(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     estimated = "estimate", "--model", str(CONFIGS / "LiquidAI__LFM2-350M.json"), "--gpu-gib", "24"
     with monkeypatch.context() as patch:

@@ -78,7 +78,7 @@ class MemoryScreen(WorkScreen):
         "kept. With auto, the bars show every layer recomputed, which is what the run needs. As many "
         "layers as fit in the memory left keep their activations, which is faster: the run uses more then.\n"
         "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
-        "only a part of the range fits.\n"
+        "only a part of the range fits; the exact estimate narrows it, and the run tests its largest batch.\n"
         "{memory.quality} runs rows of your data through the base in 16 bits and as the recipe quantizes it, "
         "a layer in memory at a time, and says how many next tokens change and which layers change most.\n"
         "To see the estimate for another GPU, press {app.assume_gpu} and type its memory, or start the app "
