@@ -38,6 +38,8 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self.items: list[str] = [""]
         """What each storage is, by its number."""
         self.marks: list[Mark] = []
+        self.copied_from: dict[int, int] = {}
+        """The tensor, by its id, that a storage was last filled from together with others."""
         self.live_bytes = 0
         self.peak_bytes = 0
         self._vocabulary, self._tokens, self._device = vocabulary, tokens, device
@@ -77,6 +79,9 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         for given in self._unknown((args, kwargs)):
             self._watch(given, 0, "")
         name = str(func)
+        if name.startswith("aten._foreach_copy_"):
+            for target, source in zip(args[0], args[1], strict=True):
+                self.copied_from[self.number_of(target)] = id(source)
         workspace = self._workspace(name, args, kwargs)
         result = func(*args, **(kwargs or {}))
         for output in self._unknown(result):

@@ -12,18 +12,27 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.engine.device_kernels import compute_dtype, kernels_of, liger_loss
 from qlora_tui.engine.recorder import StorageRecorder
+from qlora_tui.engine.repeated_layers import (
+    Repetition,
+    find_repetition,
+    layer_kinds,
+    repeat_step,
+    shortened,
+)
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE
@@ -76,27 +85,113 @@ def trace(request: TraceRequest) -> StepTrace:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A model without weights, and what it allocated."""
+    """What a model without weights allocated."""
 
-    model: Any
     weights: tuple[LoadedWeight, ...]
-    """The frozen weights on the device, in the model's order."""
+    """The frozen weights, in the model's order."""
+    frozen: Counter[str]
+    """Their bytes by item."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shape of each trained tensor."""
     steps: tuple[MicroStep, ...]
     """The first micro-step, and one that adds to its gradients where a step has several."""
+    mixers: tuple[str, ...]
+    """Classes of layers with a convolution: recurrent ones, for which a GPU has other kernels."""
 
 
 def record(request: TraceRequest) -> Recorded:
-    """Build the model and run one or two micro-steps."""
+    """Build the model and run one or two micro-steps; equal layers are built only as often as is needed."""
     gc.collect()
     gc.freeze()  # What is there already is left out of later collections.
+    architecture = architecture_of(request.config)
+    repetition = None
+    if not request.execution.kept_layers:
+        repetition = find_repetition(layer_kinds(request.config, architecture, request.recipe))
     with kernels_of(request.execution):
-        model, weights = build(request)
-        model.train()
-        count = 2 if request.execution.accumulates else 1
-        return Recorded(model, weights, tuple(record_micro_step(model, request) for _ in range(count)))
+        if repetition is not None:
+            config = shortened(request.config, repetition.built)
+            short = structs.replace(request, config=config)
+            recorded = _record(short, architecture_of(config), repetition)
+            if recorded is not None:
+                return recorded
+        recorded = _record(request, architecture, None)
+        assert recorded is not None
+        return recorded
 
 
-def record_micro_step(model: Any, request: TraceRequest) -> MicroStep:
+def _record(
+    request: TraceRequest, architecture: Architecture, repetition: Repetition | None
+) -> Recorded | None:
+    """Record a model; None where what its layers allocate does not repeat."""
+    model, weights = build(request, architecture)
+    model.train()
+    layers, count = _layers(model), 2 if request.execution.accumulates else 1
+    numbers = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
+    names = {id(module): name for name, module in model.get_base_model().named_modules()}
+    prefixes = [f"{names[id(layer)]}." for layer in layers]
+    trained = [
+        _Trained(name, id(p), tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad
+    ]
+    layer_of_copy = {each.id: _layer_in(each.name, prefixes) for each in trained}
+    steps = [record_micro_step(model, request, layer_of_copy) for _ in range(count)]
+    frozen = Counter[str]()
+    for module, items in frozen_items(model):
+        is_repeated = repetition is not None and repetition.repeats(numbers.get(id(module)))
+        for _ in range(repetition.times + 1 if is_repeated and repetition is not None else 1):
+            frozen.update(items)
+    shapes = [(_layer_in(each.name, prefixes), each.shape) for each in trained]
+    if repetition is not None:
+        if len(layers) != repetition.built:
+            return None
+        repeated = [repeat_step(step, repetition) for step in steps]
+        steps = [step for step in repeated if step is not None]
+        if len(steps) < count:
+            return None
+        weights = tuple(_weights_of_all(weights, prefixes, repetition))
+        shapes = repetition.spread(shapes, lambda each: each[0], lambda each, layer: (layer, each[1]))
+    mixers = {
+        type(module).__name__
+        for layer in layers
+        for module in layer.modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children())
+    }
+    return Recorded(
+        weights,
+        frozen,
+        tuple(shape for _, shape in shapes),
+        tuple(steps),
+        tuple(sorted(mixers)),
+    )
+
+
+class _Trained(NamedTuple):
+    name: str
+    id: int
+    shape: tuple[int, ...]
+
+
+def _layer_in(name: str, prefixes: Sequence[str]) -> int | None:
+    """Return the layer whose parameter has this name."""
+    return next((layer for layer, prefix in enumerate(prefixes) if prefix in name), None)
+
+
+def _weights_of_all(
+    weights: Sequence[LoadedWeight], prefixes: Sequence[str], repetition: Repetition
+) -> list[LoadedWeight]:
+    """Return the weights of the whole model."""
+    parent = prefixes[0][:-1].rpartition(".")[0]
+
+    def moved(weight: LoadedWeight, layer: int) -> LoadedWeight:
+        built = _layer_in(weight.name, prefixes)
+        assert built is not None
+        return replace(weight, name=f"{parent}.{layer}.{weight.name[len(prefixes[built]) :]}")
+
+    return repetition.spread(weights, lambda weight: _layer_in(weight.name, prefixes), moved)
+
+
+def record_micro_step(
+    model: Any, request: TraceRequest, layer_of_copy: Mapping[int, int | None]
+) -> MicroStep:
     """Run forward and backward of one micro-batch; the gradients stay."""
     execution, recipe = request.execution, request.recipe
     base = model.get_base_model()
@@ -126,7 +221,16 @@ def record_micro_step(model: Any, request: TraceRequest) -> MicroStep:
             recorder.relabel(parameter.grad, "gradients")
             gradients.add(recorder.number_of(parameter.grad))
     step = MicroStep(
-        tuple(recorder.events), recorder.items, tuple(recorder.marks), backward_at, frozenset(gradients)
+        tuple(recorder.events),
+        recorder.items,
+        tuple(recorder.marks),
+        backward_at,
+        frozenset(gradients),
+        {
+            number: layer
+            for number, source in recorder.copied_from.items()
+            if (layer := layer_of_copy.get(source)) is not None
+        },
     )
     for number in step.lasting - step.gradients:
         recorder.items[number] = "adapter"  # its copies in the compute dtype
@@ -192,11 +296,11 @@ def _layers(model: Any) -> list[nn.Module]:
 def trace_request(request: TraceRequest) -> StepTrace:
     """Build the model on ``meta``, run a step, and put it through the allocator."""
     recorded = record(request)
-    recipe, execution, model = request.recipe, request.execution, recorded.model
-    shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+    recipe, execution, shapes = request.recipe, request.execution, recorded.shapes
+    architecture = architecture_of(request.config)
     inputs = [round_to_block(recipe.rows_per_pass * recipe.data.max_length * INDEX_BYTES)] * BATCH_TENSORS
     adapters = 2 if recipe.keeps_starting_adapter else 1
-    resident = Counter(frozen_items(model))
+    resident = Counter(recorded.frozen)
     slots: list[int] = []
     streamed = streamed_weights(recipe, architecture_of(request.config), execution)
     if streamed is not None:
@@ -213,8 +317,9 @@ def trace_request(request: TraceRequest) -> StepTrace:
     pool = None
     if execution.device == "cuda":
         resident["workspace"] = CUBLAS_HANDLES * workspace_bytes(execution)
+        in_host_memory = moves(architecture, recipe)
         pool = run_pool(
-            recorded.weights,
+            [weight for weight in recorded.weights if weight.name not in in_host_memory],
             recorded.steps,
             shapes,
             inputs,
@@ -229,29 +334,18 @@ def trace_request(request: TraceRequest) -> StepTrace:
         resident=dict(+resident),
         moments=(*step_moments(recorded.steps), optimizer_moment(shapes, copies, execution)),
         pool=pool,
-        uncertain=_other_kernels(model),
+        uncertain=recorded.mixers,
     )
 
 
-def _other_kernels(model: Any) -> tuple[str, ...]:
-    """Return the classes of layers with a convolution: recurrent ones, for which a GPU has other kernels."""
-    mixers = {
-        type(module).__name__
-        for layer in _layers(model)
-        for module in layer.modules()
-        if any(isinstance(child, nn.Conv1d) for child in module.children())
-    }
-    return tuple(sorted(mixers))
-
-
-def frozen_items(model: Any) -> Counter[str]:
-    """Return the bytes of the frozen weights under the keys of :data:`.static_memory.FROZEN`."""
+def frozen_items(model: Any) -> Iterator[tuple[nn.Module, Counter[str]]]:
+    """Yield modules with the bytes of their frozen weights, by the keys of :data:`.static_memory.FROZEN`."""
     base = model.get_base_model()
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     of_text = set(decoder.modules()) | set(head.modules())
-    items: Counter[str] = Counter()
     seen: set[int] = set()
     for module in model.modules():
+        items: Counter[str] = Counter()
         tensors = [*module.parameters(recurse=False)]
         if isinstance(module, Experts4bit):
             tensors += module.buffers(recurse=False)
@@ -259,13 +353,14 @@ def frozen_items(model: Any) -> Counter[str]:
             if tensor.requires_grad or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            item = _item_of(module, tensor, decoder, head)
-            items["vision" if module not in of_text and item != "scales" else item] += _size(tensor)
+            item = _item_of(module, tensor, head)
+            items[item if module in of_text else "vision"] += _size(tensor)
             items["scales"] += sum(map(round_to_block, _scale_sizes(tensor)))
-    return items
+        if items:
+            yield module, items
 
 
-def _item_of(module: nn.Module, tensor: Tensor, decoder: nn.Module, head: nn.Module) -> str:
+def _item_of(module: nn.Module, tensor: Tensor, head: nn.Module) -> str:
     if isinstance(module, Experts4bit) or tensor.dim() == _EXPERT_DIMENSIONS:
         return "experts"
     if isinstance(module, nn.Embedding):
@@ -309,10 +404,9 @@ def _scale_sizes(tensor: Tensor) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def build(request: TraceRequest) -> tuple[Any, tuple[LoadedWeight, ...]]:
+def build(request: TraceRequest, architecture: Architecture) -> tuple[Any, tuple[LoadedWeight, ...]]:
     """Build the model of the run with its adapter, without weights; return it and what is loaded for it."""
     execution, recipe = request.execution, request.recipe
-    architecture = architecture_of(request.config)
     dtype = compute_dtype(execution)
     attention = "eager" if execution.attention == "eager" else "sdpa"
     model = build_on_meta(request.config, dtype=dtype, attention=attention)
@@ -324,8 +418,6 @@ def build(request: TraceRequest) -> tuple[Any, tuple[LoadedWeight, ...]]:
     if packs_experts:
         replace_experts(model, method, nested=recipe.quantization.double_quantization)
     weights = loaded_weights(model, counts)
-    in_host_memory = moves(architecture, recipe) if execution.device == "cuda" else frozenset()
-    weights = tuple(weight for weight in weights if weight.name not in in_host_memory)
     prepare = _as_trainer if execution.own_fused else _as_peft
     return prepare(model, request, architecture), weights
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 
@@ -70,6 +70,8 @@ class MicroStep:
     """Number of events before the backward."""
     gradients: frozenset[int]
     """Storages of the gradients that it leaves."""
+    layers: Mapping[int, int] = field(default_factory=dict)
+    """Layer of each copy of adapter weights that is made before the layers."""
 
     @property
     def lasting(self) -> frozenset[int]:

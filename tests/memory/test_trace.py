@@ -162,6 +162,30 @@ def test_a_tensor_saved_without_need_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "layers"), [("Qwen 3", 9), ("gpt-oss", 13), ("DeepSeek-V2", 10)])
+def test_repeated_layers_take_what_all_of_them_take(
+    family: str, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_tui.engine import trace_worker
+
+    config, recipe = cut_config(family, layers), recipe_of(Case(family, length=256))
+    recipe = replace_setting(recipe, "training.gradient_accumulation", 2)
+    recorded = trace_worker._record
+    built: list[Any] = []
+
+    def record(*args: Any) -> Any:
+        result = recorded(*args)
+        built.append(args[-1] if result is not None else "not repeated")
+        return result
+
+    monkeypatch.setattr(trace_worker, "_record", record)
+    short = traced_step(config, recipe)
+    assert built[0].built < layers and len(built) == 1
+    monkeypatch.setattr(trace_worker, "find_repetition", lambda kinds: None)
+    assert traced_step(config, recipe) == short
+
+
+@pytest.mark.slow
 def test_a_model_that_cannot_be_built_is_reported() -> None:
     from qlora_tui.engine.trace_worker import trace
 
