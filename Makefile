@@ -15,7 +15,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: help demo test test-fast check check-kernels run docs screenshots real-models real-exports bench-deps lock clean
+.PHONY: help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -28,6 +28,7 @@ help:
 	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
 	@echo "make real-exports train the demo, export it as GGUF and LoRA, and compare the files through llama.cpp"
+	@echo "make real-bases   compare two real GGUF files, as bases, with llama.cpp (fetches 0.3 GB)"
 	@echo "make lock         update the locked dependencies, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
 
@@ -80,6 +81,9 @@ real-models: $(INSTALLED)
 
 real-exports: demo
 	$(BIN)/python -m bench.real_exports
+
+real-bases: $(INSTALLED)
+	$(BIN)/python -m bench.real_bases
 
 bench-deps:
 	$(PYTHON) -m venv .bench-venv

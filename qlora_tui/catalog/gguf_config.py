@@ -175,9 +175,10 @@ def _rope(data: Metadata, config: Config, architecture: GgufArchitecture) -> Con
     rotated = data.count("rope.dimension_count") or width
     if "rope.dimension_count" in architecture.by_layer:
         rotated = width
-    if rotated != width:
-        if not architecture.partial_rotation or rotated > width or rotated % 2:
-            data.expect("rope.dimension_count", width)
+    if rotated != width and (not architecture.partial_rotation or rotated > width or rotated % 2):
+        data.expect("rope.dimension_count", width)
+    if architecture.partial_rotation:
+        # Also where it is 1: some classes rotate a part by default.
         parameters["partial_rotary_factor"] = rotated / width
     kind = data.text("rope.scaling.type")
     factor = data.positive("rope.scaling.factor") or data.positive("rope.scale_linear") or 1.0

@@ -108,6 +108,7 @@ class Published(NamedTuple):
 
 LINEAR8 = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.freq_base": 1e6}
 FULL = "full_attention"
+WHOLE = default(1e4) | {"partial_rotary_factor": 1.0}
 LONG, SHORT = [1.08, 1.1, 2.5], [1.0, 1.02, 1.03]
 PUBLISHED = [
     Published("Llama 2 7B", "llama", sizes(32, 4096, 32, 32, 4096, rope__dimension_count=128),
@@ -146,13 +147,13 @@ PUBLISHED = [
                "shared_expert_intermediate_size": 5632}, HEAD),
     Published("Phi-3 mini 4k", "phi3", sizes(32, 3072, 32, 32, 4096, rope__dimension_count=96,
                                              attention__sliding_window=2047),
-              {"sliding_window": 2047, "rope_parameters": default(1e4)}, HEAD),
+              {"sliding_window": 2047, "rope_parameters": WHOLE}, HEAD),
     Published("Phi-3.5 mini", "phi3",
               sizes(32, 3072, 32, 32, 131072, rope__dimension_count=96, attention__sliding_window=262144) | {
                   "rope.scaling.original_context_length": 4096,
                   "rope.scaling.attn_factor": math.sqrt(1 + math.log(32) / math.log(4096))},
               {"sliding_window": 262144, "original_max_position_embeddings": 4096,
-               "rope_parameters": default(1e4) | {"rope_type": "longrope", "long_factor": LONG,
+               "rope_parameters": WHOLE | {"rope_type": "longrope", "long_factor": LONG,
                                                   "short_factor": SHORT,
                                                   "original_max_position_embeddings": 4096}},
               HEAD, {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT}),

