@@ -441,9 +441,10 @@ class Rules:
             matrix = weights * size + weights // 64 * FLOAT
         one = rows * (3 * mixture.intermediate + 2 * hidden) * size + rows * hidden * FLOAT
         total = tokens * hidden * FLOAT
-        ranks = mixture.ranks or (0, 0)
         widths = (hidden + 2 * mixture.intermediate, mixture.intermediate + hidden)
-        factors = mixture.experts * sum(rank * width for rank, width in zip(ranks, widths, strict=True))
+        factors = mixture.experts * sum(
+            rank * width for rank, width in zip(mixture.ranks, widths, strict=True)
+        )
         forward = Items(activations=total + one, dequantized=matrix)
         backward = Items(
             activations=total + one + 2 * slots * FLOAT, dequantized=matrix, gradients=factors * FLOAT

@@ -120,7 +120,7 @@ class Mixture:
     """Whether each expert's matrices are separate modules (transformers 4)."""
     method: str = "none"
     """Quantization of the experts."""
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0, 0)
     """Ranks of the adapters on gate and up, and on down; 0 without."""
 
     @property
@@ -228,10 +228,10 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
             if each.rank:
                 shapes += [(each.rank, each.inputs), (each.outputs, each.rank)]
                 shapes += [(each.outputs,)] if each.dora else []
-        adapted = tuple(ranks.get(module.name, 0) for module in projections)
-        for module, rank in zip(projections, adapted, strict=True):
-            if rank:
-                width = rank * module.copies
+        by_kind = {module.kind: ranks.get(module.name, 0) for module in projections}
+        adapted = tuple(by_kind.get(f"experts.{name}", 0) for name in ("gate_up_proj", "down_proj"))
+        for module in projections:
+            if width := by_kind[module.kind] * module.copies:
                 expert_shapes += [(width, module.in_features), (module.out_features, width)]
         key = (tuple(map(id, linears)), tuple((other.role, other.shape) for other in others), adapted)
         if key not in known:

@@ -336,6 +336,19 @@ def test_mixtures_fit_with_4_bit_experts(model: str, length: int, gib: int, adap
     assert wide.notes == ("The experts stay in 16 bits: quantization.experts is off.",)
 
 
+def test_experts_without_a_gate_are_estimated() -> None:
+    mixture = parse_architecture(config("Qwen/Qwen3-30B-A3B"))
+    ungated = structs.replace(
+        mixture,
+        parameters=tuple(
+            structs.replace(each, name=each.name.replace("gate_up_proj", "up_proj"))
+            for each in mixture.parameters
+        ),
+    )
+    adapted = Recipe(lora=Lora(target_modules=("all-linear", "experts.down_proj")))
+    assert estimate(adapted, ungated).process_bytes > estimate(Recipe(), ungated).process_bytes
+
+
 def test_frozen_embeddings_are_offered_where_they_are_trained() -> None:
     trained = Recipe(lora=Lora(train_embeddings=True))
     architecture, offer = qwen_7b(), "Train embeddings off"
