@@ -95,6 +95,8 @@ class ChatSession:
         """Comparison with the library's logits by adapter name, after its first answer."""
         self._not_checkable: set[str] = set()
         """Adapters whose logits could not be compared."""
+        self._uses_cache = True
+        """Whether keys and values are kept from one token to the next."""
         self.warning = ""
         """Warning on how this session computes; empty where there is none."""
         takes = signature(model.forward).parameters
@@ -153,7 +155,7 @@ class ChatSession:
         prompt = self.prompt(messages, thinking)
         self.ensure_loaded(adapter_name)
         self.check(adapter_name, prompt)
-        if adapter_name not in self._caches:
+        if adapter_name not in self._caches or not self._uses_cache:
             self._caches[adapter_name] = self._new_cache()
         prefix_cache = self._caches[adapter_name]
         splitter = self.splitter(prompt)
@@ -188,8 +190,8 @@ class ChatSession:
 
         def ours() -> Tensor:
             prefix_cache = self._new_cache()
-            # Decoding steps are compared where there are any: with two positions, one that never moves shows.
-            single = 2 if self.steps is not None and self.steps.in_use and len(ids) > 2 else 1
+            # With two positions, one that never moves shows.
+            single = min(2, len(ids) - 1)
             parts = [ids[:-single], *([token_id] for token_id in ids[-single:])]
             return torch.cat(
                 [self.next_logits(adapter_name, part, prefix_cache).clone() for part in parts][-2:]
@@ -216,7 +218,11 @@ class ChatSession:
             self._adapters.use_peft()
             self._caches.clear()
             again = compare()
+            if not again.agrees and self._agrees_without_cache(adapter_name, compare):
+                return
         except Exception as error:
+            if self._agrees_without_cache(adapter_name, compare):
+                return
             # An answer without a check is better than none.
             self._not_checkable.add(adapter_name)
             lines = str(error).strip().splitlines() or [""]
@@ -238,6 +244,29 @@ class ChatSession:
             else f"Do not rely on these answers: {how}, and they still differ by {again.difference:.2g} "
             "with their own layers. Please report the model and the version of transformers."
         )
+
+    def _agrees_without_cache(self, adapter_name: str, compare: Callable[[], LogitsComparison]) -> bool:
+        """Stop keeping keys and values, if the logits then are the library's, and say so.
+
+        Some classes have a cache of their own, or none, or count positions in one of its layers.
+        """
+        self._uses_cache = False
+        if self.steps is not None:
+            self.steps.turn_off("This model is asked without a cache of keys and values.")
+        self._caches.clear()
+        try:
+            comparison = compare()
+        except Exception:  # whatever a model raises
+            comparison = None
+        if comparison is None or not comparison.agrees:
+            self._uses_cache = True
+            return False
+        self.checked[adapter_name] = comparison
+        self.warning = (
+            "Answers are slower: with a cache of keys and values this model computes other logits than "
+            "transformers and peft without one, so that the conversation is read again for each token."
+        )
+        return True
 
     @torch.inference_mode()
     def _library_logits(self, adapter_name: str, token_ids: list[int]) -> Tensor:
@@ -279,6 +308,11 @@ class ChatSession:
                 prefix_cache.add_step(token_ids[0])
                 return logits
         self._adapters.activate(adapter_name)
+        if not self._uses_cache:
+            prefix_cache.token_ids += token_ids
+            tokens = torch.tensor([prefix_cache.token_ids], device=self.device)
+            every: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+            return every[:, -1]
         prefix_cache.reserve(len(token_ids))
         last: int | Tensor = 1
         if len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys:
