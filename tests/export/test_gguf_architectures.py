@@ -14,10 +14,12 @@ from gguf import GGMLQuantizationType, GGUFReader
 from transformers import AutoConfig
 
 from qlora_tui.errors import UserError
+from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.gguf_file import content, writer
 from qlora_tui.export.gguf_file.content import text_config
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
 from qlora_tui.training.gguf_format.architectures import CONVENTIONS, convention_of
+from tests.export.export_sources import make_source
 from tests.export.gguf_files import (
     base_content,
     divergence,
@@ -173,3 +175,15 @@ def test_longrope_limits_the_context_to_the_short_factors(tmp_path: Path) -> Non
         assert divergence(model, logits_at_all(llama, ids), ids) < 1e-4
     with LlamaCpp().open(str(file), context=2 * context, exact=True) as llama:
         assert divergence(model, logits_at_all(llama, ids), ids) > 0.01
+
+
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_5_text", "gpt_oss", "lfm2", "granitemoehybrid", "falcon_h1", "ministral3"]
+)
+def test_a_file_with_an_adapter_answers_as_the_adapter(tmp_path: Path, model_type: str) -> None:
+    settings = next(settings for each, settings in MODELS if each == model_type)
+    adapter = {"target_modules": ["q_proj", "v_proj"]}
+    source = make_source(tmp_path, model_type=model_type, adapter=adapter, **settings)
+    (file,) = export_gguf(source, "adapter", tmp_path / "out.gguf", ["F16"]).files
+    assert file.proof is not None and file.proof.effect_is_measurable
+    assert file.proof.divergence < file.proof.effect / 50

@@ -31,7 +31,7 @@ from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.gguf_file.writer import StoredTypes
 from qlora_tui.export.proof import Proof, judged, prove
 from qlora_tui.export.reference import compared_rows, reference_answers, row_progress
-from qlora_tui.training.gguf_format import architectures, tensors
+from qlora_tui.training.gguf_format import architectures, rewrites, tensors
 from qlora_tui.training.gguf_format.architectures import CONVENTIONS
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import write_base
@@ -80,7 +80,7 @@ def changed_hyperparameters(**values: Any) -> Break:
 
 
 def swapped_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "permute_for_interleaved_rope", lambda values, heads: values)
+    monkeypatch.setattr(rewrites, "permute_for_interleaved_rope", lambda values, heads: values)
 
 
 def half_scale(monkeypatch: pytest.MonkeyPatch) -> None:
