@@ -15,7 +15,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases bench-deps lock clean
+.PHONY: check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-fast    the tests that take milliseconds: under a minute on 2 cores"
 	@echo "make check        lint, formatting, types, architecture"
 	@echo "make check-kernels compile the Triton kernels for each supported GPU, without one (fetches 0.5 GB)"
+	@echo "make check-models train a tiny model of each type that transformers builds, and list what came of it"
 	@echo "make docs         write the generated pages of docs/: settings, commands, keys, manual page"
 	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
@@ -67,6 +68,9 @@ TRITONS := 3.2 3.9
 check-kernels: $(addprefix .triton/,$(TRITONS))
 	@set -e; for triton in $^; do echo "Triton $${triton#.triton/}"; \
 		PYTHONPATH=$(CURDIR)/$$triton $(BIN)/pytest -n 2 -q tests/kernels; done
+
+check-models: $(INSTALLED)
+	$(BIN)/python -m bench.model_types
 
 docs: $(INSTALLED)
 	$(BIN)/python -m docs.generate

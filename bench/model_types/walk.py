@@ -1,0 +1,347 @@
+"""What one type of model does here: trained, resumed, merged and asked, each compared with the libraries.
+
+The model is a tiny random one in float32, so that two ways to compute the same agree to rounding. A run takes
+a few steps on packed conversations, longer than the windows and chunks of the model. It is compared with a
+plain loop over transformers and peft on the same samples, and with itself, resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from bench.model_types.outcome import Walked
+from bench.model_types.tiny_config import settings_of
+from qlora_tui.catalog.config_parser import load_config
+from qlora_tui.errors import UserError, first_line
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
+
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_WORDS = re.findall(
+    r"\w+",
+    "the quick brown fox jumps over lazy dog wise old owl sat in an oak and said little colour of red blue "
+    "green what who where how many is are answer question here there river stone light early late",
+)
+_ROWS, _STEPS = 12, 4
+_LEARNING_RATE = 2e-3
+_ANSWER_TOKENS = 12
+_ROUNDING = (1e-3, 5e-3, 5e-2, 5e-2)
+"""Largest difference of a loss from the plain loop's, and of a gradient norm as a share of it, by step: one
+token that rounding sends to another expert shows in all later steps."""
+
+
+class WalkError(Exception):
+    """Something computes other than the libraries."""
+
+
+def walk(model_type: str, folder: Path, method: Literal["none", "nf4"] = "none") -> Walked:
+    """Train, resume, merge and ask a tiny model of a type; write everything below ``folder``."""
+    walked = Walked(model_type=model_type, verdict="wrong")
+    stage = "config"
+    try:
+        model_folder = folder / "model"
+        write_model(model_type, model_folder, walked)
+        stage = "run"
+        run = _train(recipe_for(model_folder, method), walked)
+        if method == "none":
+            stage = "plain loop"
+            _compare_with_plain_loop(run, model_folder, walked)
+        stage = "resume"
+        _compare_resumed(run)
+        stage = "chat"
+        _compare_answers(run, model_folder, walked)
+        stage = "merge"
+        _merge(run, folder / "merged")
+        walked.verdict = "trained"
+    except UserError as refusal:
+        walked.verdict = "refused" if stage in ("config", "run") else "wrong"
+        walked.reason = f"{refusal.title}: {refusal.what}"
+        if walked.verdict == "wrong":
+            walked.reason = f"{stage}: {walked.reason}"
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = "" if isinstance(error, WalkError) else f" ({Path(where.filename).name}:{where.lineno})"
+        walked.reason = f"{stage}: {type(error).__name__}: {first_line(error)[:300]}{at}"
+        if os.environ.get("WALK_TRACEBACK"):
+            traceback.print_exc()
+    return walked
+
+
+def write_model(model_type: str, folder: Path, walked: Walked) -> None:
+    """Write a random model with its tokenizer. Raises UserError where transformers builds none.
+
+    A type with parts is written whole, as it is published, if the part that is trained is a class of its own.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    from qlora_tui.training.model_class import auto_class, build_on_meta
+    from qlora_tui.training.selftest import write_tokenizer
+
+    tokenizer = write_tokenizer(folder, [" ".join(_WORDS)], _TEMPLATE, vocab_size=320)
+    config = AutoConfig.for_model(model_type, **settings_of(model_type))
+    for each in (config, config.get_text_config()):
+        each.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        each.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    loader: Any = transformers.AutoModelForImageTextToText
+    if type(config) not in loader._model_mapping:
+        loader = auto_class(config)
+    torch.manual_seed(0)
+    try:
+        model = loader.from_config(config).float()
+    except ImportError:
+        build_on_meta(config.to_dict())
+        raise
+    _make_uneven(model)
+    model.save_pretrained(folder)
+    walked.model_class = type(build_on_meta(load_config(folder / "config.json"))).__name__
+
+
+@torch.no_grad()
+def _make_uneven(model: nn.Module) -> None:
+    """Add noise to what initialization left at one value: norms, biases and gates that hide a mistake."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() > 1 and parameter.std() < 1e-4:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def recipe_for(model: Path, method: Literal["none", "nf4"]) -> Recipe:
+    """A short run on packed conversations, whose rows are written into the model's folder."""
+    rows = random.Random(0)
+    path = model.parent / "rows.jsonl"
+
+    def text(least: int, most: int) -> str:
+        return " ".join(rows.choices(_WORDS, k=rows.randint(least, most)))
+
+    with path.open("w") as lines:
+        for _ in range(_ROWS):
+            turns = [("user", text(8, 30)), ("assistant", text(8, 40))]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    return Recipe(
+        model=Model(id=str(model)),
+        quantization=Quantization(method=method, compute_dtype="float32"),
+        lora=Lora(rank=4, alpha=8, dropout=0.0),
+        data=Data(sources=(Source(path=str(path)),), validation_fraction=0.0, max_length=256),
+        training=Training(
+            micro_batch_size=1,
+            gradient_accumulation=1,
+            max_steps=_STEPS,
+            learning_rate=_LEARNING_RATE,
+            lr_scheduler="constant",
+            warmup_ratio=0.0,
+            optimizer="adamw",
+            checkpoint_every=_STEPS // 2,
+            general_prompts=0,
+            task_prompts=0,
+            seed=1,
+        ),
+    )
+
+
+def _train(recipe: Recipe, walked: Walked) -> Any:
+    """Train, and note what was used. Raises UserError where the run was refused."""
+    from qlora_tui.runs.directory import create_run
+    from qlora_tui.runs.event_log import EventTail
+    from qlora_tui.runs.events import Environment, Failed, Finished, StepVerified
+
+    run = create_run(recipe)
+    _run(run)
+    for event in EventTail(run.events_path).drain():
+        match event:
+            case Environment():
+                walked.attention, walked.loss = event.attention, event.loss
+            case StepVerified():
+                walked.replaced = event.replaced
+                if not event.agrees:
+                    raise WalkError(
+                        f"first step: {event.reason or event.tensor}, {event.gradient_difference}"
+                    )
+            case Failed(kind="bug"):
+                raise WalkError(f"{event.title}: {event.what}")
+            case Failed():
+                raise event.problem()
+            case Finished():
+                return run
+    raise WalkError("the run has no end")
+
+
+def _run(run: Any) -> None:
+    from qlora_tui.runs.retry import RetryPlan
+    from qlora_tui.training.supervisor import run_trainer
+
+    run_trainer(run, RetryPlan())
+
+
+def _compare_with_plain_loop(run: Any, model_folder: Path, walked: Walked) -> None:
+    """Compare losses and gradient norms of a run with those of a loop over transformers and peft."""
+    from qlora_tui.runs.event_log import EventTail
+    from qlora_tui.runs.events import Step
+
+    ours = [event for event in EventTail(run.events_path).drain() if isinstance(event, Step)]
+    plain = _plain_steps(run, model_folder)
+    for step, (loss, norm), rounding in zip(ours, plain, _ROUNDING, strict=True):
+        difference = max(
+            abs((step.loss or 0.0) - loss), abs((step.grad_norm or 0.0) - norm) / max(norm, 1e-6)
+        )
+        walked.largest_difference = max(walked.largest_difference, difference)
+        if not difference <= rounding:
+            raise WalkError(f"step {step.step}: {step.loss} and {step.grad_norm}, not {loss} and {norm}")
+
+
+def _plain_steps(run: Any, model_folder: Path) -> Iterator[tuple[float, float]]:
+    """Loss and gradient norm of each step, sample by sample."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    from qlora_tui.training.adapter import exact_target_names
+    from qlora_tui.training.clean_files import adapter_view
+
+    recipe = run.recipe()
+    model = _plain_model(model_folder)
+    set_seed(recipe.training.seed)
+    with adapter_view(run.adapter_dir) as view:
+        config = LoraConfig.from_pretrained(str(view))
+    config.inference_mode = False
+    with exact_target_names(model, config.target_modules or ()):
+        adapted = get_peft_model(model, config).train()
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=recipe.training.weight_decay)
+    for samples in _samples_of_steps(run):
+        count = sum(int((labels[1:] != -100).sum()) for _, labels in samples)
+        total = 0.0
+        for ids, labels in samples:
+            logits = adapted(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            loss = nn.functional.cross_entropy(logits.float(), labels[1:], reduction="sum") / count
+            torch.autograd.backward(loss)
+            total += loss.item()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.training.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield total, norm
+
+
+def _samples_of_steps(run: Any) -> list[list[tuple[Tensor, Tensor]]]:
+    """Token ids and labels of the samples of each step."""
+    from qlora_tui.data.dataset import prepare_dataset
+    from qlora_tui.data.tokenizer import ChatTokenizer
+    from qlora_tui.training import checkpoints
+    from qlora_tui.training.batches import plan_steps
+
+    recipe = run.recipe()
+    newest, _ = checkpoints.latest(run)
+    assert newest is not None
+    train = prepare_dataset(recipe, ChatTokenizer.from_folder(Path(recipe.model.id))).train
+    steps = plan_steps(train, recipe, padding_free=newest.state.padding_free).steps
+
+    def sample(i: int) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor(list(train.token_ids(i)))
+        return ids, ids.masked_fill(torch.tensor(list(train.loss_mask(i))) == 0, -100)
+
+    return [[sample(i) for sequence in step.sequences for i in sequence] for step in steps]
+
+
+def _plain_model(folder: Path) -> Any:
+    """The whole model as transformers loads it, in float32 and with its own attention."""
+    from transformers import AutoConfig
+
+    from qlora_tui.training.model_class import auto_class
+
+    loader = auto_class(AutoConfig.from_pretrained(str(folder)))
+    return loader.from_pretrained(str(folder), dtype=torch.float32)
+
+
+def _compare_resumed(run: Any) -> None:
+    """Compare the adapter of a run with that of its copy, which is resumed from the first checkpoint."""
+    from qlora_tui.runs.directory import RunDir
+
+    copy = RunDir(run.path.with_name(f"{run.path.name}-resumed"))
+    shutil.copytree(run.path, copy.path)
+    shutil.rmtree(copy.adapter_dir)
+    for step, folder in copy.checkpoints():
+        if step > _STEPS // 2:
+            shutil.rmtree(folder)
+    _run(copy)
+    weights = "adapter_model.safetensors"
+    if not (copy.adapter_dir / weights).is_file():
+        raise WalkError("the resumed run wrote no adapter")
+    if (copy.adapter_dir / weights).read_bytes() != (run.adapter_dir / weights).read_bytes():
+        raise WalkError("the resumed run trained another adapter")
+
+
+def _compare_answers(run: Any, model_folder: Path, walked: Walked) -> None:
+    """Compare greedy answers of a chat, without and with the adapter, with those of transformers and peft."""
+    from qlora_tui.chat.chat_sources import run_source
+    from qlora_tui.chat.chat_types import GREEDY
+    from qlora_tui.chat.session import load_session
+    from qlora_tui.data.conversation import Message
+
+    session = load_session(run_source(run))
+    messages = [Message("user", " ".join(_WORDS[:24]))]
+    prompt = torch.tensor([session.prompt(messages)])
+    plain = _plain_model(model_folder).eval()
+    for name in ("base", "adapter"):
+        if name == "adapter":
+            plain = _with_adapter(plain, run.adapter_dir)
+        reply = session.ask(
+            messages,
+            adapter_name=name,
+            sampling=msgspec.structs.replace(GREEDY, max_new_tokens=_ANSWER_TOKENS),
+        )
+        for _ in reply:
+            pass
+        assert reply.outcome is not None
+        expected = _greedy(plain, prompt, reply.outcome.new_tokens - 1)
+        ours = session._caches[name].token_ids[prompt.shape[1] :]
+        if ours != expected:
+            raise WalkError(f"{name} answers {ours}, not {expected}")
+        if session.warning and session._uses_cache:
+            raise WalkError(session.warning)
+        walked.chat = "" if session._uses_cache else "without a cache"
+
+
+@torch.no_grad()
+def _greedy(model: Any, prompt: Tensor, count: int) -> list[int]:
+    """The most likely tokens after a prompt, each computed from the whole text before it."""
+    tokens = prompt
+    for _ in range(count):
+        likely = model(input_ids=tokens, use_cache=False).logits[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, likely], dim=1)
+    return [int(token) for token in tokens[0, prompt.shape[1] :]]
+
+
+def _with_adapter(plain: Any, adapter: Path) -> Any:
+    """The model with the adapter by peft, which reads the names of its targets as they are."""
+    from peft import PeftConfig, PeftModel
+
+    from qlora_tui.training.adapter import exact_target_names
+    from qlora_tui.training.clean_files import adapter_view
+
+    with adapter_view(adapter) as view:
+        targets = PeftConfig.from_pretrained(str(view)).target_modules or ()
+        with exact_target_names(plain, targets):
+            return PeftModel.from_pretrained(plain, str(view)).eval()
+
+
+def _merge(run: Any, folder: Path) -> None:
+    """Merge the adapter, which compares the logits of the result. Raises WalkError where it could not."""
+    from qlora_tui.chat.chat_sources import run_source
+    from qlora_tui.export.merge import merge
+
+    result = merge(run_source(run), "adapter", folder)
+    if result.check is None:
+        raise WalkError(f"not compared: {result.unchecked_because}")
