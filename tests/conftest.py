@@ -18,11 +18,19 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from qlora_tui.gpu import torch_env
+from tests.support.descriptions import descriptions, quick_descriptions
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.quick_starts import quick_workers, worker_server
 from tests.support.trainer_processes import quick_trainers, trainers
 
-__all__ = ["quick_trainers", "quick_workers", "trainers", "worker_server"]
+__all__ = [
+    "descriptions",
+    "quick_descriptions",
+    "quick_trainers",
+    "quick_workers",
+    "trainers",
+    "worker_server",
+]
 
 _HOME_NUMBERS = itertools.count()
 ALL_SLOW = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow\b", re.MULTILINE)

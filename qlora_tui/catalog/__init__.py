@@ -2,11 +2,10 @@
 
 * ``architecture_types``: ``Architecture`` and its linear modules, embeddings, head and other parameters.
 * ``config_parser``: ``parse_architecture``, from a ``config.json`` to those types. Pure Python, no weights.
+  ``config_fields``: typed and bounded reading of it.
 * ``described``: exact architectures, which a process reads from transformers' classes, kept on disk.
   ``outline``: approximate ones, from the keys that configs share; ``library_types``: what the installed
   transformers knows of a type, from its source.
-* ``families/``: the structure of each model family, as tables, with which modules are quantized;
-  ``family_spec`` reads them.
 * ``local_models``: the models on this machine, finding one by name, and architectures without weights.
   ``model_validation``: whether a model can be trained. ``adapters``: LoRA adapters.
 * ``gguf``: the header of GGUF files. ``gguf_config``: the model that one describes, or why it is refused;

@@ -110,13 +110,13 @@ def resolve_model(model_id: str) -> ModelFiles:
 
     Raises UserError when it is not on this machine (with close matches), cannot be trained, or is truncated.
     """
-    files = _resolve(model_id)
+    files = find_files(model_id)
     if not files.architecture.is_outline:
         return files
     return msgspec.structs.replace(files, architecture=described.describe(load_model_config(model_id)))
 
 
-def _resolve(model_id: str) -> ModelFiles:
+def find_files(model_id: str) -> ModelFiles:
     """Return the files of a model, with what is known of its architecture without waiting."""
     model = _find_model(model_id)
     if model is None:
@@ -427,7 +427,7 @@ def load_architecture(model_id: str) -> Architecture:
     if (config := _config_file(model_id)) is not None:
         return parse_architecture(config)
     try:
-        return _resolve(model_id).architecture
+        return find_files(model_id).architecture
     except ModelNotFoundError:
         if (config := stored_config(model_id)) is None:
             raise
@@ -490,7 +490,7 @@ def load_model_config(model_id: str) -> dict[str, Any]:
     """
     file = _config_file(model_id)
     try:
-        files = None if file else _resolve(model_id)
+        files = None if file else find_files(model_id)
         if files is not None and files.gguf_file is not None:
             gguf = files.folder / files.gguf_file
             return to_hf_config(read_gguf(gguf), gguf)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_fields import ConfigFields
 from qlora_tui.catalog.config_parser import load_config, parse_architecture, type_problem
-from qlora_tui.catalog.family_spec import ConfigFields
 from qlora_tui.catalog.library_types import config_classes, text_generators
 from qlora_tui.errors import UserError
 from qlora_tui.files import open_foreign

@@ -20,7 +20,7 @@ from qlora_tui.catalog.architecture_types import (
     Parameter,
     Part,
 )
-from qlora_tui.catalog.family_spec import ConfigFields, size_bound
+from qlora_tui.catalog.config_fields import ConfigFields, size_bound
 from qlora_tui.catalog.library_types import ConfigClass, config_class, text_generators
 
 NESTED = ("text_config", "language_config", "llm_config", "decoder", "generator")
@@ -101,8 +101,11 @@ class _Outline:
 
     def needed(self, keys: tuple[str, ...]) -> int:
         value = self.size(keys)
-        if not value:
+        if value is None:
             raise self.file.missing(keys[0])
+        if value < 1:
+            named = next((key for key in keys if key in self.file.values), keys[0])
+            raise self.file.invalid(named, "a whole number from 1")
         return value
 
     def architecture(self) -> Architecture:
@@ -227,7 +230,8 @@ class _Outline:
                 feed_forward | more | {"mixer" if mixer else "attention"}
                 for mixer, more in zip(mixes, wide, strict=True)
             ]
-        if interval := self.size(("full_attention_interval", "attn_layer_period")):
+        interval = self.size(("full_attention_interval", "attn_layer_period"))
+        if interval := interval or (4 if self._is_delta_net() else 0):  # the default of Qwen3-Next and 3.5
             offset = self.size(("attn_layer_offset",)) or 0
             offset = offset if "attn_layer_offset" in values else interval - 1
             places = [index % interval == offset for index in range(layers)]
@@ -328,11 +332,12 @@ class _Outline:
     def _add_mixer(self, index: int, hidden: int) -> None:
         if self._is_delta_net():
             keys = (self.size(("linear_num_key_heads",)) or 0) * (self.size(("linear_key_head_dim",)) or 0)
-            values = (self.size(("linear_num_value_heads",)) or 0) * (
-                self.size(("linear_value_head_dim",)) or 0
-            )
+            heads = self.size(("linear_num_value_heads",)) or 0
+            values = heads * (self.size(("linear_value_head_dim",)) or 0)
             self._add(index, "linear_attn.in_proj_qkv", "mixer", hidden, 2 * keys + values)
             self._add(index, "linear_attn.in_proj_z", "mixer", hidden, values)
+            for name in ("in_proj_b", "in_proj_a"):
+                self._add(index, f"linear_attn.{name}", "mixer", hidden, heads)
             self._add(index, "linear_attn.out_proj", "mixer", values, hidden)
             return
         if "conv_L_cache" in self.fields.values:

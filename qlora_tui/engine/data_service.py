@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from qlora_tui.catalog.local_models import resolve_model, stored_config
+from qlora_tui.catalog.local_models import find_files, stored_config
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.formats import SNIFFED_ROWS
@@ -84,7 +84,7 @@ def tokenizer_folder(model: str) -> Path:
     that has not been converted.
     """
     try:
-        files = resolve_model(model)
+        files = find_files(model)
     except UserError as problem:
         own_folder = Path(model).expanduser()
         if (own_folder / "tokenizer.json").is_file():

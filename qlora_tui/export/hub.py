@@ -22,7 +22,7 @@ from qlora_tui.adapters.merged_weights import merged_weights
 from qlora_tui.catalog.adapters import CONFIG, WEIGHTS
 from qlora_tui.catalog.gguf import AUTO, LADDER, estimated_bytes
 from qlora_tui.catalog.hub import validate_model_id
-from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.local_models import find_files, resolve_model
 from qlora_tui.catalog.model_validation import copy_files, is_tokenizer_file, tokenizer_files
 from qlora_tui.chat.chat_types import ADAPTER, ChatSource
 from qlora_tui.chat.effect_measurement import measure_effect
@@ -117,7 +117,7 @@ def export_hub(
     validate_model_id(repo)
     _require_token()
     _check_form(source, adapter_name, form, file_type, on_status)
-    from_hub = resolve_model(source.recipe.model.id).source == "hub cache"
+    from_hub = find_files(source.recipe.model.id).source == "hub cache"
     with draft_folder(paths.cache_dir() / "uploads" / f"{repo.replace('/', '--')}-{form}") as draft:
         on_status(f"Creating {repo} on the Hub")
         base = source.recipe.model.id if from_hub else ""
@@ -305,7 +305,7 @@ def _write(
 def _remove_paths(files: Path, source: ChatSource) -> None:
     """Rewrite the configs without paths of this machine, and name the base without one."""
     base = source.recipe.model.id
-    name = base if resolve_model(base).source == "hub cache" else short_model_name(base)
+    name = base if find_files(base).source == "hub cache" else short_model_name(base)
     for path in filter(Path.is_file, (files / config for config in _CONFIGS)):
         before = json.loads(path.read_bytes())
         after = _without_paths(before)

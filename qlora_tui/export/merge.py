@@ -28,7 +28,7 @@ from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.adapters.merged_weights import merged_weights
 from qlora_tui.adapters.weight_files import write_unpacked_config
 from qlora_tui.catalog.config_parser import load_config
-from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.local_models import find_files
 from qlora_tui.catalog.model_validation import (
     CONFIG,
     copy_files,
@@ -152,7 +152,7 @@ def merge(
         (folder / "README.md").write_text(
             render_model_card(
                 source.recipe,
-                from_hub=resolve_model(source.recipe.model.id).source == "hub cache",
+                from_hub=find_files(source.recipe.model.id).source == "hub cache",
                 is_dequantized=choice.chosen == "dequantized",
             ),
             encoding="utf-8",

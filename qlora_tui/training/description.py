@@ -34,8 +34,8 @@ from qlora_tui.catalog.architecture_types import (
     Part,
     Role,
 )
+from qlora_tui.catalog.config_fields import check_bounds
 from qlora_tui.catalog.described import Description
-from qlora_tui.catalog.family_spec import check_bounds
 from qlora_tui.data.confined import limit_memory
 from qlora_tui.errors import UserError
 from qlora_tui.training.model_class import MissingPackageError, build_on_meta, reason_of, unbuildable

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.described import describe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -16,6 +17,11 @@ def config(name: str) -> dict[str, Any]:
     """The config of ``org/name``, parsed."""
     values: dict[str, Any] = json.loads((CONFIGS / f"{name.replace('/', '__')}.json").read_text())
     return values
+
+
+def architecture(name: str) -> Architecture:
+    """The exact architecture of ``org/name``."""
+    return describe(config(name))
 
 
 def counted() -> dict[str, dict[str, str]]:

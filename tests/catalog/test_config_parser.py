@@ -13,27 +13,28 @@ from hypothesis import strategies as st
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.outline import read_outline
 from qlora_tui.errors import UserError
-from tests.catalog.configs import CONFIGS, config, counted
+from tests.catalog.configs import CONFIGS, architecture, config, counted
 
 COUNTED = counted()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", COUNTED)
 def test_parameters_equal_those_transformers_counts(model: str) -> None:
-    architecture = parse_architecture(config(model))
+    found = architecture(model)
     row = {key: int(value) for key, value in COUNTED[model].items() if value.isdigit()}
-    assert architecture.total_params == row["total_params"]
-    conv1d = sum(module.weight_params for module in architecture.modules if module.conv1d)
+    assert found.total_params == row["total_params"]
+    conv1d = sum(module.weight_params for module in found.modules if module.conv1d)
     assert conv1d == row["conv1d_params"]
-    assert architecture.linear_params - conv1d == row["linear_params"]
-    biases = architecture.linear_bias_params + architecture.head.bias_params
+    assert found.linear_params - conv1d == row["linear_params"]
+    biases = found.linear_bias_params + found.head.bias_params
     assert biases == row["linear_bias_params"]
-    assert sum(not module.conv1d for module in architecture.modules) == row["n_linear_modules"]
-    assert architecture.head.weight_params == row["lm_head_params"]
-    assert architecture.tied_head == (COUNTED[model]["lm_head_tied"] == "y")
-    fused = [p for p in architecture.parameters if p.role == "expert" and len(p.shape) == 3]
+    assert sum(not module.conv1d for module in found.modules) == row["n_linear_modules"]
+    assert found.head.weight_params == row["lm_head_params"]
+    assert found.tied_head == (COUNTED[model]["lm_head_tied"] == "y")
+    fused = [p for p in found.parameters if p.role == "expert" and len(p.shape) == 3]
     assert sum(parameter.params for parameter in fused) == row["fused_expert_params"]
-    vision = [module for module in architecture.modules if module.part == "vision"]
+    vision = [module for module in found.modules if module.part == "vision"]
     assert sum(module.weight_params for module in vision) == row["vision_linear_params"]
 
 
@@ -70,25 +71,28 @@ def test_a_first_dense_layer_is_not_a_mixture() -> None:
     assert shared == set(range(1, 27))
 
 
+@pytest.mark.slow
 def test_only_falcons_own_linear_class_stays_in_16_bits() -> None:
-    assert not any(module.quantizable for module in parse_architecture(config("tiiuae/falcon-7b")).modules)
-    assert all(module.quantizable for module in parse_architecture(config("openai-community/gpt2")).modules)
+    assert not any(module.quantizable for module in architecture("tiiuae/falcon-7b").modules)
+    assert all(module.quantizable for module in architecture("openai-community/gpt2").modules)
 
 
+@pytest.mark.slow
 def test_a_vision_tower_is_told_from_the_language_model() -> None:
-    architecture = parse_architecture(config("google/gemma-3-4b-it"))
-    assert architecture.modules[0].name == "model.language_model.layers.0.self_attn.q_proj"
-    vision = next(module for module in architecture.modules if module.part == "vision")
+    found = architecture("google/gemma-3-4b-it")
+    assert found.modules[0].name == "model.language_model.layers.0.self_attn.q_proj"
+    vision = next(module for module in found.modules if module.part == "vision")
     assert vision.name == "model.vision_tower.encoder.layers.0.self_attn.k_proj"
-    assert architecture.tied_head
+    assert found.tied_head
 
 
+@pytest.mark.slow
 def test_what_happens_to_logits_after_the_head() -> None:
-    assert parse_architecture(config("google/gemma-2-9b")).final_logit_softcapping == 30.0
-    assert parse_architecture(config("google/gemma-3-1b-it")).final_logit_softcapping is None
-    assert parse_architecture(config("CohereLabs/c4ai-command-r-v01")).logit_scale == 0.0625
-    assert parse_architecture(config("ibm-research/PowerLM-3b")).logit_scale == pytest.approx(1 / 9)
-    assert parse_architecture(config("Qwen/Qwen3-8B")).logit_scale is None
+    assert architecture("google/gemma-2-9b").final_logit_softcapping == 30.0
+    assert architecture("google/gemma-3-1b-it").final_logit_softcapping is None
+    assert architecture("CohereLabs/c4ai-command-r-v01").logit_scale == 0.0625
+    assert architecture("ibm-research/PowerLM-3b").logit_scale == pytest.approx(1 / 9)
+    assert architecture("Qwen/Qwen3-8B").logit_scale is None
 
 
 def test_a_checkpoint_stored_quantized_says_so() -> None:
@@ -121,9 +125,6 @@ def _llama(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"hidden_size": "drop"}, "hidden_size is missing"),
-        ({"vocab_size": None}, "vocab_size is missing"),
-        ({"intermediate_size": "drop"}, "intermediate_size is missing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_attention_heads": -32}, "num_attention_heads is -32"),
         ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
@@ -131,17 +132,11 @@ def _llama(**changes: Any) -> dict[str, Any]:
         ({"hidden_size": "4096"}, "hidden_size is '4096'"),
         ({"hidden_size": 4096.5}, "hidden_size is 4096.5"),
         ({"hidden_size": True}, "hidden_size is True"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
         ({"head_dim": -1}, "head_dim is -1"),
         ({"num_attention_heads": 10**6, "head_dim": 128}, "num_attention_heads is 1000000"),
-        ({"num_attention_heads": 33}, "not a multiple of num_attention_heads 33"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-        ({"attention_bias": 1}, "attention_bias is 1"),
-        ({"hidden_act": 3}, "hidden_act is 3"),
         ({"model_type": "drop"}, "model_type is missing"),
         ({"model_type": 7}, "model_type is 7"),
         ({"model_type": "lama"}, "model_type is 'lama'"),
-        ({"quantization_config": []}, "quantization_config is []"),
     ],
 )
 def test_a_wrong_config_is_rejected_naming_the_field(changes: dict[str, Any], named: str) -> None:
@@ -167,18 +162,6 @@ def test_a_type_that_does_not_continue_text_is_refused(model_type: str, reason: 
     assert reason in caught.value.what
 
 
-def test_a_nested_config_without_its_text_part_is_refused() -> None:
-    with pytest.raises(UserError, match="text_config is missing"):
-        parse_architecture({"model_type": "gemma3"})
-
-
-def test_too_short_a_list_of_layer_kinds_is_refused() -> None:
-    values = config("Qwen/Qwen3.5-27B")
-    values["text_config"]["layer_types"] = ["full_attention"]
-    with pytest.raises(UserError, match="layer_types has 1 entries for 64 layers"):
-        parse_architecture(values)
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "config.json"
@@ -193,11 +176,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         parse_architecture(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["Qwen/Qwen3-8B", "google/gemma-3-27b-it", "Qwen/Qwen3.5-35B-A3B", "openai/gpt-oss-20b"]
 )
 def test_an_outline_is_close_to_the_whole(name: str) -> None:
-    outline, exact = read_outline(config(name)), parse_architecture(config(name))
+    outline, exact = read_outline(config(name)), architecture(name)
     assert outline.is_outline and not exact.is_outline
     assert outline.total_params == pytest.approx(exact.total_params, rel=0.02)
     assert outline.quantizable_params == pytest.approx(exact.quantizable_params, rel=0.05)

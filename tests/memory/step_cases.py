@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Training
+from qlora_tui.training.description import architecture_of
 from tests.catalog.configs import CONFIGS
 
 FAMILIES = {
@@ -173,9 +173,7 @@ def compare(case: Case, max_experts: int | None = None) -> Compared:
     if case.loss == "stock":
         execution = replace(execution, loss="stock")
     traced = traced_step(config, recipe, execution)
-    return Compared(
-        case, traced.step_bytes, closed_form(recipe, parse_architecture(config), execution)["step"]
-    )
+    return Compared(case, traced.step_bytes, closed_form(recipe, architecture_of(config), execution)["step"])
 
 
 def traced_step(

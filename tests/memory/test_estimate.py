@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.described import describe
 from qlora_tui.catalog.library_types import text_generators
 from qlora_tui.errors import UserError
 from qlora_tui.memory import (
@@ -54,7 +54,7 @@ MOST_CALLS = 30_000
 
 
 def _calls_of_an_estimate(model: dict[str, Any], device: Device) -> int:
-    architecture = parse_architecture(model)
+    architecture = describe(model)
     calls = 0
 
     def count(frame: object, event: str, arg: object) -> None:
@@ -206,7 +206,7 @@ def test_several_changes_are_taken_together_when_one_is_not_enough() -> None:
     ],
 )
 def test_samples_beyond_the_models_context_are_warned_of(name: str, most: int, why: str) -> None:
-    model = parse_architecture(config(name))
+    model = describe(config(name))
     assert as_json(Recipe(data=Data(max_length=most)), model, None)["warnings"] == []
     (said,) = as_json(Recipe(data=Data(max_length=most + 1)), model, None)["warnings"]
     assert why in said and f"Set the sequence length (data.max_length) to {most:,} or less" in said
@@ -286,7 +286,7 @@ def test_it_needs_no_machine_learning_library() -> None:
 
 def test_one_call_per_row_needs_no_copies_of_samples() -> None:
     recipe = Recipe(training=Training(micro_batch_size=8, gradient_checkpointing="off"))
-    model = parse_architecture(config("meta-llama/Llama-3.1-8B"))
+    model = describe(config("meta-llama/Llama-3.1-8B"))
     one_call, by_sample = (estimate(recipe, model, device=Device(varlen=varlen)) for varlen in (True, False))
     assert one_call.execution.varlen and not by_sample.execution.varlen
     assert one_call.allocated_bytes < by_sample.allocated_bytes
@@ -297,7 +297,7 @@ def test_one_call_per_row_needs_no_copies_of_samples() -> None:
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_triton_kernels_need_no_temporary_copies(checkpointing: Any) -> None:
     recipe = Recipe(training=Training(gradient_checkpointing=checkpointing))
-    model = parse_architecture(config("meta-llama/Llama-3.1-8B"))
+    model = describe(config("meta-llama/Llama-3.1-8B"))
     by_torch, by_triton = (estimate(recipe, model, device=Device(triton=triton)) for triton in (False, True))
     assert by_triton.execution.triton and by_triton.allocated_bytes <= by_torch.allocated_bytes
     never = replace_setting(recipe, "model.kernels", "torch")
@@ -326,7 +326,7 @@ def test_mixtures_fit_with_4_bit_experts(model: str, length: int, gib: int, adap
         data=Data(max_length=length),
         training=Training(micro_batch_size=1),
     )
-    architecture = parse_architecture(config(model))
+    architecture = describe(config(model))
     packed = estimate(recipe, architecture)
     assert packed.process_bytes < 0.95 * gib * GIB and not packed.notes
     (sentence,) = (item.explanation for item in packed.items if item.key == "experts")
@@ -337,7 +337,7 @@ def test_mixtures_fit_with_4_bit_experts(model: str, length: int, gib: int, adap
 
 
 def test_experts_without_a_gate_are_estimated() -> None:
-    mixture = parse_architecture(config("Qwen/Qwen3-30B-A3B"))
+    mixture = describe(config("Qwen/Qwen3-30B-A3B"))
     ungated = structs.replace(
         mixture,
         parameters=tuple(
@@ -362,7 +362,7 @@ def test_frozen_embeddings_are_offered_where_they_are_trained() -> None:
 
 def test_quantized_experts_are_offered_where_they_are_not() -> None:
     recipe = Recipe(quantization=Quantization(experts=False), data=Data(max_length=1024))
-    architecture = parse_architecture(config("Qwen/Qwen3-30B-A3B"))
+    architecture = describe(config("Qwen/Qwen3-30B-A3B"))
     changes = cheapest_changes(recipe, architecture, 24 * GIB)
     assert any(change.fits and change.settings == {"quantization.experts": True} for change in changes)
     dense = cheapest_changes(recipe, qwen_7b(), 6 * GIB)
@@ -442,7 +442,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_its_maximum_is_the_estimate_and_its_phase(recipe: Recipe, name: str, device: Device) -> None:
-    architecture = parse_architecture(config(name))
+    architecture = describe(config(name))
     estimated = estimate(recipe, architecture, device=device)
     moments = step_timeline(recipe, architecture, estimated)
     fullest = max(moments, key=lambda moment: moment.total_bytes)

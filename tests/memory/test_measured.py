@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.described import describe
 from qlora_tui.memory import Device, estimate, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.layout import build_layout
@@ -60,7 +60,7 @@ def test_a_real_step_holds_what_was_predicted(
         ),
     )
     execution = trainer_execution(recipe, Device(kind="cpu"))
-    predicted = closed_form(recipe, parse_architecture(TINY), execution)["step"]
+    predicted = closed_form(recipe, describe(TINY), execution)["step"]
     assert predicted == pytest.approx(_measured(TINY, recipe, dropout), rel=0.06)
 
 
@@ -73,7 +73,7 @@ def test_a_real_step_with_kept_layers_holds_what_was_predicted(kept_layers: int)
         training=Training(micro_batch_size=2, gradient_accumulation=1, optimizer="adamw"),
     )
     execution = replace(trainer_execution(recipe, Device(kind="cpu")), kept_layers=kept_layers)
-    predicted = closed_form(recipe, parse_architecture(TINY), execution)["step"]
+    predicted = closed_form(recipe, describe(TINY), execution)["step"]
     assert predicted == pytest.approx(_measured(TINY, recipe, 0.0, kept_layers=kept_layers), rel=0.06)
 
 
@@ -102,7 +102,7 @@ def test_a_real_step_on_preferences_holds_what_was_predicted(
         ),
     )
     execution = trainer_execution(recipe, Device(kind="cpu"))
-    predicted = closed_form(recipe, parse_architecture(TINY), execution)["step"]
+    predicted = closed_form(recipe, describe(TINY), execution)["step"]
     assert predicted == pytest.approx(_measured(TINY, recipe, 0.0), rel=0.06)
 
 
@@ -115,7 +115,7 @@ def test_a_real_135m_step_uses_the_predicted_memory() -> None:
     )
     model = config("HuggingFaceTB/SmolLM2-135M")
     execution = trainer_execution(recipe, Device(kind="cpu"))
-    predicted = closed_form(recipe, parse_architecture(model), execution)["step"]
+    predicted = closed_form(recipe, describe(model), execution)["step"]
     assert predicted == pytest.approx(_measured(model, recipe, 0.0), rel=0.06)
 
 
@@ -139,7 +139,7 @@ def _deep_recipe(checkpointing: Any) -> Recipe:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_a_step_on_a_cpu_leaves_the_gaps_in_the_heap_that_were_predicted(checkpointing: Any) -> None:
-    recipe, architecture, cpu = _deep_recipe(checkpointing), parse_architecture(DEEP), Device(kind="cpu")
+    recipe, architecture, cpu = _deep_recipe(checkpointing), describe(DEEP), Device(kind="cpu")
     step = closed_form(recipe, architecture, trainer_execution(recipe, cpu))["step"]
     gaps = estimate(recipe, architecture, device=cpu).bytes_of("fragmentation")
     code = f"from tests.memory.test_measured import print_growth; print_growth({checkpointing!r})"
@@ -181,7 +181,7 @@ def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
         rank_pattern={"all-linear": 8, "1-2.q_proj": 32, "model.layers.2.mlp.down_proj": 2},
         alpha_pattern={"q_proj": 64.0},
     )
-    recipe, architecture = Recipe(lora=lora), parse_architecture(TINY)
+    recipe, architecture = Recipe(lora=lora), describe(TINY)
     factory: Any = AutoModelForCausalLM
     model = add_lora(factory.from_config(AutoConfig.for_model(**TINY)), lora, architecture)
     layout = build_layout(recipe, architecture, trainer_execution(recipe, Device(kind="cpu")))
@@ -252,7 +252,7 @@ def _model_and_batch(
     head = find_head(model)
     assert isinstance(head, ChunkedHead)
     use_loss(model, head)
-    model = add_lora(model, recipe.lora, parse_architecture(values)).train()
+    model = add_lora(model, recipe.lora, describe(values)).train()
     rows, length = recipe.rows_per_pass, recipe.data.max_length
     ids = torch.randint(0, 2048, (1, rows * length))
     positions = torch.arange(length).repeat(rows)[None]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.described import describe
 from qlora_tui.memory import Estimate, ExecutionConfig, estimate
 from qlora_tui.memory.levels import context_range
 from qlora_tui.recipe.fields import replace_setting
@@ -52,7 +52,7 @@ def read(entry: dict[str, Any], *, exactly: bool = False) -> Published:
         key: tuple(value) if isinstance(value, list) else value for key, value in entry["execution"].items()
     }
     config = json.loads((CONFIGS / f"{entry['config']}.json").read_text())
-    architecture = parse_architecture(config)
+    architecture = describe(config)
     capacity = CAPACITY[entry["gpu"]]
     execution, traced = ExecutionConfig(**facts), None
     if exactly:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import parse_architecture
+from qlora_tui.catalog.described import describe
 from qlora_tui.memory import Device, check_fit, estimate, trainer_execution
 from qlora_tui.memory.calibration import TransferSpeed
 from qlora_tui.memory.execution import LEAN_OPTIMIZER
@@ -28,9 +28,9 @@ GIB = 1 << 30
 RECIPE = Recipe(data=Data(max_length=2048), training=Training(micro_batch_size=1))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def llama() -> Architecture:
-    return parse_architecture(config("meta-llama/Llama-3.1-8B"))
+    return describe(config("meta-llama/Llama-3.1-8B"))
 
 
 def most_layers(architecture: Architecture, gib: float, **settings: Any) -> KeptLayersPlan:
@@ -72,7 +72,7 @@ def test_a_recipe_that_decides_is_not_asked(llama: Architecture, checkpointing: 
 
 
 def test_a_model_whose_step_is_uncertain_keeps_none() -> None:
-    hybrid = parse_architecture(config("LiquidAI/LFM2-350M"))
+    hybrid = describe(config("LiquidAI/LFM2-350M"))
     assert most_layers(hybrid, 80).kept_layers == 0
 
 
@@ -102,7 +102,7 @@ def test_an_8b_model_keeps_layers_with_any_kernels(
 def choice_of(model: str, gib: float, length: int = 1024, **settings: Any) -> StepChoice:
     device = settings.pop("device", Device())
     recipe = Recipe(data=Data(max_length=length), training=Training(**settings))
-    return choose_step(recipe, parse_architecture(config(model)), int(gib * GIB), device=device)
+    return choose_step(recipe, describe(config(model)), int(gib * GIB), device=device)
 
 
 @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.1-8B"])
@@ -147,7 +147,7 @@ def test_otherwise_a_step_stays_as_the_recipe_has_it(gib: float, settings: dict[
 @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-1.5B", "meta-llama/Llama-3.1-8B"])
 def test_no_process_waits_for_the_others(model: str, processes: int) -> None:
     recipe = Recipe(data=Data(max_length=1024))
-    choice = choose_step(recipe, parse_architecture(config(model)), 80 * GIB, processes=processes)
+    choice = choose_step(recipe, describe(config(model)), 80 * GIB, processes=processes)
     assert choice.recipe.training.gradient_accumulation % processes == 0
 
 
@@ -157,7 +157,7 @@ def test_more_rows_are_worth_it_where_launching_or_unpacking_takes_long() -> Non
         recipe = replace_setting(recipe, "quantization.method", changes.get("method", "nf4"))
         speed = TransferSpeed(at=0, bytes_per_s=1e10, flops_per_s=changes.get("flops", 6e13))
         device = Device(triton=True, speed=speed)
-        choice = choose_step(recipe, parse_architecture(config(model)), 200 * GIB, device=device)
+        choice = choose_step(recipe, describe(config(model)), 200 * GIB, device=device)
         return choice.recipe.training.micro_batch_size
 
     fast = rows("Qwen/Qwen2.5-0.5B", method="none", flops=2e14)
@@ -174,7 +174,7 @@ def test_the_free_memory_that_is_named_is_enough() -> None:
 
 
 def test_a_mixture_computes_the_experts_of_a_token() -> None:
-    mixtral = parse_architecture(config("mistralai/Mixtral-8x7B-v0.1"))
+    mixtral = describe(config("mistralai/Mixtral-8x7B-v0.1"))
     once, _ = products_per_token(RECIPE, mixtral)
     # 12.9 billion active parameters, with their gradients' products (Mixtral's paper).
     assert 2 * 12e9 < once < 2 * 16e9

@@ -12,13 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs.exact_memory import TraceRequest
+from qlora_tui.training.description import architecture_of
 from tests.memory.step_cases import (
     FAMILIES,
     OTHERS,
@@ -68,7 +68,7 @@ def test_adapters_on_experts_are_counted(family: str, is_4_bit: bool) -> None:
     recipe = replace_setting(recipe, "lora.target_modules", targets)
     config = cut_config(family)
     traced = traced_step(config, recipe).figures()
-    closed = closed_form(recipe, parse_architecture(config), trainer_execution(recipe, Device()))
+    closed = closed_form(recipe, architecture_of(config), trainer_execution(recipe, Device()))
     assert closed == pytest.approx(traced, rel=0.06)
 
 
@@ -76,7 +76,7 @@ def test_adapters_on_experts_are_counted(family: str, is_4_bit: bool) -> None:
 @pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False)])
 def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) -> None:
     config = cut_config(family)
-    architecture = parse_architecture(config)
+    architecture = architecture_of(config)
     assert architecture.head.tied == tied
     traced, closed = [], []
     for rows in (0, 200):
@@ -93,7 +93,7 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_trained_embedding_and_head_are_counted(family: str, tied: bool, accumulation: int) -> None:
     config = cut_config(family)
-    architecture = parse_architecture(config)
+    architecture = architecture_of(config)
     assert architecture.head.tied == tied
     recipe = recipe_of(Case(family, length=512, embeddings=True))
     recipe = replace_setting(recipe, "training.gradient_accumulation", accumulation)
@@ -115,7 +115,7 @@ def test_earlier_gradients_are_counted_in_the_next_forward() -> None:
 
     assert first_forward(after) == first_forward(alone) + alone.figures()["gradients"]
     closed = closed_form(
-        accumulating, parse_architecture(cut_config("GPT-2")), trainer_execution(accumulating, Device())
+        accumulating, architecture_of(cut_config("GPT-2")), trainer_execution(accumulating, Device())
     )
     for key, size in after.figures().items():
         assert closed[key] == pytest.approx(size, rel=0.03), key
@@ -128,7 +128,7 @@ def test_both_sides_of_a_pair_are_counted(checkpointing: bool) -> None:
     answers = recipe_of(Case("Llama 3", length=512, checkpointing=checkpointing))
     pairs = replace_setting(answers, "data.preferences", "dpo")
     traced = traced_step(config, pairs)
-    closed = closed_form(pairs, parse_architecture(config), trainer_execution(pairs, Device()))
+    closed = closed_form(pairs, architecture_of(config), trainer_execution(pairs, Device()))
     assert closed["step"] == pytest.approx(traced.step_bytes, rel=0.05)
     alone = traced_step(config, answers)
     assert traced.step_bytes > alone.step_bytes
@@ -206,5 +206,5 @@ def test_a_step_is_traced_on_other_devices_too(device: Device) -> None:
     recipe = recipe_of(Case("Llama 3", length=512, rows=3, checkpointing=False))
     config, execution = cut_config("Llama 3"), trainer_execution(recipe, device)
     traced = traced_step(config, recipe, execution)
-    closed = closed_form(recipe, parse_architecture(config), execution)
+    closed = closed_form(recipe, architecture_of(config), execution)
     assert closed["step"] == pytest.approx(traced.step_bytes, rel=0.05)

@@ -27,6 +27,7 @@ TRAINING_MODULES = (
     "qlora_tui.training",
     "qlora_tui.engine",
     "qlora_tui.export.export_job:run_job",
+    "qlora_tui.training.description:describe_all",
     "qlora_tui.training.row_losses:measure",
     "qlora_tui.training.selftest:check_training",
     "qlora_tui.chat.task_answers:evaluate",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.training.adapter import add_lora
+from qlora_tui.training.description import architecture_of
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 300,
@@ -43,7 +43,7 @@ def with_adapter(model: Any, token_ids: Sequence[int] = (), **lora: Any) -> Any:
     """The model with an adapter of rank 4 that changes it; ``token_ids``: whose rows are trained too."""
     torch.manual_seed(1)
     settings = Lora(rank=4, **lora)
-    adapted = add_lora(model, settings, parse_architecture(model.config.to_dict()), token_ids)
+    adapted = add_lora(model, settings, architecture_of(model.config.to_dict()), token_ids)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

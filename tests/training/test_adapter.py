@@ -13,7 +13,6 @@ import pytest
 from msgspec import structs
 
 from qlora_tui.catalog.adapters import WEIGHTS, adapter_differences
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.chat.adapters import AdapterSet
 from qlora_tui.checksums import digest, write_checksums
@@ -34,6 +33,7 @@ from qlora_tui.runs.machine_checks import CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, save_adapter
+from qlora_tui.training.description import architecture_of
 from tests.catalog.configs import config as config_of
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
@@ -81,7 +81,7 @@ def test_shared_experts_are_adapted_and_routed_ones_are_not(targets: tuple[str, 
     from qlora_tui.training.adapter import add_lora, load_adapter, save_adapter, trained_parameters
 
     config = config_of("deepseek-ai/DeepSeek-V2-Lite") | TINY
-    architecture, lora = parse_architecture(config), Lora(rank=4, target_modules=targets)
+    architecture, lora = architecture_of(config), Lora(rank=4, target_modules=targets)
     model = add_lora(_deepseek(config), lora, architecture)
     touched = {
         name.removeprefix("base_model.model.").partition(".lora_")[0]

@@ -1,39 +1,62 @@
-"""The architecture that transformers' own class shows, against the tables of the catalog."""
+"""The architecture of a model, as transformers builds and quantizes it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-import msgspec
 import pytest
+import torch
 
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.training.description import describe
-from tests.catalog.configs import config
+from qlora_tui.training.model_class import build_on_meta
+from tests.catalog.configs import config, named_shapes
 
 pytestmark = pytest.mark.slow
 
+PUBLISHED = [
+    "HuggingFaceTB/SmolLM2-135M",
+    "EleutherAI/pythia-1.4b",
+    "LiquidAI/LFM2-350M",
+    "Qwen/Qwen1.5-MoE-A2.7B",
+    "Qwen/Qwen2.5-0.5B",
+    "Qwen/Qwen3-0.6B",
+    "Qwen/Qwen3.5-35B-A3B",
+    "bigscience/bloom-560m",
+    "deepseek-ai/DeepSeek-V2-Lite",
+    "facebook/opt-1.3b",
+    "google/gemma-2-2b",
+    "google/gemma-3-4b-it",
+    "google/gemma-4-26B-A4B",
+    "ibm-research/PowerLM-3b",
+    "microsoft/Phi-4-mini-instruct",
+    "microsoft/phi-2",
+    "mistralai/Mixtral-8x7B-v0.1",
+    "openai-community/gpt2",
+    "openai/gpt-oss-20b",
+    "stabilityai/stablelm-2-1_6b",
+    "tiiuae/falcon-7b",
+    "zai-org/glm-4-9b-chat-hf",
+]
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "EleutherAI/gpt-neox-20b",
-        "LiquidAI/LFM2-350M",
-        "Qwen/Qwen1.5-MoE-A2.7B",
-        "Qwen/Qwen3.5-35B-A3B",
-        "deepseek-ai/DeepSeek-V2-Lite",
-        "facebook/opt-1.3b",
-        "google/gemma-3-4b-it",
-        "google/gemma-4-26B-A4B",
-        "openai-community/gpt2",
-        "openai/gpt-oss-20b",
-        "tiiuae/falcon-7b",
-    ],
-)
-def test_a_description_is_what_the_table_says(name: str) -> None:
-    assert _unordered(describe(config(name))) == _unordered(parse_architecture(config(name)))
 
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_published_model_is_named_and_quantized_as_loaded(model: str) -> None:
+    """The model transformers builds, and the modules its bitsandbytes integration replaces."""
+    import bitsandbytes as bnb
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-def _unordered(architecture: Any) -> dict[str, Any]:
-    values: dict[str, Any] = msgspec.structs.asdict(architecture)
-    return values | {key: set(values[key]) for key in ("modules", "embeddings", "parameters")}
+    architecture = describe(config(model))
+    built = build_on_meta(config(model), dtype=torch.float32)
+    assert named_shapes(architecture) == {
+        name: tuple(value.shape) for name, value in built.named_parameters()
+    }
+
+    settings: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig
+    not_converted = Bnb4BitHfQuantizer.get_modules_to_not_convert(
+        built, None, list(built._keep_in_fp32_modules or ())
+    )
+    quantized = replace_with_bnb_linear(built, not_converted, settings(load_in_4bit=True))
+    replaced = {name for name, module in quantized.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert {module.name for module in architecture.modules if module.quantizable} == replaced

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import GREEDY
 from qlora_tui.data.conversation import Message
@@ -23,6 +22,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, StepVerified
 from qlora_tui.training import loss
 from qlora_tui.training.adapter import add_lora, load_adapter, save_adapter
+from qlora_tui.training.description import architecture_of
 from qlora_tui.training.embeddings import EmbeddingNoise, trained_matrices
 from qlora_tui.training.evaluation import argmax_tokens
 from qlora_tui.training.forgetting import equals_base
@@ -168,7 +168,7 @@ def test_only_rows_near_zero_are_initialized_to_the_mean() -> None:
 @pytest.mark.parametrize("ids", [IDS, IDS[1:]])
 def test_a_row_set_to_the_mean_is_a_change_of_the_base(ids: list[int]) -> None:
     base = faint("llama", tied=False)
-    model = add_lora(base, Lora(rank=4), parse_architecture(base.config.to_dict()), ids)
+    model = add_lora(base, Lora(rank=4), architecture_of(base.config.to_dict()), ids)
     assert equals_base(model) == (IDS[0] not in ids)
 
 
@@ -216,7 +216,7 @@ def test_a_model_that_peft_cannot_keep_rows_of_is_refused(model_type: str, why: 
     """A head with a bias, which peft would drop, and a token without a row."""
     model = build(model_type, tie_word_embeddings=False)
     with pytest.raises(UserError, match=why):
-        add_lora(model, Lora(rank=4), parse_architecture(model.config.to_dict()), [300])
+        add_lora(model, Lora(rank=4), architecture_of(model.config.to_dict()), [300])
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +399,7 @@ def test_embedding_and_head_have_their_own_rate(optimizer: str, ratio: float) ->
 def test_a_head_with_a_bias_is_refused() -> None:
     model = build("phi", tie_word_embeddings=False)
     with pytest.raises(UserError, match="head not an nn"):
-        add_lora(model, Lora(rank=4, train_embeddings=True), parse_architecture(model.config.to_dict()))
+        add_lora(model, Lora(rank=4, train_embeddings=True), architecture_of(model.config.to_dict()))
 
 
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("paged_adamw_8bit", "bfloat16")])

@@ -19,7 +19,7 @@ from qlora_tui.adapters.base_weights import assign_deltas
 from qlora_tui.adapters.deltas import read_deltas
 from qlora_tui.adapters.merged_weights import MergedWeights, merged_weights, requantizer
 from qlora_tui.adapters.stored_layout import StoredLayout
-from qlora_tui.catalog.config_parser import load_config, parse_architecture
+from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import check_folder
 from qlora_tui.chat.adapters import AdapterSet
@@ -33,6 +33,7 @@ from qlora_tui.training import adapter
 from qlora_tui.training.adapter import add_lora, save_adapter
 from qlora_tui.training.checks.first_step import VerificationResult, verify_step
 from qlora_tui.training.compute_device import find_device
+from qlora_tui.training.description import architecture_of
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.experts import loading, routing
 from qlora_tui.training.experts.lora import fuse_experts
@@ -99,7 +100,7 @@ def dequantized(folder: Path, packed: Any, **quantization: Any) -> Any:
 def adapted(model: Any, *targets: str) -> Any:
     """The model with an adapter that changes it, computed by peft where the experts are 16-bit."""
     torch.manual_seed(0)
-    architecture = parse_architecture(model.config.to_dict())
+    architecture = architecture_of(model.config.to_dict())
     lora = Lora(rank=4, alpha=8, target_modules=targets)
     model = adapter.add_lora(model, lora, architecture)
     for name, parameter in model.named_parameters():
@@ -298,7 +299,7 @@ def test_merged_weights_are_those_of_the_training(trained: Trained) -> None:
     file = trained.base / "model.safetensors"
     layout = StoredLayout(trained.base)
     updates = assign_deltas(read_deltas(trained.adapter), [file], trained.adapter, layout)
-    rounding = requantizer(parse_architecture(load_config(trained.base / "config.json")), Quantization())
+    rounding = requantizer(architecture_of(load_config(trained.base / "config.json")), Quantization())
     assert rounding is not None
     merged = {tensor.name: tensor.read() for tensor in MergedWeights(trained.base, updates, rounding)}
     before = file.read_bytes()

@@ -14,11 +14,11 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
 from qlora_tui.training import loss as chunked_loss
 from qlora_tui.training import loss as head_chunks
+from qlora_tui.training.description import architecture_of
 from qlora_tui.training.liger import verified_liger_loss
 from tests.training.families import build
 from tests.training.test_loss import close, labeled, loss_and_gradient
@@ -174,7 +174,7 @@ def of_7b(vocabulary: int) -> Architecture:
         "num_hidden_layers": 2,
         "vocab_size": vocabulary,
     }
-    return parse_architecture(
+    return architecture_of(
         {"model_type": "llama", "num_attention_heads": 32, "vocab_size": vocabulary, **sizes}
     )
 

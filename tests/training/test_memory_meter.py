@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device
 from qlora_tui.paths import state_dir
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from qlora_tui.training import memory_meter
 from qlora_tui.training.compute_device import ComputeDevice
+from qlora_tui.training.description import architecture_of
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.model import PreparedBase
 from tests.catalog.configs import config
@@ -37,7 +37,7 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> MemoryMeter:
     monkeypatch.setattr(MemoryMeter, "free_bytes", lambda self: 24 << 30)
     device = ComputeDevice(torch.device("cpu"), "RTX 4090", 24 << 30, torch.bfloat16)
     recipe = Recipe(data=Data(max_length=2048), training=Training(micro_batch_size=1))
-    return MemoryMeter(recipe, parse_architecture(config("meta-llama/Llama-3.1-8B")), device)
+    return MemoryMeter(recipe, architecture_of(config("meta-llama/Llama-3.1-8B")), device)
 
 
 def base(**settings: Any) -> PreparedBase:

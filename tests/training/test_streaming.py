@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.support.recorded_copies import RecordedCopies
-from qlora_tui.catalog.config_parser import load_config, parse_architecture
+from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.layout import build_layout
@@ -18,6 +18,7 @@ from qlora_tui.memory.static_memory import FROZEN, static_items
 from qlora_tui.memory.weights import streamed_weights
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.training.compute_device import find_device
+from qlora_tui.training.description import architecture_of
 from qlora_tui.training.experts.routing import experts_4bit
 from qlora_tui.training.model import checkpoint_activations, load_base
 from qlora_tui.training.streaming import host_memory, placement
@@ -197,7 +198,7 @@ def test_memory_of_the_device_is_as_estimated(tmp_path: Path, quantization: Any)
     streamed = place_streamed(model, 3, torch.device("cpu"), copies)
     slots = copies.allocated_bytes
     recipe = recipe_of(folder, 3, **quantization)
-    architecture = parse_architecture(load_config(folder / "config.json"))
+    architecture = architecture_of(load_config(folder / "config.json"))
     execution = trainer_execution(recipe, Device(), architecture)
     weights = streamed_weights(recipe, architecture, execution)
     assert weights is not None

@@ -98,7 +98,7 @@ CLAIMED: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {"sliding_window": 8},
 }
-"""``model_type``: settings, of every text model in ``catalog/families``."""
+"""``model_type``: settings, of many text models."""
 
 _LONGROPE = {
     "rope_type": "longrope",

@@ -9,8 +9,7 @@ import pytest
 from textual.widgets import Input
 
 from qlora_tui.catalog import described
-from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.catalog.described import Description
+from qlora_tui.catalog.described import Description, describe
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import match_modules
@@ -31,7 +30,7 @@ def small(private_home: Path) -> str:
 
 @pytest.fixture
 def table() -> ModuleTable:
-    return ModuleTable(parse_architecture(config_of(SMALL)))
+    return ModuleTable(describe(config_of(SMALL)))
 
 
 def targets(app: QloraApp) -> tuple[str, ...]:
@@ -61,7 +60,7 @@ async def test_modules_are_shown_when_their_model_was_described(
     folder = private_home / "apertus"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    is_read, exact = Event(), parse_architecture(config_of(SMALL))
+    is_read, exact = Event(), describe(config_of(SMALL))
 
     def read(job: str, configs: list[Any], **_: Any) -> list[Description]:
         is_read.wait(20)
@@ -84,7 +83,7 @@ async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
         await pilot.press("escape")
         assert targets(app) == ("all-linear",)
         await pilot.press("x", "h", "h", "x")
-        table = ModuleTable(parse_architecture(config_of(SMALL)))
+        table = ModuleTable(describe(config_of(SMALL)))
         left = {m.name for m in table.modules} - {m.name for m in match_modules(targets(app), table.modules)}
         assert left == {f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1, 2)}
 
@@ -162,14 +161,14 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
 
 
 def test_modules_of_a_vision_tower_are_left_out() -> None:
-    table = ModuleTable(parse_architecture(config_of("google__gemma-3-4b-it")))
+    table = ModuleTable(describe(config_of("google__gemma-3-4b-it")))
     assert table.modules
     assert all(module.part != "vision" for module in table.modules)
 
 
 def test_every_kind_of_model_makes_a_table() -> None:
     for name in ("openai-community__gpt2", "mistralai__Mixtral-8x7B-v0.1", "LiquidAI__LFM2-1.2B"):
-        table = ModuleTable(parse_architecture(config_of(name)))
+        table = ModuleTable(describe(config_of(name)))
         assert {m.name for row in table.rows[1:] for m in row.modules} == {m.name for m in table.modules}
 
 
@@ -213,7 +212,7 @@ def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -
 
 
 def test_experts_are_rows_that_all_linear_leaves_alone() -> None:
-    table = ModuleTable(parse_architecture(config_of("Qwen__Qwen3-30B-A3B")))
+    table = ModuleTable(describe(config_of("Qwen__Qwen3-30B-A3B")))
     assert [row.name for row in table.rows][-2:] == ["experts.gate_up_proj", "experts.down_proj"]
     chosen = table.chosen(("all-linear",))
     assert [state(row.modules, chosen) for row in table.rows] == ["all"] * 5 + ["none"] * 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qlora_tui.catalog.described import describe
 from qlora_tui.memory import estimate
 from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.recording import StepTrace
@@ -21,7 +22,7 @@ from qlora_tui.worker import JobStopped, Progress
 from tests.memory.models import traced_peaks
 from tests.support.counting import count_estimates
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import config_folder, open_on, settle
+from tests.tui.workstation import config_folder, config_of, open_on, settle
 
 
 @pytest.fixture
@@ -145,6 +146,7 @@ async def test_the_exact_form_follows_the_instant_one(
 
 
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
+    describe(config_of("LiquidAI__LFM2-350M"))
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
     workbench, device = app.workbench, app.memory_budget.device
     traced = traced_peaks(forward_bytes=2 << 30, backward_bytes=3 << 30)
