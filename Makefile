@@ -70,7 +70,7 @@ check-kernels: $(addprefix .triton/,$(TRITONS))
 		PYTHONPATH=$(CURDIR)/$$triton $(BIN)/pytest -n 2 -q tests/kernels; done
 
 check-models: $(INSTALLED)
-	$(BIN)/python -m bench.model_types
+	$(BIN)/python -m bench.model_types --out docs/reference/models.json; status=$$?; $(BIN)/python -m docs.generate; exit $$status
 
 docs: $(INSTALLED)
 	$(BIN)/python -m docs.generate

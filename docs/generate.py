@@ -1,8 +1,9 @@
 """Writes the pages that follow from declarations: ``make docs``.
 
-``docs/reference/`` holds settings and presets (from the schema and ``presets/``), the command line (from its
-parsers) and the keys of each screen (from their commands); ``docs/glossary.md`` is the app's glossary, and
-``docs/qlora-tui.1`` the manual page. A test fails where one of them is out of date.
+``docs/reference/`` holds settings and presets (from the schema and ``presets/``), the types of models (from
+``models.json``, which ``make check-models`` writes), the command line (from its parsers) and the keys of
+each screen (from their commands); ``docs/glossary.md`` is the app's glossary, and ``docs/qlora-tui.1`` the
+manual page. A test fails where one of them is out of date.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from bench.model_types.outcome import VERDICTS, Outcome
 from qlora_tui import __version__
 from qlora_tui.cli.main import SUBCOMMANDS, _parser
 from qlora_tui.formatting import capitalize
@@ -65,9 +67,53 @@ def pages() -> dict[str, str]:
         "reference/presets.md": presets_page(),
         "reference/cli.md": cli_page(),
         "reference/keys.md": keys_page(),
+        "reference/models.md": models_page(),
         "glossary.md": glossary_page(),
         "qlora-tui.1": manual_page(),
     }
+
+
+# Types of models
+
+_MODELS_INTRODUCTION = """\
+Every `model_type` for which transformers {version} builds a causal language model, and every one that
+reads images and text. Of each, `make check-models` trains a tiny random model on text and compares it
+with transformers and peft: loss and gradients of each step, a run resumed from a checkpoint, the answers
+of a chat, and the merged model. The models have the default structure of their class, with small sizes.
+Of a type that reads images too, the language model is trained; images in the data are refused.
+
+*Fast* means that all faster parts agreed with the libraries; *stock* names those of the libraries that
+are used instead, and *padded* that samples are not packed, because its layers do not keep them apart."""
+
+
+def models_page() -> str:
+    """What came of each type of model in the last walk of ``bench.model_types``, from ``models.json``."""
+    outcome = msgspec.json.decode((HERE / "reference/models.json").read_bytes(), type=Outcome)
+    groups = {verdict: [w for w in outcome.types if w.verdict == verdict] for verdict in VERDICTS}
+    lines = [
+        _NOTICE,
+        "# Model types",
+        "",
+        _MODELS_INTRODUCTION.format(version=outcome.transformers),
+        "",
+        ", ".join(f"{len(group)} {verdict}" for verdict, group in groups.items() if group) + ".",
+    ]
+    for verdict, group in groups.items():
+        if group:
+            column = "computed by" if verdict == "trained" else "because"
+            rows = [
+                f"| `{each.model_type}` | {each.model_class} | {each.how.replace('|', ' ')} |"
+                for each in group
+            ]
+            lines += [
+                "",
+                f"## {capitalize(verdict)}",
+                "",
+                f"| type | class | {column} |",
+                "| --- | --- | --- |",
+            ]
+            lines += rows
+    return "\n".join(lines) + "\n"
 
 
 # Recipes and presets
