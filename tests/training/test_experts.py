@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qlora_tui.adapters.base_weights import assign_deltas
 from qlora_tui.adapters.deltas import read_deltas
-from qlora_tui.adapters.merged_weights import MergedWeights, merged_weights, requantizer
+from qlora_tui.adapters.merged_weights import MergedWeights, requantizer
 from qlora_tui.adapters.stored_layout import StoredLayout
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import check_folder
 from qlora_tui.chat.adapters import AdapterSet
-from qlora_tui.chat.chat_types import BASE, ChatSource
+from qlora_tui.chat.chat_types import BASE
 from qlora_tui.chat.logits import library_code
 from qlora_tui.engine.recorder import StorageRecorder
 from qlora_tui.errors import UserError
-from qlora_tui.export.merge import merge
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import adapter
 from qlora_tui.training.adapter import add_lora, save_adapter
@@ -420,15 +418,3 @@ def test_the_model_can_be_trained_but_not_in_16_bits(folders: tuple[Path, Path])
     for settings, setting in (({"method": "none"}, "method"), ({"experts": False}, "experts")):
         with pytest.raises(UserError, match=f"quantization.{setting} is"):
             load(packed, **settings)
-
-
-def test_a_merge_is_refused_with_another_way_out(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    packed, _ = folders
-    source = ChatSource(recipe=Recipe(model=Model(id=str(packed))), adapters={"adapter": ""})
-    exports: list[Callable[[], object]] = [
-        partial(merged_weights, source.recipe, tmp_path),
-        partial(merge, source, "adapter", tmp_path / "merged"),
-    ]
-    for export in exports:
-        with pytest.raises(UserError, match="export adapter RUN FOLDER"):
-            export()
