@@ -1,7 +1,8 @@
 """Architectures that a process read from transformers' own classes, kept on disk.
 
-A description takes seconds, most of them imports, and depends on the config and the version of transformers
-alone. What a process has found is kept in the cache folder, refusals included; a damaged file is made again.
+A description takes seconds, most of them imports, and depends only on the config and the versions of
+transformers and of this program. What a process has found is kept in the cache folder, refusals included; a
+damaged file is made again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from qlora_tui import __version__
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
@@ -31,7 +33,6 @@ DEADLINE_S = 90.0
 _FORMAT = 1
 MAX_FILES = 400
 """Most descriptions that are kept, of some 20 to 200 KB each."""
-"""Descriptions that are kept, some 20 to 200 KB each."""
 _MAX_FILE_BYTES = 64 << 20
 
 
@@ -103,7 +104,8 @@ def _describe(configs: list[Mapping[str, Any]], should_stop: Callable[[], bool])
 
 
 def _file(config: Mapping[str, Any]) -> Path:
-    content = json.dumps([_FORMAT, library_version(), config], sort_keys=True, default=str)
+    versions = (_FORMAT, __version__, library_version())
+    content = json.dumps([versions, config], sort_keys=True, default=str)
     return cache_dir() / "descriptions" / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
 
 
