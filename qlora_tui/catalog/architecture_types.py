@@ -244,7 +244,8 @@ class Architecture(Struct, frozen=True):
 
     def kinds(self) -> tuple[str, ...]:
         """Return the distinct module kinds, in the model's order, which LoRA can target by name."""
-        return tuple(dict.fromkeys(module.kind for module in self.modules))
+        adapted = (module for module in self.modules if module.part != "vision" and module.adaptable)
+        return tuple(dict.fromkeys(module.kind for module in adapted))
 
 
 _LEARNED_POSITION_TABLES = ("wpe", "embed_positions")

@@ -66,6 +66,11 @@ def expert_tensor_sizes(shape: tuple[int, ...], nested: bool) -> tuple[int, ...]
     return (experts * packed, experts * blocks, experts * -(-blocks // NESTED_BLOCK) * 4, experts * 4)
 
 
+PACKED_EXPERTS = {"gate_up_proj", "down_proj"}
+"""Parameters of the experts that our function computes in 4 bits. Others stay in 16 bits: those of Nemotron H
+have no gate."""
+
+
 def quantized_experts(settings: Quantization, architecture: Architecture) -> Literal["nf4", "fp4", "none"]:
     """Return how the fused experts of a mixture are quantized.
 
@@ -79,8 +84,8 @@ def quantized_experts(settings: Quantization, architecture: Architecture) -> Lit
         or architecture.quantized_as == "bitsandbytes"
     ):
         return "none"
-    has_experts = any(parameter.is_expert_matrices for parameter in architecture.parameters)
-    return settings.method if has_experts else "none"
+    names = {p.name.rpartition(".")[2] for p in architecture.parameters if p.is_expert_matrices}
+    return settings.method if names >= PACKED_EXPERTS else "none"
 
 
 def require_4_bit_experts(settings: Quantization, architecture: Architecture) -> None:

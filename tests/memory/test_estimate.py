@@ -345,8 +345,17 @@ def test_experts_without_a_gate_are_estimated() -> None:
             for each in mixture.parameters
         ),
     )
+    # Which stay in 16 bits in training.
+    assert estimate(Recipe(), ungated).process_bytes > 2 * estimate(Recipe(), mixture).process_bytes
     adapted = Recipe(lora=Lora(target_modules=("all-linear", "experts.down_proj")))
     assert estimate(adapted, ungated).process_bytes > estimate(Recipe(), ungated).process_bytes
+
+
+def test_targets_that_only_a_vision_tower_has_are_not_offered() -> None:
+    model = qwen_7b()
+    seen = tuple(structs.replace(m, part="vision") if m.kind == "q_proj" else m for m in model.modules)
+    changes = cheapest_changes(Recipe(), structs.replace(model, modules=seen), GIB)
+    assert all("lora.target_modules" not in change.settings for change in changes)
 
 
 def test_frozen_embeddings_are_offered_where_they_are_trained() -> None:
