@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
@@ -108,13 +109,13 @@ def record(request: TraceRequest) -> Recorded:
     if not request.execution.kept_layers:
         repetition = find_repetition(layer_kinds(request.config, architecture, request.recipe))
     with kernels_of(request.execution):
+        recorded = None
         if repetition is not None:
-            config = shortened(request.config, repetition.built)
-            short = structs.replace(request, config=config)
-            recorded = _record(short, architecture_of(config), repetition)
-            if recorded is not None:
-                return recorded
-        recorded = _record(request, architecture, None)
+            with suppress(Exception):  # settings of single layers, which name layers that are left out
+                config = shortened(request.config, repetition.built)
+                short = structs.replace(request, config=config)
+                recorded = _record(short, architecture_of(config), repetition)
+        recorded = recorded or _record(request, architecture, None)
         assert recorded is not None
         return recorded
 

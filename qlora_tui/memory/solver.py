@@ -153,7 +153,7 @@ def _together(
         taken.append(change)
         now, size = change.recipe, change.estimate.process_bytes
         label = "; ".join(part.label for part in taken)
-        cost = "; ".join(part.cost for part in taken if part.cost)
+        cost = "; ".join(dict.fromkeys(part.cost for part in taken if part.cost))
         settings = {key: value for part in taken for key, value in part.settings.items()}
         yield MemorySaving(label, cost, settings, now, change.estimate, change.verdict)
         if change.fits:
