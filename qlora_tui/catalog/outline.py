@@ -311,7 +311,9 @@ class _Outline:
         if rank := self.size(("kv_lora_rank",)):
             rope, nope = self.size(("qk_rope_head_dim",)) or 0, self.size(("qk_nope_head_dim",)) or 0
             value = self.size(("v_head_dim",)) or head_dim
-            if query_rank := self.size(("q_lora_rank",)):
+            # Null means none here, and not the default.
+            is_low_rank = self.file.values.get("q_lora_rank", 1) is not None
+            if is_low_rank and (query_rank := self.size(("q_lora_rank",))):
                 self._add(index, "self_attn.q_a_proj", "attention", hidden, query_rank, bias)
                 self._add(index, "self_attn.q_b_proj", "attention", query_rank, out)
             else:

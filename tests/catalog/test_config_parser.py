@@ -80,7 +80,8 @@ def test_only_falcons_own_linear_class_stays_in_16_bits() -> None:
 @pytest.mark.slow
 def test_a_vision_tower_is_told_from_the_language_model() -> None:
     found = architecture("google/gemma-3-4b-it")
-    assert found.modules[0].name == "model.language_model.layers.0.self_attn.q_proj"
+    text = next(module for module in found.modules if module.part != "vision")
+    assert text.name == "model.language_model.layers.0.self_attn.q_proj"
     vision = next(module for module in found.modules if module.part == "vision")
     assert vision.name == "model.vision_tower.encoder.layers.0.self_attn.k_proj"
     assert found.tied_head

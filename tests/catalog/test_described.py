@@ -11,7 +11,7 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
-from qlora_tui.worker import Failure
+from qlora_tui.worker import Failure, run_job
 
 TINY: dict[str, Any] = {
     "model_type": "apertus",
@@ -105,6 +105,7 @@ def test_a_process_describes_what_it_can_and_refuses_the_rest() -> None:
 
 @pytest.mark.slow
 def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(described, "run_job", run_job)
     monkeypatch.setattr(described, "DEADLINE_S", 0.2)
     with pytest.raises(UserError, match="did not end"):
         described.describe(TINY)

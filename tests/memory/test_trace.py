@@ -30,6 +30,8 @@ from tests.memory.step_cases import (
     traced_step,
 )
 
+pytestmark = pytest.mark.slow
+
 WORST_SHOWN = 5
 DIFFERENT = ("Llama 3", "Qwen 2.5", "Mixtral", "Gemma 2", "Gemma 3", "Phi-3", "GPT-2", "DeepSeek-V2")
 """Families whose layers differ in what the closed form counts, such as biases, experts, windows and caps."""
@@ -38,7 +40,6 @@ FEW_EXPERTS = 8
 adapters on experts."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", DIFFERENT)
 def test_the_closed_form_averages_below_three_percent_error(family: str) -> None:
     cases = list(grid([family], "pairs"))
@@ -51,7 +52,6 @@ def test_the_closed_form_averages_below_three_percent_error(family: str) -> None
     assert abs(results[0].error_pct) < 8, worst
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in (*FAMILIES, *OTHERS) if name not in DIFFERENT])
 def test_a_further_family_is_within_five_percent(family: str) -> None:
     for case in grid([family], "two"):
@@ -59,7 +59,6 @@ def test_a_further_family_is_within_five_percent(family: str) -> None:
         assert abs(result.error_pct) < 5, result
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "is_4_bit"), [("Mixtral", True), ("Mixtral", False)])
 def test_adapters_on_experts_are_counted(family: str, is_4_bit: bool) -> None:
     recipe = recipe_of(Case(family, rows=4))
@@ -72,7 +71,6 @@ def test_adapters_on_experts_are_counted(family: str, is_4_bit: bool) -> None:
     assert closed == pytest.approx(traced, rel=0.06)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False)])
 def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) -> None:
     config = cut_config(family)
@@ -88,7 +86,6 @@ def test_trained_rows_are_counted_with_their_gradients(family: str, tied: bool) 
     assert added == pytest.approx(traced[1]["step"] - traced[0]["step"], rel=0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("Llama 3", True), ("Mistral", False), ("Gemma 3", True)])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_trained_embedding_and_head_are_counted(family: str, tied: bool, accumulation: int) -> None:
@@ -102,7 +99,6 @@ def test_a_trained_embedding_and_head_are_counted(family: str, tied: bool, accum
     assert closed == pytest.approx(traced, rel=0.01)
 
 
-@pytest.mark.slow
 def test_earlier_gradients_are_counted_in_the_next_forward() -> None:
     recipe = recipe_of(Case("GPT-2", length=128))
     alone = traced_step(cut_config("GPT-2"), recipe)
@@ -121,7 +117,6 @@ def test_earlier_gradients_are_counted_in_the_next_forward() -> None:
         assert closed[key] == pytest.approx(size, rel=0.03), key
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_both_sides_of_a_pair_are_counted(checkpointing: bool) -> None:
     config = cut_config("Llama 3")
@@ -134,7 +129,6 @@ def test_both_sides_of_a_pair_are_counted(checkpointing: bool) -> None:
     assert traced.step_bytes > alone.step_bytes
 
 
-@pytest.mark.slow
 def test_a_tensor_saved_without_need_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from transformers.models.llama import modeling_llama
@@ -161,7 +155,6 @@ def test_a_tensor_saved_without_need_is_noticed(monkeypatch: pytest.MonkeyPatch)
     assert added == 2 * 512 * config["hidden_size"] * 2  # in each of two layers, in bfloat16
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "layers"), [("Qwen 3", 9), ("gpt-oss", 13), ("DeepSeek-V2", 10)])
 def test_repeated_layers_take_what_all_of_them_take(
     family: str, layers: int, monkeypatch: pytest.MonkeyPatch
@@ -185,7 +178,6 @@ def test_repeated_layers_take_what_all_of_them_take(
     assert traced_step(config, recipe) == short
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_be_built_is_reported() -> None:
     from qlora_tui.engine.trace_worker import trace
 
@@ -200,7 +192,6 @@ def test_a_model_that_cannot_be_built_is_reported() -> None:
     assert caught.value.what and caught.value.fix
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", [Device(kind="cpu", native_bfloat16=True), Device(varlen=False)])
 def test_a_step_is_traced_on_other_devices_too(device: Device) -> None:
     recipe = recipe_of(Case("Llama 3", length=512, rows=3, checkpointing=False))
