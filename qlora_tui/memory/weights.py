@@ -66,7 +66,7 @@ def expert_tensor_sizes(shape: tuple[int, ...], nested: bool) -> tuple[int, ...]
     return (experts * packed, experts * blocks, experts * -(-blocks // NESTED_BLOCK) * 4, experts * 4)
 
 
-PACKED_EXPERTS = {"gate_up_proj", "down_proj"}
+PACKED_EXPERTS = ("gate_up_proj", "down_proj")
 """Parameters of the experts that our function computes in 4 bits. Others stay in 16 bits: those of Nemotron H
 have no gate."""
 
@@ -84,8 +84,8 @@ def quantized_experts(settings: Quantization, architecture: Architecture) -> Lit
         or architecture.quantized_as == "bitsandbytes"
     ):
         return "none"
-    names = {p.name.rpartition(".")[2] for p in architecture.parameters if p.is_expert_matrices}
-    return settings.method if names >= PACKED_EXPERTS else "none"
+    first = next((parameter for parameter in architecture.parameters if parameter.is_expert_matrices), None)
+    return settings.method if first is not None and first.name.endswith(PACKED_EXPERTS) else "none"
 
 
 def require_4_bit_experts(settings: Quantization, architecture: Architecture) -> None:
