@@ -14,7 +14,6 @@ import pytest
 from msgspec import structs
 
 from qlora_tui.catalog.described import describe
-from qlora_tui.catalog.library_types import text_generators
 from qlora_tui.errors import UserError
 from qlora_tui.memory import (
     Correction,
@@ -78,20 +77,6 @@ def test_an_estimate_takes_few_calls_of_functions(device: Device) -> None:
         with suppress(UserError):
             calls[file.stem] = _calls_of_an_estimate(json.loads(file.read_text()), device)
     assert len(calls) > 60 and min(calls.values()) > 1000 and max(calls.values()) < MOST_CALLS, calls
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-def test_an_estimate_of_class_defaults_takes_few_calls_of_functions(device: Device) -> None:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    calls = {}
-    for model_type in sorted(text_generators()):
-        with suppress(UserError, StrictDataclassError):
-            defaults = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
-            calls[model_type] = _calls_of_an_estimate(defaults, device)
-    assert "deepseek_v3" in calls and max(calls.values()) < MOST_CALLS, calls
 
 
 def test_items_add_up_to_what_must_be_free() -> None:
