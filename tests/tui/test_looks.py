@@ -11,6 +11,7 @@ import pytest
 from textual.pilot import Pilot
 
 from qlora_tui import paths
+from qlora_tui.catalog.described import describe
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.chat.chat_types import ADAPTER, BASE
 from qlora_tui.data.thought_splitter import TextChunk
@@ -64,6 +65,7 @@ def home(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
 def models(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
     name, pickled = "Qwen/Qwen2.5-7B-Instruct", "old/pickled"
     snapshot = make_cached(hub_cache_dir(), name, config_of("Qwen__Qwen2.5-7B"), shards=2)
+    describe(config_of("Qwen__Qwen2.5-7B"))
     (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Qwen\n")
     snapshot = make_cached(hub_cache_dir(), pickled, config_of("openai-community__gpt2"))
     (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from qlora_tui.catalog.described import describe
-from qlora_tui.catalog.local_models import describe_model
 from qlora_tui.memory import estimate
 from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.recording import StepTrace
@@ -79,9 +78,7 @@ async def test_a_key_changes_a_setting_and_the_bars(
 
 
 async def test_targets_that_the_model_lacks_are_skipped(private_home: Path) -> None:
-    model = str(config_folder(private_home, "openai-community__gpt2"))
-    describe_model(model)
-    app = open_on("memory", model=model)
+    app = open_on("memory", model=str(config_folder(private_home, "openai-community__gpt2")))
     async with app.run_test() as pilot:
         await wait_for_text(pilot, "NF4")
         await pilot.press("t")

@@ -9,6 +9,7 @@ from typing import Any
 
 from textual.pilot import Pilot
 
+from qlora_tui.catalog.described import describe
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.settings import Settings
 from qlora_tui.tui import app as app_module
@@ -22,12 +23,16 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def config_folder(home: Path, published: str, *, has_weights: bool = True) -> Path:
-    """A folder with a published model's config, enough for every estimate, and a file without tensors."""
+    """A folder with a published model's config, enough for every estimate, and a file without tensors.
+
+    Its architecture was read before: otherwise a test would see the outline, or what follows it.
+    """
     folder = home / "models" / published.rpartition("__")[2]
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(CONFIGS / f"{published}.json", folder / "config.json")
     if has_weights:
         (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    describe(config_of(published))
     return folder
 
 
