@@ -70,7 +70,7 @@ def _describe_here(configs: Sequence[Any], should_stop: Any) -> list[Any]:
 
     descriptions = [description._describe_within_limits(config) for config in configs]
     for config, each in zip(configs, descriptions, strict=True):
-        described._write(described._file(config), each)
+        described.keep(config, each)
     return descriptions
 
 

@@ -7,24 +7,19 @@ damaged file is made again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from qlora_tui import __version__
+from qlora_tui.answer_cache import AnswerCache
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write, list_folder, private_dir, read_bounded
-from qlora_tui.paths import cache_dir
 from qlora_tui.worker import Failure, run_job
 
 JOB = "qlora_tui.training.description:describe_all"
@@ -33,7 +28,6 @@ DEADLINE_S = 90.0
 _FORMAT = 1
 MAX_FILES = 400
 """Most descriptions that are kept, of some 20 to 200 KB each."""
-_MAX_FILE_BYTES = 64 << 20
 
 
 class Description(Struct, frozen=True, omit_defaults=True):
@@ -52,13 +46,15 @@ class Description(Struct, frozen=True, omit_defaults=True):
         raise self.refusal.error()
 
 
-_DECODER = msgspec.json.Decoder(Description)
+_CACHE = AnswerCache("descriptions", Description, max_bytes=64 << 20)
 
 
 def stored(config: Mapping[str, Any]) -> Description | None:
     """Return what an earlier process found about a config; None where none did, or it lacked a package."""
-    found = _read(_file(config))
-    return None if found is None or any(map(_is_installed, found.missing)) else found
+    found = _CACHE.find(_key(config))
+    if found is None or not (found.architecture or found.refusal) or any(map(_is_installed, found.missing)):
+        return None
+    return found
 
 
 def describe(config: Mapping[str, Any], should_stop: Callable[[], bool] = lambda: False) -> Architecture:
@@ -99,14 +95,18 @@ def _describe(configs: list[Mapping[str, Any]], should_stop: Callable[[], bool])
         should_stop=should_stop,
     )
     for config, description in zip(configs, descriptions, strict=True):
-        _write(_file(config), description)
+        keep(config, description)
     return descriptions
 
 
-def _file(config: Mapping[str, Any]) -> Path:
+def keep(config: Mapping[str, Any], description: Description) -> None:
+    """Keep what was found about a config."""
+    _CACHE.keep(_key(config), description, MAX_FILES)
+
+
+def _key(config: Mapping[str, Any]) -> bytes:
     versions = (_FORMAT, __version__, library_version())
-    content = json.dumps([versions, config], sort_keys=True, default=str)
-    return cache_dir() / "descriptions" / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+    return json.dumps([versions, config], sort_keys=True, default=str).encode()
 
 
 @lru_cache(maxsize=1)
@@ -120,30 +120,3 @@ def _is_installed(package: str) -> bool:
         return bool(version(package))
     except PackageNotFoundError:
         return False
-
-
-@lru_cache(maxsize=32)
-def _read_state(file: Path, state: tuple[int, int]) -> Description | None:
-    try:
-        return decode_json(read_bounded(file, _MAX_FILE_BYTES), _DECODER)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
-def _read(file: Path) -> Description | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    found = _read_state(file, (status.st_mtime_ns, status.st_size))
-    return found if found is None or found.architecture or found.refusal else None
-
-
-def _write(file: Path, description: Description) -> None:
-    """Keep a description; the oldest ones of many are deleted."""
-    with suppress(OSError):
-        private_dir(file.parent)
-        atomic_write(file, msgspec.json.encode(description))
-        kept = sorted(list_folder(file.parent), key=lambda each: each.stat().st_mtime_ns)
-        for old in kept[:-MAX_FILES]:
-            old.unlink()

@@ -8,7 +8,6 @@ Loads no torch.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
@@ -24,20 +22,17 @@ import msgspec
 from msgspec import Struct, structs
 
 from qlora_tui import __version__
+from qlora_tui.answer_cache import AnswerCache
 from qlora_tui.data.confined import Confined, KilledError
-from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write, list_folder, private_dir, read_bounded
 from qlora_tui.memory.execution import ExecutionConfig
 from qlora_tui.memory.recording import StepTrace
-from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Recipe
 
 KIND = "traces"
 """Folder of the cache."""
 MAX_FILES = 500
 """Traces that are kept, of some 20 KB each."""
-_MAX_FILE_BYTES = 16 << 20
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _CPU_S = 120.0
 """Processor time of one trace: a model of 100 layers takes 5 s, one of many experts several times that."""
@@ -45,6 +40,7 @@ _MEMORY_BYTES = 4 << 30
 _WORKER = "qlora_tui.engine.trace_worker"
 _NICENESS = 10
 _one_at_a_time = Lock()
+_cache = AnswerCache(KIND, StepTrace, max_bytes=16 << 20)
 
 
 def _give_way() -> None:
@@ -87,13 +83,13 @@ def trace_step(
     """
     request = trace_request(config, recipe, execution)
     with _one_at_a_time:
-        stored = _stored(request)
+        stored = _cache.find(_key(request))
         if stored is not None:
             return stored
         if should_stop():
             raise TraceStopped
         traced = _trace(request)
-    _write(_file(request), traced)
+    _cache.keep(_key(request), traced, MAX_FILES)
     return traced
 
 
@@ -121,7 +117,7 @@ def trace_soon(
 
 def stored_trace(config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig) -> StepTrace | None:
     """Return the traced step of a recipe, if the cache has it."""
-    return _stored(trace_request(config, recipe, execution))
+    return _cache.find(_key(trace_request(config, recipe, execution)))
 
 
 def trace_request(config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig) -> TraceRequest:
@@ -166,18 +162,8 @@ def _in_child(request: TraceRequest) -> StepTrace:
     return traced
 
 
-def _stored(request: TraceRequest) -> StepTrace | None:
-    file = _file(request)
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return _read(file, (status.st_mtime_ns, status.st_size))
-
-
-def _file(request: TraceRequest) -> Path:
-    content = msgspec.json.encode((__version__, _versions(), request), order="deterministic")
-    return cache_dir() / KIND / f"{hashlib.sha256(content).hexdigest()}.json"
+def _key(request: TraceRequest) -> bytes:
+    return msgspec.json.encode((__version__, _versions(), request), order="deterministic")
 
 
 @lru_cache(maxsize=1)
@@ -189,25 +175,3 @@ def _versions() -> tuple[str, ...]:
         except PackageNotFoundError:
             found.append("")
     return tuple(found)
-
-
-_decoder = msgspec.json.Decoder(StepTrace)
-
-
-@lru_cache(maxsize=32)
-def _read(file: Path, state: tuple[int, int]) -> StepTrace | None:
-    """Read a trace, whose time and size are ``state``; None where it is damaged: it is made again."""
-    try:
-        return decode_json(read_bounded(file, _MAX_FILE_BYTES), _decoder)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
-def _write(file: Path, traced: StepTrace) -> None:
-    """Keep a trace; the oldest ones of many are deleted."""
-    with suppress(OSError):
-        private_dir(file.parent)
-        atomic_write(file, msgspec.json.encode(traced))
-        kept = sorted(list_folder(file.parent), key=lambda each: each.stat().st_mtime_ns)
-        for old in kept[:-MAX_FILES]:
-            old.unlink()
