@@ -31,6 +31,7 @@ from qlora_tui.catalog.architecture_types import Architecture, inner_name
 from qlora_tui.catalog.model_validation import read_header
 from qlora_tui.memory.weights import quantized_experts, quantizes
 from qlora_tui.recipe.schema import Quantization, Recipe
+from qlora_tui.training.experts.storage import round_to_4_bits
 
 _STACKED = 3
 """Dimensions of a parameter that holds a matrix of each expert."""
@@ -172,16 +173,3 @@ def requantizer(architecture: Architecture, settings: Quantization) -> Requantiz
     has_quantized_experts = quantized_experts(settings, architecture) != "none"
     experts = (inner_name(module.name) for module in architecture.expert_modules if has_quantized_experts)
     return Requantizer(settings, frozenset(quantized), frozenset(towers), frozenset(experts))
-
-
-def round_to_4_bits(weight: Tensor, settings: Quantization) -> Tensor:
-    """Quantize a matrix and dequantize it again, in its dtype."""
-    from bitsandbytes import functional
-
-    quantized, state = functional.quantize_4bit(
-        weight.contiguous(),
-        quant_type=settings.method,
-        compress_statistics=settings.double_quantization,
-    )
-    rounded: Tensor = functional.dequantize_4bit(quantized, state)
-    return rounded.to(weight.dtype)

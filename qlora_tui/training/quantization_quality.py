@@ -31,6 +31,7 @@ from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.weights import quantized_experts, quantizes
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training.compute_device import ComputeDevice, find_device
+from qlora_tui.training.experts.storage import round_to_4_bits
 from qlora_tui.training.model import freeze, load_mapped
 from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.worker import Report
@@ -240,7 +241,7 @@ class StreamedModel:
                 if self._settings.method == "int8":
                     vars(module)["forward"] = _int8_forward(module)
                 else:
-                    matrix = four_bit_and_back(_matrix(module, whole[name]), self._settings)
+                    matrix = round_to_4_bits(_matrix(module, whole[name]), self._settings)
                     parameter.data = _matrix(module, matrix)
             self._count(
                 sum(p.nbytes for p in layer.parameters())
@@ -354,19 +355,6 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 def _matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """Return a weight as rows of output features; GPT-2's ``Conv1D`` stores the transpose, a view of it."""
     return weight.T if hasattr(module, "nf") else weight
-
-
-def four_bit_and_back(weight: Tensor, settings: Quantization) -> Tensor:
-    """Return a weight, or a stack of experts' matrices, as it is after quantization to 4 bits."""
-    from bitsandbytes import functional
-
-    packed, state = functional.quantize_4bit(
-        weight.contiguous(),
-        quant_type=settings.method,
-        compress_statistics=settings.double_quantization,
-    )
-    restored: Tensor = functional.dequantize_4bit(packed, state)
-    return restored.view(weight.shape).to(weight.dtype)
 
 
 def _int8_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -18,8 +18,9 @@ from qlora_tui.memory.quality import NOTABLE_GAIN, Quality, describe_quality, me
 from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source
 from qlora_tui.training import quantization_quality
 from qlora_tui.training.compute_device import find_device
+from qlora_tui.training.experts.storage import round_to_4_bits
 from qlora_tui.training.model import load_base, load_mapped
-from qlora_tui.training.quantization_quality import StreamedModel, compare_layers, four_bit_and_back
+from qlora_tui.training.quantization_quality import StreamedModel, compare_layers
 from qlora_tui.training.samples import Sample, SampleList
 from qlora_tui.training.selftest import write_random_model
 from qlora_tui.worker import JobStopped, Progress
@@ -62,7 +63,7 @@ def at_once(folder: Path) -> float:
     for name, parameter in quantized.named_parameters():
         if inner_name(name) in names:
             turned = parameter.data.T if architecture.model_type == "gpt2" else parameter.data
-            restored = four_bit_and_back(turned, NF4)
+            restored = round_to_4_bits(turned, NF4)
             parameter.data = restored.T if architecture.model_type == "gpt2" else restored
             changed += 1
     assert changed

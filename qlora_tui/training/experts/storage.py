@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from qlora_tui.memory.weights import BLOCK, NESTED_BLOCK
+from qlora_tui.recipe.schema import Quantization
 
 PACKED = ""
 ABSMAX, NESTED_ABSMAX, OFFSET = "_absmax", "_nested_absmax", "_offset"
@@ -162,3 +163,16 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     matrix = values[halves.int()].flatten(2)  # (outputs, blocks, 32)
     torch.ldexp(matrix, (scales.int() - _EXPONENT_BIAS)[..., None], out=matrix)
     return matrix.flatten(1)
+
+
+def round_to_4_bits(weight: Tensor, settings: Quantization) -> Tensor:
+    """Return a weight as it is after quantization to 4 bits, in its shape and dtype."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        weight.contiguous(),
+        quant_type=settings.method,
+        compress_statistics=settings.double_quantization,
+    )
+    rounded: Tensor = functional.dequantize_4bit(packed, state)
+    return rounded.view(weight.shape).to(weight.dtype)
