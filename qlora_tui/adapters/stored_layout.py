@@ -131,10 +131,17 @@ class StoredLayout:
         for known in (name, f"{name}.weight"):
             if known in self.by_parameter:
                 return known
-            similar = [each for each in self.by_parameter if inner_name(each) == inner_name(known)]
+            similar = self._by_inner_name.get(inner_name(known), ())
             if len(similar) == 1 and "layers." in known:
                 return similar[0]
         return None
+
+    @cached_property
+    def _by_inner_name(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name in self.by_parameter:
+            names.setdefault(inner_name(name), []).append(name)
+        return names
 
     def is_transposed(self, parameter: str) -> bool:
         """Return whether a parameter's matrices of experts are (inputs, outputs), as peft decides it."""
@@ -160,6 +167,6 @@ class StoredLayout:
         reverted = revert_weight_conversion(self._model, dict(parameters))
         # Files of a model without its head lack the first part of the names.
         return {
-            next((s for s in group.stored if s == name or f"{name}".endswith(f".{s}")), name): tensor
+            next((s for s in group.stored if s == name or name.endswith(f".{s}")), name): tensor
             for name, tensor in reverted.items()
         }
