@@ -31,6 +31,19 @@ def config_problem(where: str, what: str) -> UserError:
     )
 
 
+def no_text_generator(what: str) -> UserError:
+    """Build the error for a model that does not continue a text token by token.
+
+    ``what``: the model and the reason, without a period.
+    """
+    return UserError(
+        "This model does not generate text",
+        what=f"{what}.",
+        why="Fine-tuning here needs a causal language model, with its output head.",
+        fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
+    )
+
+
 class ConfigFields:
     """One JSON object of a config, and its location in the file."""
 

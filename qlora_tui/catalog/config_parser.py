@@ -14,7 +14,12 @@ from typing import Any
 
 from qlora_tui.catalog import described
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_fields import ConfigFields, check_bounds, config_problem
+from qlora_tui.catalog.config_fields import (
+    ConfigFields,
+    check_bounds,
+    config_problem,
+    no_text_generator,
+)
 from qlora_tui.catalog.library_types import config_class, config_classes, is_encoder, text_generators
 from qlora_tui.catalog.outline import read_outline
 from qlora_tui.errors import UserError
@@ -87,12 +92,7 @@ def type_problem(fields: ConfigFields) -> UserError | None:
             reason = "an encoder, whose tokens see those after them"
         else:
             return None
-        return UserError(
-            "This model does not generate text",
-            what=f"{fields.where}: model_type is {model_type!r}, {reason}.",
-            why="Fine-tuning here needs a causal language model, with its output head.",
-            fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
-        )
+        return no_text_generator(f"{fields.where}: model_type is {model_type!r}, {reason}")
     close_matches = difflib.get_close_matches(model_type, sorted(generators), n=1, cutoff=0.75)
     return UserError(
         "Model type unknown to transformers",

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from qlora_tui.catalog.config_fields import no_text_generator
+from qlora_tui.catalog.described import library_version
 from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.errors import UserError
 from qlora_tui.installation import install_command
@@ -50,7 +52,7 @@ def read_config(values: Mapping[str, Any]) -> Any:
     clean, _ = without_code(values)
     model_type = clean.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise unbuildable(str(model_type), f"transformers {_version()} does not know this model_type")
+        raise unbuildable(str(model_type), f"transformers {library_version()} does not know this model_type")
     try:
         return CONFIG_MAPPING[model_type].from_dict(
             {key: _with_floats(value) for key, value in clean.items() if key not in _WEIGHT_KEYS}
@@ -85,14 +87,14 @@ def auto_class(config: Any) -> Any:
         if loader is not None and type(config) in loader._model_mapping:
             _check_causal(config, loader)
             return loader
-    raise unbuildable(config.model_type, f"no class of transformers {_version()} generates text")
+    raise unbuildable(config.model_type, f"no class of transformers {library_version()} generates text")
 
 
 def _check_causal(config: Any, loader: Any) -> None:
     from transformers import AutoModelForMaskedLM
 
     if getattr(config, "is_encoder_decoder", False):
-        raise not_causal(config.model_type, "it has an encoder next to its decoder")
+        raise no_text_generator(f"model_type {config.model_type!r}: it has an encoder next to its decoder")
     if getattr(config, "is_decoder", False):
         return
     built = loader._model_mapping[type(config)]
@@ -100,10 +102,8 @@ def _check_causal(config: Any, loader: Any) -> None:
     if type(config) in AutoModelForMaskedLM._model_mapping or (
         hasattr(config, "is_decoder") and _READS_IS_DECODER.search(inspect.getsource(module))
     ):
-        raise not_causal(
-            config.model_type,
-            "without is_decoder in its config, its tokens see those after them",
-        )
+        reason = "without is_decoder in its config, its tokens see those after them"
+        raise no_text_generator(f"model_type {config.model_type!r}: {reason}")
 
 
 def build_on_meta(
@@ -144,16 +144,6 @@ def unbuildable(model_type: str, reason: str) -> UserError:
     )
 
 
-def not_causal(model_type: str, reason: str) -> UserError:
-    """Build the error for a model that does not continue a text token by token."""
-    return UserError(
-        "This model does not generate text",
-        what=f"model_type {model_type!r}: {reason}.",
-        why="Fine-tuning here needs a causal language model, with its output head.",
-        fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
-    )
-
-
 def _failed(config: Any, error: Exception) -> UserError:
     """Build the error for what a class raised while it was built."""
     packages = dict.fromkeys(_INSTALL.findall(str(error))) if isinstance(error, ImportError) else ()
@@ -172,9 +162,3 @@ def reason_of(error: Exception) -> str:
     """Return what a library raised on one line, without a period: the cause often follows on later lines."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:_LONGEST_REASON]}".rstrip(".:")
-
-
-def _version() -> str:
-    import transformers
-
-    return transformers.__version__
