@@ -250,8 +250,8 @@ def _memory(recipe: Recipe, files: ModelFiles, machine: Machine) -> tuple[Check,
 
 def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
     """Report kernels of this model that are not installed, on a GPU."""
-    missing = missing_kernels(files.architecture.model_type)
-    if machine.gpu is None or not missing:
+    missing = missing_kernels(files.architecture.model_type) if machine.gpu else ()
+    if not missing:
         return []
     text, fix = describe_missing(missing)
     return [Check(CheckKind.KERNELS, "warning", text, fix)]
