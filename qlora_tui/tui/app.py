@@ -92,7 +92,7 @@ class QloraApp(TerminalApp):
         from qlora_tui.tui.draft import open_workbench
 
         workbench = open_workbench(self.draft)
-        workbench.on_outline = self._describe_model
+        workbench.on_outline = partial(self.call_later, self._describe_model)  # a thread may read the model
         for problem in (workbench.draft_error, workbench.preset_error):
             if problem is not None:
                 self.call_later(partial(self.notify, str(problem), severity="warning", timeout=10))

@@ -53,10 +53,12 @@ class Workbench:
         self._redo: list[_EditState] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
         self.on_outline: Callable[[str], object] = lambda model: None
-        """Called once with the id of a model of which only an outline is known."""
+        """Called, in any thread, with the id of a model when only its outline was read."""
         self._trainable: str | None = None
         """A model that can be trained."""
-        self._compared: tuple[Recipe, Device, dict[Precision, Estimate] | UserError] | None = None
+        self._compared: (
+            tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError] | None
+        ) = None
         self._traced: tuple[Recipe, Device, StepTrace] | None = None
 
     @property
@@ -135,11 +137,12 @@ class Workbench:
     def architecture(self) -> Architecture | UserError:
         """Architecture of the recipe's model from its ``config.json``; a UserError if there is none."""
         model = self.recipe.model.id
-        if self._architecture is None or self._architecture[0] != model:
-            self._architecture = (model, _read(model))
-            if not isinstance(read := self._architecture[1], UserError) and read.is_outline:
+        known = self._architecture  # a thread may ask while the app forgets it
+        if known is None or known[0] != model:
+            known = self._architecture = (model, _read(model))
+            if not isinstance(known[1], UserError) and known[1].is_outline:
                 self.on_outline(model)
-        return self._architecture[1]
+        return known[1]
 
     def refuse_outline(self, model: str, problem: UserError) -> None:
         """Answer with the reason why the exact architecture of a model could not be read."""
@@ -173,9 +176,10 @@ class Workbench:
 
         Cached until the recipe changes, since strip and screen both need it.
         """
-        if self._compared is None or self._compared[:2] != (self.recipe, device):
-            self._compared = (self.recipe, device, self._compare(device))
-        return self._compared[2]
+        known, architecture = self._compared, self.architecture()
+        if known is None or known[0] is not architecture or known[1:3] != (self.recipe, device):
+            known = self._compared = (architecture, self.recipe, device, self._compare(architecture, device))
+        return known[3]
 
     def estimate(self, device: Device) -> Estimate | None:
         """The estimate in the recipe's precision; None if there is nothing to estimate."""
@@ -191,14 +195,14 @@ class Workbench:
 
     def trace_on(self, device: Device) -> StepTrace | None:
         """The traced step of the recipe as it is now, if there is one."""
-        if self._traced is None or self._traced[:2] != (self.recipe, device):
-            return None
-        return self._traced[2]
+        traced = self._traced
+        return traced[2] if traced is not None and traced[:2] == (self.recipe, device) else None
 
-    def _compare(self, device: Device) -> dict[Precision, Estimate] | UserError:
+    def _compare(
+        self, architecture: Architecture | UserError, device: Device
+    ) -> dict[Precision, Estimate] | UserError:
         from qlora_tui.memory import compare
 
-        architecture = self.architecture()
         if isinstance(architecture, UserError):
             return architecture
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ from qlora_tui import paths
 from qlora_tui.catalog.local_models import ModelNotFoundError
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.errors import UserError
+from qlora_tui.memory import Device
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui.draft import Draft, open_workbench
 from qlora_tui.tui.workbench import Workbench
-from tests.tui.workstation import config_folder
+from tests.tui.workstation import CONFIGS, config_folder
 
 
 def test_a_draft_comes_back_as_it_was_left() -> None:
@@ -101,3 +103,13 @@ def test_a_model_whose_weights_arrive_can_be_trained(private_home: Path) -> None
     assert workbench.model_refusal() is None
     workbench.set("model.id", "org/missing")
     assert isinstance(workbench.model_refusal(), ModelNotFoundError)
+
+
+def test_an_architecture_may_be_forgotten_while_a_thread_reads_it(tmp_path: Path) -> None:
+    workbench = Workbench()
+    shutil.copy(CONFIGS / "Qwen__Qwen2.5-7B.json", tmp_path / "config.json")
+    workbench.set("model.id", str(tmp_path))
+    workbench.on_outline = lambda model: workbench.forget_architecture()
+    read = workbench.architecture()
+    assert not isinstance(read, UserError) and read.is_outline
+    assert not isinstance(workbench.comparison(Device()), UserError)
