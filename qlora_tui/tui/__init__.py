@@ -16,7 +16,8 @@ breakpoints    widths and heights that app turns into the classes -narrow, -wide
                each screen says what it shows in them; app.tcss is the CSS that all screens share, among it
                that of panels in a small window
 desktop        clipboard, window title, notifications, folders
-process        garbage collection, signals, standard error, a disk that cannot be written; clock is the time
+process        garbage collection, signals, standard error, a disk that cannot be written; threads: long
+               work that a worker waits for; clock is the time
 ui_state       recent paths and prompts and other things remembered for convenience, in one file
 
 screens/       a package for each screen, and one for modals

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable
 from functools import cached_property, partial
 from importlib import import_module
-from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
@@ -29,6 +28,7 @@ from qlora_tui.tui.process import DiskFaults, install_shutdown_handlers
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.terminal_app import TerminalApp
+from qlora_tui.tui.threads import run_stoppable
 
 if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
@@ -110,15 +110,11 @@ class QloraApp(TerminalApp):
         """Read the exact architecture of the recipe's model in a process, then show everything by it."""
         from qlora_tui.catalog.local_models import describe_model
 
-        stop = Event()
         problem = None
         try:
-            await asyncio.to_thread(describe_model, model, stop.is_set)
+            await run_stoppable(describe_model, model)
         except UserError as error:
             problem = error
-        finally:
-            # A canceled worker leaves its thread, which then ends the process.
-            stop.set()
         if self.workbench.recipe.model.id != model:
             return
         self.workbench.forget_architecture()

@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the Memory screen with its instant estimate: a trace loads torch, for each of 600 screens."""
 
-    def stop(*args: object) -> StepTrace:
+    def stop(*args: object, **options: object) -> StepTrace:
         raise TraceStopped
 
     monkeypatch.setattr(memory, "trace_step", stop)

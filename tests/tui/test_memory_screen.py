@@ -129,7 +129,7 @@ async def test_the_exact_form_follows_the_instant_one(
 ) -> None:
     ready, asked = Event(), list[Recipe]()
 
-    def trace(config: object, recipe: Recipe, *args: object) -> StepTrace:
+    def trace(config: object, recipe: Recipe, *args: object, **options: object) -> StepTrace:
         asked.append(recipe)
         assert ready.wait(20)
         return traced_peaks(forward_bytes=2 << 30, backward_bytes=30 << 30)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import ClassVar, NamedTuple
 
 import msgspec
@@ -22,7 +20,6 @@ from qlora_tui.runs.row_losses import (
     RowClass,
     RowLoss,
     RowLosses,
-    measure_row_losses,
     token_changes,
 )
 from qlora_tui.tui.key_names import dialog_keys
@@ -65,16 +62,6 @@ class MeasuredRows:
         sources[self.number] = without_rows(sources[self.number], rows)
         data = msgspec.structs.replace(recipe.data, sources=tuple(sources))
         return run_actions.submit(msgspec.structs.replace(recipe, data=data)), sources[self.number]
-
-
-async def measure_rows(run: RunDir) -> RowLosses:
-    """Measure the losses of a run's rows; stops when it is cancelled. Raises UserError."""
-    stop = Event()
-    try:
-        return await asyncio.to_thread(measure_row_losses, run, should_stop=stop.is_set)
-    finally:
-        # Leaving the app cancels the caller, but not this thread, for whose end the app would wait.
-        stop.set()
 
 
 def newest_run_on(source: Source) -> tuple[RunDir, int] | None:

@@ -26,7 +26,7 @@ from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
-from qlora_tui.runs.row_losses import read_row_losses
+from qlora_tui.runs.row_losses import measure_row_losses, read_row_losses
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import error_content
 from qlora_tui.tui.screens.base import WorkScreen
@@ -41,7 +41,6 @@ from qlora_tui.tui.screens.data.report import LengthsPanel, ProblemsPanel, Total
 from qlora_tui.tui.screens.data.row_losses import (
     MeasuredRows,
     RowLossScreen,
-    measure_rows,
     newest_run_on,
 )
 from qlora_tui.tui.screens.data.sample import (
@@ -53,6 +52,7 @@ from qlora_tui.tui.screens.data.sample import (
     unreadable_text,
 )
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
+from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.widgets.panel import Panel
 
@@ -583,7 +583,7 @@ class DataScreen(WorkScreen):
                 "The list opens when it is done."
             )
             try:
-                losses = await measure_rows(run)
+                losses = await run_stoppable(measure_row_losses, run)
             except UserError as problem:
                 self.qlora_app.notify_error(problem)
                 return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from threading import Event
 from typing import ClassVar
 
 from textual import work
@@ -39,6 +38,7 @@ from qlora_tui.tui.screens.memory.what_fits import (
     solve,
 )
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import ModelProblem, Panel
 
@@ -249,13 +249,12 @@ class MemoryScreen(WorkScreen):
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
         """Replace the instant estimate by the exact one, once a step of the real model was traced."""
         execution = self._compared[precision_of(recipe)].execution
-        stop = Event()
         try:
             config = load_model_config(recipe.model.id)
             traced = stored_trace(config, recipe, execution)
             if traced is None:
                 await asyncio.sleep(TRACE_SETTLED_S)
-                traced = await asyncio.to_thread(trace_step, config, recipe, execution, stop.is_set)
+                traced = await run_stoppable(trace_step, config, recipe, execution)
         except TraceStopped:
             return
         except UserError as problem:
@@ -265,9 +264,6 @@ class MemoryScreen(WorkScreen):
             self.qlora_app.workbench.use_trace(recipe, budget.device, traced)
             compared = self.qlora_app.workbench.comparison(budget.device)
             self._compared = self._compared if isinstance(compared, UserError) else compared
-        finally:
-            # A canceled task leaves its thread.
-            stop.set()
         self._show_all()
 
     def _show_all(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from pathlib import Path
-from threading import Event
 
 from textual import work
 from textual.containers import Horizontal, Vertical
@@ -37,6 +36,7 @@ from qlora_tui.tui.screens.models.model_facts import (
     validate_model_path,
 )
 from qlora_tui.tui.screens.models.model_list import HUB, LOCAL, ListedModels, Starter, starters
+from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.ui_state import add_recent, load_ui_state, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.tui.widgets.panel import Panel
@@ -258,16 +258,11 @@ class ModelsScreen(WorkScreen):
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
         """Read the structure of the models that have an outline, then list them by it."""
-        stop = Event()
-        try:
-            if await asyncio.to_thread(describe_models, self._models.local or (), stop.is_set):
-                self._models.local = await asyncio.to_thread(list_local_models, self._searched)
-                self._show_list()
-                self._show_facts()
-                self._estimate_needs()
-        finally:
-            # A canceled worker leaves its thread, which then ends the process.
-            stop.set()
+        if await run_stoppable(describe_models, self._models.local or ()):
+            self._models.local = await asyncio.to_thread(list_local_models, self._searched)
+            self._show_list()
+            self._show_facts()
+            self._estimate_needs()
 
     @work(exclusive=True, group="search")
     async def _search(self, query: str) -> None:
