@@ -7,7 +7,6 @@
 Without --data every sample fills a row, so that packing plays no part: Unsloth is compared so. With it about
 eight samples fill a row. The order is reversed every turn. A way is not begun where its last run took longer
 than what is left; at the deadline all processes are ended. The file is written after each run.
-``bench.fast_paths`` measures our trainer without each of its parts.
 """
 
 from __future__ import annotations

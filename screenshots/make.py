@@ -118,7 +118,7 @@ def save(name: str, svg: str) -> None:
 
 def moving_frames() -> list[Frame]:
     """From the choice of a model to the end of the recorded run."""
-    from bench.support.recorded_runs import NAME
+    from screenshots.recorded_runs import NAME
 
     clear_runs()
     frames = [Frame(asyncio.run(draw(picture)), seconds) for picture, seconds in BEFORE_THE_RUN]
@@ -195,8 +195,8 @@ def clear_runs() -> None:
 
 def lay_out_run(wait_until: float) -> None:
     """Put the recorded run in place as it was at a step, or at a share of its steps, still in training."""
-    from bench.support.recorded_runs import STEPS, recorded_until
     from qlora_tui.runs.process import process_identity
+    from screenshots.recorded_runs import STEPS, recorded_until
 
     clear_runs()
     run, at = recorded_until(
@@ -208,7 +208,7 @@ def lay_out_run(wait_until: float) -> None:
 
 def lay_out_earlier_runs() -> None:
     """Put the other recorded runs in place, as if they had ended some hours ago."""
-    from bench.support.recorded_runs import LONGER, NO_MEMORY, NOT_A_NUMBER, SHORTER
+    from screenshots.recorded_runs import LONGER, NO_MEMORY, NOT_A_NUMBER, SHORTER
 
     for hours, name in enumerate((LONGER, SHORTER, NOT_A_NUMBER, NO_MEMORY), 1):
         show_ended_run(name, time.time() - hours * 3600)
@@ -216,8 +216,8 @@ def lay_out_earlier_runs() -> None:
 
 def show_ended_run(name: str, ended: float) -> None:
     """Put a whole recorded run in place, as if it had ended at that Unix time."""
-    from bench.support.recorded_runs import recorded_run
     from qlora_tui.runs.status import read_status
+    from screenshots.recorded_runs import recorded_run
 
     run = recorded_run(name)
     by = ended - read_status(run).at
@@ -226,7 +226,7 @@ def show_ended_run(name: str, ended: float) -> None:
 
 def move_clock(run: RunDir, by: float) -> None:
     """Show a run ``by`` seconds later, under the name that it would have then, with its checkpoints."""
-    from bench.support.recorded_runs import lay_out_saved
+    from screenshots.recorded_runs import lay_out_saved
 
     for path in (run.events_path, run.telemetry_path, run.status_path):
         shift_clock(path, by)
@@ -251,10 +251,10 @@ def shift_clock(path: Path, by: float) -> None:
 
 async def draw(picture: Picture) -> str:
     """The SVG of one picture."""
-    from bench.support.recorded_runs import CONVERSATIONS
     from qlora_tui.recipe.layering import build_recipe
     from qlora_tui.settings import Settings
     from qlora_tui.tui.app import QloraApp
+    from screenshots.recorded_runs import CONVERSATIONS
 
     app = QloraApp(Settings(model_folders=(str(HOME / "models"),), gpu_memory_gib=GPU_GIB))
     model = HOME / "models" / picture.model

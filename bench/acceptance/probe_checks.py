@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.acceptance.context import CheckContext, CheckSkipped, Outcome
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_env import faster_imports
@@ -253,7 +254,9 @@ def out_of_memory(context: CheckContext) -> Outcome:
 def step(context: CheckContext) -> Outcome:
     """Speed and peak of a micro-batch with few and with many samples, every layer checkpointed."""
     torch = _torch()
-    from bench.support.training_step import load_step_model
+    from qlora_tui.training import model as loading
+    from qlora_tui.training.adapter import add_lora
+    from qlora_tui.training.compute_device import choose_attention, find_device
 
     recipe = Recipe(
         model=Model(id=context.model),
@@ -262,12 +265,16 @@ def step(context: CheckContext) -> Outcome:
         training=Training(micro_batch_size=1),
     )
     recipe = replace_setting(recipe, "training.gradient_checkpointing", "on")
-    loaded = load_step_model(Path(context.model), recipe)
-    figures: dict[str, Any] = {"attention": loaded.base.attention, "loss": loaded.base.loss_description}
+    device, folder = find_device(recipe), Path(context.model)
+    attention = choose_attention(recipe, device)
+    base = loading.prepare_base(folder, recipe, device, attention, "chunked", weighted=False)
+    model = add_lora(base.model, recipe.lora, resolve_model(context.model).architecture).train()
+    loading.checkpoint_activations(base.model)
+    figures: dict[str, Any] = {"attention": base.attention, "loss": base.loss_description}
     tokens = _ROW_TOKENS if context.has_gpu else 64
     words = []
     for samples in (1, 8, 16):
-        run = partial(loaded.run, [tokens // samples] * samples)
+        run = partial(_micro_batch, model, [tokens // samples] * samples, device.torch_device)
         if context.has_gpu:
             torch.cuda.reset_peak_memory_stats()
         speed = tokens / _milliseconds(context, run, repeats=8) * 1e3
@@ -275,6 +282,23 @@ def step(context: CheckContext) -> Outcome:
         figures[f"{samples} samples"] = {"tokens_per_s": round(speed), "peak_gib": round(peak, 2)}
         words.append(f"{samples} samples {speed:,.0f} tokens/s, {peak:.2f} GiB")
     return Outcome("ok", f"rows of {tokens} tokens: {'; '.join(words)}", figures)
+
+
+def _micro_batch(model: Any, lengths: list[int], device: Any) -> None:
+    """Compute loss and gradients of a row of samples of these lengths, every second token of it trained."""
+    torch = _torch()
+    from qlora_tui.training.batches import on_device
+    from qlora_tui.training.loss import IGNORED, loss_positions
+
+    # Of token ids that every vocabulary has.
+    ids = torch.randint(3, 500, (1, sum(lengths)))
+    labels = ids.clone()
+    labels[:, ::2] = IGNORED
+    batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "loss_positions": loss_positions(labels)}
+    batch |= {"segments": lengths, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+    model(**on_device(batch, device), num_items_in_batch=1).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
 def _torch() -> Any:

@@ -33,7 +33,7 @@ def offload(context: CheckContext) -> Outcome:
 
 def _beside_resident(context: CheckContext, **changes: Any) -> Outcome:
     if not context.has_gpu:
-        raise CheckSkipped("there is no GPU to copy to; bench.streaming compares on a CPU")
+        raise CheckSkipped("there is no GPU to copy to")
     settings: dict[str, Any] = {"training__gradient_checkpointing": "on", "training__max_steps": 8}
     recipe = short_recipe(context, **(settings | changes))
     # The second run reads the weights that the first one quantized.

@@ -2,7 +2,7 @@
 
 Quantizing 16-bit files takes most of the time from launch to the first step. The 4-bit weights are written in
 bitsandbytes' own serialization, bit by bit as they were computed, and read back in a fraction of that time
-(``bench/loading.py``). A folder belongs to one state of the model's files, one method, dtype and kind of
+(docs/measured.md). A folder belongs to one state of the model's files, one method, dtype and kind of
 device, and the versions of the libraries; any other combination is quantized again. The least recently
 used folders are deleted when the total exceeds ``quantized_cache_gib`` of ``config.toml``.
 """

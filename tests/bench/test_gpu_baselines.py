@@ -58,17 +58,3 @@ def test_a_run_is_cut_at_the_deadline(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_baselines, "measure", endless)
     run = gpu_baselines.run_once(job, "hf_trainer", "first", until=0.0)
     assert run["failed"] == "the deadline passed" and ended == [True]
-
-
-def test_each_fast_path_is_left_out_once(models: Path) -> None:
-    arguments = ("--samples", 4, "--tokens", 64, "--repeats", 1, "--checkpointing", "on", "--json")
-    done = module("bench.fast_paths", models / "tiny", *arguments)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    expected = [
-        "all",
-        *(f"without {p}" for p in ("packed attention", "loss", "norms", "mlp", "lora")),
-        "none",
-    ]
-    assert [row["variant"] for row in rows] == expected
-    assert all(row["tokens_per_s"] > 0 for row in rows)

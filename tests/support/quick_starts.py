@@ -34,7 +34,6 @@ TRAINING_MODULES = (
     "bench.acceptance.check",
     "bench.baselines.hf_trainer",
     "bench.chat",
-    "bench.fast_paths",
     "bench.support.random_model",
     "tests.training.fake_cuda_steps",
     "tests.training.managed_states",

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.support.recorded_copies import RecordedCopies
 from qlora_tui.training.model import checkpoint_activations
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.placement import decoder_layers, place_streamed
 from tests.training.families import build, with_adapter
+from tests.training.recorded_copies import RecordedCopies
 
 pytestmark = pytest.mark.slow
 

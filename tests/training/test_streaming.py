@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.support.recorded_copies import RecordedCopies
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import UserError
 from qlora_tui.memory.execution import Device, trainer_execution
@@ -26,6 +25,7 @@ from qlora_tui.training.streaming.host_memory import HostMemory
 from qlora_tui.training.streaming.placement import StreamedLayerError, StreamedLayers, place_streamed
 from qlora_tui.training.streaming.slots import Extent, LayerSlots, Pass, all_tensors, extent_of, lay_out
 from tests.training.families import build, with_adapter
+from tests.training.recorded_copies import RecordedCopies
 from tests.training.tiny_model import make_tiny_model
 from tests.training.trained_weights import CLAIMED
 

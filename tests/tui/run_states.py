@@ -7,7 +7,6 @@ from typing import Any
 
 from textual.pilot import Pilot
 
-from bench.support.recorded_runs import NO_MEMORY, NOT_A_NUMBER, recorded_run, recorded_until
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
@@ -15,6 +14,7 @@ from qlora_tui.runs.process import ProcessIdentity, process_identity
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train.screen import show_run
+from screenshots.recorded_runs import NO_MEMORY, NOT_A_NUMBER, recorded_run, recorded_until
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text
 

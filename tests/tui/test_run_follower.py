@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bench.support.recorded_runs import recorded_run
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Finished, Health, Started
 from qlora_tui.tui.screens.train import run_follower
 from qlora_tui.tui.screens.train.run_follower import RunFollower
+from screenshots.recorded_runs import recorded_run
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.run_events import health_event, step_event
 
