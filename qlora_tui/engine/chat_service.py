@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from threading import Event
 
 import torch
 
+from qlora_tui.chat.chat_types import Effect, GenerationResult
 from qlora_tui.chat.decoding import PrefixCache
 from qlora_tui.chat.generation import AnswerStream
 from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
-from qlora_tui.engine.protocol import (
-    AnyReply,
-    ChatReady,
-    CountTokens,
-    EffectMeasured,
-    Generate,
-    GenerationDone,
-    LoadChat,
-    MeasureEffect,
-    Text,
-    TokensCounted,
-)
+from qlora_tui.data.thought_splitter import TextChunk
+from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate, LoadChat, MeasureEffect
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.gguf_chat import GgufDecoder
 from qlora_tui.training.host import release_gpu_memory
@@ -52,8 +43,8 @@ class ChatService:
             thinking=session.thinking,
         )
 
-    def generate(self, request: Generate, stop: Event) -> Iterator[AnyReply]:
-        """Yield an answer piece by piece. Raises UserError."""
+    def generate(self, request: Generate, stop: Event) -> Generator[TextChunk, None, GenerationResult]:
+        """Yield an answer piece by piece, and return it. Raises UserError."""
         session = self._loaded()
         reply: AnswerStream[PrefixCache] | AnswerStream[GgufDecoder]
         if request.adapter_name in session.source.gguf_files:
@@ -73,19 +64,16 @@ class ChatService:
                 thinking=request.thinking,
             )
         try:
-            for chunk in reply:
-                yield Text(chunk=chunk)
+            yield from reply
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session.compute_device) from error
         assert reply.outcome is not None
         if reply.outcome.note:
             # For the engine's log: the user need not act on it.
             print(reply.outcome.note, file=sys.stderr)
-        yield GenerationDone(outcome=reply.outcome)
+        return reply.outcome
 
-    def measure(
-        self, request: MeasureEffect, on_status: Callable[[str], None], stop: Event
-    ) -> EffectMeasured:
+    def measure(self, request: MeasureEffect, on_status: Callable[[str], None], stop: Event) -> Effect:
         """Compare an adapter with the base. Raises UserError."""
         # It imports peft, which takes seconds.
         from qlora_tui.chat.effect_measurement import measure_effect
@@ -99,15 +87,13 @@ class ChatService:
                 exit_code=EXIT_USAGE,
             )
         try:
-            return EffectMeasured(
-                effect=measure_effect(session, request.adapter_name, on_status=on_status, stop=stop)
-            )
+            return measure_effect(session, request.adapter_name, on_status=on_status, stop=stop)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session.compute_device) from error
 
-    def count(self, request: CountTokens) -> TokensCounted:
+    def count(self, request: CountTokens) -> int:
         """Count the tokens of a text. Raises UserError."""
-        return TokensCounted(tokens=self._loaded().count_tokens(request.text))
+        return self._loaded().count_tokens(request.text)
 
     def unload(self) -> None:
         """Free the memory of the model."""

@@ -3,6 +3,7 @@
     async with EngineClient() as engine:
         async for reply in engine.ask(Generate(messages=messages, adapter_name="adapter")):
             ...
+        tokens = await engine.ask(CountTokens(text="red")).result()
 
 The child starts with the first request. It exits when its stdin closes, so it cannot outlive this process,
 however this process ends.
@@ -16,23 +17,26 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Generic, Self
 
 import msgspec
 
 from qlora_tui import worker
 from qlora_tui.engine.protocol import (
-    AnyReply,
-    AnyRequest,
-    Failure,
+    EngineRequest,
+    Message,
+    PartT,
     RequestEnvelope,
+    ResultT,
     Stop,
     decode_reply,
+    decode_value,
     encode,
     open_log,
     truncated_log,
 )
 from qlora_tui.errors import UserError
+from qlora_tui.worker import Failure, Progress, Result
 
 _LONGEST_LINE_BYTES = 1 << 26
 _SHUTDOWN_TIMEOUT_S = 3.0
@@ -53,7 +57,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._listener: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
-        self._waiting: dict[int, asyncio.Queue[AnyReply | UserError]] = {}
+        self._waiting: dict[int, asyncio.Queue[Message | UserError]] = {}
         self._number = 0
 
     async def __aenter__(self) -> Self:
@@ -69,8 +73,8 @@ class EngineClient:
         """PID of the child; None without one."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
-    def ask(self, request: AnyRequest) -> ReplyStream:
-        """Return the replies to a request, sent when the first reply is awaited; the last is ``final``."""
+    def ask(self, request: EngineRequest[PartT, ResultT]) -> ReplyStream[PartT, ResultT]:
+        """Return the replies to a request, which is sent when the first reply is awaited."""
         return ReplyStream(self, request)
 
     async def start(self) -> None:
@@ -135,7 +139,7 @@ class EngineClient:
         if self._process is process:
             self._process = None
 
-    async def _send(self, request: AnyRequest) -> int:
+    async def _send(self, request: Any) -> int:
         await self.start()
         self._number += 1
         number = self._number
@@ -149,22 +153,23 @@ class EngineClient:
             self._process.stdin.write(encode(envelope))
 
 
-class ReplyStream(AsyncIterator["AnyReply"]):
-    """Replies as they arrive. A Failure is raised as its UserError; so is a lost engine.
+class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, ResultT]):
+    """Replies as they arrive: status lines and parts, then the result.
 
-    If the task that waits is cancelled, the engine stops too.
+    A Failure is raised as its UserError; so is a lost engine. If the task that waits is cancelled, the engine
+    stops too.
     """
 
-    def __init__(self, client: EngineClient, request: AnyRequest) -> None:
+    def __init__(self, client: EngineClient, request: EngineRequest[PartT, ResultT]) -> None:
         self._client = client
         self._request = request
         self._number: int | None = None
         self._over = False
 
-    def __aiter__(self) -> ReplyStream:
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> AnyReply:
+    async def __anext__(self) -> Progress | PartT | ResultT:
         if self._over:
             raise StopAsyncIteration
         try:
@@ -175,14 +180,19 @@ class ReplyStream(AsyncIterator["AnyReply"]):
             self.stop()
             self._end()
             raise
+        if isinstance(reply, UserError | Failure | Result):
+            self._end()
         if isinstance(reply, UserError):
-            self._end()
             raise reply
-        if reply.final:
-            self._end()
         if isinstance(reply, Failure):
-            raise reply.problem()
-        return reply
+            raise reply.error()
+        return reply if isinstance(reply, Progress) else decode_value(reply, self._request)
+
+    async def result(self) -> ResultT:
+        """Wait for the result."""
+        replies: list[Any] = [reply async for reply in self]
+        result: ResultT = replies[-1]
+        return result
 
     def stop(self) -> None:
         """Stop this answer at once; text generated so far, and GenerationDone, still arrive."""

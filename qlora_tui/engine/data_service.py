@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,19 +14,9 @@ from qlora_tui.data.formats import SNIFFED_ROWS
 from qlora_tui.data.inspection import inspecting, row_of, show
 from qlora_tui.data.problems import shorten
 from qlora_tui.data.read import rows
-from qlora_tui.data.sources import conversation_of, format_choices, paths_of
+from qlora_tui.data.sources import FormatChoice, conversation_of, format_choices, paths_of
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.engine.protocol import (
-    DataInspected,
-    DataReport,
-    FieldsShown,
-    FormatsShown,
-    InspectData,
-    RowShown,
-    ShowFields,
-    ShowFormats,
-    ShowRow,
-)
+from qlora_tui.engine.protocol import InspectData, ShowFields, ShowFormats, ShowRow
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import source_fields
 
@@ -37,24 +27,24 @@ class DataService:
     def __init__(self) -> None:
         self._cached: tuple[tuple[str, str], ChatTokenizer] | None = None
 
-    def inspect(self, request: InspectData, stop: threading.Event) -> Iterator[DataReport | DataInspected]:
-        """Yield increasingly complete reports, until the last or until ``stop`` is set. Raises UserError."""
+    def inspect(self, request: InspectData, stop: threading.Event) -> Generator[Report, None, Report | None]:
+        """Yield increasingly complete reports, and return the last one. Raises UserError."""
         tokenizer = self._tokenizer(request.model, request.template) if request.model else None
         last: Report | None = None
         for last in inspecting(request.source, tokenizer, request.data):
             if last.complete or stop.is_set():
                 break
-            yield DataReport(report=last)
-        yield DataInspected(report=last)
+            yield last
+        return last
 
-    def show(self, request: ShowRow) -> RowShown:
+    def show(self, request: ShowRow) -> Shown:
         """Return one row. Raises UserError."""
         if not request.model:
-            return RowShown(shown=_as_read(request))
+            return _as_read(request)
         tokenizer = self._tokenizer(request.model, request.template)
-        return RowShown(shown=show(request.source, request.row, tokenizer, request.data, request.path))
+        return show(request.source, request.row, tokenizer, request.data, request.path)
 
-    def fields(self, request: ShowFields) -> FieldsShown:
+    def fields(self, request: ShowFields) -> dict[str, str]:
         """Return the columns of the first rows, whatever their format. Raises UserError."""
         path = paths_of(request.source)[0][0]
         first_values: dict[str, str] = {}
@@ -62,13 +52,13 @@ class DataService:
             columns = row.value if isinstance(row.value, dict) else {}
             for name, value in columns.items():
                 first_values.setdefault(str(name), shorten(str(value)))
-        return FieldsShown(fields=first_values)
+        return first_values
 
-    def formats(self, request: ShowFormats) -> FormatsShown:
+    def formats(self, request: ShowFormats) -> tuple[FormatChoice, ...]:
         """Return what each format reads of the first rows. Raises UserError."""
         path = paths_of(request.source)[0][0]
         formats = source_fields()["format"].choices
-        return FormatsShown(choices=format_choices(path, request.source, formats, request.preferences))
+        return format_choices(path, request.source, formats, request.preferences)
 
     def _tokenizer(self, model: str, template: str) -> ChatTokenizer:
         key = (model, template)

@@ -1,8 +1,9 @@
 """Messages between the app and the engine: JSON lines, one envelope each. Loads no torch.
 
-A request is sent as :class:`RequestEnvelope` on the engine's stdin. Each reply carries the request's number,
-and exactly one ``final`` reply ends it. The engine handles one request at a time, except for chat answers,
-which are generated concurrently.
+A request is sent as :class:`RequestEnvelope` on the engine's stdin; its class names the types of its parts
+and of its result. Each reply is a :data:`Message` with the request's number: any number of status lines and
+parts, then the result or a failure. The engine handles one request at a time, except for chat answers, which
+are generated concurrently.
 
 The engine's log, which both sides name, is here too.
 """
@@ -11,121 +12,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO, ClassVar, TypeAlias
+from typing import IO, Any, Generic, Never, TypeAlias, TypeVar, get_args
 
 import msgspec
 from msgspec import Struct
 
 from qlora_tui.chat.chat_types import ChatSource, Effect, GenerationResult, Sampling, ThinkingSupport
-from qlora_tui.data.conversation import Message
+from qlora_tui.data.conversation import Message as ChatMessage
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.sources import FormatChoice
 from qlora_tui.data.thought_splitter import TextChunk
-from qlora_tui.errors import UserError
 from qlora_tui.paths import state_dir
 from qlora_tui.recipe.schema import Data, Source, Thinking
+from qlora_tui.worker import Failure, Progress, Result
+
+PartT = TypeVar("PartT")
+ResultT = TypeVar("ResultT")
 
 
-class EngineRequest(Struct, frozen=True, kw_only=True, tag_field="ask", omit_defaults=True):
-    """A request to the engine."""
-
-
-class LoadChat(EngineRequest, frozen=True, kw_only=True, tag="load_chat"):
-    """Load a model for chat, replacing the current one. Replies: StatusUpdate…, then ChatReady."""
-
-    source: ChatSource
-
-
-class Generate(EngineRequest, frozen=True, kw_only=True, tag="generate"):
-    """Answer a conversation with the loaded model. Replies: Text…, then GenerationDone."""
-
-    messages: tuple[Message, ...]
-    adapter_name: str
-    """One of the source's adapters: ``base``, ``adapter``, ``step-120``."""
-    sampling: Sampling = Sampling()
-    thinking: Thinking = "auto"
-
-
-class MeasureEffect(EngineRequest, frozen=True, kw_only=True, tag="measure_effect"):
-    """Compare an adapter with its base on held-out data. Replies: StatusUpdate…, then EffectMeasured.
-
-    A Stop ends it early, with the samples compared so far.
-    """
-
-    adapter_name: str
-
-
-class CountTokens(EngineRequest, frozen=True, kw_only=True, tag="count_tokens"):
-    """Count the tokens of a text with the tokenizer of the loaded model. Reply: TokensCounted."""
-
-    text: str
-
-
-class Unload(EngineRequest, frozen=True, kw_only=True, tag="unload"):
-    """Free the memory of the model. Reply: Unloaded."""
-
-
-class InspectData(EngineRequest, frozen=True, kw_only=True, tag="inspect_data"):
-    """Inspect a data file. Replies: DataReport…, each more complete than the last, then DataInspected."""
-
-    source: Source
-    data: Data
-    """Settings that decide what is truncated and trained."""
-    model: str = ""
-    """Model whose tokens are counted; empty counts characters."""
-    template: str = "auto"
-
-
-class ShowRow(EngineRequest, frozen=True, kw_only=True, tag="show_row"):
-    """One row as the model will see it. Reply: RowShown."""
-
-    source: Source
-    row: int
-    path: str = ""
-    """File of the source; empty is its first."""
-    data: Data
-    model: str = ""
-    """Model whose tokenizer and template are used; empty shows the row as in the file."""
-    template: str = "auto"
-
-
-class ShowFields(EngineRequest, frozen=True, kw_only=True, tag="show_fields"):
-    """Show the columns of a file of unknown format. Reply: FieldsShown."""
-
-    source: Source
-
-
-class ShowFormats(EngineRequest, frozen=True, kw_only=True, tag="show_formats"):
-    """Try the first rows of a source's first file in every format. Reply: FormatsShown."""
-
-    source: Source
-    preferences: str
-    """The recipe's ``data.preferences``."""
-
-
-class Stop(EngineRequest, frozen=True, kw_only=True, tag="stop"):
-    """Stop the answer to an earlier request at once; that request's GenerationDone is the reply."""
-
-    request_number: int
-    """Number of the request to stop."""
-
-
-class EngineReply(Struct, frozen=True, kw_only=True, tag_field="reply", omit_defaults=True):
-    """A reply of the engine, or a part of one."""
-
-    final: ClassVar[bool] = True
-    """Whether it is the last reply to its request."""
-
-
-class StatusUpdate(EngineReply, frozen=True, kw_only=True, tag="stage"):
-    """Current activity, for display: ``Loading SmolLM2-135M-Instruct``."""
-
-    final: ClassVar[bool] = False
-    words: str
-
-
-class ChatReady(EngineReply, frozen=True, kw_only=True, tag="chat_ready"):
-    """The model is loaded."""
+class ChatReady(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The model that was loaded for chat."""
 
     adapter_names: tuple[str, ...]
     device: str
@@ -138,85 +44,95 @@ class ChatReady(EngineReply, frozen=True, kw_only=True, tag="chat_ready"):
     thinking: ThinkingSupport = ThinkingSupport()
 
 
-class Text(EngineReply, frozen=True, kw_only=True, tag="text"):
-    """The next piece of an answer, or of the reasoning before it."""
-
-    final: ClassVar[bool] = False
-    chunk: TextChunk
-
-
-class GenerationDone(EngineReply, frozen=True, kw_only=True, tag="done"):
-    """An answer is complete, or was stopped."""
-
-    outcome: GenerationResult
+class EngineRequest(
+    Struct, Generic[PartT, ResultT], frozen=True, kw_only=True, tag_field="ask", omit_defaults=True
+):
+    """A request to the engine, whose reply has any number of parts and a result."""
 
 
-class EffectMeasured(EngineReply, frozen=True, kw_only=True, tag="effect_measured"):
-    """Effect of the adapter; ``effect.sentence`` describes it."""
+class LoadChat(EngineRequest[Never, ChatReady], frozen=True, kw_only=True, tag="load_chat"):
+    """Load a model for chat, replacing the current one."""
 
-    effect: Effect
-
-
-class TokensCounted(EngineReply, frozen=True, kw_only=True, tag="tokens_counted"):
-    """Tokens of a text, without those of a chat template."""
-
-    tokens: int
+    source: ChatSource
 
 
-class Unloaded(EngineReply, frozen=True, kw_only=True, tag="unloaded"):
-    """No model is loaded."""
+class Generate(EngineRequest[TextChunk, GenerationResult], frozen=True, kw_only=True, tag="generate"):
+    """Answer a conversation with the loaded model, piece by piece."""
+
+    messages: tuple[ChatMessage, ...]
+    adapter_name: str
+    """One of the source's adapters: ``base``, ``adapter``, ``step-120``."""
+    sampling: Sampling = Sampling()
+    thinking: Thinking = "auto"
 
 
-class DataReport(EngineReply, frozen=True, kw_only=True, tag="data_report"):
-    """Report on the rows read so far."""
+class MeasureEffect(EngineRequest[Never, Effect], frozen=True, kw_only=True, tag="measure_effect"):
+    """Compare an adapter with its base on held-out data.
 
-    final: ClassVar[bool] = False
-    report: Report
+    A Stop ends it early, with the samples compared so far.
+    """
 
-
-class DataInspected(EngineReply, frozen=True, kw_only=True, tag="data_inspected"):
-    """Every row was read, or the request was stopped."""
-
-    report: Report | None
+    adapter_name: str
 
 
-class RowShown(EngineReply, frozen=True, kw_only=True, tag="row_shown"):
-    """One row as the model will see it."""
+class CountTokens(EngineRequest[Never, int], frozen=True, kw_only=True, tag="count_tokens"):
+    """Count the tokens of a text, without those of a chat template, by the loaded model's tokenizer."""
 
-    shown: Shown
-
-
-class FieldsShown(EngineReply, frozen=True, kw_only=True, tag="fields_shown"):
-    """Columns of a file."""
-
-    fields: dict[str, str]
-    """Column name to the beginning of its value in the first row that has it."""
+    text: str
 
 
-class FormatsShown(EngineReply, frozen=True, kw_only=True, tag="formats_shown"):
-    """What each format reads of a file."""
-
-    choices: tuple[FormatChoice, ...]
+class Unload(EngineRequest[Never, None], frozen=True, kw_only=True, tag="unload"):
+    """Free the memory of the model."""
 
 
-class Failure(EngineReply, frozen=True, kw_only=True, tag="failure"):
-    """The request failed. :class:`EngineClient` raises it as the UserError it carries."""
+class InspectData(EngineRequest[Report, Report | None], frozen=True, kw_only=True, tag="inspect_data"):
+    """Inspect a data file, in reports that are each more complete than the last.
 
-    title: str
-    what: str
-    why: str = ""
-    fix: str = ""
-    code: str = ""
-    exit_code: int = 1
+    The result is None if the request was stopped before the first report.
+    """
 
-    @classmethod
-    def of(cls, problem: UserError) -> Failure:
-        """Convert a UserError to a reply."""
-        return cls(**problem.fields())
+    source: Source
+    data: Data
+    """Settings that decide what is truncated and trained."""
+    model: str = ""
+    """Model whose tokens are counted; empty counts characters."""
+    template: str = "auto"
 
-    def problem(self) -> UserError:
-        """Convert the reply back to a UserError."""
-        return UserError.of(self)
+
+class ShowRow(EngineRequest[Never, Shown], frozen=True, kw_only=True, tag="show_row"):
+    """Show one row as the model will see it."""
+
+    source: Source
+    row: int
+    path: str = ""
+    """File of the source; empty is its first."""
+    data: Data
+    model: str = ""
+    """Model whose tokenizer and template are used; empty shows the row as in the file."""
+    template: str = "auto"
+
+
+class ShowFields(EngineRequest[Never, dict[str, str]], frozen=True, kw_only=True, tag="show_fields"):
+    """Show the columns of a file of unknown format, with the beginning of the first value of each."""
+
+    source: Source
+
+
+class ShowFormats(
+    EngineRequest[Never, tuple[FormatChoice, ...]], frozen=True, kw_only=True, tag="show_formats"
+):
+    """Try the first rows of a source's first file in every format."""
+
+    source: Source
+    preferences: str
+    """The recipe's ``data.preferences``."""
+
+
+class Stop(EngineRequest[Never, Never], frozen=True, kw_only=True, tag="stop"):
+    """Stop an earlier request at once, whose result is the reply."""
+
+    request_number: int
+    """Number of the request to stop."""
 
 
 AnyRequest: TypeAlias = (
@@ -231,21 +147,15 @@ AnyRequest: TypeAlias = (
     | ShowFormats
     | Stop
 )
-AnyReply: TypeAlias = (
-    StatusUpdate
-    | ChatReady
-    | Text
-    | GenerationDone
-    | EffectMeasured
-    | TokensCounted
-    | Unloaded
-    | DataReport
-    | DataInspected
-    | RowShown
-    | FieldsShown
-    | FormatsShown
-    | Failure
-)
+
+
+class Part(Struct, frozen=True, tag="part"):
+    """A part of the reply to a request."""
+
+    value: msgspec.Raw
+
+
+Message: TypeAlias = Progress | Part | Result | Failure
 
 
 class RequestEnvelope(Struct, frozen=True):
@@ -259,7 +169,7 @@ class ReplyEnvelope(Struct, frozen=True):
     """A reply to the request of that number: one line."""
 
     number: int
-    reply: AnyReply
+    reply: Message
 
 
 _encoder = msgspec.json.Encoder()
@@ -280,6 +190,18 @@ def decode_request(line: bytes) -> RequestEnvelope:
 def decode_reply(line: bytes) -> ReplyEnvelope:
     """Decode a reply; raises msgspec.MsgspecError if it is not valid."""
     return _reply_decoder.decode(line)
+
+
+def encode_value(value: object) -> msgspec.Raw:
+    """Encode the value of a part or a result."""
+    return msgspec.Raw(_encoder.encode(value))
+
+
+def decode_value(message: Part | Result, request: EngineRequest[Any, Any]) -> Any:
+    """Decode the value of a part or a result, which has the type that the request's class names."""
+    (base,) = type(request).__orig_bases__  # type: ignore[attr-defined]  # of each class with a generic base
+    part, result = get_args(base)
+    return msgspec.json.decode(message.value, type=part if isinstance(message, Part) else result)
 
 
 _ENOUGH_BYTES = 1 << 20

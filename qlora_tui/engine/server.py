@@ -10,37 +10,37 @@ import os
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
 from qlora_tui.engine.data_service import DataService
 from qlora_tui.engine.protocol import (
-    AnyReply,
     CountTokens,
-    Failure,
     Generate,
     InspectData,
     LoadChat,
     MeasureEffect,
+    Message,
+    Part,
     ReplyEnvelope,
     RequestEnvelope,
     ShowFields,
     ShowFormats,
     ShowRow,
-    StatusUpdate,
     Stop,
     Unload,
-    Unloaded,
     decode_request,
     encode,
+    encode_value,
     log_path,
 )
 from qlora_tui.errors import EXIT_FAILURE, INTERNAL_ERROR, UserError
 from qlora_tui.gpu.cuda_errors import breaks_process, cuda_problem
 from qlora_tui.gpu.torch_env import faster_imports
+from qlora_tui.worker import Failure, Progress, Result
 
 if TYPE_CHECKING:
     from qlora_tui.engine.chat_service import ChatService
@@ -54,7 +54,7 @@ class Server:
         self._replies = replies
         self._waiting: queue.SimpleQueue[RequestEnvelope] = queue.SimpleQueue()
         self._stops: dict[int, threading.Event] = {}
-        self._active: dict[int, Iterator[AnyReply]] = {}
+        self._active: dict[int, Generator[Any, None, Any]] = {}
         self._adapter_names: dict[int, str] = {}
         self._chat_service: ChatService | None = None
         self._data_service = DataService()
@@ -106,55 +106,58 @@ class Server:
 
     def _advance(self, number: int) -> None:
         is_gpu_lost = False
+        reply: Message
         try:
-            reply = next(self._active[number])
+            reply = Part(encode_value(next(self._active[number])))
+        except StopIteration as end:
+            reply = Result(encode_value(end.value))
         except UserError as problem:
-            reply = Failure.of(problem)
+            reply = Failure(**problem.fields())
         except Exception as error:
             problem_of_gpu = cuda_problem(error)
-            reply = Failure.of(problem_of_gpu) if problem_of_gpu else _internal_error(error)
+            reply = Failure(**problem_of_gpu.fields()) if problem_of_gpu else _internal_error(error)
             is_gpu_lost = breaks_process(error)
         self._send(number, reply)
         if is_gpu_lost:
             # The client starts another for its next request.
             os._exit(EXIT_FAILURE)
-        if reply.final:
+        if not isinstance(reply, Part):
             del self._active[number]
             del self._stops[number]
             self._adapter_names.pop(number, None)
 
-    def _send(self, number: int, reply: AnyReply) -> None:
+    def _send(self, number: int, reply: Message) -> None:
         self._replies.write(encode(ReplyEnvelope(number, reply)))
         self._replies.flush()
 
-    def _work(self, envelope: RequestEnvelope) -> Iterator[AnyReply]:
-        """Yield the replies to a request; each ``next`` does a little of the work."""
+    def _work(self, envelope: RequestEnvelope) -> Generator[Any, None, Any]:
+        """Yield the parts of the reply to a request, and return its result; each ``next`` does a little."""
         number, request = envelope.number, envelope.request
 
         def on_status(words: str) -> None:
-            self._send(number, StatusUpdate(words=words))
+            self._send(number, Progress(text=words))
 
         match request:
             case LoadChat():
-                yield self._with_torch(on_status).load(request, on_status)
+                return self._with_torch(on_status).load(request, on_status)
             case Generate():
-                yield from self._with_torch(on_status).generate(request, self._stops[number])
+                return (yield from self._with_torch(on_status).generate(request, self._stops[number]))
             case InspectData():
-                yield from self._data_service.inspect(request, self._stops[number])
+                return (yield from self._data_service.inspect(request, self._stops[number]))
             case ShowRow():
-                yield self._data_service.show(request)
+                return self._data_service.show(request)
             case ShowFields():
-                yield self._data_service.fields(request)
+                return self._data_service.fields(request)
             case ShowFormats():
-                yield self._data_service.formats(request)
+                return self._data_service.formats(request)
             case MeasureEffect():
-                yield self._with_torch(on_status).measure(request, on_status, self._stops[number])
+                return self._with_torch(on_status).measure(request, on_status, self._stops[number])
             case CountTokens():
-                yield self._with_torch(on_status).count(request)
+                return self._with_torch(on_status).count(request)
             case Unload():
                 if self._chat_service is not None:
                     self._chat_service.unload()
-                yield Unloaded()
+        return None
 
     def _with_torch(self, on_status: Callable[[str], None]) -> ChatService:
         if self._chat_service is None:

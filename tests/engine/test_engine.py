@@ -18,25 +18,22 @@ import pytest_asyncio
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult
 from qlora_tui.data.conversation import Message
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.client import EngineClient, EngineClosedError
 from qlora_tui.engine.protocol import (
     ChatReady,
     CountTokens,
     Generate,
-    GenerationDone,
     LoadChat,
     MeasureEffect,
     RequestEnvelope,
-    StatusUpdate,
     Stop,
-    Text,
-    TokensCounted,
     Unload,
-    Unloaded,
     log_path,
 )
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.worker import Progress
 from tests.support.quick_starts import TRAINING_MODULES
 from tests.support.trainer_processes import Trainers
 
@@ -73,17 +70,17 @@ async def engine(tiny_source: ChatSource) -> AsyncIterator[EngineClient]:
         replies = [reply async for reply in client.ask(LoadChat(source=tiny_source))]
         *statuses, ready = replies
         assert isinstance(ready, ChatReady)
-        assert len(statuses) >= 2 and all(isinstance(status, StatusUpdate) for status in statuses)
+        assert len(statuses) >= 2 and all(isinstance(status, Progress) for status in statuses)
         yield client
 
 
 async def answer(engine: EngineClient, question: Generate) -> GenerationResult:
     replies = [reply async for reply in engine.ask(question)]
     *pieces, done = replies
-    assert isinstance(done, GenerationDone)
-    assert all(isinstance(piece, Text) for piece in pieces)
-    assert "".join(p.chunk.text for p in pieces if isinstance(p, Text)) == done.outcome.text
-    return done.outcome
+    assert isinstance(done, GenerationResult)
+    assert all(isinstance(piece, TextChunk) for piece in pieces)
+    assert "".join(p.text for p in pieces if isinstance(p, TextChunk)) == done.text
+    return done
 
 
 async def test_an_answer_streams_in_pieces_and_ends_with_its_figures(engine: EngineClient) -> None:
@@ -97,9 +94,9 @@ async def test_two_voices_asked_together_grow_side_by_side(engine: EngineClient)
     async def listen(adapter_name: str) -> str:
         text = ""
         async for reply in engine.ask(msgspec.structs.replace(LONG, adapter_name=adapter_name)):
-            if isinstance(reply, Text):
+            if isinstance(reply, TextChunk):
                 order.append(adapter_name)
-                text += reply.chunk.text
+                text += reply.text
         return text
 
     adapter, base = await asyncio.gather(listen("adapter"), listen("base"))
@@ -116,9 +113,9 @@ async def test_stop_ends_an_answer_in_the_middle(engine: EngineClient) -> None:
         if last is None:
             replies.stop()
         last = reply
-    assert isinstance(last, GenerationDone)
-    assert last.outcome.ending == "stopped"
-    assert last.outcome.new_tokens < 200
+    assert isinstance(last, GenerationResult)
+    assert last.ending == "stopped"
+    assert last.new_tokens < 200
 
 
 async def test_cancelling_the_waiting_task_stops_the_engine_too(
@@ -157,16 +154,14 @@ async def test_an_error_in_the_engine_is_raised_in_the_client(engine: EngineClie
 
 async def test_tokens_are_counted_while_an_answer_is_generated(engine: EngineClient) -> None:
     async def count(text: str) -> int:
-        (reply,) = [reply async for reply in engine.ask(CountTokens(text=text))]
-        assert isinstance(reply, TokensCounted)
-        return reply.tokens
+        return await engine.ask(CountTokens(text=text)).result()
 
     endless = engine.ask(ENDLESS)
     await anext(endless)
     one, two = await count("red"), await count("red red red")
     assert 0 < one < two
     endless.stop()
-    assert [reply async for reply in endless if reply.final]
+    assert (await endless.result()).ending == "stopped"
 
 
 async def test_an_effect_needs_held_out_data(engine: EngineClient) -> None:
@@ -198,8 +193,7 @@ async def test_a_killed_engine_is_reported_and_restarted_when_asked(
                 os.kill(before, signal.SIGKILL)
     assert "SIGKILL" in raised.value.what
     assert "engine.log" in raised.value.fix
-    replies = [reply async for reply in engine.ask(Unload())]
-    assert isinstance(replies[-1], Unloaded)
+    await engine.ask(Unload()).result()
     assert engine.pid not in (None, before)
 
 

@@ -12,15 +12,7 @@ import pytest_asyncio
 
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.engine.client import EngineClient
-from qlora_tui.engine.protocol import (
-    DataInspected,
-    DataReport,
-    FieldsShown,
-    InspectData,
-    RowShown,
-    ShowFields,
-    ShowRow,
-)
+from qlora_tui.engine.protocol import InspectData, ShowFields, ShowRow
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from tests.tui.sample_data import readable_model, ticket, tickets, write_rows
@@ -41,16 +33,13 @@ def model(private_home: Path) -> str:
 
 async def row(engine: EngineClient, path: Path, number: int, model: str = "") -> Shown:
     ask = ShowRow(source=Source(path=str(path)), row=number, data=Data(), model=model)
-    (reply,) = [reply async for reply in engine.ask(ask)]
-    assert isinstance(reply, RowShown)
-    return reply.shown
+    return await engine.ask(ask).result()
 
 
 async def reports(engine: EngineClient, path: Path, model: str = "") -> list[Report]:
     ask = InspectData(source=Source(path=str(path)), data=Data(), model=model)
     replies = [reply async for reply in engine.ask(ask)]
-    assert isinstance(replies[-1], DataInspected)
-    return [r.report for r in replies if isinstance(r, DataReport | DataInspected) and r.report is not None]
+    return [reply for reply in replies if isinstance(reply, Report)]
 
 
 async def test_a_row_comes_as_the_model_sees_it(engine: EngineClient, tmp_path: Path, model: str) -> None:
@@ -76,10 +65,9 @@ async def test_what_columns_hold_is_told_where_no_format_fits(engine: EngineClie
     path = write_rows(tmp_path / "t.jsonl", [{"frage": "Wo?", "n": 1}, {"antwort": "x" * 500}])
     with pytest.raises(UserError, match="No known format fits"):
         await row(engine, path, 1)
-    (reply,) = [reply async for reply in engine.ask(ShowFields(source=Source(path=str(path))))]
-    assert isinstance(reply, FieldsShown)
-    assert list(reply.fields) == ["frage", "n", "antwort"]
-    assert (reply.fields["frage"], len(reply.fields["antwort"])) == ("Wo?", 200)
+    fields = await engine.ask(ShowFields(source=Source(path=str(path)))).result()
+    assert list(fields) == ["frage", "n", "antwort"]
+    assert (fields["frage"], len(fields["antwort"])) == ("Wo?", 200)
 
 
 async def test_reports_get_better_until_every_row_is_counted(

@@ -7,22 +7,22 @@ import os
 import queue
 import threading
 
+import msgspec
 import pytest
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.engine.protocol import (
-    Failure,
     Generate,
     LoadChat,
     ReplyEnvelope,
     RequestEnvelope,
     Unload,
-    Unloaded,
     decode_reply,
     encode,
 )
 from qlora_tui.engine.server import Server
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.worker import Failure, Result
 
 LOAD = LoadChat(source=ChatSource(recipe=Recipe()))
 
@@ -60,10 +60,10 @@ def served(server: type[Server], *requests: RequestEnvelope | bytes) -> list[Rep
 def test_an_unexpected_error_is_reported_and_the_engine_continues(ended: threading.Event) -> None:
     first, second = served(Broken, RequestEnvelope(1, LOAD), RequestEnvelope(2, Unload()))
     assert isinstance(first.reply, Failure)
-    problem = first.reply.problem()
+    problem = first.reply.error()
     assert (problem.title, problem.what) == ("Internal error", "RuntimeError: segment 7")
     assert "engine.log" in problem.fix
-    assert (second.number, second.reply) == (2, Unloaded())
+    assert (second.number, second.reply) == (2, Result(msgspec.Raw(b"null")))
 
 
 def test_an_engine_whose_gpu_fails_says_so_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from qlora_tui.chat.chat_types import GREEDY
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.chat_service import ChatService
-from qlora_tui.engine.protocol import Generate, GenerationDone, LoadChat, MeasureEffect
+from qlora_tui.engine.protocol import Generate, LoadChat, MeasureEffect
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.gguf_chat import GgufDecoder
@@ -76,9 +76,7 @@ def test_the_engine_answers_by_file_and_by_adapter(session: ChatSession) -> None
     for name in ("adapter", "F16.gguf"):
         messages = (Message("user", "Name three colors."),)
         request = Generate(messages=messages, adapter_name=name, sampling=SHORT)
-        done = list(service.generate(request, Event()))[-1]
-        assert isinstance(done, GenerationDone)
-        answers.append(done.outcome.text)
+        answers.append("".join(chunk.text for chunk in service.generate(request, Event())))
     assert answers[0] == answers[1]
     with pytest.raises(UserError, match="no effect to measure"):
         service.measure(MeasureEffect(adapter_name="F16.gguf"), lambda words: None, Event())

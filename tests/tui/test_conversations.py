@@ -15,7 +15,7 @@ from textual.pilot import Pilot
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, ThinkingSupport
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.client import EngineClient
-from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate, GenerationDone, Text, TokensCounted
+from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import chat_choices
 from qlora_tui.runs.chat_choices import ChoiceKind, choices_path
@@ -54,12 +54,10 @@ class FakeReplies(AsyncIterator[Any]):
         if self.stopped or not self._left:
             self._is_over = True
             ending: Any = "stopped" if self.stopped else "turn end"
-            return GenerationDone(
-                outcome=msgspec.structs.replace(OUTCOME, text=self.written, ending=ending, new_tokens=40)
-            )
+            return msgspec.structs.replace(OUTCOME, text=self.written, ending=ending, new_tokens=40)
         self._left -= 1
         self.written += self._text
-        return Text(chunk=TextChunk(self._text))
+        return TextChunk(self._text)
 
     def stop(self) -> None:
         self.stopped = True
@@ -88,14 +86,12 @@ class FakeEngine:
         self.asked.clear()
 
 
-class FakeCount(AsyncIterator[Any]):
+class FakeCount:
     def __init__(self, tokens: int) -> None:
-        self._replies = [TokensCounted(tokens=tokens)]
+        self._tokens = tokens
 
-    async def __anext__(self) -> Any:
-        if not self._replies:
-            raise StopAsyncIteration
-        return self._replies.pop()
+    async def result(self) -> int:
+        return self._tokens
 
 
 READY = ChatReady(

@@ -16,19 +16,11 @@ from textual.containers import VerticalScroll
 from textual.widget import Widget
 
 from qlora_tui.chat.chat_sources import chat_fits
-from qlora_tui.chat.chat_types import BASE, ChatSource, Effect, Sampling
+from qlora_tui.chat.chat_types import BASE, ChatSource, Effect, GenerationResult, Sampling
 from qlora_tui.data.conversation import Message
+from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
-from qlora_tui.engine.protocol import (
-    ChatReady,
-    EffectMeasured,
-    Generate,
-    GenerationDone,
-    LoadChat,
-    MeasureEffect,
-    StatusUpdate,
-    Text,
-)
+from qlora_tui.engine.protocol import ChatReady, Generate, LoadChat, MeasureEffect
 from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Thinking
@@ -47,6 +39,7 @@ from qlora_tui.tui.screens.chat.saved import (
 from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.worker import Progress
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -143,7 +136,7 @@ class Conversation(VerticalScroll):
         """Whether thoughts are shown."""
         self.path: Path | None = None
         """Where the conversation is saved; None before its first answer."""
-        self._open_requests: list[ReplyStream] = []
+        self._open_requests: list[ReplyStream[Any, Any]] = []
         """Those that the engine has not finished."""
         self._last_warning = ""
         self._shares_with: set[str] = set()
@@ -376,9 +369,9 @@ class Conversation(VerticalScroll):
             return
         self.post_message(self.Changed("Starting the engine"))
         async for reply in self.engine.ask(LoadChat(source=self.source)):
-            if isinstance(reply, StatusUpdate):
-                self.post_message(self.Changed(reply.words))
-            elif isinstance(reply, ChatReady):
+            if isinstance(reply, Progress):
+                self.post_message(self.Changed(reply.text))
+            else:
                 self.ready = reply
                 if effect := reply.thinking.effect_of(self.thinking):
                     self.notify(effect)
@@ -398,13 +391,13 @@ class Conversation(VerticalScroll):
         self._open_requests.append(request)
         try:
             async for reply in request:
-                if isinstance(reply, Text):
-                    await answer.append_text(reply.chunk)
+                if isinstance(reply, TextChunk):
+                    await answer.append_text(reply)
                     if answer.notice_loop():
                         request.stop()
-                elif isinstance(reply, GenerationDone):
-                    await answer.end(reply.outcome)
-                    warning = reply.outcome.warning
+                elif isinstance(reply, GenerationResult):
+                    await answer.end(reply)
+                    warning = reply.warning
                     if warning and warning != self._last_warning:
                         self._last_warning = warning
                         self.notify(warning, severity="warning", timeout=_WARNING_S)
@@ -424,10 +417,8 @@ class Conversation(VerticalScroll):
             self._open_requests.append(request)
             try:
                 async for reply in request:
-                    if isinstance(reply, StatusUpdate):
-                        self.post_message(self.EffectChanged(f"{reply.words}…"))
-                    elif isinstance(reply, EffectMeasured):
-                        self.post_message(self.EffectChanged(reply.effect))
+                    shown = f"{reply.text}…" if isinstance(reply, Progress) else reply
+                    self.post_message(self.EffectChanged(shown))
             finally:
                 self._open_requests.remove(request)
         except EngineClosedError:

@@ -16,7 +16,7 @@ from textual.widgets import Static, TextArea
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import ChatSource, Effect, Sampling
 from qlora_tui.engine.client import EngineClosedError
-from qlora_tui.engine.protocol import CountTokens, TokensCounted
+from qlora_tui.engine.protocol import CountTokens
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize, truncate_middle
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, count_choices, recipe_on_choices
@@ -283,12 +283,12 @@ class ChatScreen(WorkScreen):
             # It was unloaded meanwhile, and asking would start the engine again.
             return
         try:
-            async for reply in self.conversation.engine.ask(CountTokens(text=text)):
-                if isinstance(reply, TokensCounted) and text == self.query_one(PromptBox).text:
-                    self._show_prompt_length(reply.tokens)
+            tokens = await self.conversation.engine.ask(CountTokens(text=text)).result()
         except (EngineClosedError, UserError):
             # It was unloaded meanwhile: the estimate stays.
             return
+        if text == self.query_one(PromptBox).text:
+            self._show_prompt_length(tokens)
 
     def _show_prompt_length(self, tokens: int | None) -> None:
         title = prompt_title(self.query_one(PromptBox).text, tokens)

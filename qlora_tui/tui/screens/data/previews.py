@@ -5,29 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.sources import FormatChoice, source_stamps
 from qlora_tui.engine.client import EngineClient
-from qlora_tui.engine.protocol import (
-    AnyRequest,
-    DataInspected,
-    DataReport,
-    FieldsShown,
-    FormatsShown,
-    InspectData,
-    RowShown,
-    ShowFields,
-    ShowFormats,
-    ShowRow,
-)
+from qlora_tui.engine.protocol import InspectData, ShowFields, ShowFormats, ShowRow
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Recipe, Source
-
-ReplyT = TypeVar("ReplyT")
 
 
 @dataclass(frozen=True)
@@ -82,13 +68,13 @@ class DataPreviews:
             template=wanted.template,
         )
         try:
-            return (await _reply(self._rows, request, RowShown)).shown, None
+            return await self._rows.ask(request).result(), None
         except UserError as problem:
             if not wanted.model:
                 raise
             # If the file itself is at fault, this raises the same.
             plain = msgspec.structs.replace(request, model="", template="")
-            return (await _reply(self._rows, plain, RowShown)).shown, problem
+            return await self._rows.ask(plain).result(), problem
         finally:
             self._first_row_shown.set()
 
@@ -113,14 +99,13 @@ class DataPreviews:
     async def fields(self, source: Source) -> dict[str, str]:
         """Columns of a file in no known format, with an example each; empty if nothing can be read."""
         try:
-            return (await _reply(self._rows, ShowFields(source=source), FieldsShown)).fields
+            return await self._rows.ask(ShowFields(source=source)).result()
         except UserError:  # which the file caused before
             return {}
 
     async def formats(self, source: Source, preferences: str) -> tuple[FormatChoice, ...]:
         """What each format reads of a source's first file. Raises UserError if it cannot be read."""
-        request = ShowFormats(source=source, preferences=preferences)
-        return (await _reply(self._rows, request, FormatsShown)).choices
+        return await self._rows.ask(ShowFormats(source=source, preferences=preferences)).result()
 
     async def close(self) -> None:
         """End both."""
@@ -129,13 +114,5 @@ class DataPreviews:
 
     async def _inspect(self, request: InspectData) -> AsyncIterator[Report]:
         async for reply in self._reports.ask(request):
-            if isinstance(reply, DataReport | DataInspected) and reply.report is not None:
-                yield reply.report
-
-
-async def _reply(engine: EngineClient, request: AnyRequest, kind: type[ReplyT]) -> ReplyT:
-    """The reply of a kind, with which an engine ends a request unless it raises UserError."""
-    async for reply in engine.ask(request):
-        if isinstance(reply, kind):
-            return reply
-    raise AssertionError(f"the engine ends {type(request).__name__} with {kind.__name__} or a Problem")
+            if isinstance(reply, Report):
+                yield reply
