@@ -689,7 +689,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
 }
 """By ``general.architecture``, those whose weights become transformers' exactly. Each one is compared with
-llama.cpp (tests/export/test_gguf_bases.py)."""
+llama.cpp (tests/export/test_gguf_architectures.py)."""
 MIXTRAL = GgufArchitecture(
     "mixtral", counts=_LOCAL_EXPERTS, read=(_routing(normalized=True), _widths("intermediate_size"))
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_tui.adapters.merged_weights import MergedWeights
 from qlora_tui.catalog.gguf import FileType
@@ -16,10 +18,12 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.export import gguf
 from qlora_tui.export.gguf_file.content import gguf_content
 from qlora_tui.export.gguf_file.writer import FileContent, write_gguf
-from qlora_tui.export.llama_cpp.bindings import LlamaModel
+from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaModel
 from qlora_tui.export.llama_cpp.client import LlamaFile
 from qlora_tui.export.reference import kl_divergence
 from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.training.gguf_worker import convert
+from tests.export.tiny_models import make_model
 
 
 def hide_llama_cpp(monkeypatch: pytest.MonkeyPatch, reason: str = "llama.cpp is not installed") -> None:
@@ -66,3 +70,34 @@ def divergences(model: Any, logits: Any, ids: list[int]) -> torch.Tensor:
 def divergence(model: Any, logits: Any, ids: list[int]) -> float:
     """Largest KL divergence of llama.cpp's logits from a transformers model's, in nats."""
     return float(divergences(model, logits, ids).max())
+
+
+def token_ids(count: int) -> list[int]:
+    return random.Random(0).choices(range(2, 384), k=count)
+
+
+def read_back(folder: Path, file: Path) -> Any:
+    """Convert a file; return transformers' model of it in float32."""
+    convert(file, folder)
+    config = AutoConfig.from_pretrained(str(folder))
+    if config.model_type == "gpt_oss" and config.rope_parameters["rope_type"] == "yarn":
+        # The published model does not round the borders of YaRN's ramp; llama.cpp does, and the model here.
+        assert config.rope_parameters.pop("truncate") is False
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), config=config, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def made(folder: Path, model_type: str, **settings: Any) -> tuple[Any, Path]:
+    """Make a model whose weights bfloat16 holds exactly, and its file."""
+    model = make_model(folder / "model", model_type, **settings)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16().float())
+    model.save_pretrained(folder / "model")
+    return model, write_base(folder / "model", folder / "packed.gguf", "BF16")
+
+
+def llama_logits(file: Path, ids: list[int]) -> Any:
+    with LlamaCpp().open(str(file), context=len(ids), exact=True) as llama:
+        return logits_at_all(llama, ids)

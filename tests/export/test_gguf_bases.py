@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from gguf import GGUFWriter
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.support.gguf_copies import float32_copy
 from qlora_tui.catalog.gguf import read_gguf
-from qlora_tui.catalog.gguf_architectures import ARCHITECTURES
 from qlora_tui.catalog.gguf_tokenizers import PRE_TOKENIZERS
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.vocabulary import read_vocabulary
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
 from qlora_tui.training.gguf_format import inverse
-from qlora_tui.training.gguf_format.architectures import convention_of
 from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 from qlora_tui.training.gguf_worker import convert
-from tests.export.gguf_files import divergence, divergences, logits_at_all, write_base
+from tests.export.gguf_files import (
+    divergence,
+    llama_logits,
+    made,
+    read_back,
+    token_ids,
+    write_base,
+)
 from tests.export.published_tokenizers import KINDS, TEXTS
-from tests.export.test_gguf_architectures import token_ids
 from tests.export.test_gguf_tokenizers import PREFIX_ON_FIRST, STRANGE, write_model
-from tests.export.tiny_models import GEMMA, LONG, MODELS, SIZES, YARN, make_model
+from tests.export.tiny_models import GEMMA, LONG, YARN
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
 
 LINEAR: dict[str, Any] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}
-BASES: list[tuple[str, dict[str, Any]]] = [
-    *MODELS,
-    ("llama", {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),
-    ("smollm3", {"num_hidden_layers": 5, "rope_parameters": YARN}),
-    ("qwen2", {"rope_parameters": YARN | {"attention_factor": 0.8}}),
-]
 LENGTH = 150
 """Beyond the windows and the original contexts of these models."""
 
@@ -49,59 +46,6 @@ def changed(packed: Path, **changes: Any) -> Path:
     """Write a copy with float32 weights and other metadata (dots written as double underscores)."""
     metadata = {key.replace("__", "."): value for key, value in changes.items()}
     return float32_copy(packed, packed.with_name("model.gguf"), metadata)
-
-
-def read_back(folder: Path, file: Path) -> Any:
-    """Convert a file; return transformers' model of it in float32."""
-    convert(file, folder)
-    config = AutoConfig.from_pretrained(str(folder))
-    if config.model_type == "gpt_oss" and config.rope_parameters["rope_type"] == "yarn":
-        # The published model does not round the borders of YaRN's ramp; llama.cpp does, and the model here.
-        assert config.rope_parameters.pop("truncate") is False
-    return AutoModelForCausalLM.from_pretrained(
-        str(folder), config=config, dtype=torch.float32, attn_implementation="eager"
-    )
-
-
-def made(folder: Path, model_type: str, **settings: Any) -> tuple[Any, Path]:
-    """Make a model whose weights bfloat16 holds exactly, and its file."""
-    model = make_model(folder / "model", model_type, **settings)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(weight.bfloat16().float())
-    model.save_pretrained(folder / "model")
-    return model, write_base(folder / "model", folder / "packed.gguf", "BF16")
-
-
-def llama_logits(file: Path, ids: list[int]) -> Any:
-    with LlamaCpp().open(str(file), context=len(ids), exact=True) as llama:
-        return logits_at_all(llama, ids)
-
-
-@pytest.mark.parametrize("model_type, settings", BASES)
-def test_a_base_from_gguf_computes_what_llama_cpp_does(
-    tmp_path: Path, model_type: str, settings: dict[str, Any]
-) -> None:
-    original, packed = made(tmp_path, model_type, **settings)
-    file = changed(packed)
-    if read_gguf(file).architecture not in ARCHITECTURES:
-        with pytest.raises(UserError, match="cannot be trained from GGUF"):
-            convert(file, tmp_path / "back")
-        return
-    model = read_back(tmp_path / "back", file)
-    if type(model) is type(original) and model_type != "falcon_h1":  # whose weights hold its factors
-        for name, weight in original.state_dict().items():
-            assert torch.equal(weight, model.state_dict()[name]), name
-    ids = token_ids(LENGTH)
-    differences = divergences(model, llama_logits(file, ids), ids)
-    # A token near the border between two experts may get another one, and so differ itself.
-    routed = "_exps." in "".join(read_gguf(file).tensors)
-    assert (differences.median() if routed else differences.max()) < 3e-5
-
-
-def test_every_architecture_is_computed_here() -> None:
-    configs = (AutoConfig.for_model(name, **{**SIZES, **settings}) for name, settings in BASES)
-    assert {convention_of(config).architecture for config in configs} >= ARCHITECTURES.keys()
 
 
 def test_the_long_factors_are_read_too(tmp_path: Path) -> None:
@@ -154,14 +98,21 @@ def test_wrong_row_order_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert divergence(model, llama_logits(packed, ids), ids) > 0.1
 
 
-def write_vocabulary(file: Path, pre: str) -> Path:
-    """Write a tiny Llama whose merges cross every border at which a splitter may cut."""
+@cache
+def merged_across_borders() -> dict[str, Any]:
+    """Train a vocabulary whose merges cross every border at which a splitter may cut."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=3000, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([*STRANGE, *TEXTS], trainer)
-    content = json.loads(backend.to_str())["model"]
+    content: dict[str, Any] = json.loads(backend.to_str())["model"]
+    return content
+
+
+def write_vocabulary(file: Path, pre: str) -> Path:
+    """Write a tiny Llama with that vocabulary."""
+    content = merged_across_borders()
     tokens = [*sorted(content["vocab"], key=content["vocab"].__getitem__), "<|im_start|>", "<|im_end|>"]
     writer = GGUFWriter(file, "llama")
     writer.add_block_count(1)

@@ -207,6 +207,9 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 32, "n_groups": 2, "chunk_size": 16}),
     ("minimax_m2", {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}),
     ("dots1", ROUTED | {"num_key_value_heads": 4, "norm_topk_prob": True}),
+    ("llama", {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),
+    ("smollm3", {"num_hidden_layers": 5, "rope_parameters": YARN}),
+    ("qwen2", {"rope_parameters": YARN | {"attention_factor": 0.8}}),
 ]  # fmt: skip
 QUICK = (
     "llama",
