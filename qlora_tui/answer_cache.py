@@ -37,14 +37,22 @@ class AnswerCache(Generic[T]):
         return found
 
     def keep(self, key: bytes, answer: T, max_files: int) -> None:
-        """Keep an answer; of more than ``max_files`` the oldest are deleted. Without room it is not kept."""
-        with suppress(OSError):
+        """Keep an answer; of more than ``max_files`` the oldest are deleted.
+
+        Without room it is not kept, and neither is one with half a character, which JSON cannot hold.
+        """
+        with suppress(OSError, UnicodeEncodeError):
             file = self._file(key)
             private_dir(file.parent)
             atomic_write(file, msgspec.json.encode(answer))
             kept = sorted(list_folder(file.parent), key=lambda each: each.stat().st_mtime_ns)
             for old in kept[:-max_files]:
                 old.unlink()
+
+    def forget(self, key: bytes) -> None:
+        """Delete the answer under a key, if there is one."""
+        with suppress(OSError):
+            self._file(key).unlink()
 
     def _file(self, key: bytes) -> Path:
         return cache_dir() / self._kind / f"{hashlib.sha256(key).hexdigest()}.json"

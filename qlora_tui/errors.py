@@ -135,12 +135,19 @@ def disk_problem(
 
 
 @contextmanager
-def disk_problems() -> Iterator[None]:
-    """Convert disk errors raised in the block to UserError."""
+def disk_problems(title: str = "", path: Path | None = None, fix: str = "") -> Iterator[None]:
+    """Convert disk errors raised in the block to UserError.
+
+    With a ``title`` that is every OSError: about ``path``, or about the file that the error names.
+    """
     try:
         yield
     except OSError as error:
         problem = disk_problem(error)
+        if title:
+            where = path or error.filename or "Writing a file failed"
+            what = f"{where}: {error.strerror or error}."
+            problem = UserError(title, what=what, fix=fix)
         if problem is None:
             raise
         raise problem from error

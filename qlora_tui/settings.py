@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qlora_tui import paths
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir
 
 GPU_VARIABLE = "QLORA_TUI_GPU"
@@ -155,14 +155,9 @@ def save_setting(name: str, value: Any) -> Settings:
         raise UserError(
             "Setting not changed", what=f"{name}: {error}.", fix="Enter another value."
         ) from error
-    try:
+    fix = "Make the folder writable or free some space, and try again."
+    with disk_problems("Setting not saved", path, fix):
         private_dir(path.parent)
         # A link, as dotfiles are managed, stays one.
         atomic_write(path.resolve() if path.exists() else path, text, durable=True)
-    except OSError as error:
-        raise UserError(
-            "Setting not saved",
-            what=f"{path} cannot be written: {error.strerror}.",
-            fix="Make the folder writable or free some space, and try again.",
-        ) from error
     return settings

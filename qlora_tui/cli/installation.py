@@ -47,7 +47,7 @@ _NAMES = {
     "task-answers": r".+-[0-9a-f]{16}\.jsonl",
     "configs": r".+\.json",
     "descriptions": r"[0-9a-f]{64}\.json",
-    "findings": r"[0-9a-f]{32}\.json",
+    "findings": r"[0-9a-f]{32}(?:[0-9a-f]{32})?\.json",
     "traces": r"[0-9a-f]{64}\.json",
 }
 """Names that this program gives to what it puts there. Anything else is neither listed nor deleted."""

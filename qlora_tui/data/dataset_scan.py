@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from qlora_tui.data.confined import Confined, KilledError
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.excluded_rows import ExcludedByFile
-from qlora_tui.data.problems import DataProblem, LongTexts, ProblemCounter, none_used
+from qlora_tui.data.problems import DataProblem, ProblemCounter, none_used
 from qlora_tui.data.read import raw_rows
 from qlora_tui.data.row_result import Batch, RowProcessor, RowResult, batches
 from qlora_tui.data.sources import SourceFile
@@ -66,7 +66,6 @@ class DatasetScanner:
         self._sketched = sketched
         self._counters: dict[tuple[int, str], ProblemCounter] = {}
         self._unused_files: list[DataProblem] = []
-        self._long_texts: dict[tuple[int, str], LongTexts] = {}
         self._seen: dict[int, int] = {}
         """First row with each key. A million rows take 116 MiB."""
         self._seen_in_validation: dict[int, int] = {}
@@ -76,8 +75,7 @@ class DatasetScanner:
         """Yield the results of a file's rows but excluded ones, batch by batch; updates ``position``."""
         excluded = self._excluded.get((file.source, file.path), frozenset())
         place = file.source, str(file.path)
-        skips = self._data.bad_rows == "skip"
-        tally = self._counters.setdefault(place, ProblemCounter(*place, skips_bad_rows=skips))
+        tally = self._counters.setdefault(place, ProblemCounter(*place, self._data))
         rows = raw_rows(file.path, position)
         rows_before, left_out_before = self.counts.rows, self.counts.left_out
         self.last_row = 0
@@ -101,7 +99,6 @@ class DatasetScanner:
     def problems(self) -> list[DataProblem]:
         """Return all problems, errors first."""
         problems = [problem for tally in self._counters.values() for problem in tally.problems()]
-        problems += [long.problem(self._data) for long in self._long_texts.values()]
         if self.counts.conversations:  # else it is an error of all files together
             problems += self._unused_files
         return sorted(problems, key=lambda p: p.severity != "error")
@@ -120,8 +117,7 @@ class DatasetScanner:
         for kind, example in one.sample_findings:
             tally.add(kind, row, example)
         if one.long_text is not None:
-            place = file.source, str(file.path)
-            self._long_texts.setdefault(place, LongTexts(*place)).add(row, one.long_text)
+            tally.add_long_text(row, one.long_text)
         if one.counts is not None:
             counts.add(one.counts)
             for note in one.notes if one.counts.conversations else ():

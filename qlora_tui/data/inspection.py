@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -156,16 +155,8 @@ class _Inspection:
             if one is not None and one.folder is not None
             else None
         )
-        with suppress(OSError):  # a full disk must not hide the report
-            cache_errors(
-                self._source,
-                file.path,
-                self._stamps[file.path],
-                problems,
-                tokens,
-                read=read,
-                skips_bad_rows=self._data.bad_rows == "skip",
-            )
+        skips, stamp = self._data.bad_rows == "skip", self._stamps[file.path]
+        cache_errors(self._source, file.path, stamp, problems, tokens, read=read, skips_bad_rows=skips)
 
     def _measure(self, outcomes: list[RowResult]) -> None:
         """Add the lengths."""
@@ -194,7 +185,7 @@ class _Inspection:
         if most is not None and self._data.max_length > most and (over := self._lengths.above(most)):
             longest = self._lengths.summary().longest_row
             example = f"More than {most:,} tokens, which is the model's context."
-            yield problem_of("beyond-context", over, longest, path, example)
+            yield problem_of("beyond-context", over, [longest], example, path=path)
         counts = examiner.counts
         if (
             complete
@@ -203,8 +194,11 @@ class _Inspection:
         ):
             yield none
         if complete and examiner.counts.rows == 1 and not self._is_one_long_text(examiner):
-            row = max(self._last_rows.values())
-            yield problem_of("one-row", 1, row, path, "There are no other rows to train or validate on.")
+            rows, example = (
+                [max(self._last_rows.values())],
+                "There are no other rows to train or validate on.",
+            )
+            yield problem_of("one-row", 1, rows, example, path=path)
 
     def _is_one_long_text(self, examiner: DatasetScanner) -> bool:
         """Return whether the only row is a text that is split, or should be."""

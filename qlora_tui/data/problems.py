@@ -1,15 +1,15 @@
 """The kinds of data problems, and counters of their rows.
 
 ``CHECKS`` declares each kind once: severity, meaning and fix. ``ProblemCounter`` counts them while rows
-stream by, keeping the first row numbers and one example of each; ``LongTexts`` counts plain texts longer
-than a row, what is lost of them, and what a split would keep.
+stream by, keeping the first row numbers and one example of each; of plain texts longer than a row it counts
+what is lost of them, and what a split would keep.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -289,60 +289,24 @@ def row_outcome(problem: DataProblem, data: Data) -> str:
     return ", left out" if check_of(problem.kind, skips_bad_rows=skips).is_left_out else ", used"
 
 
-class ProblemCounter:
-    """Counts the problems of one file."""
-
-    def __init__(self, source: int = 0, path: str = "", *, skips_bad_rows: bool = False) -> None:
-        """``skips_bad_rows``: errors of single rows are only warnings, since the rows are left out."""
-        self._source = source
-        self._skips_bad_rows = skips_bad_rows
-        self._path = path
-        self._rows: dict[str, list[int]] = {}
-        self._counts: dict[str, int] = {}
-        self._last_row: dict[str, int] = {}
-        self._examples: dict[str, str] = {}
-
-    def add(self, kind: str, row: int, example: str = "") -> None:
-        """Count one more row with this problem, once however often it has it. Rows come in order."""
-        if self._last_row.get(kind) == row:
-            return
-        self._last_row[kind] = row
-        rows = self._rows.setdefault(kind, [])
-        if len(rows) < MAX_LISTED_ROWS:
-            rows.append(row)
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        self._examples.setdefault(kind, shorten(example))
-
-    def problems(self) -> list[DataProblem]:
-        """Return all kinds of problems, errors first, then by descending number of rows."""
-        problems = []
-        for kind, count in self._counts.items():
-            check = check_of(kind, skips_bad_rows=self._skips_bad_rows)
-            problems.append(
-                DataProblem(
-                    kind=kind,
-                    severity=check.severity,
-                    title=check.title,
-                    count=count,
-                    rows=tuple(self._rows[kind]),
-                    example=self._examples[kind],
-                    fix=check.fix,
-                    source=self._source,
-                    path=self._path,
-                )
-            )
-        return sorted(problems, key=lambda p: (p.severity != "error", -p.count))
-
-
 def is_bad_row(problem: DataProblem) -> bool:
     """Return whether the problem blocks a run that could go on without its rows."""
     return problem.severity == "error" and problem.kind in BAD_ROWS
 
 
-def problem_of(kind: str, count: int, row: int, path: str, example: str) -> DataProblem:
-    """Build a problem that concerns all rows together, with one of them as the example."""
-    check = CHECKS[kind]
-    return DataProblem(kind, check.severity, check.title, count, (row,), example, check.fix, path=path)
+def problem_of(
+    kind: str,
+    count: int,
+    rows: Sequence[int],
+    example: str,
+    *,
+    skips_bad_rows: bool = False,
+    **facts: Any,
+) -> DataProblem:
+    """Build a problem as its kind is declared; ``facts`` are other fields, or replace what is declared."""
+    check = check_of(kind, skips_bad_rows=skips_bad_rows)
+    declared = {"severity": check.severity, "title": check.title, "fix": check.fix}
+    return DataProblem(kind=kind, count=count, rows=tuple(rows), example=example, **declared | facts)
 
 
 def none_used(rows: int, problems: Sequence[DataProblem]) -> DataProblem | None:
@@ -361,7 +325,7 @@ def is_left_out(problem: DataProblem) -> bool:
     return problem.severity == "warning" and (problem.kind in BAD_ROWS or CHECKS[problem.kind].is_left_out)
 
 
-def raise_first_error(problems: Sequence[DataProblem]) -> None:
+def raise_first_error(problems: Iterable[DataProblem]) -> None:
     """Raise ``UserError`` for the first problem that blocks a run."""
     for problem in problems:
         if problem.severity == "error":
@@ -426,55 +390,68 @@ def estimated_long_text(conversation: Conversation, data: Data) -> LongText | No
     return LongText(len(text), math.ceil(tokens / data.max_length))
 
 
-class LongTexts:
-    """Long plain texts of one file."""
+class _Tally(Struct):
+    """Rows with one kind of problem."""
 
-    def __init__(self, source: int, path: str) -> None:
-        self._source = source
-        self._path = path
-        self._rows: list[int] = []
-        self._count = 0
-        self._length = self._kept = self._split_rows = 0
-        self._estimated = False
+    example: str
+    count: int = 0
+    rows: list[int] = []
+    """The first ones."""
+    last_row: int | None = None
 
-    def __len__(self) -> int:
-        return self._count
 
-    def add(self, row: int, long_text: LongText) -> None:
-        """Count one more long text."""
-        if len(self._rows) < MAX_LISTED_ROWS:
-            self._rows.append(row)
-        self._count += 1
-        self._length += long_text.length
-        self._split_rows += long_text.split_rows
-        self._kept += long_text.remaining or 0
-        self._estimated |= long_text.remaining is None
+class ProblemCounter:
+    """Counts the problems of one file."""
 
-    def problem(self, data: Data) -> DataProblem:
-        """Describe what ``data.overflow`` does to long texts, with the rows that splitting gives."""
-        rows = pluralize(self._split_rows, "row")
-        if self._estimated:
-            texts = "One text holds" if self._count == 1 else f"{self._count:,} texts hold"
+    def __init__(self, source: int = 0, path: str = "", data: Data | None = None) -> None:
+        """``data`` says what becomes of bad rows and of long texts."""
+        self._place: dict[str, Any] = {"source": source, "path": path}
+        self._data = data or Data()
+        self._tallies: dict[str, _Tally] = {}
+        self._long = LongText(0, 0, 0)
+        """Sum over all long texts."""
+
+    def add(self, kind: str, row: int, example: str = "") -> None:
+        """Count one more row with this problem, once however often it has it. Rows come in order."""
+        tally = self._tallies.setdefault(kind, _Tally(shorten(example)))
+        if tally.last_row == row:
+            return
+        tally.last_row = row
+        tally.count += 1
+        if len(tally.rows) < MAX_LISTED_ROWS:
+            tally.rows.append(row)
+
+    def add_long_text(self, row: int, text: LongText) -> None:
+        """Count one more plain text over the length limit."""
+        self.add("long-text", row)
+        so_far, left = self._long, text.remaining
+        remaining = None if so_far.remaining is None or left is None else so_far.remaining + left
+        self._long = LongText(so_far.length + text.length, so_far.split_rows + text.split_rows, remaining)
+
+    def problems(self) -> list[DataProblem]:
+        """Return all kinds of problems, errors first, then by descending number of rows."""
+        skips = self._data.bad_rows == "skip"
+        problems = [
+            problem_of(kind, tally.count, tally.rows, tally.example, skips_bad_rows=skips, **self._place)
+            for kind, tally in self._tallies.items()
+        ]
+        problems = [self._on_long_texts(one) if one.kind == "long-text" else one for one in problems]
+        return sorted(problems, key=lambda p: (p.severity != "error", -p.count))
+
+    def _on_long_texts(self, problem: DataProblem) -> DataProblem:
+        """Add what ``data.overflow`` does to long texts, with the rows that splitting gives."""
+        long, data = self._long, self._data
+        rows = pluralize(long.split_rows, "row")
+        if long.remaining is None:
+            texts = "One text holds" if problem.count == 1 else f"{problem.count:,} texts hold"
             example = (
-                f"{texts} {self._length:,} characters, more than {data.max_length:,} tokens can hold; "
+                f"{texts} {long.length:,} characters, more than {data.max_length:,} tokens can hold; "
                 f"splitting makes about {rows} of them (an estimate: {BYTES_PER_TOKEN} bytes a token)."
             )
         else:
             example = (
-                f'data.overflow = "{data.overflow}" {_LOSES[data.overflow]} {self._kept:,} of '
-                f"{self._length:,} tokens; splitting makes {rows} of them."
+                f'data.overflow = "{data.overflow}" {_LOSES[data.overflow]} {long.remaining:,} of '
+                f"{long.length:,} tokens; splitting makes {rows} of them."
             )
-        check = CHECKS["long-text"]
-        return DataProblem(
-            kind="long-text",
-            severity=check.severity,
-            title=check.title,
-            count=self._count,
-            rows=tuple(self._rows),
-            example=example,
-            fix=check.fix,
-            source=self._source,
-            path=self._path,
-            split_rows=self._split_rows,
-            is_estimate=self._estimated,
-        )
+        estimated = long.remaining is None
+        return replace(problem, example=example, split_rows=long.split_rows, is_estimate=estimated)

@@ -9,35 +9,29 @@ and one way of reading it; an error that shows only in tokens also depends on to
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qlora_tui.answer_cache import AnswerCache
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.excluded_rows import ExcludedByFile
 from qlora_tui.data.problems import (
     BAD_ROWS,
     BYTES_PER_TOKEN,
     DataProblem,
-    LongTexts,
     ProblemCounter,
     estimated_long_text,
     none_used,
     raise_first_error,
 )
 from qlora_tui.data.sources import SourceFile, conversations
-from qlora_tui.decoding import decode_json
-from qlora_tui.files import atomic_write, private_dir
-from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import Data, Recipe, Source
 
 TIME_LIMIT_S = 2.0
@@ -105,9 +99,7 @@ def quick_check(
     unused_files: list[DataProblem] = []
     sizes: list[FileSize] = []
     for file in files:
-        place = file.source, str(file.path)
-        tally = ProblemCounter(*place, skips_bad_rows=data.bad_rows == "skip")
-        long_texts = LongTexts(*place)
+        tally = ProblemCounter(file.source, str(file.path), data)
         row_count = samples = tokens = excluded_count = rejected = 0
         left_out = (excluded or {}).get((file.source, file.path), frozenset())
         for row, one in conversations(file):
@@ -124,7 +116,7 @@ def quick_check(
                 tally.add(one.kind, row.number, one.reason)
                 rejected += 1
             elif long_text := estimated_long_text(one, data):
-                long_texts.add(row.number, long_text)
+                tally.add_long_text(row.number, long_text)
             elif one.messages and one.messages[-1].role == "user":
                 tally.add("ends-with-user", row.number, "The last turn has no answer.")
             if not isinstance(one, RowRejectedError) and not _is_left_out(one, data):
@@ -138,7 +130,6 @@ def quick_check(
         raise_first_error(problems)
         every_problem += problems
         warnings += [problem for problem in problems if problem.kind in _SHOWN_BEFORE_RUN]
-        warnings += [long_texts.problem(data)] if len(long_texts) else []
         if not in_time:
             break
         if row_count == rejected and (unused := none_used(row_count, problems)):
@@ -216,11 +207,11 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "*/tool_use.jinja",
 )
-_MAX_AGE_S = 60 * 24 * 3600
+_MAX_FILES = 1000
 _READING = 4
 """Version of the row checks; increased when rows that were an error become readable."""
 
-_DECODER = msgspec.json.Decoder(DataProblem)
+_cache = AnswerCache("findings", DataProblem, max_bytes=1 << 20)
 
 Tokens = tuple[object, ...]
 """Inputs that errors in tokens depend on; see ``tokenizer_fingerprint``."""
@@ -260,14 +251,11 @@ def cache_errors(
         if of_tokens and tokens is None:
             continue
         first_error = next((e for e in errors if (e.kind in _OF_TOKENS) == of_tokens), None)
-        note = _note(source, path, stamp, tokens if of_tokens else None, skips_bad_rows=skips_bad_rows)
+        key = _key(source, path, stamp, tokens if of_tokens else None, skips_bad_rows=skips_bad_rows)
         if first_error is not None:
-            _forget_old(private_dir(note.parent))
-            # A file whose name is not UTF-8 is refused by the recipe in any case.
-            with suppress(UnicodeEncodeError):
-                atomic_write(note, msgspec.json.encode(first_error))
+            _cache.keep(key, first_error, _MAX_FILES)
         elif read:
-            note.unlink(missing_ok=True)
+            _cache.forget(key)
 
 
 def raise_cached_error(
@@ -276,14 +264,12 @@ def raise_cached_error(
     """Raise ``UserError`` for the first file with a cached error."""
     for source, path in files:
         for one in dict.fromkeys((None, tokens)):
-            try:
-                note = _note(source, path, file_fingerprint(path), one, skips_bad_rows=skips_bad_rows)
-                raise_first_error([decode_json(note.read_bytes(), _DECODER)])
-            except (OSError, msgspec.MsgspecError):
-                continue
+            with suppress(OSError):
+                key = _key(source, path, file_fingerprint(path), one, skips_bad_rows=skips_bad_rows)
+                raise_first_error(filter(None, [_cache.find(key)]))
 
 
-def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None, *, skips_bad_rows: bool) -> Path:
+def _key(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None, *, skips_bad_rows: bool) -> bytes:
     what = (
         _READING,
         str(path.resolve()),
@@ -292,18 +278,7 @@ def _note(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None, *, sk
         source.columns,
         tokens,
         skips_bad_rows,
-        # Only where there are any, so that earlier notes stay valid.
-        *([source.excluded_rows] if source.excluded_rows else ()),
+        source.excluded_rows,
     )
     # In a name that is not UTF-8, bytes become surrogates.
-    key = hashlib.sha256(repr(what).encode(errors="surrogateescape")).hexdigest()[:32]
-    return cache_dir() / "findings" / f"{key}.json"
-
-
-def _forget_old(folder: Path) -> None:
-    for note in folder.iterdir():
-        if re.fullmatch(r"[0-9a-f]{32}\.json", note.name):
-            # One that another process deletes is gone; one that cannot be deleted takes a few bytes.
-            with suppress(OSError):
-                if time.time() - note.stat().st_mtime > _MAX_AGE_S:
-                    note.unlink()
+    return repr(what).encode(errors="surrogateescape")

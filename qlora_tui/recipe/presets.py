@@ -16,13 +16,13 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import atomic_write
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import toml
 from qlora_tui.recipe.aliases import did_you_mean
 from qlora_tui.recipe.fields import DESCRIPTIVE
-from qlora_tui.recipe.schema import Data, Model, Recipe
+from qlora_tui.recipe.schema import Recipe
 
 _HEADER = re.compile(
     rb"# Written by qlora-tui(?:, which asks before it replaces an edit: "
@@ -30,6 +30,7 @@ _HEADER = re.compile(
 )
 """The first line of a file that the app wrote; earlier versions worded it otherwise."""
 _MAX_NAME_BYTES = 60
+_CHECK_DISK = "Check free disk space and write permission there."
 
 
 class Preset(Struct, frozen=True, kw_only=True):
@@ -61,16 +62,7 @@ class Preset(Struct, frozen=True, kw_only=True):
         recipe = toml.to_recipe(self.settings(), str(self.path))
         if current is None:
             return recipe
-        replace = msgspec.structs.replace
-        model, data = current.model, current.data
-        return replace(
-            recipe,
-            name=current.name,
-            note=current.note,
-            model=replace(recipe.model, id=model.id, revision=model.revision),
-            lora=replace(recipe.lora, init_from=current.lora.init_from),
-            data=replace(recipe.data, sources=data.sources, validation_path=data.validation_path),
-        )
+        return _of_model(recipe, current, current.name, current.note)
 
 
 class OverwriteError(UserError):
@@ -118,11 +110,13 @@ def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) 
     app wrote it; UserError if the name is not a valid file name, the recipe is not valid, or on a disk error.
     """
     path = _user_path(name)
-    body = toml.dump_overrides(_for_any_model(recipe, note), Recipe())
+    body = toml.dump_overrides(_of_model(recipe, Recipe(), "", note), Recipe())
     toml.validate(toml.parse(body, name), name)
     if not overwrite:
         _check_overwrite(path)
-    _write(path, _with_hash_line(body.encode()))
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    note = "Edit it freely: a checksum tells the app that you did"
+    _write(path, f"# Written by qlora-tui. {note}, {digest}\n{body}".encode())
     return path
 
 
@@ -137,22 +131,21 @@ def delete(name: str) -> PresetSnapshot:
             fix="Save your own preset under that name to replace it." if shipped else "",
             exit_code=EXIT_USAGE,
         )
-    try:
-        _user_path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise _disk_error("Preset not deleted", _user_path(name), error) from error
+    path = _user_path(name)
+    with disk_problems("Preset not deleted", path, _CHECK_DISK):
+        path.unlink(missing_ok=True)
     return snapshot
 
 
 def take_snapshot(name: str) -> PresetSnapshot:
     """Record the current content or absence of the user's preset ``name``; call it before a save."""
-    path = _user_path(name)
-    try:
-        return PresetSnapshot(name, path.read_bytes())
-    except FileNotFoundError:
-        return PresetSnapshot(name, None)
-    except OSError as error:
-        raise _disk_error("Cannot read preset", path, error) from error
+    return PresetSnapshot(name, _content(_user_path(name)))
+
+
+def _content(path: Path) -> bytes | None:
+    """Return what is in a preset's file; None without one."""
+    with disk_problems("Cannot read preset", path, _CHECK_DISK):
+        return path.read_bytes() if path.exists() else None
 
 
 def restore(snapshot: PresetSnapshot, *, overwrite: bool = False) -> None:
@@ -163,10 +156,8 @@ def restore(snapshot: PresetSnapshot, *, overwrite: bool = False) -> None:
     if snapshot.content is not None:
         _write(path, snapshot.content)
         return
-    try:
+    with disk_problems("Preset not restored", path, _CHECK_DISK):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise _disk_error("Preset not restored", path, error) from error
 
 
 def _read_preset(path: Path, shipped: bool) -> Preset:
@@ -182,15 +173,16 @@ def _read_preset(path: Path, shipped: bool) -> Preset:
     )
 
 
-def _for_any_model(recipe: Recipe, note: str) -> Recipe:
+def _of_model(recipe: Recipe, other: Recipe, name: str, note: str) -> Recipe:
+    """Return the recipe with model, first adapter and data of another one."""
     replace = msgspec.structs.replace
-    model, data = Model(), Data()
+    model, data = other.model, other.data
     return replace(
         recipe,
-        name="",
+        name=name,
         note=note,
         model=replace(recipe.model, id=model.id, revision=model.revision),
-        lora=replace(recipe.lora, init_from=""),
+        lora=replace(recipe.lora, init_from=other.lora.init_from),
         data=replace(recipe.data, sources=data.sources, validation_path=data.validation_path),
     )
 
@@ -212,10 +204,8 @@ def _user_path(name: str) -> Path:
             fix="Use letters, digits, dashes and dots: my-preset.",
             exit_code=EXIT_USAGE,
         )
-    try:
+    with disk_problems("No folder for presets", fix=_CHECK_DISK):
         return paths.user_presets_dir() / f"{name}.toml"
-    except OSError as error:
-        raise _disk_error("No folder for presets", Path(error.filename or "."), error) from error
 
 
 def _name_error(name: str) -> str:
@@ -233,13 +223,11 @@ def _name_error(name: str) -> str:
 
 
 def _check_overwrite(path: Path) -> None:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _disk_error("Cannot read preset", path, error) from error
-    if _is_unedited(content):
+    content = _content(path)
+    header = _HEADER.match(content or b"")
+    if content is None or (
+        header and header[1].decode() == hashlib.sha256(content[header.end() :]).hexdigest()
+    ):
         return
     raise OverwriteError(
         "Preset exists",
@@ -248,27 +236,7 @@ def _check_overwrite(path: Path) -> None:
     )
 
 
-def _with_hash_line(body: bytes) -> bytes:
-    digest = hashlib.sha256(body).hexdigest()
-    note = "Edit it freely: a checksum tells the app that you did"
-    return f"# Written by qlora-tui. {note}, {digest}\n".encode() + body
-
-
-def _is_unedited(content: bytes) -> bool:
-    header = _HEADER.match(content)
-    if header is None:
-        return False
-    return header[1].decode() == hashlib.sha256(content[header.end() :]).hexdigest()
-
-
 def _write(path: Path, content: bytes) -> None:
     """Write through a symbolic link, so that a preset kept in a dotfiles repository stays there."""
-    try:
+    with disk_problems("Preset not saved", path, _CHECK_DISK):
         atomic_write(path.resolve() if path.exists() else path, content, durable=True)
-    except OSError as error:
-        raise _disk_error("Preset not saved", path, error) from error
-
-
-def _disk_error(title: str, path: Path, error: OSError) -> UserError:
-    what = f"{path}: {error.strerror or error}."
-    return UserError(title, what=what, fix="Check free disk space and write permission there.")

@@ -39,6 +39,7 @@ KEPT_DAYS = 7
 KEPT_S = KEPT_DAYS * 24 * 3600.0
 """Time for which a deleted run can be restored, in seconds."""
 _TIME = "deleted"
+_CHECK_PERMISSION = "Check that you have write permission there."
 
 
 @disk_problems()
@@ -299,15 +300,16 @@ def move_to_trash(run: RunDir) -> None:
     """Move a run to the trash; raises UserError until it has ended, or on a disk error."""
     check_deletable(run)
     trashed = private_dir(_home()) / run.id
-    try:
-        atomic_write(run.path / _TIME, f"{int(time.time())}\n")
-        run.path.rename(trashed)
-        sync(trashed.parent)
-        sync(run.path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            (run.path / _TIME).unlink(missing_ok=True)
-        raise _disk("The run was not deleted", run.path, error) from error
+    with disk_problems("The run was not deleted", run.path, _CHECK_PERMISSION):
+        try:
+            atomic_write(run.path / _TIME, f"{int(time.time())}\n")
+            run.path.rename(trashed)
+            sync(trashed.parent)
+            sync(run.path.parent)
+        except OSError:
+            with suppress(OSError):
+                (run.path / _TIME).unlink(missing_ok=True)
+            raise
 
 
 def trashed_runs() -> list[TrashedRun]:
@@ -330,11 +332,9 @@ def restore_run(run_id: str) -> RunDir:
     run = RunDir(paths.runs_dir() / trashed.run.id)
     if os.path.lexists(run.path):
         raise UserError("The run was not restored", what=f"{run.path} exists.", fix="Rename that folder.")
-    try:
+    with disk_problems("The run was not restored", run.path, _CHECK_PERMISSION):
         trashed.run.path.rename(run.path)
         sync(run.path.parent)
-    except OSError as error:
-        raise _disk("The run was not restored", run.path, error) from error
     # It counts only in the trash.
     with suppress(OSError):
         (run.path / _TIME).unlink(missing_ok=True)
@@ -388,9 +388,3 @@ def _deleted_at(path: Path) -> float:
 
 def _home() -> Path:
     return paths.runs_dir() / TRASH
-
-
-def _disk(title: str, path: Path, error: OSError) -> UserError:
-    return UserError(
-        title, what=f"{path}: {error.strerror or error}.", fix="Check that you have write permission there."
-    )

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.drafts import new_draft
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
 from qlora_tui.formatting import short_model_name
 from qlora_tui.recipe.schema import Recipe
@@ -170,22 +170,16 @@ def create_run(recipe: Recipe, gpu: str = "") -> RunDir:
     directory cannot be written.
     """
     parent = paths.runs_dir()
-    try:
-        with new_draft(parent) as draft:
-            for folder in ("control", "checkpoints"):
-                private_dir(draft / folder)
-            atomic_write(draft / "recipe.toml", dump(recipe))
-            if gpu:
-                atomic_write(draft / "gpu", f"{gpu}\n")
-            with EventWriter(draft / "events.jsonl") as log:
-                log.append(Queued(at=time.time()))
-            return RunDir(_publish(draft, parent, recipe))
-    except OSError as error:
-        raise UserError(
-            "The run could not be created",
-            what=f"{error.filename or parent}: {error.strerror}.",
-            fix="Free some space, or point XDG_STATE_HOME at another disk.",
-        ) from error
+    fix = "Free some space, or point XDG_STATE_HOME at another disk."
+    with disk_problems("The run could not be created", fix=fix), new_draft(parent) as draft:
+        for folder in ("control", "checkpoints"):
+            private_dir(draft / folder)
+        atomic_write(draft / "recipe.toml", dump(recipe))
+        if gpu:
+            atomic_write(draft / "gpu", f"{gpu}\n")
+        with EventWriter(draft / "events.jsonl") as log:
+            log.append(Queued(at=time.time()))
+        return RunDir(_publish(draft, parent, recipe))
 
 
 def _publish(draft: Path, parent: Path, recipe: Recipe) -> Path:

@@ -238,14 +238,14 @@ def test_a_tally_keeps_the_first_rows_and_counts_the_rest() -> None:
         ("turn-end-untrained", Data(bad_rows="skip"), ", run blocked"),
         ("too-long", Data(), ", cut right"),
         ("too-long", Data(overflow="drop"), ", left out"),
-        ("long-text", Data(overflow="split"), ", split"),
+        ("long-text", Data(overflow="cut-left"), ", cut left"),
         ("no-answer", Data(), ", left out"),
         ("rated-bad", Data(), ""),
         ("duplicate", Data(), ", used"),
     ],
 )
 def test_a_problem_says_what_becomes_of_its_rows(kind: str, data: Data, outcome: str) -> None:
-    counter = ProblemCounter(skips_bad_rows=data.bad_rows == "skip")
+    counter = ProblemCounter(data=data)
     counter.add(kind, 1)
     assert row_outcome(counter.problems()[0], data) == outcome
 
