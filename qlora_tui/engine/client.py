@@ -195,7 +195,7 @@ class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, Resu
         return result
 
     def stop(self) -> None:
-        """Stop this answer at once; text generated so far, and GenerationDone, still arrive."""
+        """Stop this answer at once; text generated so far, and the result, still arrive."""
         if self._number is None:
             self._over = True
         elif not self._over:

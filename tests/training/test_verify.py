@@ -189,14 +189,9 @@ def gate_and_up_swapped(patch: pytest.MonkeyPatch) -> None:
 
 
 def scale_dropped(patch: pytest.MonkeyPatch) -> None:
-    """A's gradient is not multiplied by the adapter's scale."""
-    right = lora_linear.lora_backward
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        grad_x, grad_a, grad_b = right(*args, **kwargs)
-        return grad_x, grad_a / args[4].scale, grad_b
-
-    patch.setattr(lora_linear, "lora_backward", wrong)
+    """A's gradient is half of what it is with the adapter's scale, 2."""
+    right = lora_linear.grad_of_a
+    patch.setattr(lora_linear, "grad_of_a", lambda *args: right(*args) / 2)
 
 
 def columns_swapped(patch: pytest.MonkeyPatch) -> None:

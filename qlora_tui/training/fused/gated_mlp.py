@@ -23,10 +23,9 @@ from qlora_tui.memory.execution import GATED_MLP
 from qlora_tui.training.checks.compare import bitwise_equal
 from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.fused.lora import (
+    AdaptedModule,
     AdapterCasts,
     LoraParameters,
-    WeightLoader,
-    active_adapter,
     adapter_inputs,
     add_adapter_grad,
     add_adapter_outputs,
@@ -49,16 +48,14 @@ def fuse_gated_mlp(model: nn.Module, casts: AdapterCasts) -> None:
             continue
         weight = plain_weight(module.down_proj)
         if weight is not None and is_gated(module):
-            _patch_forward(module, weight, casts)
+            _patch_forward(module, AdaptedModule(module.down_proj, weight, casts))
 
 
-def _patch_forward(mlp: Any, weight: WeightLoader, casts: AdapterCasts) -> None:
-    down = mlp.down_proj
-    base = down.get_base_layer()
+def _patch_forward(mlp: Any, down: AdaptedModule) -> None:
     original_forward = mlp.forward
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        adapter = active_adapter(down, base, weight, casts) if torch.is_grad_enabled() else None
+        adapter = down.adapter() if torch.is_grad_enabled() else None
         if adapter is None:
             return original_forward(x)  # type: ignore[no-any-return]
         return gated_down(self.gate_proj(x), self.up_proj(x), adapter, self.act_fn)
@@ -166,7 +163,7 @@ class _GatedProduct(torch.autograd.Function):
         ctx: Any, gate: Tensor, up: Tensor, a: Tensor, adapter: LoraParameters, act: Activation
     ) -> tuple[Tensor, Tensor]:
         product = _product(gate, up, act)
-        dropout_mask, xa = adapter_inputs(product, adapter)
+        dropout_mask, xa = adapter_inputs(product, [adapter])
         ctx.save_for_backward(gate, up, dropout_mask)
         ctx.adapter, ctx.act = adapter, act
         return product, xa
@@ -186,7 +183,7 @@ class _GatedProduct(torch.autograd.Function):
         grad_a = grad_of_a(grad_xa, product, dropout_mask).to(ctx.adapter.a.dtype)
         del product
         # In place: it comes from _DownProjection, the product's only reader.
-        add_adapter_grad(grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, ctx.adapter)
+        add_adapter_grad(grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, [ctx.adapter])
         if kernels is not None:
             return *kernels.gated_product_backward(grad_product, gate, up, name), grad_a, None, None
         grad_up = grad_product * activated.detach()

@@ -1,4 +1,4 @@
-"""A frozen linear module and its adapter as one autograd function, in place of peft's forward.
+"""Frozen linear modules and their adapters as one autograd function, in place of peft's forward.
 
 peft copies the base's output, casts the input of each target to the adapter's fp32, saves that copy (with
 dropout another one), and multiplies in fp32. Here the input is saved as it is, so that targets that read the
@@ -41,7 +41,7 @@ Shapes of SmolLM2-135M's attention at rank 16, for a packed sequence of 100 toke
 
 The library's code calls one module after another, so the first call computes for all, and the others take
 their output from it if they are given the same tensor. With dropout each module has a mask of its own, and
-so is computed by itself (:class:`FusedLoraLinear`).
+so is computed by itself.
 
 The base's weights are dequantized one after another, each into a tensor of its own. A buffer for all layers
 would need no fewer kernels, and be there at the logits' peak too.
@@ -99,6 +99,8 @@ class AdapterCasts:
 
     def cast_stack(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The rows of all parameters in ``dtype``: their copies where those are of one stack and valid."""
+        if len(parameters) == 1:
+            return self.cast(parameters[0], dtype)
         stacked = self._by_stack.get(tuple(map(id, parameters)))
         if stacked is None or any(self._valid_copy(parameter, dtype) is None for parameter in parameters):
             return torch.cat([parameter.to(dtype) for parameter in parameters])
@@ -111,7 +113,10 @@ class AdapterCasts:
     @torch.no_grad()
     def _before_forward(self, decoder: nn.Module, args: Any) -> None:
         parameters = [parameter for stack in self._stacks for parameter in stack]
-        dtype = _compute_dtype(decoder)
+        # Of the frozen weights that are not quantized.
+        dtype = product_dtype(
+            next(p for p in decoder.parameters() if p.is_floating_point() and not p.requires_grad)
+        )
         if not parameters or dtype.itemsize >= parameters[0].element_size():
             self._stacked_copies, self._copies, self._by_parameter, self._by_stack = [], [], {}, {}
             return
@@ -140,15 +145,6 @@ class AdapterCasts:
         }
 
 
-def _compute_dtype(decoder: nn.Module) -> torch.dtype:
-    """Dtype of the adapter's products: autocast's, or that of the frozen weights that are not quantized."""
-    frozen = next(p for p in decoder.parameters() if p.is_floating_point() and not p.requires_grad)
-    device = frozen.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return frozen.dtype
-
-
 _WORDS = 4
 """Dropout decisions taken from one 64-bit random number."""
 _VALUES = 1 << 15
@@ -173,10 +169,6 @@ class LoraParameters:
     """Dropout probability."""
     casts: AdapterCasts
 
-    def a_in(self, dtype: torch.dtype) -> Tensor:
-        """A in the dtype of the products."""
-        return self.casts.cast(self.a, dtype)
-
     def b_in(self, dtype: torch.dtype) -> Tensor:
         """B in the dtype of the products."""
         return self.casts.cast(self.b, dtype)
@@ -187,23 +179,30 @@ class LoraParameters:
         return self.scaling / (1 - self.p)
 
 
-def active_adapter(
-    module: Any, base: nn.Module, weight: WeightLoader, casts: AdapterCasts
-) -> LoraParameters | None:
-    """The active adapter of ``module``; None where it is not exactly one plain LoRA adapter."""
-    names = module.active_adapters
-    if module.disable_adapters or module.merged or len(names) != 1:
-        return None
-    (name,) = names
-    return LoraParameters(
-        module.lora_A[name].weight,
-        module.lora_B[name].weight,
-        base,
-        weight,
-        module.scaling[name],
-        getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0,
-        casts,
-    )
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A module with a plain LoRA adapter."""
+
+    module: Any
+    weight: WeightLoader
+    casts: AdapterCasts
+
+    def adapter(self) -> LoraParameters | None:
+        """The active adapter; None where it is not exactly one."""
+        module = self.module
+        names = module.active_adapters
+        if module.disable_adapters or module.merged or len(names) != 1:
+            return None
+        (name,) = names
+        return LoraParameters(
+            module.lora_A[name].weight,
+            module.lora_B[name].weight,
+            module.get_base_layer(),
+            self.weight,
+            module.scaling[name],
+            getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0,
+            self.casts,
+        )
 
 
 def plain_weight(module: Any) -> WeightLoader | None:
@@ -228,42 +227,66 @@ def _weight_of(base: Any) -> WeightLoader | None:
     return dequantized
 
 
-class FusedLoraLinear(torch.autograd.Function):
-    """base(x) + scaling · dropout(x) · Aᵀ · Bᵀ for x (…, inputs), A (rank, inputs), B (outputs, rank)."""
+class FusedLora(torch.autograd.Function):
+    """base(x) + scale · dropout(x) · Aᵀ · Bᵀ of adapters, for one x (…, inputs); returns a tuple of outputs.
+
+    Several adapters have no dropout.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, adapter: LoraParameters) -> Tensor:
-        out, dropout_mask, xa = lora_forward(x, adapter)
+    def forward(ctx: Any, x: Tensor, adapters: list[LoraParameters], *weights: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(adapter.base(x) for adapter in adapters)
+        dropout_mask, xa = adapter_inputs(x, adapters)
+        for output, part, adapter in zip(outputs, _by_adapter(xa, adapters), adapters, strict=True):
+            add_adapter_outputs(output, part, adapter)
         ctx.save_for_backward(x, dropout_mask, xa)
-        ctx.adapter = adapter
-        return out
+        ctx.adapters = adapters
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, dropout_mask, xa = ctx.saved_tensors
-        needs_input_grad = ctx.needs_input_grad[0]
-        grads = lora_backward(
-            grad_outputs[0], x, dropout_mask, xa, ctx.adapter, needs_input_grad=needs_input_grad
-        )
-        return *grads, None
+        adapters: list[LoraParameters] = ctx.adapters
+        grads, parts, grads_b = [], [], []
+        for output, part, adapter in zip(grad_outputs, _by_adapter(xa, adapters), adapters, strict=True):
+            grad, grad_part, grad_b = grad_of_outputs(output, part, adapter)
+            grads.append(grad)
+            parts.append(grad_part)
+            grads_b.append(grad_b)
+        grad_xa = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        grad_a = grad_of_a(grad_xa, x, dropout_mask)
+        grads_a = torch.split(grad_a, [len(adapter.a) for adapter in adapters])
+        cast = cast_grads([*grads_a, *grads_b], adapters[0].a.dtype)
+        del grad_a, grads_a, grads_b
+        of_a, of_b = cast[: len(adapters)], cast[len(adapters) :]
+        grads_of_weights = [grad for pair in zip(of_a, of_b, strict=True) for grad in pair]
+        if not ctx.needs_input_grad[0]:
+            return None, None, *grads_of_weights
+        grad_x: Tensor | None = None
+        for grad, adapter in zip(grads, adapters, strict=True):
+            weight = adapter.weight().to(grad.dtype)
+            grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+            del weight  # before the next is dequantized
+        assert grad_x is not None
+        add_adapter_grad(grad_x, grad_xa, dropout_mask, adapters)
+        return grad_x.view(x.shape).to(x.dtype), None, *grads_of_weights
 
 
-def lora_forward(x: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The outputs (…, outputs), the dropout mask (None without dropout) and dropout(x) · Aᵀ (rows, rank)."""
-    out: Tensor = adapter.base(x)
-    dropout_mask, xa = adapter_inputs(x, adapter)
-    add_adapter_outputs(out, xa, adapter)
-    return out, dropout_mask, xa
+def adapted_outputs(x: Tensor, adapters: list[LoraParameters]) -> tuple[Tensor, ...]:
+    """The outputs of adapted modules that all read x (…, inputs)."""
+    weights = [weight for adapter in adapters for weight in (adapter.a, adapter.b)]
+    outputs: tuple[Tensor, ...] = FusedLora.apply(x, adapters, *weights)  # type: ignore[no-untyped-call]  # torch's own
+    return outputs
 
 
-def adapter_inputs(x: Tensor, adapter: LoraParameters) -> tuple[Tensor | None, Tensor]:
-    """The dropout mask (None without dropout) and dropout(x) · Aᵀ, (rows, rank), of x (…, inputs)."""
+def adapter_inputs(x: Tensor, adapters: Sequence[LoraParameters]) -> tuple[Tensor | None, Tensor]:
+    """The dropout mask (None without dropout) and dropout(x) · Aᵀ, (rows, all ranks), of x (…, inputs)."""
     device = x.device.type
     dtype = product_dtype(x)
     with without_autocast(device):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        dropout_mask = _dropout_mask(rows, adapter.p) if adapter.p else None
-        return dropout_mask, apply_dropout(rows, dropout_mask) @ adapter.a_in(dtype).t()
+        dropout_mask = _dropout_mask(rows, adapters[0].p) if adapters[0].p else None
+        return dropout_mask, apply_dropout(rows, dropout_mask) @ _stacked_a(adapters, dtype).t()
 
 
 def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> None:
@@ -275,26 +298,6 @@ def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> Non
             flat.addmm_(xa, b.t(), alpha=adapter.scale)
         else:
             flat.add_(xa @ b.t(), alpha=adapter.scale)
-
-
-def lora_backward(
-    grad: Tensor,
-    x: Tensor,
-    dropout_mask: Tensor | None,
-    xa: Tensor,
-    adapter: LoraParameters,
-    *,
-    needs_input_grad: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x (None where not needed), of A and of B, in the shape and dtype of each."""
-    grad, grad_xa, grad_b = grad_of_outputs(grad, xa, adapter)
-    grad_a = grad_of_a(grad_xa, x, dropout_mask)
-    grad_a, grad_b = cast_grads((grad_a, grad_b), adapter.a.dtype)
-    if not needs_input_grad:
-        return None, grad_a, grad_b
-    grad_x = grad @ adapter.weight().to(grad.dtype)
-    add_adapter_grad(grad_x, grad_xa, dropout_mask, adapter)
-    return grad_x.view(x.shape).to(x.dtype), grad_a, grad_b
 
 
 def grad_of_outputs(grad: Tensor, xa: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,10 +326,10 @@ def cast_grads(grads: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def add_adapter_grad(
-    grad_x: Tensor, grad_xa: Tensor, dropout_mask: Tensor | None, adapter: LoraParameters
+    grad_x: Tensor, grad_xa: Tensor, dropout_mask: Tensor | None, adapters: Sequence[LoraParameters]
 ) -> None:
-    """Add the adapter's part in place to the base's gradient of the inputs, (rows, inputs)."""
-    a = adapter.a_in(grad_xa.dtype)
+    """Add the adapters' part in place to the base's gradient of the inputs, (rows, inputs)."""
+    a = _stacked_a(adapters, grad_xa.dtype)
     if dropout_mask is None and grad_x.dtype == grad_xa.dtype:
         grad_x.addmm_(grad_xa, a)
     else:
@@ -410,19 +413,6 @@ def _modules_by_input(model: nn.Module, adapted: dict[Any, WeightLoader]) -> lis
     return groups + [[module] for module in adapted if module not in grouped]
 
 
-@dataclass(frozen=True)
-class AdaptedModule:
-    """A module with a plain LoRA adapter."""
-
-    module: Any
-    weight: WeightLoader
-    casts: AdapterCasts
-
-    def adapter(self) -> LoraParameters | None:
-        """The active adapter; None where it is not exactly one."""
-        return active_adapter(self.module, self.module.get_base_layer(), self.weight, self.casts)
-
-
 class SharedInput:
     """Modules that are computed together, and the outputs that those called later will take."""
 
@@ -460,8 +450,7 @@ class SharedInput:
         adapters = [adapter for member in self.members if (adapter := member.adapter()) is not None]
         if len(adapters) < len(self.members):
             return
-        weights = [weight for adapter in adapters for weight in (adapter.a, adapter.b)]
-        outputs = FusedLoraGroup.apply(x, adapters, *weights)  # type: ignore[no-untyped-call]  # torch's own
+        outputs = adapted_outputs(x, adapters)
         self._outputs = {member.module: output for member, output in zip(self.members, outputs, strict=True)}
         self._input = x
 
@@ -478,54 +467,9 @@ def _patch_forward(member: AdaptedModule, shared: SharedInput) -> None:
         adapter = member.adapter()
         if adapter is None:
             return original_forward(x)  # type: ignore[no-any-return]
-        alone: Tensor = FusedLoraLinear.apply(x, adapter.a, adapter.b, adapter)  # type: ignore[no-untyped-call]
-        return alone
+        return adapted_outputs(x, [adapter])[0]
 
     patch_forward(member.module, forward, "lora")
-
-
-class FusedLoraGroup(torch.autograd.Function):
-    """base(x) + scale · x · Aᵀ · Bᵀ of several adapters, for x (…, inputs); returns a tuple of outputs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, adapters: list[LoraParameters], *weights: Tensor) -> tuple[Tensor, ...]:
-        outputs = tuple(adapter.base(x) for adapter in adapters)
-        dtype = product_dtype(x)
-        with without_autocast(x.device.type):
-            xa = x.reshape(-1, x.shape[-1]).to(dtype) @ _stacked_a(adapters, dtype).t()
-        for output, part, adapter in zip(outputs, _by_adapter(xa, adapters), adapters, strict=True):
-            add_adapter_outputs(output, part, adapter)
-        ctx.save_for_backward(x, xa)
-        ctx.adapters = adapters
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa = ctx.saved_tensors
-        adapters: list[LoraParameters] = ctx.adapters
-        grads, parts, grads_b = [], [], []
-        for output, part, adapter in zip(grad_outputs, _by_adapter(xa, adapters), adapters, strict=True):
-            grad, grad_part, grad_b = grad_of_outputs(output, part, adapter)
-            grads.append(grad)
-            parts.append(grad_part)
-            grads_b.append(grad_b)
-        grad_xa = torch.cat(parts, dim=1)
-        grad_a = grad_xa.t() @ x.reshape(-1, x.shape[-1]).to(xa.dtype)
-        grads_a = torch.split(grad_a, [len(adapter.a) for adapter in adapters])
-        cast = cast_grads([*grads_a, *grads_b], adapters[0].a.dtype)
-        del grad_a, grads_a, grads_b
-        of_a, of_b = cast[: len(adapters)], cast[len(adapters) :]
-        grads_of_weights = [grad for pair in zip(of_a, of_b, strict=True) for grad in pair]
-        if not ctx.needs_input_grad[0]:
-            return None, None, *grads_of_weights
-        grad_x: Tensor | None = None
-        for grad, adapter in zip(grads, adapters, strict=True):
-            weight = adapter.weight().to(grad.dtype)
-            grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-            del weight  # before the next is dequantized
-        assert grad_x is not None
-        grad_x.addmm_(grad_xa, _stacked_a(adapters, xa.dtype))
-        return grad_x.view(x.shape).to(x.dtype), None, *grads_of_weights
 
 
 def _stacked_a(adapters: Sequence[LoraParameters], dtype: torch.dtype) -> Tensor:
