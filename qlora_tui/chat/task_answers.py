@@ -27,7 +27,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import open_append, read_regular
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring import measuring, no_adapter
+from qlora_tui.runs.measuring import measuring
 from qlora_tui.worker import Report
 
 if TYPE_CHECKING:
@@ -169,8 +169,6 @@ def answer_prompts(
 
     started = time.monotonic()
     source = run_source(run)
-    if ADAPTER not in source.adapters:
-        raise no_adapter(run)
     session = load_session(source, streams=True)
     if session.compute_device.kind == "cpu":
         lower_priority()

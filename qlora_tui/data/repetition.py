@@ -13,7 +13,8 @@ _LEAST_REPEATS = 3
 _REPEATS_OF_SHORT_BLOCKS = {1: 10, 2: 5}
 """Times that one or two words must follow each other, since ``no, no, no`` is no loop."""
 _SENTENCE_ENDS = (".", "!", "?", "…")
-_MARKS = ".,;:!?…\"'“”‘’()[]*_"
+_MARKS = ".,;:!?…\"'“”‘’()[]{}*_`"
+"""Marks at the edges of a word that do not count."""
 _FENCE = "```"
 _TABLE = "|"
 
@@ -27,15 +28,15 @@ def find_loop(text: str) -> str:
     if text.count(_FENCE) % 2:
         return ""
     end = text[-_MAX_CHARACTERS:].split()
-    words = [word.strip(_MARKS).casefold() for word in end]
-    for length in range(1, min(_MAX_BLOCK_WORDS, len(words) // _LEAST_REPEATS) + 1):
-        block = words[-length:]
-        if words[-2 * length : -length] != block:
+    plain = [word.strip(_MARKS).casefold() for word in end]
+    for length in range(1, min(_MAX_BLOCK_WORDS, len(plain) // _LEAST_REPEATS) + 1):
+        block = plain[-length:]
+        if plain[-2 * length : -length] != block:
             continue
         repeats = _REPEATS_OF_SHORT_BLOCKS.get(length, _LEAST_REPEATS)
         if length > 1 and end[-1].endswith(_SENTENCE_ENDS):
             repeats = _LEAST_REPEATS
-        if len(words) >= repeats * length and words[-repeats * length :] == block * repeats:
+        if len(plain) >= repeats * length and plain[-repeats * length :] == block * repeats:
             phrase = " ".join(end[-length:])
             if any(character.isalpha() for character in phrase) and _TABLE not in phrase:
                 return phrase
@@ -47,7 +48,6 @@ SAME_PROMPT = 0.8
 OTHER_ANSWER = 0.2
 """Most of the words that two answers have in common."""
 _PROBES = 6
-_STRIPPED = ".,;:!?…\"'“”‘’()[]*_`"
 _MOST_ALIKE = 50
 """Rows with one prompt that are compared with each other."""
 
@@ -55,7 +55,7 @@ _MOST_ALIKE = 50
 def find_contradictions(rows: Sequence[tuple[str, str]]) -> dict[int, int]:
     """For each row that contradicts another, that row: indices in ``rows``, which are (prompt, answer)."""
     prompts = [_pairs(prompt) for prompt, _ in rows]
-    answers = [frozenset(_words(answer)) for _, answer in rows]
+    answers = [frozenset(words(answer)) for _, answer in rows]
     alike: dict[int, list[int]] = {}
     contradicts: dict[int, int] = {}
     for number, pairs in enumerate(prompts):
@@ -74,13 +74,14 @@ def find_contradictions(rows: Sequence[tuple[str, str]]) -> dict[int, int]:
     return contradicts
 
 
-def _words(text: str) -> list[str]:
-    return [word for each in text.split() if (word := each.strip(_STRIPPED).casefold())]
+def words(text: str) -> list[str]:
+    """Return the words of a text, without case and without marks at their edges."""
+    return [word for each in text.split() if (word := each.strip(_MARKS).casefold())]
 
 
 def _pairs(text: str) -> frozenset[tuple[str, ...]]:
-    words = _words(text)
-    return frozenset(pairwise(words)) if len(words) > 1 else frozenset((word,) for word in words)
+    found = words(text)
+    return frozenset(pairwise(found)) if len(found) > 1 else frozenset((word,) for word in found)
 
 
 def _probes(pairs: frozenset[tuple[str, ...]]) -> list[int]:

@@ -37,17 +37,14 @@ if TYPE_CHECKING:
 if sys.byteorder != "little" or array("I").itemsize != 4:
     raise ImportError("The tokenized store needs a little-endian machine with 32-bit integers.")
 
-_FILES = {
-    "tokens.u32": "I",
-    "trained.u8": "B",
-    "offsets.u64": "Q",
-    "trained_counts.u32": "I",
-    "rows.u32": "I",
-    "sources.u16": "H",
-}
-_WEIGHTS = "weights.f32"
-_SIDES = "sides.u8"
-_FILE_NUMBERS, _FILE_NAMES = "files.u32", "files.json"
+_OFFSETS = "offsets.u64"
+_TOKENS, _LOSS_MASK, _WEIGHTS = "tokens.u32", "trained.u8", "weights.f32"
+_PER_TOKEN = {_TOKENS: "I", _LOSS_MASK: "B", _WEIGHTS: "f"}
+_COUNTS, _ROWS, _SOURCES = "trained_counts.u32", "rows.u32", "sources.u16"
+_FILE_NUMBERS, _FILE_NAMES, _SIDES = "files.u32", "files.json", "sides.u8"
+_PER_SAMPLE = {_COUNTS: "I", _ROWS: "I", _SOURCES: "H", _FILE_NUMBERS: "I", _SIDES: "B"}
+"""Files with an entry for each token or sample, and the types of these."""
+_OPTIONAL = (_WEIGHTS, _FILE_NUMBERS, _SIDES)
 GOOD, BAD = 1, 2
 """Sides of a sample in a preference: its answer is chosen or rated good, or rejected or rated bad."""
 
@@ -69,12 +66,13 @@ class Writer:
         """Source index of each sample."""
 
     def __enter__(self) -> Writer:
-        for name in _FILES:
-            self._open(name)
+        for name in (_OFFSETS, *_PER_TOKEN, *_PER_SAMPLE):
+            if name not in _OPTIONAL:
+                self._open(name)
         if self._file_names:
             self._open(_FILE_NUMBERS)
             (self.folder / _FILE_NAMES).write_text(json.dumps(self._file_names))
-        self._write("offsets.u64", array("Q", [0]))
+        self._write(_OFFSETS, array("Q", [0]))
         return self
 
     def __exit__(
@@ -88,12 +86,12 @@ class Writer:
         self._add_weights(sample.loss_mask, sample.weights)
         self._end += len(tokens)
         write = self._write
-        write("tokens.u32", tokens)
-        write("trained.u8", sample.loss_mask)
-        write("offsets.u64", array("Q", [self._end]))
-        write("trained_counts.u32", array("I", [sample.trained_count]))
-        write("rows.u32", array("I", [row]))
-        write("sources.u16", array("H", [source]))
+        write(_TOKENS, tokens)
+        write(_LOSS_MASK, sample.loss_mask)
+        write(_OFFSETS, array("Q", [self._end]))
+        write(_COUNTS, array("I", [sample.trained_count]))
+        write(_ROWS, array("I", [row]))
+        write(_SOURCES, array("H", [source]))
         if self._file_names:
             write(_FILE_NUMBERS, array("I", [file]))
         self.keys.append(key)
@@ -127,8 +125,8 @@ class Writer:
             self._hash.update(weights)
             if _WEIGHTS not in self._files:
                 self._open(_WEIGHTS)
-                self._files["trained.u8"].flush()
-                with (self.folder / "trained.u8").open("rb") as earlier:
+                self._files[_LOSS_MASK].flush()
+                with (self.folder / _LOSS_MASK).open("rb") as earlier:
                     while flags := earlier.read(1 << 20):
                         self._write(_WEIGHTS, array("f", iter(flags)))
         if _WEIGHTS in self._files:
@@ -146,30 +144,21 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.tokens = _mapped(folder / "tokens.u32", "I")
-        self.loss_mask = _mapped(folder / "trained.u8", "B")
-        weighted = (folder / _WEIGHTS).exists()
-        self.weights = _mapped(folder / _WEIGHTS, "f") if weighted else None
-        self.sides = _mapped(folder / _SIDES, "B") if (folder / _SIDES).exists() else None
-        named = (folder / _FILE_NAMES).exists()
-        self.files = _mapped(folder / _FILE_NUMBERS, "I") if named else None
-        self.file_names: list[str] = json.loads((folder / _FILE_NAMES).read_bytes()) if named else []
-        self.offsets = _mapped(folder / "offsets.u64", "Q")
-        self.trained_counts = _mapped(folder / "trained_counts.u32", "I")
-        self.rows = _mapped(folder / "rows.u32", "I")
-        self.sources = _mapped(folder / "sources.u16", "H")
-        samples = len(self.offsets) - 1
-        tokens = {len(self.tokens), len(self.loss_mask), self.offsets[-1]}
-        if self.weights is not None:
-            tokens.add(len(self.weights))
-        if self.sides is not None and len(self.sides) != samples:
-            raise ValueError(f"{folder} has sides of some samples only")
-        if self.files is not None and len(self.files) != samples:
-            raise ValueError(f"{folder} has files of some samples only")
-        if len(tokens) > 1 or not (
-            samples == len(self.rows) == len(self.sources) == len(self.trained_counts)
-        ):
-            raise ValueError(f"{folder} is incomplete")
+        self.offsets = _mapped(folder / _OFFSETS, "Q")
+        columns = {
+            name: _mapped(folder / name, kind)
+            for name, kind in (_PER_TOKEN | _PER_SAMPLE).items()
+            if name not in _OPTIONAL or (folder / name).exists()
+        }
+        for name, column in columns.items():
+            if len(column) != (self.offsets[-1] if name in _PER_TOKEN else len(self.offsets) - 1):
+                raise ValueError(f"{folder / name} is incomplete")
+        self.tokens, self.loss_mask = columns[_TOKENS], columns[_LOSS_MASK]
+        self.trained_counts, self.rows, self.sources = columns[_COUNTS], columns[_ROWS], columns[_SOURCES]
+        self.weights, self.sides = columns.get(_WEIGHTS), columns.get(_SIDES)
+        self.files = columns.get(_FILE_NUMBERS)
+        names = (folder / _FILE_NAMES).read_bytes() if self.files is not None else b"[]"
+        self.file_names: list[str] = json.loads(names)
 
     def side(self, name: str, weights: Sequence[float]) -> Samples:
         """Return the samples of the split ``name``, ``train`` or ``validation``."""

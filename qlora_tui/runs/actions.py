@@ -28,7 +28,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.recipe.validation import InvalidRecipeError
 from qlora_tui.runs import control, run_queue
-from qlora_tui.runs.directory import LAST, TRASH, RunDir, all_runs, create_run, find_run
+from qlora_tui.runs.directory import LAST, TRASH, RunDir, all_runs, create_run, find_run, match_runs
 from qlora_tui.runs.exports import is_exported
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status, refuse_other_machines
@@ -329,11 +329,11 @@ def trash_bytes() -> int:
 def restore_run(run_id: str) -> RunDir:
     """Move a run out of the trash, by its id, its name or the beginning of either. Raises UserError."""
     trashed = _find(run_id)
-    run = RunDir(paths.runs_dir() / trashed.run.id)
+    run = RunDir(paths.runs_dir() / trashed.id)
     if os.path.lexists(run.path):
         raise UserError("The run was not restored", what=f"{run.path} exists.", fix="Rename that folder.")
     with disk_problems("The run was not restored", run.path, _CHECK_PERMISSION):
-        trashed.run.path.rename(run.path)
+        trashed.path.rename(run.path)
         sync(run.path.parent)
     # It counts only in the trash.
     with suppress(OSError):
@@ -358,13 +358,8 @@ def empty_trash(older_than_s: float = 0.0) -> list[TrashedRun]:
     return deleted
 
 
-def _find(run_id: str) -> TrashedRun:
-    trashed = trashed_runs()
-    matches = (
-        [each for each in trashed if each.run.id == run_id]
-        or [each for each in trashed if each.run.name == run_id]
-        or [each for each in trashed if each.run.id.startswith(run_id)]
-    )
+def _find(run_id: str) -> RunDir:
+    matches = match_runs([each.run for each in trashed_runs()], run_id)
     if len(matches) == 1:
         return matches[0]
     what = f"{len(matches)} deleted runs begin with '{run_id}'." if matches else f"'{run_id}' is not in it."

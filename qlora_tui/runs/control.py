@@ -78,20 +78,11 @@ def terminate(process: ProcessIdentity | None) -> bool:
     """Send SIGTERM to exactly this process; False if it cannot be reached from here."""
     if process is None:
         return False
-    try:
-        handle = os.pidfd_open(process.pid)
-    except (OSError, OverflowError):
-        return False
-    try:
-        # The handle refers to the process that had the PID when it was opened, so check identity after.
-        if not process.is_alive():
-            return False
-        signal.pidfd_send_signal(handle, signal.SIGTERM)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return True
+    with process.opened() as handle, suppress(OSError):
+        if handle is not None:
+            signal.pidfd_send_signal(handle, signal.SIGTERM)
+            return True
+    return False
 
 
 def pending_ending(run: RunDir) -> Kind | None:

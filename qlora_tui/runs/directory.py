@@ -22,6 +22,7 @@ import errno
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -234,11 +235,7 @@ def find_run(name: str) -> RunDir:
             fix=f"`qlora-tui runs` lists them; `{LAST}` is the newest.",
             exit_code=EXIT_USAGE,
         )
-    matches = (
-        [run for run in runs if run.id == name]
-        or [run for run in runs if run.name == name]
-        or [run for run in runs if run.id.startswith(name) or run.name.startswith(name)]
-    )
+    matches = match_runs(runs, name)
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -261,6 +258,15 @@ def find_run(name: str) -> RunDir:
         what=f"There is no run named '{name}' in {paths.runs_dir()}.{newest}",
         fix="`qlora-tui runs` lists them.",
         exit_code=EXIT_USAGE,
+    )
+
+
+def match_runs(runs: Sequence[RunDir], name: str) -> list[RunDir]:
+    """Return the runs with that id, else those with that name, else those of which one begins so."""
+    return (
+        [run for run in runs if run.id == name]
+        or [run for run in runs if run.name == name]
+        or [run for run in runs if run.id.startswith(name) or run.name.startswith(name)]
     )
 
 

@@ -11,26 +11,32 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from qlora_tui.errors import UserError
 from qlora_tui.locks import PATIENCE_S, locked
+from qlora_tui.runs.damage import WEIGHTS
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.worker import run_job
+
+T = TypeVar("T")
 
 
 def measure_in_child(
     job: str,
     run: RunDir,
     *arguments: object,
+    read: Callable[[RunDir], T | None],
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Run a job on a run until it ends.
+) -> T:
+    """Run a job on a run until it ends, and return what it measured.
 
     Args:
         job: function of the run's folder.
         run: it has ended with an adapter.
         arguments: of the function, after the folder.
+        read: reads what the job wrote; None where that is not possible.
         progress: called with what is done, and of how much.
         should_stop: ends it within a second.
 
@@ -49,6 +55,14 @@ def measure_in_child(
         on_progress=lambda message: progress(message.done, message.total),
         should_stop=should_stop,
     )
+    measured = read(run)
+    if measured is None:
+        raise UserError(
+            "What was measured is lost",
+            what=f"What the process wrote to {run.path} cannot be read.",
+            fix="Check the disk that holds it, and try again.",
+        )
+    return measured
 
 
 @contextmanager
@@ -56,7 +70,7 @@ def measuring(folder: Path) -> Iterator[RunDir]:
     """Provide the run in a folder while its lock is held, with torch set up and errors of the GPU in words.
 
     Raises:
-        UserError: it is being trained or measured, or the GPU failed.
+        UserError: it is being trained or measured, has no adapter, or the GPU failed.
     """
     # Only the job needs them: the app imports this module to start it.
     from qlora_tui.gpu.cuda_errors import cuda_problem
@@ -71,6 +85,12 @@ def measuring(folder: Path) -> Iterator[RunDir]:
                 what=f"{run.id} is being trained or measured.",
                 fix="Wait until that has ended, and try again.",
             )
+        if not (run.adapter_dir / WEIGHTS).is_file():
+            raise UserError(
+                "The run has no adapter",
+                what=f"{run.id} has not ended yet, or ended without one.",
+                fix="Wait for its end, or resume it.",
+            )
         try:
             yield run
         except RuntimeError as error:
@@ -78,12 +98,3 @@ def measuring(folder: Path) -> Iterator[RunDir]:
             if problem is None:
                 raise
             raise problem from error
-
-
-def no_adapter(run: RunDir) -> UserError:
-    """Build the error for a run without an adapter to measure."""
-    return UserError(
-        "The run has no adapter",
-        what=f"{run.id} has not ended yet, or ended without one.",
-        fix="Wait for its end, or resume it.",
-    )

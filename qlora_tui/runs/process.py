@@ -10,6 +10,8 @@ import os
 import select
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -55,23 +57,26 @@ class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
         state, start_ticks = _look_up(self.pid)
         return state if start_ticks == self.start_ticks else ""
 
+    @contextmanager
+    def opened(self) -> Iterator[int | None]:
+        """Open a handle of exactly this process; None if it is not running, or cannot be reached."""
+        with ExitStack() as stack:
+            handle = None
+            with suppress(OSError, OverflowError):
+                handle = os.pidfd_open(self.pid)
+                stack.callback(os.close, handle)
+            # The handle refers to the process that had the PID when it was opened, so check identity after.
+            yield handle if handle is not None and self.is_alive() else None
+
     def wait(self, timeout_s: float) -> None:
         """Return when the process has ended, or after ``timeout_s``."""
-        try:
-            handle = os.pidfd_open(self.pid)
-        except (OSError, OverflowError):
-            time.sleep(timeout_s)
-            return
-        try:
-            # The handle refers to the process that had the PID when it was opened, so check identity after.
-            if self.is_alive():
-                ended = select.poll()
-                ended.register(handle, select.POLLIN)
-                ended.poll(timeout_s * 1000)
-            else:
+        with self.opened() as handle:
+            if handle is None:
                 time.sleep(timeout_s)
-        finally:
-            os.close(handle)
+                return
+            ended = select.poll()
+            ended.register(handle, select.POLLIN)
+            ended.poll(timeout_s * 1000)
 
 
 def process_identity(pid: int | None = None) -> ProcessIdentity:

@@ -19,7 +19,6 @@ from msgspec import Struct
 
 from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.decoding import Count, decode_json
-from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measure_in_child
@@ -174,15 +173,7 @@ def measure_row_losses(
         JobStopped: ``should_stop`` returned true.
         UserError: the run has no adapter, is in use, or its data or model cannot be read.
     """
-    measure_in_child(_JOB, run, progress=progress, should_stop=should_stop)
-    losses = read_row_losses(run)
-    if losses is None:
-        raise UserError(
-            "The rows could not be measured",
-            what=f"{run.row_losses_path} cannot be read.",
-            fix="Check the disk that holds it, and try again.",
-        )
-    return losses
+    return measure_in_child(_JOB, run, read=read_row_losses, progress=progress, should_stop=should_stop)
 
 
 def read_row_losses(run: RunDir) -> RowLosses | None:

@@ -23,7 +23,7 @@ from qlora_tui.runs.events import Failed, Finished, Stopped
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.runs.task_metrics.answer_metrics import Comparison, Metric
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, share_interval
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskHeadline, read_task_headline
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, read_task_evaluation
 from qlora_tui.runs.view import RunView
 
 _ENDED_REGULARLY: tuple[State, ...] = ("finished", "stopped", "paused")
@@ -224,7 +224,7 @@ def outline(run: RunDir) -> RunSummary:
 def _verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
     if not isinstance(view.ending, Finished | Stopped) or not view.step:
         return None
-    return judge_run(gather_evidence(view, read_task_headline(view.run), recipe))
+    return judge_run(gather_evidence(view, read_task_evaluation(view.run), recipe))
 
 
 def short_model(recipe: Recipe) -> str:
@@ -327,18 +327,18 @@ class PreferenceAccuracy:
         return share_interval(round(share * self.rows), self.rows)
 
 
-def gather_evidence(view: RunView, headline: TaskHeadline | None, recipe: Recipe | None) -> RunEvidence:
+def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Recipe | None) -> RunEvidence:
     """What a run's events and the evaluation of its answers say.
 
     Args:
         view: the run.
-        headline: its evaluation; None without one.
+        evaluation: of its answers; None without one.
         recipe: its recipe; None where that cannot be read.
     """
     preferences = None if recipe is None or recipe.learns_answers else _preference_accuracy(view, recipe)
     # An evaluation has the loss of answers, and compares with the base.
     counts = recipe is None or (recipe.learns_answers and not recipe.lora.init_from)
-    loss = headline.loss if headline is not None and counts else None
+    loss = evaluation.loss if evaluation is not None and counts else None
     if (change := view.validation_change) is not None:
         loss = LossChange(
             rows=change.rows,
@@ -353,7 +353,7 @@ def gather_evidence(view: RunView, headline: TaskHeadline | None, recipe: Recipe
         losses=None if before is None else (before, None if last is None else last.loss),
         forgetting=None if last is None else last.forgetting,
         forgot_much=any(health.kind in _FORGETTING_WARNINGS for health in view.health),
-        metric=headline.metrics[0] if headline is not None and headline.metrics else None,
+        metric=evaluation.metrics[0] if evaluation is not None and evaluation.metrics else None,
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.measuring import measuring, no_adapter
+from qlora_tui.runs.measuring import measuring
 from qlora_tui.training.samples import Sample, SampleList, TokenizedDataset
 from qlora_tui.worker import Report
 
@@ -131,8 +131,6 @@ def _measure(run: RunDir, report: Report) -> None:
 
     started = time.monotonic()
     recipe = run.recipe()
-    if not (run.adapter_dir / "adapter_model.safetensors").is_file():
-        raise no_adapter(run)
     device = find_device(recipe)
     if device.kind == "cpu":
         lower_priority()

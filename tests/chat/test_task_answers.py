@@ -171,13 +171,11 @@ def test_evaluate_compares_a_run_with_its_base(
     assert "8 validation prompts" in out and "row 1" in out and "red" in out
 
 
-def test_a_run_without_adapter_or_prompts_is_refused(tiny_source: ChatSource, tmp_path: Path) -> None:
+def test_a_run_without_prompts_is_refused(tiny_source: ChatSource, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "the fox is red"}\n' * 4)
     data = Data(sources=(Source(path=str(file)),), validation_path=str(file))
     run = create_run(msgspec.structs.replace(tiny_source.recipe, data=data))
-    with pytest.raises(UserError, match="The run has no adapter"):
-        answer_prompts(run, 4)
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     with pytest.raises(UserError, match="No prompts to answer"):
         answer_prompts(run, 4)

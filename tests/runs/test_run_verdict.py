@@ -19,10 +19,16 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.run_summary import PreferenceAccuracy, RunEvidence, gather_evidence, judge_run, summarize
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, measure_answers
-from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskHeadline
+from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation
 from qlora_tui.runs.view import RunView
 from tests.support.step_events import a_step
 from tests.support.task_evaluations import a_row, put_evaluation
+
+
+def evaluation(change: LossChange) -> TaskEvaluation:
+    return TaskEvaluation(
+        run="", adapter="", max_new_tokens=1, validation_rows=0, metrics=(), loss=change, rows=()
+    )
 
 
 def loss(change: float, rows: int = 20) -> LossChange:
@@ -175,11 +181,11 @@ def test_a_preference_run_is_judged_by_its_comparisons(
     view = RunView(run)
     view.refresh()
     recipe = Recipe(data=Data(preferences=method))
-    evidence = gather_evidence(view, TaskHeadline(adapter="", metrics=(), loss=loss(0.5)), recipe)
+    evidence = gather_evidence(view, evaluation(loss(0.5)), recipe)
     assert evidence.preferences == expected and (evidence.loss is None) == (method != "orpo")
     assert gather_evidence(view, None, None).preferences is None
     continued = Recipe(lora=Lora(init_from="owls"))
-    assert gather_evidence(view, TaskHeadline(adapter="", metrics=(), loss=loss(0.5)), continued).loss is None
+    assert gather_evidence(view, evaluation(loss(0.5)), continued).loss is None
 
 
 @pytest.mark.parametrize("method", ["refuse", "dpo", "kto"])

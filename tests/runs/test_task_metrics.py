@@ -31,7 +31,6 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     describe_loss,
     describe_metric,
     read_task_evaluation,
-    read_task_headline,
     write_task_evaluation,
 )
 from tests.support.task_evaluations import a_row, put_evaluation
@@ -232,13 +231,13 @@ def test_an_evaluation_of_another_adapter_does_not_count(run: RunDir) -> None:
     evaluation = put_evaluation(run, [a_row("yes", "no", "yes")], LossChange.of([1.0], [0.5], [1]))
     assert read_task_evaluation(run) == evaluation
     (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"other weights")
-    assert read_task_evaluation(run) is None and read_task_headline(run) is None
+    assert read_task_evaluation(run) is None
     write_checksums(run.adapter_dir)
     write_task_evaluation(run, msgspec.structs.replace(evaluation, adapter=digest(run.adapter_dir)))
-    assert read_task_evaluation(run) is not None and read_task_headline(run) is not None
+    assert read_task_evaluation(run) is not None
     # Of the same size.
     (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"still weights")
     write_checksums(run.adapter_dir)
-    assert read_task_evaluation(run) is None and read_task_headline(run) is None
+    assert read_task_evaluation(run) is None
     run.task_evaluation_path.write_bytes(msgspec.json.encode(evaluation)[:-1])
     assert read_task_evaluation(run) is None

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 from msgspec import Struct
 
 from qlora_tui.data.conversation import ToolCall
+from qlora_tui.data.repetition import words
 from qlora_tui.runs.task_metrics.intervals import (
     MIN_ROWS,
     Interval,
@@ -34,8 +35,6 @@ from qlora_tui.runs.task_metrics.intervals import (
 )
 
 _FENCE = re.compile(r"\A```[a-zA-Z]*\n(.*?)\n?```\Z", re.DOTALL)
-_EDGES = ".,;:!?…\"'“”‘’()[]{}*_`"
-"""Marks at the edges of a word that do not count."""
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^>\s]+)>\s*(.*?)\s*</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -202,11 +201,6 @@ def compare_means(name: str, base: Sequence[float], adapter: Sequence[float]) ->
 
 class NotJsonError(ValueError):
     """A text is not JSON."""
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, without case and without marks at their edges."""
-    return [word for each in text.split() if (word := each.strip(_EDGES).casefold())]
 
 
 def same_words(one: str, other: str) -> bool:

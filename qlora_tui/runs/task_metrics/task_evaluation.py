@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
-from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -13,7 +12,6 @@ from msgspec import Struct
 from qlora_tui.checksums import digest
 from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import align_columns, capitalize, pluralize
 from qlora_tui.runs.damage import WEIGHTS
@@ -96,20 +94,6 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
 _EVALUATIONS = msgspec.json.Decoder(TaskEvaluation)
 
 
-class TaskHeadline(Struct, frozen=True, kw_only=True):
-    """What a list of runs needs of an evaluation."""
-
-    adapter: str
-    metrics: tuple[Metric, ...]
-    loss: LossChange
-
-
-_HEADLINES = msgspec.json.Decoder(TaskHeadline)
-
-
-_Evaluation = TypeVar("_Evaluation", TaskEvaluation, TaskHeadline)
-
-
 def evaluate_task(
     run: RunDir,
     prompts: int = DEFAULT_PROMPTS,
@@ -128,15 +112,9 @@ def evaluate_task(
         JobStopped: ``should_stop`` returned true.
         UserError: the run has no adapter, no validation data or no prompts, is in use, or cannot be read.
     """
-    measure_in_child(_JOB, run, prompts, progress=progress, should_stop=should_stop)
-    evaluation = read_task_evaluation(run)
-    if evaluation is None:
-        raise UserError(
-            "The answers could not be measured",
-            what=f"{run.task_evaluation_path} cannot be read.",
-            fix="Check the disk that holds it, and try again.",
-        )
-    return evaluation
+    return measure_in_child(
+        _JOB, run, prompts, read=read_task_evaluation, progress=progress, should_stop=should_stop
+    )
 
 
 def adapter_hash(run: RunDir) -> str:
@@ -159,17 +137,8 @@ def write_task_evaluation(run: RunDir, evaluation: TaskEvaluation) -> None:
 
 def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
     """The evaluation of the run's adapter; None where it is missing, damaged, or of another adapter."""
-    return _read(run, _EVALUATIONS)
-
-
-def read_task_headline(run: RunDir) -> TaskHeadline | None:
-    """The metrics of the run's adapter; None where :func:`read_task_evaluation` returns None."""
-    return _read(run, _HEADLINES)
-
-
-def _read(run: RunDir, decoder: msgspec.json.Decoder[_Evaluation]) -> _Evaluation | None:
     try:
-        evaluation = decode_json(read_regular(run.task_evaluation_path, _MAX_BYTES), decoder)
+        evaluation = decode_json(read_regular(run.task_evaluation_path, _MAX_BYTES), _EVALUATIONS)
     except (OSError, ValueError):
         return None
     return evaluation if evaluation.adapter == adapter_hash(run) else None
