@@ -20,6 +20,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import jinja2
@@ -265,62 +266,15 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-_CHATML = """\
-BEGIN{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + TURN_END + '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
-_LLAMA_3 = """\
-BEGIN{%- for message in messages -%}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
-{{- message['content'] | trim + TURN_END -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
-{%- endif -%}
-"""
-
-_ALPACA = """\
-BEGIN{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
-{{- message['content'] + '\\n\\n' -}}
-{%- elif message['role'] == 'user' -%}
-{{- '### Instruction:\\n' + message['content'] + '\\n\\n' -}}
-{%- elif message['role'] == 'assistant' -%}
-{{- '### Response:\\n' + message['content'] + TURN_END + '\\n\\n' -}}
-{%- else -%}
-{{- '### Input:\\n' + message['content'] + '\\n\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '### Response:\\n' -}}
-{%- endif -%}
-"""
-
-_PLAIN = """\
-BEGIN{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{{- message['content'] + TURN_END -}}
-{%- else -%}
-{{- message['content'] + '\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-
 _TURN_ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}
-_TEXTS = {"chatml": _CHATML, "llama-3": _LLAMA_3, "alpaca": _ALPACA, "plain": _PLAIN}
+_TEMPLATES = Path(__file__).with_name("templates")
+"""The stock templates, in which ``BEGIN`` and ``TURN_END`` stand for what depends on the tokenizer."""
 
 
 def stock_template(name: str, added_tokens: Container[str], begins_with_bos: bool) -> str:
     """Return the stock template ``name`` for a tokenizer with these added tokens."""
     end = _TURN_ENDS.get(name, "")
     end = f"'{end}'" if end and end in added_tokens else "eos_token"
-    return (
-        _TEXTS[name]
-        .replace("TURN_END", end)
-        .replace("BEGIN", "{{- bos_token -}}\n" if begins_with_bos else "")
-    )
+    text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    begin = "{{- bos_token -}}\n" if begins_with_bos else ""
+    return text.replace("TURN_END", end).replace("BEGIN", begin)
