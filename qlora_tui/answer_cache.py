@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from qlora_tui.decoding import decode_json
-from qlora_tui.files import atomic_write, list_folder, private_dir, read_bounded
+from qlora_tui.decoding import read_json
+from qlora_tui.files import atomic_write, list_folder, private_dir
 from qlora_tui.paths import cache_dir
 
 T = TypeVar("T")
@@ -61,7 +61,4 @@ class AnswerCache(Generic[T]):
 @lru_cache(maxsize=64)
 def _read(file: Path, state: tuple[int, int], decoder: msgspec.json.Decoder[Any], max_bytes: int) -> Any:
     """Read a file, whose time and size are ``state``; None where it is damaged."""
-    try:
-        return decode_json(read_bounded(file, max_bytes), decoder)
-    except (OSError, msgspec.MsgspecError):
-        return None
+    return read_json(file, decoder, max_bytes)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
+
+from qlora_tui.files import read_regular
 
 T = TypeVar("T")
 
@@ -27,3 +30,19 @@ def decode_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise msgspec.DecodeError(f"byte {error.start} of a text is not UTF-8") from None
     except RecursionError:
         raise msgspec.DecodeError("it is nested too deeply") from None
+
+
+def try_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
+    """Decode JSON; None for anything that cannot be decoded."""
+    try:
+        return decode_json(content, decoder)
+    except msgspec.MsgspecError:
+        return None
+
+
+def read_json(path: Path, decoder: msgspec.json.Decoder[T], max_bytes: int = 1 << 24) -> T | None:
+    """Decode a file; None where it is missing, cannot be read, is damaged, or longer than ``max_bytes``."""
+    try:
+        return decode_json(read_regular(path, max_bytes), decoder)
+    except (OSError, msgspec.MsgspecError):
+        return None

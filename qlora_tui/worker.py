@@ -31,7 +31,7 @@ from typing import IO, Any, Protocol, TypeAlias, TypeVar
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.decoding import decode_json
+from qlora_tui.decoding import try_json
 from qlora_tui.errors import UserError
 
 PYTHONPATH = "PYTHONPATH"
@@ -198,10 +198,7 @@ def start_detached(
 
 def decode_message(line: bytes) -> Message | None:
     """Decode one line of a job's stdout; None if it is not a message."""
-    try:
-        return decode_json(line, _DECODER)
-    except msgspec.MsgspecError:
-        return None
+    return try_json(line, _DECODER)
 
 
 def _start(

@@ -23,7 +23,7 @@ from qlora_tui.data.problems import shorten
 from qlora_tui.data.read import SUFFIXES, cannot_read, first_rows, kind_of, rows, unreadable
 from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import Position
-from qlora_tui.decoding import decode_json
+from qlora_tui.decoding import read_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.formatting import uncapitalize
@@ -336,11 +336,8 @@ def _cache_path(name: str) -> Path:
 
 
 def _read_cached(name: str) -> HubFiles | None:
-    try:
-        files = decode_json(_cache_path(name).read_bytes(), _FILES)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return files if files.files and all(Path(file).is_file() for file in files.files) else None
+    cached = read_json(_cache_path(name), _FILES)
+    return cached if cached and cached.files and all(map(os.path.isfile, cached.files)) else None
 
 
 def _fetch(name: str) -> HubFiles:

@@ -14,8 +14,7 @@ import msgspec
 
 from qlora_tui import checksums
 from qlora_tui.catalog.model_validation import safetensors_damage
-from qlora_tui.decoding import decode_json
-from qlora_tui.files import read_regular
+from qlora_tui.decoding import read_json
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Finished, Stopped
 
@@ -29,9 +28,8 @@ ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 
 def checkpoint_damage(folder: Path) -> str | None:
     """Describe the damage to a checkpoint, in a clause; None if it is intact. Reads every file in it."""
-    try:
-        sizes = decode_json(read_regular(folder / MARKER), _SIZES)
-    except (OSError, msgspec.MsgspecError):
+    sizes = read_json(folder / MARKER, _SIZES)
+    if sizes is None:
         return "its list of files cannot be read"
     for name, size in sizes.items():
         try:
@@ -77,12 +75,11 @@ def checksum_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
 
 def _recorded_digest(folder: Path) -> str | None:
     """Recorded hash of the folder's checksums: empty if it had some of unknown hash, None if it had none."""
+    if (folder / MARKER).is_file():
+        return "" if checksums.NAME in (read_json(folder / MARKER, _SIZES) or {}) else None
     try:
-        if (folder / MARKER).is_file():
-            sizes = decode_json(read_regular(folder / MARKER), _SIZES)
-            return "" if checksums.NAME in sizes else None
         ending = last_event(folder.parent / "events.jsonl")
-    except (OSError, msgspec.MsgspecError):
+    except OSError:
         return None
     return (ending.checksums or None) if isinstance(ending, Finished | Stopped) else None
 

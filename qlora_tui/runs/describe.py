@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
@@ -22,7 +21,7 @@ from qlora_tui.formatting import (
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.locks import is_locked
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import end_offset, read_from
+from qlora_tui.runs.event_log import last_log_lines
 from qlora_tui.runs.events import (
     STEP_PHASES,
     AdapterReady,
@@ -60,7 +59,6 @@ from qlora_tui.runs.telemetry import Reading
 from qlora_tui.runs.view import RunView
 
 POLL_S = 0.25
-_LOG_BYTES = 1 << 16
 GRACE_S = 10.0
 """Time in seconds that a runner may take to start, and to make way for the next."""
 
@@ -403,19 +401,12 @@ class _RunnerMonitor:
         if now - self._missing_since < GRACE_S:
             return
         if self._tried:
+            lines = [line.strip() for line in last_log_lines(runner_log_path()) if line.strip()]
             raise UserError(
                 "No runner takes the run",
                 what=f"{self._run.id} is queued, and the runner ended before it began.",
-                why=_last_line(runner_log_path()),
+                why=f"Its log ends: {lines[-1]}" if lines else "",
                 fix=f"{runner_log_path()} has the details; `qlora-tui attach {self._run.id}` tries again.",
             )
         ensure_runner()
         self._tried, self._missing_since = True, None
-
-
-def _last_line(log: Path) -> str:
-    try:
-        lines = read_from(log, end_offset(log, _LOG_BYTES), _LOG_BYTES).decode(errors="replace").split("\n")
-    except OSError:
-        return ""
-    return next((f"Its log ends: {line.strip()}" for line in reversed(lines) if line.strip()), "")

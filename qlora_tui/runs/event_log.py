@@ -34,6 +34,7 @@ from qlora_tui.runs.events import (
 
 _READ_BYTES = 1 << 20
 _BACKWARDS_BYTES = 1 << 16
+_LOG_BYTES = 1 << 16
 LONGEST_LINE_BYTES = 1 << 24
 """Maximum length of an event. Longer lines are skipped: a power cut can leave gigabytes without a newline."""
 _READ_WHOLE_BYTES = 256 << 10
@@ -222,6 +223,15 @@ def read_from(path: Path, offset: int, max_bytes: int) -> bytes:
 def end_offset(path: Path, last_bytes: int) -> int:
     """Return the offset of the last ``last_bytes`` of a file; 0 if it is shorter or missing."""
     return max(0, path.stat().st_size - last_bytes) if path.exists() else 0
+
+
+def last_log_lines(path: Path, begin: int = 0) -> list[str]:
+    """Return the lines at the end of a log, after byte ``begin``; none where it cannot be read."""
+    try:
+        content = read_from(path, max(begin, end_offset(path, _LOG_BYTES)), _LOG_BYTES)
+    except OSError:
+        return []
+    return content.decode(errors="replace").splitlines()
 
 
 def next_data(path: Path, offset: int) -> int:

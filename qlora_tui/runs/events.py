@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Struct
 
-from qlora_tui.decoding import Count, UnixTime, decode_json
+from qlora_tui.decoding import Count, UnixTime, try_json
 from qlora_tui.errors import UserError
 
 Phase: TypeAlias = Literal[
@@ -406,7 +406,4 @@ def encode(event: AnyEvent) -> bytes:
 
 def decode(line: bytes) -> AnyEvent | None:
     """Decode a complete line; None for an event this version does not understand."""
-    try:
-        return decode_json(line, _decoder)
-    except msgspec.MsgspecError:
-        return None
+    return try_json(line, _decoder)

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qlora_tui.decoding import decode_json
+from qlora_tui.decoding import decode_json, read_json
 from qlora_tui.drafts import delete_unfinished, discard
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular
@@ -256,23 +256,19 @@ def _new_folder(run: RunDir) -> Path:
 
 
 def _read(folder: Path) -> Export | None:
-    try:
-        request = read_request(folder)
-        status = _read_status(folder)
+    request, status = read_json(folder / "request.json", _REQUESTS), _read_status(folder)
+    if status is not None and status.state == "running" and is_locked(lock_path(folder)) is False:
         is_new = status.process is None and time.time() - status.at < _START_S
-        if status.state == "running" and not is_new and is_locked(lock_path(folder)) is False:
-            before, status = status, _read_status(folder)
-            # Otherwise it has ended regularly, or has just begun.
-            if status == before:
-                problem = f"Its process ended without saying why. Its output: {folder / 'log'}"
-                status = replace(status, state="failed", problem=problem)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return Export(folder, request, status)
+        # Otherwise it has ended regularly, or has just begun.
+        before, status = status, status if is_new else _read_status(folder)
+        if status == before and not is_new:
+            problem = f"Its process ended without saying why. Its output: {folder / 'log'}"
+            status = replace(before, state="failed", problem=problem)
+    return None if request is None or status is None else Export(folder, request, status)
 
 
-def _read_status(folder: Path) -> ExportStatus:
-    return decode_json(read_regular(folder / "status.json"), _STATUSES)
+def _read_status(folder: Path) -> ExportStatus | None:
+    return read_json(folder / "status.json", _STATUSES)
 
 
 _START_S = 30.0

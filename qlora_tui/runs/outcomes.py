@@ -19,7 +19,7 @@ from qlora_tui.gpu.cuda_errors import OUT_OF_MEMORY, CudaError, describe, error_
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter, events_backwards, read_from
+from qlora_tui.runs.event_log import EventWriter, events_backwards, last_log_lines
 from qlora_tui.runs.events import (
     GPU_LOST,
     Failed,
@@ -36,7 +36,6 @@ from qlora_tui.runs.status import State, ended_status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView
 
-_LOG_BYTES = 1 << 16
 _LOG_LINES = 3
 """Lines of the log to quote."""
 _STEPS = 64
@@ -175,10 +174,7 @@ def log_size(run: RunDir) -> int:
 
 def quote_log_end(run: RunDir) -> str:
     """Return the last lines of the log on one line, for a message."""
-    lines = _last_lines(run, 0)
-    if lines is None:
-        return "(no log)"
-    return " / ".join(lines[-_LOG_LINES:]) or "(empty)"
+    return " / ".join(last_log_lines(run.log_path)[-_LOG_LINES:]) or "(empty)"
 
 
 def last_cuda_line(run: RunDir, log_from: int) -> str:
@@ -188,18 +184,8 @@ def last_cuda_line(run: RunDir, log_from: int) -> str:
         run: The run, whose trainer has exited.
         log_from: Size of the log when the trainer was started: earlier attempts do not count.
     """
-    lines = _last_lines(run, log_from) or []
+    lines = last_log_lines(run.log_path, log_from)
     return next((line for line in reversed(lines) if sentence_in_log(line)), "")
-
-
-def _last_lines(run: RunDir, log_from: int) -> list[str] | None:
-    try:
-        size = run.log_path.stat().st_size
-        begin = max(log_from, size - _LOG_BYTES)
-        end = read_from(run.log_path, begin, _LOG_BYTES)
-    except OSError:
-        return None
-    return end.decode(errors="replace").splitlines()
 
 
 def _gpu_was_lost(run: RunDir) -> bool:

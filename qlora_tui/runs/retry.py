@@ -29,6 +29,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, EventWriter, events_backwards
 from qlora_tui.runs.events import (
     PREPARING_PHASES,
+    AnyEvent,
     Failed,
     Health,
     LayersKept,
@@ -78,6 +79,23 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
             gradient_checkpointing=checkpointing,
         )
 
+    def after(self, event: AnyEvent) -> RetryPlan:
+        """Return the plan with what an event says of it; empty where an attempt's event does not have it."""
+        match event:
+            case Started():
+                return RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
+            case StepChosen():
+                rows, passes = event.micro_batch_size, event.gradient_accumulation
+                return structs.replace(self, micro_batch_size=rows, gradient_accumulation=passes)
+            case LayersKept():
+                return structs.replace(self, kept_layers=event.kept_layers)
+            case LayersStreamed():
+                streamed = event.streamed_layers
+                resident = event.layers - streamed
+                return structs.replace(self, streamed_layers=streamed, resident_layers=resident)
+            case _:
+                return self
+
     def overrides(self) -> dict[str, Any]:
         """Settings of ``[training]`` that this plan sets."""
         return {
@@ -121,19 +139,7 @@ def last_plan(run: RunDir) -> RetryPlan:
     """What the last attempt used; empty before the first."""
     plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
-        if isinstance(event, Started) and event.micro_batch_size and event.gradient_accumulation:
-            plan = RetryPlan.from_settings(event)
-        elif isinstance(event, StepChosen):
-            plan = structs.replace(
-                plan,
-                micro_batch_size=event.micro_batch_size,
-                gradient_accumulation=event.gradient_accumulation,
-            )
-        elif isinstance(event, LayersKept):
-            plan = structs.replace(plan, kept_layers=event.kept_layers)
-        elif isinstance(event, LayersStreamed):
-            resident = event.layers - event.streamed_layers
-            plan = structs.replace(plan, streamed_layers=event.streamed_layers, resident_layers=resident)
+        plan = plan.after(event)
     return plan
 
 

@@ -18,8 +18,8 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.data.excluded_rows import RowPlace
-from qlora_tui.decoding import Count, decode_json
-from qlora_tui.files import atomic_write, read_regular
+from qlora_tui.decoding import Count, read_json
+from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measure_in_child
 
@@ -178,10 +178,7 @@ def measure_row_losses(
 
 def read_row_losses(run: RunDir) -> RowLosses | None:
     """The rows of a run; None where they were not computed, or the file is damaged."""
-    try:
-        return decode_json(read_regular(run.row_losses_path), _ROW_LOSSES)
-    except (OSError, ValueError):
-        return None
+    return read_json(run.row_losses_path, _ROW_LOSSES)
 
 
 def token_changes(run: RunDir, row: RowLoss) -> tuple[tuple[float, float], ...]:

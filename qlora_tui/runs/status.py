@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from qlora_tui import paths
-from qlora_tui.decoding import Count, UnixTime, decode_json
+from qlora_tui.decoding import Count, UnixTime, decode_json, read_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import format_duration
@@ -106,7 +106,7 @@ def read_status(run: RunDir) -> Status:
         return structs.replace(status, detail=describe_runner() or status.detail)
     if status.state not in ACTIVE:
         return status
-    beat = _heartbeat(run)
+    beat = read_json(run.heartbeat_path, _DECODER)
     if beat is not None and beat.process == status.process:
         status = beat
     seen = find_trainer(status.process, run, status.at, beats=status.state == "running")
@@ -225,13 +225,6 @@ def _reason(error: Exception) -> str:
     return f"status.json cannot be read ({error})"
 
 
-def _heartbeat(run: RunDir) -> Status | None:
-    try:
-        return _decoded(run.heartbeat_path)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
 def ended_status(ending: RunEnded) -> Status:
     """Return the status of a run that has ended so."""
     match ending:
@@ -253,7 +246,7 @@ def _without_status(run: RunDir, error: Exception) -> Status:
         return Status(
             state="unreadable", at=0.0, detail=f"{_reason(error)}; recipe.toml cannot be read either."
         )
-    beat = _heartbeat(run)
+    beat = read_json(run.heartbeat_path, _DECODER)
     if beat is not None and find_trainer(beat.process, run, beat.at, beats=True).alive:
         return beat
     try:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.decoding import Count, UnixTime, decode_json
+from qlora_tui.decoding import Count, UnixTime, try_json
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.event_log import JsonLinesTail, end_offset
 
@@ -20,7 +19,6 @@ MAX_PIECES = 24
 MAX_SAMPLE_GAP_S = 10.0
 """A longer gap in seconds is a pause of the run, and counts as no energy."""
 _RECENT_BYTES = 256 << 10
-T = TypeVar("T")
 
 
 class Reading(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -36,6 +34,9 @@ class Reading(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """GPU metrics; None on a machine without a GPU."""
 
 
+_READINGS = msgspec.json.Decoder(Reading)
+
+
 def encode(sample: Reading) -> bytes:
     """Encode a sample as one line, newline included."""
     return msgspec.json.encode(sample) + b"\n"
@@ -45,7 +46,7 @@ class TelemetryTail(JsonLinesTail[Reading]):
     """The samples of a run, beginning with those of the last minutes."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, _decoder_of(Reading), end_offset(path, _RECENT_BYTES))
+        super().__init__(path, partial(try_json, decoder=_READINGS), end_offset(path, _RECENT_BYTES))
 
 
 class _Power(Struct):
@@ -59,11 +60,14 @@ class _Sample(Struct):
     gpu: _Power | None = None
 
 
+_SAMPLES = msgspec.json.Decoder(_Sample)
+
+
 class EnergyMeter:
     """The energy that a run has used so far: the power in its telemetry, integrated over time."""
 
     def __init__(self, path: Path) -> None:
-        self._tail = JsonLinesTail(path, _decoder_of(_Sample))
+        self._tail = JsonLinesTail(path, partial(try_json, decoder=_SAMPLES))
         self._joules = 0.0
         self._before: tuple[float, float] | None = None
         self._has_power = False
@@ -99,15 +103,3 @@ class EnergyMeter:
             self._joules += (sample.at - self._before[0]) * (power + self._before[1]) / 2
             self._has_power = True
         self._before = (sample.at, power)
-
-
-def _decoder_of(kind: type[T]) -> Callable[[bytes], T | None]:
-    decoder = msgspec.json.Decoder(kind)
-
-    def decode(line: bytes) -> T | None:
-        try:
-            return decode_json(line, decoder)
-        except msgspec.MsgspecError:
-            return None
-
-    return decode

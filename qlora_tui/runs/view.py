@@ -12,8 +12,6 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Self
 
-from msgspec import structs
-
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, sample_events
@@ -127,9 +125,9 @@ class RunView:
         self.attempt = 0
         self.started_at: float | None = None
         self.plan = RetryPlan()
+        """Settings of the last attempt; empty where its event does not have them."""
         self.step_chosen: StepChosen | None = None
         """What the attempt does with free memory; None where the recipe leaves nothing open."""
-        """Settings of the last attempt; empty where its event does not have them."""
         self.phase: Phase | None = None
         self.phase_detail = ""
         self.progress: Progress | None = None
@@ -275,13 +273,13 @@ class RunView:
         return max(0, self.total_steps - self.step) * per_step
 
     def _apply(self, event: AnyEvent) -> None:
+        self.plan = self.plan.after(event)
         match event:
             case Step():
                 self.series.append(event)
             case Started():
                 self.attempt = event.attempt
                 self.started_at = event.at
-                self.plan = RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
                 self.step_chosen = None
                 self.ending, self.requested_ending, self.validation_change = None, "", None
                 self._truncate_to(event.resumed_from_step)
@@ -318,11 +316,6 @@ class RunView:
                 )
             case StepChosen():
                 self.step_chosen = event
-                self.plan = structs.replace(
-                    self.plan,
-                    micro_batch_size=event.micro_batch_size,
-                    gradient_accumulation=event.gradient_accumulation,
-                )
             case LayersKept() | LayersStreamed():
                 pass
             case Finished() | Failed() | Stopped() | Paused():

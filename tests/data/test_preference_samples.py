@@ -234,7 +234,7 @@ def test_sides_of_some_samples_only_are_damage(tmp_path: Path) -> None:
     folder = prepared(tmp_path, [pair], "dpo").folder
     Store(folder)
     (folder / "sides.u8").write_bytes(bytes([GOOD]))
-    with pytest.raises(ValueError, match="sides.u8 is incomplete"):
+    with pytest.raises(ValueError, match="is incomplete"):
         Store(folder)
 
 

@@ -11,8 +11,8 @@ from msgspec import Struct
 
 from qlora_tui.checksums import digest
 from qlora_tui.data.excluded_rows import RowPlace
-from qlora_tui.decoding import decode_json
-from qlora_tui.files import atomic_write, read_regular
+from qlora_tui.decoding import read_json
+from qlora_tui.files import atomic_write
 from qlora_tui.formatting import align_columns, capitalize, pluralize
 from qlora_tui.runs.damage import WEIGHTS
 from qlora_tui.runs.directory import RunDir
@@ -137,11 +137,8 @@ def write_task_evaluation(run: RunDir, evaluation: TaskEvaluation) -> None:
 
 def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
     """The evaluation of the run's adapter; None where it is missing, damaged, or of another adapter."""
-    try:
-        evaluation = decode_json(read_regular(run.task_evaluation_path, _MAX_BYTES), _EVALUATIONS)
-    except (OSError, ValueError):
-        return None
-    return evaluation if evaluation.adapter == adapter_hash(run) else None
+    evaluation = read_json(run.task_evaluation_path, _EVALUATIONS, _MAX_BYTES)
+    return evaluation if evaluation is not None and evaluation.adapter == adapter_hash(run) else None
 
 
 def describe_metric(metric: Metric) -> str:
