@@ -1,16 +1,18 @@
 """The kinds of data problems, and counters of their rows.
 
-``CHECKS`` declares each kind once: severity, meaning and fix. ``ProblemCounter`` counts them while rows
-stream by, keeping the first row numbers and one example of each; of plain texts longer than a row it counts
-what is lost of them, and what a split would keep.
+``problems.toml`` declares each kind once: severity, meaning and fix. ``ProblemCounter`` counts them while
+rows stream by, keeping the first row numbers and one example of each; of plain texts longer than a row it
+counts what is lost of them, and what a split would keep.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -25,188 +27,29 @@ EXAMPLE_CHARACTERS = 200
 
 
 class CheckSpec(Struct, frozen=True):
-    """Declaration of one kind of problem."""
+    """Declaration of one kind of problem, as ``problems.toml`` explains it."""
 
     severity: Literal["error", "warning"]
     """Whether the problem blocks a run (``error``) or not (``warning``)."""
     title: str
     fix: str
     is_left_out: bool = False
-    """Whether a row with this problem is left out. The rows of other warnings are used."""
     says_outcome: bool = False
-    """Whether the title says what becomes of the row."""
+    can_be_skipped: bool = False
+    is_shown_early: bool = False
+    is_of_tokens: bool = False
 
 
-CHECKS: dict[str, CheckSpec] = {
-    "bad-json": CheckSpec(
-        "error",
-        "Not valid JSON",
-        "Correct or remove the line; a download that was cut off is the usual cause.",
-    ),
-    "bad-encoding": CheckSpec("error", "Not UTF-8", "Convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW."),
-    "bad-row": CheckSpec("error", "Not a row", "A row is an object with named fields and a value for each."),
-    "rows-in-value": CheckSpec(
-        "warning",
-        "Rows inside one value",
-        "A quote may be open by mistake: look at these lines. A quote inside a value is written twice: "
-        '"a 5"" screen".',
-    ),
-    "repeated-key": CheckSpec(
-        "warning", "A key comes twice", "Only the last of its values is read. Rename or remove the others."
-    ),
-    "wrong-format": CheckSpec(
-        "error",
-        "Not in the format of the rest",
-        "A file has one format. Correct these rows, or move them to another file.",
-    ),
-    "unsupported-part": CheckSpec(
-        "error", "Part that is not text", "Remove the part from the row: only text can be trained on."
-    ),
-    "media": CheckSpec(
-        "error",
-        "Images, video or audio",
-        "Only text can be trained on. Leave these rows out, or describe the media in words and remove the "
-        "column or placeholder.",
-    ),
-    "unknown-role": CheckSpec("error", "Unknown role", "Roles are system, user, assistant and tool."),
-    "turn-end-untrained": CheckSpec(
-        "error",
-        "The end of the answer is not learned",
-        'The model would never stop. Choose another template: model.chat_template = "chatml".',
-    ),
-    "pad-hides-end": CheckSpec(
-        "error",
-        "The end token is also the pad token, and is not learned",
-        'The model would never stop. Choose another template: model.chat_template = "chatml".',
-    ),
-    "untrained-tokens": CheckSpec(
-        "warning",
-        "The base model has never learned these tokens",
-        'Or use a template without them: model.chat_template = "alpaca" or "plain".',
-    ),
-    "template-refuses": CheckSpec(
-        "warning",
-        "The chat template refuses the row",
-        "The row is left out. Reorder or merge its turns as the message asks.",
-        is_left_out=True,
-    ),
-    "too-large": CheckSpec(
-        "warning",
-        "Too long to be made into tokens",
-        "The row is left out. Split it into shorter ones.",
-        is_left_out=True,
-    ),
-    "empty-row": CheckSpec(
-        "warning",
-        "Empty row",
-        "Nothing to learn: the row is left out. Remove it from the file.",
-        is_left_out=True,
-    ),
-    "rated-bad": CheckSpec(
-        "warning",
-        "Left out: not rated good",
-        'data.preferences = "chosen" trains on answers that are rated good only.',
-        is_left_out=True,
-        says_outcome=True,
-    ),
-    "same-answers": CheckSpec(
-        "warning",
-        "Left out: the chosen answer is also the rejected one",
-        "The row prefers neither. Remove it from the file.",
-        is_left_out=True,
-        says_outcome=True,
-    ),
-    "ends-with-user": CheckSpec(
-        "warning",
-        "The last turn is the user's",
-        "The turn has no answer to learn. Add the answer, or remove the turn.",
-    ),
-    "long-text": CheckSpec(
-        "warning",
-        "Long text",
-        'To train on all of it, set data.overflow = "split" (on the command line: '
-        "--set data.overflow=split).",
-    ),
-    "no-answer": CheckSpec(
-        "warning",
-        "No answer to learn",
-        "The row has no assistant turn in the loss and is left out.",
-        is_left_out=True,
-    ),
-    "role-order": CheckSpec(
-        "warning", "Roles out of order", "Turns should alternate, user first. The row is used as it is."
-    ),
-    "empty-answer": CheckSpec(
-        "warning", "Empty answer", "The model would learn to answer nothing. Remove the turn."
-    ),
-    "everything-trained": CheckSpec(
-        "warning", "The whole row is in the loss", "There is no prompt before the answer; add one."
-    ),
-    "nothing-left": CheckSpec(
-        "warning",
-        "Nothing to learn within the length limit",
-        "The answer is beyond the cut, so the row is skipped. Raise Sequence length (data.max_length).",
-        is_left_out=True,
-    ),
-    "too-long": CheckSpec(
-        "warning",
-        "Longer than the length limit",
-        "Dropped, cut or split, as Overflow (data.overflow) says. Raise Sequence length (data.max_length) to "
-        "keep the row whole.",
-    ),
-    "beyond-context": CheckSpec(
-        "warning",
-        "Longer than the model's context",
-        "Set data.max_length to the model's context or less, or choose a model with a longer one.",
-    ),
-    "none-used": CheckSpec(
-        "error",
-        "No row can be trained on",
-        "Correct the rows, or choose another file.",
-    ),
-    "one-row": CheckSpec(
-        "warning",
-        "Only one row",
-        "If the file has more rows, they are inside one object or line: write one per line, as JSONL.",
-    ),
-    "double-bos": CheckSpec(
-        "warning",
-        "Starts with two BOS tokens",
-        "The chat template adds one too many. Choose another with model.chat_template.",
-    ),
-    "control-tokens": CheckSpec(
-        "warning",
-        "Control tokens inside a text",
-        "They are learned as ordinary text, so nothing breaks. Remove them if they are there by mistake.",
-    ),
-    "answer-changed": CheckSpec(
-        "warning",
-        "The template changes the answer",
-        "What is learned differs from the file: look at the row. Another template may keep it whole.",
-    ),
-    "duplicate": CheckSpec(
-        "warning", "Duplicate row", "It counts twice. Remove it, unless that is intended."
-    ),
-    "near-duplicate": CheckSpec(
-        "warning", "Nearly the same as an earlier row", "Near-identical rows teach little. Remove it."
-    ),
-    "overlap": CheckSpec(
-        "warning",
-        "In the validation file too",
-        "The validation loss will look too good. Remove the row from one of the two.",
-    ),
-    "encoding-damage": CheckSpec(
-        "warning", "Damaged characters", "The file was once decoded wrongly; find an undamaged copy."
-    ),
-    "secret": CheckSpec(
-        "warning", "Looks like a secret key", "The model may learn to repeat it. Remove and revoke it."
-    ),
-}
-"""Every kind of problem."""
+class _Declared(Struct, frozen=True):
+    checks: dict[str, CheckSpec]
+    notes: dict[str, str]
 
-BAD_ROWS = frozenset(
-    ("bad-json", "bad-encoding", "bad-row", "wrong-format", "unsupported-part", "media", "unknown-role")
-)
+
+_DECLARED = msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes(), type=_Declared)
+CHECKS, NOTES = _DECLARED.checks, _DECLARED.notes
+"""Every kind of problem, and sentences on what was changed for the template."""
+
+BAD_ROWS = frozenset(kind for kind, check in CHECKS.items() if check.can_be_skipped)
 """Errors of single rows, which ``data.bad_rows = "skip"`` leaves out."""
 
 OVERFLOW_OUTCOMES = {
@@ -216,26 +59,6 @@ OVERFLOW_OUTCOMES = {
     "split": "split",
 }
 """What becomes of a row that is too long, by ``data.overflow``."""
-
-NOTES: dict[str, str] = {
-    "system-in-user": "The template has no system role: the system prompt is put before the first question.",
-    "tools-as-text": "The template cannot describe tools: they are described in the system prompt.",
-    "calls-as-text": "The template has no tool calls: they are written into the answer.",
-    "tool-as-user": "The template has no tool role: what tools answer is given as a user turn.",
-    "control-tokens": "Control tokens inside a text are learned as ordinary text.",
-    "answer-changed": "The template changes the answer's text.",
-    "weights": "Answers count in the loss as the weights in the file say.",
-    "reasoning-present": "The row has reasoning.",
-    "reasoning-learned": "Reasoning is learned.",
-    "reasoning-read": "Reasoning is only read.",
-    "reasoning-left-out": "Reasoning is left out: data.thinking is off.",
-    "reasoning-split": "The template drops reasoning from earlier turns: each gets its own sample.",
-    "thinking-on": "Rendered with thinking on.",
-    "thinking-off": "Rendered with thinking off; an empty thought in the prompt is only read.",
-    "thought-closed": "The template's prompt opens a thought: it is closed at once, and that is learned.",
-}
-"""Descriptions of what was changed for the template: the notes of a report and of a sample."""
-
 
 ON_THINKING = frozenset(kind for kind in NOTES if kind.startswith(("reasoning-", "thinking-", "thought-")))
 """Notes that ``dataset_report`` turns into sentences on the data as a whole."""

@@ -25,6 +25,7 @@ from qlora_tui.data.excluded_rows import ExcludedByFile
 from qlora_tui.data.problems import (
     BAD_ROWS,
     BYTES_PER_TOKEN,
+    CHECKS,
     DataProblem,
     ProblemCounter,
     estimated_long_text,
@@ -39,10 +40,6 @@ _TEMPLATE_TOKENS = 5
 """Tokens that a chat template adds around each turn: role, and the start and end of the turn."""
 _MARGIN = 1.25
 """Factor of the length limit above which an estimated length is taken to be over it."""
-_SHOWN_BEFORE_RUN = BAD_ROWS.union(
-    ("rated-bad", "same-answers", "long-text", "ends-with-user", "rows-in-value", "repeated-key")
-)
-"""Warnings on rows that are left out or cut, also shown before a run."""
 
 
 class FileSize(Struct, frozen=True):
@@ -68,7 +65,7 @@ class QuickCheckResult(Struct, frozen=True):
     complete: bool
     """Whether there was time for every row."""
     warnings: tuple[DataProblem, ...]
-    """Warnings of the kinds in ``_SHOWN_BEFORE_RUN``, on the rows that were read."""
+    """Warnings on rows that are left out or cut, of those that were read."""
     sizes: tuple[FileSize, ...] = ()
     """Data of each file that was reached, in order."""
     problems: tuple[DataProblem, ...] = ()
@@ -129,7 +126,7 @@ def quick_check(
         problems = tally.problems()
         raise_first_error(problems)
         every_problem += problems
-        warnings += [problem for problem in problems if problem.kind in _SHOWN_BEFORE_RUN]
+        warnings += [problem for problem in problems if _is_shown(problem)]
         if not in_time:
             break
         if row_count == rejected and (unused := none_used(row_count, problems)):
@@ -137,6 +134,10 @@ def quick_check(
     if any(size.samples for size in sizes):  # else it is an error of all files together
         warnings += unused_files
     return QuickCheckResult(in_time, tuple(warnings), tuple(sizes), tuple(every_problem))
+
+
+def _is_shown(problem: DataProblem) -> bool:
+    return problem.kind in BAD_ROWS or CHECKS[problem.kind].is_shown_early
 
 
 def _has_no_answer(conversation: Conversation, data: Data) -> bool:
@@ -200,7 +201,6 @@ def total_steps(steps_of_epoch: int, recipe: Recipe) -> int:
     return math.ceil(steps_of_epoch * recipe.training.epochs)
 
 
-_OF_TOKENS = ("turn-end-untrained", "pad-hides-end")
 _TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -250,12 +250,16 @@ def cache_errors(
     for of_tokens in (False, True):
         if of_tokens and tokens is None:
             continue
-        first_error = next((e for e in errors if (e.kind in _OF_TOKENS) == of_tokens), None)
+        first_error = next((e for e in errors if _is_of_tokens(e) == of_tokens), None)
         key = _key(source, path, stamp, tokens if of_tokens else None, skips_bad_rows=skips_bad_rows)
         if first_error is not None:
             _cache.keep(key, first_error, _MAX_FILES)
         elif read:
             _cache.forget(key)
+
+
+def _is_of_tokens(problem: DataProblem) -> bool:
+    return problem.kind in CHECKS and CHECKS[problem.kind].is_of_tokens
 
 
 def raise_cached_error(
