@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 KINDS = {
     "quantized": "4-bit base weights, read by later runs and chats instead of quantizing again",
     "models": "16-bit weights converted from GGUF files; runs on these files need them again",
+    "gguf-tokenizers": "tokenizers of GGUF files that were not converted yet",
     "tokenized": "data as token ids",
     "datasets": "facts about Hub datasets",
     "base-answers": "answers of base models to general prompts, which evaluations compare with",
@@ -40,7 +41,8 @@ KINDS = {
 """Folders of the cache, and what is in them."""
 _NAMES = {
     "quantized": r".+-[0-9a-f]{16}",
-    "models": r".+-[0-9a-f]{12}|SmolLM2-135M-Instruct",
+    "models": r".+-[0-9a-f]{12,20}|SmolLM2-135M-Instruct",
+    "gguf-tokenizers": r".+-[0-9a-f]{20}",
     "tokenized": r"[0-9a-f]{32}",
     "datasets": r".+\.json",
     "base-answers": r".+-[0-9a-f]{16}\.safetensors",

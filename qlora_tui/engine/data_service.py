@@ -68,10 +68,9 @@ class DataService:
 
 
 def tokenizer_folder(model: str) -> Path:
-    """Return the folder with a model's tokenizer; for a GGUF file, converting it creates the folder.
+    """Return the folder with a model's tokenizer; of a GGUF file, it is read from the header.
 
-    Weights are not needed. Raises ``UserError`` if the tokenizer is not on this machine, or in a GGUF file
-    that has not been converted.
+    Weights are not needed. Raises ``UserError`` if the tokenizer is not on this machine.
     """
     try:
         files = find_files(model)
@@ -91,17 +90,9 @@ def tokenizer_folder(model: str) -> Path:
     if files.gguf_file is None:
         return files.folder
     # A third of the engine's imports, which few models need.
-    from qlora_tui.training.gguf_conversion import cached_conversion
+    from qlora_tui.training.gguf_conversion import tokenizer_folder as of_gguf
 
-    folder = cached_conversion(files.folder / files.gguf_file)
-    if folder is None:
-        raise UserError(
-            "No tokenizer yet",
-            what=f"{files.gguf_file} has not been converted: tokens cannot be counted.",
-            why="A GGUF file is converted when its first run or chat starts.",
-            fix="To see tokens now, choose the same model as a folder or from the Hub.",
-        )
-    return folder
+    return of_gguf(files.folder / files.gguf_file)
 
 
 def _as_read(request: ShowRow) -> Shown:

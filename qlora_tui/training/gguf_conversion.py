@@ -15,12 +15,13 @@ from pathlib import Path
 from qlora_tui import worker
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.catalog.local_models import converted_dir, resolve_model
-from qlora_tui.drafts import delete_abandoned, draft_path
+from qlora_tui.drafts import delete_abandoned, draft_path, new_draft, publish
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.levels import Conversion, peak_bytes
-from qlora_tui.training.gguf_weights import ProgressCallback
+from qlora_tui.paths import cache_dir
+from qlora_tui.training.gguf_weights import ProgressCallback, write_description
 from qlora_tui.worker import run_job
 
 
@@ -45,6 +46,22 @@ def cached_conversion(file: Path) -> Path | None:
     """The folder of an earlier conversion; None where the file was not converted yet. Raises UserError."""
     folder = folder_of(file)
     return folder if (folder / "config.json").exists() else None
+
+
+def tokenizer_folder(file: Path) -> Path:
+    """The folder with config and tokenizer of a GGUF file, read from its header; the weights are not needed.
+
+    Raises UserError for a file that cannot be a base.
+    """
+    converted = folder_of(file)
+    folder = private_dir(cache_dir() / "gguf-tokenizers") / converted.name
+    for known in (converted, folder):
+        if (known / "config.json").exists():
+            return known
+    with new_draft(folder.parent) as draft:
+        write_description(read_gguf(file, vocabulary=True), file, draft)
+        publish(draft, folder)
+    return folder
 
 
 def pending_conversion(model_id: str) -> Conversion | None:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.catalog.gguf import GgufHeader, read_gguf
+from qlora_tui.catalog.gguf import GgufHeader, gguf_problem, read_gguf
 from qlora_tui.catalog.gguf_config import to_hf_config
 from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 
@@ -56,17 +56,10 @@ def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
     from qlora_tui.training.model_class import build_on_meta
 
     header = read_gguf(file, vocabulary=True)
-    config = to_hf_config(header, file)
-    tokenizer = GgufTokenizer(header)
-    if len(tokenizer.tokens) > config["vocab_size"]:
-        raise ValueError(f"it has {len(tokenizer.tokens):,} tokens and {config['vocab_size']:,} embeddings")
-    tokenizer.write(folder, config.get("max_position_embeddings"))
+    config = write_description(header, file, folder)
     del config["dtype"]
-    names = {"bos": "bos", "pad": "padding"}
-    special: dict[str, Any] = {f"{name}_token_id": tokenizer.special_id(key) for name, key in names.items()}
-    special["eos_token_id"] = tokenizer.ends[0] if len(tokenizer.ends) == 1 else tokenizer.ends or None
     _check_counts(header, config)
-    model = build_on_meta(config | special)
+    model = build_on_meta(config)
     # Names as in weight files: an expert's matrices each have one.
     state = revert_weight_conversion(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -76,6 +69,28 @@ def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     write_weights(weights, folder / "model.safetensors", progress)
+
+
+def write_description(header: GgufHeader, file: Path, folder: Path) -> dict[str, Any]:
+    """Write config, tokenizer and chat template of a file, and return the config. Needs no weights.
+
+    ``header`` is one that was read with its vocabulary. Raises UserError for a file that cannot be a base.
+    """
+    config = to_hf_config(header, file)
+    try:
+        tokenizer = GgufTokenizer(header)
+        if len(tokenizer.tokens) > config["vocab_size"]:
+            raise ValueError(
+                f"it has {len(tokenizer.tokens):,} tokens and {config['vocab_size']:,} embeddings"
+            )
+        tokenizer.write(folder, config.get("max_position_embeddings"))
+    except ValueError as error:
+        raise gguf_problem(file, str(error)) from error
+    names = {"bos": "bos", "pad": "padding"}
+    config |= {f"{name}_token_id": tokenizer.special_id(key) for name, key in names.items()}
+    config["eos_token_id"] = tokenizer.ends[0] if len(tokenizer.ends) == 1 else tokenizer.ends or None
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return config
 
 
 def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.runs.directory import all_runs
-from qlora_tui.training.gguf_conversion import folder_of
 from tests.cli.conftest import Call
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.tui.sample_data import readable_model
@@ -162,17 +160,15 @@ def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path,
     assert cut.code == 0 and "Nothing is left to learn within 4 tokens" in cut.out
 
 
-def test_tokens_of_a_gguf_file_are_counted_after_conversion(
-    readable: Path, tmp_path: Path, call: Call
-) -> None:
+def test_tokens_of_a_gguf_file_are_counted(tmp_path: Path, call: Call) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     rows = tmp_path / "rows.csv"
     rows.write_text("prompt,completion\nHi,Hello there\nYou?,Fine\n")
-    said = call("data", "inspect", str(rows), "--model", str(file))
-    assert said.code == 1
-    assert "tiny.gguf has not been converted" in said.err
-    shutil.copytree(readable, folder_of(file))
     assert "length in tokens" in call("data", "inspect", str(rows), "--model", str(file)).out
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(file.read_bytes().replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.mergex"))
+    said = call("data", "inspect", str(rows), "--model", str(damaged))
+    assert said.code == 1 and "tokenizer.ggml.merge" in said.err
 
 
 LONG = "a" * 90_000

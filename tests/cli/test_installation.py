@@ -21,15 +21,19 @@ from qlora_tui.cli import main
 from qlora_tui.cli.installation import SHELLS
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import create_run
+from qlora_tui.training.gguf_conversion import folder_of
 from tests.cli.conftest import Call
 from tests.tui.terminal_emulator import see
 
 
 @pytest.fixture
-def cached() -> dict[str, Path]:
-    """A quantized base and tokenized data."""
+def cached(tmp_path: Path) -> dict[str, Path]:
+    """A quantized base, a converted file, and tokenized data."""
+    gguf = tmp_path / "tiny.gguf"
+    gguf.touch()
     places = {
         "quantized": paths.cache_dir() / "quantized" / "tiny-nf4-0123456789abcdef",
+        "models": paths.cache_dir() / "models" / folder_of(gguf).name,
         "tokenized": paths.cache_dir() / "tokenized" / ("abcd" * 8),
     }
     for size, place in enumerate(places.values(), 1):
@@ -43,8 +47,12 @@ def cached() -> dict[str, Path]:
 def test_the_list_shows_kind_name_size_and_how_to_delete(call: Call, cached: dict[str, Path]) -> None:
     shown = call("cache")
     assert shown.code == 0
-    assert "tiny-nf4-0123" in shown.out and "1 KiB" in shown.out and "3 KiB in all" in shown.out
-    assert "qlora-tui cache --clear quantized" in shown.out and ".lock" not in shown.out
+    assert "tiny-nf4-0123" in shown.out and "1 KiB" in shown.out and "6 KiB in all" in shown.out
+    assert (
+        "cache --clear models" in shown.out
+        and "qlora-tui cache --clear quantized" in shown.out
+        and ".lock" not in shown.out
+    )
 
 
 def test_clear_deletes_one_kind_only(call: Call, cached: dict[str, Path]) -> None:

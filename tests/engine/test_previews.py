@@ -15,6 +15,8 @@ from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import InspectData, ShowFields, ShowRow
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
+from qlora_tui.training.gguf_conversion import tokenizer_folder
+from tests.support.tiny_gguf import write_tiny_gguf
 from tests.tui.sample_data import readable_model, ticket, tickets, write_rows
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
@@ -40,6 +42,12 @@ async def reports(engine: EngineClient, path: Path, model: str = "") -> list[Rep
     ask = InspectData(source=Source(path=str(path)), data=Data(), model=model)
     replies = [reply async for reply in engine.ask(ask)]
     return [reply for reply in replies if isinstance(reply, Report)]
+
+
+def loaded_ml_libraries(engine: EngineClient) -> list[str]:
+    assert engine.pid is not None
+    mapped = {Path(m.path).name for m in psutil.Process(engine.pid).memory_maps()}
+    return [name for name in mapped if "torch" in name or "_multiarray_umath" in name]
 
 
 async def test_a_row_comes_as_the_model_sees_it(engine: EngineClient, tmp_path: Path, model: str) -> None:
@@ -108,16 +116,18 @@ async def test_no_machine_learning_library_is_loaded(
     # Not a forked engine: this is about its imports.
     monkeypatch.setenv("FORK_SERVERS", "")
     await row(engine, tickets(tmp_path / "t.jsonl"), 1, model)
+    assert loaded_ml_libraries(engine) == []
     assert engine.pid is not None
-    mapped = {Path(m.path).name for m in psutil.Process(engine.pid).memory_maps()}
-    assert not [name for name in mapped if "torch" in name or "_multiarray_umath" in name]
     assert psutil.Process(engine.pid).memory_info().rss < 150 << 20
 
 
-async def test_a_gguf_file_that_was_never_converted_says_so(engine: EngineClient, tmp_path: Path) -> None:
-    from tests.support.tiny_gguf import write_tiny_gguf
-
+async def test_a_gguf_file_shows_its_tokens_before_a_conversion(
+    engine: EngineClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     path = tickets(tmp_path / "t.jsonl")
-    with pytest.raises(UserError, match="has not been converted"):
-        await row(engine, path, 1, str(file))
+    monkeypatch.setenv("FORK_SERVERS", "")
+    (pieces,) = (await row(engine, path, 2, str(file))).samples
+    assert "".join(p.text for p in pieces if p.in_loss) == "Parcel 2 is on its way.<|im_end|>\n"
+    assert loaded_ml_libraries(engine) == []
+    assert tokenizer_folder(file).parent.name == "gguf-tokenizers"
