@@ -56,7 +56,7 @@ TRACED_SLACK_UNCERTAINTY = 0.5
 """Uncertainty of the slack of a traced step, as a share; of another, it is all of it. The order in which
 weights are read and the addresses of segments differ between runs, and with them which free block a tensor
 gets: of 27 runs on a T4 with a quantized base, 24 had at most this much more slack than replayed, and three
-had 54 to 302 MiB more. Without quantization 19 runs were within 23 MiB."""
+had 54 to 302 MiB more. Without quantization 19 runs were within 8 MiB."""
 STATIC_UNCERTAINTY = 0.01
 """Uncertainty of the tensors that are there through a step: sums of shapes that are known."""
 STEP_UNCERTAINTY = 0.08

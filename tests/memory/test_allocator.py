@@ -54,6 +54,23 @@ def test_a_freed_segment_serves_only_smaller_tensors() -> None:
     assert allocator.reserved_bytes == 66 * MIB
 
 
+def test_small_tensors_have_a_pool_in_which_blocks_are_cut_to_size() -> None:
+    allocator = _plain()
+    allocator.free(allocator.malloc(32 * MIB))
+    first, second = allocator.malloc(600 * 1024), allocator.malloc(MIB)
+    assert (first.size, second.size, allocator.reserved_bytes) == (600 * 1024, MIB, 34 * MIB)
+    third = allocator.malloc(500 * 1024)  # 424 KiB are left
+    assert allocator.reserved_bytes == 36 * MIB
+    for block in (first, second, third):
+        allocator.free(block)
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == 0 and allocator.most_reserved_bytes == 36 * MIB
+    growing = CachingAllocator(expandable=True)
+    for _ in range(3):
+        growing.malloc(MIB)
+    assert growing.reserved_bytes == 4 * MIB
+
+
 def test_freed_neighbors_become_one_block() -> None:
     allocator = _plain()
     allocator.free(allocator.malloc(60 * MIB))

@@ -72,9 +72,12 @@ def rows() -> list[Published]:
     return [read(entry) for entry in entries()]
 
 
-TRACED = ("m026", "m031", "m034", "m040", "m049", "m055", "m071", "m093", "m101", "m102")
-"""Quantized and whole bases, eager and fused attention, autocast, reentrant checkpoints, several rows. Not
-Mixtral, whose experts were linear modules then, nor versions whose loss freed the 16-bit logits."""
+WHOLE = ("m026", "m032", "m050", "m058", "m060", "m066")
+"""Bases in 16 bits, with eager and fused attention, on a T4."""
+QUANTIZED = ("m031", "m034", "m040", "m049", "m055")
+TRACED = (*WHOLE, *QUANTIZED, "m071", "m093", "m101", "m102")
+"""With autocast, reentrant checkpoints, several rows. Not Mixtral, whose experts were linear modules then,
+nor versions whose loss freed the 16-bit logits."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,10 @@ def test_traced_steps_allocate_what_was_measured(traced_rows: list[Published]) -
     assert len(found) == len(TRACED) - 1
     assert max(map(abs, found.values())) < 0.5 and mean(found) < 0.2, found
     reserved = errors(traced_rows, "reserved")
-    assert len(reserved) == 6 and max(map(abs, reserved.values())) < 6 and mean(reserved) < 3, reserved
+    assert set(reserved) == {*WHOLE, *QUANTIZED}
+    assert max(abs(reserved[row]) for row in WHOLE) < 0.2, reserved
+    # Their libraries read weights in threads while they quantized: no two runs placed them alike.
+    assert max(abs(reserved[row]) for row in QUANTIZED) < 6, reserved
 
 
 def test_a_traced_step_that_went_out_of_memory_is_predicted_to(traced_rows: list[Published]) -> None:
