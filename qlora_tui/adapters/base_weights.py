@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from qlora_tui.adapters.deltas import (
     AdapterDeltas,
-    Delta,
     EmbeddingRowDelta,
     ExpertDelta,
-    FusedExpertDelta,
+    Update,
     WholeMatrix,
     read_deltas,
 )
@@ -105,7 +104,7 @@ def as_stored(_parameter: str, values: Tensor) -> Tensor:
     return values
 
 
-PlacedDeltas: TypeAlias = dict[str, Delta | ConvertedDelta]
+PlacedDeltas: TypeAlias = dict[str, Update | ConvertedDelta]
 """Updates by the name of a tensor in a weight file."""
 
 
@@ -139,7 +138,7 @@ def assign_deltas(
             continue
         shape = () if parameter is None else tuple(layout.by_parameter[parameter].parameters[parameter])
         if parameter is not None and isinstance(update, ExpertDelta):
-            update = FusedExpertDelta(update, layout.is_transposed(parameter))
+            update = replace(update, transposed=layout.is_transposed(parameter))
         if parameter is None or not update.fits(shape):
             there = f"{shape} in the base and {update.shape} here" if shape else "the base has no such weight"
             raise UserError(

@@ -44,9 +44,26 @@ def expert_parameter(name: str, config: Mapping[str, Any]) -> str | None:
     return f"{path}.{adapted[-1 - depth]}" if depth < len(adapted) else None
 
 
+class Update:
+    """An update of one weight."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight as stored."""
+        raise NotImplementedError
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Return whether the update belongs to a weight of this shape."""
+        return shape == self.shape
+
+    def apply_to(self, weight: Tensor) -> Tensor:
+        """Return the updated weight, in the dtype and layout of ``weight``."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class ExpertDelta:
-    """LoRA update of one projection of all experts of a layer."""
+class ExpertDelta(Update):
+    """LoRA update of a parameter that holds one projection of all experts of a layer."""
 
     down: Tensor
     """A: (experts · rank, inputs)."""
@@ -54,53 +71,21 @@ class ExpertDelta:
     """B: (outputs, rank · experts)."""
     experts: int
     scale: float
+    transposed: bool = False
+    """Whether a matrix is (inputs, outputs), as in gpt-oss. Only the model knows."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Return the shape of all matrices: (experts, outputs, inputs)."""
-        return self.experts, len(self.up), self.down.shape[1]
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return False: which way round the matrices are is known to the model only."""
-        return False
-
-    def apply_to(self, weight: Tensor) -> Tensor:
-        """Refuse: see :class:`FusedExpertDelta`."""
-        raise NotImplementedError("an update of experts without the layout of their parameter")
-
-    def change_of(self, expert: int) -> Tensor:
-        """Compute s·B·A of one expert, in fp32: (outputs, inputs)."""
-        a, b = self.factors_of(expert)
-        return b.float() @ a.float() * self.scale
-
-    def factors_of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Return A (rank, inputs) and B (outputs, rank) of one expert."""
-        return rows_of_a(self.down, self.experts)[expert], columns_of_b(self.up, self.experts)[expert]
-
-
-@dataclass(frozen=True)
-class FusedExpertDelta:
-    """LoRA update of a parameter that holds the matrices of all experts."""
-
-    delta: ExpertDelta
-    transposed: bool
-    """Whether a matrix is (inputs, outputs), as in gpt-oss."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Return the shape of the parameter."""
-        outputs, inputs = len(self.delta.up), self.delta.down.shape[1]
-        return (self.delta.experts, *((inputs, outputs) if self.transposed else (outputs, inputs)))
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the update belongs to a parameter of this shape."""
-        return shape == self.shape
+        outputs, inputs = len(self.up), self.down.shape[1]
+        return (self.experts, *((inputs, outputs) if self.transposed else (outputs, inputs)))
 
     def apply_to(self, weight: Tensor) -> Tensor:
         """Return the merged parameter, in the dtype of ``weight``; each expert is computed in fp32."""
+        rows, columns = rows_of_a(self.down, self.experts), columns_of_b(self.up, self.experts)
         merged = weight.clone()
-        for expert in range(self.delta.experts):
-            change = self.delta.change_of(expert)
+        for expert in range(self.experts):
+            change = columns[expert].float() @ rows[expert].float() * self.scale
             merged[expert] = (weight[expert].float() + (change.T if self.transposed else change)).to(
                 weight.dtype
             )
@@ -117,7 +102,7 @@ WHOLE = re.compile(r"base_model\.model\.(.+)\.weight")
 
 
 @dataclass(frozen=True)
-class LoraDelta:
+class LoraDelta(Update):
     """LoRA update of one weight matrix (outputs, inputs)."""
 
     down: Tensor
@@ -136,10 +121,6 @@ class LoraDelta:
         outputs, inputs = self.up.shape[0], self.down.shape[1]
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the update belongs to a weight of this shape."""
-        return shape == self.shape
-
     def change(self) -> Tensor:
         """Compute s·B·A, in fp32: (outputs, inputs)."""
         return self.up.float() @ self.down.float() * self.scale
@@ -154,7 +135,7 @@ class LoraDelta:
 
 
 @dataclass(frozen=True)
-class EmbeddingRowDelta:
+class EmbeddingRowDelta(Update):
     """Trained rows of an embedding or a head (``lora.trainable_tokens``)."""
 
     ids: tuple[int, ...]
@@ -178,7 +159,7 @@ class EmbeddingRowDelta:
 
 
 @dataclass(frozen=True)
-class WholeMatrix:
+class WholeMatrix(Update):
     """A weight that is trained in whole: of the embedding or the head (``lora.train_embeddings``)."""
 
     weight: Tensor
@@ -189,17 +170,12 @@ class WholeMatrix:
         """Return the shape of the weight it replaces."""
         return tuple(self.weight.shape)
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether it replaces a weight of this shape."""
-        return shape == self.shape
-
     def apply_to(self, weight: Tensor) -> Tensor:
         """Return the trained weight in the dtype of ``weight``."""
         return self.weight.to(weight.dtype)
 
 
-Delta: TypeAlias = LoraDelta | EmbeddingRowDelta | WholeMatrix | ExpertDelta | FusedExpertDelta
-AdapterDeltas: TypeAlias = dict[str, Delta]
+AdapterDeltas: TypeAlias = dict[str, Update]
 """Updates by the name of a module, or of a parameter of experts."""
 
 
@@ -225,21 +201,15 @@ def read_deltas(folder: Path) -> AdapterDeltas:
         config = load_adapter_config(folder)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            "The adapter cannot be read",
-            what=f"{folder}: {error}",
-            fix="Use the adapter folder of a run, or another checkpoint.",
-        ) from error
+        raise _unreadable(folder, str(error)) from error
     parts: dict[str, dict[str, Tensor]] = {}
     rows: dict[str, EmbeddingRowDelta | WholeMatrix] = {}
     for key, tensor in tensors.items():
         if match := ROWS.fullmatch(key):
             ids = _ids_of(match[1], config)
             if len(ids) != len(tensor) or not ids:
-                raise UserError(
-                    "The adapter cannot be read",
-                    what=f"{folder}: {len(tensor)} rows of {match[1]}, and {len(ids)} named in {CONFIG}.",
-                    fix="Use the adapter folder of a run, or another checkpoint.",
+                raise _unreadable(
+                    folder, f"{len(tensor)} rows of {match[1]}, and {len(ids)} named in {CONFIG}."
                 )
             rows[match[1]] = EmbeddingRowDelta(ids, tensor)
             continue
@@ -257,11 +227,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
     for name, part in parts.items():
         sizes = [part[side].ndim == 2 and len(part[side]) for side in ("lora_A", "lora_B") if side in part]
         if len(sizes) != 2 or not all(sizes) or part["lora_A"].shape[0] != part["lora_B"].shape[1]:
-            raise UserError(
-                "The adapter cannot be read",
-                what=f"{folder}: the two matrices of {name} do not belong together.",
-                fix="Give the adapter folder of a run, or another checkpoint.",
-            )
+            raise _unreadable(folder, f"the two matrices of {name} do not belong together.")
     updates: AdapterDeltas = dict(rows)
     for name, part in parts.items():
         parameter = expert_parameter(name, config)
@@ -270,6 +236,14 @@ def read_deltas(folder: Path) -> AdapterDeltas:
         else:
             updates[parameter] = _expert_update(parameter, part, config, folder)
     return updates
+
+
+def _unreadable(folder: Path, why: str) -> UserError:
+    return UserError(
+        "The adapter cannot be read",
+        what=f"{folder}: {why}",
+        fix="Use the adapter folder of a run, or another checkpoint.",
+    )
 
 
 def is_whole_matrix(key: str, config: dict[str, Any]) -> bool:
@@ -301,10 +275,8 @@ def _expert_update(
     ranks = config.get("rank_pattern") or {}
     rank = ranks.get(get_pattern_key(list(ranks), parameter), config.get("r", 8))
     if len(down) % rank:
-        raise UserError(
-            "The adapter cannot be read",
-            what=f"{folder}: the factors of {parameter} have {len(down)} rows, no multiple of rank {rank}.",
-            fix="Use the adapter folder of a run, or another checkpoint.",
+        raise _unreadable(
+            folder, f"the factors of {parameter} have {len(down)} rows, no multiple of rank {rank}."
         )
     return ExpertDelta(down=down, up=up, experts=len(down) // rank, scale=_scale(parameter, rank, config))
 

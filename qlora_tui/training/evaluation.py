@@ -8,7 +8,7 @@ every validation sample is counted, at the price of one projection of its answer
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,8 +20,6 @@ from qlora_tui.runs.events import ValidationCompared
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.training.adapter import load_initial_adapter
 from qlora_tui.training.batches import (
-    PackedSamples,
-    RowShape,
     collate,
     on_device,
     sum_loss_weights,
@@ -36,7 +34,6 @@ from qlora_tui.training.preferences import (
     mismatched_batches,
 )
 from qlora_tui.training.run import Run
-from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.training.scoring import no_grad_eval, token_losses
 
 SHORT_TOKENS = 16
@@ -56,19 +53,6 @@ class ValidationResult(NamedTuple):
     """Share of exact answers, where all are short."""
     rewards: RewardSums = RewardSums()
     """Of a preference method; otherwise of nothing."""
-
-
-class ValidationSums(NamedTuple):
-    """Sums over validation batches, which can be added over processes."""
-
-    loss: float
-    """Weighted sum of the losses, in fp32."""
-    loss_weight_sum: float
-    """Sum of the loss weights: the divisor of the mean loss."""
-    exact: int = 0
-    """Samples answered exactly by greedy search."""
-    answered: int = 0
-    """Samples with a short answer."""
 
 
 class Evaluator:
@@ -95,17 +79,29 @@ class Evaluator:
         run = self._run
         if self._objective is not None:
             return self._evaluate_preferences(self._objective)
-        local_sums = evaluate(
-            run.model,
-            run.data.validation,
-            self._batches[self._mine],
-            run.shape,
-            run.device.torch_device,
-            self._report_progress,
-            self._short_answers_end,
-        )
-        total, loss_weight_sum, exact, answered = run.dist.all_reduce_sum(local_sums)
-        return ValidationResult(total / (loss_weight_sum or 1), exact / answered if answered else None)
+        total, loss_weight_sum, exact, answered = 0.0, 0.0, 0, 0
+        samples, batches = run.data.validation, self._batches[self._mine]
+        with no_grad_eval(run.model), last_hidden_states(run.model) as hidden:
+            for done, sequences in enumerate(batches, 1):
+                if weight_sum := sum_loss_weights(sequences, samples):
+                    batch = collate(sequences, samples, run.shape)
+                    tensors = on_device(batch, run.device.torch_device)
+                    # 1: the model returns the summed loss; it is divided by the loss weights of all batches.
+                    output = run.model(**tensors, num_items_in_batch=1)
+                    total += float(output.loss)
+                    loss_weight_sum += weight_sum
+                    if self._short_answers_end is not None:
+                        labels = tensors["labels"]
+                        wanted = labels[:, 1:] != IGNORED
+                        predicted = argmax_tokens(run.model, output.logits, hidden[0], wanted)
+                        segments = batch.get("segments")
+                        right, answers = exact_answers(predicted, labels, segments, self._short_answers_end)
+                        exact, answered = exact + right, answered + answers
+                self._report_progress(done, len(batches))
+        sums = run.dist.all_reduce_sum((total, loss_weight_sum, exact, answered))
+        total, loss_weight_sum, right_share, answer_count = sums
+        accuracy = right_share / answer_count if answer_count else None
+        return ValidationResult(total / (loss_weight_sum or 1), accuracy)
 
     def _evaluate_preferences(self, objective: PreferenceObjective) -> ValidationResult:
         """Mean loss of a pair or rated answer, and the rewards. KTO's reference point is that of all rows."""
@@ -138,42 +134,6 @@ class Evaluator:
     def _report_progress(self, done: int, total: int) -> None:
         self._run.reporter.progress("evaluating", done, total)
         self._run.requests.raise_if_stop_now()
-
-
-def evaluate(
-    model: Any,
-    samples: TokenizedDataset,
-    batches: Sequence[Sequence[PackedSamples]],
-    shape: RowShape,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-    short_answers_end: frozenset[int] | None,
-) -> ValidationSums:
-    """Run one pass over ``batches`` without gradients.
-
-    Args:
-        short_answers_end: token ids that end a turn, where exact matches are counted; None otherwise.
-    """
-    total, loss_weight_sum, exact, answered = 0.0, 0.0, 0, 0
-    with no_grad_eval(model), last_hidden_states(model) as hidden:
-        for done, sequences in enumerate(batches, 1):
-            batch = collate(sequences, samples, shape)
-            weight_sum = sum_loss_weights(sequences, samples)
-            if weight_sum:
-                tensors = on_device(batch, device)
-                # 1: the model returns the summed loss; it is divided by the loss weights of all batches.
-                output = model(**tensors, num_items_in_batch=1)
-                total += float(output.loss)
-                loss_weight_sum += weight_sum
-                if short_answers_end is not None:
-                    labels = tensors["labels"]
-                    predicted = argmax_tokens(model, output.logits, hidden[0], labels[:, 1:] != IGNORED)
-                    right, total_answers = exact_answers(
-                        predicted, labels, batch.get("segments"), short_answers_end
-                    )
-                    exact, answered = exact + right, answered + total_answers
-            progress(done, len(batches))
-    return ValidationSums(total, loss_weight_sum, exact, answered)
 
 
 @contextmanager
