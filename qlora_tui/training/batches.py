@@ -33,14 +33,15 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypeAlias, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.data.store import GOOD
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.loss import IGNORED, loss_positions
-from qlora_tui.training.samples import Pairs, SidedDataset, TokenizedDataset, members
+from qlora_tui.training.samples import Pairs, Sample, SampleList, SidedDataset, TokenizedDataset, members
 
 
 @dataclass(frozen=True)
@@ -313,6 +314,72 @@ def _group_by_length(
     return [sequence for step in whole + rest for sequence in step]
 
 
+class Comparisons(NamedTuple):
+    """What the losses of a step, or of a validation, are weighted by."""
+
+    compared: int
+    """Pairs, or rated answers: the divisor of the summed losses."""
+    token_share: float
+    """``compared`` divided by the trained tokens of good answers: the weight of a token of ORPO's
+    cross-entropy relative to a pair."""
+
+
+def count_comparisons(answers: Sequence[int], samples: SidedDataset, *, pairs: bool) -> Comparisons:
+    """Count the comparisons of some samples; with ``pairs``, two of them are one."""
+    compared = len(answers) // 2 if pairs else len(answers)
+    good = [(i,) for i in answers if samples.side(i) == GOOD]
+    return Comparisons(compared, compared / (sum_loss_weights(good, samples) or 1))
+
+
+def collate_answers(
+    sequences: Sequence[PackedSamples], samples: SidedDataset, shape: RowShape
+) -> dict[str, Any]:
+    """Collate a micro-batch (:func:`collate`), and say where its answers are.
+
+    Returns:
+        Its tensors, and lists with an entry for each sample: ``sides``, ``GOOD`` or ``BAD``, and
+        ``answer_tokens``, the number of its tokens in the loss.
+    """
+    batch, members = collate(sequences, samples, shape), list(_samples_of(sequences))
+    return batch | {
+        "sides": [samples.side(i) for i in members],
+        "answer_tokens": [sum(samples.loss_mask(i)[1:]) for i in members],
+    }
+
+
+def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: int) -> SampleList:
+    """Each answer after the prompt of another sample, from which KTO estimates its reference point.
+
+    The divergence of the model from its base is estimated on answers that do not belong to their prompts
+    (KTO's paper, section 4.1): sample ``k`` here is the prompt of ``order[k]`` with the answer of
+    ``order[k - 1]``, so that the answers of a step are used once each. An answer begins at the first trained
+    token. What is longer than ``max_length`` tokens loses the beginning of its prompt.
+    """
+
+    def parts(i: int) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of the prompt, and tokens and loss mask of the answer."""
+        ids, mask = list(samples.token_ids(i)), list(samples.loss_mask(i))
+        start = mask.index(1)
+        return ids[:start], ids[start:], mask[start:]
+
+    every = [parts(i) for i in order]
+    mismatched = []
+    for number, (prompt, _, _) in enumerate(every):
+        _, answer, mask = every[number - 1]
+        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+        mismatched.append(Sample([*prompt, *answer], [0] * len(prompt) + mask))
+    return SampleList(mismatched)
+
+
+def mismatched_batches(
+    samples: SidedDataset, order: Sequence[int], size: int, shape: RowShape
+) -> list[dict[str, Any]]:
+    """Micro-batches of ``size`` samples of :func:`mismatched_samples`, for KTO's reference point."""
+    mismatched = mismatched_samples(samples, order, shape.max_length)
+    batches = validation_batches(mismatched, size, shape)
+    return [collate_answers(sequences, mismatched, shape) for sequences in batches]
+
+
 class StepData(TypedDict):
     """The data of one optimizer step, for one process."""
 
@@ -337,6 +404,7 @@ class Steps:
         shape: RowShape,
         *,
         micro_batch: int,
+        compares: bool = False,
         pairs: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -344,6 +412,8 @@ class Steps:
         """
         Args:
             micro_batch: sequences of a micro-batch.
+            compares: whether ``samples`` are a ``SidedDataset``, for a preference method: the loss weights
+                of a step are then the number of its pairs, or rated answers.
             pairs: whether two samples in turn are compared.
             rank: number of this process among ``world_size``, which share the micro-batches of a step.
         """
@@ -351,6 +421,7 @@ class Steps:
         self._samples = samples
         self._shape = shape
         self._micro_batch = micro_batch
+        self._compares = compares
         self._pairs = pairs
         self._rank = rank
         self._world_size = world_size
@@ -360,11 +431,23 @@ class Steps:
 
     def __getitem__(self, n: int) -> StepData:
         sequences = self.step_plan.steps[n].sequences
-        return StepData(
+        data = StepData(
             micro_batches=self._micro_batches(sequences),
             loss_weight_sum=sum_loss_weights(sequences, self._samples),
             tokens=count_tokens(sequences, self._samples),
         )
+        if self._compares:
+            samples, members = cast("SidedDataset", self._samples), list(_samples_of(sequences))
+            comparisons = count_comparisons(members, samples, pairs=self._pairs)
+            data["loss_weight_sum"], data["token_share"] = comparisons
+            # A single sample has no other prompt.
+            mismatched = (
+                []
+                if self._pairs or len(members) < 2
+                else mismatched_batches(samples, members, self._micro_batch, self._shape)
+            )
+            data["mismatched"] = mismatched[self._rank :: self._world_size]
+        return data
 
     def _micro_batches(self, sequences: Sequence[PackedSamples]) -> list[dict[str, Any]]:
         """Collate this process's share of the micro-batches of a step."""
@@ -377,4 +460,6 @@ class Steps:
 
     def collate(self, sequences: Sequence[PackedSamples]) -> dict[str, Any]:
         """Collate the sequences of one micro-batch."""
+        if self._compares:
+            return collate_answers(sequences, cast("SidedDataset", self._samples), self._shape)
         return collate(sequences, self._samples, self._shape)

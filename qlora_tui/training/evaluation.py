@@ -21,18 +21,15 @@ from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.training.adapter import load_initial_adapter
 from qlora_tui.training.batches import (
     collate,
+    collate_answers,
+    count_comparisons,
+    mismatched_batches,
     on_device,
     sum_loss_weights,
     validation_batches,
 )
 from qlora_tui.training.loss import IGNORED
-from qlora_tui.training.preferences import (
-    PreferenceObjective,
-    RewardSums,
-    collate_answers,
-    count_comparisons,
-    mismatched_batches,
-)
+from qlora_tui.training.preferences import PreferenceObjective, RewardSums
 from qlora_tui.training.run import Run
 from qlora_tui.training.scoring import no_grad_eval, token_losses
 

@@ -42,7 +42,7 @@ from qlora_tui.training.health import (
     find_non_finite,
     too_few_steps,
 )
-from qlora_tui.training.preferences import PreferenceObjective, PreferenceSteps, RewardSums
+from qlora_tui.training.preferences import PreferenceObjective, RewardSums
 from qlora_tui.training.run import Run
 from qlora_tui.training.trainer import StepResult, Trainer
 
@@ -165,12 +165,12 @@ class Loop:
 
     def _planned_steps(self) -> Steps:
         run = self._run
-        kind = Steps if self.trainer.objective is None else PreferenceSteps
-        return kind(
+        return Steps(
             run.step_plan,
             run.samples,
             run.shape,
             micro_batch=run.recipe.training.micro_batch_size,
+            compares=self.trainer.objective is not None,
             pairs=run.recipe.trains_pairs,
             rank=run.dist.rank,
             world_size=run.dist.world_size,

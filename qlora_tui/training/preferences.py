@@ -17,8 +17,7 @@ log-ratio to the reference (DPO, KTO). Rewards are counted while losses are comp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +26,6 @@ from torch.nn.functional import logsigmoid
 from qlora_tui.data.store import GOOD
 from qlora_tui.recipe.schema import PreferenceMethod, Recipe
 from qlora_tui.training.adapter import StartingAdapter
-from qlora_tui.training.batches import (
-    PackedSamples,
-    RowShape,
-    StepData,
-    Steps,
-    collate,
-    count_tokens,
-    sum_loss_weights,
-    validation_batches,
-)
-from qlora_tui.training.samples import Sample, SampleList, SidedDataset
 from qlora_tui.training.scoring import frozen_eval, no_grad_eval
 
 
@@ -53,40 +41,6 @@ class AnswerScores(NamedTuple):
     def means(self) -> Tensor:
         """Mean log-probability of a token of each answer, (answers,)."""
         return self.log_probabilities / self.weights.clamp(min=1e-6)
-
-
-class Comparisons(NamedTuple):
-    """What the losses of a step, or of a validation, are weighted by."""
-
-    compared: int
-    """Pairs, or rated answers: the divisor of the summed losses."""
-    token_share: float
-    """``compared`` divided by the trained tokens of good answers: the weight of a token of ORPO's
-    cross-entropy relative to a pair."""
-
-
-def count_comparisons(answers: Sequence[int], samples: SidedDataset, *, pairs: bool) -> Comparisons:
-    """Count the comparisons of some samples; with ``pairs``, two of them are one."""
-    compared = len(answers) // 2 if pairs else len(answers)
-    good = [(i,) for i in answers if samples.side(i) == GOOD]
-    return Comparisons(compared, compared / (sum_loss_weights(good, samples) or 1))
-
-
-def collate_answers(
-    sequences: Sequence[PackedSamples], samples: SidedDataset, shape: RowShape
-) -> dict[str, Any]:
-    """Collate a micro-batch (:func:`qlora_tui.training.batches.collate`), and say where its answers are.
-
-    Returns:
-        Its tensors, and lists with an entry for each sample: ``sides``, ``GOOD`` or ``BAD``, and
-        ``answer_tokens``, the number of its tokens in the loss.
-    """
-    batch = collate(sequences, samples, shape)
-    members = [i for sequence in sequences for i in sequence]
-    return batch | {
-        "sides": [samples.side(i) for i in members],
-        "answer_tokens": [sum(samples.loss_mask(i)[1:]) for i in members],
-    }
 
 
 def score_answers(model: Any, batch: dict[str, Any]) -> AnswerScores:
@@ -127,30 +81,6 @@ def score_with_reference(
     before = peft_model.disable_adapter() if starting is None else starting.in_place(peft_model)
     with before, frozen_eval(peft_model):
         return score_answers(peft_model, batch).log_probabilities
-
-
-def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: int) -> SampleList:
-    """Each answer after the prompt of another sample, from which KTO estimates its reference point.
-
-    The divergence of the model from its base is estimated on answers that do not belong to their prompts
-    (KTO's paper, section 4.1): sample ``k`` here is the prompt of ``order[k]`` with the answer of
-    ``order[k - 1]``, so that the answers of a step are used once each. An answer begins at the first trained
-    token. What is longer than ``max_length`` tokens loses the beginning of its prompt.
-    """
-
-    def parts(i: int) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of the prompt, and tokens and loss mask of the answer."""
-        ids, mask = list(samples.token_ids(i)), list(samples.loss_mask(i))
-        start = mask.index(1)
-        return ids[:start], ids[start:], mask[start:]
-
-    every = [parts(i) for i in order]
-    mismatched = []
-    for number, (prompt, _, _) in enumerate(every):
-        _, answer, mask = every[number - 1]
-        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
-        mismatched.append(Sample([*prompt, *answer], [0] * len(prompt) + mask))
-    return SampleList(mismatched)
 
 
 _DEFAULT_BETA: dict[PreferenceMethod, float] = {"orpo": 0.1, "dpo": 0.1, "simpo": 2.0, "kto": 0.1}
@@ -280,7 +210,7 @@ class PreferenceObjective:
         Args:
             model: ``peft_model``, or a wrapper such as DDP's.
             peft_model: gives the reference.
-            batch: from :func:`~qlora_tui.training.preferences.collate_answers`, on the device.
+            batch: from :func:`~qlora_tui.training.batches.collate_answers`, on the device.
             token_share: pairs divided by tokens of chosen answers, of the whole step: what a token of ORPO's
                 cross-entropy counts in addition to a pair.
         """
@@ -330,46 +260,3 @@ class PreferenceObjective:
         """The sums since the last call, which are then 0."""
         sums, self._sums = self._sums, None
         return RewardSums() if sums is None else RewardSums(*sums.tolist())
-
-
-class PreferenceSteps(Steps):
-    """The steps of a preference run, collated; ``samples`` are a ``SidedDataset``.
-
-    ``loss_weight_sum`` of a step is the number of its pairs, or rated answers.
-    """
-
-    def __getitem__(self, n: int) -> StepData:
-        sequences = self.step_plan.steps[n].sequences
-        members = [i for sequence in sequences for i in sequence]
-        comparisons = count_comparisons(members, self._sided, pairs=self._pairs)
-        return StepData(
-            micro_batches=self._micro_batches(sequences),
-            loss_weight_sum=comparisons.compared,
-            tokens=count_tokens(sequences, self._sided),
-            token_share=comparisons.token_share,
-            mismatched=[] if self._pairs else self._mismatched(members),
-        )
-
-    def collate(self, sequences: Sequence[PackedSamples]) -> dict[str, Any]:
-        """Collate the sequences of one micro-batch; see :func:`collate_answers`."""
-        return collate_answers(sequences, self._sided, self._shape)
-
-    def _mismatched(self, members: list[int]) -> list[dict[str, Any]]:
-        """This process's share of the mismatched answers of a step; none of a single sample."""
-        if len(members) < 2:
-            return []
-        batches = mismatched_batches(self._sided, members, self._micro_batch, self._shape)
-        return batches[self._rank :: self._world_size]
-
-    @property
-    def _sided(self) -> SidedDataset:
-        return cast("SidedDataset", self._samples)
-
-
-def mismatched_batches(
-    samples: SidedDataset, order: Sequence[int], size: int, shape: RowShape
-) -> list[dict[str, Any]]:
-    """Micro-batches of ``size`` samples of :func:`mismatched_samples`, for KTO's reference point."""
-    mismatched = mismatched_samples(samples, order, shape.max_length)
-    batches = validation_batches(mismatched, size, shape)
-    return [collate_answers(sequences, mismatched, shape) for sequences in batches]

@@ -24,16 +24,20 @@ from qlora_tui.recipe.schema import (
 from qlora_tui.training import loss as chunked_loss
 from qlora_tui.training import loss as head_chunks
 from qlora_tui.training.adapter import StartingAdapter
-from qlora_tui.training.batches import PlannedStep, RowShape, StepPlan
+from qlora_tui.training.batches import (
+    PlannedStep,
+    RowShape,
+    StepPlan,
+    Steps,
+    collate_answers,
+    mismatched_samples,
+)
 from qlora_tui.training.loss import ChunkedHead, token_losses
 from qlora_tui.training.model import checkpoint_activations
 from qlora_tui.training.preferences import (
     PreferenceObjective,
-    PreferenceSteps,
     RewardSums,
-    collate_answers,
     logistic_loss,
-    mismatched_samples,
     odds_ratio_loss,
     prospect_loss,
     score_with_reference,
@@ -151,11 +155,12 @@ def first_step(method: Preferences, sequences: tuple[tuple[int, ...], ...], rank
     """The first step of one of ``size`` processes, in micro-batches of one sequence."""
     plan = StepPlan((PlannedStep(sequences, 1.0, True),), len(sequences), 1)
     pairs = method != "kto"
-    return PreferenceSteps(
+    return Steps(
         plan,
         SAMPLES,
         RowShape(packed=True, max_length=8),
         micro_batch=1,
+        compares=True,
         pairs=pairs,
         rank=rank,
         world_size=size,
@@ -355,8 +360,8 @@ def test_loss_and_gradients_are_those_of_trl(
 ) -> None:
     import torch
 
-    from qlora_tui.training.batches import RowShape
-    from qlora_tui.training.preferences import PreferenceObjective, collate_answers, mismatched_samples
+    from qlora_tui.training.batches import RowShape, collate_answers, mismatched_samples
+    from qlora_tui.training.preferences import PreferenceObjective
 
     model = our_model(recipe({"quantization.method": "none"}), tiny_model)
     trainer = their_trainer(method, model, tiny_model, tmp_path)
@@ -407,12 +412,8 @@ def test_a_further_trained_adapter_is_compared_with_its_start(
     import torch
 
     from qlora_tui.training.adapter import StartingAdapter
-    from qlora_tui.training.batches import RowShape
-    from qlora_tui.training.preferences import (
-        collate_answers,
-        score_answers,
-        score_with_reference,
-    )
+    from qlora_tui.training.batches import RowShape, collate_answers
+    from qlora_tui.training.preferences import score_answers, score_with_reference
 
     model = our_model(recipe({"quantization.method": "none", "lora.dropout": 0.5}), tiny_model).eval()
     samples = token_lists([([5, 6, 7, 8], 2, GOOD), ([5, 6, 9], 2, BAD)])

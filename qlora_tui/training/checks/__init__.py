@@ -2,7 +2,6 @@
 
 :mod:`.compare`: whether two tensors differ by rounding alone
 :mod:`.base`: the output head and packed attention of a loaded base; :mod:`.attention`: layer by layer
-:mod:`.kernels`: installed kernels of the layers, and PyTorch in their place
 :mod:`.step`: a whole training step by the library, its rounding noise, and how far ours is from it
 :mod:`.first_step`: the first step of a run, with all fast paths; those that differ are switched off
 """
