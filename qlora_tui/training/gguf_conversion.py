@@ -1,7 +1,7 @@
 """Converts a GGUF file once, in a process of its own, with progress, and stoppable.
 
 The trainer, the chat and the demo call this, without the memory that a conversion needs. torch is not
-imported here. The job is :mod:`qlora_tui.training.gguf_worker`.
+imported here. The job is :mod:`qlora_tui.training.gguf_weights`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def convert_in_child(
     """Write ``folder`` from ``file`` in a process of its own. Raises UserError and JobStopped."""
     try:
         run_job(
-            "qlora_tui.training.gguf_worker:convert",
+            "qlora_tui.training.gguf_weights:convert",
             file,
             folder,
             result=type(None),

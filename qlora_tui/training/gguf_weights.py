@@ -6,14 +6,20 @@ undone here. A tensor that only one of the two has refuses the file.
 
 Weights are written a block of rows at a time, and those that are stored in another order a matrix at a time:
 memory never holds the whole model. For Gemma 3 270M transformers would need 3.2 GB.
+
+:func:`convert` is a job of :mod:`qlora_tui.training.gguf_conversion`, so that the memory of the conversion is
+released with the process. transformers can dequantize a GGUF file but not quantize it to NF4 at the same
+time, so the weights are written to disk in between.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +27,11 @@ from typing import Any
 
 from qlora_tui.catalog.gguf import GgufHeader, gguf_problem, read_gguf
 from qlora_tui.catalog.gguf_config import to_hf_config
+from qlora_tui.drafts import draft_path, held_draft, publish
+from qlora_tui.errors import UserError, first_line
+from qlora_tui.training.failures import is_full_disk, is_out_of_memory
 from qlora_tui.training.gguf_tokenizer import GgufTokenizer
+from qlora_tui.worker import Report
 
 BLOCK_BYTES = 16 * 2**20
 """Largest block of rows that is dequantized at once, in bytes of float32."""
@@ -232,3 +242,48 @@ def _bfloat16(values: Any) -> Any:
     halves = rounded.astype(np.uint16)
     halves[np.isnan(values)] = 0x7FC0
     return halves
+
+
+def convert(file: Path, folder: Path, report: Report = lambda done, total, text="": None) -> None:
+    """Write ``folder`` completely or not at all. Raises UserError.
+
+    Waits for another process that is converting the same file, and then does nothing.
+    """
+    from safetensors import SafetensorError  # no OSError, also where the disk is full
+
+    with _conversion_lock(folder):
+        if (folder / "config.json").exists():
+            return
+        try:
+            with held_draft(draft_path(folder)) as draft:
+                # Only who holds the lock writes it.
+                assert draft is not None
+                write_model(file, draft, report)
+                publish(draft, folder)
+        except (
+            *(OSError, ValueError, KeyError, ImportError, NotImplementedError),
+            *(MemoryError, RuntimeError, SafetensorError),
+        ) as error:
+            raise _problem(file, error) from error
+
+
+@contextmanager
+def _conversion_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock file beside ``folder``; the kernel releases it however this process ends."""
+    with folder.with_name(f".{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def _problem(file: Path, error: Exception) -> UserError:
+    reason = first_line(error)
+    if is_full_disk(error):
+        fix = "Free some space, or set XDG_CACHE_HOME to a folder on another disk."
+    elif is_out_of_memory(error):
+        reason, fix = "The machine is out of memory.", "Close other programs and try again."
+    else:
+        fix = "Choose the model's safetensors folder or Hub id instead."
+    return UserError("The GGUF file could not be converted", what=f"{file}: {reason}", fix=fix)

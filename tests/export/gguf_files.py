@@ -22,7 +22,7 @@ from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaModel
 from qlora_tui.export.llama_cpp.client import LlamaFile
 from qlora_tui.export.reference import kl_divergence
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.training.gguf_worker import convert
+from qlora_tui.training.gguf_weights import convert
 from tests.export.tiny_models import make_model
 
 

@@ -21,7 +21,7 @@ from qlora_tui.export.gguf_file.vocabulary import read_vocabulary
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
 from qlora_tui.training.gguf_format import inverse
 from qlora_tui.training.gguf_tokenizer import GgufTokenizer
-from qlora_tui.training.gguf_worker import convert
+from qlora_tui.training.gguf_weights import convert
 from tests.export.gguf_files import (
     divergence,
     llama_logits,

@@ -12,7 +12,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.training import gguf_weights
 from qlora_tui.training.gguf_conversion import convert_in_child
-from qlora_tui.training.gguf_worker import convert
+from qlora_tui.training.gguf_weights import convert
 from tests.support.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.slow

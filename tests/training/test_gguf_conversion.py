@@ -35,7 +35,7 @@ from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events
 
-_JOB = "qlora_tui.training.gguf_worker:convert"
+_JOB = "qlora_tui.training.gguf_weights:convert"
 
 
 @pytest.fixture
