@@ -39,6 +39,9 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Training
 from qlora_tui.training.fused.patching import patch_forward
 
+_ROWS, _WHOLE = "TrainableTokensWrapper", "ModulesToSaveWrapper"
+"""peft's classes around a module of which some rows are trained, or all."""
+
 
 class EmbeddingNoise:
     """NEFTune: uniform noise on a model's embeddings (Jain et al. 2023, arXiv 2310.05914).
@@ -100,7 +103,11 @@ def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[
     """peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises UserError."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # peft would drop the bias of a head.
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or _has_bias(head):
+    if (
+        not isinstance(embedding, nn.Embedding)
+        or not isinstance(head, nn.Linear)
+        or getattr(head, "bias", None) is not None
+    ):
         raise _unsupported_tokens("peft does not support token rows for its type of embedding or head")
     if max(ids) >= (vocabulary_size := len(embedding.weight)):
         raise _unsupported_tokens(f"token {max(ids)} is beyond the {vocabulary_size:,} rows of its embedding")
@@ -116,7 +123,7 @@ def init_untrained_rows(model: Any) -> None:
     The RMSNorm of a row near zero has a slope in the hundreds: its gradient would dominate all others, and
     Adam would remember it for a thousand steps. Raises UserError where peft did not add the rows to the head.
     """
-    if not isinstance(model.get_output_embeddings(), _token_wrapper_type()):
+    if not _is_peft(model.get_output_embeddings(), _ROWS):
         raise _unsupported_tokens("peft does not recognize that its head is tied to its embedding")
     for wrapper in row_wrappers(model):
         weight, rows = wrapper.original_module.weight, rows_of(wrapper, "default")
@@ -135,7 +142,7 @@ def use_trained_rows(model: nn.Module) -> None:
 
 def row_wrappers(model: nn.Module) -> Iterator[Any]:
     """peft's modules around embedding and head."""
-    return (module for module in model.modules() if isinstance(module, _token_wrapper_type()))
+    return (module for module in model.modules() if _is_peft(module, _ROWS))
 
 
 def rows_of(wrapper: Any, adapter: str) -> TokenRows:
@@ -207,11 +214,12 @@ class _Lookup(torch.autograd.Function):
         return None, (where.t().to(grad.dtype) @ grad).to(ctx.dtype) * ctx.scale, None, None
 
 
-def _token_wrapper_type() -> Any:
+def _is_peft(module: Any, name: str) -> bool:
+    """Whether a module is of this class of peft."""
     # Imported here, because peft takes seconds to load and a base model alone does not need it.
-    from peft.utils.other import TrainableTokensWrapper
+    from peft.utils import other
 
-    return TrainableTokensWrapper
+    return isinstance(module, getattr(other, name))
 
 
 def _unsupported_tokens(why: str) -> UserError:
@@ -232,7 +240,11 @@ _ADAPTER = "default"
 def peft_options(model: Any) -> dict[str, Any]:
     """peft's options that train embedding and head of a bare model. Raises UserError where it cannot."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear or _has_bias(head):
+    if (
+        not isinstance(embedding, nn.Embedding)
+        or type(head) is not nn.Linear
+        or getattr(head, "bias", None) is not None
+    ):
         raise _unsupported_model(
             "its embedding is not an nn.Embedding, or its head not an nn.Linear without bias"
         )
@@ -252,7 +264,7 @@ def use_fp32_copies(model: Any, *, tied: bool) -> None:
         UserError: peft did not keep a tied head tied.
     """
     wrappers = model.get_input_embeddings(), model.get_output_embeddings()
-    if not all(isinstance(wrapper, _wrapper_type()) for wrapper in wrappers):
+    if not all(_is_peft(wrapper, _WHOLE) for wrapper in wrappers):
         raise _unsupported_model("peft does not copy both")
     copies = [wrapper.modules_to_save[_ADAPTER] for wrapper in wrappers]
     if (copies[0].weight is copies[1].weight) != tied:
@@ -373,17 +385,6 @@ def _compute_in(module: Any, dtype: torch.dtype) -> None:
     vars(module)["forward"] = MethodType(with_cast_weight, module)
     if isinstance(module, nn.Embedding):
         patch_forward(module, with_cast_rows, "embeddings")
-
-
-def _has_bias(head: Any) -> bool:
-    return head.bias is not None
-
-
-def _wrapper_type() -> Any:
-    # Imported here, because peft takes seconds to load and a base model alone does not need it.
-    from peft.utils.other import ModulesToSaveWrapper
-
-    return ModulesToSaveWrapper
 
 
 def _unsupported_model(why: str) -> UserError:

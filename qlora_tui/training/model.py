@@ -37,7 +37,7 @@ from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.length_scaled_rope import scale_each_sample
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.loss import ChunkedHead, LossSumFn, find_head, use_loss
-from qlora_tui.training.model_class import auto_class, build_on_meta, read_config
+from qlora_tui.training.model_class import auto_class, build_on_meta, decoder_layers, read_config
 from qlora_tui.training.packed_attention import PackedAttention, set_attention, use_packed_attention
 from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
 
@@ -329,10 +329,8 @@ def apply_kept_layers(model: Any, count: int) -> bool:
     Returns:
         False where the model's layers cannot be switched one by one: then nothing is changed.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not model.is_gradient_checkpointing or len(layers) != model.config.get_text_config().num_hidden_layers:
+    layers = decoder_layers(model)
+    if not model.is_gradient_checkpointing or not layers:
         return False
     for place, layer in enumerate(layers):
         layer.gradient_checkpointing = place < len(layers) - count

@@ -134,6 +134,17 @@ def build_on_meta(
         raise _failed(config, error) from error
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """Return the decoder layers of a model in the order of the forward.
+
+    Empty where it has no list of layers that can be run and recomputed one by one.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
+    return layers if len(layers) == model.config.get_text_config().num_hidden_layers else []
+
+
 def unbuildable(model_type: str, reason: str) -> UserError:
     """Build the error for a config of which transformers builds no model that generates text."""
     return UserError(

@@ -33,6 +33,7 @@ from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.experts.storage import round_to_4_bits
 from qlora_tui.training.model import freeze, load_mapped
+from qlora_tui.training.model_class import decoder_layers
 from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.worker import Report
 
@@ -154,7 +155,13 @@ class StreamedModel:
     ) -> None:
         self._model, self._device, self._settings = freeze(model.eval()), device, settings
         self._decoder = model.get_decoder()
-        self.layers = decoder_layers(model)
+        self.layers: list[nn.Module] = decoder_layers(model)
+        if not self.layers:
+            raise UserError(
+                "This model cannot be measured",
+                what=f"The decoder layers of {type(model).__name__} cannot be run one by one.",
+                fix="Train a few steps with each quantization, and compare the losses on Runs.",
+            )
         self.peak_layer_bytes = 0
         """Most bytes of layers' weights that were on the device at once."""
         self.on_layer: Callable[[], None] = lambda: None
@@ -334,22 +341,6 @@ class StreamedModel:
             )
         logs: Tensor = logits.float().log_softmax(-1)
         return logs
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the decoder layers of a model. Raises UserError where they cannot be told."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers: list[nn.Module] = [
-        m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)
-    ]
-    if len(layers) != model.config.get_text_config().num_hidden_layers:
-        raise UserError(
-            "This model cannot be measured",
-            what=f"The decoder layers of {type(model).__name__} cannot be run one by one.",
-            fix="Train a few steps with each quantization, and compare the losses on Runs.",
-        )
-    return layers
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Tensor:

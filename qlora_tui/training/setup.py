@@ -35,7 +35,7 @@ from qlora_tui.training.run import Run
 from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
-from qlora_tui.training.streaming.placement import decoder_layers
+from qlora_tui.training.streaming.placement import movable_layers
 from qlora_tui.training.streaming.slots import Copies
 from qlora_tui.worker import JobStopped
 
@@ -288,7 +288,7 @@ def _add_adapter(run: Run) -> Any:
         where = run.device.torch_device
         memory = HostMemory(where, lambda why: _warn_not_pinned(run, "offloaded inputs", why))
         offload = InputOffload(Copies(where), memory.allocate)
-        offload_inputs(decoder_layers(base.model, "training.gradient_checkpointing"), offload)
+        offload_inputs(movable_layers(base.model, "training.gradient_checkpointing"), offload)
     if base.streamed is not None:
         base.streamed.use_checkpoints()
     run.reporter.emit(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_tui.training.model import checkpoint_activations
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
-from qlora_tui.training.streaming.placement import decoder_layers, place_streamed
+from qlora_tui.training.streaming.placement import movable_layers, place_streamed
 from tests.training.families import build, with_adapter
 from tests.training.recorded_copies import RecordedCopies
 
@@ -46,7 +46,7 @@ def offloaded(family: str, *, streamed: bool = False) -> tuple[Any, InputOffload
     offload = InputOffload(copies, host_memory)
     adapted = with_adapter(model, dropout=0.2)
     checkpoint_activations(model)
-    offload_inputs(decoder_layers(model), offload)
+    offload_inputs(movable_layers(model), offload)
     if placed is not None:
         placed.use_checkpoints()
     return adapted.train(), offload, copies

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_tui.errors import UserError
 from qlora_tui.memory.weights import streamed_indices
+from qlora_tui.training.model_class import decoder_layers
 from qlora_tui.training.streaming.host_memory import HostMemory
 from qlora_tui.training.streaming.slots import (
     Copies,
@@ -145,7 +146,7 @@ def place_streamed(
     Raises:
         UserError: the layers of this model cannot be streamed.
     """
-    every_layer = decoder_layers(model)
+    every_layer = movable_layers(model)
     layers = [every_layer[index] for index in streamed_indices(len(every_layer), count)]
     laid_out = [lay_out(tensors) for tensors in _moving_tensors(model, layers)]
     slots = LayerSlots([layer.size_bytes for layer in laid_out], copies or Copies(device))
@@ -186,14 +187,10 @@ def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence
         )
 
 
-def decoder_layers(model: Any, setting: str = "quantization.streamed_layers") -> list[nn.Module]:
+def movable_layers(model: Any, setting: str = "quantization.streamed_layers") -> list[nn.Module]:
     """The decoder layers in the order of the forward. Raises UserError without a list, naming ``setting``."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers: list[nn.Module] = [
-        m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)
-    ]
-    if len(layers) != model.config.get_text_config().num_hidden_layers:
+    layers: list[nn.Module] = decoder_layers(model)
+    if not layers:
         raise UserError(
             "The layers of this model cannot be moved one by one",
             what=f"{setting} is set for it, and {model.config.model_type} has no list of decoder "
