@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -12,35 +13,38 @@ from msgspec import Struct
 from qlora_tui.data.conversation import Message, Role, RowRejectedError, ToolCall, media_column, medium_of
 from qlora_tui.formatting import capitalize, uncapitalize
 
-ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text", "message", "parts")
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-}
-EXCHANGES = (
-    *(("input", "output"), ("human", "assistant"), ("user", "assistant"), ("human", "gpt")),
-    *(("question", "answer"), ("prompt", "response"), ("instruction", "output")),
-)
-"""Names under which some files keep a question and its answer as one item of a conversation."""
+
+class FormatNames(Struct, frozen=True):
+    """Parts of a format, with the usual names of their columns."""
+
+    required: dict[str, tuple[str, ...]] = {}
+    optional: dict[str, tuple[str, ...]] = {}
+    is_ratable: bool = False
+    is_rated_by_numbers: bool = False
+
+
+class Names(Struct, frozen=True):
+    """The content of ``formats.toml``, which explains it."""
+
+    role_keys: tuple[str, ...]
+    content_keys: tuple[str, ...]
+    exchanges: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[str, str], ...]
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+    better: tuple[str, ...]
+    always_ratings: tuple[str, ...]
+    ratings: tuple[str, ...]
+    scores: tuple[str, ...]
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+    roles: dict[Role, tuple[str, ...]]
+    formats: dict[str, FormatNames]
+
+
+NAMES = msgspec.toml.decode(Path(__file__).with_name("formats.toml").read_bytes(), type=Names)
+ROLE_KEYS, CONTENT_KEYS, EXCHANGES = NAMES.role_keys, NAMES.content_keys, NAMES.exchanges
+_ROLES = {name: role for role, names in NAMES.roles.items() for name in names}
 _PAIR_ROLES: tuple[Role, Role] = ("user", "assistant")
 _CALL_ROLES = ("function_call", "tool_call")
 _PART_KEYS = ("text", "value", "thinking", "reasoning", "content")
@@ -406,22 +410,16 @@ def alpaca(cells: Cells) -> tuple[Message, ...]:
     instruction = _text(cells, "instruction")
     given = _text(cells, "input")
     prompt = f"{instruction}\n\n{given}" if instruction.strip() and given.strip() else instruction or given
-    return (
-        *_system(cells),
-        *history_of(cells.get("history")),
-        *_pair(prompt, _text(cells, "output"), "instruction", "output"),
-    )
+    turns = _pair(prompt, _text(cells, "output"), "instruction", "output")
+    return with_system(cells, (*history_of(cells.get("history")), *turns))
 
 
 def prompt_completion(cells: Cells) -> tuple[Message, ...]:
     """Convert a prompt and a completion, each a text or turns; only the completion is in the loss."""
     prompt, completion = cells.get("prompt"), cells.get("completion")
     if not turn_keys(prompt) and not turn_keys(completion):
-        return (
-            *_system(cells),
-            *history_of(cells.get("history")),
-            *_pair(_text(cells, "prompt"), _text(cells, "completion"), "prompt", "completion"),
-        )
+        turns = _pair(_text(cells, "prompt"), _text(cells, "completion"), "prompt", "completion")
+        return with_system(cells, (*history_of(cells.get("history")), *turns))
     before = messages_of(prompt) if turn_keys(prompt) else (Message("user", _text(cells, "prompt")),)
     after = (
         messages_of(completion)
@@ -431,7 +429,7 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
     if after[: len(before)] == before:
         after = after[len(before) :]
     prompt_messages = tuple(msgspec.structs.replace(m, train=False) for m in before)
-    return (*_system(cells), *prompt_messages, *after)
+    return with_system(cells, (*prompt_messages, *after))
 
 
 def question_answer(cells: Cells) -> tuple[Message, ...]:
@@ -446,13 +444,15 @@ def question_answer(cells: Cells) -> tuple[Message, ...]:
             answer = answer[0] if answer else ""
     question, context = _text(cells, "question"), _text(cells, "context")
     prompt = f"{context}\n\n{question}" if context.strip() else question
-    before = (*_system(cells), *history_of(cells.get("history")))
+    before = history_of(cells.get("history"))
     if calls and prompt.strip():
-        return (*before, Message("user", prompt), Message("assistant", "", tool_calls=calls))
+        turns = Message("user", prompt), Message("assistant", "", tool_calls=calls)
+        return with_system(cells, (*before, *turns))
     if question.strip() and (choices := _choices(cells.get("choices"))):
         prompt = "\n".join([f"{prompt}\n", *(f"{letter}. {text}" for letter, text in choices)])
         answer = _chosen_choice(answer, choices)
-    return (*before, *_pair(prompt, text_of(answer, "the answer"), "question", "answer"))
+    turns = _pair(prompt, text_of(answer, "the answer"), "question", "answer")
+    return with_system(cells, (*before, *turns))
 
 
 def _choices(value: Any) -> list[tuple[str, str]]:
@@ -491,7 +491,7 @@ def label(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
     """Convert a text and its class, or its classes separated by commas."""
     value = cells.get("label")
     answer = ", ".join(_label(one, names) for one in (value if isinstance(value, list) else [value]))
-    return (*_system(cells), *_pair(_text(cells, "text"), answer, "text", "label"))
+    return with_system(cells, _pair(_text(cells, "text"), answer, "text", "label"))
 
 
 def _label(value: Any, names: tuple[str, ...]) -> str:
@@ -518,9 +518,11 @@ def _pair(prompt: str, answer: str, prompt_name: str, answer_name: str) -> tuple
     return Message("user", prompt), Message("assistant", answer)
 
 
-def _system(cells: Cells) -> tuple[Message, ...]:
+def with_system(cells: Cells, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the turns after the system prompt of the row, if it has one and they do not."""
     text = _text(cells, "system")
-    return (Message("system", text),) if text.strip() else ()
+    has_own = bool(messages) and messages[0].role == "system"
+    return messages if has_own or not text.strip() else (Message("system", text), *messages)
 
 
 def _text(cells: Cells, part: str) -> str:

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from qlora_tui.data import chat_formats, preferences
 from qlora_tui.data.chat_formats import (
+    NAMES,
     Cell,
     Columns,
     are_calls,
@@ -33,85 +34,11 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import PREFERENCE_METHODS
 
-PARTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "preference": preferences.PARTS,
-    "messages": {
-        "messages": (
-            *("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "contents"),
-        )
-    },
-    "sharegpt": {
-        "messages": (
-            *("conversations", "conversation", "messages", "items", "dialog", "dialogue", "dialogs", "turns"),
-            "data",
-        )
-    },
-    "alpaca": {
-        "instruction": ("instruction", "definition"),
-        "output": ("output", "response", "answer", "completion", "targets"),
-    },
-    "prompt-completion": {
-        "prompt": ("prompt", "input"),
-        "completion": ("completion", "response", "output", "answer", "target", "generation"),
-    },
-    "question-answer": {
-        "question": ("question", "query", "problem", "q", "question_stem"),
-        "answer": (
-            *("answer", "answers", "response", "solution", "a", "output", "completion", "answerkey"),
-            "correct_answer",
-        ),
-    },
-    "label": {
-        "text": ("text", "sentence", "review", "content", "comment", "tweet", "document", "title", "input"),
-        "label": (
-            "label_text",
-            "label_name",
-            "label",
-            "labels",
-            "sentiment",
-            "category",
-            "class",
-            "emotion",
-            "intent",
-            "target",
-        ),
-    },
-    "text": {"text": ("text", "content", "document", "body")},
+PARTS = {name: format_.required for name, format_ in NAMES.formats.items()} | {
+    "preference": preferences.PARTS
 }
 """Parts that each format needs, with their usual column names, likeliest first."""
-
-OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
-    "preference": preferences.OPTIONAL,
-    "messages": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
-    "sharegpt": {"system": ("system", "system_prompt"), "tools": ("tools", "functions")},
-    "alpaca": {
-        "input": ("input", "context", "inputs"),
-        "system": ("system", "system_prompt"),
-        "history": ("history",),
-    },
-    "prompt-completion": {
-        "system": ("system", "system_prompt"),
-        "tools": ("tools",),
-        "history": ("history",),
-    },
-    "question-answer": {
-        "context": ("context", "passage", "article"),
-        "choices": ("choices", "options"),
-        "history": ("history",),
-        "system": ("system", "system_prompt"),
-        "tools": ("tools", "functions"),
-    },
-    "label": {"system": ("system", "system_prompt")},
-    "text": {},
-}
-_PAIRS = (
-    *(("article", "highlights"), ("article", "summary"), ("dialogue", "summary"), ("document", "summary")),
-    *(("text", "summary"), ("text", "code"), ("src", "tgt"), ("prompt", "canonical_solution")),
-    *(("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "bot")),
-    *(("message_1", "message_2"), ("inputs", "targets")),
-    ("source", "target"),
-)
-"""Columns that mean prompt and completion only as a pair."""
+OPTIONAL = {name: format_.optional for name, format_ in NAMES.formats.items()}
 _NAMES_NO_SOURCE = ("prompt", "question", "text")
 """Next to one of these columns ``source`` is the origin of the row, not a text."""
 _ALTERNATING_COLUMNS = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue", "data")
@@ -184,7 +111,7 @@ def _optional(
 def _pair_of(columns: Columns) -> tuple[str, str] | None:
     """Return two columns that form a prompt and completion pair in at least half of the rows."""
     spelled, values = columns.spelled, columns.values
-    for one, other in _PAIRS:
+    for one, other in NAMES.pairs:
         if one == "source" and any(name in spelled for name in _NAMES_NO_SOURCE):
             continue
         if one in spelled and other in spelled:
@@ -403,11 +330,7 @@ def _says_something(message: Message) -> bool:
 
 
 def _chat(cells: Mapping[str, Any], layout: RowFormat) -> tuple[Message, ...]:
-    messages = messages_of(cells["messages"])
-    system = text_of(cells.get("system"), "the system prompt")
-    if system.strip() and not (messages and messages[0].role == "system"):
-        return (Message("system", system), *messages)
-    return messages
+    return chat_formats.with_system(cells, messages_of(cells["messages"]))
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], RowFormat], tuple[Message, ...]]] = {

@@ -17,6 +17,7 @@ import msgspec
 
 from qlora_tui.data.chat_formats import (
     CONTENT_KEYS,
+    NAMES,
     Columns,
     decoded,
     history_of,
@@ -24,46 +25,21 @@ from qlora_tui.data.chat_formats import (
     text_of,
     tools_of,
     turn_keys,
+    with_system,
 )
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import PAIR_METHODS, PREFERENCE_METHODS
 
-CHOSEN = (
-    *("chosen", "chosen_messages", "chosen_response", "chosen_conversations"),
-    *("preferred_output", "preferred_response", "preferred", "accepted"),
-)
-REJECTED = (
-    *("rejected", "rejected_messages", "rejected_response", "rejected_responses", "rejected_conversations"),
-    *("non_preferred_output", "non_preferred_response", "dispreferred_response", "dispreferred"),
-)
-"""Names of the two sides, in TRL, LLaMA-Factory, ms-swift, axolotl and OpenAI's format."""
-_CONVERSATIONS = ("messages", "conversations", "conversation")
-_ANSWERS = ("response", "completion", "output", "answer", *_CONVERSATIONS)
-"""Columns that are preferred to the rejected side where no column is named as chosen (ms-swift)."""
-PARTS: dict[str, tuple[str, ...]] = {"chosen": (*CHOSEN, *_ANSWERS), "rejected": REJECTED}
-OPTIONAL: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "instruction", "question", "query", "problem", "trajectory", "context", "input"),
-    "input": ("input",),
-    "messages": _CONVERSATIONS,
-    "system": ("system", "system_prompt"),
-    "history": ("history",),
-    "tools": ("tools", "functions"),
-}
+CHOSEN, REJECTED = NAMES.chosen, NAMES.rejected
+PARTS = {"chosen": (*CHOSEN, *NAMES.better), "rejected": REJECTED}
+OPTIONAL = NAMES.formats["preference"].optional
 
 RATING = "rating"
 """A part of any format: the column that rates the answer as good or bad."""
-_ALWAYS_RATINGS = ("kto_tag", "kto_label", "desirable", "is_desirable")
-"""Columns that are a rating whatever their values are."""
-_RATED = (*_ALWAYS_RATINGS, "label", "is_chosen", "is_good", "is_correct")
-_SCORED = ("score", "rating", "reward", "preference", "feedback", "thumbs_up")
-RATABLE = ("messages", "sharegpt", "alpaca", "prompt-completion", "question-answer")
+_RATED = (*NAMES.always_ratings, *NAMES.ratings)
+RATABLE = tuple(name for name, format_ in NAMES.formats.items() if format_.is_ratable)
 """Conversation formats that a column may rate good or bad."""
-_RATED_BY_NUMBERS = ("messages", "sharegpt", "prompt-completion")
-"""Formats in which 1 and 0 next to an answer are a rating. In the others a number is more likely a class,
-unless the column is one of ``_ALWAYS_RATINGS``."""
-_GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "thumbs_up")
-_BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "bad", "undesirable", "rejected", "thumbs_down")
 
 PAIRS = "preference-pairs"
 """Code of the error for rows that compare answers: a method for pairs resolves it."""
@@ -111,7 +87,7 @@ def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str
         if name in REJECTED:
             is_bad = _is_answer(value)
         else:
-            is_bad = is_good(value) is False if name in _ALWAYS_RATINGS else value is False
+            is_bad = is_good(value) is False if name in NAMES.always_ratings else value is False
         if is_bad and column not in known:
             return column
     return ""
@@ -133,13 +109,13 @@ def _rating_column(columns: Columns, taken: Iterable[str], *, numbers: bool) -> 
     Ratings are true and false; with ``numbers`` also 1 and 0, or 1 and -1. Empty if there is no such column:
     a grade from 1 to 5 or a class is not a rating, unless the column name says so (``kto_tag``).
     """
-    for name in (*_RATED, *_SCORED):
+    for name in (*_RATED, *NAMES.scores):
         column = columns.spelled.get(name, "")
         if not column or column in taken:
             continue
         given_ratings = [value[column] for value in columns.values if value.get(column) is not None]
         ratings = [is_good(one) for one in given_ratings]
-        if given_ratings and name in _ALWAYS_RATINGS:
+        if given_ratings and name in NAMES.always_ratings:
             return column, ratings.count(True), ratings.count(False)
         flags = [
             isinstance(one, bool) or str(one).strip().lower() in ("true", "false") for one in given_ratings
@@ -154,7 +130,7 @@ def _rating_column(columns: Columns, taken: Iterable[str], *, numbers: bool) -> 
 def is_good(rating: Any) -> bool | None:
     """Return whether a rating is good; None if the value is not a rating."""
     word = str(rating).strip().lower()
-    return True if word in _GOOD else False if word in _BAD else None
+    return True if word in NAMES.good else False if word in NAMES.bad else None
 
 
 def sides_problem(
@@ -301,7 +277,9 @@ def rating_of(
     if by_hand:
         ratings = [is_good(value.get(by_hand)) for value in columns.values]
         return by_hand, ratings.count(True), ratings.count(False)
-    column, good, bad = _rating_column(columns, parts.values(), numbers=format_ in _RATED_BY_NUMBERS)
+    column, good, bad = _rating_column(
+        columns, parts.values(), numbers=NAMES.formats[format_].is_rated_by_numbers
+    )
     if not column or ("messages" in parts and not _are_answered(columns.values, parts["messages"])):
         return None
     return column, good, bad
@@ -416,11 +394,7 @@ def _question(cells: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[dict
         messages = _before_answer(messages_of(cells["messages"]))
     else:
         messages = ()
-    messages = (*history_of(cells.get("history")), *messages)
-    system = text_of(cells.get("system"), "the system prompt")
-    if system.strip() and not (messages and messages[0].role == "system"):
-        messages = (Message("system", system), *messages)
-    return messages, tools
+    return with_system(cells, (*history_of(cells.get("history")), *messages)), tools
 
 
 def _alternatives(value: Any) -> list[Any]:

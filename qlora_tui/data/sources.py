@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, RowRejectedError
-from qlora_tui.data.formats import NOT_IN_FORMAT, PARTS, SNIFFED_ROWS, Detection, RowFormat, detect, parse
+from qlora_tui.data.formats import NOT_IN_FORMAT, PARTS, SNIFFED_ROWS, Detection, detect, parse
 from qlora_tui.data.problems import shorten
 from qlora_tui.data.read import SUFFIXES, cannot_read, first_rows, kind_of, rows, unreadable
 from qlora_tui.data.row import Row
@@ -417,25 +417,20 @@ def format_choices(
 def _choice(first: Sequence[Row], name: str, format_: str, source: Source, preferences: str) -> FormatChoice:
     readable = [row for row in first if not row.error]
     try:
-        layout = detect(readable, name, format_, source.columns, preferences).layout
+        detection = detect(readable, name, format_, source.columns, preferences)
     except UserError as problem:
         return FormatChoice(format_, len(first), problem=_reason(problem, format_))
-    conversations = [one for row in first if (one := _conversation(row, layout)) is not None]
+    file = SourceFile(Path(name), 0, detection)
+    read = (conversation_of(row, file) for row in first)
+    conversations = [one for one in read if isinstance(one, Conversation)]
     return FormatChoice(
         format_,
         len(first),
         read=len(conversations),
         example=_example(conversations[0]) if conversations else "",
-        detected=layout.format if format_ == AUTO else "",
+        detected=detection.layout.format if format_ == AUTO else "",
         problem="" if conversations else "none of the rows is complete",
     )
-
-
-def _conversation(row: Row, layout: RowFormat) -> Conversation | None:
-    try:
-        return parse(row, layout)
-    except RowRejectedError:
-        return None
 
 
 def _reason(problem: UserError, format_: str) -> str:

@@ -181,18 +181,13 @@ def hint_for_key(section: str, key: str) -> str:
     match = closest(key, section_keys)
     if match:
         return f"did you mean {f'{section}.{match}' if section else match}?"
-    path = closest(key, [field.path for field in fields().values()]) or _closest_key(key)
-    if path:
-        return f"did you mean {path}?"
+    by_key = {field.key: field.path for field in fields().values()}
+    for spelled in ({path: path for path in fields()}, by_key):
+        if match := closest(key, spelled):
+            return f"did you mean {spelled[match]}?"
     if not section:
         return "the sections are " + ", ".join(f"[{name}]" for name in sections())
     return f"[{section}] takes " + ", ".join(section_keys)
-
-
-def _closest_key(key: str) -> str | None:
-    by_key = {field.key: field.path for field in fields().values()}
-    match = closest(key, by_key)
-    return by_key[match] if match else None
 
 
 def normalize_key(word: str) -> str:

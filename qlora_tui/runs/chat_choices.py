@@ -63,17 +63,13 @@ class Provenance(Struct, frozen=True, kw_only=True):
 
 def choices_path(base: str, kind: ChoiceKind) -> Path:
     """The file of a base model's rows, whether or not it exists: by its Hub id, or its folder."""
-    identity = hashlib.sha256(_identity(base).encode(errors="surrogateescape")).hexdigest()[:8]
+    name = str(Path(base).resolve()) if Path(base).is_absolute() else base.rstrip("/")
+    identity = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
     return paths.state_dir() / "choices" / f"{_name(base)}-{identity}.{kind}.jsonl"
 
 
 def _name(base: str) -> str:
     return re.sub(r"[^\w.-]+", "-", base.rstrip("/").rpartition("/")[2])[:64] or "model"
-
-
-def _identity(base: str) -> str:
-    folder = Path(base)
-    return str(folder.resolve()) if folder.is_absolute() else base.rstrip("/")
 
 
 def add_pair(prompt: Sequence[Message], chosen: str, rejected: str, provenance: Provenance) -> int:

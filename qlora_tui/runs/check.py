@@ -45,8 +45,10 @@ class Defect:
     """A clause: ``adapter: adapter_model.safetensors is missing``."""
     remedy: str
     """A clause: what the user can do, or what the repair does."""
-    repair: Callable[[], str] | None = field(default=None, compare=False)
-    """Performs the repair and returns what was done, in a clause. Raises OSError or UserError."""
+    repair: Callable[[], object] | None = field(default=None, compare=False)
+    """Performs the repair. Raises OSError or UserError."""
+    done: str = field(default="", compare=False)
+    """What the repair did, in a clause; empty where it returns that itself."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,8 @@ def _moved_aside(run: RunDir) -> Iterator[Defect]:
             continue
         place = earlier.relative_to(final.parent)
         what = f"{final.name} was moved to {place} and the replacement is missing"
-        yield Defect(what, "a repair moves it back", partial(put_back, run, final))
-
-
-def put_back(run: RunDir, final: Path) -> str:
-    """Restore a folder that was moved aside for a replacement that is missing."""
-    leftovers.restore(run)
-    return f"put {final.name} back"
+        restore = partial(leftovers.restore, run)
+        yield Defect(what, "a repair moves it back", restore, f"put {final.name} back")
 
 
 def _recipe(run: RunDir) -> Iterator[Defect]:
@@ -111,7 +108,10 @@ def _recipe(run: RunDir) -> Iterator[Defect]:
         yield Defect(what, "neither adapter nor checkpoint has a copy: start a new run")
     else:
         remedy = "a repair restores it from an adapter or checkpoint"
-        yield Defect(what, remedy, partial(restore_recipe, run, *copy))
+        text, origin = copy
+        keep = _place_aside(run.recipe_path) if run.recipe_path.exists() else None
+        restore = partial(atomic_write, run.recipe_path, text, durable=True, keep=keep)
+        yield Defect(what, remedy, restore, f"restored recipe.toml from {origin.relative_to(run.path)}")
 
 
 def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
@@ -128,20 +128,14 @@ def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
         yield text, file
 
 
-def restore_recipe(run: RunDir, text: str, origin: Path) -> str:
-    """Write the recipe from its copy ``text``, read from the file ``origin``."""
-    keep = _place_aside(run.recipe_path) if run.recipe_path.exists() else None
-    atomic_write(run.recipe_path, text, durable=True, keep=keep)
-    return f"restored recipe.toml from {origin.relative_to(run.path)}"
-
-
 def _events(run: RunDir) -> Iterator[Defect]:
     aside = last_aside(run.events_path)
     if not run.events_path.exists() and aside is not None:
         yield Defect(
             f"events.jsonl is missing, but {aside.name} exists: a repair was interrupted",
             "a repair restores its readable events",
-            partial(restore_events, run, aside),
+            partial(_write_whole_events, run, aside),
+            f"restored events.jsonl from {aside.name}",
         )
         return
     try:
@@ -153,23 +147,15 @@ def _events(run: RunDir) -> Iterator[Defect]:
         yield Defect(
             f"events.jsonl has {damaged} damaged {'line' if damaged == 1 else 'lines'}",
             "a repair removes them, and keeps a copy of the original file",
-            partial(rewrite_events, run),
+            partial(_write_whole_events, run, run.events_path, keep := _place_aside(run.events_path)),
+            f"left them out; the file as it was is {keep.name}",
         )
 
 
-def rewrite_events(run: RunDir) -> str:
-    """Remove damaged lines from ``events.jsonl``."""
-    content = b"".join(line for line, _ in events_and_damage(run.events_path))
-    aside = _place_aside(run.events_path)
-    atomic_write(run.events_path, content, durable=True, keep=aside)
-    return f"left them out; the file as it was is {aside.name}"
-
-
-def restore_events(run: RunDir, aside: Path) -> str:
-    """Restore the events from the file that an interrupted repair moved aside."""
-    content = b"".join(line for line, _ in events_and_damage(aside))
-    atomic_write(run.events_path, content, durable=True)
-    return f"restored events.jsonl from {aside.name}"
+def _write_whole_events(run: RunDir, origin: Path, keep: Path | None = None) -> None:
+    """Write the events of a file without its damaged lines; the present one gets the name ``keep``."""
+    content = b"".join(line for line, _ in events_and_damage(origin))
+    atomic_write(run.events_path, content, durable=True, keep=keep)
 
 
 def _checkpoints(run: RunDir) -> Iterator[Defect]:
@@ -179,13 +165,9 @@ def _checkpoints(run: RunDir) -> Iterator[Defect]:
             yield Defect(
                 f"checkpoint of step {step}: {damage}",
                 "an earlier one is used instead; a repair moves this one aside",
-                partial(set_aside, folder),
+                partial(move_aside, folder),
+                f"moved it to {_place_aside(folder).name}",
             )
-
-
-def set_aside(folder: Path) -> str:
-    """Move a damaged file or folder aside."""
-    return f"moved it to {_move_aside(folder).name}"
 
 
 def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
@@ -195,7 +177,8 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
     if damage is None:
         return
     if state != "finished":
-        yield Defect(f"adapter: {damage}", "a repair moves it aside", partial(set_aside, run.adapter_dir))
+        move, place = partial(move_aside, run.adapter_dir), _place_aside(run.adapter_dir).name
+        yield Defect(f"adapter: {damage}", "a repair moves it aside", move, f"moved it to {place}")
         return
     whole = [step for step, folder in run.checkpoints() if checkpoint_damage(folder) is None]
     remedy = (
@@ -209,7 +192,7 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
 def reopen(run: RunDir, damage: str) -> str:
     """Turn a finished run into a failed one, so that it can be resumed."""
     if run.adapter_dir.exists():
-        _move_aside(run.adapter_dir)
+        move_aside(run.adapter_dir)
     resume = f"`qlora-tui resume {run.id}`"
     lost = Failed(
         at=time.time(),
@@ -262,7 +245,8 @@ def check_queue() -> CheckResult:
         Defect(
             f"{name} is queued and does not exist",
             "a repair removes it from the queue",
-            partial(take_out, RunDir(paths.runs_dir() / name)),
+            partial(run_queue.remove, RunDir(paths.runs_dir() / name)),
+            "taken out",
         )
         for name in run_queue.waiting()
         if not (paths.runs_dir() / name).is_dir()
@@ -270,25 +254,14 @@ def check_queue() -> CheckResult:
     return CheckResult("queue", None, tuple(defects))
 
 
-def take_out(run: RunDir) -> str:
-    """Remove a run that no longer exists from the queue."""
-    run_queue.remove(run)
-    return "taken out"
-
-
 def check_leftovers() -> CheckResult:
     """List what killed processes left half written."""
     defects = [
-        Defect(f"{path} was left by a killed process", "a repair deletes it", partial(delete, path))
+        Defect(what, "a repair deletes it", partial(leftovers.delete, path), "deleted")
         for path in leftovers.leftovers()
+        if (what := f"{path} was left by a killed process")
     ]
     return CheckResult("leftovers", None, tuple(defects))
-
-
-def delete(path: Path) -> str:
-    """Delete the leftovers of a killed process."""
-    leftovers.delete(path)
-    return "deleted"
 
 
 def apply_repairs(
@@ -346,7 +319,8 @@ def _apply(defects: list[Defect]) -> list[str]:
     for defect in defects:
         assert defect.repair is not None
         try:
-            done.append(defect.repair())
+            outcome = defect.repair()
+            done.append(defect.done or str(outcome))
         except (OSError, UserError) as error:
             done.append(f"could not repair {defect.what}: {_reason(error)}")
     return done
@@ -362,7 +336,7 @@ def last_aside(path: Path) -> Path | None:
     return max(takewhile(Path.exists, asides), key=lambda aside: aside.stat().st_ctime_ns, default=None)
 
 
-def _move_aside(path: Path) -> Path:
+def move_aside(path: Path) -> Path:
     """Rename a file or folder within its folder, durably; return its new path."""
     aside = _place_aside(path)
     path.rename(aside)

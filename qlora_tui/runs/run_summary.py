@@ -182,7 +182,7 @@ def summarize(run: RunDir) -> RunSummary:
     recipe = run.readable_recipe()
     model, settings = "unknown", "recipe unreadable"
     if recipe is not None:
-        model, settings = short_model(recipe), short_settings(recipe)
+        model, settings = short_model_name(recipe.model.id) or "none", short_settings(recipe)
     return RunSummary(
         run=run,
         name=run.name,
@@ -227,11 +227,6 @@ def _verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
     return judge_run(gather_evidence(view, read_task_evaluation(view.run), recipe))
 
 
-def short_model(recipe: Recipe) -> str:
-    """The model's name without the publisher, folder, hash or suffix."""
-    return short_model_name(recipe.model.id) or "none"
-
-
 def short_settings(recipe: Recipe) -> str:
     """``nf4 r16 2,048×2×8``, for a narrow column of a list."""
     training = recipe.training
@@ -254,7 +249,9 @@ def find_defect(view: RunView) -> ResultDefect | None:
         return None
     last = view.last_evaluation
     if math.isnan(view.loss) or (last is not None and last.loss is None):
-        return ResultDefect("NaN loss", f"The loss is not a number{_nan_since(view)}.")
+        step = next((health.step for health in view.health if health.kind == "nan_loss"), None)
+        since = "" if step is None else f" since step {step:,}"
+        return ResultDefect("NaN loss", f"The loss is not a number{since}.")
     before = view.loss_before_training
     if last is not None and last.step and last.loss is not None and before is not None and last.loss > before:
         return ResultDefect(
@@ -263,12 +260,6 @@ def find_defect(view: RunView) -> ResultDefect | None:
             f"was {format_float(before, 3)}.",
         )
     return None
-
-
-def _nan_since(view: RunView) -> str:
-    """`` since step 90``; empty if no warning names the step."""
-    step = next((health.step for health in view.health if health.kind == "nan_loss"), None)
-    return "" if step is None else f" since step {step:,}"
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,11 @@ def suggest_fix(
     if recipe is None:
         return None
     if isinstance(ending, Failed) and ending.kind == "out_of_memory":
-        prepares = ending.phase in PREPARING_PHASES
-        return _next_run(recipe, _smaller_model(recipe) if prepares else _less_memory(recipe, last_plan))
+        if ending.phase not in PREPARING_PHASES:
+            return _next_run(recipe, _less_memory(recipe, last_plan))
+        # The model alone takes too much.
+        is_large = recipe.quantization.method in ("int8", "none")
+        return _next_run(recipe, {"quantization.method": "nf4"} if is_large else {})
     for warning in reversed(health):
         fix = _fix_for(warning.kind, state, recipe)
         if fix is not None:
@@ -106,11 +109,6 @@ def _less_memory(recipe: Recipe, last_plan: RetryPlan) -> dict[str, Any]:
         length = recipe.data.max_length
         changes["data.max_length"] = min(length, max(_MIN_LENGTH, length // 2))
     return changes
-
-
-def _smaller_model(recipe: Recipe) -> dict[str, Any]:
-    """Settings with which the model alone takes less memory."""
-    return {"quantization.method": "nf4"} if recipe.quantization.method in ("int8", "none") else {}
 
 
 def _next_run(recipe: Recipe, changes: dict[str, Any]) -> SuggestedFix | None:

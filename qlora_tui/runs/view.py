@@ -282,7 +282,11 @@ class RunView:
                 self.started_at = event.at
                 self.step_chosen = None
                 self.ending, self.requested_ending, self.validation_change = None, "", None
-                self._truncate_to(event.resumed_from_step)
+                step = event.resumed_from_step
+                self.series.cut(step + 1)
+                self.evaluations = [e for e in self.evaluations if e.step <= step]
+                self.checkpoints = [c for c in self.checkpoints if c.step <= step]
+                self.samples = [s for s in self.samples if s.step <= step]
             case Queued():
                 self.ending = None
                 self.queued_at = self.queued_at or event.at
@@ -320,9 +324,3 @@ class RunView:
                 pass
             case Finished() | Failed() | Stopped() | Paused():
                 self.ending = event
-
-    def _truncate_to(self, step: int) -> None:
-        self.series.cut(step + 1)
-        self.evaluations = [e for e in self.evaluations if e.step <= step]
-        self.checkpoints = [c for c in self.checkpoints if c.step <= step]
-        self.samples = [s for s in self.samples if s.step <= step]

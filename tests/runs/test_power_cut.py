@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow
 Work = Callable[[], object]
 
 
-def repair_adapter(run: RunDir) -> str:
-    return check.set_aside(run.adapter_dir)
+def repair_adapter(run: RunDir) -> Path:
+    return check.move_aside(run.adapter_dir)
 
 
 @pytest.fixture(autouse=True)

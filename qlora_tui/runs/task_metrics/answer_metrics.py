@@ -190,9 +190,9 @@ def compare_means(name: str, base: Sequence[float], adapter: Sequence[float]) ->
         name=name,
         rows=rows,
         base=sum(base) / rows,
-        base_interval=_within_unit(mean_interval(base)),
+        base_interval=_bounded(mean_interval(base), 0.0, 1.0),
         adapter=sum(adapter) / rows,
-        adapter_interval=_within_unit(mean_interval(adapter)),
+        adapter_interval=_bounded(mean_interval(adapter), 0.0, 1.0),
         difference_interval=_bounded(
             mean_interval([after - before for before, after in zip(base, adapter, strict=True)]), -1.0, 1.0
         ),
@@ -292,11 +292,6 @@ def fits_tools(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
     return False
 
 
-def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:
-    """Whether two answers make the same calls: names and arguments, in order."""
-    return [(call.name, call.arguments) for call in one] == [(call.name, call.arguments) for call in other]
-
-
 def _calls(text: str) -> list[ToolCall]:
     """Raises ValueError for a malformed call."""
     if "<tool_call>" in text:
@@ -369,10 +364,6 @@ def _mean(name: str, rows: Sequence[TaskRow]) -> Metric:
     )
 
 
-def _within_unit(interval: Interval) -> Interval:
-    return _bounded(interval, 0.0, 1.0)
-
-
 def _bounded(interval: Interval, low: float, high: float) -> Interval:
     return Interval(max(low, interval.low), min(high, interval.high))
 
@@ -387,7 +378,8 @@ def _valid_call(row: TaskRow, answer: str, raw: str) -> bool:
 
 
 def _same_call(row: TaskRow, answer: str, raw: str) -> bool:
-    return same_calls(read_calls(raw), read_calls(row.reference_raw))
+    made, wanted = ([(c.name, c.arguments) for c in read_calls(text)] for text in (raw, row.reference_raw))
+    return made == wanted
 
 
 def _count_labels(rows: Sequence[TaskRow], names: Sequence[str]) -> tuple[LabelCount, ...]:
