@@ -25,7 +25,7 @@ from qlora_tui.tui.render.charts import (
 )
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.series import MAX_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
-from qlora_tui.tui.screens.train.run_graph import LossGraph, StepChart
+from qlora_tui.tui.screens.train.run_graph import StepChart, graph_lines
 from qlora_tui.tui.terminal_app import changed_cells
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)
@@ -175,12 +175,9 @@ SPIKE = Envelope(
 
 
 def drawn_with(width: int, height: int) -> list[str]:
-    graph = LossGraph("No steps yet.")
     plot = Plot(Axis(0, 100, "step"), Axis(0, 10, "loss"), (Curve(SPIKE, "loss", ""),))
-    graph.show(
-        plot, (StepChart("lr", "1e-4", "10", SPIKE, 10.0), StepChart("tok/s", "12,345", "10", SPIKE, 10.0))
-    )
-    return [line.plain for line in graph.draw(width, height)]
+    charts = (StepChart("lr", "1e-4", "10", SPIKE, 10.0), StepChart("tok/s", "12,345", "10", SPIKE, 10.0))
+    return [line.plain for line in graph_lines(plot, charts, width, height)]
 
 
 def spike_at(line: str) -> int:

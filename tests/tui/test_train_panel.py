@@ -5,15 +5,13 @@ import pytest
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.fields import fields
 from qlora_tui.runs.telemetry import Reading
-from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
+from qlora_tui.tui.screens.train.gpu_panel import MachineState, machine_lines
 from qlora_tui.tui.setting_stepper import step_value
 from tests.tui.fake_runs import GIB
 
 
 def drawn(machine: MachineState, width: int = 30, height: int = 24) -> list[str]:
-    panel = GpuPanel()
-    panel.show(machine)
-    return [line.plain for line in panel.draw(width, height)]
+    return [line.plain for line in machine_lines(machine, width, height)]
 
 
 def test_a_missing_gpu_value_is_na_and_never_zero() -> None:

@@ -230,6 +230,11 @@ class Plot:
         return bool(self.empty) and not self.marks and not any(curve.envelope.xs for curve in self.curves)
 
 
+def no_plot(text: str) -> Plot:
+    """Return a plot with a text and nothing else."""
+    return Plot(Axis(0, 1), Axis(0, 1), empty=text)
+
+
 @dataclass
 class _Canvas:
     width: int

@@ -14,7 +14,7 @@ from qlora_tui.installation import install_command
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.charts import Axis, Curve, Mark, Plot, overall, rounded, so_far, ticks
+from qlora_tui.tui.render.charts import Axis, Curve, Mark, Plot, no_plot, overall, rounded, so_far, ticks
 from qlora_tui.tui.render.labels import best_words, no_steps_words
 from qlora_tui.tui.render.series import Envelope
 
@@ -35,7 +35,7 @@ def summary_plot(summary: RunSummary | None) -> Plot:
     """Return the plot of a run; without steps it says whether there will be any."""
     if summary is None or not summary.losses:
         is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
-        return Plot(Axis(0, 1), Axis(0, 1), empty=no_steps_words(is_over=is_over))
+        return no_plot(no_steps_words(is_over=is_over))
     broken = tuple(not math.isfinite(loss) for loss in summary.losses)
     loss = Envelope(
         tuple(map(float, summary.steps)),

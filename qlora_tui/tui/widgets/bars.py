@@ -17,7 +17,7 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.line_widgets import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import Drawing
 
 _MARGIN = 1
 _GAP, _NARROW_GAP = 3, 1
@@ -108,7 +108,7 @@ def _gpu_text(system_status: SystemStatus) -> str:
     return f"{system_status.gpu.short_name} {use} {memory}{temperature}"
 
 
-class CommandFooter(DiffWidget):
+class CommandFooter(Drawing):
     """``s Stop   z Pause   ^P Palette``; keys that do not fit are in the help. A click presses a key.
 
     Textual's Footer mounts a widget for each key at every change of focus, and its style caches keep them.
@@ -124,7 +124,7 @@ class CommandFooter(DiffWidget):
 
     def __init__(self, also: Collection[str] = ()) -> None:
         """``also``: ids of commands of the app that are shown after the screen's own."""
-        super().__init__()
+        super().__init__(self._lines)
         self._also = also
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
@@ -147,7 +147,7 @@ class CommandFooter(DiffWidget):
         self._app_bindings = [active for active in of_app if active not in also]
         self.redraw()
 
-    def draw(self, width: int, height: int) -> list[Content]:
+    def _lines(self, width: int, height: int) -> list[Content]:
         own, of_app, gap = self._fitting_items(width)
         left, right = (Content(" " * gap).join(item for item, _ in items) for items in (own, of_app))
         space = width - 2 * _MARGIN - left.cell_length - right.cell_length

@@ -2,46 +2,70 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 from rich.segment import Segment
 from rich.style import Style
 from textual.content import Content
-from textual.geometry import Region
+from textual.geometry import Region, Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.visual import Visual
 from textual.widget import Widget
 from textual.widgets import Static
 
-from qlora_tui.tui.render.charts import Axis, Plot, plot
-
 _PLACE = "offset"
 
 
-class DiffWidget(Widget):
-    """Subclasses give :meth:`draw`, and call :meth:`redraw` when what they show may have changed."""
+Draw: TypeAlias = Callable[[int, int], Sequence[Content]]
+"""Returns the lines for so many cells and rows; lines beyond the last row are not shown."""
+_ALL_ROWS = 10_000
+"""More rows than any drawing has."""
+
+
+class Drawing(Widget):
+    """Lines that a function draws for the size of the widget; only lines that changed are painted again.
+
+    It fills its container, or is as high as its lines (``height: auto``).
+    """
 
     DEFAULT_CSS = """
-    DiffWidget {
+    Drawing {
+        height: 1fr;
         text-wrap: nowrap;
         text-overflow: ellipsis;
+        &.graph {
+            min-height: 4;
+        }
     }
     """
 
-    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
+    def __init__(
+        self, draw: Draw = lambda width, height: (), *, id: str | None = None, classes: str | None = None
+    ) -> None:
         super().__init__(id=id, classes=classes)
+        self._draw = draw
+        self._row_count = 0
+        """Lines at the last layout, of a drawing as high as its lines."""
         self._strips: list[Strip] = []
         self._drawn_for: object = None
 
-    @abstractmethod
-    def draw(self, width: int, height: int) -> list[Content]:
-        """The lines as they should be now, at most ``height`` of them."""
+    def show(self, draw: Draw) -> None:
+        """Draw by another function; an equal ``partial`` costs nothing."""
+        if _parts(draw) != _parts(self._draw):
+            self._draw = draw
+            self.redraw()
 
     def redraw(self) -> None:
         """Draw again, and repaint the lines that differ, which costs half of what painting all does."""
         if not self.is_mounted:
             return
+        height, width = self.styles.height, self.size.width
+        is_as_high_as_lines = height is not None and height.is_auto and width
+        if is_as_high_as_lines and len(self._draw(width, _ALL_ROWS)) != self._row_count:
+            self.refresh(layout=True)
         if self._drawn_for != self._conditions():
             # Never drawn, or another size or theme: everything is painted anyway.
             self.refresh()
@@ -50,6 +74,10 @@ class DiffWidget(Widget):
         lines = enumerate(zip(before, self._strips, strict=True))
         if changed := [Region(0, y, self.size.width, 1) for y, (old, new) in lines if old != new]:
             self.refresh(*changed)
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        self._row_count = len(self._draw(width, _ALL_ROWS))
+        return self._row_count
 
     def render_line(self, y: int) -> Strip:
         conditions = self._conditions()
@@ -69,33 +97,25 @@ class DiffWidget(Widget):
         width, height = self.size
         if not width or not height:
             return []
-        lines = self.draw(width, height)[:height]
+        lines = list(self._draw(width, height))[:height]
         lines += [Content("")] * (height - len(lines))
         return render_strips(self, Content("\n").join(lines), width, height)
 
 
-class Graph(DiffWidget):
-    """Shows a :class:`Plot`."""
+def _parts(draw: Draw) -> object:
+    """What two equal drawings have in common: the function and its arguments."""
+    return (draw.func, draw.args, draw.keywords) if isinstance(draw, partial) else draw
 
-    DEFAULT_CSS = """
-    Graph {
-        height: 1fr;
-        min-height: 4;
-    }
-    """
 
-    def __init__(self, empty: str = "", *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self._plot = Plot(Axis(0, 1), Axis(0, 1), empty=empty)
-
-    def show(self, what: Plot) -> None:
-        """Draw this; repaints nothing where it looks the same."""
-        if what != self._plot:
-            self._plot = what
-            self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        return plot(self._plot, width, height)
+def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
+    """Return the lines with long ones going on in the next, indented; the last says if there is no room."""
+    shown: list[Content] = []
+    for line in lines:
+        first, *rest = line.wrap(max(1, width - 2)) or [Content("")]
+        shown += [first, *(Content("  ") + piece for piece in rest)]
+    if len(shown) > height > 0:
+        shown[height - 1] = Content.styled("… the rest is in the tabs", "dim")
+    return shown
 
 
 class LineView(ScrollView, can_focus=True):

@@ -6,6 +6,7 @@ Imported and used in a thread: its imports would delay the first frame.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -197,7 +198,7 @@ def run_lines(
     return lines
 
 
-def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Content]:
+def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
     """``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12, 4 h ago``: a line for each."""
 
     def state(summary: RunSummary) -> Content:
@@ -223,7 +224,7 @@ def recent_lines(summaries: list[RunSummary], now: float, width: int) -> list[Co
         ),
         Column(text=when, style="dim"),
     )
-    return table(columns, summaries, width)
+    return table(columns, summaries[:height], width)
 
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:

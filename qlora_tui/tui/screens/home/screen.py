@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,14 +22,13 @@ from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.ui_state import load_ui_state, save_ui_state
 from qlora_tui.tui.widgets.controls import ViScroll
-from qlora_tui.tui.widgets.line_widgets import DiffWidget, Graph, update_if_changed
+from qlora_tui.tui.widgets.line_widgets import Drawing, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_tui.recipe.schema import Recipe
-    from qlora_tui.runs.run_summary import RunSummary
     from qlora_tui.tui.screens.home.next_step import NextStep
     from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader
     from qlora_tui.tui.workbench import Workbench
@@ -39,27 +39,6 @@ _SIDE, _WIDE_SIDE = 42, 60
 _FRAME = 5
 """Cells of a panel's border and padding, and of the scroll bar."""
 _SHORT_FRAME = 3
-
-
-class RecentRuns(DiffWidget):
-    """The runs before the last, as many as there is room for."""
-
-    def __init__(self) -> None:
-        super().__init__(id="recent-runs")
-        self._summaries: tuple[RunSummary, ...] = ()
-        self._now = 0.0
-
-    def show(self, summaries: tuple[RunSummary, ...], now: float) -> None:
-        """Show these; ``now`` is the Unix time that ages are counted to."""
-        self._summaries, self._now = summaries, now
-        self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        if not self._summaries:
-            return []
-        from qlora_tui.tui.screens.home.reader import recent_lines  # not needed for the first frame
-
-        return recent_lines(list(self._summaries[:height]), self._now, width)
 
 
 class HomeScreen(WorkScreen):
@@ -94,10 +73,7 @@ class HomeScreen(WorkScreen):
             height: 1fr;
             min-height: 3;
         }
-        RecentRuns {
-            height: 1fr;
-        }
-        &.-very-wide #home-side {
+              &.-very-wide #home-side {
             width: 60;
         }
         &.-narrow, &.-short {
@@ -145,7 +121,7 @@ class HomeScreen(WorkScreen):
                 yield Panel(
                     "Run",
                     Static(id="run"),
-                    Graph(empty=" ", id="run-graph"),
+                    Drawing(id="run-graph", classes="graph"),
                     keys=(("go.train", "open"), ("home.export", "export")),
                     id="run-panel",
                 )
@@ -160,7 +136,9 @@ class HomeScreen(WorkScreen):
                 keys=(("app.presets", "presets"),),
                 id="recipe-panel",
             )
-            yield Panel("Earlier runs", RecentRuns(), keys=(("go.runs", "all runs"),), id="recent-panel")
+            yield Panel(
+                "Earlier runs", Drawing(id="recent-runs"), keys=(("go.runs", "all runs"),), id="recent-panel"
+            )
 
     def on_mount(self) -> None:
         self.query_one("#next-panel").border_subtitle = "qlora-tui"
@@ -316,16 +294,18 @@ class HomeScreen(WorkScreen):
 
     def _show_run(self, facts: HomeFacts) -> None:
         """What of the run and of earlier ones is more than text."""
+        from qlora_tui.tui.render.charts import plot
         from qlora_tui.tui.render.loss import summary_plot
+        from qlora_tui.tui.screens.home.reader import recent_lines
 
         is_new, is_active = facts.last is None, self.qlora_app.system_status.active is not None
         panel = self.query_one("#run-panel", Panel)
         panel.show_title("Run" if is_new or is_active else "Last run")
         keys = (("go.train", "watch"),) if is_active else (("go.train", "open"), ("home.export", "export"))
         panel.show_keys(() if is_new else keys)
-        graph = self.query_one("#run-graph", Graph)
+        graph = self.query_one("#run-graph", Drawing)
         graph.visible = not is_new
-        graph.show(summary_plot(facts.last))
+        graph.show(partial(plot, summary_plot(facts.last)))
         is_compact = self._layout(self.size).is_compact
         self.query_one("#queue-panel").display = not is_compact or bool(
             self.qlora_app.system_status.waiting_ids
@@ -334,7 +314,8 @@ class HomeScreen(WorkScreen):
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
         self.query_one("#recipe-panel", Panel).show_title(f"Recipe of the next run · {preset}")
         self.query_one("#recent-panel").display = bool(facts.recent)
-        self.query_one(RecentRuns).show(facts.recent, clock.now())
+        recent = partial(recent_lines, facts.recent, clock.now())
+        self.query_one("#recent-runs", Drawing).show(recent)
 
     def _show_lines(self, panel: str, lines: tuple[Content, ...]) -> None:
         """Show the text of a panel if it reads differently than before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from textual.content import Content
@@ -11,7 +12,7 @@ from qlora_tui.formatting import format_gib
 from qlora_tui.memory.step import PHASES, Moment, Phase
 from qlora_tui.tui.render.charts import Axis, join_cells, ticks
 from qlora_tui.tui.screens.memory.peak_panel import PARTS, BarPart, part_of
-from qlora_tui.tui.widgets.line_widgets import DiffWidget
+from qlora_tui.tui.widgets.line_widgets import Drawing
 from qlora_tui.tui.widgets.panel import Panel
 
 _TITLE = "Loading and a training step (GiB)"
@@ -35,36 +36,11 @@ class _GraphColumn:
     total_bytes: int
 
 
-class TimelineGraph(DiffWidget):
-    """Shows the moments of a step, with the limit as a line."""
-
-    DEFAULT_CSS = """
-    TimelineGraph {
-        height: 1fr;
-    }
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._moments: tuple[Moment, ...] = ()
-        self._limit_bytes = 1
-
-    def show(self, moments: tuple[Moment, ...], limit_bytes: int) -> None:
-        """Show these, from left to right."""
-        self._moments, self._limit_bytes = moments, limit_bytes
-        self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        if not self._moments or height < 3:
-            return []
-        return timeline_lines(self._moments, self._limit_bytes, width, height)
-
-
 class TimelinePanel(Panel):
     """The graph under a title that says when memory is fullest."""
 
     def __init__(self) -> None:
-        self._graph = TimelineGraph()
+        self._graph = Drawing()
         super().__init__(_TITLE, self._graph, id="timeline-panel")
 
     def show(self, moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> None:
@@ -75,7 +51,7 @@ class TimelinePanel(Panel):
         if not _is_limit_shown(peak, limit_bytes):
             when += f", far below the limit of {format_gib(limit_bytes)} GiB"
         self.show_title(Content.assemble(_TITLE, (when, "$text-muted not bold")))
-        self._graph.show(moments, limit_bytes)
+        self._graph.show(partial(timeline_lines, moments, limit_bytes))
 
 
 def _is_limit_shown(peak: int, limit_bytes: int) -> bool:
@@ -85,6 +61,8 @@ def _is_limit_shown(peak: int, limit_bytes: int) -> bool:
 def timeline_lines(moments: tuple[Moment, ...], limit_bytes: int, width: int, height: int) -> list[Content]:
     """``height`` lines: the graph with its scale in GiB at the left, and the names of the phases below it."""
     rows = height - 1
+    if rows < 2:
+        return []
     peak = max(moment.total_bytes for moment in moments)
     limit_is_shown = _is_limit_shown(peak, limit_bytes)
     high = max(peak * _ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * _ABOVE_PEAK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -26,12 +27,12 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.render.charts import Axis, Curve, Plot, overall, rounded, so_far
+from qlora_tui.tui.render.charts import Axis, Curve, Plot, no_plot, overall, plot, rounded, so_far
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.runs.run_table import MARKS
 from qlora_tui.tui.screens.train.run_follower import smoothing_window
-from qlora_tui.tui.widgets.line_widgets import Graph
+from qlora_tui.tui.widgets.line_widgets import Drawing
 
 MAX_COMPARED = len(MARKS)
 _STEPS = 800
@@ -208,7 +209,7 @@ class CompareScreen(ModalScreen[None], CancelsWorkersFirst):
         with Vertical(id="compare") as dialog:
             dialog.border_title = f"{len(self._runs)} runs compared"
             dialog.border_subtitle = dialog_keys(self.BINDINGS)
-            yield Graph(empty="Reading the runs…")
+            yield Drawing(partial(plot, no_plot("Reading the runs…")), classes="graph")
             with VerticalScroll(id="compare-table-side"):
                 yield Static(id="compare-table")
 
@@ -225,7 +226,7 @@ class CompareScreen(ModalScreen[None], CancelsWorkersFirst):
     @work(exclusive=True)
     async def _read(self) -> None:
         self._compared = [await asyncio.to_thread(read, run) for run in self._runs]
-        self.query_one(Graph).show(compare_plot(self._compared))
+        self.query_one(Drawing).show(partial(plot, compare_plot(self._compared)))
         self._show_table()
 
     def _show_table(self) -> None:

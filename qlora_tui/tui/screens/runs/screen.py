@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from textual import work
@@ -28,6 +29,7 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import key_name, name_keys
+from qlora_tui.tui.render.charts import plot
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
@@ -49,7 +51,7 @@ from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import TextField
-from qlora_tui.tui.widgets.line_widgets import Graph, update_if_changed
+from qlora_tui.tui.widgets.line_widgets import Drawing, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
@@ -122,7 +124,7 @@ class RunsScreen(EvaluationActions):
             yield Panel(
                 "Run",
                 Static(id="run-detail"),
-                Graph(empty=" ", id="run-graph"),
+                Drawing(id="run-graph", classes="graph"),
                 id="run-panel",
             )
             with VerticalScroll(id="preview-side", can_focus=False):
@@ -275,7 +277,7 @@ class RunsScreen(EvaluationActions):
         self._show("run-detail", detail)
         if is_short:
             return
-        self.query_one("#run-graph", Graph).show(summary_plot(summary))
+        self.query_one("#run-graph", Drawing).show(partial(plot, summary_plot(summary)))
         width = max(20, self.query_one("#run-result").content_size.width)
         self._show("run-result", result_lines(summary, clock.now(), width, self.progress_of(summary.id)))
         if files is not None:

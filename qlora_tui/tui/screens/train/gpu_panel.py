@@ -16,7 +16,6 @@ from qlora_tui.formatting import format_bytes, format_gib
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Reading
 from qlora_tui.tui.render.charts import bar, blocks
-from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _HOT_C = 83
 _LABEL = 8
@@ -42,43 +41,27 @@ class MachineState:
     """Whether the run has ended, and these were its last readings."""
 
     @property
+    def has_no_gpu(self) -> bool:
+        """Whether the run is known to use none."""
+        return bool(self.readings) and self.readings[-1].gpu is None
+
+    @property
     def title(self) -> str:
         """Title of the panel."""
         name = self.device or "Machine"
-        if self.readings and self.readings[-1].gpu is None:
+        if self.has_no_gpu:
             name += " · no GPU"
         return f"{name} · last readings" if self.is_over and self.readings else name
 
 
-class GpuPanel(DiffWidget):
-    """A line or two for each reading at the side of the graph, or two lines in all."""
-
-    DEFAULT_CSS = """
-    GpuPanel {
-        height: 8;
-    }
-    """
-
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self._machine = MachineState()
-
-    def show(self, machine: MachineState) -> None:
-        """Show new data; repaints only what changed."""
-        if machine != self._machine:
-            self._machine = machine
-            self.set_class(bool(machine.readings) and machine.readings[-1].gpu is None, "-no-gpu")
-            self.set_class(not machine.readings, "-empty")
-            self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        machine = self._machine
-        if not machine.readings:
-            return [Content.styled("No readings yet.", "dim")]
-        meters = _meters(machine)
-        if height <= _SHORT_ROWS:
-            return _short_lines(machine, meters, width)
-        return _lines(machine, meters, width, rows=2 if height >= _TALL_ROWS else 1)
+def machine_lines(machine: MachineState, width: int, height: int) -> list[Content]:
+    """Draw a line or two for each reading, or two lines in all."""
+    if not machine.readings:
+        return [Content.styled("No readings yet.", "dim")]
+    meters = _meters(machine)
+    if height <= _SHORT_ROWS:
+        return _short_lines(machine, meters, width)
+    return _lines(machine, meters, width, rows=2 if height >= _TALL_ROWS else 1)
 
 
 @dataclass(frozen=True)
@@ -150,7 +133,7 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
             # A value beside the bar is longer than this text, so that it always fits.
             tick = " " * place + f"▲ {text}" if cells else text
             lines.append(Content.assemble(" " * _LABEL, (tick, "$accent")))
-    if machine.readings[-1].gpu is None:
+    if machine.has_no_gpu:
         lines.append(Content.styled("No GPU in this run.", "dim"))
     return lines
 

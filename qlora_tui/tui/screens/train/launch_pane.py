@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from textual.app import ComposeResult
@@ -23,7 +24,7 @@ from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.widgets.controls import ViScroll
-from qlora_tui.tui.widgets.line_widgets import DiffWidget, update_if_changed
+from qlora_tui.tui.widgets.line_widgets import Drawing, update_if_changed
 from qlora_tui.tui.widgets.panel import Panel
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 
@@ -75,18 +76,19 @@ class LaunchPane(Vertical):
         super().__init__(id="launch")
 
     def compose(self) -> ComposeResult:
-        yield Panel("Launch", LaunchVerdict(), id="verdict-panel")
+        yield Panel("Launch", Drawing(partial(verdict_lines, (), None), id="verdict"), id="verdict-panel")
         with Container(id="launch-body"):
             yield Panel("Recipe", SettingsForm(_form_fields(), id="recipe-form"), id="recipe-panel")
             with Vertical(id="checks-column"):
                 with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
                     yield CheckList()
-                notes = SettingNotes(_form_fields())
+                notes = Drawing(partial(note_page, _form_fields(), _form_fields()[0]), id="notes")
                 yield Panel("What the settings do", notes, id="notes-panel")
 
     def on_setting_list_moved(self) -> None:
         """Explain the setting that the cursor is on."""
-        self.query_one(SettingNotes).select(self.query_one(SettingsForm).field)
+        selected = self.query_one(SettingsForm).field
+        self.query_one("#notes", Drawing).show(partial(note_page, _form_fields(), selected))
 
     def show_recipe(self, recipe: Recipe, base: Recipe) -> None:
         """The recipe as it is now, beside its preset."""
@@ -94,47 +96,26 @@ class LaunchPane(Vertical):
 
     def show_checks(self, checks: tuple[Check, ...], recipe: Recipe) -> None:
         """The results of the checks, and whether the run can start."""
-        self.query_one(LaunchVerdict).show(checks, recipe)
+        self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe))
         self.query_one(CheckList).show(checks)
 
 
-class SettingNotes(DiffWidget):
-    """The help of as many settings as there is room for; that of the selected one is marked.
+def note_page(fields: Sequence[Field], selected: Field, width: int, height: int) -> list[Content]:
+    """Draw the help of as many settings as there is room for; that of the selected one is marked.
 
     It turns pages instead of scrolling, so that a step of the cursor changes two notes and not all of them.
     """
-
-    DEFAULT_CSS = """
-    SettingNotes {
-        height: 1fr;
-    }
-    """
-
-    def __init__(self, fields: Sequence[Field]) -> None:
-        super().__init__()
-        self._fields = fields
-        self._selected = fields[0]
-
-    def select(self, field: Field) -> None:
-        """Mark this setting, on its page."""
-        self._selected = field
-        self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        return next(page for page, shown in self._pages(width, height) if self._selected in shown)
-
-    def _pages(self, width: int, height: int) -> Iterator[tuple[list[Content], list[Field]]]:
-        """Pages of at most ``height`` lines with their settings; a note is not divided between two."""
-        page: list[Content] = []
-        shown: list[Field] = []
-        for field in self._fields:
-            lines = note_lines(field, width, is_selected=field == self._selected)
-            if shown and len(page) + len(lines) > height:
-                yield page, shown
-                page, shown = [], []
-            page += lines
-            shown.append(field)
-        yield page, shown
+    page: list[Content] = []
+    has_selected = False
+    for field in fields:
+        lines = note_lines(field, width, is_selected=field == selected)
+        if page and len(page) + len(lines) > height:
+            if has_selected:
+                break
+            page = []
+        page += lines
+        has_selected |= field == selected
+    return page
 
 
 def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
@@ -148,30 +129,14 @@ def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
     return [head, *(Content(" " * 2) + line for line in text.wrap(max(20, width - 2)))]
 
 
-class LaunchVerdict(DiffWidget):
-    """Whether the run can start, and the one thing to do now; then what the run will be."""
-
-    DEFAULT_CSS = """
-    LaunchVerdict {
-        height: 2;
-    }
-    """
-
-    def __init__(self) -> None:
-        super().__init__(id="verdict")
-        self._first = Content("Checking what the run needs…")
-        self._plan: list[str] = []
-
-    def show(self, checks: tuple[Check, ...], recipe: Recipe) -> None:
-        """Show the results of the checks."""
-        self._first, self._plan = conclusion(checks), _plan(recipe)
-        self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        parts = list(self._plan)
-        while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
-            parts.pop()
-        return [self._first, Content.styled(_SEPARATOR.join(parts), "dim")]
+def verdict_lines(checks: tuple[Check, ...], recipe: Recipe | None, width: int, height: int) -> list[Content]:
+    """Draw whether the run can start, and the one thing to do now; then what the run will be."""
+    if recipe is None:
+        return [Content("Checking what the run needs…")]
+    parts = _plan(recipe)
+    while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
+        parts.pop()
+    return [conclusion(checks), Content.styled(_SEPARATOR.join(parts), "dim")]
 
 
 class CheckList(Static):

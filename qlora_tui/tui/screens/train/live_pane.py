@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import ClassVar
 
@@ -21,24 +22,31 @@ from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, key_name
-from qlora_tui.tui.screens.train.gpu_panel import GpuPanel, MachineState
+from qlora_tui.tui.render.charts import no_plot, plot
+from qlora_tui.tui.screens.train.gpu_panel import MachineState, machine_lines
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
-from qlora_tui.tui.screens.train.run_graph import LossGraph, loss_plot, step_charts
+from qlora_tui.tui.screens.train.run_graph import graph_lines, loss_plot, step_charts
 from qlora_tui.tui.screens.train.run_panels import (
-    FactList,
-    RunHeader,
-    StartStages,
     evaluation_lines,
+    header_lines,
     health_lines,
     is_starting,
     outcome_text,
     sample_lines,
     samples_title,
     setup_lines,
+    stage_lines,
 )
 from qlora_tui.tui.textual_compat import follow_end
 from qlora_tui.tui.widgets.controls import SCROLL_KEYS
-from qlora_tui.tui.widgets.line_widgets import LineView, render_line, update_if_changed
+from qlora_tui.tui.widgets.line_widgets import (
+    Draw,
+    Drawing,
+    LineView,
+    render_line,
+    update_if_changed,
+    wrapped,
+)
 from qlora_tui.tui.widgets.panel import Panel
 
 SIGNS: dict[Level, tuple[str, str]] = {
@@ -84,20 +92,22 @@ class LivePane(Vertical):
     def compose(self) -> ComposeResult:
         yield Panel(
             "Run",
-            RunHeader(),
+            Drawing(id="run-header"),
             Static(id="run-outcome", markup=False),
             keys=(("train.another", "other run"), ("train.copy", "copy command")),
             id="run-panel",
         )
         with Horizontal(id="live-body"):
             with Vertical(id="live-side"):
-                yield Panel("Machine", GpuPanel(), id="gpu-panel")
-                yield Panel("Health", FactList(id="health", wraps=True), id="health-panel")
-                yield Panel("Setup", FactList(id="setup"), id="setup-panel")
-                yield Panel("Validation", FactList(id="evaluations"), id="evaluations-panel")
-                yield Panel("Answers", FactList(id="samples", wraps=True), id="samples-panel")
+                yield Panel("Machine", Drawing(id="gpu"), id="gpu-panel")
+                yield Panel("Health", Drawing(id="health"), id="health-panel")
+                yield Panel("Setup", Drawing(id="setup"), id="setup-panel")
+                yield Panel("Validation", Drawing(id="evaluations"), id="evaluations-panel")
+                yield Panel("Answers", Drawing(id="samples"), id="samples-panel")
             with Vertical(id="live-main"):
-                yield Panel(_GRAPH, LossGraph(empty="Reading the run…"), StartStages(), id="graph-panel")
+                reading = partial(plot, no_plot("Reading the run…"))
+                graph = Drawing(reading, id="loss-graph", classes="graph")
+                yield Panel(_GRAPH, graph, Drawing(id="stages"), id="graph-panel")
                 yield Panel("", LogTail(_NO_EVENTS), keys=_LOG_KEYS, id="log-panel")
 
     def show(
@@ -111,7 +121,7 @@ class LivePane(Vertical):
         """
         self._snapshot = snapshot
         self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
-        self.query_one(RunHeader).show(snapshot, clock.now())
+        self._draw("run-header", partial(header_lines, snapshot, clock.now()))
         outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Static)
         update_if_changed(box, outcome or Content(""))
         box.display = outcome is not None
@@ -126,27 +136,31 @@ class LivePane(Vertical):
         waits = snapshot.status.state == "queued"
         panel.show_title(("Waiting" if waits else "Starting") if starting else _GRAPH)
         panel.show_keys(() if starting else _GRAPH_KEYS)
-        graph, stages = self.query_one(LossGraph), self.query_one(StartStages)
+        graph, stages = self.query_one("#loss-graph", Drawing), self.query_one("#stages", Drawing)
         graph.display, stages.display = not starting, starting
         if starting:
-            stages.show(snapshot, clock.now())
+            stages.show(partial(stage_lines, snapshot, clock.now()))
         else:
-            graph.show(loss_plot(snapshot, from_step), step_charts(snapshot))
+            graph.show(partial(graph_lines, loss_plot(snapshot, from_step), step_charts(snapshot)))
 
     def _show_side(self, snapshot: RunSnapshot) -> None:
         machine = self._machine(snapshot)
         self.query_one("#gpu-panel", Panel).show_title(machine.title)
-        self.query_one(GpuPanel).show(machine)
+        self._draw("gpu", partial(machine_lines, machine))
+        self.query_one("#gpu").set_class(machine.has_no_gpu, "-no-gpu").set_class(
+            not machine.readings, "-empty"
+        )
         self.query_one("#health-panel", Panel).show_keys(
             (("train.fix", "apply fix"),) if snapshot.fix is not None else ()
         )
-        self.query_one("#health", FactList).show(health_lines(snapshot))
-        setup = self.query_one("#setup", FactList)
-        setup.show(setup_lines(snapshot, snapshot.recipe, setup.size.width))
-        evaluations = self.query_one("#evaluations", FactList)
-        evaluations.show(evaluation_lines(snapshot, max(1, evaluations.size.height)))
+        self._draw("health", partial(wrapped, health_lines(snapshot)))
+        self._draw("setup", partial(setup_lines, snapshot))
+        self._draw("evaluations", partial(evaluation_lines, snapshot))
         self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
-        self.query_one("#samples", FactList).show(sample_lines(snapshot))
+        self._draw("samples", partial(wrapped, sample_lines(snapshot)))
+
+    def _draw(self, name: str, draw: Draw) -> None:
+        self.query_one(f"#{name}", Drawing).show(draw)
 
     def show_tab(self, name: str) -> None:
         """Put one of the texts in front."""

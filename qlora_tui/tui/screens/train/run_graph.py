@@ -30,7 +30,6 @@ from qlora_tui.tui.render.charts import (
 from qlora_tui.tui.render.labels import BEST, no_steps_words
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
-from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _MIN_ROWS, _TALL_ROWS, _SPACED_ROWS = 9, 20, 30
 """Rows from which there are charts, from which they are two rows high, and from which they stand apart."""
@@ -53,46 +52,25 @@ class StepChart:
     top: float
 
 
-class LossGraph(DiffWidget):
-    """A plot, and charts below it; without room for the charts only their last values."""
-
-    DEFAULT_CSS = """
-    LossGraph {
-        height: 1fr;
-        min-height: 4;
-    }
-    """
-
-    def __init__(self, empty: str) -> None:
-        super().__init__()
-        self._plot = Plot(Axis(0, 1), Axis(0, 1), empty=empty)
-        self._charts: tuple[StepChart, ...] = ()
-
-    def show(self, loss: Plot, charts: tuple[StepChart, ...]) -> None:
-        """Draw these; repaints nothing where it looks the same."""
-        if (loss, charts) != (self._plot, self._charts):
-            self._plot, self._charts = loss, charts
-            self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        charts = self._charts
-        if self._plot.is_empty or not charts:
-            return plot(self._plot, width, height)
-        if height < _MIN_ROWS:
-            return [*plot(self._plot, width, height - 1), _values(charts)]
-        names = max(len(chart.name) for chart in charts)
-        values = max(_MIN_VALUE_CELLS, *(len(chart.value) for chart in charts))
-        gutter = names + values + 2
-        rows = 2 if height >= _TALL_ROWS else 1
-        gap = [Content.styled("│".rjust(gutter), "dim")] if height >= _SPACED_ROWS else []
-        rows_below = (rows + len(gap)) * len(charts)
-        lines = plot(replace(self._plot, gutter=gutter), width, height - rows_below)
-        below = [
-            line
-            for chart in charts
-            for line in gap + _chart_lines(chart, self._plot.x, names, gutter, width - gutter, rows)
-        ]
-        return [*lines[:-1], *below, lines[-1]]
+def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: int) -> list[Content]:
+    """Draw the loss and below it the charts; without room for them only their last values."""
+    if loss.is_empty or not charts:
+        return plot(loss, width, height)
+    if height < _MIN_ROWS:
+        return [*plot(loss, width, height - 1), _values(charts)]
+    names = max(len(chart.name) for chart in charts)
+    values = max(_MIN_VALUE_CELLS, *(len(chart.value) for chart in charts))
+    gutter = names + values + 2
+    rows = 2 if height >= _TALL_ROWS else 1
+    gap = [Content.styled("│".rjust(gutter), "dim")] if height >= _SPACED_ROWS else []
+    rows_below = (rows + len(gap)) * len(charts)
+    lines = plot(replace(loss, gutter=gutter), width, height - rows_below)
+    below = [
+        line
+        for chart in charts
+        for line in gap + _chart_lines(chart, loss.x, names, gutter, width - gutter, rows)
+    ]
+    return [*lines[:-1], *below, lines[-1]]
 
 
 def _chart_lines(

@@ -9,7 +9,6 @@ from functools import partial
 from itertools import pairwise
 
 from textual.content import Content
-from textual.geometry import Size
 
 from qlora_tui.formatting import (
     abbreviate_home,
@@ -41,7 +40,6 @@ from qlora_tui.tui.render.labels import (
     targets_words,
 )
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
-from qlora_tui.tui.widgets.line_widgets import DiffWidget
 
 _MIN_BAR = 8
 _STEP_BAR = 8
@@ -78,51 +76,25 @@ _MIN_WIDTH_FOR_BAR = 60
 _row = partial(labeled, cells=_LABEL)
 
 
-class RunHeader(DiffWidget):
-    """Two lines: state and progress of a run, or how it ended; then what else is known."""
-
-    DEFAULT_CSS = """
-    RunHeader {
-        height: 2;
-    }
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._state = Content("")
-        self._progress: list[str] = []
-        self._facts: list[str] = []
-        self._share: float | None = None
-
-    def show(self, snapshot: RunSnapshot, now: float) -> None:
-        """Repaint what changed."""
-        shown = (
-            state_line(snapshot),
-            progress_facts(snapshot),
-            facts(snapshot, now),
-            progress_share(snapshot),
-        )
-        if shown != (self._state, self._progress, self._facts, self._share):
-            self._state, self._progress, self._facts, self._share = shown
-            self.redraw()
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        progress = "  ".join(self._progress)
-        room = width - self._state.cell_length - len(progress) - 2
-        first, others = self._state, self._facts
-        if room < 0:
-            others = [*self._progress, *others]
-        else:
-            cells = room - 2 if self._share is not None and room - 2 >= _MIN_BAR else 0
-            drawn = bar(self._share or 0.0, cells) + "  " if cells else ""
-            first = Content.assemble(first, "  ", (drawn, "$primary"), progress)
-        second = ""
-        for number, fact in enumerate(others):
-            piece = ("  " if number else "") + fact
-            if len(second) + len(piece) > width:
-                break
-            second += piece
-        return [first.truncate(width, ellipsis=True), highlight_keys(second)]
+def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
+    """Draw two lines: state and progress of a run, or how it ended; then what else is known."""
+    first, share = state_line(snapshot), progress_share(snapshot)
+    progress_parts, others = progress_facts(snapshot), facts(snapshot, now)
+    progress = "  ".join(progress_parts)
+    room = width - first.cell_length - len(progress) - 2
+    if room < 0:
+        others = [*progress_parts, *others]
+    else:
+        cells = room - 2 if share is not None and room - 2 >= _MIN_BAR else 0
+        drawn = bar(share or 0.0, cells) + "  " if cells else ""
+        first = Content.assemble(first, "  ", (drawn, "$primary"), progress)
+    second = ""
+    for number, fact in enumerate(others):
+        piece = ("  " if number else "") + fact
+        if len(second) + len(piece) > width:
+            break
+        second += piece
+    return [first, highlight_keys(second)]
 
 
 def state_line(snapshot: RunSnapshot) -> Content:
@@ -321,42 +293,6 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     return Content("\n").join(line for line in lines if line)
 
 
-class FactList(DiffWidget):
-    """Lines that a panel shows, cut to its size."""
-
-    def __init__(self, *, id: str | None = None, wraps: bool = False) -> None:
-        """``wraps``: whether long lines go on in the next, indented."""
-        super().__init__(id=id)
-        self._lines: list[Content] = []
-        self._wraps = wraps
-
-    def show(self, lines: list[Content]) -> None:
-        """Show these; repaints only what changed."""
-        width = self.size.width
-        before, self._lines = len(self._fitted(width)), lines
-        if len(self._fitted(width)) != before:
-            self.refresh(layout=True)
-        self.redraw()
-
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        return len(self._fitted(width))
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        lines = self._fitted(width)
-        if self._wraps and len(lines) > height > 0:
-            lines[height - 1] = Content.styled("… the rest is in the tabs", "dim")
-        return lines
-
-    def _fitted(self, width: int) -> list[Content]:
-        if not self._wraps or width <= 2:
-            return [line.truncate(width, ellipsis=True) for line in self._lines]
-        wrapped: list[Content] = []
-        for line in self._lines:
-            first, *rest = line.wrap(width - 2) or [Content("")]
-            wrapped += [first, *(Content("  ") + piece for piece in rest)]
-        return wrapped
-
-
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
     """The latest warning of each kind, the newest first."""
     latest = {health.kind: health for health in snapshot.health}
@@ -392,9 +328,9 @@ def _sample_step(snapshot: RunSnapshot) -> int | None:
     return snapshot.samples[-1].step if snapshot.samples else None
 
 
-def setup_lines(snapshot: RunSnapshot, recipe: Recipe | None, width: int) -> list[Content]:
+def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
     """What is trained on what, and how it is computed."""
-    view, lines = snapshot.view, []
+    view, recipe, lines = snapshot.view, snapshot.recipe, []
     if recipe is not None:
         schedule = f"{recipe.training.learning_rate:g} {recipe.training.lr_scheduler}"
         lines += [
@@ -432,12 +368,13 @@ def _batch(view: RunView, recipe: Recipe) -> str:
     )
 
 
-def evaluation_lines(snapshot: RunSnapshot, rows: int) -> list[Content]:
+def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
     """A line for each evaluation, the newest first: loss, its change, exact or right answers."""
     evaluations = snapshot.evaluations
     if not evaluations:
         return [Content.styled("None yet.", "dim")]
     lines = []
+    rows = height
     if rows >= _ROWS_WITH_HEADS:
         lines.append(Content.styled(f"{'step':>7}  loss     {'change':>7}", "dim"))
         rows -= 1
@@ -468,41 +405,7 @@ def is_starting(snapshot: RunSnapshot) -> bool:
     return snapshot.status.state in (*ACTIVE, "queued") and not snapshot.envelopes.loss.xs
 
 
-class StartStages(DiffWidget):
-    """One line for each stage, shown instead of an empty graph."""
-
-    DEFAULT_CSS = """
-    StartStages {
-        height: auto;
-    }
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._snapshot: RunSnapshot | None = None
-        self._now = 0.0
-        self._line_count = 0
-
-    def show(self, snapshot: RunSnapshot, now: float) -> None:
-        """Show how far the run is; ``now`` is the Unix time that the current stage is timed to."""
-        self._snapshot, self._now = snapshot, now
-        count = len(stage_lines(snapshot, now, self.size.width))
-        if count != self._line_count:
-            self._line_count = count
-            self.refresh(layout=True)
-        self.redraw()
-
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        return self._line_count
-
-    def draw(self, width: int, height: int) -> list[Content]:
-        if self._snapshot is None:
-            return []
-        # In a small window, what is done gives way to what is to come.
-        return stage_lines(self._snapshot, self._now, width)[-height:]
-
-
-def stage_lines(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
+def stage_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
     """``✓ loading    libraries   4 s``: what is done, what is at work with its progress, what comes."""
     stages = snapshot.stages
     if snapshot.status.state == "queued":
@@ -524,7 +427,8 @@ def stage_lines(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
         skipped = phase == "evaluating" and ("training" in seen or not snapshot.has_validation)
         if phase not in seen and not skipped:
             lines.append(_stage_line("·", phase_label(phase), what, "", width, "dim"))
-    return lines
+    # In a small window, what is done gives way to what is to come.
+    return lines[-height:]
 
 
 def _current(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
