@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
+from textual.actions import ActionParseResult
 from textual.app import App
 from textual.binding import BindingType
+from textual.dom import DOMNode
 from textual.events import Resize
 from textual.signal import Signal
+from textual.worker import WorkerFailed
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
@@ -289,7 +292,24 @@ class QloraApp(TerminalApp):
         elif isinstance(self.screen, TooSmallScreen):
             self.pop_screen()
 
+    async def run_action(
+        self,
+        action: str | ActionParseResult,
+        default_namespace: DOMNode | None = None,
+        namespaces: Mapping[str, DOMNode] | None = None,
+    ) -> bool:
+        """Run an action. It may raise UserError, which is shown."""
+        try:
+            return await super().run_action(action, default_namespace, namespaces)
+        except UserError as problem:
+            self.show_error(problem)
+            return True
+
     def intercept_error(self, error: Exception) -> bool:
+        """Show the UserError of a worker, and report what is wrong with the disk."""
+        if isinstance(error, WorkerFailed) and isinstance(error.error, UserError):
+            self.show_error(error.error)
+            return True
         return self.disk_faults.handle(self, error)
 
     async def action_go(self, mode: str) -> None:

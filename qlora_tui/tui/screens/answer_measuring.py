@@ -102,7 +102,7 @@ class EvaluationActions(WorkScreen):
         except JobStopped:
             self.notify(f"Stopped. Press {key_name(self.ANSWERS_COMMAND)} to continue.")
         except UserError as problem:
-            self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
+            self.qlora_app.notify_error(problem)
         finally:
             # Leaving the app cancels this worker, but not its thread, for whose end the app would wait.
             stop.set()

@@ -50,12 +50,12 @@ class OnQloraApp(Widget):
     def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
         """Open a dialog, and call ``then`` with its answer; not if it was closed, or answered with no.
 
-        It is open at once: keys that were typed ahead go into it.
+        It is open at once: keys that were typed ahead go into it. A UserError of ``then`` is shown.
         """
 
         def on_result(answer: Answer | None) -> None:
             if answer is not None and answer is not False:
-                then(answer)
+                self.qlora_app.try_or_show_error(lambda: then(answer))
 
         self.app.push_screen(dialog, on_result)
 

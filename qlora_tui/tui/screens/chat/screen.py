@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -383,11 +383,9 @@ class ChatScreen(WorkScreen):
                 f"{key_name('chat.edit_answer')} edits it.",
                 severity="warning",
             )
-        elif self._record(
-            "pairs",
-            f"The answer of {chosen.adapter_name} is better",
-            lambda: self.conversation.record_choice(turn, chosen, rejected),
-        ):
+        else:
+            count = self.conversation.record_choice(turn, chosen, rejected)
+            self._notify_recorded("pairs", count, f"The answer of {chosen.adapter_name} is better")
             turn.show_question(False)
             chosen.show_judgment("better")
             rejected.show_judgment("")
@@ -403,25 +401,18 @@ class ChatScreen(WorkScreen):
         self.ask(editor, lambda text: self._record_edit(turn, answer, text))
 
     def _record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
-        def record() -> int:
-            return self.conversation.record_edit(turn, answer, text)
+        self._notify_recorded(
+            "edits", self.conversation.record_edit(turn, answer, text), "The edited answer is kept"
+        )
+        answer.show_judgment("edited")
 
-        if self._record("edits", "The edited answer is kept", record):
-            answer.show_judgment("edited")
-
-    def _record(self, kind: ChoiceKind, happened: str, record: Callable[[], int]) -> bool:
-        """Record a judgment, and say how many there are; False if that failed."""
-        try:
-            count = record()
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return False
+    def _notify_recorded(self, kind: ChoiceKind, count: int, happened: str) -> None:
+        """Say how many judgments there are."""
         number = pluralize(count, _CHOICES[kind])
         if count < ENOUGH:
             self.notify(f"{happened}: {number}, of {ENOUGH} to train on.")
         else:
             self.notify(f"{happened}: {number}. Press {key_name('chat.train_choices')} to train on them.")
-        return True
 
     async def action_train_on_choices(self) -> None:
         """Prepare a run on the edits or choices, whichever there are enough of."""

@@ -271,11 +271,7 @@ class DataScreen(WorkScreen):
         if source is None:
             return
         preferences = self.qlora_app.workbench.recipe.data.preferences
-        try:
-            choices = await self.previews.formats(source, preferences)
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return
+        choices = await self.previews.formats(source, preferences)
         format_ = await self.app.push_screen_wait(FormatPickerScreen(choices, source.format))
         if format_ is not None and format_ != source.format:
             self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": format_}, Source))

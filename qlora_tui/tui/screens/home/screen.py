@@ -15,7 +15,6 @@ from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import Static
 
-from qlora_tui.errors import UserError
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
@@ -200,14 +199,9 @@ class HomeScreen(WorkScreen):
         from qlora_tui.runs import actions as run_actions
 
         last = self.qlora_app.system_status.active_or_last
-        if last is None:
-            return
-        try:
+        if last is not None:
             run_actions.resume(last)
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return
-        await self.action_watch()
+            await self.action_watch()
 
     async def action_prepare(self) -> None:
         """Open Train with the recipe and its checks."""

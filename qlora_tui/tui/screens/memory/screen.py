@@ -236,11 +236,7 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="quality")
     async def _measure_quality(self, recipe: Recipe) -> None:
-        try:
-            quality = await self._quality.measure(recipe)
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return
+        quality = await self._quality.measure(recipe)
         if quality is not None and await self.app.push_screen_wait(QualityScreen(quality)):
             skipped = self.qlora_app.workbench.recipe.quantization.skip
             self.qlora_app.edit("quantization.skip", tuple(dict.fromkeys((*skipped, quality.skip))))

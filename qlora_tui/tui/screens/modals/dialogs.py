@@ -97,20 +97,16 @@ class ConfirmScreen(ModalScreen[bool | None]):
 async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
     """Call ``write(False)``; if it would overwrite something, ask, then call ``write(True)``.
 
-    An error is shown. Returns whether it was written. Call it in a worker.
+    Raises UserError for other errors. Returns whether it was written. Call it in a worker.
     """
     try:
-        try:
-            write(False)
-        except OverwriteError as problem:
-            text = f"{problem.what} {problem.why}".strip()
-            question = ConfirmScreen(problem.title, text, yes="Replace it", no="Keep it")
-            if not await app.push_screen_wait(question):
-                return False
-            write(True)
-    except UserError as problem:
-        app.show_error(problem)
-        return False
+        write(False)
+    except OverwriteError as problem:
+        text = f"{problem.what} {problem.why}".strip()
+        question = ConfirmScreen(problem.title, text, yes="Replace it", no="Keep it")
+        if not await app.push_screen_wait(question):
+            return False
+        write(True)
     return True
 
 

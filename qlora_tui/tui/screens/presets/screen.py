@@ -204,9 +204,8 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
 
     def action_delete(self) -> None:
         preset = self.current
-        if preset is not None and self.qlora_app.try_or_show_error(
-            lambda: self._remember(delete(preset.name))
-        ):
+        if preset is not None:
+            self._remember(delete(preset.name))
             self.notify(f"Deleted {preset.name}. Press {key_name('presets.undo')} here to undo.")
             self.refresh_list()
 

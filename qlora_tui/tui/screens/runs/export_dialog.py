@@ -106,13 +106,9 @@ class ExportChoice:
 
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
-    """Open the dialog, or say why the run cannot be exported."""
-    try:
-        source = run_source(run)
-        adapter = Path(source.adapters[choose_adapter(source)])
-    except UserError as problem:
-        app.show_error(problem)
-        return
+    """Open the dialog. Raises UserError if the run cannot be exported."""
+    source = run_source(run)
+    adapter = Path(source.adapters[choose_adapter(source)])
     try:
         architecture = resolve_model(source.recipe.model.id).architecture
     except UserError:

@@ -17,7 +17,6 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
@@ -345,24 +344,24 @@ class RunsScreen(EvaluationActions):
             self.refresh_runs()
 
     def action_withdraw(self) -> None:
-        if self.current is not None and self._act_on(self.current.run, run_actions.stop):
+        if self.current is not None:
+            self._act_on(self.current.run, run_actions.stop)
             self.notify(f"Removed from the queue. Press {key_name('runs.resume')} to queue it again.")
 
     def action_resume(self) -> None:
-        if self.current is not None and self._act_on(self.current.run, run_actions.resume):
+        if self.current is not None:
+            self._act_on(self.current.run, run_actions.resume)
             self.notify(f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue.")
 
     async def action_rerun(self) -> None:
-        if (recipe := self._recipe()) is not None:
-            await self._prepare(recipe)
+        if self.current is not None:
+            await self._prepare(self.current.run.recipe())
 
     async def action_train_further(self) -> None:
-        recipe = self._recipe()
-        if recipe is None or self.current is None:
-            return
-        run = self.current.run
-        if self.qlora_app.try_or_show_error(lambda: run_actions.initial_adapter(run.id)):
-            await self._prepare(replace_setting(recipe, "lora.init_from", run.id))
+        if self.current is not None:
+            run = self.current.run
+            run_actions.initial_adapter(run.id)
+            await self._prepare(replace_setting(run.recipe(), "lora.init_from", run.id))
 
     async def _prepare(self, recipe: Recipe) -> None:
         """Load a recipe, and show the checks before its launch."""
@@ -371,8 +370,8 @@ class RunsScreen(EvaluationActions):
         await prepare_run(self.qlora_app)
 
     def action_save_preset(self) -> None:
-        recipe = self._recipe()
-        if recipe is not None:
+        if self.current is not None:
+            recipe = self.current.run.recipe()
             text = "Name of the preset. Model and data are left out."
             prompt = TextPromptScreen("Save as a preset", text)
             self.ask(prompt, lambda name: self._save_preset(name, recipe))
@@ -402,13 +401,13 @@ class RunsScreen(EvaluationActions):
             self._delete(summary)
 
     def _delete(self, summary: RunSummary) -> None:
-        if self._act_on(summary.run, run_actions.move_to_trash):
-            self.qlora_app.deleted_runs.append(summary.id)
-            self.show_listing()
-            self.notify(
-                f"{summary.name} is in the trash for {run_actions.KEPT_DAYS} days, which holds "
-                f"{format_bytes(run_actions.trash_bytes())}. Press {key_name('runs.restore')} to restore it."
-            )
+        self._act_on(summary.run, run_actions.move_to_trash)
+        self.qlora_app.deleted_runs.append(summary.id)
+        self.show_listing()
+        self.notify(
+            f"{summary.name} is in the trash for {run_actions.KEPT_DAYS} days, which holds "
+            f"{format_bytes(run_actions.trash_bytes())}. Press {key_name('runs.restore')} to restore it."
+        )
 
     def action_restore(self) -> None:
         deleted = self.qlora_app.deleted_runs
@@ -416,9 +415,8 @@ class RunsScreen(EvaluationActions):
             if deleted:
                 self.notify(f"Restored {run_actions.restore_run(deleted[-1]).name}.")
                 deleted.pop()
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-        self.refresh_runs()
+        finally:
+            self.refresh_runs()
 
     def action_copy(self, verb: str) -> None:
         """Copy the command that shows the run in a terminal, or that trains it again."""
@@ -431,20 +429,12 @@ class RunsScreen(EvaluationActions):
         if self.current is not None:
             open_folder(self.qlora_app, self.current.run.path)
 
-    def _recipe(self) -> Recipe | None:
-        if self.current is None:
-            return None
+    def _act_on(self, run: RunDir, act: Callable[[RunDir], None]) -> None:
+        """Call ``act``, and reload the list even if it fails."""
         try:
-            return self.current.run.recipe()
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return None
-
-    def _act_on(self, run: RunDir, act: Callable[[RunDir], None]) -> bool:
-        """Call ``act``, show an error if it fails, and reload the list either way."""
-        succeeded = self.qlora_app.try_or_show_error(lambda: act(run))
-        self.refresh_runs()
-        return succeeded
+            act(run)
+        finally:
+            self.refresh_runs()
 
 
 def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: Order) -> list[RunSummary]:

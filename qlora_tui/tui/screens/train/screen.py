@@ -14,7 +14,6 @@ from textual.content import Content
 from textual.widget import Widget
 
 from qlora_tui.data.sources import every_source, source_stamps
-from qlora_tui.errors import UserError
 from qlora_tui.formatting import capitalize, truncate_middle
 from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
@@ -274,11 +273,7 @@ class TrainScreen(EvaluationActions):
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
         await self._run_checks(self.qlora_app.workbench.recipe, self.qlora_app.system_status)
-        try:
-            run = await launch(self.qlora_app, self.checks)
-        except UserError as problem:
-            self.qlora_app.show_error(problem)
-            return
+        run = await launch(self.qlora_app, self.checks)
         if run is not None:
             self.attach(run)
 
@@ -420,11 +415,10 @@ class TrainScreen(EvaluationActions):
 
     def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
         run = self.run
-        if run is None or not self.qlora_app.try_or_show_error(lambda: act(run)):
-            return
-        if done:
+        if run is not None:
+            act(run)
             self.notify(done)
-        self.poll_now()
+            self.poll_now()
 
 
 class RunPickerScreen(ListPicker[RunDir]):
