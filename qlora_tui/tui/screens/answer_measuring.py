@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from threading import Event
+from collections.abc import Callable
 from typing import ClassVar
 
 from textual import work
-from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.errors import UserError
@@ -21,38 +18,15 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     read_task_evaluation,
     report_lines,
 )
-from qlora_tui.tui.key_names import dialog_keys, key_name
+from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.widgets.controls import ViScroll
+from qlora_tui.tui.screens.modals.dialogs import TextDialog
+from qlora_tui.tui.threads import Measurement
 from qlora_tui.visible import visible
-from qlora_tui.worker import JobStopped
 
 _ROWS_SHOWN = 100
 _WIDE_COLUMNS = 110
 """Columns of the terminal from which a dialog holds all columns of the table."""
-
-
-class AnswersScreen(ModalScreen[None]):
-    """The metrics of an evaluation, and every prompt with both answers."""
-
-    CSS_PATH = "modals/modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
-
-    def __init__(self, evaluation: TaskEvaluation) -> None:
-        super().__init__()
-        self._evaluation = evaluation
-
-    def compose(self) -> ComposeResult:
-        with ViScroll(classes="dialog wide") as dialog:
-            dialog.border_title = "Answers of adapter and base"
-            dialog.border_subtitle = dialog_keys(self.BINDINGS)
-            narrow = self.app.size.width < _WIDE_COLUMNS
-            report = report_lines(self._evaluation, _ROWS_SHOWN, narrow=narrow)
-            lines = (visible(line) for line in report)
-            yield Static(Content("\n".join(lines)))
-
-    def on_mount(self) -> None:
-        self.query_one(ViScroll).focus()
 
 
 class EvaluationActions(WorkScreen):
@@ -60,22 +34,21 @@ class EvaluationActions(WorkScreen):
 
     ANSWERS_COMMAND: ClassVar[str]
     """Id of the command that measures, whose key also stops."""
-    answers_progress: tuple[str, str] | None = None
-    """Id of the run that is measured, and how far that is; None while none is."""
-    _stop: Event | None = None
-    """Ends the measurement; None while there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._measurement = Measurement()
+        self._measured_id = ""
+        """Id of the run that is measured, or was last."""
 
     def evaluate(self, run: RunDir) -> None:
         """Show the answers of a run; measure them first where that was not done, or stop measuring."""
-        if self._stop is not None:
-            self._stop.set()
-        else:
+        if not self._measurement.stop():
             self._evaluate(run)
 
     def progress_of(self, run_id: str) -> str:
         """How far the measurement of this run's answers is; empty while there is none."""
-        measured_id, progress = self.answers_progress or ("", "")
-        return progress if run_id == measured_id else ""
+        return self._measurement.progress if run_id == self._measured_id else ""
 
     # Exclusive: a second key while the stored evaluation is read starts no second measurement.
     @work(exclusive=True, group="evaluation")
@@ -84,27 +57,29 @@ class EvaluationActions(WorkScreen):
         if evaluation is None:
             evaluation = await self._measure(run)
         if evaluation is not None:
-            self.app.push_screen(AnswersScreen(evaluation))
+            narrow = self.app.size.width < _WIDE_COLUMNS
+            lines = map(visible, report_lines(evaluation, _ROWS_SHOWN, narrow=narrow))
+            report = Static(Content("\n".join(lines)))
+            self.app.push_screen(TextDialog[None]("Answers of adapter and base", report, is_wide=True))
 
     async def _measure(self, run: RunDir) -> TaskEvaluation | None:
-        self._stop = stop = Event()
-        self.answers_progress = run.id, "loading the model"
+        self._measured_id = run.id
         self.notify(
             f"Base and adapter of {run.name} answer its validation prompts. "
             f"Press {key_name(self.ANSWERS_COMMAND)} to stop; the answers so far stay."
         )
 
-        def on_progress(done: int, total: int) -> None:
-            self.answers_progress = run.id, f"{done:,} of {total:,}"
+        def measure(say: Callable[[str], None], should_stop: Callable[[], bool]) -> TaskEvaluation:
+            def on_progress(done: int, total: int) -> None:
+                say(f"{done:,} of {total:,}")
+
+            return evaluate_task(run, progress=on_progress, should_stop=should_stop)
 
         try:
-            return await asyncio.to_thread(evaluate_task, run, progress=on_progress, should_stop=stop.is_set)
-        except JobStopped:
-            self.notify(f"Stopped. Press {key_name(self.ANSWERS_COMMAND)} to continue.")
+            evaluation = await self._measurement.run(measure, "loading the model")
         except UserError as problem:
             self.qlora_app.notify_error(problem)
-        finally:
-            # Leaving the app cancels this worker, but not its thread, for whose end the app would wait.
-            stop.set()
-            self._stop = self.answers_progress = None
-        return None
+            return None
+        if evaluation is None:
+            self.notify(f"Stopped. Press {key_name(self.ANSWERS_COMMAND)} to continue.")
+        return evaluation

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from textual import work
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
@@ -19,6 +21,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
+from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, stored_trace, trace_step
@@ -27,7 +30,6 @@ from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.peak_panel import ItemsPanel, PeakPanel, budget_words, peak_time, peak_words
-from qlora_tui.tui.screens.memory.quality import QualityMeasurement, QualityScreen
 from qlora_tui.tui.screens.memory.timeline_graph import TimelinePanel
 from qlora_tui.tui.screens.memory.what_fits import (
     METHOD_OF_PRECISION,
@@ -37,10 +39,12 @@ from qlora_tui.tui.screens.memory.what_fits import (
     settings_table,
     solve,
 )
+from qlora_tui.tui.screens.modals.dialogs import TextDialog
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.threads import run_stoppable
+from qlora_tui.tui.threads import Measurement, run_stoppable
 from qlora_tui.tui.widgets.line_widgets import update_if_changed
 from qlora_tui.tui.widgets.panel import ModelProblem, Panel
+from qlora_tui.worker import Progress
 
 SETTLED_S = 0.15
 """Seconds without a key before the slow computations start."""
@@ -48,6 +52,18 @@ TRACE_SETTLED_S = 0.6
 """Seconds without a key before a step is traced, which takes a second or more."""
 _FRAME = 4
 """Cells of a panel's border and padding."""
+
+
+class QualityDialog(TextDialog[bool]):
+    """The result of a measurement, in sentences. Returns whether to leave the worst layers in 16 bits."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("k", "dismiss(True)", "Keep these layers in 16 bits"),
+        Binding("escape,q", "dismiss(False)", "Close"),
+    ]
+
+    def __init__(self, quality: Quality) -> None:
+        super().__init__("What quantization changes", Static(Content("\n\n".join(describe_quality(quality)))))
 
 
 class MemoryScreen(WorkScreen):
@@ -103,7 +119,7 @@ class MemoryScreen(WorkScreen):
         self._timeline: tuple[Estimate, tuple[Moment, ...]] | None = None
         self._offered: object = None
         self._trace_note = ""
-        self._quality = QualityMeasurement(self._show_all)
+        self._quality = Measurement(self._show_all)
 
     @property
     def precision(self) -> Precision:
@@ -236,8 +252,17 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="quality")
     async def _measure_quality(self, recipe: Recipe) -> None:
-        quality = await self._quality.measure(recipe)
-        if quality is not None and await self.app.push_screen_wait(QualityScreen(quality)):
+        def measure(say: Callable[[str], None], should_stop: Callable[[], bool]) -> Quality:
+            def on_progress(progress: Progress) -> None:
+                share = f" {progress.done / progress.total:.0%}" if progress.total else ""
+                say(f"quality: {progress.text}{share}")
+
+            return measure_in_child(recipe, on_progress=on_progress, should_stop=should_stop)
+
+        quality = await self._quality.run(measure, "quality: starting")
+        if quality is None:
+            return
+        if await self.app.push_screen_wait(QualityDialog(quality)):
             skipped = self.qlora_app.workbench.recipe.quantization.skip
             self.qlora_app.edit("quantization.skip", tuple(dict.fromkeys((*skipped, quality.skip))))
 

@@ -19,6 +19,7 @@ from textual.content import Content
 from textual.events import Resize
 from textual.markup import escape
 from textual.screen import ModalScreen
+from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.errors import UserError
@@ -44,7 +45,27 @@ _NO_MATCH = "No line matches. Press Esc to show all."
 _SHOWN_FIRST = ("error", "warning", "note", "ok")
 _TESTING = "Testing the libraries on a few real weights. This takes some seconds…"
 DraftChoice = Literal["mine", "theirs"]
+Answer = TypeVar("Answer")
 Picked = TypeVar("Picked")
+
+
+class TextDialog(ModalScreen[Answer | None]):
+    """Paragraphs under a title, with the keys that close it below; returns what the key stands for."""
+
+    CSS_PATH = Path(__file__).with_name("modal.tcss")
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+
+    def __init__(self, title: str, *paragraphs: Widget, is_wide: bool = False) -> None:
+        super().__init__()
+        self._title = title
+        self._paragraphs = paragraphs
+        self._is_wide = is_wide
+
+    def compose(self) -> ComposeResult:
+        with ViScroll(classes="dialog wide" if self._is_wide else "dialog") as dialog:
+            dialog.border_title = Content(self._title)
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
+            yield from self._paragraphs
 
 
 class ConfirmScreen(ModalScreen[bool | None]):
@@ -184,31 +205,23 @@ def _gpu_size_error(text: str) -> str:
     return "" if size > 0 and math.isfinite(size) else "It must be above 0."
 
 
-class ErrorScreen(ModalScreen[None]):
+class ErrorScreen(TextDialog[None]):
     """Closed by any of Escape, Enter and q."""
 
-    CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss", "Close")]
 
     def __init__(self, problem: UserError) -> None:
-        super().__init__()
-        self._problem = problem
-
-    def compose(self) -> ComposeResult:
-        with ViScroll(classes="dialog") as dialog:
-            dialog.border_title = self._problem.title
-            dialog.border_subtitle = dialog_keys(self.BINDINGS)
-            yield Static(abbreviate_home(self._problem.what), markup=False)
-            if self._problem.why:
-                yield Static(abbreviate_home(self._problem.why), markup=False, classes="muted")
-            if self._problem.fix:
-                yield Static(f"▸ {abbreviate_home(self._problem.fix)}", markup=False, classes="fix")
+        paragraphs = [Static(abbreviate_home(problem.what), markup=False)]
+        if problem.why:
+            paragraphs.append(Static(abbreviate_home(problem.why), markup=False, classes="muted"))
+        if problem.fix:
+            paragraphs.append(Static(f"▸ {abbreviate_home(problem.fix)}", markup=False, classes="fix"))
+        super().__init__(problem.title, *paragraphs)
 
 
-class DraftChangedScreen(ModalScreen[DraftChoice | None]):
+class DraftChangedScreen(TextDialog[DraftChoice]):
     """Returns the choice; None if it was postponed, so that the next edit asks again."""
 
-    CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("m", "dismiss('mine')", "Keep mine"),
         Binding("t", "dismiss('theirs')", "Use theirs"),
@@ -216,24 +229,18 @@ class DraftChangedScreen(ModalScreen[DraftChoice | None]):
     ]
 
     def __init__(self, changes: list[str], aside: Path) -> None:
-        super().__init__()
-        self._changes = changes
-        self._aside = aside
-        """File with the recipe that is not chosen."""
-
-    def compose(self) -> ComposeResult:
-        shown = self._changes[:_MAX_CHANGES]
-        if len(self._changes) > _MAX_CHANGES:
-            shown.append(f"and {len(self._changes) - _MAX_CHANGES} more")
-        with Vertical(classes="dialog") as dialog:
-            dialog.border_title = "Another app changed the recipe"
-            dialog.border_subtitle = dialog_keys(self.BINDINGS)
-            yield Static(
-                f"Both stay on the disk: yours is in {format_path(self._aside)} until you choose, and then "
-                "the one that you did not choose. Changes from yours to theirs:",
-                markup=False,
-            )
-            yield Static("\n".join(shown) or "Only the preset it started from differs.", markup=False)
+        """``aside``: the file with the recipe that is not chosen."""
+        shown = changes[:_MAX_CHANGES]
+        if len(changes) > _MAX_CHANGES:
+            shown.append(f"and {len(changes) - _MAX_CHANGES} more")
+        text = (
+            f"Both stay on the disk: yours is in {format_path(aside)} until you choose, and then "
+            "the one that you did not choose. Changes from yours to theirs:"
+        )
+        listed = "\n".join(shown) or "Only the preset it started from differs."
+        super().__init__(
+            "Another app changed the recipe", Static(text, markup=False), Static(listed, markup=False)
+        )
 
 
 class TooSmallScreen(ModalScreen[None]):
@@ -344,23 +351,16 @@ class ListPicker(ModalScreen[Picked | None]):
         note.display = not lines
 
 
-class MachineReportScreen(ModalScreen[None], CancelsWorkersFirst):
+class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
     """The answer on the first line, then what is wrong, then the rest.
 
     The quick checks are shown at once, those of the libraries when their process has ended.
     """
 
-    CSS_PATH = "modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
-
-    def compose(self) -> ComposeResult:
-        with ViScroll(classes="dialog") as dialog:
-            dialog.border_title = "Can this machine train?"
-            dialog.border_subtitle = dialog_keys(self.BINDINGS)
-            yield Static("Checking…", id="machine-report")
+    def __init__(self) -> None:
+        super().__init__("Can this machine train?", Static("Checking…", id="machine-report"))
 
     def on_mount(self) -> None:
-        self.query_one(ViScroll).focus()
         self._check()
 
     @work
