@@ -25,7 +25,7 @@ from qlora_tui.tui.render.charts import (
 )
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.series import MAX_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
-from qlora_tui.tui.screens.train.run_graph import StepChart, graph_lines
+from qlora_tui.tui.screens.train.charts import StepChart, graph_lines
 from qlora_tui.tui.terminal_app import changed_cells
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)

@@ -31,7 +31,7 @@ from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.runs.compare import differing, read
-from qlora_tui.tui.screens.runs.run_preview import RunFiles, run_keys
+from qlora_tui.tui.screens.runs.run_list import RunFiles, run_keys
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs

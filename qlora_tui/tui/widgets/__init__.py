@@ -1,6 +1,6 @@
 """Widgets that two screens or more share, each with the CSS it needs; a screen's own are in its package.
 
-``panel`` is the frame of everything on a screen; ``bars`` are its first and last line. ``recipe_strip`` is
-on screens that edit the recipe. ``settings_form`` edits declared settings. ``controls`` has lists, scrolled
-text and text fields; ``line_widgets`` paint lines of text, and repaint only cells that changed.
+``controls`` has panels, lists, scrolled text, text fields, and drawings that repaint only lines that changed.
+``bars`` are the first and last line of every screen; ``recipe_strip`` is on screens that edit the recipe.
+``settings_form`` edits declared settings.
 """

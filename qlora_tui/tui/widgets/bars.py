@@ -17,7 +17,7 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.line_widgets import Drawing
+from qlora_tui.tui.widgets.controls import Drawing
 
 _MARGIN = 1
 _GAP, _NARROW_GAP = 3, 1

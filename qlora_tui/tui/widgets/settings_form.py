@@ -28,8 +28,7 @@ from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import InvalidRecipeError
 from qlora_tui.tui.setting_stepper import step_value
-from qlora_tui.tui.widgets.controls import LIST_KEYS, TextField
-from qlora_tui.tui.widgets.line_widgets import LineView, render_line
+from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, TextField, render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """The home row first."""

@@ -49,8 +49,7 @@ from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
 from qlora_tui.tui.screens.modals.dialogs import ask_search
 from qlora_tui.tui.screens.train.screen import prepare_run
 from qlora_tui.tui.ui_state import add_recent, recent
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel, update_if_changed
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp

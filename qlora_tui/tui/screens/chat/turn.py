@@ -20,7 +20,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, pluralize, truncate_middle
 from qlora_tui.tui.key_names import highlight_keys, key_while_typing, name_keys
 from qlora_tui.tui.render.labels import error_content
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel
 
 _ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5
 """Seconds between two paintings of an answer, and of the line of a thought, over a slow link."""

@@ -20,9 +20,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar, blocks, labeled
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, VERDICT_SIGN, VERDICT_STYLE
-from qlora_tui.tui.widgets.controls import ViList
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel, ViList, update_if_changed
 
 _TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
 _LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))

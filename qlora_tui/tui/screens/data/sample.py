@@ -20,9 +20,7 @@ from qlora_tui.recipe.schema import Data
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, error_content
 from qlora_tui.tui.screens.data.previews import PreviewRequest
-from qlora_tui.tui.widgets.controls import ViScroll
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel, ViScroll, update_if_changed
 
 Place: TypeAlias = tuple[str, int]
 """A file, and a row of it; an empty path is the first file."""

@@ -34,15 +34,13 @@ from qlora_tui.tui.screens.data.dialogs import (
     ColumnMappingScreen,
     FilePickerScreen,
     FormatPickerScreen,
-    PreferencePickerScreen,
-)
-from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
-from qlora_tui.tui.screens.data.report import LengthsPanel, ProblemsPanel, TotalsPanel, bad_row_count
-from qlora_tui.tui.screens.data.row_losses import (
     MeasuredRows,
+    PreferencePickerScreen,
     RowLossScreen,
     newest_run_on,
 )
+from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
+from qlora_tui.tui.screens.data.report import LengthsPanel, ProblemsPanel, TotalsPanel, bad_row_count
 from qlora_tui.tui.screens.data.sample import (
     SamplePanel,
     neighbor,
@@ -53,8 +51,7 @@ from qlora_tui.tui.screens.data.sample import (
 )
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.threads import run_stoppable
-from qlora_tui.tui.widgets.controls import ViList
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel, ViList
 
 _TALL = 50
 """Height of a terminal, in lines, from which each problem is listed with its fix."""

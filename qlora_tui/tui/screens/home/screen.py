@@ -20,16 +20,13 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.ui_state import load_ui_state, save_ui_state
-from qlora_tui.tui.widgets.controls import ViScroll
-from qlora_tui.tui.widgets.line_widgets import Drawing, update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Drawing, Panel, ViScroll, update_if_changed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_tui.recipe.schema import Recipe
-    from qlora_tui.tui.screens.home.next_step import NextStep
-    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader
+    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader, NextStep
     from qlora_tui.tui.workbench import Workbench
 
 _LAST_SEEN_INTERVAL_S = 30.0

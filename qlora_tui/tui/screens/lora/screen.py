@@ -28,27 +28,23 @@ from qlora_tui.recipe.targets import (
 )
 from qlora_tui.tui.key_names import settings_title
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.lora.adapter_costs import (
+from qlora_tui.tui.screens.lora.adapter import (
     ChoicesPanel,
     MemoryDeltas,
+    SettingsList,
+    TermPanel,
     adapter_text,
     choice_costs,
     cursor_text,
     format_delta,
     memory_deltas,
-)
-from qlora_tui.tui.screens.lora.adapter_settings import (
-    SettingsList,
-    TermPanel,
     one_line,
     setting_advice,
     setting_lines,
 )
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
-from qlora_tui.tui.widgets.controls import TextField
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.panel import ModelProblem, Panel
+from qlora_tui.tui.widgets.controls import ModelProblem, Panel, TextField, update_if_changed
 
 SETTLED_S = 0.1
 """Seconds without a key before the memory deltas are computed."""

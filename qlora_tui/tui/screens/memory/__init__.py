@@ -1,5 +1,4 @@
-"""Memory: ``screen``, with a bar for each precision and the items of one in ``peak_panel``.
+"""Memory: ``screen``, with the peak of a training step in ``step_panels``.
 
-``what_fits`` computes and shows what fits, and what would make it fit. ``timeline_graph`` shows the memory
-over a training step.
+``what_fits`` computes and shows what fits, and what would make it fit.
 """

@@ -29,8 +29,14 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.memory.peak_panel import ItemsPanel, PeakPanel, budget_words, peak_time, peak_words
-from qlora_tui.tui.screens.memory.timeline_graph import TimelinePanel
+from qlora_tui.tui.screens.memory.step_panels import (
+    ItemsPanel,
+    PeakPanel,
+    TimelinePanel,
+    budget_words,
+    peak_time,
+    peak_words,
+)
 from qlora_tui.tui.screens.memory.what_fits import (
     METHOD_OF_PRECISION,
     FitPanel,
@@ -42,8 +48,7 @@ from qlora_tui.tui.screens.memory.what_fits import (
 from qlora_tui.tui.screens.modals.dialogs import TextDialog
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.threads import Measurement, run_stoppable
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.panel import ModelProblem, Panel
+from qlora_tui.tui.widgets.controls import ModelProblem, Panel, update_if_changed
 from qlora_tui.worker import Progress
 
 SETTLED_S = 0.15

@@ -39,11 +39,9 @@ from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name
 from qlora_tui.tui.render.labels import VERDICT_STYLE, refusal_words, verdict_words
-from qlora_tui.tui.screens.memory.peak_panel import spare_words
+from qlora_tui.tui.screens.memory.step_panels import spare_words
 from qlora_tui.tui.setting_stepper import step_value
-from qlora_tui.tui.widgets.controls import ViList
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel, ViList, update_if_changed
 
 HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
 """Settings that keys of the Memory screen double and halve."""

@@ -29,8 +29,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.ui_state import save_ui_state
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel, update_if_changed
 
 DEMO = "demo"
 """Id of the demo's model, which comes from the package index and not from the hub."""

@@ -41,8 +41,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar, labeled
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import PRECISION_NAMES, VERDICT_SIGN, error_content, verdict_words
-from qlora_tui.tui.widgets.line_widgets import update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel, update_if_changed
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {

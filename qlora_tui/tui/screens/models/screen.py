@@ -38,8 +38,7 @@ from qlora_tui.tui.screens.models.model_facts import (
 from qlora_tui.tui.screens.models.model_list import HUB, LOCAL, ListedModels, Starter, starters
 from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.ui_state import add_recent, load_ui_state, recent_paths
-from qlora_tui.tui.widgets.controls import TextField, ViList
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Panel, TextField, ViList
 
 EMPTY = (
     "No models on this machine yet. Press {models.download} to download one of these, or {models.filter} to "

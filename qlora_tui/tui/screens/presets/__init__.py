@@ -1,1 +1,1 @@
-"""Presets: ``screen`` lists them and previews a change; ``preset_files`` writes their files."""
+"""Presets: ``screen`` lists them, previews a change, and writes their files."""

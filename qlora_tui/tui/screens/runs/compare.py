@@ -30,9 +30,9 @@ from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.charts import Axis, Curve, Plot, no_plot, overall, plot, rounded, so_far
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
-from qlora_tui.tui.screens.runs.run_table import MARKS
+from qlora_tui.tui.screens.runs.run_list import MARKS
 from qlora_tui.tui.screens.train.run_follower import smoothing_window
-from qlora_tui.tui.widgets.line_widgets import Drawing
+from qlora_tui.tui.widgets.controls import Drawing
 
 MAX_COMPARED = len(MARKS)
 _STEPS = 800

@@ -32,11 +32,12 @@ from qlora_tui.tui.render.charts import plot
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
-from qlora_tui.tui.screens.presets.preset_files import save_as
+from qlora_tui.tui.screens.presets.screen import save_as
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
 from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
-from qlora_tui.tui.screens.runs.run_preview import (
+from qlora_tui.tui.screens.runs.run_list import (
     RunFiles,
+    RunTable,
     detail_lines,
     ending,
     files_lines,
@@ -46,12 +47,9 @@ from qlora_tui.tui.screens.runs.run_preview import (
     run_keys,
     settings_lines,
 )
-from qlora_tui.tui.screens.runs.run_table import RunTable
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.controls import TextField
-from qlora_tui.tui.widgets.line_widgets import Drawing, update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Drawing, Panel, TextField, update_if_changed
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
 _FILES_INTERVAL_S = 5.0

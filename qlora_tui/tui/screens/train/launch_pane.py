@@ -23,9 +23,7 @@ from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
-from qlora_tui.tui.widgets.controls import ViScroll
-from qlora_tui.tui.widgets.line_widgets import Drawing, update_if_changed
-from qlora_tui.tui.widgets.panel import Panel
+from qlora_tui.tui.widgets.controls import Drawing, Panel, ViScroll, update_if_changed
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 
 if TYPE_CHECKING:

@@ -23,9 +23,14 @@ from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.charts import no_plot, plot
-from qlora_tui.tui.screens.train.gpu_panel import MachineState, machine_lines
+from qlora_tui.tui.screens.train.charts import (
+    MachineState,
+    graph_lines,
+    loss_plot,
+    machine_lines,
+    step_charts,
+)
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
-from qlora_tui.tui.screens.train.run_graph import graph_lines, loss_plot, step_charts
 from qlora_tui.tui.screens.train.run_panels import (
     evaluation_lines,
     header_lines,
@@ -38,16 +43,16 @@ from qlora_tui.tui.screens.train.run_panels import (
     stage_lines,
 )
 from qlora_tui.tui.textual_compat import follow_end
-from qlora_tui.tui.widgets.controls import SCROLL_KEYS
-from qlora_tui.tui.widgets.line_widgets import (
+from qlora_tui.tui.widgets.controls import (
+    SCROLL_KEYS,
     Draw,
     Drawing,
     LineView,
+    Panel,
     render_line,
     update_if_changed,
     wrapped,
 )
-from qlora_tui.tui.widgets.panel import Panel
 
 SIGNS: dict[Level, tuple[str, str]] = {
     "info": (" ", ""),

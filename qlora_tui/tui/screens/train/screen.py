@@ -31,10 +31,10 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import SIGNS
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, ListPicker, TextPromptScreen, ask_search
+from qlora_tui.tui.screens.train.charts import zoom_start
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch
 from qlora_tui.tui.screens.train.live_pane import LivePane
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
-from qlora_tui.tui.screens.train.run_graph import zoom_start
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
 
