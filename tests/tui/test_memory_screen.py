@@ -15,8 +15,8 @@ from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.memory import quality
 from qlora_tui.tui.screens.memory import screen as memory
+from qlora_tui.tui.screens.memory import screen as memory_screen
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.worker import JobStopped, Progress
 from tests.memory.models import traced_peaks
@@ -227,7 +227,7 @@ async def test_quality_is_measured_shown_and_stopped(
                 raise JobStopped
         return result
 
-    monkeypatch.setattr(quality, "measure_in_child", measure)
+    monkeypatch.setattr(memory_screen, "measure_in_child", measure)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(160, 40)) as pilot:
         await wait_for_text(pilot, "NF4")

@@ -35,6 +35,10 @@ class Column(Generic[Row]):
     """Spaces before it, unless it is the first."""
     shown_from: int = 0
     """Cells of the line from which it is shown."""
+    shown_if_empty: bool = True
+    """Whether it is shown where no row has a text in it."""
+    shorter: Callable[[str], str] = str
+    """Shortens a string that is too long, before it is cut."""
 
 
 def table(
@@ -44,8 +48,12 @@ def table(
 
     Texts that are too long are cut in their middle, since names differ at their ends.
     """
-    columns = [column for column in columns if width >= column.shown_from]
-    texts = [[column.text(row) for row in rows] for column in columns]
+    columns = [
+        column
+        for column in columns
+        if width >= column.shown_from and (column.shown_if_empty or any(map(column.text, rows)))
+    ]
+    texts = [[_on_one_line(column.text(row)) for row in rows] for column in columns]
     widths = [_width(column, cells) for column, cells in zip(columns, texts, strict=True)]
     gaps = [column.gap if number else 0 for number, column in enumerate(columns)]
     for number, column in enumerate(columns):
@@ -66,6 +74,10 @@ def _width(column: Column[Row], texts: Sequence[str | Content]) -> int:
     return widest if column.max_width is None else min(widest, column.max_width)
 
 
+def _on_one_line(text: str | Content) -> str | Content:
+    return text.replace("\n", " ") if isinstance(text, str) else text
+
+
 def _cells(text: str | Content) -> int:
     plain = text if isinstance(text, str) else text.plain
     return len(plain) if plain.isascii() else cell_len(plain)
@@ -77,6 +89,8 @@ def _line(
     """A row: each text cut or padded; styles that a text begins and ends with reach over its padding."""
     line, spans, at = "", list[Span](), 0
     for column, text, width, gap in zip(columns, texts, widths, gaps, strict=True):
+        if isinstance(text, str) and _cells(text) > width:
+            text = column.shorter(text)
         if _cells(text) > width:
             text = _cut(Content.styled(text, column.style) if isinstance(text, str) else text, width)
         plain, styles = (text, None) if isinstance(text, str) else (text.plain, text.spans)

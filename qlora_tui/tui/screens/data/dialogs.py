@@ -1,4 +1,4 @@
-"""Dialogs of the Data screen: files, columns, formats, preferences, and rows by what a run learned of them."""
+"""Dialogs of the Data screen: files, columns, formats, preferences, and rows by what a run learned."""
 
 from __future__ import annotations
 

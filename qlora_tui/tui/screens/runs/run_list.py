@@ -6,8 +6,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from textwrap import wrap
@@ -44,6 +44,7 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.charts import labeled, sparkline
+from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import (
     batch_words,
     data_words,
@@ -59,19 +60,6 @@ MARKS = "ABCD"
 """Marks of runs selected to compare, unlike any sign of a state; the same letters are on their curves."""
 _CURVE_WIDTH = 12
 _LOSS_WIDTH = 9
-
-
-@dataclass(frozen=True)
-class _Column:
-    title: str
-    width: int
-    """In cells; 0 takes what is left."""
-    text: Callable[[RunSummary], str]
-    min_width: int = 0
-    """The whole list must be so wide for this column to be shown."""
-    show_if_empty: bool = True
-    """Whether it is shown where no run has anything in it."""
-    right: bool = False
 
 
 def when(summary: RunSummary, now: float) -> str:
@@ -94,31 +82,38 @@ def best_loss(summary: RunSummary) -> str:
     return next((text for text in texts if len(text) <= _LOSS_WIDTH), f"{loss:.0e}{mark}")
 
 
-def _accuracy(summary: RunSummary) -> str:
-    return "" if summary.accuracy is None else format_percent(summary.accuracy)
+def _row_columns() -> tuple[Column[RunSummary], ...]:
+    """Columns after the state of a run."""
+    return (
+        Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
+        Column(title="run", text=lambda s: s.name, shrinks=True, min_width=10, shorter=_without_time),
+        Column(title="model", text=lambda s: s.model, max_width=26, shown_from=150),
+        Column(title="settings", text=lambda s: s.settings, max_width=22, shown_from=115),
+        Column(
+            title="steps",
+            text=lambda s: f"{s.step:,}/{s.total_steps:,}" if s.total_steps else "",
+            max_width=13,
+            right=True,
+            shown_from=130,
+        ),
+        Column(title="★ val", text=best_loss, max_width=_LOSS_WIDTH, right=True),
+        Column(
+            title="exact",
+            text=lambda s: "" if s.accuracy is None else format_percent(s.accuracy),
+            right=True,
+            shown_if_empty=False,
+        ),
+        Column(title="loss", text=lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else ""),
+        Column(
+            title="trained",
+            text=lambda s: "" if s.seconds is None else format_duration(s.seconds),
+            max_width=11,
+            right=True,
+            shown_from=WIDE_CELLS,
+        ),
+    )
 
 
-def _steps(summary: RunSummary) -> str:
-    return f"{summary.step:,}/{summary.total_steps:,}" if summary.total_steps else ""
-
-
-_COLUMNS = (
-    _Column("queued", 12, lambda s: when(s, clock.now())),
-    _Column("run", 0, lambda s: s.name),
-    _Column("model", 26, lambda s: s.model, min_width=150),
-    _Column("settings", 22, lambda s: s.settings, min_width=115),
-    _Column("steps", 13, _steps, min_width=130, right=True),
-    _Column("★ val", _LOSS_WIDTH, best_loss, right=True),
-    _Column("exact", 5, _accuracy, right=True, show_if_empty=False),
-    _Column("loss", _CURVE_WIDTH, lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else ""),
-    _Column(
-        "trained",
-        11,
-        lambda s: "" if s.seconds is None else format_duration(s.seconds),
-        min_width=WIDE_CELLS,
-        right=True,
-    ),
-)
 _MIN_ENDING = 24
 """Cells from which the rest of a wide line says how a run ended."""
 _TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
@@ -226,36 +221,22 @@ class RunTable(LineView):
 
     def _draw(self) -> list[Content]:
         width = self.scrollable_content_region.width
-        columns = [
-            column
-            for column in _COLUMNS
-            if width >= column.min_width and (column.show_if_empty or any(map(column.text, self._rows)))
-        ]
-        columns = [self._narrowed(column) for column in columns]
-        taken = _HEAD + sum(column.width + 2 for column in columns)
-        left = max(10, width - taken)
-        free = min(left, max((len(row.name) for row in self._rows), default=left))
-        titles = "".join(f"{_cut(c.title, c.width or free, right=c.right)}  " for c in columns)
-        lines = [Content.styled(" " * _HEAD + titles, "dim")]
+        head = Column[RunSummary](text=self._head, width=_HEAD)
+        end = Column[RunSummary](text=lambda row: "", width=0)
+        titles, *lines = table((head, *_row_columns(), end), self._rows, width, title_style="")
+        if lines:
+            titles = titles.pad_right(lines[0].cell_length - titles.cell_length)
         for number, row in enumerate(self._rows):
-            line = self._head(row) + "".join(
-                f"{_cut(c.text(row), c.width or free, right=c.right)}  " for c in columns
-            )
-            if left - free >= _MIN_ENDING:
-                ended = Content(row.status.detail.replace("\n", " ")).truncate(left - free, ellipsis=True)
+            line = lines[number]
+            room = width - line.cell_length
+            if room >= _MIN_ENDING:
+                ended = Content(row.status.detail.replace("\n", " ")).truncate(room, ellipsis=True)
                 line += ended.stylize("dim")
             if number == self._cursor:
                 plain = Content(line.plain).pad_right(max(0, width - line.cell_length))
                 line = plain.stylize("reverse") if self.has_focus else line.stylize("bold")
-            lines.append(line)
-        return lines
-
-    def _narrowed(self, column: _Column) -> _Column:
-        """The column as wide as its texts, so that the names get the rest."""
-        if not column.width:
-            return column
-        longest = max(len(column.title), *(len(column.text(row)) for row in self._rows), 0)
-        return replace(column, width=min(column.width, longest))
+            lines[number] = line
+        return [titles.stylize("dim"), *lines]
 
     def _head(self, row: RunSummary) -> Content:
         mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "
@@ -265,11 +246,8 @@ class RunTable(LineView):
         return Content.assemble((f"{mark} ", "$accent"), (f"{sign} {word:<10}", style))
 
 
-def _cut(text: str, width: int, *, right: bool) -> str:
-    text = text.replace("\n", " ")
-    if len(text) > width:
-        text = truncate_middle(_TIME_OF_NAME.sub("", text), width)
-    return f"{text:>{width}}" if right else f"{text:<{width}}"
+def _without_time(name: str) -> str:
+    return _TIME_OF_NAME.sub("", name)
 
 
 _LABEL = 10
