@@ -73,6 +73,13 @@ class UserError(Exception):
         return (_rebuild, (self.fields(),))
 
 
+class UsageError(UserError):
+    """An error of the call itself: a bad argument, an invalid recipe."""
+
+    def __init__(self, title: str, *, what: str, why: str = "", fix: str = "", code: str = ""):
+        super().__init__(title, what=what, why=why, fix=fix, code=code, exit_code=EXIT_USAGE)
+
+
 def _rebuild(fields: dict[str, Any]) -> UserError:
     return UserError(**fields)
 

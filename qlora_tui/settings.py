@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qlora_tui import paths
-from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
+from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir
 
 GPU_VARIABLE = "QLORA_TUI_GPU"
@@ -115,11 +115,10 @@ def load_settings() -> Settings:
         return Settings()
     except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:
         known = ", ".join(field.encode_name for field in msgspec.structs.fields(Settings))
-        raise UserError(
+        raise UsageError(
             "Cannot use config.toml",
             what=f"{path}: {error}.",
             fix=f"Its keys are {known}.",
-            exit_code=EXIT_USAGE,
         ) from error
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 
 from qlora_tui.data.sources import is_hub_id
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Source
 
@@ -38,11 +38,10 @@ def parse_row_numbers(text: str) -> frozenset[int]:
         match = _PART.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not 1 <= first <= last or rows + last - first >= _MOST_ROWS:
-            raise UserError(
+            raise UsageError(
                 "No row numbers",
                 what=f"{part!r} in excluded_rows is neither a row number nor a range of them.",
                 fix='Write numbers and ranges, "3, 17, 40-45"; rows of a file in a folder, "a.jsonl: 3, 17".',
-                exit_code=EXIT_USAGE,
             )
         ranges.append(range(first, last + 1))
         rows += len(ranges[-1])
@@ -146,12 +145,11 @@ def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozen
     known = {name or path.name: path for name, path in zip(names, paths, strict=True)}
     for name in excluded:
         if name and name not in known:
-            raise UserError(
+            raise UsageError(
                 "No such file in the source",
                 what=f"excluded_rows names {name!r}, and {source.path} has no such data file.",
                 why="It was renamed or deleted, or its name says validation or test.",
                 fix="Rename it back, or correct excluded_rows of the source in the recipe.",
-                exit_code=EXIT_USAGE,
             )
     everywhere = excluded.get(EVERY_FILE, frozenset())
     return {path: everywhere | excluded.get(name, frozenset()) for name, path in known.items()}
@@ -189,11 +187,10 @@ def _groups(text: str) -> Iterator[tuple[str, str]]:
         except ValueError:
             name = None
         if group is None or name is None or ((group[1] or group[2]) and not name):
-            raise UserError(
+            raise UsageError(
                 "No row numbers",
                 what=f"{text[place:].strip()!r} in excluded_rows is neither a row number nor rows of a file.",
                 fix='Write "3, 17, 40-45", or with files "a.jsonl: 3, 17; b.jsonl: 40-45".',
-                exit_code=EXIT_USAGE,
             )
         yield name, group[3]
         place = group.end()
@@ -201,11 +198,10 @@ def _groups(text: str) -> Iterator[tuple[str, str]]:
 
 def all_excluded(count: int) -> UserError:
     """Build the error for sources whose ``count`` rows are all excluded."""
-    return UserError(
+    return UsageError(
         "Nothing to train on",
         what=f"All {pluralize(count, 'row')} of the data are excluded.",
         fix="Correct excluded_rows of the source in the recipe, or clear it.",
-        exit_code=EXIT_USAGE,
     )
 
 

@@ -25,7 +25,7 @@ from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import INDEX, MAX_INDEX_BYTES, indexed_files, read_header
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.problems import CHECKS, DataProblem, problem_of
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from qlora_tui.data.tokenizer import ChatTokenizer
@@ -69,11 +69,10 @@ def check_tokens(tokens: Iterable[str], folder: Path) -> None:
 
 def unknown_token(token: str) -> UserError:
     """Build the error for a trainable token that the tokenizer does not have."""
-    return UserError(
+    return UsageError(
         "Unknown token",
         what=f"lora.trainable_tokens contains {token!r}, which is not a token of this model.",
         fix="`qlora-tui data inspect FILE --model MODEL` lists the tokens that the model never learned.",
-        exit_code=EXIT_USAGE,
     )
 
 

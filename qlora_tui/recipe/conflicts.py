@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe.schema import Recipe
 
@@ -113,11 +113,10 @@ def check_conflicts(recipe: Recipe) -> None:
     conflicting = find_conflicts(recipe)
     if not conflicting:
         return
-    raise UserError(
+    raise UsageError(
         "Conflicting settings",
         what="; ".join(conflict.what for conflict in conflicting) + ".",
         fix="\n  ".join(f"{capitalize(c.fix)}." for c in conflicting),
-        exit_code=EXIT_USAGE,
     )
 
 
@@ -131,10 +130,9 @@ def require_runnable(recipe: Recipe) -> None:
     if missing:
         things, keys, fixes = zip(*missing, strict=True)
         are = "is" if len(missing) == 1 else "are"
-        raise UserError(
+        raise UsageError(
             "Not ready to run",
             what=f"The recipe has {' and '.join(things)}: {' and '.join(keys)} {are} empty.",
             fix="\n  ".join(fixes),
-            exit_code=EXIT_USAGE,
         )
     check_conflicts(recipe)

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
-from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
+from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.files import atomic_write
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import toml
@@ -93,12 +93,11 @@ def find_preset(name: str) -> Preset:
     if name in by_name:
         return by_name[name]
     hint = did_you_mean(name.removesuffix(".toml"), by_name)
-    raise UserError(
+    raise UsageError(
         "Unknown preset",
         what=f'There is no preset "{name}".',
         why=f"The presets are {', '.join(by_name) or 'none'}.",
         fix=capitalize(hint),
-        exit_code=EXIT_USAGE,
     )
 
 
@@ -125,11 +124,10 @@ def delete(name: str) -> PresetSnapshot:
     snapshot = take_snapshot(name)
     if snapshot.content is None:
         shipped = any(preset.name == name for preset in list_presets())
-        raise UserError(
+        raise UsageError(
             "Preset not deleted",
             what=f'"{name}" is a bundled preset.' if shipped else f'You have no preset "{name}".',
             fix="Save your own preset under that name to replace it." if shipped else "",
-            exit_code=EXIT_USAGE,
         )
     path = _user_path(name)
     with disk_problems("Preset not deleted", path, _CHECK_DISK):
@@ -198,11 +196,10 @@ def _user_dir() -> Path | None:
 def _user_path(name: str) -> Path:
     reason = _name_error(name)
     if reason:
-        raise UserError(
+        raise UsageError(
             "Invalid preset name",
             what=f"{name!r} {reason}.",
             fix="Use letters, digits, dashes and dots: my-preset.",
-            exit_code=EXIT_USAGE,
         )
     with disk_problems("No folder for presets", fix=_CHECK_DISK):
         return paths.user_presets_dir() / f"{name}.toml"

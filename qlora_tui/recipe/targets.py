@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe.aliases import did_you_mean
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora
@@ -140,12 +140,11 @@ def resolve_targets(lora: Lora, modules: Sequence[ModuleT]) -> list[ModuleT]:
 def _check_settings_of_experts(lora: Lora) -> None:
     for setting, applies in {"lora.dropout": lora.dropout > 0, "lora.use_dora": lora.use_dora}.items():
         if applies:
-            raise UserError(
+            raise UsageError(
                 "Not for experts",
                 what=f"{setting} is set, and lora.target_modules names experts.",
                 why="peft has neither dropout nor DoRA for the parameters that hold all experts of a layer.",
                 fix=f"Set {setting} = {'0' if setting == 'lora.dropout' else 'false'}, or target no experts.",
-                exit_code=EXIT_USAGE,
             )
 
 
@@ -327,4 +326,4 @@ def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], set
 
 def _problem(title: str, what: str, hint: str, why: str = "") -> UserError:
     fix = capitalize(hint)
-    return UserError(title, what=what, why=why, fix=fix, exit_code=EXIT_USAGE)
+    return UsageError(title, what=what, why=why, fix=fix)

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError, UserError
 from qlora_tui.files import read_regular
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import aliases
@@ -85,11 +85,10 @@ def parse(text: str, origin: str) -> dict[str, Any]:
         line = int(place[1] or text.rstrip().count("\n") + 1) if place else 0
         message = _PLACE.sub("", message)
     excerpt = f" It reads: {_line(text, line)}" if line and _line(text, line) else ""
-    raise UserError(
+    raise UsageError(
         "Not TOML",
         what=f"{origin}{f', line {line}' if line else ''}: {message}.{excerpt}",
         fix="Write key = value under a [section]; strings in quotes, true and false in lower case.",
-        exit_code=EXIT_USAGE,
     )
 
 
@@ -185,7 +184,7 @@ def _line(text: str, number: int) -> str:
 
 
 def _read_error(path: Path, why: str, fix: str) -> UserError:
-    return UserError("Cannot read recipe", what=f"{path}: {why}.", fix=fix, exit_code=EXIT_USAGE)
+    return UsageError("Cannot read recipe", what=f"{path}: {why}.", fix=fix)
 
 
 def _suggest_path(path: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe import aliases, targets
 from qlora_tui.recipe.fields import Field, fields, format_exact, sections, source_fields
@@ -66,7 +66,7 @@ class RecipeIssue(Struct, frozen=True):
         return f"{self.where}: {self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
-class InvalidRecipeError(UserError):
+class InvalidRecipeError(UsageError):
     """A recipe, a preset or a ``--set`` that is invalid."""
 
     def __init__(self, issues: Sequence[RecipeIssue]):
@@ -77,7 +77,6 @@ class InvalidRecipeError(UserError):
                 "Invalid recipe",
                 what=f"{only.where}: {only.message}",
                 fix=capitalize(only.hint),
-                exit_code=EXIT_USAGE,
             )
             return
         lines = [str(mistake) for mistake in issues[:_MAX_SHOWN]]
@@ -86,7 +85,6 @@ class InvalidRecipeError(UserError):
         super().__init__(
             "Invalid recipe",
             what="\n  ".join([f"{len(issues)} mistakes", *lines]),
-            exit_code=EXIT_USAGE,
         )
 
 

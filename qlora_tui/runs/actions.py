@@ -20,7 +20,7 @@ import msgspec
 from qlora_tui import paths
 from qlora_tui.catalog.adapters import CONFIG
 from qlora_tui.drafts import discard
-from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
+from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular, sync
 from qlora_tui.locks import is_held, is_locked
 from qlora_tui.recipe.layering import with_absolute_paths
@@ -65,11 +65,10 @@ def resume(run: RunDir) -> None:
     """Queue an ended run again, to continue from its last checkpoint, or from the start if it has none."""
     status = read_status(run)
     if status.state not in RESUMABLE:
-        raise UserError(
+        raise UsageError(
             "Nothing to resume",
             what=f"{run.id} is {status.state}.",
             fix=_instead_of_resuming(run, status.state),
-            exit_code=EXIT_USAGE,
         )
     refuse_other_machines()
     if gpu := _gpu():
@@ -163,11 +162,10 @@ def _missing(init_from: str, what: str) -> UserError:
         if each.run.id in (init_from, *Path(init_from).parts):
             what = f"{what} {each.run.name} is in the trash."
             fix = f"`qlora-tui runs restore {each.run.id}` brings it back."
-    return UserError(
+    return UsageError(
         "No adapter to start from",
         what=f"Start from (lora.init_from) is {init_from!r}: {what}",
         fix=fix,
-        exit_code=EXIT_USAGE,
     )
 
 
@@ -192,7 +190,7 @@ def rename(run: RunDir, name: str) -> None:
     """Rename a run; its id stays. Raises UserError if the name is invalid or taken by another run."""
     wrong = validate_name(name) or _taken(run, name.strip())
     if wrong:
-        raise UserError("Invalid run name", what=wrong, fix="Use one short line.", exit_code=EXIT_USAGE)
+        raise UsageError("Invalid run name", what=wrong, fix="Use one short line.")
     atomic_write(run.name_path, f"{name.strip()}\n", durable=True)
 
 
@@ -214,27 +212,24 @@ def check_deletable(run: RunDir) -> None:
     """Raise UserError if the run is queued, in training, or being measured, or is a link to one elsewhere."""
     if run.path.is_symlink():
         target = run.path.resolve()
-        raise UserError(
+        raise UsageError(
             "The run is elsewhere",
             what=f"{run.path} is a link to {target}.",
             why="Nothing outside the runs folder is deleted.",
             fix=f"Delete both yourself: `rm -r {shlex.quote(str(target))} {shlex.quote(str(run.path))}`.",
-            exit_code=EXIT_USAGE,
         )
     status = read_status(run)
     if status.state in ACTIVE or run.id in run_queue.waiting():
-        raise UserError(
+        raise UsageError(
             "The run has not ended",
             what=f"{run.name} is {status.state}.",
             fix=f"Stop it first: s on Train, or `qlora-tui stop {run.id}`.",
-            exit_code=EXIT_USAGE,
         )
     if is_locked(run.trainer_lock_path):
-        raise UserError(
+        raise UsageError(
             "The run is in use",
             what=f"{run.name} is being measured, or its trainer is still exiting.",
             fix="Wait until that has ended, and delete it then.",
-            exit_code=EXIT_USAGE,
         )
 
 
@@ -363,9 +358,7 @@ def _find(run_id: str) -> RunDir:
     if len(matches) == 1:
         return matches[0]
     what = f"{len(matches)} deleted runs begin with '{run_id}'." if matches else f"'{run_id}' is not in it."
-    raise UserError(
-        "Not in the trash", what=what, fix="`qlora-tui runs trash` lists what is.", exit_code=EXIT_USAGE
-    )
+    raise UsageError("Not in the trash", what=what, fix="`qlora-tui runs trash` lists what is.")
 
 
 def _is_run(path: Path) -> bool:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
+from qlora_tui.errors import UsageError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, open_regular
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity
@@ -49,18 +49,16 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
     """Send a request to the trainer of ``run``. Raises UserError if no trainer can act on it."""
     status = read_status(run)
     if status.state not in ACTIVE:
-        raise UserError(
+        raise UsageError(
             "The run is not running",
             what=f"{run.id} is {status.state}, so it has no trainer to {kind.replace('_', ' ')}.",
             fix="`qlora-tui runs` shows what is running.",
-            exit_code=EXIT_USAGE,
         )
     if kind == "sample" and not run.recipe().training.sample_prompts:
-        raise UserError(
+        raise UsageError(
             "Nothing to sample",
             what=f"The recipe of {run.id} has no sample prompts.",
             fix="Set training.sample_prompts in the next recipe, or chat with a checkpoint.",
-            exit_code=EXIT_USAGE,
         )
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
     content = msgspec.json.encode(ControlRequest(kind=kind, value=value))

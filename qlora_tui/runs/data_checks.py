@@ -40,7 +40,7 @@ from qlora_tui.data.sources import (
     paths_of,
     sniff,
 )
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs.machine_checks import Check, CheckKind
@@ -58,7 +58,7 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
     data = recipe.data
     if not data.sources:
         fix = "Choose a file on the Data screen, or pass --data."
-        problem = UserError("No data", what="No data selected.", fix=fix, exit_code=EXIT_USAGE)
+        problem = UsageError("No data", what="No data selected.", fix=fix)
         return [Check.blocked(CheckKind.DATA, problem)]
     try:
         descriptions = _describe_sources(data, _token_fingerprint(recipe, model_files))

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.drafts import new_draft
-from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
+from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
 from qlora_tui.formatting import short_model_name
 from qlora_tui.recipe.schema import Recipe
@@ -229,35 +229,31 @@ def find_run(name: str) -> RunDir:
     if name == LAST and runs:
         return runs[0]
     if not name.strip():
-        raise UserError(
+        raise UsageError(
             "Which run?",
             what="The run name is empty.",
             fix=f"`qlora-tui runs` lists them; `{LAST}` is the newest.",
-            exit_code=EXIT_USAGE,
         )
     matches = match_runs(runs, name)
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UserError(
+        raise UsageError(
             "Which run?",
             what=f"{len(matches)} runs begin with '{name}': {', '.join(r.id for r in matches[:5])}.",
             fix="Type more of the name.",
-            exit_code=EXIT_USAGE,
         )
     if name == LAST:
-        raise UserError(
+        raise UsageError(
             "No run yet",
             what=f"{paths.runs_dir()} holds no run.",
             fix="`qlora-tui train` starts one.",
-            exit_code=EXIT_USAGE,
         )
     newest = f" The newest is {runs[0].id}." if runs else ""
-    raise UserError(
+    raise UsageError(
         "No such run",
         what=f"There is no run named '{name}' in {paths.runs_dir()}.{newest}",
         fix="`qlora-tui runs` lists them.",
-        exit_code=EXIT_USAGE,
     )
 
 

@@ -18,7 +18,7 @@ from qlora_tui import paths, worker
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.catalog.optional_kernels import describe_missing, types_by_kernel
 from qlora_tui.drafts import new_draft
-from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
+from qlora_tui.errors import UsageError, UserError, disk_problem
 from qlora_tui.formatting import format_bytes, format_gib, format_path, uncapitalize
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
@@ -245,21 +245,19 @@ def several_gpus_problem(recipe: Recipe, gpus: int) -> UserError | None:
     if gpus == 1:
         return None
     if recipe.lora.train_embeddings:
-        return UserError(
+        return UsageError(
             "Trained embeddings need a run on one GPU",
             what=f"lora.train_embeddings is on, and this run has {gpus} GPUs.",
             why="The gradients of embedding and head are not summed over several GPUs.",
             fix="Set lora.train_embeddings = false, or train on one GPU.",
-            exit_code=EXIT_USAGE,
         )
     if not recipe.quantization.streamed_layers:
         return None
-    return UserError(
+    return UsageError(
         "Streamed layers need a run on one GPU",
         what=f"quantization.streamed_layers is set, and this run has {gpus} GPUs.",
         why="Each process would hold the streamed layers in host memory, and copy them on the same bus.",
         fix="Set quantization.streamed_layers to 0, or train on one GPU.",
-        exit_code=EXIT_USAGE,
     )
 
 

@@ -16,7 +16,7 @@ from qlora_tui.catalog.architecture_types import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, load_model_config, resolve_model
 from qlora_tui.catalog.optional_kernels import describe_missing, missing_kernels
 from qlora_tui.data.trainable_tokens import check_tokens
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import (
     capitalize,
     format_count,
@@ -108,7 +108,7 @@ def missing_tracker(report_to: str) -> UserError | None:
 def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:
     if not recipe.model.id:
         fix = "Choose one on the Model screen, or pass --model."
-        problem = UserError("No model", what="No model selected.", fix=fix, exit_code=EXIT_USAGE)
+        problem = UsageError("No model", what="No model selected.", fix=fix)
         return Check.blocked(CheckKind.MODEL, problem), None
     try:
         files = resolve_model(recipe.model.id)

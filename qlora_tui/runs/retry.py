@@ -18,7 +18,7 @@ from msgspec import Struct, structs
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.decoding import decode_json
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.memory import cheapest_changes, estimate
 from qlora_tui.memory.budget import local_budget
@@ -127,11 +127,10 @@ def parse_plan(argument: str) -> RetryPlan:
     try:
         return decode_json(argument.encode(errors="surrogateescape"), _DECODER)
     except msgspec.MsgspecError as error:
-        raise UserError(
+        raise UsageError(
             "Invalid --plan",
             what=f"{argument} cannot be decoded: {error}.",
             fix='Pass JSON such as {"micro_batch_size":1,"gradient_accumulation":8}, or omit --plan.',
-            exit_code=EXIT_USAGE,
         ) from None
 
 
