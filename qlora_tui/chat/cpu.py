@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
 from functools import partial
 from typing import Any
@@ -25,28 +26,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from qlora_tui.training.checks.attention import attention_matches
 from qlora_tui.training.checks.compare import bitwise_equal, within_rounding
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
-from qlora_tui.training.packed_attention import set_attention
 
-NAME = "qlora_chat"
-"""Name of the attention implementation in transformers."""
 _verified: dict[tuple[object, ...], bool] = {}
 """Whether grouped heads give the same results, by shapes, dtype and settings; tested at the first call."""
 
 
-def use_grouped_heads(model: Any) -> None:
-    """Use grouped heads in ``model`` if its attention is SDPA."""
-    if model.config._attn_implementation != "sdpa":
-        return
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    set_attention(model, NAME)
+@contextmanager
+def grouped_heads() -> Iterator[None]:
+    """Attend with grouped heads inside the block, in models that use SDPA.
+
+    The implementation keeps the name of SDPA: a model may decide by it which keys its mask hides.
+    """
+    AttentionInterface.register("sdpa", attend)
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
 def attend(

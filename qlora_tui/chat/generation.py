@@ -122,6 +122,10 @@ class DecoderModel(Protocol[Prefix_contra]):
     end_ids: frozenset[int]
     warning: str
 
+    @property
+    def prefill_tokens(self) -> int:
+        """Return the most prompt tokens of one pass."""
+
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: Prefix_contra) -> Tensor:
         """Return the logits (1, vocabulary) of the token after ``token_ids``."""
 
@@ -239,11 +243,12 @@ class AnswerStream(Generic[AnyPrefix]):
         Returns the logits (1, vocabulary) after the last one; None after a stop request.
         """
         logits = None
-        for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
+        chunk = self._model.prefill_tokens
+        for start in range(0, len(token_ids), chunk):
             if self._stop.is_set():
                 return None
             logits = self._model.next_logits(
-                self._adapter_name, token_ids[start : start + PREFILL_CHUNK_TOKENS], self._prefix_cache
+                self._adapter_name, token_ids[start : start + chunk], self._prefix_cache
             )
         return logits
 

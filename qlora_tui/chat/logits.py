@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.chat.adapters import LoraForward, TokenRowsForward, WholeModuleForward
-from qlora_tui.chat.cpu import NAME, SingleTokenForward
+from qlora_tui.chat.cpu import SingleTokenForward
 from qlora_tui.training.checks.step import FACTOR, rounding_error_of, rounding_errors
 from qlora_tui.training.fused.patching import PatchedForwards
-from qlora_tui.training.packed_attention import set_attention
 
 _BLOCK = 256
 """Rows of the matrix that are computed at once."""
@@ -140,8 +139,6 @@ def library_code(model: nn.Module) -> Iterator[None]:
     """Let the model compute with transformers and peft alone inside the block."""
     replaced = _replaced(model)
     experts = PatchedForwards(model, "experts")
-    config: Any = model.config
-    grouped = config._attn_implementation == NAME
     try:
         use_library_code(model)
         yield
@@ -149,8 +146,6 @@ def library_code(model: nn.Module) -> Iterator[None]:
         for module, forward in replaced.items():
             vars(module)["forward"] = forward
         experts.use_ours()
-        if grouped:
-            set_attention(model, NAME)
 
 
 def use_library_code(model: nn.Module) -> None:
@@ -158,9 +153,6 @@ def use_library_code(model: nn.Module) -> None:
     for module in _replaced(model):
         vars(module).pop("forward")
     PatchedForwards(model, "experts").use_reference()
-    config: Any = model.config
-    if config._attn_implementation == NAME:
-        set_attention(model, "sdpa")
 
 
 def _replaced(model: nn.Module) -> dict[nn.Module, Any]:

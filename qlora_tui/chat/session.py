@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
 from qlora_tui.chat.adapters import AdapterSet, uses_dora
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
-from qlora_tui.chat.cpu import dequantize_on_cpu, use_cpu_layout, use_grouped_heads
+from qlora_tui.chat.cpu import dequantize_on_cpu, grouped_heads, use_cpu_layout
 from qlora_tui.chat.decoding import (
     DecodeStep,
     DecodeSteps,
@@ -52,6 +54,7 @@ from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import run_of
 from qlora_tui.training.answers import answer_greedily
+from qlora_tui.training.checks.attention import short_windows
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.experts.lora import fuse_experts
 from qlora_tui.training.model import load_base
@@ -97,8 +100,13 @@ class ChatSession:
         """Adapters whose logits could not be compared."""
         self._uses_cache = True
         """Whether keys and values are kept from one token to the next."""
+        self._in_parts = True
+        """Whether a text may be read in several passes. Some recurrent layers begin again in each pass of
+        several tokens, and some caches treat the tokens of the first pass as the prompt."""
         self.warning = ""
         """Warning on how this session computes; empty where there is none."""
+        self._groups_heads = device.kind == "cpu"
+        """Whether attention of one token computes the query heads of a key head together."""
         takes = signature(model.forward).parameters
         # The name changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
@@ -122,6 +130,11 @@ class ChatSession:
             off=str(switch.off[switch.variable]),
             default=switch.default,
         )
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Return the most prompt tokens of one pass."""
+        return PREFILL_CHUNK_TOKENS if self._in_parts else self.context_length
 
     def take_note(self) -> str:
         """Return, once, why answers are generated without a CUDA graph on a GPU; else an empty text."""
@@ -181,8 +194,10 @@ class ChatSession:
     def check(self, adapter_name: str, prompt: list[int]) -> None:
         """Compare the logits of a loaded adapter with the library's, once.
 
-        Where they differ, the session uses transformers and peft alone from then on, and ``warning`` says so.
-        Where they cannot be compared, ``warning`` says why, and nothing else changes.
+        The end of the prompt is read in two passes, as a conversation of two turns is, with sliding windows
+        that are shorter than it. If the logits differ, the session reads prompts in one pass, or uses
+        transformers and peft alone from then on, and ``warning`` says so. If they cannot be compared,
+        ``warning`` says why, and nothing else changes.
         """
         ids = prompt[-TOKENS:]
         if adapter_name in self.checked or adapter_name in self._not_checkable or len(ids) < 2:
@@ -191,19 +206,30 @@ class ChatSession:
         def ours() -> Tensor:
             prefix_cache = self._new_cache()
             # With two positions, one that never moves shows.
-            single = min(2, len(ids) - 1)
-            parts = [ids[:-single], *([token_id] for token_id in ids[-single:])]
+            read = len(ids) - min(2, len(ids) - 1)
+            ends = [read, *range(read + 1, len(ids) + 1)]
+            if self._in_parts and read > 1:
+                ends.insert(0, read // 2)
             return torch.cat(
-                [self.next_logits(adapter_name, part, prefix_cache).clone() for part in parts][-2:]
+                [
+                    self.next_logits(adapter_name, ids[start:end], prefix_cache).clone()
+                    for start, end in pairwise([0, *ends])
+                ][-2:]
             )
 
         def compare() -> LogitsComparison:
-            return compare_logits(
-                self._model, self.compute_device.dtype, ours, lambda: self._library_logits(adapter_name, ids)
-            )
+            with short_windows(self._model):
+                return compare_logits(
+                    self._model,
+                    self.compute_device.dtype,
+                    ours,
+                    lambda: self._library_logits(adapter_name, ids),
+                )
 
         try:
             comparison = self.checked[adapter_name] = compare()
+            if not comparison.agrees and self._agrees_without("_in_parts", adapter_name, compare):
+                return
             if not comparison.agrees and self.steps is not None and self.steps.in_use:
                 self.steps.turn_off(
                     "In fixed shapes the logits differed from those of transformers and peft by "
@@ -215,6 +241,7 @@ class ChatSession:
             if comparison.agrees:
                 return
             use_library_code(self._model)
+            self._groups_heads = False
             self._adapters.use_peft()
             self._caches.clear()
             again = compare()
@@ -250,22 +277,33 @@ class ChatSession:
 
         Some classes have a cache of their own, or none, or count positions in one of its layers.
         """
-        self._uses_cache = False
         if self.steps is not None:
             self.steps.turn_off("This model is asked without a cache of keys and values.")
+        if not self._agrees_without("_uses_cache", adapter_name, compare):
+            return False
+        self.warning = (
+            "Answers are slower: with a cache of keys and values this model computes other logits than "
+            "transformers and peft without one, so that the conversation is read again for each token."
+        )
+        return True
+
+    def _agrees_without(
+        self,
+        setting: Literal["_in_parts", "_uses_cache"],
+        adapter_name: str,
+        compare: Callable[[], LogitsComparison],
+    ) -> bool:
+        """Turn a setting off if the logits then are the library's; return whether they are."""
+        setattr(self, setting, False)
         self._caches.clear()
         try:
             comparison = compare()
         except Exception:  # whatever a model raises
             comparison = None
         if comparison is None or not comparison.agrees:
-            self._uses_cache = True
+            setattr(self, setting, True)
             return False
         self.checked[adapter_name] = comparison
-        self.warning = (
-            "Answers are slower: with a cache of keys and values this model computes other logits than "
-            "transformers and peft without one, so that the conversation is read again for each token."
-        )
         return True
 
     @torch.inference_mode()
@@ -299,7 +337,8 @@ class ChatSession:
     @torch.inference_mode()
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
         """Return the logits (1, vocabulary) after ``token_ids``, which are added to the cache."""
-        if prefix_cache.outdated_by(len(token_ids)):
+        apart = len(token_ids) > 1 and not self._in_parts
+        if apart or prefix_cache.outdated_by(len(token_ids)):
             token_ids = prefix_cache.token_ids + token_ids
             prefix_cache.clear()
         if len(token_ids) == 1 and (step := self._step(adapter_name, prefix_cache)):
@@ -311,7 +350,7 @@ class ChatSession:
         if not self._uses_cache:
             prefix_cache.token_ids += token_ids
             tokens = torch.tensor([prefix_cache.token_ids], device=self.device)
-            every: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+            every: Tensor = self._compute(input_ids=tokens, use_cache=False).logits
             return every[:, -1]
         prefix_cache.reserve(len(token_ids))
         last: int | Tensor = 1
@@ -319,7 +358,7 @@ class ChatSession:
             # By index: a slice of several is laid out so that a CPU copies the whole head.
             last = torch.tensor([len(token_ids) - 1])
         try:
-            output = self._model(
+            output = self._compute(
                 input_ids=torch.tensor([token_ids], device=self.device),
                 use_cache=True,
                 logits_to_keep=last,
@@ -331,6 +370,14 @@ class ChatSession:
             raise
         prefix_cache.token_ids += token_ids
         return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
+    def _compute(self, **arguments: Any) -> Any:
+        """Return the model's output."""
+        with self._attention():
+            return self._model(**arguments)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return grouped_heads() if self._groups_heads else nullcontext()
 
     @torch.inference_mode()
     def next_logits_ahead(
@@ -362,8 +409,8 @@ class ChatSession:
         """Process the cache's tokens again."""
         token_ids = prefix_cache.token_ids
         prefix_cache.clear()
-        for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
-            self.next_logits(adapter_name, token_ids[start : start + PREFILL_CHUNK_TOKENS], prefix_cache)
+        for start in range(0, len(token_ids), self.prefill_tokens):
+            self.next_logits(adapter_name, token_ids[start : start + self.prefill_tokens], prefix_cache)
 
     def _step(self, adapter_name: str, prefix_cache: PrefixCache) -> DecodeStep | None:
         return self.steps.step(adapter_name, prefix_cache) if self.steps is not None else None
@@ -400,7 +447,7 @@ class ChatSession:
     def logits_at(self, adapter_name: str, token_ids: list[int], positions: list[int]) -> Tensor:
         """Return the logits (positions, vocabulary) of the token after each position, without a cache."""
         self._adapters.activate(adapter_name)
-        output = self._model(
+        output = self._compute(
             input_ids=torch.tensor([token_ids], device=self.device),
             use_cache=False,
             logits_to_keep=torch.tensor(positions, device=self.device),
@@ -416,7 +463,8 @@ class ChatSession:
         """
         self._adapters.activate(adapter_name)
         try:
-            return answer_greedily(self._model, prompts, self.tokenizer, self.device, max_new_tokens)
+            with self._attention():
+                return answer_greedily(self._model, prompts, self.tokenizer, self.device, max_new_tokens)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.compute_device) from error
 
@@ -433,7 +481,7 @@ class ChatSession:
         """
         self._adapters.activate(adapter_name)
         return self.head.inputs_of(
-            lambda: self._model(
+            lambda: self._compute(
                 input_ids=torch.tensor([token_ids], device=self.device),
                 use_cache=False,
                 logits_to_keep=torch.tensor(positions, device=self.device),
@@ -490,10 +538,10 @@ def load_session(
         raise out_of_memory(device) from error
     model.eval()
     fuse_experts(model)
-    if device.kind == "cpu":
-        use_grouped_heads(model)
-        if not dequantize_on_cpu(model, device) and not any(map(uses_dora, source.adapters.values())):
-            use_cpu_layout(model)
+    on_cpu = device.kind == "cpu"
+    dequantized = on_cpu and dequantize_on_cpu(model, device)
+    if on_cpu and not dequantized and not any(map(uses_dora, source.adapters.values())):
+        use_cpu_layout(model)
     return ChatSession(source, model, tokenizer, device)
 
 

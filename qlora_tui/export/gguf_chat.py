@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.chat.decoding import reusable_prefix
-from qlora_tui.chat.generation import AnswerStream
+from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS, AnswerStream
 from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Message
 from qlora_tui.export.llama_cpp.client import LlamaFile
@@ -31,6 +31,7 @@ class GgufDecoder:
         self._session = session
         self.device = torch.device("cpu")
         self.context_length = min(session.context_length, _MAX_CONTEXT_TOKENS)
+        self.prefill_tokens = PREFILL_CHUNK_TOKENS
         self.end_ids = session.end_ids
         self.warning = ""
         self._file = LlamaFile(path, self.context_length)

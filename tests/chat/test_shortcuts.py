@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
+from threading import Event
 from typing import Any
 
 import msgspec
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_tui.chat import adapters, cpu, decoding, logits
+from qlora_tui.chat import adapters, cpu, decoding, generation, logits
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GREEDY, ChatSource
 from qlora_tui.chat.decoding import PrefixCache
+from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS, AnswerStream
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
@@ -422,7 +425,6 @@ def test_token_by_token_scores_equal_those_of_transformers_and_peft(
     from transformers import AutoModelForCausalLM
 
     session = load_session(source)
-    assert session._model.config._attn_implementation in (cpu.NAME, "eager")
     plain: Any = AutoModelForCausalLM.from_pretrained(source.recipe.model.id, attn_implementation="eager")
     tuned: Any = PeftModel.from_pretrained(plain, source.adapters[ADAPTER])
     ids = torch.tensor([READ + SAID])
@@ -435,6 +437,54 @@ def test_token_by_token_scores_equal_those_of_transformers_and_peft(
         torch.testing.assert_close(
             scores(session, adapter_name), expected[adapter_name], rtol=1e-4, atol=1e-4
         )
+
+
+SELECTS_KEYS = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "index_topk": 8, "index_head_dim": 16, "index_n_heads": 32, "num_key_value_heads": 4,
+    "mlp_layer_types": ["dense", "dense"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "in_parts"),
+    [("deepseek_v32", SELECTS_KEYS, True), ("mamba", {"hidden_size": 32}, False), ("mistral", {}, True)],
+)
+def test_a_conversation_is_answered_as_transformers_answers(
+    model_type: str,
+    settings: dict[str, Any],
+    in_parts: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second question extends the first; both are longer than what the check reads."""
+    monkeypatch.setattr(generation, "PREFILL_CHUNK_TOKENS", 7)
+    folder = make_tiny_model(tmp_path / "model")
+    model = build(model_type, vocab_size=384, **settings)
+    model.save_pretrained(folder)
+    quantization = Quantization(method="none", compute_dtype="float32")
+    session = load_session(ChatSource(recipe=Recipe(model=Model(id=str(folder)), quantization=quantization)))
+    prompt = session.prompt(QUESTION)
+    session.ensure_loaded(BASE)
+    session.check(BASE, prompt)
+    assert not session.warning and (session.prefill_tokens == PREFILL_CHUNK_TOKENS) == in_parts
+    cache = session._new_cache()
+    for _ in range(2):
+        sampling, splitter = replace(GREEDY, max_new_tokens=12), session.splitter(prompt)
+        session.end_ids = frozenset()
+        for _ in AnswerStream(session, BASE, prompt, cache, sampling, Event(), splitter):
+            pass
+        answer = cache.token_ids[len(prompt) :]
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=len(answer),
+            do_sample=False,
+            eos_token_id=-1,
+        )
+        assert answer == expected[0, len(prompt) :].tolist()
+        prompt = [*cache.token_ids, *READ]
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 4)])
