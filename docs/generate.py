@@ -79,8 +79,8 @@ _MODELS_INTRODUCTION = """\
 Every `model_type` for which transformers {version} builds a causal language model, and every one that
 reads images and text. Of each, `make check-models` trains a tiny random model on text and compares it
 with transformers and peft: loss and gradients of each step, a run resumed from a checkpoint, the answers
-of a chat, and the merged model. The models have the default structure of their class, with small sizes.
-Of a type that reads images too, the language model is trained; images in the data are refused.
+of a chat to two questions, and the merged model. The models have the default structure of their class, with
+small sizes. Of a type that reads images too, the language model is trained; images in the data are refused.
 
 *Fast* means that all faster parts agreed with the libraries; *stock* names those of the libraries that
 are used instead, and *padded* that samples are not packed, because its layers do not keep them apart."""

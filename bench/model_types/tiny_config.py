@@ -18,6 +18,9 @@ VOCABULARY = 384
 _LAYERS, _SAME_LAYERS = 4, 2
 """Layers of a model whose layers differ, and of one whose layers do not."""
 _HEADS, _HEAD_WIDTH = 4, 16
+_INDEX_HEADS = 32
+"""Heads that select keys. A key's score is a sum over them in which half of the terms are zero: with few,
+several keys score zero, and which of equal keys is selected depends on how many there are."""
 _WINDOW, _CHUNK = 8, 16
 """Tokens that a window reaches back, and of a chunk of linear attention: fewer than a sample has."""
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "dim_model")
@@ -143,7 +146,7 @@ class _Shrinking:
 
     def _kept_layers(self) -> list[int]:
         """The layers that stay: the first of each kind, then the second of each, the rarest kinds first."""
-        lists = [v for v in self._values.values() if isinstance(v, list | tuple) and len(v) == self._count]
+        lists = [v for v in self._values.values() if self._is_of_layers(v)]
         kinds: dict[tuple[str, ...], list[int]] = {}
         for layer in range(self._count):
             kinds.setdefault(tuple(str(values[layer]) for values in lists), []).append(layer)
@@ -151,6 +154,11 @@ class _Shrinking:
         rarest = sorted(kinds.values(), key=len)
         order = [layer for turn in zip_longest(*rarest) for layer in turn if layer is not None]
         return sorted(order[: max(len(kinds), _LAYERS) if differ else _SAME_LAYERS])
+
+    def _is_of_layers(self, value: Any) -> bool:
+        """Whether a value says something of each layer, other than its own number."""
+        is_list = isinstance(value, list | tuple) and len(value) == self._count
+        return is_list and list(value) != list(range(self._count))
 
     def _value(self, name: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -180,8 +188,8 @@ class _Shrinking:
             return self._width_to
         return {
             "num_key_value_heads": self._heads_to, "n_routed_experts": 4, "num_experts_per_tok": 2,
-            "n_shared_experts": 1, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_budget": 16,
-            "indexer_head_dim": _HEAD_WIDTH, "indexer_compress_ratio": 4,
+            "n_shared_experts": 1, "indexer_n_heads": _INDEX_HEADS, "indexer_kv_heads": 1,
+            "indexer_budget": 16, "indexer_head_dim": _HEAD_WIDTH, "indexer_compress_ratio": 4,
         }.get(name)  # fmt: skip
 
     def _mapping(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +227,7 @@ class _Shrinking:
     def _list(self, name: str, value: list[Any]) -> list[Any] | int:
         if value == [] or not self._count:
             return value
-        is_of_layers = len(value) == self._count and value != list(range(self._count))
+        is_of_layers = self._is_of_layers(value)
         if _LAYER_NUMBERS.search(name) and all(map(_is_size, value)) and not is_of_layers:
             numbers = {each % self._count for each in value}
             return [place for place, layer in enumerate(self._kept) if layer in numbers] or [0]
@@ -312,6 +320,7 @@ _RULES: list[tuple[re.Pattern[str], Callable[[_Shrinking, int], int]]] = [
             r"head_?dim|d_head|dim_head|d_kv|kv_channels|rotary_dim|head_size|query_pre_attn",
             _Shrinking.head_width,
         ),
+        (r"^index(er)?_n_heads$", _at_most(_INDEX_HEADS)),
         (r"heads(_|$)|n_head$|query_groups$", _Shrinking.heads),
         (r"d_state|state_size", _at_most(16)),
         (r"n_?groups$", _at_most(2)),
