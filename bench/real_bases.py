@@ -34,8 +34,9 @@ from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
 from qlora_tui.training.gguf_conversion import convert_in_child
 
-LIMIT = 1e-5
-"""Largest KL divergence in nats. Measured: 7e-7 of SmolLM2, and 3e-6 of Gemma 3."""
+LIMIT = 3e-5
+"""Largest KL divergence in nats. Measured: 6e-7 of SmolLM2, and 1.2e-5 of Gemma 3, whose GELU llama.cpp looks
+up in a table in float16: rounded so, our own answers differ by 1.3e-5."""
 ENDS = 100
 """Positions at either end that are compared."""
 HEAD_DIM, BASE, ORIGINAL = 64, 100_000.0, 256

@@ -34,6 +34,14 @@ GEMMA_4: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 3,
     "vocab_size_per_layer_input": 384,
 }
+GEMMA_3N: dict[str, Any] = {
+    "head_dim": 16, "sliding_window": 24, "num_hidden_layers": 22, "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 380, "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 4
+    + ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
+    "intermediate_size": 4096, "initializer_range": 0.02,
+}  # fmt: skip
+"""With the number of layers that llama.cpp has built in. It divides by n - 1 where transformers divides by n,
+which shows in a narrow layer."""
 LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -111,6 +119,9 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
     ("mistral", {"head_dim": 32}),
     ("mixtral", {"num_local_experts": 8}),
+    ("ministral", {"head_dim": 16, "sliding_window": 512}),
+    ("iquestcoder", {}),
+    ("helium", {"head_dim": 16}),
     ("arcee", {}),
     ("smollm3", {"num_hidden_layers": 5}),
     ("ministral3", {"head_dim": 32}),
@@ -122,6 +133,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("granitemoehybrid", GRANITE_HYBRID | NO_EXPERTS),
     ("granitemoehybrid", GRANITE_HYBRID | NO_EXPERTS | {
         "layer_types": ["full_attention"] * 3, "position_embedding_type": "rope"}),
+    ("bamba", MAMBA | {"num_hidden_layers": 3, "attn_layer_indices": [1]}),
     ("qwen2", {}),
     ("qwen2", {"rope_parameters": YARN}),
     ("qwen3", {"head_dim": 32}),
@@ -140,6 +152,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }, "num_hidden_layers": 7}),
+    ("gemma3n_text", GEMMA_3N),
     ("gemma4_text", GEMMA_4 | {
         "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
         "final_logit_softcapping": 10.0}),
@@ -164,6 +177,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("youtu", LATENT),
     ("seed_oss", {"head_dim": 32}),
     ("apertus", {}),
+    ("apertus1p5_text", {}),
     ("ernie4_5", {"head_dim": 16}),
     ("ernie4_5_moe", {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3,
                       "moe_layer_end_index": 2}),
@@ -190,6 +204,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 2, "head_dim": 16}),
     ("qwen2_5_vl", {"text_config": SIZES | {"rope_parameters": SECTIONS}, "vision_config": TOWER}),
     ("qwen3_vl", {"text_config": SIZES | {"head_dim": 16}, "vision_config": TOWER}),
+    ("qwen3_vl_moe", {"text_config": SIZES | EXPERTS | {"head_dim": 16}, "vision_config": TOWER}),
     ("glm4v", {"text_config": SIZES | {"head_dim": 16, "rope_parameters": SECTIONS}, "vision_config": TOWER}),
     ("gemma3", {"text_config": SIZES | GEMMA | {"num_hidden_layers": 7}, "vision_config": TOWER}),
     ("afmoe", EXPERTS | {"head_dim": 16, "sliding_window": 24, "num_hidden_layers": 5, "mup_enabled": True,
@@ -199,7 +214,10 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama4_text", LLAMA_4 | {"num_hidden_layers": 5, "interleave_moe_layer_step": 1}),
     ("llama4_text", LLAMA_4 | {"num_hidden_layers": 6, "interleave_moe_layer_step": 2}),
     ("solar_open", ROUTED | {"head_dim": 16, "first_k_dense_replace": 0}),
+    ("exaone", {}),
     ("jais2", {"head_dim": 16}),
+    ("bloom", {"n_layer": 2, "n_head": 4, "num_key_value_heads": None}),
+    ("minicpm3", LATENT),
     ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "num_key_value_heads": None}),
     ("gpt_bigcode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512,
                      "num_key_value_heads": 1}),

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_tui.adapters.merged_weights import MergedWeights
@@ -36,8 +37,8 @@ def text_config(folder: Path) -> Any:
         config.logit_scale = (
             1.0  # the classes with a vision tower do not scale (Aya Vision, Command A Vision)
         )
-    if not hasattr(config, "tie_word_embeddings"):
-        config.tie_word_embeddings = whole.tie_word_embeddings
+    # The class of the whole model ties its head or does not, whatever its text config says.
+    config.tie_word_embeddings = whole.tie_word_embeddings
     # What differs between layers is read for each; elsewhere the value of most layers is meant.
     config.allow_global_per_layer_attribute_access = True
     return config
@@ -50,9 +51,12 @@ def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWe
     require_computed(config, convention)
     given = (SourceTensor(tensor.name, tensor.shape, tensor.read) for tensor in weights)
     tensors = gguf_tensors(given, convention, config)
+    added = extra_tensors(config)
+    stored = {tensor.name for tensor in tensors}
+    added |= {n: torch.zeros(shape) for n, shape in convention.unused(config).items() if n not in stored}
     extra = [
         SourceTensor(name, tuple(values.shape), partial(Tensor.clone, values))
-        for name, values in extra_tensors(config).items()
+        for name, values in added.items()
     ]
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
     parameters = hyperparameters(config, convention, tensors)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, Literal
 
 from qlora_tui.errors import UserError
@@ -18,9 +19,11 @@ from qlora_tui.training.gguf_format.rewrites import (
     FALCON,
     FALCON_H1,
     GEMMA,
+    GEMMA3N,
     GEMMA4,
     GPT2,
     GPT_OSS,
+    INPUTS_FIRST,
     MAMBA2,
     MLA,
     NEOX,
@@ -62,6 +65,8 @@ class Convention:
     """What ``mscale_all_dim`` is multiplied by in ``yarn_log_multiplier``; 0 if it does not read that."""
     keys: Callable[[Any], dict[str, Any]] = lambda config: {}
     """Constants that are not a setting as it stands; may raise UserError."""
+    unused: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
+    """Shapes of tensors that it loads and does not compute with, by name in the file."""
     scalars: Mapping[str, str] = field(default_factory=dict)
     """Ends of names of tensors that hold one number in each layer, with the key that has all of them."""
 
@@ -99,14 +104,54 @@ def _gemma_scale(architecture: str) -> Callable[[Any], dict[str, Any]]:
     return keys
 
 
+def _first_shared_layer(config: Any) -> int:
+    """Return the first layer that computes with the keys and values of an earlier one. Raises UserError."""
+    first: int = config.num_hidden_layers - config.num_kv_shared_layers
+    if config.layer_types[first - 2 : first] != ["sliding_attention", "full_attention"]:
+        raise cannot_compute("its last layers do not share the keys and values of the two before them")
+    return first
+
+
+_GEMMA_3N = {"altup_num_inputs": 4, "altup_active_idx": 0, "laurel_rank": 64} | {
+    "hidden_size_per_layer_input": 256,
+    "final_logit_softcapping": 30.0,
+}
+"""Settings of Gemma 3n that llama.cpp has built in (src/models/gemma3n.cpp, src/llama-hparams.h)."""
+_SPARSE_LAYERS, _SPARSITY, _FIRST_SHARED = 10, 0.95, 20
+
+
+def _gemma3n(config: Any) -> dict[str, Any]:
+    """Return what Ollama reads of Gemma 3n, whose layers llama.cpp tells apart by their number."""
+    sparsity = list(config.activation_sparsity_pattern)
+    if [share == _SPARSITY for share in sparsity] != [
+        layer < _SPARSE_LAYERS for layer in range(len(sparsity))
+    ]:
+        raise cannot_compute("its sparse layers are not exactly the first ten, of 95 %")
+    if (first := _first_shared_layer(config)) != _FIRST_SHARED:
+        raise cannot_compute(f"its layers share keys and values from {first} on, not from {_FIRST_SHARED}")
+    return {
+        "altup.active_idx": config.altup_active_idx,
+        "altup.num_inputs": config.altup_num_inputs,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "activation_sparsity_scale": [NormalDist().inv_cdf(share) if share else 0.0 for share in sparsity],
+    }
+
+
+def _keys_of_shared_layers(config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the projections of layers that share keys and values; weight files may not have them."""
+    rows = config.num_key_value_heads * config.head_dim
+    shapes = {"attn_k": (rows, config.hidden_size), "attn_v": (rows, config.hidden_size)}
+    shapes["attn_k_norm"] = (config.head_dim,)
+    layers = range(_FIRST_SHARED, config.num_hidden_layers)
+    return {f"blk.{layer}.{name}.weight": shape for layer in layers for name, shape in shapes.items()}
+
+
 def _gemma4(config: Any) -> dict[str, Any]:
     """Return the sizes of heads, which differ between layers with a window and those without one."""
     if config.use_bidirectional_attention == "all":
         raise cannot_compute("a token attends to those after it")
     if getattr(config, "num_kv_shared_layers", 0):
-        first = config.num_hidden_layers - config.num_kv_shared_layers
-        if config.layer_types[first - 2 : first] != ["sliding_attention", "full_attention"]:
-            raise cannot_compute("its last layers do not share the keys and values of the two before them")
+        _first_shared_layer(config)
     full = config.per_layer_config["full_attention"].head_dim
     layers = range(config.num_hidden_layers)
     return {
@@ -161,6 +206,17 @@ def _mla(config: Any) -> dict[str, Any]:
     return keys
 
 
+def _minicpm3(config: Any) -> dict[str, Any]:
+    """Return the sizes of MiniCPM 3's latent attention, which llama.cpp computes with all its heads."""
+    return {
+        "attention.key_length": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length": config.v_head_dim,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "rope.dimension_count": config.qk_rope_head_dim,
+    }
+
+
 def _gating(name: str) -> Callable[[Any], dict[str, Any]]:
     number = {"softmax": 1, "sigmoid": 2}[name]
     return lambda config: {"expert_gating_func": number}
@@ -208,7 +264,12 @@ _MAMBA_SETTINGS = frozenset(
 )
 
 CONVENTIONS: tuple[Convention, ...] = (
-    Convention(architecture="llama", types=("llama", "mistral", "mixtral"), rewrites=PAIRS),
+    Convention(
+        architecture="llama",
+        types=("llama", "mistral", "ministral", "mixtral", "iquestcoder"),
+        rewrites=PAIRS,
+    ),
+    Convention(architecture="llama", types=("helium",)),
     Convention(architecture="arcee", rewrites=PAIRS),
     Convention(
         architecture="smollm3",
@@ -237,8 +298,8 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     Convention(
         architecture="granitehybrid",
-        types=("granitemoehybrid",),
-        when=_has("linear_attention"),
+        types=("granitemoehybrid", "bamba"),
+        when=lambda config: _has("linear_attention")(config) or config.model_type == "bamba",
         rewrites=(*ALONE, *PAIRS, *MAMBA2),
         reads=_SCALES,
         folded=_MAMBA_SETTINGS,
@@ -255,7 +316,7 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     Convention(
         architecture="granite",
-        types=("granite", "granitemoehybrid"),
+        types=("granite", "granitemoehybrid", "granite4_vision", "granite_docling"),
         rewrites=(*ALONE, *PAIRS),
         reads=_SCALES,
         folded=_MAMBA_SETTINGS,
@@ -283,6 +344,16 @@ CONVENTIONS: tuple[Convention, ...] = (
         folded=frozenset({"query_pre_attn_scalar"}),
         windows=True,
         keys=_gemma_scale("gemma3"),
+    ),
+    Convention(
+        architecture="gemma3n",
+        rewrites=GEMMA3N,
+        reads=frozenset({"attention.shared_kv_layers"}),
+        folded=frozenset({"altup_coef_clip"}),
+        fixed=_GEMMA_3N,
+        windows=True,
+        keys=_gemma3n,
+        unused=_keys_of_shared_layers,
     ),
     Convention(
         architecture="gemma4",
@@ -335,6 +406,7 @@ CONVENTIONS: tuple[Convention, ...] = (
     Convention(architecture="seed_oss"),
     Convention(
         architecture="apertus",
+        types=("apertus", "apertus1p5"),
         scalars={f".mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")},
     ),
     Convention(architecture="ernie4_5"),
@@ -409,6 +481,13 @@ CONVENTIONS: tuple[Convention, ...] = (
     Convention(architecture="qwen2vl", types=("qwen2_vl", "qwen2_5_vl"), keys=_sections),
     Convention(architecture="qwen3vl", keys=_sections),
     Convention(
+        architecture="qwen3vlmoe",
+        types=("qwen3_vl_moe", "qwen3_omni_moe"),
+        rewrites=INPUTS_FIRST,
+        fixed=_EXPERTS_EVERYWHERE | {"norm_topk_prob": True},
+        keys=_sections,
+    ),
+    Convention(
         architecture="afmoe",
         reads=frozenset({"expert_weights_scale"}),
         fixed={"mup_enabled": True},
@@ -423,7 +502,10 @@ CONVENTIONS: tuple[Convention, ...] = (
         windows=True,
     ),
     Convention(architecture="exaone4", types=("exaone4", "exaone4_5"), fixed={"sliding_window": None}),
+    Convention(architecture="exaone"),
     Convention(architecture="jais2"),
+    Convention(architecture="bloom", rewrites=NEOX),
+    Convention(architecture="minicpm3", keys=_minicpm3),
     Convention(architecture="gpt2", rewrites=GPT2),
     Convention(
         architecture="falcon",
@@ -455,9 +537,17 @@ CONVENTIONS: tuple[Convention, ...] = (
 )
 
 
+COMPUTED_OTHERWISE = {
+    "phimoe": "it weighs experts by a sparse mixer, and llama.cpp weighs them by a softmax",
+}
+"""Model types that llama.cpp has an architecture for, which computes something else."""
+
+
 def convention_of(config: Any) -> Convention:
     """Return how llama.cpp stores a model, from its text config. Raises UserError if it is not supported."""
     model_type = config.model_type.removesuffix("_text")
+    if (why := COMPUTED_OTHERWISE.get(model_type)) is not None:
+        raise cannot_compute(why)
     for convention in CONVENTIONS:
         named = model_type in convention.types or (
             not convention.types and _plain(model_type) == _plain(convention.architecture)
@@ -475,11 +565,11 @@ def _unsupported(model_type: str) -> UserError:
     )
     return UserError(
         "This model cannot be exported as GGUF",
-        what=f"It is a {model_type}. llama.cpp computes that as {known}, which this version cannot write."
+        what=f"It is a {model_type}, which llama.cpp may compute as {known}; this version cannot write that."
         if known
-        else f"It is a {model_type}, and llama.cpp has no architecture of that name.",
-        fix="Export it with `qlora-tui export merge`; transformers and vLLM can load that folder"
-        + (", and llama.cpp's convert_hf_to_gguf.py converts it." if known else "."),
+        else f"It is a {model_type}; no architecture of llama.cpp is known for it here.",
+        fix="Export it with `qlora-tui export merge`: transformers and vLLM load that folder, and "
+        "llama.cpp's convert_hf_to_gguf.py converts it if llama.cpp has the architecture.",
     )
 
 

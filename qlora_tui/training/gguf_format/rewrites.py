@@ -64,13 +64,27 @@ def _halves(pattern: str, first: str, second: str) -> Rewrite:
     return Rewrite(pattern, ((first, _part(0, 2)), (second, _part(1, 2))))
 
 
-def permute_for_interleaved_rope(values: Tensor, heads: int) -> Tensor:
+def permute_for_interleaved_rope(values: Tensor, heads: int, rotated: float = 1.0) -> Tensor:
     """Order the rows of q or k, (rows, …), for a rotary embedding of neighboring rows.
 
-    With one head of four rows, ``0 1 2 3`` become ``0 2 1 3``.
+    With one head of four rows, ``0 1 2 3`` become ``0 2 1 3``. ``rotated`` is the share of a head's rows
+    that are rotated, from the first; the others stay where they are.
     """
-    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
-    return halves.transpose(1, 2).reshape(values.shape)
+    by_head = values.reshape(heads, values.shape[0] // heads, *values.shape[1:])
+    count = int(by_head.shape[1] * rotated)
+    halves = by_head[:, :count].reshape(heads, 2, count // 2, *values.shape[1:])
+    pairs = halves.transpose(1, 2).reshape(heads, count, *values.shape[1:])
+    return torch.cat([pairs, by_head[:, count:]], dim=1).reshape(values.shape)
+
+
+def _pairs(heads: str) -> Change:
+    """Return what orders the rows of a projection whose number of heads is the named setting."""
+
+    def change(values: Tensor, config: Any) -> Tensor:
+        share = (config.rope_parameters or {}).get("partial_rotary_factor") or 1.0
+        return permute_for_interleaved_rope(values, getattr(config, heads), share)
+
+    return change
 
 
 EVERYWHERE = (
@@ -85,14 +99,8 @@ EVERYWHERE = (
 """Rules of all architectures; those of an architecture come before them."""
 
 PAIRS = (
-    changed(
-        r"\.q_proj\.(weight|bias)$",
-        lambda values, config: permute_for_interleaved_rope(values, config.num_attention_heads),
-    ),
-    changed(
-        r"\.k_proj\.(weight|bias)$",
-        lambda values, config: permute_for_interleaved_rope(values, config.num_key_value_heads),
-    ),
+    changed(r"\.q_proj\.(weight|bias)$", _pairs("num_attention_heads")),
+    changed(r"\.k_proj\.(weight|bias)$", _pairs("num_key_value_heads")),
 )
 """For architectures whose rotary embedding rotates neighboring rows."""
 
@@ -189,6 +197,20 @@ TRANSPOSED_EXPERTS = (
 )
 
 
+INPUTS_FIRST = (
+    changed(
+        r"experts\.gate_up_proj$",
+        lambda values, config: values if values.shape[1] == 2 * config.moe_intermediate_size else values.mT,
+    ),
+    changed(
+        r"experts\.down_proj$",
+        lambda values, config: values if values.shape[2] == config.moe_intermediate_size else values.mT,
+    ),
+)
+"""For experts that are published as (experts, inputs, outputs), and that transformers also writes as it
+computes with them."""
+
+
 def _times(pattern: str, factor: Callable[[Any], float]) -> Rewrite:
     return changed(pattern, lambda values, config: values.float() * factor(config))
 
@@ -220,6 +242,15 @@ GEMMA4 = (
     renamed(r"model\.layers\.(\d+)\.router\.scale$", r"blk.\1.ffn_gate_inp.scale"),
     renamed(r"model\.layers\.(\d+)\.router\.per_expert_scale$", r"blk.\1.ffn_down_exps.scale"),
 )
+
+
+def _with_every_token(values: Tensor, config: Any) -> Tensor:
+    """Give tokens of images and audio the row of token 0, which transformers computes with."""
+    missing = config.vocab_size - values.shape[0]
+    return torch.cat([values, values[:1].expand(missing, -1)]) if missing > 0 else values
+
+
+GEMMA3N = (changed(r"embed_tokens_per_layer\.weight$", _with_every_token),)
 
 
 def _of_each_head(part: int) -> Change:

@@ -1,7 +1,7 @@
 """The tensors of a GGUF file, from those of weight files: names, shapes and values.
 
-llama.cpp stores the experts of a layer as one tensor per projection. Names are those of the tables in the
-``gguf`` package; what else differs is declared in ``architectures``.
+llama.cpp stores the experts of a layer as one tensor per projection, and Gemma 3n's streams likewise. Names
+are those of the tables in the ``gguf`` package; what else differs is declared in ``architectures``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _IN_TEXT_MODEL = re.compile(r"(.*\.)?(language_model|text_model)\.")
 _OUTER_NAMES = ("backbone.", "transformer.", "model.")
 _NOT_READ = re.compile(r"(.*\.)?(rotary_emb|mtp)\.|(model\.)?(visual|vision_\w+|audio_\w+)\.")
 """Tables that are computed, predictors of later tokens, and towers next to a text model without a name."""
-_OF_ONE = re.compile(r"(?P<holder>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>\w+\.weight)")
-"""A matrix of one of several experts."""
+_OF_ONE = re.compile(r"(?P<holder>.+\.(experts|altup_\w+))\.(?P<number>\d+)\.(?P<matrix>(\w+\.)?weight)")
+"""A matrix of one of several experts, or of one of several streams."""
 _HEAD = "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
