@@ -184,7 +184,7 @@ def steps_per_epoch(samples: float, tokens: float, recipe: Recipe) -> int:
         tokens: their tokens, those beyond ``data.max_length`` left out.
         recipe: says how samples are packed and how many rows make a step.
     """
-    trained = 1.0 if recipe.data.validation_path else 1.0 - recipe.data.validation_fraction
+    trained = trained_share(recipe)
     rows = samples * trained
     replayed = rows * recipe.training.replay_share / (1 - recipe.training.replay_share)
     if recipe.data.packing:
@@ -194,6 +194,11 @@ def steps_per_epoch(samples: float, tokens: float, recipe: Recipe) -> int:
     else:
         rows += replayed
     return max(1, math.ceil(rows / recipe.effective_batch))
+
+
+def trained_share(recipe: Recipe) -> float:
+    """Return the share of the samples that is not held out for validation."""
+    return 1.0 if recipe.data.validation_path else 1.0 - recipe.data.validation_fraction
 
 
 def total_steps(steps_of_epoch: int, recipe: Recipe) -> int:

@@ -28,6 +28,7 @@ from qlora_tui.data.quick_check import (
     steps_per_epoch,
     tokenizer_fingerprint,
     total_steps,
+    trained_share,
 )
 from qlora_tui.data.read import kind_of
 from qlora_tui.data.sources import (
@@ -106,13 +107,11 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
 
     ``sizes``: the data that was read; ``complete``: whether that is all of it.
     """
-    limit, epochs, sources = recipe.training.max_steps, recipe.training.epochs, recipe.data.sources
-    # The sources come first; after them is the validation file, which no step trains on.
-    trained = [(size, sources[size.source].weight) for size in sizes if size.source < len(sources)]
-    samples = sum(size.samples * weight for size, weight in trained)
+    limit, epochs = recipe.training.max_steps, recipe.training.epochs
+    samples, tokens = _amount(recipe, sizes)
     if not samples:
         return []
-    steps_of_epoch = steps_per_epoch(samples, sum(size.tokens * weight for size, weight in trained), recipe)
+    steps_of_epoch = steps_per_epoch(samples, tokens, recipe)
     steps = total_steps(steps_of_epoch, recipe)
     of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
     suggested_fix = None
@@ -141,6 +140,33 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
     else:
         return []
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=suggested_fix)]
+
+
+def tokens_to_train(recipe: Recipe) -> float | None:
+    """Return about how many tokens all steps train on; None unless all the data is here and readable."""
+    data = recipe.data
+    try:
+        result = _check_rows(_fingerprints(data), _reading_settings(data))
+        all_here = all(_local_files(source) is not None for source in every_source(data))
+    except (UserError, OSError):
+        return None
+    if isinstance(result, UserError) or not (result.complete and all_here):
+        return None
+    samples, tokens = _amount(recipe, result.sizes)
+    if not samples:
+        return None
+    steps_of_epoch = steps_per_epoch(samples, tokens, recipe)
+    steps = total_steps(steps_of_epoch, recipe)
+    limit = recipe.training.max_steps
+    return tokens * trained_share(recipe) * min(steps, limit or steps) / steps_of_epoch
+
+
+def _amount(recipe: Recipe, sizes: Sequence[FileSize]) -> tuple[float, float]:
+    """Return the samples and tokens of an epoch, with those that are held out for validation."""
+    sources = recipe.data.sources
+    # The sources come first; after them is the validation file, which no step trains on.
+    trained = [(size, sources[size.source].weight) for size in sizes if size.source < len(sources)]
+    return sum(s.samples * weight for s, weight in trained), sum(s.tokens * weight for s, weight in trained)
 
 
 def _data_fix(problem: UserError) -> SuggestedFix | None:

@@ -54,6 +54,7 @@ class CheckKind(Enum):
     SETTINGS = "settings"
     LORA = "LoRA"
     LENGTH = "length"
+    TIME = "time"
     MEMORY = "memory"
     HOST_MEMORY = "host memory"
     GPU = "GPU"

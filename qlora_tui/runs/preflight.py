@@ -20,20 +20,23 @@ from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import (
     capitalize,
     format_count,
+    format_duration,
     format_gib,
     format_path,
     short_model_name,
 )
 from qlora_tui.installation import install_command
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
+from qlora_tui.memory.budget import this_processor
 from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import SKIP, match_modules, resolve_targets
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
-from qlora_tui.runs.data_checks import check_data
+from qlora_tui.runs.data_checks import check_data, tokens_to_train
 from qlora_tui.runs.exact_memory import trace_soon
+from qlora_tui.runs.expected_time import expected_time
 from qlora_tui.runs.machine_checks import (
     Check,
     CheckKind,
@@ -77,7 +80,7 @@ def preflight(recipe: Recipe, machine: Machine) -> tuple[Check, ...]:
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
         memory, estimated = _memory(recipe, files, machine)
         checks.append(_UNKNOWN_MEMORY if machine.trains_on_unknown_gpu else memory)
-        checks += _kernels(files, machine)
+        checks += [*_kernels(files, machine), *_time(recipe, files, machine)]
         # An assumed GPU is in another machine.
         if estimated is not None and estimated.host_bytes and not machine.budget.is_assumed:
             checks.append(check_host_memory(estimated.host_bytes))
@@ -255,6 +258,25 @@ def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
         return []
     text, fix = describe_missing(missing)
     return [Check(CheckKind.KERNELS, "warning", text, fix)]
+
+
+def _time(recipe: Recipe, files: ModelFiles, machine: Machine) -> list[Check]:
+    """Say how long the steps take, and how that is known."""
+    tokens = tokens_to_train(recipe)
+    if tokens is None:
+        return []
+    budget = machine.budget
+    name = machine.gpu.name if machine.gpu else this_processor().name
+    expected = expected_time(
+        recipe, files.architecture, budget.device, "" if budget.is_assumed else name, tokens
+    )
+    if expected is None:
+        return []
+    if not expected.run:
+        known = "calculated: nothing was trained here yet"
+    else:
+        known = f"by the speed of {expected.run}{'' if expected.is_same_model else ', another model'}"
+    return [Check(CheckKind.TIME, "ok", f"About {format_duration(expected.seconds)} of training, {known}.")]
 
 
 def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:

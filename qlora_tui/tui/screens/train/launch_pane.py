@@ -42,6 +42,7 @@ QUESTIONS: dict[CheckKind, str] = {
     CheckKind.SETTINGS: "Do the settings make sense together?",
     CheckKind.LORA: "Do the targets exist in this model?",
     CheckKind.LENGTH: "Does the model take this length?",
+    CheckKind.TIME: "How long will it take?",
     CheckKind.MEMORY: "Does one training step fit?",
     CheckKind.KERNELS: "Are its kernels installed?",
     CheckKind.GPU: "Is there a GPU, and is it free?",
