@@ -12,7 +12,9 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from qlora_tui.gpu import torch_env
 from tests.support.descriptions import descriptions, quick_descriptions
 from tests.support.nvml_stub import install_nvml_stub
-from tests.support.quick_starts import quick_workers, worker_server
+from tests.support.quick_starts import IMPORTS, SHARED, quick_workers, started, worker_server
 from tests.support.trainer_processes import quick_trainers, trainers
 
 __all__ = [
@@ -52,8 +54,17 @@ for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the order of groups below: pytest-xdist would begin with those of many tests, slow or fast."""
+    """Keep the order of groups below: pytest-xdist would begin with those of many tests, slow or fast.
+
+    Start what its workers share.
+    """
     config.option.loadscopereorder = False
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        shared = ExitStack()
+        folder = shared.enter_context(TemporaryDirectory(prefix="fork-servers-"))
+        shared.enter_context(started(Path(folder), *IMPORTS))
+        os.environ[SHARED] = folder
+        config.add_cleanup(shared.close)
 
 
 def pytest_sessionstart() -> None:
@@ -78,7 +89,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 # Before pytest-xdist reads the groups.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests of a module, which share its fixtures and caches, and all tests that fork trainers.
+    """Group the tests of a module, which share its fixtures and caches.
 
     Slow groups come first, the largest before the others, then fast ones; what is left at the end takes
     milliseconds, so that no worker waits for another.
@@ -88,7 +99,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("xdist_group") is None:
             group = item.nodeid.partition("::")[0]
             if item.get_closest_marker("slow") is not None:
-                group = "trainers" if "trainers" in getattr(item, "fixturenames", ()) else f"{group} slow"
+                group += " slow"
             item.add_marker(pytest.mark.xdist_group(group))
         sizes[_group(item)] += 1
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, -sizes[_group(item)]))

@@ -71,6 +71,7 @@ def test_the_cache_is_where_the_library_says(tmp_path: Path) -> None:
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_every_source_is_listed_with_its_facts(tmp_path: Path) -> None:
     make_cached(hub_cache_dir(), "org/cached", shards=3)
     make_model(converted_dir() / "converted")
@@ -222,6 +223,7 @@ def test_a_cached_single_file_is_an_incomplete_download() -> None:
     assert model.size_bytes > 0
 
 
+@pytest.mark.slow
 def test_a_cache_without_its_main_uses_the_snapshot_there_is() -> None:
     snapshot = make_cached(hub_cache_dir(), "org/pinned")
     (snapshot.parent.parent / "refs" / "main").unlink()
@@ -233,6 +235,7 @@ def test_datasets_in_the_cache_are_passed_over() -> None:
     assert list_local_models() == []
 
 
+@pytest.mark.slow
 def test_a_cached_gguf_is_listed_as_one(tmp_path: Path) -> None:
     snapshot = make_cached(hub_cache_dir(), "org/packed-GGUF")
     for file in list(snapshot.iterdir()):
@@ -251,6 +254,7 @@ def test_an_unreadable_gguf_is_listed_with_the_reason(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "bad.gguf"))
 
 
+@pytest.mark.slow
 def test_resolve_accepts_ids_names_folders_and_files(tmp_path: Path) -> None:
     snapshot = make_cached(hub_cache_dir(), "org/cached")
     make_model(converted_dir() / "converted")
@@ -268,6 +272,7 @@ def test_resolve_accepts_ids_names_folders_and_files(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_relative_path_resolves_to_one_that_is_good_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +325,7 @@ def test_weights_cut_short_do_not_resolve(tmp_path: Path, content: bytes) -> Non
         resolve_model(str(folder))
 
 
+@pytest.mark.slow
 def test_a_real_safetensors_file_is_whole(tmp_path: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file

@@ -105,6 +105,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     return replace_setting(Recipe(model=Model(id="qwen")), "training.micro_batch_size", 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "too_little", "enough"), [("nf4", 5, 8), ("none", 14, 17)])
 def test_the_chat_needs_its_model_and_not_the_runs_batch(
     recipe: Recipe, method: str, too_little: int, enough: int

@@ -86,6 +86,7 @@ def test_a_data_file_that_cannot_be_used(
         assert word in said.err + said.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["lora.target_modules=nope", "lora.trainable_tokens=nope"])
 def test_targets_the_model_lacks_are_rejected_before_queueing(
     call: Call, readable: Path, tmp_path: Path, setting: str
@@ -97,6 +98,7 @@ def test_targets_the_model_lacks_are_rejected_before_queueing(
     assert not list(paths.runs_dir().iterdir())
 
 
+@pytest.mark.slow
 def test_a_row_that_blocks_a_run_is_rejected_before_queueing(
     call: Call, readable: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_row_that_blocks_a_run_is_rejected_before_queueing(
 PREFERENCES = '{"prompt": "Which?", "chosen": "This.", "rejected": "That."}\n'
 
 
+@pytest.mark.slow
 def test_every_command_rejects_preferences_until_the_user_chooses(
     call: Call, readable: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +152,7 @@ def test_a_refusal_of_data_is_an_object_with_json(call: Call, tmp_path: Path) ->
     assert said.code == 0 and said.json["files"][0]["format"] == "preference"
 
 
+@pytest.mark.slow
 def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path, tmp_path: Path) -> None:
     data = tmp_path / "owls.jsonl"
     data.write_text('{"prompt": "a long question of many words", "completion": "and its answer"}\n')
@@ -160,6 +164,7 @@ def test_what_data_is_asked_is_checked_like_a_recipe(call: Call, readable: Path,
     assert cut.code == 0 and "Nothing is left to learn within 4 tokens" in cut.out
 
 
+@pytest.mark.slow
 def test_tokens_of_a_gguf_file_are_counted(tmp_path: Path, call: Call) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     rows = tmp_path / "rows.csv"

@@ -96,6 +96,7 @@ def test_a_file_name_that_is_not_utf8_is_shown(call: Call, tmp_path: Path) -> No
     _is_safe(call, "data", "inspect", os.fsdecode(name))
 
 
+@pytest.mark.slow
 def test_models_are_listed_with_symbols(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place = tmp_path / "cache" / "huggingface" / "hub"

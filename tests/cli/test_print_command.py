@@ -23,6 +23,7 @@ def train(qwen: Path) -> list[str]:
     return ["train", "--model", str(qwen), "--data", str(data)]
 
 
+@pytest.mark.slow
 def test_the_printed_command_starts_one_trainer_per_gpu(call: Call, train: list[str]) -> None:
     said = call(*train, "--print-command", "--gpus", "4", "--json").json
     run = find_run("last")
@@ -37,6 +38,7 @@ def test_the_printed_command_starts_one_trainer_per_gpu(call: Call, train: list[
     assert attached.code == 0 and "stopped at step 0" in attached.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "fix"),
     [
@@ -55,6 +57,7 @@ def test_settings_for_one_gpu_are_refused_with_several(
     assert call(*streamed, "--gpus", "1").code == 0
 
 
+@pytest.mark.slow
 def test_every_gpu_is_used_unless_told_and_no_more(
     call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +71,7 @@ def test_every_gpu_is_used_unless_told_and_no_more(
     assert len(all_runs()) == runs
 
 
+@pytest.mark.slow
 def test_a_gpu_that_torch_cannot_use_refuses_a_run(
     call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +83,7 @@ def test_a_gpu_that_torch_cannot_use_refuses_a_run(
     assert missing.code == 2 and '--gpu is "5090"' in missing.err and all_runs() == []
 
 
+@pytest.mark.slow
 def test_the_chosen_gpu_is_stored_with_the_run(
     call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ def words(tmp_path: Path) -> tuple[str, ...]:
     return (str(rows(tmp_path / "rows.jsonl")), "--model", thinking_model(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_row_is_shown_as_the_settings_have_it(call: Call, words: tuple[str, ...]) -> None:
     shown = call("data", "show", *words, "--row", "2").out
     assert "⟦<think>\nI count.\n</think>\n\n51⟧" in shown and "Reasoning is learned." in shown
@@ -25,6 +26,7 @@ def test_a_row_is_shown_as_the_settings_have_it(call: Call, words: tuple[str, ..
     assert "I count." not in off and "<think>\n\n</think>\n⟦51⟧" in off
 
 
+@pytest.mark.slow
 def test_a_file_is_looked_over_as_the_settings_have_it(call: Call, words: tuple[str, ...]) -> None:
     said = call("data", "inspect", *words).out
     assert "Reasoning: 1 of 3 rows, to learn." in said

@@ -90,6 +90,7 @@ def self_test(*arguments: object, environ: dict[str, str], **options: object) ->
     return [Check(CheckKind.LIBRARY, "ok", environ[GPU_VARIABLE], name="training")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ['["nope"]', '"nope"'])
 def test_an_estimate_for_a_gpu_that_cannot_be_chosen_is_refused(
     call: Call, monkeypatch: pytest.MonkeyPatch, setting: str
@@ -118,6 +119,7 @@ def test_an_estimate_has_items_tiers_verdicts_and_what_fits(call: Call, qwen: Pa
     assert estimated["what_fits"]["sequence_length"] > 1024
 
 
+@pytest.mark.slow
 def test_an_estimate_that_does_not_fit_names_the_cheapest_change(call: Call, qwen: Path) -> None:
     said = call("estimate", "--model", str(qwen), "--gpu-gib", "8", "--set", "data.max_length=8192")
     assert "does not fit" in said.out
@@ -134,6 +136,7 @@ def test_an_estimate_refuses_a_gpu_that_is_not_there(
     assert "RTX 4090" in call("estimate", "--model", str(qwen), "--gpu", "4090").out
 
 
+@pytest.mark.slow
 def test_a_gguf_estimate_includes_the_conversion_until_converted(call: Call, tmp_path: Path) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     said = call("estimate", "--model", str(file))
@@ -256,6 +259,7 @@ def test_the_exact_estimate_is_offered_where_the_limit_is_close(
     assert ("--exact" in call("estimate", "--model", model, "--gpu-gib", gib).out) == is_offered
 
 
+@pytest.mark.slow
 def test_a_step_that_is_uncertain_is_traced_on_request(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     estimated = "estimate", "--model", str(CONFIGS / "LiquidAI__LFM2-350M.json"), "--gpu-gib", "24"
     with monkeypatch.context() as patch:

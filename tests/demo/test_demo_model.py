@@ -22,7 +22,7 @@ from tests.demo.package_index import PackageIndex, pack
 from tests.support.polling import wait_for
 from tests.support.tiny_gguf import write_tiny_gguf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_trainers")]
 
 
 @pytest.fixture

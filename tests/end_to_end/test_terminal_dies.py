@@ -41,6 +41,7 @@ def reading(terminal: Terminal, what: Callable[[], T | None]) -> T:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_run_survives_its_terminal_and_reports_every_step(tiny_recipe: Recipe) -> None:
     recipe = replace_setting(
         replace_setting(tiny_recipe, "training.max_steps", STEPS), "training.epochs", 1000.0

@@ -50,6 +50,7 @@ def loaded_ml_libraries(engine: EngineClient) -> list[str]:
     return [name for name in mapped if "torch" in name or "_multiarray_umath" in name]
 
 
+@pytest.mark.slow
 async def test_a_row_comes_as_the_model_sees_it(engine: EngineClient, tmp_path: Path, model: str) -> None:
     shown = await row(engine, tickets(tmp_path / "t.jsonl"), 2, model)
     (pieces,) = shown.samples
@@ -78,6 +79,7 @@ async def test_what_columns_hold_is_told_where_no_format_fits(engine: EngineClie
     assert (fields["frage"], len(fields["antwort"])) == ("Wo?", 200)
 
 
+@pytest.mark.slow
 async def test_reports_get_better_until_every_row_is_counted(
     engine: EngineClient, tmp_path: Path, model: str
 ) -> None:
@@ -110,6 +112,7 @@ async def test_whoever_stops_listening_stops_the_reading(
         assert (await row(engine, path, 3, model)).row == 3
 
 
+@pytest.mark.slow
 async def test_no_machine_learning_library_is_loaded(
     engine: EngineClient, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,10 +9,9 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -38,6 +37,9 @@ from qlora_tui.runs.exports import (
     start_export,
 )
 from tests.export.export_sources import make_source
+from tests.support.quick_start.fork_request import ForkRequest
+from tests.support.quick_starts import ForkServer
+from tests.support.trainer_processes import Trainers
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
@@ -64,21 +66,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
 
 
-class Forkserver:
+@dataclass(frozen=True)
+class Stopper:
     """Runs exports and stops them at a moment."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.export.export_forkserver"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._read() == "ready"
-
-    def _read(self) -> str:
-        assert self._process.stdout
-        return self._process.stdout.readline().strip()
+    server: ForkServer
+    moments: Path
 
     def run(
         self, what: Sequence[str] | Path, folder: Path, stop_at: int = -1, number: int = 0
@@ -87,30 +80,27 @@ class Forkserver:
 
         It gets signal ``number`` at a moment: a file operation in ``folder``.
         """
-        assert self._process.stdin
         request = {
             **({"job": str(what)} if isinstance(what, Path) else {"arguments": what}),
-            "environment": dict(os.environ),
+            "moments": str(self.moments),
             "folder": str(folder),
             "stop_at": stop_at,
             "number": number,
         }
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        code, moments = json.loads(self._read())
-        return code, moments
+        with Path(os.devnull).open("r+b") as nothing:
+            code = ForkRequest(
+                str(self.server.socket),
+                "tests.export.stopped_export",
+                [json.dumps(request)],
+                [nothing.fileno()] * 3,
+            ).wait()
+        return code, self.moments.stat().st_size
 
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
 
-
-@pytest.fixture(scope="module")
-def forkserver() -> Iterator[Forkserver]:
-    server = Forkserver()
-    yield server
-    server.close()
+@pytest.fixture
+def stopper(trainers: Trainers, tmp_path_factory: pytest.TempPathFactory) -> Stopper:
+    trainers.server.wait_until_ready()
+    return Stopper(trainers.server, tmp_path_factory.mktemp("moments") / "count")
 
 
 def request_for(form: Form, folder: Path) -> tuple[ExportRequest, Path]:
@@ -148,7 +138,7 @@ def remove(path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_killed_export_leaves_nothing_half_and_the_next_completes(
-    run: RunDir, forkserver: Forkserver, tmp_path: Path, form: Form
+    run: RunDir, stopper: Stopper, tmp_path: Path, form: Form
 ) -> None:
     out = request_for(form, tmp_path)[1]
     command = {
@@ -157,31 +147,31 @@ def test_a_killed_export_leaves_nothing_half_and_the_next_completes(
     }.get(form, (form, run.id, str(out)))
     arguments = ("export", *command)
     out.parent.mkdir(exist_ok=True)  # Making it is a moment of the first export only.
-    code, moments = forkserver.run(arguments, out.parent)
+    code, moments = stopper.run(arguments, out.parent)
     assert code == 0 and moments > 10
     whole = content(out)
     remove(out)
     for moment in (moments // 2, random.randrange(1, moments + 1)):
-        code, _ = forkserver.run(arguments, out.parent, moment, signal.SIGKILL)
+        code, _ = stopper.run(arguments, out.parent, moment, signal.SIGKILL)
         assert code == -signal.SIGKILL
         if out.exists():
             assert content(out) == whole
             remove(out)
         # What is listed is deleted by the next run, or by the next export.
         assert set(out.parent.glob(".*")) <= set(unfinished_drafts())
-        assert forkserver.run(arguments, out.parent)[0] == 0
+        assert stopper.run(arguments, out.parent)[0] == 0
         assert content(out) == whole and not list(out.parent.glob(".*"))
         remove(out)
 
 
-def test_ctrl_c_leaves_nothing_or_all(run: RunDir, forkserver: Forkserver, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_or_all(run: RunDir, stopper: Stopper, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("export", "gguf", run.id, str(out), "--quant", "F16,Q4_K_M")
-    _, moments = forkserver.run(arguments, tmp_path)
+    _, moments = stopper.run(arguments, tmp_path)
     whole = content(out)
     for moment in (moments // 2, random.randrange(moments // 2, moments), moments - 1):
         shutil.rmtree(out)
-        assert forkserver.run(arguments, tmp_path, moment, signal.SIGINT)[0] == 130
+        assert stopper.run(arguments, tmp_path, moment, signal.SIGINT)[0] == 130
         out.mkdir(exist_ok=True)
         assert content(out) in ({}, whole)
         assert not list(tmp_path.glob(".*.part"))
@@ -211,16 +201,16 @@ def test_a_cancel_in_the_proof_leaves_nothing(
 
 
 def test_a_cancel_says_what_it_left_at_every_moment(
-    run: RunDir, forkserver: Forkserver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, stopper: Stopper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exports, "start_detached", lambda *args, **how: None)
     request, out = request_for("adapter", tmp_path)
-    _, moments = forkserver.run(start_export(run, request).folder, out.parent)
+    _, moments = stopper.run(start_export(run, request).folder, out.parent)
     whole = content(out)
     states = set()
     for moment in range(1, moments + 1):
         remove(out)
-        forkserver.run(start_export(run, request).folder, out.parent, moment, signal.SIGTERM)
+        stopper.run(start_export(run, request).folder, out.parent, moment, signal.SIGTERM)
         status = read_exports(run)[0].status
         states.add((status.state, bool(status.paths)))
         assert not list(out.parent.glob(".*"))

@@ -40,6 +40,8 @@ from tests.catalog.configs import CONFIGS, config
 from tests.memory.models import qwen_7b, tinyllama, traced_peaks
 from tests.support.counting import count_estimates
 
+pytestmark = pytest.mark.slow
+
 GIB, MIB = 2**30, 2**20
 
 

@@ -11,6 +11,8 @@ from qlora_tui.memory.levels import RUNTIME_BYTES, peak_bytes
 from qlora_tui.recipe.schema import Recipe
 from tests.memory.models import qwen_7b, tinyllama
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 GIB = 2**30
 GPU = "NVIDIA GeForce RTX 4090"

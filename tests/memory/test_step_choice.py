@@ -24,6 +24,8 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from tests.catalog.configs import config
 
+pytestmark = pytest.mark.slow
+
 GIB = 1 << 30
 RECIPE = Recipe(data=Data(max_length=2048), training=Training(micro_batch_size=1))
 

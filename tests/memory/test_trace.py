@@ -161,7 +161,7 @@ def test_repeated_layers_take_what_all_of_them_take(
 ) -> None:
     from qlora_tui.engine import trace_worker
 
-    config, recipe = cut_config(family, layers), recipe_of(Case(family, length=256))
+    config, recipe = cut_config(family, layers, FEW_EXPERTS), recipe_of(Case(family, length=256))
     recipe = replace_setting(recipe, "training.gradient_accumulation", 2)
     recorded = trace_worker._record
     built: list[Any] = []

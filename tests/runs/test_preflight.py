@@ -52,6 +52,7 @@ def test_preflight_names_what_is_missing_and_the_fix(tmp_path: Path) -> None:
     assert "starts at once" in checks[CheckKind.QUEUE].text
 
 
+@pytest.mark.slow
 def test_the_memory_of_an_unknown_gpu_is_unknown(tmp_path: Path) -> None:
     recipe = Recipe(model=Model(id=readable_model(tmp_path)))
     sliced = GpuUnavailableError(GpuUnavailableReason.MIG)
@@ -61,6 +62,7 @@ def test_the_memory_of_an_unknown_gpu_is_unknown(tmp_path: Path) -> None:
     assert any("a GPU with 8.0 GiB" in check.text for check in checks)
 
 
+@pytest.mark.slow
 def test_missing_kernels_are_a_warning_on_a_gpu(tmp_path: Path) -> None:
     recipe = Recipe(model=Model(id=readable_model(tmp_path, "Qwen__Qwen3.5-27B")))
     gpu = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, 24 << 30, "8.9", None)
@@ -157,6 +159,7 @@ def test_rows_that_would_all_be_left_out_block_a_launch(
     assert (none_used.kind, none_used.count) == ("none-used", 30)
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_fit_comes_with_the_cheapest_fix(tmp_path: Path) -> None:
     recipe = Recipe(model=Model(id=readable_model(tmp_path)), training=Training(micro_batch_size=512))
     checks = preflight(recipe, Machine(budget_for(None, 2 << 30)))
@@ -260,6 +263,7 @@ def test_a_step_limit_below_the_epochs_is_a_warning(tmp_path: Path) -> None:
     assert _with_steps(tmp_path, 0) == ["About 26 steps in 2 epochs."]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "rank", "outcome", "words"),
     [
@@ -277,6 +281,7 @@ def test_an_adapter_to_start_from_is_checked(
     assert (check.outcome, words in check.text) == (outcome, True)
 
 
+@pytest.mark.slow
 def test_settings_with_which_experts_cannot_be_trained_are_errors(tmp_path: Path) -> None:
     folder = Path(readable_model(tmp_path))
     shutil.copy(CONFIGS / "openai__gpt-oss-20b.json", folder / "config.json")
@@ -289,6 +294,7 @@ def test_settings_with_which_experts_cannot_be_trained_are_errors(tmp_path: Path
     assert with_dora.outcome == "error" and "lora.target_modules names experts" in with_dora.text
 
 
+@pytest.mark.slow
 def test_trainable_tokens_and_targets_are_checked_before_a_launch(tmp_path: Path) -> None:
     model = Model(id=readable_model(tmp_path))
     fine = checks_by_kind(Recipe(model=model))

@@ -3,59 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from qlora_tui.catalog import described
 from qlora_tui.worker import run_job
-from tests.support.quick_starts import ForkServer
-
-_IMPORTS = ("qlora_tui.training.description", "transformers.models.llama.modeling_llama")
+from tests.support.quick_starts import ForkServer, fork_server
 
 
 class Descriptions:
     """What was described in this session."""
 
-    def __init__(self, folder: Callable[[], Path]) -> None:
-        self._folder = folder
+    def __init__(self, opened: ExitStack) -> None:
+        self._opened = opened
         self._server: ForkServer | None = None
         self._known: dict[str, list[described.Description]] = {}
 
-    def serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Describe at once in the processes that this one starts."""
+    @property
+    def server(self) -> ForkServer:
+        """The process whose forks describe."""
         if self._server is None:
-            self._server = ForkServer(self._folder(), _IMPORTS)
-        self._server.serve((described.JOB,), monkeypatch)
+            self._server = self._opened.enter_context(fork_server("descriptions"))
+        return self._server
 
-    def run(self, monkeypatch: pytest.MonkeyPatch, configs: Any, options: Any) -> list[described.Description]:
+    def run(self, configs: Any, options: Any) -> list[described.Description]:
         """Stand for ``run_job`` in ``described``."""
         key = json.dumps(configs, sort_keys=True, default=str)
         if key not in self._known:
-            self.serve(monkeypatch)
-            self._known[key] = run_job(described.JOB, configs, **options)
+            with pytest.MonkeyPatch.context() as patch:
+                self.server.serve((described.JOB,), patch)
+                self._known[key] = run_job(described.JOB, configs, **options)
         return self._known[key]
-
-    def close(self) -> None:
-        """End the process."""
-        if self._server is not None:
-            self._server.close()
 
 
 @pytest.fixture(scope="session")
-def descriptions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Descriptions]:
-    started = Descriptions(lambda: tmp_path_factory.mktemp("descriptions"))
-    yield started
-    started.close()
+def descriptions() -> Iterator[Descriptions]:
+    with ExitStack() as opened:
+        yield Descriptions(opened)
 
 
 @pytest.fixture(autouse=True)
-def quick_descriptions(descriptions: Descriptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Describe each config once in a session."""
+def quick_descriptions(
+    request: pytest.FixtureRequest, descriptions: Descriptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Describe each config once in a session; in processes that slow tests start, at once."""
+
+    is_slow = request.node.get_closest_marker("slow") is not None
 
     def run(job: str, configs: Any, **options: Any) -> list[described.Description]:
-        return descriptions.run(monkeypatch, configs, options)
+        assert is_slow, "a test that describes a model takes seconds: mark it slow"
+        return descriptions.run(configs, options)
 
     monkeypatch.setattr(described, "run_job", run)
+    if is_slow:
+        descriptions.server.serve((described.JOB,), monkeypatch, waits=False)

@@ -1,14 +1,17 @@
-"""``python -m tests.support.forkserver SOCKET MODULE…``: forks processes that have imported the modules.
+"""``python -m tests.support.forkserver DESCRIPTOR MODULE…``: forks processes that have imported the modules.
+
+The descriptor is of a socket that listens. The modules are imported when the first client connects.
 
 Each child is a real process that runs ``python -m MODULE`` from its first line, to be stopped, watched and
 killed like any other; it only skips the seconds of imports.
 
-A request through the Unix socket is a line of JSON with ``module``, ``arguments``, ``environment`` and
-``folder``, and the standard streams as file descriptors. The reply is the child's process id and, once it has
-ended, its exit code. ``BEFORE_TRAINER`` in the environment is code to run first: see
-:mod:`tests.training.fault_injection`. A child other than a trainer, which outlives who started it, is killed
-when the client has ended. Its imports, its memory and what it reads from the environment at import time are
-the server's: a test about those sets ``FORK_SERVERS`` to an empty string.
+A request through the Unix socket is a line of JSON: null, answered by 0 once children start at once; or
+``module``, ``arguments``, ``environment`` and ``folder``, with the standard streams as file descriptors,
+answered by the child's process id and, once it has ended, its exit code. ``BEFORE_TRAINER`` in the
+environment is code to run first: see :mod:`tests.training.fault_injection`. A child other than a trainer,
+which outlives who started it, is killed when the client has ended. Its imports, its memory and what it reads
+from the environment at import time are the server's: a test about those sets ``FORK_SERVERS`` to an empty
+string.
 """
 
 from __future__ import annotations
@@ -33,10 +36,13 @@ _REQUEST_S = 30.0
 
 
 def main() -> None:
-    """Serve on the socket named on the command line until standard input ends."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(sys.argv[1])
-    listener.listen()
+    """Serve until standard input ends."""
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    events = selectors.DefaultSelector()
+    events.register(listener, selectors.EVENT_READ)
+    events.register(sys.stdin, selectors.EVENT_READ)
+    if any(key.fileobj is sys.stdin for key, _ in events.select()):
+        return
     for module in sys.argv[2:]:
         # Some are optional, or belong to one version of a library.
         with contextlib.suppress(ImportError):
@@ -45,10 +51,6 @@ def main() -> None:
         _prepare_training()
     # What is here now is in every child: a collection there need not go over it, and copy its pages.
     gc.freeze()
-    print("ready", flush=True)
-    events = selectors.DefaultSelector()
-    events.register(listener, selectors.EVENT_READ)
-    events.register(sys.stdin, selectors.EVENT_READ)
     while True:
         for key, _ in events.select():
             if key.fileobj is sys.stdin:
@@ -88,6 +90,10 @@ def _start(events: selectors.BaseSelector, client: socket.socket) -> None:
             os.close(stream)
         return
     request = json.loads(line)
+    if request is None:
+        _reply(client, 0)
+        client.close()
+        return
     child = os.fork()
     if child == 0:
         _become(request, streams)

@@ -9,10 +9,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from socket import AF_UNIX
+from socket import socket as Socket
+from tempfile import TemporaryDirectory
 
 import pytest
+
+from tests.support.nvml_stub import stub_env
 
 QUICK_START = Path(__file__).parent / "quick_start"
 TRAINING_IMPORTS = (
@@ -28,6 +34,8 @@ TRAINING_MODULES = (
     "qlora_tui.engine",
     "qlora_tui.export.export_job:run_job",
     "qlora_tui.training.description:describe_all",
+    "qlora_tui.training.gguf_worker:convert",
+    "qlora_tui.training.quantization_quality:measure_quality",
     "qlora_tui.training.row_losses:measure",
     "qlora_tui.training.selftest:check_training",
     "qlora_tui.chat.task_answers:evaluate",
@@ -58,55 +66,81 @@ WORKER_MODULES = (
 """The same without torch."""
 
 
+IMPORTS = {
+    "descriptions": ("qlora_tui.training.description", "transformers.models.llama.modeling_llama"),
+    "trainers": TRAINING_IMPORTS,
+    "workers": WORKER_IMPORTS,
+}
+"""What each server imports, once it is asked for the first time."""
+SHARED = "SHARED_FORK_SERVERS"
+"""In the environment of workers of pytest-xdist: the folder of the sockets of the servers that all use."""
+
+
 class ForkServer:
     """A process that has imported modules, and forks children which run others."""
 
-    def __init__(self, folder: Path, imports: tuple[str, ...]) -> None:
-        self.socket = folder / "forkserver"
-        # What the libraries of the Hub read when they are imported, which is here.
-        private = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.forkserver", str(self.socket), *imports],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | private | {"HF_HUB_DISABLE_TELEMETRY": "1"},
-        )
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
         self._ready = False
 
     def wait_until_ready(self) -> None:
         """Until children start at once."""
-        assert self._process.stdout is not None
         if not self._ready:
-            assert self._process.stdout.readline() == "ready\n"
+            with Socket(AF_UNIX) as client:
+                client.connect(str(self.socket))
+                client.sendall(b"null\n")
+                assert client.recv(8) == b"0\n"
             self._ready = True
 
-    def serve(self, modules: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have processes that this one starts from now on run ``modules`` in forked children."""
-        self.wait_until_ready()
+    def serve(self, modules: Iterable[str], monkeypatch: pytest.MonkeyPatch, *, waits: bool = True) -> None:
+        """Have processes that this one starts from now on run ``modules`` in forked children.
+
+        Unless it ``waits`` until the server is ready, the first of them may wait for its imports.
+        """
+        if waits:
+            self.wait_until_ready()
         served = json.loads(os.environ.get("FORK_SERVERS", "{}"))
         served |= dict.fromkeys(modules, str(self.socket))
         monkeypatch.setenv("FORK_SERVERS", json.dumps(served))
         if str(QUICK_START) not in os.environ.get("PYTHONPATH", ""):
             monkeypatch.setenv("PYTHONPATH", str(QUICK_START), prepend=os.pathsep)
 
-    def close(self) -> None:
-        """End the process that forks them."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            raise
+
+@contextmanager
+def fork_server(name: str) -> Iterator[ForkServer]:
+    """A server that is shared by all workers of pytest-xdist, or else one of this process."""
+    if shared := os.environ.get(SHARED):
+        yield ForkServer(Path(shared) / name)
+        return
+    with TemporaryDirectory(prefix="fork-server-") as folder, started(Path(folder), name):
+        yield ForkServer(Path(folder) / name)
+
+
+@contextmanager
+def started(folder: Path, *names: str) -> Iterator[None]:
+    """Processes that listen on sockets with their names in a folder."""
+    # What the libraries of the Hub read when they are imported, and no driver of a GPU.
+    private = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environ = os.environ | private | stub_env("no_driver")
+    processes = []
+    for name in names:
+        with Socket(AF_UNIX) as listener:
+            listener.bind(str(folder / name))
+            listener.listen()
+            number = listener.fileno()
+            argv = [sys.executable, "-m", "tests.support.forkserver", str(number), *IMPORTS[name]]
+            processes.append(subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=[number], env=environ))
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="session")
-def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    started = ForkServer(tmp_path_factory.mktemp("workers"), WORKER_IMPORTS)
-    yield started
-    started.close()
+def worker_server() -> Iterator[ForkServer]:
+    with fork_server("workers") as server:
+        yield server
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import RetryPlan
 from tests.support.quick_start.fork_request import ForkRequest
-from tests.support.quick_starts import TRAINING_IMPORTS, TRAINING_MODULES, ForkServer
+from tests.support.quick_starts import TRAINING_MODULES, ForkServer, fork_server
 
 
 class Trainer:
@@ -36,10 +36,8 @@ class Trainer:
 class Trainers:
     """Starts trainer processes."""
 
-    def __init__(self, folder: Path) -> None:
-        # One thread each: the tests share their cores.
-        os.environ["OMP_NUM_THREADS"] = "1"
-        self.server = ForkServer(folder, TRAINING_IMPORTS)
+    def __init__(self, server: ForkServer) -> None:
+        self.server = server
 
     def start(self, run: RunDir, plan: RetryPlan | None = None) -> Trainer:
         """A trainer for ``run``, in the environment as it is now."""
@@ -52,10 +50,9 @@ class Trainers:
 
 
 @pytest.fixture(scope="session")
-def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
-    started = Trainers(tmp_path_factory.mktemp("trainers"))
-    yield started
-    started.server.close()
+def trainers() -> Iterator[Trainers]:
+    with fork_server("trainers") as server:
+        yield Trainers(server)
 
 
 @pytest.fixture

@@ -160,18 +160,21 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
         await wait_for_text(pilot, "LoRA settings as in preset balanced")
 
 
+@pytest.mark.slow
 def test_modules_of_a_vision_tower_are_left_out() -> None:
     table = ModuleTable(describe(config_of("google__gemma-3-4b-it")))
     assert table.modules
     assert all(module.part != "vision" for module in table.modules)
 
 
+@pytest.mark.slow
 def test_every_kind_of_model_makes_a_table() -> None:
     for name in ("openai-community__gpt2", "mistralai__Mixtral-8x7B-v0.1", "LiquidAI__LFM2-1.2B"):
         table = ModuleTable(describe(config_of(name)))
         assert {m.name for row in table.rows[1:] for m in row.modules} == {m.name for m in table.modules}
 
 
+@pytest.mark.slow
 def test_toggling_takes_all_unless_all_are_taken(table: ModuleTable) -> None:
     row = table.rows[1].modules
     one = frozenset({row[0].name})
@@ -180,17 +183,20 @@ def test_toggling_takes_all_unless_all_are_taken(table: ModuleTable) -> None:
     assert toggled(row, toggled(row, one)) == frozenset()
 
 
+@pytest.mark.slow
 def test_a_block_is_the_same_from_either_corner(table: ModuleTable) -> None:
     assert {m.name for m in table.within((3, 1), (5, 2))} == {m.name for m in table.within((1, 3), (2, 5))}
     assert len(table.within((1, 3), (2, 5))) == 12
 
 
+@pytest.mark.slow
 def test_trained_parameters_are_counted_per_module_and_dora_magnitudes(table: ModuleTable) -> None:
     query = table.rows[1].modules[:1]
     assert adapter_parameters(query, Lora(rank=8)) == 8 * (576 + 576)
     assert adapter_parameters(query, Lora(rank=8, use_dora=True)) == 8 * (576 + 576) + 576
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "patterns"),
     [
@@ -205,12 +211,14 @@ def test_short_names_are_written_out(table: ModuleTable, text: str, patterns: tu
     assert parse_targets(text, table.modules) == patterns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", " , ", "z", "99.q", "8-.q", "9-2.q", "q proj", "?"])
 def test_patterns_that_mean_nothing_are_refused(table: ModuleTable, text: str) -> None:
     with pytest.raises(UserError):
         parse_targets(text, table.modules)
 
 
+@pytest.mark.slow
 def test_experts_are_rows_that_all_linear_leaves_alone() -> None:
     table = ModuleTable(describe(config_of("Qwen__Qwen3-30B-A3B")))
     assert [row.name for row in table.rows][-2:] == ["experts.gate_up_proj", "experts.down_proj"]

@@ -145,6 +145,7 @@ async def test_the_exact_form_follows_the_instant_one(
         assert [recipe.lora.rank for recipe in asked] == [16, 32]
 
 
+@pytest.mark.slow
 def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
     describe(config_of("LiquidAI__LFM2-350M"))
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))

@@ -93,6 +93,7 @@ def test_opening_a_preset_keeps_model_and_data() -> None:
     assert not workbench.modified
 
 
+@pytest.mark.slow
 def test_a_model_whose_weights_arrive_can_be_trained(private_home: Path) -> None:
     folder = config_folder(private_home, "HuggingFaceTB__SmolLM2-135M", has_weights=False)
     workbench = Workbench()
