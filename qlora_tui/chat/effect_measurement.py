@@ -74,6 +74,9 @@ def measure_effect(
         )
     on_status("Comparing the weights")
     updates = placed_updates(session.source.recipe, Path(session.source.adapters[adapter_name]))
+    every = (update for placed in updates.values() for update in placed.values())
+    rows = (update.ids for update in every if isinstance(update, EmbeddingRowDelta))
+    trained_rows = dict.fromkeys(i for ids in rows for i in ids)
     return Effect(
         adapter_name=adapter_name,
         samples=sums.samples,
@@ -86,7 +89,7 @@ def measure_effect(
         turns_ended=sums.turns_ended,
         turns_ended_by_base=sums.turns_ended_by_base,
         warning=session.warning,
-        token_rows=_token_rows(session, updates),
+        token_rows=tuple(session.tokenizer.backend.id_to_token(i) or str(i) for i in trained_rows),
         layers=_layer_changes(updates),
     )
 
@@ -146,12 +149,6 @@ def validation_samples(session: ChatSession) -> Samples:
             fix="Set data.validation_fraction or data.validation_path in the next run.",
         )
     return samples
-
-
-def _token_rows(session: ChatSession, updates: Mapping[Path, PlacedDeltas]) -> tuple[str, ...]:
-    every = (update for placed in updates.values() for update in placed.values())
-    ids = dict.fromkeys(i for update in every if isinstance(update, EmbeddingRowDelta) for i in update.ids)
-    return tuple(session.tokenizer.backend.id_to_token(i) or str(i) for i in ids)
 
 
 def _layer_changes(updates: Mapping[Path, PlacedDeltas]) -> tuple[LayerChange, ...]:

@@ -185,7 +185,9 @@ class AnswerStream(Generic[AnyPrefix]):
                 break
             yield from parts.add_text(stream.add(token_id))
         else:
-            ending = self._limit_reached(len(answer))
+            if len(answer) == self._max_new_tokens:
+                is_full = len(answer) < self._sampling.max_new_tokens
+                ending = "context full" if is_full else "most tokens"
         yield from parts.add_text(stream.rest(), is_last=True)
         ended = time.perf_counter()
         self.outcome = GenerationResult(
@@ -208,11 +210,6 @@ class AnswerStream(Generic[AnyPrefix]):
     @property
     def _max_new_tokens(self) -> int:
         return min(self._sampling.max_new_tokens, self._model.context_length - len(self._prompt))
-
-    def _limit_reached(self, answered: int) -> FinishReason:
-        if answered < self._max_new_tokens:
-            return "stopped"
-        return "most tokens" if answered == self._sampling.max_new_tokens else "context full"
 
     def _tokens(self, reused: int) -> Iterator[int]:
         """Yield the answer's ids, up to the maximum or until stopped."""

@@ -225,7 +225,8 @@ class PreferenceObjective:
         if self.method == "kto":
             return self._rated(rewards, batch["sides"])
         chosen, rejected = rewards[0::2], rewards[1::2]
-        self._count_pairs(chosen.detach(), rejected.detach())
+        good, bad, pairs = chosen.detach(), rejected.detach(), torch.tensor(len(chosen))
+        self._add((good > bad).sum(), pairs, good.sum(), pairs, bad.sum(), pairs)
         if self.method == "orpo":
             means = scores.means
             cross_entropy = -logs[0::2].sum() * token_share
@@ -245,10 +246,6 @@ class PreferenceObjective:
             (~is_good).sum(),
         )
         return prospect_loss(rewards, is_good, moved).sum()
-
-    def _count_pairs(self, chosen: Tensor, rejected: Tensor) -> None:
-        pairs = torch.tensor(len(chosen))
-        self._add((chosen > rejected).sum(), pairs, chosen.sum(), pairs, rejected.sum(), pairs)
 
     def _add(self, *values: Tensor) -> None:
         """Add to the sums on their device, which is not waited for."""

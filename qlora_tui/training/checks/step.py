@@ -144,7 +144,9 @@ class StepReference:
         with _autocast(self._device):
             sent = on_device(batch, self._device.torch_device)
             loss = self._model(**sent, num_items_in_batch=1).loss / self._items
-        gradients = self._backward(loss)
+        self._model.zero_grad()
+        self._backward_of(loss)
+        gradients = self._take_gradients()
         differences = {
             name: float((gradients[name] - expected).norm()) for name, expected in self._gradients.items()
         }
@@ -199,11 +201,6 @@ class StepReference:
             losses.append(each.detach().cpu())
             self._backward_of(each.sum() / self._items)
         return torch.cat(losses), self._take_gradients()
-
-    def _backward(self, loss: Tensor) -> Gradients:
-        self._model.zero_grad()
-        self._backward_of(loss)
-        return self._take_gradients()
 
     def _backward_of(self, loss: Tensor) -> None:
         torch.autograd.backward(loss * _FP16_LOSS_SCALE if self._device.dtype == torch.float16 else loss)

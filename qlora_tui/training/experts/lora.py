@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -27,28 +27,12 @@ from qlora_tui.training.experts.routing import (
     PROJECTIONS,
     ExpertAdapter,
     Experts4bit,
-    RoutedLayer,
     experts_4bit,
     is_fused_experts,
     routed_experts,
     routed_layer,
 )
 from qlora_tui.training.fused.patching import patch_forward
-
-
-def reference_forward(
-    experts: Experts4bit, inputs: tuple[Tensor, Tensor, Tensor], adapters: dict[str, ExpertAdapter]
-) -> Tensor:
-    """The output (tokens, hidden) of the family's own forward.
-
-    Args:
-        experts: 4-bit experts.
-        inputs: hidden states (tokens, hidden), chosen experts and routing weights (tokens, per_token).
-        adapters: the adapter of each adapted projection, by its name.
-    """
-    factors = [factor for adapter in adapters.values() for factor in (adapter.a, adapter.b)]
-    out: Tensor = _Rerun.apply(experts, adapters, *inputs, *factors)  # type: ignore[no-untyped-call]  # torch's own
-    return out
 
 
 class _Rerun(torch.autograd.Function):
@@ -93,30 +77,29 @@ class _FamilyView:
     """What a family's forward reads of its module, with 4-bit projections."""
 
     def __init__(self, experts: Experts4bit, adapters: dict[str, ExpertAdapter]) -> None:
-        self._family = experts.family
+        self._experts = experts
         for name in PROJECTIONS:
-            setattr(self, name, _Indexed(experts, name, adapters.get(name)))
-            setattr(self, f"{name}_bias", experts.bias(name))
+            setattr(self, name, _Matrices(experts, name, adapters.get(name)))
+            setattr(self, f"{name}_bias", getattr(experts, f"{name}_bias", None))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
+        return getattr(self._experts.family, name)
 
 
-class _Indexed:
-    """A fused parameter that is only indexed with one expert."""
+@dataclass(frozen=True)
+class _Matrices:
+    """A fused parameter that is only indexed with one expert.
 
-    def __init__(self, experts: Experts4bit, name: str, adapter: ExpertAdapter | None) -> None:
-        self._experts, self._name, self._adapter = experts, name, adapter
+    What that gives is an operand of ``functional.linear(x, matrix)`` or ``x @ matrix``.
+    """
 
-    def __getitem__(self, expert: Any) -> _ExpertMatrix:
-        return _ExpertMatrix(self._experts, self._name, int(expert), self._adapter)
+    experts: Experts4bit
+    name: str
+    adapter: ExpertAdapter | None
+    expert: int = -1
 
-
-class _ExpertMatrix:
-    """One expert's matrix, as an operand of ``functional.linear(x, matrix)`` or ``x @ matrix``."""
-
-    def __init__(self, experts: Experts4bit, name: str, expert: int, adapter: ExpertAdapter | None) -> None:
-        self._experts, self._name, self._expert, self._adapter = experts, name, expert, adapter
+    def __getitem__(self, expert: Any) -> _Matrices:
+        return replace(self, expert=int(expert))
 
     @classmethod
     def __torch_function__(
@@ -130,12 +113,12 @@ class _ExpertMatrix:
         return NotImplemented
 
     def _product(self, x: Tensor, *, transposed: bool) -> Tensor:
-        arguments = (x, self._experts, self._name, self._expert, transposed)
+        arguments = (x, self.experts, self.name, self.expert, transposed)
         out: Tensor = _DequantizedProduct.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
-        if self._adapter is None:
+        if self.adapter is None:
             return out
-        a, b = (side(self._expert, x.dtype) for side in (self._adapter.a_of, self._adapter.b_of))
-        return out + (x @ a.t()) @ b.t() * self._adapter.scaling
+        a, b = (side(self.expert, x.dtype) for side in (self.adapter.a_of, self.adapter.b_of))
+        return out + (x @ a.t()) @ b.t() * self.adapter.scaling
 
 
 class _DequantizedProduct(torch.autograd.Function):
@@ -200,42 +183,28 @@ def fuse_experts(model: nn.Module, active: ActiveName | None = None) -> None:
 
 def _routed(active: ActiveName) -> Callable[..., Tensor]:
     def forward(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        return routed_experts(x, chosen, weights, _adapted_layer(module, active))
+        return routed_experts(x, chosen, weights, routed_layer(_base(module), _adapters(module, active)))
 
     return forward
 
 
 def _reference(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The reference for 4-bit experts, with their adapters."""
-    adapters = {name: a for name, a in _adapters(module, active_in_peft).items() if a is not None}
-    return reference_forward(_base(module), (x, chosen, weights), adapters)
+    """The output (tokens, hidden) of the family's own forward, for 4-bit experts with their adapters."""
+    adapters = _adapters(module, active_in_peft)
+    factors = [factor for adapter in adapters.values() for factor in (adapter.a, adapter.b)]
+    arguments = (_base(module), adapters, x, chosen, weights, *factors)
+    out: Tensor = _Rerun.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
+    return out
 
 
-def _adapted_layer(module: Any, active: ActiveName) -> RoutedLayer:
-    adapters = _adapters(module, active)
-    layer = routed_layer(_base(module))
-    first, second = (
-        replace(projection, adapter=adapters.get(name))
-        for name, projection in zip(PROJECTIONS, (layer.first, layer.second), strict=True)
-    )
-    return replace(layer, first=first, second=second)
-
-
-def _adapters(module: Any, active: ActiveName) -> dict[str, ExpertAdapter | None]:
+def _adapters(module: Any, active: ActiveName) -> dict[str, ExpertAdapter]:
     """The active adapter of each adapted projection, by its name, under the outermost wrapper."""
     adapters = {}
     while is_parameter_wrapper(module):
         name = active(module)
-        adapters[module.parameter_name] = (
-            ExpertAdapter(
-                module.lora_A[name].weight,
-                module.lora_B[name].weight,
-                module.scaling[name],
-                module.num_experts,
-            )
-            if name is not None and name in module.lora_A
-            else None
-        )
+        if name is not None and name in module.lora_A:
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            adapters[module.parameter_name] = ExpertAdapter(a, b, module.scaling[name], module.num_experts)
         module = module.base_layer
     return adapters
 

@@ -29,7 +29,7 @@ modules. :class:`Experts4bit` holds the same weights under the same names, packe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -371,12 +371,8 @@ class Experts4bit(nn.Module):
         """One expert's matrix of a projection, dequantized; (rows, columns) as the family stores it."""
         return dequantize(self.tensors(name), expert, self._layouts[name], dtype, memory)
 
-    def bias(self, name: str) -> Tensor | None:
-        """The biases (experts, outputs) of a projection; None where the family has none."""
-        return self._parameters.get(f"{name}_bias")
-
-    def apply_gate(self, both: Tensor) -> Tensor:
-        """The activation: gate and up projections (n, 2 · width) to (n, width)."""
+    def _apply_gate(self, both: Tensor) -> Tensor:
+        """The activation: gate and up projections (n, 2 · width) to (n, width), as the family names it."""
         out: Tensor = self._family[0]._apply_gate(both)
         return out
 
@@ -390,28 +386,27 @@ class Experts4bit(nn.Module):
         return routed_experts(hidden_states, top_k_index, top_k_weights, routed_layer(self))
 
 
-def routed_layer(experts: Any) -> RoutedLayer:
-    """What a layer's experts compute, without an adapter; for 4-bit experts and for a family's own module."""
-    first, second = (_projection(experts, name) for name in PROJECTIONS)
-    gate = experts.apply_gate if isinstance(experts, Experts4bit) else experts._apply_gate
-    return RoutedLayer(first, second, gate, int(experts.num_experts), isinstance(experts, Experts4bit))
+def routed_layer(experts: Any, adapters: Mapping[str, ExpertAdapter] | None = None) -> RoutedLayer:
+    """What a layer's experts compute, for 4-bit experts and for a family's own module.
+
+    ``adapters`` has the adapter of each adapted projection, by its name.
+    """
+    first, second = (_projection(experts, name, (adapters or {}).get(name)) for name in PROJECTIONS)
+    is_packed = isinstance(experts, Experts4bit)
+    return RoutedLayer(first, second, experts._apply_gate, int(experts.num_experts), is_packed)
 
 
-def _projection(experts: Any, name: str) -> Projection:
+def _projection(experts: Any, name: str, adapter: ExpertAdapter | None) -> Projection:
+    read: MatrixReader
     if isinstance(experts, Experts4bit):
         layout = experts.layout(name)
-        rows, columns, read, bias = (
-            layout.rows,
-            layout.columns,
-            partial(experts.matrix, name),
-            experts.bias(name),
-        )
+        rows, columns, read = layout.rows, layout.columns, partial(experts.matrix, name)
     else:
         _, rows, columns = getattr(experts, name).shape
-        read, bias = partial(_stored_matrix, experts, name), getattr(experts, f"{name}_bias", None)
+        read = partial(_stored_matrix, experts, name)
     transposed = bool(experts.is_transposed)
     outputs, inputs = (columns, rows) if transposed else (rows, columns)
-    return Projection(read, transposed, inputs, outputs, bias)
+    return Projection(read, transposed, inputs, outputs, getattr(experts, f"{name}_bias", None), adapter)
 
 
 def _stored_matrix(

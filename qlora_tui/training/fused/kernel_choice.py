@@ -12,6 +12,7 @@ import shutil
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -128,7 +129,7 @@ def _both_ways(kernels: ModuleType, x: Tensor, up: Tensor, grad: Tensor) -> Iter
         out, inv_rms = kernels.rms_norm(x, weight, 1e-6, offset=offset, in_fp32=offset > 0)
         gradient = kernels.rms_norm_backward(grad, x, weight, inv_rms, offset=offset)
         yield "RMSNorm", [out, gradient], outputs_and_gradients(norm, [exact_x], [exact_grad])
-    for name, act in (("silu", functional.silu), ("gelu_tanh", _gelu_tanh)):
+    for name, act in (("silu", functional.silu), ("gelu_tanh", partial(functional.gelu, approximate="tanh"))):
 
         def product(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor] = act) -> Tensor:
             return act(gate) * up
@@ -165,10 +166,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = rotary.chunk(2, dim=-1)
     across = torch.cat((-high, low), dim=-1)
     return torch.cat((rotary * cos[:, None] + across * sin[:, None], rest), dim=-1)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return functional.gelu(x, approximate="tanh")
 
 
 def _is_same(actual: Tensor, expected: Tensor) -> bool:

@@ -66,7 +66,8 @@ def stream_forward(layer: Any, enter: Callable[[Pass], None]) -> None:
     original_forward = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if is_checkpointed(layer):
+        # The condition is transformers'.
+        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
             if not isinstance(layer._gradient_checkpointing_func, StreamedCheckpoint):
                 raise StreamedLayerError("the layer's checkpoint function does not fetch its weights")
         elif _needs_gradient(layer, args, kwargs):
@@ -76,17 +77,6 @@ def stream_forward(layer: Any, enter: Callable[[Pass], None]) -> None:
         return original_forward(*args, **kwargs)
 
     vars(layer)["forward"] = forward
-
-
-def stream_checkpoint(layer: Any, enter: Callable[[Pass], None]) -> None:
-    """Let the layer fetch its weights when it is checkpointed. Call it after checkpointing was turned on."""
-    if not isinstance(layer._gradient_checkpointing_func, StreamedCheckpoint):
-        layer._gradient_checkpointing_func = StreamedCheckpoint(layer._gradient_checkpointing_func, enter)
-
-
-def is_checkpointed(layer: Any) -> bool:
-    """Whether the layer is recomputed in the backward of this forward; the condition is transformers'."""
-    return bool(layer.gradient_checkpointing and layer.training and torch.is_grad_enabled())
 
 
 def _needs_gradient(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -101,9 +91,7 @@ def _needs_gradient(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 class StreamedLayers:
     """The streamed layers of a model that was placed."""
 
-    def __init__(
-        self, layers: Sequence[nn.Module], slots: LayerSlots, host_bytes: int, not_pinned: str
-    ) -> None:
+    def __init__(self, layers: Sequence[Any], slots: LayerSlots, host_bytes: int, not_pinned: str) -> None:
         self._layers = layers
         self._slots = slots
         self.not_pinned = not_pinned
@@ -111,7 +99,7 @@ class StreamedLayers:
         self.host_bytes = host_bytes
         """Bytes of host memory that hold the layers."""
         for place, layer in enumerate(layers):
-            stream_forward(layer, self._entry_of(place))
+            stream_forward(layer, partial(slots.enter, place))
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -124,10 +112,10 @@ class StreamedLayers:
     def use_checkpoints(self) -> None:
         """Fetch weights in the backward too. Call it once gradient checkpointing is turned on."""
         for place, layer in enumerate(self._layers):
-            stream_checkpoint(layer, self._entry_of(place))
-
-    def _entry_of(self, place: int) -> Callable[[Pass], None]:
-        return partial(self._slots.enter, place)
+            checkpoint = layer._gradient_checkpointing_func
+            if not isinstance(checkpoint, StreamedCheckpoint):
+                enter = partial(self._slots.enter, place)
+                layer._gradient_checkpointing_func = StreamedCheckpoint(checkpoint, enter)
 
 
 def place_streamed(
