@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qlora_tui import worker
 from qlora_tui.catalog.gguf import read_gguf
-from qlora_tui.catalog.local_models import converted_dir, resolve_model
+from qlora_tui.catalog.local_models import ModelFiles, converted_dir, resolve_model
 from qlora_tui.drafts import delete_abandoned, draft_path, new_draft, publish
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
@@ -40,6 +40,13 @@ def convert_cached(
     if not (folder / "config.json").exists():
         convert_in_child(file, folder, progress, should_stop)
     return folder
+
+
+def model_folder(files: ModelFiles, progress: ProgressCallback = lambda done, total: None) -> Path:
+    """The folder of safetensors of a model, whose GGUF file is converted first. Raises UserError."""
+    if files.gguf_file is None:
+        return files.folder
+    return convert_cached(files.folder / files.gguf_file, progress)
 
 
 def cached_conversion(file: Path) -> Path | None:

@@ -32,6 +32,7 @@ from qlora_tui.memory.weights import quantized_experts, quantizes
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training.compute_device import ComputeDevice, find_device
 from qlora_tui.training.experts.storage import round_to_4_bits
+from qlora_tui.training.gguf_conversion import model_folder
 from qlora_tui.training.model import freeze, load_mapped
 from qlora_tui.training.model_class import decoder_layers
 from qlora_tui.training.samples import TokenizedDataset
@@ -69,13 +70,7 @@ def measure_quality(recipe: Recipe, report: Report) -> Quality:
             why="There are no 16-bit weights to compare with.",
             fix="Choose the repository with 16-bit weights, if there is one.",
         )
-    folder = files.folder
-    if files.gguf_file is not None:
-        from qlora_tui.training.gguf_conversion import convert_cached
-
-        folder = convert_cached(
-            folder / files.gguf_file, lambda done, total: report(done, total, "converting")
-        )
+    folder = model_folder(files, lambda done, total: report(done, total, "converting"))
     report(0, 0, "tokenizing")
     data = prepare_dataset(recipe, ChatTokenizer.from_folder(folder, recipe.model.chat_template))
     report(0, 0, "loading the model")

@@ -124,7 +124,7 @@ def _measure(run: RunDir, report: Report) -> None:
         from qlora_tui.training.adapter import add_lora, load_adapter
         from qlora_tui.training.batches import RowShape
         from qlora_tui.training.compute_device import choose_attention, find_device
-        from qlora_tui.training.gguf_conversion import convert_cached
+        from qlora_tui.training.gguf_conversion import model_folder
         from qlora_tui.training.host import lower_priority
         from qlora_tui.training.model import prepare_base
         from qlora_tui.training.scoring import token_losses
@@ -135,7 +135,7 @@ def _measure(run: RunDir, report: Report) -> None:
     if device.kind == "cpu":
         lower_priority()
     files = resolve_model(recipe.model.id)
-    folder = files.folder if files.gguf_file is None else convert_cached(files.folder / files.gguf_file)
+    folder = model_folder(files)
     tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
     # Of a preference run the good answers: those are what it should learn.
     samples = prepare_dataset(recipe, tokenizer).train.of_side(GOOD)
