@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_tui.training.checks.attention import attention_matches
-from qlora_tui.training.checks.compare import bitwise_equal, within_rounding
+from qlora_tui.training.checks.compare import bitwise_equal, example_rows, within_rounding
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 
 _verified: dict[tuple[object, ...], bool] = {}
@@ -166,9 +166,7 @@ def layout_agrees(layer: Any) -> bool:
 
 def _example_tokens(layer: Any) -> Tensor:
     """Return inputs (3, inputs) of the layer, with a few massive channels."""
-    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
-    x[:, :: max(layer.in_features // 3, 1)] *= 100
-    return x.to(layer.compute_dtype)
+    return example_rows(3, layer.in_features, outlier=100).to(layer.compute_dtype)
 
 
 def _save_nothing(*args: Any, **kwargs: Any) -> None:

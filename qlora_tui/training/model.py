@@ -27,6 +27,7 @@ from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.recipe.targets import SKIP, match_modules
 from qlora_tui.training import quantized_cache
+from qlora_tui.training.checks.attention import setting_owners
 from qlora_tui.training.checks.base import head_matches_model, packing_is_isolated
 from qlora_tui.training.clean_files import model_view, pin_publisher
 from qlora_tui.training.compute_device import ComputeDevice
@@ -70,11 +71,9 @@ def draws_random_numbers(model: nn.Module) -> bool:
 
 
 def _floats(model: nn.Module) -> list[DropoutSetting]:
-    modules = list(model.modules())
-    configs = {id(config): config for m in modules if (config := getattr(m, "config", None)) is not None}
     return [
         DropoutSetting(owner, name, value)
-        for owner in (*modules, *configs.values())
+        for owner in setting_owners(model)
         for name, value in vars(owner).items()
         if isinstance(value, float) and value
     ]

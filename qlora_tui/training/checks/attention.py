@@ -68,12 +68,18 @@ def reference_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     return logits
 
 
+def setting_owners(model: nn.Module) -> list[Any]:
+    """Return the modules of a model and their configs: what has settings that a forward reads."""
+    modules = list(model.modules())
+    configs = {id(config): config for m in modules if (config := getattr(m, "config", None)) is not None}
+    return [*modules, *configs.values()]
+
+
 @contextmanager
 def short_windows(model: nn.Module) -> Iterator[None]:
     """Cut every sliding window of the model down to a few tokens, so that short samples reach past it."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     former = []
-    for holder in [*configs.values(), *model.modules()]:
+    for holder in setting_owners(model):
         for name, window in list(vars(holder).items()):
             if _WINDOWS.search(name) and type(window) is int and window > _WINDOW:
                 former.append((holder, name, window))

@@ -8,7 +8,6 @@ used, and the run's events say so.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ from torch import Tensor, nn
 
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.training.checks.attention import reference_logits, short_windows
-from qlora_tui.training.checks.compare import bitwise_equal, within_rounding
+from qlora_tui.training.checks.compare import bitwise_equal, example_rows, within_rounding
 from qlora_tui.training.experts.routing import Experts4bit
 from qlora_tui.training.failures import is_out_of_memory
 from qlora_tui.training.fused.patching import temporary_forwards
 from qlora_tui.training.loss import IGNORED, ChunkedHead, losses_and_grads, stock_loss
+from qlora_tui.training.scoring import no_grad_eval
 
 _FIRST, _SECOND = 9, 7
 """Lengths of the two samples, in tokens."""
@@ -41,7 +41,6 @@ _INT8_LEAK = 1e-3
 are scaled with another's. Every other path keeps samples apart exactly, but for the grouping of experts."""
 
 
-@torch.no_grad()
 def require_causal(model: Any, device: torch.device) -> None:
     """Compute the logits of a short text, of which later tokens must not change those of earlier ones.
 
@@ -51,7 +50,7 @@ def require_causal(model: Any, device: torch.device) -> None:
     first, _, second = _tokens(model, device)
     end = first.shape[1]
     try:
-        with _eval_mode(model):
+        with no_grad_eval(model):
             continued, changed = (
                 model(input_ids=torch.cat([first, after], dim=1), use_cache=False).logits
                 for after in (second, second.flip(1))
@@ -90,7 +89,7 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
     """
     first, other, second = _tokens(model, device)
     beyond = _longest_context(model)
-    with _eval_mode(model), short_windows(model):
+    with no_grad_eval(model), short_windows(model):
         try:
             packed = _second_in_row(model, first, second, beyond)
             packed_after_other = _second_in_row(model, other, second, beyond)
@@ -154,7 +153,7 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
 
     hook = decoder.register_forward_hook(give_chosen)
     try:
-        with _eval_mode(model), temporary_forwards({head.projection: project}), torch.enable_grad():
+        with no_grad_eval(model), temporary_forwards({head.projection: project}), torch.enable_grad():
             own = stock_loss(model(input_ids=tokens, use_cache=False).logits, labels)
             (gradient,) = torch.autograd.grad(own, raw)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
@@ -169,9 +168,7 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
 
 def _example_states(states: Tensor) -> Tensor:
     """Hidden states in the shape and dtype of ``states``, with a few massive channels."""
-    chosen = torch.randn(states.shape, generator=torch.Generator().manual_seed(3))
-    chosen[..., :: max(states.shape[-1] // 3, 1)] *= 300
-    return chosen.to(states.device, states.dtype)
+    return example_rows(*states.shape, seed=3, outlier=300).to(states.device, states.dtype)
 
 
 def _example_logits(head: ChunkedHead) -> Tensor:
@@ -235,13 +232,3 @@ def _second_in_row(model: nn.Module, first: Tensor, second: Tensor, first_positi
 
 def _positions(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device)[None]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -80,3 +80,13 @@ def outputs_and_gradients(
         outputs = list(returned) if isinstance(returned, tuple) else [returned]
         gradients = torch.autograd.grad(outputs, leaves, list(grads))
     return [*(output.detach() for output in outputs), *gradients]
+
+
+def example_rows(*shape: int, seed: int = 0, outlier: float = 1.0) -> Tensor:
+    """Return normal values (…, columns), the same in each process; every third of the columns is massive.
+
+    ``outlier`` is the factor on these columns, as in trained models.
+    """
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    rows[..., :: max(shape[-1] // 3, 1)] *= outlier
+    return rows
