@@ -179,7 +179,7 @@ def create_run(recipe: Recipe, gpu: str = "") -> RunDir:
         if gpu:
             atomic_write(draft / "gpu", f"{gpu}\n")
         with EventWriter(draft / "events.jsonl") as log:
-            log.append(Queued(at=time.time()))
+            log.append(Queued())
         return RunDir(_publish(draft, parent, recipe))
 
 

@@ -6,6 +6,7 @@ is ever renamed or given another meaning, so that old runs stay readable.
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -30,8 +31,8 @@ PREPARING_PHASES: frozenset[Phase] = frozenset(("loading", "converting", "tokeni
 class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
     """Base of all events."""
 
-    at: UnixTime
-    """Unix time, seconds."""
+    at: UnixTime = msgspec.field(default_factory=lambda: time.time())
+    """Unix time, seconds: when the event was made. Every line of a file has it."""
 
 
 class Queued(Event, tag="queued", frozen=True, kw_only=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -51,7 +50,7 @@ def _enter(run: RunDir, *, again: bool) -> None:
             write_status(run, status.transition("queued"))
             if again:
                 with EventWriter(run.events_path) as log:
-                    log.append(Queued(at=time.time()))
+                    log.append(Queued())
         except OSError:
             _remove(run)
             raise

@@ -216,7 +216,6 @@ def report_answers(run: Run, answers: TaskEvaluation | None, loss: LossChange | 
     first = answers.metrics[0]
     run.reporter.emit(
         AnswersCompared(
-            at=time.time(),
             metric=first.name,
             prompts=first.rows,
             base=first.base,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,7 +50,7 @@ def run_attempt(run: Run) -> RunEnded:
     except StopRequested as request:
         step = run.checkpoint.step if run.checkpoint else 0
         ended = Paused if request.kind == "pause" else Stopped
-        return ended(at=time.time(), step=step)
+        return ended(step=step)
     except Exception as error:
         if hasattr(run, "meter") and run.dist.world_size == 1 and is_out_of_memory(error):
             run.meter.record(ran_out=True)
@@ -91,7 +90,7 @@ def _finish(run: Run, loop: Loop, telemetry: TelemetryRecorder) -> RunEnded:
     if run.dist.world_size == 1:
         run.meter.record()
     if loop.outcome == "paused":
-        return Paused(at=time.time(), step=step)
+        return Paused(step=step)
     reporter.phase("saving", "adapter")
     reason, best_step = loop.reason, loop.progress.best_step
     if loop.outcome == "finished":
@@ -109,7 +108,7 @@ def _finish(run: Run, loop: Loop, telemetry: TelemetryRecorder) -> RunEnded:
             from_hub=run.files.source == "hub cache",
         )
     if loop.outcome == "stopped":
-        return Stopped(at=time.time(), step=step, checksums=checksums)
+        return Stopped(step=step, checksums=checksums)
     # Before the next, which may put the weights of the start into the model.
     answers = answer_validation(run, seconds)
     report_answers(run, answers, compare_validation(run))
@@ -119,7 +118,6 @@ def _finish(run: Run, loop: Loop, telemetry: TelemetryRecorder) -> RunEnded:
     # The energy is that of one GPU, so with several it cannot be divided by all tokens.
     kwh = energy.kwh if run.dist.world_size == 1 else None
     return Finished(
-        at=time.time(),
         step=step,
         seconds=seconds,
         tokens_per_s=loop.trained_tokens / max(seconds, 1e-9),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 
 from qlora_tui.runs import control
 from qlora_tui.runs.control import ControlRequest, Kind
@@ -33,7 +32,7 @@ class ControlRequests:
         """Read new requests and report them as events. All processes of a run must call this together."""
         new = self._dist.broadcast(self._read_new() if self._dist.is_main_process else [])
         for request in new:
-            self._reporter.emit(RequestReceived(at=time.time(), request=request.kind, value=request.value))
+            self._reporter.emit(RequestReceived(request=request.kind, value=request.value))
             self._reporter.log(
                 f"requested: {request.kind}{'' if request.value is None else f' {request.value:g}'}"
             )

@@ -7,7 +7,6 @@ every validation sample is counted, at the price of one projection of its answer
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -236,7 +235,6 @@ def compare_validation(run: Run) -> LossChange | None:
     )
     reporter.emit(
         ValidationCompared(
-            at=time.time(),
             rows=change.rows,
             before=change.before,
             after=change.after,

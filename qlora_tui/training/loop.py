@@ -235,7 +235,6 @@ class Loop:
         if model.apply_kept_layers(run.base.model, plan.kept_layers):
             run.reporter.emit(
                 LayersKept(
-                    at=time.time(),
                     kept_layers=plan.kept_layers,
                     layers=plan.total_layers,
                     available_bytes=plan.available_bytes,
@@ -341,7 +340,6 @@ class Loop:
         self._emitted_at, self._emitted_tokens = now, tokens
         self._reporter.emit(
             Step(
-                at=time.time(),
                 step=step,
                 epoch=self._run.step_plan.steps[step - 1].epoch,
                 loss=_finite(loss),
@@ -418,7 +416,6 @@ class Loop:
             general = self._base_divergence.count_answers()
         self._reporter.emit(
             Evaluated(
-                at=time.time(),
                 step=step,
                 loss=_finite(loss),
                 best=best,
@@ -447,7 +444,7 @@ class Loop:
         prompts = run.recipe.training.sample_prompts
         samples = generate_samples(run.model, run.tokenizer, prompts, run.device.torch_device, run.thinking)
         for prompt, answer in samples:
-            run.reporter.emit(SampleGenerated(at=time.time(), step=step, prompt=prompt, answer=answer))
+            run.reporter.emit(SampleGenerated(step=step, prompt=prompt, answer=answer))
 
     def _early_stop_reason(self) -> str | None:
         patience = self._run.recipe.training.early_stopping
@@ -489,7 +486,7 @@ class Loop:
         else:
             progress.checkpoint_step = step
             relative = str(folder.relative_to(run.directory.path))
-            run.reporter.emit(CheckpointSaved(at=time.time(), step=step, folder=relative))
+            run.reporter.emit(CheckpointSaved(step=step, folder=relative))
             if run.dist.is_main_process:
                 # What cannot be deleted now is deleted after the next checkpoint.
                 with suppress(OSError):

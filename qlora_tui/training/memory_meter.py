@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +75,6 @@ class MemoryMeter:
         else:
             peak = peak_resident_bytes()
         return MemoryMeasured(
-            at=time.time(),
             when=when,
             estimated_bytes=self.estimate.process_bytes if self.estimate else 0,
             measured_bytes=peak,

@@ -86,7 +86,7 @@ class Reporter:
     def phase(self, phase: Phase, detail: str = "") -> None:
         """Report that a phase begins."""
         self.log(f"{phase_label(phase)}{': ' if detail else ''}{detail}")
-        self.emit(PhaseChanged(at=time.time(), phase=phase, detail=detail))
+        self.emit(PhaseChanged(phase=phase, detail=detail))
         self.update(phase=phase)
 
     def progress(self, phase: Phase, done: int, total: int) -> None:
@@ -94,14 +94,13 @@ class Reporter:
         now = time.monotonic()
         if now - self._progress_at >= _PROGRESS_S or done == total:
             self._progress_at = now
-            self.emit(Progress(at=time.time(), phase=phase, done=done, total=total))
+            self.emit(Progress(phase=phase, done=done, total=total))
 
     def health(self, kind: str, evidence: str, remedy: str, *, step: int = 0, error: bool = False) -> None:
         """Report that something is wrong or unusual, with evidence and remedy."""
         self.log(f"{kind}: {evidence} {remedy}")
         self.emit(
             Health(
-                at=time.time(),
                 kind=kind,
                 severity="error" if error else "warning",
                 evidence=evidence,

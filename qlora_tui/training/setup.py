@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +171,6 @@ def _choose_step(run: Run) -> None:
     run.meter.set_recipe(run.recipe)
     run.reporter.emit(
         StepChosen(
-            at=time.time(),
             micro_batch_size=training.micro_batch_size,
             gradient_accumulation=training.gradient_accumulation,
             optimizer=training.optimizer,
@@ -223,7 +221,6 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
     if base.streamed is not None:
         reporter.emit(
             LayersStreamed(
-                at=time.time(),
                 streamed_layers=len(base.streamed),
                 layers=run.files.architecture.layers,
                 host_bytes=base.streamed.host_bytes,
@@ -293,7 +290,6 @@ def _add_adapter(run: Run) -> Any:
         base.streamed.use_checkpoints()
     run.reporter.emit(
         AdapterReady(
-            at=time.time(),
             trained_parameters=trained_parameters(model),
             total_parameters=architecture.total_params,
         )
@@ -355,7 +351,6 @@ def _report_environment(run: Run, base: PreparedBase) -> None:
     device = run.device
     run.reporter.emit(
         Environment(
-            at=time.time(),
             device=device.name,
             device_kind=device.kind,
             device_total_bytes=device.total_bytes,
@@ -384,7 +379,6 @@ def _report_data(run: Run) -> None:
     sides = 2 if run.recipe.trains_pairs else 1
     run.reporter.emit(
         DataReady(
-            at=time.time(),
             samples=len(train) // sides,
             validation_samples=len(data.validation) // sides,
             tokens=sum(train.lengths()),

@@ -6,7 +6,6 @@ torch is imported inside functions, so that a run shows as started, and can be s
 from __future__ import annotations
 
 import os
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -80,7 +79,7 @@ def _run_attempts(
                 leftovers.sweep_own(run)
             checkpoint, damage = checkpoints.latest(run)
         except UserError:
-            reporter.emit(Started(at=time.time(), attempt=number, pid=os.getpid()))
+            reporter.emit(Started(attempt=number, pid=os.getpid()))
             raise
         _emit_started(reporter, recipe, checkpoint, number)
         _report_damage(reporter, damage)
@@ -134,7 +133,6 @@ def _emit_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
     step = checkpoint.step if checkpoint else 0
     reporter.emit(
         Started(
-            at=time.time(),
             attempt=number,
             pid=os.getpid(),
             resumed_from_step=step,

@@ -179,7 +179,7 @@ def verify_first_step(run: Run) -> PreparedBase:
         release_gpu_memory()
     seconds = time.perf_counter() - started
     if isinstance(verified, str):
-        reporter.emit(StepVerified(at=time.time(), tokens=0, seconds=seconds, agrees=False, reason=verified))
+        reporter.emit(StepVerified(tokens=0, seconds=seconds, agrees=False, reason=verified))
         return base
     _report(verified, excerpt.tokens, seconds, reporter)
     if not verified.agrees and run.recipe.training.first_step_differs == "stop":
@@ -320,7 +320,6 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
     names = tuple(DESCRIPTIONS[path] for path in verified.replaced)
     reporter.emit(
         StepVerified(
-            at=time.time(),
             tokens=tokens,
             seconds=seconds,
             loss=comparison.loss,
