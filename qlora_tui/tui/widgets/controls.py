@@ -278,15 +278,35 @@ class LineView(ScrollView, can_focus=True):
     """
 
 
-def update_if_changed(static: Static, content: Content) -> None:
-    """Show ``content``, with no repaint or layout that is not needed."""
-    before = static.content
-    # Equal text can differ in its colors.
-    if isinstance(before, Content) and before.is_same(content):
-        return
-    width = static.content_size.width
-    same_height = isinstance(before, Content) and _lines(before, width) == _lines(content, width)
-    static.update(content, layout=not same_height)
+Write: TypeAlias = Callable[[int], Content | Sequence[Content]]
+"""Returns a text, or its lines, for so many cells of width."""
+
+
+class Lines(Static):
+    """Text, which may be written for its width; it is laid out and painted again only where it changed."""
+
+    _write: Write | None = None
+
+    def show(self, text: Content | Sequence[Content] | Write) -> None:
+        """Show a text or its lines; a function is called now, and again for another width."""
+        self._write = text if callable(text) else None
+        if not callable(text):
+            self._show(text)
+        elif self.content_size.width:
+            self._show(text(self.content_size.width))
+
+    def on_resize(self) -> None:
+        if self._write is not None and self.content_size.width:
+            self._show(self._write(self.content_size.width))
+
+    def _show(self, text: Content | Sequence[Content]) -> None:
+        before, content = self.content, text if isinstance(text, Content) else Content("\n").join(text)
+        # Equal text can differ in its colors.
+        if isinstance(before, Content) and before.is_same(content):
+            return
+        width = self.content_size.width
+        same_height = isinstance(before, Content) and _lines(before, width) == _lines(content, width)
+        self.update(content, layout=not same_height)
 
 
 def render_strips(widget: Widget, content: Content, width: int, height: int) -> list[Strip]:

@@ -11,7 +11,6 @@ from textual import work
 from textual.containers import Vertical
 from textual.content import Content
 from textual.widget import Widget
-from textual.widgets import Static
 
 from qlora_tui.chat.chat_types import Effect, GenerationResult
 from qlora_tui.engine.protocol import ChatReady
@@ -30,7 +29,7 @@ from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.render.charts import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
-from qlora_tui.tui.widgets.controls import Panel, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, Panel
 
 NOTHING_TO_CHAT_WITH = (
     "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
@@ -154,10 +153,10 @@ class ChatSide(Vertical):
 
     def compose(self) -> Iterable[Widget]:
         keys = (("chat.settings", "change"), ("chat.source", "model"))
-        yield Panel("Sampling", Static(id="side-settings"), keys=keys)
-        yield Panel("Tokens", Static(id="side-tokens"))
+        yield Panel("Sampling", Lines(id="side-settings"), keys=keys)
+        yield Panel("Tokens", Lines(id="side-tokens"))
         keys = (("chat.history", "open"), ("chat.clear", "new"))
-        yield Panel("Conversations", Static(id="side-history"), keys=keys, id="history-panel")
+        yield Panel("Conversations", Lines(id="side-history"), keys=keys, id="history-panel")
 
     def show(self, chat: Conversation, transcript: Path | None) -> None:
         """Show the state of a conversation, and where its transcript is."""
@@ -178,7 +177,7 @@ class ChatSide(Vertical):
         self._update("history", history_lines(saved, transcript, clock.now(), width))
 
     def _update(self, part: str, lines: list[Content]) -> None:
-        update_if_changed(self.query_one(f"#side-{part}", Static), Content("\n").join(lines))
+        self.query_one(f"#side-{part}", Lines).show(lines)
 
 
 def settings_lines(chat: Conversation) -> list[Content]:

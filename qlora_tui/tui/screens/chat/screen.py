@@ -49,7 +49,7 @@ from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
 from qlora_tui.tui.screens.modals.dialogs import ask_search
 from qlora_tui.tui.screens.train.screen import prepare_run
 from qlora_tui.tui.ui_state import add_recent, recent
-from qlora_tui.tui.widgets.controls import Panel, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, Panel
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -107,8 +107,8 @@ class ChatScreen(WorkScreen):
         with Horizontal(id="chat-body"):
             with Vertical(id="chat-main"):
                 with Panel("Chat", id="chat-panel"):
-                    yield Static(id="sampling-line")
-                    yield Static(id="effect", markup=False)
+                    yield Lines(id="sampling-line")
+                    yield Lines(id="effect")
                     yield self.conversation
                 yield Panel("Message", PromptBox(name_keys(HINT), id="prompt"), id="prompt-panel")
             yield ChatSide()
@@ -458,7 +458,7 @@ class ChatScreen(WorkScreen):
         self._effect = effect
         text = Content(effect) if isinstance(effect, str) else effect_text(effect, self._room)
         self.query_one("#effect").display = bool(effect)
-        update_if_changed(self.query_one("#effect", Static), text)
+        self.query_one("#effect", Lines).show(text)
 
     @property
     def _main_width(self) -> int:
@@ -492,8 +492,7 @@ class ChatScreen(WorkScreen):
         panel.show_title(session_line(self.source_name, chat.pair, state, self._main_width - _TITLE_FRAME))
         transcript = transcript_path(chat.run_dir)
         path = transcript if transcript.exists() else None
-        line = self.query_one("#sampling-line", Static)
-        update_if_changed(line, sampling_line(chat, path, self._room))
+        self.query_one("#sampling-line", Lines).show(sampling_line(chat, path, self._room))
         if has_side:
             self.query_one(ChatSide).show(chat, path)
 

@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from textual.content import Content
-from textual.widgets import Static
 
 from qlora_tui.data.dataset_report import Lengths, Report
 from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, row_outcome
@@ -20,7 +19,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar, blocks, labeled
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, VERDICT_SIGN, VERDICT_STYLE
-from qlora_tui.tui.widgets.controls import Panel, ViList, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 _TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
 _LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
@@ -40,7 +39,7 @@ class TotalsPanel(Panel):
     """The detected format and the resulting samples, tokens and steps."""
 
     def __init__(self) -> None:
-        self._totals = Static(id="data-totals")
+        self._totals = Lines(id="data-totals")
         super().__init__("Tokens", self._totals, keys=_TOTALS_KEYS, id="totals-panel")
 
     def show(
@@ -54,14 +53,14 @@ class TotalsPanel(Panel):
 
     def show_text(self, text: Content) -> None:
         """Show a text in place of totals."""
-        update_if_changed(self._totals, text)
+        self._totals.show(text)
 
 
 class LengthsPanel(Panel):
     """The distribution of lengths, and what other sequence lengths would cost."""
 
     def __init__(self) -> None:
-        self._parts = [Static(id=name) for name in ("lengths-line", "histogram", "costs")]
+        self._parts = [Lines(id=name) for name in ("lengths-line", "histogram", "costs")]
         super().__init__("Lengths", *self._parts, keys=_LENGTH_KEYS, id="lengths-panel")
 
     def show(self, report: Report | None, data: Data, costs: list[LengthCost], height: int) -> None:
@@ -76,7 +75,7 @@ class LengthsPanel(Panel):
                 cost_table(costs if report.complete else [], width),
             ]
         for part, text in zip(self._parts, texts, strict=True):
-            update_if_changed(part, text)
+            part.show(text)
 
 
 class ProblemsPanel(Panel):

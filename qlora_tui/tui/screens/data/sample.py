@@ -20,7 +20,7 @@ from qlora_tui.recipe.schema import Data
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, error_content
 from qlora_tui.tui.screens.data.previews import PreviewRequest
-from qlora_tui.tui.widgets.controls import Panel, ViScroll, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 
 Place: TypeAlias = tuple[str, int]
 """A file, and a row of it; an empty path is the first file."""
@@ -87,7 +87,7 @@ class SamplePanel(Panel):
     def compose(self) -> Iterable[Widget]:
         with ViScroll(id="sample-scroll"):
             yield Static(id="sample")
-        yield Static(id="legend")
+        yield Lines(id="legend")
 
     def show_row(
         self,
@@ -121,9 +121,9 @@ class SamplePanel(Panel):
 
     def show_legend(self, text: Content) -> None:
         """Say what the styles mean; an empty text hides the line."""
-        line = self.query_one("#legend", Static)
+        line = self.query_one("#legend", Lines)
         line.display = bool(text)
-        update_if_changed(line, text)
+        line.show(text)
 
     def show_place(self, place: Place, report: Report | None, shown: Shown | None, data: Data) -> None:
         """Say in the title which row it is, its tokens to learn, and notes, as far as they fit."""

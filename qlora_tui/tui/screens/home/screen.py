@@ -13,14 +13,13 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
-from textual.widgets import Static
 
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.ui_state import load_ui_state, save_ui_state
-from qlora_tui.tui.widgets.controls import Drawing, Panel, ViScroll, update_if_changed
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,23 +111,23 @@ class HomeScreen(WorkScreen):
 
     def compose_body(self) -> Iterable[Widget]:
         with ViScroll(id="home"):
-            yield Panel("Next step", Static(id="next"), id="next-panel")
+            yield Panel("Next step", Lines(id="next"), id="next-panel")
             with Horizontal(id="home-top"):
                 yield Panel(
                     "Run",
-                    Static(id="run"),
+                    Lines(id="run"),
                     Drawing(id="run-graph", classes="graph"),
                     keys=(("go.train", "open"), ("home.export", "export")),
                     id="run-panel",
                 )
                 with Vertical(id="home-side"):
                     yield Panel(
-                        "Machine", Static(id="gpu"), keys=(("app.check_machine", "check this machine"),)
+                        "Machine", Lines(id="gpu"), keys=(("app.check_machine", "check this machine"),)
                     )
-                    yield Panel("Queue", Static(id="queue"), id="queue-panel")
+                    yield Panel("Queue", Lines(id="queue"), id="queue-panel")
             yield Panel(
                 "Recipe of the next run",
-                Static(id="recipe"),
+                Lines(id="recipe"),
                 keys=(("app.presets", "presets"),),
                 id="recipe-panel",
             )
@@ -246,7 +245,7 @@ class HomeScreen(WorkScreen):
 
         download = downloads.start_demo()
         async for _ in download.follow():
-            self.query_one("#next", Static).update(f"{download.status_text}…")
+            self.query_one("#next", Lines).show(Content(f"{download.status_text}…"))
         self.downloading_demo = False
         self.start_reading()
         if download.problem is not None:
@@ -312,7 +311,7 @@ class HomeScreen(WorkScreen):
         """Show the text of a panel if it reads differently than before."""
         if self.downloading_demo and panel == "next":
             return
-        update_if_changed(self.query_one(f"#{panel}", Static), Content("\n").join(lines))
+        self.query_one(f"#{panel}", Lines).show(lines)
 
 
 def _save_last_seen() -> None:

@@ -16,7 +16,6 @@ from msgspec import structs
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import Static
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
@@ -34,7 +33,7 @@ from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.render.labels import verdict_words
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
-from qlora_tui.tui.widgets.controls import Panel, ViList, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 from qlora_tui.tui.workbench import Workbench
 
 
@@ -156,7 +155,7 @@ class TermPanel(Panel):
     """The word as its title, what it means, and the advice on it."""
 
     def __init__(self) -> None:
-        self._meaning = Static(id="term")
+        self._meaning = Lines(id="term")
         self._shown: tuple[str, str] = ("", "")
         super().__init__("Term", self._meaning, id="term-panel")
 
@@ -194,7 +193,7 @@ class TermPanel(Panel):
         for text in map(one_line, least_known_first if width else ()):
             if sum(len(each.wrap(width)) + 1 for each in (*paragraphs, text)) - 1 <= room:
                 paragraphs.append(text)
-        update_if_changed(self._meaning, Content("\n\n").join(paragraphs))
+        self._meaning.show(Content("\n\n").join(paragraphs))
 
 
 def one_line(path: str) -> Content:
@@ -366,30 +365,6 @@ class ChoiceCost:
     verdict: Verdict
 
 
-class ChoicesPanel(Panel):
-    """The table, with the keys for the rank."""
-
-    def __init__(self) -> None:
-        self._table = Static(id="choices")
-        self._costs: tuple[ChoiceCost, ...] = ()
-        self._can_train = True
-        keys = (("lora.rank_up", "rank ×2"), ("lora.rank_down", "rank ÷2"))
-        super().__init__("What other choices would cost", self._table, keys=keys, id="choices-panel")
-
-    def show(self, costs: tuple[ChoiceCost, ...], *, can_train: bool) -> None:
-        """Show these; nothing until they are known. ``can_train``: whether the model can be trained."""
-        self._costs, self._can_train = costs, can_train
-        self._redraw()
-
-    def on_resize(self) -> None:
-        # The table knows its new width only after the layout.
-        self.call_after_refresh(self._redraw)
-
-    def _redraw(self) -> None:
-        lines = choice_lines(self._costs, self._table.content_size.width, can_train=self._can_train)
-        update_if_changed(self._table, Content("\n").join(lines))
-
-
 def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> tuple[ChoiceCost, ...]:
     """Estimate each choice, some 10 ms each; without those that the model does not have."""
     choices: dict[tuple[Literal["rank", "targets"], str], Recipe] = {}
@@ -406,7 +381,7 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
     return tuple(costs)
 
 
-def choice_lines(costs: tuple[ChoiceCost, ...], width: int, *, can_train: bool = True) -> list[Content]:
+def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> list[Content]:
     """``▸ rank 16   40M   154 MiB  ███░░░░  6.3 GiB fits``: a line for each, the recipe's own marked.
 
     Ranks stand under the head of the columns, targets under one that says they are for the recipe's rank.

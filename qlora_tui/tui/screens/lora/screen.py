@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import msgspec
 from textual import work
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Input
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
@@ -29,12 +30,12 @@ from qlora_tui.recipe.targets import (
 from qlora_tui.tui.key_names import settings_title
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.adapter import (
-    ChoicesPanel,
     MemoryDeltas,
     SettingsList,
     TermPanel,
     adapter_text,
     choice_costs,
+    choice_lines,
     cursor_text,
     format_delta,
     memory_deltas,
@@ -44,7 +45,7 @@ from qlora_tui.tui.screens.lora.adapter import (
 )
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
-from qlora_tui.tui.widgets.controls import ModelProblem, Panel, TextField, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
 """Seconds without a key before the memory deltas are computed."""
@@ -100,15 +101,20 @@ class LoraScreen(WorkScreen):
                     TextField(compact=True, id="targets-input"),
                     ModuleGrid(id="modules"),
                     ModelProblem(),
-                    Static(id="under-cursor"),
+                    Lines(id="under-cursor"),
                     keys=keys,
                     id="modules-panel",
                 )
-                yield ChoicesPanel()
+                yield Panel(
+                    "What other choices would cost",
+                    Lines(id="choices"),
+                    keys=(("lora.rank_up", "rank ×2"), ("lora.rank_down", "rank ÷2")),
+                    id="choices-panel",
+                )
             with Vertical(id="lora-side"):
                 yield Panel("Settings", SettingsList(id="lora-settings"), id="lora-settings-panel")
                 yield TermPanel()
-        yield Panel("Adapter", Static(id="lora-totals"), id="lora-cost")
+        yield Panel("Adapter", Lines(id="lora-totals"), id="lora-cost")
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
@@ -229,7 +235,8 @@ class LoraScreen(WorkScreen):
             return
         self._show_chosen(patterns, self.qlora_app.workbench.recipe)
         modules = match_modules(patterns, self._table.modules)
-        self.query_one("#under-cursor", Static).update(f"{len(modules)} modules. Enter: apply · Esc: cancel")
+        text = Content(f"{len(modules)} modules. Enter: apply · Esc: cancel")
+        self.query_one("#under-cursor", Lines).show(text)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Apply the typed patterns."""
@@ -255,10 +262,10 @@ class LoraScreen(WorkScreen):
         known = await asyncio.to_thread(memory_deltas, recipe, base, architecture, budget.device)
         self._deltas = (recipe, known)
         self._show_controls_and_totals(recipe)
-        if self.query_one(ChoicesPanel).display:
+        if self.query_one("#choices-panel").display:
             costs = await asyncio.to_thread(choice_costs, recipe, architecture, budget)
             can_train = self.qlora_app.workbench.model_refusal() is None
-            self.query_one(ChoicesPanel).show(costs, can_train=can_train)
+            self.query_one("#choices", Lines).show(partial(choice_lines, costs, can_train))
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
         settings = self.query_one(SettingsList)
@@ -268,7 +275,7 @@ class LoraScreen(WorkScreen):
         self._show_term()
         app, width = self.qlora_app, max(20, self.size.width - 4)
         text = adapter_text(app.workbench, app.memory_budget, self._known_deltas, width)
-        update_if_changed(self.query_one("#lora-totals", Static), text)
+        self.query_one("#lora-totals", Lines).show(text)
 
     @property
     def _known_deltas(self) -> MemoryDeltas | None:
@@ -287,7 +294,7 @@ class LoraScreen(WorkScreen):
 
     def _show_error(self, problem: UserError) -> None:
         text = f"✗ {problem.what} ▸ {problem.fix}" if problem.fix else f"✗ {problem.what}"
-        update_if_changed(self.query_one("#under-cursor", Static), Content.styled(text, "$error"))
+        self.query_one("#under-cursor", Lines).show(Content.styled(text, "$error"))
 
     def _show_chosen(self, patterns: tuple[str, ...], recipe: Recipe) -> None:
         if self._table is not None:
@@ -303,10 +310,8 @@ class LoraScreen(WorkScreen):
             self._show_error(problem)
             return
         grid = self.query_one(ModuleGrid)
-        update_if_changed(
-            self.query_one("#under-cursor", Static),
-            cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block),
-        )
+        text = cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block)
+        self.query_one("#under-cursor", Lines).show(text)
 
     def _show_term(self) -> None:
         """Explain the setting that was last changed or is under the cursor, or the modules there."""
@@ -318,7 +323,7 @@ class LoraScreen(WorkScreen):
             panel.show_modules(self.query_one(ModuleGrid).under_cursor, recipe.lora)
         if path and not panel.display and self._table is not None:
             # Its place in a small window: the modules do not have the cursor.
-            update_if_changed(self.query_one("#under-cursor", Static), one_line(path))
+            self.query_one("#under-cursor", Lines).show(one_line(path))
         else:
             self._show_cursor()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from textual import work
@@ -30,12 +31,14 @@ from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.step_panels import (
+    TIMELINE,
     ItemsPanel,
-    PeakPanel,
-    TimelinePanel,
     budget_words,
+    peak_lines,
     peak_time,
     peak_words,
+    timeline_lines,
+    timeline_title,
 )
 from qlora_tui.tui.screens.memory.what_fits import (
     METHOD_OF_PRECISION,
@@ -48,7 +51,7 @@ from qlora_tui.tui.screens.memory.what_fits import (
 from qlora_tui.tui.screens.modals.dialogs import TextDialog
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.threads import Measurement, run_stoppable
-from qlora_tui.tui.widgets.controls import ModelProblem, Panel, update_if_changed
+from qlora_tui.tui.widgets.controls import Drawing, Lines, ModelProblem, Panel
 from qlora_tui.worker import Progress
 
 SETTLED_S = 0.15
@@ -134,13 +137,14 @@ class MemoryScreen(WorkScreen):
     def compose_body(self) -> Iterable[Widget]:
         yield Panel("Memory", ModelProblem(), id="no-estimate")
         with Vertical(id="memory-body"):
-            yield PeakPanel()
+            keys = (("memory.next", "next precision"), ("memory.use", "train in this"))
+            yield Panel("Peak", Lines(id="bars"), keys=keys, id="peak-panel")
             with Horizontal(id="memory-parts"):
                 yield ItemsPanel()
                 with Vertical(id="memory-side"):
                     yield FitPanel()
-                    yield Panel("Settings", Static(id="memory-settings"), id="memory-settings-panel")
-            yield TimelinePanel()
+                    yield Panel("Settings", Lines(id="memory-settings"), id="memory-settings-panel")
+            yield Panel(TIMELINE, Drawing(id="timeline"), id="timeline-panel")
 
     def on_mount(self) -> None:
         title = settings_title(("memory.length_up", "doubles"), ("memory.length_down", "halves"))
@@ -317,17 +321,18 @@ class MemoryScreen(WorkScreen):
     def _show_bars(self) -> None:
         self._refresh_offered_keys()
         self._heading = self._heading_text()
-        recipe_precision = precision_of(self.qlora_app.workbench.recipe)
-        self.query_one(PeakPanel).show(
-            self._heading,
+        title = Content.assemble(self._heading[0], (self._heading[1], "$text-muted not bold"))
+        self.query_one("#peak-panel", Panel).show_title(title)
+        lines = peak_lines(
             self._compared,
             self.precision,
-            recipe_precision,
+            precision_of(self.qlora_app.workbench.recipe),
             self.qlora_app.memory_budget.bytes,
             self.size.width - _FRAME,
             layers=self._layers,
             can_train=self.qlora_app.workbench.model_refusal() is None,
         )
+        self.query_one("#bars", Lines).show(lines)
 
     def _refresh_offered_keys(self) -> None:
         offered = [self.check_action(action, ()) for action in ("use", "apply", "timeline")]
@@ -339,17 +344,10 @@ class MemoryScreen(WorkScreen):
     def _show_settings(self) -> None:
         recipe, known = self.qlora_app.workbench.recipe, self._architecture()
         context = known.max_positions if known else None
-        table = self.query_one("#memory-settings", Static)
-        update_if_changed(
-            table,
-            settings_table(
-                recipe,
-                self._solution.fitting.get(self.precision),
-                self._solution.lowered.get(self.precision, {}),
-                context,
-                table.content_size.width,
-            ),
-        )
+        fitting = self._solution.fitting.get(self.precision)
+        lowered = self._solution.lowered.get(self.precision, {})
+        table = partial(settings_table, recipe, fitting, lowered, context)
+        self.query_one("#memory-settings", Lines).show(table)
 
     def _show_fit(self) -> None:
         recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
@@ -379,7 +377,11 @@ class MemoryScreen(WorkScreen):
 
     def _show_timeline(self) -> None:
         """Draw the step of the marked precision, if there is room for it."""
-        panel, estimate, known = self.query_one(TimelinePanel), self._estimate, self._architecture()
+        panel, estimate, known = (
+            self.query_one("#timeline-panel", Panel),
+            self._estimate,
+            self._architecture(),
+        )
         if known is None or not panel.display:
             return
         budget, workbench = self.qlora_app.memory_budget, self.qlora_app.workbench
@@ -388,4 +390,6 @@ class MemoryScreen(WorkScreen):
             traced = workbench.trace_on(budget.device) if self.precision == precision_of(recipe) else None
             moments = step_timeline(with_precision(recipe, self.precision), known, estimate, traced)
             self._timeline = (estimate, moments)
-        panel.show(self._timeline[1], budget.bytes, peak_time(estimate, self._layers))
+        moments, when = self._timeline[1], peak_time(estimate, self._layers)
+        panel.show_title(timeline_title(moments, budget.bytes, when))
+        self.query_one("#timeline", Drawing).show(partial(timeline_lines, moments, budget.bytes))

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 from textual.content import Content
-from textual.widgets import Static
 
 from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent
 from qlora_tui.glossary import explain
@@ -24,7 +22,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import Axis, bar, join_cells, ticks
 from qlora_tui.tui.render.labels import PRECISION_NAMES, verdict_words
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.controls import HEADING, Drawing, Panel, ViList, update_if_changed
+from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 
 _FRAME = 4
 """Cells of a panel's border and padding."""
@@ -207,41 +205,24 @@ def peak_time(estimate: Estimate, layers: int) -> str:
     return f"{head} the {ends[number]} layer" if head and number in ends else estimate.peak_phase
 
 
-"""Cells of a panel's border and padding."""
-
-
-class PeakPanel(Panel):
+def peak_lines(
+    compared: Mapping[Precision, Estimate],
+    marked: Precision,
+    of_recipe: Precision,
+    limit_bytes: int,
+    width: int,
+    *,
+    layers: int,
+    can_train: bool,
+) -> list[Content]:
     """Bars, their legend, the peak of the marked one in numbers, and why int8 takes more than 16 bits."""
-
-    def __init__(self) -> None:
-        self._bars = Static(id="bars")
-        keys = (("memory.next", "next precision"), ("memory.use", "train in this"))
-        super().__init__("Peak", self._bars, keys=keys, id="peak-panel")
-
-    def show(
-        self,
-        heading: tuple[str, str],
-        compared: Mapping[Precision, Estimate],
-        marked: Precision,
-        of_recipe: Precision,
-        limit_bytes: int,
-        width: int,
-        *,
-        layers: int,
-        can_train: bool,
-    ) -> None:
-        """Show these estimates under a heading, whose second part is less important."""
-        self.show_title(Content.assemble(heading[0], (heading[1], "$text-muted not bold")))
-        reason = why_int8_is_larger(compared["int8"], compared["fp16"])
-        lines = [
-            *precision_bars(compared, marked, of_recipe, limit_bytes, width, can_train=can_train),
-            legend(),
-            Content.styled(
-                levels_line(compared[marked], layers, short=width < WIDE_CELLS - _FRAME), "$text-muted"
-            ),
-            *([Content.styled(reason, "$text-muted")] if reason else []),
-        ]
-        update_if_changed(self._bars, Content("\n").join(lines))
+    levels = levels_line(compared[marked], layers, short=width < WIDE_CELLS - _FRAME)
+    reason = why_int8_is_larger(compared["int8"], compared["fp16"])
+    return [
+        *precision_bars(compared, marked, of_recipe, limit_bytes, width, can_train=can_train),
+        legend(),
+        *(Content.styled(text, "$text-muted") for text in (levels, reason) if text),
+    ]
 
 
 class ItemsPanel(Panel):
@@ -249,7 +230,7 @@ class ItemsPanel(Panel):
 
     def __init__(self) -> None:
         self._list = ViList(id="items")
-        self._explanation = Static(id="explanation")
+        self._explanation = Lines(id="explanation")
         self._estimate: Estimate | None = None
         super().__init__("Items", self._list, self._explanation, id="items-panel")
 
@@ -270,7 +251,7 @@ class ItemsPanel(Panel):
         if item is not None:
             has_room = self.screen.has_class("-tall") and not self.screen.has_class("-narrow")
             text = explanation_lines(item, with_term=has_room)
-            update_if_changed(self._explanation, text)
+            self._explanation.show(text)
 
 
 def item_lines(estimate: Estimate, width: int) -> list[tuple[str, Content]]:
@@ -314,7 +295,7 @@ def explanation_lines(item: Item, *, with_term: bool) -> Content:
     return Content("\n").join(lines)
 
 
-_TITLE = "Loading and a training step (GiB)"
+TIMELINE = "Loading and a training step (GiB)"
 _SHARES: dict[Phase, int] = {"loading": 3, "forward": 5, "loss": 2, "backward": 7, "optimizer": 3}
 """Share of the width that each phase gets; how long it takes is not known."""
 _NAMES: dict[Phase, str] = {"loading": "load"}
@@ -335,22 +316,13 @@ class _GraphColumn:
     total_bytes: int
 
 
-class TimelinePanel(Panel):
-    """The graph under a title that says when memory is fullest."""
-
-    def __init__(self) -> None:
-        self._graph = Drawing()
-        super().__init__(_TITLE, self._graph, id="timeline-panel")
-
-    def show(self, moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> None:
-        """Show the moments of a step. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
-        is_in_step = peak_time != "while loading"
-        peak = max(moment.total_bytes for moment in moments)
-        when = f", fullest {'in ' if is_in_step else ''}{peak_time}"
-        if not _is_limit_shown(peak, limit_bytes):
-            when += f", far below the limit of {format_gib(limit_bytes)} GiB"
-        self.show_title(Content.assemble(_TITLE, (when, "$text-muted not bold")))
-        self._graph.show(partial(timeline_lines, moments, limit_bytes))
+def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> Content:
+    """Say when memory is fullest. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
+    is_in_step = peak_time != "while loading"
+    when = f", fullest {'in ' if is_in_step else ''}{peak_time}"
+    if not _is_limit_shown(max(moment.total_bytes for moment in moments), limit_bytes):
+        when += f", far below the limit of {format_gib(limit_bytes)} GiB"
+    return Content.assemble(TIMELINE, (when, "$text-muted not bold"))
 
 
 def _is_limit_shown(peak: int, limit_bytes: int) -> bool:

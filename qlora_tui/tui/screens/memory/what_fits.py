@@ -13,7 +13,6 @@ from typing import Any
 
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import Static
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
@@ -41,7 +40,7 @@ from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_nam
 from qlora_tui.tui.render.labels import VERDICT_STYLE, refusal_words, verdict_words
 from qlora_tui.tui.screens.memory.step_panels import spare_words
 from qlora_tui.tui.setting_stepper import step_value
-from qlora_tui.tui.widgets.controls import Panel, ViList, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
 """Settings that keys of the Memory screen double and halve."""
@@ -230,7 +229,7 @@ class FitPanel(Panel):
 
     def __init__(self) -> None:
         self.choices = ViList(id="choices")
-        self._notes = Static(id="fit-notes")
+        self._notes = Lines(id="fit-notes")
         super().__init__("Fit", self.choices, self._notes, id="fit-panel")
 
     def offer(self, *, changes: bool) -> None:
@@ -261,7 +260,7 @@ class FitPanel(Panel):
         low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
         uncertainty = f"Expected: {low} to {high} GiB. Uncertain: {verdict.reason}."
         notes.append(Content.styled(uncertainty, "$text-muted"))
-        update_if_changed(self._notes, Content("\n").join(notes))
+        self._notes.show(notes)
 
     def on_option_list_option_selected(self, event: ViList.OptionSelected) -> None:
         """Say which change it was."""

@@ -31,7 +31,7 @@ from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, commands_by_scr
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys, name_keys, short_key
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
-from qlora_tui.tui.widgets.controls import TextField, ViList, ViScroll, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, TextField, ViList, ViScroll
 
 if TYPE_CHECKING:
     from qlora_tui.runs.machine_checks import Check
@@ -429,7 +429,7 @@ class HelpScreen(ModalScreen[None]):
             yield Static(highlight_keys(name_keys(self._text)))
             self._wrapped_for = self.app.size.width
             for heading, commands in self._tables:
-                yield Static(self._table(heading, commands), classes="commands")
+                yield Lines(self._table(heading, commands), classes="commands")
 
     def on_mount(self) -> None:
         self.query_one(ViScroll).focus()
@@ -440,8 +440,8 @@ class HelpScreen(ModalScreen[None]):
         if self.app.size.width == self._wrapped_for:
             return
         self._wrapped_for = self.app.size.width
-        for shown, table in zip(self.query(".commands").results(Static), self._tables, strict=True):
-            update_if_changed(shown, self._table(*table))
+        for shown, table in zip(self.query(".commands").results(Lines), self._tables, strict=True):
+            shown.show(self._table(*table))
 
     def _table(self, heading: str, commands: tuple[Command, ...]) -> Content:
         """By hand: a table of Rich's takes longer to draw than all the rest of the page to open."""

@@ -18,7 +18,6 @@ from textual import work
 from textual.app import App
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import Static
 
 from qlora_tui import worker
 from qlora_tui.catalog.download import start_download
@@ -29,7 +28,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.ui_state import save_ui_state
-from qlora_tui.tui.widgets.controls import Panel, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, Panel
 
 DEMO = "demo"
 """Id of the demo's model, which comes from the package index and not from the hub."""
@@ -155,7 +154,7 @@ class DownloadsPanel(Panel):
             self.download = download
 
     def __init__(self) -> None:
-        self._lines = Static(id="downloads")
+        self._lines = Lines(id="downloads")
         self._downloads: dict[str, Download] = {}
         super().__init__("Downloads", self._lines, keys=(("models.cancel", "stop"),), id="downloads-panel")
         self.display = False
@@ -188,10 +187,8 @@ class DownloadsPanel(Panel):
 
     def _show(self) -> None:
         self.display = bool(self._downloads)
-        # The width of a panel that is still hidden is 0.
-        width = (self.content_size or self.screen.size).width
         newest = list(self._downloads.values())[-_MAX_LINES:]
-        update_if_changed(self._lines, Content("\n").join([_line(download, width) for download in newest]))
+        self._lines.show(lambda width: [_line(download, width) for download in newest])
 
 
 def _line(download: Download, width: int) -> Content:

@@ -14,7 +14,6 @@ from textual import work
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
-from textual.widgets import Static
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.download import plan_download
@@ -41,7 +40,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar, labeled
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import PRECISION_NAMES, VERDICT_SIGN, error_content, verdict_words
-from qlora_tui.tui.widgets.controls import Panel, update_if_changed
+from qlora_tui.tui.widgets.controls import Lines, Panel
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {
@@ -99,53 +98,41 @@ class ModelSide(Vertical):
 
     def __init__(self) -> None:
         super().__init__(id="model-side")
-        self._fit: ModelFit | None = None
-        self._can_train = True
 
     def compose(self) -> Iterable[Widget]:
         with Panel("Model", id="model-panel"), VerticalScroll(id="model-scroll", can_focus=False):
-            yield Static(id="model-facts")
+            yield Lines(id="model-facts")
         with Panel("Memory", keys=(("app.assume_gpu", "GPU size"), ("go.memory", "details")), id="fit-panel"):
-            yield Static(id="fit")
-        yield Panel("Storage", Static(id="storage"), id="storage-panel")
+            yield Lines(id="fit")
+        yield Panel("Storage", Lines(id="storage"), id="storage-panel")
 
     def on_mount(self) -> None:
         self.query_one("#fit-panel").display = False
 
     def on_resize(self) -> None:
         self.query_one("#storage-panel").display = self.size.height >= _TALL
-        # The width of the panel inside follows.
-        self.call_after_refresh(self._show_fit)
 
     def show(self, title: str, lines: Sequence[Content]) -> None:
         """Show these facts."""
         self.query_one("#model-panel", Panel).show_title(title)
-        update_if_changed(self.query_one("#model-facts", Static), Content("\n").join(lines))
+        self.query_one("#model-facts", Lines).show(lines)
 
     def show_storage(self, lines: Sequence[Content]) -> None:
         """Show what models take on the disk."""
-        update_if_changed(self.query_one("#storage", Static), Content("\n").join(lines))
+        self.query_one("#storage", Lines).show(lines)
 
     @work(exclusive=True, group="fit")
     async def estimate(
         self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget, *, can_train: bool
     ) -> None:
         """Estimate and show the memory of a model; without one the panel is hidden."""
-        self._fit, self._can_train = None, can_train
-        if model is not None:
-            self._fit = await asyncio.to_thread(model_fit, model, recipe, budget)
-        self.query_one("#fit-panel").display = self._fit is not None
-        self.call_after_refresh(self._show_fit)
-
-    def _show_fit(self) -> None:
+        fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget)
         panel = self.query_one("#fit-panel", Panel)
-        width = panel.content_size.width
-        if self._fit is not None and width:
-            budget = self._fit.budget
+        panel.display = fit is not None
+        if fit is not None:
             assumed = " (assumed)" if budget.is_assumed else ""
             panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
-            lines = fit_lines(self._fit, width, can_train=self._can_train)
-            update_if_changed(self.query_one("#fit", Static), Content("\n").join(lines))
+            self.query_one("#fit", Lines).show(partial(fit_lines, fit, can_train))
 
 
 def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
@@ -246,7 +233,7 @@ def storage_lines(models: Sequence[LocalModel]) -> list[Content]:
     ]
 
 
-def fit_lines(fit: ModelFit, width: int, *, can_train: bool = True) -> list[Content]:
+def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
     """A line for each length, with a bar of the first precision if there is room; signs are explained below.
 
     ``can_train``: whether the model can be trained; otherwise it *would* fit.

@@ -49,7 +49,7 @@ from qlora_tui.tui.screens.runs.run_list import (
 )
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.controls import Drawing, Panel, TextField, update_if_changed
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, TextField
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
 _FILES_INTERVAL_S = 5.0
@@ -120,20 +120,20 @@ class RunsScreen(EvaluationActions):
         with Horizontal(id="preview"):
             yield Panel(
                 "Run",
-                Static(id="run-detail"),
+                Lines(id="run-detail"),
                 Drawing(id="run-graph", classes="graph"),
                 id="run-panel",
             )
             with VerticalScroll(id="preview-side", can_focus=False):
-                yield Panel("Result", Static(id="run-result"), keys=(("runs.evaluate", "compare answers"),))
-                yield Panel("Settings", Static(id="run-settings"), keys=(("runs.rerun", "rerun"),))
+                yield Panel("Result", Lines(id="run-result"), keys=(("runs.evaluate", "compare answers"),))
+                yield Panel("Settings", Lines(id="run-settings"), keys=(("runs.rerun", "rerun"),))
                 yield Panel(
                     "Files",
-                    Static(id="run-files"),
+                    Lines(id="run-files"),
                     keys=(("runs.copy", "copy command"), ("runs.folder", "open folder")),
                     id="files-panel",
                 )
-                yield Panel("Log, newest first", Static(id="run-log"), id="log-panel")
+                yield Panel("Log, newest first", Lines(id="run-log"), id="log-panel")
 
     def on_mount(self) -> None:
         self.query_one(RunTable).focus()
@@ -283,7 +283,7 @@ class RunsScreen(EvaluationActions):
             self._show("run-log", log_lines(files))
 
     def _show(self, name: str, lines: list[Content]) -> None:
-        update_if_changed(self.query_one(f"#{name}", Static), Content("\n").join(lines))
+        self.query_one(f"#{name}", Lines).show(lines)
 
     def _is_waiting(self, summary: RunSummary) -> bool:
         return self.listing is not None and summary.id in self.listing.waiting

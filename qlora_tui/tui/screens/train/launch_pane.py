@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from textual.app import ComposeResult
 from textual.containers import Container, Vertical
 from textual.content import Content
-from textual.widgets import Static
 
 from qlora_tui.formatting import abbreviate_home, pluralize
 from qlora_tui.recipe.conflicts import require_runnable
@@ -23,7 +22,7 @@ from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
-from qlora_tui.tui.widgets.controls import Drawing, Panel, ViScroll, update_if_changed
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
 from qlora_tui.tui.widgets.settings_form import SettingsForm
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class LaunchPane(Vertical):
             yield Panel("Recipe", SettingsForm(_form_fields(), id="recipe-form"), id="recipe-panel")
             with Vertical(id="checks-column"):
                 with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
-                    yield CheckList()
+                    yield Lines(id="checks")
                 notes = Drawing(partial(note_page, _form_fields(), _form_fields()[0]), id="notes")
                 yield Panel("What the settings do", notes, id="notes-panel")
 
@@ -96,7 +95,13 @@ class LaunchPane(Vertical):
     def show_checks(self, checks: tuple[Check, ...], recipe: Recipe) -> None:
         """The results of the checks, and whether the run can start."""
         self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe))
-        self.query_one(CheckList).show(checks)
+
+        def lines(width: int) -> list[Content]:
+            # In a small window the questions are in the help.
+            small = self.screen.has_class("-narrow") or self.screen.has_class("-short")
+            return check_lines(checks, width, with_questions=not small)
+
+        self.query_one("#checks", Lines).show(lines)
 
 
 def note_page(fields: Sequence[Field], selected: Field, width: int, height: int) -> list[Content]:
@@ -136,28 +141,6 @@ def verdict_lines(checks: tuple[Check, ...], recipe: Recipe | None, width: int, 
     while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
         parts.pop()
     return [conclusion(checks), Content.styled(_SEPARATOR.join(parts), "dim")]
-
-
-class CheckList(Static):
-    """The checks, what is wrong first: what each asks, the answer, and its fix."""
-
-    def __init__(self) -> None:
-        super().__init__("", id="checks")
-        self._checks: tuple[Check, ...] = ()
-
-    def show(self, checks: tuple[Check, ...]) -> None:
-        """Show these, wrapped beside their names."""
-        self._checks = checks
-        if self.size.width:
-            # In a small window the questions are in the help.
-            small = self.screen.has_class("-narrow") or self.screen.has_class("-short")
-            lines = check_lines(checks, self.size.width, with_questions=not small)
-            update_if_changed(self, Content("\n").join(lines))
-
-    def on_resize(self) -> None:
-        """Wrap the lines for the new width."""
-        if self._checks:
-            self.show(self._checks)
 
 
 def check_lines(checks: tuple[Check, ...], width: int, *, with_questions: bool) -> list[Content]:

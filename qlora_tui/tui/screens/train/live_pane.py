@@ -16,7 +16,6 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.geometry import Size
 from textual.strip import Strip
-from textual.widgets import Static
 
 from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.status import ACTIVE
@@ -47,10 +46,10 @@ from qlora_tui.tui.widgets.controls import (
     SCROLL_KEYS,
     Draw,
     Drawing,
+    Lines,
     LineView,
     Panel,
     render_line,
-    update_if_changed,
     wrapped,
 )
 
@@ -98,7 +97,7 @@ class LivePane(Vertical):
         yield Panel(
             "Run",
             Drawing(id="run-header"),
-            Static(id="run-outcome", markup=False),
+            Lines(id="run-outcome"),
             keys=(("train.another", "other run"), ("train.copy", "copy command")),
             id="run-panel",
         )
@@ -127,8 +126,8 @@ class LivePane(Vertical):
         self._snapshot = snapshot
         self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
         self._draw("run-header", partial(header_lines, snapshot, clock.now()))
-        outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Static)
-        update_if_changed(box, outcome or Content(""))
+        outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Lines)
+        box.show(outcome or Content(""))
         box.display = outcome is not None
         self._show_graph(snapshot, from_step)
         self._show_side(snapshot)
