@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
-from textual.actions import ActionParseResult
+from textual.actions import ActionParseResult, SkipAction
 from textual.app import App
 from textual.binding import BindingType
 from textual.dom import DOMNode
@@ -307,8 +307,10 @@ class QloraApp(TerminalApp):
 
     def intercept_error(self, error: Exception) -> bool:
         """Show the UserError of a worker, and report what is wrong with the disk."""
-        if isinstance(error, WorkerFailed) and isinstance(error.error, UserError):
-            self.show_error(error.error)
+        cause = error.error if isinstance(error, WorkerFailed) else None
+        if isinstance(cause, UserError):
+            self.show_error(cause)
+        if isinstance(cause, UserError | SkipAction):
             return True
         return self.disk_faults.handle(self, error)
 

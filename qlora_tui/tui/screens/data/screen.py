@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 from textual import work
+from textual.actions import SkipAction
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
@@ -174,6 +175,13 @@ class DataScreen(WorkScreen):
         sources = self.qlora_app.workbench.recipe.data.sources
         return sources[self.source_number] if sources else None
 
+    @property
+    def _selected(self) -> Source:
+        """The selected source. Without one, the action that asks for it does nothing."""
+        if self.source is None:
+            raise SkipAction
+        return self.source
+
     def action_open(self, replaces: bool = False) -> None:
         """Add a file, a folder or a dataset of the hub to the sources, or train on it alone."""
         sources = self.qlora_app.workbench.recipe.data.sources
@@ -228,12 +236,10 @@ class DataScreen(WorkScreen):
 
     def action_remove(self) -> None:
         """Remove the selected source from the recipe."""
-        source = self.source
-        if source is not None:
-            sources = list(self.qlora_app.workbench.recipe.data.sources)
-            del sources[self.source_number]
-            self.qlora_app.edit("data.sources", tuple(sources))
-            self.notify_undoable(f"Removed {Path(source.path).name}.")
+        source, sources = self._selected, list(self.qlora_app.workbench.recipe.data.sources)
+        del sources[self.source_number]
+        self.qlora_app.edit("data.sources", tuple(sources))
+        self.notify_undoable(f"Removed {Path(source.path).name}.")
 
     def action_reload(self) -> None:
         """Read the source again, whether it changed or not."""
@@ -243,9 +249,7 @@ class DataScreen(WorkScreen):
 
     def action_weight(self) -> None:
         """Ask how often the rows of the source are seen."""
-        source = self.source
-        if source is None:
-            return
+        source = self._selected
         field = source_fields()["weight"]
 
         def validate(text: str) -> str:
@@ -264,9 +268,7 @@ class DataScreen(WorkScreen):
     @work(exclusive=True, group="formats")
     async def action_format(self) -> None:
         """Choose the format in which the rows are read, by how many each of them reads."""
-        source = self.source
-        if source is None:
-            return
+        source = self._selected
         preferences = self.qlora_app.workbench.recipe.data.preferences
         choices = await self.previews.formats(source, preferences)
         format_ = await self.app.push_screen_wait(FormatPickerScreen(choices, source.format))
@@ -276,9 +278,7 @@ class DataScreen(WorkScreen):
 
     def action_columns(self) -> None:
         """Map the columns to prompt, answer, and so on."""
-        source = self.source
-        if source is None:
-            return
+        source = self._selected
         if self.report is not None and self.report.files:
             file = self.report.files[0]
             screen = ColumnMappingScreen(file.format, file.all_columns, {**file.columns, **source.columns})
@@ -558,8 +558,8 @@ class DataScreen(WorkScreen):
         """List the rows of the source by what the newest run on it learned of them."""
         if self._measuring:
             self.notify("The rows are being measured. The list opens when they are.")
-        elif self.source is not None:
-            self._list_rows(self.source)
+        else:
+            self._list_rows(self._selected)
 
     @work
     async def _list_rows(self, source: Source) -> None:

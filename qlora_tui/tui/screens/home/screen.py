@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
+from textual.actions import SkipAction
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.geometry import Size
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.runs.directory import RunDir
     from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader, NextStep
     from qlora_tui.tui.workbench import Workbench
 
@@ -178,6 +180,14 @@ class HomeScreen(WorkScreen):
             self._show_lines(panel, lines)
         self._show_run(facts)
 
+    @property
+    def _last_run(self) -> RunDir:
+        """The active or last run. Without one, the action that asks for it does nothing."""
+        run = self.qlora_app.system_status.active_or_last
+        if run is None:
+            raise SkipAction
+        return run
+
     async def action_next(self) -> None:
         """Do the next step."""
         if self.suggestion is not None and not self.downloading_demo:
@@ -187,17 +197,14 @@ class HomeScreen(WorkScreen):
         """Watch the active run, or see the last one."""
         from qlora_tui.tui.screens.train.screen import show_run
 
-        if self.qlora_app.system_status.active_or_last is not None:
-            await show_run(self.qlora_app, self.qlora_app.system_status.active_or_last)
+        await show_run(self.qlora_app, self._last_run)
 
     async def action_resume(self) -> None:
         """Queue the last run again, and watch it."""
         from qlora_tui.runs import actions as run_actions
 
-        last = self.qlora_app.system_status.active_or_last
-        if last is not None:
-            run_actions.resume(last)
-            await self.action_watch()
+        run_actions.resume(self._last_run)
+        await self.action_watch()
 
     async def action_prepare(self) -> None:
         """Open Train with the recipe and its checks."""
@@ -209,15 +216,13 @@ class HomeScreen(WorkScreen):
         """Talk to the last run's adapter."""
         from qlora_tui.tui.screens.chat.screen import show_chat
 
-        if self.qlora_app.system_status.active_or_last is not None:
-            await show_chat(self.qlora_app, self.qlora_app.system_status.active_or_last)
+        await show_chat(self.qlora_app, self._last_run)
 
     def action_export(self) -> None:
         """Export the last run's adapter."""
         from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 
-        if self.qlora_app.system_status.active_or_last is not None:
-            show_export_dialog(self.qlora_app, self.qlora_app.system_status.active_or_last)
+        show_export_dialog(self.qlora_app, self._last_run)
 
     async def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""

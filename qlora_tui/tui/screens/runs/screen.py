@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from textual import work
+from textual.actions import SkipAction
 from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
@@ -142,6 +143,13 @@ class RunsScreen(EvaluationActions):
     def current(self) -> RunSummary | None:
         """The run under the cursor."""
         return self.query_one(RunTable).current
+
+    @property
+    def _selected(self) -> RunSummary:
+        """The run under the cursor. Without one, the action that asks for it does nothing."""
+        if self.current is None:
+            raise SkipAction
+        return self.current
 
     def show_system_status(self, system_status: SystemStatus) -> None:
         self.refresh_runs()
@@ -289,13 +297,10 @@ class RunsScreen(EvaluationActions):
         return self.listing is not None and summary.id in self.listing.waiting
 
     async def action_open(self) -> None:
-        if self.current is not None:
-            await show_run(self.qlora_app, self.current.run)
+        await show_run(self.qlora_app, self._selected.run)
 
     def action_mark(self) -> None:
-        if self.current is None:
-            return
-        name = self.current.id
+        name = self._selected.id
         if name in self.marked:
             self.marked = tuple(marked for marked in self.marked if marked != name)
         elif len(self.marked) == MAX_COMPARED:
@@ -324,42 +329,34 @@ class RunsScreen(EvaluationActions):
     async def action_chat(self) -> None:
         from qlora_tui.tui.screens.chat.screen import show_chat
 
-        if self.current is not None:
-            await show_chat(self.qlora_app, self.current.run)
+        await show_chat(self.qlora_app, self._selected.run)
 
     def action_evaluate(self) -> None:
-        if self.current is not None:
-            self.evaluate(self.current.run)
+        self.evaluate(self._selected.run)
 
     def action_export(self) -> None:
-        if self.current is not None:
-            show_export_dialog(self.qlora_app, self.current.run)
+        show_export_dialog(self.qlora_app, self._selected.run)
 
     def action_move(self, places: int) -> None:
         """Move the run in the queue."""
-        if self.current is not None:
-            run_queue.move(self.current.run, places)
-            self.refresh_runs()
+        run_queue.move(self._selected.run, places)
+        self.refresh_runs()
 
     def action_withdraw(self) -> None:
-        if self.current is not None:
-            self._act_on(self.current.run, run_actions.stop)
-            self.notify(f"Removed from the queue. Press {key_name('runs.resume')} to queue it again.")
+        self._act_on(self._selected.run, run_actions.stop)
+        self.notify(f"Removed from the queue. Press {key_name('runs.resume')} to queue it again.")
 
     def action_resume(self) -> None:
-        if self.current is not None:
-            self._act_on(self.current.run, run_actions.resume)
-            self.notify(f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue.")
+        self._act_on(self._selected.run, run_actions.resume)
+        self.notify(f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue.")
 
     async def action_rerun(self) -> None:
-        if self.current is not None:
-            await self._prepare(self.current.run.recipe())
+        await self._prepare(self._selected.run.recipe())
 
     async def action_train_further(self) -> None:
-        if self.current is not None:
-            run = self.current.run
-            run_actions.initial_adapter(run.id)
-            await self._prepare(replace_setting(run.recipe(), "lora.init_from", run.id))
+        run = self._selected.run
+        run_actions.initial_adapter(run.id)
+        await self._prepare(replace_setting(run.recipe(), "lora.init_from", run.id))
 
     async def _prepare(self, recipe: Recipe) -> None:
         """Load a recipe, and show the checks before its launch."""
@@ -368,11 +365,9 @@ class RunsScreen(EvaluationActions):
         await prepare_run(self.qlora_app)
 
     def action_save_preset(self) -> None:
-        if self.current is not None:
-            recipe = self.current.run.recipe()
-            text = "Name of the preset. Model and data are left out."
-            prompt = TextPromptScreen("Save as a preset", text)
-            self.ask(prompt, lambda name: self._save_preset(name, recipe))
+        recipe, text = self._selected.run.recipe(), "Name of the preset. Model and data are left out."
+        prompt = TextPromptScreen("Save as a preset", text)
+        self.ask(prompt, lambda name: self._save_preset(name, recipe))
 
     @work
     async def _save_preset(self, name: str, recipe: Recipe) -> None:
@@ -380,17 +375,13 @@ class RunsScreen(EvaluationActions):
             self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
 
     def action_rename(self) -> None:
-        summary = self.current
-        if summary is not None:
-            run, text = summary.run, "The new name. The folder keeps its name."
-            prompt = TextPromptScreen("Rename the run", text, summary.name, run_actions.validate_name)
-            self.ask(prompt, lambda name: self._act_on(run, lambda run: run_actions.rename(run, name)))
+        summary, text = self._selected, "The new name. The folder keeps its name."
+        prompt = TextPromptScreen("Rename the run", text, summary.name, run_actions.validate_name)
+        self.ask(prompt, lambda name: self._act_on(summary.run, lambda run: run_actions.rename(run, name)))
 
     def action_delete(self) -> None:
         """Move the run to the trash; ask first only if something else uses it."""
-        summary = self.current
-        if summary is None:
-            return
+        summary = self._selected
         if uses := run_actions.uses_of(summary.run):
             text = f"{summary.name} is in use: {'; '.join(uses)}."
             question = ConfirmScreen("Delete the run?", text, "Delete")
@@ -418,14 +409,12 @@ class RunsScreen(EvaluationActions):
 
     def action_copy(self, verb: str) -> None:
         """Copy the command that shows the run in a terminal, or that trains it again."""
-        if self.current is not None:
-            run = self.current.run
-            words = run.id if verb == "attach" else str(run.recipe_path)
-            self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
+        run = self._selected.run
+        words = run.id if verb == "attach" else str(run.recipe_path)
+        self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
 
     def action_folder(self) -> None:
-        if self.current is not None:
-            open_folder(self.qlora_app, self.current.run.path)
+        open_folder(self.qlora_app, self._selected.run.path)
 
     def _act_on(self, run: RunDir, act: Callable[[RunDir], None]) -> None:
         """Call ``act``, and reload the list even if it fails."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
+from textual.actions import SkipAction
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.widget import Widget
@@ -134,6 +135,13 @@ class TrainScreen(EvaluationActions):
     def run(self) -> RunDir | None:
         """The run being watched; None while one is prepared."""
         return self._follower.run if self._follower else None
+
+    @property
+    def _watched(self) -> RunDir:
+        """The run being watched. Without one, the action that asks for it does nothing."""
+        if self.run is None:
+            raise SkipAction
+        return self.run
 
     @property
     def state(self) -> State | None:
@@ -267,8 +275,7 @@ class TrainScreen(EvaluationActions):
         self.refresh_bindings()
 
     def action_answers(self) -> None:
-        if self.run is not None:
-            self.evaluate(self.run)
+        self.evaluate(self._watched)
 
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
@@ -357,8 +364,7 @@ class TrainScreen(EvaluationActions):
     async def action_chat(self) -> None:
         from qlora_tui.tui.screens.chat.screen import show_chat
 
-        if self.run is not None:
-            await show_chat(self.qlora_app, self.run)
+        await show_chat(self.qlora_app, self._watched)
 
     def action_watch_another(self) -> None:
         self.ask(RunPickerScreen(self.run), self.attach)
@@ -397,21 +403,18 @@ class TrainScreen(EvaluationActions):
         ask_search(self.app, "lines", pane.search, pane.search_for)
 
     def action_folder(self) -> None:
-        if self.run is not None:
-            open_folder(self.qlora_app, self.run.path)
+        open_folder(self.qlora_app, self._watched.path)
 
     def action_copy_command(self) -> None:
-        if self.run is not None:
-            self.app.copy_to_clipboard(f"qlora-tui attach {shlex.quote(self.run.id)}")
+        self.app.copy_to_clipboard(f"qlora-tui attach {shlex.quote(self._watched.id)}")
 
     def _confirm(self, title: str, outcome: str, act: Callable[[RunDir], None], done: str) -> None:
         """Ask, then act; the question is closed when the run is no longer active."""
-        run = self.run
-        if run is not None:
-            question = ConfirmScreen(
-                title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
-            )
-            self.ask(question, lambda _yes: self._act_on_run(act, done))
+        run = self._watched
+        question = ConfirmScreen(
+            title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
+        )
+        self.ask(question, lambda _yes: self._act_on_run(act, done))
 
     def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
         run = self.run
