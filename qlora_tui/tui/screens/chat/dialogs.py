@@ -24,7 +24,7 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.chat.panels import conversation_line
 from qlora_tui.tui.screens.chat.saved import SavedConversation, format_setting
-from qlora_tui.tui.screens.modals.dialogs import ListPicker
+from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.widgets.controls import OwnKeysFirst, TextField
 
 _HELP = {
@@ -36,8 +36,6 @@ _HELP = {
     "seed": "empty: a random one each time",
 }
 _LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "max tokens"}
-_BASE_ALONE = "base"
-"""What stands for the recipe's model among the runs."""
 _LINE_WIDTH = 70
 """Cells of a line in the list of conversations."""
 
@@ -238,28 +236,14 @@ def chat_runs() -> list[RunDir]:
     ]
 
 
-class ChatSourceScreen(ListPicker[RunDir | str]):
-    """Returns the chosen run, ``base`` for the recipe's model, None when closed with Escape."""
-
-    HEADING = "Chat with"
-    ENTER = "select"
-
-    def __init__(self, runs: list[RunDir], model: str) -> None:
-        super().__init__()
-        self._runs = {run.id: run for run in runs}
-        self._model = model
-
-    def lines(self) -> list[tuple[str, Content]]:
-        lines = [(run.id, _line(run)) for run in self._runs.values()]
-        if self._model:
-            name = self._model.rstrip("/").rpartition("/")[2]
-            lines.append(
-                (_BASE_ALONE, Content.assemble(name, ("  the recipe's model, without an adapter", "dim")))
-            )
-        return lines
-
-    def picked(self, id_: str) -> RunDir | str:
-        return self._runs.get(id_, id_)
+def source_picker(runs: list[RunDir], model: str) -> ListPicker[RunDir | str]:
+    """A dialog that returns the chosen run, or the id of the recipe's model."""
+    choices: list[Choice[RunDir | str]] = [Choice(run, _line(run), run.id) for run in runs]
+    if model:
+        name = model.rstrip("/").rpartition("/")[2]
+        line = Content.assemble(name, ("  the recipe's model, without an adapter", "dim"))
+        choices.append(Choice(model, line, "base"))
+    return ListPicker("Chat with", "select", choices)
 
 
 def _line(run: RunDir) -> Content:
@@ -272,27 +256,11 @@ def _line(run: RunDir) -> Content:
     )
 
 
-class ConversationPicker(ListPicker[Path]):
-    """Returns the file of the chosen conversation; None when closed with Escape."""
-
-    HEADING = "Saved conversations"
-    ENTER = "open"
-    DIALOG_CLASSES = "dialog wide"
-
-    def __init__(self, conversations: Sequence[tuple[Path, SavedConversation]]) -> None:
-        super().__init__()
-        self._conversations = conversations
-
-    def lines(self) -> list[tuple[str, Content]]:
-        now = clock.now()
-        return [
-            (str(path), conversation_line(saved, now, _LINE_WIDTH)) for path, saved in self._conversations
-        ]
-
-    def searched_text(self, id_: str) -> str:
-        saved = dict(self._conversations)[Path(id_)]
+def conversation_picker(conversations: Sequence[tuple[Path, SavedConversation]]) -> ListPicker[Path]:
+    """A dialog that returns the file of the chosen conversation. Its filter searches what was said, too."""
+    now, choices = clock.now(), []
+    for path, saved in conversations:
         answers = (answer.text for turn in saved.turns for answer in turn.answers.values())
-        return "\n".join((*(turn.prompt for turn in saved.turns), *answers))
-
-    def picked(self, id_: str) -> Path:
-        return Path(id_)
+        said = "\n".join((*(turn.prompt for turn in saved.turns), *answers))
+        choices.append(Choice(path, conversation_line(saved, now, _LINE_WIDTH), said))
+    return ListPicker("Saved conversations", "open", choices, is_wide=True)

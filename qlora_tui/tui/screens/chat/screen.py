@@ -28,10 +28,10 @@ from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.dialogs import (
     AnswerEditor,
     ChatSettingsScreen,
-    ChatSourceScreen,
-    ConversationPicker,
     PromptBox,
     chat_runs,
+    conversation_picker,
+    source_picker,
 )
 from qlora_tui.tui.screens.chat.panels import (
     HINT,
@@ -168,7 +168,7 @@ class ChatScreen(WorkScreen):
 
         runs = chat_runs()
         if runs or recipe.model.id:
-            self.app.push_screen(ChatSourceScreen(runs, recipe.model.id), on_result)
+            self.app.push_screen(source_picker(runs, recipe.model.id), on_result)
         else:
             self.notify(
                 "No run has an adapter and the recipe has no model. "
@@ -348,7 +348,7 @@ class ChatScreen(WorkScreen):
                 await self.conversation.open_saved(path, dict(conversations)[path])
                 self.query_one(PromptBox).focus()
 
-        self.app.push_screen(ConversationPicker(conversations), on_result)
+        self.app.push_screen(conversation_picker(conversations), on_result)
 
     def action_search(self) -> None:
         """Ask for a text that exchanges must contain."""

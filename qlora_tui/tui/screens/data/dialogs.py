@@ -32,7 +32,7 @@ from qlora_tui.runs.row_losses import (
 )
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.screens.modals.dialogs import ListPicker
+from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.ui_state import Kind, add_recent, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.visible import visible
@@ -240,38 +240,32 @@ class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
         self.dismiss({part: column for part, column in given.items() if column})
 
 
-class FormatPickerScreen(ListPicker[str]):
-    """Returns the chosen format; None when closed with Escape."""
+def format_picker(choices: Sequence[FormatChoice], now: str) -> ListPicker[str]:
+    """A dialog that returns the chosen format; ``now`` is the present one."""
 
-    ENTER = "read as"
-    DIALOG_CLASSES = "dialog wide"
-
-    def __init__(self, choices: Sequence[FormatChoice], now: str) -> None:
-        super().__init__()
-        self.HEADING = f"Format: how the first {choices[0].rows:,} rows are read"
-        self.selected = now
-        self._choices = choices
-
-    def lines(self) -> list[tuple[str, Content]]:
-        columns = (
-            Column[FormatChoice](text=_reads),
-            Column[FormatChoice](text=self._format_name, gap=1),
-            Column[FormatChoice](text=lambda choice: f"{choice.read:,} rows", right=True),
-            Column[FormatChoice](text=self._now, width=3, style="$accent"),
-            Column[FormatChoice](text=lambda choice: choice.problem or choice.example, style="dim"),
-        )
-        lines = table(columns, self._choices, _LINE_WIDTH)
-        return [(choice.format, line.rstrip()) for choice, line in zip(self._choices, lines, strict=True)]
-
-    def picked(self, id_: str) -> str:
-        return id_
-
-    def _now(self, choice: FormatChoice) -> str:
-        return "now" if choice.format == self.selected else ""
-
-    def _format_name(self, choice: FormatChoice) -> Content:
+    def name(choice: FormatChoice) -> Content:
         name = f"{AUTO}: {choice.detected}" if choice.detected else choice.format
-        return Content.styled(name, "bold" if self._now(choice) else "")
+        return Content.styled(name, "bold" if choice.format == now else "")
+
+    columns = (
+        Column[FormatChoice](text=_reads),
+        Column[FormatChoice](text=name, gap=1),
+        Column[FormatChoice](text=lambda choice: f"{choice.read:,} rows", right=True),
+        Column[FormatChoice](
+            text=lambda choice: "now" if choice.format == now else "", width=3, style="$accent"
+        ),
+        Column[FormatChoice](text=lambda choice: choice.problem or choice.example, style="dim"),
+    )
+    return ListPicker(
+        f"Format: how the first {choices[0].rows:,} rows are read",
+        "read as",
+        [
+            Choice(choice.format, line.rstrip())
+            for choice, line in zip(choices, table(columns, choices, _LINE_WIDTH), strict=True)
+        ],
+        selected=now,
+        is_wide=True,
+    )
 
 
 def _reads(choice: FormatChoice) -> Content:
@@ -281,27 +275,19 @@ def _reads(choice: FormatChoice) -> Content:
     return Content.styled("✓", "$success") if choice.read == choice.rows else Content.styled("!", "$warning")
 
 
-class PreferencePickerScreen(ListPicker[str]):
-    """Returns a value of ``data.preferences``; None when closed with Escape."""
+def preference_picker(*, rated: bool) -> ListPicker[str]:
+    """A dialog that returns a value of ``data.preferences``.
 
-    ENTER = "choose"
-    DIALOG_CLASSES = "dialog wide"
-
-    def __init__(self, *, rated: bool) -> None:
-        """``rated``: the answers are rated, not compared in pairs."""
-        super().__init__()
-        self.HEADING = "Good and bad answers" if rated else "Chosen and rejected answers"
-        better_only = ("good only" if rated else "chosen only", "train on these answers as if they were all")
-        self._choices = (_RATED if rated else _PAIRS) | {"chosen": better_only}
-
-    def lines(self) -> list[tuple[str, Content]]:
-        return [
-            (choice, Content.assemble((f"{name:<12}", "bold"), (text, "dim")))
-            for choice, (name, text) in self._choices.items()
-        ]
-
-    def picked(self, id_: str) -> str:
-        return id_
+    ``rated``: the answers are rated, not compared in pairs.
+    """
+    better_only = ("good only" if rated else "chosen only", "train on these answers as if they were all")
+    methods: dict[Preferences, tuple[str, str]] = (_RATED if rated else _PAIRS) | {"chosen": better_only}
+    choices = [
+        Choice[str](method, Content.assemble((f"{name:<12}", "bold"), (text, "dim")))
+        for method, (name, text) in methods.items()
+    ]
+    title = "Good and bad answers" if rated else "Chosen and rejected answers"
+    return ListPicker(title, "choose", choices, is_wide=True)
 
 
 _ROW_SIGNS: dict[RowClass, tuple[str, str]] = {
@@ -313,7 +299,6 @@ _ROW_SIGNS: dict[RowClass, tuple[str, str]] = {
 """Sign and style of each class: the sign says it without color too."""
 _MAX_PLACE_WIDTH = 22
 """Cells of a row's number, with the name of its file if the source has several."""
-"""Cells of a line, which the dialog cuts."""
 
 
 @dataclass(frozen=True)
@@ -365,8 +350,6 @@ class RowChoice(NamedTuple):
 class RowLossScreen(ListPicker[RowChoice]):
     """Returns the row to show, or the rows to leave out; None when closed with Escape."""
 
-    ENTER = "show row"
-    DIALOG_CLASSES = "dialog wide"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "mark", "Mark"),
         Binding("x", "exclude", "Queue without"),
@@ -374,7 +357,6 @@ class RowLossScreen(ListPicker[RowChoice]):
 
     def __init__(self, losses: RowLosses, source: int, excluded: Excluded) -> None:
         """``source``: rows of this source; ``excluded`` are left out already."""
-        super().__init__()
         self._rows = [row for row in losses.rows if row.source == source]
         self._marked: set[RowPlace] = set()
         self._excluded = excluded
@@ -382,14 +364,9 @@ class RowLossScreen(ListPicker[RowChoice]):
         words = "  ".join(
             f"{_ROW_SIGNS[name][0]} {count:,} {name}" for name, count in counts.items() if count
         )
-        self.HEADING = f"Rows of {losses.run}: {words}"
+        super().__init__(f"Rows of {losses.run}: {words}", "show row", self._listed(), is_wide=True)
 
-    def on_mount(self) -> None:
-        super().on_mount()
-        dialog = self.query_one(".dialog")
-        dialog.border_subtitle = dialog_keys([*self.BINDINGS, *ListPicker.BINDINGS], f"Enter {self.ENTER}")
-
-    def lines(self) -> list[tuple[str, Content]]:
+    def _listed(self) -> list[Choice[RowChoice]]:
         columns = (
             Column[RowLoss](text=lambda row: "●" if row.place in self._marked else " ", style="$accent bold"),
             Column[RowLoss](text=lambda row: Content.assemble(_ROW_SIGNS[row.row_class]), gap=1),
@@ -402,34 +379,22 @@ class RowLossScreen(ListPicker[RowChoice]):
             Column[RowLoss](text=self._description),
         )
         lines = table(columns, self._rows, _LINE_WIDTH)
-        return [(str(number), line.rstrip()) for number, line in enumerate(lines)]
-
-    def picked(self, id_: str) -> RowChoice:
-        return RowChoice(self._rows[int(id_)].place)
-
-    def searched_text(self, id_: str) -> str:
-        return ""
+        rows = zip(self._rows, lines, strict=True)
+        return [Choice(RowChoice(row.place), line.rstrip()) for row, line in rows]
 
     def action_mark(self) -> None:
         """Mark the row under the cursor, or take its mark away."""
-        number = self._number_at_cursor()
-        if number is None:
-            return
-        self._marked ^= {self._rows[number].place}
-        self._lines = self.lines()
-        self._show(self._lines, self.EMPTY, str(number))
-        self.query_one(ViList).action_cursor_down()
+        if self.current is not None:
+            self._marked ^= {self.current.place}
+            self.choices = self._listed()
+            self.show_choices()
+            self.query_one(ViList).action_cursor_down()
 
     def action_exclude(self) -> None:
         """Train without the marked rows; without marks, without the row under the cursor."""
-        number = self._number_at_cursor()
-        places = self._marked or ({self._rows[number].place} if number is not None else set())
+        places = self._marked or ({self.current.place} if self.current is not None else set())
         if places:
             self.dismiss(RowChoice(min(places), tuple(sorted(places))))
-
-    def _number_at_cursor(self) -> int | None:
-        option = self.query_one(ViList).highlighted_option
-        return None if option is None or option.id is None else int(option.id)
 
     def _description(self, row: RowLoss) -> Content:
         left_out = "  excluded" if is_excluded(self._excluded, row.place) else ""

@@ -34,11 +34,11 @@ from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data.dialogs import (
     ColumnMappingScreen,
     FilePickerScreen,
-    FormatPickerScreen,
     MeasuredRows,
-    PreferencePickerScreen,
     RowLossScreen,
+    format_picker,
     newest_run_on,
+    preference_picker,
 )
 from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
 from qlora_tui.tui.screens.data.report import LengthsPanel, ProblemsPanel, TotalsPanel, bad_row_count
@@ -271,7 +271,7 @@ class DataScreen(WorkScreen):
         source = self._selected
         preferences = self.qlora_app.workbench.recipe.data.preferences
         choices = await self.previews.formats(source, preferences)
-        format_ = await self.app.push_screen_wait(FormatPickerScreen(choices, source.format))
+        format_ = await self.app.push_screen_wait(format_picker(choices, source.format))
         if format_ is not None and format_ != source.format:
             self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": format_}, Source))
             self.notify_undoable("Format detected." if format_ == AUTO else f"Read as {format_}.")
@@ -524,7 +524,7 @@ class DataScreen(WorkScreen):
         """Change the setting that fixes the first problem which has such a fix."""
         if self._refused_preferences:
             rated = self._refused_preferences == "ratings"
-            self.ask(PreferencePickerScreen(rated=rated), self._set_preferences)
+            self.ask(preference_picker(rated=rated), self._set_preferences)
         elif bad_row_count(self.problems):
             self.action_bad_rows()
         elif any(problem.split_rows for problem in self.problems):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar, cast
 
 import msgspec
 from textual import work
@@ -268,6 +267,17 @@ class TooSmallScreen(ModalScreen[None]):
         )
 
 
+@dataclass(frozen=True)
+class Choice(Generic[Picked]):
+    """A line of a list to pick from."""
+
+    value: Picked
+    """What it stands for."""
+    line: Content
+    searched: str = ""
+    """What the filter searches in addition to the line."""
+
+
 class ListPicker(ModalScreen[Picked | None]):
     """Returns what the selected line stands for; None when closed with Escape."""
 
@@ -276,41 +286,66 @@ class ListPicker(ModalScreen[Picked | None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),
         Binding("escape", "leave", "Close"),
+        Binding("q", "dismiss(None)", show=False),
     ]
-    HEADING: str
-    ENTER: ClassVar[str]
-    """What Enter does, in a word."""
-    EMPTY: ClassVar[str] = ""
-    """The text shown without lines."""
-    DIALOG_CLASSES: ClassVar[str] = "dialog"
-    selected: str | None = None
-    """Id of the line that has the cursor at first; None for the first line."""
 
-    @abstractmethod
-    def lines(self) -> list[tuple[str, Content]]:
-        """An id and the text of each line."""
+    def __init__(
+        self,
+        title: str,
+        enter: str,
+        choices: Sequence[Choice[Picked]],
+        *,
+        empty: str = "",
+        selected: Picked | None = None,
+        is_wide: bool = False,
+    ) -> None:
+        """Create the dialog.
 
-    @abstractmethod
-    def picked(self, id_: str) -> Picked:
-        """What the line with this id stands for."""
-
-    def searched_text(self, id_: str) -> str:
-        """What the filter searches in addition to the text of the line with this id."""
-        return id_
+        Args:
+            title: The title.
+            enter: What Enter does, in a word.
+            choices: The lines.
+            empty: The text shown without lines.
+            selected: What the line stands for that has the cursor at first; None for the first line.
+            is_wide: Whether the lines are long.
+        """
+        super().__init__()
+        self.choices = choices
+        self._title, self._enter, self._empty, self._is_wide = title, enter, empty, is_wide
+        self._selected = next((n for n, choice in enumerate(choices) if choice.value == selected), 0)
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes=self.DIALOG_CLASSES) as dialog:
-            dialog.border_title = self.HEADING
-            dialog.border_subtitle = dialog_keys(ListPicker.BINDINGS, f"Enter {self.ENTER}")
+        with Vertical(classes="dialog wide" if self._is_wide else "dialog") as dialog:
+            dialog.border_title = Content(self._title)
+            own = [] if self.BINDINGS is ListPicker.BINDINGS else self.BINDINGS
+            dialog.border_subtitle = dialog_keys([*own, *ListPicker.BINDINGS], f"Enter {self._enter}")
             yield TextField(placeholder="Part of a line", compact=True, id="picker-filter")
             yield ViList()
-            yield Static(self.EMPTY, markup=False)
+            yield Static(self._empty, markup=False)
 
     def on_mount(self) -> None:
-        self._lines = self.lines()
         self.query_one(TextField).display = False
-        self._show(self._lines, self.EMPTY, self.selected)
+        self.show_choices(self._selected)
         self.query_one(ViList).focus()
+
+    def show_choices(self, select: int | None = None) -> None:
+        """Show the lines that the filter matches, with the cursor on the one with this number."""
+        text = self.query_one(TextField).value.casefold()
+        matching = [
+            (str(number), choice.line)
+            for number, choice in enumerate(self.choices)
+            if text in choice.line.plain.casefold() or text in choice.searched.casefold()
+        ]
+        list_, note = self.query_one(ViList), self.query_one(Static)
+        list_.show(matching, None if select is None else str(select))
+        list_.display, note.display = bool(matching), not matching
+        note.update(_NO_MATCH if text else self._empty)
+
+    @property
+    def current(self) -> Picked | None:
+        """What the line under the cursor stands for."""
+        current = self.query_one(ViList).current
+        return None if current is None else self.choices[int(current)].value
 
     def action_filter(self) -> None:
         """Type a part of a line."""
@@ -327,15 +362,9 @@ class ListPicker(ModalScreen[Picked | None]):
         field.display = False
         self.query_one(ViList).focus()
 
-    def on_input_changed(self, event: Input.Changed) -> None:
+    def on_input_changed(self) -> None:
         """Filter the list while typing."""
-        text = event.value.casefold()
-        matching = [
-            (id_, line)
-            for id_, line in self._lines
-            if text in line.plain.casefold() or text in self.searched_text(id_).casefold()
-        ]
-        self._show(matching, _NO_MATCH)
+        self.show_choices()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Go from the filter to the list."""
@@ -344,14 +373,7 @@ class ListPicker(ModalScreen[Picked | None]):
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Choose it."""
-        self.dismiss(self.picked(event.option_id or ""))
-
-    def _show(self, lines: list[tuple[str, Content]], empty: str, select: str | None = None) -> None:
-        self.query_one(ViList).show(lines, select)
-        self.query_one(ViList).display = bool(lines)
-        note = self.query_one(Static)
-        note.update(empty)
-        note.display = not lines
+        self.dismiss(self.choices[int(event.option_id or 0)].value)
 
 
 class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):

@@ -6,11 +6,10 @@ import asyncio
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from textual import work
 from textual.actions import SkipAction
-from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.widget import Widget
 
@@ -31,7 +30,13 @@ from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import SIGNS
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
-from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, ListPicker, TextPromptScreen, ask_search
+from qlora_tui.tui.screens.modals.dialogs import (
+    Choice,
+    ConfirmScreen,
+    ListPicker,
+    TextPromptScreen,
+    ask_search,
+)
 from qlora_tui.tui.screens.train.charts import zoom_start
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch
 from qlora_tui.tui.screens.train.live_pane import LivePane
@@ -367,7 +372,7 @@ class TrainScreen(EvaluationActions):
         await show_chat(self.qlora_app, self._watched)
 
     def action_watch_another(self) -> None:
-        self.ask(RunPickerScreen(self.run), self.attach)
+        self.ask(run_picker(self.run), self.attach)
 
     def action_prepare(self) -> None:
         self._stop_watching()
@@ -424,31 +429,17 @@ class TrainScreen(EvaluationActions):
             self.poll_now()
 
 
-class RunPickerScreen(ListPicker[RunDir]):
-    """Returns the selected run; None when closed with Escape."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("q", "dismiss(None)", show=False)]
-    HEADING = "Watch another run"
-    ENTER = "watch"
-    EMPTY = "There are no other runs."
-
-    def __init__(self, now: RunDir | None) -> None:
-        super().__init__()
-        self._runs = {run.id: run for run in [run for run in all_runs() if run != now][:_MAX_LISTED]}
-
-    def lines(self) -> list[tuple[str, Content]]:
-        lines = []
-        for id_, run in self._runs.items():
-            status = read_status(run)
-            sign, style = SIGNS[status.state]
-            steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
-            name = truncate_middle(run.name, _NAME_WIDTH)
-            line = Content.assemble((f"{sign} {status.state:<10} ", style), name, (steps, "dim"))
-            lines.append((id_, line))
-        return lines
-
-    def picked(self, id_: str) -> RunDir:
-        return self._runs[id_]
+def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
+    """A dialog that returns another run than the one shown now."""
+    choices = []
+    for run in [run for run in all_runs() if run != now][:_MAX_LISTED]:
+        status = read_status(run)
+        sign, style = SIGNS[status.state]
+        steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
+        name = truncate_middle(run.name, _NAME_WIDTH)
+        line = Content.assemble((f"{sign} {status.state:<10} ", style), name, (steps, "dim"))
+        choices.append(Choice(run, line, run.id))
+    return ListPicker("Watch another run", "watch", choices, empty="There are no other runs.")
 
 
 def _outcome_of_stopping(snapshot: RunSnapshot | None) -> str:
