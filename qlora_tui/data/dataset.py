@@ -21,13 +21,7 @@ from msgspec import Struct
 from qlora_tui.checksums import mismatch, sha256, write_checksums
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.dataset_scan import DatasetScanner, open_worker_pool
-from qlora_tui.data.excluded_rows import (
-    EVERY_FILE,
-    all_excluded,
-    excluded_by_file,
-    file_names,
-    parse_excluded_rows,
-)
+from qlora_tui.data.excluded_rows import EVERY_FILE, all_excluded, parse_excluded_rows
 from qlora_tui.data.formats import RowFormat
 from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.data.render import RenderOptions
@@ -172,10 +166,9 @@ def _make(
     fraction = 0.0 if validation_source is not None else recipe.data.validation_fraction
     total = sum(file.path.stat().st_size for file in files)
     outcomes = RowProcessor(recipe.data, tokenizer, recipe.training.seed)
-    excluded = excluded_by_file(every_source(recipe.data), [(file.source, file.path) for file in files])
     split = Split(folder, fraction)
-    with open_worker_pool(outcomes, total) as work, Writer(folder, _file_names(recipe, files)) as writer:
-        scanner = DatasetScanner(recipe.data, work, excluded, sketched=split.wanted)
+    with open_worker_pool(outcomes, total) as work, Writer(folder, [file.name for file in files]) as writer:
+        scanner = DatasetScanner(recipe.data, work, sketched=split.wanted)
         done = 0
         for number, file in enumerate(files):
             position = Position()
@@ -205,7 +198,7 @@ def _key(
     """Return a key that changes with anything that can change a token, a mask or the split."""
     data = recipe.data
     excluded = [_excluded_key(source) for source in every_source(data)]
-    names = _file_names(recipe, files)
+    names = [file.name for file in files]
     what = (
         _RENDERING,
         tokenizer.fingerprint,
@@ -228,16 +221,6 @@ def _excluded_key(source: Source) -> list[int] | dict[str, list[int]]:
     """Return the rows that a source leaves out; numbers alone as earlier versions had them."""
     excluded = {name: sorted(rows) for name, rows in parse_excluded_rows(source.excluded_rows).items()}
     return excluded if any(excluded) else excluded.get(EVERY_FILE, [])
-
-
-def _paths(files: Sequence[SourceFile], source: int) -> list[Path]:
-    return [file.path for file in files if file.source == source]
-
-
-def _file_names(recipe: Recipe, files: Sequence[SourceFile]) -> list[str]:
-    """Return the name of each file in its source; empty for a source that is one file."""
-    sources = enumerate(every_source(recipe.data))
-    return [name for number, source in sources for name in file_names(source.path, _paths(files, number))]
 
 
 def _layout_key(layout: RowFormat) -> dict[str, object]:

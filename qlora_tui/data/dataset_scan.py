@@ -22,7 +22,6 @@ from msgspec.structs import replace
 
 from qlora_tui.data.confined import Confined, KilledError
 from qlora_tui.data.dataset_report import Counts
-from qlora_tui.data.excluded_rows import ExcludedByFile
 from qlora_tui.data.problems import DataProblem, ProblemCounter, none_used
 from qlora_tui.data.read import raw_rows
 from qlora_tui.data.row_result import Batch, RowProcessor, RowResult, batches
@@ -41,7 +40,6 @@ class DatasetScanner:
         self,
         data: Data,
         work: Work,
-        excluded: ExcludedByFile,
         *,
         sketched: bool = False,
         near_duplicates: bool = False,
@@ -51,11 +49,9 @@ class DatasetScanner:
         Args:
             data: settings of the recipe.
             work: processes rows.
-            excluded: rows that are left out; they are counted as excluded and nothing else.
             sketched: whether a sketch comes with every result.
             near_duplicates: whether near duplicates are searched.
         """
-        self._excluded = excluded
         self.last_row = 0
         """Number of the last row that was read of the current file; 0 before its first."""
         self.counts = Counts()
@@ -72,8 +68,10 @@ class DatasetScanner:
         self._near = NearDuplicates() if near_duplicates else None
 
     def scan(self, file: SourceFile, position: Position) -> Iterator[list[RowResult]]:
-        """Yield the results of a file's rows but excluded ones, batch by batch; updates ``position``."""
-        excluded = self._excluded.get((file.source, file.path), frozenset())
+        """Yield the results of a file's rows, batch by batch; updates ``position``.
+
+        Excluded rows are counted as such and nothing else.
+        """
         place = file.source, str(file.path)
         tally = self._counters.setdefault(place, ProblemCounter(*place, self._data))
         rows = raw_rows(file.path, position)
@@ -85,7 +83,7 @@ class DatasetScanner:
 
         for outcomes in self._work(batches(file, rows, sketched)):
             self.last_row = outcomes[-1].row if outcomes else self.last_row
-            included = [one for one in outcomes if one.row not in excluded]
+            included = [one for one in outcomes if one.row not in file.excluded]
             self.counts.excluded += len(outcomes) - len(included)
             for one in included:
                 self._count(tally, file, one)

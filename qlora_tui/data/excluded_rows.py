@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from qlora_tui.data.sources import is_hub_id
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Source
@@ -81,10 +80,6 @@ Excluded = Mapping[str, frozenset[int]]
 """Rows by the name of their file; those of ``EVERY_FILE`` hold for all."""
 
 
-ExcludedByFile = Mapping[tuple[int, Path], frozenset[int]]
-"""Rows by the number of their source and the path of their file."""
-
-
 def parse_excluded_rows(text: str) -> Excluded:
     """The rows that a recipe's text names. Raises UserError for a text that is something else."""
     rows: dict[str, frozenset[int]] = {}
@@ -120,7 +115,7 @@ def file_names(source_path: str, paths: Sequence[Path]) -> list[str]:
         paths: all files of the source.
     """
     folder = Path(source_path).expanduser()
-    if is_hub_id(source_path) and not folder.exists():
+    if not folder.exists():  # a dataset of the Hub
         if len(paths) == 1:
             return [EVERY_FILE]
         folder = Path(os.path.commonpath([path.parent for path in paths]))
@@ -153,28 +148,6 @@ def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozen
             )
     everywhere = excluded.get(EVERY_FILE, frozenset())
     return {path: everywhere | excluded.get(name, frozenset()) for name, path in known.items()}
-
-
-def excluded_by_file(
-    sources: Mapping[int, Source] | Sequence[Source], files: Iterable[tuple[int, Path]]
-) -> ExcludedByFile:
-    """The rows that each file of several sources leaves out.
-
-    Args:
-        sources: of a recipe.
-        files: number of the source and path of every file.
-
-    Raises:
-        UserError: as :func:`excluded_by_path`.
-    """
-    paths: dict[int, list[Path]] = {}
-    for number, path in files:
-        paths.setdefault(number, []).append(path)
-    return {
-        (number, path): rows
-        for number, its_paths in paths.items()
-        for path, rows in excluded_by_path(sources[number], its_paths).items()
-    }
 
 
 def _groups(text: str) -> Iterator[tuple[str, str]]:

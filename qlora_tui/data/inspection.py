@@ -25,7 +25,6 @@ from qlora_tui.data.dataset_report import (
     thinking_sentences,
 )
 from qlora_tui.data.dataset_scan import DatasetScanner, open_worker_pool
-from qlora_tui.data.excluded_rows import excluded_by_file
 from qlora_tui.data.problems import DataProblem, max_characters, none_used, problem_of
 from qlora_tui.data.quick_check import cache_errors, file_fingerprint, tokenizer_fingerprint
 from qlora_tui.data.read import row_at
@@ -111,11 +110,10 @@ class _Inspection:
 
     def reports(self) -> Iterator[Report]:
         """Yield one report at once, then one every second, and the complete one."""
-        excluded = excluded_by_file([self._source], [(0, file.path) for file in self._files])
         with open_worker_pool(
             RowProcessor(self._data, self._tokenizer, keep_samples=False), self._bytes
         ) as work:
-            examiner = DatasetScanner(self._data, work, excluded, near_duplicates=True)
+            examiner = DatasetScanner(self._data, work, near_duplicates=True)
             due = time.monotonic()
             done = 0
             for file in self._files:

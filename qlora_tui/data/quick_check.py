@@ -21,7 +21,6 @@ from msgspec.structs import replace
 
 from qlora_tui.answer_cache import AnswerCache
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
-from qlora_tui.data.excluded_rows import ExcludedByFile
 from qlora_tui.data.problems import (
     BAD_ROWS,
     BYTES_PER_TOKEN,
@@ -75,15 +74,13 @@ class QuickCheckResult(Struct, frozen=True):
 def quick_check(
     files: Iterable[SourceFile],
     data: Data,
-    excluded: ExcludedByFile | None = None,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> QuickCheckResult:
     """Check as many rows as can be read within ``time_limit_s`` seconds.
 
     Args:
-        files: of all sources.
+        files: of all sources; rows that are left out of them neither count nor block.
         data: settings of the recipe.
-        excluded: rows that are left out: they neither count nor block.
         time_limit_s: seconds after which the rest is not read.
 
     Raises:
@@ -98,9 +95,8 @@ def quick_check(
     for file in files:
         tally = ProblemCounter(file.source, str(file.path), data)
         row_count = samples = tokens = excluded_count = rejected = 0
-        left_out = (excluded or {}).get((file.source, file.path), frozenset())
         for row, one in conversations(file):
-            if row.number in left_out:
+            if row.number in file.excluded:
                 excluded_count += 1
                 continue
             row_count += 1

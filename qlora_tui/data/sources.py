@@ -18,6 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, RowRejectedError
+from qlora_tui.data.excluded_rows import EVERY_FILE, excluded_by_path, file_names
 from qlora_tui.data.formats import NOT_IN_FORMAT, PARTS, SNIFFED_ROWS, Detection, detect, parse
 from qlora_tui.data.problems import shorten
 from qlora_tui.data.read import SUFFIXES, cannot_read, first_rows, kind_of, rows, unreadable
@@ -40,6 +41,10 @@ class SourceFile(Struct, frozen=True):
     source: int
     """Index of the source in the recipe."""
     detection: Detection
+    name: str = EVERY_FILE
+    """Name in its source; empty where that is one file."""
+    excluded: frozenset[int] = frozenset()
+    """Rows that the source leaves out of it."""
 
 
 class ValidationSource(Source, frozen=True, kw_only=True):
@@ -59,9 +64,19 @@ def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[
     exist, is empty, has no usable field, or holds preferences that the recipe rejects.
     """
     paths, note = paths_of(source)
-    files = [SourceFile(path, index, sniff(path, source, preferences)) for path in paths]
+    files = list(open_files(source, paths, preferences, index))
     notes = [f"{file.path.name}: {file.detection.note}" for file in files if file.detection.note]
     return files, "; ".join(filter(None, [note, *notes]))
+
+
+def open_files(
+    source: Source, paths: Sequence[Path], preferences: str, index: int = 0
+) -> Iterator[SourceFile]:
+    """Yield all files of a source, each with its format and the rows that are left out of it."""
+    excluded = excluded_by_path(source, paths)
+    for path, name in zip(paths, file_names(source.path, paths), strict=True):
+        detection = sniff(path, source, preferences)
+        yield SourceFile(path, index, detection, name, excluded.get(path, frozenset()))
 
 
 def open_file_of(source: Source, preferences: str, path: str = "") -> SourceFile:

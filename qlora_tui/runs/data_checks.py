@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import msgspec
 
 from qlora_tui.catalog.local_models import ModelFiles
-from qlora_tui.data.excluded_rows import all_excluded, excluded_by_file
+from qlora_tui.data.excluded_rows import all_excluded
 from qlora_tui.data.formats import Detection
 from qlora_tui.data.preferences import (
     NOTHING_COMPARED,
@@ -32,12 +33,12 @@ from qlora_tui.data.quick_check import (
 )
 from qlora_tui.data.read import kind_of
 from qlora_tui.data.sources import (
-    SourceFile,
     every_source,
     hub_files,
     is_hub_dataset,
     is_training_split,
     local_files,
+    open_files,
     paths_of,
     sniff,
 )
@@ -249,17 +250,15 @@ def _reading_settings(data: Data) -> bytes:
 def _check_rows(fingerprints: tuple[_Fingerprint, ...], settings: bytes) -> QuickCheckResult | UserError:
     """Return the rows' warnings, or the error that blocks a run; cached: the Train screen checks often."""
     data = msgspec.json.decode(settings, type=Data)
-    files = [
-        (path, index, msgspec.json.decode(source, type=Source)) for path, index, source, *_ in fingerprints
-    ]
+    paths: dict[tuple[int, bytes], list[Path]] = {}
+    for path, index, source, *_ in fingerprints:
+        paths.setdefault((index, source), []).append(path)
     try:
-        sources = {index: source for _, index, source in files}
-        excluded = excluded_by_file(sources, [(index, path) for path, index, _ in files])
-        return quick_check(
-            (SourceFile(path, i, sniff(path, source, data.preferences)) for path, i, source in files),
-            data,
-            excluded,
+        files = (
+            open_files(msgspec.json.decode(source, type=Source), of_source, data.preferences, index)
+            for (index, source), of_source in paths.items()
         )
+        return quick_check(chain.from_iterable(files), data)
     except UserError as problem:
         return problem
 

@@ -10,7 +10,6 @@ import pytest
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.excluded_rows import (
     RowPlace,
-    excluded_by_file,
     excluded_by_path,
     format_excluded_rows,
     format_row_numbers,
@@ -130,6 +129,6 @@ def test_excluded_rows_neither_count_nor_block_a_launch(tmp_path: Path) -> None:
     files, _ = open_source(Source(path=str(path)), "refuse")
     with pytest.raises(UserError, match="not valid JSON"):
         quick_check(files, Data())
-    excluded = excluded_by_file([Source(path=str(path), excluded_rows="1, 21")], [(0, path)])
-    (size,) = quick_check(files, Data(), excluded).sizes
+    files, _ = open_source(Source(path=str(path), excluded_rows="1, 21"), "refuse")
+    (size,) = quick_check(files, Data()).sizes
     assert (size.rows, size.samples, size.excluded) == (19, 19, 2)

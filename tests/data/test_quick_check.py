@@ -31,7 +31,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 def _look(path: Path, patience_s: float = 60.0, data: Data | None = None) -> QuickCheckResult:
     data = data or Data()
-    return quick_check(open_source(Source(path=str(path)), data.preferences)[0], data, None, patience_s)
+    return quick_check(open_source(Source(path=str(path)), data.preferences)[0], data, patience_s)
 
 
 @pytest.mark.parametrize(
