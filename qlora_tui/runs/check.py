@@ -26,7 +26,7 @@ from qlora_tui.recipe.toml import parse, to_recipe
 from qlora_tui.runs import leftovers, run_queue
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter, events_and_damage
+from qlora_tui.runs.event_log import append_event, events_and_damage
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.exports import unreadable_exports
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
@@ -201,8 +201,7 @@ def reopen(run: RunDir, damage: str) -> str:
         fix=f"{resume} writes it again from the last checkpoint.",
         kind="lost",
     )
-    with EventWriter(run.events_path) as log:
-        log.append(lost)
+    append_event(run.events_path, lost)
     write_status(run, read_status(run).transition("failed", detail=f"{lost.title}: {lost.what}"))
     return f"{resume} writes it again now"
 

@@ -20,38 +20,9 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.locks import is_locked
+from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_log_lines
-from qlora_tui.runs.events import (
-    STEP_PHASES,
-    AdapterReady,
-    AnswersCompared,
-    AnyEvent,
-    CheckpointSaved,
-    DataReady,
-    Environment,
-    Evaluated,
-    Failed,
-    Finished,
-    GeneralAnswers,
-    Health,
-    LayersKept,
-    LayersStreamed,
-    MemoryMeasured,
-    Paused,
-    PhaseChanged,
-    Progress,
-    Queued,
-    RequestReceived,
-    SampleGenerated,
-    Started,
-    Step,
-    StepChosen,
-    StepVerified,
-    Stopped,
-    ValidationCompared,
-    phase_label,
-)
 from qlora_tui.runs.process import ensure_runner, runner_lock_path, runner_log_path
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
@@ -63,58 +34,58 @@ GRACE_S = 10.0
 """Time in seconds that a runner may take to start, and to make way for the next."""
 
 
-def describe(event: AnyEvent, total_steps: int = 0) -> str:
+def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
     """Describe an event in one line or a few."""
     match event:
-        case Queued():
+        case events.Queued():
             return "queued"
-        case Started():
+        case events.Started():
             again = f", continuing from step {event.resumed_from_step:,}" if event.resumed_from_step else ""
             return f"attempt {event.attempt}{again}"
-        case PhaseChanged():
-            return f"{phase_label(event.phase)}{': ' + event.detail if event.detail else ''}"
-        case Progress():
-            return f"{phase_label(event.phase)} {event.done:,}/{event.total:,}"
-        case Environment():
+        case events.PhaseChanged():
+            return f"{events.phase_label(event.phase)}{': ' + event.detail if event.detail else ''}"
+        case events.Progress():
+            return f"{events.phase_label(event.phase)} {event.done:,}/{event.total:,}"
+        case events.Environment():
             kernels = "; Triton kernels" if event.kernels == "triton" else ""
             computed = f"attention: {event.attention}; loss: {event.loss}{kernels}"
             return f"{event.device}, {event.compute_dtype}; {computed}"
-        case DataReady():
+        case events.DataReady():
             return (
                 f"{event.samples:,} samples, {event.validation_samples:,} to validate on; "
                 f"{event.trained_tokens:,} of {event.tokens:,} tokens trained; "
                 + (f"{event.replayed:,} answers of the base replayed; " if event.replayed else "")
                 + f"{event.total_steps:,} steps"
             )
-        case AdapterReady():
+        case events.AdapterReady():
             share = event.trained_parameters / event.total_parameters
             return f"training {format_count(event.trained_parameters)} parameters ({share:.2%} of the model)"
-        case StepVerified():
+        case events.StepVerified():
             return _format_verified(event)
-        case StepChosen():
+        case events.StepChosen():
             split = f"{event.micro_batch_size} × {event.gradient_accumulation}"
             return f"by the free memory: batch {event.effective_batch} = {split}, optimizer {event.optimizer}"
-        case LayersKept():
+        case events.LayersKept():
             return _format_kept(event)
-        case LayersStreamed():
+        case events.LayersStreamed():
             return (
                 f"streamed layers: {event.streamed_layers} of {event.layers} wait in host memory "
                 f"({format_bytes(event.host_bytes)}) and pass through {format_bytes(event.slot_bytes)} of "
                 "the device"
             )
-        case MemoryMeasured():
+        case events.MemoryMeasured():
             return (
                 f"memory: {format_bytes(event.measured_bytes)} measured, "
                 f"{format_bytes(event.estimated_bytes)} estimated"
             )
-        case Step():
+        case events.Step():
             return (
                 f"step {event.step:,}/{total_steps:,}  loss {format_float(_number(event.loss))}  "
                 f"{format_rewards(event)}{'  ' if event.reward_accuracy is not None else ''}"
                 f"lr {event.learning_rate:.2e}  grad {format_float(_number(event.grad_norm), 3)}  "
                 f"{event.tokens_per_s:,.0f} tok/s"
             )
-        case Evaluated():
+        case events.Evaluated():
             best = _format_best(event) if event.best and event.step else ""
             exact = "" if event.accuracy is None else f", {format_percent(event.accuracy)} of answers exact"
             rewards = "" if event.reward_accuracy is None else f", {format_rewards(event)}"
@@ -128,7 +99,7 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
                 f"step {event.step:,}: validation loss {measured}"
                 f"{', ' if forgot else ''}{forgot}{answers}{best}"
             )
-        case ValidationCompared():
+        case events.ValidationCompared():
             change = (
                 "too few rows to tell a change from chance"
                 if event.rows < MIN_ROWS or event.low is None
@@ -138,38 +109,38 @@ def describe(event: AnyEvent, total_steps: int = 0) -> str:
                 f"validation loss of {pluralize(event.rows, 'row')} before training {event.before:.4f}, "
                 f"after {event.after:.4f}; {change}"
             )
-        case AnswersCompared():
+        case events.AnswersCompared():
             verdict = "not enough evidence" if event.comparison == "unclear" else event.comparison
             return (
                 f"answers to {pluralize(event.prompts, 'validation prompt')}: {event.metric} "
                 f"{event.adapter:.0%} versus the base's {event.base:.0%}, 95% interval of the change "
                 f"{100 * event.low:+.0f} to {100 * event.high:+.0f} points: {verdict}"
             )
-        case CheckpointSaved():
+        case events.CheckpointSaved():
             return f"checkpoint at step {event.step:,}"
-        case SampleGenerated():
+        case events.SampleGenerated():
             return f"step {event.step:,}: {event.prompt!r} → {event.answer!r}"
-        case Health():
+        case events.Health():
             return f"{event.severity}: {event.evidence} {event.remedy}"
-        case RequestReceived():
+        case events.RequestReceived():
             value = "" if event.value is None else f" {event.value:g}"
             request = "sample answers" if event.request == "sample" else event.request.replace("_", " ")
             return f"requested: {request}{value}"
-        case Finished():
+        case events.Finished():
             sentence = (
                 f"finished at step {event.step:,} after {format_duration(event.seconds)}: {event.reason}"
             )
             energy = format_energy(event)
             return f"{sentence}; {energy}" if energy else sentence
-        case Stopped():
+        case events.Stopped():
             return f"stopped at step {event.step:,}"
-        case Paused():
+        case events.Paused():
             return f"paused at step {event.step:,}"
-        case Failed():
+        case events.Failed():
             return f"failed: {event.problem()}"
 
 
-def format_rewards(event: Step | Evaluated | None) -> str:
+def format_rewards(event: events.Step | events.Evaluated | None) -> str:
     """``83% right, margin 0.12``: comparisons of answers that come out right; empty without a method."""
     if event is None or event.reward_accuracy is None:
         return ""
@@ -178,14 +149,14 @@ def format_rewards(event: Step | Evaluated | None) -> str:
     return f"{format_percent(event.reward_accuracy)} right{far}"
 
 
-def format_forgetting(event: Evaluated | None) -> str:
+def format_forgetting(event: events.Evaluated | None) -> str:
     """How far the model has moved from its base on general prompts; empty where it was not measured."""
     if event is None or event.forgetting is None:
         return ""
     return f"forgetting {format_float(event.forgetting, 3)}"
 
 
-def general_answer_texts(counts: GeneralAnswers | None) -> list[tuple[str, str]]:
+def general_answer_texts(counts: events.GeneralAnswers | None) -> list[tuple[str, str]]:
     """Label and text of each count over general answers, such as ("ended", "9 (base 11)")."""
     if counts is None:
         return []
@@ -199,7 +170,7 @@ def general_answer_texts(counts: GeneralAnswers | None) -> list[tuple[str, str]]
     return [(label, f"{count} (base {base})") for label, count, base in pairs]
 
 
-def _format_best(event: Evaluated) -> str:
+def _format_best(event: events.Evaluated) -> str:
     before = event.before_training
     if before is None or (event.loss is not None and event.loss < before):
         return "  best so far"
@@ -215,13 +186,13 @@ class PhaseFilter:
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
 
-    def is_new(self, event: AnyEvent) -> bool:
+    def is_new(self, event: events.AnyEvent) -> bool:
         """Return False for a phase already shown; call it for every event, in order."""
-        if isinstance(event, Started):
+        if isinstance(event, events.Started):
             self._seen.clear()
-        if not isinstance(event, PhaseChanged):
+        if not isinstance(event, events.PhaseChanged):
             return True
-        phase = (event.phase, "" if event.phase in STEP_PHASES else event.detail)
+        phase = (event.phase, "" if event.phase in events.STEP_PHASES else event.detail)
         new = phase not in self._seen
         self._seen.add(phase)
         return new
@@ -236,7 +207,7 @@ def unknown_lines(number: int) -> str:
     )
 
 
-def format_energy(ending: Finished) -> str:
+def format_energy(ending: events.Finished) -> str:
     """``0.42 kWh, 3.1 tokens/J``; empty if the GPU reported no power."""
     if ending.energy_kwh is None:
         return ""
@@ -251,7 +222,7 @@ def format_exact(accuracy: float | None, base: float | None) -> str:
     return format_percent(accuracy) + ("" if base is None else f", base {format_percent(base)}")
 
 
-def _format_kept(event: LayersKept) -> str:
+def _format_kept(event: events.LayersKept) -> str:
     available = format_bytes(event.available_bytes)
     if not event.kept_layers:
         return f"gradient checkpointing: every layer, as {available} of memory is available"
@@ -261,7 +232,7 @@ def _format_kept(event: LayersKept) -> str:
     )
 
 
-def _format_verified(event: StepVerified) -> str:
+def _format_verified(event: events.StepVerified) -> str:
     if event.reason:
         return f"the first step could not be checked against transformers and peft: {event.reason}"
     figures = (
@@ -294,7 +265,7 @@ def _number(value: float | None) -> float:
 def summarize_status(view: RunView, sample: Reading | None) -> str:
     """``training, step 640 of 3,000, loss 1.21, 12 min left. GPU 96% busy, 18.2 of 24.0 GiB, 61 °C.``"""
     state = view.status.state
-    parts: list[str] = [phase_label(view.phase) if state == "running" and view.phase else state]
+    parts: list[str] = [events.phase_label(view.phase) if state == "running" and view.phase else state]
     progress = view.progress
     if progress is not None and view.phase == progress.phase and state == "running":
         parts.append(f"{progress.done:,} of {progress.total:,}")
@@ -350,7 +321,7 @@ def _gpu(gpu: GpuMetrics) -> list[str]:
 
 def follow_events(
     view: RunView, on_status: Callable[[str], None] = lambda detail: None
-) -> Iterator[AnyEvent]:
+) -> Iterator[events.AnyEvent]:
     """Yield every event that the view has not read yet, until the run is over.
 
     Afterwards ``view.ending`` is how it ended, or None if only ``view.status`` knows: for a run that is lost

@@ -33,7 +33,7 @@ from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_
 from qlora_tui.formatting import short_model_name
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_frozen_recipe
-from qlora_tui.runs.event_log import EventWriter, read_from
+from qlora_tui.runs.event_log import append_event, read_from
 from qlora_tui.runs.events import Queued, decode
 
 _FIRST_EVENT_BYTES = 1024
@@ -178,8 +178,7 @@ def create_run(recipe: Recipe, gpu: str = "") -> RunDir:
         atomic_write(draft / "recipe.toml", dump(recipe))
         if gpu:
             atomic_write(draft / "gpu", f"{gpu}\n")
-        with EventWriter(draft / "events.jsonl") as log:
-            log.append(Queued())
+        append_event(draft / "events.jsonl", Queued())
         return RunDir(_publish(draft, parent, recipe))
 
 

@@ -19,18 +19,7 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar, get_args
 
 from qlora_tui.files import open_regular, open_to_read, write_all
-from qlora_tui.runs.events import (
-    SERIES,
-    AnyEvent,
-    CheckpointSaved,
-    Event,
-    Failed,
-    Finished,
-    Paused,
-    Stopped,
-    decode,
-    encode,
-)
+from qlora_tui.runs.events import SERIES, AnyEvent, CheckpointSaved, Event, RunEnded, decode, encode
 
 _READ_BYTES = 1 << 20
 _BACKWARDS_BYTES = 1 << 16
@@ -66,7 +55,7 @@ class EventWriter:
         end = os.fstat(self._file).st_size
         try:
             write_all(self._file, line)
-            if isinstance(event, Finished | Failed | Stopped | Paused | CheckpointSaved):
+            if isinstance(event, RunEnded | CheckpointSaved):
                 os.fsync(self._file)
         except OSError:
             if os.fstat(self._file).st_size <= end + len(line):
@@ -86,6 +75,12 @@ class EventWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def append_event(path: Path, event: AnyEvent) -> None:
+    """Append one event to a file, as :class:`EventWriter` does."""
+    with EventWriter(path) as log:
+        log.append(event)
 
 
 class LineTail:

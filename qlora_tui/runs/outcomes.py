@@ -18,19 +18,9 @@ from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.cuda_errors import OUT_OF_MEMORY, CudaError, describe, error_in_log, sentence_in_log
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventWriter, events_backwards, last_log_lines
-from qlora_tui.runs.events import (
-    GPU_LOST,
-    Failed,
-    Finished,
-    Health,
-    Paused,
-    Queued,
-    RunEnded,
-    Started,
-    Stopped,
-)
+from qlora_tui.runs.event_log import append_event, events_backwards, last_log_lines
 from qlora_tui.runs.retry import describe_fix, last_phase, last_plan
 from qlora_tui.runs.status import State, ended_status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
@@ -50,7 +40,7 @@ def determine_outcome(
     events_from: int | None = None,
     log_from: int | None = None,
     host_out_of_memory: bool = False,
-) -> RunEnded:
+) -> events.RunEnded:
     """Return the ending that the trainer recorded, or one derived from the exit code.
 
     Args:
@@ -67,7 +57,7 @@ def determine_outcome(
     resume = f"`qlora-tui resume {run.id}` continues from the last checkpoint."
     status = read_status(run)
     if exit_code is None and status.process is not None and not status.process.is_from_this_boot:
-        return Failed(
+        return events.Failed(
             at=now,
             title="The machine was restarted",
             what=f"{run.id} was in training when the machine went down.",
@@ -82,13 +72,13 @@ def determine_outcome(
         return _out_of_memory(run, what, f"Its message: {cuda_line.strip()}.", exit_code, now)
     problem = gpu_problem(run, error_in_log(cuda_line)) if exit_code != 0 else None
     if problem is not None:
-        return Failed.from_problem(problem, at=now, exit_code=exit_code)
+        return events.Failed.from_problem(problem, at=now, exit_code=exit_code)
     if exit_code is None or exit_code < 0:
         by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"
         what = f"The trainer process was ended{by} before it could save."
         if exit_code == -signal.SIGKILL and host_out_of_memory:
             return _out_of_memory(run, what, _host_memory(run), exit_code, now)
-        return Failed(
+        return events.Failed(
             at=now,
             title="The trainer was killed",
             what=what,
@@ -97,7 +87,7 @@ def determine_outcome(
             exit_code=exit_code,
         )
     if exit_code == 0:
-        return Failed(
+        return events.Failed(
             at=now,
             title="The end of the run was not recorded",
             what="The trainer exited without an error, but how the run ended is not in its events.",
@@ -107,7 +97,7 @@ def determine_outcome(
             exit_code=0,
         )
     if exit_code == EXIT_DISK:
-        return Failed(
+        return events.Failed(
             at=now,
             title="The disk failed",
             what=f"The trainer could not record its end either. Its log ends: {quote_log_end(run)}",
@@ -115,7 +105,7 @@ def determine_outcome(
             kind="problem",
             exit_code=exit_code,
         )
-    return Failed(
+    return events.Failed(
         at=now,
         title="The trainer ended without a message",
         what=f"It exited with code {exit_code}. Its log ends: {quote_log_end(run)}",
@@ -125,7 +115,7 @@ def determine_outcome(
     )
 
 
-def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = None) -> None:
+def record_outcome(run: RunDir, ending: events.RunEnded, *, events_from: int | None = None) -> None:
     """Record in events and status how an attempt ended, where they do not say so yet.
 
     A run that was queued again in the meantime is skipped: its end was known when it was queued.
@@ -134,8 +124,7 @@ def record_outcome(run: RunDir, ending: RunEnded, *, events_from: int | None = N
     if now == "queued":
         return
     if _terminal_event(run, events_from) is None:
-        with EventWriter(run.events_path) as log:
-            log.append(ending)
+        append_event(run.events_path, ending)
     elif now in _FINAL_STATES:
         return
     # The last heartbeat may be a second older than the last step.
@@ -191,20 +180,20 @@ def last_cuda_line(run: RunDir, log_from: int) -> str:
 def _gpu_was_lost(run: RunDir) -> bool:
     """Return whether the driver lost the GPU during the last attempt."""
     for event in events_backwards(run.events_path):
-        if isinstance(event, Started | Queued):
+        if isinstance(event, events.Started | events.Queued):
             break
-        if isinstance(event, Health) and event.kind == GPU_LOST:
+        if isinstance(event, events.Health) and event.kind == events.GPU_LOST:
             return True
     return False
 
 
-def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None, now: float) -> Failed:
+def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None, now: float) -> events.Failed:
     """Failure of a trainer that was ended for lack of memory before it could say so."""
     recipe: Recipe | None = None
     with suppress(UserError):
         recipe = last_plan(run).apply_to(run.recipe())
     phase = last_phase(run)
-    return Failed(
+    return events.Failed(
         at=now,
         title="Out of memory",
         what=what,
@@ -223,17 +212,17 @@ def _host_memory(run: RunDir) -> str:
     return f"The kernel ran out of host memory and killed it.{held}"
 
 
-def _terminal_event(run: RunDir, events_from: int | None = None) -> RunEnded | None:
+def _terminal_event(run: RunDir, events_from: int | None = None) -> events.RunEnded | None:
     """Return the first terminal event after the last ``Started``.
 
     Without ``events_from`` only events since the run was last queued count: a trainer that died before its
     ``Started`` did not end as the attempt before it.
     """
-    ending: RunEnded | None = None
+    ending: events.RunEnded | None = None
     for event in events_backwards(run.events_path, events_from or 0):
-        if isinstance(event, Started) or (events_from is None and isinstance(event, Queued)):
+        if isinstance(event, events.Started) or (events_from is None and isinstance(event, events.Queued)):
             break
-        if isinstance(event, Finished | Failed | Stopped | Paused):
+        if isinstance(event, events.RunEnded):
             ending = event
     return ending
 

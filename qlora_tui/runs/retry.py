@@ -25,22 +25,9 @@ from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.aliases import canonical_value
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Checkpointing, Recipe, Training
+from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventTail, EventWriter, events_backwards
-from qlora_tui.runs.events import (
-    PREPARING_PHASES,
-    AnyEvent,
-    Failed,
-    Health,
-    LayersKept,
-    LayersStreamed,
-    Phase,
-    PhaseChanged,
-    Queued,
-    RunEnded,
-    Started,
-    StepChosen,
-)
+from qlora_tui.runs.event_log import EventTail, append_event, events_backwards
 
 _KEPT_DIVISOR = 4
 """A retry keeps the activations of a quarter as many layers: an estimate is rarely off by more."""
@@ -70,7 +57,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
     """The other layers, which a retry may stream too."""
 
     @classmethod
-    def from_settings(cls, settings: Training | Started) -> RetryPlan:
+    def from_settings(cls, settings: Training | events.Started) -> RetryPlan:
         """Return a plan that sets every setting, as a recipe requests it or an attempt used it."""
         checkpointing = canonical_value("training.gradient_checkpointing", settings.gradient_checkpointing)
         return cls(
@@ -79,17 +66,17 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
             gradient_checkpointing=checkpointing,
         )
 
-    def after(self, event: AnyEvent) -> RetryPlan:
+    def after(self, event: events.AnyEvent) -> RetryPlan:
         """Return the plan with what an event says of it; empty where an attempt's event does not have it."""
         match event:
-            case Started():
+            case events.Started():
                 return RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
-            case StepChosen():
+            case events.StepChosen():
                 rows, passes = event.micro_batch_size, event.gradient_accumulation
                 return structs.replace(self, micro_batch_size=rows, gradient_accumulation=passes)
-            case LayersKept():
+            case events.LayersKept():
                 return structs.replace(self, kept_layers=event.kept_layers)
-            case LayersStreamed():
+            case events.LayersStreamed():
                 streamed = event.streamed_layers
                 resident = event.layers - streamed
                 return structs.replace(self, streamed_layers=streamed, resident_layers=resident)
@@ -145,13 +132,17 @@ def last_plan(run: RunDir) -> RetryPlan:
 def plan_resume(run: RunDir) -> RetryPlan:
     """Plan with the recipe's settings, or those of a retry: settings that did not fit are not tried again."""
     drained = EventTail(run.events_path).drain()
-    ran_out = any(isinstance(event, Failed) and event.kind == "out_of_memory" for event in drained)
+    ran_out = any(isinstance(event, events.Failed) and event.kind == "out_of_memory" for event in drained)
     return last_plan(run) if ran_out else RetryPlan()
 
 
-def next_plan(run: RunDir, ending: RunEnded) -> RetryPlan | None:
+def next_plan(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
     """Plan of the next attempt after an ending; None if there should be none."""
-    if not isinstance(ending, Failed) or ending.kind != "out_of_memory" or ending.phase in PREPARING_PHASES:
+    if (
+        not isinstance(ending, events.Failed)
+        or ending.kind != "out_of_memory"
+        or ending.phase in events.PREPARING_PHASES
+    ):
         return None
     try:
         return reduce_memory(run.recipe(), last_plan(run))
@@ -159,20 +150,20 @@ def next_plan(run: RunDir, ending: RunEnded) -> RetryPlan | None:
         return None
 
 
-def plan_retry(run: RunDir, ending: RunEnded) -> RetryPlan | None:
+def plan_retry(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
     """Plan the next attempt after an ending, and record it in the run's events."""
     plan = next_plan(run, ending)
-    if plan is not None and isinstance(ending, Failed):
-        with EventWriter(run.events_path) as log:
-            log.append(
-                Health(
-                    at=time.time(),
-                    kind="out_of_memory",
-                    severity="warning",
-                    evidence=ending.what,
-                    remedy=f"Trying again with {describe_plan(plan)}; the effective batch stays.",
-                )
-            )
+    if plan is not None and isinstance(ending, events.Failed):
+        append_event(
+            run.events_path,
+            events.Health(
+                at=time.time(),
+                kind="out_of_memory",
+                severity="warning",
+                evidence=ending.what,
+                remedy=f"Trying again with {describe_plan(plan)}; the effective batch stays.",
+            ),
+        )
     return plan
 
 
@@ -212,21 +203,21 @@ def describe_plan(plan: RetryPlan) -> str:
     return words + (" and gradient checkpointing" if plan.gradient_checkpointing != "off" else "")
 
 
-def last_phase(run: RunDir) -> Phase | None:
+def last_phase(run: RunDir) -> events.Phase | None:
     """Return the phase that the last attempt at a run was in; None before its first."""
     for event in events_backwards(run.events_path):
-        if isinstance(event, PhaseChanged):
+        if isinstance(event, events.PhaseChanged):
             return event.phase
-        if isinstance(event, Started | Queued):
+        if isinstance(event, events.Started | events.Queued):
             break
     return None
 
 
-def describe_fix(recipe: Recipe | None, phase: Phase | None) -> str:
+def describe_fix(recipe: Recipe | None, phase: events.Phase | None) -> str:
     """Return what helps after memory ran out in this phase, in a sentence."""
     if phase == "tokenizing":
         return "Close other programs, or train on less data: the tokens of all samples are in host memory."
-    if phase is not None and phase in PREPARING_PHASES:
+    if phase is not None and phase in events.PREPARING_PHASES:
         return _fix_for_model(recipe)
     settings = (
         "Lower the micro-batch size (training.micro_batch_size), turn on gradient checkpointing "

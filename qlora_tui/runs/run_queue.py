@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from qlora_tui import paths
 from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir, queue_path, waiting
-from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.event_log import append_event
 from qlora_tui.runs.events import Queued, Stopped
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import ACTIVE, read_status, write_status
@@ -49,8 +49,7 @@ def _enter(run: RunDir, *, again: bool) -> None:
                 _write([*ids, run.id])
             write_status(run, status.transition("queued"))
             if again:
-                with EventWriter(run.events_path) as log:
-                    log.append(Queued())
+                append_event(run.events_path, Queued())
         except OSError:
             _remove(run)
             raise
@@ -99,8 +98,7 @@ def cancel(run: RunDir) -> bool:
 def mark_not_queued(run: RunDir, why: str) -> None:
     """Mark a run that has not started as stopped; ``why`` is its detail, a sentence."""
     status = read_status(run).transition("stopped", detail=why)
-    with EventWriter(run.events_path) as log:
-        log.append(Stopped(at=status.at, step=status.step))
+    append_event(run.events_path, Stopped(at=status.at, step=status.step))
     write_status(run, status)
 
 

@@ -23,19 +23,9 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import format_duration
 from qlora_tui.locks import is_locked
+from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir, all_runs, waiting
 from qlora_tui.runs.event_log import last_event
-from qlora_tui.runs.events import (
-    CheckpointSaved,
-    Failed,
-    Finished,
-    Paused,
-    Phase,
-    Queued,
-    RunEnded,
-    Step,
-    Stopped,
-)
 from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
 
 BEAT_S = 60.0
@@ -57,7 +47,7 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     at: UnixTime
     """Unix time when this was written: the heartbeat."""
     process: ProcessIdentity | None = None
-    phase: Phase | None = None
+    phase: events.Phase | None = None
     step: Count = 0
     total_steps: Count = 0
     loss: float | None = None
@@ -225,17 +215,17 @@ def _reason(error: Exception) -> str:
     return f"status.json cannot be read ({error})"
 
 
-def ended_status(ending: RunEnded) -> Status:
+def ended_status(ending: events.RunEnded) -> Status:
     """Return the status of a run that has ended so."""
     match ending:
-        case Finished():
+        case events.Finished():
             return Status(state="finished", at=ending.at, step=ending.step, detail=ending.reason)
-        case Failed():
+        case events.Failed():
             return Status(state="failed", at=ending.at, detail=f"{ending.title}: {ending.what}")
-        case Stopped():
+        case events.Stopped():
             detail = f"Stopped at step {ending.step}."
             return Status(state="stopped", at=ending.at, step=ending.step, detail=detail)
-        case Paused():
+        case events.Paused():
             detail = f"Paused at step {ending.step}."
             return Status(state="paused", at=ending.at, step=ending.step, detail=detail)
 
@@ -254,11 +244,11 @@ def _without_status(run: RunDir, error: Exception) -> Status:
     except OSError:
         event = None
     match event:
-        case None | Queued():
+        case None | events.Queued():
             return Status(state="queued", at=event.at if event else 0.0)
-        case Finished() | Failed() | Stopped() | Paused():
+        case events.Finished() | events.Failed() | events.Stopped() | events.Paused():
             return ended_status(event)
-        case Step() | CheckpointSaved():
+        case events.Step() | events.CheckpointSaved():
             return Status(state="running", at=event.at, step=event.step)
         case _:
             return Status(state="running", at=event.at)

@@ -12,38 +12,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Self
 
-from qlora_tui.runs import control
+from qlora_tui.runs import control, events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, sample_events
-from qlora_tui.runs.events import (
-    AdapterReady,
-    AnyEvent,
-    CheckpointSaved,
-    DataReady,
-    Environment,
-    Evaluated,
-    Failed,
-    Finished,
-    GeneralAnswers,
-    Health,
-    LayersKept,
-    LayersStreamed,
-    MemoryMeasured,
-    Paused,
-    Phase,
-    PhaseChanged,
-    Progress,
-    Queued,
-    RequestReceived,
-    RunEnded,
-    SampleGenerated,
-    Started,
-    Step,
-    StepChosen,
-    StepVerified,
-    Stopped,
-    ValidationCompared,
-)
 from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.status import Status, read_status
 
@@ -70,7 +41,7 @@ class StepSeries:
     def __len__(self) -> int:
         return len(self.step)
 
-    def append(self, event: Step) -> None:
+    def append(self, event: events.Step) -> None:
         """Add a step; that step and later ones are removed first."""
         if self.step and event.step <= self.step[-1]:
             self.cut(event.step)
@@ -126,28 +97,28 @@ class RunView:
         self.started_at: float | None = None
         self.plan = RetryPlan()
         """Settings of the last attempt; empty where its event does not have them."""
-        self.step_chosen: StepChosen | None = None
+        self.step_chosen: events.StepChosen | None = None
         """What the attempt does with free memory; None where the recipe leaves nothing open."""
-        self.phase: Phase | None = None
+        self.phase: events.Phase | None = None
         self.phase_detail = ""
-        self.progress: Progress | None = None
-        self.data: DataReady | None = None
-        self.environment: Environment | None = None
-        self.adapter: AdapterReady | None = None
-        self.verified: StepVerified | None = None
-        self.memory: MemoryMeasured | None = None
-        self.evaluations: list[Evaluated] = []
-        self.validation_change: ValidationCompared | None = None
+        self.progress: events.Progress | None = None
+        self.data: events.DataReady | None = None
+        self.environment: events.Environment | None = None
+        self.adapter: events.AdapterReady | None = None
+        self.verified: events.StepVerified | None = None
+        self.memory: events.MemoryMeasured | None = None
+        self.evaluations: list[events.Evaluated] = []
+        self.validation_change: events.ValidationCompared | None = None
         """The final adapter compared with what the run started from; None until the run ends with one."""
-        self.checkpoints: list[CheckpointSaved] = []
-        self.samples: list[SampleGenerated] = []
-        self.health: list[Health] = []
-        self.ending: RunEnded | None = None
+        self.checkpoints: list[events.CheckpointSaved] = []
+        self.samples: list[events.SampleGenerated] = []
+        self.health: list[events.Health] = []
+        self.ending: events.RunEnded | None = None
         self.requested_ending = ""
         """The request to end this attempt that the trainer took; empty without one."""
 
     @classmethod
-    def from_sample(cls, run: RunDir, steps: int) -> tuple[Self, list[AnyEvent]]:
+    def from_sample(cls, run: RunDir, steps: int) -> tuple[Self, list[events.AnyEvent]]:
         """Read a run with only about ``steps`` of its steps; ``refresh`` continues from there.
 
         Also returns the events, for callers that show each one.
@@ -158,19 +129,19 @@ class RunView:
         view._tail = EventTail(run.events_path, offset=sampled.end, unknown=sampled.unknown)
         return view, sampled.events
 
-    def refresh(self) -> list[AnyEvent]:
+    def refresh(self) -> list[events.AnyEvent]:
         """Read new events; return them in order, for callers that show each one."""
         return list(self.iter_new())
 
-    def iter_new(self) -> Iterator[AnyEvent]:
+    def iter_new(self) -> Iterator[events.AnyEvent]:
         """Read new events piece by piece, for a run with too many events to hold in memory."""
         self.status = read_status(self.run)
-        for events in self._tail.pieces():
-            self._apply_all(events)
-            yield from events
+        for piece in self._tail.pieces():
+            self._apply_all(piece)
+            yield from piece
 
-    def _apply_all(self, events: Iterable[AnyEvent]) -> None:
-        for event in events:
+    def _apply_all(self, piece: Iterable[events.AnyEvent]) -> None:
+        for event in piece:
             self._apply(event)
 
     @property
@@ -198,11 +169,11 @@ class RunView:
         return self.data.total_steps if self.data else self.status.total_steps
 
     @property
-    def best(self) -> Evaluated | None:
+    def best(self) -> events.Evaluated | None:
         """The evaluation of lowest loss after training began; of lowest score where there are scores."""
         scored = [e for e in self.evaluations if e.loss is not None and e.step > 0]
 
-        def score(event: Evaluated) -> float:
+        def score(event: events.Evaluated) -> float:
             score = event.loss if event.score is None else event.score
             return math.inf if score is None else score
 
@@ -214,7 +185,7 @@ class RunView:
         return self.evaluations[-1].forgetting if self.evaluations else None
 
     @property
-    def general_answers(self) -> GeneralAnswers | None:
+    def general_answers(self) -> events.GeneralAnswers | None:
         """Counts over the answers to general prompts at the last evaluation; None where not measured."""
         return self.evaluations[-1].general_answers if self.evaluations else None
 
@@ -237,12 +208,12 @@ class RunView:
         return self.evaluations[-1].accuracy if self.evaluations else None
 
     @property
-    def last_evaluation(self) -> Evaluated | None:
+    def last_evaluation(self) -> events.Evaluated | None:
         """The latest evaluation; None before the first."""
         return self.evaluations[-1] if self.evaluations else None
 
     @property
-    def trained_evaluation(self) -> Evaluated | None:
+    def trained_evaluation(self) -> events.Evaluated | None:
         """The latest evaluation after training began; None where there is none to compare with the base."""
         last = self.last_evaluation
         return last if last is not None and last.step else None
@@ -272,12 +243,12 @@ class RunView:
             return None
         return max(0, self.total_steps - self.step) * per_step
 
-    def _apply(self, event: AnyEvent) -> None:
+    def _apply(self, event: events.AnyEvent) -> None:
         self.plan = self.plan.after(event)
         match event:
-            case Step():
+            case events.Step():
                 self.series.append(event)
-            case Started():
+            case events.Started():
                 self.attempt = event.attempt
                 self.started_at = event.at
                 self.step_chosen = None
@@ -287,40 +258,40 @@ class RunView:
                 self.evaluations = [e for e in self.evaluations if e.step <= step]
                 self.checkpoints = [c for c in self.checkpoints if c.step <= step]
                 self.samples = [s for s in self.samples if s.step <= step]
-            case Queued():
+            case events.Queued():
                 self.ending = None
                 self.queued_at = self.queued_at or event.at
-            case PhaseChanged():
+            case events.PhaseChanged():
                 self.phase, self.phase_detail, self.progress = event.phase, event.detail, None
-            case Progress():
+            case events.Progress():
                 self.progress = event
-            case Environment():
+            case events.Environment():
                 self.environment = event
-            case DataReady():
+            case events.DataReady():
                 self.data = event
-            case AdapterReady():
+            case events.AdapterReady():
                 self.adapter = event
-            case StepVerified():
+            case events.StepVerified():
                 self.verified = event
-            case MemoryMeasured():
+            case events.MemoryMeasured():
                 self.memory = event
-            case Evaluated():
+            case events.Evaluated():
                 self.evaluations.append(event)
-            case ValidationCompared():
+            case events.ValidationCompared():
                 self.validation_change = event
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self.checkpoints.append(event)
-            case SampleGenerated():
+            case events.SampleGenerated():
                 self.samples.append(event)
-            case Health():
+            case events.Health():
                 self.health.append(event)
-            case RequestReceived():
+            case events.RequestReceived():
                 self.requested_ending = (
                     event.request if event.request in control.ENDINGS else self.requested_ending
                 )
-            case StepChosen():
+            case events.StepChosen():
                 self.step_chosen = event
-            case LayersKept() | LayersStreamed():
+            case events.LayersKept() | events.LayersStreamed():
                 pass
-            case Finished() | Failed() | Stopped() | Paused():
+            case events.Finished() | events.Failed() | events.Stopped() | events.Paused():
                 self.ending = event
