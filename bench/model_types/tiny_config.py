@@ -66,6 +66,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config.sliding_window": _WINDOW},
     "xmod": {"default_language": "en_XX"},
     # Numbers that belong together, which shrink in other ways.
+    "gemma4_assistant": {"text_config.num_kv_shared_layers": 4},
     "apertus1p5": {
         "image_token_offset": 100, "audio_token_offset": 200,
         "vision_config.codebook_size": 100, "audio_config.codebook_size": 100,

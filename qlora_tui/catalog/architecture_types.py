@@ -41,7 +41,10 @@ class LinearModule(Struct, frozen=True):
     out_features: int
     bias: bool
     quantizable: bool
-    """Whether it is quantized, which transformers decides; if not, it stays in the compute dtype."""
+    """Whether it is quantized; if not, it stays in the compute dtype. transformers decides it, except for
+    what is ``read_directly``."""
+    read_directly: bool = False
+    """Whether the model's code reads its weight itself, which it cannot in 4 or 8 bits."""
     conv1d: bool = False
     """Whether it is GPT-2's ``Conv1D``, whose weight is stored transposed; quantized like a Linear."""
     copies: int = 1

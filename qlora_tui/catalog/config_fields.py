@@ -21,13 +21,18 @@ def size_bound(key: str) -> int:
     return _MAX_COUNT.get(key.rpartition("_")[2], MAX_SIZE)
 
 
-def config_problem(where: str, what: str) -> UserError:
+MISSING = "missing-field"
+"""Code of the error for a field that a config needs and lacks."""
+
+
+def config_problem(where: str, what: str, code: str = "") -> UserError:
     """Build the error for a config that cannot be used."""
     return UserError(
         "The model's config cannot be used",
         what=f"{where}: {what}.",
         why="The model's shape is read from its config.json.",
         fix="Compare the file with the one published with the model, or download the model again.",
+        code=code,
     )
 
 
@@ -66,7 +71,7 @@ class ConfigFields:
         return config_problem(self.where, f"{key} is {value_text}, expected {expected}")
 
     def missing(self, key: str) -> UserError:
-        return config_problem(self.where, f"{key} is missing")
+        return config_problem(self.where, f"{key} is missing", MISSING)
 
     def size(self, keys: tuple[str, ...], *, minimum: int = 1) -> int | None:
         """Return an integer from ``minimum`` up; None when absent or null. Raises UserError otherwise."""

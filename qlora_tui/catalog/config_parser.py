@@ -15,6 +15,7 @@ from typing import Any
 from qlora_tui.catalog import described
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_fields import (
+    MISSING,
     ConfigFields,
     check_bounds,
     config_problem,
@@ -54,7 +55,9 @@ def load_config(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]
         raise config_problem(str(file), "the file does not exist") from None
     except OSError as error:
         raise config_problem(str(file), f"it cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise config_problem(str(file), "it is nested too deeply") from None
+    except ValueError:
         raise config_problem(str(file), "it is not JSON") from None
     if not isinstance(values, dict):
         raise config_problem(str(file), "it is not a JSON object")
@@ -66,11 +69,29 @@ def _parse(fields: ConfigFields) -> Architecture:
     if model_type is None:
         raise fields.missing("model_type")
     check_bounds(fields.values, fields.where)
+    _check_stored(fields)
     if (description := described.stored(fields.values)) is not None:
         return description.result()
     if (refusal := type_problem(fields)) is not None:
         raise refusal
-    return read_outline(fields.values, fields.where)
+    try:
+        return read_outline(fields.values, fields.where)
+    except UserError as unclear:
+        if unclear.code != MISSING or not config_classes():
+            raise
+        # The class has it under another name, or says why it has not. Few types need this process.
+        return described.describe(fields.values)
+
+
+def _check_stored(fields: ConfigFields) -> None:
+    """Raise UserError where a config says in an unknown form how its weights are quantized."""
+    key = "quantization_config"
+    stored = fields.values.get(key)
+    if stored is None or stored == {}:
+        return
+    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else None
+    if not isinstance(method, str):
+        raise fields.invalid(key, "an object with quant_method, the name of a method")
 
 
 def type_problem(fields: ConfigFields) -> UserError | None:

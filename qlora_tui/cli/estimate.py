@@ -24,6 +24,7 @@ from qlora_tui.cli.subcommand import (
     Subcommand,
     add_recipe_arguments,
     format_table,
+    note_description,
     positive_float,
     recipe_from_args,
 )
@@ -166,10 +167,8 @@ def _architecture(model_id: str, revision: str) -> Architecture:
             raise
         print(f"fetching config.json of {model_id} from the Hub", file=sys.stderr)
         architecture = fetch_architecture(model_id, revision)
-    if architecture.is_outline:
-        print("reading the model's structure from transformers, once", file=sys.stderr)
-        architecture = describe_model(model_id)
-    return architecture
+    note_description(architecture)
+    return describe_model(model_id) if architecture.is_outline else architecture
 
 
 def _conversion(model_id: str) -> Conversion | None:

@@ -24,6 +24,7 @@ from qlora_tui.formatting import align_columns, truncate_middle
 from qlora_tui.visible import visible, visible_in_json
 
 if TYPE_CHECKING:
+    from qlora_tui.catalog.architecture_types import Architecture
     from qlora_tui.recipe.schema import Recipe
 
 JSON_HELP = "print one JSON object per line on stdout, and messages on stderr"
@@ -56,6 +57,12 @@ class Subcommand:
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     uses_gpu: bool = False
     """Whether it has the option ``--gpu``."""
+
+
+def note_description(architecture: Architecture) -> None:
+    """Say on stderr that a model is about to be described, which takes seconds the first time."""
+    if architecture.is_outline:
+        print("reading the model's structure from transformers, once", file=sys.stderr)
 
 
 def print_result(result: CommandResult, *, as_json: bool) -> int:

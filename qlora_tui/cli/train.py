@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+from qlora_tui.catalog.local_models import find_files
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.subcommand import (
     CommandResult,
     Subcommand,
     add_recipe_arguments,
+    note_description,
     positive_int,
     recipe_from_args,
 )
@@ -49,6 +52,8 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     require_runnable(recipe)
     for source in every_source(recipe.data):
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
+    with suppress(UserError):  # what is wrong is reported by the checks
+        note_description(find_files(recipe.model.id).architecture)
     if not _confirm(preflight(recipe, read_machine())):
         return CommandResult(data={"run": None}, text="Not queued.", exit_code=EXIT_FAILURE)
     if args.print_command:

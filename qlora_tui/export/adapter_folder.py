@@ -13,11 +13,12 @@ from msgspec import Struct
 
 from qlora_tui.adapters.deltas import ROWS, check_unchanged
 from qlora_tui.catalog.adapters import CONFIG, WEIGHTS, load_adapter_config
-from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.local_models import load_model_config, resolve_model
 from qlora_tui.catalog.model_validation import MXFP4, copy_files, tokenizer_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
+from qlora_tui.training.adapter import MISREAD_REMEDY, misread_by_peft
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's ``--max-lora-rank``."""
@@ -59,10 +60,10 @@ def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> A
     flag = f" --max-lora-rank {rank}" if rank > _DEFAULT_RANK else ""
     base, module = shlex.quote(source.recipe.model.id), shlex.quote(f"{out.name}={out}")
     command = f"vllm serve {base} --enable-lora --lora-modules {module}{flag}"
-    return AdapterFolder(path=str(out), bytes=size, rank=rank, command=command, notes=_notes(source))
+    return AdapterFolder(path=str(out), bytes=size, rank=rank, command=command, notes=_notes(source, adapter))
 
 
-def _notes(source: ChatSource) -> tuple[str, ...]:
+def _notes(source: ChatSource, adapter: Path) -> tuple[str, ...]:
     recipe, notes = source.recipe, []
     if PurePath(recipe.model.id).is_absolute() and not Path(recipe.model.id).exists():
         notes.append(f"The base {recipe.model.id} is missing: name its folder in the command.")
@@ -72,7 +73,18 @@ def _notes(source: ChatSource) -> tuple[str, ...]:
             f"The command serves it on the stored {stored} base, and it was trained on "
             f"{recipe.quantization.method.upper()} weights: its answers may differ.{remedy}"
         )
+    if misread := _misread(recipe.model.id, adapter):
+        notes.append(f"Plain peft takes {misread[0]} for a routed expert. {MISREAD_REMEDY}")
     return tuple(notes)
+
+
+def _misread(model_id: str, adapter: Path) -> list[str]:
+    """Return the adapter's targets that plain peft misreads; none for a base that is not on this machine."""
+    try:
+        model_type = load_model_config(model_id).get("model_type")
+        return misread_by_peft(str(model_type), load_adapter_config(adapter)["target_modules"])
+    except UserError:
+        return []
 
 
 def _is_mxfp4(model_id: str) -> bool:

@@ -9,7 +9,8 @@ in the order in which it is traveled:
 ``setup``            loads data, model and adapter, plans all steps, verifies the first; fills the ``run``
 ``model``            the base: loaded, quantized, frozen, with the loss and attention that were verified on it
 ``model_class``      which class of transformers loads a config, and a model of it without weights;
-                     ``description``: its architecture, from that model
+                     ``description``: its architecture, from that model; ``direct_reads``: weights that
+                     its code reads itself, which stay in 16 bits
 ``adapter``          adds LoRA; reads and writes its weights, and the final folder
 ``samples``          tokenized samples, in a data set or in memory, and pairs of them
 ``batches``          samples to sequences to micro-batches to steps, in an order that resume can repeat

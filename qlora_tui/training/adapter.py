@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -132,6 +133,28 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str = ()) -> Ite
     finally:
         conversion.convert_peft_config_for_transformers = of_config
         conversion.convert_peft_adapter_state_dict_for_transformers = of_weights
+
+
+MISREAD_REMEDY = "Chat, exports and merges here read it right. Merge it before other programs load it."
+"""What to do about an adapter that plain peft misreads."""
+
+
+def misread_by_peft(model_type: str, targets: Iterable[str] | str) -> list[str]:
+    """Return the targets that plain peft reads as routed experts; see :func:`exact_target_names`."""
+    from peft import LoraConfig
+    from peft.utils import transformers_weight_conversion as conversion
+
+    base: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    misread = []
+    for target in [] if isinstance(targets, str) else sorted(targets):
+        config = LoraConfig(target_modules=[target])
+        try:
+            conversion.convert_peft_config_for_transformers(config, base, None)
+        except ValueError:  # one of two that became one parameter
+            config.target_modules = None
+        if target not in (config.target_modules or ()):
+            misread.append(target)
+    return misread
 
 
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:

@@ -38,10 +38,13 @@ from qlora_tui.catalog.config_fields import check_bounds
 from qlora_tui.catalog.described import Description
 from qlora_tui.data.confined import limit_memory
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import join_words
+from qlora_tui.training.direct_reads import direct_reads
 from qlora_tui.training.model_class import MissingPackageError, build_on_meta, reason_of, unbuildable
 from qlora_tui.worker import Failure
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _PER_TOKEN = (
@@ -193,6 +196,9 @@ class _Tree:
         tables = {id(module.weight) for module in self.modules.values() if isinstance(module, nn.Embedding)}
         tied = id(self.head.weight) in tables
         rows, width = map(int, self.head.weight.shape)
+        layers = len(self.layers) or self._number("num_hidden_layers") or 0
+        if not layers or not rows:
+            raise unbuildable(self.model.config.model_type, self._lacks(rows))
         stored = values.get("quantization_config")
         nested = values.get("text_config")
         places = (nested, values) if isinstance(nested, dict) else (values,)
@@ -201,7 +207,7 @@ class _Tree:
         )
         return Architecture(
             model_type=str(values["model_type"]),
-            layers=len(self.layers) or self._number("num_hidden_layers") or 0,
+            layers=layers,
             hidden_size=int(self.hidden_size),
             intermediate_size=max(
                 (m.in_features for m in dense if m.out_features == self.hidden_size), default=None
@@ -236,11 +242,21 @@ class _Tree:
             own_attention=not hasattr(sys.modules[type(self.model).__module__], "ALL_ATTENTION_FUNCTIONS"),
         )
 
+    def _lacks(self, rows: int) -> str:
+        """Return what a model to train has and this one has not: tokens, or a decoder with layers."""
+        if not rows:
+            return f"vocab_size is {self._read('vocab_size')}"
+        parts = [name for name in self.model.config.sub_configs if "vision" not in name]
+        count = next((f"{key} is {self._read(key)}" for key in _LAYERS if self._read(key) is not None), "")
+        where = count or f"its layers are spread over {join_words(parts)}" if parts else count
+        return f"{type(self.model).__name__} has no decoder with layers" + (f": {where}" if where else "")
+
     def _linear(self, name: str, module: Any) -> LinearModule:
         shape = tuple(map(int, module.weight.shape))
         conv1d = isinstance(module, Conv1D)
         fan_in, fan_out = shape if conv1d else shape[::-1]
         replaced = conv1d or type(module) is nn.Linear
+        read = name in self._direct_reads
         return LinearModule(
             name=name,
             kind=name.rpartition(".")[2],
@@ -249,7 +265,8 @@ class _Tree:
             in_features=fan_in,
             out_features=fan_out,
             bias=module.bias is not None,
-            quantizable=replaced and should_convert_module(name, self.kept),
+            quantizable=replaced and not read and should_convert_module(name, self.kept),
+            read_directly=read,
             conv1d=conv1d,
             adaptable=(conv1d or self._is_product(module)) and name.rpartition(".")[2] not in self._refused,
         )
@@ -260,6 +277,10 @@ class _Tree:
         if kind not in self._products:
             self._products[kind] = kind.forward is nn.Linear.forward or _computes_product(module)
         return self._products[kind]
+
+    @cached_property
+    def _direct_reads(self) -> frozenset[str]:
+        return direct_reads(self.model, {n: m for n, m in self.modules.items() if m is not self.head})
 
     @cached_property
     def _refused(self) -> frozenset[str]:
@@ -287,7 +308,7 @@ class _Tree:
 
     def _find_layers(self) -> dict[str, int]:
         """Return the decoder layers by path, with their index."""
-        count = self._number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        count = self._number(*_LAYERS)
         layers: dict[str, int] = {}
         for name, module in self.modules.items():
             if not isinstance(module, nn.ModuleList) or not self._is_language(name):

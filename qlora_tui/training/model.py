@@ -292,6 +292,9 @@ def freeze(model: nn.Module) -> nn.Module:
     """Freeze every weight, with 4-bit weights in the layout that the backward needs."""
     model.requires_grad_(False)
     model.config.use_cache = False  # type: ignore[union-attr]  # a PreTrainedModel's
+    if getattr(model, "is_quantized", False) and hasattr(model.config, "rescale_every"):
+        # RWKV scales weights in place when it turns to evaluation and back, which breaks quantized ones.
+        model.config.rescale_every = 0  # type: ignore[union-attr]
     for module in model.modules():
         # bitsandbytes repacks the weights of a layer for inference when it runs in eval mode on a CPU with
         # AVX512-BF16, never packs them back, and computes wrong gradients from then on.
@@ -344,6 +347,8 @@ def _quantization_config(settings: Quantization, device: ComputeDevice, folder: 
     """
     from transformers import BitsAndBytesConfig
 
+    if settings.method == "none":
+        return None
     skipped = _skipped_modules(settings, folder)
     if settings.method in ("nf4", "fp4"):
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -353,21 +358,22 @@ def _quantization_config(settings: Quantization, device: ComputeDevice, folder: 
             bnb_4bit_compute_dtype=device.dtype,
             llm_int8_skip_modules=skipped,
         )
-    if settings.method == "int8":
-        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_8bit=True, llm_int8_skip_modules=skipped
-        )
-    return None
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_8bit=True, llm_int8_skip_modules=skipped
+    )
 
 
 def _skipped_modules(settings: Quantization, folder: Path) -> list[str] | None:
     """The names of all modules that stay in 16 bits; None leaves them to transformers."""
-    if not settings.skip:
-        return None
     from transformers.quantizers.base import get_keys_to_not_convert
 
     config = load_config(folder / "config.json")
-    skipped = match_modules(settings.skip, architecture_of(config).modules, SKIP)
+    modules = architecture_of(config).modules
+    skipped = [module for module in modules if module.read_directly]
+    if settings.skip:
+        skipped += match_modules(settings.skip, modules, SKIP)
+    if not skipped:
+        return None
     # A list replaces what transformers leaves out by itself.
     return [*get_keys_to_not_convert(build_on_meta(config)), *(module.name for module in skipped)]
 

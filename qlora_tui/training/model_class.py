@@ -9,10 +9,16 @@ Nothing here imports code of a repository: ``auto_map`` and other keys that sele
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
 import re
 import sys
+import textwrap
+import traceback
 from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,6 +27,7 @@ from qlora_tui.catalog.config_fields import no_text_generator
 from qlora_tui.catalog.described import library_version
 from qlora_tui.catalog.model_validation import without_code
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import join_words
 from qlora_tui.installation import install_command
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -30,6 +37,11 @@ _WEIGHT_KEYS = ("quantization_config", "torch_dtype", "dtype")
 _READS_IS_DECODER = re.compile(r"self\.is_decoder|if [^\n]*config\.is_decoder")
 """Code of a class that attends to later tokens too, unless its config says ``is_decoder``."""
 _LONGEST_REASON = 240
+_VALIDATION = re.compile(
+    r"(?:Validation error for field|Class validation error for validator) '(?P<field>\w+)': "
+    r"\w+: (?P<cause>.+)"
+)
+"""What a config class raises for a value of another type."""
 _INSTALL = re.compile(r"pip install ([\w.-]+)")
 """The packages in transformers' messages on a missing one."""
 
@@ -82,28 +94,97 @@ def auto_class(config: Any) -> Any:
     """
     import transformers
 
+    unread = ""
     for name in AUTO_CLASSES:
         loader = getattr(transformers, name, None)
-        if loader is not None and type(config) in loader._model_mapping:
-            _check_causal(config, loader)
+        if loader is None or type(config) not in loader._model_mapping:
+            continue
+        model_class = _model_class(loader, config)
+        _check_causal(config, model_class)
+        # A class of another config, such as that of the text part, may not find its weights in the files.
+        if model_class.config_class is type(config) or _reads_own_files(config, loader):
             return loader
+        unread = model_class.__name__
+    if unread:
+        reason = f"{unread}, with which transformers loads it, does not read the weights of this type"
+        raise unbuildable(config.model_type, reason)
     raise unbuildable(config.model_type, f"no class of transformers {library_version()} generates text")
 
 
-def _check_causal(config: Any, loader: Any) -> None:
-    from transformers import AutoModelForMaskedLM
+def _model_class(loader: Any, config: Any) -> Any:
+    built = loader._model_mapping[type(config)]
+    return built[0] if isinstance(built, tuple | list) else built
 
+
+def _check_causal(config: Any, model_class: Any) -> None:
+    """Raise UserError where a class does not continue a text, by what it declares of itself."""
+    from transformers import AutoModelForMaskedLM, GenerationMixin
+
+    model_type, name = config.model_type, model_class.__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise no_text_generator(f"model_type {config.model_type!r}: it has an encoder next to its decoder")
+        raise no_text_generator(f"model_type {model_type!r}: it has an encoder next to its decoder")
+    if not issubclass(model_class, GenerationMixin):
+        raise no_text_generator(f"model_type {model_type!r}: {name} does not generate token by token")
+    if "text" not in model_class.output_modalities:
+        raise no_text_generator(
+            f"model_type {model_type!r}: {name} generates {join_words(model_class.output_modalities)}"
+        )
+    arguments = list(inspect.signature(model_class.forward).parameters.values())[1:]
+    needed = [each.name for each in arguments if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+    if unmet := [argument for argument in needed if argument != "input_ids"]:
+        raise UserError(
+            "This model does not compute text alone",
+            what=f"model_type {model_type!r}: {name} needs {join_words(unmet)}.",
+            why="It is given nothing but the tokens of a text, which is all that fine-tuning here has.",
+            fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
+        )
     if getattr(config, "is_decoder", False):
         return
-    built = loader._model_mapping[type(config)]
-    module = sys.modules[(built[0] if isinstance(built, tuple | list) else built).__module__]
     if type(config) in AutoModelForMaskedLM._model_mapping or (
-        hasattr(config, "is_decoder") and _READS_IS_DECODER.search(inspect.getsource(module))
+        hasattr(config, "is_decoder")
+        and _READS_IS_DECODER.search(inspect.getsource(sys.modules[model_class.__module__]))
     ):
         reason = "without is_decoder in its config, its tokens see those after them"
-        raise no_text_generator(f"model_type {config.model_type!r}: {reason}")
+        raise no_text_generator(f"model_type {model_type!r}: {reason}")
+
+
+def _reads_own_files(config: Any, loader: Any) -> bool:
+    """Return whether a loader finds the embedding in files as the class of the whole config writes them.
+
+    transformers renames what it reads by the type of the config and the class. A text model may be one part
+    of the files, with other names, for which it has no rule.
+    """
+    import transformers
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    loaders = [getattr(transformers, name, None) for name in AUTO_CLASSES]
+    mapped = [each for each in loaders if each is not None and type(config) in each._model_mapping]
+    writers = [each for each in mapped if _model_class(each, config).config_class is type(config)]
+    try:
+        with torch.device("meta"):
+            model, whole = (
+                each.from_config(deepcopy(config), dtype=torch.bfloat16)
+                for each in (loader, (*writers, loader)[0])
+            )
+        embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+    except Exception:  # what is wrong with the config is reported where the model is built
+        return True
+    ending = ".".join(embedding.split(".")[-2:])
+    written = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith(ending)}
+    conversions = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    sizes = model.state_dict()
+    return embedding in {
+        rename_source_key(name, renamings, converters, model.base_model_prefix, sizes)[0]
+        for name in revert_weight_conversion(whole, written)
+    }
 
 
 def build_on_meta(
@@ -170,6 +251,71 @@ def _failed(config: Any, error: Exception) -> UserError:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what a library raised on one line, without a period: the cause often follows on later lines."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:_LONGEST_REASON]}".rstrip(".:")
+    """Return why a library cannot use a config, on one line without a period.
+
+    An error that was not raised on purpose, such as a division by zero deep in a class, says little to who
+    reads it. Then the fields of the config are named that the failing code reads, with their values.
+    """
+    text = " ".join(str(error.args[0] if error.args else "").split())[:_LONGEST_REASON].rstrip(".:")
+    if validation := _VALIDATION.fullmatch(text):
+        return f"{validation['field']}: {validation['cause']}"
+    if isinstance(error, ValueError | ImportError | NotImplementedError) and text:
+        return text
+    if isinstance(error, KeyError):
+        if " " in text:
+            return text
+        text = f"there is no {text!r}"
+    fields = _fields_read(error)
+    read = f"with {join_words(fields)}" if fields else "with these values"
+    return f"{read}, transformers cannot compute ({text or type(error).__name__})"
+
+
+def _fields_read(error: Exception) -> list[str]:
+    """Return the settings that the innermost failing statement reads from a config, as ``name = value``."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        try:
+            source, first = inspect.getsourcelines(frame.f_code)
+            tree = ast.parse(textwrap.dedent("".join(source)))
+        except (OSError, SyntaxError):
+            continue
+        statements = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.stmt)
+            and node.lineno <= line - first + 1 <= (node.end_lineno or node.lineno)
+        ]
+        innermost = max(statements, key=lambda node: node.lineno, default=None)
+        fields = _fields_in(innermost or tree, frame.f_locals)
+        # The statement may use what earlier ones took from the config: where it is null, that fails.
+        unset = {name: value for name, value in _fields_in(tree, frame.f_locals).items() if value is None}
+        if fields := fields or unset:
+            return [f"{name} = {json.dumps(value)[:60]}" for name, value in fields.items()]
+    return []
+
+
+def _fields_in(code: ast.AST, local: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for node in ast.walk(code):
+        if isinstance(node, ast.Attribute):
+            with suppress(Exception):  # a property of a half-built object
+                fields |= _field(node, local)
+    return fields
+
+
+def _field(node: ast.Attribute, local: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the setting that ``config.x``, or a module's copy ``self.x``, reads with its value, if one."""
+    from transformers import PreTrainedConfig
+
+    path, place = [], node.value
+    while isinstance(place, ast.Attribute):
+        path.append(place.attr)
+        place = place.value
+    owner = local.get(place.id) if isinstance(place, ast.Name) else None
+    for name in reversed(path):
+        owner = getattr(owner, name, None)
+    config = owner
+    if isinstance(owner, torch.nn.Module):
+        config = getattr(owner, "config", None) or local.get("config")
+    value = getattr(owner, node.attr, None)
+    is_setting = isinstance(config, PreTrainedConfig) and hasattr(config, node.attr)
+    return {node.attr: value} if is_setting and isinstance(value, int | float | str | list | None) else {}

@@ -13,13 +13,21 @@ from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
 from qlora_tui.data.dataset_report import prompt_thinking, thinking_sentences
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.trainable_tokens import token_ids
+from qlora_tui.formatting import pluralize
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
 from qlora_tui.runs.actions import initial_adapter
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
 from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import quantized_cache, replay
-from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, trained_parameters
+from qlora_tui.training.adapter import (
+    MISREAD_REMEDY,
+    StartingAdapter,
+    add_lora,
+    load_initial_adapter,
+    misread_by_peft,
+    trained_parameters,
+)
 from qlora_tui.training.batches import plan_steps
 from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
 from qlora_tui.training.checks.first_step import require_text_model, verify_first_step
@@ -274,6 +282,13 @@ def _add_adapter(run: Run) -> Any:
     if lora.init_from and run.checkpoint is None:
         load_initial_adapter(model, lora, architecture)
         run.reporter.log(f"The adapter starts from {lora.init_from}.")
+    if misread := misread_by_peft(base.model.config.model_type, model.peft_config["default"].target_modules):
+        run.reporter.health(
+            "peft_misreads",
+            f"Plain peft takes {pluralize(len(misread), 'target')} of this adapter for routed experts, "
+            f"{misread[0]} first.",
+            MISREAD_REMEDY,
+        )
     if training.gradient_checkpointing != "off" and not checkpoint_activations(base.model):
         run.reporter.health(
             "not_checkpointed",

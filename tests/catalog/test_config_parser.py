@@ -138,6 +138,8 @@ def _llama(**changes: Any) -> dict[str, Any]:
         ({"model_type": "drop"}, "model_type is missing"),
         ({"model_type": 7}, "model_type is 7"),
         ({"model_type": "lama"}, "model_type is 'lama'"),
+        ({"quantization_config": ["gptq"]}, "quantization_config is ['gptq']"),
+        ({"quantization_config": {"quant_method": 4}}, "quantization_config is {'quant_method': 4}"),
     ],
 )
 def test_a_wrong_config_is_rejected_naming_the_field(changes: dict[str, Any], named: str) -> None:
@@ -163,11 +165,17 @@ def test_a_type_that_does_not_continue_text_is_refused(model_type: str, reason: 
     assert reason in caught.value.what
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
-def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not JSON"), (b"{", "not JSON"), (b"[1]", "not a JSON object"), (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=reason) as caught:
         parse_architecture(file)
     assert str(file) in caught.value.what
 

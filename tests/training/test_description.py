@@ -39,6 +39,16 @@ PUBLISHED = [
 ]
 
 
+def test_weights_that_the_code_reads_itself_stay_in_16_bits() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    mamba = describe({"model_type": "mamba", "state_size": 4, **sizes})
+    assert {module.kind for module in mamba.modules if module.read_directly} == {"dt_proj"}
+    assert not any(module.quantizable for module in mamba.modules if module.read_directly)
+    # These call it in a quantized model.
+    falcon = describe({"model_type": "falcon_mamba", "state_size": 4, **sizes})
+    assert not any(module.read_directly for module in falcon.modules)
+
+
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_a_published_model_is_named_and_quantized_as_loaded(model: str) -> None:
     """The model transformers builds, and the modules its bitsandbytes integration replaces."""

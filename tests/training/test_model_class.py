@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
 from qlora_tui.errors import UserError
-from qlora_tui.training.checks.base import require_causal
+from qlora_tui.training.checks.base import prepare_for_text, require_causal
 from qlora_tui.training.model_class import auto_class, build_on_meta, read_config
 from tests.catalog.configs import config
 from tests.training.families import build
@@ -35,12 +38,35 @@ def test_a_composite_without_one_is_built_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
-    [{"model_type": "lama"}, {}, {"model_type": "vit"}, {"model_type": "llama", "hidden_size": "wide"}],
+    ("values", "reason"),
+    [
+        ({"model_type": "lama"}, "does not know"),
+        ({}, "does not know"),
+        ({"model_type": "vit"}, "generates text"),
+        ({"model_type": "diffusion_gemma"}, "does not generate token by token"),
+        ({"model_type": "blip-2"}, "needs pixel_values"),
+        ({"model_type": "shieldgemma2"}, "does not read the weights"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size: .*'wide'"),
+        ({"model_type": "llama", "num_key_value_heads": 0}, "num_key_value_heads = 0"),
+        ({"model_type": "llama", "hidden_act": "x"}, 'hidden_act = "x"'),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}}, "factor"),
+        ({"model_type": "dots1"}, "null"),
+    ],
 )
-def test_what_cannot_be_built_is_refused(values: dict[str, object]) -> None:
-    with pytest.raises(UserError):
+def test_what_cannot_be_built_is_refused_with_the_field(values: dict[str, object], reason: str) -> None:
+    with pytest.raises(UserError) as refusal:
         build_on_meta(values)
+    assert re.search(reason, refusal.value.what)
+    assert "Error" not in refusal.value.what
+
+
+def test_a_composite_is_built_whole_where_its_text_class_does_not_find_the_weights() -> None:
+    values = {
+        "model_type": "emu3",
+        "vocabulary_map": {"<image>": 380},
+        "text_config": {**TEXT, "vocab_size": 384, "pad_token_id": 1},
+    }
+    assert type(build_on_meta(values)).__name__ == "Emu3ForConditionalGeneration"
 
 
 @pytest.mark.slow
@@ -58,3 +84,45 @@ def test_a_model_that_needs_images_is_refused() -> None:
     model.forward = lambda input_ids, pixel_values, **kwargs: None
     with pytest.raises(UserError, match="does not compute text alone"):
         require_causal(model, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_model_that_asks_for_types_of_tokens_in_training_gets_those_of_text() -> None:
+    model, tokens = build("llama"), torch.tensor([[1, 2, 3]])
+    forward = model.model.forward
+
+    def needy(mm_token_type_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
+        if mm_token_type_ids is None and model.training:
+            raise ValueError("types")
+        return forward(**inputs)
+
+    model.model.forward = needy
+    state = torch.random.get_rng_state()
+    prepare_for_text(model, torch.device("cpu"))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert model.train()(input_ids=tokens, use_cache=False).logits.shape[1] == 3
+
+
+@pytest.mark.slow
+def test_a_model_that_changes_its_embeddings_in_place_trains() -> None:
+    model, tokens = build("llama"), torch.tensor([[1, 2, 3]])
+    model.lm_head.requires_grad_(True)
+    model.enable_input_require_grads()
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0].mul_(2), *args[1:]))
+    prepare_for_text(model, torch.device("cpu"))
+    model.train()(input_ids=tokens, use_cache=False).logits.sum().backward()
+
+
+@pytest.mark.slow
+def test_a_model_that_trains_on_no_text_is_refused() -> None:
+    model = build("llama")
+    forward = model.model.forward
+
+    def fixed(**inputs: Any) -> Any:
+        if model.training:
+            raise ValueError("4096 tokens only")
+        return forward(**inputs)
+
+    model.model.forward = fixed
+    with pytest.raises(UserError, match="4096 tokens only"):
+        prepare_for_text(model, torch.device("cpu"))

@@ -71,8 +71,9 @@ def reference_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
 def setting_owners(model: nn.Module) -> list[Any]:
     """Return the modules of a model and their configs: what has settings that a forward reads."""
     modules = list(model.modules())
-    configs = {id(config): config for m in modules if (config := getattr(m, "config", None)) is not None}
-    return [*modules, *configs.values()]
+    configs = [getattr(module, "config", None) for module in modules]
+    # Idefics calls a number its config.
+    return [*modules, *{id(each): each for each in configs if hasattr(each, "__dict__")}.values()]
 
 
 @contextmanager

@@ -7,7 +7,9 @@ used, and the run's events say so.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,10 @@ _INT8_LEAK = 1e-3
 are scaled with another's. Every other path keeps samples apart exactly, but for the grouping of experts."""
 
 
+_LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+"""What the code of a model raises for inputs that it does not take."""
+
+
 def require_causal(model: Any, device: torch.device) -> None:
     """Compute the logits of a short text, of which later tokens must not change those of earlier ones.
 
@@ -49,21 +55,11 @@ def require_causal(model: Any, device: torch.device) -> None:
     """
     first, _, second = _tokens(model, device)
     end = first.shape[1]
-    try:
-        with no_grad_eval(model):
-            continued, changed = (
-                model(input_ids=torch.cat([first, after], dim=1), use_cache=False).logits
-                for after in (second, second.flip(1))
-            )
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            "This model does not compute text alone",
-            what=f"{type(model).__name__}: {first_line(error)}",
-            why="It was given nothing but the tokens of a text, which is all that fine-tuning here has.",
-            fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
-        ) from error
+    with no_grad_eval(model), _from_text_alone(model):
+        continued, changed = (
+            model(input_ids=torch.cat([first, after], dim=1), use_cache=False).logits
+            for after in (second, second.flip(1))
+        )
     before, moved = continued[0, :end], continued[0, :end] - changed[0, :end]
     # Experts get other tokens, and so round otherwise.
     allowed = _NOISE * _MIN_NOISE[before.dtype] * _rms(before)
@@ -74,6 +70,67 @@ def require_causal(model: Any, device: torch.device) -> None:
             why="Fine-tuning here needs a causal language model.",
             fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
         )
+
+
+@contextmanager
+def _from_text_alone(model: Any) -> Iterator[None]:
+    """Raise UserError for what a model raises inside, which is given nothing but tokens."""
+    try:
+        yield
+    except _LIBRARY_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            "This model does not compute text alone",
+            what=f"{type(model).__name__}: {first_line(error)}",
+            why="It was given nothing but the tokens of a text, which is all that fine-tuning here has.",
+            fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
+        ) from error
+
+
+@torch.no_grad()
+def prepare_for_text(model: Any, device: torch.device) -> None:
+    """Make a model take a text alone in training mode, where some ask for more than to answer.
+
+    * Types of tokens that it asks for are those of text, 0.
+    * A model that changes its embeddings in place cannot compute gradients for them; nothing needs these.
+
+    Raises UserError for a model that still computes nothing.
+    """
+    tokens, _, _ = _tokens(model, device)
+    embedded: list[tuple[Tensor, Tensor]] = []
+    embeddings: nn.Module = model.get_input_embeddings()
+    was_training = model.training
+    model.train()
+    hook = embeddings.register_forward_hook(lambda module, args, out: embedded.append((out, out.clone())))
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                model(input_ids=tokens, use_cache=False)
+            except _LIBRARY_ERRORS:
+                _give_token_types(model)
+                with _from_text_alone(model):
+                    model(input_ids=tokens, use_cache=False)
+    finally:
+        hook.remove()
+        model.train(was_training)
+    if any(not torch.equal(output, before) for output, before in embedded):
+        model.disable_input_require_grads()
+
+
+def _give_token_types(model: Any) -> None:
+    """Say that all tokens are text to a model that takes types of tokens."""
+    named = inspect.signature(model.base_model.forward).parameters
+    names = [name for name in named if name.endswith("token_type_ids")]
+
+    def add(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
+        given = inputs.get("input_ids")
+        shape = inputs["inputs_embeds"] if given is None else given
+        zeros = torch.zeros(shape.shape[:2], dtype=torch.long, device=shape.device)
+        return args, inputs | {name: zeros for name in names if inputs.get(name) is None}
+
+    if names:
+        model.base_model.register_forward_pre_hook(add, with_kwargs=True)
 
 
 @torch.no_grad()

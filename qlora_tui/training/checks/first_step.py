@@ -29,7 +29,7 @@ from qlora_tui.training.batches import (
     longest_micro_batch,
     micro_batches,
 )
-from qlora_tui.training.checks.base import require_causal
+from qlora_tui.training.checks.base import prepare_for_text, require_causal
 from qlora_tui.training.checks.step import (
     StepComparison,
     StepReference,
@@ -143,6 +143,7 @@ def require_text_model(run: Run) -> None:
     paths = FastPaths(run.model, run.base)
     paths.use(())
     require_causal(run.base.model, run.device.torch_device)
+    prepare_for_text(run.base.model, run.device.torch_device)
     paths.use(paths.names)
 
 

@@ -1,0 +1,103 @@
+"""Which linear modules have their weights read by a model's own code, instead of or next to a call.
+
+Packed in 4 bits such a weight would give another result or an error: Mamba multiplies by one, Gemma 3n
+limits the values of another. Found by a pass over a few tokens on the meta device, where nothing has values:
+a single one that code asks for is 1, and a module that needs more, such as a router, ends there and returns
+its input. What comes after it is still seen.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from qlora_tui.training.checks.kernels import InstalledKernels
+from qlora_tui.training.fused.patching import temporary_forwards
+
+_TOKENS = 8
+
+
+def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Return the names of the linear ones of these modules whose weights a quantized model's code reads.
+
+    Args:
+        model: on ``meta``.
+    """
+    linears = {module: name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    if not _may_read(modules.values(), {name.rpartition(".")[2] for name in linears.values()}):
+        return frozenset()
+    reads = _Reads(linears)
+    tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
+    # Some call in a quantized model what they read in others.
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    kernels = InstalledKernels(model)
+    kernels.use_reference()
+    was_training = model.training
+    forwards = {module: reads.forward_of(module) for module in model.modules()}
+    try:
+        for config in configs:
+            config._is_quantized = True
+        for training in (True, False):
+            model.train(training)
+            with temporary_forwards(forwards), torch.no_grad(), reads, suppress(Exception):
+                model(input_ids=tokens, use_cache=False)
+    finally:
+        model.train(was_training)
+        for config in configs:
+            vars(config).pop("_is_quantized", None)
+        kernels.use_ours()
+    return frozenset(linears[module] for module in reads.found)
+
+
+def _may_read(modules: Any, kinds: set[str]) -> bool:
+    """Return whether the source of the modules' classes names a weight of such a kind at all."""
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, kinds))})\.weight\b(?!\.(?:dtype|device|shape))")
+    files = {sys.modules[type(module).__module__] for module in modules}
+    return any(pattern.search(inspect.getsource(file)) for file in files if "transformers" in file.__name__)
+
+
+class _Reads(TorchFunctionMode):
+    """Notes the modules whose weight is used outside their forward."""
+
+    def __init__(self, linears: Mapping[nn.Module, str]) -> None:
+        super().__init__()
+        self.found: set[nn.Module] = set()
+        self._owners = {id(module.weight): module for module in linears}
+        self._running: list[nn.Module] = []
+
+    def forward_of(self, module: nn.Module) -> Any:
+        """Return a forward that notes that the module is running, and returns its input where it fails."""
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._running.append(module)
+            try:
+                return own(*args, **kwargs)
+            except Exception:
+                return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            finally:
+                self._running.pop()
+
+        return forward
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note which modules' weights a function takes; reading an attribute, such as the dtype, is none."""
+        if getattr(func, "__name__", "") != "__get__" or func == Tensor.data.__get__:
+            for value in (*args, *(kwargs or {}).values()):
+                module = self._owners.get(id(value))
+                if module is not None and module not in self._running:
+                    self.found.add(module)
+        if func == Tensor.__bool__:
+            return True
+        if func in (Tensor.item, Tensor.__int__, Tensor.__index__):
+            return 1
+        return func(*args, **(kwargs or {}))
