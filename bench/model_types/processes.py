@@ -63,7 +63,7 @@ def walk_all(types: Sequence[str], method: str) -> Iterator[Walked]:
             del running[connection]
 
 
-def _describe_here(configs: Sequence[Any], should_stop: Any) -> list[Any]:
+def describe_here(configs: Sequence[Any], should_stop: Any) -> list[Any]:
     """Describe configs in this process, which has its imports behind it, and not in another."""
     from qlora_tui.catalog import described
     from qlora_tui.training import description
@@ -85,7 +85,7 @@ def _walk_in(model_type: str, method: Any, connection: Connection) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its own
     vars(attempt)["lower_priority"] = lambda: None
-    vars(described)["_describe"] = _describe_here
+    vars(described)["_describe"] = describe_here
     with tempfile.TemporaryDirectory(prefix="model-types-") as folder:
         for kind in ("CONFIG", "STATE", "CACHE"):
             os.environ[f"XDG_{kind}_HOME"] = f"{folder}/{kind.lower()}"

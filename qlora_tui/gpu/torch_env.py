@@ -63,7 +63,9 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
     Hugging Face libraries are offline from here on.
     """
     kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE_CAPACITY), **FLASH_BEFORE_CUDNN}
-    for name, value in {**openmp_wait_policy(os.environ), **kernels, **extra}.items():
+    # Its warnings are about what this program checks and reports itself.
+    quiet = {"TRANSFORMERS_VERBOSITY": "error"}
+    for name, value in {**openmp_wait_policy(os.environ), **kernels, **quiet, **extra}.items():
         os.environ.setdefault(name, value)
     set_device_variables()
     for name, value in OFFLINE.items():

@@ -32,7 +32,13 @@ from qlora_tui.runs.events import Evaluated, Failed, ValidationCompared
 from qlora_tui.runs.machine_checks import CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import Status, write_status
-from qlora_tui.training.adapter import StartingAdapter, add_lora, load_initial_adapter, save_adapter
+from qlora_tui.training.adapter import (
+    StartingAdapter,
+    add_lora,
+    load_initial_adapter,
+    misread_by_peft,
+    save_adapter,
+)
 from qlora_tui.training.description import architecture_of
 from tests.catalog.configs import config as config_of
 from tests.support.trainer_processes import Trainers
@@ -309,3 +315,10 @@ def test_a_run_trains_an_earlier_adapter_further(recipe: MakeRecipe, trainers: T
     shutil.rmtree(first.path)
     assert trainers.run(again) == 0
     assert losses(again) == losses(run)
+
+
+def test_targets_that_plain_peft_reads_as_experts_are_named() -> None:
+    shared, attention = "model.layers.1.mlp.shared_experts.down_proj", "model.layers.1.self_attn.q_proj"
+    gate = "model.layers.1.mlp.shared_experts.gate_proj"
+    assert misread_by_peft("deepseek_v3", [attention, gate, shared]) == [shared, gate]
+    assert misread_by_peft("llama", [attention, gate, shared]) == []

@@ -1,0 +1,41 @@
+"""Models of unlike structure through a whole run, each compared with transformers and peft.
+
+``make check-models`` does it with every type (:mod:`bench.model_types`), whose tiny models these are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.model_types.processes import describe_here
+from bench.model_types.walk import walk
+from qlora_tui.catalog import described
+from qlora_tui.training import attempt
+
+pytestmark = pytest.mark.slow
+
+TRAINED = {
+    "smollm3": "fast",  # dense, layers without positions
+    "gpt2": "fast",  # transposed matrices, learned positions
+    "gpt_oss": "fast",  # fused experts, sliding windows, sinks
+    "gemma4": "fast",  # images and text, inputs for each layer
+    "mistral3": "fast",  # images and text, another type of text model
+    "emu3": "fast",  # images and text, a text class that does not find its weights
+    "deepseek_v3": "fast",  # latent attention, routed and shared experts
+    "qwen3_next": "padded",  # linear attention, experts
+    "falcon_h1": "padded",  # state space beside attention in each layer
+}
+"""By type: how it is computed."""
+
+
+@pytest.mark.parametrize("model_type", TRAINED)
+def test_a_type_is_trained_resumed_asked_and_merged_as_the_libraries_do(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(described, "_describe", describe_here)
+    monkeypatch.setattr(attempt, "lower_priority", lambda: None)
+    walked = walk(model_type, tmp_path)
+    assert (walked.verdict, walked.reason) == ("trained", "")
+    assert walked.how == TRAINED[model_type]
