@@ -171,7 +171,7 @@ class _Shrinking:
         if isinstance(value, float):
             if _SPREAD.search(name):
                 return min(0.1, 5 * value) if value < 1 else value
-            return 0.0 if "drop" in name else value
+            return 0.0 if "drop" in name or "jitter" in name else value  # what a random number decides
         if not _is_size(value) or value <= 0:
             return value
         if name.endswith(("token_id", "token_index")):

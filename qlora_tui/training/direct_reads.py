@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from qlora_tui.training.checks.kernels import InstalledKernels
+from qlora_tui.training.fused.kernel_choice import InstalledKernels
 from qlora_tui.training.fused.patching import temporary_forwards
 
 _TOKENS = 8

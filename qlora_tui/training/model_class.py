@@ -38,10 +38,12 @@ _READS_IS_DECODER = re.compile(r"self\.is_decoder|if [^\n]*config\.is_decoder")
 """Code of a class that attends to later tokens too, unless its config says ``is_decoder``."""
 _LONGEST_REASON = 240
 _VALIDATION = re.compile(
-    r"(?:Validation error for field|Class validation error for validator) '(?P<field>\w+)': "
-    r"\w+: (?P<cause>.+)"
+    r"Validation error for field '(?P<field>\w+)': \w+: Field '\w+' (?:"
+    r"expected (?P<type>\w+), got \w+ \(value: (?P<value>.*)\)|with value (?P<other>.*?) doesn't match )"
 )
 """What a config class raises for a value of another type."""
+_VALIDATOR = re.compile(r"Class validation error for validator '\w+': \w+: (?P<cause>.+)")
+"""What a config class raises for values that do not go together."""
 _INSTALL = re.compile(r"pip install ([\w.-]+)")
 """The packages in transformers' messages on a missing one."""
 
@@ -238,7 +240,9 @@ def unbuildable(model_type: str, reason: str) -> UserError:
 
 def _failed(config: Any, error: Exception) -> UserError:
     """Build the error for what a class raised while it was built."""
-    packages = dict.fromkeys(_INSTALL.findall(str(error))) if isinstance(error, ImportError) else ()
+    packages = dict.fromkeys(_INSTALL.findall(str(error))) if isinstance(error, ImportError) else {}
+    if isinstance(error, ModuleNotFoundError) and error.name and not packages:
+        packages = {error.name.partition(".")[0]: None}
     if packages:
         return MissingPackageError(
             tuple(packages),
@@ -257,8 +261,14 @@ def reason_of(error: Exception) -> str:
     reads it. Then the fields of the config are named that the failing code reads, with their values.
     """
     text = " ".join(str(error.args[0] if error.args else "").split())[:_LONGEST_REASON].rstrip(".:")
-    if validation := _VALIDATION.fullmatch(text):
-        return f"{validation['field']}: {validation['cause']}"
+    if validation := _VALIDATION.match(text):
+        value, expected = (
+            validation["value"] or validation["other"],
+            validation["type"] or "a value of another type",
+        )
+        return f"{validation['field']} is {value}, expected {expected}"
+    if validation := _VALIDATOR.match(text):
+        return validation["cause"]
     if isinstance(error, ValueError | ImportError | NotImplementedError) and text:
         return text
     if isinstance(error, KeyError):

@@ -12,6 +12,7 @@ import pytest
 from bench.model_types.processes import describe_here
 from bench.model_types.walk import walk
 from qlora_tui.catalog import described
+from qlora_tui.chat import generation
 from qlora_tui.training import attempt
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,7 @@ def test_a_type_is_trained_resumed_asked_and_merged_as_the_libraries_do(
 ) -> None:
     monkeypatch.setattr(described, "_describe", describe_here)
     monkeypatch.setattr(attempt, "lower_priority", lambda: None)
+    monkeypatch.setattr(generation, "PREFILL_CHUNK_TOKENS", generation.PREFILL_CHUNK_TOKENS)  # the walk's own
     walked = walk(model_type, tmp_path)
     assert (walked.verdict, walked.reason) == ("trained", "")
     assert walked.how == TRAINED[model_type]

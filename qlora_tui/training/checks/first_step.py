@@ -6,17 +6,14 @@ the run, which then trains as transformers and peft would; an event and a warnin
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import isfunction, unwrap
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from qlora_tui.catalog.optional_kernels import kernel_packages
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import join_words
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
@@ -39,6 +36,7 @@ from qlora_tui.training.checks.step import (
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.failures import is_out_of_memory
+from qlora_tui.training.fused.kernel_choice import InstalledKernels
 from qlora_tui.training.fused.patching import PATCHED_PARTS, PatchedForwards, PatchedPart
 from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.model import PreparedBase
@@ -376,41 +374,3 @@ def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> Prepare
     if "loss" in replaced:
         base = replace(base, loss="stock", loss_reason="the chunked loss failed the first step's check")
     return base
-
-
-class InstalledKernels:
-    """The functions of a model's modules that call installed kernels.
-
-    For each transformers has a PyTorch function. flash-linear-attention 0.6.0 differs from that by a rounding
-    of the dtype (relative norm of outputs and gradients: 5.9e-4 in float16, 4e-7 in float32, run by Triton's
-    interpreter).
-    """
-
-    def __init__(self, model: Any) -> None:
-        """``model``: without its adapter."""
-        self._functions: list[tuple[dict[str, Any], str, Any]] = []
-        """The names of a module, the function's name there, and the function."""
-        if not any(package.is_installed for package in kernel_packages(model.config.model_type)):
-            return
-        for module in sorted({type(module).__module__ for module in model.modules()}):
-            names = vars(sys.modules[module])
-            self._functions += [
-                (names, name, function)
-                for name, function in names.items()
-                if isfunction(function) and getattr(unwrap(function), "__module__", "") == module
-                if hasattr(function, "__wrapped__")
-            ]
-
-    def __len__(self) -> int:
-        """Return the number of functions."""
-        return len(self._functions)
-
-    def use_ours(self) -> None:
-        """Call the installed kernels."""
-        for names, name, function in self._functions:
-            names[name] = function
-
-    def use_reference(self) -> None:
-        """Call PyTorch instead."""
-        for names, name, function in self._functions:
-            names[name] = function.__wrapped__
