@@ -107,7 +107,9 @@ def prepare_for_text(model: Any, device: torch.device) -> None:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
                 model(input_ids=tokens, use_cache=False)
-            except _LIBRARY_ERRORS:
+            except _LIBRARY_ERRORS as error:
+                if is_out_of_memory(error):
+                    raise
                 _give_token_types(model)
                 with _from_text_alone(model):
                     model(input_ids=tokens, use_cache=False)
