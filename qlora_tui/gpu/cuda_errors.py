@@ -13,7 +13,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from qlora_tui.errors import UserError
-from qlora_tui.gpu.errors import ErrorText, GpuUnavailableError
+from qlora_tui.gpu.errors import GpuUnavailableError, error_texts
 from qlora_tui.gpu.torch_env import is_wsl2, without_growing_segments
 from qlora_tui.gpu.torch_on_gpu import install_fix
 from qlora_tui.gpu.visible_devices import default_cuda_device
@@ -86,53 +86,6 @@ class CudaError(NamedTuple):
     """CUDA's own."""
 
 
-_TEXTS = {
-    CudaFailure.NO_CODE: ErrorText(
-        "No code for this GPU",
-        "torch or bitsandbytes has no code that this GPU can run.",
-        "It is built for GPUs of other compute capabilities.",
-        "{torch} If that does not help: `{bitsandbytes}`.",
-    ),
-    CudaFailure.DRIVER: ErrorText(
-        "The NVIDIA driver does not fit",
-        "CUDA could not use the driver.",
-        "It is older than a library needs, was updated without a reboot, or was left broken by a suspend.",
-        "Reboot. If that does not help, `qlora-tui doctor` compares driver and libraries.",
-    ),
-    CudaFailure.BUSY: ErrorText(
-        "The GPU is busy",
-        "CUDA could not get the GPU.",
-        "Another program has it in exclusive mode, or it is being reset.",
-        "Close the program that `nvidia-smi` lists, or share the GPU: `sudo nvidia-smi -c DEFAULT`.",
-    ),
-    CudaFailure.NOT_READY: ErrorText(
-        "The GPUs are not ready",
-        "CUDA waits for the service that connects the GPUs of this machine.",
-        "NVIDIA's fabric manager does not run.",
-        "Start it: `sudo systemctl start nvidia-fabricmanager`.",
-    ),
-    CudaFailure.LIBRARY: ErrorText(
-        "A CUDA library could not start",
-        "cuBLAS could not create its context on the GPU.",
-        "Usually too little of the GPU's memory is free; else driver and library do not fit each other.",
-        "Close the programs that `nvidia-smi` lists. If memory is free, `qlora-tui doctor` tests the GPU.",
-    ),
-    CudaFailure.LOST: ErrorText(
-        "The GPU stopped computing",
-        "The GPU was reset or lost while it computed.",
-        "Usual causes: power supply, heat, overclocked memory, a suspended machine, or the driver.",
-        "`sudo dmesg | grep -i xid` shows what the driver said. If `nvidia-smi` fails too, reboot.",
-    ),
-}
-_TEXTS[CudaFailure.UNKNOWN] = _TEXTS[CudaFailure.LOST]
-_WINDOWS_DRIVER = ErrorText(
-    "The driver of Windows failed",
-    "CUDA failed in the NVIDIA driver of Windows, through which WSL2 uses the GPU.",
-    "Windows suspended or reset the GPU, or some of its driver's versions fail so.",
-    "Update the NVIDIA driver in Windows, and run `wsl --shutdown` there.",
-)
-
-
 def cuda_error(error: BaseException) -> CudaError | None:
     """Return what an exception says of CUDA; None where it is no such error, or one for a bug report."""
     code = getattr(error, "error_code", None)
@@ -164,7 +117,8 @@ def error_in_log(line: str) -> CudaError | None:
 def describe(error: CudaError) -> UserError:
     """Return the error in words, without how to go on with a run."""
     in_windows = error.failure is CudaFailure.UNKNOWN and is_wsl2()
-    text = _WINDOWS_DRIVER if in_windows else _TEXTS[error.failure]
+    kind = CudaFailure.LOST if error.failure is CudaFailure.UNKNOWN else error.failure
+    text = error_texts().windows_driver if in_windows else error_texts().cuda[kind.value]
     why = f'CUDA says: "{error.sentence}". {text.why}'
     if error.failure in (CudaFailure.LOST, CudaFailure.UNKNOWN, CudaFailure.DRIVER) and was_suspended():
         what = "The machine was suspended while the GPU computed, and the GPU lost what it held."

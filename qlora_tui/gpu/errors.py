@@ -6,7 +6,12 @@ Every NVML failure is mapped to this exception, so that callers need not know NV
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
 
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 
@@ -50,95 +55,26 @@ class GpuUnavailableReason(StrEnum):
         return "unknown" if self.value in ("mig", "no_library") else "none"
 
 
-class ErrorText(NamedTuple):
+class ErrorText(Struct, frozen=True):
     """The words of an error: title, what happened, why, and what to do."""
 
     title: str
     what: str
-    why: str
     fix: str
+    why: str = ""
 
 
-_TEXTS = {
-    GpuUnavailableReason.NO_DRIVER: ErrorText(
-        "No NVIDIA driver",
-        "No NVIDIA driver found.",
-        "Its library, libnvidia-ml.so.1, is not installed.",
-        "To train on an NVIDIA GPU, install its driver. Estimates work without it: enter a memory size.",
-    ),
-    GpuUnavailableReason.NOT_LOADED: ErrorText(
-        "NVIDIA driver not loaded",
-        "The NVIDIA driver is installed but not running.",
-        "Its kernel module is not loaded, often because it was not built for this kernel.",
-        "Try `sudo modprobe nvidia`; if that fails, reinstall the driver and reboot.",
-    ),
-    GpuUnavailableReason.MISMATCH: ErrorText(
-        "NVIDIA driver mismatch",
-        "The NVIDIA driver was updated, and the old version is still running.",
-        "Driver library and kernel module have different versions.",
-        "Reboot.",
-    ),
-    GpuUnavailableReason.NO_PERMISSION: ErrorText(
-        "No access to the GPU",
-        "This user may not access the NVIDIA driver.",
-        "The system denied access to /dev/nvidia*.",
-        "Check the permissions of these files; a container needs `--gpus all`.",
-    ),
-    GpuUnavailableReason.NO_DEVICE: ErrorText(
-        "No NVIDIA GPU",
-        "The NVIDIA driver finds no GPU.",
-        "The machine has none, or a virtual machine or container hides it.",
-        "Check whether `nvidia-smi -L` lists it; a container needs `--gpus all`.",
-    ),
-    GpuUnavailableReason.HIDDEN: ErrorText(
-        "GPU hidden",
-        "CUDA_VISIBLE_DEVICES hides every GPU.",
-        "",
-        "Unset it, or set it to the index or UUID of a whole GPU; `nvidia-smi -L` lists them.",
-    ),
-    GpuUnavailableReason.CPU_CHOSEN: ErrorText(
-        "CPU chosen",
-        "The CPU is chosen.",
-        "",
-        "Choose a GPU with `--gpu auto`, or with gpu in config.toml.",
-    ),
-    GpuUnavailableReason.NOT_PRESENT: ErrorText(
-        "No such GPU",
-        "The chosen GPU is not there.",
-        "",
-        "Choose another: `--gpu`, CUDA_VISIBLE_DEVICES, or gpu in config.toml. `nvidia-smi -L` lists them.",
-    ),
-    GpuUnavailableReason.SETTING: ErrorText(
-        "Cannot use config.toml",
-        "Which GPU to use cannot be read.",
-        "",
-        "Correct config.toml, or use `--gpu`.",
-    ),
-    GpuUnavailableReason.MIG: ErrorText(
-        "Slice of a GPU",
-        "torch uses a slice of a GPU (MIG), which cannot be read.",
-        "",
-        "For estimates, enter its memory: GPU memory to assume in the settings, or `--gpu-gib`.",
-    ),
-    GpuUnavailableReason.NO_LIBRARY: ErrorText(
-        "GPU cannot be read",
-        "The NVIDIA driver runs, and its GPUs cannot be read.",
-        "libnvidia-ml.so.1 is missing: a container has it with NVIDIA_DRIVER_CAPABILITIES=compute,utility.",
-        "Add that capability. For estimates, enter the memory: `--gpu-gib`, or GPU memory to assume.",
-    ),
-    GpuUnavailableReason.LOST: ErrorText(
-        "GPU lost",
-        "The GPU no longer responds.",
-        "It fell off the bus or needs a reset; heat, power supply and riser cables are the usual causes.",
-        "Reboot, then resume the run; `sudo dmesg | grep -i xid` shows the driver's messages.",
-    ),
-    GpuUnavailableReason.OTHER: ErrorText(
-        "NVIDIA driver error",
-        "The NVIDIA driver returned an error.",
-        "",
-        "Check whether `nvidia-smi` shows it too; if so, reboot or reinstall the driver.",
-    ),
-}
+class _Texts(Struct, frozen=True):
+    unavailable: dict[GpuUnavailableReason, ErrorText]
+    cuda: dict[str, ErrorText]
+    windows_driver: ErrorText
+
+
+@cache
+def error_texts() -> _Texts:
+    """Return what ``errors.toml`` says."""
+    return msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes(), type=_Texts)
+
 
 _REASON_BY_NVML_CODE = {
     4: GpuUnavailableReason.NO_PERMISSION,
@@ -160,7 +96,7 @@ class GpuUnavailableError(UserError):
     """No GPU can be read; ``what``, ``why`` and ``fix`` are sentences for the user."""
 
     def __init__(self, reason: GpuUnavailableReason, why: str = ""):
-        text = _TEXTS[reason]
+        text = error_texts().unavailable[reason]
         is_wrong_call = reason is GpuUnavailableReason.NOT_PRESENT
         super().__init__(
             text.title,

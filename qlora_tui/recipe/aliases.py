@@ -1,90 +1,24 @@
 """Names that are not those of a setting: other spellings, which are read, and misspellings, for hints.
 
-``RENAMED``  keys of version 0.1: read without a note, in their own section
-``ALIASES``  keys of other trainers with the same meaning and values: read in any section or above the first
-             one, with a note that names ours
-``VALUES``   other spellings of a value: those of version 0.2 and of other trainers
-``REMOVED``  settings and values that this version no longer has: what to do instead
-``RELATED``  keys of other trainers that need another value here: not read, but named in the error's hint
+``aliases.toml`` has the tables: ``RENAMED``, ``ALIASES``, ``RELATED`` and ``REMOVED``. ``VALUES`` are other
+spellings of a value: those of version 0.2 and of other trainers.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from qlora_tui.recipe.fields import fields, sections
 
-RENAMED = {
-    "lora.token_rows": "lora.trainable_tokens",
-    "data.too_long": "data.overflow",
-    "training.micro_batch": "training.micro_batch_size",
-    "training.schedule": "training.lr_scheduler",
-    "training.warmup": "training.warmup_ratio",
-    "training.evaluate_every": "training.eval_every",
-}
-ALIASES = {
-    "base_model": "model.id",
-    "bnb_4bit_compute_dtype": "quantization.compute_dtype",
-    "bnb_4bit_use_double_quant": "quantization.double_quantization",
-    "cutoff_len": "data.max_length",
-    "early_stopping_patience": "training.early_stopping",
-    "embedding_learning_rate": "training.embedding_learning_rate",
-    "embedding_lr": "training.embedding_learning_rate",
-    "eval_steps": "training.eval_every",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
-    "logging_steps": "training.log_every",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_r": "lora.rank",
-    "lora_target_modules": "lora.target_modules",
-    "loraplus_lr_ratio": "training.lora_plus_ratio",
-    "lr": "training.learning_rate",
-    "lr_scheduler_type": "training.lr_scheduler",
-    "max_seq_length": "data.max_length",
-    "model_name_or_path": "model.id",
-    "neftune_noise_alpha": "training.neftune_alpha",
-    "num_epochs": "training.epochs",
-    "num_train_epochs": "training.epochs",
-    "optim": "training.optimizer",
-    "per_device_train_batch_size": "training.micro_batch_size",
-    "r": "lora.rank",
-    "report_to": "training.report_to",
-    "sample_packing": "data.packing",
-    "save_steps": "training.checkpoint_every",
-    "save_total_limit": "training.keep_checkpoints",
-    "sequence_len": "data.max_length",
-    "val_set_size": "data.validation_fraction",
-}
+_TABLES: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+RENAMED: dict[str, str] = _TABLES["renamed"]
+ALIASES: dict[str, str] = _TABLES["aliases"]
+RELATED: dict[str, str] = _TABLES["related"]
+REMOVED: dict[str, dict[str, str]] = _TABLES["removed"]
 VALUES: dict[str, dict[Any, str]] = {"training.gradient_checkpointing": {True: "on", False: "off"}}
-REMOVED: dict[str, dict[str, str]] = {
-    "lora.init_weights": {
-        "random": "",
-        "eva": "leave it out, or name an adapter that peft initialized with EVA in lora.init_from",
-        "loftq": "leave it out, or train with LoftQ in peft (replace_lora_weights_loftq); an adapter that "
-        "began with it is exported by the version that trained it",
-    },
-    "training.optimizer": {"muon": 'write "adamw", or "lion", whose states are as small'},
-}
-"""By the value; empty where it is what every run does today, so that the setting is ignored."""
-RELATED = {
-    "additional_target": "lora.train_embeddings",
-    "attn_implementation": "model.attention",
-    "batch_size": "training.micro_batch_size",
-    "bnb_4bit_quant_type": "quantization.method",
-    "dataset": "data.sources",
-    "embedding_lr_scale": "training.embedding_learning_rate",
-    "load_in_4bit": "quantization.method",
-    "load_in_8bit": "quantization.method",
-    "lora_modules_to_save": "lora.train_embeddings",
-    "modules_to_save": "lora.train_embeddings",
-    "precision": "quantization.method",
-    "trainable_token_indices": "lora.trainable_tokens",
-    "validation_share": "data.validation_fraction",
-    "validation_split": "data.validation_fraction",
-    "warmup": "training.warmup_ratio",
-    "warmup_steps": "training.warmup_ratio",
-}
 
 
 def resolve(section: str, key: str) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -195,7 +194,6 @@ def reopen(run: RunDir, damage: str) -> str:
         move_aside(run.adapter_dir)
     resume = f"`qlora-tui resume {run.id}`"
     lost = Failed(
-        at=time.time(),
         title="The adapter was lost",
         what=f"After the run had finished, its adapter was found damaged: {damage}.",
         fix=f"{resume} writes it again from the last checkpoint.",

@@ -9,7 +9,6 @@ fit, nothing of this helps.
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +156,6 @@ def plan_retry(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
         append_event(
             run.events_path,
             events.Health(
-                at=time.time(),
                 kind="out_of_memory",
                 severity="warning",
                 evidence=ending.what,
