@@ -138,7 +138,10 @@ def truncate(
     elif overflow == "cut-right":
         parts = [_part(sample, 0, max_length)]
     elif bos_id is not None and sample.token_ids[0] == bos_id:
-        parts = [_after_bos(_part(sample, length + 1 - max_length, length), bos_id)]
+        part = _part(sample, length + 1 - max_length, length)
+        weights = None if part.weights is None else array("f", [0.0]) + part.weights
+        begun = [bos_id, *part.token_ids], b"\x00" + part.loss_mask
+        parts = [TokenizedSample(*begun, part.notes, weights)]
     else:
         parts = [_part(sample, length - max_length, length)]
     return [part for part in parts if 1 in part.loss_mask[1:]]
@@ -170,11 +173,6 @@ def _pieces(loss_mask: bytes, max_length: int) -> Iterator[tuple[int, int]]:
 def _part(sample: TokenizedSample, start: int, end: int) -> TokenizedSample:
     weights = None if sample.weights is None else sample.weights[start:end]
     return TokenizedSample(sample.token_ids[start:end], sample.loss_mask[start:end], sample.notes, weights)
-
-
-def _after_bos(part: TokenizedSample, bos_id: int) -> TokenizedSample:
-    weights = None if part.weights is None else array("f", [0.0]) + part.weights
-    return TokenizedSample([bos_id, *part.token_ids], b"\x00" + part.loss_mask, part.notes, weights)
 
 
 def last_samples(

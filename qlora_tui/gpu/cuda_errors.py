@@ -120,7 +120,8 @@ def describe(error: CudaError) -> UserError:
     kind = CudaFailure.LOST if error.failure is CudaFailure.UNKNOWN else error.failure
     text = error_texts().windows_driver if in_windows else error_texts().cuda[kind.value]
     why = f'CUDA says: "{error.sentence}". {text.why}'
-    if error.failure in (CudaFailure.LOST, CudaFailure.UNKNOWN, CudaFailure.DRIVER) and was_suspended():
+    may_be_suspension = error.failure in (CudaFailure.LOST, CudaFailure.UNKNOWN, CudaFailure.DRIVER)
+    if may_be_suspension and _suspended_s() - _suspended_before_s > _SUSPENSION_S:
         what = "The machine was suspended while the GPU computed, and the GPU lost what it held."
         return UserError(text.title, what=what, why=f'CUDA says: "{error.sentence}".', fix=text.fix)
     fix = text.fix
@@ -139,11 +140,6 @@ def cuda_problem(error: BaseException) -> UserError | None:
     """Return an exception that CUDA raised in words; None where it is a bug, or not of CUDA."""
     reported = cuda_error(error)
     return None if reported is None else describe(reported)
-
-
-def was_suspended() -> bool:
-    """Return whether the machine was suspended since this process started."""
-    return _suspended_s() - _suspended_before_s > _SUSPENSION_S
 
 
 def _by_sentence(sentence: str) -> CudaError | None:

@@ -81,7 +81,9 @@ def _argument_layer(
     layer: dict[str, Any] = {}
     issues: list[RecipeIssue] = []
     if model is not None:
-        layer = {"model": _model_layer(below, model)}
+        layer = {"model": {"id": model}}
+        if below.get("model", {}).get("id") != model:
+            layer["model"]["revision"] = "main"  # the file's is of another model
         issues += _check_text("--model", "model.id", model)
     if data:
         sources = {"data": {"sources": [{"path": path} for path in data]}}
@@ -98,12 +100,6 @@ def _argument_layer(
     if issues:
         raise InvalidRecipeError(issues)
     return layer
-
-
-def _model_layer(below: Mapping[str, Any], id_: str) -> dict[str, Any]:
-    """Layer that sets the model id, dropping the file's revision if that is of another model."""
-    same = below.get("model", {}).get("id") == id_
-    return {"id": id_} if same else {"id": id_, "revision": "main"}
 
 
 def _check_text(origin: str, path: str, text: str) -> list[RecipeIssue]:

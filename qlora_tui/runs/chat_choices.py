@@ -72,33 +72,24 @@ def _name(base: str) -> str:
     return re.sub(r"[^\w.-]+", "-", base.rstrip("/").rpartition("/")[2])[:64] or "model"
 
 
-def add_pair(prompt: Sequence[Message], chosen: str, rejected: str, provenance: Provenance) -> int:
-    """Record which of two answers is better; returns the number of pairs of this base.
+def add_choice(
+    kind: ChoiceKind, prompt: Sequence[Message], answers: dict[str, str], provenance: Provenance
+) -> int:
+    """Record a judgment of answers to a prompt; returns the number of rows of this kind and base.
+
+    Args:
+        kind: which file it goes to.
+        prompt: the turns before the answer.
+        answers: ``chosen`` and ``rejected`` of a pair; of an edit, the ``completion``.
+        provenance: where they are from.
 
     Raises:
         UserError: the file cannot be written.
     """
-    row = {
-        "prompt": _turns(prompt),
-        "chosen": _turns([Message("assistant", chosen)]),
-        "rejected": _turns([Message("assistant", rejected)]),
-        "provenance": msgspec.to_builtins(provenance),
-    }
-    return _put(provenance.base, "pairs", row, provenance.id)
-
-
-def add_edit(prompt: Sequence[Message], answer: str, provenance: Provenance) -> int:
-    """Record an edited answer; returns the number of edits of this base.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    row = {
-        "prompt": _turns(prompt),
-        "completion": _turns([Message("assistant", answer)]),
-        "provenance": msgspec.to_builtins(provenance),
-    }
-    return _put(provenance.base, "edits", row, provenance.id)
+    row: dict[str, Any] = {"prompt": _turns(prompt)}
+    row |= {part: _turns([Message("assistant", answer)]) for part, answer in answers.items()}
+    row["provenance"] = msgspec.to_builtins(provenance)
+    return _put(provenance.base, kind, row, provenance.id)
 
 
 def count_choices(base: str, kind: ChoiceKind) -> int:

@@ -53,12 +53,10 @@ def determine_outcome(
     recorded = _terminal_event(run, events_from)
     if recorded is not None:
         return recorded
-    now = time.time()
     resume = f"`qlora-tui resume {run.id}` continues from the last checkpoint."
     status = read_status(run)
     if exit_code is None and status.process is not None and not status.process.is_from_this_boot:
         return events.Failed(
-            at=now,
             title="The machine was restarted",
             what=f"{run.id} was in training when the machine went down.",
             fix=resume,
@@ -69,17 +67,16 @@ def determine_outcome(
     cuda_line = last_cuda_line(run, log_from) if may_be_cuda and log_from is not None else ""
     if sentence_in_log(cuda_line).startswith(OUT_OF_MEMORY):
         what = "A library found no free GPU memory and ended the trainer."
-        return _out_of_memory(run, what, f"Its message: {cuda_line.strip()}.", exit_code, now)
+        return _out_of_memory(run, what, f"Its message: {cuda_line.strip()}.", exit_code)
     problem = gpu_problem(run, error_in_log(cuda_line)) if exit_code != 0 else None
     if problem is not None:
-        return events.Failed.from_problem(problem, at=now, exit_code=exit_code)
+        return events.Failed.from_problem(problem, at=time.time(), exit_code=exit_code)
     if exit_code is None or exit_code < 0:
         by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"
         what = f"The trainer process was ended{by} before it could save."
         if exit_code == -signal.SIGKILL and host_out_of_memory:
-            return _out_of_memory(run, what, _host_memory(run), exit_code, now)
+            return _out_of_memory(run, what, _host_memory(run), exit_code)
         return events.Failed(
-            at=now,
             title="The trainer was killed",
             what=what,
             fix=resume,
@@ -88,7 +85,6 @@ def determine_outcome(
         )
     if exit_code == 0:
         return events.Failed(
-            at=now,
             title="The end of the run was not recorded",
             what="The trainer exited without an error, but how the run ended is not in its events.",
             why="The disk may have been full.",
@@ -98,7 +94,6 @@ def determine_outcome(
         )
     if exit_code == EXIT_DISK:
         return events.Failed(
-            at=now,
             title="The disk failed",
             what=f"The trainer could not record its end either. Its log ends: {quote_log_end(run)}",
             fix=f"Check free space and `dmesg`. {resume}",
@@ -106,7 +101,6 @@ def determine_outcome(
             exit_code=exit_code,
         )
     return events.Failed(
-        at=now,
         title="The trainer ended without a message",
         what=f"It exited with code {exit_code}. Its log ends: {quote_log_end(run)}",
         fix=f"The whole log is {run.log_path}.",
@@ -187,14 +181,13 @@ def _gpu_was_lost(run: RunDir) -> bool:
     return False
 
 
-def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None, now: float) -> events.Failed:
+def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None) -> events.Failed:
     """Failure of a trainer that was ended for lack of memory before it could say so."""
     recipe: Recipe | None = None
     with suppress(UserError):
         recipe = last_plan(run).apply_to(run.recipe())
     phase = last_phase(run)
     return events.Failed(
-        at=now,
         title="Out of memory",
         what=what,
         why=why,

@@ -20,8 +20,7 @@ from qlora_tui.runs import chat_choices
 from qlora_tui.runs.chat_choices import (
     ChoiceKind,
     Provenance,
-    add_edit,
-    add_pair,
+    add_choice,
     choices_path,
     count_choices,
     recipe_on_choices,
@@ -34,6 +33,14 @@ PROMPT = (
     Message("assistant", "hello"),
     Message("user", "who are you"),
 )
+
+
+def prefer(prompt: tuple[Message, ...], chosen: str, rejected: str, provenance: Provenance) -> int:
+    return add_choice("pairs", prompt, {"chosen": chosen, "rejected": rejected}, provenance)
+
+
+def edit(prompt: tuple[Message, ...], answer: str, provenance: Provenance) -> int:
+    return add_choice("edits", prompt, {"completion": answer}, provenance)
 
 
 def provenance(turn: str) -> Provenance:
@@ -53,8 +60,8 @@ def rows_of(path: Path, preferences: str) -> list[Conversation]:
 
 def test_choices_are_preferences_that_a_run_reads() -> None:
     assert count_choices(BASE, "pairs") == 0
-    assert add_pair(PROMPT, "An owl.", "I am an owl, and I am.", provenance("chat/1")) == 1
-    assert add_pair(PROMPT[:2], "Hello.", "Hi.", provenance("chat/2")) == 2
+    assert prefer(PROMPT, "An owl.", "I am an owl, and I am.", provenance("chat/1")) == 1
+    assert prefer(PROMPT[:2], "Hello.", "Hi.", provenance("chat/2")) == 2
     path = choices_path(BASE, "pairs")
     assert path.is_relative_to(paths.state_dir()) and stat.S_IMODE(path.stat().st_mode) == 0o600
     first, _ = rows_of(path, "chosen")
@@ -66,18 +73,18 @@ def test_choices_are_preferences_that_a_run_reads() -> None:
 
 
 def test_only_the_edited_answer_is_in_the_loss() -> None:
-    assert add_edit(PROMPT, "An owl.", provenance("chat/1")) == 1
+    assert edit(PROMPT, "An owl.", provenance("chat/1")) == 1
     (row,) = rows_of(choices_path(BASE, "edits"), "refuse")
     assert [message.content for message in row.answers] == ["An owl."]
 
 
 def test_a_turn_that_is_judged_again_replaces_its_row() -> None:
-    add_pair(PROMPT, "one", "two", provenance("chat/1"))
-    add_pair(PROMPT, "three", "four", provenance("chat/2"))
+    prefer(PROMPT, "one", "two", provenance("chat/1"))
+    prefer(PROMPT, "three", "four", provenance("chat/2"))
     path = choices_path(BASE, "pairs")
     with path.open("a") as file:
         file.write('{"prompt": "a row of the user", "chosen": "a", "rejected": "b"}\n')
-    assert add_pair(PROMPT, "two", "one", provenance("chat/1")) == 3
+    assert prefer(PROMPT, "two", "one", provenance("chat/1")) == 3
     chosen = [json.loads(line)["chosen"] for line in path.read_text().splitlines()]
     assert [each if isinstance(each, str) else each[0]["content"] for each in chosen] == ["three", "a", "two"]
 
@@ -108,26 +115,26 @@ def test_choices_can_follow_a_run_of_any_method(kind: ChoiceKind, run_id: str) -
 
 @pytest.mark.parametrize("other", ["evil/SmolLM2-135M-Instruct", "/models/b/SmolLM2-135M-Instruct"])
 def test_two_models_of_one_name_share_no_choices(other: str) -> None:
-    add_pair(PROMPT, "one", "two", provenance("chat/1"))
+    prefer(PROMPT, "one", "two", provenance("chat/1"))
     assert count_choices(other, "pairs") == 0 and choices_path(other, "pairs") != choices_path(BASE, "pairs")
-    assert add_pair(PROMPT, "one", "two", replace(provenance("chat/1"), base=other)) == 1
+    assert prefer(PROMPT, "one", "two", replace(provenance("chat/1"), base=other)) == 1
     assert count_choices(BASE, "pairs") == 1
 
 
 def test_a_file_that_cannot_be_read_whole_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_edit(PROMPT, "An owl.", provenance("chat/1"))
+    edit(PROMPT, "An owl.", provenance("chat/1"))
     path = choices_path(BASE, "edits")
     before = path.read_bytes()
     monkeypatch.setattr(chat_choices, "_MAX_BYTES", len(before) - 1)
     with pytest.raises(UserError, match="is larger than"):
-        add_edit(PROMPT, "A wise owl.", provenance("chat/2"))
+        edit(PROMPT, "A wise owl.", provenance("chat/2"))
     assert path.read_bytes() == before
 
 
 def test_a_choice_waits_for_another_program_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_edit(PROMPT, "An owl.", provenance("chat/1"))
+    edit(PROMPT, "An owl.", provenance("chat/1"))
     path = choices_path(BASE, "edits")
     monkeypatch.setattr(chat_choices, "PATIENCE_S", 0.0)
     with locked(path.with_suffix(".lock")), pytest.raises(UserError, match="Another program is writing"):
-        add_edit(PROMPT, "A wise owl.", provenance("chat/2"))
+        edit(PROMPT, "A wise owl.", provenance("chat/2"))
     assert count_choices(BASE, "edits") == 1

@@ -24,7 +24,7 @@ from qlora_tui.engine.protocol import ChatReady, Generate, LoadChat, MeasureEffe
 from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Thinking
-from qlora_tui.runs.chat_choices import Provenance, add_edit, add_pair
+from qlora_tui.runs.chat_choices import Provenance, add_choice
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.status import ACTIVE, Status, read_status
@@ -236,13 +236,14 @@ class Conversation(VerticalScroll):
         """Record which answer is better; return how many choices there are. Raises UserError."""
         names = {"chosen": chosen.adapter_name, "rejected": rejected.adapter_name}
         prompt = self.messages(turn, chosen.adapter_name)
-        texts = chosen.text.strip(), rejected.text.strip()
-        return add_pair(prompt, *texts, self._provenance(turn, names))
+        answers = {"chosen": chosen.text.strip(), "rejected": rejected.text.strip()}
+        return add_choice("pairs", prompt, answers, self._provenance(turn, names))
 
     def record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> int:
         """Record how an answer should read; return how many edits there are. Raises UserError."""
         provenance = self._provenance(turn, {"edited": answer.adapter_name}, original=answer.text)
-        return add_edit(self.messages(turn, answer.adapter_name), text, provenance)
+        prompt = self.messages(turn, answer.adapter_name)
+        return add_choice("edits", prompt, {"completion": text}, provenance)
 
     def messages(self, turn: ChatTurn, adapter_name: str) -> tuple[Message, ...]:
         """The messages that this adapter has seen so far; turns without its answer are left out."""
