@@ -7,14 +7,14 @@ From the file to the report:
   TSV, text, Parquet and Arrow, plain or compressed, within bounds.
 * ``confined``: the child processes with limits in which foreign input is worked on.
 * ``formats``: detects the format of rows and builds conversations (``conversation``) from them with
-  ``chat_formats`` and, of rows that compare or rate answers, ``preferences``. ``unsupported``: recognized
-  formats that cannot be trained on.
+  ``chat_formats`` and, of rows that compare or rate answers, ``preferences``; ``formats.toml`` has the names
+  that they know. ``unsupported``: recognized formats that cannot be trained on.
 * ``tokenizer`` (from ``tokenizer_files``), ``chat_template``, ``template_capabilities``: a model's tokenizer
   and chat template, without transformers. ``thought_splitter``: thoughts in a stream of text.
 * ``assistant_spans``: which text is trained. ``samples``: token ids and loss mask within the length limit.
   ``render``: both for a conversation.
 * ``row_result``: one row rendered, truncated and checked. ``dataset_scan``: all rows in order, by several
-  processes, counted and compared. ``problems``: what can be wrong.
+  processes, counted and compared. ``problems``: what can be wrong, of which ``problems.toml`` is the list.
 * ``dataset`` (with ``split`` and ``store``): the tokenized data set on disk, which the trainer maps.
 * ``inspection`` (with ``dataset_report``): the report on a file before a run. ``quick_check``: a two-second
   search for rows that block a run, and how much data there is. ``excluded_rows``: rows that are left out, as

@@ -60,6 +60,11 @@ class TemplateCapabilities(Struct, frozen=True):
         """Return whether the template belongs to a thinking model."""
         return self.switch is not None or self.opens_thought
 
+    def example(self, question: str, answer: str) -> list[dict[str, Any]]:
+        """Return a conversation of one question and its answer, as the template needs it."""
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return list(map(_as_parts if self.parts else dict, turns))
+
 
 def probe_template(template: ChatTemplate) -> TemplateCapabilities:
     """Probe the template with a few tiny conversations."""

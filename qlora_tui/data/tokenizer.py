@@ -165,11 +165,7 @@ class ChatTokenizer:
     def turn_end_ids(self) -> tuple[int, ...]:
         """Return the tokens at which an answer ends: end of text, and the template's turn end."""
         ends = [self.eos_id] if self.eos_id is not None else []
-        turns: list[dict[str, Any]] = [
-            {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "qvz"))
-        ]
-        if self.traits.parts:
-            turns = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+        turns = self.traits.example("a", "qvz")
         for tried in (turns, [*turns, turns[0]]):
             try:
                 closing = self.template.render(tried).rpartition("qvz")[2]

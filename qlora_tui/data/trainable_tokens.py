@@ -138,11 +138,8 @@ def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
 
 def _template_tokens(tokenizer: ChatTokenizer) -> list[str]:
     """Return the special tokens in a rendered conversation, without begin and end of text."""
-    turns: list[dict[str, object]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    if tokenizer.traits.parts:
-        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     try:
-        text = tokenizer.template.render(turns)
+        text = tokenizer.template.render(tokenizer.traits.example("a", "b"))
     except RowRejectedError:
         return []
     ends = {tokenizer.special_tokens.get("bos_token"), tokenizer.special_tokens.get("eos_token")}

@@ -23,7 +23,7 @@ _RATE_STEPS = 20
 
 
 class StepSeries:
-    """Steps as columns: one float per step and column, however long the run."""
+    """Steps as columns, named as the fields of a step: one number each, however long the run."""
 
     def __init__(self) -> None:
         self.step = array("q")
@@ -45,15 +45,9 @@ class StepSeries:
         """Add a step; that step and later ones are removed first."""
         if self.step and event.step <= self.step[-1]:
             self.cut(event.step)
-        self.step.append(event.step)
-        self.at.append(event.at)
-        self.epoch.append(event.epoch)
-        self.loss.append(math.nan if event.loss is None else event.loss)
-        self.learning_rate.append(event.learning_rate)
-        self.grad_norm.append(math.nan if event.grad_norm is None else event.grad_norm)
-        self.tokens.append(event.tokens)
-        self.tokens_per_s.append(event.tokens_per_s)
-        self.reward_margin.append(math.nan if event.reward_margin is None else event.reward_margin)
+        for name, column in vars(self).items():
+            value = getattr(event, name)
+            column.append(math.nan if value is None else value)
 
     def seconds(self, first: int = 0) -> float:
         """Training time of the steps from index ``first`` on, without evaluations and pauses.
