@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from msgspec import Struct
 
 from qlora_tui.errors import UsageError
@@ -20,53 +22,57 @@ class Conflict(Struct, frozen=True):
 
 def find_conflicts(recipe: Recipe) -> list[Conflict]:
     """Return all conflicts in a recipe; empty for a valid one."""
-    conflicting = []
-    validates = bool(recipe.data.validation_fraction or recipe.data.validation_path)
-    if recipe.training.early_stopping and not validates:
-        conflicting.append(
-            Conflict(
-                ("training.early_stopping", "data.validation_fraction"),
-                "training.early_stopping needs a validation loss, and there is no validation data",
-                "set data.validation_fraction above 0, name a data.validation_path, "
-                "or set training.early_stopping = 0",
-            )
-        )
-    if recipe.model.attention == "flash" and recipe.quantization.compute_dtype == "float32":
-        conflicting.append(
-            Conflict(
-                ("model.attention", "quantization.compute_dtype"),
-                'model.attention = "flash" needs 16 bits, and quantization.compute_dtype is "float32"',
-                'set model.attention = "sdpa" or quantization.compute_dtype = "auto"',
-            )
-        )
-    if recipe.training.lr_scheduler == "wsd" and (
-        recipe.training.warmup_ratio + recipe.training.lr_decay_share > 1
-    ):
-        conflicting.append(
-            Conflict(
-                ("training.warmup_ratio", "training.lr_decay_share"),
-                "training.warmup_ratio and training.lr_decay_share are together more than all steps",
-                "lower training.warmup_ratio or training.lr_decay_share to a sum of at most 1",
-            )
-        )
-    if recipe.lora.train_embeddings and recipe.lora.trainable_tokens:
-        conflicting.append(
-            Conflict(
-                ("lora.train_embeddings", "lora.trainable_tokens"),
-                "lora.train_embeddings trains every row of embedding and head, and lora.trainable_tokens "
-                "names some of them",
-                "set lora.train_embeddings = false or leave lora.trainable_tokens out",
-            )
-        )
-    if recipe.preference_method is not None:
-        conflicting += _preference_conflicts(recipe)
-    if recipe.quantization.streamed_layers:
-        conflicting += _streaming_conflicts(recipe)
-    return conflicting
+    quantization, lora, data, training = recipe.quantization, recipe.lora, recipe.data, recipe.training
+    streams = quantization.streamed_layers > 0
+    declared = (
+        (
+            training.early_stopping > 0 and not (data.validation_fraction or data.validation_path),
+            ("training.early_stopping", "data.validation_fraction"),
+            "training.early_stopping needs a validation loss, and there is no validation data",
+            "set data.validation_fraction above 0, name a data.validation_path, "
+            "or set training.early_stopping = 0",
+        ),
+        (
+            recipe.model.attention == "flash" and quantization.compute_dtype == "float32",
+            ("model.attention", "quantization.compute_dtype"),
+            'model.attention = "flash" needs 16 bits, and quantization.compute_dtype is "float32"',
+            'set model.attention = "sdpa" or quantization.compute_dtype = "auto"',
+        ),
+        (
+            training.lr_scheduler == "wsd" and training.warmup_ratio + training.lr_decay_share > 1,
+            ("training.warmup_ratio", "training.lr_decay_share"),
+            "training.warmup_ratio and training.lr_decay_share are together more than all steps",
+            "lower training.warmup_ratio or training.lr_decay_share to a sum of at most 1",
+        ),
+        (
+            lora.train_embeddings and bool(lora.trainable_tokens),
+            ("lora.train_embeddings", "lora.trainable_tokens"),
+            "lora.train_embeddings trains every row of embedding and head, and lora.trainable_tokens "
+            "names some of them",
+            "set lora.train_embeddings = false or leave lora.trainable_tokens out",
+        ),
+        *_preference_conflicts(recipe),
+        (
+            streams and training.gradient_checkpointing == "off",
+            ("quantization.streamed_layers", "training.gradient_checkpointing"),
+            "quantization.streamed_layers needs gradient checkpointing: a streamed layer is recomputed "
+            "in the backward pass, because another one has taken its place",
+            'set training.gradient_checkpointing = "on" or quantization.streamed_layers = 0',
+        ),
+        (
+            streams and lora.use_dora,
+            ("quantization.streamed_layers", "lora.use_dora"),
+            "lora.use_dora reads every weight of the model before training, and with "
+            "quantization.streamed_layers most of them are not on the GPU",
+            "set lora.use_dora = false or quantization.streamed_layers = 0",
+        ),
+    )
+    return [Conflict(paths, what, fix) for applies, paths, what, fix in declared if applies]
 
 
-def _preference_conflicts(recipe: Recipe) -> list[Conflict]:
-    method = recipe.data.preferences
+def _preference_conflicts(recipe: Recipe) -> Iterator[tuple[bool, tuple[str, str], str, str]]:
+    """Yield, for each setting, whether it conflicts with a preference method, and the conflict."""
+    method = recipe.preference_method
     settings = (
         (recipe.data.train_on == "everything", "data.train_on", 'is "everything"', '= "assistant"'),
         (recipe.data.overflow == "split", "data.overflow", 'is "split"', '= "cut-right"'),
@@ -74,38 +80,9 @@ def _preference_conflicts(recipe: Recipe) -> list[Conflict]:
         (recipe.training.neftune_alpha > 0, "training.neftune_alpha", "is above 0", "= 0"),
         (recipe.lora.train_embeddings, "lora.train_embeddings", "is on", "= false"),
     )
-    return [
-        Conflict(
-            ("data.preferences", path),
-            f'data.preferences = "{method}" compares whole answers, and {path} {is_}',
-            f"set {path} {wanted}",
-        )
-        for conflicts, path, is_, wanted in settings
-        if conflicts
-    ]
-
-
-def _streaming_conflicts(recipe: Recipe) -> list[Conflict]:
-    conflicting = []
-    if recipe.training.gradient_checkpointing == "off":
-        conflicting.append(
-            Conflict(
-                ("quantization.streamed_layers", "training.gradient_checkpointing"),
-                "quantization.streamed_layers needs gradient checkpointing: a streamed layer is recomputed "
-                "in the backward pass, because another one has taken its place",
-                'set training.gradient_checkpointing = "on" or quantization.streamed_layers = 0',
-            )
-        )
-    if recipe.lora.use_dora:
-        conflicting.append(
-            Conflict(
-                ("quantization.streamed_layers", "lora.use_dora"),
-                "lora.use_dora reads every weight of the model before training, and with "
-                "quantization.streamed_layers most of them are not on the GPU",
-                "set lora.use_dora = false or quantization.streamed_layers = 0",
-            )
-        )
-    return conflicting
+    for is_set, path, is_, wanted in settings:
+        what = f'data.preferences = "{method}" compares whole answers, and {path} {is_}'
+        yield is_set and method is not None, ("data.preferences", path), what, f"set {path} {wanted}"
 
 
 def check_conflicts(recipe: Recipe) -> None:

@@ -246,19 +246,20 @@ def several_gpus_problem(recipe: Recipe, gpus: int) -> UserError | None:
     if gpus == 1:
         return None
     if recipe.lora.train_embeddings:
-        return UsageError(
-            "Trained embeddings need a run on one GPU",
-            what=f"lora.train_embeddings is on, and this run has {gpus} GPUs.",
-            why="The gradients of embedding and head are not summed over several GPUs.",
-            fix="Set lora.train_embeddings = false, or train on one GPU.",
-        )
-    if not recipe.quantization.streamed_layers:
+        subject, setting = "Trained embeddings", "lora.train_embeddings is on"
+        why = "The gradients of embedding and head are not summed over several GPUs."
+        change = "lora.train_embeddings = false"
+    elif recipe.quantization.streamed_layers:
+        subject, setting = "Streamed layers", "quantization.streamed_layers is set"
+        why = "Each process would hold the streamed layers in host memory, and copy them on the same bus."
+        change = "quantization.streamed_layers to 0"
+    else:
         return None
     return UsageError(
-        "Streamed layers need a run on one GPU",
-        what=f"quantization.streamed_layers is set, and this run has {gpus} GPUs.",
-        why="Each process would hold the streamed layers in host memory, and copy them on the same bus.",
-        fix="Set quantization.streamed_layers to 0, or train on one GPU.",
+        f"{subject} need a run on one GPU",
+        what=f"{setting}, and this run has {gpus} GPUs.",
+        why=why,
+        fix=f"Set {change}, or train on one GPU.",
     )
 
 
