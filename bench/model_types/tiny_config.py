@@ -39,6 +39,7 @@ _MROPE = [2, 3, 3]
 _MROPE_UNSET = {"text_config.rope_parameters.mrope_section": _MROPE}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LOOP = {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2}
+_SPARSE = ["full_attention", "minimax_m3_sparse"]
 SETTINGS: dict[str, dict[str, Any]] = {
     # The class has another default for the sections than its config, which has none.
     **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_vl"), _MROPE_UNSET),
@@ -65,6 +66,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "step3p7": {"text_config.sliding_window": _WINDOW},
     "xmod": {"default_language": "en_XX"},
+    # By default these have none of the layers that select blocks of keys.
+    "minimax_m3_vl_text": {"layer_types": _SPARSE},
+    "minimax_m3_vl": {"text_config.layer_types": _SPARSE},
     # Numbers that belong together, which shrink in other ways.
     "gemma4_assistant": {"text_config.num_kv_shared_layers": 4},
     "apertus1p5": {
@@ -310,6 +314,7 @@ _RULES: list[tuple[re.Pattern[str], Callable[[_Shrinking, int], int]]] = [
         (rf"^({_LAYER_COUNT.pattern})$", _Shrinking.layers),
         (r"shared_experts?$", _at_most(1)),
         (r"index_topk$|indexer_budget", _at_most(_CHUNK)),
+        (r"index_topk_blocks", _at_most(2)),
         (r"per_tok|top_?k(_experts)?$|moe_k$", _at_most(2)),
         (r"topk_group|expert_group$|n_group$", _at_most(1)),
         (r"experts$", _at_most(4)),
