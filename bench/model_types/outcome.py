@@ -25,6 +25,8 @@ class Walked(Struct, kw_only=True, omit_defaults=True):
     """Faster parts that the check of the first step took out."""
     chat: str = ""
     """How answers are computed, if not with a cache of keys and values."""
+    merge: str = ""
+    """Why its adapter is not merged."""
     largest_difference: float = 0.0
     """Of loss or gradient norm from the plain loop's."""
 
@@ -41,6 +43,8 @@ class Walked(Struct, kw_only=True, omit_defaults=True):
         parts += [f"stock in place of {part}" for part in self.replaced]
         if self.chat:
             parts.append(f"chat {self.chat}")
+        if self.merge:
+            parts.append(f"not merged: {self.merge}")
         return ", ".join(parts)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bench.model_types.outcome import Walked
 from bench.model_types.tiny_config import settings_of
+from qlora_tui.adapters.base_weights import SHARED_WEIGHT
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
@@ -42,9 +43,12 @@ _LEARNING_RATE = 2e-3
 _ANSWER_TOKENS, _TURNS = 12, 2
 _READ_TOKENS = 40
 """Tokens of a prompt that the chat reads at once, fewer than a prompt has."""
-_ROUNDING = (1e-3, 5e-3, 5e-2, 5e-2)
-"""Largest difference of a loss from the plain loop's, and of a gradient norm as a share of it, by step: one
-token that rounding sends to another expert shows in all later steps."""
+_ROUNDING = 1e-4
+"""Largest difference of a loss from the plain loop's, and of a gradient norm as a share of it. Of 213 types,
+210 differ by less than 2e-5 in each of the steps."""
+_PERTURBATION, _DRAWS, _SENSITIVE = 2e-7, 3, 10
+"""Rounding of the base's weights as a share of them, how often it is drawn, and how many times its effect on
+the plain loop a difference may be: a token that rounding sends to another expert shows in all later steps."""
 
 
 class WalkError(Exception):
@@ -68,7 +72,7 @@ def walk(model_type: str, folder: Path, method: Literal["none", "nf4"] = "none")
         stage = "chat"
         _compare_answers(run, model_folder, walked, compared=method == "none")
         stage = "merge"
-        _merge(run, folder / "merged")
+        _merge(run, folder / "merged", walked)
         walked.verdict = "trained"
     except UserError as refusal:
         walked.verdict = "refused" if stage in ("config", "run") else "wrong"
@@ -196,19 +200,27 @@ def _compare_with_plain_loop(run: Any, model_folder: Path, walked: Walked) -> No
     from qlora_tui.runs.event_log import EventTail
     from qlora_tui.runs.events import Step
 
-    ours = [event for event in EventTail(run.events_path).drain() if isinstance(event, Step)]
-    plain = _plain_steps(run, model_folder)
-    for step, (loss, norm), rounding in zip(ours, plain, _ROUNDING, strict=True):
-        difference = max(
-            abs((step.loss or 0.0) - loss), abs((step.grad_norm or 0.0) - norm) / max(norm, 1e-6)
-        )
-        walked.largest_difference = max(walked.largest_difference, difference)
-        if not difference <= rounding:
-            raise WalkError(f"step {step.step}: {step.loss} and {step.grad_norm}, not {loss} and {norm}")
+    steps = [event for event in EventTail(run.events_path).drain() if isinstance(event, Step)]
+    ours = [(step.loss or 0.0, step.grad_norm or 0.0) for step in steps]
+    plain = list(_plain_steps(run, model_folder))
+    walked.largest_difference = _largest_difference(ours, plain)
+    if walked.largest_difference <= _ROUNDING:
+        return
+    perturbed = (list(_plain_steps(run, model_folder, seed)) for seed in range(1, _DRAWS + 1))
+    if not walked.largest_difference <= _SENSITIVE * max(_largest_difference(p, plain) for p in perturbed):
+        raise WalkError(f"losses and gradient norms {ours}, not {plain}")
 
 
-def _plain_steps(run: Any, model_folder: Path) -> Iterator[tuple[float, float]]:
-    """Loss and gradient norm of each step, sample by sample."""
+def _largest_difference(steps: list[tuple[float, float]], plain: list[tuple[float, float]]) -> float:
+    """Of losses, and of gradient norms as a share; nan where one is."""
+    return max(
+        max(abs(loss - other), abs(norm - other_norm) / max(other_norm, 1e-6))
+        for (loss, norm), (other, other_norm) in zip(steps, plain, strict=True)
+    )
+
+
+def _plain_steps(run: Any, model_folder: Path, seed: int = 0) -> Iterator[tuple[float, float]]:
+    """Loss and gradient norm of each step, sample by sample; with a ``seed`` from perturbed weights."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -218,6 +230,8 @@ def _plain_steps(run: Any, model_folder: Path) -> Iterator[tuple[float, float]]:
 
     recipe = run.recipe()
     model = _plain_model(model_folder)
+    if seed:
+        _perturb(model, seed)
     set_seed(recipe.training.seed)
     with adapter_view(run.adapter_dir) as view:
         config = LoraConfig.from_pretrained(str(view))
@@ -239,6 +253,13 @@ def _plain_steps(run: Any, model_folder: Path) -> Iterator[tuple[float, float]]:
         optimizer.step()
         optimizer.zero_grad()
         yield total, norm
+
+
+@torch.no_grad()
+def _perturb(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.mul_(1 + _PERTURBATION * torch.randn(parameter.shape, generator=generator))
 
 
 def _samples_of_steps(run: Any) -> list[list[tuple[Tensor, Tensor]]]:
@@ -375,11 +396,17 @@ def _with_adapter(plain: Any, adapter: Path) -> Any:
             return PeftModel.from_pretrained(plain, str(view)).eval()
 
 
-def _merge(run: Any, folder: Path) -> None:
+def _merge(run: Any, folder: Path, walked: Walked) -> None:
     """Merge the adapter, which compares the logits of the result. Raises WalkError where it could not."""
     from qlora_tui.chat.chat_sources import run_source
     from qlora_tui.export.merge import merge
 
-    result = merge(run_source(run), "adapter", folder)
+    try:
+        result = merge(run_source(run), "adapter", folder)
+    except UserError as refusal:
+        if refusal.code != SHARED_WEIGHT:
+            raise
+        walked.merge = "its layers share weights"
+        return
     if result.check is None:
         raise WalkError(f"not compared: {result.unchecked_because}")

@@ -104,6 +104,8 @@ def as_stored(_parameter: str, values: Tensor) -> Tensor:
     return values
 
 
+SHARED_WEIGHT = "shared weight"
+"""Code of the error for an adapter of one of several layers that share a weight."""
 PlacedDeltas: TypeAlias = dict[str, Update | ConvertedDelta]
 """Updates by the name of a tensor in a weight file."""
 
@@ -136,6 +138,8 @@ def assign_deltas(
             # A tied head that is stored separately.
             placed[file_of[f"{module}.weight"]][f"{module}.weight"] = update
             continue
+        if not isinstance(update, EmbeddingRowDelta | WholeMatrix):
+            _require_own_weight(layout, parameter or f"{module}.weight")
         shape = () if parameter is None else tuple(layout.by_parameter[parameter].parameters[parameter])
         if parameter is not None and isinstance(update, ExpertDelta):
             update = replace(update, transposed=layout.is_transposed(parameter))
@@ -157,6 +161,18 @@ def assign_deltas(
         for name in group.stored:
             placed[file_of[name]][name] = ConvertedDelta(layout, group, updates, file_of, name)
     return placed
+
+
+def _require_own_weight(layout: StoredLayout, parameter: str) -> None:
+    """Raise UserError for a weight that several layers use (Zamba), each with a change of its own or none."""
+    if (other := layout.shared.get(parameter)) is not None:
+        raise UserError(
+            "The adapter cannot be merged into this base",
+            what=f"The base has one weight for {parameter} and {other}; the adapter changes each use apart.",
+            why="A merged weight is the same for both.",
+            fix="Use the adapter with peft, or in Chat.",
+            code=SHARED_WEIGHT,
+        )
 
 
 def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -> AdapterDeltas:

@@ -143,6 +143,12 @@ class StoredLayout:
             names.setdefault(inner_name(name), []).append(name)
         return names
 
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Another parameter that is the same weight, by the names of both."""
+        tied = self._model.get_expanded_tied_weights_keys(all_submodels=True)
+        return {**tied, **{source: target for target, source in tied.items()}}
+
     def is_transposed(self, parameter: str) -> bool:
         """Return whether a parameter's matrices of experts are (inputs, outputs), as peft decides it."""
         return bool(getattr(self._model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False))

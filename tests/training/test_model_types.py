@@ -26,6 +26,7 @@ TRAINED = {
     "emu3": "fast",  # images and text, a text class that does not find its weights
     "deepseek_v3": "fast",  # latent attention, routed and shared experts
     "qwen3_next": "padded",  # linear attention, experts
+    "zamba": "padded, not merged: its layers share weights",
     "falcon_h1": "padded",  # state space beside attention in each layer
 }
 """By type: how it is computed."""
