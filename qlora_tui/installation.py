@@ -100,45 +100,42 @@ def install_command(
         keep: Packages that stay at their installed versions; a uv tool keeps to what this program needs.
     """
     packages = [_Package.parse(requirement) for requirement in requirements]
-    match installer():
-        case Installer.UV_TOOL if tool := _uv_tool():
-            tool = replace(tool, packages=_with(tool.packages, packages))
-            build = _torch_build()
-            return shlex.join(tool.command(*options, *(["--torch-backend", build] if build else [])))
-        case Installer.PIPX:
-            begin = ["pipx", "runpip", PROGRAM, "install", *options]
-        case Installer.PIP:
-            begin = [sys.executable, "-m", "pip", "install", *options]
-        case _:
-            begin = ["uv", "pip", "install", "--python", sys.executable, *options]
+    if tool := _uv_tool():
+        tool = replace(tool, packages=_with(tool.packages, packages))
+        build = _torch_build()
+        return shlex.join(tool.command(*options, *(["--torch-backend", build] if build else [])))
     packages += [_Package(name, source=f"=={version(name).partition('+')[0]}") for name in keep]
     own = _installed_program()
     packages = [replace(own, extras=each.extras) if each.name == PROGRAM else each for each in packages]
-    return shlex.join([*begin, *(word for each in packages for word in each.words())])
+    return shlex.join([*_begin(options, options), *(word for each in packages for word in each.words())])
 
 
 def torch_command(build: str) -> str:
     """Return the command that replaces torch by a build of its own package index, such as ``cu126``."""
-    match installer():
-        case Installer.UV_TOOL if tool := _uv_tool():
-            return shlex.join(tool.command("--torch-backend", build, "--reinstall-package", "torch"))
-        case Installer.PIPX:
-            begin = ["pipx", "runpip", PROGRAM, "install", "--force-reinstall"]
-        case Installer.PIP:
-            begin = [sys.executable, "-m", "pip", "install", "--force-reinstall"]
-        case _:
-            begin = ["uv", "pip", "install", "--python", sys.executable, "--reinstall-package", "torch"]
+    if tool := _uv_tool():
+        return shlex.join(tool.command("--torch-backend", build, "--reinstall-package", "torch"))
+    begin = _begin(["--force-reinstall"], ["--reinstall-package", "torch"])
     return shlex.join([*begin, "torch", "--index-url", f"{_TORCH_INDEX}{build}"])
+
+
+def _begin(pip_options: Sequence[str], uv_options: Sequence[str]) -> list[str]:
+    """Return the beginning of a command that installs packages into the environment."""
+    match installer():
+        case Installer.PIPX:
+            return ["pipx", "runpip", PROGRAM, "install", *pip_options]
+        case Installer.PIP:
+            return [sys.executable, "-m", "pip", "install", *pip_options]
+        case _:
+            return ["uv", "pip", "install", "--python", sys.executable, *uv_options]
 
 
 def torch_command_needs() -> str:
     """Return what the command for torch needs, such as ``uv 0.9.19 or newer``; empty if nothing special."""
-    is_tool = installer() is Installer.UV_TOOL and _uv_tool() is not None
-    return f"uv {_UV_FOR_TORCH} or newer" if is_tool else ""
+    return f"uv {_UV_FOR_TORCH} or newer" if _uv_tool() else ""
 
 
 def _uv_tool() -> _UvTool | None:
-    """Return what the receipt of uv says; None where it says something that cannot be repeated here.
+    """Return what the receipt of uv says; None without one, or where it says what cannot be repeated here.
 
     Then packages are installed into the environment, of which the receipt does not know.
     """

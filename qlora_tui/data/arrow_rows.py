@@ -15,7 +15,15 @@ from typing import Any
 import msgspec
 
 from qlora_tui.data.confined import Confined, KilledError
-from qlora_tui.data.row import LARGEST_ROW_BYTES, MIB, Row, TooLarge, check_expansion, distinct_names
+from qlora_tui.data.row import (
+    LARGEST_ROW_BYTES,
+    MIB,
+    Row,
+    TooLarge,
+    check_expansion,
+    distinct_names,
+    empty_file,
+)
 from qlora_tui.data.text_reader import Position
 from qlora_tui.errors import UserError
 
@@ -36,9 +44,7 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
     Raises ``UserError`` where the file is empty, damaged, or not what its name says, and ``TooLarge``.
     """
     if path.stat().st_size == 0:
-        raise UserError(
-            "Empty file", what=f"{path} is empty.", fix="Choose another file, or download this one again."
-        )
+        raise empty_file(path)
     number = 0
     try:
         for values, position_bytes in _reader.iterate(_pieces, str(path), kind):

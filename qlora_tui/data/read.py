@@ -31,6 +31,7 @@ from qlora_tui.data.row import (
     Row,
     TooLarge,
     distinct_names,
+    empty_file,
     is_too_deep,
     line_over_bound,
     rough_bytes,
@@ -116,11 +117,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
             return
         with opened(path, position) as stream:
             if not stream.peek():
-                raise UserError(
-                    "Empty file",
-                    what=f"{path} is empty.",
-                    fix="Choose another file, or download this one again.",
-                )
+                raise empty_file(path)
             # Without a known suffix, it is JSON if it starts like it.
             starts_as_json = stream.peek().lstrip()[:1] in (b"[", b"{")
             yield from _READERS[kind or ("json" if starts_as_json else "text")](stream)
@@ -261,18 +258,19 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
         if table.line - table.first_line > _LEAST_LINES_INSIDE and _holds_rows(cells, len(header), delimiter):
             taken = f"Row {number} takes lines {table.first_line:,} to {table.line:,}"
             warnings = (("rows-in-value", f"{taken}, and each of those inside would be a row."),)
+        what = ""
         if table.damage:
             table.check_damage()
             yield Row(number=number, kind="bad-encoding", error=table.damage, warnings=warnings)
-        elif len(cells) != len(header):
+            continue
+        if len(cells) != len(header):
             what = f"{pluralize(len(cells), 'value')} for {pluralize(len(header), 'column')}"
-            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.", warnings=warnings)
         elif any(cell.startswith(' "') for cell in cells):
             what = "a space before an opening quote, so that the quotes are part of the value"
-            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
         elif cells[0].strip() == header[0] and [cell.strip() for cell in cells] == header:
             what = "the header again, as where tables were joined"
-            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.")
+        if what:
+            yield Row(number=number, kind="bad-row", error=f"{where}: {what}.", warnings=warnings)
         else:
             yield Row(number=number, value=dict(zip(header, cells, strict=True)), warnings=warnings)
 
