@@ -15,15 +15,7 @@ from typing import Any
 import msgspec
 
 from qlora_tui.data.confined import Confined, KilledError
-from qlora_tui.data.row import (
-    LARGEST_ROW_BYTES,
-    MIB,
-    Row,
-    TooLarge,
-    check_expansion,
-    distinct_names,
-    empty_file,
-)
+from qlora_tui.data.row import LARGEST_ROW_BYTES, MIB, Row, TooLarge, check_expansion, distinct_names
 from qlora_tui.data.text_reader import Position
 from qlora_tui.errors import UserError
 
@@ -41,10 +33,8 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
     """Yield the rows of a Parquet file (``kind`` is ``parquet``) or an Arrow stream as ``datasets`` stores
     it.
 
-    Raises ``UserError`` where the file is empty, damaged, or not what its name says, and ``TooLarge``.
+    Raises ``UserError`` where the file is damaged, or not what its name says, and ``TooLarge``.
     """
-    if path.stat().st_size == 0:
-        raise empty_file(path)
     number = 0
     try:
         for values, position_bytes in _reader.iterate(_pieces, str(path), kind):

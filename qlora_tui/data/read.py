@@ -31,7 +31,6 @@ from qlora_tui.data.row import (
     Row,
     TooLarge,
     distinct_names,
-    empty_file,
     is_too_deep,
     line_over_bound,
     rough_bytes,
@@ -111,13 +110,18 @@ def row_of(raw: Row | Line) -> Row | None:
 def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Line]:
     """Yield every row of one file, with the lines of a JSONL file unparsed and including blank ones."""
     kind = kind_of(path)
+    empty = UserError(
+        "Empty file", what=f"{path} is empty.", fix="Choose another file, or download this one again."
+    )
     try:
         if kind in ("parquet", "arrow"):
+            if not path.stat().st_size:
+                raise empty
             yield from arrow_rows(path, kind, position)
             return
         with opened(path, position) as stream:
             if not stream.peek():
-                raise empty_file(path)
+                raise empty
             # Without a known suffix, it is JSON if it starts like it.
             starts_as_json = stream.peek().lstrip()[:1] in (b"[", b"{")
             yield from _READERS[kind or ("json" if starts_as_json else "text")](stream)

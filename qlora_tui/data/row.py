@@ -76,12 +76,6 @@ class TooLarge(Exception):
     """Something in a file is over a bound; the message names the place in the file and the bound."""
 
 
-def empty_file(path: Path) -> UserError:
-    """Build the error for a file with nothing in it."""
-    fix = "Choose another file, or download this one again."
-    return UserError("Empty file", what=f"{path} is empty.", fix=fix)
-
-
 def too_large(path: Path, error: TooLarge) -> DamagedFileError:
     """Build the error shown to the user."""
     return DamagedFileError(
