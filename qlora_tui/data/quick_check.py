@@ -102,19 +102,20 @@ def quick_check(
             row_count += 1
             for kind, example in row.warnings:
                 tally.add(kind, row.number, example)
-            if not isinstance(one, RowRejectedError) and _has_no_answer(one, data):
-                tally.add("no-answer", row.number, "No assistant turn is in the loss.")
-                rejected += 1
             if isinstance(one, RowRejectedError):
                 tally.add(one.kind, row.number, one.reason)
                 rejected += 1
-            elif long_text := estimated_long_text(one, data):
-                tally.add_long_text(row.number, long_text)
-            elif one.messages and one.messages[-1].role == "user":
-                tally.add("ends-with-user", row.number, "The last turn has no answer.")
-            if not isinstance(one, RowRejectedError) and not _is_left_out(one, data):
-                samples += 1
-                tokens += sum(_trained_length(side, data) for side in (one, *one.rejected))
+            else:
+                if _has_no_answer(one, data):
+                    tally.add("no-answer", row.number, "No assistant turn is in the loss.")
+                    rejected += 1
+                if long_text := estimated_long_text(one, data):
+                    tally.add_long_text(row.number, long_text)
+                elif one.messages and one.messages[-1].role == "user":
+                    tally.add("ends-with-user", row.number, "The last turn has no answer.")
+                if not _is_left_out(one, data):
+                    samples += 1
+                    tokens += sum(_trained_length(side, data) for side in (one, *one.rejected))
             if time.monotonic() >= deadline:
                 in_time = False
                 break

@@ -55,6 +55,16 @@ _Fingerprint = tuple[Path, int, bytes, int, int]
 size in bytes."""
 
 
+_FIXES = dict.fromkeys(BAD_ROWS, SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})) | {
+    PAIRS: SuggestedFix("train on both answers with ORPO", changes={"data.preferences": "orpo"}),
+    RATED: SuggestedFix("train on all answers with KTO", changes={"data.preferences": "kto"}),
+    NOTHING_COMPARED: SuggestedFix(
+        "train on the answers as they are", changes={"data.preferences": "refuse"}
+    ),
+}
+"""The change of a setting that makes data usable, by the code of the error."""
+
+
 def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
     """Check sources, rows and the step limit; ``model_files`` is None without a model."""
     data = recipe.data
@@ -69,7 +79,7 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
             raise result
         checks = [Check(CheckKind.DATA, "note", note) for note in _source_notes(data)]
     except UserError as problem:
-        return [Check.blocked(CheckKind.DATA, problem, _data_fix(problem))]
+        return [Check.blocked(CheckKind.DATA, problem, _FIXES.get(problem.code))]
     except OSError as error:
         return [Check.blocked(CheckKind.DATA, _unreadable(error))]
     checks += map(_row_warning, result.warnings)
@@ -168,19 +178,6 @@ def _amount(recipe: Recipe, sizes: Sequence[FileSize]) -> tuple[float, float]:
     # The sources come first; after them is the validation file, which no step trains on.
     trained = [(size, sources[size.source].weight) for size in sizes if size.source < len(sources)]
     return sum(s.samples * weight for s, weight in trained), sum(s.tokens * weight for s, weight in trained)
-
-
-def _data_fix(problem: UserError) -> SuggestedFix | None:
-    """Return the change of a setting that makes the data usable, where there is one."""
-    if problem.code in BAD_ROWS:
-        return SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})
-    if problem.code == PAIRS:
-        return SuggestedFix("train on both answers with ORPO", changes={"data.preferences": "orpo"})
-    if problem.code == RATED:
-        return SuggestedFix("train on all answers with KTO", changes={"data.preferences": "kto"})
-    if problem.code == NOTHING_COMPARED:
-        return SuggestedFix("train on the answers as they are", changes={"data.preferences": "refuse"})
-    return None
 
 
 def _rows_used(trained: Sequence[FileSize], excluded: int, text: str) -> Check:

@@ -143,10 +143,8 @@ def next_plan(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
         or ending.phase in events.PREPARING_PHASES
     ):
         return None
-    try:
-        return reduce_memory(run.recipe(), last_plan(run))
-    except UserError:
-        return None
+    recipe = run.readable_recipe()
+    return None if recipe is None else reduce_memory(recipe, last_plan(run))
 
 
 def plan_retry(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
