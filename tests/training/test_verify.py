@@ -197,7 +197,7 @@ def scale_dropped(patch: pytest.MonkeyPatch) -> None:
 def columns_swapped(patch: pytest.MonkeyPatch) -> None:
     """Gate and up are given each other's columns of the product with A."""
     right = lora_group._by_adapter
-    patch.setattr(lora_group, "_by_adapter", lambda xa, adapters: right(xa, adapters)[::-1])
+    patch.setattr(lora_group, "_by_adapter", lambda *args, **options: right(*args, **options)[::-1])
 
 
 def samples_not_separated(patch: pytest.MonkeyPatch) -> None:

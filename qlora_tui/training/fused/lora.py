@@ -255,7 +255,7 @@ class FusedLora(torch.autograd.Function):
             grads_b.append(grad_b)
         grad_xa = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         grad_a = grad_of_a(grad_xa, x, dropout_mask)
-        grads_a = torch.split(grad_a, [len(adapter.a) for adapter in adapters])
+        grads_a = _by_adapter(grad_a, adapters, dim=0)
         cast = cast_grads([*grads_a, *grads_b], adapters[0].a.dtype)
         del grad_a, grads_a, grads_b
         of_a, of_b = cast[: len(adapters)], cast[len(adapters) :]
@@ -477,6 +477,8 @@ def _stacked_a(adapters: Sequence[LoraParameters], dtype: torch.dtype) -> Tensor
     return adapters[0].casts.cast_stack([adapter.a for adapter in adapters], dtype)
 
 
-def _by_adapter(xa: Tensor, adapters: Sequence[LoraParameters]) -> tuple[Tensor, ...]:
-    """The columns of each adapter."""
-    return torch.split(xa, [len(adapter.a) for adapter in adapters], dim=1)
+def _by_adapter(stacked: Tensor, adapters: Sequence[LoraParameters], dim: int = 1) -> tuple[Tensor, ...]:
+    """The columns of each adapter, or with ``dim`` 0 its rows."""
+    if len(adapters) == 1:
+        return (stacked,)
+    return torch.split(stacked, [len(adapter.a) for adapter in adapters], dim=dim)
