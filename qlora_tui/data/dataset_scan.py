@@ -104,16 +104,13 @@ class DatasetScanner:
     def _count(self, tally: ProblemCounter, file: SourceFile, one: RowResult) -> None:
         counts, row = self.counts, one.row
         counts.rows += 1
-        for kind, example in one.messages:
+        for kind, example in one.findings:
             tally.add(kind, row, example)
         if one.key is not None:
             self._check_duplicates(tally, file, one, one.key)
-        if one.rejected is not None:
+        if one.is_rejected:
             counts.left_out += 1
-            tally.add(one.rejected[0], row, one.rejected[1])
             return
-        for kind, example in one.sample_findings:
-            tally.add(kind, row, example)
         if one.long_text is not None:
             tally.add_long_text(row, one.long_text)
         if one.counts is not None:

@@ -61,14 +61,12 @@ class RowResult(Struct, frozen=True):
     """The result of one row."""
 
     row: int
-    rejected: Finding | None = None
-    """Kind and reason why the row gives no sample; None if it does."""
+    is_rejected: bool = False
+    """Whether the row gives no sample; its last finding says why."""
     key: int | None = None
     """Key that is equal for rows with equal content (see ``split.group_key``); None for no conversation."""
-    messages: tuple[Finding, ...] = ()
-    """Findings on the conversation that need no tokenizer."""
-    sample_findings: tuple[Finding, ...] = ()
-    """Findings on its samples, and what the length limit did to them."""
+    findings: tuple[Finding, ...] = ()
+    """Findings on the conversation and its samples, and what the length limit did to them."""
     notes: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     """Tokens of each sample before truncation; characters of the conversation without a tokenizer."""
@@ -101,7 +99,7 @@ class RowProcessor:
         if self._tokenizer is not None:
             rendered = render_many(sides, self._tokenizer, RenderOptions.of(self._data))
         return [
-            RowResult(row.number, (one.kind, one.reason), messages=row.warnings)
+            RowResult(row.number, True, findings=(*row.warnings, (one.kind, one.reason)))
             if isinstance(one, RowRejectedError)
             else self._row_result(
                 one, [next(rendered) for _ in (one, *one.rejected)], batch.sketched, row.warnings
@@ -120,18 +118,20 @@ class RowProcessor:
         result = RowResult(
             conversation.row,
             key=group_key(conversation, self._seed),
-            messages=(*warnings, *conversation_findings(conversation)),
+            findings=(*warnings, *conversation_findings(conversation)),
             sketch=minhash_sketch(conversation).tobytes() if sketched else b"",
         )
         rendered: list[list[TokenizedSample]] = []
         for side in sides:
             if isinstance(side, RowRejectedError):
-                return replace(result, rejected=(side.kind, side.reason))
+                why = side.kind, side.reason
+                return replace(result, is_rejected=True, findings=(*result.findings, why))
             rendered.append(side)
         if self._tokenizer is not None:
             return self._measured(result, conversation, rendered, self._tokenizer)
         if conversation.messages and not conversation.answers and self._data.train_on == "assistant":
-            return replace(result, rejected=("no-answer", "No assistant turn is in the loss."))
+            no_answer = "no-answer", "No assistant turn is in the loss."
+            return replace(result, is_rejected=True, findings=(*result.findings, no_answer))
         characters = sum(len(m.content) + len(m.reasoning) for m in conversation.messages)
         return replace(
             result,
@@ -168,7 +168,7 @@ class RowProcessor:
         counts.trained_tokens = sum(sample.trained_count for sample in samples)
         return replace(
             result,
-            sample_findings=tuple(problems),
+            findings=(*result.findings, *problems),
             notes=whole[0].notes,
             lengths=tuple(len(sample.token_ids) for sample in whole),
             samples=tuple(samples) if self._keep_samples else (),

@@ -105,9 +105,7 @@ def last_throughput(model: str) -> float | None:
         ending = last_event(run.events_path)
         if not isinstance(ending, Finished) or ending.tokens_per_s <= 0:
             continue
-        try:
-            if run.recipe().model.id == model:
-                return ending.tokens_per_s
-        except UserError:
-            continue
+        recipe = run.readable_recipe()
+        if recipe is not None and recipe.model.id == model:
+            return ending.tokens_per_s
     return None
