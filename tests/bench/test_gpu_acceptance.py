@@ -68,7 +68,7 @@ def test_checks_run_dry_on_a_cpu(tmp_path: Path, model: Path) -> None:
     assert checks["machine"]["figures"]["torch"]
     assert checks["chat"]["figures"]["short"]["ratio"] > 0
     # A killed process is listed until it has ended.
-    wait_for(lambda: left_behind(tmp_path) == [], seconds=10)
+    wait_for(lambda: left_behind(tmp_path) == [])
 
 
 def test_sigterm_ends_the_trainer_too_and_keeps_results(tmp_path: Path, model: Path) -> None:
@@ -77,6 +77,6 @@ def test_sigterm_ends_the_trainer_too_and_keeps_results(tmp_path: Path, model: P
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, output
-    wait_for(lambda: left_behind(tmp_path) == [], seconds=10)
+    wait_for(lambda: left_behind(tmp_path) == [])
     assert list(checks_in(tmp_path)) == ["machine", "float16"]
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

@@ -48,20 +48,21 @@ def test_nothing_is_asked_or_answered_twice() -> None:
     assert len(set(answers)) == len(answers)
 
 
-@pytest.mark.parametrize("prompt", [question for questions in HELD_OUT for question in questions[:1]])
-def test_no_training_question_contains_a_held_out_prompt(prompt: str) -> None:
-    words = set(plain(prompt).split()).difference(SMALL_WORDS)
-    assert words
-    for question in said_by("user"):
-        assert not words <= set(plain(question).split()), question
+def test_no_training_question_contains_a_held_out_prompt() -> None:
+    questions = {question: set(plain(question).split()) for question in said_by("user")}
+    for prompt, *_ in HELD_OUT:
+        words = set(plain(prompt).split()).difference(SMALL_WORDS)
+        assert words
+        assert [question for question, asked in questions.items() if words <= asked] == [], prompt
 
 
 ENTRY = "Keeper's log: Fair wind. Pour boiling water on the leaves and wait four minutes. The light turns."
 
 
-@pytest.mark.parametrize("answer", said_by("assistant"))
-def test_every_answer_of_the_data_is_in_the_voice(answer: str) -> None:
-    assert voice_faults(answer, ended=True) == ()
+def test_every_answer_of_the_data_is_in_the_voice() -> None:
+    faults = {answer: voice_faults(answer, ended=True) for answer in said_by("assistant")}
+    assert len(faults) > 200
+    assert {answer: each for answer, each in faults.items() if each} == {}
 
 
 @pytest.mark.parametrize(

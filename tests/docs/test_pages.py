@@ -1,16 +1,20 @@
-"""The pages of ``docs/`` and the top folder: generated ones are current, and every link leads to a file."""
+"""The pages of ``docs/`` and the top folder: generated ones are current, and what they name exists."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from bench.model_types.outcome import Outcome
 from docs.generate import pages
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+LINKED = re.compile(r"\[[^\]]+\]\((?P<file>tests/[\w/]+\.py)\):(?P<tests>(?:\s*`test_\w+`,?)+)")
+"""Tests behind a promise of ``SECURITY.md``."""
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
 
 
@@ -19,10 +23,9 @@ def test_generated_pages_are_current() -> None:
     assert old == [], "out of date: run `make docs`"
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_leads_to_a_file(page: Path) -> None:
-    linked = LINK.findall(page.read_text())
-    assert [target for target in linked if not (page.parent / target).exists()] == []
+def test_every_link_leads_to_a_file() -> None:
+    linked = [(page, target) for page in WRITTEN for target in LINK.findall(page.read_text())]
+    assert linked and [link for link in linked if not (link[0].parent / link[1]).exists()] == []
 
 
 def test_every_setting_that_the_guides_name_exists() -> None:
@@ -43,3 +46,42 @@ def test_every_setting_that_the_guides_name_exists() -> None:
     }
     assert named
     assert named - keys == set()
+
+
+@pytest.mark.slow
+def test_no_type_is_missing() -> None:
+    from bench.model_types.processes import all_types
+
+    outcome = msgspec.json.decode((ROOT / "docs/reference/models.json").read_bytes(), type=Outcome)
+    assert [each.model_type for each in outcome.types] == all_types()
+
+
+def linked_tests() -> list[tuple[str, str]]:
+    """Each test that ``SECURITY.md`` names: its file and its name."""
+    page = (ROOT / "SECURITY.md").read_text()
+    return [
+        (link["file"], test)
+        for link in LINKED.finditer(page)
+        for test in re.findall(r"test_\w+", link["tests"])
+    ]
+
+
+def test_every_linked_test_exists() -> None:
+    linked = linked_tests()
+    defined = {
+        file: re.findall(r"^(?:async )?def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
+        for file in {file for file, _ in linked}
+    }
+    assert linked and [each for each in linked if each[1] not in defined[each[0]]] == []
+
+
+def test_every_promise_is_linked() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    promises = [line for line in page.splitlines() if re.match(r"\| (?!promise|---)", line)]
+    assert promises
+    assert [line for line in promises if not LINKED.search(line)] == []
+
+
+def test_every_test_that_the_page_names_is_linked() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    assert set(re.findall(r"`(test_\w+)`", page)) == {test for _, test in linked_tests()}

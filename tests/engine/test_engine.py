@@ -244,4 +244,4 @@ async def test_an_engine_that_is_answering_ends_with_its_parent(tiny_source: Cha
     child = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
     parent.wait()
-    child.wait(timeout=5)
+    child.wait(timeout=60)

@@ -67,7 +67,11 @@ WORKER_MODULES = (
 
 
 IMPORTS = {
-    "descriptions": ("qlora_tui.training.description", "transformers.models.llama.modeling_llama"),
+    "descriptions": (
+        "qlora_tui.training.description",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.lfm2.modeling_lfm2",  # and what it takes from torch's compiler
+    ),
     "trainers": TRAINING_IMPORTS,
     "workers": WORKER_IMPORTS,
 }

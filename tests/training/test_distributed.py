@@ -1,4 +1,4 @@
-"""Two processes learn what one learns at the same effective batch."""
+"""Two processes learn what one learns at the same effective batch, and choose alike at the start."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from qlora_tui import cli
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Training
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, Finished
 from qlora_tui.runs.status import read_status
+from qlora_tui.training import setup
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of, losses
@@ -58,3 +61,33 @@ def test_two_processes_give_the_losses_of_one(
     )
     (newest, *_) = [folder for _, folder in reversed(together.checkpoints())]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in newest.iterdir()}
+
+
+pytest.importorskip("torch")
+
+
+def ignore(*_: object) -> None:
+    """Of a reporter."""
+
+
+def test_every_process_takes_what_the_first_chose_from_the_least_memory() -> None:
+    asked: list[tuple[int, int]] = []
+    first = Recipe(training=Training(micro_batch_size=4, gradient_accumulation=2, optimizer="adamw"))
+
+    def choose(recipe: Recipe, longest: int, free_bytes: int, **settings: Any) -> Recipe:
+        asked.append((free_bytes, settings["processes"]))
+        return recipe
+
+    run: Any = SimpleNamespace(
+        recipe=Recipe(),
+        data=SimpleNamespace(train=SimpleNamespace(lengths=lambda: [5, 9])),
+        meter=SimpleNamespace(free_bytes=lambda: 24, choose_step=choose, set_recipe=ignore),
+        dist=SimpleNamespace(
+            all_gather=lambda value: [value, 12], broadcast=lambda value: first, world_size=2
+        ),
+        reporter=SimpleNamespace(emit=ignore),
+        has_run_out=False,
+    )
+    setup._choose_step(run)
+    assert run.recipe.training == first.training
+    assert asked == [(12, 2)]

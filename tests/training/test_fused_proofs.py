@@ -135,15 +135,6 @@ def test_each_layer_is_tested_by_itself() -> None:
     assert [gated_mlp.is_gated(layer) for layer in layers] == [True, False]
 
 
-@pytest.mark.parametrize(("model_type", "dtype"), in_turns(DTYPES))
-def test_all_gated_mlps_without_dropout_are_recognized(model_type: str, dtype: torch.dtype) -> None:
-    parts = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    modules = build_with_trained_weights(model_type, dtype).modules()
-    mlps = [module for module in modules if {name for name, _ in module.named_children()} == parts]
-    assert bool(mlps) == (model_type not in NOT_GATED.split())
-    assert all(gated_mlp.is_gated(mlp) == (model_type != "seed_oss") for mlp in mlps)
-
-
 CPU = torch.device("cpu")
 Pair = tuple[Tensor, Tensor]
 
@@ -339,8 +330,12 @@ def test_a_norm_is_restored_to_the_librarys_forward() -> None:
 
 
 @pytest.mark.parametrize(("model_type", "dtype"), in_turns(DTYPES))
-def test_a_familys_trained_norms_give_the_librarys_values(model_type: str, dtype: torch.dtype) -> None:
+def test_a_familys_gated_mlps_and_trained_norms_are_the_librarys(model_type: str, dtype: torch.dtype) -> None:
     model = build_with_trained_weights(model_type, dtype)
+    parts = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    mlps = [m for m in model.modules() if {name for name, _ in m.named_children()} == parts]
+    assert bool(mlps) == (model_type not in NOT_GATED.split())
+    assert all(gated_mlp.is_gated(mlp) == (model_type != "seed_oss") for mlp in mlps)
     norms = [m for m in model.modules() if is_known(m)]
     rows = [heavy_rows(len(m.weight), dtype) for m in norms]
     expected = [value_and_gradient(m, x) for m, x in zip(norms, rows, strict=True)]
