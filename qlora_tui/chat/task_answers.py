@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.decoding import decode_json
+from qlora_tui.decoding import try_json
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import open_append, read_regular
 from qlora_tui.gpu.torch_env import faster_imports
@@ -63,12 +63,9 @@ class AnswerStore:
         except OSError:
             content = b""
         for line in content.splitlines():
-            try:
-                stored = decode_json(line, _LINES)
-            except ValueError:
-                # The last line of a process that was killed.
-                continue
-            self._answers[stored.prompt] = stored.answer
+            # The last line of a process that was killed is torn.
+            if (stored := try_json(line, _LINES)) is not None:
+                self._answers[stored.prompt] = stored.answer
         self._is_torn = bool(content) and not content.endswith(b"\n")
 
     def get(self, prompt: Sequence[int]) -> tuple[int, ...] | None:

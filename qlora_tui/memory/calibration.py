@@ -25,7 +25,7 @@ from statistics import median
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.decoding import Count, UnixTime, decode_json
+from qlora_tui.decoding import Count, UnixTime, read_json, try_json
 from qlora_tui.files import atomic_write
 from qlora_tui.paths import state_dir
 
@@ -153,17 +153,11 @@ _DECODER = msgspec.json.Decoder(MeasuredRun)
 @lru_cache(maxsize=1)
 def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
     """Read the file; cached until it changes, because screens call this at every key press."""
-    runs = []
     try:
         lines = file.read_bytes().splitlines()
     except OSError:
         return ()
-    for line in lines:
-        try:
-            runs.append(decode_json(line, _DECODER))
-        except msgspec.MsgspecError:
-            continue
-    return tuple(runs)
+    return tuple(run for line in lines if (run := try_json(line, _DECODER)) is not None)
 
 
 class TransferSpeed(Struct, frozen=True, kw_only=True):
@@ -209,10 +203,5 @@ _SPEED_DECODER = msgspec.json.Decoder(dict[str, TransferSpeed])
 @lru_cache(maxsize=1)
 def _read_speeds(file: Path, modified_ns: int, size: int) -> dict[str, TransferSpeed]:
     """Read the file; cached until it changes. A damaged file counts as no measurement."""
-    if size > _MAX_BYTES:
-        return {}
-    try:
-        speeds = decode_json(file.read_bytes(), _SPEED_DECODER)
-    except (OSError, msgspec.MsgspecError):
-        return {}
+    speeds = read_json(file, _SPEED_DECODER, _MAX_BYTES) or {}
     return {gpu: each for gpu, each in speeds.items() if each.bytes_per_s > 0 and each.flops_per_s > 0}

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
-from qlora_tui.decoding import decode_json
+from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write
 
 _MAX_RECENT = 20
@@ -34,10 +34,7 @@ _DECODER = msgspec.json.Decoder(UiState)
 
 def load_ui_state() -> UiState:
     """Read the file; the defaults if there is none, or it cannot be read."""
-    try:
-        return decode_json(_file().read_bytes(), _DECODER)
-    except (OSError, msgspec.MsgspecError):
-        return UiState()
+    return read_json(_file(), _DECODER) or UiState()
 
 
 def save_ui_state(**changes: Any) -> None:

@@ -15,8 +15,8 @@ from msgspec import Struct
 
 from qlora_tui import paths
 from qlora_tui.chat.chat_types import Sampling
-from qlora_tui.decoding import decode_json
-from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.decoding import read_json
+from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
 from qlora_tui.tui.screens.chat.turn import ChatTurn
@@ -134,8 +134,5 @@ def list_conversations(run: RunDir | None) -> list[tuple[Path, SavedConversation
 
 
 def _read(path: Path) -> SavedConversation | None:
-    try:
-        saved = decode_json(read_regular(path, _MAX_BYTES), _CONVERSATIONS)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return saved if saved.turns else None
+    saved = read_json(path, _CONVERSATIONS, _MAX_BYTES)
+    return saved if saved is not None and saved.turns else None
