@@ -93,19 +93,21 @@ class _Outline:
         own = tuple(self.known.attribute_map[key] for key in keys if key in self.known.attribute_map)
         for fields in (self.file, self.fields):
             for key in (*own, *keys):
-                if isinstance(fields.values.get(key), list):
-                    continue  # one size for each layer
+                given = fields.values.get(key)
+                by_class = isinstance(given, str) and given == self.known.defaults.get(key)  # "auto"
+                if by_class or isinstance(given, list):  # one size for each layer
+                    continue
                 if (value := fields.size((key,), minimum=0)) is not None:
                     return value
         return None
 
     def needed(self, keys: tuple[str, ...]) -> int:
         value = self.size(keys)
-        if value is None:
+        given = next((key for key in keys if self.file.values.get(key) is not None), None)
+        if value is None and given is None:
             raise self.file.missing(keys[0])
-        if value < 1:
-            named = next((key for key in keys if key in self.file.values), keys[0])
-            raise self.file.invalid(named, "a whole number from 1")
+        if value is None or value < 1:
+            raise self.file.invalid(given or keys[0], "a whole number from 1")
         return value
 
     def architecture(self) -> Architecture:

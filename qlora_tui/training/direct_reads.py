@@ -71,7 +71,10 @@ class _Reads(TorchFunctionMode):
     def __init__(self, linears: Mapping[nn.Module, str]) -> None:
         super().__init__()
         self.found: set[nn.Module] = set()
-        self._owners = {id(module.weight): module for module in linears}
+        self._owners: dict[int, list[nn.Module]] = {}
+        """Modules by their weight, which several may share."""
+        for module in linears:
+            self._owners.setdefault(id(module.weight), []).append(module)
         self._running: list[nn.Module] = []
 
     def forward_of(self, module: nn.Module) -> Any:
@@ -93,9 +96,9 @@ class _Reads(TorchFunctionMode):
         """Note which modules' weights a function takes; reading an attribute, such as the dtype, is none."""
         if getattr(func, "__name__", "") != "__get__" or func == Tensor.data.__get__:
             for value in (*args, *(kwargs or {}).values()):
-                module = self._owners.get(id(value))
-                if module is not None and module not in self._running:
-                    self.found.add(module)
+                owners = self._owners.get(id(value), [])
+                if not any(module in self._running for module in owners):
+                    self.found.update(owners)
         if func == Tensor.__bool__:
             return True
         if func in (Tensor.item, Tensor.__int__, Tensor.__index__):

@@ -38,7 +38,13 @@ from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.length_scaled_rope import scale_each_sample
 from qlora_tui.training.liger import verified_liger_loss
 from qlora_tui.training.loss import ChunkedHead, LossSumFn, find_head, use_loss
-from qlora_tui.training.model_class import auto_class, build_on_meta, decoder_layers, read_config
+from qlora_tui.training.model_class import (
+    auto_class,
+    build_on_meta,
+    decoder_layers,
+    leave_weights,
+    read_config,
+)
 from qlora_tui.training.packed_attention import PackedAttention, set_attention, use_packed_attention
 from qlora_tui.training.streaming.placement import StreamedLayers, place_streamed
 
@@ -292,9 +298,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """Freeze every weight, with 4-bit weights in the layout that the backward needs."""
     model.requires_grad_(False)
     model.config.use_cache = False  # type: ignore[union-attr]  # a PreTrainedModel's
-    if getattr(model, "is_quantized", False) and hasattr(model.config, "rescale_every"):
-        # RWKV scales weights in place when it turns to evaluation and back, which breaks quantized ones.
-        model.config.rescale_every = 0  # type: ignore[union-attr]
+    leave_weights(model)
     for module in model.modules():
         # bitsandbytes repacks the weights of a layer for inference when it runs in eval mode on a CPU with
         # AVX512-BF16, never packs them back, and computes wrong gradients from then on.

@@ -207,14 +207,16 @@ def build_on_meta(
     try:
         with torch.device("meta"):
             try:
-                return loader.from_config(config, dtype=dtype, attn_implementation=attention)
+                model = loader.from_config(config, dtype=dtype, attn_implementation=attention)
             except ValueError:
                 if attention == "eager":
                     raise
                 # The class lacks SDPA. The failed attempt may have changed the config.
-                return loader.from_config(read_config(values), dtype=dtype, attn_implementation="eager")
+                model = loader.from_config(read_config(values), dtype=dtype, attn_implementation="eager")
     except Exception as error:  # whatever the class raises for a value that it does not expect
         raise _failed(config, error) from error
+    leave_weights(model)
+    return model
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -226,6 +228,15 @@ def decoder_layers(model: Any) -> list[Any]:
 
     layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
     return layers if len(layers) == model.config.get_text_config().num_hidden_layers else []
+
+
+def leave_weights(model: Any) -> None:
+    """Keep a model from writing into its own weights.
+
+    RWKV scales some as it turns to evaluation and back, which breaks quantized ones and leaves out adapters.
+    """
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
 
 
 def unbuildable(model_type: str, reason: str) -> UserError:

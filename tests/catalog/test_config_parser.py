@@ -108,6 +108,12 @@ def test_a_multimodal_config_may_leave_sizes_to_its_class() -> None:
     assert parse_architecture(shorter).total_params == parse_architecture(spelled_out).total_params
 
 
+def test_a_size_may_be_a_word_that_the_class_knows() -> None:
+    assert parse_architecture({"model_type": "bamba", "mamba_d_head": "auto"}).is_outline
+    with pytest.raises(UserError, match="mamba_d_head is 'some'"):
+        parse_architecture({"model_type": "bamba", "mamba_d_head": "some"})
+
+
 def test_a_folder_or_a_file_will_do(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes((CONFIGS / "Qwen__Qwen3-0.6B.json").read_bytes())

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import AutoConfig
 
+from bench.model_types.tiny_config import settings_of
 from qlora_tui.training.description import describe
 from qlora_tui.training.model_class import build_on_meta
 from tests.catalog.configs import config, named_shapes
@@ -39,14 +41,21 @@ PUBLISHED = [
 ]
 
 
-def test_weights_that_the_code_reads_itself_stay_in_16_bits() -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
-    mamba = describe({"model_type": "mamba", "state_size": 4, **sizes})
-    assert {module.kind for module in mamba.modules if module.read_directly} == {"dt_proj"}
-    assert not any(module.quantizable for module in mamba.modules if module.read_directly)
-    # These call it in a quantized model.
-    falcon = describe({"model_type": "falcon_mamba", "state_size": 4, **sizes})
-    assert not any(module.read_directly for module in falcon.modules)
+@pytest.mark.parametrize(
+    ("model_type", "kinds"),
+    [
+        ("mamba", {"dt_proj"}),
+        ("gemma3n_text", {"prediction_coefs", "correction_coefs"}),
+        ("falcon_mamba", set()),  # calls it in a quantized model
+        ("zamba2", set()),  # layers share their weights
+        ("rwkv", set()),  # no longer scales them
+    ],
+)
+def test_weights_that_the_code_reads_itself_stay_in_16_bits(model_type: str, kinds: set[str]) -> None:
+    values = AutoConfig.for_model(model_type, **settings_of(model_type)).to_dict()
+    read = [module for module in describe(values).modules if module.read_directly]
+    assert {module.kind for module in read} == kinds
+    assert not any(module.quantizable for module in read)
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
