@@ -8,7 +8,7 @@ every hidden state.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,7 +129,7 @@ def load_base(
             if quantization is not None and not is_quantized:
                 settings["quantization_config"] = quantization
             model, info = _load(folder, device, attention_path, on_progress, **settings)
-            _require_weights(model, info["missing_keys"], folder)
+            _require_weights(model, info, folder)
             if stored is not None:
                 quantized_cache.store(model, stored)
     # peft writes this into the adapter as its base model.
@@ -150,7 +150,7 @@ def load_mapped(folder: Path, device: ComputeDevice) -> Any:
     several tensors of the files (experts of some mixtures). Raises UserError.
     """
     model, info = _load(folder, device, "segments", None, dtype="auto", device_map={"": "cpu"})
-    _require_weights(model, info["missing_keys"], folder)
+    _require_weights(model, info, folder)
     return model
 
 
@@ -240,24 +240,32 @@ def _load(
                 output_loading_info=True,
                 **{"dtype": device.dtype, "device_map": {"": device.torch_device}, **settings},
                 attn_implementation=attention,
+                ignore_mismatched_sizes=True,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
             )
             return loaded
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error) if str(error) else "its files do not fit its config.json"
         raise UserError(
             "The model could not be loaded",
-            what=f"{folder}: {first_line(error)}",
+            what=f"{folder}: {reason}",
             fix="Run `qlora-tui doctor` to check the installation, or download the model again.",
         ) from error
 
 
-def _require_weights(model: Any, missing: Collection[str], folder: Path) -> None:
-    """Raise UserError where weights of the language model are not in the files: they would be random."""
+def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError where weights are not in the files, or of another shape: they would be random.
+
+    Args:
+        info: what transformers says of the weights. Those missing outside the language model are not used.
+    """
     parts = (model.get_decoder(), model.get_output_embeddings())
     read = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
-    lacking = [name for name, p in model.named_parameters() if name in missing and id(p) in read]
+    lacking = [name for name, p in model.named_parameters() if name in info["missing_keys"] and id(p) in read]
     if lacking:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise UserError(
@@ -266,6 +274,35 @@ def _require_weights(model: Any, missing: Collection[str], folder: Path) -> None
             why="transformers fills in random numbers for them.",
             fix="Download the model again, or choose another copy of it.",
         )
+    for name, stored, expected in sorted({*info["mismatched_keys"], *_quantized_mismatches(model)}):
+        raise UserError(
+            "The model's files do not fit its config",
+            what=f"{folder}: {name} is {_shape(stored)} in the files, and {_shape(expected)} by config.json.",
+            why="Files and config.json are of different models, or a size in it was changed.",
+            fix="Download the model again, or compare config.json with the one published with the model.",
+        )
+
+
+def _quantized_mismatches(model: nn.Module) -> Iterator[tuple[str, Iterable[int], Iterable[int]]]:
+    """Yield name, shape and expected shape of quantized weights, which transformers does not compare.
+
+    A weight that config.json says is in 4 bits already, and is not, lacks their packed shape.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes"):
+            weight: Any = module.weight
+            state = getattr(weight, "quant_state", None)
+            stored, expected = weight.shape, (module.out_features, module.in_features)
+            if state is not None:
+                stored = state.shape
+            elif weight.is_floating_point():
+                expected = (weight.numel() // 2, 1)
+            if tuple(stored) != expected:
+                yield f"{name}.weight", stored, expected
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 @contextmanager

@@ -42,8 +42,11 @@ _VALIDATION = re.compile(
     r"expected (?P<type>\w+), got \w+ \(value: (?P<value>.*)\)|with value (?P<other>.*?) doesn't match )"
 )
 """What a config class raises for a value of another type."""
-_VALIDATOR = re.compile(r"Class validation error for validator '\w+': \w+: (?P<cause>.+)")
-"""What a config class raises for values that do not go together."""
+_VALIDATOR = re.compile(
+    r"(?:Validation error for field (?P<field>'\w+')|Class validation error for validator '\w+'): "
+    r"\w+: (?P<cause>.+)"
+)
+"""What it raises for a value that is out of bounds, and for values that do not go together."""
 _INSTALL = re.compile(r"pip install ([\w.-]+)")
 """The packages in transformers' messages on a missing one."""
 
@@ -279,7 +282,7 @@ def reason_of(error: Exception) -> str:
         )
         return f"{validation['field']} is {value}, expected {expected}"
     if validation := _VALIDATOR.match(text):
-        return validation["cause"]
+        return ": ".join(filter(None, validation.groups()))
     if isinstance(error, ValueError | ImportError | NotImplementedError) and text:
         return text
     if isinstance(error, KeyError):

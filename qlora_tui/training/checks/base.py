@@ -55,12 +55,20 @@ def require_causal(model: Any, device: torch.device) -> None:
     """
     first, _, second = _tokens(model, device)
     end = first.shape[1]
-    with no_grad_eval(model), _from_text_alone(model):
+    with no_grad_eval(model), _refused_by(model, "This model does not compute text alone"):
         continued, changed = (
             model(input_ids=torch.cat([first, after], dim=1), use_cache=False).logits
             for after in (second, second.flip(1))
         )
     before, moved = continued[0, :end], continued[0, :end] - changed[0, :end]
+    if not bool(before.isfinite().all()):
+        raise UserError(
+            "This model does not compute numbers",
+            what=f"{type(model).__name__}: logits are not finite.",
+            why="A value of its config.json or its weights is wrong, or its dtype is too narrow.",
+            fix="Compare config.json with the one published with the model, or set "
+            "quantization.compute_dtype to bfloat16 or float32.",
+        )
     # Experts get other tokens, and so round otherwise.
     allowed = _NOISE * _MIN_NOISE[before.dtype] * _rms(before)
     if len(before) != end or not bool((_rms(moved) <= allowed).all()):
@@ -73,7 +81,7 @@ def require_causal(model: Any, device: torch.device) -> None:
 
 
 @contextmanager
-def _from_text_alone(model: Any) -> Iterator[None]:
+def _refused_by(model: Any, title: str) -> Iterator[None]:
     """Raise UserError for what a model raises inside, which is given nothing but tokens."""
     try:
         yield
@@ -81,7 +89,7 @@ def _from_text_alone(model: Any) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            "This model does not compute text alone",
+            title,
             what=f"{type(model).__name__}: {first_line(error)}",
             why="It was given nothing but the tokens of a text, which is all that fine-tuning here has.",
             fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
@@ -111,7 +119,7 @@ def prepare_for_text(model: Any, device: torch.device) -> None:
                 if is_out_of_memory(error):
                     raise
                 _give_token_types(model)
-                with _from_text_alone(model):
+                with _refused_by(model, "This model does not compute in training"):
                     model(input_ids=tokens, use_cache=False)
     finally:
         hook.remove()
