@@ -102,7 +102,7 @@ def check_of(kind: str, *, skips_bad_rows: bool) -> CheckSpec:
 
 def row_outcome(problem: DataProblem, data: Data) -> str:
     """Return what becomes of rows with a problem, such as ``, left out``; empty where the title says it."""
-    if problem.kind in CHECKS and CHECKS[problem.kind].says_outcome:
+    if CHECKS[problem.kind].says_outcome:
         return ""
     if problem.severity == "error":
         return ", run blocked"
@@ -134,7 +134,7 @@ def problem_of(
 
 def none_used(rows: int, problems: Sequence[DataProblem]) -> DataProblem | None:
     """Build the error for ``rows`` rows that are all left out; None if their ``problems`` do not say why."""
-    reasons = [problem for problem in problems if problem.kind in CHECKS and is_left_out(problem)]
+    reasons = [problem for problem in problems if is_left_out(problem)]
     if not reasons:
         return None
     most = max(reasons, key=lambda problem: problem.count)

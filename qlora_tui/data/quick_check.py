@@ -123,7 +123,8 @@ def quick_check(
         problems = tally.problems()
         raise_first_error(problems)
         every_problem += problems
-        warnings += [problem for problem in problems if _is_shown(problem)]
+        shown = BAD_ROWS | {kind for kind, check in CHECKS.items() if check.is_shown_early}
+        warnings += [problem for problem in problems if problem.kind in shown]
         if not in_time:
             break
         if row_count == rejected and (unused := none_used(row_count, problems)):
@@ -131,10 +132,6 @@ def quick_check(
     if any(size.samples for size in sizes):  # else it is an error of all files together
         warnings += unused_files
     return QuickCheckResult(in_time, tuple(warnings), tuple(sizes), tuple(every_problem))
-
-
-def _is_shown(problem: DataProblem) -> bool:
-    return problem.kind in BAD_ROWS or CHECKS[problem.kind].is_shown_early
 
 
 def _has_no_answer(conversation: Conversation, data: Data) -> bool:
@@ -252,16 +249,12 @@ def cache_errors(
     for of_tokens in (False, True):
         if of_tokens and tokens is None:
             continue
-        first_error = next((e for e in errors if _is_of_tokens(e) == of_tokens), None)
+        first_error = next((e for e in errors if CHECKS[e.kind].is_of_tokens == of_tokens), None)
         key = _key(source, path, stamp, tokens if of_tokens else None, skips_bad_rows=skips_bad_rows)
         if first_error is not None:
             _cache.keep(key, first_error, _MAX_FILES)
         elif read:
             _cache.forget(key)
-
-
-def _is_of_tokens(problem: DataProblem) -> bool:
-    return problem.kind in CHECKS and CHECKS[problem.kind].is_of_tokens
 
 
 def raise_cached_error(
