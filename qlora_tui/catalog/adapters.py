@@ -135,6 +135,8 @@ def _problem(file: Path, what: str) -> UserError:
 
 
 _FACTOR_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
+_EXPERTS = ("experts", "experts.base_layer")
+"""Ends of the names of peft's wrappers of parameters, which are no linear modules."""
 _ALPHA = 8
 """peft's default, where a config names none."""
 
@@ -229,7 +231,7 @@ def _ranks_of(folder: Path) -> dict[str, int]:
         return {
             inner_name(match[1]): int(entry["shape"][0])
             for key, entry in entries.items()
-            if (match := _FACTOR_A.fullmatch(key)) and not _is_expert(match[1])
+            if (match := _FACTOR_A.fullmatch(key)) and not match[1].endswith(_EXPERTS)
         }
     except OSError as error:
         raise UserError(
@@ -244,11 +246,6 @@ def _ranks_of(folder: Path) -> dict[str, int]:
             what=f"{folder / WEIGHTS}: {error}.",
             fix="Choose another adapter, or another checkpoint of the run.",
         ) from None
-
-
-def _is_expert(name: str) -> bool:
-    """Whether peft's wrapper of parameters, not of a linear module, has this name."""
-    return name.endswith(("experts", "experts.base_layer"))
 
 
 def trained_on(folder: Path) -> str:

@@ -240,10 +240,7 @@ class Architecture(Struct, frozen=True):
     @property
     def expert_params(self) -> int:
         """Return the parameters of the fused experts, including biases."""
-        return self.role_params("expert")
-
-    def role_params(self, role: Role) -> int:
-        return sum(parameter.params for parameter in self.parameters if parameter.role == role)
+        return sum(parameter.params for parameter in self.parameters if parameter.role == "expert")
 
     def kinds(self) -> tuple[str, ...]:
         """Return the distinct module kinds, in the model's order, which LoRA can target by name."""

@@ -16,7 +16,6 @@ from qlora_tui.catalog.gguf_metadata import Metadata, shortest
 
 Config: TypeAlias = dict[str, Any]
 Reader: TypeAlias = Callable[[Metadata, Config], None]
-_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _SOFTMAX, _SIGMOID = 1, 2
 """Values of ``expert_gating_func`` (llama.cpp, src/llama-hparams.h)."""
 _ROPE_BASE = 10_000.0
@@ -28,14 +27,10 @@ class GgufArchitecture:
 
     model_type: str
     """transformers' name of it."""
-    counts: Mapping[str, str] = field(default_factory=dict)
-    """More keys that count something, and their fields."""
-    numbers: Mapping[str, str] = field(default_factory=lambda: _RMS)
-    """Keys of numbers, and their fields."""
+    constants: tuple[str, ...] = ()
+    """Keys of ``CONSTANTS`` in :mod:`qlora_tui.catalog.gguf_config` that it computes with."""
     computes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of what is computed without a key, where transformers' class may do otherwise."""
-    present: Mapping[str, str] = field(default_factory=dict)
-    """Fields that are true if the file has the named tensor in a layer: ``attn_q.bias``."""
     partial_rotation: bool = False
     """Whether transformers' class can rotate a part of a head only."""
     by_layer: tuple[str, ...] = ()
@@ -431,72 +426,31 @@ def _gpt_oss(data: Metadata, config: Config) -> None:
         config["rope_parameters"]["truncate"] = False
 
 
-_EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
-_LOCAL_EXPERTS = _EXPERTS | {"expert_count": "num_local_experts"}
-_ROUTED_EXPERTS = _EXPERTS | {
-    "expert_count": "n_routed_experts",
-    "expert_shared_count": "n_shared_experts",
-}
-_NEMOTRON = {
-    "ssm.conv_kernel": "conv_kernel",
-    "ssm.state_size": "ssm_state_size",
-    "ssm.group_count": "n_groups",
-}
-_NEMOTRON_NORM = {"attention.layer_norm_rms_epsilon": "layer_norm_epsilon"}
-_LINEAR = {
-    "ssm.conv_kernel": "linear_conv_kernel_dim",
-    "ssm.state_size": "linear_key_head_dim",
-    "ssm.group_count": "linear_num_key_heads",
-}
-_MAMBA = {
-    "ssm.conv_kernel": "mamba_d_conv",
-    "ssm.state_size": "mamba_d_state",
-    "ssm.group_count": "mamba_n_groups",
-}
-_GRANITE = _RMS | {
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "logit_scale": "logits_scaling",
-}
-_LAYER_NORM = {"attention.layer_norm_epsilon": "layer_norm_eps"}
+_SCALES = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
 _EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 _TANH = {"hidden_activation": "gelu_pytorch_tanh"}
-_Q_BIAS = {"attention_bias": "attn_q.bias"}
-_BIASES = _Q_BIAS | {"mlp_bias": "ffn_up.bias"}
 _DELTA_NET = (_linear_attention,)
 _MOE = (_routing(normalized=True), _widths("moe_intermediate_size", "shared_expert_intermediate_size"))
 
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
-    "llama": GgufArchitecture("llama", present=_BIASES),
-    "arcee": GgufArchitecture("arcee", present=_BIASES),
-    "smollm3": GgufArchitecture("smollm3", present=_BIASES, read=(_unrotated_layers,)),
+    "llama": GgufArchitecture("llama"),
+    "arcee": GgufArchitecture("arcee"),
+    "smollm3": GgufArchitecture("smollm3", read=(_unrotated_layers,)),
     "mistral3": GgufArchitecture("ministral3", read=(_ministral,)),
-    "granite": GgufArchitecture("granite", numbers=_GRANITE, present=_BIASES),
+    "granite": GgufArchitecture("granite", constants=_SCALES),
     "granitemoe": GgufArchitecture(
-        "granitemoe",
-        counts=_LOCAL_EXPERTS,
-        numbers=_GRANITE,
-        present=_Q_BIAS,
-        read=(_routing(normalized=True), _granite_shared),
+        "granitemoe", constants=_SCALES, read=(_routing(normalized=True), _granite_shared)
     ),
     "granitehybrid": GgufArchitecture(
         "granitemoehybrid",
-        counts=_LOCAL_EXPERTS | _MAMBA,
-        numbers=_GRANITE,
+        constants=_SCALES,
         by_layer=("attention.head_count_kv",),
-        read=(
-            _routing(normalized=True),
-            _kinds_by_key_heads("linear_attention"),
-            _mamba2,
-            _granite_hybrid,
-        ),
+        read=(_routing(normalized=True), _kinds_by_key_heads("linear_attention"), _mamba2, _granite_hybrid),
     ),
     "qwen2": GgufArchitecture("qwen2"),
-    "qwen3": GgufArchitecture("qwen3", present=_Q_BIAS),
+    "qwen3": GgufArchitecture("qwen3"),
     "qwen2moe": GgufArchitecture(
         "qwen2_moe",
-        counts=_EXPERTS,
         computes=_EVERY_LAYER | {"norm_topk_prob": False},
         read=(
             _routing(normalized=False),
@@ -505,60 +459,46 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "qwen3moe": GgufArchitecture(
         "qwen3_moe",
-        counts=_EXPERTS,
         computes=_EVERY_LAYER | {"norm_topk_prob": True},
-        present=_Q_BIAS,
         read=(_routing(normalized=True), _widths("moe_intermediate_size")),
     ),
     "qwen3next": GgufArchitecture(
         "qwen3_next",
-        counts=_EXPERTS | _LINEAR,
         computes=_EVERY_LAYER | {"norm_topk_prob": True},
         partial_rotation=True,
         read=(_later_tokens, *_DELTA_NET, *_MOE),
     ),
-    "qwen35": GgufArchitecture(
-        "qwen3_5_text", counts=_LINEAR, partial_rotation=True, read=(_later_tokens, *_DELTA_NET)
-    ),
+    "qwen35": GgufArchitecture("qwen3_5_text", partial_rotation=True, read=(_later_tokens, *_DELTA_NET)),
     "qwen35moe": GgufArchitecture(
-        "qwen3_5_moe_text",
-        counts=_EXPERTS | _LINEAR,
-        partial_rotation=True,
-        read=(_later_tokens, *_DELTA_NET, *_MOE),
+        "qwen3_5_moe_text", partial_rotation=True, read=(_later_tokens, *_DELTA_NET, *_MOE)
     ),
     "phi3": GgufArchitecture("phi3", partial_rotation=True, read=(_one_window,)),
-    "phi2": GgufArchitecture("phi", numbers=_LAYER_NORM, partial_rotation=True),
+    "phi2": GgufArchitecture("phi", partial_rotation=True),
     "gemma": GgufArchitecture("gemma", computes=_TANH),
     "gemma2": GgufArchitecture(
         "gemma2", computes=_TANH, read=(_scaled_attention, _windows(2, 4096), _softcaps)
     ),
     "gemma3": GgufArchitecture(
-        "gemma3_text",
-        computes=_TANH,
-        read=(_scaled_attention, _windows(6), _rope_by_window(), _last_softcap),
+        "gemma3_text", computes=_TANH, read=(_scaled_attention, _windows(6), _rope_by_window(), _last_softcap)
     ),
     "gemma4": GgufArchitecture(
         "gemma4_text",
-        counts={"expert_count": "num_experts", "expert_used_count": "top_k_experts"},
         computes=_TANH,
         by_layer=("attention.head_count_kv", "feed_forward_length"),
         reads_factors=True,
         read=(_gemma4, _routing(normalized=True), _last_softcap),
     ),
-    "olmo": GgufArchitecture("olmo", numbers={"attention.clamp_kqv": "clip_qkv"}, read=(_fixed_epsilon,)),
-    "olmo2": GgufArchitecture("olmo2", present=_Q_BIAS, read=(_olmo3,)),
+    "olmo": GgufArchitecture("olmo", constants=("attention.clamp_kqv",), read=(_fixed_epsilon,)),
+    "olmo2": GgufArchitecture("olmo2", read=(_olmo3,)),
     "olmoe": GgufArchitecture(
         "olmoe",
-        counts=_EXPERTS,
         computes={"norm_topk_prob": False},
         read=(_routing(normalized=False), _widths("intermediate_size")),
     ),
-    "chatglm": GgufArchitecture("glm", present=_Q_BIAS, partial_rotation=True),
-    "glm4": GgufArchitecture("glm4", present=_Q_BIAS, partial_rotation=True),
+    "chatglm": GgufArchitecture("glm", partial_rotation=True),
+    "glm4": GgufArchitecture("glm4", partial_rotation=True),
     "glm4moe": GgufArchitecture(
         "glm4_moe",
-        counts=_ROUTED_EXPERTS,
-        present=_Q_BIAS | {"use_qk_norm": "attn_q_norm.weight"},
         partial_rotation=True,
         read=(
             _later_tokens,
@@ -569,8 +509,6 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "dots1": GgufArchitecture(
         "dots1",
-        counts=_ROUTED_EXPERTS,
-        present=_Q_BIAS,
         read=(
             _dense_first("first_k_dense_replace"),
             _routing(_SIGMOID, scale="routed_scaling_factor"),
@@ -579,29 +517,21 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "minimax-m2": GgufArchitecture(
         "minimax_m2",
-        counts=_LOCAL_EXPERTS,
         partial_rotation=True,
         read=(_routing(_SIGMOID, normalized=True), _widths("intermediate_size")),
     ),
     "gpt-oss": GgufArchitecture(
-        "gpt_oss",
-        counts=_LOCAL_EXPERTS,
-        read=(_windows(2), _routing(normalized=True), _widths("intermediate_size"), _gpt_oss),
+        "gpt_oss", read=(_windows(2), _routing(normalized=True), _widths("intermediate_size"), _gpt_oss)
     ),
     "lfm2": GgufArchitecture(
         "lfm2",
-        counts={"shortconv.l_cache": "conv_L_cache"},
-        numbers={"attention.layer_norm_rms_epsilon": "norm_eps"},
         computes={"block_auto_adjust_ff_dim": False},
         by_layer=("attention.head_count_kv",),
         read=(_kinds_by_key_heads("conv"),),
     ),
     "lfm2moe": GgufArchitecture(
         "lfm2_moe",
-        counts=_EXPERTS | {"shortconv.l_cache": "conv_L_cache"},
-        numbers={"attention.layer_norm_rms_epsilon": "norm_eps"},
         computes={"norm_topk_prob": True},
-        present={"use_expert_bias": "exp_probs_b.bias"},
         by_layer=("attention.head_count_kv", "feed_forward_length"),
         read=(
             _kinds_by_key_heads("conv"),
@@ -613,7 +543,6 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
     "deepseek2": GgufArchitecture(
         "deepseek_v3",
-        counts=_ROUTED_EXPERTS,
         by_layer=(
             *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
             *("rope.dimension_count", "expert_group_count", "expert_group_used_count"),
@@ -627,16 +556,10 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         ),
     ),
     "nemotron_h": GgufArchitecture(
-        "nemotron_h",
-        counts=_NEMOTRON,
-        numbers=_NEMOTRON_NORM,
-        by_layer=("attention.head_count_kv", "feed_forward_length"),
-        read=(_blocks,),
+        "nemotron_h", by_layer=("attention.head_count_kv", "feed_forward_length"), read=(_blocks,)
     ),
     "nemotron_h_moe": GgufArchitecture(
         "nemotron_h",
-        counts=_NEMOTRON | _ROUTED_EXPERTS,
-        numbers=_NEMOTRON_NORM,
         by_layer=("attention.head_count_kv", "feed_forward_length"),
         read=(
             _blocks,
@@ -644,53 +567,18 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
             _widths("moe_intermediate_size", "moe_shared_expert_intermediate_size"),
         ),
     ),
-    "falcon-h1": GgufArchitecture(
-        "falcon_h1",
-        counts=_MAMBA,
-        present=_BIASES | {"mamba_rms_norm": "ssm_norm.weight"},
-        read=(_mamba2, _folded_factors),
-    ),
-    "seed_oss": GgufArchitecture("seed_oss", present=_BIASES | {"attention_out_bias": "attn_output.bias"}),
-    "ernie4_5": GgufArchitecture("ernie4_5", present={"use_bias": "attn_q.bias"}),
-    "command-r": GgufArchitecture(
-        "cohere",
-        numbers=_LAYER_NORM | {"logit_scale": "logit_scale"},
-        present=_Q_BIAS | {"use_qk_norm": "attn_q_norm.weight"},
-    ),
-    "cohere2": GgufArchitecture(
-        "cohere2", numbers=_LAYER_NORM | {"logit_scale": "logit_scale"}, present=_Q_BIAS, read=(_windows(4),)
-    ),
-    "stablelm": GgufArchitecture(
-        "stablelm",
-        numbers=_LAYER_NORM,
-        present={"use_qkv_bias": "attn_q.bias", "qk_layernorm": "attn_q_norm.weight"},
-        partial_rotation=True,
-        read=(_parallel_residual,),
-    ),
-    "nemotron": GgufArchitecture(
-        "nemotron",
-        numbers={"attention.layer_norm_epsilon": "norm_eps"},
-        present=_BIASES,
-        partial_rotation=True,
-    ),
-    "gptneox": GgufArchitecture(
-        "gpt_neox",
-        numbers=_LAYER_NORM,
-        present={"attention_bias": "attn_qkv.bias"},
-        partial_rotation=True,
-        read=(_parallel_residual,),
-    ),
-    "hunyuan-dense": GgufArchitecture("hunyuan_v1_dense", present=_Q_BIAS),
-    "starcoder2": GgufArchitecture(
-        "starcoder2",
-        numbers={"attention.layer_norm_epsilon": "norm_epsilon"},
-        computes={"hidden_act": "gelu_pytorch_tanh"},
-        present={"use_bias": "attn_q.bias"},
-    ),
+    "falcon-h1": GgufArchitecture("falcon_h1", read=(_mamba2, _folded_factors)),
+    "seed_oss": GgufArchitecture("seed_oss"),
+    "ernie4_5": GgufArchitecture("ernie4_5"),
+    "command-r": GgufArchitecture("cohere", constants=("logit_scale",)),
+    "cohere2": GgufArchitecture("cohere2", constants=("logit_scale",), read=(_windows(4),)),
+    "stablelm": GgufArchitecture("stablelm", partial_rotation=True, read=(_parallel_residual,)),
+    "nemotron": GgufArchitecture("nemotron", partial_rotation=True),
+    "gptneox": GgufArchitecture("gpt_neox", partial_rotation=True, read=(_parallel_residual,)),
+    "hunyuan-dense": GgufArchitecture("hunyuan_v1_dense"),
+    "starcoder2": GgufArchitecture("starcoder2", computes={"hidden_act": "gelu_pytorch_tanh"}),
 }
 """By ``general.architecture``, those whose weights become transformers' exactly. Each one is compared with
 llama.cpp (tests/export/test_gguf_architectures.py)."""
-MIXTRAL = GgufArchitecture(
-    "mixtral", counts=_LOCAL_EXPERTS, read=(_routing(normalized=True), _widths("intermediate_size"))
-)
+MIXTRAL = GgufArchitecture("mixtral", read=(_routing(normalized=True), _widths("intermediate_size")))
 """A ``llama`` with experts."""

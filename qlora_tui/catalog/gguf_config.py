@@ -21,6 +21,7 @@ from qlora_tui.catalog.gguf import GgufHeader, gguf_problem
 from qlora_tui.catalog.gguf_architectures import ARCHITECTURES, MIXTRAL, Config, GgufArchitecture
 from qlora_tui.catalog.gguf_metadata import Metadata, in_words, is_same, shortest
 from qlora_tui.catalog.gguf_tokenizers import PRE_TOKENIZERS
+from qlora_tui.catalog.library_types import config_class
 
 COUNTS: Mapping[str, str] = {
     "block_count": "num_hidden_layers",
@@ -32,6 +33,46 @@ COUNTS: Mapping[str, str] = {
     "attention.head_count_kv": "num_key_value_heads",
 }
 """Keys of every architecture that count something, and the field that each one becomes."""
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "ssm.conv_kernel": ("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel"),
+    "ssm.state_size": ("linear_key_head_dim", "mamba_d_state", "ssm_state_size", "state_size"),
+    "ssm.group_count": ("linear_num_key_heads", "mamba_n_groups", "n_groups"),
+    "shortconv.l_cache": ("conv_L_cache",),
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
+    "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+}
+"""Keys of every architecture, and the fields of which a config class has one."""
+CONSTANTS: Mapping[str, tuple[str, ...]] = {
+    "attention.scale": ("attention_multiplier",),
+    "attention.clamp_kqv": ("clip_qkv",),
+    "attention.shared_kv_layers": ("num_kv_shared_layers",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "embedding_scale": ("embedding_multiplier",),
+    "expert_weights_norm": ("norm_topk_prob",),
+    "expert_weights_scale": ("routed_scaling_factor", "route_scale"),
+    "expert_group_count": ("n_group",),
+    "expert_group_used_count": ("topk_group",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "logit_scale": ("logits_scaling", "logit_scale"),
+    "residual_scale": ("residual_multiplier",),
+    "use_parallel_residual": ("use_parallel_residual",),
+}
+"""Keys that some architectures compute with, and the fields likewise."""
+_PRESENT = {
+    "attention_bias": ("attn_q.bias", "attn_qkv.bias"),
+    "attention_out_bias": ("attn_output.bias",),
+    "mamba_rms_norm": ("ssm_norm.weight",),
+    "mlp_bias": ("ffn_up.bias",),
+    "qk_layernorm": ("attn_q_norm.weight",),
+    "use_bias": ("attn_q.bias",),
+    "use_expert_bias": ("exp_probs_b.bias",),
+    "use_qk_norm": ("attn_q_norm.weight",),
+    "use_qkv_bias": ("attn_q.bias",),
+}
+"""Fields that are true if a layer has one of the tensors."""
 _IGNORED = ("tensor_data_layout", "rope.scaling.finetuned")
 """Keys that change nothing that is computed."""
 _MAX_LAYERS = 1000
@@ -72,21 +113,30 @@ def to_hf_config(header: GgufHeader, path: Path) -> Config:
     data = Metadata(header, path, name)
     _check_file(data)
     config: Config = {"model_type": architecture.model_type, **architecture.computes}
-    for key, config_field in (*COUNTS.items(), *architecture.counts.items()):
+    for key, config_field in COUNTS.items():
         if key not in architecture.by_layer and (count := data.count(key)) is not None:
             config[config_field] = count
-    for key, config_field in architecture.numbers.items():
-        if (number := data.number(key)) is not None:
-            config[config_field] = number
+    fields = config_class(architecture.model_type).defaults
+    if not fields:
+        raise data.problem(f"the installed transformers has no config class for {architecture.model_type}")
+    for key in (*FIELDS, *architecture.constants):
+        names = FIELDS.get(key) or CONSTANTS[key]
+        config_field = next((each for each in names if each in fields), "")
+        is_count = key in FIELDS and not key.endswith("epsilon")
+        number = None
+        if config_field:
+            number = data.count(key) if is_count else data.number(key)
+        if number is not None:
+            config.setdefault(config_field, number)
     _check_needed(data, config)
-    for key in ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"):
-        # Only one of them is computed with, and some files have both.
-        if epsilons := [
-            config[name] for name in architecture.numbers.values() if "eps" in name and name in config
-        ]:
-            data.expect(key, *epsilons)
-    for config_field, part in architecture.present.items():
-        config[config_field] = data.has_in_a_layer(part)
+    epsilons = [key for key in FIELDS if key.endswith("epsilon")]
+    known = [config[name] for key in epsilons for name in FIELDS[key] if name in config]
+    for key in epsilons if known else ():
+        # Only one of them is computed with, and some files have both, which must be equal.
+        data.expect(key, *known)
+    for config_field, parts in _PRESENT.items():
+        if config_field in fields:
+            config[config_field] = any(map(data.has_in_a_layer, parts))
     _read_heads(data, config, architecture)
     config["rope_parameters"] = _rope(data, config, architecture)
     for read in architecture.read:
@@ -148,7 +198,7 @@ def _read_heads(data: Metadata, config: Config, architecture: GgufArchitecture) 
     config["head_dim"] = width
     if "attention.value_length" not in architecture.by_layer:
         data.expect("attention.value_length", width)
-    if "attention.scale" not in architecture.numbers:
+    if "attention.scale" not in architecture.constants:
         data.expect("attention.scale", width**-0.5, 0.0)
 
 

@@ -203,7 +203,7 @@ def _find_model(model_id: str) -> LocalModel | None:
             return _read_folder(path, "folder", path.name, str(path))
         if _is_path(model_id) or ".." in path.parts:
             return None
-        if (cached := hub_cache_dir() / _cached_name(model_id)).is_dir():
+        if (cached := hub_cache_dir() / f"models--{model_id.replace('/', '--')}").is_dir():
             return _read_cached_model(cached)
         if path.name == model_id and (converted := converted_dir() / model_id).is_dir():
             return _read_converted(converted)
@@ -216,10 +216,6 @@ def _find_model(model_id: str) -> LocalModel | None:
     ):  # a name that is too long, contains a NUL, or uses the home of an unknown user
         pass
     return None
-
-
-def _cached_name(model_id: str) -> str:
-    return "models--" + model_id.replace("/", "--")
 
 
 def _hub_models() -> Iterator[LocalModel]:
@@ -424,14 +420,7 @@ def load_architecture(model_id: str) -> Architecture:
 
     Raises UserError where the model is not on this machine or its config cannot be used.
     """
-    if (config := _config_file(model_id)) is not None:
-        return parse_architecture(config)
-    try:
-        return find_files(model_id).architecture
-    except ModelNotFoundError:
-        if (config := stored_config(model_id)) is None:
-            raise
-        return parse_architecture(config)
+    return parse_architecture(load_model_config(model_id))
 
 
 def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: False) -> Architecture:
@@ -439,10 +428,9 @@ def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: Fals
 
     Raises JobStopped, and UserError where it cannot be found or transformers does not build it.
     """
-    architecture = load_architecture(model_id)
-    if not architecture.is_outline:
-        return architecture
-    return described.describe(load_model_config(model_id), should_stop)
+    config = load_model_config(model_id)
+    architecture = parse_architecture(config)
+    return described.describe(config, should_stop) if architecture.is_outline else architecture
 
 
 def describe_models(models: Iterable[LocalModel], should_stop: Callable[[], bool] = lambda: False) -> bool:

@@ -142,7 +142,8 @@ class _Outline:
                 "model.per_layer_model_projection", "other", None, hidden, per_layer * layers
             )
             self.modules.append(projection)
-        dtype = self.file.text(("dtype", "torch_dtype")) or self._outer_text(("dtype", "torch_dtype"))
+        names = ("dtype", "torch_dtype")
+        dtype = self.file.text(names) or ConfigFields(self.outer, "config.json").text(names)
         stored = self.outer.get("quantization_config")
         return Architecture(
             model_type=self.model_type,
@@ -170,9 +171,6 @@ class _Outline:
             parameters=tuple(self.parameters),
             is_outline=True,
         )
-
-    def _outer_text(self, keys: tuple[str, ...]) -> str | None:
-        return ConfigFields(self.outer, "config.json").text(keys)
 
     def _tied(self) -> bool:
         key = "tie_word_embeddings"

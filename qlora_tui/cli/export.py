@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,8 @@ from qlora_tui.cli.subcommand import (
     Subcommand,
     add_json_argument,
     add_run_argument,
+    positive_float,
+    positive_int,
 )
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.locks import hold_folder
@@ -142,7 +143,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     gguf.add_argument(
         "--within",
-        type=_bound,
+        type=positive_float,
         metavar="KL",
         help="largest mean KL divergence from the adapter's answers, in nats (0.03 with auto)",
     )
@@ -178,31 +179,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         form.add_argument(
             "--compare-tokens",
             dest="compared_tokens",
-            type=_count,
+            type=positive_int,
             default=COMPARED_TOKENS,
             metavar="N",
             help="compare answers at the trained tokens of as many validation rows as have N tokens together "
             f"({COMPARED_TOKENS:,} unless set)",
         )
         add_json_argument(form)
-
-
-def _count(text: str) -> int:
-    """Parse a whole number from 1. Raises ArgumentTypeError."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _bound(text: str) -> float:
-    """Parse a positive, finite number. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
 
 
 def _add_one_type(parser: argparse.ArgumentParser) -> None:

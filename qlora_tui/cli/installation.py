@@ -19,6 +19,7 @@ from qlora_tui import paths
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, format_table
 from qlora_tui.drafts import discard
 from qlora_tui.errors import EXIT_FAILURE, UserError
+from qlora_tui.files import size_of
 from qlora_tui.formatting import format_bytes
 from qlora_tui.visible import visible
 
@@ -26,33 +27,32 @@ if TYPE_CHECKING:
     from qlora_tui.runs.machine_checks import Check
 
 KINDS = {
-    "quantized": "4-bit base weights, read by later runs and chats instead of quantizing again",
-    "models": "16-bit weights converted from GGUF files; runs on these files need them again",
-    "gguf-tokenizers": "tokenizers of GGUF files that were not converted yet",
-    "tokenized": "data as token ids",
-    "datasets": "facts about Hub datasets",
-    "base-answers": "answers of base models to general prompts, which evaluations compare with",
-    "task-answers": "answers of bases and adapters to validation prompts, read by later evaluations",
-    "configs": "config.json of Hub models, for estimates",
-    "descriptions": "architectures of models, read from transformers",
-    "findings": "checks of data files",
-    "traces": "steps of models traced for exact memory estimates",
+    "quantized": (
+        "4-bit base weights, read by later runs and chats instead of quantizing again",
+        r".+-[0-9a-f]{16}",
+    ),
+    "models": (
+        "16-bit weights converted from GGUF files; runs on these files need them again",
+        r".+-[0-9a-f]{12,20}|SmolLM2-135M-Instruct",
+    ),
+    "gguf-tokenizers": ("tokenizers of GGUF files that were not converted yet", r".+-[0-9a-f]{20}"),
+    "tokenized": ("data as token ids", r"[0-9a-f]{32}"),
+    "datasets": ("facts about Hub datasets", r".+\.json"),
+    "base-answers": (
+        "answers of base models to general prompts, which evaluations compare with",
+        r".+-[0-9a-f]{16}\.safetensors",
+    ),
+    "task-answers": (
+        "answers of bases and adapters to validation prompts, read by later evaluations",
+        r".+-[0-9a-f]{16}\.jsonl",
+    ),
+    "configs": ("config.json of Hub models, for estimates", r".+\.json"),
+    "descriptions": ("architectures of models, read from transformers", r"[0-9a-f]{64}\.json"),
+    "findings": ("checks of data files", r"[0-9a-f]{32}(?:[0-9a-f]{32})?\.json"),
+    "traces": ("steps of models traced for exact memory estimates", r"[0-9a-f]{64}\.json"),
 }
-"""Folders of the cache, and what is in them."""
-_NAMES = {
-    "quantized": r".+-[0-9a-f]{16}",
-    "models": r".+-[0-9a-f]{12,20}|SmolLM2-135M-Instruct",
-    "gguf-tokenizers": r".+-[0-9a-f]{20}",
-    "tokenized": r"[0-9a-f]{32}",
-    "datasets": r".+\.json",
-    "base-answers": r".+-[0-9a-f]{16}\.safetensors",
-    "task-answers": r".+-[0-9a-f]{16}\.jsonl",
-    "configs": r".+\.json",
-    "descriptions": r"[0-9a-f]{64}\.json",
-    "findings": r"[0-9a-f]{32}(?:[0-9a-f]{32})?\.json",
-    "traces": r"[0-9a-f]{64}\.json",
-}
-"""Names that this program gives to what it puts there. Anything else is neither listed nor deleted."""
+"""Folders of the cache: what is in them, and the names that this program gives to it. Anything else there is
+neither listed nor deleted."""
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -141,28 +141,23 @@ def run_cache(args: argparse.Namespace) -> CommandResult:
         ],
     }
     if args.clear is not None:
-        return CommandResult(data, f"Deleted {format_bytes(total)} of {args.clear}: {KINDS[args.clear]}.")
+        return CommandResult(data, f"Deleted {format_bytes(total)} of {args.clear}: {KINDS[args.clear][0]}.")
     return CommandResult(data, _cache_table(items, total))
 
 
 def list_items() -> list[CachedItem]:
     """Everything in the cache, by kind, the largest first."""
     items = []
-    for kind in KINDS:
+    for kind, (_, names) in KINDS.items():
         folder = paths.cache_dir() / kind
         entries = folder.iterdir() if folder.is_dir() else ()
         entries_of_kind = [
-            _cached_item(kind, path)
+            CachedItem(kind, path, size_of(path), path.stat().st_mtime)
             for path in entries
-            if re.fullmatch(_NAMES[kind], path.name) and not path.is_symlink()
+            if re.fullmatch(names, path.name) and not path.is_symlink()
         ]
         items += sorted(entries_of_kind, key=lambda item: -item.size_bytes)
     return items
-
-
-def _cached_item(kind: str, path: Path) -> CachedItem:
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return CachedItem(kind, path, sum(file.stat().st_size for file in files), path.stat().st_mtime)
 
 
 def _delete_items(items: list[CachedItem]) -> None:
@@ -188,7 +183,7 @@ def _cache_table(items: list[CachedItem], total: int) -> str:
         for item in items
     ]
     kinds = dict.fromkeys(item.kind for item in items)
-    explained = [f"{kind}: {KINDS[kind]}. Delete with `qlora-tui cache --clear {kind}`." for kind in kinds]
+    explained = [f"{kind}: {KINDS[kind][0]}. Delete with `qlora-tui cache --clear {kind}`." for kind in kinds]
     lines = [
         format_table(rows, ["kind", "name", "size", "used"]),
         "",
@@ -201,10 +196,6 @@ def _cache_table(items: list[CachedItem], total: int) -> str:
 def _age(seconds: float) -> str:
     hours = seconds / 3600
     return "today" if hours < 24 else f"{hours / 24:.0f} days ago"
-
-
-def _cache_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clear", choices=list(KINDS), help="delete everything of this kind")
 
 
 def run_completion(args: argparse.Namespace) -> CommandResult:
@@ -287,13 +278,19 @@ class _Completer:
         return [value for value in self._values() if value.startswith(prefix) and visible(value) == value]
 
 
-def _completion_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="the shell that will read the script")
-
-
 SUBCOMMANDS = {
     "doctor": Subcommand(run_doctor, uses_gpu=True),
     "locate": Subcommand(run_locate),
-    "cache": Subcommand(run_cache, _cache_arguments),
-    "completion": Subcommand(run_completion, _completion_arguments),
+    "cache": Subcommand(
+        run_cache,
+        lambda parser: parser.add_argument(
+            "--clear", choices=list(KINDS), help="delete everything of this kind"
+        ),
+    ),
+    "completion": Subcommand(
+        run_completion,
+        lambda parser: parser.add_argument(
+            "shell", choices=SHELLS, help="the shell that will read the script"
+        ),
+    ),
 }

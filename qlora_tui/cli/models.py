@@ -72,10 +72,6 @@ def _hub_table(models: list[HubModel]) -> str:
     return format_table(rows, ["on the hub", "parameters", "downloads", ""])
 
 
-def _models_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("query", nargs="?", help="search terms, for this machine and the Hub")
-
-
 def run_download(args: argparse.Namespace) -> CommandResult:
     """Download the missing files of the model. Raises UserError; downloaded files are always kept."""
     total_bytes = 0
@@ -118,6 +114,11 @@ def _download_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 SUBCOMMANDS = {
-    "models": Subcommand(run_models, _models_arguments),
+    "models": Subcommand(
+        run_models,
+        lambda parser: parser.add_argument(
+            "query", nargs="?", help="search terms, for this machine and the Hub"
+        ),
+    ),
     "download": Subcommand(run_download, _download_arguments),
 }

@@ -54,7 +54,7 @@ class Subcommand:
 
     run: Callable[[argparse.Namespace], CommandResult | int]
     """Returns a result to print, or the exit code if it has already printed its output."""
-    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     uses_gpu: bool = False
     """Whether it has the option ``--gpu``."""
 
@@ -132,7 +132,7 @@ def format_table(rows: list[list[str]], header: list[str]) -> str:
 
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    if not whole_number(text):
         raise argparse.ArgumentTypeError("it must be a whole number above 0")
     return int(text)
 
@@ -145,13 +145,13 @@ def whole_number(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """Parse a positive number, such as a size in GiB."""
+    """Parse a positive, finite number, such as a size in GiB."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("it must be a size above 0, in GiB")
+        raise argparse.ArgumentTypeError("it must be a number above 0")
     return value
 
 

@@ -18,6 +18,7 @@ from qlora_tui.catalog.model_validation import MXFP4, copy_files, tokenizer_file
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
+from qlora_tui.files import size_of
 from qlora_tui.training.adapter import MISREAD_REMEDY, misread_by_peft
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -55,7 +56,7 @@ def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> A
         others = (CONFIG, WEIGHTS, "README.md", "generation_config.json")
         names = [name for name in others if (adapter / name).is_file()]
         copy_files(adapter, folder, [*names, *tokenizer_files(adapter)])
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        size = size_of(folder)
         publish_new(folder, out)
     flag = f" --max-lora-rank {rank}" if rank > _DEFAULT_RANK else ""
     base, module = shlex.quote(source.recipe.model.id), shlex.quote(f"{out.name}={out}")

@@ -7,6 +7,7 @@ it then answers differently, for better or worse. Both are measured, and the nea
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import psutil
@@ -104,12 +105,8 @@ def choose_base(
         return BaseChoice(chosen="original")
     if isinstance(reference, str):
         return BaseChoice(chosen="dequantized", unmeasured_because=reference)
-    folder = model_folder(recipe)
-    needed = sum((folder / name).stat().st_size for name in weight_files(folder)) + _SPARE_BYTES
-    free = psutil.virtual_memory().available
-    if needed > free:
-        why = f"that takes {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
-        return BaseChoice(chosen="dequantized", unmeasured_because=why)
+    if lacking := lacking_memory(model_folder(recipe)):
+        return BaseChoice(chosen="dequantized", unmeasured_because=lacking)
     words = "Comparing the adapter on {} base weights with its training"
     try:
         session = load_session(unquantized(source), on_status)
@@ -129,6 +126,15 @@ def choose_base(
         original_divergence=stored,
         dequantized_divergence=trained,
     )
+
+
+def lacking_memory(folder: Path) -> str:
+    """Return why the weights of a model folder cannot be loaded on the CPU; empty if they can."""
+    needed = sum((folder / name).stat().st_size for name in weight_files(folder)) + _SPARE_BYTES
+    free = psutil.virtual_memory().available
+    if needed <= free:
+        return ""
+    return f"it needs {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
 
 
 def base_requantizer(source: ChatSource, choice: BaseChoice) -> Requantizer | None:

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from msgspec import Struct, structs
 from torch import Tensor
@@ -43,10 +42,17 @@ from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.tokenizer_files import own_templates, read_json_object
 from qlora_tui.errors import UserError
-from qlora_tui.export.base_choice import BaseChoice, BaseName, base_requantizer, choice_named
+from qlora_tui.export.base_choice import (
+    BaseChoice,
+    BaseName,
+    base_requantizer,
+    choice_named,
+    lacking_memory,
+)
 from qlora_tui.export.model_card import render_model_card
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing, require_space
-from qlora_tui.formatting import capitalize, format_bytes
+from qlora_tui.files import size_of
+from qlora_tui.formatting import capitalize
 from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.checks.step import FACTOR, rounding_error_of, rounding_errors
@@ -56,7 +62,6 @@ from qlora_tui.training.model import load_base
 
 _PROMPT = "Name three colors of autumn leaves, and explain in one sentence why they change."
 _DRAWS = 3
-_SPARE_MEMORY_BYTES = 1 << 30
 
 
 class MergeCheck(Struct, frozen=True, kw_only=True):
@@ -165,7 +170,7 @@ def merge(
                 why="The base stores its weights in an unknown layout, or its files are damaged.",
                 fix="Use the adapter instead, and report the model.",
             )
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        size = size_of(folder)
         publish_new(folder, out)
     return MergeResult(
         folder=str(out),
@@ -206,10 +211,8 @@ def verify_merge(
         The comparison, or why nothing was compared.
     """
     base = model_folder(source.recipe)
-    needed = sum((base / name).stat().st_size for name in weight_files(base)) + _SPARE_MEMORY_BYTES
-    free = psutil.virtual_memory().available
-    if needed > free:
-        return f"it needs {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
+    if lacking := lacking_memory(base):
+        return lacking
     tokenizer = ChatTokenizer.from_folder(merged)
     prompt = source.recipe.training.sample_prompts[:1] or (_PROMPT,)
     ids = torch.tensor([prompt_ids([Message("user", prompt[0])], tokenizer)])

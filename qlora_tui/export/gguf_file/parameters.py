@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qlora_tui.catalog.gguf_config import COUNTS
+from qlora_tui.catalog.gguf_config import CONSTANTS, COUNTS, FIELDS
 from qlora_tui.training.gguf_format.architectures import Convention, cannot_compute
 from qlora_tui.training.gguf_format.tensors import SourceTensor
 
@@ -25,31 +25,9 @@ Value: TypeAlias = int | float | str | bool | list[bool] | list[int] | list[floa
 SETTINGS = {
     **{key: (name,) for key, name in COUNTS.items()},
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
-    "ssm.state_size": ("linear_key_head_dim", "mamba_d_state", "ssm_state_size", "state_size"),
-    "ssm.group_count": ("linear_num_key_heads", "mamba_n_groups", "n_groups"),
-    "shortconv.l_cache": ("conv_L_cache",),
-    "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
-    "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+    **{key: names for key, names in FIELDS.items() if key not in ("expert_count", "ssm.conv_kernel")},
 }
-"""Keys of all architectures: the config's settings that may have the value."""
-CONSTANTS = {
-    "attention.scale": ("attention_multiplier",),
-    "attention.clamp_kqv": ("clip_qkv",),
-    "attention.shared_kv_layers": ("num_kv_shared_layers",),
-    "attn_logit_softcapping": ("attn_logit_softcapping",),
-    "embedding_scale": ("embedding_multiplier",),
-    "expert_weights_norm": ("norm_topk_prob",),
-    "expert_weights_scale": ("routed_scaling_factor", "route_scale"),
-    "expert_group_count": ("n_group",),
-    "expert_group_used_count": ("topk_group",),
-    "final_logit_softcapping": ("final_logit_softcapping",),
-    "logit_scale": ("logits_scaling", "logit_scale"),
-    "residual_scale": ("residual_multiplier",),
-    "use_parallel_residual": ("use_parallel_residual",),
-}
-"""Keys that some architectures read (``Convention.reads``)."""
+"""Keys of all architectures that shapes do not show: the config's settings that may have the value."""
 
 _FLOATS = re.compile(r"scale|softcapping|epsilon|clamp")
 _IS_SEEN = re.compile(
@@ -130,7 +108,9 @@ def require_computed(config: Any, convention: Convention) -> None:
         for name in names
     }
     written |= {config.attribute_map[name] for name in written if name in config.attribute_map}
-    known = written | convention.folded | _common_settings()
+    from transformers import PreTrainedConfig
+
+    known = written | convention.folded | set(PreTrainedConfig().to_dict())
     values = config.to_dict()
     for name, usual in type(config)().to_dict().items():
         value, expected = values.get(name), convention.fixed.get(name, usual)
@@ -152,12 +132,6 @@ _ALIKE = {
 
 def _plain(value: Any) -> Any:
     return _ALIKE.get(value, value) if isinstance(value, str) else value
-
-
-def _common_settings() -> set[str]:
-    from transformers import PreTrainedConfig
-
-    return set(PreTrainedConfig().to_dict())
 
 
 def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Convention) -> dict[str, Value]:

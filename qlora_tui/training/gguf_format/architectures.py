@@ -140,8 +140,11 @@ def _gemma3n(config: Any) -> dict[str, Any]:
 def _keys_of_shared_layers(config: Any) -> dict[str, tuple[int, ...]]:
     """Return the projections of layers that share keys and values; weight files may not have them."""
     rows = config.num_key_value_heads * config.head_dim
-    shapes = {"attn_k": (rows, config.hidden_size), "attn_v": (rows, config.hidden_size)}
-    shapes["attn_k_norm"] = (config.head_dim,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_k": (rows, config.hidden_size),
+        "attn_k_norm": (config.head_dim,),
+        "attn_v": (rows, config.hidden_size),
+    }
     layers = range(_FIRST_SHARED, config.num_hidden_layers)
     return {f"blk.{layer}.{name}.weight": shape for layer in layers for name, shape in shapes.items()}
 
