@@ -13,6 +13,7 @@ from qlora_tui.adapters.deltas import (
     AdapterDeltas,
     EmbeddingRowDelta,
     ExpertDelta,
+    LoraDelta,
     Update,
     WholeMatrix,
     read_deltas,
@@ -141,7 +142,7 @@ def assign_deltas(
         if not isinstance(update, EmbeddingRowDelta | WholeMatrix):
             _require_own_weight(layout, parameter or f"{module}.weight")
         shape = () if parameter is None else tuple(layout.by_parameter[parameter].parameters[parameter])
-        if parameter is not None and isinstance(update, ExpertDelta):
+        if parameter is not None and isinstance(update, ExpertDelta | LoraDelta):
             update = replace(update, transposed=layout.is_transposed(parameter))
         if parameter is None or not update.fits(shape):
             there = f"{shape} in the base and {update.shape} here" if shape else "the base has no such weight"

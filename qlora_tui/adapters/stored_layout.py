@@ -150,8 +150,14 @@ class StoredLayout:
         return {**tied, **{source: target for target, source in tied.items()}}
 
     def is_transposed(self, parameter: str) -> bool:
-        """Return whether a parameter's matrices of experts are (inputs, outputs), as peft decides it."""
-        return bool(getattr(self._model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False))
+        """Return whether a parameter's matrices are (inputs, outputs): those of GPT-2, and some of experts.
+
+        A run in 4 bits has them the other way round, so that its adapter does not say.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        module = self._model.get_submodule(parameter.rpartition(".")[0])
+        return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
     def to_model(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters that the tensors of a group become."""

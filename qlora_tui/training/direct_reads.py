@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -68,10 +68,10 @@ def _may_read(modules: Any, kinds: set[str]) -> bool:
 class _Reads(TorchFunctionMode):
     """Notes the modules whose weight is used outside their forward."""
 
-    def __init__(self, linears: Mapping[nn.Module, str]) -> None:
+    def __init__(self, linears: Iterable[nn.Linear]) -> None:
         super().__init__()
-        self.found: set[nn.Module] = set()
-        self._owners: dict[int, list[nn.Module]] = {}
+        self.found: set[nn.Linear] = set()
+        self._owners: dict[int, list[nn.Linear]] = {}
         """Modules by their weight, which several may share."""
         for module in linears:
             self._owners.setdefault(id(module.weight), []).append(module)
@@ -94,7 +94,8 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note which modules' weights a function takes; reading an attribute, such as the dtype, is none."""
-        if getattr(func, "__name__", "") != "__get__" or func == Tensor.data.__get__:
+        reads_values = Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
+        if getattr(func, "__name__", "") != "__get__" or func == reads_values:
             for value in (*args, *(kwargs or {}).values()):
                 owners = self._owners.get(id(value), [])
                 if not any(module in self._running for module in owners):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UserError
 from tests.chat.adapters import make_adapter
+from tests.export.export_sources import make_source
 
 pytestmark = pytest.mark.slow
 
@@ -160,6 +162,22 @@ def test_an_adapter_of_another_model_leaves_nothing_behind(
     with pytest.raises(UserError, match=named):
         merge(source, "adapter", tmp_path / "out", base_name="original")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_transposed_matrices_are_merged_whatever_the_adapter_says(tmp_path: Path) -> None:
+    """A run in 4 bits adapts GPT-2's matrices the other way round from how they are stored."""
+    from qlora_tui.export.merge import merge
+
+    adapter = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    source = make_source(tmp_path, model_type="gpt2", adapter=adapter)
+    merged = []
+    for fan_in_fan_out in ("true", "false"):
+        file = Path(source.adapters["adapter"]) / "adapter_config.json"
+        config = json.loads(file.read_text()) | {"fan_in_fan_out": fan_in_fan_out == "true"}
+        file.write_text(json.dumps(config))
+        folder = merge(source, "adapter", tmp_path / fan_in_fan_out, base_name="original").folder
+        merged.append((Path(folder) / "model.safetensors").read_bytes())
+    assert merged[0] == merged[1]
 
 
 def test_no_space_is_noticed_before_anything_is_written(
