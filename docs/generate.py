@@ -83,7 +83,10 @@ of a chat to two questions, and the merged model. The models have the default st
 small sizes. Of a type that reads images too, the language model is trained; images in the data are refused.
 
 *Fast* means that all faster parts agreed with the libraries; *stock* names those of the libraries that
-are used instead, and *padded* that samples are not packed, because its layers do not keep them apart."""
+are used instead, and *padded* that samples are not packed, because its layers do not keep them apart.
+*Chat without a cache*: each token is computed from the whole conversation, because the class has no cache that
+gives the same logits. Losses and gradient norms of each step differ by less than 1e-4, or no more than the
+libraries' own change if the weights are rounded."""
 
 
 def models_page() -> str:
