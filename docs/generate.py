@@ -84,9 +84,10 @@ small sizes. Of a type that reads images too, the language model is trained; ima
 
 *Fast* means that all faster parts agreed with the libraries; *stock* names those of the libraries that
 are used instead, and *padded* that samples are not packed, because its layers do not keep them apart.
-*Chat without a cache*: each token is computed from the whole conversation, because the class has no cache that
-gives the same logits. Losses and gradient norms of each step differ by less than 1e-4, or no more than the
-libraries' own change if the weights are rounded."""
+*Chat without a cache*: each token is computed from the whole conversation, because the class has no cache
+that gives the same logits. Losses and gradient norms of each step differ by less than 1e-4; of a few types
+by more, but no more than rounded weights change the libraries' own. Where transformers answers otherwise
+with its cache than without, either answer is right."""
 
 
 def models_page() -> str:
