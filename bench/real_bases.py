@@ -104,7 +104,8 @@ def train_and_export(name: str, file: Path, folder: Path) -> bool:
     for kind in ("CONFIG", "STATE"):
         os.environ[f"XDG_{kind}_HOME"] = str(folder / kind.lower())
     command = [sys.executable, "-m", "qlora_tui", "train", "--model", str(file), "--data", str(CONVERSATIONS)]
-    command += ["--set", "training.max_steps=5", "--set", "data.max_length=512"]
+    for setting in ("max_steps=5", "micro_batch_size=1", "gradient_accumulation=1"):
+        command += ["--set", f"training.{setting}"]
     done = subprocess.run(command, env=subprocess_env(), stdout=subprocess.PIPE)
     if done.returncode:
         print(f"{name}: training ended with code {done.returncode}   OUTSIDE", flush=True)

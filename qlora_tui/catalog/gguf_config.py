@@ -45,7 +45,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
 }
 """Keys of every architecture, and the fields of which a config class has one."""
-CONSTANTS: Mapping[str, tuple[str, ...]] = {
+CONSTANTS: dict[str, tuple[str, ...]] = {
     "attention.scale": ("attention_multiplier",),
     "attention.clamp_kqv": ("clip_qkv",),
     "attention.shared_kv_layers": ("num_kv_shared_layers",),
