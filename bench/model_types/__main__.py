@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,22 +20,26 @@ def main() -> int:
     parser.add_argument("types", nargs="*", metavar="TYPE", help="walk only these")
     parser.add_argument("--method", choices=["none", "nf4"], default="none")
     parser.add_argument(
-        "--out", type=Path, help="file for the outcome, as JSON, in which the types named are replaced"
+        "--out", type=Path, help="file for the outcome, as JSON, in which each type is replaced"
     )
     arguments = parser.parse_args()
-    walked = []
-    for each in walk_all(arguments.types or all_types(), arguments.method):
-        walked.append(each)
-        how = "; ".join(filter(None, (each.reason, each.attention, each.loss, ", ".join(each.replaced))))
+    any_wrong, every = False, all_types()
+    for each in walk_all(arguments.types or every, arguments.method):
+        any_wrong |= each.verdict == "wrong"
+        how = "; ".join(filter(None, (each.how, each.attention, each.loss)))
         print(f"{each.verdict:8} {each.model_type:28} {how} {each.largest_difference:.1e}", flush=True)
-    if arguments.out:
-        earlier: list[Walked] = []
-        if arguments.types and arguments.out.is_file():
-            earlier = msgspec.json.decode(arguments.out.read_bytes(), type=Outcome).types
-        by_type = {each.model_type: each for each in (*earlier, *walked)}
-        outcome = Outcome(transformers=version("transformers"), types=[by_type[n] for n in sorted(by_type)])
-        arguments.out.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
-    return int(any(each.verdict == "wrong" for each in walked))
+        if arguments.out:
+            _replace(each, arguments.out, every)
+    return int(any_wrong)
+
+
+def _replace(walked: Walked, file: Path, every: Collection[str]) -> None:
+    """Replace one of ``every`` type in the outcome, so that a walk that is stopped keeps what it has seen."""
+    known = msgspec.json.decode(file.read_bytes(), type=Outcome).types if file.is_file() else []
+    by_type = {each.model_type: each for each in (*known, walked) if each.model_type in every}
+    types = [by_type[name] for name in sorted(by_type)]
+    outcome = Outcome(transformers=version("transformers"), types=types)
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
 
 
 if __name__ == "__main__":
