@@ -21,6 +21,7 @@ import textual.app
 from textual import pilot
 from textual._compositor import Compositor, LayoutUpdate
 from textual.geometry import Region
+from textual.notifications import Notification
 
 from qlora_tui import worker
 from qlora_tui.memory import budget
@@ -152,6 +153,12 @@ def unread_frames_are_not_painted(request: pytest.FixtureRequest, monkeypatch: p
 
 
 @pytest.fixture(autouse=True)
+def notifications_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notification is there until it is read: on a loaded machine, its seconds pass between two frames."""
+    monkeypatch.setattr(Notification, "time_left", 3600.0)
+
+
+@pytest.fixture(autouse=True)
 def old_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs of these tests are months old: none is said not to respond, unless a test is about that."""
     monkeypatch.setattr(status, "SILENT_S", math.inf)
@@ -242,7 +249,7 @@ def answers_until_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         run: RunDir, progress: Callable[[int, int], None], should_stop: Callable[[], bool]
     ) -> TaskEvaluation:
         progress(3, 14)
-        wait_for(should_stop, seconds=10)
+        wait_for(should_stop)
         raise JobStopped
 
     monkeypatch.setattr(answer_measuring, "evaluate_task", evaluate)
