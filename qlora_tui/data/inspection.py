@@ -126,8 +126,8 @@ class _Inspection:
                             self._note_errors(file, examiner.problems(), read=False)
                             yield self._report(examiner, False, (done + position.bytes) / (self._bytes or 1))
                 except DamagedFileError as problem:
-                    words = {"title": problem.title, "fix": problem.fix, "path": str(file.path)}
-                    damage = problem_of("damaged-file", 1, (), problem.what, **words)
+                    title, fix, path = problem.title, problem.fix, str(file.path)
+                    damage = problem_of("damaged-file", 1, (), problem.what, title=title, fix=fix, path=path)
                     self._note_errors(file, [damage], read=False)
                     raise
                 done += file.path.stat().st_size
