@@ -8,8 +8,8 @@ its input. What comes after it is still seen.
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -58,11 +58,20 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> frozenset[str]
     return frozenset(linears[module] for module in reads.found)
 
 
-def _may_read(modules: Any, kinds: set[str]) -> bool:
-    """Return whether the source of the modules' classes names a weight of such a kind at all."""
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, kinds))})\.weight\b(?!\.(?:dtype|device|shape))")
+def _may_read(modules: Iterable[nn.Module], kinds: set[str]) -> bool:
+    """Return whether the source of the modules uses a weight of such a kind, after initialization."""
     files = {sys.modules[type(module).__module__] for module in modules}
-    return any(pattern.search(inspect.getsource(file)) for file in files if "transformers" in file.__name__)
+    sources = [inspect.getsource(file) for file in files if file.__name__.startswith("transformers.")]
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == "weight"
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr in kinds
+        for source in sources
+        for function in ast.walk(ast.parse(source))
+        if isinstance(function, ast.FunctionDef) and "init" not in function.name
+        for node in ast.walk(function)
+    )
 
 
 class _Reads(TorchFunctionMode):

@@ -342,4 +342,6 @@ def _field(node: ast.Attribute, local: Mapping[str, Any]) -> dict[str, Any]:
         config = getattr(owner, "config", None) or local.get("config")
     value = getattr(owner, node.attr, None)
     is_setting = isinstance(config, PreTrainedConfig) and hasattr(config, node.attr)
-    return {node.attr: value} if is_setting and isinstance(value, int | float | str | list | None) else {}
+    if not is_setting or not isinstance(value, int | float | str | list | None):
+        return {}
+    return {config.attribute_map.get(node.attr, node.attr): value}

@@ -50,7 +50,7 @@ def test_a_composite_without_one_is_built_whole() -> None:
         ({"model_type": "llama", "num_key_value_heads": 0}, "num_key_value_heads = 0"),
         ({"model_type": "llama", "hidden_act": "x"}, 'hidden_act = "x"'),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}}, "factor"),
-        ({"model_type": "dots1"}, "null"),
+        ({"model_type": "dots1"}, "n_routed_experts = null"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_the_field(values: dict[str, object], reason: str) -> None:
