@@ -17,7 +17,8 @@ from bench.model_types.outcome import Walked
 from bench.model_types.walk import walk
 
 _PROCESSES = 2
-_LIMIT_S = 180
+_LIMIT_S = 600
+"""On a machine that others use too."""
 _PRELOAD = [
     "torch", "peft", "bitsandbytes", "datasets", "transformers.models.auto.modeling_auto",
     "qlora_tui.training.attempt", "qlora_tui.training.supervisor", "qlora_tui.export.merge",
