@@ -318,8 +318,6 @@ KINDS: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, str]]] = {
 }  # fmt: skip
 """By name: builds the content of ``tokenizer.json``, and the special tokens of ``tokenizer_config.json``."""
 
-BEGINS = {name: special.get("bos_token", "") for name, (_, special) in KINDS.items()}
-
 
 def write_tokenizer(folder: Path, name: str, template: str) -> Path:
     """Write the tokenizer ``name`` to a folder; returns it."""
