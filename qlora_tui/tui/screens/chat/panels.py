@@ -98,24 +98,37 @@ def answering_text(pair: AdapterPair) -> str:
     return "both answer" if pair.shown == "both" else f"only {pair.active[0]} answers"
 
 
+def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
+    """(label, value, in a few words) of who answers and how; in a few words, the usual is left out."""
+    sampling, greedy = chat.sampling, not chat.sampling.temperature
+    answering, thinks = answering_text(chat.pair), thinking_text(chat.thinking, chat.ready)
+    system_prompt = " ".join(chat.system_prompt.split())
+    rows = [("answers", answering or f"{chat.pair.left} only", answering)]
+    rows += [("thinking", thinks, thinks)] if thinks else []
+    if greedy:
+        rows.append(("temperature", "0, greedy", "greedy"))
+    else:
+        temperature, top_p = format_float(sampling.temperature, 3), format_float(sampling.top_p, 3)
+        top_k = f"{sampling.top_k}" if sampling.top_k else ""
+        rows += [
+            ("temperature", temperature, f"temp {temperature}"),
+            ("top-p", top_p, f"top-p {top_p}" if sampling.top_p < 1 else ""),
+            ("top-k", top_k or "all", f"top-k {top_k}" if top_k else ""),
+        ]
+    penalty = "" if sampling.repetition_penalty == 1 else format_float(sampling.repetition_penalty, 3)
+    seed = "" if sampling.seed is None else str(sampling.seed)
+    return [
+        *rows,
+        ("penalty", penalty or "none", f"penalty {penalty}" if penalty and not greedy else ""),
+        ("max tokens", f"{sampling.max_new_tokens:,}", f"≤ {sampling.max_new_tokens} tokens"),
+        ("seed", seed or "random", f"seed {seed}" if seed else ""),
+        ("system", system_prompt or "none", f"system: {system_prompt}" if system_prompt else ""),
+    ]
+
+
 def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Content:
     """Which adapters answer, thinking, sampling settings, and where the conversation is saved."""
-    sampling, system_prompt = chat.sampling, " ".join(chat.system_prompt.split())
-    answering, thinking = answering_text(chat.pair), thinking_text(chat.thinking, chat.ready)
-    parts = [part for part in (answering, thinking) if part]
-    if sampling.temperature:
-        parts.append(f"temp {format_float(sampling.temperature, 3)}")
-        parts += [f"top-p {format_float(sampling.top_p, 3)}"] if sampling.top_p < 1 else []
-        parts += [f"top-k {sampling.top_k}"] if sampling.top_k else []
-        penalty = sampling.repetition_penalty
-        parts += [f"penalty {format_float(penalty, 3)}"] if penalty != 1 else []
-    else:
-        parts.append("greedy")
-    parts.append(f"≤ {sampling.max_new_tokens} tokens")
-    if sampling.seed is not None:
-        parts.append(f"seed {sampling.seed}")
-    if system_prompt:
-        parts.append(f"system: {system_prompt}")
+    parts = [brief for _, _, brief in session_rows(chat) if brief]
     line = " · ".join(parts)
     if transcript is None:
         key = name_keys("   {chat.settings} change")
@@ -161,7 +174,7 @@ class ChatSide(Vertical):
     def show(self, chat: Conversation, transcript: Path | None) -> None:
         """Show the state of a conversation, and where its transcript is."""
         width = max(20, self.query_one("#side-settings").content_size.width)
-        self._update("settings", settings_lines(chat))
+        self._update("settings", [_row(label, value) for label, value, _ in session_rows(chat)])
         outcomes = {
             name: answer.outcome
             for turn in chat.turns
@@ -178,31 +191,6 @@ class ChatSide(Vertical):
 
     def _update(self, part: str, lines: list[Content]) -> None:
         self.query_one(f"#side-{part}", Lines).show(lines)
-
-
-def settings_lines(chat: Conversation) -> list[Content]:
-    """Who answers, and every setting of the sampling."""
-    sampling = chat.sampling
-    rows = [("answers", answering_text(chat.pair) or f"{chat.pair.left} only")]
-    if thinks := thinking_text(chat.thinking, chat.ready):
-        rows.append(("thinking", thinks))
-    if sampling.temperature:
-        rows += [
-            ("temperature", format_float(sampling.temperature, 3)),
-            ("top-p", format_float(sampling.top_p, 3)),
-            ("top-k", f"{sampling.top_k}" if sampling.top_k else "all"),
-        ]
-    else:
-        rows.append(("temperature", "0, greedy"))
-    penalty = sampling.repetition_penalty
-    rows += [
-        ("penalty", "none" if penalty == 1 else format_float(penalty, 3)),
-        ("max tokens", f"{sampling.max_new_tokens:,}"),
-        ("seed", "random" if sampling.seed is None else str(sampling.seed)),
-    ]
-    lines = [_row(label, value) for label, value in rows]
-    lines.append(_row("system", " ".join(chat.system_prompt.split()) or "none"))
-    return lines
 
 
 def token_lines(

@@ -42,7 +42,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.charts import bar
-from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, screen_help, write_or_ask
 from qlora_tui.tui.widgets.controls import TextField, ViList
@@ -422,7 +422,7 @@ def preview(
 ) -> Content:
     """The note, the settings that would change, and the memory."""
     if preset.problem:
-        return _refused(preset.problem)
+        return error_content(preset.problem)
     opened = preset.recipe(recipe)
     changes = [change for change in diff_recipes(recipe, opened) if change.path not in DESCRIPTIVE]
     lines = [Content.styled(preset.note or "No note.", "bold")]
@@ -472,15 +472,6 @@ def _memory(
             Content.assemble(head, (drawn, "$secondary"), figures, "  ", (word, VERDICT_STYLE[word]))
         )
     return lines
-
-
-def _refused(problem: UserError) -> Content:
-    lines = [Content.styled(f"✗ {problem.title}", "$error"), Content(problem.what)]
-    if problem.why:
-        lines.append(Content(problem.why))
-    if problem.fix:
-        lines.append(Content.styled(f"▸ {problem.fix}", "$accent"))
-    return Content("\n").join(lines)
 
 
 def _key_hints(hints: Iterable[tuple[str, str]]) -> Content:

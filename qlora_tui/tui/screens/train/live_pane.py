@@ -59,7 +59,7 @@ SIGNS: dict[Level, tuple[str, str]] = {
     "error": ("✗", "$error"),
 }
 """(sign, color) by level."""
-_LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
+LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("", frozenset(SIGNS)),
     ("warnings only", frozenset(("warning", "error"))),
     ("errors only", frozenset(("error",))),
@@ -88,8 +88,6 @@ class LivePane(Vertical):
         super().__init__(id="live")
         self._snapshot: RunSnapshot | None = None
         self._front = TABS[0]
-        self._search = ""
-        self._level = 0
         self._host_bytes = psutil.virtual_memory().total
         self._cores = os.cpu_count() or 1
 
@@ -196,35 +194,23 @@ class LivePane(Vertical):
         """Go along the tabs."""
         self.show_tab(TABS[(TABS.index(self._front) + places) % len(TABS)])
 
-    @property
-    def search(self) -> str:
-        """The text that lines are searched for."""
-        return self._search
-
-    def search_for(self, text: str) -> None:
-        """Show only lines with this text."""
-        self._search = text
-        self.query_one(LogTail).filter(search=text)
-        self.show_tab(self._front)
-
-    def next_level(self) -> None:
-        """All lines, then warnings and errors, then errors."""
-        self._level = (self._level + 1) % len(_LEVELS)
-        self.query_one(LogTail).filter(only=_LEVELS[self._level][1])
+    def filter_log(self, search: str, level: int) -> None:
+        """Show only lines with this text, of this one of the levels."""
+        self.query_one(LogTail).filter(search, level)
         self.show_tab(self._front)
 
     def begin(self) -> None:
         """Reset the tabs for another run."""
-        self._level, self._search = 0, ""
         log = self.query_one(LogTail)
-        log.filter(search="", only=_LEVELS[0][1])
+        log.filter("", 0)
         log.anchor()
         log.focus()
 
     def _left_out(self) -> str:
         """The filters that hide lines."""
-        search = f"/{self._search}" if self._search else ""
-        return " ".join(filter(None, (search, _LEVELS[self._level][0])))
+        log = self.query_one(LogTail)
+        search = f"/{log.search}" if log.search else ""
+        return " ".join(filter(None, (search, LEVELS[log.level][0])))
 
     def _machine(self, snapshot: RunSnapshot) -> MachineState:
         view = snapshot.view
@@ -294,8 +280,9 @@ class LogTail(LineView):
         """Entries that are in ``_lines`` already."""
         self._lines: list[Content] = []
         self._wrapped_at = 0
-        self._search = ""
-        self._only: frozenset[Level] = frozenset(SIGNS)
+        self.search = ""
+        self.level = 0
+        """Which of :data:`LEVELS` are shown."""
 
     def show(self, entries: Sequence[LogEntry], empty: str | None = None) -> None:
         """Show these; a sequence that grew at its end costs only what is new.
@@ -313,10 +300,9 @@ class LogTail(LineView):
         elif len(entries) > self._shown_count:
             self._append_new()
 
-    def filter(self, search: str | None = None, only: frozenset[Level] | None = None) -> None:
-        """Show only lines with this text in them, or of these levels."""
-        self._search = self._search if search is None else search.casefold()
-        self._only = self._only if only is None else only
+    def filter(self, search: str, level: int) -> None:
+        """Show only lines with this text in them, of this one of the levels."""
+        self.search, self.level = search, level
         self._rebuild()
 
     def on_mount(self) -> None:
@@ -361,8 +347,9 @@ class LogTail(LineView):
     def _append_new(self) -> None:
         fresh = self._entries[self._shown_count :]
         self._shown_count += len(fresh)
+        only, search = LEVELS[self.level][1], self.search.casefold()
         for entry in fresh:
-            if entry.level in self._only and self._search in entry.text.casefold():
+            if entry.level in only and search in entry.text.casefold():
                 self._lines += self._wrapped(entry)
         # Anchored, it is scrolled to its end by the layout, which alone knows how much is in view.
         self.virtual_size = Size(max(1, self._wrapped_at), len(self._lines))

@@ -39,7 +39,7 @@ from qlora_tui.tui.screens.modals.dialogs import (
 )
 from qlora_tui.tui.screens.train.charts import zoom_start
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch
-from qlora_tui.tui.screens.train.live_pane import LivePane
+from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
@@ -401,11 +401,12 @@ class TrainScreen(EvaluationActions):
         self.poll_now()
 
     def action_level(self) -> None:
-        self.query_one(LivePane).next_level()
+        log = self.query_one(LogTail)
+        self.query_one(LivePane).filter_log(log.search, (log.level + 1) % len(LEVELS))
 
     def action_search(self) -> None:
-        pane = self.query_one(LivePane)
-        ask_search(self.app, "lines", pane.search, pane.search_for)
+        pane, log = self.query_one(LivePane), self.query_one(LogTail)
+        ask_search(self.app, "lines", log.search, lambda text: pane.filter_log(text, log.level))
 
     def action_folder(self) -> None:
         open_folder(self.qlora_app, self._watched.path)
