@@ -1,8 +1,8 @@
 """The terminal app. textual is imported here and nowhere else.
 
 app            the frame: screens, themes, keys, and the polling that every screen shares
-workbench      the recipe being edited with undo, and what follows from it (architecture, estimate)
-draft          the file that the recipe is kept in, which several apps may share
+workbench      the recipe being edited with undo, what follows from it (architecture, estimate), and the file
+               that it is kept in, which several apps may share
 commands       every screen and every command, read from commands.toml; command_palette offers them
 key_names      keys inside sentences, as the user's keymap has them: [u], Enter; checks of the keymap, which
                qlora_tui/settings.py reads and app applies

@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
-    from qlora_tui.tui.draft import Draft
     from qlora_tui.tui.system_monitor import SystemMonitor
-    from qlora_tui.tui.workbench import Workbench
+    from qlora_tui.tui.workbench import Draft, Workbench
 
 # The first frame shows no recipe and no modal, so it does not wait for these: they are imported
 # where they are first used.
@@ -92,7 +91,7 @@ class QloraApp(TerminalApp):
     @cached_property
     def workbench(self) -> Workbench:
         """The recipe being edited, as it was when the app was last closed."""
-        from qlora_tui.tui.draft import open_workbench
+        from qlora_tui.tui.workbench import open_workbench
 
         workbench = open_workbench(self.draft)
         workbench.on_outline = partial(self.call_later, self._describe_model)  # a thread may read the model
@@ -104,7 +103,7 @@ class QloraApp(TerminalApp):
     @cached_property
     def draft(self) -> Draft:
         """The file that stores the workbench."""
-        from qlora_tui.tui.draft import Draft
+        from qlora_tui.tui.workbench import Draft
 
         return Draft()
 
@@ -231,7 +230,7 @@ class QloraApp(TerminalApp):
 
     def recipe_edited(self) -> None:
         """Save and show the workbench's recipe after it changed."""
-        from qlora_tui.tui.draft import save_or_ask
+        from qlora_tui.tui.workbench import save_or_ask
 
         try:
             save_or_ask(self)
@@ -383,7 +382,7 @@ class QloraApp(TerminalApp):
             system_status = await asyncio.to_thread(self._poll_in_thread)
         finally:
             self._polling = False
-        from qlora_tui.tui.draft import tell_of_change
+        from qlora_tui.tui.workbench import tell_of_change
 
         tell_of_change(self)
         for news in system_status.ended_runs:

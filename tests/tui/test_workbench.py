@@ -11,8 +11,7 @@ from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device
 from qlora_tui.recipe.schema import Recipe, Source
-from qlora_tui.tui.draft import Draft, open_workbench
-from qlora_tui.tui.workbench import Workbench
+from qlora_tui.tui.workbench import Draft, Workbench, open_workbench
 from tests.tui.workstation import CONFIGS, config_folder
 
 

@@ -36,7 +36,6 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
-from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar, labeled, meter, sparkline
 from qlora_tui.tui.render.columns import Column, table
@@ -53,7 +52,7 @@ from qlora_tui.tui.render.labels import (
     targets_words,
 )
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.workbench import Workbench
+from qlora_tui.tui.workbench import Workbench, draft_written_at
 
 
 @dataclass(frozen=True)

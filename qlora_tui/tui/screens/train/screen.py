@@ -26,7 +26,6 @@ from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.desktop import open_folder
-from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import SIGNS
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
@@ -43,6 +42,7 @@ from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
+from qlora_tui.tui.workbench import draft_written_at
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
