@@ -1,8 +1,8 @@
 """The recipe being edited, with undo, what follows from it (architecture, estimates), and its draft.
 
 The draft keeps the recipe in a file, so that a closed terminal or a power cut loses no edit. One file
-serves all apps of an account. Each remembers what it last read or wrote there, and so sees whether another has
-changed it since; then it asks whose recipe stays.
+serves all apps of an account. Each remembers what it last read or wrote there, and so sees whether another
+has changed it since; then it asks whose recipe stays.
 """
 
 from __future__ import annotations

@@ -102,20 +102,18 @@ class AdapterPair:
 class Conversation(VerticalScroll):
     """The turns of a conversation, answered by one or two adapters; it owns the engine."""
 
+    @dataclass
     class Changed(message.Message):
         """The model, what it does, or the turns have changed."""
 
-        def __init__(self, doing: str = "") -> None:
-            super().__init__()
-            self.doing = doing
-            """The current activity, if it takes a while."""
+        doing: str = ""
+        """The current activity, if it takes a while."""
 
+    @dataclass
     class EffectChanged(message.Message):
         """What the adapter changes was measured, or how far that has come."""
 
-        def __init__(self, effect: str | Effect) -> None:
-            super().__init__()
-            self.effect = effect
+        effect: str | Effect
 
     def __init__(self, *children: Widget) -> None:
         super().__init__(*children, id="conversation", can_focus=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,12 +60,11 @@ class PromptBox(OwnKeysFirst, TextArea):
         Binding("ctrl+j", "new_line", show=False),
     ]
 
+    @dataclass
     class Sent(Message):
         """Enter was pressed on some text."""
 
-        def __init__(self, text: str) -> None:
-            super().__init__()
-            self.text = text
+        text: str
 
     class Recalled(Message):
         """Up was pressed in the empty box."""

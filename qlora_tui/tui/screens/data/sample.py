@@ -44,7 +44,7 @@ _KEYS = (
     ("data.goto", "go to"),
     ("data.view", "view"),
 )
-_TITLE_FRAME = 6
+TITLE_FRAME = 6
 """Cells of a panel's corners and of the spaces around its title."""
 
 _CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $accent"
@@ -124,10 +124,6 @@ class SamplePanel(Panel):
         line = self.query_one("#legend", Lines)
         line.display = bool(text)
         line.show(text)
-
-    def show_place(self, place: Place, report: Report | None, shown: Shown | None, data: Data) -> None:
-        """Say in the title which row it is, its tokens to learn, and notes, as far as they fit."""
-        self.show_title(row_title(place, report, shown, data, self.size.width - _TITLE_FRAME))
 
 
 def sample(shown: Shown, problems: Sequence[DataProblem], data: Data, changes: Changes = ()) -> Content:

@@ -43,11 +43,13 @@ from qlora_tui.tui.screens.data.dialogs import (
 from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
 from qlora_tui.tui.screens.data.report import LengthsPanel, ProblemsPanel, TotalsPanel, bad_row_count
 from qlora_tui.tui.screens.data.sample import (
+    TITLE_FRAME,
     SamplePanel,
     neighbor,
     next_problem,
     parse_place,
     refused_preferences,
+    row_title,
     unreadable_text,
 )
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
@@ -420,7 +422,9 @@ class DataScreen(WorkScreen):
     def _show_place(self) -> None:
         if self._request is not None:
             place = self.path, self.row
-            self.query_one(SamplePanel).show_place(place, self.report, self.shown, self._request.data)
+            panel = self.query_one(SamplePanel)
+            width = panel.size.width - TITLE_FRAME
+            panel.show_title(row_title(place, self.report, self.shown, self._request.data, width))
 
     # The whole source
 

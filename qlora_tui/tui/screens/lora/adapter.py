@@ -164,10 +164,6 @@ class TermPanel(Panel):
         if self._shown[0]:
             self.call_after_refresh(self._show_meaning)
 
-    def show_setting(self, path: str, advice: str) -> None:
-        """Explain a setting."""
-        self._show(_title(path), term_of(path), advice)
-
     def show_modules(self, modules: Sequence[LinearModule], lora: Lora) -> None:
         """Explain the kind of these modules, or targets at all."""
         kinds = {module.kind for module in modules}
@@ -177,9 +173,10 @@ class TermPanel(Panel):
             advice = "The QLoRA paper needed all layers to match full fine-tuning."
         else:
             advice = "In the QLoRA paper, fewer layers fell short of full fine-tuning."
-        self._show(kind or "Target modules", term, advice)
+        self.show(kind or "Target modules", term, advice)
 
-    def _show(self, title: str, term: str, advice: str) -> None:
+    def show(self, title: str, term: str, advice: str) -> None:
+        """Explain a term of the glossary."""
         self.show_title(title)
         self._shown = (term, advice)
         self._show_meaning()
@@ -198,10 +195,10 @@ class TermPanel(Panel):
 
 def one_line(path: str) -> Content:
     """A setting explained without a panel."""
-    return Content.assemble((f"{_title(path)}: ", "bold"), explain(term_of(path)))
+    return Content.assemble((f"{term_title(path)}: ", "bold"), explain(term_of(path)))
 
 
-def _title(path: str) -> str:
+def term_title(path: str) -> str:
     term = term_of(path)
     return capitalize(term) if term.islower() else term
 

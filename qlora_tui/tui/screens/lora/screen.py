@@ -42,6 +42,8 @@ from qlora_tui.tui.screens.lora.adapter import (
     one_line,
     setting_advice,
     setting_lines,
+    term_of,
+    term_title,
 )
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
@@ -318,7 +320,8 @@ class LoraScreen(WorkScreen):
         workbench, path, panel = self.qlora_app.workbench, self._explained, self.query_one(TermPanel)
         recipe, base = workbench.recipe, workbench.preset_recipe
         if path:
-            panel.show_setting(path, setting_advice(path, recipe, base, self._dora_cost))
+            advice = setting_advice(path, recipe, base, self._dora_cost)
+            panel.show(term_title(path), term_of(path), advice)
         else:
             panel.show_modules(self.query_one(ModuleGrid).under_cursor, recipe.lora)
         if path and not panel.display and self._table is not None:

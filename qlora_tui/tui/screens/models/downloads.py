@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from textual import work
@@ -146,12 +147,11 @@ def ask_for_demo(app: App[object], then: str, on_yes: Callable[[], object]) -> N
 class DownloadsPanel(Panel):
     """The newest downloads with progress, speed and remaining time; hidden while there are none."""
 
+    @dataclass
     class Ended(Message):
         """A download has ended: with a path, with a problem, or stopped."""
 
-        def __init__(self, download: Download) -> None:
-            super().__init__()
-            self.download = download
+        download: Download
 
     def __init__(self) -> None:
         self._lines = Lines(id="downloads")

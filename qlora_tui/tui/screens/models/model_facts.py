@@ -117,10 +117,6 @@ class ModelSide(Vertical):
         self.query_one("#model-panel", Panel).show_title(title)
         self.query_one("#model-facts", Lines).show(lines)
 
-    def show_storage(self, lines: Sequence[Content]) -> None:
-        """Show what models take on the disk."""
-        self.query_one("#storage", Lines).show(lines)
-
     @work(exclusive=True, group="fit")
     async def estimate(
         self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget, *, can_train: bool

@@ -38,7 +38,7 @@ from qlora_tui.tui.screens.models.model_facts import (
 from qlora_tui.tui.screens.models.model_list import HUB, LOCAL, ListedModels, Starter, starters
 from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.ui_state import add_recent, load_ui_state, recent_paths
-from qlora_tui.tui.widgets.controls import Panel, TextField, ViList
+from qlora_tui.tui.widgets.controls import Lines, Panel, TextField, ViList
 
 EMPTY = (
     "No models on this machine yet. Press {models.download} to download one of these, or {models.filter} to "
@@ -147,7 +147,9 @@ class ModelsScreen(WorkScreen):
                 elif model.refusal is not None:
                     self.qlora_app.show_error(model.refusal)
                 elif facts is not None and facts.architecture is not None:
-                    self._choose_for_estimates(model)
+                    self.qlora_app.workbench.forget_architecture()
+                    how = f"To train it, press {key_name('models.download')} to download it."
+                    self._set_model(model.id, f"{model.id}, for estimates only. {how}")
                 else:
                     self._fetch_hub_facts(model.id)
             case Starter(id=id_):
@@ -202,28 +204,18 @@ class ModelsScreen(WorkScreen):
         if model.refusal is not None and model.architecture is None:
             self.qlora_app.show_error(model.refusal)
             return
-        self.qlora_app.edit("model.id", model.id)
-        self.qlora_app.edit("model.revision", "main")
         if model.refusal is not None:
             # A config alone is enough for estimates.
-            self.notify(
-                f"Model set to {model.name}, for estimates only. "
-                f"To train it: {uncapitalize(model.refusal.fix)}"
-            )
+            what_next = f"for estimates only. To train it: {uncapitalize(model.refusal.fix)}"
+            self._set_model(model.id, f"{model.name}, {what_next}")
         else:
-            self.notify(
-                f"Model set to {model.name}. "
-                f"Next: {key_name('go.data')} Data, {key_name('go.memory')} Memory."
-            )
+            what_next = f"Next: {key_name('go.data')} Data, {key_name('go.memory')} Memory."
+            self._set_model(model.id, f"{model.name}. {what_next}")
 
-    def _choose_for_estimates(self, model: HubModel) -> None:
-        self.qlora_app.workbench.forget_architecture()
-        self.qlora_app.edit("model.id", model.id)
+    def _set_model(self, id_: str, words: str) -> None:
+        self.qlora_app.edit("model.id", id_)
         self.qlora_app.edit("model.revision", "main")
-        self.notify(
-            f"Model set to {model.id}, for estimates only. "
-            f"To train it, press {key_name('models.download')} to download it."
-        )
+        self.notify(f"Model set to {words}")
 
     @work(exclusive=True, group="scan")
     async def _start_scan(self, choose: Path | None = None) -> None:
@@ -250,7 +242,7 @@ class ModelsScreen(WorkScreen):
             if len(within) == 1:
                 self._choose(within[0])
         self._show_facts()
-        self.query_one(ModelSide).show_storage(storage_lines(self._models.local))
+        self.query_one("#storage", Lines).show(storage_lines(self._models.local))
         self._estimate_needs()
         self._describe()
 

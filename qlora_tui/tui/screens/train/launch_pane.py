@@ -88,10 +88,6 @@ class LaunchPane(Vertical):
         selected = self.query_one(SettingsForm).field
         self.query_one("#notes", Drawing).show(partial(note_page, _form_fields(), selected))
 
-    def show_recipe(self, recipe: Recipe, base: Recipe) -> None:
-        """The recipe as it is now, beside its preset."""
-        self.query_one(SettingsForm).show(recipe, base)
-
     def show_checks(self, checks: tuple[Check, ...], recipe: Recipe) -> None:
         """The results of the checks, and whether the run can start."""
         self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe))

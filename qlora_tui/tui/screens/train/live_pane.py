@@ -177,14 +177,14 @@ class LivePane(Vertical):
         snapshot, panel = self._snapshot, self.query_one("#log-panel", Panel)
         if snapshot is None or not panel.size.width:
             return
+        log = self.query_one(LogTail)
+        filters = " ".join(filter(None, (f"/{log.search}" if log.search else "", LEVELS[log.level][0])))
         notes = {"answers": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
         # The border at the bottom, where the keys are, is not there in a small window.
         has_border = panel.styles.border_bottom[0] not in ("", "none")
         keys = "" if has_border else " · ".join(f"{bare_key(key)} {verb}" for key, verb in _LOG_KEYS)
         width = panel.outer_size.width - _TITLE_FRAME
-        panel.show_title(
-            tabs_title(TABS, self._front, notes, filters=self._left_out(), keys=keys, width=width)
-        )
+        panel.show_title(tabs_title(TABS, self._front, notes, filters=filters, keys=keys, width=width))
 
     def on_resize(self) -> None:
         """The title of the log is as long as there is room for."""
@@ -205,12 +205,6 @@ class LivePane(Vertical):
         log.filter("", 0)
         log.anchor()
         log.focus()
-
-    def _left_out(self) -> str:
-        """The filters that hide lines."""
-        log = self.query_one(LogTail)
-        search = f"/{log.search}" if log.search else ""
-        return " ".join(filter(None, (search, LEVELS[log.level][0])))
 
     def _machine(self, snapshot: RunSnapshot) -> MachineState:
         view = snapshot.view

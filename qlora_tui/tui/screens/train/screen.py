@@ -168,7 +168,7 @@ class TrainScreen(EvaluationActions):
         if self._ended_at is not None and draft_written_at() > self._ended_at:
             # Whoever edits the recipe is about to launch it.
             self._stop_watching()
-        self.query_one(LaunchPane).show_recipe(recipe, self.qlora_app.workbench.preset_recipe)
+        self.query_one(SettingsForm).show(recipe, self.qlora_app.workbench.preset_recipe)
         self._stamps = [source_stamps(source) for source in every_source(recipe.data)]
         self._check()
 
