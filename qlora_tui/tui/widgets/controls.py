@@ -17,7 +17,6 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.geometry import Region, Size
-from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.visual import Visual
@@ -62,6 +61,10 @@ SCROLL_KEYS = (
 """Keys of text that scrolls, in addition to Textual's own."""
 
 
+WriteList: TypeAlias = Callable[[int], Sequence[tuple[str, Content]]]
+"""Returns (id, line) of a list for so many cells of width."""
+
+
 class ViList(OptionList):
     """Compact, without a border; the cursor stays on its option while the lines around it change."""
 
@@ -86,11 +89,11 @@ class ViList(OptionList):
         Binding("ctrl+u", "page_up", show=False),
     ]
 
-    class Resized(Message):
-        """The width has changed, so lines have to be rendered again."""
+    _write: WriteList | None = None
 
     def on_resize(self) -> None:
-        self.post_message(self.Resized())
+        if self._write is not None:
+            self._show(self._write(self.scrollable_content_region.width))
         # With fewer lines, or another scroll, the cursor may be out of view.
         self.call_after_refresh(self.scroll_to_highlight)
 
@@ -107,11 +110,16 @@ class ViList(OptionList):
         """Id of the option under the cursor."""
         return None if self.highlighted is None else self.options[self.highlighted].id
 
-    def show(self, lines: Sequence[tuple[str, Content]], select: str | None = None) -> None:
-        """Show these (id, line). The cursor goes to ``select``, or stays with its option or its place.
+    def show(self, lines: Sequence[tuple[str, Content]] | WriteList, select: str | None = None) -> None:
+        """Show these (id, line); a function is called now, and again for another width.
 
-        An id that begins with HEADING is a line the cursor passes over.
+        The cursor goes to ``select``, or stays with its option or its place. An id that begins with HEADING is
+        a line the cursor passes over.
         """
+        self._write = lines if callable(lines) else None
+        self._show(lines(self.scrollable_content_region.width) if callable(lines) else lines, select)
+
+    def _show(self, lines: Sequence[tuple[str, Content]], select: str | None = None) -> None:
         wanted = select or self.current
         place = self.highlighted or 0
         ids = [id_ for id_, _ in lines]

@@ -270,10 +270,8 @@ class LoraScreen(WorkScreen):
             self.query_one("#choices", Lines).show(partial(choice_lines, costs, can_train))
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
-        settings = self.query_one(SettingsList)
-        width = settings.scrollable_content_region.width
         base = self.qlora_app.workbench.preset_recipe
-        settings.show(setting_lines(recipe, base, self._dora_cost, width))
+        self.query_one(SettingsList).show(partial(setting_lines, recipe, base, self._dora_cost))
         self._show_term()
         app, width = self.qlora_app, max(20, self.size.width - 4)
         text = adapter_text(app.workbench, app.memory_budget, self._known_deltas, width)

@@ -188,10 +188,6 @@ class MemoryScreen(WorkScreen):
         # The lists know their new width only after the layout.
         self.call_after_refresh(self._show_all)
 
-    def on_vi_list_resized(self) -> None:
-        """Draw the lines for the new width."""
-        self._show_all()
-
     def action_targets(self) -> None:
         architecture = self._architecture()
         kinds = architecture.kinds() if architecture else ()

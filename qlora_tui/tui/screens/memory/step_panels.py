@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from textual.content import Content
@@ -238,7 +239,7 @@ class ItemsPanel(Panel):
         """Show the items of the precision ``name``."""
         self._estimate = estimate
         self.show_title(f"{name} by item")
-        self._list.show(item_lines(estimate, self._list.scrollable_content_region.width))
+        self._list.show(partial(item_lines, estimate))
         self._explain()
 
     def on_option_list_option_highlighted(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from textual.content import Content
@@ -255,7 +256,7 @@ class FitPanel(Panel):
         word, style = verdict_words(verdict.word, can_train=refusal is None)
         self.show_title(Content.styled(f"{name} {word}, {spare_words(verdict)}", style))
         self.choices.display = bool(solution.changes)
-        self.choices.show(choice_lines(solution.changes, self.choices.scrollable_content_region.width))
+        self.choices.show(partial(choice_lines, solution.changes))
         notes = list(_notes(estimate, budget, solution, refusal, length_warning, is_recipe=is_recipe))
         low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
         uncertainty = f"Expected: {low} to {high} GiB. Uncertain: {verdict.reason}."

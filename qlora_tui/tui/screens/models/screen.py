@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from textual import work
@@ -90,9 +91,6 @@ class ModelsScreen(WorkScreen):
         self.query_one("#models-empty").display = False
         self.query_one(ViList).focus()
         self.action_rescan()
-
-    def on_vi_list_resized(self) -> None:
-        self._show_list()
 
     def show_recipe(self, recipe: Recipe) -> None:
         self._show_list()
@@ -281,7 +279,7 @@ class ModelsScreen(WorkScreen):
         self.query_one("#models-empty").display = not self._models.local and not self._models.hub
         words = self.query_one(Input).value.strip().lower()
         chosen = self.qlora_app.workbench.recipe.model.id
-        list_.show(self._models.lines(words, chosen, list_.scrollable_content_region.width), select)
+        list_.show(partial(self._models.lines, words, chosen), select)
 
     def _show_facts(self) -> None:
         recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, screen_help, write_or_ask
-from qlora_tui.tui.widgets.controls import TextField, ViList
+from qlora_tui.tui.widgets.controls import Lines, TextField, ViList
 from qlora_tui.tui.workbench import notify_opened
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
@@ -198,7 +199,7 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
             with Horizontal():
                 yield ViList(id="preset-list")
                 with VerticalScroll(id="preview-side", can_focus=False):
-                    yield Static(id="preview")
+                    yield Lines(id="preview")
             with Horizontal(id="save-line"):
                 yield Static("Save as ", id="save-label")
                 yield TextField(placeholder="name (optionally, name: note)", compact=True, id="save-name")
@@ -208,9 +209,6 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
         self.query_one("#preset-filter").display = False
         self.refresh_list(self.qlora_app.workbench.preset)
         self.query_one(ViList).focus()
-
-    def on_vi_list_resized(self) -> None:
-        self.refresh_list()
 
     def on_option_list_option_highlighted(self) -> None:
         """Show what opening it would change."""
@@ -277,27 +275,24 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
         shown = [p for p in self._presets if self._filter in f"{p.name} {p.note}".casefold()]
         list_, budget = self.query_one(ViList), self.qlora_app.memory_budget
         recipe, model = self.qlora_app.workbench.recipe, self.qlora_app.workbench.architecture()
-        width = list_.scrollable_content_region.width
         verdicts: dict[str, Verdict] = {}
         if not isinstance(model, UserError):
             opened = ((preset.name, preset.recipe(recipe)) for preset in shown if not preset.problem)
             verdicts = what_if(opened, model, budget)
-        list_.show([(p.name, preset_line(p, current, verdicts.get(p.name), width)) for p in shown], select)
+        list_.show(
+            lambda width: [(p.name, preset_line(p, current, verdicts.get(p.name), width)) for p in shown],
+            select,
+        )
         self._show_preview()
 
     def _show_preview(self) -> None:
         preset, workbench = self.current, self.qlora_app.workbench
         if preset is None:
-            self.query_one("#preview", Static).update("No preset matches. Press Esc to show all.")
+            self.query_one("#preview", Lines).show(Content("No preset matches. Press Esc to show all."))
         else:
-            shown = preview(
-                preset,
-                workbench.recipe,
-                workbench.architecture(),
-                self.qlora_app.memory_budget,
-                self.query_one("#preview-side").scrollable_content_region.width,
-            )
-            self.query_one("#preview", Static).update(shown)
+            recipe, model = workbench.recipe, workbench.architecture()
+            shown = partial(preview, preset, recipe, model, self.qlora_app.memory_budget)
+            self.query_one("#preview", Lines).show(shown)
 
     def action_delete(self) -> None:
         preset = self.current
