@@ -11,6 +11,8 @@ import subprocess
 import sys
 import warnings
 from contextlib import suppress
+from functools import partial
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,12 @@ from textual.widget import Widget
 
 from bench.terminal import Terminal
 from qlora_tui import paths
+from qlora_tui.errors import UserError
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.process import screen_on
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat.dialogs import PromptBox
+from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.widgets.controls import TextField
 from qlora_tui.tui.workbench import Draft, open_workbench
 from tests.runs.damage import FILES, damaged
@@ -321,3 +325,21 @@ async def test_one_bad_byte_in_any_file_leaves_the_app_open() -> None:
         await app.switch_mode("home")
         await settle(pilot)
     assert app.return_code in (0, None)
+
+
+async def test_an_error_of_an_action_or_of_a_worker_is_shown(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise UserError("It did not work", what="Something is missing.")
+
+    monkeypatch.setattr(HomeScreen, "action_prepare", fail)
+    app = QloraApp()
+    async with app.run_test() as pilot:
+        await settle(pilot)
+        for start in (partial(app.run_action, "screen.prepare"), partial(app.run_worker, fail)):
+            if (started := start()) and isawaitable(started):
+                await started
+            await wait_for_text(pilot, "It did not work", "Something is missing.")
+            await pilot.press("escape")
+            await wait_until(pilot, lambda: isinstance(app.screen, HomeScreen))
