@@ -11,8 +11,6 @@ import subprocess
 import sys
 import warnings
 from contextlib import suppress
-from functools import partial
-from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
@@ -337,9 +335,11 @@ async def test_an_error_of_an_action_or_of_a_worker_is_shown(
     app = QloraApp()
     async with app.run_test() as pilot:
         await settle(pilot)
-        for start in (partial(app.run_action, "screen.prepare"), partial(app.run_worker, fail)):
-            if (started := start()) and isawaitable(started):
-                await started
+        for by_worker in (False, True):
+            if by_worker:
+                app.run_worker(fail())
+            else:
+                await app.run_action("screen.prepare")
             await wait_for_text(pilot, "It did not work", "Something is missing.")
             await pilot.press("escape")
             await wait_until(pilot, lambda: isinstance(app.screen, HomeScreen))
