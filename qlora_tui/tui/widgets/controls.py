@@ -113,8 +113,8 @@ class ViList(OptionList):
     def show(self, lines: Sequence[tuple[str, Content]] | WriteList, select: str | None = None) -> None:
         """Show these (id, line); a function is called now, and again for another width.
 
-        The cursor goes to ``select``, or stays with its option or its place. An id that begins with HEADING is
-        a line the cursor passes over.
+        The cursor goes to ``select``, or stays with its option or its place. It passes over a line whose id
+        begins with HEADING.
         """
         self._write = lines if callable(lines) else None
         self._show(lines(self.scrollable_content_region.width) if callable(lines) else lines, select)
