@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from textual.app import ComposeResult
@@ -10,6 +11,7 @@ from textual.messages import Prune
 from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
 
+from qlora_tui.errors import UserError
 from qlora_tui.tui import process
 from qlora_tui.tui.commands import Command, screen_commands
 from qlora_tui.tui.key_names import key_name
@@ -50,12 +52,18 @@ class OnQloraApp(Widget):
     def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
         """Open a dialog, and call ``then`` with its answer; not if it was closed, or answered with no.
 
-        It is open at once: keys that were typed ahead go into it. A UserError of ``then`` is shown.
+        It is open at once: keys that were typed ahead go into it. ``then`` may be a coroutine function; its
+        UserError is shown.
         """
 
-        def on_result(answer: Answer | None) -> None:
+        async def on_result(answer: Answer | None) -> None:
             if answer is not None and answer is not False:
-                self.qlora_app.try_or_show_error(lambda: then(answer))
+                try:
+                    outcome = then(answer)
+                    if isawaitable(outcome):
+                        await outcome
+                except UserError as problem:
+                    self.qlora_app.show_error(problem)
 
         self.app.push_screen(dialog, on_result)
 

@@ -236,9 +236,9 @@ def chat_runs() -> list[RunDir]:
     ]
 
 
-def source_picker(runs: list[RunDir], model: str) -> ListPicker[RunDir | str]:
-    """A dialog that returns the chosen run, or the id of the recipe's model."""
-    choices: list[Choice[RunDir | str]] = [Choice(run, _line(run), run.id) for run in runs]
+def source_picker(runs: list[RunDir], model: str) -> ListPicker[str]:
+    """A dialog that returns the id of the chosen run, or of the recipe's model."""
+    choices = [Choice(run.id, _line(run), run.id) for run in runs]
     if model:
         name = model.rstrip("/").rpartition("/")[2]
         line = Content.assemble(name, ("  the recipe's model, without an adapter", "dim"))

@@ -158,17 +158,18 @@ class ChatScreen(WorkScreen):
         """Choose another run, or the recipe's model."""
         recipe = self.qlora_app.workbench.recipe
 
-        async def on_result(chosen: RunDir | str | None) -> None:
-            if isinstance(chosen, RunDir):
-                await self.chat_with(chosen)
-            elif chosen is not None:
+        async def chat(chosen: str) -> None:
+            run = next((run for run in runs if run.id == chosen), None)
+            if run is not None:
+                await self.chat_with(run)
+            else:
                 name = recipe.model.id.rstrip("/").rpartition("/")[2]
                 await self.set_source(ChatSource(recipe=recipe, thinking=recipe.data.thinking), None, name)
                 self.action_write()
 
         runs = chat_runs()
         if runs or recipe.model.id:
-            self.app.push_screen(source_picker(runs, recipe.model.id), on_result)
+            self.ask(source_picker(runs, recipe.model.id), chat)
         else:
             self.notify(
                 "No run has an adapter and the recipe has no model. "
@@ -342,17 +343,16 @@ class ChatScreen(WorkScreen):
             self.notify("No conversation with this run has been saved yet.")
             return
 
-        async def on_result(path: Path | None) -> None:
-            if path is not None:
-                self.search = ""
-                await self.conversation.open_saved(path, dict(conversations)[path])
-                self.query_one(PromptBox).focus()
+        async def open_saved(path: Path) -> None:
+            self.search = ""
+            await self.conversation.open_saved(path, dict(conversations)[path])
+            self.query_one(PromptBox).focus()
 
-        self.app.push_screen(conversation_picker(conversations), on_result)
+        self.ask(conversation_picker(conversations), open_saved)
 
     def action_search(self) -> None:
         """Ask for a text that exchanges must contain."""
-        ask_search(self.app, "exchanges", self.search, self._search_for)
+        ask_search(self, "exchanges", self.search, self._search_for)
 
     def _search_for(self, text: str) -> None:
         """Show only exchanges with this text."""

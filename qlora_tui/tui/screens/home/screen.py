@@ -242,7 +242,7 @@ class HomeScreen(WorkScreen):
             " Then sets the recipe to it and to the 133 conversations that come with the app; "
             f"press {key_name('app.undo')} to undo. Training starts only when you launch it."
         )
-        ask_for_demo(self.app, then, download)
+        ask_for_demo(self, then, download)
 
     @work(group="demo")
     async def _download_demo(self) -> None:

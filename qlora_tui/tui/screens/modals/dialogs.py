@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar, cast
 
 import msgspec
 from textual import work
-from textual.app import App, ComposeResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
@@ -29,7 +29,7 @@ from qlora_tui.tui.breakpoints import MIN_SIZE
 from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, commands_by_screen
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys, name_keys, short_key
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
-from qlora_tui.tui.screens.base import CancelsWorkersFirst
+from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
 from qlora_tui.tui.widgets.controls import Lines, TextField, ViList, ViScroll
 
 if TYPE_CHECKING:
@@ -164,19 +164,17 @@ class TextPromptScreen(ModalScreen[str | None]):
             self.dismiss(event.value)
 
 
-def ask_search(app: App[object], things: str, before: str, show: Callable[[str], None]) -> None:
+def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str], None]) -> None:
     """Ask for a text, and pass it to ``show``: an empty one shows everything again.
 
     Args:
-        app: The app.
+        screen: Where it is asked.
         things: What is searched, in the plural: ``lines``.
         before: The text that was searched for last.
         show: Called unless the question is cancelled.
     """
     text = f"Show only {things} with this text. Leave empty to show all."
-    app.push_screen(
-        TextPromptScreen("Search", text, before), lambda given: None if given is None else show(given)
-    )
+    screen.ask(TextPromptScreen("Search", text, before), show)
 
 
 def ask_gpu_size(app: QloraApp) -> None:

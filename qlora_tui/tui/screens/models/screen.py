@@ -110,13 +110,12 @@ class ModelsScreen(WorkScreen):
     def action_open_path(self) -> None:
         """Ask for a folder or a GGUF file."""
 
-        def on_result(text: str | None) -> None:
+        def scan(text: str) -> None:
             if text:
-                path = Path(text.strip()).expanduser().absolute()
-                self._start_scan(path)
+                self._start_scan(Path(text.strip()).expanduser().absolute())
 
         words = "A folder with config.json and safetensors, a folder of such folders, or a .gguf file:"
-        self.app.push_screen(TextPromptScreen("Open a path", words, validate=validate_model_path), on_result)
+        self.ask(TextPromptScreen("Open a path", words, validate=validate_model_path), scan)
 
     def on_input_changed(self) -> None:
         """Filter the list while typing."""
@@ -177,7 +176,7 @@ class ModelsScreen(WorkScreen):
         if self.selected_hub_model:
             panel.start(self.selected_hub_model)
         elif not self._models.local:
-            downloads.ask_for_demo(self.app, "", lambda: panel.start(DEMO))
+            downloads.ask_for_demo(self, "", lambda: panel.start(DEMO))
         else:
             self.notify("This model is already on this machine. Models to download are under 'On the Hub'.")
 

@@ -406,7 +406,7 @@ class TrainScreen(EvaluationActions):
 
     def action_search(self) -> None:
         pane, log = self.query_one(LivePane), self.query_one(LogTail)
-        ask_search(self.app, "lines", log.search, lambda text: pane.filter_log(text, log.level))
+        ask_search(self, "lines", log.search, lambda text: pane.filter_log(text, log.level))
 
     def action_folder(self) -> None:
         open_folder(self.qlora_app, self._watched.path)
