@@ -78,7 +78,7 @@ class EvaluationActions(WorkScreen):
         try:
             evaluation = await self._measurement.run(measure, "loading the model")
         except UserError as problem:
-            self.qlora_app.notify_error(problem)
+            self.app.notify_error(problem)
             return None
         if evaluation is None:
             self.notify(f"Stopped. Press {key_name(self.ANSWERS_COMMAND)} to continue.")

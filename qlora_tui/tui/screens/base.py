@@ -45,9 +45,9 @@ class OnQloraApp(Widget):
     """A screen that knows its app by type."""
 
     @property
-    def qlora_app(self) -> QloraApp:
-        """The app, typed."""
-        return cast("QloraApp", self.app)
+    def app(self) -> QloraApp:  # type: ignore[override]  # Textual's is any app, whatever it returns
+        """The app, by its type."""
+        return cast("QloraApp", super().app)
 
     def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
         """Open a dialog, and call ``then`` with its answer; not if it was closed, or answered with no.
@@ -63,7 +63,7 @@ class OnQloraApp(Widget):
                     if isawaitable(outcome):
                         await outcome
                 except UserError as problem:
-                    self.qlora_app.show_error(problem)
+                    self.app.show_error(problem)
 
         self.app.push_screen(dialog, on_result)
 
@@ -112,8 +112,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         return ()
 
     def on_mount(self) -> None:
-        self.qlora_app.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
-        self.qlora_app.system_status_changed.subscribe(self, self._system_status_changed, immediate=True)
+        self.app.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
+        self.app.system_status_changed.subscribe(self, self._system_status_changed, immediate=True)
         self.set_timer(_FREEZE_AFTER_S, process.freeze_objects)
 
     def on_screen_resume(self) -> None:
@@ -121,16 +121,16 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     def refresh_now(self) -> None:
         """Show what changed while another screen was in front."""
-        self._recipe_changed(self.qlora_app.workbench.recipe)
-        self._system_status_changed(self.qlora_app.system_status)
+        self._recipe_changed(self.app.workbench.recipe)
+        self._system_status_changed(self.app.system_status)
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
         """Give a setting its next value, up (1) or down (-1)."""
         from qlora_tui.recipe.fields import fields, get_setting  # Home is painted without the recipe
         from qlora_tui.tui.setting_stepper import step_value
 
-        value = get_setting(self.qlora_app.workbench.recipe, path)
-        self.qlora_app.edit(path, step_value(fields()[path], value, direction))
+        value = get_setting(self.app.workbench.recipe, path)
+        self.app.edit(path, step_value(fields()[path], value, direction))
 
     def notify_undoable(self, text: str) -> None:
         """Say what was changed in the recipe, and the key that undoes it."""
@@ -149,7 +149,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     def _show_recipe_strip(self) -> None:
         if self.EDITS_RECIPE:
-            self._strip.show_recipe(self.qlora_app.workbench, self.qlora_app.memory_budget)
+            self._strip.show_recipe(self.app.workbench, self.app.memory_budget)
 
     def _system_status_changed(self, system_status: SystemStatus) -> None:
         if self.is_current:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
@@ -30,6 +30,7 @@ from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.chat.saved import (
     SavedConversation,
     append_exchange,
@@ -42,7 +43,7 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.worker import Progress
 
 if TYPE_CHECKING:
-    from qlora_tui.tui.app import QloraApp
+    pass
 
 _STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
 _UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
@@ -99,7 +100,7 @@ class AdapterPair:
         return replace(self, left=following) if side == "left" else replace(self, right=following)
 
 
-class Conversation(VerticalScroll):
+class Conversation(VerticalScroll, OnQloraApp):
     """The turns of a conversation, answered by one or two adapters; it owns the engine."""
 
     @dataclass
@@ -140,12 +141,8 @@ class Conversation(VerticalScroll):
         self._shares_with: set[str] = set()
         """Runs that the user allowed to share memory with the chat."""
 
-    @property
-    def _qlora_app(self) -> QloraApp:
-        return cast("QloraApp", self.app)
-
     def on_mount(self) -> None:
-        self._qlora_app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
+        self.app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
 
     async def on_unmount(self) -> None:
         """Free the model's memory with the screen."""
@@ -272,7 +269,7 @@ class Conversation(VerticalScroll):
         self, proceed: Callable[[], object], cancel: Callable[[], object] = lambda: None
     ) -> None:
         """Call ``proceed``; ask first if the chat may not fit beside a run, and call ``cancel`` for no."""
-        active = self._qlora_app.system_status.active
+        active = self.app.system_status.active
         if (
             self.ready is not None
             or active is None
@@ -312,7 +309,7 @@ class Conversation(VerticalScroll):
 
     async def _fits_beside(self, status: Status) -> bool:
         """Whether the chat fits beside the active run, which must have reached the memory it needs."""
-        source, machine = self.source, self._qlora_app.system_status
+        source, machine = self.source, self.app.system_status
         llama_cpp = source is not None and not source.gguf_files.keys().isdisjoint(self.pair.active)
         if source is None or llama_cpp or status.phase not in STEP_PHASES:
             return False
@@ -424,7 +421,7 @@ class Conversation(VerticalScroll):
             self.post_message(self.EffectChanged(name_keys(_NOT_MEASURED)))
         except UserError as problem:
             self.post_message(self.EffectChanged(""))
-            self._qlora_app.show_error(problem)
+            self.app.show_error(problem)
         self._set_busy(False)
 
     def _set_busy(self, busy: bool) -> None:

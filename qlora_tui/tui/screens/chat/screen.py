@@ -138,7 +138,7 @@ class ChatScreen(WorkScreen):
         try:
             source = run_source(run)
         except UserError as problem:
-            self.qlora_app.show_error(problem)
+            self.app.show_error(problem)
             return
         if run == self.conversation.run_dir and source == self.conversation.source:
             return
@@ -156,7 +156,7 @@ class ChatScreen(WorkScreen):
 
     def action_choose_source(self) -> None:
         """Choose another run, or the recipe's model."""
-        recipe = self.qlora_app.workbench.recipe
+        recipe = self.app.workbench.recipe
 
         async def chat(chosen: str) -> None:
             run = next((run for run in runs if run.id == chosen), None)
@@ -429,10 +429,10 @@ class ChatScreen(WorkScreen):
             )
             return
         run_id = run.id if run is not None and source.adapters else ""
-        if self.qlora_app.load_recipe(recipe_on_choices(source.recipe, kind, run_id)):
+        if self.app.load_recipe(recipe_on_choices(source.recipe, kind, run_id)):
             start = f", from the adapter of {run_id}" if run_id else ""
             self.notify_undoable(f"Prepared a run on your {kind}{start}.")
-        await prepare_run(self.qlora_app)
+        await prepare_run(self.app)
 
     # What is shown around the conversation
 

@@ -169,12 +169,12 @@ class DataScreen(WorkScreen):
         """Look at another source."""
         if event.option_list.id == "sources" and event.option_index != self.source_number:
             self.source_number = event.option_index
-            self.show_recipe(self.qlora_app.workbench.recipe)
+            self.show_recipe(self.app.workbench.recipe)
 
     @property
     def source(self) -> Source | None:
         """The selected source."""
-        sources = self.qlora_app.workbench.recipe.data.sources
+        sources = self.app.workbench.recipe.data.sources
         return sources[self.source_number] if sources else None
 
     @property
@@ -186,7 +186,7 @@ class DataScreen(WorkScreen):
 
     def action_open(self, replaces: bool = False) -> None:
         """Add a file, a folder or a dataset of the hub to the sources, or train on it alone."""
-        sources = self.qlora_app.workbench.recipe.data.sources
+        sources = self.app.workbench.recipe.data.sources
         folder = Path(sources[-1].path).expanduser().parent if sources else None
         start = folder if folder is not None and folder.is_dir() else None
         title = "Train on other data" if replaces else "Add data" if sources else "Open data"
@@ -195,7 +195,7 @@ class DataScreen(WorkScreen):
 
     def _replace_sources(self, path: Path) -> None:
         """Train on a path, and on nothing else."""
-        sources = self.qlora_app.workbench.recipe.data.sources
+        sources = self.app.workbench.recipe.data.sources
         self._set_only_source(path)
         if sources:
             names = Path(sources[0].path).name if len(sources) == 1 else f"{len(sources)} files"
@@ -207,7 +207,7 @@ class DataScreen(WorkScreen):
         It replaces a selected source that cannot be read, with which no run could start, and the demo's data
         if that is the only source.
         """
-        sources = self.qlora_app.workbench.recipe.data.sources
+        sources = self.app.workbench.recipe.data.sources
         if [Path(source.path) for source in sources] == [CONVERSATIONS] and path != CONVERSATIONS:
             self._set_only_source(path)
             self.notify_undoable("Replaced the demo's data.")
@@ -219,7 +219,7 @@ class DataScreen(WorkScreen):
                 self.notify_undoable(f"Replaced {Path(selected.path).name}.")
             return
         self.source_number = len(sources)
-        self.qlora_app.edit("data.sources", (*sources, Source(path=str(path))))
+        self.app.edit("data.sources", (*sources, Source(path=str(path))))
         if sources:
             self.notify(
                 f"Added {path.name}: the recipe trains on {len(sources) + 1} files. "
@@ -228,19 +228,19 @@ class DataScreen(WorkScreen):
 
     def _set_only_source(self, path: Path) -> None:
         self.source_number = 0
-        self.qlora_app.edit("data.sources", (Source(path=str(path)),))
+        self.app.edit("data.sources", (Source(path=str(path)),))
 
     def _change_source(self, source: Source) -> None:
         """Replace the selected source in the recipe."""
-        sources = list(self.qlora_app.workbench.recipe.data.sources)
+        sources = list(self.app.workbench.recipe.data.sources)
         sources[self.source_number] = source
-        self.qlora_app.edit("data.sources", tuple(sources))
+        self.app.edit("data.sources", tuple(sources))
 
     def action_remove(self) -> None:
         """Remove the selected source from the recipe."""
-        source, sources = self._selected, list(self.qlora_app.workbench.recipe.data.sources)
+        source, sources = self._selected, list(self.app.workbench.recipe.data.sources)
         del sources[self.source_number]
-        self.qlora_app.edit("data.sources", tuple(sources))
+        self.app.edit("data.sources", tuple(sources))
         self.notify_undoable(f"Removed {Path(source.path).name}.")
 
     def action_reload(self) -> None:
@@ -271,7 +271,7 @@ class DataScreen(WorkScreen):
     async def action_format(self) -> None:
         """Choose the format in which the rows are read, by how many each of them reads."""
         source = self._selected
-        preferences = self.qlora_app.workbench.recipe.data.preferences
+        preferences = self.app.workbench.recipe.data.preferences
         choices = await self.previews.formats(source, preferences)
         format_ = await self.app.push_screen_wait(format_picker(choices, source.format))
         if format_ is not None and format_ != source.format:
@@ -296,7 +296,7 @@ class DataScreen(WorkScreen):
 
     def action_validation(self) -> None:
         """Ask for a share of the rows, or a file, to validate on."""
-        data = self.qlora_app.workbench.recipe.data
+        data = self.app.workbench.recipe.data
 
         def validate(text: str) -> str:
             if _share(text) is not None or Path(text).expanduser().exists():
@@ -306,10 +306,10 @@ class DataScreen(WorkScreen):
         def apply(text: str) -> None:
             share = _share(text)
             if share is None:
-                self.qlora_app.edit("data.validation_path", str(Path(text).expanduser().resolve()))
+                self.app.edit("data.validation_path", str(Path(text).expanduser().resolve()))
             else:
-                self.qlora_app.edit("data.validation_path", "")
-                self.qlora_app.edit("data.validation_fraction", share)
+                self.app.edit("data.validation_path", "")
+                self.app.edit("data.validation_fraction", share)
 
         help_ = "A share of the rows, such as 0.05 (0 for none), or the path of a validation file."
         now = data.validation_path or f"{data.validation_fraction:g}"
@@ -449,7 +449,7 @@ class DataScreen(WorkScreen):
 
     def _update_costs(self) -> None:
         """Work out what other lengths would cost, once there is a whole report."""
-        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         key = (self.report, recipe, budget)
         if self.report is None or not self.report.complete or key == self._costs_key:
             return
@@ -458,7 +458,7 @@ class DataScreen(WorkScreen):
 
     @work(exclusive=True, group="costs")
     async def _read_costs(self, report: Report, recipe: Recipe) -> None:
-        architecture, budget = self.qlora_app.workbench.architecture(), self.qlora_app.memory_budget
+        architecture, budget = self.app.workbench.architecture(), self.app.memory_budget
         model = recipe.model.id
         if model not in self._throughputs:
             self._throughputs[model] = await asyncio.to_thread(last_throughput, model)
@@ -468,7 +468,7 @@ class DataScreen(WorkScreen):
 
     def _show_report(self) -> None:
         """Show lengths and problems, as far as the source was read."""
-        report, recipe = self.report, self.qlora_app.workbench.recipe
+        report, recipe = self.report, self.app.workbench.recipe
         body = self.query_one("#data-body")
         alone, is_narrow = body.has_class("-figures"), self.has_class("-narrow")
         body.set_class(not (is_narrow or self.size.height < _COSTS_HEIGHT) or alone, "-costs")
@@ -491,7 +491,7 @@ class DataScreen(WorkScreen):
     def _clear_figures(self) -> None:
         self._costs, self._costs_key = [], None
         self.query_one("#data-body").add_class("-unreadable")
-        recipe = self.qlora_app.workbench.recipe
+        recipe = self.app.workbench.recipe
         self.query_one(TotalsPanel).show_text(Content(""))
         self.query_one(LengthsPanel).show(None, recipe.data, [], 0)
         self.query_one(ProblemsPanel).show(None, (), recipe, brief=True, narrow=True)
@@ -514,7 +514,7 @@ class DataScreen(WorkScreen):
     def problems(self) -> tuple[DataProblem, ...]:
         """The problems in the report, except those that the recipe already fixes."""
         problems = self.report.problems if self.report else ()
-        trained = set(self.qlora_app.workbench.recipe.lora.trainable_tokens)
+        trained = set(self.app.workbench.recipe.lora.trainable_tokens)
         return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
 
     @property
@@ -532,23 +532,23 @@ class DataScreen(WorkScreen):
         elif bad_row_count(self.problems):
             self.action_bad_rows()
         elif any(problem.split_rows for problem in self.problems):
-            self.qlora_app.edit("data.overflow", "split")
+            self.app.edit("data.overflow", "split")
             self.notify_undoable("Long texts are split into rows.")
         elif tokens := [token for problem in self.problems for token in problem.tokens]:
-            now = self.qlora_app.workbench.recipe.lora.trainable_tokens
-            self.qlora_app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
+            now = self.app.workbench.recipe.lora.trainable_tokens
+            self.app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
             self.notify_undoable(f"Embedding and head will be trained for {', '.join(tokens)}.")
 
     def _set_preferences(self, choice: str) -> None:
-        self.qlora_app.edit("data.preferences", choice)
+        self.app.edit("data.preferences", choice)
         chosen = "Trains on the better answers only."
         self.notify_undoable(chosen if choice == "chosen" else f"Trains with {choice}.")
 
     def action_bad_rows(self) -> None:
         """Leave rows out that cannot be used, or refuse to train while there are any."""
         bad_rows = bad_row_count(self.problems)
-        skips = self.qlora_app.workbench.recipe.data.bad_rows == "skip"
-        self.qlora_app.edit("data.bad_rows", "refuse" if skips else "skip")
+        skips = self.app.workbench.recipe.data.bad_rows == "skip"
+        self.app.edit("data.bad_rows", "refuse" if skips else "skip")
         if skips:
             self.notify_undoable("No run starts while the data has bad rows.")
         elif bad_rows:
@@ -582,7 +582,7 @@ class DataScreen(WorkScreen):
             try:
                 losses = await run_stoppable(measure_row_losses, run)
             except UserError as problem:
-                self.qlora_app.notify_error(problem)
+                self.app.notify_error(problem)
                 return
             finally:
                 self._measuring = False
@@ -603,7 +603,7 @@ class DataScreen(WorkScreen):
         try:
             queued, trained = await asyncio.to_thread(measured.queue_without, rows)
         except UserError as problem:
-            self.qlora_app.notify_error(problem)
+            self.app.notify_error(problem)
             return
         source = self.source
         if source is not None and Path(source.path).absolute() == Path(trained.path).absolute():

@@ -148,7 +148,7 @@ class HomeScreen(WorkScreen):
 
     def refresh_now(self) -> None:
         # The recipe is read with the rest: the first frame does not wait for it.
-        self._system_status_changed(self.qlora_app.system_status)
+        self._system_status_changed(self.app.system_status)
 
     def show_recipe(self, recipe: Recipe) -> None:
         self.start_reading()
@@ -164,7 +164,7 @@ class HomeScreen(WorkScreen):
 
     @work(group="read")
     async def _read(self) -> None:
-        app = self.qlora_app
+        app = self.app
         try:
             await app.shown.wait()
             if not app.system_status.is_known:
@@ -183,7 +183,7 @@ class HomeScreen(WorkScreen):
     @property
     def _last_run(self) -> RunDir:
         """The active or last run. Without one, the action that asks for it does nothing."""
-        run = self.qlora_app.system_status.active_or_last
+        run = self.app.system_status.active_or_last
         if run is None:
             raise SkipAction
         return run
@@ -197,7 +197,7 @@ class HomeScreen(WorkScreen):
         """Watch the active run, or see the last one."""
         from qlora_tui.tui.screens.train.screen import show_run
 
-        await show_run(self.qlora_app, self._last_run)
+        await show_run(self.app, self._last_run)
 
     async def action_resume(self) -> None:
         """Queue the last run again, and watch it."""
@@ -210,19 +210,19 @@ class HomeScreen(WorkScreen):
         """Open Train with the recipe and its checks."""
         from qlora_tui.tui.screens.train.screen import prepare_run
 
-        await prepare_run(self.qlora_app)
+        await prepare_run(self.app)
 
     async def action_chat(self) -> None:
         """Talk to the last run's adapter."""
         from qlora_tui.tui.screens.chat.screen import show_chat
 
-        await show_chat(self.qlora_app, self._last_run)
+        await show_chat(self.app, self._last_run)
 
     def action_export(self) -> None:
         """Export the last run's adapter."""
         from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 
-        show_export_dialog(self.qlora_app, self._last_run)
+        show_export_dialog(self.app, self._last_run)
 
     async def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
@@ -254,14 +254,14 @@ class HomeScreen(WorkScreen):
         self.downloading_demo = False
         self.start_reading()
         if download.problem is not None:
-            self.qlora_app.show_error(download.problem)
+            self.app.show_error(download.problem)
         elif download.path is not None:
             await self._prepare_demo(download.path)
 
     async def _prepare_demo(self, model: Path) -> None:
         from qlora_tui.demo.demo_run import demo_recipe
 
-        self.qlora_app.load_recipe(demo_recipe(model))
+        self.app.load_recipe(demo_recipe(model))
         if self.is_current:
             await self.action_prepare()
         else:
@@ -275,7 +275,7 @@ class HomeScreen(WorkScreen):
 
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
-        budget, now = self.qlora_app.memory_budget, clock.now()
+        budget, now = self.app.memory_budget, clock.now()
         return self._reader.read(workbench, budget, system_status, now, self._layout(size))
 
     def _layout(self, size: Size) -> HomeLayout:
@@ -293,7 +293,7 @@ class HomeScreen(WorkScreen):
         from qlora_tui.tui.render.loss import summary_plot
         from qlora_tui.tui.screens.home.reader import recent_lines
 
-        is_new, is_active = facts.last is None, self.qlora_app.system_status.active is not None
+        is_new, is_active = facts.last is None, self.app.system_status.active is not None
         panel = self.query_one("#run-panel", Panel)
         panel.show_title("Run" if is_new or is_active else "Last run")
         keys = (("go.train", "watch"),) if is_active else (("go.train", "open"), ("home.export", "export"))
@@ -302,10 +302,8 @@ class HomeScreen(WorkScreen):
         graph.visible = not is_new
         graph.show(partial(plot, summary_plot(facts.last)))
         is_compact = self._layout(self.size).is_compact
-        self.query_one("#queue-panel").display = not is_compact or bool(
-            self.qlora_app.system_status.waiting_ids
-        )
-        workbench = self.qlora_app.workbench
+        self.query_one("#queue-panel").display = not is_compact or bool(self.app.system_status.waiting_ids)
+        workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
         self.query_one("#recipe-panel", Panel).show_title(f"Recipe of the next run · {preset}")
         self.query_one("#recent-panel").display = bool(facts.recent)

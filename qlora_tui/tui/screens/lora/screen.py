@@ -125,10 +125,10 @@ class LoraScreen(WorkScreen):
         self.query_one("#modules").focus()
 
     def on_resize(self) -> None:
-        self.call_after_refresh(lambda: self.show_recipe(self.qlora_app.workbench.recipe))
+        self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def show_recipe(self, recipe: Recipe) -> None:
-        architecture = self.qlora_app.workbench.architecture()
+        architecture = self.app.workbench.architecture()
         if not isinstance(architecture, UserError) and architecture.is_outline:
             architecture = READING
         missing = architecture if isinstance(architecture, UserError) else None
@@ -143,7 +143,7 @@ class LoraScreen(WorkScreen):
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_cursor()
         self._show_controls_and_totals(recipe)
-        key = (recipe, self.qlora_app.memory_budget)
+        key = (recipe, self.app.memory_budget)
         if key != self._deltas_key and not isinstance(architecture, UserError):
             self._deltas_key = key
             self._compute_deltas(*key, architecture)
@@ -182,12 +182,12 @@ class LoraScreen(WorkScreen):
             self.query_one(ModuleGrid).toggle_block_selection()
 
     def action_all_linear(self) -> None:
-        self.qlora_app.edit("lora.target_modules", (ALL_LINEAR,))
+        self.app.edit("lora.target_modules", (ALL_LINEAR,))
 
     def action_set_custom_value(self, name: str) -> None:
         """Ask for a rank or alpha that only the modules under the cursor have."""
-        recipe, modules = self.qlora_app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
-        architecture = self.qlora_app.workbench.architecture()
+        recipe, modules = self.app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
+        architecture = self.app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
             return
         names, targets = {module.name for module in modules}, architecture.targets
@@ -196,9 +196,7 @@ class LoraScreen(WorkScreen):
         def set_value(text: str) -> None:
             number = msgspec.convert(text.strip() or usual, fields()[setting].type, strict=False)
             own = get_setting(recipe, f"{setting}_pattern")
-            self.qlora_app.edit(
-                f"{setting}_pattern", assign_pattern_values(own, usual, names, number, targets)
-            )
+            self.app.edit(f"{setting}_pattern", assign_pattern_values(own, usual, names, number, targets))
             self.query_one(ModuleGrid).action_clear_block()
 
         title = f"{name.title()} of {', '.join(to_patterns(names, targets))}"
@@ -207,7 +205,7 @@ class LoraScreen(WorkScreen):
 
     def action_edit_targets(self) -> None:
         field = self.query_one("#targets-input", Input)
-        field.value = ", ".join(self.qlora_app.workbench.recipe.lora.target_modules)
+        field.value = ", ".join(self.app.workbench.recipe.lora.target_modules)
         field.display = True
         field.focus()
 
@@ -219,7 +217,7 @@ class LoraScreen(WorkScreen):
         if not patterns:
             self.notify("LoRA needs at least one module.", severity="warning")
         else:
-            self.qlora_app.edit("lora.target_modules", patterns)
+            self.app.edit("lora.target_modules", patterns)
 
     def on_module_grid_moved(self) -> None:
         """Describe the modules under the cursor."""
@@ -235,7 +233,7 @@ class LoraScreen(WorkScreen):
         except UserError as problem:
             self._show_error(problem)
             return
-        self._show_chosen(patterns, self.qlora_app.workbench.recipe)
+        self._show_chosen(patterns, self.app.workbench.recipe)
         modules = match_modules(patterns, self._table.modules)
         text = Content(f"{len(modules)} modules. Enter: apply · Esc: cancel")
         self.query_one("#under-cursor", Lines).show(text)
@@ -249,7 +247,7 @@ class LoraScreen(WorkScreen):
             self._show_error(problem)
             return
         self._close_targets_input()
-        self.qlora_app.edit("lora.target_modules", patterns)
+        self.app.edit("lora.target_modules", patterns)
 
     def key_escape(self) -> None:
         """Leave the patterns as they were."""
@@ -260,27 +258,27 @@ class LoraScreen(WorkScreen):
     @work(exclusive=True, group="deltas", description="compute deltas")
     async def _compute_deltas(self, recipe: Recipe, budget: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
-        base = self.qlora_app.workbench.preset_recipe
+        base = self.app.workbench.preset_recipe
         known = await asyncio.to_thread(memory_deltas, recipe, base, architecture, budget.device)
         self._deltas = (recipe, known)
         self._show_controls_and_totals(recipe)
         if self.query_one("#choices-panel").display:
             costs = await asyncio.to_thread(choice_costs, recipe, architecture, budget)
-            can_train = self.qlora_app.workbench.model_refusal() is None
+            can_train = self.app.workbench.model_refusal() is None
             self.query_one("#choices", Lines).show(partial(choice_lines, costs, can_train))
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
-        base = self.qlora_app.workbench.preset_recipe
+        base = self.app.workbench.preset_recipe
         self.query_one(SettingsList).show(partial(setting_lines, recipe, base, self._dora_cost))
         self._show_term()
-        app, width = self.qlora_app, max(20, self.size.width - 4)
+        app, width = self.app, max(20, self.size.width - 4)
         text = adapter_text(app.workbench, app.memory_budget, self._known_deltas, width)
         self.query_one("#lora-totals", Lines).show(text)
 
     @property
     def _known_deltas(self) -> MemoryDeltas | None:
         """The differences in memory of the recipe as it is; None until they are computed."""
-        is_known = self._deltas is not None and self._deltas[0] == self.qlora_app.workbench.recipe
+        is_known = self._deltas is not None and self._deltas[0] == self.app.workbench.recipe
         return self._deltas[1] if self._deltas is not None and is_known else None
 
     @property
@@ -290,7 +288,7 @@ class LoraScreen(WorkScreen):
     def _close_targets_input(self) -> None:
         self.query_one("#targets-input").display = False
         self.query_one("#modules").focus()
-        self.show_recipe(self.qlora_app.workbench.recipe)
+        self.show_recipe(self.app.workbench.recipe)
 
     def _show_error(self, problem: UserError) -> None:
         text = f"✗ {problem.what} ▸ {problem.fix}" if problem.fix else f"✗ {problem.what}"
@@ -301,7 +299,7 @@ class LoraScreen(WorkScreen):
             self.query_one(ModuleGrid).show(self._table, self._table.chosen(patterns), recipe.lora)
 
     def _show_cursor(self) -> None:
-        recipe = self.qlora_app.workbench.recipe
+        recipe = self.app.workbench.recipe
         if self._table is None:
             return
         try:
@@ -315,7 +313,7 @@ class LoraScreen(WorkScreen):
 
     def _show_term(self) -> None:
         """Explain the setting that was last changed or is under the cursor, or the modules there."""
-        workbench, path, panel = self.qlora_app.workbench, self._explained, self.query_one(TermPanel)
+        workbench, path, panel = self.app.workbench, self._explained, self.query_one(TermPanel)
         recipe, base = workbench.recipe, workbench.preset_recipe
         if path:
             advice = setting_advice(path, recipe, base, self._dora_cost)

@@ -132,7 +132,7 @@ class MemoryScreen(WorkScreen):
     @property
     def precision(self) -> Precision:
         """The precision whose breakdown is shown: the recipe's until another is selected."""
-        return self._precision or precision_of(self.qlora_app.workbench.recipe)
+        return self._precision or precision_of(self.app.workbench.recipe)
 
     def compose_body(self) -> Iterable[Widget]:
         yield Panel("Memory", ModelProblem(), id="no-estimate")
@@ -152,11 +152,11 @@ class MemoryScreen(WorkScreen):
         self.query_one("#items").focus()
 
     def show_recipe(self, recipe: Recipe) -> None:
-        budget = self.qlora_app.memory_budget
+        budget = self.app.memory_budget
         if self._shown_for == (recipe, budget):
             return
         self._shown_for = (recipe, budget)
-        compared = self.qlora_app.workbench.comparison(budget.device)
+        compared = self.app.workbench.comparison(budget.device)
         problem = compared if isinstance(compared, UserError) else None
         self.query_one("#memory-body").display = problem is None
         self.query_one("#no-estimate").display = problem is not None
@@ -177,7 +177,7 @@ class MemoryScreen(WorkScreen):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Disable keys that would change nothing."""
         if action == "use":
-            return self.precision != precision_of(self.qlora_app.workbench.recipe)
+            return self.precision != precision_of(self.app.workbench.recipe)
         if action in ("apply", "choose"):
             return bool(self._compared) and not self._recipe_fits() and not self._solution.least_bytes
         if action == "timeline":
@@ -191,8 +191,8 @@ class MemoryScreen(WorkScreen):
     def action_targets(self) -> None:
         architecture = self._architecture()
         kinds = architecture.kinds() if architecture else ()
-        now = self.qlora_app.workbench.recipe.lora.target_modules
-        self.qlora_app.edit("lora.target_modules", next_targets(now, kinds))
+        now = self.app.workbench.recipe.lora.target_modules
+        self.app.edit("lora.target_modules", next_targets(now, kinds))
 
     def action_next_bar(self, step: int) -> None:
         """Show the breakdown of another precision."""
@@ -200,7 +200,7 @@ class MemoryScreen(WorkScreen):
         self._show_all()
 
     def action_use(self) -> None:
-        self.qlora_app.edit("quantization.method", METHOD_OF_PRECISION[self.precision])
+        self.app.edit("quantization.method", METHOD_OF_PRECISION[self.precision])
 
     def action_apply(self) -> None:
         self._apply(0)
@@ -213,7 +213,7 @@ class MemoryScreen(WorkScreen):
     def action_measure_quality(self) -> None:
         """Measure what the recipe's quantization changes, or stop measuring."""
         if not self._quality.stop():
-            self._measure_quality(self.qlora_app.workbench.recipe)
+            self._measure_quality(self.app.workbench.recipe)
 
     def action_timeline(self) -> None:
         self.toggle_class("-timeline")
@@ -227,9 +227,9 @@ class MemoryScreen(WorkScreen):
             return
         change = self._solution.changes[number]
         self.query_one("#items").focus()
-        if self.qlora_app.workbench.replace(change.recipe):
+        if self.app.workbench.replace(change.recipe):
             self._precision = None
-            self.qlora_app.recipe_edited()
+            self.app.recipe_edited()
             self.notify(f"{change.label}. Press {key_name('app.undo')} to undo.")
 
     def on_fit_panel_chosen(self, message: FitPanel.Chosen) -> None:
@@ -268,8 +268,8 @@ class MemoryScreen(WorkScreen):
         if quality is None:
             return
         if await self.app.push_screen_wait(QualityDialog(quality)):
-            skipped = self.qlora_app.workbench.recipe.quantization.skip
-            self.qlora_app.edit("quantization.skip", tuple(dict.fromkeys((*skipped, quality.skip))))
+            skipped = self.app.workbench.recipe.quantization.skip
+            self.app.edit("quantization.skip", tuple(dict.fromkeys((*skipped, quality.skip))))
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
@@ -287,8 +287,8 @@ class MemoryScreen(WorkScreen):
             self._trace_note = f"instant estimate; not traced: {problem.what}"
         else:
             self._trace_note = f"exact: traced with transformers {traced.transformers}"
-            self.qlora_app.workbench.use_trace(recipe, budget.device, traced)
-            compared = self.qlora_app.workbench.comparison(budget.device)
+            self.app.workbench.use_trace(recipe, budget.device, traced)
+            compared = self.app.workbench.comparison(budget.device)
             self._compared = self._compared if isinstance(compared, UserError) else compared
         self._show_all()
 
@@ -311,7 +311,7 @@ class MemoryScreen(WorkScreen):
             if text
         ]
         peak = peak_words(self._compared, short=bool(notes) and self.size.width < WIDE_CELLS)
-        budget = budget_words(self.qlora_app.memory_budget, self.qlora_app.system_status)
+        budget = budget_words(self.app.memory_budget, self.app.system_status)
         return peak, "; ".join([f" against {budget}", *notes])
 
     def _show_bars(self) -> None:
@@ -322,11 +322,11 @@ class MemoryScreen(WorkScreen):
         lines = peak_lines(
             self._compared,
             self.precision,
-            precision_of(self.qlora_app.workbench.recipe),
-            self.qlora_app.memory_budget.bytes,
+            precision_of(self.app.workbench.recipe),
+            self.app.memory_budget.bytes,
             self.size.width - _FRAME,
             layers=self._layers,
-            can_train=self.qlora_app.workbench.model_refusal() is None,
+            can_train=self.app.workbench.model_refusal() is None,
         )
         self.query_one("#bars", Lines).show(lines)
 
@@ -338,7 +338,7 @@ class MemoryScreen(WorkScreen):
             self.query_one(FitPanel).offer(changes=bool(offered[1]))
 
     def _show_settings(self) -> None:
-        recipe, known = self.qlora_app.workbench.recipe, self._architecture()
+        recipe, known = self.app.workbench.recipe, self._architecture()
         context = known.max_positions if known else None
         fitting = self._solution.fitting.get(self.precision)
         lowered = self._solution.lowered.get(self.precision, {})
@@ -346,20 +346,20 @@ class MemoryScreen(WorkScreen):
         self.query_one("#memory-settings", Lines).show(table)
 
     def _show_fit(self) -> None:
-        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         known = self._architecture()
         self.query_one(FitPanel).show(
             PRECISION_NAMES[self.precision],
             self._estimate,
             budget,
             self._solution,
-            self.qlora_app.workbench.model_refusal(),
+            self.app.workbench.model_refusal(),
             context_length_warning(recipe.data.max_length, known) if known else None,
             is_recipe=self.precision == precision_of(recipe),
         )
 
     def _architecture(self) -> Architecture | None:
-        architecture = self.qlora_app.workbench.architecture()
+        architecture = self.app.workbench.architecture()
         return None if isinstance(architecture, UserError) else architecture
 
     @property
@@ -368,8 +368,8 @@ class MemoryScreen(WorkScreen):
         return known.layers if known else 0
 
     def _recipe_fits(self) -> bool:
-        estimate = self._compared[precision_of(self.qlora_app.workbench.recipe)]
-        return check_fit(estimate, self.qlora_app.memory_budget.bytes).fits_even_if_tight
+        estimate = self._compared[precision_of(self.app.workbench.recipe)]
+        return check_fit(estimate, self.app.memory_budget.bytes).fits_even_if_tight
 
     def _show_timeline(self) -> None:
         """Draw the step of the marked precision, if there is room for it."""
@@ -380,7 +380,7 @@ class MemoryScreen(WorkScreen):
         )
         if known is None or not panel.display:
             return
-        budget, workbench = self.qlora_app.memory_budget, self.qlora_app.workbench
+        budget, workbench = self.app.memory_budget, self.app.workbench
         if self._timeline is None or self._timeline[0] is not estimate:
             recipe = workbench.recipe
             traced = workbench.trace_on(budget.device) if self.precision == precision_of(recipe) else None

@@ -99,7 +99,7 @@ class ModelsScreen(WorkScreen):
 
     def action_rescan(self) -> None:
         """Look for models again, and whether the recipe's can be trained."""
-        self.qlora_app.workbench.forget_architecture()
+        self.app.workbench.forget_architecture()
         self._show_recipe_strip()
         self._start_scan()
 
@@ -142,9 +142,9 @@ class ModelsScreen(WorkScreen):
                 if (here := self._models.copy_here(model)) is not None:
                     self._choose(here)
                 elif model.refusal is not None:
-                    self.qlora_app.show_error(model.refusal)
+                    self.app.show_error(model.refusal)
                 elif facts is not None and facts.architecture is not None:
-                    self.qlora_app.workbench.forget_architecture()
+                    self.app.workbench.forget_architecture()
                     how = f"To train it, press {key_name('models.download')} to download it."
                     self._set_model(model.id, f"{model.id}, for estimates only. {how}")
                 else:
@@ -189,17 +189,17 @@ class ModelsScreen(WorkScreen):
         download = event.download
         if download.problem is not None:
             self._models.hub_facts.pop(download.id, None)
-            self.qlora_app.show_error(download.problem)
+            self.app.show_error(download.problem)
         elif download.path is not None:
             self.notify(f"Downloaded {download.name}. Press Enter to select it.")
-            self.qlora_app.workbench.forget_architecture()
+            self.app.workbench.forget_architecture()
             # What was typed to find it on the Hub may not be in its name here.
             self.query_one(Input).value = ""
             await self._scan(select=download.path)
 
     def _choose(self, model: LocalModel) -> None:
         if model.refusal is not None and model.architecture is None:
-            self.qlora_app.show_error(model.refusal)
+            self.app.show_error(model.refusal)
             return
         if model.refusal is not None:
             # A config alone is enough for estimates.
@@ -210,8 +210,8 @@ class ModelsScreen(WorkScreen):
             self._set_model(model.id, f"{model.name}. {what_next}")
 
     def _set_model(self, id_: str, words: str) -> None:
-        self.qlora_app.edit("model.id", id_)
-        self.qlora_app.edit("model.revision", "main")
+        self.app.edit("model.id", id_)
+        self.app.edit("model.revision", "main")
         self.notify(f"Model set to {words}")
 
     @work(exclusive=True, group="scan")
@@ -219,8 +219,8 @@ class ModelsScreen(WorkScreen):
         await self._scan(choose=choose)
 
     async def _scan(self, select: Path | None = None, choose: Path | None = None) -> None:
-        folders = [Path(folder) for folder in self.qlora_app.settings.model_folders]
-        current = self.qlora_app.workbench.recipe.model.id
+        folders = [Path(folder) for folder in self.app.settings.model_folders]
+        current = self.app.workbench.recipe.model.id
         if current.startswith(("/", "~", ".")):
             folders.append(Path(current))
         if choose is not None:
@@ -262,7 +262,7 @@ class ModelsScreen(WorkScreen):
             # What was typed has failed; left there, it would hide the models of this machine.
             self._models.hub, self.query_one(Input).value = None, ""
             self._show_list()
-            self.qlora_app.show_error(problem)
+            self.app.show_error(problem)
             return
         self._show_list(HUB + self._models.hub[0].id if self._models.hub else None)
 
@@ -277,11 +277,11 @@ class ModelsScreen(WorkScreen):
         list_ = self.query_one(ViList)
         self.query_one("#models-empty").display = not self._models.local and not self._models.hub
         words = self.query_one(Input).value.strip().lower()
-        chosen = self.qlora_app.workbench.recipe.model.id
+        chosen = self.app.workbench.recipe.model.id
         list_.show(partial(self._models.lines, words, chosen), select)
 
     def _show_facts(self) -> None:
-        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         model = self._models.find(self.query_one(ViList).current)
         architecture, can_train = None, True
         title, lines = "Model", []
@@ -307,7 +307,7 @@ class ModelsScreen(WorkScreen):
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
         """What each model on this machine would need, and which models of the Hub to start with."""
-        recipe, budget = self.qlora_app.workbench.recipe, self.qlora_app.memory_budget
+        recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         known = [(m.path, m.architecture) for m in self._models.local or () if m.architecture is not None]
         self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}

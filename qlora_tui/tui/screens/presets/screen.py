@@ -207,7 +207,7 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
     def on_mount(self) -> None:
         self.query_one("#save-line").display = False
         self.query_one("#preset-filter").display = False
-        self.refresh_list(self.qlora_app.workbench.preset)
+        self.refresh_list(self.app.workbench.preset)
         self.query_one(ViList).focus()
 
     def on_option_list_option_highlighted(self) -> None:
@@ -216,14 +216,12 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
 
     def on_option_list_option_selected(self) -> None:
         """Open it; model and data stay."""
-        preset, workbench = self.current, self.qlora_app.workbench
+        preset, workbench = self.current, self.app.workbench
         before = workbench.recipe
-        if preset is not None and self.qlora_app.try_or_show_error(
-            lambda: workbench.open_preset(preset.name)
-        ):
-            self.qlora_app.recipe_edited()
+        if preset is not None and self.app.try_or_show_error(lambda: workbench.open_preset(preset.name)):
+            self.app.recipe_edited()
             self.dismiss()
-            notify_opened(self.qlora_app, before)
+            notify_opened(self.app, before)
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Filter the list while typing."""
@@ -271,10 +269,10 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
 
     def refresh_list(self, select: str | None = None) -> None:
         self._presets = list_presets()
-        current = self.qlora_app.workbench.preset
+        current = self.app.workbench.preset
         shown = [p for p in self._presets if self._filter in f"{p.name} {p.note}".casefold()]
-        list_, budget = self.query_one(ViList), self.qlora_app.memory_budget
-        recipe, model = self.qlora_app.workbench.recipe, self.qlora_app.workbench.architecture()
+        list_, budget = self.query_one(ViList), self.app.memory_budget
+        recipe, model = self.app.workbench.recipe, self.app.workbench.architecture()
         verdicts: dict[str, Verdict] = {}
         if not isinstance(model, UserError):
             opened = ((preset.name, preset.recipe(recipe)) for preset in shown if not preset.problem)
@@ -286,12 +284,12 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
         self._show_preview()
 
     def _show_preview(self) -> None:
-        preset, workbench = self.current, self.qlora_app.workbench
+        preset, workbench = self.current, self.app.workbench
         if preset is None:
             self.query_one("#preview", Lines).show(Content("No preset matches. Press Esc to show all."))
         else:
             recipe, model = workbench.recipe, workbench.architecture()
-            shown = partial(preview, preset, recipe, model, self.qlora_app.memory_budget)
+            shown = partial(preview, preset, recipe, model, self.app.memory_budget)
             self.query_one("#preview", Lines).show(shown)
 
     def action_delete(self) -> None:
@@ -311,14 +309,12 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
         before = change.before
         # What was edited since is somebody's work: then restore asks.
         is_unchanged = take_snapshot(before.name) == change.after
-        if not await write_or_ask(
-            self.qlora_app, lambda sure: restore(before, overwrite=sure or is_unchanged)
-        ):
+        if not await write_or_ask(self.app, lambda sure: restore(before, overwrite=sure or is_unchanged)):
             return
         self._undo.pop()
         if change.previous_preset is not None:
-            self.qlora_app.workbench.undo_saved_as(before.name, change.previous_preset)
-            self.qlora_app.recipe_edited()
+            self.app.workbench.undo_saved_as(before.name, change.previous_preset)
+            self.app.recipe_edited()
         self.refresh_list(before.name)
         done = "Removed" if before.content is None else "Restored"
         self.notify(f"Undone. {done} your preset {before.name}.")
@@ -332,7 +328,7 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
             return
         try:
             with self.app.suspend():
-                tried = self.qlora_app.try_or_show_error(lambda: edit(preset))
+                tried = self.app.try_or_show_error(lambda: edit(preset))
         except SuspendNotSupported:
             self.notify(
                 "This terminal cannot run an editor inside the app. "
@@ -343,16 +339,14 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
         self.refresh_list(preset.name)
         after = self.current
         if tried and after is not None and after.problem is not None:
-            self.qlora_app.show_error(after.problem)
+            self.app.show_error(after.problem)
 
     def action_import_preset(self) -> None:
         self._ask_path("Import a preset", "Path of a TOML file:", self._import)
 
     @work
     async def _import(self, path: Path) -> None:
-        if await write_or_ask(
-            self.qlora_app, lambda sure: self._remember(import_preset(path, overwrite=sure))
-        ):
+        if await write_or_ask(self.app, lambda sure: self._remember(import_preset(path, overwrite=sure))):
             self.refresh_list(path.stem)
             self.notify(f"Imported {path.stem}. Press {key_name('presets.undo')} here to undo.")
 
@@ -363,21 +357,21 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
 
     @work
     async def _export(self, preset: Preset, target: Path) -> None:
-        if await write_or_ask(self.qlora_app, lambda sure: export_preset(preset, target, overwrite=sure)):
+        if await write_or_ask(self.app, lambda sure: export_preset(preset, target, overwrite=sure)):
             file = target / preset.path.name if target.is_dir() else target
             self.notify(f"Exported to {file}.")
 
     @work
     async def _save(self, name: str, note: str) -> None:
         """Save the recipe as a preset; ask before another is replaced."""
-        workbench = self.qlora_app.workbench
+        workbench = self.app.workbench
 
         def write(sure: bool) -> None:
             before = save_as(name, workbench.recipe, note=note, own=workbench.preset, overwrite=sure)
             self._remember(before, workbench.saved_as(name))
 
-        if await write_or_ask(self.qlora_app, write):
-            self.qlora_app.recipe_edited()
+        if await write_or_ask(self.app, write):
+            self.app.recipe_edited()
             self.notify(
                 f"Saved the settings as {name}, without the model and the data. Use it with "
                 f"--preset {shlex.quote(name)}. Press {key_name('presets.undo')} here to undo."

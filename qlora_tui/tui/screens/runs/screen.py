@@ -162,7 +162,7 @@ class RunsScreen(EvaluationActions):
             return self.current is not None and self.current.status.state in RESUMABLE
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
-            return bool(self.qlora_app.deleted_runs)
+            return bool(self.app.deleted_runs)
         return super().check_action(action, parameters)
 
     def on_input_changed(self, event: Input.Changed) -> None:
@@ -222,7 +222,7 @@ class RunsScreen(EvaluationActions):
         if self.listing is None:
             return
         # What was read before a run was deleted still lists it.
-        summaries = [row for row in self.listing.summaries if row.id not in self.qlora_app.deleted_runs]
+        summaries = [row for row in self.listing.summaries if row.id not in self.app.deleted_runs]
         matching = [row for row in summaries if self._filter in _search_text(row)]
         rows = in_order(matching, self.listing.waiting, self.order)
         any_unmeasured = any(row.best is None and row.loss is not None for row in rows)
@@ -297,7 +297,7 @@ class RunsScreen(EvaluationActions):
         return self.listing is not None and summary.id in self.listing.waiting
 
     async def action_open(self) -> None:
-        await show_run(self.qlora_app, self._selected.run)
+        await show_run(self.app, self._selected.run)
 
     def action_mark(self) -> None:
         name = self._selected.id
@@ -329,13 +329,13 @@ class RunsScreen(EvaluationActions):
     async def action_chat(self) -> None:
         from qlora_tui.tui.screens.chat.screen import show_chat
 
-        await show_chat(self.qlora_app, self._selected.run)
+        await show_chat(self.app, self._selected.run)
 
     def action_evaluate(self) -> None:
         self.evaluate(self._selected.run)
 
     def action_export(self) -> None:
-        show_export_dialog(self.qlora_app, self._selected.run)
+        show_export_dialog(self.app, self._selected.run)
 
     def action_move(self, places: int) -> None:
         """Move the run in the queue."""
@@ -360,9 +360,9 @@ class RunsScreen(EvaluationActions):
 
     async def _prepare(self, recipe: Recipe) -> None:
         """Load a recipe, and show the checks before its launch."""
-        if self.qlora_app.load_recipe(recipe):
+        if self.app.load_recipe(recipe):
             self.notify_undoable("Loaded the run's recipe.")
-        await prepare_run(self.qlora_app)
+        await prepare_run(self.app)
 
     def action_save_preset(self) -> None:
         recipe, text = self._selected.run.recipe(), "Name of the preset. Model and data are left out."
@@ -371,7 +371,7 @@ class RunsScreen(EvaluationActions):
 
     @work
     async def _save_preset(self, name: str, recipe: Recipe) -> None:
-        if name and await write_or_ask(self.qlora_app, lambda sure: save_as(name, recipe, overwrite=sure)):
+        if name and await write_or_ask(self.app, lambda sure: save_as(name, recipe, overwrite=sure)):
             self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
 
     def action_rename(self) -> None:
@@ -391,7 +391,7 @@ class RunsScreen(EvaluationActions):
 
     def _delete(self, summary: RunSummary) -> None:
         self._act_on(summary.run, run_actions.move_to_trash)
-        self.qlora_app.deleted_runs.append(summary.id)
+        self.app.deleted_runs.append(summary.id)
         self.show_listing()
         self.notify(
             f"{summary.name} is in the trash for {run_actions.KEPT_DAYS} days, which holds "
@@ -399,7 +399,7 @@ class RunsScreen(EvaluationActions):
         )
 
     def action_restore(self) -> None:
-        deleted = self.qlora_app.deleted_runs
+        deleted = self.app.deleted_runs
         try:
             if deleted:
                 self.notify(f"Restored {run_actions.restore_run(deleted[-1]).name}.")
@@ -414,7 +414,7 @@ class RunsScreen(EvaluationActions):
         self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
 
     def action_folder(self) -> None:
-        open_folder(self.qlora_app, self._selected.run.path)
+        open_folder(self.app, self._selected.run.path)
 
     def _act_on(self, run: RunDir, act: Callable[[RunDir], None]) -> None:
         """Call ``act``, and reload the list even if it fails."""

@@ -55,12 +55,12 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
 
     def on_mount(self) -> None:
         form = self.query_one(SettingsForm)
-        form.show(self.qlora_app.settings, Settings())
+        form.show(self.app.settings, Settings())
         form.focus()
 
     def on_setting_edited(self, message: SettingEdited) -> None:
         """Save the setting; a default is removed from the file."""
-        app, path, value = self.qlora_app, message.path, message.value
+        app, path, value = self.app, message.path, message.value
         is_default = value == get_setting(Settings(), path)
         try:
             settings = save_setting(_KEYS_IN_FILE.get(path, path), None if is_default else value)
@@ -82,7 +82,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
     def action_test(self) -> None:
         text = "This is a test: your run is finished."
         notify_run_ended(
-            self.qlora_app,
+            self.app,
             RunNotification(
                 event="finished", run="test", name="test", text=text, step=1, total_steps=1, best_loss=None
             ),

@@ -168,7 +168,7 @@ class TrainScreen(EvaluationActions):
         if self._ended_at is not None and draft_written_at() > self._ended_at:
             # Whoever edits the recipe is about to launch it.
             self._stop_watching()
-        self.query_one(SettingsForm).show(recipe, self.qlora_app.workbench.preset_recipe)
+        self.query_one(SettingsForm).show(recipe, self.app.workbench.preset_recipe)
         self._stamps = [source_stamps(source) for source in every_source(recipe.data)]
         self._check()
 
@@ -205,7 +205,7 @@ class TrainScreen(EvaluationActions):
 
     def on_setting_edited(self, event: SettingEdited) -> None:
         """Change the recipe."""
-        self.qlora_app.edit(event.path, event.value)
+        self.app.edit(event.path, event.value)
 
     def _stop_watching(self) -> None:
         """Watch no run until one becomes active."""
@@ -239,7 +239,7 @@ class TrainScreen(EvaluationActions):
             return
         before = (self.state, self.snapshot.fix if self.snapshot else None)
         self.snapshot = snapshot
-        active = self.qlora_app.system_status.active
+        active = self.app.system_status.active
         another = active.id if active is not None and active != follower.run else ""
         answers = self.progress_of(follower.run.id)
         self.query_one(LivePane).show(snapshot, follower.from_step, another, answers)
@@ -249,13 +249,13 @@ class TrainScreen(EvaluationActions):
     @property
     def _budget(self) -> MemoryBudget:
         """Memory of this machine, where the run would start, whichever GPU the estimates assume."""
-        return budget_for(self.qlora_app.system_status.gpu)
+        return budget_for(self.app.system_status.gpu)
 
     def _check(self) -> None:
         """Run the checks again, if anything they depend on has changed."""
         if self.run is not None:
             return
-        system_status, recipe = self.qlora_app.system_status, self.qlora_app.workbench.recipe
+        system_status, recipe = self.app.system_status, self.app.workbench.recipe
         free = system_status.free_bytes
         key = (
             recipe,
@@ -284,14 +284,14 @@ class TrainScreen(EvaluationActions):
 
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
-        await self._run_checks(self.qlora_app.workbench.recipe, self.qlora_app.system_status)
-        run = await launch(self.qlora_app, self.checks)
+        await self._run_checks(self.app.workbench.recipe, self.app.system_status)
+        run = await launch(self.app, self.checks)
         if run is not None:
             self.attach(run)
 
     def action_recheck(self) -> None:
         self._checks_key = None
-        self.show_recipe(self.qlora_app.workbench.recipe)
+        self.show_recipe(self.app.workbench.recipe)
         self.notify("Checking again.")
 
     def action_stop(self) -> None:
@@ -352,15 +352,15 @@ class TrainScreen(EvaluationActions):
 
     def _fix_recipe(self) -> None:
         fix = first_fix(self.checks)
-        workbench = self.qlora_app.workbench
+        workbench = self.app.workbench
         if fix is not None and workbench.replace(fix.apply_to(workbench.recipe)):
-            self.qlora_app.recipe_edited()
+            self.app.recipe_edited()
             self.notify_undoable(f"{capitalize(fix.label)}.")
 
     def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
         def prepare(_yes: bool) -> None:
-            if self.qlora_app.workbench.replace(fix.apply_to(run.recipe())):
-                self.qlora_app.recipe_edited()
+            if self.app.workbench.replace(fix.apply_to(run.recipe())):
+                self.app.recipe_edited()
             self.action_prepare()
 
         text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
@@ -369,7 +369,7 @@ class TrainScreen(EvaluationActions):
     async def action_chat(self) -> None:
         from qlora_tui.tui.screens.chat.screen import show_chat
 
-        await show_chat(self.qlora_app, self._watched)
+        await show_chat(self.app, self._watched)
 
     def action_watch_another(self) -> None:
         self.ask(run_picker(self.run), self.attach)
@@ -377,10 +377,10 @@ class TrainScreen(EvaluationActions):
     def action_prepare(self) -> None:
         self._stop_watching()
         self._is_pinned = True
-        self.show_recipe(self.qlora_app.workbench.recipe)
+        self.show_recipe(self.app.workbench.recipe)
 
     def action_detach(self) -> None:
-        self.qlora_app.leave(self.run)
+        self.app.leave(self.run)
 
     def action_next_tab(self, places: int) -> None:
         """Show the next tab under the graph; before a run, go between recipe and checks."""
@@ -409,7 +409,7 @@ class TrainScreen(EvaluationActions):
         ask_search(self, "lines", log.search, lambda text: pane.filter_log(text, log.level))
 
     def action_folder(self) -> None:
-        open_folder(self.qlora_app, self._watched.path)
+        open_folder(self.app, self._watched.path)
 
     def action_copy_command(self) -> None:
         self.app.copy_to_clipboard(f"qlora-tui attach {shlex.quote(self._watched.id)}")
