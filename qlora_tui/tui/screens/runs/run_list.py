@@ -82,44 +82,47 @@ def best_loss(summary: RunSummary) -> str:
     return next((text for text in texts if len(text) <= _LOSS_WIDTH), f"{loss:.0e}{mark}")
 
 
-def _row_columns() -> tuple[Column[RunSummary], ...]:
-    """Columns after the state of a run."""
-    return (
-        Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
-        Column(title="run", text=lambda s: s.name, shrinks=True, min_width=10, shorter=_without_time),
-        Column(title="model", text=lambda s: s.model, max_width=26, shown_from=150),
-        Column(title="settings", text=lambda s: s.settings, max_width=22, shown_from=115),
-        Column(
-            title="steps",
-            text=lambda s: f"{s.step:,}/{s.total_steps:,}" if s.total_steps else "",
-            max_width=13,
-            right=True,
-            shown_from=130,
-        ),
-        Column(title="★ val", text=best_loss, max_width=_LOSS_WIDTH, right=True),
-        Column(
-            title="exact",
-            text=lambda s: "" if s.accuracy is None else format_percent(s.accuracy),
-            right=True,
-            shown_if_empty=False,
-        ),
-        Column(title="loss", text=lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else ""),
-        Column(
-            title="trained",
-            text=lambda s: "" if s.seconds is None else format_duration(s.seconds),
-            max_width=11,
-            right=True,
-            shown_from=WIDE_CELLS,
-        ),
-    )
-
-
 _MIN_ENDING = 24
 """Cells from which the rest of a wide line says how a run ended."""
 _TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
 """Time in a generated name; it is also in the column "queued"."""
 _HEAD = 14
 """Cells of the mark and the state before the columns."""
+
+
+def _without_time(name: str) -> str:
+    return _TIME_OF_NAME.sub("", name)
+
+
+_COLUMNS: tuple[Column[RunSummary], ...] = (
+    Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
+    Column(title="run", text=lambda s: s.name, shrinks=True, min_width=10, shorter=_without_time),
+    Column(title="model", text=lambda s: s.model, max_width=26, shown_from=150),
+    Column(title="settings", text=lambda s: s.settings, max_width=22, shown_from=115),
+    Column(
+        title="steps",
+        text=lambda s: f"{s.step:,}/{s.total_steps:,}" if s.total_steps else "",
+        max_width=13,
+        right=True,
+        shown_from=130,
+    ),
+    Column(title="★ val", text=best_loss, max_width=_LOSS_WIDTH, right=True),
+    Column(
+        title="exact",
+        text=lambda s: "" if s.accuracy is None else format_percent(s.accuracy),
+        right=True,
+        shown_if_empty=False,
+    ),
+    Column(title="loss", text=lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else ""),
+    Column(
+        title="trained",
+        text=lambda s: "" if s.seconds is None else format_duration(s.seconds),
+        max_width=11,
+        right=True,
+        shown_from=WIDE_CELLS,
+    ),
+)
+"""Columns after the state of a run."""
 
 
 class RunTable(LineView):
@@ -223,7 +226,7 @@ class RunTable(LineView):
         width = self.scrollable_content_region.width
         head = Column[RunSummary](text=self._head, width=_HEAD)
         end = Column[RunSummary](text=lambda row: "", width=0)
-        titles, *lines = table((head, *_row_columns(), end), self._rows, width, title_style="")
+        titles, *lines = table((head, *_COLUMNS, end), self._rows, width, title_style="")
         if lines:
             titles = titles.pad_right(lines[0].cell_length - titles.cell_length)
         for number, row in enumerate(self._rows):
@@ -244,10 +247,6 @@ class RunTable(LineView):
         if row.id in self._waiting:
             word = f"queue {self._waiting.index(row.id) + 1}"
         return Content.assemble((f"{mark} ", "$accent"), (f"{sign} {word:<10}", style))
-
-
-def _without_time(name: str) -> str:
-    return _TIME_OF_NAME.sub("", name)
 
 
 _LABEL = 10
