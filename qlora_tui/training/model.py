@@ -246,10 +246,9 @@ def _load(
                 trust_remote_code=False,
             )
             return loaded
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error) if str(error) else "its files do not fit its config.json"
+    except (OSError, ValueError, LookupError, ImportError, TypeError, AssertionError) as error:
+        is_explained = isinstance(error, OSError | ValueError | ImportError | TypeError) and str(error)
+        reason = first_line(error) if is_explained else "its files do not fit its config.json."
         raise UserError(
             "The model could not be loaded",
             what=f"{folder}: {reason}",

@@ -337,7 +337,7 @@ def _field(node: ast.Attribute, local: Mapping[str, Any]) -> dict[str, Any]:
     owner = local.get(place.id) if isinstance(place, ast.Name) else None
     for name in reversed(path):
         owner = getattr(owner, name, None)
-    config = owner
+    config: Any = owner
     if isinstance(owner, torch.nn.Module):
         config = getattr(owner, "config", None) or local.get("config")
     value = getattr(owner, node.attr, None)

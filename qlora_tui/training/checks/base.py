@@ -43,7 +43,7 @@ _INT8_LEAK = 1e-3
 are scaled with another's. Every other path keeps samples apart exactly, but for the grouping of experts."""
 
 
-_LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+_LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What the code of a model raises for inputs that it does not take."""
 
 
@@ -163,7 +163,7 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
             alone = model(input_ids=second, position_ids=_positions(second), segments=[_SECOND]).logits[0]
             longer = torch.cat([second, first], dim=1)
             expected = reference_logits(model, longer, _positions(longer))
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except _LIBRARY_ERRORS:
             return False
     size = _rms(alone)
     share = (_rms(alone - expected[:_SECOND]) / size).max().clamp(min=_MIN_NOISE[alone.dtype])
@@ -223,7 +223,7 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
         with no_grad_eval(model), temporary_forwards({head.projection: project}), torch.enable_grad():
             own = stock_loss(model(input_ids=tokens, use_cache=False).logits, labels)
             (gradient,) = torch.autograd.grad(own, raw)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+    except _LIBRARY_ERRORS:
         return False
     finally:
         hook.remove()
