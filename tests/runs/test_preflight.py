@@ -328,6 +328,7 @@ def trained(recipe: Recipe, device: str, tokens_per_s: float) -> str:
     return run.name
 
 
+@pytest.mark.slow
 def test_the_time_is_by_the_nearest_run_on_this_device(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 1000)
