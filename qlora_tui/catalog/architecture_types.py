@@ -125,6 +125,8 @@ class Experts(Struct, frozen=True):
     intermediate_size: int
     shared_intermediate_size: int | None
     """Width of the expert for all tokens; None without one."""
+    see_all_tokens: bool = False
+    """Whether each expert computes all tokens, of which routing leaves few (Llama 4)."""
 
 
 class Architecture(Struct, frozen=True):
@@ -173,6 +175,15 @@ class Architecture(Struct, frozen=True):
     are computed (Falcon, Bloom)."""
     own_norms: bool = False
     """Whether its norms are LayerNorms that the class computes in steps in float32 (Cohere, OLMo)."""
+    whole_logits: bool = False
+    """Whether the logits of all tokens are computed at once: its decoder cannot be run without its head, or
+    the head is not a linear module (Llama 4)."""
+    state_size: int = 0
+    """Width of the state of each head of its recurrent layers (Mamba); 0 without one."""
+    chunk_size: int = 0
+    """Tokens that its recurrent layers compute at a time; 0 where that is unknown."""
+    layer_runs: tuple[int, ...] = ()
+    """How often a forward runs each layer and keeps it for the backward, if some run in a loop (HRM)."""
 
     @property
     def expert_modules(self) -> tuple[LinearModule, ...]:

@@ -35,7 +35,7 @@ from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.visible_devices import choose_gpu
 from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import MemoryBudget, local_budget
-from qlora_tui.memory.estimate import precision_of
+from qlora_tui.memory.estimate import Precision, precision_of, with_precision
 from qlora_tui.memory.execution import trainer_execution
 from qlora_tui.memory.explain import describe_speedup
 from qlora_tui.memory.levels import Conversion
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> CommandResult:
     if args.gpu_gib is None:
         _require_chosen_gpu()
     budget = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
-    trace = _traced_step(recipe, architecture, budget) if args.exact else None
-    data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=trace)
-    compared = compare(recipe, architecture, device=budget.device, traced=trace)
+    traces = _traced_steps(recipe, architecture, budget) if args.exact else {}
+    data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=traces)
+    compared = compare(recipe, architecture, device=budget.device, traced=traces)
     # The name of a GPU given only by its size is that size.
     compared_with = budget.name if args.gpu_gib else f"{budget.name} ({format_gib(budget.bytes)} GiB)"
     lines = [f"{recipe.model.id} against {compared_with}", ""]
@@ -78,8 +78,10 @@ def run(args: argparse.Namespace) -> CommandResult:
         estimate = compared[precision]
         verdict = check_fit(estimate, budget.bytes)
         band = f"{format_gib(verdict.low_bytes)} to {format_gib(verdict.high_bytes)}"
-        rows.append([precision, f"{format_gib(estimate.total_bytes)} GiB", band, verdict.word])
-    lines += [format_table(rows, ["precision", "peak", "range", "verdict"]), ""]
+        form = ["exact" if estimate.traced else "instant"] if args.exact else []
+        rows.append([precision, f"{format_gib(estimate.total_bytes)} GiB", band, verdict.word, *form])
+    headings = ["precision", "peak", "range", "verdict", *(["estimate"] if args.exact else [])]
+    lines += [format_table(rows, headings), ""]
     own = precision_of(recipe)
     estimate = compared[own]
     if estimate.correction_words:
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         on_cpu = budget.device.kind == "cpu"
         lines += ["", conversion.words(estimate.process_bytes if on_cpu else None)]
     data["conversion"] = conversion and {"file": conversion.file, "peak_bytes": conversion.peak_bytes}
-    lines += ["", *_what_fits(data["what_fits"])]
+    lines += ["", *_what_fits(data["what_fits"], is_marked=args.exact)]
     if (step := data["step"]) and step["description"]:
         total, faster = format_gib(step["total_bytes"]), describe_speedup(step["speedup"])
         free = format_gib(step["least_free_bytes"])
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         )
     lines += [f"note: {note}" for note in estimate.notes]
     is_clear = check_fit(estimate, budget.bytes).word in ("fits", "does not fit")
-    if trace is None and not (estimate.exact and is_clear):
+    if not args.exact and not (estimate.exact and is_clear):
         lines.append(
             "note: --exact runs a step of the model without its weights, in seconds, and narrows the range"
         )
@@ -179,11 +181,12 @@ def _conversion(model_id: str) -> Conversion | None:
     return pending_conversion(model_id)
 
 
-def _what_fits(largest: dict[str, Any]) -> list[str]:
-    """Return one line on the largest settings that fit; none if nothing is known."""
+def _what_fits(largest: dict[str, Any], *, is_marked: bool) -> list[str]:
+    """Return one line on the largest settings that fit, marked as instant; none if nothing is known."""
     names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
     limits = ", ".join(f"{name} {largest[key]:,}" for key, name in names.items() if largest[key])
-    return [f"largest values that fit, each alone: {limits}"] if limits else []
+    form = " (instant estimate)" if is_marked else ""
+    return [f"largest values that fit, each alone{form}: {limits}"] if limits else []
 
 
 TRACE_LABELS = {
@@ -194,13 +197,26 @@ TRACE_LABELS = {
 }
 
 
-def _traced_step(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> StepTrace:
-    """Return a trace of the recipe's step. Raises UserError where it is not available."""
+def _traced_steps(
+    recipe: Recipe, architecture: Architecture, budget: MemoryBudget
+) -> dict[Precision, StepTrace]:
+    """Return traces of the recipe's step in every precision in which there is one.
+
+    Raises UserError where there is none in the recipe's.
+    """
     from qlora_tui.runs.exact_memory import trace_step
 
-    print("tracing a step", file=sys.stderr)
-    execution = trainer_execution(recipe, budget.device, architecture)
-    return trace_step(load_model_config(recipe.model.id), recipe, execution)
+    config, own = load_model_config(recipe.model.id), precision_of(recipe)
+    traces: dict[Precision, StepTrace] = {}
+    for precision in (own, *(each for each in PRECISIONS if each != own)):
+        print(f"tracing a step in {precision}", file=sys.stderr)
+        one = with_precision(recipe, precision) if precision != own else recipe
+        try:
+            traces[precision] = trace_step(config, one, trainer_execution(one, budget.device, architecture))
+        except UserError:
+            if precision == own:
+                raise
+    return traces
 
 
 def _trace_table(trace: dict[str, Any]) -> str:
@@ -209,7 +225,7 @@ def _trace_table(trace: dict[str, Any]) -> str:
         for key, both in trace["items"].items()
     ]
     table = format_table(rows, [f"{trace['precision']}, one step", "exact", "instant"])
-    return f"{table}\nexact: traced with transformers {trace['transformers']}"
+    return f"{table}\n{trace['how']}"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +247,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="run one step of the model without its weights, for exact numbers; takes seconds at first",
+        help="run one step of the model without its weights in each precision, for exact numbers; takes "
+        "seconds at first",
     )
 
 

@@ -23,6 +23,13 @@ from qlora_tui.memory.step import Phase
 from qlora_tui.memory.weights import round_to_block
 
 ACTIVATIONS = "activations"
+MOST_OPERATIONS = 250_000
+"""Operations of one micro-step: some 20 s of processor time. Layers of many experts need 100,000; those
+that compute one token after another need a hundred for each token (RWKV)."""
+
+
+class TooManyOperations(Exception):
+    """A step has more than ``MOST_OPERATIONS``."""
 
 
 class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
@@ -44,6 +51,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self.peak_bytes = 0
         self._vocabulary, self._tokens, self._device = vocabulary, tokens, device
         self._item = ""
+        self._operations = 0
         self._known: dict[int, tuple[int, int]] = {}
         """Number and bytes of each storage that is alive, by its address; 0 for an earlier one."""
 
@@ -76,6 +84,9 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         return self._known.get(tensor.untyped_storage()._cdata, (0, 0))[0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._operations += 1
+        if self._operations > MOST_OPERATIONS:
+            raise TooManyOperations
         for given in self._unknown((args, kwargs)):
             self._watch(given, 0, "")
         name = str(func)

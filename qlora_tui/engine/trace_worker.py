@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
@@ -26,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.engine.device_kernels import compute_dtype, kernels_of, liger_loss
-from qlora_tui.engine.recorder import StorageRecorder
+from qlora_tui.engine.recorder import MOST_OPERATIONS, StorageRecorder, TooManyOperations
 from qlora_tui.engine.repeated_layers import (
     Repetition,
     find_repetition,
@@ -34,7 +33,7 @@ from qlora_tui.engine.repeated_layers import (
     repeat_step,
     shortened,
 )
-from qlora_tui.errors import UserError, first_line
+from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE
 from qlora_tui.memory.recording import (
@@ -59,7 +58,7 @@ from qlora_tui.runs.exact_memory import TraceRequest
 from qlora_tui.training import packed_attention
 from qlora_tui.training.description import architecture_of
 from qlora_tui.training.experts.routing import Experts4bit, replace_experts
-from qlora_tui.training.model_class import build_on_meta
+from qlora_tui.training.model_class import build_on_meta, reason_of
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.slots import Copies
 
@@ -75,13 +74,26 @@ def trace(request: TraceRequest) -> StepTrace:
         with faster_imports():
             import peft  # noqa: F401
         return trace_request(request)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise UserError(
-            "The step could not be traced",
-            what=f"{type(error).__name__}: {first_line(error)}",
-            why=f"transformers {version('transformers')} cannot run this model without its weights.",
-            fix="The estimate without a trace is still valid.",
+    except TooManyOperations as error:
+        length = request.recipe.data.max_length
+        raise _untraced(
+            f"A step of {length:,} tokens has more than {MOST_OPERATIONS:,} operations",
+            "Its layers compute one token after another, or one of very many experts, in Python.",
         ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise _untraced(
+            f"Its code fails without values of tensors ({reason_of(error)})",
+            f"transformers {version('transformers')} cannot run this model without its weights.",
+        ) from error
+
+
+def _untraced(what: str, why: str) -> UserError:
+    return UserError(
+        "The step could not be traced",
+        what=f"{what}.",
+        why=why,
+        fix="Use the estimate without a trace; its range is wider.",
+    )
 
 
 @dataclass(frozen=True)
@@ -111,10 +123,14 @@ def record(request: TraceRequest) -> Recorded:
     with kernels_of(request.execution):
         recorded = None
         if repetition is not None:
-            with suppress(Exception):  # settings of single layers, which name layers that are left out
+            try:
                 config = shortened(request.config, repetition.built)
                 short = structs.replace(request, config=config)
                 recorded = _record(short, architecture_of(config), repetition)
+            except TooManyOperations:
+                raise
+            except Exception:  # settings of single layers, which name layers that are left out
+                recorded = None
         recorded = recorded or _record(request, architecture, None)
         assert recorded is not None
         return recorded

@@ -329,9 +329,10 @@ class Rules:
         projected = self.tokens * block.first_width
         saved["activations"] += (projected + self.tokens * layer.convolved) * size
         states = self.tokens * max(block.first_width, block.width) * FLOAT
-        saved["activations"] += MIXER_STATES[layer.is_recurrent] * states
-        moments = [Items(activations=states), *self.differentiated(block.modules)]
-        return Half(saved, kept, Items(activations=states), tuple(moments))
+        chunks = self.tokens * layer.state_width * FLOAT
+        saved["activations"] += MIXER_STATES[chunks > 0] * states + CHUNK_STATES * chunks
+        moments = [Items(activations=states + chunks), *self.differentiated(block.modules)]
+        return Half(saved, kept, Items(activations=states + chunks), tuple(moments))
 
     def feed_forward(self, layer: Layer, activation: str) -> Half:
         """Return the half that transforms each token: MLPs and experts, one after another."""
@@ -452,9 +453,13 @@ class Rules:
         return Half(saved, Items(), forward, (backward,))
 
 
-MIXER_STATES = {False: 3, True: 6}
+MIXER_STATES = {False: 3, True: 5}
 """Tensors in float32, as wide as what it projects, that a mixer without and with a state saves in code of
-transformers, which runs where the kernels for it are not installed. Measured on traces."""
+transformers, which runs where the kernels for it are not installed. Measured on traces, as are the next."""
+CHUNK_STATES = 4
+"""Tensors in float32 with the states of a head, and its products of each token with those of its chunk, that
+a mixer with a state saves (``mamba2_chunk_scan``, ``torch_chunk_gated_delta_rule``): within 6 % for Bamba,
+Falcon-H1, Granite 4, Nemotron-H, Qwen3.5 and Kimi Linear."""
 
 
 def attention_kernel(layout: Layout, heads: Heads) -> Kernel:

@@ -8,13 +8,15 @@ known here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 import msgspec
 
 from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.formatting import join_words
 from qlora_tui.memory.calibration import MIN_RUNS, Correction
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.explain import LABELS, explanations
@@ -82,6 +84,8 @@ class Estimate:
     execution: ExecutionConfig
     exact: bool
     """Whether the step was traced, or all its layers are of kinds whose memory follows from their shapes."""
+    traced: bool = False
+    """Whether the step was traced."""
     notes: tuple[str, ...] = ()
     """Notes for the user on this estimate: experts in 16 bits, an unknown family."""
     correction: Correction | None = None
@@ -209,6 +213,10 @@ def _calculate(
     if levels_at_loading.process_bytes > levels.process_bytes:
         items[LOADING] = levels_at_loading.process_bytes - levels.process_bytes
         fullest, levels = Moment("loading", LOADING, loading), levels_at_loading
+    band = levels.band
+    if traced is not None and traced.uncertain and execution.device == "cuda":
+        low = max(0, band.low_bytes - fullest.total_bytes)
+        band = replace(band, low_bytes=low, reason=f"kernels of {join_words(list(traced.uncertain))}")
     sentences = explanations(layout)
     return Estimate(
         method=recipe.quantization.method,
@@ -220,11 +228,12 @@ def _calculate(
         allocated_bytes=levels.allocated_bytes,
         reserved_bytes=levels.reserved_bytes,
         process_bytes=levels.process_bytes,
-        band=levels.band,
+        band=band,
         peak_phase=fullest.name,
         execution=execution,
         exact=traced is not None or layout.exact,
-        notes=_notes(layout, items, traced=traced is not None),
+        traced=traced is not None,
+        notes=_notes(layout, items, traced),
         correction=correction,
         uncorrected_bytes=before if correction else 0,
         loading_process_bytes=levels_at_loading.process_bytes,
@@ -259,7 +268,7 @@ def loading_bytes(recipe: Recipe, architecture: Architecture, execution: Executi
     return sum(sizes[:LOADERS])
 
 
-def _notes(layout: Layout, items: dict[str, int], *, traced: bool) -> tuple[str, ...]:
+def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> tuple[str, ...]:
     recipe = layout.recipe
     notes = []
     if items.get("int8_inputs"):
@@ -269,9 +278,19 @@ def _notes(layout: Layout, items: dict[str, int], *, traced: bool) -> tuple[str,
         )
     if layout.experts_in_16_bits and recipe.quantization.method != "none":
         notes.append(f"The experts stay in 16 bits: {_why_in_16_bits(recipe)}.")
-    if layout.architecture.is_outline:
+    if traced is not None:
+        if traced.uncertain and layout.execution.device == "cuda":
+            notes.append(
+                f"{join_words(list(traced.uncertain))}: traced with transformers' own code, which runs where "
+                "their kernels are not installed. With the kernels a step takes less."
+            )
+    elif layout.architecture.is_outline:
         notes.append("An outline of the model's layers, until they are read from transformers' class.")
-    elif not (layout.exact or traced):
+    elif layout.repeats_states:
+        notes.append(
+            "Hidden states are repeated in a loop or in parts of a layer, of which shapes say too little."
+        )
+    elif not layout.exact:
         notes.append(
             "Some layers mix tokens otherwise than by attention: what they save depends on the installed "
             "kernels, and is estimated from the widths of their projections."
@@ -305,16 +324,16 @@ def compare(
     *,
     device: Device | None = None,
     execution: ExecutionConfig | None = None,
-    traced: StepTrace | None = None,
+    traced: Mapping[Precision, StepTrace] = MappingProxyType({}),
 ) -> dict[Precision, Estimate]:
-    """Estimate the recipe in NF4, int8 and 16 bits. ``traced`` is a trace of the unchanged recipe."""
+    """Estimate the recipe in NF4, int8 and 16 bits, with the traces that there are."""
     return {
         precision: estimate(
             with_precision(recipe, precision),
             architecture,
             device=device,
             execution=execution,
-            traced=traced if precision == precision_of(recipe) else None,
+            traced=traced.get(precision),
         )
         for precision in PRECISIONS
     }

@@ -227,8 +227,7 @@ def trainer_execution(
         autocast=float16 and device.kind == "cuda",
         own_fused=True,
         triton=device.triton and device.kind == "cuda" and recipe.model.kernels == "auto",
-        # Liger would keep float16's gradients in 16 bits.
-        loss="liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked",
+        loss=_loss(recipe, device, architecture, float16=float16),
         checkpointing=recipe.training.gradient_checkpointing != "off",
         offloads_inputs=recipe.training.gradient_checkpointing == "offload" and device.kind == "cuda",
         streamed_layers=recipe.quantization.streamed_layers,
@@ -246,6 +245,13 @@ def trainer_execution(
         managed_memory=device.managed_memory,
         general_prompts=recipe.training.general_prompts,
     )
+
+
+def _loss(recipe: Recipe, device: Device, architecture: Architecture | None, *, float16: bool) -> Loss:
+    if architecture is not None and architecture.whole_logits:
+        return "stock"
+    # Liger would keep float16's gradients in 16 bits.
+    return "liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked"
 
 
 def flash_obstacle(

@@ -19,6 +19,8 @@ from qlora_tui.recipe.targets import rank_of, resolve_targets
 
 USUAL_MLPS = 3
 """Most parts of a layer that transform each token: an MLP, shared experts, and their gate."""
+USUAL_CHUNK = 64
+"""Tokens that gated delta rules compute at a time (``chunk_size`` of ``torch_chunk_gated_delta_rule``)."""
 FUSED_HALVES = 2
 """Outputs of a gated MLP's first projections, in widths of its last one's inputs: gate and up."""
 
@@ -144,8 +146,8 @@ class Layer:
     """Width of each norm's input, those over heads for all heads."""
     convolved: int
     """Channels of its convolutions."""
-    is_recurrent: bool
-    """Whether a mixer has a state with parameters of its own (Mamba), not only a convolution."""
+    state_width: int
+    """Elements for each token of the matrices that a recurrent mixer computes by chunks; 0 without one."""
 
     @cached_property
     def modules(self) -> tuple[Linear, ...]:
@@ -161,7 +163,7 @@ class Layout:
     architecture: Architecture
     execution: ExecutionConfig
     layers: tuple[Layer, ...]
-    """Equal layers are the same object."""
+    """Equal layers are the same object. One that runs several times is there as often."""
     tokens: int
     rows: int
     length: int
@@ -194,13 +196,21 @@ class Layout:
         return sum(self.adapter_tensors)
 
     @cached_property
+    def repeats_states(self) -> bool:
+        """Return whether hidden states are repeated: for all experts (Llama 4), for layers that run several
+        times (HRM), or between more parts of a layer than usual (Gemma 3n)."""
+        experts = self.architecture.experts
+        if self.architecture.layer_runs or (experts is not None and experts.see_all_tokens):
+            return True
+        return any(len(each.mlps) > USUAL_MLPS for each in self.layers)
+
+    @cached_property
     def exact(self) -> bool:
         """Return whether what a step saves follows from shapes that are known: not in an outline of a model,
-        nor if something else than attention mixes tokens, where it depends on the kernels, nor in a layer
-        with more parts than usual, between which hidden states may be repeated (Gemma 3n)."""
-        return not self.architecture.is_outline and all(
-            layer.mixer is None and len(layer.mlps) <= USUAL_MLPS for layer in self.layers
-        )
+        nor if hidden states are repeated, nor if something else than attention mixes tokens, where it depends
+        on the kernels."""
+        known = not (self.architecture.is_outline or self.repeats_states)
+        return known and all(layer.mixer is None for layer in self.layers)
 
 
 def build_layout(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Layout:
@@ -246,7 +256,11 @@ def build_layout(recipe: Recipe, architecture: Architecture, execution: Executio
         recipe=recipe,
         architecture=architecture,
         execution=execution,
-        layers=tuple(layers),
+        layers=tuple(
+            layer
+            for layer, runs in zip(layers, architecture.layer_runs or [1] * len(layers), strict=True)
+            for _ in range(runs)
+        ),
         tokens=rows * length,
         rows=rows,
         length=length,
@@ -284,7 +298,7 @@ def _mixture(
         return None
     return Mixture(
         experts=experts.count,
-        per_token=experts.per_token,
+        per_token=experts.count if experts.see_all_tokens else experts.per_token,
         intermediate=experts.intermediate_size,
         has_biases=any(p.role == "expert" and not p.is_expert_matrices for p in parameters),
         separate=execution.separate_experts,
@@ -316,8 +330,11 @@ def _layer(
         if module.part not in ("attention", "mixer", "router"):
             owned.setdefault((module.part, module.owner), []).append(module)
     mlps = tuple(_block(modules, hidden) for modules in owned.values())
-    is_recurrent = bool(mixer) and any(parameter.role == "other" for parameter in parameters)
-    return Layer(attention, heads, mixer, mlps, mixture, norms, convolved, is_recurrent)
+    # One for each head, or for each of its channels where these decay apart.
+    decays = max((p.shape[0] for p in parameters if p.role == "other" and len(p.shape) == 1), default=0)
+    chunk = architecture.chunk_size or (0 if architecture.state_size else USUAL_CHUNK)
+    state_width = decays * (architecture.state_size + chunk) if mixer else 0
+    return Layer(attention, heads, mixer, mlps, mixture, norms, convolved, state_width)
 
 
 def _block(modules: list[Linear], hidden: int) -> Block:

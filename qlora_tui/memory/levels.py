@@ -65,6 +65,9 @@ hundred within this."""
 MIXER_UNCERTAINTY = 0.35
 """As ``STEP_UNCERTAINTY`` for models in which something else than attention mixes tokens, which saves what
 its kernels or their fallback need."""
+REPEATED_UNCERTAINTY = 1.5
+"""As ``STEP_UNCERTAINTY`` for models that repeat hidden states, of which the shapes of modules say nothing: a
+step of Dory takes 2.3 times what they give."""
 TRACED_UNCERTAINTY = 0.02
 """Uncertainty of a traced step: what kernels take that a trace imitates."""
 
@@ -91,6 +94,8 @@ class _Doubt:
 def _step_uncertainty(layout: Layout, *, traced: bool) -> float:
     if traced:
         return TRACED_UNCERTAINTY
+    if layout.repeats_states:
+        return REPEATED_UNCERTAINTY
     return STEP_UNCERTAINTY if layout.exact else MIXER_UNCERTAINTY
 
 

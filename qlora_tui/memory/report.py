@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
-from qlora_tui.memory.estimate import Estimate, check_fit, closed_form, compare, estimate, precision_of
+from qlora_tui.formatting import join_words
+from qlora_tui.memory.estimate import (
+    Estimate,
+    Precision,
+    check_fit,
+    closed_form,
+    compare,
+    estimate,
+    precision_of,
+)
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.recording import StepTrace
@@ -20,7 +31,7 @@ def as_json(
     available_bytes: int | None,
     *,
     device: Device | None = None,
-    traced: StepTrace | None = None,
+    traced: Mapping[Precision, StepTrace] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return ``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
@@ -51,6 +62,7 @@ def as_json(
         ]
         if not changes and not check_fit(compared[precision_of(recipe)], available_bytes).fits_even_if_tight:
             least = minimum_bytes(recipe, architecture, device=device)
+    own = traced.get(precision_of(recipe))
     choice = (
         None if available_bytes is None else choose_step(recipe, architecture, available_bytes, device=device)
     )
@@ -58,7 +70,7 @@ def as_json(
     return {
         "available_bytes": available_bytes,
         "precisions": {name: one_as_json(result, available_bytes) for name, result in compared.items()},
-        "trace": traced and trace_as_json(traced, recipe, architecture, device or Device()),
+        "trace": own and trace_as_json(own, recipe, architecture, device or Device()),
         "what_fits": fitting,
         "step": choice
         and {
@@ -83,15 +95,24 @@ def trace_as_json(
     traced: StepTrace, recipe: Recipe, architecture: Architecture, device: Device
 ) -> dict[str, Any]:
     """Return the bytes by item, traced and by the closed form, with its :attr:`.estimate.Estimate.exact`."""
-    closed = closed_form(recipe, architecture, trainer_execution(recipe, device))
+    closed = closed_form(recipe, architecture, trainer_execution(recipe, device, architecture))
     return {
         "precision": precision_of(recipe),
         "transformers": traced.transformers,
+        "how": describe_trace(traced),
         "exact": estimate(recipe, architecture, device=device).exact,
         "items": {
             key: {"traced": size, "closed_form": closed[key]} for key, size in traced.figures().items()
         },
     }
+
+
+def describe_trace(traced: StepTrace) -> str:
+    """Return what a step was traced with."""
+    text = f"exact: traced with transformers {traced.transformers}"
+    if traced.uncertain:
+        text += f", whose own code stands for the kernels of {join_words(list(traced.uncertain))}"
+    return text
 
 
 def one_as_json(result: Estimate, available_bytes: int | None) -> dict[str, Any]:
@@ -116,5 +137,6 @@ def one_as_json(result: Estimate, available_bytes: int | None) -> dict[str, Any]
             "uncorrected_bytes": result.uncorrected_bytes,
         },
         "exact": result.exact,
+        "traced": result.traced,
         "notes": list(result.notes),
     }

@@ -221,8 +221,9 @@ def _memory(recipe: Recipe, files: ModelFiles, machine: Machine) -> tuple[Check,
     except UserError as problem:
         return Check(CheckKind.MEMORY, "error", problem.what, problem.fix), None
     verdict = check_fit(estimated, budget.bytes)
-    # The instant form is close enough to the limit for the exact one to decide.
-    waits = EXACT_WITHIN_S if verdict.word in ("tight", "uncertain") else 0.0
+    # The instant form is too close to the limit, or too uncertain, to decide.
+    is_decided = verdict.word == "does not fit" or (verdict.word == "fits" and estimated.exact)
+    waits = 0.0 if is_decided else EXACT_WITHIN_S
     config = load_model_config(recipe.model.id)
     traced = trace_soon(config, recipe, estimated.execution, waits)
     if traced is not None:
@@ -246,7 +247,10 @@ def _memory(recipe: Recipe, files: ModelFiles, machine: Machine) -> tuple[Check,
             check = Check(CheckKind.MEMORY, "error", text, fix, suggested_fix=cheapest)
         case _:
             low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
-            fix = f"It may take {low} to {high} GiB: see the Memory screen or `qlora-tui estimate`."
+            fix = (
+                f"It may take {low} to {high} GiB. The Memory screen and `qlora-tui estimate` name the "
+                "cheapest change after which it surely fits."
+            )
             check = Check(CheckKind.MEMORY, "warning", text, fix)
     return check, estimated
 

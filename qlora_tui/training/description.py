@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from inspect import signature
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,6 +43,7 @@ from qlora_tui.data.confined import limit_memory
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import join_words
 from qlora_tui.training.direct_reads import direct_reads
+from qlora_tui.training.loss import chunks_obstacle
 from qlora_tui.training.model_class import MissingPackageError, build_on_meta, reason_of, unbuildable
 from qlora_tui.worker import Failure
 
@@ -69,6 +73,7 @@ CPU_S = 20.0
 
 _LARGEST_TRIAL = 1 << 28
 """Most weights of a module that is tried: 1 GiB."""
+_TRIAL_TOKENS = 8
 
 
 def describe_all(configs: list[dict[str, Any]]) -> list[Description]:
@@ -205,6 +210,7 @@ class _Tree:
         dtype = next(
             (place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)), None
         )
+        recurrent = next((m for m in self.modules.values() if hasattr(m, "ssm_state_size")), None)
         return Architecture(
             model_type=str(values["model_type"]),
             layers=layers,
@@ -239,7 +245,11 @@ class _Tree:
             parameters=tuple(parameters),
             attention_softcap=bool(self._value(("attn_logit_softcapping",), float)),
             own_norms=any(_is_own_layer_norm(module) for module in self.modules.values()),
-            own_attention=not hasattr(sys.modules[type(self.model).__module__], "ALL_ATTENTION_FUNCTIONS"),
+            own_attention=not hasattr(self._decoder_source, "ALL_ATTENTION_FUNCTIONS"),
+            whole_logits=bool(chunks_obstacle(self.model)),
+            state_size=_first_int(recurrent, "ssm_state_size") or 0,
+            chunk_size=_first_int(recurrent, "chunk_size") or 0,
+            layer_runs=self._layer_runs(),
         )
 
     def _lacks(self, rows: int) -> str:
@@ -250,6 +260,33 @@ class _Tree:
         count = next((f"{key} is {self._read(key)}" for key in _LAYERS if self._read(key) is not None), "")
         where = count or f"its layers are spread over {join_words(parts)}" if parts else count
         return f"{type(self.model).__name__} has no decoder with layers" + (f": {where}" if where else "")
+
+    @property
+    def _decoder_source(self) -> ModuleType:
+        """Return the Python module of the decoder's class, which may be another model's (DeepSeek-VL)."""
+        return sys.modules[type(self.modules[self.decoder]).__module__]
+
+    def _layer_runs(self) -> tuple[int, ...]:
+        """Return how often a forward with gradients runs each layer.
+
+        Empty where every layer runs once, or a forward needs values.
+        """
+        runs: Counter[str] = Counter()
+
+        def count(name: str) -> None:
+            runs[name] += torch.is_grad_enabled()
+
+        hooks = [
+            self.modules[name].register_forward_pre_hook(lambda *_, name=name: count(name))
+            for name in self.layers
+        ]
+        try:
+            self.model(input_ids=torch.zeros(1, _TRIAL_TOKENS, dtype=torch.long, device="meta"))
+        except Exception:
+            runs.clear()
+        for hook in hooks:
+            hook.remove()
+        return tuple(runs[name] for name in self.layers) if max(runs.values(), default=0) > 1 else ()
 
     def _linear(self, name: str, module: Any) -> LinearModule:
         shape = tuple(map(int, module.weight.shape))
@@ -454,6 +491,9 @@ class _Tree:
             per_token=self._number(*_PER_TOKEN) or 1,
             intermediate_size=width,
             shared_intermediate_size=max((m.in_features for m in shared), default=None),
+            see_all_tokens=any(
+                len(signature(self.modules[name].forward).parameters) == 1 for name in self.experts
+            ),
         )
 
     def _is_gated(self, modules: list[LinearModule], parameters: list[Parameter]) -> bool:

@@ -174,15 +174,23 @@ LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Computes the summed cross-entropy, fp32, of states (tokens, hidden) against targets (tokens,)."""
 
 
+def chunks_obstacle(model: Any) -> str:
+    """Return why a model's class does not allow chunks of logits; empty where it does."""
+    projection = model.get_output_embeddings()
+    if type(projection) is not nn.Linear:
+        return f"its head is a {type(projection).__name__}"
+    return "its decoder cannot be run without its head" if model.get_decoder() is model else ""
+
+
 def find_head(model: nn.Module) -> ChunkedHead | str:
     """The output head of a causal language model, or the reason why chunks are not supported.
 
     What a family computes between head and loss is read from its configuration. Whether that is everything is
     verified by :func:`qlora_tui.training.checks.base.head_matches_model`.
     """
-    projection = model.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel's method
-    if type(projection) is not nn.Linear:
-        return f"its head is a {type(projection).__name__}"
+    projection: Any = model.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel's method
+    if obstacle := chunks_obstacle(model):
+        return obstacle
     if projection.weight.requires_grad or (projection.bias is not None and projection.bias.requires_grad):
         return "its head is trained"
     config: Any = model.config

@@ -212,11 +212,14 @@ class Workbench:
         self, architecture: Architecture | UserError, device: Device
     ) -> dict[Precision, Estimate] | UserError:
         from qlora_tui.memory import compare
+        from qlora_tui.memory.estimate import precision_of
 
         if isinstance(architecture, UserError):
             return architecture
         try:
-            return compare(self.recipe, architecture, device=device, traced=self.trace_on(device))
+            traced = self.trace_on(device)
+            traces = {} if traced is None else {precision_of(self.recipe): traced}
+            return compare(self.recipe, architecture, device=device, traced=traces)
         except UserError as problem:
             return problem
 

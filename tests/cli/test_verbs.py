@@ -270,7 +270,8 @@ def test_a_step_that_is_uncertain_is_traced_on_request(call: Call, monkeypatch: 
     assert trace["precision"] == "nf4" and not trace["exact"] and nf4["exact"]
     assert trace["items"]["adapter"]["traced"] == trace["items"]["adapter"]["closed_form"] > 0
     assert trace["items"]["step"]["traced"] > trace["items"]["gradients"]["traced"] > 0
-    assert not nf4["notes"] and "mix tokens" in said.json["precisions"]["fp16"]["notes"][0]
+    assert all(one["traced"] for one in said.json["precisions"].values())
+    assert "Lfm2ShortConv" in nf4["notes"][0] and "Lfm2ShortConv" in trace["how"]
 
 
 def test_json_lists_hub_models_that_cannot_be_trained(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

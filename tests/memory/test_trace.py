@@ -192,6 +192,18 @@ def test_a_model_that_cannot_be_built_is_reported() -> None:
     assert caught.value.what and caught.value.fix
 
 
+def test_a_step_of_too_many_operations_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_tui.engine import recorder
+    from qlora_tui.engine.trace_worker import trace
+
+    monkeypatch.setattr(recorder, "MOST_OPERATIONS", 100)
+    recipe = recipe_of(Case("Llama 3", length=64))
+    execution = trainer_execution(recipe, Device())
+    with pytest.raises(UserError) as caught:
+        trace(TraceRequest(config=cut_config("Llama 3", 9), recipe=recipe, execution=execution))
+    assert isinstance(caught.value.__cause__, recorder.TooManyOperations)
+
+
 @pytest.mark.parametrize("device", [Device(kind="cpu", native_bfloat16=True), Device(varlen=False)])
 def test_a_step_is_traced_on_other_devices_too(device: Device) -> None:
     recipe = recipe_of(Case("Llama 3", length=512, rows=3, checkpointing=False))

@@ -286,7 +286,9 @@ class MemoryScreen(WorkScreen):
         except UserError as problem:
             self._trace_note = f"instant estimate; not traced: {problem.what}"
         else:
-            self._trace_note = f"exact: traced with transformers {traced.transformers}"
+            name = PRECISION_NAMES[precision_of(recipe)]
+            by = f"traced with transformers {traced.transformers}"
+            self._trace_note = f"{name} exact: {by}, the rest instant"
             self.app.workbench.use_trace(recipe, budget.device, traced)
             compared = self.app.workbench.comparison(budget.device)
             self._compared = self._compared if isinstance(compared, UserError) else compared
