@@ -24,7 +24,7 @@ from qlora_tui.memory.weights import round_to_block
 
 ACTIVATIONS = "activations"
 MOST_OPERATIONS = 250_000
-"""Operations of one micro-step: some 20 s of processor time. Layers of many experts need 100,000; those
+"""Operations of one micro-step: some 30 s of processor time. Layers of many experts need 100,000; those
 that compute one token after another need a hundred for each token (RWKV)."""
 
 
