@@ -216,7 +216,7 @@ def varlen_attention(context: CheckContext) -> Outcome:
 def out_of_memory(context: CheckContext) -> Outcome:
     """What torch raises on a full GPU is recognized, for a tensor and for a product."""
     torch = _torch_on_gpu(context)
-    from qlora_tui.training.failures import is_out_of_memory
+    from qlora_tui.gpu.cuda_errors import is_out_of_memory
 
     held: list[Any] = []
 

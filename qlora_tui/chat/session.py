@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from itertools import pairwise
@@ -49,6 +49,7 @@ from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
 from qlora_tui.data.tokenizer_files import panics_as_errors
 from qlora_tui.errors import EXIT_USAGE, UserError, first_line
 from qlora_tui.formatting import short_model_name
+from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.locks import hold_folder
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Thinking
@@ -462,11 +463,8 @@ class ChatSession:
         Raises UserError where the memory is full.
         """
         self._adapters.activate(adapter_name)
-        try:
-            with self._attention():
-                return answer_greedily(self._model, prompts, self.tokenizer, self.device, max_new_tokens)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(self.compute_device) from error
+        with reported_memory(self.compute_device), self._attention():
+            return answer_greedily(self._model, prompts, self.tokenizer, self.device, max_new_tokens)
 
     def activate(self, adapter_name: str) -> None:
         """Let ``head`` compute with an adapter that is loaded, or with the base alone."""
@@ -528,14 +526,12 @@ def load_session(
     tokenizer = chat_tokenizer(source, folder)
     attention_path: AttentionPath = "eager" if recipe.model.attention == "eager" else "segments"
     count = recipe.quantization.streamed_layers if streams else 0
-    try:
+    with reported_memory(device):
         model = load_base(
             folder, recipe, device, attention_path, every_tenth(on_status, words), to_host=count > 0
         )
         if count:
             return _streamed_session(source, model, tokenizer, device, on_status)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(device) from error
     model.eval()
     fuse_experts(model)
     on_cpu = device.kind == "cpu"
@@ -556,13 +552,19 @@ def _streamed_session(
     return session
 
 
-def out_of_memory(device: ComputeDevice) -> UserError:
-    """Build the error for a full GPU or CPU memory."""
-    return UserError(
-        "Out of GPU memory" if device.kind == "cuda" else "Out of memory",
-        what=f"The model and this conversation need more memory than is free on {device.name}.",
-        fix="Close other programs that use it, pause a run, or start a shorter conversation.",
-    )
+@contextmanager
+def reported_memory(device: ComputeDevice) -> Iterator[None]:
+    """Raise UserError if the memory of the GPU or the machine becomes full inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "Out of GPU memory" if device.kind == "cuda" else "Out of memory",
+            what=f"The model and this conversation need more memory than is free on {device.name}.",
+            fix="Close other programs that use it, pause a run, or start a shorter conversation.",
+        ) from error
 
 
 def chat_tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:

@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable, Generator
 from threading import Event
 
-import torch
-
 from qlora_tui.chat.chat_types import Effect, GenerationResult
 from qlora_tui.chat.decoding import PrefixCache
 from qlora_tui.chat.generation import AnswerStream
-from qlora_tui.chat.session import ChatSession, load_session, out_of_memory
+from qlora_tui.chat.session import ChatSession, load_session, reported_memory
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate, LoadChat, MeasureEffect
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -63,10 +61,8 @@ class ChatService:
                 stop=stop,
                 thinking=request.thinking,
             )
-        try:
+        with reported_memory(session.compute_device):
             yield from reply
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(session.compute_device) from error
         assert reply.outcome is not None
         if reply.outcome.note:
             # For the engine's log: the user need not act on it.
@@ -86,10 +82,8 @@ class ChatService:
                 fix="Choose the adapter; the export has compared the file with it.",
                 exit_code=EXIT_USAGE,
             )
-        try:
+        with reported_memory(session.compute_device):
             return measure_effect(session, request.adapter_name, on_status=on_status, stop=stop)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(session.compute_device) from error
 
     def count(self, request: CountTokens) -> int:
         """Count the tokens of a text. Raises UserError."""

@@ -122,11 +122,11 @@ class _Attention:
         )
 
     def supports_varlen(self, query: Tensor, value: Tensor, *, samples: int) -> bool:
-        """Replace :func:`.packed_attention.supports`."""
+        """Replace :func:`.training.packed_attention.supports`."""
         return self._execution.varlen and self._runs_flash(query, query, value)
 
     def supports_grouped_heads(self, query: Tensor, masked: bool) -> bool:
-        """Replace :func:`.packed_attention.supports_grouped_heads`."""
+        """Replace :func:`.training.packed_attention.supports_grouped_heads`."""
         return not masked and self._runs_flash(query, query, query)
 
     def groups_heads(self, mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
@@ -134,7 +134,7 @@ class _Attention:
         return self._mask(mask) is None and self._runs_flash(key, key, value)
 
     def varlen(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *args: Any) -> Tensor:
-        """Replace :func:`.packed_attention.attend`."""
+        """Replace :func:`.training.packed_attention.attend`."""
         samples = self._execution.samples or starts.shape[-1] - 1
         attended = _fused(query, key, value, spreads=query.shape[1] != key.shape[1], samples=samples)
         return attended.transpose(1, 2)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import psutil
-import torch
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -24,6 +23,7 @@ from qlora_tui.chat.session import load_session
 from qlora_tui.errors import UserError
 from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
 from qlora_tui.formatting import format_bytes
+from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.host import release_gpu_memory
 
@@ -118,7 +118,9 @@ def choose_base(
         release_gpu_memory()
     except UserError as error:
         return BaseChoice(chosen="dequantized", unmeasured_because=reason_of(error))
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         why = "the GPU's memory is too small for the 16-bit weights"
         return BaseChoice(chosen="dequantized", unmeasured_because=why)
     return BaseChoice(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.chat.chat_types import BASE, ChatSource
-from qlora_tui.chat.session import ChatSession, chat_tokenizer, load_session, out_of_memory
+from qlora_tui.chat.session import ChatSession, chat_tokenizer, load_session, reported_memory
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.render import prompt_text
@@ -267,10 +267,8 @@ def _effect(
 
 def _head_inputs(session: ChatSession, adapter_name: str, row: ComparedRow) -> tuple[Tensor, Tensor]:
     """Return the output layer's inputs at a row's positions, and the first logits. Raises UserError."""
-    try:
+    with reported_memory(session.compute_device):
         return session.head_inputs(adapter_name, list(row.computed_ids), list(row.positions))
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(session.compute_device) from error
 
 
 def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:

@@ -30,6 +30,15 @@ _TERMINATED = re.compile(r"\s*what\(\):\s+CUDA (?:driver )?error: (.+)")
 """What C++ writes before it aborts, where an error of CUDA is thrown while another one is handled."""
 _SUSPENSION_S = 1.0
 """Time that the two clocks of the kernel may differ by without a suspension."""
+_MEMORY_WORDS = (
+    "out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+)
+ONEDNN_MEMORY = ("could not create a primitive", "could not create a memory object")
+"""oneDNN's whole messages when memory is missing; longer ones of the same beginning mean something else."""
 
 
 class CudaFailure(Enum):
@@ -84,6 +93,15 @@ class CudaError(NamedTuple):
     failure: CudaFailure
     sentence: str
     """CUDA's own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the GPU or the machine ran out of memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    message = str(error)
+    is_memory_message = any(word in message for word in _MEMORY_WORDS) or message.strip() in ONEDNN_MEMORY
+    return isinstance(error, RuntimeError) and is_memory_message
 
 
 def cuda_error(error: BaseException) -> CudaError | None:

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from qlora_tui.recipe.schema import Recipe, Source
 
 Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
-"""``tables`` is a list of :class:`ModelSource`; ``names`` maps text to text, ``numbers`` maps patterns to
+"""``tables`` is a list of :class:`.Source`; ``names`` maps text to text, ``numbers`` maps patterns to
 numbers.
 """
 WITHOUT_EFFECT_ON_WEIGHTS = (

@@ -2,7 +2,7 @@
 
 ``row_losses.json`` in the run's folder has a record for each row, the most suspicious first, and
 ``row_losses.f32`` the loss of each trained token: little-endian floats, those of a row before training and
-then those after it. ``training.row_loss_worker`` writes both, as a job; commands and the Data screen read
+then those after it. ``training.row_losses`` writes both, as a job; commands and the Data screen read
 them.
 """
 

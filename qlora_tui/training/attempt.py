@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.gpu.torch_env import managed_memory_is_safe
 from qlora_tui.runs.events import Finished, Paused, RunEnded, Stopped
 from qlora_tui.runs.telemetry import JOULES_PER_KWH, EnergyMeter
@@ -13,7 +14,6 @@ from qlora_tui.training.answer_comparison import answer_validation, report_answe
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.control_requests import StopRequested
 from qlora_tui.training.evaluation import compare_validation
-from qlora_tui.training.failures import is_out_of_memory
 from qlora_tui.training.host import lower_priority
 from qlora_tui.training.loop import Loop
 from qlora_tui.training.reporter import TelemetryRecorder

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
@@ -38,6 +40,9 @@ from qlora_tui.recipe.toml import parse, to_frozen_recipe
 from qlora_tui.runs.damage import MARKER, checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.distributed import DistributedContext
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _STATE = "state.json"
 _HEADER = 1 << 20
@@ -234,3 +239,35 @@ def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) ->
             why="A data file, the tokenizer or its chat template has changed.",
             fix="Restore the files, or start a new run.",
         )
+
+
+BUFFER_BYTES = 1 << 20
+
+
+def save_with_torch(value: object, path: Path) -> None:
+    """Write what ``torch.load`` reads.
+
+    Through a file object of Python, whose error torch keeps as the context of its own.
+    """
+    import torch
+
+    with _Unbuffered(path) as raw, io.BufferedWriter(raw, BUFFER_BYTES) as written:
+        torch.save(value, written)
+
+
+class _Unbuffered(io.RawIOBase):
+    """A new file without a buffer: each write is one system call."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: ReadableBuffer, /) -> int:
+        return os.write(self._handle, content)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._handle)
+        super().close()

@@ -42,7 +42,7 @@ def model_view(folder: Path) -> Iterator[Path]:
             if (folder / name).is_file():
                 config = load_config(folder / name)
                 if is_mxfp4(config):
-                    # transformers would read these experts in 16 bits, all of them: see experts/mxfp4.py.
+                    # transformers would read these experts in 16 bits, all of them: see experts/storage.py.
                     del config["quantization_config"]
                 clean, dropped = without_code(config)
                 _write(view / name, clean)

@@ -8,18 +8,15 @@ may be what failed.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qlora_tui.errors import EXIT_DISK, EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.formatting import format_bytes
-from qlora_tui.gpu.cuda_errors import cuda_error
+from qlora_tui.gpu.cuda_errors import ONEDNN_MEMORY, cuda_error, is_out_of_memory
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
@@ -27,12 +24,7 @@ from qlora_tui.runs.events import Failed, Phase
 from qlora_tui.runs.outcomes import gpu_problem
 from qlora_tui.runs.retry import describe_fix, last_phase
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
-
-
 _RUST = re.compile(r"\(os error (\d+)\)")
-BUFFER_BYTES = 1 << 20
 
 
 def disk_error(error: BaseException) -> OSError | None:
@@ -60,44 +52,6 @@ def true_disk_errors() -> Iterator[None]:
         raise behind from error
 
 
-def save_with_torch(value: object, path: Path) -> None:
-    """Write what ``torch.load`` reads.
-
-    Through a file object of Python, whose error torch keeps as the context of its own.
-    """
-    import torch
-
-    with _Unbuffered(path) as raw, io.BufferedWriter(raw, BUFFER_BYTES) as written:
-        torch.save(value, written)
-
-
-class _Unbuffered(io.RawIOBase):
-    """A new file without a buffer: each write is one system call."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: ReadableBuffer, /) -> int:
-        return os.write(self._handle, content)
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._handle)
-        super().close()
-
-
-_MEMORY_WORDS = (
-    "out of memory",
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Cannot allocate memory",
-)
-_ONEDNN_MESSAGES = ("could not create a primitive", "could not create a memory object")
-"""oneDNN's whole messages when memory is missing; longer ones of the same beginning mean something else."""
 _CPU_ALLOCATION = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
 
 
@@ -126,15 +80,6 @@ def failure_event(
         kind="bug",
         exit_code=1,
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU or the machine ran out of memory."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    message = str(error)
-    is_memory_message = any(word in message for word in _MEMORY_WORDS) or message.strip() in _ONEDNN_MESSAGES
-    return isinstance(error, RuntimeError) and is_memory_message
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -173,4 +118,4 @@ def _memory_message(message: str) -> str:
     if allocation:
         requested = format_bytes(int(allocation[1]))
         return f"It requested {requested}, more than the machine had left."
-    return "The machine is out of memory." if message in ("", *_ONEDNN_MESSAGES) else message
+    return "The machine is out of memory." if message in ("", *ONEDNN_MEMORY) else message

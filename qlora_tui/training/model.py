@@ -22,6 +22,7 @@ from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import is_mxfp4
 from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError, first_line
+from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.memory.execution import AttentionPath, Loss
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.schema import Quantization, Recipe
@@ -32,7 +33,6 @@ from qlora_tui.training.checks.base import head_matches_model, packing_is_isolat
 from qlora_tui.training.clean_files import model_view, pin_publisher
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.description import architecture_of
-from qlora_tui.training.failures import is_out_of_memory
 from qlora_tui.training.fused.kernel_choice import allow_kernels, verify_kernels
 from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.length_scaled_rope import scale_each_sample
@@ -382,8 +382,9 @@ def apply_kept_layers(model: Any, count: int) -> bool:
 def _quantization_config(settings: Quantization, device: ComputeDevice, folder: Path) -> Any:
     """The quantization config for transformers; None loads the weights as they are stored.
 
-    Without modules to skip, transformers leaves out the head and tied weights, and ``LinearSpec.quantizable``
-    of the catalog must say the same. Raises UserError where a pattern of ``skip`` matches nothing.
+    Without modules to skip, transformers leaves out the head and tied weights;
+    ``LinearModule.quantizable`` of the catalog must say the same. Raises UserError where a pattern of
+    ``skip`` matches nothing.
     """
     from transformers import BitsAndBytesConfig
 

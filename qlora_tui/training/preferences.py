@@ -48,7 +48,7 @@ def score_answers(model: Any, batch: dict[str, Any]) -> AnswerScores:
 
     Args:
         model: a model, perhaps in wrappers, with :func:`~qlora_tui.training.loss.use_loss`.
-        batch: from :func:`collate_answers`.
+        batch: from :func:`.batches.collate_answers`.
     """
     inputs = {k: v for k, v in batch.items() if k not in ("sides", "answer_tokens", "loss_weights")}
     losses: Tensor = model(per_token=True, **inputs).loss

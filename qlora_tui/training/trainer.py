@@ -18,13 +18,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from transformers import set_seed
 from transformers.trainer_pt_utils import safe_globals
 
+from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.recipe.schema import Training
 from qlora_tui.training.adapter import load_adapter, save_adapter
 from qlora_tui.training.batches import StepData, on_device
-from qlora_tui.training.checkpoints import UnloadableCheckpoint
+from qlora_tui.training.checkpoints import UnloadableCheckpoint, save_with_torch
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.embeddings import EmbeddingNoise, trained_matrices
-from qlora_tui.training.failures import is_out_of_memory, save_with_torch, true_disk_errors
+from qlora_tui.training.failures import true_disk_errors
 from qlora_tui.training.host import release_free_memory, release_gpu_memory
 from qlora_tui.training.optimizers import create_optimizer, create_schedule, wait_for_gpu, warmup_steps
 from qlora_tui.training.preferences import PreferenceObjective
@@ -143,7 +144,7 @@ class Trainer:
         if self.objective is not None:
             return self.objective.summed_loss(self.wrapped, self.model, tensors, token_share)
         with self._noise.scaled_for(tensors):
-            # 1: the model returns the summed loss; the caller divides it by the step's loss weights.
+            # The forward is that of loss.use_loss. 1: it returns the sum; the caller divides by loss weights.
             loss: torch.Tensor = self.wrapped(**tensors, num_items_in_batch=1).loss
         return loss
 

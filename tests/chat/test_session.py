@@ -360,14 +360,19 @@ def _fresh(session: Any) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "title"), [("cuda", "Out of GPU memory"), ("cpu", "Out of memory")])
-def test_out_of_memory_names_the_memory_of_the_device(kind: str, title: str) -> None:
+def test_lack_of_memory_names_the_device_and_other_errors_pass(kind: str, title: str) -> None:
     import torch
 
-    from qlora_tui.chat.session import out_of_memory
+    from qlora_tui.chat.session import reported_memory
     from qlora_tui.training.compute_device import ComputeDevice
 
     device = ComputeDevice(torch.device(kind), "a device", 1 << 30, torch.bfloat16)
-    assert out_of_memory(device).title == title
+    for error in (torch.OutOfMemoryError(), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), MemoryError()):
+        with pytest.raises(UserError) as raised, reported_memory(device):
+            raise error
+        assert raised.value.title == title
+    with pytest.raises(RuntimeError, match="shapes"), reported_memory(device):
+        raise RuntimeError("shapes differ")
 
 
 def test_a_session_with_streamed_layers_answers_like_another(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from qlora_tui.runs.damage import checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, EventWriter
 from qlora_tui.runs.events import Health, PhaseChanged
-from qlora_tui.training import checkpoints, failures
-from qlora_tui.training.checkpoints import CheckpointState
+from qlora_tui.training import checkpoints
+from qlora_tui.training.checkpoints import CheckpointState, save_with_torch
 from qlora_tui.training.distributed import DistributedContext
-from qlora_tui.training.failures import disk_error, failure_event, save_with_torch, true_disk_errors
+from qlora_tui.training.failures import disk_error, failure_event, true_disk_errors
 from qlora_tui.training.reporter import Reporter, TelemetryRecorder
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.polling import wait_for
@@ -49,7 +49,7 @@ def save_checkpoint_files(folder: Path) -> None:
 def test_a_write_error_in_a_checkpoint_preserves_its_errno(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    monkeypatch.setattr(failures, "BUFFER_BYTES", 512)
+    monkeypatch.setattr(checkpoints, "BUFFER_BYTES", 512)
     run = RunDir(tmp_path)
     run.checkpoints_dir.mkdir()
     for at in count(1):

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import join_words
+from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.runs.events import StepVerified
 from qlora_tui.training import loss, packed_attention
@@ -35,7 +36,6 @@ from qlora_tui.training.checks.step import (
 )
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.distributed import DistributedContext
-from qlora_tui.training.failures import is_out_of_memory
 from qlora_tui.training.fused.kernel_choice import InstalledKernels
 from qlora_tui.training.fused.patching import PATCHED_PARTS, PatchedForwards, PatchedPart
 from qlora_tui.training.host import release_gpu_memory

@@ -147,7 +147,7 @@ def _text(x: float, y: float, text: str, *, size: int = 13, anchor: str = "start
 
 
 def loss_png(svg: str) -> bytes:
-    """Draw the picture of :mod:`.loss_svg` on white. Raises UserError where Pillow is not installed."""
+    """Draw the picture of :func:`loss_svg` on white. Raises UserError where Pillow is not installed."""
     import io
     import xml.etree.ElementTree as ET
 
