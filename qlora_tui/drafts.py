@@ -123,8 +123,9 @@ def publish(files: Path, final: Path) -> None:
         files.rename(final)
         sync(final.parent)
     except OSError:
-        if not final.exists():
-            restore_earlier(final)
+        if not files.exists():
+            final.rename(files)
+        restore_earlier(final)
         raise
 
 
@@ -294,6 +295,9 @@ def _delete_held(draft: Path) -> None:
     """Delete a draft as far as possible: the lock last, and nothing that another process adds after that."""
     with _without_interruption(), suppress(OSError):
         _empty(draft)
+        if [path.name for path in draft.iterdir()] != [_LOCK]:
+            # The lock marks what could not be deleted, for the next sweep.
+            return
         (draft / _LOCK).unlink()
         draft.rmdir()
         if os.path.lexists(_listing()):

@@ -16,6 +16,7 @@ import pytest
 
 from qlora_tui import drafts
 from qlora_tui.drafts import (
+    abandoned_in,
     delete_abandoned,
     delete_unfinished,
     discard,
@@ -23,9 +24,11 @@ from qlora_tui.drafts import (
     final_path,
     held_draft,
     is_abandoned,
+    publish,
     unfinished_drafts,
 )
 from qlora_tui.errors import UserError
+from qlora_tui.files import list_folder, sync
 from qlora_tui.locks import locked
 from qlora_tui.paths import state_dir
 from tests.support.power import FaultyDisk
@@ -101,6 +104,35 @@ def test_a_discarded_folder_is_gone_also_on_a_full_disk(draft: Path, monkeypatch
             FaultyDisk(monkeypatch, 1, errno.ENOSPC, lasting=True)
         discard(draft.parent / "run")
         assert list(draft.parent.iterdir()) == []
+
+
+def test_what_cannot_be_deleted_stays_marked(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as stuck, held_draft(draft):
+        stuck.setattr(shutil, "rmtree", lambda path, *, ignore_errors: None)
+    assert abandoned_in(draft.parent) == [draft]
+    delete_abandoned(draft)
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("earlier", [[], ["old"]])
+def test_a_folder_whose_place_cannot_be_synced_is_not_published(
+    draft: Path, monkeypatch: pytest.MonkeyPatch, earlier: list[str]
+) -> None:
+    final = final_path(draft)
+    for name in earlier:
+        (final / name).mkdir(parents=True)
+
+    def fail_once(folder: Path) -> None:
+        monkeypatch.setattr(drafts, "sync", sync)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(OSError), held_draft(draft) as files:
+        assert files is not None
+        (files / "new").touch()
+        monkeypatch.setattr(drafts, "sync", fail_once)
+        publish(files, final)
+    assert [path.name for path in list_folder(final)] == earlier
+    assert not draft.exists()
 
 
 def test_a_draft_is_held_by_one_at_a_time(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
