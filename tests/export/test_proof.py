@@ -80,7 +80,7 @@ def changed_hyperparameters(**values: Any) -> Break:
 
 
 def swapped_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrites, "permute_for_interleaved_rope", lambda values, heads: values)
+    monkeypatch.setattr(rewrites, "permute_for_interleaved_rope", lambda values, *_: values)
 
 
 def half_scale(monkeypatch: pytest.MonkeyPatch) -> None:
