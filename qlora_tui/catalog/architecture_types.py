@@ -50,8 +50,9 @@ class LinearModule(Struct, frozen=True):
     copies: int = 1
     """Matrices of this shape: one, or one per expert."""
     adaptable: bool = True
-    """Whether LoRA can adapt it: not if it computes more than a product (Llama 4's router), nor if kernels
-    read its weight, which peft refuses (Mamba's ``out_proj``)."""
+    """Whether LoRA can adapt it: not if it computes more than a product (Llama 4's router), nor if code reads
+    its weight in place of calling it (Jamba's ``dt_proj``), or kernels do, which peft refuses (Mamba's
+    ``out_proj``)."""
 
     @property
     def weight_params(self) -> int:

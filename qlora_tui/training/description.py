@@ -42,7 +42,7 @@ from qlora_tui.catalog.described import Description
 from qlora_tui.data.confined import limit_memory
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import join_words
-from qlora_tui.training.direct_reads import direct_reads
+from qlora_tui.training.direct_reads import DirectReads, direct_reads
 from qlora_tui.training.loss import chunks_obstacle
 from qlora_tui.training.model_class import MissingPackageError, build_on_meta, reason_of, unbuildable
 from qlora_tui.worker import Failure
@@ -293,7 +293,8 @@ class _Tree:
         conv1d = isinstance(module, Conv1D)
         fan_in, fan_out = shape if conv1d else shape[::-1]
         replaced = conv1d or type(module) is nn.Linear
-        read = name in self._direct_reads
+        read = name in self._direct_reads.quantized
+        called = name not in self._direct_reads.bypassed
         return LinearModule(
             name=name,
             kind=name.rpartition(".")[2],
@@ -305,7 +306,9 @@ class _Tree:
             quantizable=replaced and not read and should_convert_module(name, self.kept),
             read_directly=read,
             conv1d=conv1d,
-            adaptable=(conv1d or self._is_product(module)) and name.rpartition(".")[2] not in self._refused,
+            adaptable=called
+            and (conv1d or self._is_product(module))
+            and name.rpartition(".")[2] not in self._refused,
         )
 
     def _is_product(self, module: nn.Linear) -> bool:
@@ -316,7 +319,7 @@ class _Tree:
         return self._products[kind]
 
     @cached_property
-    def _direct_reads(self) -> frozenset[str]:
+    def _direct_reads(self) -> DirectReads:
         return direct_reads(self.model, {n: m for n, m in self.modules.items() if m is not self.head})
 
     @cached_property

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,36 +26,51 @@ from qlora_tui.training.fused.patching import temporary_forwards
 _TOKENS = 8
 
 
-def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Return the names of the linear ones of these modules whose weights a quantized model's code reads.
+class DirectReads(NamedTuple):
+    """Names of linear modules whose weights a model's code reads itself."""
+
+    quantized: frozenset[str] = frozenset()
+    """Those of a quantized model."""
+    bypassed: frozenset[str] = frozenset()
+    """Those that the code does not call, quantized or not, so that an adapter would change nothing."""
+
+
+def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
+    """Find the linear ones of these modules whose weights are read outside their call.
 
     Args:
         model: on ``meta``.
     """
     linears = {module: name for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not _may_read(modules.values(), {name.rpartition(".")[2] for name in linears.values()}):
-        return frozenset()
-    reads = _Reads(linears)
+        return DirectReads()
     tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
     # Some call in a quantized model what they read in others.
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     kernels = InstalledKernels(model)
     kernels.use_reference()
     was_training = model.training
-    forwards = {module: reads.forward_of(module) for module in model.modules()}
+    found: list[_Reads] = []
     try:
-        for config in configs:
-            config._is_quantized = True
-        for training in (True, False):
-            model.train(training)
-            with temporary_forwards(forwards), torch.no_grad(), reads, suppress(Exception):
-                model(input_ids=tokens, use_cache=False)
+        for quantized in (True, False):
+            found.append(reads := _Reads(linears))
+            forwards = {module: reads.forward_of(module) for module in model.modules()}
+            for config in configs:
+                # Model code asks whether it has the attribute.
+                vars(config).pop("_is_quantized", None)
+                if quantized:
+                    config._is_quantized = True
+            for training in (True, False):
+                model.train(training)
+                with temporary_forwards(forwards), torch.no_grad(), reads, suppress(Exception):
+                    model(input_ids=tokens, use_cache=False)
     finally:
         model.train(was_training)
-        for config in configs:
-            vars(config).pop("_is_quantized", None)
         kernels.use_ours()
-    return frozenset(linears[module] for module in reads.found)
+    return DirectReads(
+        frozenset(linears[module] for module in found[0].read),
+        frozenset(linears[module] for reads in found for module in reads.read - reads.called),
+    )
 
 
 def _may_read(modules: Iterable[nn.Module], kinds: set[str]) -> bool:
@@ -79,7 +94,8 @@ class _Reads(TorchFunctionMode):
 
     def __init__(self, linears: Iterable[nn.Linear]) -> None:
         super().__init__()
-        self.found: set[nn.Linear] = set()
+        self.read: set[nn.Linear] = set()
+        self.called: set[nn.Module] = set()
         self._owners: dict[int, list[nn.Linear]] = {}
         """Modules by their weight, which several may share."""
         for module in linears:
@@ -91,6 +107,7 @@ class _Reads(TorchFunctionMode):
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self.called.add(module)
             self._running.append(module)
             try:
                 return own(*args, **kwargs)
@@ -108,7 +125,7 @@ class _Reads(TorchFunctionMode):
             for value in (*args, *(kwargs or {}).values()):
                 owners = self._owners.get(id(value), [])
                 if not any(module in self._running for module in owners):
-                    self.found.update(owners)
+                    self.read.update(owners)
         if func == Tensor.__bool__:
             return True
         if func in (Tensor.item, Tensor.__int__, Tensor.__index__):

@@ -42,18 +42,26 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(
-    ("model_type", "kinds"),
+    ("model_type", "kinds", "bypassed"),
     [
-        ("mamba", {"dt_proj"}),
-        ("gemma3n_text", {"prediction_coefs", "correction_coefs"}),
-        ("falcon_mamba", set()),  # calls it in a quantized model
-        ("zamba2", set()),  # layers share their weights
-        ("rwkv", set()),  # no longer scales them
+        ("mamba", {"dt_proj"}, {"dt_proj"}),
+        (
+            "gemma3n_text",
+            {"prediction_coefs", "correction_coefs"},
+            set(),
+        ),  # limits their values, and calls them
+        ("jamba", set(), {"dt_proj"}),  # calls it only in a quantized model
+        ("zamba2", set(), set()),  # layers share their weights
+        ("rwkv", set(), set()),  # no longer scales them
     ],
 )
-def test_weights_that_the_code_reads_itself_stay_in_16_bits(model_type: str, kinds: set[str]) -> None:
+def test_weights_that_the_code_reads_itself_stay_in_16_bits(
+    model_type: str, kinds: set[str], bypassed: set[str]
+) -> None:
     values = AutoConfig.for_model(model_type, **settings_of(model_type)).to_dict()
-    read = [module for module in describe(values).modules if module.read_directly]
+    modules = describe(values).modules
+    assert {module.kind for module in modules if not module.adaptable} - {"out_proj"} == bypassed
+    read = [module for module in modules if module.read_directly]
     assert {module.kind for module in read} == kinds
     assert not any(module.quantizable for module in read)
 
