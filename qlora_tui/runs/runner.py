@@ -49,19 +49,20 @@ def main() -> int:
             with locked(runner_lock_path(), patience_s=PATIENCE_S) as lock:
                 if lock is None:
                     return 0
-                lock.truncate(0)
-                lock.write(f"{os.getpid()}\n")
-                lock.flush()
+                # Only for what is said of a suspended runner.
+                with suppress(OSError):
+                    lock.truncate(0)
+                    os.write(lock.fileno(), f"{os.getpid()}\n".encode())
                 refuse_other_machines()
                 with _awake():
                     _run_queue(skipped)
             if _next(skipped) is None:
                 return 0
     except UserError as problem:
-        print(problem, file=sys.stderr)
+        _log(problem)
         return problem.exit_code
     except OSError as error:
-        print(disk_problem(error) or error, file=sys.stderr)
+        _log(disk_problem(error) or error)
         return EXIT_FAILURE
 
 
@@ -92,20 +93,16 @@ def _awake() -> Iterator[None]:
 
 
 def _run_queue(skipped: set[str]) -> None:
-    sweep()
-    actions.empty_trash(actions.KEPT_S)
+    # What stays takes room, and keeps no run waiting.
+    with suppress(OSError, UserError):
+        sweep()
+        actions.empty_trash(actions.KEPT_S)
     for run in all_runs():
         _guarded(run, _take_over)
-    while (run_ := _next(skipped)) is not None:
-        _train_next(run_, skipped)
-
-
-def _train_next(run: RunDir, skipped: set[str]) -> None:
-    if not run.recipe_path.exists():
-        run_queue.remove(run)
-    elif not _guarded(run, _begin):
-        # It stays in the queue: the next runner tries again.
-        skipped.add(run.id)
+    while (next_run := _next(skipped)) is not None:
+        if not _guarded(next_run, _begin):
+            # It stays in the queue: the next runner tries again.
+            skipped.add(next_run.id)
 
 
 def _next(skipped: set[str]) -> RunDir | None:
@@ -113,26 +110,35 @@ def _next(skipped: set[str]) -> RunDir | None:
     return None if name is None else RunDir(paths.runs_dir() / name)
 
 
+def _log(message: object) -> None:
+    """Write to the runner's log, unless its disk is full: that must not end the queue."""
+    with suppress(OSError):
+        print(message, file=sys.stderr)
+
+
 def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
     """Work on one run; log any error and return False, so that the other runs continue."""
     try:
         work(run)
     except (OSError, UserError) as error:
-        print(f"{run.id}: {error}", file=sys.stderr)
+        _log(f"{run.id}: {error}")
         return False
     except Exception:
-        print(f"{run.id}:", file=sys.stderr)
-        traceback.print_exc()
+        _log(f"{run.id}:\n{traceback.format_exc()}")
         return False
     return True
 
 
 def _take_over(run: RunDir) -> None:
     """Wait for the trainer of a runner that was killed, and record how the run ended."""
-    while (status := read_status(run)).state in ACTIVE:
+    while (status := read_status(run)).state in ACTIVE or (
+        # That runner was killed before its trainer wrote a status.
+        status.state == "lost" and is_locked(run.trainer_lock_path)
+    ):
         if status.process is None:
-            return
-        status.process.wait(POLL_S)
+            time.sleep(POLL_S)
+        else:
+            status.process.wait(POLL_S)
     if status.state == "lost" or (
         status.state not in ("queued", "unreadable", "gone") and run.unreported_path.exists()
     ):
@@ -140,6 +146,9 @@ def _take_over(run: RunDir) -> None:
 
 
 def _begin(run: RunDir) -> None:
+    if not run.recipe_path.exists():
+        run_queue.remove(run)
+        return
     deadline = time.monotonic() + EXITING_S
     # Its last trainer may still be exiting, and may have no parent that waits for it.
     while is_locked(run.trainer_lock_path):
@@ -161,7 +170,7 @@ def _record_and_plan_retry(
 ) -> RetryPlan | None:
     """Record how an attempt ended; return a plan for the next attempt if less memory can help."""
     if run.is_deleted:
-        print(f"{run.id}: it was deleted while it was in training", file=sys.stderr)
+        _log(f"{run.id}: it was deleted while it was in training")
         return None
     ending = determine_outcome(
         run,
@@ -178,7 +187,7 @@ def _record_and_plan_retry(
         plan = plan_retry(run, ending)
     except OSError as error:
         # A full disk must not end the queue; the run then reads as lost, and the next runner records its end.
-        print(f"{run.id}: its end could not be written: {error}", file=sys.stderr)
+        _log(f"{run.id}: its end could not be written: {error}")
         return None
     if plan is None:
         _notify(run)
@@ -191,7 +200,7 @@ def _notify(run: RunDir) -> None:
         run.unreported_path.unlink(missing_ok=True)
         start_detached("qlora_tui.runs.notify:notify", run.path, stdout=subprocess.DEVNULL, stderr=None)
     except OSError as error:
-        print(f"{run.id}: the notification failed: {error}", file=sys.stderr)
+        _log(f"{run.id}: the notification failed: {error}")
 
 
 def _supervise(run: RunDir, plan: RetryPlan | None) -> None:

@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+import errno
+import io
 import os
+import sys
+from contextlib import ExitStack
+
+import pytest
+from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.files import private_dir
+from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import run_queue
+from qlora_tui.runs import run_queue, runner
 from qlora_tui.runs.directory import RunDir, create_run, queue_path
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Stopped
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, read_status, write_status
+from tests.support.polling import while_it_sleeps
+from tests.support.power import FaultyDisk
 
 
 def test_runs_leave_in_the_order_they_came(recipe: Recipe) -> None:
@@ -94,3 +105,44 @@ def test_an_entry_whose_status_was_not_written_is_queued_again(recipe: Recipe) -
 
 def test_reading_an_empty_queue_creates_nothing() -> None:
     assert run_queue.waiting() == [] and not queue_path().exists()
+
+
+class FullLog(io.StringIO):
+    """A stream on a full disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused = ""
+
+    def write(self, text: str) -> int:
+        self.refused += text
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_does_not_end_the_queue(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [create_run(recipe) for _ in range(3)]
+    for run in runs:
+        run_queue.enqueue(run)
+    runs[0].recipe_path.unlink()
+    log = FullLog()
+    monkeypatch.setattr(sys, "stderr", log)
+    with monkeypatch.context() as full:
+        FaultyDisk(full, 1, errno.ENOSPC, lasting=True)
+        assert runner.main() == 0, log.refused
+    assert [run.id for run in runs if run.id in log.refused] == [run.id for run in runs], "each was tried"
+    assert run_queue.waiting() == [run.id for run in runs]
+
+
+def test_a_trainer_without_a_status_is_waited_for(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_runner = structs.replace(process_identity(), start_ticks=1)
+    write_status(run, Status(state="starting", at=1.0, process=killed_runner))
+    with ExitStack() as trainer:
+        trainer.enter_context(locked(run.trainer_lock_path))
+
+        def end() -> None:
+            write_status(run, Status(state="finished", at=2.0))
+            trainer.close()
+
+        while_it_sleeps(monkeypatch, end)
+        runner._take_over(run)
+    assert read_status(run).state == "finished"
