@@ -308,7 +308,7 @@ def test_too_little_space_is_noticed_before_anything_is_computed(
 
 
 def test_a_family_without_a_table_is_refused_at_once(tmp_path: Path) -> None:
-    source = make_source(tmp_path, model_type="helium")
+    source = make_source(tmp_path, model_type="gptj")
     said: list[str] = []
     with pytest.raises(UserError, match="cannot be exported as GGUF") as refused:
         export_gguf(source, "adapter", tmp_path / "out.gguf", ["F16"], on_status=said.append)
