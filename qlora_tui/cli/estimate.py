@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         lines.append(f"with {free} GiB free: takes {total} GiB, about {faster}: {step['description']}")
     for change in data["cheapest_changes"]:
         cost = f"; {change['cost']}" if change["cost"] else ""
+        cost += "; instant estimate" if args.exact else ""
         lines.append(
             f"cheapest change that fits: {change['label']} ({format_gib(change['total_bytes'])} GiB, "
             f"{change['verdict']}{cost})"

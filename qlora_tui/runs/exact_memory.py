@@ -23,9 +23,11 @@ from msgspec import Struct, structs
 
 from qlora_tui import __version__
 from qlora_tui.answer_cache import AnswerCache
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.data.confined import Confined, KilledError
 from qlora_tui.errors import UserError
-from qlora_tui.memory.execution import ExecutionConfig
+from qlora_tui.memory.estimate import Estimate, estimate
+from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.schema import Recipe
 
@@ -91,6 +93,19 @@ def trace_step(
         traced = _trace(request)
     _cache.keep(_key(request), traced, MAX_FILES)
     return traced
+
+
+def estimate_exactly(
+    config: dict[str, Any],
+    recipe: Recipe,
+    architecture: Architecture,
+    device: Device,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Estimate:
+    """Return the exact form of a recipe's estimate. Raises like :func:`trace_step`."""
+    execution = trainer_execution(recipe, device, architecture)
+    traced = trace_step(config, recipe, execution, should_stop)
+    return estimate(recipe, architecture, device=device, traced=traced)
 
 
 def trace_soon(

@@ -14,6 +14,7 @@ from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import exact_memory
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory import screen as memory_screen
@@ -132,17 +133,21 @@ async def test_the_exact_form_follows_the_instant_one(
     def trace(config: object, recipe: Recipe, *args: object, **options: object) -> StepTrace:
         asked.append(recipe)
         assert ready.wait(20)
-        return traced_peaks(forward_bytes=2 << 30, backward_bytes=30 << 30)
+        return traced_peaks(forward_bytes=2 << 30, backward_bytes=recipe.data.max_length * (15 << 20))
 
     monkeypatch.setattr(memory, "trace_step", trace)
+    monkeypatch.setattr(exact_memory, "trace_step", trace)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "instant estimate; tracing…", "6.3 GiB")
         ready.set()
-        await wait_for_text(pilot, "exact: traced with transformers 5.0", "32.2 GiB")
+        await wait_for_text(pilot, "exact: traced with transformers 5.0", "17.2 GiB")
+        # What halving the length saves, and the change that fits, follow.
+        await wait_for_text(pilot, "NF4 and its changes exact", "-7.5 GiB")
+        asked.clear()
         await pilot.press("r")
         await wait_for_text(pilot, "exact: traced with transformers 5.0")
-        assert [recipe.lora.rank for recipe in asked] == [16, 32]
+        assert asked[0].lora.rank == 32
 
 
 @pytest.mark.slow

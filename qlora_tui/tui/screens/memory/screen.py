@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -25,7 +26,7 @@ from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.exact_memory import TraceStopped, stored_trace, trace_step
+from qlora_tui.runs.exact_memory import TraceStopped, estimate_exactly, stored_trace, trace_step
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
@@ -44,6 +45,7 @@ from qlora_tui.tui.screens.memory.what_fits import (
     METHOD_OF_PRECISION,
     FitPanel,
     Solution,
+    exact_solution,
     next_targets,
     settings_table,
     solve,
@@ -86,7 +88,8 @@ class MemoryScreen(WorkScreen):
         "when it is reached, what of it PyTorch holds, and what of that is in tensors. ◂ recipe marks the "
         "precision that the recipe trains in; {memory.use} changes it to the one marked ▸.\n"
         "The bars appear at once, from formulas. For the recipe's precision, a step of the model itself is "
-        "then run without weights, in a process of its own, and its bar becomes exact.\n"
+        "then run without weights, in a process of its own, and its bar becomes exact; then so do the "
+        "changes that keys and the list of changes make. 'max fit' stays instant.\n"
         "The list divides that bar into items, and explains the one under the cursor. The graph shows when "
         "memory is needed: while the model is loaded, in the forward pass from the first layer to the last, "
         "in the loss, in the backward pass from the last layer to the first, and in the optimizer's step. "
@@ -165,6 +168,7 @@ class MemoryScreen(WorkScreen):
         if problem is not None:
             return
         self._solution = Solution()
+        self.workers.cancel_group(self, "changes")
         self._trace_note = "instant estimate; tracing…"
         self._trace(recipe, budget)
         self._show_all()
@@ -241,7 +245,8 @@ class MemoryScreen(WorkScreen):
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
         self._solution = message.solution
-        self._refresh_offered_keys()
+        self._trace_changes(message.recipe, self._shown_for[1])
+        self._show_bars()
         self._show_fit()
         self._show_settings()
 
@@ -286,13 +291,33 @@ class MemoryScreen(WorkScreen):
         except UserError as problem:
             self._trace_note = f"instant estimate; not traced: {problem.what}"
         else:
-            name = PRECISION_NAMES[precision_of(recipe)]
-            by = f"traced with transformers {traced.transformers}"
-            self._trace_note = f"{name} exact: {by}, the rest instant"
+            self._trace_note = ""
             self.app.workbench.use_trace(recipe, budget.device, traced)
             compared = self.app.workbench.comparison(budget.device)
             self._compared = self._compared if isinstance(compared, UserError) else compared
+            self._trace_changes(recipe, budget)
         self._show_all()
+
+    @work(exclusive=True, group="changes")
+    async def _trace_changes(self, recipe: Recipe, budget: MemoryBudget) -> None:
+        """Trace what keys and offered changes do, once they are known and the recipe itself is traced."""
+        architecture = self._architecture()
+        traced = self.app.workbench.trace_on(budget.device)
+        if architecture is None or traced is None or not self._solution.fitting or self._solution.is_exact:
+            return
+        config = load_model_config(recipe.model.id)
+        known = self._solution
+
+        def exact(should_stop: Callable[[], bool]) -> Solution:
+            return exact_solution(
+                known,
+                recipe,
+                budget.bytes,
+                lambda changed: estimate_exactly(config, changed, architecture, budget.device, should_stop),
+            )
+
+        with suppress(UserError, TraceStopped):
+            self.post_message(self.Solved(recipe, await run_stoppable(exact)))
 
     def _show_all(self) -> None:
         if self._compared:
@@ -306,11 +331,20 @@ class MemoryScreen(WorkScreen):
     def _estimate(self) -> Estimate:
         return self._compared[self.precision]
 
+    def _exact_words(self) -> str:
+        """What is exact, and by what; empty before the recipe was traced."""
+        workbench = self.app.workbench
+        traced = workbench.trace_on(self.app.memory_budget.device)
+        if traced is None:
+            return ""
+        name = PRECISION_NAMES[precision_of(workbench.recipe)]
+        what = f"{name} and its changes" if self._solution.is_exact else name
+        return f"{what} exact: traced with transformers {traced.transformers}, the rest instant"
+
     def _heading_text(self) -> tuple[str, str]:
+        trace_note = self._trace_note or self._exact_words()
         notes = [
-            text
-            for text in (self._quality.progress, self._estimate.correction_words, self._trace_note)
-            if text
+            text for text in (self._quality.progress, self._estimate.correction_words, trace_note) if text
         ]
         peak = peak_words(self._compared, short=bool(notes) and self.size.width < WIDE_CELLS)
         budget = budget_words(self.app.memory_budget, self.app.system_status)

@@ -7,8 +7,8 @@ a header of hundreds of thousands of tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from qlora_tui.memory import (
     minimum_bytes,
 )
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import PRECISIONS, Precision, with_precision
+from qlora_tui.memory.estimate import PRECISIONS, Precision, Verdict, precision_of, with_precision
 from qlora_tui.memory.explain import describe_choice, describe_speedup
 from qlora_tui.memory.levels import Conversion
 from qlora_tui.memory.solver import what_if
@@ -85,6 +85,8 @@ class Solution:
     """What the recipe keeps in host memory and its cost, in sentences; empty where it keeps nothing."""
     conversion: Conversion | None = None
     """The conversion that a GGUF file needs before its first run."""
+    is_exact: bool = False
+    """Whether ``changes``, and ``lowered`` in the recipe's precision, are of traced steps."""
 
 
 def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
@@ -105,6 +107,34 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
         step=choose_step(recipe, architecture, available, device=device) if fits else None,
         host_memory=describe_host_memory(recipe, architecture, device),
         conversion=_conversion(recipe.model.id),
+    )
+
+
+def exact_solution(
+    solution: Solution, recipe: Recipe, available_bytes: int, exactly: Callable[[Recipe], Estimate]
+) -> Solution:
+    """Estimate again what keys and changes do, with steps that ``exactly`` traces, in a thread.
+
+    Raises what it raises.
+    """
+
+    def verdict_of(changed: Recipe) -> Verdict:
+        return check_fit(exactly(changed), available_bytes)
+
+    precision = precision_of(recipe)
+    now = verdict_of(recipe).needed_bytes
+    lowered = {
+        path: KeyEffect(
+            effect.value, verdict_of(replace_setting(recipe, path, effect.value)).needed_bytes - now
+        )
+        for path, effect in solution.lowered[precision].items()
+    }
+    changes = []
+    for change in solution.changes:
+        estimated = exactly(change.recipe)
+        changes.append(replace(change, estimate=estimated, verdict=check_fit(estimated, available_bytes)))
+    return replace(
+        solution, lowered={**solution.lowered, precision: lowered}, changes=tuple(changes), is_exact=True
     )
 
 
