@@ -18,6 +18,7 @@ from textual.widgets import Input
 
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
+from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.tui.screens.chat import conversation, turn
@@ -151,7 +152,12 @@ async def test_loading_asks_only_where_memory_may_run_out(
     free = SimpleNamespace(available=free_gib << 30)
     monkeypatch.setattr(conversation, "psutil", SimpleNamespace(virtual_memory=lambda: free))
     sent: list[str] = []
-    monkeypatch.setattr(Conversation, "_answer", lambda screen, prompt: sent.append(prompt))
+
+    async def load(chat: Conversation) -> None:
+        sent.append(chat.turns[-1].prompt)
+        raise EngineClosedError
+
+    monkeypatch.setattr(Conversation, "_load", load)
     finished(ADAPTER)
     busy = write_fake_run(FakeRun(name="busy-run", state="running"))
     write_status(busy, msgspec.structs.replace(read_status(busy), phase=phase))

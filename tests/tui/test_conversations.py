@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,16 +11,18 @@ from typing import Any, cast
 import msgspec
 import pytest
 from msgspec.structs import replace
+from textual import events
 from textual.pilot import Pilot
 
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GenerationResult, Sampling, ThinkingSupport
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.client import EngineClient
-from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate
+from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate, LoadChat
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import chat_choices
 from qlora_tui.runs.chat_choices import ChoiceKind, choices_path
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.chat.dialogs import PromptBox
 from qlora_tui.tui.screens.chat.saved import (
     SavedAnswer,
     SavedConversation,
@@ -33,7 +36,7 @@ from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from tests.tui.chat_screen import OUTCOME, chat_of, finished, rest, with_adapters
-from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
@@ -92,6 +95,39 @@ class FakeCount:
 
     async def result(self) -> int:
         return self._tokens
+
+
+class HeldReplies(FakeReplies):
+    """One reply, which arrives once ``gate`` is set or the request is stopped."""
+
+    def __init__(self, gate: asyncio.Event, reply: object) -> None:
+        super().__init__("", 1)
+        self._gate = gate
+        self._reply = reply
+
+    async def __anext__(self) -> Any:
+        if self._is_over:
+            raise StopAsyncIteration
+        await self._gate.wait()
+        self._is_over = True
+        return self._reply
+
+    def stop(self) -> None:
+        self._gate.set()
+
+
+class HeldEngine(FakeEngine):
+    """An engine that replies once ``gate`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+
+    def ask(self, request: Any) -> Any:
+        if isinstance(request, CountTokens):
+            return super().ask(request)
+        self.asked.append(request)
+        return HeldReplies(self.gate, READY if isinstance(request, LoadChat) else OUTCOME)
 
 
 READY = ChatReady(
@@ -278,6 +314,57 @@ async def exchange(
     if outcome is not None:
         await turn.answers[ADAPTER].end(outcome)
     return turn
+
+
+async def test_a_prompt_typed_while_the_first_is_taken_stays_in_the_field() -> None:
+    async with chatting(SWITCH) as (pilot, screen):
+        engine = screen.conversation.engine = cast(Any, HeldEngine())
+        await pilot.press("i")
+        # As when both are read from the terminal at once.
+        for key, character in (("a", "a"), ("enter", "\r"), ("b", "b"), ("enter", "\r")):
+            pilot.app.post_message(events.Key(key, character))
+        await wait_until(pilot, lambda: len(engine.asked) >= 2)
+        assert [turn.prompt for turn in screen.conversation.turns] == ["a"]
+        assert screen.query_one(PromptBox).text == "b"
+        assert [request.adapter_name for request in engine.asked] == [BASE, ADAPTER]
+
+
+@pytest.mark.parametrize("thinking", [None, SWITCH], ids=["loading", "answering"])
+async def test_a_new_conversation_ends_what_is_under_way(thinking: ThinkingSupport | None) -> None:
+    async with chatting(thinking) as (pilot, screen):
+        engine = screen.conversation.engine = cast(Any, HeldEngine())
+        await pilot.press("i", *"Hello", "enter")
+        await wait_until(pilot, lambda: engine.asked and screen.conversation.turns)
+        asked = list(engine.asked)
+        await screen.action_clear()
+        engine.gate.set()
+        await pilot.pause()
+        assert not screen.conversation.turns and not screen.conversation.busy
+        assert engine.asked == asked
+        await pilot.press(*"Again", "enter")
+        await rest(pilot, screen)
+        assert [answer.text for answer in screen.conversation.turns[0].answers.values()] == [OUTCOME.text] * 2
+
+
+async def test_a_run_chosen_while_another_loads_is_loaded_itself() -> None:
+    loading = write_fake_run(FakeRun(name="loading", state="finished", steps=9, total=9, began=BEGAN - 999))
+    with_adapters(loading, ADAPTER)
+    async with chatting() as (pilot, screen):
+        chosen = screen.conversation.run_dir
+        assert chosen is not None
+        await screen.chat_with(loading)
+        engine = screen.conversation.engine = cast(Any, HeldEngine())
+        await pilot.press(*"Hello", "enter")
+        await wait_until(pilot, lambda: engine.asked)
+        await screen.chat_with(chosen)
+        engine.gate.set()
+        await pilot.pause()
+        await pilot.press(*"Hi", "enter")
+        await rest(pilot, screen)
+        loaded = [request.source.adapters for request in engine.asked if isinstance(request, LoadChat)]
+        assert [str(run.adapter_dir) for run in (loading, chosen)] == [
+            str(adapters[ADAPTER]) for adapters in loaded
+        ]
 
 
 async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:

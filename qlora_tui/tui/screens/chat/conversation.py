@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import psutil
 from textual import message, work
 from textual.containers import VerticalScroll
 from textual.widget import Widget
+from textual.worker import Worker, WorkerError
 
 from qlora_tui.chat.chat_sources import chat_fits
 from qlora_tui.chat.chat_types import BASE, ChatSource, Effect, GenerationResult, Sampling
@@ -41,9 +43,6 @@ from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.worker import Progress
-
-if TYPE_CHECKING:
-    pass
 
 _STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
 _UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
@@ -126,7 +125,6 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.ready: ChatReady | None = None
         """The model that the engine has loaded; None while none is."""
         self.turns: list[ChatTurn] = []
-        self.busy = False
         self.sampling = Sampling()
         self.system_prompt = ""
         self.thinking: Thinking = "auto"
@@ -135,6 +133,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Whether thoughts are shown."""
         self.path: Path | None = None
         """Where the conversation is saved; None before its first answer."""
+        self._asking: Worker[None] | None = None
+        """What answers the last prompt or measures. It alone adds turns and writes into them."""
         self._open_requests: list[ReplyStream[Any, Any]] = []
         """Those that the engine has not finished."""
         self._last_warning = ""
@@ -150,26 +150,34 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.workers.cancel_node(self)
         await self.engine.close()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a prompt is being answered, or a measurement made."""
+        return self._asking is not None and not self._asking.is_finished
+
     async def set_source(self, source: ChatSource | None, run: RunDir | None) -> None:
         """Talk to another run or model, which is loaded with the first prompt."""
-        await self.clear()
         before = self.source
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
         self.source, self.run_dir = source, run
         self.thinking = "auto" if source is None else source.thinking
         self.pair = AdapterPair.of((BASE,) if source is None else source.answer_names)
         self.ready = None
+        await self.clear()
         if not same_base and self.engine.pid is not None:
             # The model loaded before is no longer needed.
             await self.engine.close()
 
     async def clear(self) -> None:
-        """Begin a new conversation."""
+        """Begin a new conversation, and end what is under way in this one."""
+        turns, self.turns, self.path = self.turns, [], None
         for request in self._open_requests:
             request.stop()
-        self.turns.clear()
-        self.path = None
-        await self.query(ChatTurn).remove()
+        for worker in self.workers.cancel_group(self, "answers"):
+            # It writes into the turns until it has ended.
+            with suppress(WorkerError):
+                await worker.wait()
+        await self.remove_children(turns)
         self.post_message(self.Changed())
 
     async def open_saved(self, path: Path, saved: SavedConversation) -> None:
@@ -196,14 +204,23 @@ class Conversation(VerticalScroll, OnQloraApp):
             for answer in turn.answers.values():
                 await answer.unfold(unfolded)
 
-    async def send(self, prompt: str, cancel: Callable[[], object] = lambda: None) -> None:
+    def send(self, prompt: str, cancel: Callable[[], object] = lambda: None) -> None:
         """Have a prompt answered; ``cancel`` is called if the user does not want the model to be loaded."""
         if self.source is not None:
-            await self._confirm_shared_memory(lambda: self._answer(prompt), cancel)
+            self._asking = self._answer(prompt, cancel)
+            self.post_message(self.Changed())
 
-    async def measure(self) -> None:
+    def measure(self) -> None:
         """Measure what the right adapter changes."""
-        await self._confirm_shared_memory(self._measure)
+        self._asking = self._measure()
+        self.post_message(self.Changed())
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        """Show that what was asked for is there."""
+        if event.worker is self._asking and event.worker.is_finished:
+            if self.engine.pid is None:
+                self.ready = None
+            self.post_message(self.Changed())
 
     async def stop(self) -> None:
         """Stop what is under way."""
@@ -265,10 +282,8 @@ class Conversation(VerticalScroll, OnQloraApp):
             original=original,
         )
 
-    async def _confirm_shared_memory(
-        self, proceed: Callable[[], object], cancel: Callable[[], object] = lambda: None
-    ) -> None:
-        """Call ``proceed``; ask first if the chat may not fit beside a run, and call ``cancel`` for no."""
+    async def _may_load(self) -> bool:
+        """Whether to load the model; the user is asked if it may not fit beside a run."""
         active = self.app.system_status.active
         if (
             self.ready is not None
@@ -277,35 +292,23 @@ class Conversation(VerticalScroll, OnQloraApp):
             # What the app last saw may be a second old.
             or (status := read_status(active)).state not in ACTIVE
         ):
-            proceed()
-            return
-        if await self._fits_beside(status):
-            self._shares_with.add(active.id)
-            proceed()
-            return
-
-        def on_result(yes: bool | None) -> None:
-            if yes:
-                self._shares_with.add(active.id)
-                proceed()
-            else:
-                cancel()
-
+            return True
         text = (
             f"{active.id} is training on this machine, and the free memory may not be enough for the chat's "
             "model. If you load it, either may run out of memory. If you do not, nothing is sent, and your "
             "message stays in the field."
         )
-        self.app.push_screen(
-            ConfirmScreen(
-                "A run is training",
-                text,
-                yes="Load anyway",
-                no="Not now",
-                is_outdated=lambda: read_status(active).state not in ACTIVE,
-            ),
-            on_result,
+        question = ConfirmScreen(
+            "A run is training",
+            text,
+            yes="Load anyway",
+            no="Not now",
+            is_outdated=lambda: read_status(active).state not in ACTIVE,
         )
+        if not await self._fits_beside(status) and not await self.app.push_screen_wait(question):
+            return False
+        self._shares_with.add(active.id)
+        return True
 
     async def _fits_beside(self, status: Status) -> bool:
         """Whether the chat fits beside the active run, which must have reached the memory it needs."""
@@ -337,12 +340,14 @@ class Conversation(VerticalScroll, OnQloraApp):
         return turn
 
     @work(group="answers")
-    async def _answer(self, prompt: str) -> None:
+    async def _answer(self, prompt: str, cancel: Callable[[], object]) -> None:
+        if not await self._may_load():
+            cancel()
+            return
         if self.turns:
             self.turns[-1].show_question(False)
         turn = await self._add_turn(prompt, self.pair.active)
         self.anchor()
-        self._set_busy(True)
         sampling = self.sampling
         if sampling.seed is None:
             # The same seed for both, so that two answers differ by the adapter only.
@@ -358,10 +363,9 @@ class Conversation(VerticalScroll, OnQloraApp):
                 await answer.fail(problem)
         turn.show_question(True)
         self._save(turn, sampling)
-        self._set_busy(False)
 
     async def _load(self) -> None:
-        if self.ready is not None or self.source is None:
+        if self.source is None or (self.ready is not None and self.engine.pid is not None):
             return
         self.post_message(self.Changed("Starting the engine"))
         async for reply in self.engine.ask(LoadChat(source=self.source)):
@@ -406,7 +410,8 @@ class Conversation(VerticalScroll, OnQloraApp):
 
     @work(group="answers")
     async def _measure(self) -> None:
-        self._set_busy(True)
+        if not await self._may_load():
+            return
         try:
             await self._load()
             request = self.engine.ask(MeasureEffect(adapter_name=self.pair.right))
@@ -417,18 +422,14 @@ class Conversation(VerticalScroll, OnQloraApp):
                     self.post_message(self.EffectChanged(shown))
             finally:
                 self._open_requests.remove(request)
+        except asyncio.CancelledError:
+            self.post_message(self.EffectChanged(""))
+            raise
         except EngineClosedError:
             self.post_message(self.EffectChanged(name_keys(_NOT_MEASURED)))
         except UserError as problem:
             self.post_message(self.EffectChanged(""))
             self.app.show_error(problem)
-        self._set_busy(False)
-
-    def _set_busy(self, busy: bool) -> None:
-        self.busy = busy
-        if not busy and self.engine.pid is None:
-            self.ready = None
-        self.post_message(self.Changed())
 
     def _save(self, turn: ChatTurn, sampling: Sampling) -> None:
         answered = {name: answer for name, answer in turn.answers.items() if answer.text or answer.thought}

@@ -264,7 +264,7 @@ class ChatScreen(WorkScreen):
             return
         # What is asked now is shown, whatever was searched for.
         self._search_for("")
-        await self.conversation.send(event.text, lambda: box.put(event.text))
+        self.conversation.send(event.text, lambda: box.put(event.text))
 
     async def on_prompt_box_recalled(self) -> None:
         """Put the last prompt back: Up was pressed in the empty field."""
@@ -301,7 +301,7 @@ class ChatScreen(WorkScreen):
     async def action_retry(self) -> None:
         """Answer the last prompt again with the adapters selected now."""
         if self.conversation.turns and not self.conversation.busy:
-            await self.conversation.send((await self.conversation.remove_last_turn()).prompt)
+            self.conversation.send((await self.conversation.remove_last_turn()).prompt)
 
     async def action_edit_last(self) -> None:
         """Put the last prompt back into the field, and forget its answers."""
@@ -322,12 +322,12 @@ class ChatScreen(WorkScreen):
         """Scroll up or down by some lines."""
         self.conversation.scroll_relative(y=3 * by, animate=False)
 
-    async def action_effect(self) -> None:
+    def action_effect(self) -> None:
         """Measure what the adapter changes."""
         if self.conversation.pair.single:
             self.notify("This chat has no adapter to measure.")
         elif not self.conversation.busy:
-            await self.conversation.measure()
+            self.conversation.measure()
 
     # Earlier exchanges
 
