@@ -1,8 +1,8 @@
 """The queue: the next run, and adding, removing and moving runs.
 
-``queue.json`` is the list of waiting runs, replaced as a whole. A run is in it before its status says
-"queued", and leaves it after that says "starting", each synced: a run that a crash caught in between stays
-queued.
+``queue.json`` is the list of waiting runs, replaced as a whole. A run enters it after its status says
+"queued", and leaves it after that says "starting", each synced: a run that a crash or a full disk caught in
+between is queued, or has ended and can be resumed.
 """
 
 from __future__ import annotations
@@ -32,27 +32,23 @@ def enqueue(run: RunDir) -> None:
 def requeue(run: RunDir) -> None:
     """Queue an ended run, to continue from its last checkpoint. Raises OSError; the run then stays ended."""
     _enter(run, again=True)
-    # The caller that queues it again knows how it ended.
-    run.unreported_path.unlink(missing_ok=True)
 
 
 def _enter(run: RunDir, *, again: bool) -> None:
     with queue_lock():
-        ids, status = waiting(), read_status(run)
-        # A crash may have come between the queue and the status.
-        if run.id in ids and status.state in ("queued", *ACTIVE):
+        status = read_status(run)
+        if status.state in ("queued", *ACTIVE):
             return
-        try:
-            if again:
-                _forget_requests(run)
-            if run.id not in ids:
-                _write([*ids, run.id])
-            write_status(run, status.transition("queued"))
-            if again:
-                append_event(run.events_path, Queued())
-        except OSError:
-            _remove(run)
-            raise
+        if again:
+            _forget_requests(run)
+            # Who queues it again knows how it ended.
+            run.unreported_path.unlink(missing_ok=True)
+        write_status(run, status.transition("queued"))
+        if again:
+            append_event(run.events_path, Queued())
+        # Last, since a full disk leaves no room to take it out.
+        if run.id not in (ids := waiting()):
+            _write([*ids, run.id])
 
 
 def _forget_requests(run: RunDir) -> None:

@@ -89,11 +89,14 @@ def write_heartbeat(run: RunDir, status: Status) -> None:
 
 def read_status(run: RunDir) -> Status:
     """Read the actual status: an active run whose process has ended is ``lost``."""
-    status = _state_from_events(run)
+    status = _recorded_status(run)
     if status.state == "queued":
-        if run.id not in waiting():
+        if run.id in waiting():
+            return structs.replace(status, detail=describe_runner() or status.detail)
+        # Once more: the runner may have taken it since.
+        status = _recorded_status(run)
+        if status.state == "queued":
             return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
-        return structs.replace(status, detail=describe_runner() or status.detail)
     if status.state not in ACTIVE:
         return status
     beat = read_json(run.heartbeat_path, _DECODER)
@@ -144,9 +147,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
         if not mark.is_from_this_boot:
             if is_recent:
                 return Sighting(True, f"Running on another machine ({mark.host}).")
-            return Sighting(
-                False, f"It ran on another machine ({mark.host}): no heartbeat for {_age(beat_at)}."
-            )
+            return Sighting(False, f"It ran on another machine ({mark.host}): {_silence(beat_at)}")
         held = is_locked(run.trainer_lock_path) if beats else None
         # A runner holds no lock on the run, and some file systems have none.
         is_alive = is_recent if held is None else held
@@ -159,9 +160,9 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
         return Sighting(False, "Its process is gone without an exit record; it was probably killed.")
     if state in ("T", "t"):
         return Sighting(True, f"Suspended: `kill -CONT {mark.pid}` continues its process.")
-    if beats and time.time() - beat_at > SILENT_S:
+    if beats and abs(time.time() - beat_at) > SILENT_S:
         waits = " It waits for a disk or a device." if state == "D" else ""
-        return Sighting(True, f"Not responding: no heartbeat for {_age(beat_at)}.{waits}")
+        return Sighting(True, f"Not responding: {_silence(beat_at)}{waits}")
     return Sighting(True)
 
 
@@ -178,13 +179,15 @@ def describe_runner() -> str:
     return f"The runner is suspended: `kill -CONT {pid}` continues it."
 
 
-def _age(beat_at: float) -> str:
-    return format_duration(max(0.0, time.time() - beat_at))
+def _silence(beat_at: float) -> str:
+    age_s = time.time() - beat_at
+    since = f"for {format_duration(age_s)}" if age_s >= 0 else "since the clock was set back"
+    return f"no heartbeat {since}."
 
 
 def is_stranded(run: RunDir) -> bool:
     """Whether the run's last recorded state is queued, but it is not in the queue."""
-    return _state_from_events(run).state == "queued" and run.id not in waiting()
+    return _recorded_status(run).state == "queued" and read_status(run).state == "stopped"
 
 
 def status_problem(run: RunDir) -> str | None:
@@ -196,7 +199,7 @@ def status_problem(run: RunDir) -> str | None:
     return None
 
 
-def _state_from_events(run: RunDir) -> Status:
+def _recorded_status(run: RunDir) -> Status:
     try:
         return _decoded(run.status_path)
     except (OSError, msgspec.MsgspecError) as error:

@@ -73,11 +73,15 @@ def test_a_run_that_cannot_be_queued_can_be_queued_later(
                 run_queue.enqueue(run)
                 assert run.id in run_queue.waiting()
             except OSError:
-                assert lasting or run.id not in run_queue.waiting()
+                assert_queued_or_ended(run)
         assert_waits_after_resume(run)
         if not disk.has_failed:
             assert at > 5
             return
+
+
+def assert_queued_or_ended(run: RunDir) -> None:
+    assert (read_status(run).state == "queued") == (run.id in run_queue.waiting())
 
 
 def assert_waits_after_resume(run: RunDir) -> None:
@@ -100,6 +104,7 @@ def test_a_paused_run_can_be_resumed_after_a_failed_resume(
         with fault(monkeypatch, at, code, lasting=lasting) as disk, suppress(UserError):
             actions.resume(run)
         assert read_status(run).step == 3
+        assert_queued_or_ended(run)
         assert_waits_after_resume(run)
         if not disk.has_failed:
             return

@@ -18,7 +18,7 @@ from qlora_tui.runs.directory import RunDir, create_run, queue_path
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Stopped
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.status import Status, read_status, write_status
+from qlora_tui.runs.status import Status, is_stranded, read_status, write_status
 from tests.support.polling import while_it_sleeps
 from tests.support.power import FaultyDisk
 
@@ -101,6 +101,29 @@ def test_an_entry_whose_status_was_not_written_is_queued_again(recipe: Recipe) -
     run_queue.requeue(run)
     assert run_queue.waiting() == [run.id]
     assert (read_status(run).state, read_status(run).step) == ("queued", 7)
+
+
+def test_a_run_that_is_taken_while_it_is_read_has_not_stopped(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_first() -> list[str]:
+        monkeypatch.setattr("qlora_tui.runs.status.waiting", run_queue.waiting)
+        run_queue.take(run, process_identity())
+        return run_queue.waiting()
+
+    for is_wrong in (lambda: read_status(run).state != "starting", lambda: is_stranded(run)):
+        write_status(run, Status(state="stopped", at=1.0))
+        run_queue.enqueue(run)
+        monkeypatch.setattr("qlora_tui.runs.status.waiting", take_first)
+        assert not is_wrong()
+
+
+def test_a_run_in_training_is_not_queued_again(run: RunDir) -> None:
+    write_status(run, Status(state="starting", at=1.0, process=process_identity()))
+    run.unreported_path.touch()
+    run_queue.requeue(run)
+    assert run_queue.waiting() == [] and read_status(run).state == "starting"
+    assert run.unreported_path.exists(), "its end is still to be reported"
 
 
 def test_reading_an_empty_queue_creates_nothing() -> None:

@@ -233,6 +233,7 @@ def test_an_old_heartbeat_of_a_live_trainer_is_told(run: RunDir) -> None:
     silent = says(run, process_identity(), age=125.0)
     assert silent.state == "running"
     assert "Not responding: no heartbeat for 2 min" in silent.detail
+    assert "since the clock was set back" in says(run, process_identity(), age=-HOUR).detail
 
 
 def test_waiting_for_a_process_ends_with_it(
