@@ -84,6 +84,31 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
         assert len(run_queue.waiting()) == 1
 
 
+async def test_a_recipe_edited_during_its_checks_is_launched_as_it_was_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    fine = (Check(CheckKind.MODEL, "ok", "there"),)
+    monkeypatch.setattr(train_module, "preflight", lambda *_: fine)
+    app = QloraApp()
+    app.workbench.replace(
+        Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
+    )
+    checked = app.workbench.recipe
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "Ready. Press [t] to launch it")
+
+        def edited(*_: object) -> tuple[Check, ...]:
+            app.workbench.set("lora.rank", 256)
+            return fine
+
+        monkeypatch.setattr(train_module, "preflight", edited)
+        await pilot.press("t")
+        await wait_until(pilot, lambda: all_runs())
+        assert all_runs()[0].recipe().lora.rank == checked.lora.rank
+
+
 async def test_a_failed_check_is_confirmed_before_launch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -211,12 +211,11 @@ def _plan(recipe: Recipe) -> list[str]:
     ]
 
 
-async def launch(app: QloraApp, checks: tuple[Check, ...]) -> RunDir | None:
-    """Queue the workbench's recipe after confirming failed checks. Returns None if the user declines.
+async def launch(app: QloraApp, recipe: Recipe, checks: tuple[Check, ...]) -> RunDir | None:
+    """Queue a recipe after confirming those of its checks that failed. Returns None if the user declines.
 
     Raises UserError if it could not run at all.
     """
-    recipe = app.workbench.recipe
     require_runnable(recipe)
     for check in checks:
         if check.problem is not None:

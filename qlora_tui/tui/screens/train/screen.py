@@ -272,11 +272,14 @@ class TrainScreen(EvaluationActions):
 
     @work(exclusive=True, group="checks")
     async def _start_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
-        await self._run_checks(recipe, system_status)
+        self._show_checks(recipe, await self._run_checks(recipe, system_status))
 
-    async def _run_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
-        self.checks = await asyncio.to_thread(preflight, recipe, system_status.machine(self._budget))
-        self.query_one(LaunchPane).show_checks(self.checks, recipe)
+    async def _run_checks(self, recipe: Recipe, system_status: SystemStatus) -> tuple[Check, ...]:
+        return await asyncio.to_thread(preflight, recipe, system_status.machine(self._budget))
+
+    def _show_checks(self, recipe: Recipe, checks: tuple[Check, ...]) -> None:
+        self.checks = checks
+        self.query_one(LaunchPane).show_checks(checks, recipe)
         self.refresh_bindings()
 
     def action_answers(self) -> None:
@@ -284,8 +287,11 @@ class TrainScreen(EvaluationActions):
 
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
-        await self._run_checks(self.app.workbench.recipe, self.app.system_status)
-        run = await launch(self.app, self.checks)
+        recipe = self.app.workbench.recipe
+        checks = await self._run_checks(recipe, self.app.system_status)
+        if recipe == self.app.workbench.recipe:
+            self._show_checks(recipe, checks)
+        run = await launch(self.app, recipe, checks)
         if run is not None:
             self.attach(run)
 
