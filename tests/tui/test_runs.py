@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from subprocess import Popen
+from threading import Event
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs, find_run
-from qlora_tui.runs.run_summary import SummaryCache, summarize
+from qlora_tui.runs.run_summary import RunSummary, SummaryCache, summarize
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui import desktop
@@ -184,6 +185,29 @@ def test_chat_and_export_of_a_running_run_name_their_checkpoint() -> None:
     summary = summarize(run)
     words = [verb for _, verb in run_keys(summary, RunFiles.read(summary))]
     assert words == ["open", "chat with step 200", "export step 200"]
+
+
+async def test_a_slow_reading_of_files_is_awaited(
+    three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, begun, read_files = Event(), [], RunFiles.read
+
+    def held(summary: RunSummary) -> RunFiles:
+        begun.append(summary.id)
+        gate.wait()
+        return read_files(summary)
+
+    monkeypatch.setattr(RunFiles, "read", held)
+    app = QloraApp()
+    async with app.run_test(size=(160, 50)) as pilot:
+        screen = await open_runs(app)
+        await wait_until(pilot, lambda: begun)
+        for _ in range(3):
+            screen.show_listing()
+            await pilot.pause()
+        gate.set()
+        await wait_until(pilot, lambda: screen._files is not None)
+        assert begun == [three_runs[0].id]
 
 
 async def test_two_marked_runs_are_compared_with_only_what_differs(three_runs: list[RunDir]) -> None:

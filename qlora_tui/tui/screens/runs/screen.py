@@ -109,6 +109,8 @@ class RunsScreen(EvaluationActions):
         self._files: tuple[str, RunFiles] | None = None
         """What was read of the run with this id, last."""
         self._files_read_at = 0.0
+        self._files_reading = ""
+        """Id of the run whose files are being read; empty if none are."""
         self._footer_key: object = None
 
     def compose_body(self) -> Iterable[Widget]:
@@ -257,14 +259,20 @@ class RunsScreen(EvaluationActions):
             return
         if self._files is not None and self._files[0] != summary.id:
             self._files = None
-        if self._files is None or time.monotonic() - self._files_read_at > _FILES_INTERVAL_S:
+        is_old = self._files is None or time.monotonic() - self._files_read_at > _FILES_INTERVAL_S
+        if is_old and self._files_reading != summary.id:
             self._files_read_at = time.monotonic()
+            self._files_reading = summary.id
             self._read_files(summary)
         self._show_preview(summary)
 
     @work(group="preview", exclusive=True)
     async def _read_files(self, summary: RunSummary) -> None:
-        files = await asyncio.to_thread(RunFiles.read, summary)
+        try:
+            files = await asyncio.to_thread(RunFiles.read, summary)
+        finally:
+            if self._files_reading == summary.id:
+                self._files_reading = ""
         if self.current is not None and self.current.id == summary.id:
             self._files = (summary.id, files)
             self._show_preview(self.current)
