@@ -67,7 +67,14 @@ class Workbench:
         self._trainable: str | None = None
         """A model that can be trained."""
         self._compared: (
-            tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError] | None
+            tuple[
+                Architecture | UserError,
+                StepTrace | None,
+                Recipe,
+                Device,
+                dict[Precision, Estimate] | UserError,
+            ]
+            | None
         ) = None
         self._traced: tuple[Recipe, Device, StepTrace] | None = None
 
@@ -146,7 +153,9 @@ class Workbench:
 
     def architecture(self) -> Architecture | UserError:
         """Architecture of the recipe's model from its ``config.json``; a UserError if there is none."""
-        model = self.recipe.model.id
+        return self._architecture_of(self.recipe.model.id)
+
+    def _architecture_of(self, model: str) -> Architecture | UserError:
         known = self._architecture  # a thread may ask while the app forgets it
         if known is None or known[0] != model:
             known = self._architecture = (model, _read(model))
@@ -186,48 +195,62 @@ class Workbench:
 
         Cached until the recipe changes, since strip and screen both need it.
         """
-        known, architecture = self._compared, self.architecture()
-        if known is None or known[0] is not architecture or known[1:3] != (self.recipe, device):
-            known = self._compared = (architecture, self.recipe, device, self._compare(architecture, device))
-        return known[3]
+        return self._comparison_of(self.recipe, device)
+
+    def _comparison_of(self, recipe: Recipe, device: Device) -> dict[Precision, Estimate] | UserError:
+        # A thread may ask while the user edits the recipe, or a trace of it comes.
+        architecture, traced = self._architecture_of(recipe.model.id), self._trace_of(recipe, device)
+        known = self._compared
+        if (
+            known is None
+            or known[0] is not architecture
+            or known[1] is not traced
+            or known[2:4] != (recipe, device)
+        ):
+            compared = _compare(recipe, architecture, device, traced)
+            known = self._compared = (architecture, traced, recipe, device, compared)
+        return known[4]
 
     def estimate(self, device: Device) -> Estimate | None:
         """The estimate in the recipe's precision; None if there is nothing to estimate."""
         from qlora_tui.memory.estimate import precision_of
 
-        compared = self.comparison(device)
-        return None if isinstance(compared, UserError) else compared[precision_of(self.recipe)]
+        recipe = self.recipe
+        compared = self._comparison_of(recipe, device)
+        return None if isinstance(compared, UserError) else compared[precision_of(recipe)]
 
     def use_trace(self, recipe: Recipe, device: Device, traced: StepTrace) -> None:
         """Use a traced step instead of the formula until the recipe changes."""
         self._traced = (recipe, device, traced)
-        self._compared = None
 
     def trace_on(self, device: Device) -> StepTrace | None:
         """The traced step of the recipe as it is now, if there is one."""
+        return self._trace_of(self.recipe, device)
+
+    def _trace_of(self, recipe: Recipe, device: Device) -> StepTrace | None:
         traced = self._traced
-        return traced[2] if traced is not None and traced[:2] == (self.recipe, device) else None
-
-    def _compare(
-        self, architecture: Architecture | UserError, device: Device
-    ) -> dict[Precision, Estimate] | UserError:
-        from qlora_tui.memory import compare
-        from qlora_tui.memory.estimate import precision_of
-
-        if isinstance(architecture, UserError):
-            return architecture
-        try:
-            traced = self.trace_on(device)
-            traces = {} if traced is None else {precision_of(self.recipe): traced}
-            return compare(self.recipe, architecture, device=device, traced=traces)
-        except UserError as problem:
-            return problem
+        return traced[2] if traced is not None and traced[:2] == (recipe, device) else None
 
     def _change_to(self, state: _EditState) -> None:
         """Make this the current state; undo restores the one before."""
         self._undo = [*self._undo, self._now][-_UNDO_STEPS:]
         self._redo.clear()
         self._now = state
+
+
+def _compare(
+    recipe: Recipe, architecture: Architecture | UserError, device: Device, traced: StepTrace | None
+) -> dict[Precision, Estimate] | UserError:
+    from qlora_tui.memory import compare
+    from qlora_tui.memory.estimate import precision_of
+
+    if isinstance(architecture, UserError):
+        return architecture
+    traces = {} if traced is None else {precision_of(recipe): traced}
+    try:
+        return compare(recipe, architecture, device=device, traced=traces)
+    except UserError as problem:
+        return problem
 
 
 def undo_recipe(app: QloraApp) -> None:

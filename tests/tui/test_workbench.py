@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import shutil
+from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from qlora_tui import paths
+from qlora_tui import memory, paths
 from qlora_tui.catalog.local_models import ModelNotFoundError
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device
 from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.tui import workbench as workbench_module
 from qlora_tui.tui.workbench import Draft, Workbench, open_workbench
 from tests.tui.workstation import CONFIGS, config_folder
 
@@ -113,3 +117,39 @@ def test_an_architecture_may_be_forgotten_while_a_thread_reads_it(tmp_path: Path
     read = workbench.architecture()
     assert not isinstance(read, UserError) and read.is_outline
     assert not isinstance(workbench.comparison(Device()), UserError)
+
+
+@pytest.fixture
+def instant_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are read without files."""
+    read = SimpleNamespace(is_outline=False)
+    monkeypatch.setattr(workbench_module, "_read", lambda model: read)
+
+
+@pytest.mark.usefixtures("instant_models")
+@pytest.mark.parametrize("asked", ["first", "second"])
+def test_an_estimate_is_of_the_recipe_it_is_cached_for(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    workbench, device = Workbench(), Device()
+    monkeypatch.setattr(memory, "compare", lambda recipe, *_, **__: recipe.name)
+    # A recipe that is edited whenever a thread has read it.
+    edits = cycle((Recipe(name="first"), Recipe(name="second")))
+    monkeypatch.setattr(Workbench, "recipe", property(lambda self: next(edits)))
+    workbench.comparison(device)
+    monkeypatch.setattr(Workbench, "recipe", Recipe(name=asked))
+    compared: Any = workbench.comparison(device)
+    assert compared == asked
+
+
+@pytest.mark.usefixtures("instant_models")
+def test_a_trace_that_comes_during_an_estimate_is_used_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    workbench, device = Workbench(), Device()
+    trace: Any = object()
+
+    def compare(*_: object, traced: object, **__: object) -> object:
+        workbench.use_trace(workbench.recipe, device, trace)
+        return traced
+
+    monkeypatch.setattr(memory, "compare", compare)
+    assert workbench.comparison(device) == {}
+    compared: Any = workbench.comparison(device)
+    assert list(compared.values()) == [trace]
