@@ -59,6 +59,8 @@ PROGRESS_INTERVAL_S = 0.2
 PROGRAM = "qlora_tui.worker"
 _DETACHED = "--detached"
 _LAST_BYTES = 65_536
+_EXIT_S = 5.0
+"""Seconds that a job may take to exit once its output has ended; it is killed then."""
 
 T = TypeVar("T")
 
@@ -145,12 +147,10 @@ def run_job(
         JobStopped: ``should_stop`` returned true.
         UserError: the job reported it, or it died, or took too long.
     """
-    import tempfile  # takes 15 ms, which a start without jobs avoids
-
     died = UserError(title, what=f"{subject} ended early.", fix=fix)
     outcome: Message | None = None
     with (
-        tempfile.TemporaryFile() as errors,
+        error_file() as errors,
         _start(job, arguments, None if shows_stderr else errors, environ) as child,
     ):
         assert child.stdout is not None
@@ -160,7 +160,11 @@ def run_job(
                     on_progress(message)
                 else:
                     outcome = message
-            code = child.wait()
+            try:
+                code = child.wait(_EXIT_S)
+            except subprocess.TimeoutExpired:
+                # It has said how it ended, and a thread of a library keeps it.
+                code = 0
         except TimeoutError:
             raise died.replace(what=f"{subject} did not end within {deadline_s:,.0f} seconds.") from None
         finally:
@@ -247,6 +251,11 @@ def _messages(
                 return
             *lines, partial_line = (partial_line + piece).split(b"\n")
             yield from filter(None, map(decode_message, lines))
+
+
+def error_file() -> IO[bytes]:
+    """Create a file for the errors of a child. In memory: a full disk has no room for them."""
+    return os.fdopen(os.memfd_create("errors"), "w+b")
 
 
 def last_lines(errors: IO[bytes], count: int) -> str:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,11 @@ def fail() -> None:
 def sleep(marker: Path) -> None:
     marker.touch()
     time.sleep(600)
+
+
+def linger(marker: Path) -> int:
+    threading.Thread(target=lambda: (time.sleep(3), marker.touch())).start()
+    return 1
 
 
 def run(job: str, *arguments: object, **options: Any) -> Any:
@@ -99,6 +106,14 @@ def test_a_silent_job_is_stopped_and_bounded(tmp_path: Path) -> None:
     assert "did not end within" in caught.value.what
     living = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
     assert not [child for child in living if "qlora_tui.worker" in child.cmdline()]
+
+
+def test_a_job_that_does_not_exit_has_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_EXIT_S", 0.0)
+    # No room on any disk for what it prints.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert run("linger", tmp_path / "lived on", result=int) == 1
+    assert not (tmp_path / "lived on").exists()
 
 
 @pytest.mark.parametrize("survives", [False, True])

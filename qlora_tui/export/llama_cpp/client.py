@@ -10,7 +10,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -96,7 +95,7 @@ class LlamaProcess:
         self._title = title
         if not is_installed():
             raise UserError(title, what="llama.cpp is not installed.", fix=install_hint())
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
+        self._log = worker.error_file()
         self._process = subprocess.Popen(
             worker.module_argv("qlora_tui.export.llama_cpp.worker"),
             env=worker.subprocess_env(),
