@@ -87,6 +87,9 @@ def held_draft(draft: Path, *, is_listed: bool = False) -> Iterator[Path | None]
             is_held = _hold(stack, draft)
             if is_held:
                 stack.callback(_delete_held, draft)
+                if is_listed:
+                    # Again, because a sweep takes one that is not there yet off the list.
+                    _list(draft)
         if not is_held:
             yield None
             return
@@ -125,14 +128,18 @@ def publish(files: Path, final: Path) -> None:
     except OSError:
         if not files.exists():
             final.rename(files)
-        restore_earlier(final)
+        _put_back(earlier, final)
         raise
 
 
 def restore_earlier(final: Path) -> bool:
     """Put the previous folder back if nothing is in its place; return whether it was restored."""
     earlier = kept_earlier(final)
-    if earlier is None:
+    return earlier is not None and _put_back(earlier, final)
+
+
+def _put_back(earlier: Path, final: Path) -> bool:
+    if not earlier.is_dir() or os.path.lexists(final):
         return False
     earlier.rename(final)
     sync(final.parent)
@@ -277,6 +284,13 @@ def _hold(stack: ExitStack, draft: Path) -> bool:
             with suppress(OSError):
                 draft.rmdir()
             raise
+        except UserError:
+            # Without locks nobody marks it.
+            with suppress(OSError):
+                if not (draft / _LOCK).stat().st_size:
+                    (draft / _LOCK).unlink()
+                    draft.rmdir()
+            raise
 
 
 def _mark(path: Path, lock: IO[str]) -> None:
@@ -331,10 +345,8 @@ def _empty(draft: Path) -> None:
     """Delete everything but the lock, as far as possible; what was to be replaced is put back first."""
     match = _NAME.fullmatch(draft.name)
     assert match is not None
-    final = draft.with_name(match[1])
-    if (draft / _EARLIER).is_dir() and not os.path.lexists(final):
-        (draft / _EARLIER).rename(final)
-        sync(final.parent)
+    # Not from the place of version 1.0, which in a folder of the user's is not ours.
+    _put_back(draft / _EARLIER, draft.with_name(match[1]))
     for path in draft.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

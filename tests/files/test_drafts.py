@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -24,6 +24,7 @@ from qlora_tui.drafts import (
     final_path,
     held_draft,
     is_abandoned,
+    new_draft,
     publish,
     unfinished_drafts,
 )
@@ -170,6 +171,36 @@ def test_a_listed_draft_of_a_killed_process_is_found_and_deleted(draft: Path) ->
     assert list(unfinished_drafts()) == [draft]
     delete_unfinished()
     assert not draft.exists() and not list((state_dir() / "unfinished").iterdir())
+
+
+def test_a_draft_that_is_swept_off_the_list_too_early_is_listed(
+    draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, listing = Path.mkdir, state_dir() / "unfinished"
+
+    def sweep_first(folder: Path, **options: Any) -> None:
+        if folder == draft:
+            list(unfinished_drafts())
+            assert not list(listing.iterdir())
+        make(folder, **options)
+
+    monkeypatch.setattr(Path, "mkdir", sweep_first)
+    with held_draft(draft, is_listed=True):
+        assert len(list(listing.iterdir())) == 1
+    assert not list(listing.iterdir())
+
+
+def test_without_locks_no_draft_is_left_or_unmarked(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    leave(draft)
+    with monkeypatch.context() as mounted:
+        mounted.setattr("fcntl.flock", no_locks)
+        for held in (new_draft(draft.parent), held_draft(draft)):
+            with pytest.raises(UserError, match="locks"), held:
+                pass
+    assert list(draft.parent.iterdir()) == [draft] and is_abandoned(draft)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

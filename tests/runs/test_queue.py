@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
@@ -103,19 +104,23 @@ def test_an_entry_whose_status_was_not_written_is_queued_again(recipe: Recipe) -
     assert (read_status(run).state, read_status(run).step) == ("queued", 7)
 
 
+def has_stopped(run: RunDir) -> bool:
+    return read_status(run).state == "stopped"
+
+
+@pytest.mark.parametrize("is_wrong", [has_stopped, is_stranded])
 def test_a_run_that_is_taken_while_it_is_read_has_not_stopped(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, is_wrong: Callable[[RunDir], bool]
 ) -> None:
     def take_first() -> list[str]:
         monkeypatch.setattr("qlora_tui.runs.status.waiting", run_queue.waiting)
         run_queue.take(run, process_identity())
         return run_queue.waiting()
 
-    for is_wrong in (lambda: read_status(run).state != "starting", lambda: is_stranded(run)):
-        write_status(run, Status(state="stopped", at=1.0))
-        run_queue.enqueue(run)
-        monkeypatch.setattr("qlora_tui.runs.status.waiting", take_first)
-        assert not is_wrong()
+    run_queue.enqueue(run)
+    write_status(run, Status(state="queued", at=1.0))
+    monkeypatch.setattr("qlora_tui.runs.status.waiting", take_first)
+    assert not is_wrong(run)
 
 
 def test_a_run_in_training_is_not_queued_again(run: RunDir) -> None:
