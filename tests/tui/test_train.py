@@ -175,6 +175,25 @@ async def test_the_stop_question_closes_when_the_run_finishes(monkeypatch: pytes
         assert "Stop the run?" not in text_of(app)
 
 
+@pytest.mark.parametrize(
+    ("keys", "question", "answer"),
+    [("s", "Stop the run?", ["y"]), ("L", "The new peak", ["ctrl+u", *"1e-5", "enter"])],
+)
+async def test_an_answer_goes_to_the_run_that_was_asked_about(
+    keys: str, question: str, answer: list[str]
+) -> None:
+    run, other = (write_fake_run(FakeRun(name=name, steps=50)) for name in ("asked", "other"))
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        screen = await watching(app, run)
+        await wait_for_text(pilot, "step 50/3,000")
+        await pilot.press(keys)
+        await wait_for_text(pilot, question)
+        screen.attach(other)
+        await pilot.press(*answer)
+        assert len(ask_key(run)) == 1 and not ask_key(other)
+
+
 async def test_a_learning_rate_is_checked_before_it_is_sent() -> None:
     run = write_fake_run(FakeRun(steps=50))
     app = QloraApp()

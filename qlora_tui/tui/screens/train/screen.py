@@ -304,10 +304,10 @@ class TrainScreen(EvaluationActions):
         snapshot = self.snapshot
         if snapshot is not None and snapshot.is_stopping:
             now = "The run stops now. It gives up the step in progress; the steps before it are saved."
-            self._act_on_run(partial(run_actions.stop, now=True), now)
+            self._act_on_run(self._watched, partial(run_actions.stop, now=True), now)
         elif self.state == "queued":
             again = f"Press {key_name('train.resume')} to queue it again."
-            self._act_on_run(run_actions.stop, f"Removed from the queue. {again}")
+            self._act_on_run(self._watched, run_actions.stop, f"Removed from the queue. {again}")
         else:
             after_step = " after this step" if snapshot is None or snapshot.view.phase in STEP_PHASES else ""
             outcome = _outcome_of_stopping(snapshot)
@@ -321,20 +321,23 @@ class TrainScreen(EvaluationActions):
     def action_resume(self) -> None:
         has_checkpoint = self.snapshot is not None and bool(self.snapshot.view.checkpoints)
         origin = "resume from its last checkpoint" if has_checkpoint else "start from step 0"
-        self._act_on_run(run_actions.resume, f"Queued. The run will {origin}.")
+        self._act_on_run(self._watched, run_actions.resume, f"Queued. The run will {origin}.")
 
     def action_request(self, kind: control.Kind) -> None:
         """Send a request to the trainer."""
-        self._act_on_run(lambda run: control.send_request(run, kind), _REQUEST_NOTICES[kind])
+        self._act_on_run(self._watched, lambda run: control.send_request(run, kind), _REQUEST_NOTICES[kind])
 
     def action_learning_rate(self) -> None:
         now = self.snapshot.learning_rate if self.snapshot else None
         self._prompt_for_rate("" if now is None else f"{now:.3g}")
 
     def _prompt_for_rate(self, proposed: str) -> None:
+        run = self._watched
+
         def set_rate(typed: str) -> None:
             rate = float(typed)
             self._act_on_run(
+                run,
                 lambda run: control.send_request(run, "set_learning_rate", rate),
                 f"The learning rate will change to {rate:g} after this step.",
             )
@@ -426,14 +429,12 @@ class TrainScreen(EvaluationActions):
         question = ConfirmScreen(
             title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
         )
-        self.ask(question, lambda _yes: self._act_on_run(act, done))
+        self.ask(question, lambda _yes: self._act_on_run(run, act, done))
 
-    def _act_on_run(self, act: Callable[[RunDir], None], done: str) -> None:
-        run = self.run
-        if run is not None:
-            act(run)
-            self.notify(done)
-            self.poll_now()
+    def _act_on_run(self, run: RunDir, act: Callable[[RunDir], None], done: str) -> None:
+        act(run)
+        self.notify(done)
+        self.poll_now()
 
 
 def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
