@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from textual.drivers.headless_driver import HeadlessDriver
 
 from qlora_tui import paths, worker
 from qlora_tui.demo.conversations import CONVERSATIONS
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, machine_checks, run_queue
@@ -24,10 +26,13 @@ from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import State
 from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.home.reader import DEMO, HomeState, next_step, other_steps
+from qlora_tui.tui.screens.home import reader as home_reader
+from qlora_tui.tui.screens.home.reader import DEMO, HomeLayout, HomeReader, HomeState, next_step, other_steps
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.train.screen import TrainScreen
+from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.workbench import Workbench
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import config_folder
@@ -43,6 +48,15 @@ def _ready(home: Path) -> Recipe:
 def after(state: State, **how: Any) -> HomeState:
     """A run of that state was the last; the recipe is complete and fits."""
     return HomeState(READY, 1, verdict="fits", last_run="a", last_state=state, **how)
+
+
+def test_a_download_that_ends_during_a_reading_leaves_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = HomeReader(0.0, 0.0)
+    monkeypatch.setattr(home_reader, "list_local_models", lambda: [SimpleNamespace(refusal=None)])
+    monkeypatch.setattr(home_reader, "data_error", lambda data: reader.invalidate_models())
+    layout = HomeLayout(80, 40, 40, is_compact=False)
+    facts = reader.read(Workbench(), budget_for(None), SystemStatus(), 0.0, layout)
+    assert facts.suggestion.why == "1 model is on this machine"
 
 
 @pytest.mark.parametrize(

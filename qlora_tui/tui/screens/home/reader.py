@@ -452,8 +452,10 @@ class HomeReader:
         layout: HomeLayout,
     ) -> HomeFacts:
         """Read everything, for panels of these widths."""
-        if self._local_models is None:
-            self._local_models = sum(model.refusal is None for model in list_local_models())
+        local_models = self._local_models  # the app may invalidate it meanwhile
+        if local_models is None:
+            local_models = sum(model.refusal is None for model in list_local_models())
+            self._local_models = local_models
         status = system_status.active_or_last_status
         is_news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         while_away = is_news and status is not None and status.at < self._started_at
@@ -474,7 +476,7 @@ class HomeReader:
             model_error=refusal.title if refusal else "",
             can_download=isinstance(refusal, MissingFilesError | ModelNotFoundError),
             data_error=problem.title if problem else "",
-            local_models=self._local_models,
+            local_models=local_models,
             verdict="" if estimate is None else check_fit(estimate, budget.bytes).word,
             last_run=summary.name if summary else "",
             last_state=status.state if status else None,
