@@ -282,14 +282,10 @@ class QloraApp(TerminalApp):
     def on_resize(self, event: Resize) -> None:
         """Cover the screen while the window is too small for it."""
         was_small, self._is_small = self._is_small, is_too_small(event.size)
-        if self._is_small == was_small:
-            return
-        from qlora_tui.tui.screens.modals.dialogs import TooSmallScreen
+        if self._is_small and not was_small:
+            from qlora_tui.tui.screens.modals.dialogs import TooSmallScreen
 
-        if self._is_small:
             self.call_after_refresh(self.push_screen, TooSmallScreen())
-        elif isinstance(self.screen, TooSmallScreen):
-            self.pop_screen()
 
     async def run_action(
         self,

@@ -14,6 +14,7 @@ import pytest
 
 from bench.terminal import Terminal
 from qlora_tui import paths
+from qlora_tui.errors import UserError
 from qlora_tui.tui.app import QloraApp
 from tests.support.polling import wait_for
 from tests.tui.fake_runs import FakeRun, write_fake_run
@@ -142,4 +143,21 @@ async def test_a_too_small_window_says_so_until_it_grows() -> None:
         await pilot.resize_terminal(79, 24)
         await wait_for_text(pilot, "It is 79×24")
         await pilot.press("enter")
+        assert "too small" not in await wait_for_text(pilot, "Next")
+
+
+async def test_a_cover_left_behind_a_dialog_or_another_screen_is_gone_when_it_is_reached() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(60, 20)) as pilot:
+        await wait_for_text(pilot, "This window is too small")
+        app.show_error(UserError("No such file", what="It is gone."))
+        await wait_for_text(pilot, "No such file")
+        await pilot.resize_terminal(80, 24)
+        await pilot.press("escape")
+        assert "too small" not in await wait_for_text(pilot, "Next")
+        await pilot.resize_terminal(60, 20)
+        await wait_for_text(pilot, "This window is too small")
+        await app.switch_mode("runs")
+        await pilot.resize_terminal(80, 24)
+        await pilot.press("0")
         assert "too small" not in await wait_for_text(pilot, "Next")

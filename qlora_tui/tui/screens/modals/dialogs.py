@@ -25,7 +25,7 @@ from textual.widgets import Input, OptionList, Static
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home, format_path
 from qlora_tui.recipe.presets import OverwriteError
-from qlora_tui.tui.breakpoints import MIN_SIZE
+from qlora_tui.tui.breakpoints import MIN_SIZE, is_too_small
 from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, commands_by_screen
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys, name_keys, short_key
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
@@ -244,7 +244,7 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
 
 
 class TooSmallScreen(ModalScreen[None]):
-    """Covers any screen; the app closes it when the window is large enough."""
+    """Covers any screen until the window is large enough."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it cut off")]
@@ -263,6 +263,15 @@ class TooSmallScreen(ModalScreen[None]):
             f"It is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
             "Enlarge the window or reduce the font size. Runs continue either way."
         )
+        self._leave_if_large()
+
+    def on_screen_resume(self) -> None:
+        """Close too if the window grew while a dialog or another screen was in front."""
+        self._leave_if_large()
+
+    def _leave_if_large(self) -> None:
+        if self.is_active and not is_too_small(self.app.size):
+            self.dismiss()
 
 
 @dataclass(frozen=True)
