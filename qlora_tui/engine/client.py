@@ -85,21 +85,22 @@ class EngineClient:
 
     async def close(self) -> None:
         """Stop the child and free all it held; the next request starts another."""
+        # The next child starts after the end of this one, whose listener ends every request.
         async with self._starting:
             process, self._process = self._process, None
-        if process is None:
-            return
-        if process.stdin is not None:
-            process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), _SHUTDOWN_TIMEOUT_S)
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-        if self._listener is not None:
-            await self._listener
-            self._listener = None
+            if process is None:
+                return
+            if process.stdin is not None:
+                process.stdin.close()
+            try:
+                await asyncio.wait_for(process.wait(), _SHUTDOWN_TIMEOUT_S)
+            except TimeoutError:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+            if self._listener is not None:
+                await self._listener
+                self._listener = None
 
     async def _start(self) -> None:
         try:

@@ -233,6 +233,19 @@ asyncio.run(main())
 """
 
 
+async def test_a_request_during_closing_starts_the_next_child_after_it() -> None:
+    engine = EngineClient()
+    await engine.start()
+    before, closing = engine.pid, asyncio.create_task(engine.close())
+    await asyncio.sleep(0)
+    await engine.start()
+    try:
+        assert closing.done() and engine.pid not in (before, None)
+    finally:
+        await engine.close()
+        await closing
+
+
 async def test_an_engine_that_is_answering_ends_with_its_parent(tiny_source: ChatSource) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, msgspec.json.encode(tiny_source).decode()],
