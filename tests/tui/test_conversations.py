@@ -122,12 +122,16 @@ class HeldEngine(FakeEngine):
     def __init__(self) -> None:
         super().__init__()
         self.gate = asyncio.Event()
+        self.closed = False
 
     def ask(self, request: Any) -> Any:
         if isinstance(request, CountTokens):
             return super().ask(request)
         self.asked.append(request)
         return HeldReplies(self.gate, READY if isinstance(request, LoadChat) else OUTCOME)
+
+    async def close(self) -> None:
+        self.closed = True
 
 
 READY = ChatReady(
@@ -340,7 +344,8 @@ async def test_a_new_conversation_ends_what_is_under_way(thinking: ThinkingSuppo
         engine.gate.set()
         await pilot.pause()
         assert not screen.conversation.turns and not screen.conversation.busy
-        assert engine.asked == asked
+        # A model that is loading holds memory that nobody would give back.
+        assert engine.asked == asked and engine.closed == (thinking is None)
         await pilot.press(*"Again", "enter")
         await rest(pilot, screen)
         assert [answer.text for answer in screen.conversation.turns[0].answers.values()] == [OUTCOME.text] * 2

@@ -368,13 +368,18 @@ class Conversation(VerticalScroll, OnQloraApp):
         if self.source is None or (self.ready is not None and self.engine.pid is not None):
             return
         self.post_message(self.Changed("Starting the engine"))
-        async for reply in self.engine.ask(LoadChat(source=self.source)):
-            if isinstance(reply, Progress):
-                self.post_message(self.Changed(reply.text))
-            else:
-                self.ready = reply
-                if effect := reply.thinking.effect_of(self.thinking):
-                    self.notify(effect)
+        try:
+            async for reply in self.engine.ask(LoadChat(source=self.source)):
+                if isinstance(reply, Progress):
+                    self.post_message(self.Changed(reply.text))
+                else:
+                    self.ready = reply
+                    if effect := reply.thinking.effect_of(self.thinking):
+                        self.notify(effect)
+        except asyncio.CancelledError:
+            # The model that nobody waits for would hold memory.
+            await self.engine.close()
+            raise
         self.post_message(self.Changed())
 
     async def _generate(self, turn: ChatTurn, adapter_name: str, sampling: Sampling) -> None:
