@@ -12,6 +12,7 @@ from qlora_tui.chat.chat_types import ADAPTER, GenerationResult
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.screen_assertions import wait_until
 
 OUTCOME = GenerationResult(
     ending="turn end",
@@ -48,5 +49,6 @@ def chat_of(app: Any) -> ChatScreen:
 
 async def rest(pilot: Pilot[Any], screen: ChatScreen) -> None:
     """Wait until no answer is being generated."""
-    await pilot.app.workers.wait_for_complete([w for w in pilot.app.workers if w.group == "answers"])
+    await pilot.pause()
+    await wait_until(pilot, lambda: not screen.conversation.busy)
     await pilot.pause()
