@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,9 @@ def main() -> int:
     return 0 if all(file.is_within_limits for file in files) else 1
 
 
-def export_all(run: str, out: Path) -> list[ExportedFile]:
-    """Export ``run`` in every form into the folder ``out``. Ends this program where an export fails."""
-    written = _export("gguf", run, str(out), "--quant", ",".join(LIMITS))
+def export_all(run: str, out: Path, types: Iterable[str] = LIMITS) -> list[ExportedFile]:
+    """Export ``run`` as these types into the folder ``out``. Ends this program where an export fails."""
+    written = _export("gguf", run, str(out), "--quant", ",".join(types))
     return [_compared(file["file_type"], file["proof"]) for file in written["files"]]
 
 
