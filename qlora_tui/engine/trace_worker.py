@@ -58,7 +58,7 @@ from qlora_tui.runs.exact_memory import TraceRequest
 from qlora_tui.training import packed_attention
 from qlora_tui.training.description import architecture_of
 from qlora_tui.training.experts.routing import Experts4bit, replace_experts
-from qlora_tui.training.model_class import build_on_meta, reason_of
+from qlora_tui.training.model_class import build_on_meta, checkpointing_layers, reason_of
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.slots import Copies
 
@@ -142,7 +142,7 @@ def _record(
     """Record a model; None where what its layers allocate does not repeat."""
     model, weights = build(request, architecture)
     model.train()
-    layers, count = _layers(model), 2 if request.execution.accumulates else 1
+    layers, count = checkpointing_layers(model.get_base_model()), 2 if request.execution.accumulates else 1
     numbers = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
     names = {id(module): name for name, module in model.get_base_model().named_modules()}
     prefixes = [f"{names[id(layer)]}." for layer in layers]
@@ -260,7 +260,7 @@ def _vocabulary(model: Any) -> int:
 
 def _mark_layers(model: Any, recorder: StorageRecorder, *, checkpointing: bool) -> list[Any]:
     """Mark where each layer's forward and backward begin, and the loss."""
-    layers = _layers(model)
+    layers = checkpointing_layers(model.get_base_model())
     hooks = []
     state = {"forward": True}
 
@@ -300,14 +300,6 @@ def _mark_layers(model: Any, recorder: StorageRecorder, *, checkpointing: bool) 
         )
     recorder.mark("forward", "forward of the embedding")
     return hooks
-
-
-def _layers(model: Any) -> list[nn.Module]:
-    """Return the decoder layers in the order of the forward."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return [m for m in base.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def trace_request(request: TraceRequest) -> StepTrace:
@@ -456,7 +448,7 @@ def _as_trainer(model: Any, request: TraceRequest, architecture: Architecture) -
         offload = InputOffload(
             _NoCopies(torch.device("meta")), lambda size: torch.empty(size, dtype=torch.uint8, device="cpu")
         )
-        offload_inputs(_layers(model), offload)
+        offload_inputs(checkpointing_layers(model), offload)
     model.enable_input_require_grads()
     head = find_head(model) if execution.loss != "stock" else "the stock loss is traced"
     use_loss(model, head, liger_loss(head) if execution.loss == "liger" else None)

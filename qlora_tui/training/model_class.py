@@ -227,10 +227,15 @@ def decoder_layers(model: Any) -> list[Any]:
 
     Empty where it has no list of layers that can be run and recomputed one by one.
     """
+    layers = checkpointing_layers(model)
+    return layers if len(layers) == model.config.get_text_config().num_hidden_layers else []
+
+
+def checkpointing_layers(model: Any) -> list[Any]:
+    """Return the parts of a model's decoder that gradient checkpointing recomputes, in their order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
-    return layers if len(layers) == model.config.get_text_config().num_hidden_layers else []
+    return [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def leave_weights(model: Any) -> None:
