@@ -119,11 +119,10 @@ def check_step_limit(recipe: Recipe, sizes: Sequence[FileSize], *, complete: boo
     ``sizes``: the data that was read; ``complete``: whether that is all of it.
     """
     limit, epochs = recipe.training.max_steps, recipe.training.epochs
-    samples, tokens = _amount(recipe, sizes)
-    if not samples:
+    length = _run_length(recipe, sizes)
+    if length is None:
         return []
-    steps_of_epoch = steps_per_epoch(samples, tokens, recipe)
-    steps = total_steps(steps_of_epoch, recipe)
+    steps_of_epoch, steps, _ = length
     of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
     suggested_fix = None
     if limit and limit * _MARGIN < steps:
@@ -163,21 +162,24 @@ def tokens_to_train(recipe: Recipe) -> float | None:
         return None
     if isinstance(result, UserError) or not (result.complete and all_here):
         return None
-    samples, tokens = _amount(recipe, result.sizes)
-    if not samples:
+    length = _run_length(recipe, result.sizes)
+    if length is None:
         return None
-    steps_of_epoch = steps_per_epoch(samples, tokens, recipe)
-    steps = total_steps(steps_of_epoch, recipe)
-    limit = recipe.training.max_steps
+    (steps_of_epoch, steps, tokens), limit = length, recipe.training.max_steps
     return tokens * trained_share(recipe) * min(steps, limit or steps) / steps_of_epoch
 
 
-def _amount(recipe: Recipe, sizes: Sequence[FileSize]) -> tuple[float, float]:
-    """Return the samples and tokens of an epoch, with those that are held out for validation."""
+def _run_length(recipe: Recipe, sizes: Sequence[FileSize]) -> tuple[int, int, float] | None:
+    """Return the steps of an epoch and of all epochs, and the tokens of the data; None without samples."""
     sources = recipe.data.sources
     # The sources come first; after them is the validation file, which no step trains on.
     trained = [(size, sources[size.source].weight) for size in sizes if size.source < len(sources)]
-    return sum(s.samples * weight for s, weight in trained), sum(s.tokens * weight for s, weight in trained)
+    samples = sum(size.samples * weight for size, weight in trained)
+    tokens = sum(size.tokens * weight for size, weight in trained)
+    if not samples:
+        return None
+    steps_of_epoch = steps_per_epoch(samples, tokens, recipe)
+    return steps_of_epoch, total_steps(steps_of_epoch, recipe), tokens
 
 
 def _rows_used(trained: Sequence[FileSize], excluded: int, text: str) -> Check:
