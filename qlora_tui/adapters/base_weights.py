@@ -165,7 +165,7 @@ def assign_deltas(
 
 
 def _require_own_weight(layout: StoredLayout, parameter: str) -> None:
-    """Raise UserError for a weight that several layers use (Zamba), each with a change of its own or none."""
+    """Raise UserError for a weight that several layers use (Zamba): an adapter changes each use apart."""
     if (other := layout.shared.get(parameter)) is not None:
         raise UserError(
             "The adapter cannot be merged into this base",

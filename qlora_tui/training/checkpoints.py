@@ -247,7 +247,7 @@ BUFFER_BYTES = 1 << 20
 def save_with_torch(value: object, path: Path) -> None:
     """Write what ``torch.load`` reads.
 
-    Through a file object of Python, whose error torch keeps as the context of its own.
+    Through a file object of Python: torch keeps its OSError as the context of the error that it raises.
     """
     import torch
 

@@ -270,7 +270,7 @@ def convert(file: Path, folder: Path, report: Report = lambda done, total, text=
 
 @contextmanager
 def _conversion_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock file beside ``folder``; the kernel releases it however this process ends."""
+    """Hold the lock file next to ``folder``; the kernel releases it however this process ends."""
     with folder.with_name(f".{folder.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:

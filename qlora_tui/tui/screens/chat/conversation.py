@@ -283,7 +283,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Whether to load the model; the user is asked if it may not fit beside a run."""
+        """Whether to load the model; the user is asked if it may not fit next to a run."""
         active = self.app.system_status.active
         if (
             self.ready is not None
