@@ -262,6 +262,7 @@ def test_the_exact_estimate_is_offered_where_the_limit_is_close(
 @pytest.mark.slow
 def test_a_step_that_is_uncertain_is_traced_on_request(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     estimated = "estimate", "--model", str(CONFIGS / "LiquidAI__LFM2-350M.json"), "--gpu-gib", "24"
+    call(*estimated)  # describes the model, which is a job; what follows starts none
     with monkeypatch.context() as patch:
         patch.setattr(worker, "module_argv", None)
         assert "--exact runs a step" in call(*estimated).out
