@@ -24,7 +24,7 @@ from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.runs.task_metrics.answer_metrics import Comparison, Metric
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, share_interval
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation, read_task_evaluation
-from qlora_tui.runs.view import RunView
+from qlora_tui.runs.view import RunView, finite_losses
 
 _ENDED_REGULARLY: tuple[State, ...] = ("finished", "stopped", "paused")
 WORSE = "worse"
@@ -64,6 +64,8 @@ class RunSummary:
     """``nf4 r16 2,048×2×8``: the settings in which runs most often differ."""
     best: tuple[float, int] | None = None
     """Lowest validation loss after training began, and its step."""
+    evaluations: tuple[tuple[int, float], ...] = ()
+    """(step, validation loss) in order; those that were not a number are left out."""
     loss_to_beat: float | None = None
     """Validation loss before training where no later one is lower; None otherwise."""
     accuracy: float | None = None
@@ -195,6 +197,7 @@ def summarize(run: RunDir) -> RunSummary:
         model=model,
         settings=settings,
         best=(best.loss, best.step) if best is not None and best.loss is not None else None,
+        evaluations=finite_losses(view.evaluations),
         loss_to_beat=view.loss_to_beat,
         accuracy=view.accuracy,
         steps=tuple(series.step),

@@ -77,6 +77,12 @@ class StepSeries:
             del column[keep:]
 
 
+def finite_losses(evaluations: Iterable[events.Evaluated]) -> tuple[tuple[int, float], ...]:
+    """(step, validation loss) of each evaluation in order; those that were not a number are left out."""
+    losses = ((each.step, each.loss) for each in evaluations)
+    return tuple((step, loss) for step, loss in losses if loss is not None and math.isfinite(loss))
+
+
 class RunView:
     """State of a run, derived from its events so far."""
 

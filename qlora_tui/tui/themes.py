@@ -26,6 +26,8 @@ BORDER_SHARE = 0.3
 """How far the border of a panel without the focus is from the background, towards the foreground."""
 SELECTION_SHARE = 0.35
 """Mix of a field's selection between the background color (0) and the primary color (1)."""
+CHART_FILL_SHARE = 0.14
+"""Mix of the area under a curve between the background color (0) and the primary color (1)."""
 ThemeColor = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 _NOT_A_COLOR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
 """msgspec's message for a value that is not a color."""
@@ -67,6 +69,7 @@ def _blended(file: ThemeFile) -> dict[str, str]:
         "text-disabled": muted,
         "border-blurred": background.blend(foreground, BORDER_SHARE).hex6,
         "input-selection-background": background.blend(primary, SELECTION_SHARE).hex6,
+        "chart-fill": background.blend(primary, CHART_FILL_SHARE).hex6,
     }
 
 
@@ -76,6 +79,7 @@ def _sixteen_colors(dark: bool) -> dict[str, str]:
     return {
         "ansi-foreground": foreground,
         "ansi-background": background,
+        "chart-fill": background,
         "text-muted": muted,
         "text-disabled": muted,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from array import array
 
 import pytest
@@ -24,6 +25,7 @@ from qlora_tui.tui.render.charts import (
     ticks,
 )
 from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.loss import LossFacts, run_plot
 from qlora_tui.tui.render.series import MAX_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
 from qlora_tui.tui.screens.train.charts import StepChart, graph_lines
 from qlora_tui.tui.terminal_app import changed_cells
@@ -89,7 +91,7 @@ def test_nan_is_marked_at_the_bottom_without_a_line() -> None:
     lines = drawn(envelope_of(values), Axis(0, 40, "step"), Axis(0, 2, "loss"))
     assert NOT_A_NUMBER in lines[-2]
     gap = lines[-2].index(NOT_A_NUMBER)
-    assert all(line[gap] in " ×" for line in lines[1:-1])
+    assert all(line[gap] in " ┈×" for line in lines[1:-1])
 
 
 def test_a_nan_curve_is_marked_and_an_empty_one_unscaled() -> None:
@@ -176,21 +178,51 @@ SPIKE = Envelope(
 
 def drawn_with(width: int, height: int) -> list[str]:
     plot = Plot(Axis(0, 100, "step"), Axis(0, 10, "loss"), (Curve(SPIKE, "loss", ""),))
-    charts = (StepChart("lr", "1e-4", "10", SPIKE, 10.0), StepChart("tok/s", "12,345", "10", SPIKE, 10.0))
+    charts = (StepChart("lr", "1e-4", SPIKE, 10.0), StepChart("tok/s", "12,345", SPIKE, 10.0))
     return [line.plain for line in graph_lines(plot, charts, width, height)]
-
-
-def spike_at(line: str) -> int:
-    """Column with the most dots of braille."""
-    dots = [(ord(each) - 0x2800).bit_count() if 0x2800 <= ord(each) <= 0x28FF else 0 for each in line]
-    return dots.index(max(dots))
 
 
 def test_a_spike_has_one_column_in_graph_and_charts() -> None:
     lines = drawn_with(80, 24)
     assert len(lines) == 24
-    peaks = [spike_at(line) for line in (lines[3], lines[-5], lines[-3])]
-    assert peaks == [peaks[0]] * 3
+    tips = [at for line in lines[1:-3] for at, each in enumerate(line[14:], 14) if each not in " ┈"]
+    tops = [line.index(max(line, key="▁▂▃▄▅▆▇█".find)) for line in lines[-3:-1]]
+    assert tops == [tips[0]] * 2
+
+
+def test_a_small_change_of_the_loss_is_no_cliff_and_all_its_numbers_have_the_same_decimals() -> None:
+    steps = tuple(range(9))
+    losses = tuple(6.261 - 0.0005 * step for step in steps)
+    curve = Envelope.of_points([float(step) for step in steps], losses)
+    facts = LossFacts(
+        x=Axis(0, 8, "step"),
+        loss=curve,
+        mean_loss=curve,
+        last_loss=losses[-1],
+        last_mean=losses[-1],
+        evaluations=((0, 6.2605), (8, 6.257)),
+        best=(8, 6.257),
+    )
+    shown = run_plot(facts)
+    assert shown.y.high - shown.y.low >= 0.05 * 6.26
+    text = "\n".join(line.plain for line in plot(shown, 70, 16)[:-1])
+    assert {len(number.partition(".")[2]) for number in re.findall(r"\d+\.\d+", text)} == {2}
+
+
+def test_the_fill_is_all_that_is_under_the_line() -> None:
+    descent = Envelope.of_points([0.0, 1.0], [8.0, 0.0])
+    lines = plot(Plot(Axis(0, 1), Axis(0, 8), (Curve(descent, "", "red", fill="blue"),)), 20, 12)[1:-1]
+    columns = lines[0].cell_length
+    for column in range(2, columns):
+        filled = [
+            any("blue" in str(span.style) and span.start <= column < span.end for span in line.spans)
+            for line in lines
+        ]
+        drawn = [line.plain[column : column + 1] not in ("", " ", "┈") for line in lines]
+        assert filled == sorted(filled), "there is a gap in the fill"
+        under = len(lines) - filled.index(True) if any(filled) else 0
+        below_line = len(lines) - 1 - max(at for at, each in enumerate(drawn) if each)
+        assert 0 <= under - below_line <= sum(drawn)
 
 
 ROWS = [("qwen2.5-7b-tickets-1", 12), ("owls", 3_400)]

@@ -1,23 +1,28 @@
-"""Charts of text: axes with round ranges, curves in braille dots, bars and columns in block characters."""
+"""Charts of text: axes with round ranges, curves over a fill, points in braille, bars and blocks."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Literal
 
 from textual.content import Content
 
 from qlora_tui.tui.render.series import Envelope
 
 DOTS_WIDE, DOTS_HIGH = 2, 4
-"""Dots of a braille character, of which curves are drawn."""
+"""Dots of a braille character, of which points are drawn."""
+_GRID_PARTS = 4
+"""Most parts that grid lines divide a graph into."""
 _ROUND = (1.0, 2.0, 5.0)
 _FAR = 1e30
 _EPSILON = 1e-12
 """An axis goes no further, and no finer, so that its arithmetic stays finite."""
+_LEAST_SPAN = 0.05
+"""Least height of the axis of a loss, as a share of the loss."""
 NOT_A_NUMBER = "×"
 """Drawn at the foot of a chart where a value was NaN or infinite."""
 _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -27,8 +32,7 @@ _MIN_BAR = 6
 """Cells below which a bar is left out: it could not be read."""
 _APART = 3
 """Cells between two marks of one kind, so that many do not become a line."""
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-"""Bit of each dot of a braille cell, by column and by row from the top (Unicode 2800 to 28FF)."""
+_GRID, _GRID_STYLE = "┈", "$border-blurred"
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,18 @@ class Axis:
     low: float
     high: float
     unit: str = ""
+    decimals: int = 0
+    """Least decimals of its labels, which then all have the same."""
 
     def place(self, value: float, cells: int) -> int:
         """The cell that a value falls in: 0 is at ``low``; values outside are clamped to the edge."""
         share = (value - self.low) / (self.high - self.low)
         return min(max(round(share * (cells - 1)), 0), cells - 1)
+
+    def text(self, value: float) -> str:
+        """A value with the decimals of the labels: ``2.78`` where the axis says ``3.00``."""
+        step = tick_step(self.low, self.high, _GRID_PARTS)
+        return label(value, step, max(self.decimals, _decimals(step))) if math.isfinite(value) else "NaN"
 
 
 def column_of(value: float, x: Axis, columns: int) -> int:
@@ -71,6 +82,16 @@ def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
     )
 
 
+def loss_axis(low: float, high: float) -> Axis:
+    """The axis of a loss: at least 5 % of its value high, so that 0.004 does not look like a cliff."""
+    least = _LEAST_SPAN * max(abs(low), abs(high))
+    if high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
+    size = max(abs(low), abs(high))
+    decimals = 2 if size < 100 else 1 if size < 1000 else 0
+    return replace(rounded(low, high, unit="loss"), decimals=decimals)
+
+
 def so_far(done: float, total: float, unit: str = "") -> Axis:
     """From 0 to the next round number of steps (1, 2, 5, 10…), at most the whole run.
 
@@ -95,11 +116,17 @@ def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
     step = tick_step(axis.low, axis.high, most)
     first = math.ceil(axis.low / step - 1e-9)
     last = math.floor(axis.high / step + 1e-9)
-    return [(_clean(i * step), label(_clean(i * step), step)) for i in range(first, last + 1)]
+    values = [_clean(i * step) for i in range(first, last + 1)]
+    return [(value, axis.text(value) if axis.decimals else label(value, step)) for value in values]
 
 
-def label(value: float, step: float) -> str:
-    """The shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``."""
+def label(value: float, step: float, decimals: int = 0) -> str:
+    """The shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``.
+
+    ``decimals``: what it has at least, for labels beside numbers that have as many.
+    """
+    if decimals and max(abs(value), step) < 1e4:
+        return f"{value:,.{decimals}f}"
     if value == 0:
         return "0"
     size = max(abs(value), step)
@@ -197,6 +224,10 @@ class Curve:
     style: str
     glyph: str = ""
     """A symbol placed along the curve, so that curves differ without color."""
+    look: Literal["line", "thin", "points"] = "line"
+    """A line of blocks, a line of dots, or its points alone."""
+    fill: str = ""
+    """Color of the area under it; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -235,25 +266,64 @@ def no_plot(text: str) -> Plot:
     return Plot(Axis(0, 1), Axis(0, 1), empty=text)
 
 
+@dataclass(frozen=True)
+class _Ink:
+    """Characters that are drawn dot by dot, two dots wide."""
+
+    dots_high: int
+    bits: tuple[tuple[int, ...], tuple[int, ...]]
+    """Bit of each dot of a cell, by column and by row from the top."""
+    characters: str
+    """By the bits that are set."""
+
+
+_BRAILLE = _Ink(
+    DOTS_HIGH,
+    ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80)),
+    "".join(chr(code) for code in range(0x2800, 0x2900)),
+)
+_BLOCKS = _Ink(2, ((1, 4), (2, 8)), " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█")
+"""Half as fine as braille, but a line that is seen; its halves meet the fill below it exactly."""
+
+
 @dataclass
 class _Canvas:
     width: int
     height: int
-    bits: dict[tuple[int, int], int] = field(default_factory=dict)
     cells: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
     """(column, row) to the character and its style."""
+    filled: dict[tuple[int, int], str] = field(default_factory=dict)
+    """(column, row) to the color behind the character."""
 
-    def dots(self, x: int, low: int, high: int) -> None:
-        """Set a column of dots; rows count from the top."""
-        for y in range(low, high + 1):
-            cell = (x // DOTS_WIDE, y // DOTS_HIGH)
-            self.bits[cell] = self.bits.get(cell, 0) | _DOTS[x % 2][y % 4]
+    def settle(self, dots: Iterable[tuple[int, int]], ink: _Ink, style: str) -> None:
+        """Turn the dots of one curve, (x, y) from the top left, into characters over those before."""
+        bits: dict[tuple[int, int], int] = {}
+        for x, y in dots:
+            cell = (x // DOTS_WIDE, y // ink.dots_high)
+            bits[cell] = bits.get(cell, 0) | ink.bits[x % DOTS_WIDE][y % ink.dots_high]
+        for cell, each in bits.items():
+            self.cells[cell] = (ink.characters[each], style)
 
-    def settle(self, style: str) -> None:
-        """Turn the dots of one curve into characters over those of the curves before."""
-        for cell, bits in self.bits.items():
-            self.cells[cell] = (chr(0x2800 + bits), style)
-        self.bits.clear()
+    def fill(self, dots: Iterable[tuple[int, int]], ink: _Ink, color: str) -> None:
+        """Color what lies under a line; a cell that the line crosses if more of it is under than above."""
+        tops: dict[int, int] = {}
+        for x, y in dots:
+            tops[x] = min(y, tops.get(x, y))
+        for column in range(self.width):
+            inside = [tops[x] for x in range(column * DOTS_WIDE, (column + 1) * DOTS_WIDE) if x in tops]
+            if inside:
+                first = math.floor(sum(inside) / len(inside) / ink.dots_high + 0.5)
+                for row in range(first, self.height):
+                    self.filled[column, row] = color
+
+    def line(self, row: int) -> Content:
+        """One row as text."""
+        return join_cells(self._cell((column, row)) for column in range(self.width))
+
+    def _cell(self, place: tuple[int, int]) -> tuple[str, str]:
+        text, style = self.cells.get(place, (" ", ""))
+        color = self.filled.get(place)
+        return (text, f"{style} on {color}".lstrip() if color else style)
 
 
 def plot(what: Plot, width: int, height: int) -> list[Content]:
@@ -269,27 +339,19 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     labels_end = max((len(text) for _, text in scale), default=0) + 1
     gutter = max(what.gutter, labels_end)
     columns = max(2, width - gutter)
+    labels = {row_of(value, what.y, rows): text for value, text in scale}
     canvas = _Canvas(columns, rows)
+    canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
     for curve in what.curves:
         _draw_curve(canvas, curve, what.x, what.y)
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
     _set_marks(canvas, what)
-    labels = {row_of(value, what.y, rows): text for value, text in scale}
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
-        text = labels.get(row)
-        edge = Content.styled(f"{text or '':>{gutter - 1}}{'┤' if text else '│'}", "dim")
-        lines.append(edge + _row(canvas, row))
+        lines.append(Content.styled(f"{labels.get(row, ''):>{gutter - 1}} ", "dim") + canvas.line(row))
     lines.append(_foot(what.x, gutter, columns))
     return lines[-height:] if height < 3 else lines
-
-
-def curve_rows(curve: Curve, x: Axis, y: Axis, columns: int, rows: int) -> list[Content]:
-    """Draw one curve without scales, column by column as :func:`plot` does for the same ``x``."""
-    canvas = _Canvas(columns, rows)
-    _draw_curve(canvas, curve, x, y)
-    return [_row(canvas, row) for row in range(rows)]
 
 
 def _nothing(what: Plot, width: int, height: int) -> list[Content]:
@@ -300,9 +362,9 @@ def _nothing(what: Plot, width: int, height: int) -> list[Content]:
 
 
 def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
-    """Labels about every third row, at least two, since one alone does not show the range."""
+    """Labels about every third row and no more than grid lines; at least two, since one shows no range."""
     labels: list[tuple[float, str]] = []
-    for most in range(max(1, (rows + 1) // 3), rows + 1):
+    for most in range(min(_GRID_PARTS, max(1, (rows + 1) // 3)), rows + 1):
         labels = ticks(y, most)
         if len(labels) > 1:
             break
@@ -310,8 +372,10 @@ def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
 
 
 def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
-    dots_wide, dots_high = canvas.width * DOTS_WIDE, canvas.height * DOTS_HIGH
+    ink = _BLOCKS if curve.look == "line" else _BRAILLE
+    dots_wide, dots_high = canvas.width * DOTS_WIDE, canvas.height * ink.dots_high
     envelope = curve.envelope
+    dots: set[tuple[int, int]] = set()
     before: tuple[int, int, int] | None = None
     broken_columns = set()
     for value, low, high, broken in zip(
@@ -327,17 +391,19 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             before = None
             continue
         top, bottom = dots_high - 1 - y.place(high, dots_high), dots_high - 1 - y.place(low, dots_high)
-        canvas.dots(column, top, bottom)
-        if before is not None and not broken:
-            _connect(canvas, before, (column, top, bottom))
+        dots.update((column, row) for row in range(top, bottom + 1))
+        if before is not None and not broken and curve.look != "points":
+            dots.update(_between(before, (column, top, bottom)))
         before = None if broken else (column, top, bottom)
-    canvas.settle(curve.style)
+    canvas.settle(dots, ink, curve.style)
+    if curve.fill:
+        canvas.fill(dots, ink, curve.fill)
     for column in broken_columns:
         canvas.cells[column, canvas.height - 1] = (NOT_A_NUMBER, "$error bold")
 
 
-def _connect(canvas: _Canvas, before: tuple[int, int, int], after: tuple[int, int, int]) -> None:
-    """A line between two stretches, from where each is nearest to the other's middle."""
+def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
+    """The dots of a line between two stretches, from where each is nearest to the other's middle."""
     x0, top0, bottom0 = before
     x1, top1, bottom1 = after
     here = min(max((top1 + bottom1) // 2, top0), bottom0)
@@ -347,8 +413,8 @@ def _connect(canvas: _Canvas, before: tuple[int, int, int], after: tuple[int, in
     for x in range(x0, x1):
         there = round(start + slope * (x + 1 - x0))
         middle = (here + there) // 2
-        canvas.dots(x, min(here, middle), max(here, middle))
-        canvas.dots(x + 1, min(there, middle), max(there, middle))
+        yield from ((x, row) for row in range(min(here, middle), max(here, middle) + 1))
+        yield from ((x + 1, row) for row in range(min(there, middle), max(there, middle) + 1))
         here = there
 
 
@@ -380,10 +446,6 @@ def _set_marks(canvas: _Canvas, what: Plot) -> None:
             free_from[mark.symbol] = column + _APART
 
 
-def _row(canvas: _Canvas, row: int) -> Content:
-    return join_cells(canvas.cells.get((column, row), (" ", "")) for column in range(canvas.width))
-
-
 def join_cells(cells: Iterable[tuple[str, str]]) -> Content:
     """One line of (character, style) cells; neighbors of one style become one span."""
     parts: list[tuple[str, str]] = []
@@ -408,10 +470,9 @@ def _legend(what: Plot, gutter: int, width: int) -> Content:
 def _foot(x: Axis, gutter: int, columns: int) -> Content:
     """Render the scale of ``x`` with as many labels as fit."""
     text = [" "] * (gutter + columns)
-    text[gutter - 1] = "└"
     free_from = gutter
     end = gutter + columns - (len(x.unit) + 1)
-    for value, label in ticks(x, max(1, columns // 14)):
+    for value, label in ticks(x, max(1, columns // 12)):
         start = gutter + column_of(value, x, columns) - len(label) // 2
         start = max(gutter, start)
         if start >= free_from and start + len(label) <= end:

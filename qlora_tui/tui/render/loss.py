@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -14,12 +15,25 @@ from qlora_tui.installation import install_command
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.charts import Axis, Curve, Mark, Plot, no_plot, overall, rounded, so_far, ticks
-from qlora_tui.tui.render.labels import best_words, no_steps_words
-from qlora_tui.tui.render.series import Envelope
+from qlora_tui.tui.render.charts import (
+    NOT_A_NUMBER,
+    Axis,
+    Curve,
+    Mark,
+    Plot,
+    loss_axis,
+    no_plot,
+    overall,
+    so_far,
+    ticks,
+)
+from qlora_tui.tui.render.labels import BEST, no_steps_words
+from qlora_tui.tui.render.series import BiasCorrectedEma, Envelope, smoothing_window
 
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
+_MIN_SAMPLES = 2.0
+"""Least samples that the running mean of a summary looks back over."""
 _MEAN_WEIGHT = 0.1
 """Weight of the newest step in the running mean."""
 _GRAY, _BLUE, _GREEN, _AXIS = "#9a9a9a", "#2f7fb5", "#2e8b57", "#777777"
@@ -31,34 +45,103 @@ _BACKGROUND = "#ffffff"
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 
+VALIDATION = "◆"
+"""The sign of an evaluation."""
+TRAINING_STYLE, VALIDATION_STYLE, FILL = "$primary", "$success", "$chart-fill"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFacts:
+    """What the chart of a run's loss shows, on every screen."""
+
+    x: Axis
+    loss: Envelope
+    """Of each step."""
+    mean_loss: Envelope
+    """Running mean of the loss."""
+    last_loss: float | None
+    last_mean: float | None
+    evaluations: Sequence[tuple[int, float]]
+    """(step, validation loss), in order; one that is no number is left out."""
+    best: tuple[int, float] | None
+    """The best evaluation after training began."""
+    loss_to_beat: float | None = None
+    """Validation loss before training where no later one is lower; None otherwise."""
+    more: tuple[tuple[str, str], ...] = ()
+    """Further (text, style) items of the legend."""
+    empty: str = ""
+    """What stands in place of a chart without steps."""
+
+
+def run_plot(facts: LossFacts) -> Plot:
+    """Return the chart of a run: running mean over a fill, raw losses as points, evaluations joined."""
+    shown = [(step, loss) for step, loss in facts.evaluations if step >= facts.x.low]
+    validation = Envelope.of_points([float(step) for step, _ in shown], [loss for _, loss in shown])
+    reach = overall([facts.loss, facts.mean_loss, validation])
+    y = loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss")
+    marks = [
+        Mark(step, loss, VALIDATION, VALIDATION_STYLE) for step, loss in shown if (step, loss) != facts.best
+    ]
+    if facts.best is not None:
+        marks.append(Mark(*facts.best, BEST, f"{VALIDATION_STYLE} bold"))
+    return Plot(
+        x=facts.x,
+        y=y,
+        curves=(
+            Curve(facts.loss, "loss", "dim", look="points"),
+            Curve(validation, "validation", VALIDATION_STYLE, look="thin"),
+            Curve(facts.mean_loss, "smoothed", TRAINING_STYLE, fill=FILL),
+        ),
+        marks=tuple(marks),
+        legend=_legend(facts, y),
+        empty=facts.empty,
+    )
+
+
+def _legend(facts: LossFacts, y: Axis) -> tuple[tuple[str, str], ...]:
+    """The newest values, with the decimals of the axis."""
+    items: list[tuple[str, str]] = []
+    if facts.last_loss is not None:
+        items.append((f"· {y.text(facts.last_loss)}", "dim"))
+    if facts.last_mean is not None:
+        items.append((f"━ smoothed {y.text(facts.last_mean)}", f"{TRAINING_STYLE} bold"))
+    last = facts.evaluations[-1] if facts.evaluations else None
+    if last is not None and last != facts.best:
+        items.append((f"{VALIDATION} validation {y.text(last[1])}", VALIDATION_STYLE))
+    if facts.best is not None:
+        step, loss = facts.best
+        if (before := facts.loss_to_beat) is None:
+            items.append((f"{BEST} best {y.text(loss)} at {step:,}", f"{VALIDATION_STYLE} bold"))
+        else:
+            lowest = f"{BEST} lowest {y.text(loss)} at {step:,}, {y.text(before)} before training"
+            items.append((lowest, "$warning bold"))
+    items += facts.more
+    if any(facts.loss.broken):
+        items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
+    return tuple(items)
+
+
 def summary_plot(summary: RunSummary | None) -> Plot:
-    """Return the plot of a run; without steps it says whether there will be any."""
+    """Return the chart of a run as its summary knows it; without steps it says whether there will be any."""
     if summary is None or not summary.losses:
         is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
         return no_plot(no_steps_words(is_over=is_over))
-    broken = tuple(not math.isfinite(loss) for loss in summary.losses)
-    loss = Envelope(
-        tuple(map(float, summary.steps)),
-        tuple(math.inf if bad else value for value, bad in zip(summary.losses, broken, strict=True)),
-        tuple(-math.inf if bad else value for value, bad in zip(summary.losses, broken, strict=True)),
-        broken,
-    )
-    marks: tuple[Mark, ...] = ()
-    legend: tuple[tuple[str, str], ...] = ()
-    points = [loss]
-    if summary.best is not None:
-        best, step = summary.best
-        marks = (Mark(step, best, "★", "$success bold"),)
-        legend = ((best_words(summary), "$success bold"),)
-        points.append(Envelope.of_points([float(step)], [best]))
-    reach = overall(points)
-    y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
-    return Plot(
-        so_far(summary.step, summary.total_steps, "step"),
-        y,
-        (Curve(loss, "loss", "$primary"),),
-        marks,
-        legend,
+    steps, losses = [float(step) for step in summary.steps], summary.losses
+    # Of a long run, the summary has a sample of the steps.
+    stride = max(1.0, steps[-1] / len(steps))
+    smoother = BiasCorrectedEma(max(_MIN_SAMPLES, smoothing_window(summary.total_steps) / stride))
+    means = smoother.smooth(losses)
+    return run_plot(
+        LossFacts(
+            x=so_far(summary.step, summary.total_steps, "step"),
+            loss=Envelope.of_points(steps, losses),
+            mean_loss=Envelope.of_points(steps, means),
+            last_loss=summary.loss,
+            last_mean=means[-1],
+            evaluations=summary.evaluations,
+            best=None if summary.best is None else (summary.best[1], summary.best[0]),
+            loss_to_beat=summary.loss_to_beat,
+        )
     )
 
 
@@ -72,7 +155,7 @@ def loss_svg(view: RunView) -> str:
     evaluations = [(e.step, e.loss) for e in view.evaluations if e.loss is not None]
     finite = [value for value in (*losses, *(loss for _, loss in evaluations)) if math.isfinite(value)]
     x = so_far(view.step, view.step, "step")
-    y = rounded(min(finite), max(finite), unit="loss") if finite else Axis(0.0, 1.0, "loss")
+    y = loss_axis(min(finite), max(finite)) if finite else Axis(0.0, 1.0, "loss")
     best = view.best
     parts = [
         *_grid(x, y),

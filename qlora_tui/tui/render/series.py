@@ -34,8 +34,11 @@ class Envelope:
 
     @classmethod
     def of_points(cls, xs: Sequence[float], values: Sequence[float]) -> Envelope:
-        """A curve through single finite values."""
-        return cls(tuple(xs), tuple(values), tuple(values), (False,) * len(values))
+        """A curve through single values; one that is not finite breaks it."""
+        broken = tuple(not math.isfinite(value) for value in values)
+        lows = tuple(math.inf if bad else value for value, bad in zip(values, broken, strict=True))
+        highs = tuple(-math.inf if bad else value for value, bad in zip(values, broken, strict=True))
+        return cls(tuple(xs), lows, highs, broken)
 
     @property
     def low(self) -> float | None:
@@ -219,3 +222,11 @@ class BiasCorrectedEma:
             smoothed.append(mean)
         self.mean, self._decay = mean, decay
         return smoothed
+
+
+_MIN_WINDOW, _MAX_WINDOW = 4, 100
+
+
+def smoothing_window(total_steps: int) -> float:
+    """Steps that the running mean looks back over: a thirtieth of the run, so that its trend shows."""
+    return float(min(max(total_steps / 30, _MIN_WINDOW), _MAX_WINDOW))

@@ -27,11 +27,10 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.render.charts import Axis, Curve, Plot, no_plot, overall, plot, rounded, so_far
-from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
+from qlora_tui.tui.render.charts import Axis, Curve, Plot, loss_axis, no_plot, overall, plot, so_far
+from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope, smoothing_window
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.runs.run_list import MARKS
-from qlora_tui.tui.screens.train.run_follower import smoothing_window
 from qlora_tui.tui.widgets.controls import Drawing
 
 MAX_COMPARED = len(MARKS)
@@ -110,7 +109,7 @@ def compare_plot(compared: Sequence[ComparedRun]) -> Plot:
     most = max((envelope.xs[-1] for envelope in envelopes if envelope.xs), default=1.0)
     return Plot(
         x=so_far(most, most, "tokens"),
-        y=rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss"),
+        y=loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss"),
         curves=tuple(
             Curve(one.envelope, one.name, style, mark)
             for one, style, mark in zip(compared, _STYLES, MARKS, strict=False)

@@ -18,32 +18,28 @@ from qlora_tui.formatting import format_bytes, format_float, format_gib
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.telemetry import Reading
+from qlora_tui.runs.view import finite_losses
 from qlora_tui.tui.render.charts import (
-    NOT_A_NUMBER,
     Axis,
-    Curve,
-    Mark,
     Plot,
     bar,
     blocks,
-    curve_rows,
-    label,
-    overall,
+    column_of,
     plot,
     rounded,
     so_far,
     tick_step,
 )
-from qlora_tui.tui.render.labels import BEST, no_steps_words
+from qlora_tui.tui.render.labels import no_steps_words
+from qlora_tui.tui.render.loss import VALIDATION_STYLE, LossFacts, run_plot
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
-_MIN_ROWS, _TALL_ROWS, _SPACED_ROWS = 9, 20, 30
-"""Rows from which there are charts, from which they are two rows high, and from which they stand apart."""
+_MIN_ROWS, _TALL_ROWS = 9, 28
+"""Rows from which there are charts, and from which they are two rows high."""
 _MIN_VALUE_CELLS = 7
 """Cells of a value such as ``1.27e-4``: the graph must not move with the number of digits."""
 _STYLE = "$secondary"
-VALIDATION = "◆"
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,9 @@ class StepChart:
     name: str
     value: str
     """The last one, as text."""
-    high: str
-    """The highest value of the chart, as text."""
     envelope: Envelope
     top: float
+    """The value at the top of the chart."""
 
 
 def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: int) -> list[Content]:
@@ -69,30 +64,37 @@ def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: i
     values = max(_MIN_VALUE_CELLS, *(len(chart.value) for chart in charts))
     gutter = names + values + 2
     rows = 2 if height >= _TALL_ROWS else 1
-    gap = [Content.styled("│".rjust(gutter), "dim")] if height >= _SPACED_ROWS else []
-    rows_below = (rows + len(gap)) * len(charts)
-    lines = plot(replace(loss, gutter=gutter), width, height - rows_below)
+    *upper, foot = plot(replace(loss, gutter=gutter), width, height - rows * len(charts))
     below = [
-        line
-        for chart in charts
-        for line in gap + _chart_lines(chart, loss.x, names, gutter, width - gutter, rows)
+        line for chart in charts for line in _chart_lines(chart, loss.x, names, gutter, width - gutter, rows)
     ]
-    return [*lines[:-1], *below, lines[-1]]
+    return [*upper, *below, foot]
 
 
 def _chart_lines(
     chart: StepChart, x: Axis, names: int, gutter: int, columns: int, rows: int
 ) -> list[Content]:
-    """The chart, with name and value before its last row and its highest value before the first of two."""
-    curve = Curve(chart.envelope, chart.name, _STYLE)
-    drawn = curve_rows(curve, x, Axis(0.0, chart.top), columns, rows)
-    value = Content.assemble((f"{chart.name:<{names}} ", "dim"), f"{chart.value:>{gutter - names - 2}}")
-    heads = [Content.styled(chart.high.rjust(gutter - 1), "dim")] * (rows - 1) + [value]
-    edges = "┤" * (rows - 1) + "│"
-    return [
-        Content.assemble(head, (edge, "dim"), row)
-        for head, edge, row in zip(heads, edges, drawn, strict=True)
-    ]
+    """The chart in columns of blocks, with name and value before its last row."""
+    # An eighth of a row stays free, so that charts do not run into each other.
+    drawn = blocks(_by_column(chart.envelope, x, columns), 0.0, chart.top * (1 + 1 / (8 * rows - 1)), rows)
+    head = Content.assemble((f"{chart.name:<{names}} ", "dim"), f"{chart.value:>{gutter - names - 2}} ")
+    heads = [Content(" " * gutter)] * (rows - 1) + [head]
+    return [Content.assemble(head, (row.rstrip(), _STYLE)) for head, row in zip(heads, drawn, strict=True)]
+
+
+def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
+    """The value at each column: the middle of what falls in it, or the one before."""
+    values: list[float | None] = [None] * columns
+    for place, low, high, broken in zip(
+        envelope.xs, envelope.lows, envelope.highs, envelope.broken, strict=True
+    ):
+        if x.low <= place <= x.high:
+            values[column_of(place, x, columns)] = math.nan if broken or low > high else (low + high) / 2
+    reached = max((number for number, value in enumerate(values) if value is not None), default=0)
+    for number in range(1, reached):
+        if values[number] is None:
+            values[number] = values[number - 1]
+    return values
 
 
 def _values(charts: tuple[StepChart, ...]) -> Content:
@@ -100,31 +102,27 @@ def _values(charts: tuple[StepChart, ...]) -> Content:
 
 
 def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
-    """Loss over steps: raw, its running mean, evaluations, and the best of them."""
-    x = steps_axis(snapshot.step, snapshot.view.total_steps, from_step)
-    envelopes = snapshot.envelopes
-    shown = [e for e in snapshot.evaluations if e.loss is not None and e.step >= x.low]
-    losses = [e.loss for e in shown if e.loss is not None and math.isfinite(e.loss)]
-    points = Envelope.of_points([0.0] * len(losses), losses)
-    reach = overall([envelopes.loss, envelopes.mean_loss, points])
-    y = rounded(*reach, unit="loss") if reach else Axis(0.0, 1.0, "loss")
-    marks = [
-        Mark(e.step, e.loss, VALIDATION, "$accent")
-        for e in shown
-        if e.loss is not None and e is not snapshot.best
-    ]
-    if snapshot.best is not None and snapshot.best.loss is not None:
-        marks.append(Mark(snapshot.best.step, snapshot.best.loss, BEST, "$success bold"))
-    return Plot(
-        x=x,
-        y=y,
-        curves=(
-            Curve(envelopes.loss, "loss", "dim"),
-            Curve(envelopes.mean_loss, "smoothed", "$primary bold"),
-        ),
-        marks=tuple(marks),
-        legend=_legend(snapshot),
-        empty=no_steps_words(is_over=snapshot.view.ending is not None),
+    """The chart of a run's loss from a step on."""
+    view, best = snapshot.view, snapshot.best
+    last = snapshot.evaluations[-1] if snapshot.evaluations else None
+    exact = format_exact(None if last is None else last.accuracy, view.base_accuracy)
+    measured = (exact and f"exact {exact}", format_rewards(last))
+    more = [(text, VALIDATION_STYLE) for text in measured if text]
+    if snapshot.step_stride > 1:
+        more.append((f"showing 1 of {snapshot.step_stride:,} steps", "dim"))
+    return run_plot(
+        LossFacts(
+            x=steps_axis(snapshot.step, view.total_steps, from_step),
+            loss=snapshot.envelopes.loss,
+            mean_loss=snapshot.envelopes.mean_loss,
+            last_loss=snapshot.loss,
+            last_mean=snapshot.mean_loss,
+            evaluations=finite_losses(snapshot.evaluations),
+            best=None if best is None or best.loss is None else (best.step, best.loss),
+            loss_to_beat=view.loss_to_beat,
+            more=tuple(more),
+            empty=no_steps_words(is_over=view.ending is not None),
+        )
     )
 
 
@@ -170,44 +168,7 @@ def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
 def _chart(name: str, value: str, envelope: Envelope) -> StepChart:
     high = envelope.high
     top = rounded(0.0, high).high if high else 1.0
-    return StepChart(name, value, label(top, top) if high else "", envelope, top)
-
-
-def _legend(snapshot: RunSnapshot) -> tuple[tuple[str, str], ...]:
-    if snapshot.loss is None:
-        return ()
-    items = [
-        (f"{format_float(snapshot.loss, 3)}", "dim"),
-        (f"━ smoothed {format_float(snapshot.mean_loss, 3)}", "$primary bold"),
-    ]
-    best, last = snapshot.best, snapshot.evaluations[-1] if snapshot.evaluations else None
-    exact = format_exact(None if last is None else last.accuracy, snapshot.view.base_accuracy)
-    # In a narrow window all fit only without the word.
-    rewards = format_rewards(last)
-    validation = "" if exact or rewards else "validation "
-    if best is not None:
-        if (before := snapshot.view.loss_to_beat) is None:
-            items.append(
-                (f"{BEST} best {validation}{format_float(best.loss, 3)} at {best.step:,}", "$success bold")
-            )
-        else:
-            lowest = f"{BEST} lowest {format_float(best.loss, 3)} at {best.step:,}, "
-            items.append((f"{lowest}{format_float(before, 3)} before training", "$warning bold"))
-    if last is not None and last is not best:
-        items.append((f"{VALIDATION} {validation}{format_float(_number(last.loss), 3)}", "$accent"))
-    if exact:
-        items.append((f"exact {exact}", "$accent"))
-    if rewards:
-        items.append((rewards, "$accent"))
-    if any(snapshot.envelopes.loss.broken):
-        items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
-    if snapshot.step_stride > 1:
-        items.append((f"showing 1 of {snapshot.step_stride:,} steps", "dim"))
-    return tuple(items)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    return StepChart(name, value, envelope, top)
 
 
 _HOT_C = 83

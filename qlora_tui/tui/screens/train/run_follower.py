@@ -36,7 +36,7 @@ from qlora_tui.runs.status import ACTIVE, Status
 from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.telemetry import EnergyMeter, Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope
+from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope, smoothing_window
 
 LONG_BYTES = 8 << 20
 """Size of an event log, some 40,000 steps, above which only a sample of the steps is read."""
@@ -44,7 +44,6 @@ _SAMPLE_STEPS = 10_000
 """Steps in that sample."""
 _RECENT_STEPS = 100
 """Steps that the view keeps, more than its pace is computed from. Earlier ones are kept decimated."""
-_MIN_WINDOW, _MAX_WINDOW = 4, 100
 _MAX_READINGS = 240
 """Telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
@@ -209,11 +208,6 @@ class _DecimatedRun:
         if self._drawn is None or self._drawn[0] != drawn_for:
             self._drawn = (drawn_for, StepEnvelopes(*self.steps.envelopes(from_step)))
         return self._drawn[1]
-
-
-def smoothing_window(total_steps: int) -> float:
-    """Steps that the running mean looks back over: a thirtieth of the run, so that its trend shows."""
-    return float(min(max(total_steps / 30, _MIN_WINDOW), _MAX_WINDOW))
 
 
 class RunFollower:
