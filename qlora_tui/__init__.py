@@ -3,7 +3,8 @@
 Each folder covers one concern. A package imports only packages listed before it:
 
 recipe    every setting, declared once; reading and writing TOML; presets
-catalog   the supported model families, and parsing of ``config.json``
+catalog   models on this machine and the Hub, and parsing of ``config.json``
+gguf_format  which model types llama.cpp computes, and how it stores their tensors, both ways
 gpu       GPU metrics through the driver of a vendor, such as NVML
 memory    memory estimates of a recipe, and the largest settings that fit
 data      conversations from files
@@ -30,7 +31,7 @@ glossary       the words that the app explains
 installation   how packages are installed into the environment of this program
 worker         runs functions of this program in processes of their own
 
-torch is imported only by training, chat, export and the engine process.
+torch is imported only by gguf_format, training, adapters, chat, export and the engine process.
 """
 
 __version__ = "0.2.0"

@@ -1,7 +1,7 @@
 """Architectures of GGUF files that can be a base: which fields of a config their metadata becomes.
 
 Each reader below takes what one kind of layer has of its own. What is the same everywhere is in
-:mod:`qlora_tui.catalog.gguf_config`; how tensors are stored, in :mod:`qlora_tui.training.gguf_format`.
+:mod:`qlora_tui.catalog.gguf_config`; how tensors are stored, in :mod:`qlora_tui.gguf_format`.
 
 What llama.cpp reads of each architecture, and its defaults: llama.cpp, src/models (``load_arch_hparams``).
 """

@@ -27,7 +27,7 @@ from qlora_tui.chat.chat_types import BASE
 from qlora_tui.errors import EXIT_USAGE, UserError, first_line
 from qlora_tui.memory.budget import this_processor
 from qlora_tui.training.adapter import exact_target_names
-from qlora_tui.training.checks.compare import within_rounding
+from qlora_tui.training.checks.rounding import within_rounding
 from qlora_tui.training.clean_files import adapter_view
 from qlora_tui.training.embeddings import TokenRows, row_wrappers, rows_of, with_rows
 from qlora_tui.training.experts.lora import (

@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_tui.training.checks.attention import attention_matches
-from qlora_tui.training.checks.compare import bitwise_equal, example_rows, within_rounding
+from qlora_tui.training.checks.rounding import bitwise_equal, example_rows, within_rounding
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 
 _verified: dict[tuple[object, ...], bool] = {}

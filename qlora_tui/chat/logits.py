@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qlora_tui.chat.adapters import LoraForward, TokenRowsForward, WholeModuleForward
 from qlora_tui.chat.cpu import SingleTokenForward
-from qlora_tui.training.checks.step import FACTOR, rounding_error_of, rounding_errors
+from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_error_of, rounding_errors
 from qlora_tui.training.fused.patching import PatchedForwards
 
 _BLOCK = 256
@@ -111,7 +111,7 @@ class LogitsComparison:
     @property
     def agrees(self) -> bool:
         """Return whether rounding accounts for the difference. False where a score is not finite."""
-        return self.difference <= FACTOR * self.noise
+        return self.difference <= NOISE_FACTOR * self.noise
 
 
 def compare_logits(

@@ -24,7 +24,7 @@ from qlora_tui.formatting import format_bytes
 from qlora_tui.visible import visible
 
 if TYPE_CHECKING:
-    from qlora_tui.runs.machine_checks import Check
+    from qlora_tui.runs.doctor import Check
 
 KINDS = {
     "quantized": (
@@ -59,7 +59,7 @@ SHELLS = ("bash", "zsh", "fish")
 def run_doctor(args: argparse.Namespace) -> CommandResult:
     """Run every check, in the order in which they would fail a run."""
     # Completion, which loads this module at each Tab, does not need them.
-    from qlora_tui.runs.machine_checks import CheckKind, check_libraries, check_system
+    from qlora_tui.runs.doctor import CheckKind, check_libraries, check_system
 
     checks = check_system()
     # One error for one cause: a trainer would refuse the same GPU.

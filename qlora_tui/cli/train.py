@@ -28,7 +28,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import to_layer, to_recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.machine_checks import Check, CheckKind, read_machine, several_gpus_problem
+from qlora_tui.runs.doctor import Check, CheckKind, read_machine, several_gpus_problem
 from qlora_tui.runs.preflight import errors, preflight
 
 

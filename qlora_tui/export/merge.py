@@ -55,7 +55,7 @@ from qlora_tui.files import size_of
 from qlora_tui.formatting import capitalize
 from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.adapter import exact_target_names
-from qlora_tui.training.checks.step import FACTOR, rounding_error_of, rounding_errors
+from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_error_of, rounding_errors
 from qlora_tui.training.clean_files import adapter_view
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.model import load_base
@@ -239,7 +239,7 @@ def verify_merge(
         difference=difference,
         noise=noise,
         same_choices=int((logits.argmax(-1) == expected.argmax(-1)).sum()),
-        agrees=difference <= FACTOR * noise,
+        agrees=difference <= NOISE_FACTOR * noise,
     )
 
 

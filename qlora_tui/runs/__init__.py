@@ -14,7 +14,7 @@ control         sends a request to a running trainer
 preflight       checks a recipe before a launch; data_checks its data
 exact_memory    the exact form of the memory estimate, traced by a child and kept
 expected_time   how long a run will take, by the speed of earlier ones
-machine_checks  checks GPU, memory, disks, queue and libraries
+doctor          checks GPU, memory, disks, queue and libraries
 suggested_fix   a fix for a warning that one key applies
 run_queue       the waiting runs
 runner          starts the trainers, one at a time

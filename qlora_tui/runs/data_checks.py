@@ -45,7 +45,7 @@ from qlora_tui.data.sources import (
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source
-from qlora_tui.runs.machine_checks import Check, CheckKind
+from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
 
 _MARGIN = 1.25

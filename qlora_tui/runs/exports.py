@@ -223,7 +223,7 @@ def leave_gpu_to_runs() -> str:
     Training must not run out of memory because of an export. Empty where there is no GPU, or no run.
     """
     # A run is queued and deleted without the estimate that this loads.
-    from qlora_tui.runs.machine_checks import read_machine
+    from qlora_tui.runs.doctor import read_machine
 
     machine = read_machine()
     if machine.gpu is None or not (machine.active or machine.waiting):

@@ -35,9 +35,7 @@ from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import SKIP, match_modules, resolve_targets
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.data_checks import check_data, tokens_to_train
-from qlora_tui.runs.exact_memory import trace_soon
-from qlora_tui.runs.expected_time import expected_time
-from qlora_tui.runs.machine_checks import (
+from qlora_tui.runs.doctor import (
     Check,
     CheckKind,
     Machine,
@@ -46,6 +44,8 @@ from qlora_tui.runs.machine_checks import (
     check_host_memory,
     check_queue,
 )
+from qlora_tui.runs.exact_memory import trace_soon
+from qlora_tui.runs.expected_time import expected_time
 from qlora_tui.runs.suggested_fix import SuggestedFix
 
 TRACKER_NAMES = {

@@ -48,8 +48,7 @@ Around it:
 ``failures``         the event of an error, and the cause of a failed write
 ``compute_device``   the GPU or CPU, its dtype and attention; ``host``: memory and priority of the process
 ``clean_files``      the files of a folder that libraries may read; ``quantized_cache``: earlier weights
-``gguf_conversion``  converts a GGUF file once, in a process: ``gguf_weights``,
-                     ``gguf_tokenizer``; ``gguf_format/``: how tensors are stored, both ways
+``gguf_conversion``  converts a GGUF file once, in a process: ``gguf_weights``, ``gguf_tokenizer``
 ``library_names``    what is needed of transformers, peft, accelerate and bitsandbytes
 ``selftest``         trains a random model of two layers for ``qlora-tui doctor``
 

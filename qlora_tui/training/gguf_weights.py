@@ -1,7 +1,7 @@
 """Writes what a GGUF file holds as a model folder: bfloat16 safetensors, tokenizer and config.
 
 Which tensors a model has, and under which names, says transformers' class, built from the config without
-weights. How llama.cpp stores them is what an export would do (:mod:`qlora_tui.training.gguf_format`), and is
+weights. How llama.cpp stores them is what an export would do (:mod:`qlora_tui.gguf_format`), and is
 undone here. A tensor that only one of the two has refuses the file.
 
 Weights are written a block of rows at a time, and those that are stored in another order a matrix at a time:
@@ -128,7 +128,7 @@ def weights_of(file: Path, header: GgufHeader, shapes: Mapping[str, Shape], conf
     Raises:
         ValueError: for a tensor that only the file or only the model has, or of another shape.
     """
-    from qlora_tui.training.gguf_format.inverse import sources_of
+    from qlora_tui.gguf_format.inverse import sources_of
 
     sources = sources_of(shapes, header.architecture or "", config)
     stored = {tensor.name: tensor.shape for source in sources for tensor in source.stored}

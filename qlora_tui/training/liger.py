@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qlora_tui.training.checks.compare import within_noise
+from qlora_tui.training.checks.rounding import within_noise
 from qlora_tui.training.loss import ChunkedHead, LossSumFn, chunked_sum, losses_and_grads
 
 _TOKENS = 256

@@ -23,9 +23,9 @@ from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.installation import install_command
 from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, Training
 from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.doctor import Check, CheckKind, Outcome
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import AnyEvent, Environment, Failed, Finished, Health, Step
-from qlora_tui.runs.machine_checks import Check, CheckKind, Outcome
 from qlora_tui.settings import GPU_VARIABLE
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -17,8 +17,8 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
 from qlora_tui.runs.actions import initial_adapter
+from qlora_tui.runs.doctor import several_gpus_problem
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
-from qlora_tui.runs.machine_checks import several_gpus_problem
 from qlora_tui.training import quantized_cache, replay
 from qlora_tui.training.adapter import (
     MISREAD_REMEDY,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.runs.directory import RunDir
-    from qlora_tui.runs.machine_checks import Machine
+    from qlora_tui.runs.doctor import Machine
     from qlora_tui.runs.notify import RunNotification
     from qlora_tui.runs.status import Status
 
@@ -43,7 +43,7 @@ class SystemStatus:
 
     def machine(self, budget: MemoryBudget) -> Machine:
         """What the checks before a launch need to know."""
-        from qlora_tui.runs.machine_checks import Machine  # with the checks, which a start does without
+        from qlora_tui.runs.doctor import Machine  # with the checks, which a start does without
 
         return Machine(
             budget=budget,

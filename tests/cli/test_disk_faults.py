@@ -16,7 +16,7 @@ from qlora_tui.cli import main
 from qlora_tui.errors import UserError
 from qlora_tui.gpu import torch_env
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.runs import describe, machine_checks, run_queue
+from qlora_tui.runs import describe, doctor, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, read_status, write_status
@@ -201,13 +201,13 @@ def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: li
 
 
 def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine_checks.check_locks().outcome == "ok"
+    assert doctor.check_locks().outcome == "ok"
     assert not (paths.state_dir() / "lock-test").exists()
 
     def no_locks(file: object, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    check = machine_checks.check_locks()
+    check = doctor.check_locks()
     assert check.outcome == "error"
     assert "No locks available" in check.text and "XDG_STATE_HOME" in check.fix

@@ -17,11 +17,11 @@ from qlora_tui.cli.main import main
 from qlora_tui.formatting import format_path
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, machine_checks, run_queue
+from qlora_tui.runs import actions, doctor, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
+from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Failed, Finished, Started
-from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.settings import GPU_VARIABLE, config_path
@@ -56,7 +56,7 @@ def test_locate_names_directories_that_are_private(call: Call) -> None:
 def test_the_doctor_looks_at_the_disks_where_things_will_lie(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(machine_checks, "check_libraries", lambda on_cpu: [])  # another test's, and slow
+    monkeypatch.setattr(doctor, "check_libraries", lambda on_cpu: [])  # another test's, and slow
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     texts = {check["name"]: check["text"] for check in call("doctor", "--json").json["checks"]}
@@ -75,7 +75,7 @@ def test_the_doctor_reports_a_gpu_that_is_not_there_once(
 ) -> None:
     install_nvml_stub(monkeypatch, "two_gpus")
     install_torch(monkeypatch, "12.4")
-    monkeypatch.setattr("qlora_tui.runs.machine_checks.run_job", self_test)
+    monkeypatch.setattr("qlora_tui.runs.doctor.run_job", self_test)
     monkeypatch.setenv(GPU_VARIABLE, choice)
     checks = {check["name"]: check for check in call("doctor", "--json").json["checks"]}
     assert [name for name, check in checks.items() if check["outcome"] == "error"] == ["GPU"] * (

@@ -19,7 +19,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.vocabulary import read_vocabulary
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp, LlamaCppError
-from qlora_tui.training.gguf_format import inverse
+from qlora_tui.gguf_format import inverse
 from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 from qlora_tui.training.gguf_weights import convert
 from tests.export.gguf_files import (

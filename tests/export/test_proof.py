@@ -31,8 +31,8 @@ from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.gguf_file.writer import StoredTypes
 from qlora_tui.export.proof import Proof, judged, prove
 from qlora_tui.export.reference import compared_rows, reference_answers, row_progress
-from qlora_tui.training.gguf_format import architectures, rewrites, tensors
-from qlora_tui.training.gguf_format.architectures import CONVENTIONS
+from qlora_tui.gguf_format import architectures, rewrites, tensors
+from qlora_tui.gguf_format.architectures import CONVENTIONS
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import write_base
 from tests.export.published_tokenizers import write_tokenizer

@@ -22,10 +22,10 @@ from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization
 from qlora_tui.runs import data_checks
 from qlora_tui.runs.data_checks import data_error, tokens_to_train
 from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.doctor import Check, CheckKind, Machine
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Environment
 from qlora_tui.runs.expected_time import expected_time
-from qlora_tui.runs.machine_checks import Check, CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
 from tests.catalog.configs import CONFIGS
 from tests.catalog.models import make_adapter_files

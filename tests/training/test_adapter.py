@@ -28,8 +28,8 @@ from qlora_tui.runs import actions
 from qlora_tui.runs.actions import with_initial_adapter
 from qlora_tui.runs.damage import adapter_damage
 from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.doctor import CheckKind, Machine
 from qlora_tui.runs.events import Evaluated, Failed, ValidationCompared
-from qlora_tui.runs.machine_checks import CheckKind, Machine
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import Status, write_status
 from qlora_tui.training.adapter import (

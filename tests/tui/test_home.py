@@ -19,9 +19,9 @@ from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.runs import actions, machine_checks, run_queue
+from qlora_tui.runs import actions, doctor, run_queue
+from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.events import Failed
-from qlora_tui.runs.machine_checks import Check, CheckKind
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import State
 from qlora_tui.tui import desktop, system_monitor
@@ -227,7 +227,7 @@ def test_the_run_that_changed_last_is_the_one_shown() -> None:
 
 async def test_the_machine_is_checked_in_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        machine_checks,
+        doctor,
         "check_libraries",
         lambda: [Check(CheckKind.LIBRARY, "error", "It is broken.", "Install it again.", name="torch")],
     )

@@ -9,7 +9,7 @@ import pytest
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import all_runs
-from qlora_tui.runs.machine_checks import Check, CheckKind
+from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import screen as train_module
 from qlora_tui.tui.widgets.settings_form import SettingsForm

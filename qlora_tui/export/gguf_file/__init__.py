@@ -5,6 +5,6 @@ parameters     sizes and constants
 vocabulary     the tokenizer
 writer         writes the file one tensor at a time, and reads which types were written
 
-How llama.cpp stores tensors: :mod:`qlora_tui.training.gguf_format`. Format: github.com/ggml-org/ggml,
+How llama.cpp stores tensors: :mod:`qlora_tui.gguf_format`. Format: github.com/ggml-org/ggml,
 docs/gguf.md.
 """

@@ -17,9 +17,9 @@ from qlora_tui.export.gguf_file.parameters import extra_tensors, hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
 from qlora_tui.export.gguf_file.writer import FileContent
 from qlora_tui.formatting import short_model_name
+from qlora_tui.gguf_format.architectures import Convention, convention_of
+from qlora_tui.gguf_format.tensors import SourceTensor, gguf_tensors
 from qlora_tui.training.clean_files import model_view
-from qlora_tui.training.gguf_format.architectures import Convention, convention_of
-from qlora_tui.training.gguf_format.tensors import SourceTensor, gguf_tensors
 
 _PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
 """What llama.cpp looks for in a model's name."""

@@ -21,7 +21,7 @@ from qlora_tui.catalog.gguf import K_QUANTS, FileType, read_gguf
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.parameters import Hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary
-from qlora_tui.training.gguf_format.tensors import SourceTensor
+from qlora_tui.gguf_format.tensors import SourceTensor
 
 _ALWAYS_WIDE = (
     ".ffn_gate_inp",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.training import packed_attention
-from qlora_tui.training.checks.compare import within_noise, within_rounding
+from qlora_tui.training.checks.rounding import within_noise, within_rounding
 from qlora_tui.training.packed_attention import set_attention
 
 _NAME = "qlora_check"

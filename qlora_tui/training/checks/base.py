@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.training.checks.attention import reference_logits, short_windows
-from qlora_tui.training.checks.compare import bitwise_equal, example_rows, within_rounding
+from qlora_tui.training.checks.rounding import bitwise_equal, example_rows, within_rounding
 from qlora_tui.training.experts.routing import Experts4bit
 from qlora_tui.training.fused.patching import temporary_forwards
 from qlora_tui.training.loss import IGNORED, ChunkedHead, losses_and_grads, stock_loss

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.training.batches import PackedSamples, RowShape, collate, on_device, sum_loss_weights
+from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_error_of, rounding_errors
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.loss import IGNORED
 from qlora_tui.training.model import dropout_settings
@@ -29,12 +30,6 @@ from qlora_tui.training.samples import Sample, SampleList, TokenizedDataset
 Gradients: TypeAlias = dict[str, Tensor]
 """Gradient of each trained parameter, by its name in the model."""
 
-FACTOR = 3.0
-"""Multiple of the measured rounding noise by which our step may differ. Right steps stay below 1.7 on
-SmolLM2-135M and Gemma-3-270M in float32 and bfloat16; Gemma with Llama's form of RMSNorm is above 25."""
-_ROUNDING = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}
-"""Machine epsilons by which each module's output is moved. In 16 bits results are rounded once; in float32
-the order of a sum over thousands of products shows."""
 _LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
 """Share of a loss by which the order of its sums over vocabulary and tokens may move it, in float32."""
 _ADAPTER_SHARE = 0.05
@@ -85,8 +80,8 @@ class StepComparison:
     def agrees(self) -> bool:
         """Whether rounding accounts for all differences. False where a value is not finite."""
         return (
-            abs(self.loss - self.reference_loss) <= FACTOR * self.loss_noise
-            and self.gradient_difference <= FACTOR * self.gradient_noise
+            abs(self.loss - self.reference_loss) <= NOISE_FACTOR * self.loss_noise
+            and self.gradient_difference <= NOISE_FACTOR * self.gradient_noise
         )
 
 
@@ -179,7 +174,9 @@ class StepReference:
         order in which a processor adds.
         """
         noise = max(self._noise[name], self._least)
-        return noise if FACTOR * noise < self._size(name) else max(noise, self._size(name), self._matters)
+        if NOISE_FACTOR * noise < self._size(name):
+            return noise
+        return max(noise, self._size(name), self._matters)
 
     def _reference_step(self) -> tuple[Tensor, Gradients]:
         """Weighted loss of each token (tokens,), computed sample by sample, and the gradients of the mean."""
@@ -263,38 +260,6 @@ def _no_dropout(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, value)
         for module, mode in modes.items():
             module.training = mode
-
-
-def rounding_error_of(dtype: torch.dtype) -> float:
-    """Relative rounding error of the output of a module that computes in ``dtype``."""
-    return _ROUNDING[dtype] * torch.finfo(dtype).eps
-
-
-@contextmanager
-def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[None]:
-    """Perturb each element of all module outputs, and of their gradients, up or down by a share ``size``."""
-    generators: dict[torch.device, torch.Generator] = {}
-
-    def error(x: Tensor) -> Tensor:
-        generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(seed))
-        signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
-        return x.detach() * signs.to(x.dtype).mul_(2 * size).sub_(size)
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if not torch.is_tensor(output) or not output.is_floating_point():
-            return None
-        moved = output + error(output)
-        if moved.requires_grad:
-            moved.register_hook(lambda gradient: gradient + error(gradient))  # type: ignore[no-untyped-call]
-        return moved
-
-    leaves = [module for module in model.modules() if next(module.children(), None) is None]
-    handles = [module.register_forward_hook(hook) for module in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _autocast(device: ComputeDevice) -> AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_tui.memory.execution import GATED_MLP
-from qlora_tui.training.checks.compare import bitwise_equal
+from qlora_tui.training.checks.rounding import bitwise_equal
 from qlora_tui.training.fused.kernel_choice import find_kernels
 from qlora_tui.training.fused.lora import (
     AdaptedModule,

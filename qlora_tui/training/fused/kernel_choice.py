@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_tui.catalog.optional_kernels import kernel_packages
-from qlora_tui.training.checks.compare import outputs_and_gradients, within_rounding
+from qlora_tui.training.checks.rounding import outputs_and_gradients, within_rounding
 
 _ROUNDINGS = 8.0
 """Units in the last place of the dtype, of the largest value of a row, by which a kernel may differ."""

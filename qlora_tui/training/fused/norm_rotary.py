@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from qlora_tui.training.checks.compare import (
+from qlora_tui.training.checks.rounding import (
     equal_up_to_rounding,
     outputs_and_gradients,
     within_rounding,

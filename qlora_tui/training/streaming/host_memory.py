@@ -21,7 +21,7 @@ from torch import Tensor
 from qlora_tui.errors import first_line
 from qlora_tui.gpu.torch_env import is_wsl2
 from qlora_tui.memory.calibration import TransferSpeed
-from qlora_tui.runs.machine_checks import host_memory_problem
+from qlora_tui.runs.doctor import host_memory_problem
 from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
 
 _END_BYTES = 256

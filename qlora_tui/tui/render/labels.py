@@ -29,7 +29,7 @@ from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:
-    from qlora_tui.runs.machine_checks import Outcome
+    from qlora_tui.runs.doctor import Outcome
 
 VERDICT_STYLE = {
     "fits": "$success",

@@ -33,7 +33,7 @@ from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
 from qlora_tui.tui.widgets.controls import Lines, TextField, ViList, ViScroll
 
 if TYPE_CHECKING:
-    from qlora_tui.runs.machine_checks import Check
+    from qlora_tui.runs.doctor import Check
     from qlora_tui.tui.app import QloraApp
 
 
@@ -397,11 +397,11 @@ class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
 
     @work
     async def _check(self) -> None:
-        from qlora_tui.runs import machine_checks  # no other dialog needs it
+        from qlora_tui.runs import doctor  # no other dialog needs it
 
-        checks = await asyncio.to_thread(machine_checks.check_system)
+        checks = await asyncio.to_thread(doctor.check_system)
         self._show(checks, Content.styled(_TESTING, "dim"))
-        checks += await asyncio.to_thread(machine_checks.check_libraries)
+        checks += await asyncio.to_thread(doctor.check_libraries)
         if any(check.outcome == "error" for check in checks):
             conclusion = Content.styled("Not ready to train: fix the errors below.", "bold $error")
         else:

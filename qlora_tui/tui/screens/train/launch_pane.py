@@ -16,7 +16,7 @@ from qlora_tui.recipe.fields import Field, fields
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.machine_checks import Check, CheckKind
+from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name

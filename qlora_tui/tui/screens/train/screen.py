@@ -20,8 +20,8 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.doctor import Check
 from qlora_tui.runs.events import STEP_PHASES
-from qlora_tui.runs.machine_checks import Check
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix

@@ -9,7 +9,7 @@ import pytest
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.runs.machine_checks import Check, Machine, check_disk, check_gpu, check_kernels, read_machine
+from qlora_tui.runs.doctor import Check, Machine, check_disk, check_gpu, check_kernels, read_machine
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 
 GIB = 1 << 30

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import Any, Literal
 
 from qlora_tui.errors import UserError
-from qlora_tui.training.gguf_format.rewrites import (
+from qlora_tui.gguf_format.rewrites import (
     ALONE,
     FALCON,
     FALCON_H1,

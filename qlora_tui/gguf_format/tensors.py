@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qlora_tui.errors import UserError
-from qlora_tui.training.gguf_format.architectures import Convention
-from qlora_tui.training.gguf_format.rewrites import EVERYWHERE, Change, Rewrite
+from qlora_tui.gguf_format.architectures import Convention
+from qlora_tui.gguf_format.rewrites import EVERYWHERE, Change, Rewrite
 
 _IN_TEXT_MODEL = re.compile(r"(.*\.)?(language_model|text_model)\.")
 """The beginning of the names of the part of a composite model that reads text."""

@@ -9,12 +9,20 @@ compared with :func:`bitwise_equal` and :func:`equal_up_to_rounding`; sums of te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+NOISE_FACTOR = 3.0
+"""Multiple of the measured rounding noise by which the first step, a merged model or a chat's scores may
+differ. Right steps stay below 1.7 on SmolLM2-135M and Gemma-3-270M in float32 and bfloat16; Gemma with
+Llama's form of RMSNorm is above 25."""
+_ROUNDING = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""Machine epsilons by which each module's output is moved. In 16 bits results are rounded once; in float32
+the order of a sum over thousands of products shows."""
 _UNITS = {torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Units in the last place by which an element may differ. In 16 bits both ways compute in float32 and round
 once; in float32 the order of a sum over a row shows."""
@@ -90,3 +98,35 @@ def example_rows(*shape: int, seed: int = 0, outlier: float = 1.0) -> Tensor:
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     rows[..., :: max(shape[-1] // 3, 1)] *= outlier
     return rows
+
+
+def rounding_error_of(dtype: torch.dtype) -> float:
+    """Relative rounding error of the output of a module that computes in ``dtype``."""
+    return _ROUNDING[dtype] * torch.finfo(dtype).eps
+
+
+@contextmanager
+def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[None]:
+    """Perturb each element of all module outputs, and of their gradients, up or down by a share ``size``."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def error(x: Tensor) -> Tensor:
+        generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(seed))
+        signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
+        return x.detach() * signs.to(x.dtype).mul_(2 * size).sub_(size)
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not torch.is_tensor(output) or not output.is_floating_point():
+            return None
+        moved = output + error(output)
+        if moved.requires_grad:
+            moved.register_hook(lambda gradient: gradient + error(gradient))  # type: ignore[no-untyped-call]
+        return moved
+
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_hook(hook) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
