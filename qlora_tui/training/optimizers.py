@@ -145,3 +145,21 @@ def _schedule_options(training: Training, steps: int) -> dict[str, Any]:
 def _shifted_warmup(share_at: Callable[[int], float], warmup: int, step: int) -> float:
     """Return the share of the peak learning rate at ``step``, which counts from 0."""
     return share_at(step + 1 if step < warmup else step)
+
+
+def change_rate(schedule: Any, value: float, training: Training, *, step: int, steps: int) -> None:
+    """Change the learning rate of the steps to come, and let it decay as it would have.
+
+    ``value`` is the rate of the next step, ``step`` of ``steps``; during warm-up, and with restarts, which
+    return to the peak, it is the peak. With LoRA+ it is the rate of A's matrices, and B's keep their ratio
+    to it.
+    """
+    share = schedule.get_last_lr()[0] / schedule.base_lrs[0]
+    if share <= 0:
+        return
+    to_the_peak = step < warmup_steps(training, steps) or training.lr_scheduler == "cosine_with_restarts"
+    factor = (value if to_the_peak else value / share) / schedule.base_lrs[0]
+    schedule.base_lrs = [base * factor for base in schedule.base_lrs]
+    schedule._last_lr = [base * share for base in schedule.base_lrs]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate

@@ -27,7 +27,7 @@ from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.embeddings import EmbeddingNoise, trained_matrices
 from qlora_tui.training.failures import true_disk_errors
 from qlora_tui.training.host import release_free_memory, release_gpu_memory
-from qlora_tui.training.optimizers import create_optimizer, create_schedule, wait_for_gpu, warmup_steps
+from qlora_tui.training.optimizers import change_rate, create_optimizer, create_schedule, wait_for_gpu
 from qlora_tui.training.preferences import PreferenceObjective
 
 
@@ -195,23 +195,8 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
 
     def set_learning_rate(self, value: float) -> None:
-        """Change the learning rate of the steps to come, and let it decay as it would have.
-
-        ``value`` is the rate of the next step; during warm-up, and with restarts, which return to the peak,
-        it is the peak. With LoRA+ it is the rate of A's matrices, and B's keep their ratio to it.
-        """
-        schedule: Any = self.schedule
-        share = schedule.get_last_lr()[0] / schedule.base_lrs[0]
-        if share <= 0:
-            return
-        warming_up = self.step < warmup_steps(self._training, self._steps)
-        restarts = self._training.lr_scheduler == "cosine_with_restarts"
-        peak = value if warming_up or restarts else value / share
-        factor = peak / schedule.base_lrs[0]
-        schedule.base_lrs = [base * factor for base in schedule.base_lrs]
-        schedule._last_lr = [base * share for base in schedule.base_lrs]
-        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
-            group["lr"] = rate
+        """Change the learning rate of the steps to come (:func:`.optimizers.change_rate`)."""
+        change_rate(self.schedule, value, self._training, step=self.step, steps=self._steps)
 
     def save(self, folder: Path) -> None:
         """Write the files of this process that :meth:`load` reads. Raises OSError."""
