@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from qlora_tui.memory import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.estimate import closed_form
@@ -20,73 +20,26 @@ from qlora_tui.training.description import architecture_of
 from tests.catalog.configs import CONFIGS
 
 FAMILIES = {
-    "Llama 2": "meta-llama__Llama-2-7b-hf",
     "Llama 3": "meta-llama__Llama-3.2-1B",
     "Mistral": "mistralai__Mistral-7B-v0.1",
     "Mixtral": "mistralai__Mixtral-8x7B-v0.1",
-    "Qwen 1.5": "Qwen__Qwen2-0.5B",
-    "Qwen 2": "Qwen__Qwen2-0.5B",
     "Qwen 2.5": "Qwen__Qwen2.5-7B",
     "Qwen 3": "Qwen__Qwen3-0.6B",
-    "Qwen 1.5 MoE": "Qwen__Qwen1.5-MoE-A2.7B",
-    "Qwen 3 MoE": "Qwen__Qwen3-30B-A3B",
-    "Gemma": "google__gemma-2b",
     "Gemma 2": "google__gemma-2-2b",
     "Gemma 3": "google__gemma-3-1b-it",
-    "Phi-2": "microsoft__phi-2",
     "Phi-3": "microsoft__Phi-3-mini-4k-instruct",
-    "Phi-4": "microsoft__Phi-4-mini-instruct",
-    "GPT-NeoX": "EleutherAI__pythia-1.4b",
     "Falcon": "tiiuae__falcon-7b",
     "GPT-2": "openai-community__gpt2",
-    "GPT-BigCode": "openai-community__gpt2",
-    "OPT": "facebook__opt-1.3b",
-    "Granite": "ibm-granite__granite-3.1-2b-instruct",
-    "OLMo-2": "allenai__OLMo-2-1124-7B",
     "StableLM": "stabilityai__stablelm-2-1_6b",
-    "SmolLM3": "HuggingFaceTB__SmolLM3-3B",
-    "GLM-4": "zai-org__glm-4-9b-chat-hf",
-    "ERNIE 4.5": "baidu__ERNIE-4.5-0.3B-PT",
     "Cohere": "CohereLabs__c4ai-command-r-v01",
     "gpt-oss": "openai__gpt-oss-20b",
     "DeepSeek-V2": "deepseek-ai__DeepSeek-V2-Lite",
 }
-OTHERS: dict[str, dict[str, Any]] = {
-    "Arcee": {"model_type": "arcee", "hidden_act": "relu2"},
-    "Cohere 2": {"model_type": "cohere2", "tie_word_embeddings": True},
-    "EXAONE 4": {"model_type": "exaone4"},
-    "GLM-4 0414": {"model_type": "glm4"},
-    "Helium": {"model_type": "helium"},
-    "Hunyuan": {"model_type": "hunyuan_v1_dense"},
-    "Ministral 3": {"model_type": "ministral3"},
-    "Nemotron": {"model_type": "nemotron", "hidden_act": "relu2"},
-    "OLMo-3": {"model_type": "olmo3"},
-    "StarCoder 2": {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh"},
-}
-"""Further families whose layer is written out, as models of Llama 2's sizes; two cases of each are enough."""
-SIZES: dict[str, Any] = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "num_hidden_layers": 2,
-    "vocab_size": 32_000,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-}
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "Qwen 1.5": {"num_key_value_heads": 14},  # a key head a query head; for the rest it is Qwen 2
-    "GPT-BigCode": {"model_type": "gpt_bigcode", "activation_function": "gelu_pytorch_tanh"},
-}
 NARROW = {
     "Phi-3": ("qkv_proj",),
-    "Phi-4": ("qkv_proj",),
     "DeepSeek-V2": ("q_proj", "kv_b_proj"),
-    "GPT-NeoX": ("query_key_value",),
     "Falcon": ("query_key_value",),
     "GPT-2": ("c_attn",),
-    "GPT-BigCode": ("c_attn",),
 }
 """What stands for ``q_proj, v_proj`` where the projections are fused."""
 
@@ -129,10 +82,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def cut_config(family: str, layers: int = 2, max_experts: int | None = None) -> dict[str, Any]:
     """A family's config with few layers, and with at most ``max_experts`` experts a layer."""
-    if family in OTHERS:
-        return SIZES | OTHERS[family]
     config: dict[str, Any] = json.loads((CONFIGS / f"{FAMILIES[family]}.json").read_text())
-    config |= OVERRIDES.get(family, {})
     for key in ("num_hidden_layers", "n_layer"):
         if key in config:
             config[key] = layers
@@ -193,22 +143,21 @@ def traced_step(
     )
 
 
-Cases: TypeAlias = Literal["pairs", "two"]
-
-
 # A covering array: any two columns hold both values together, neither, and each alone.
 _PAIRS = [(False,) * 5] + [tuple((column - row) % 5 < 3 for column in range(5)) for row in range(5)]
 
 
-def grid(families: list[str], cases: Cases) -> Iterator[Case]:
-    """The cases of each family: the 6 in which each pair of values occurs, or two."""
-    for family in families:
-        if cases == "two":
-            yield Case(family, rows=2, length=512)
-            yield Case(family, checkpointing=False, loss="stock", wide=False, dropout=0.05)
-            continue
-        for values in _PAIRS:
-            long, checkpointing, chunked, wide, dropout = values
-            rows, length = (3, 512) if long else (1, 1024)
-            loss = "chunked" if chunked else "stock"
-            yield Case(family, rows, length, checkpointing, loss, wide, 0.05 if dropout else 0.0)
+def pairs_of_settings(family: str, method: str) -> Iterator[Case]:
+    """The six cases in which each pair of values of five settings occurs."""
+    for long, checkpointing, chunked, wide, dropout in _PAIRS:
+        rows, length = (3, 512) if long else (1, 1024)
+        loss, share = "chunked" if chunked else "stock", 0.05 if dropout else 0.0
+        yield Case(family, rows, length, checkpointing, loss, wide, share, method)
+
+
+def two_cases(family: str) -> tuple[Case, Case]:
+    """A step with every setting at one value, and at the other."""
+    return (
+        Case(family, rows=2, length=512),
+        Case(family, checkpointing=False, loss="stock", wide=False, dropout=0.05),
+    )
