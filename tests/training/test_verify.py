@@ -49,7 +49,12 @@ from qlora_tui.training.fused import lora as lora_linear
 from qlora_tui.training.model import PreparedBase, checkpoint_activations, prepare_base
 from qlora_tui.training.samples import Sample, SampleList
 from tests.training.families import build
-from tests.training.trained_weights import CLAIMED, LENGTH_SCALED, build_with_trained_weights
+from tests.training.trained_weights import (
+    CLAIMED,
+    LENGTH_SCALED,
+    build_with_trained_weights,
+    in_turns,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -117,11 +122,13 @@ def verify(folder: Path, model_type: str, dtype: str = "float32", **lora: Any) -
     return verified
 
 
-@pytest.mark.parametrize("model_type", sorted(CLAIMED))
-def test_every_family_with_heavy_tails_keeps_its_fast_paths(model_type: str, tmp_path: Path) -> None:
-    for dtype in ["float32"] if model_type in _SATURATED else ["float32", "bfloat16"]:
-        verified = verify(tmp_path / dtype, model_type, dtype, dropout=0.1)
-        assert verified.agrees and verified.replaced == (), (dtype, verified.comparison)
+@pytest.mark.parametrize(("model_type", "dtype"), in_turns([torch.float32, torch.bfloat16]))
+def test_every_family_with_heavy_tails_keeps_its_fast_paths(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    name = "float32" if model_type in _SATURATED else str(dtype).removeprefix("torch.")
+    verified = verify(tmp_path, model_type, name, dropout=0.1)
+    assert verified.agrees and verified.replaced == (), verified.comparison
 
 
 def test_samples_around_the_original_context_train_packed(tmp_path: Path) -> None:

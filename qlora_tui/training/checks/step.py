@@ -97,7 +97,7 @@ class StepReference:
         least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
         self._least = max(least, torch.finfo(torch.float32).tiny)
         """Gradient norm below which a tensor's gradient is lost in the rounding of the others."""
-        self._matters = torch.finfo(device.dtype).eps ** 0.5 * float(norms.square().mean().sqrt())
+        self._matters: float = torch.finfo(device.dtype).eps ** 0.5 * float(norms.square().mean().sqrt())
         """Change of a gradient that is noise by itself, small next to the whole gradient."""
         self._draws = 0
         self.loss = float(self._losses.sum()) / self._items
