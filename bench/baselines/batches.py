@@ -14,9 +14,8 @@ from bench.baselines.job import TrainingJob, read_job, tell
 from bench.baselines.qlora_tui_run import recipe, use_private_home
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.step_plan import PlannedStep, TokenizedDataset, plan_steps
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.training.batches import PlannedStep, plan_steps
-from qlora_tui.training.samples import TokenizedDataset
 
 IGNORED = -100
 """Label of a token that is not learned from."""

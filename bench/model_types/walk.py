@@ -265,9 +265,9 @@ def _perturb(model: nn.Module, seed: int) -> None:
 def _samples_of_steps(run: Any) -> list[list[tuple[Tensor, Tensor]]]:
     """Token ids and labels of the samples of each step."""
     from qlora_tui.data.dataset import prepare_dataset
+    from qlora_tui.data.step_plan import plan_steps
     from qlora_tui.data.tokenizer import ChatTokenizer
     from qlora_tui.training import checkpoints
-    from qlora_tui.training.batches import plan_steps
 
     recipe = run.recipe()
     newest, _ = checkpoints.latest(run)

@@ -13,18 +13,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from qlora_tui import paths
-from qlora_tui.cli.subcommand import CommandResult, Subcommand, format_table
+from qlora_tui.cli.subcommand import CommandResult, Subcommand, checks_as_data, format_checks, format_table
 from qlora_tui.drafts import discard
 from qlora_tui.errors import EXIT_FAILURE, UserError
 from qlora_tui.files import size_of
 from qlora_tui.formatting import format_bytes
 from qlora_tui.visible import visible
-
-if TYPE_CHECKING:
-    from qlora_tui.runs.doctor import Check
 
 KINDS = {
     "quantized": (
@@ -36,6 +33,7 @@ KINDS = {
         r".+-[0-9a-f]{12,20}|SmolLM2-135M-Instruct",
     ),
     "gguf-tokenizers": ("tokenizers of GGUF files that were not converted yet", r".+-[0-9a-f]{20}"),
+    "counted": ("lengths of samples, from which the steps of a run are counted", r"[0-9a-f]{64}\.json"),
     "tokenized": ("data as token ids", r"[0-9a-f]{32}"),
     "datasets": ("facts about Hub datasets", r".+\.json"),
     "base-answers": (
@@ -66,27 +64,12 @@ def run_doctor(args: argparse.Namespace) -> CommandResult:
     without_gpu = any(check.kind is CheckKind.GPU and check.outcome == "error" for check in checks)
     checks += check_libraries(on_cpu=without_gpu)
     failed = any(check.outcome == "error" for check in checks)
-    lines = []
-    for check in checks:
-        lines.append(f"{check.outcome:<7}  {check.label}: {_check_text(check)}")
-        if check.fix:
-            lines.append(f"         ▸ {check.fix}")
-    lines.append("Not ready to train: fix the errors above." if failed else "Ready to train.")
+    verdict = "Not ready to train: fix the errors above." if failed else "Ready to train."
     return CommandResult(
-        data={
-            "ok": not failed,
-            "checks": [
-                {"name": check.label, "outcome": check.outcome, "text": _check_text(check), "fix": check.fix}
-                for check in checks
-            ],
-        },
-        text="\n".join(lines),
+        data={"ok": not failed, "checks": checks_as_data(checks)},
+        text="\n".join([*format_checks(checks), verdict]),
         exit_code=EXIT_FAILURE if failed else 0,
     )
-
-
-def _check_text(check: Check) -> str:
-    return f"{check.text} {check.problem.why}".rstrip() if check.problem else check.text
 
 
 def run_locate(args: argparse.Namespace) -> CommandResult:

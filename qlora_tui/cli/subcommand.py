@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from qlora_tui.visible import visible, visible_in_json
 if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
     from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.runs.doctor import Check
 
 JSON_HELP = "print one JSON object per line on stdout, and messages on stderr"
 _TERMINAL_INTERVAL_S = 0.2
@@ -210,6 +211,28 @@ def visible_output() -> Iterator[None]:
 def write_control(stream: TextIO, sequence: str) -> None:
     """Write one of this program's own control sequences to stdout or stderr."""
     (stream.write_control if isinstance(stream, VisibleStream) else stream.write)(sequence)
+
+
+def format_checks(checks: Iterable[Check]) -> list[str]:
+    """Return a line for each check, and one for what to do about it."""
+    lines = []
+    for check in checks:
+        lines.append(f"{check.outcome:<7}  {check.label}: {_check_text(check)}")
+        if check.fix:
+            lines.append(f"         ▸ {check.fix}")
+    return lines
+
+
+def checks_as_data(checks: Iterable[Check]) -> list[dict[str, str]]:
+    """Return the checks for ``--json``."""
+    return [
+        {"name": check.label, "outcome": check.outcome, "text": _check_text(check), "fix": check.fix}
+        for check in checks
+    ]
+
+
+def _check_text(check: Check) -> str:
+    return f"{check.text} {check.problem.why}".rstrip() if check.problem else check.text
 
 
 class ProgressLine:

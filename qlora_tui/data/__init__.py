@@ -16,6 +16,8 @@ From the file to the report:
 * ``row_result``: one row rendered, truncated and checked. ``dataset_scan``: all rows in order, by several
   processes, counted and compared. ``problems``: what can be wrong, of which ``problems.toml`` is the list.
 * ``dataset`` (with ``split`` and ``store``): the tokenized data set on disk, which the trainer maps.
+  ``step_plan``: its samples as sequences and steps. ``counted``: the lengths of the samples, kept, from which
+  the same code counts the steps before a run.
 * ``inspection`` (with ``dataset_report``): the report on a file before a run. ``quick_check``: a two-second
   search for rows that block a run, and how much data there is. ``excluded_rows``: rows that are left out, as
   text. ``trainable_tokens``: tokens that a model has never learned. ``repetition``: answers that repeat

@@ -18,14 +18,17 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.checksums import mismatch, sha256, write_checksums
+from qlora_tui.data.counted import RENDERING, Counted, counted_key, keep_counted, nothing_left
 from qlora_tui.data.dataset_report import Counts
 from qlora_tui.data.dataset_scan import DatasetScanner, open_worker_pool
-from qlora_tui.data.excluded_rows import EVERY_FILE, all_excluded, parse_excluded_rows
+from qlora_tui.data.excluded_rows import EVERY_FILE, parse_excluded_rows
 from qlora_tui.data.formats import RowFormat
 from qlora_tui.data.problems import DataProblem, raise_first_error
 from qlora_tui.data.render import RenderOptions
 from qlora_tui.data.row_result import RowProcessor
+from qlora_tui.data.samples import TokenizedSample
 from qlora_tui.data.sources import SourceFile, every_source, open_source
 from qlora_tui.data.split import Split
 from qlora_tui.data.store import Samples, Store, Writer
@@ -39,8 +42,6 @@ from qlora_tui.paths import cache_dir
 from qlora_tui.recipe.schema import PAIR_METHODS, Recipe, Source
 
 _MAX_UNUSED_AGE_S = 60 * 24 * 3600
-_RENDERING = 9
-"""Version of the rendering; increased when the same data and settings give different tokens or splits."""
 
 
 class PrepareProgress(Struct, frozen=True):
@@ -154,20 +155,39 @@ def _forget_old_sets(folder: Path) -> None:
                     discard(old)
 
 
-def _make(
-    folder: Path,
+class ScannedDataset(Struct, frozen=True):
+    """What is known of a data set once every row was read."""
+
+    counts: Counts
+    problems: tuple[DataProblem, ...]
+    notes: dict[str, int]
+    held_back: frozenset[int]
+    """Keys of the rows that are held out for validation."""
+
+
+def scan_dataset(
     recipe: Recipe,
     files: Sequence[SourceFile],
     tokenizer: ChatTokenizer,
-    validation_source: int | None,
-    progress: Callable[[PrepareProgress], None] | None,
-) -> None:
+    folder: Path,
+    add: Callable[[TokenizedSample, int, int, int, int], object],
+    progress: Callable[[PrepareProgress], None] | None = None,
+) -> ScannedDataset:
+    """Tokenize all rows of a recipe's data, and choose those for validation.
+
+    Args:
+        folder: holds sketches of the rows meanwhile.
+        add: called with each sample, and with source, row, key and number of the file that it is from.
+
+    Raises:
+        UserError: a row has a blocking error.
+    """
     # A validation file replaces the validation fraction.
-    fraction = 0.0 if validation_source is not None else recipe.data.validation_fraction
+    fraction = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
     total = sum(file.path.stat().st_size for file in files)
     outcomes = RowProcessor(recipe.data, tokenizer, recipe.training.seed)
     split = Split(folder, fraction)
-    with open_worker_pool(outcomes, total) as work, Writer(folder, [file.name for file in files]) as writer:
+    with open_worker_pool(outcomes, total) as work:
         scanner = DatasetScanner(recipe.data, work, sketched=split.wanted)
         done = 0
         for number, file in enumerate(files):
@@ -177,7 +197,7 @@ def _make(
                     if one.samples and one.key is not None:
                         split.add(file.source, one.key, array("I", one.sketch))
                         for sample in one.samples:
-                            writer.add(sample, file.source, one.row, one.key, number)
+                            add(sample, file.source, one.row, one.key, number)
                 if progress is not None:
                     so_far = scanner.counts
                     share = min(1.0, (done + position.bytes) / (total or 1))
@@ -185,10 +205,62 @@ def _make(
             done += file.path.stat().st_size
         problems = scanner.problems()
         raise_first_error(problems)
-        if not scanner.counts.samples:
-            raise _nothing_left(scanner.counts, recipe)
-        data_hash = writer.finish(split.held_back(), validation_source)
-    meta = _Meta(data_hash, scanner.counts, tuple(problems), scanner.notes)
+    return ScannedDataset(scanner.counts, tuple(problems), scanner.notes, split.held_back())
+
+
+def count_samples(
+    recipe: Recipe,
+    model: ModelFiles,
+    tokenizer: ChatTokenizer,
+    progress: Callable[[PrepareProgress], None] | None = None,
+) -> None:
+    """Count the samples of a recipe, and keep the result unless the data changed meanwhile.
+
+    Raises:
+        UserError: a file cannot be used, or a row has a blocking error.
+    """
+    key = counted_key(recipe, model)
+    opened = [
+        open_source(source, recipe.data.preferences, i) for i, source in enumerate(every_source(recipe.data))
+    ]
+    files = [file for of_source, _ in opened for file in of_source]
+    lengths, sources, keys = array("I"), array("H"), array("Q")
+
+    def add(sample: TokenizedSample, source: int, row: int, row_key: int, file: int) -> None:
+        lengths.append(len(sample.token_ids))
+        sources.append(source)
+        keys.append(row_key)
+
+    with new_draft(private_dir(cache_dir() / "tokenized")) as folder:
+        scanned = scan_dataset(recipe, files, tokenizer, folder, add, progress)
+    trained = [
+        n
+        for n, source in enumerate(sources)
+        if source < len(recipe.data.sources) and keys[n] not in scanned.held_back
+    ]
+    counted = Counted(
+        scanned.counts,
+        array("I", (lengths[n] for n in trained)).tobytes(),
+        array("H", (sources[n] for n in trained)).tobytes(),
+    )
+    if key is not None and counted_key(recipe, model) == key:
+        keep_counted(key, counted)
+
+
+def _make(
+    folder: Path,
+    recipe: Recipe,
+    files: Sequence[SourceFile],
+    tokenizer: ChatTokenizer,
+    validation_source: int | None,
+    progress: Callable[[PrepareProgress], None] | None,
+) -> None:
+    with Writer(folder, [file.name for file in files]) as writer:
+        scanned = scan_dataset(recipe, files, tokenizer, folder, writer.add, progress)
+        if not scanned.counts.samples:
+            raise nothing_left(scanned.counts, recipe)
+        data_hash = writer.finish(scanned.held_back, validation_source)
+    meta = _Meta(data_hash, scanned.counts, scanned.problems, scanned.notes)
     atomic_write(folder / "meta.json", msgspec.json.encode(meta))
 
 
@@ -200,7 +272,7 @@ def _key(
     excluded = [_excluded_key(source) for source in every_source(data)]
     names = [file.name for file in files]
     what = (
-        _RENDERING,
+        RENDERING,
         tokenizer.fingerprint,
         [
             (version.sha256, file.source, _layout_key(file.detection.layout))
@@ -271,23 +343,6 @@ def _load(folder: Path, weights: Sequence[float], cached: bool) -> PreparedDatas
         problems=meta.problems,
         notes=meta.notes,
         cached=cached,
-    )
-
-
-def _nothing_left(counts: Counts, recipe: Recipe) -> UserError:
-    if counts.excluded and not counts.rows:
-        return all_excluded(counts.excluded)
-    if counts.dropped and recipe.data.overflow == "drop":
-        fix = 'Raise Sequence length (data.max_length), or cut long samples: data.overflow = "cut-right".'
-    elif counts.dropped:
-        fix = "Raise Sequence length (data.max_length): the answers are beyond the cut."
-    else:
-        fix = "Look at the file with: qlora-tui data inspect FILE"
-    return UserError(
-        "Nothing to train on",
-        what=f"None of the {counts.rows} rows gives a sample: {counts.left_out} were left out, "
-        f"{counts.dropped} had nothing to learn within {recipe.data.max_length} tokens.",
-        fix=fix,
     )
 
 

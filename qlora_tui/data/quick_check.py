@@ -4,13 +4,13 @@ Used by ``qlora-tui train`` and the checks of the Train screen. It needs no toke
 only in tokens, and those in the rest of a large file, are found by ``dataset`` when the run starts, or known
 from an earlier inspection, which caches its errors here: valid for one state of a file (its time and size)
 and one way of reading it; an error that shows only in tokens also depends on tokenizer and template.
-``steps_per_epoch`` says how many optimizer steps an amount of data makes.
+It also estimates the lengths of the samples.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import takewhile
@@ -32,7 +32,7 @@ from qlora_tui.data.problems import (
     raise_first_error,
 )
 from qlora_tui.data.sources import SourceFile, conversations
-from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.recipe.schema import PAIR_METHODS, Data, Source
 
 TIME_LIMIT_S = 2.0
 _TEMPLATE_TOKENS = 5
@@ -50,8 +50,8 @@ class FileSize(Struct, frozen=True):
     """Without excluded ones."""
     samples: int
     """Rows that are trained on, as far as is known without a tokenizer."""
-    tokens: int
-    """An estimate, with each sample cut to the length of a row."""
+    lengths: array[int]
+    """Estimated tokens of each sample within the length limit; under a method for pairs, of both sides."""
     excluded: int = 0
     """Rows that the source leaves out."""
     left_out: int = 0
@@ -94,7 +94,8 @@ def quick_check(
     sizes: list[FileSize] = []
     for file in files:
         tally = ProblemCounter(file.source, str(file.path), data)
-        row_count = samples = tokens = excluded_count = rejected = 0
+        row_count = samples = excluded_count = rejected = 0
+        lengths = array("I")
         for row, one in conversations(file):
             if row.number in file.excluded:
                 excluded_count += 1
@@ -115,11 +116,11 @@ def quick_check(
                     tally.add("ends-with-user", row.number, "The last turn has no answer.")
                 if not _is_left_out(one, data):
                     samples += 1
-                    tokens += sum(_trained_length(side, data) for side in (one, *one.rejected))
+                    lengths.extend(_sample_lengths(one, data))
             if time.monotonic() >= deadline:
                 in_time = False
                 break
-        sizes.append(FileSize(file.source, row_count, samples, tokens, excluded_count, rejected))
+        sizes.append(FileSize(file.source, row_count, samples, lengths, excluded_count, rejected))
         problems = tally.problems()
         raise_first_error(problems)
         every_problem += problems
@@ -160,44 +161,16 @@ def _estimated_tokens(text: str, messages: Sequence[Message]) -> int:
     return text_bytes // BYTES_PER_TOKEN + _TEMPLATE_TOKENS * len(messages) + 1
 
 
-def _trained_length(conversation: Conversation, data: Data) -> int:
-    """Estimate the tokens of a sample that fit in a row; all of them where long samples are split."""
-    length = _estimated_tokens(conversation.text, conversation.messages)
-    return length if data.overflow == "split" else min(length, data.max_length)
-
-
-_REPLAY_TOKENS = 90
-"""Tokens of a replayed answer with its prompt, on average."""
-
-
-def steps_per_epoch(samples: float, tokens: float, recipe: Recipe) -> int:
-    """Estimate the optimizer steps of one pass over the data, without the share held out for validation.
-
-    Args:
-        samples: number of samples.
-        tokens: their tokens, those beyond ``data.max_length`` left out.
-        recipe: says how samples are packed and how many rows make a step.
-    """
-    trained = trained_share(recipe)
-    rows = samples * trained
-    replayed = rows * recipe.training.replay_share / (1 - recipe.training.replay_share)
-    if recipe.data.packing:
-        sequence_length = recipe.data.max_length * (2 if recipe.trains_pairs else 1)
-        # How much of each row stays empty is only known once the samples are packed.
-        rows = math.ceil((tokens * trained + replayed * _REPLAY_TOKENS) / sequence_length)
-    else:
-        rows += replayed
-    return max(1, math.ceil(rows / recipe.effective_batch))
-
-
-def trained_share(recipe: Recipe) -> float:
-    """Return the share of the samples that is not held out for validation."""
-    return 1.0 if recipe.data.validation_path else 1.0 - recipe.data.validation_fraction
-
-
-def total_steps(steps_of_epoch: int, recipe: Recipe) -> int:
-    """Steps of all epochs, without ``training.max_steps``."""
-    return math.ceil(steps_of_epoch * recipe.training.epochs)
+def _sample_lengths(conversation: Conversation, data: Data) -> list[int]:
+    """Estimate the tokens of the samples of a conversation: each is cut, or split, at the length limit."""
+    limit = data.max_length
+    lengths = [_estimated_tokens(side.text, side.messages) for side in (conversation, *conversation.rejected)]
+    if data.preferences in PAIR_METHODS:
+        chosen, *rejected = (min(length, limit) for length in lengths)
+        return [length for other in rejected for length in (chosen, other)]
+    if data.overflow != "split":
+        return [min(length, limit) for length in lengths]
+    return [min(limit, length - start) for length in lengths for start in range(0, length, limit)]
 
 
 _TOKENIZER_FILES = (

@@ -236,29 +236,38 @@ class Samples:
         return array("I", (self.length(i) for i in range(len(self))))
 
     def epoch(self, epoch: int, seed: int) -> array[int]:
-        """Return the samples of one epoch in random order, each source repeated by its weight.
-
-        A weight of 2 gives each of its samples twice, one of 0.5 half of them, the other half in the next
-        epoch. Deterministic for ``epoch`` and ``seed``.
-        """
-        by_source: dict[int, list[int]] = {}
-        for i, n in enumerate(self._numbers):
-            by_source.setdefault(self._store.sources[n], []).append(i)
-        order: list[int] = []
-        for source, samples in by_source.items():
-            weight = self._weights[source] if source < len(self._weights) else 1.0
-            times, part = int(weight), round((weight - int(weight)) * len(samples))
-            order += samples * times
-            if part:
-                random.Random(f"{seed}/{source}").shuffle(samples)
-                first = epoch * part
-                order += [samples[k % len(samples)] for k in range(first, first + part)]
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        return array("I", order)
+        """Return the samples of one epoch in random order (:func:`epoch_order`)."""
+        return epoch_order([self._store.sources[n] for n in self._numbers], self._weights, epoch, seed)
 
     def _slice(self, i: int) -> slice:
         n = self._numbers[i]
         return slice(self._store.offsets[n], self._store.offsets[n + 1])
+
+
+def epoch_order(sources: Sequence[int], weights: Sequence[float], epoch: int, seed: int) -> array[int]:
+    """Return the samples of one epoch in random order, each source repeated by its weight.
+
+    A weight of 2 gives each of its samples twice, one of 0.5 half of them, the other half in the next epoch.
+    Deterministic for ``epoch`` and ``seed``.
+
+    Args:
+        sources: index of the source of each sample.
+        weights: of each source; 1 for a source beyond the last.
+    """
+    by_source: dict[int, list[int]] = {}
+    for i, source in enumerate(sources):
+        by_source.setdefault(source, []).append(i)
+    order: list[int] = []
+    for source, samples in by_source.items():
+        weight = weights[source] if source < len(weights) else 1.0
+        times, part = int(weight), round((weight - int(weight)) * len(samples))
+        order += samples * times
+        if part:
+            random.Random(f"{seed}/{source}").shuffle(samples)
+            first = epoch * part
+            order += [samples[k % len(samples)] for k in range(first, first + part)]
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return array("I", order)
 
 
 def _mapped(path: Path, kind: str) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator, Iterator
 from itertools import islice
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from qlora_tui.catalog.local_models import find_files, stored_config
 from qlora_tui.data.conversation import Conversation, RowRejectedError
+from qlora_tui.data.dataset import count_samples
 from qlora_tui.data.dataset_report import Piece, Report, Shown
 from qlora_tui.data.formats import SNIFFED_ROWS
 from qlora_tui.data.inspection import inspecting, row_of, show
@@ -19,6 +21,10 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.engine.protocol import InspectData, ShowFields, ShowFormats, ShowRow
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.fields import source_fields
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.worker import Report as Progress
+
+_NICENESS = 10
 
 
 class DataService:
@@ -65,6 +71,19 @@ class DataService:
         if self._cached is None or self._cached[0] != key:
             self._cached = (key, ChatTokenizer.from_folder(tokenizer_folder(model), template))
         return self._cached[1]
+
+
+def count_data(recipe: Recipe, report: Progress) -> bool:
+    """Count the samples of a recipe for :mod:`qlora_tui.runs.expected_time`, as a job. Raises UserError."""
+    os.nice(_NICENESS)  # a run may be training
+    tokenizer = ChatTokenizer.from_folder(tokenizer_folder(recipe.model.id), recipe.model.chat_template)
+    count_samples(
+        recipe,
+        find_files(recipe.model.id),
+        tokenizer,
+        lambda progress: report(round(progress.share * 100), 100),
+    )
+    return True
 
 
 def tokenizer_folder(model: str) -> Path:

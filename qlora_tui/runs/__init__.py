@@ -11,9 +11,9 @@ describe        events and states as sentences, and a run's events as they arriv
 run_summary     a run in one line, for lists: whether its result is usable, and whether it worked
 actions         submits, resumes, renames and deletes runs, and restores them from the trash
 control         sends a request to a running trainer
-preflight       checks a recipe before a launch; data_checks its data
+preflight       checks a recipe before a launch; data_checks its data, and counts the run's steps
 exact_memory    the exact form of the memory estimate, traced by a child and kept
-expected_time   how long a run will take, by the speed of earlier ones
+expected_time   how long a run will be: its steps, and their time by the speed of earlier runs
 doctor          checks GPU, memory, disks, queue and libraries
 suggested_fix   a fix for a warning that one key applies
 run_queue       the waiting runs

@@ -26,7 +26,7 @@ from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
 from qlora_tui.gpu.visible_devices import CPU, choose_gpu
 from qlora_tui.installation import PROGRAM, install_command
-from qlora_tui.memory.budget import MemoryBudget, budget_for
+from qlora_tui.memory.budget import MemoryBudget, budget_for, this_processor
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
@@ -112,6 +112,13 @@ class Machine:
     """Id of the run in training; empty without one."""
     waiting: tuple[str, ...] = ()
     """Ids of the queued runs, the next one first."""
+
+    @property
+    def device_name(self) -> str:
+        """Name of the device in the events of runs on it; empty for an assumed GPU, which is not here."""
+        if self.budget.is_assumed:
+            return ""
+        return self.gpu.name if self.gpu else this_processor().name
 
     @property
     def trains_on_unknown_gpu(self) -> bool:

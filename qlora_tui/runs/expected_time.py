@@ -1,33 +1,45 @@
-"""How long a run will take, known before its launch by the speed of earlier runs on the same device.
+"""How long a run will be, known before its launch: its steps, and their time.
 
-Speeds are real tokens per second. One that was measured with another model or other settings is converted by
-the predicted times of a step (:func:`qlora_tui.memory.step_choice.step_seconds`). Loading, evaluations and
-checkpoints are not in it.
+Speeds are real tokens per second of earlier runs on the same device. One that was measured with another model
+or other settings is converted by the predicted times of a step
+(:func:`qlora_tui.memory.step_choice.step_seconds`). Loading, evaluations and checkpoints are not in it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from statistics import median
+from typing import Literal, TypeAlias
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.local_models import load_architecture
+from qlora_tui.catalog.local_models import ModelFiles, find_files, load_architecture
+from qlora_tui.data.counted import counted_key, find_counted
+from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_duration
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.step_choice import step_seconds
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.data_checks import RunLength, run_length
 from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.view import RunView
+from qlora_tui.worker import Progress, run_job
 
 _RUNS = 20
 """Earlier runs that are looked at, the newest first."""
 _STEPS = 64
+_MOST_COUNTED_BYTES = 256 << 20
+"""Size of data above which nothing is counted ahead: it takes a minute of a core and more."""
 _LEAST_STEPS = 3
 """Of a run whose speed counts. The first step is left out: it compiles, and memory grows."""
+TimeBasis: TypeAlias = Literal["run", "another model", "measured speed", "typical card"]
+"""What a time follows from: a run, one of another model, the speed that ``doctor`` measured, or neither."""
 
 
 @dataclass(frozen=True)
@@ -35,52 +47,142 @@ class ExpectedTime:
     """Training time of a run that was not launched yet."""
 
     seconds: float
-    run: str
-    """Name of the run whose speed it follows; empty if it was calculated for the device."""
-    is_same_model: bool = True
-    """Whether that run trained the same model."""
+    basis: TimeBasis
+    run: str = ""
+    """Name of the run whose speed it follows."""
+
+    @property
+    def source(self) -> str:
+        """How it is known, as a clause: ``judging by vicuna-1``."""
+        match self.basis:
+            case "run":
+                return f"judging by {self.run}"
+            case "another model":
+                return f"judging by {self.run}, another model"
+            case "measured speed":
+                return "calculated from this card's measured speed"
+            case "typical card":
+                return "calculated for a typical card, as nothing was trained here yet"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a run's length before its launch."""
+
+    length: RunLength
+    time: ExpectedTime | None
+    """None where nothing was trained on this processor yet."""
+
+    @property
+    def duration(self) -> str:
+        """``about 25 min``; empty where it is unknown."""
+        least = "" if self.length.is_complete else "at least "
+        return f"{least}about {format_duration(self.time.seconds)}" if self.time else ""
+
+    @property
+    def steps(self) -> str:
+        """``54 steps``, or ``about 54 steps``."""
+        number = self.length.steps
+        least = "" if self.length.is_complete else "at least "
+        return f"{least}{self.length.about}{number:,} step{'' if number == 1 else 's'}"
+
+
+def forecast(recipe: Recipe, machine: Machine, model: ModelFiles | None = None) -> Forecast | None:
+    """Return how long a run with this recipe will be; None for data or a model that cannot be read here.
+
+    Takes up to two seconds for data that was not looked at before. ``model``: the recipe's, if it is known.
+    """
+    with suppress(UserError):
+        architecture = model.architecture if model else load_architecture(recipe.model.id)
+        with suppress(UserError):
+            model = model or find_files(recipe.model.id)
+        length = run_length(recipe, model)
+        if length is not None:
+            return Forecast(length, expected_time(recipe, architecture, machine, length.tokens))
+    return None
+
+
+def count_data(
+    recipe: Recipe,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Count the samples of a recipe in a process, unless they are counted, not here, or too many.
+
+    Returns whether they were counted now.
+
+    Raises:
+        JobStopped: ``should_stop`` returned true.
+        UserError: the model has no tokenizer here, or the data cannot be used.
+    """
+    model = find_files(recipe.model.id)
+    if counted_key(recipe, model) is None or find_counted(recipe, model) is not None:
+        return False
+    stamps = chain.from_iterable(source_stamps(source) for source in every_source(recipe.data))
+    if sum(size for _, _, size in stamps) > _MOST_COUNTED_BYTES:
+        return False
+    run_job(
+        "qlora_tui.engine.data_service:count_data",
+        recipe,
+        result=bool,
+        title="The samples cannot be counted",
+        subject="The process that counts the samples",
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+    return True
 
 
 def expected_time(
-    recipe: Recipe, architecture: Architecture, device: Device, device_name: str, tokens: float
+    recipe: Recipe, architecture: Architecture, machine: Machine, tokens: float
 ) -> ExpectedTime | None:
-    """Return the time that training on ``tokens`` real tokens takes; None if nothing says it.
+    """Return the time that training on ``tokens`` real tokens, of all epochs, takes.
 
-    Args:
-        device_name: name in the events of earlier runs; empty for a device that is not in this machine.
-        tokens: of all epochs.
+    None on a processor on which nothing was trained yet.
     """
+    device = machine.budget.device
     cost = _seconds_per_token(recipe, architecture, device)
-    measured = list(_measured(device, device_name)) if device_name else []
+    measured = list(_measured_runs(device, machine.device_name)) if machine.device_name else []
     if measured:
         like = min(measured, key=lambda one: abs(math.log(one.cost / cost)))
         seconds = tokens / like.tokens_per_s * cost / like.cost
-        return ExpectedTime(seconds, like.run.name, like.model == recipe.model.id)
-    return None if device.kind == "cpu" else ExpectedTime(tokens * cost, "", is_same_model=False)
+        return ExpectedTime(seconds, "run" if like.model == recipe.model.id else "another model", like.name)
+    if device.kind == "cpu":
+        return None
+    return ExpectedTime(tokens * cost, "measured speed" if device.speed else "typical card")
 
 
 @dataclass(frozen=True)
 class _Measured:
-    run: RunDir
+    """The speed of an earlier run."""
+
+    name: str
+    device: str
     model: str
     tokens_per_s: float
     cost: float
     """Predicted seconds for each token."""
 
 
-def _measured(device: Device, name: str) -> Iterator[_Measured]:
+def _measured_runs(device: Device, device_name: str) -> Iterator[_Measured]:
     """Yield the speed of earlier runs on the device of this name."""
     for run in islice(all_runs(), _RUNS):
         with suppress(UserError, OSError):
-            view, _ = RunView.from_sample(run, _STEPS)
-            recipe = run.readable_recipe()
-            speeds = [speed for speed in view.series.tokens_per_s[1:] if speed > 0]
-            if recipe is None or len(speeds) < _LEAST_STEPS - 1:
-                continue
-            if view.environment is None or view.environment.device != name:
-                continue
-            cost = _seconds_per_token(recipe, load_architecture(recipe.model.id), device)
-            yield _Measured(run, recipe.model.id, median(speeds), cost)
+            measured = _measured(run, run.events_path.stat().st_mtime_ns, device)
+            if measured is not None and measured.device == device_name:
+                yield measured
+
+
+@lru_cache(maxsize=4 * _RUNS)
+def _measured(run: RunDir, _changed: int, device: Device) -> _Measured | None:
+    """Return the speed of a run; None if it trained too few steps. Raises UserError and OSError."""
+    view, _ = RunView.from_sample(run, _STEPS)
+    recipe = run.readable_recipe()
+    speeds = [speed for speed in view.series.tokens_per_s[1:] if speed > 0]
+    if recipe is None or view.environment is None or len(speeds) < _LEAST_STEPS - 1:
+        return None
+    cost = _seconds_per_token(recipe, load_architecture(recipe.model.id), device)
+    return _Measured(run.name, view.environment.device, recipe.model.id, median(speeds), cost)
 
 
 def _seconds_per_token(recipe: Recipe, architecture: Architecture, device: Device) -> float:

@@ -1,7 +1,8 @@
-"""Cost of other sequence lengths: memory from the estimate, time from the throughput of the last run."""
+"""Cost of other sequence lengths: memory from the estimate, time from the speed of earlier runs."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory import Verdict, check_fit, estimate
 from qlora_tui.recipe.fields import fields, replace_setting
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import all_runs
-from qlora_tui.runs.event_log import last_event
-from qlora_tui.runs.events import Finished
+from qlora_tui.runs.doctor import Machine
+from qlora_tui.runs.expected_time import expected_time
 
 if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
@@ -31,7 +31,7 @@ class LengthCost:
     verdict: Verdict | None
     """None without a model."""
     seconds: float | None
-    """Training time; None if no run with this model has finished yet."""
+    """Training time; None where nothing says it."""
 
 
 def length_costs(
@@ -39,9 +39,14 @@ def length_costs(
     recipe: Recipe,
     architecture: Architecture | UserError,
     budget: MemoryBudget,
-    tokens_per_s: float | None,
+    machine: Machine,
 ) -> list[LengthCost]:
-    """Cost of the recipe's own length and of the data's percentiles. Takes some milliseconds per length."""
+    """Cost of the recipe's own length and of the data's percentiles. Takes some milliseconds per length.
+
+    Args:
+        budget: memory that the lengths are compared with.
+        machine: where the run would train, which decides its time.
+    """
     stats = report.lengths
     if not stats.count or not report.template:
         return []
@@ -51,14 +56,13 @@ def length_costs(
     costs = []
     for name, length in sorted(lengths.items(), key=lambda item: (item[1], item[0] != "now")):
         changed = replace_setting(recipe, "data.max_length", length)
-        verdict = None
+        verdict = time = None
         if isinstance(architecture, Architecture):
-            try:
+            with suppress(UserError):
                 verdict = check_fit(estimate(changed, architecture, device=budget.device), budget.bytes)
-            except UserError:
-                verdict = None
-        seconds = _tokens(stats, changed) / tokens_per_s if tokens_per_s else None
-        costs.append(LengthCost(name, length, share_within(stats, length), verdict, seconds))
+            time = expected_time(changed, architecture, machine, _tokens(stats, changed))
+        whole, seconds = share_within(stats, length), time.seconds if time else None
+        costs.append(LengthCost(name, length, whole, verdict, seconds))
     return costs
 
 
@@ -97,15 +101,3 @@ def _tokens(lengths: Lengths, recipe: Recipe) -> float:
 def _allowed(length: int) -> int:
     field = fields()["data.max_length"]
     return min(max(length, int(field.minimum or 1)), int(field.maximum or length))
-
-
-def last_throughput(model: str) -> float | None:
-    """Tokens per second of the last finished run with this model; None without such a run."""
-    for run in all_runs():
-        ending = last_event(run.events_path)
-        if not isinstance(ending, Finished) or ending.tokens_per_s <= 0:
-            continue
-        recipe = run.readable_recipe()
-        if recipe is not None and recipe.model.id == model:
-            return ending.tokens_per_s
-    return None

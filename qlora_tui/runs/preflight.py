@@ -20,21 +20,19 @@ from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import (
     capitalize,
     format_count,
-    format_duration,
     format_gib,
     format_path,
     short_model_name,
 )
 from qlora_tui.installation import install_command
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
-from qlora_tui.memory.budget import this_processor
 from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import SKIP, match_modules, resolve_targets
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
-from qlora_tui.runs.data_checks import check_data, tokens_to_train
+from qlora_tui.runs.data_checks import check_data
 from qlora_tui.runs.doctor import (
     Check,
     CheckKind,
@@ -45,7 +43,7 @@ from qlora_tui.runs.doctor import (
     check_queue,
 )
 from qlora_tui.runs.exact_memory import trace_soon
-from qlora_tui.runs.expected_time import expected_time
+from qlora_tui.runs.expected_time import forecast
 from qlora_tui.runs.suggested_fix import SuggestedFix
 
 TRACKER_NAMES = {
@@ -95,6 +93,13 @@ def preflight(recipe: Recipe, machine: Machine) -> tuple[Check, ...]:
 def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
     """Return the checks for which the run would fail."""
     return tuple(check for check in checks if check.outcome == "error")
+
+
+def with_count(checks: tuple[Check, ...], problem: UserError | None) -> tuple[Check, ...]:
+    """Return the checks with the error for which the samples could not be counted, unless they have one."""
+    if problem is None or errors(checks):
+        return checks
+    return (Check.blocked(CheckKind.DATA, problem), *checks)
 
 
 def missing_tracker(report_to: str) -> UserError | None:
@@ -266,21 +271,14 @@ def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
 
 def _time(recipe: Recipe, files: ModelFiles, machine: Machine) -> list[Check]:
     """Say how long the steps take, and how that is known."""
-    tokens = tokens_to_train(recipe)
-    if tokens is None:
-        return []
-    budget = machine.budget
-    name = machine.gpu.name if machine.gpu else this_processor().name
-    expected = expected_time(
-        recipe, files.architecture, budget.device, "" if budget.is_assumed else name, tokens
-    )
+    expected = forecast(recipe, machine, files)
     if expected is None:
         return []
-    if not expected.run:
-        known = "calculated: nothing was trained here yet"
+    if expected.time is None:
+        text = "Unknown until the first steps: nothing was trained on this machine yet."
     else:
-        known = f"by the speed of {expected.run}{'' if expected.is_same_model else ', another model'}"
-    return [Check(CheckKind.TIME, "ok", f"About {format_duration(expected.seconds)} of training, {known}.")]
+        text = f"{capitalize(expected.duration)} of training, {expected.time.source}."
+    return [Check(CheckKind.TIME, "ok", text)]
 
 
 def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:

@@ -12,8 +12,8 @@ in the order in which it is traveled:
                      ``description``: its architecture, from that model; ``direct_reads``: weights that
                      its code reads itself, which stay in 16 bits
 ``adapter``          adds LoRA; reads and writes its weights, and the final folder
-``samples``          tokenized samples, in a data set or in memory, and pairs of them
-``batches``          samples to sequences to micro-batches to steps, in an order that resume can repeat
+``samples``          tokenized samples in memory
+``batches``          the sequences of a step, planned in ``data.step_plan``, as micro-batches of tensors
 ``checks``           comparisons of every shortcut with the libraries, before it is used
 ``loop``             all steps; between them: report, evaluate, save, carry out requests
 ``trainer``          one optimizer step, and the state that a checkpoint holds

@@ -1,8 +1,7 @@
-"""Plans optimizer steps: which samples share a sequence, in which order, split into which micro-batches.
+"""The sequences of a planned step (:mod:`qlora_tui.data.step_plan`) as micro-batches of tensors.
 
-All steps of a run are planned before it starts, from recipe and seed alone. A step is a list of sequences, a
-sequence a list of samples. How the sequences of a step are split into micro-batches, and over how many
-processes, does not change what it learns, so a run can resume at any step, even with a smaller micro-batch.
+How the sequences of a step are split into micro-batches, and over how many processes, does not change what it
+learns, so a run can resume at any step, even with a smaller micro-batch.
 
 A micro-batch is one long sequence without padding where samples can be isolated, else padded sequences.
 Samples ``a a a``, ``b b`` and ``c`` with packing, ``data.max_length`` 4 and a micro-batch of 2 sequences::
@@ -29,19 +28,25 @@ chosen side of pair ``k`` as sample ``2k`` and the rejected side as ``2k + 1``::
 from __future__ import annotations
 
 import math
-import random
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
+from qlora_tui.data.step_plan import (
+    PackedSamples,
+    Pairs,
+    SidedDataset,
+    StepPlan,
+    TokenizedDataset,
+    members,
+    pack,
+)
 from qlora_tui.data.store import GOOD
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.loss import IGNORED, loss_positions
-from qlora_tui.training.samples import Pairs, Sample, SampleList, SidedDataset, TokenizedDataset, members
+from qlora_tui.training.samples import Sample, SampleList
 
 
 @dataclass(frozen=True)
@@ -55,91 +60,6 @@ class RowShape:
     multiple: int = 1
     """Multiple of tokens that a packed row is padded to."""
     pad_id: int = 0
-
-
-PackedSamples: TypeAlias = tuple[int, ...]
-"""Indices of the samples in one sequence; a single one without packing."""
-_LENGTH_GROUP = 16
-"""Steps per group that is sorted by length, where sequences are padded."""
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """The sequences of one optimizer step."""
-
-    sequences: tuple[PackedSamples, ...]
-    epoch: float
-    """Passes over the data after this step, as a fraction."""
-    ends_epoch: bool
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Every step of a run."""
-
-    steps: tuple[PlannedStep, ...]
-    sequences_per_epoch: int
-    steps_per_epoch: int
-    """Steps of the first epoch. With fractional weights, both numbers may differ by one in others."""
-
-
-def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, padding_free: bool) -> StepPlan:
-    """Plan every step of a run. ``padding_free``: a micro-batch is one sequence of isolated samples."""
-    training, data = recipe.training, recipe.data
-    steps: list[PlannedStep] = []
-    first_sequences = first_steps = 0
-    units = Pairs(cast("SidedDataset", samples)) if recipe.trains_pairs else samples
-    for epoch in range(math.ceil(training.epochs)):
-        order = units.epoch(epoch, training.seed)
-        shuffle = random.Random(f"{training.seed}/{epoch}/rows")
-        if padding_free and data.packing:
-            capacity = data.max_length * (2 if recipe.trains_pairs else 1)
-            sequences = pack(order, [units.length(i) for i in order], capacity)
-            shuffle.shuffle(sequences)
-        else:
-            sequences = [(i,) for i in order]
-        if not padding_free:
-            sequences = _group_by_length(sequences, units, recipe.effective_batch, shuffle)
-        if recipe.trains_pairs:
-            sequences = [members(sequence) for sequence in sequences]
-        if not epoch:
-            first_sequences = len(sequences)
-            first_steps = math.ceil(len(sequences) / recipe.effective_batch)
-        share = min(1.0, training.epochs - epoch)
-        sequences = sequences[: max(1, round(share * len(sequences)))]
-        steps += _steps_of(sequences, epoch, share, recipe.effective_batch)
-        if training.max_steps and len(steps) >= training.max_steps:
-            del steps[training.max_steps :]
-            break
-    return StepPlan(tuple(steps), first_sequences, first_steps)
-
-
-def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[PackedSamples]:
-    """Pack whole samples into few sequences by best-fit decreasing.
-
-    ``pack([7, 8, 9], [3, 2, 1], capacity=4)`` gives ``[(7, 9), (8,)]``: the longest sample first, each into
-    the sequence with the least space that is enough. A sample longer than ``capacity`` gets its own sequence.
-
-    Args:
-        order: indices of the samples.
-        lengths: their lengths in tokens, in the same order.
-        capacity: tokens per sequence.
-    """
-    by_length = sorted(range(len(order)), key=lambda k: -lengths[k])
-    sequences: list[list[int]] = []
-    free: list[tuple[int, int]] = []
-    """(tokens left, sequence), ascending: the first entry that is large enough is the best fit."""
-    for k in by_length:
-        place = bisect_left(free, (lengths[k], -1))
-        if place == len(free):
-            sequences.append([])
-            left, sequence = capacity, len(sequences) - 1
-        else:
-            left, sequence = free.pop(place)
-        sequences[sequence].append(order[k])
-        if left > lengths[k]:
-            insort(free, (left - lengths[k], sequence))
-    return [tuple(sequence) for sequence in sequences]
 
 
 def micro_batches(sequences: Sequence[PackedSamples], size: int) -> list[Sequence[PackedSamples]]:
@@ -281,37 +201,6 @@ def _padded(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
     for row, tensor in zip(padded, tensors, strict=True):
         row[: len(tensor)] = tensor
     return padded
-
-
-def _steps_of(
-    sequences: Sequence[PackedSamples], epoch: int, share: float, effective_batch: int
-) -> Iterator[PlannedStep]:
-    for start in range(0, len(sequences), effective_batch):
-        end = min(start + effective_batch, len(sequences))
-        yield PlannedStep(
-            tuple(sequences[start:end]), epoch + share * end / len(sequences), end == len(sequences)
-        )
-
-
-def _group_by_length(
-    sequences: list[PackedSamples],
-    samples: TokenizedDataset | Pairs,
-    effective_batch: int,
-    shuffle: random.Random,
-) -> list[PackedSamples]:
-    """Put sequences of similar length into one step, so that little is padded, and shuffle the steps.
-
-    Only full steps are shuffled: a shorter last step stays last.
-    """
-    window = _LENGTH_GROUP * effective_batch
-    steps: list[list[PackedSamples]] = []
-    for start in range(0, len(sequences), window):
-        group = sorted(sequences[start : start + window], key=lambda sequence: samples.length(sequence[0]))
-        steps += [group[k : k + effective_batch] for k in range(0, len(group), effective_batch)]
-    whole = [step for step in steps if len(step) == effective_batch]
-    shuffle.shuffle(whole)
-    rest = [step for step in steps if len(step) < effective_batch]
-    return [sequence for step in whole + rest for sequence in step]
 
 
 class Comparisons(NamedTuple):

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qlora_tui.data.step_plan import PlannedStep
 from qlora_tui.errors import UserError, disk_problem
 from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.toml import dump
@@ -26,7 +27,7 @@ from qlora_tui.runs.events import (
 from qlora_tui.training import checkpoints, model
 from qlora_tui.training.adapter import trained_weights_digest
 from qlora_tui.training.answers import generate_samples
-from qlora_tui.training.batches import PlannedStep, Steps, computed_tokens, longest_micro_batch
+from qlora_tui.training.batches import Steps, computed_tokens, longest_micro_batch
 from qlora_tui.training.checkpoints import CheckpointState
 from qlora_tui.training.control_requests import StepAbandoned, StopRequested
 from qlora_tui.training.evaluation import Evaluator

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qlora_tui.catalog.architecture_types import Architecture, inner_name
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.step_plan import TokenizedDataset
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.memory.quality import Difference, LayerError, Quality
@@ -35,7 +36,6 @@ from qlora_tui.training.experts.storage import round_to_4_bits
 from qlora_tui.training.gguf_conversion import model_folder
 from qlora_tui.training.model import freeze, load_mapped
 from qlora_tui.training.model_class import decoder_layers
-from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.worker import Report
 
 _ROWS, _ROW_TOKENS = 16, 512

@@ -20,6 +20,7 @@ import msgspec
 import torch
 from msgspec import Struct
 
+from qlora_tui.data.step_plan import TokenizedDataset, replayed
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError
@@ -27,7 +28,6 @@ from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.training.answers import answer_greedily
 from qlora_tui.training.forgetting import prompt_tokens
-from qlora_tui.training.samples import TokenizedDataset
 
 REPLAY_PROMPTS: tuple[str, ...] = (
     "What is the capital of Canada, and in which province does it lie?",
@@ -155,11 +155,6 @@ class ReplaySamples:
 
     def _row(self, i: int) -> ReplayRow | None:
         return None if i < len(self._samples) else self._rows[i - len(self._samples)]
-
-
-def replayed(samples: int, share: float) -> int:
-    """Number of answers to add to ``samples`` so that they are ``share`` of all."""
-    return round(samples * share / (1 - share))
 
 
 def compute_rows(

@@ -15,10 +15,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qlora_tui.data.step_plan import TokenizedDataset
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measuring
-from qlora_tui.training.samples import Sample, SampleList, TokenizedDataset
+from qlora_tui.training.samples import Sample, SampleList
 from qlora_tui.worker import Report
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ from typing import Any
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.dataset import PreparedDataset
 from qlora_tui.data.dataset_report import prompt_thinking
+from qlora_tui.data.step_plan import StepPlan, TokenizedDataset
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.adapter import StartingAdapter
-from qlora_tui.training.batches import RowShape, StepPlan
+from qlora_tui.training.batches import RowShape
 from qlora_tui.training.checkpoints import Checkpoint
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.control_requests import ControlRequests
@@ -20,7 +21,6 @@ from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.model import PreparedBase
 from qlora_tui.training.reporter import Reporter
-from qlora_tui.training.samples import TokenizedDataset
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -1,42 +1,11 @@
-"""What a step trains on: tokenized samples, in a data set or in memory, and pairs of them. Loads no torch."""
+"""Tokenized samples in memory, as a data set. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from qlora_tui.data.store import GOOD
-
-
-class TokenizedDataset(Protocol):
-    """The interface of a tokenized data set; ``qlora_tui.data.store.Samples`` implements it."""
-
-    def __len__(self) -> int: ...
-
-    def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
-
-    def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
-
-    def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token in the loss; None where each token in the loss has weight 1."""
-
-    def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
-
-    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Indices of all samples in the random order of one epoch."""
-
-
-class SidedDataset(TokenizedDataset, Protocol):
-    """Tokenized samples that are good or bad answers; ``qlora_tui.data.store.Samples`` is one."""
-
-    def side(self, i: int, /) -> int:
-        """``GOOD`` or ``BAD`` of :mod:`qlora_tui.data.store`."""
-
-    def of_side(self, side: int, /) -> SidedDataset:
-        """The samples of one side, in order."""
 
 
 class Sample(NamedTuple):
@@ -92,27 +61,3 @@ class SampleList:
     def tokens(self) -> int:
         """Tokens of all samples."""
         return sum(map(self.length, range(len(self))))
-
-
-class Pairs:
-    """The pairs of a data set, numbered from 0."""
-
-    def __init__(self, samples: SidedDataset) -> None:
-        self._samples = samples
-        self._chosen = samples.of_side(GOOD)
-
-    def __len__(self) -> int:
-        return len(self._samples) // 2
-
-    def length(self, pair: int) -> int:
-        """Tokens of both sides."""
-        return sum(self._samples.length(i) for i in members((pair,)))
-
-    def epoch(self, epoch: int, seed: int) -> Sequence[int]:
-        """The pairs in the random order of one epoch."""
-        return self._chosen.epoch(epoch, seed)
-
-
-def members(pairs: Sequence[int]) -> tuple[int, ...]:
-    """The samples of these pairs, the chosen side of each first."""
-    return tuple(i for pair in pairs for i in (2 * pair, 2 * pair + 1))

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.training.batches import PackedSamples, RowShape, collate, on_device, pack
+from qlora_tui.data.step_plan import PackedSamples, TokenizedDataset, pack
+from qlora_tui.training.batches import RowShape, collate, on_device
 from qlora_tui.training.loss import each_token_loss, find_head
 from qlora_tui.training.packed_attention import segment_mask
-from qlora_tui.training.samples import TokenizedDataset
 
 
 @contextmanager

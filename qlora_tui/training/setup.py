@@ -9,8 +9,10 @@ from typing import Any
 from transformers import set_seed
 
 from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.data import step_plan
 from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
 from qlora_tui.data.dataset_report import prompt_thinking, thinking_sentences
+from qlora_tui.data.step_plan import TokenizedDataset, plan_steps
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.trainable_tokens import token_ids
 from qlora_tui.formatting import pluralize
@@ -28,7 +30,6 @@ from qlora_tui.training.adapter import (
     misread_by_peft,
     trained_parameters,
 )
-from qlora_tui.training.batches import plan_steps
 from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
 from qlora_tui.training.checks.first_step import require_text_model, verify_first_step
 from qlora_tui.training.compute_device import choose_attention, versions
@@ -39,7 +40,6 @@ from qlora_tui.training.library_names import require_names
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.model import PreparedBase, checkpoint_activations, prepare_base
 from qlora_tui.training.run import Run
-from qlora_tui.training.samples import TokenizedDataset
 from qlora_tui.training.streaming.host_memory import HostMemory, require_host_memory
 from qlora_tui.training.streaming.input_offload import InputOffload, offload_inputs
 from qlora_tui.training.streaming.placement import movable_layers
@@ -247,7 +247,7 @@ def _with_replay(run: Run) -> TokenizedDataset:
     requested meanwhile, and OSError where they cannot be written.
     """
     recipe, path, train = run.recipe, run.directory.replay_path, run.data.train
-    count = replay.replayed(len(train), recipe.training.replay_share)
+    count = step_plan.replayed(len(train), recipe.training.replay_share)
     if not count:
         return train
 
@@ -405,7 +405,7 @@ def _report_data(run: Run) -> None:
             dropped=data.counts.dropped,
             cut=data.counts.cut,
             thinking=run.thinking,
-            replayed=replay.replayed(len(train), run.recipe.training.replay_share),
+            replayed=step_plan.replayed(len(train), run.recipe.training.replay_share),
         )
     )
     run.reporter.update(total_steps=total_steps)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
+    from qlora_tui.runs.doctor import Machine
     from qlora_tui.tui.system_monitor import SystemMonitor
     from qlora_tui.tui.workbench import Draft, Workbench
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 # where they are first used.
 
 SYSTEM_POLL_INTERVAL_S = 1.0
+_SETTLE_S = 0.3
 
 
 def _make_screen(mode: str) -> WorkScreen:
@@ -83,6 +85,11 @@ class QloraApp(TerminalApp):
         self.disk_faults = DiskFaults()
         self.deleted_runs: list[str] = []
         """Ids of the runs that were deleted in this app and not restored, the last one last."""
+        self.counts = 0
+        """How often samples were counted: what was estimated before is known since."""
+        self.count_problem: UserError | None = None
+        """Why those of the recipe could not be counted."""
+        self._counting: object = None
         self._polling = False
         self._is_small = False
         self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
@@ -123,6 +130,38 @@ class QloraApp(TerminalApp):
         if problem is not None:
             self.workbench.refuse_outline(model, problem)
         self.recipe_changed.publish(self.workbench.recipe)
+
+    def count_samples(self) -> None:
+        """Count the samples of the recipe's data in a process, then show everything by them."""
+        from qlora_tui.data.sources import every_source, source_stamps
+
+        recipe = self.workbench.recipe
+        stamps = [source_stamps(source) for source in every_source(recipe.data)]
+        wanted = (recipe.data, recipe.model, recipe.training.seed, stamps)
+        if wanted != self._counting and recipe.model.id and recipe.data.sources:
+            self._counting, self.count_problem = wanted, None
+            self._count_samples(recipe)
+
+    @work(exclusive=True, group="count")
+    async def _count_samples(self, recipe: Recipe) -> None:
+        from qlora_tui.runs.expected_time import count_data
+
+        try:
+            # A key held down changes the recipe many times.
+            await asyncio.sleep(_SETTLE_S)
+            is_news = await run_stoppable(count_data, recipe)
+        except UserError as problem:
+            self.count_problem, is_news = problem, True
+        if is_news:
+            self.counts += 1
+            self.recipe_changed.publish(self.workbench.recipe)
+
+    @property
+    def machine(self) -> Machine:
+        """This machine, where a run would start, whichever GPU the estimates assume."""
+        from qlora_tui.memory.budget import budget_for
+
+        return self.system_status.machine(budget_for(self.system_status.gpu))
 
     @property
     def memory_budget(self) -> MemoryBudget:

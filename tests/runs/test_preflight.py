@@ -11,25 +11,19 @@ import pytest
 from msgspec import structs
 
 from qlora_tui import paths
-from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import QuickCheckResult
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
-from qlora_tui.memory.budget import budget_for, this_processor
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source, Training
 from qlora_tui.runs import data_checks
-from qlora_tui.runs.data_checks import data_error, tokens_to_train
-from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.doctor import Check, CheckKind, Machine
-from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Environment
-from qlora_tui.runs.expected_time import expected_time
 from qlora_tui.runs.preflight import preflight
 from tests.catalog.configs import CONFIGS
 from tests.catalog.models import make_adapter_files
-from tests.support.step_events import a_step
 from tests.tui.sample_data import readable_model
 
 
@@ -304,64 +298,3 @@ def test_trainable_tokens_and_targets_are_checked_before_a_launch(tmp_path: Path
     assert "<|nowhere|>" in unknown[CheckKind.LORA].text
     nothing = checks_by_kind(Recipe(model=model, lora=Lora(target_modules=("none_proj",))))
     assert nothing[CheckKind.LORA].problem is not None
-
-
-def trained(recipe: Recipe, device: str, tokens_per_s: float) -> str:
-    """The name of a run that trained at this speed."""
-    run = create_run(recipe)
-    log = EventWriter(run.events_path)
-    environment = Environment(
-        at=0.0,
-        device=device,
-        device_kind="cpu",
-        device_total_bytes=1,
-        compute_dtype="float32",
-        attention="sdpa",
-        optimizer="adamw",
-        loss="chunked",
-        versions={},
-    )
-    log.append(environment)
-    for step in range(1, 5):
-        log.append(a_step(step, tokens_per_s=tokens_per_s if step > 1 else 0.1))
-    log.close()
-    return run.name
-
-
-@pytest.mark.slow
-def test_the_time_is_by_the_nearest_run_on_this_device(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 1000)
-    small = Recipe(
-        name="small",
-        model=Model(id=readable_model(tmp_path / "small")),
-        data=Data(sources=(Source(path=str(rows)),), validation_fraction=0.0),
-        training=Training(epochs=2),
-    )
-    large_id = readable_model(tmp_path / "large", "HuggingFaceTB__SmolLM2-1.7B")
-    large = structs.replace(small, name="large", model=Model(id=large_id))
-    assert CheckKind.TIME not in checks_by_kind(small)
-    gpu = GpuDevice(0, "NVIDIA GeForce RTX 4090", None, 24 << 30, "8.9", None)
-    budget = budget_for(gpu)
-    calculated = next(c for c in preflight(small, Machine(budget, gpu=gpu)) if c.kind is CheckKind.TIME)
-    assert "calculated" in calculated.text
-
-    here = this_processor().name
-    trained(small, "another processor", 1e6)
-    architecture = parse_architecture(Path(small.model.id) / "config.json")
-    device = budget_for(None).device
-    tokens = tokens_to_train(small)
-    assert tokens is not None
-    assert expected_time(small, architecture, device, here, tokens) is None
-    slow = trained(large, here, 10.0)
-    by_large = expected_time(small, architecture, device, here, tokens)
-    assert by_large is not None and by_large.run == slow and by_large.seconds < tokens / 50
-    name = trained(small, here, 100.0)
-    by_small = expected_time(small, architecture, device, here, tokens)
-    assert by_small is not None and by_small.run == name
-    assert by_small.seconds == pytest.approx(tokens / 100)
-    assert f"by the speed of {name}." in checks_by_kind(small)[CheckKind.TIME].text
-    longer = structs.replace(small, training=Training(epochs=4))
-    assert tokens_to_train(longer) == pytest.approx(2 * tokens, rel=0.1)
-    limited = structs.replace(small, training=Training(epochs=4, max_steps=1))
-    assert (tokens_to_train(limited) or 0) < tokens / 2

@@ -12,17 +12,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
+from qlora_tui.data.step_plan import StepPlan, pack, plan_steps
 from qlora_tui.recipe.schema import Data, Recipe, Training
 from qlora_tui.training.batches import (
     RowShape,
-    StepPlan,
     Steps,
     collate,
     computed_tokens,
     count_tokens,
     micro_batches,
-    pack,
-    plan_steps,
     sum_loss_weights,
     validation_batches,
 )

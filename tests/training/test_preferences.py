@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qlora_tui.catalog.local_models import load_architecture
+from qlora_tui.data.step_plan import PlannedStep, StepPlan
 from qlora_tui.data.store import BAD, GOOD
 from qlora_tui.recipe.schema import (
     PREFERENCE_METHODS,
@@ -24,14 +25,7 @@ from qlora_tui.recipe.schema import (
 from qlora_tui.training import loss as chunked_loss
 from qlora_tui.training import loss as head_chunks
 from qlora_tui.training.adapter import StartingAdapter
-from qlora_tui.training.batches import (
-    PlannedStep,
-    RowShape,
-    StepPlan,
-    Steps,
-    collate_answers,
-    mismatched_samples,
-)
+from qlora_tui.training.batches import RowShape, Steps, collate_answers, mismatched_samples
 from qlora_tui.training.loss import ChunkedHead, token_losses
 from qlora_tui.training.model import checkpoint_activations
 from qlora_tui.training.preferences import (

@@ -9,18 +9,12 @@ import pytest
 
 pytest.importorskip("torch")
 
+from qlora_tui.data.step_plan import replayed
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import DataReady, Evaluated
 from qlora_tui.training.forgetting import GENERAL_PROMPTS
-from qlora_tui.training.replay import (
-    REPLAY_PROMPTS,
-    ReplayRow,
-    ReplaySamples,
-    read_rows,
-    replayed,
-    write_rows,
-)
+from qlora_tui.training.replay import REPLAY_PROMPTS, ReplayRow, ReplaySamples, read_rows, write_rows
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of

@@ -21,10 +21,10 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.optional_kernels import KernelPackage
+from qlora_tui.data.step_plan import PlannedStep, StepPlan
 from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import loss, packed_attention
 from qlora_tui.training.adapter import add_lora
-from qlora_tui.training.batches import PlannedStep, StepPlan
 from qlora_tui.training.checks import first_step
 from qlora_tui.training.checks.first_step import (
     FastPaths,

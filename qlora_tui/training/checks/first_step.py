@@ -14,19 +14,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from qlora_tui.data.step_plan import PackedSamples, StepPlan, TokenizedDataset
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import join_words
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.memory.execution import LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS
 from qlora_tui.runs.events import StepVerified
 from qlora_tui.training import loss, packed_attention
-from qlora_tui.training.batches import (
-    PackedSamples,
-    StepPlan,
-    count_tokens,
-    longest_micro_batch,
-    micro_batches,
-)
+from qlora_tui.training.batches import count_tokens, longest_micro_batch, micro_batches
 from qlora_tui.training.checks.base import prepare_for_text, require_causal
 from qlora_tui.training.checks.step import (
     StepComparison,
@@ -42,7 +37,7 @@ from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.model import PreparedBase
 from qlora_tui.training.reporter import Reporter
 from qlora_tui.training.run import Run
-from qlora_tui.training.samples import SampleList, TokenizedDataset
+from qlora_tui.training.samples import SampleList
 
 FastPath: TypeAlias = Literal["packed attention", "loss", "kernels"] | PatchedPart
 DESCRIPTIONS: dict[FastPath, str] = {

@@ -20,12 +20,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qlora_tui.training.batches import PackedSamples, RowShape, collate, on_device, sum_loss_weights
+from qlora_tui.data.step_plan import PackedSamples, TokenizedDataset
+from qlora_tui.training.batches import RowShape, collate, on_device, sum_loss_weights
 from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_error_of, rounding_errors
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.loss import IGNORED
 from qlora_tui.training.model import dropout_settings
-from qlora_tui.training.samples import Sample, SampleList, TokenizedDataset
+from qlora_tui.training.samples import Sample, SampleList
 
 Gradients: TypeAlias = dict[str, Tensor]
 """Gradient of each trained parameter, by its name in the model."""

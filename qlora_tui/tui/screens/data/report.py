@@ -10,9 +10,9 @@ from textual.content import Content
 
 from qlora_tui.data.dataset_report import Lengths, Report
 from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, row_outcome
-from qlora_tui.data.quick_check import steps_per_epoch, total_steps
 from qlora_tui.formatting import format_bytes, format_duration, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import key_name
@@ -43,13 +43,11 @@ class TotalsPanel(Panel):
         super().__init__("Tokens", self._totals, keys=_TOTALS_KEYS, id="totals-panel")
 
     def show(
-        self, report: Report, recipe: Recipe, costs: list[LengthCost], *, brief: bool, evidence: bool
+        self, report: Report, recipe: Recipe, expected: Forecast | None, *, brief: bool, evidence: bool
     ) -> None:
         """Show the totals of a report; see :func:`totals`."""
-        now = next((cost for cost in costs if cost.name == "now" and cost.seconds is not None), None)
-        time = f", about {format_duration(now.seconds)}" if now and report.complete else ""
         width = self.content_size.width
-        self.show_text(totals(report, recipe, width, time, brief=brief, evidence=evidence))
+        self.show_text(totals(report, recipe, width, expected, brief=brief, evidence=evidence))
 
     def show_text(self, text: Content) -> None:
         """Show a text in place of totals."""
@@ -90,6 +88,7 @@ class ProblemsPanel(Panel):
         report: Report | None,
         problems: Sequence[DataProblem],
         recipe: Recipe,
+        expected: Forecast | None,
         *,
         brief: bool,
         narrow: bool,
@@ -100,6 +99,7 @@ class ProblemsPanel(Panel):
             report: The report.
             problems: Those that the recipe does not fix already.
             recipe: What the rows are used for.
+            expected: The length of the run, if it is known.
             brief: Whether to leave out fixes.
             narrow: Whether to leave out also what to do about too few steps.
         """
@@ -115,7 +115,7 @@ class ProblemsPanel(Panel):
             several = len(report.files) > 1
             line = problem_line(problem, recipe.data, brief=brief, several=several, bad_rows=skipped)
             lines.append((f"{problem.kind} {problem.path}", line))
-        if few_steps := few_steps_line(report, recipe, brief=narrow or (brief and bool(lines))):
+        if few_steps := few_steps_line(expected, recipe, brief=narrow or (brief and bool(lines))):
             lines.append(("steps", few_steps))
         # Errors found later come before what the cursor was on.
         select = lines[0][0] if lines and not self._list.has_focus else None
@@ -136,9 +136,15 @@ def bad_row_count(problems: Sequence[DataProblem]) -> int:
 
 
 def totals(
-    report: Report, recipe: Recipe, width: int, time: str = "", *, brief: bool = False, evidence: bool = True
+    report: Report,
+    recipe: Recipe,
+    width: int,
+    expected: Forecast | None = None,
+    *,
+    brief: bool = False,
+    evidence: bool = True,
 ) -> Content:
-    """The detected format and the resulting samples and tokens.
+    """The detected format and the resulting samples and tokens, and the length of the run if it is known.
 
     ``evidence``: what the format was recognized by. ``brief`` leaves out all sentences on reasoning but the
     first.
@@ -172,11 +178,10 @@ def totals(
     cells = min(_MAX_BAR, width - _LABEL - len(trained) - 1)
     drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
     lines += _labeled("to learn", Content.assemble((drawn, "$secondary"), trained), width)
-    if report.complete and counts.samples:
-        a_pass, steps = _steps(report, recipe)
-        lines += _labeled("steps", Content(f"about {a_pass:,} an epoch, {steps:,} in all{time}"), width)
+    if report.complete and not counts.samples:
+        lines += _labeled("steps", Content("Nothing to train on"), width)
     elif report.complete:
-        lines += _labeled("steps", Content(f"Nothing to train on{time}"), width)
+        lines += _labeled("steps", Content(_length_words(expected)), width)
     lines += map(Content, report.thinking[:1] if brief else report.thinking)
     lines.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
     return Content("\n").join(lines)
@@ -256,17 +261,13 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
     return f"train {', '.join(problem.tokens)}" if problem.tokens else ""
 
 
-def few_steps_line(report: Report, recipe: Recipe, *, brief: bool) -> Content | None:
+def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) -> Content | None:
     """The warning that the run has too few steps, if it has; ``brief``: without what to do."""
-    if not report.complete or not report.counts.samples:
+    if expected is None or not expected.length.is_complete or expected.length.steps >= FEW_STEPS:
         return None
-    if len(recipe.data.sources) > 1:  # the report is on one of them, and the run has steps of all
-        return None
-    a_pass, steps = _steps(report, recipe)
-    if steps >= FEW_STEPS:
-        return None
+    length = expected.length
     # In one line of 37 cells: in a small window it is beside a scrollbar.
-    warning = Content.styled(f"! Only {pluralize(steps, 'step')}: too few to learn much", "$warning")
+    warning = Content.styled(f"! Only {pluralize(length.steps, 'step')}: too few to learn much", "$warning")
     if brief:
         return warning
     training = recipe.training
@@ -274,18 +275,17 @@ def few_steps_line(report: Report, recipe: Recipe, *, brief: bool) -> Content | 
     lower = f"accumulation (now {accumulation})" if accumulation > 1 else f"micro-batch (now {micro_batch})"
     less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
     # Where Max steps ends the run, neither more epochs nor smaller steps make it longer.
-    is_limited = steps < total_steps(a_pass, recipe)
-    change = "raise Max steps" if is_limited else f"raise Epochs{less}"
+    change = "raise Max steps" if length.steps < length.all_steps else f"raise Epochs{less}"
     return warning + Content.styled(f"\n  ▸ On {key_name('go.train')} Train, {change}.", "dim")
 
 
-def _steps(report: Report, recipe: Recipe) -> tuple[int, int]:
-    """Optimizer steps of an epoch, and of the whole run."""
-    sources = recipe.data.sources
-    weight = sources[0].weight if len(sources) == 1 else 1.0
-    a_pass = steps_per_epoch(report.counts.samples * weight, report.counts.tokens * weight, recipe)
-    steps = total_steps(a_pass, recipe)
-    return a_pass, min(steps, recipe.training.max_steps or steps)
+def _length_words(expected: Forecast | None) -> str:
+    """``57 an epoch, 114 in all, about 25 min``."""
+    if expected is None:
+        return "not known yet"
+    length = expected.length
+    time = f", {expected.duration}" if expected.time else ""
+    return f"{length.about}{length.steps_per_epoch:,} an epoch, {length.steps:,} in all{time}"
 
 
 def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:

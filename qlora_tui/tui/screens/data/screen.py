@@ -26,7 +26,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Recipe, Source
-from qlora_tui.runs.length_costs import LengthCost, last_throughput, length_costs
+from qlora_tui.runs.expected_time import Forecast, forecast
+from qlora_tui.runs.length_costs import LengthCost, length_costs
 from qlora_tui.runs.row_losses import measure_row_losses, read_row_losses
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import error_content
@@ -114,8 +115,8 @@ class DataScreen(WorkScreen):
         self._measuring = False
         self._costs: list[LengthCost] = []
         self._costs_key: object = None
-        self._throughputs: dict[str, float | None] = {}
-        """How fast each model was trained last."""
+        self._forecast: Forecast | None = None
+        """Steps and time of the run; None until they are known."""
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):
@@ -450,20 +451,20 @@ class DataScreen(WorkScreen):
     def _update_costs(self) -> None:
         """Work out what other lengths would cost, once there is a whole report."""
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
-        key = (self.report, recipe, budget)
+        key = (self.report, recipe, budget, self.app.counts)
         if self.report is None or not self.report.complete or key == self._costs_key:
             return
         self._costs_key = key
         self._read_costs(self.report, recipe)
+        self.app.count_samples()
 
     @work(exclusive=True, group="costs")
     async def _read_costs(self, report: Report, recipe: Recipe) -> None:
-        architecture, budget = self.app.workbench.architecture(), self.app.memory_budget
-        model = recipe.model.id
-        if model not in self._throughputs:
-            self._throughputs[model] = await asyncio.to_thread(last_throughput, model)
-        speed = self._throughputs[model]
-        self._costs = await asyncio.to_thread(length_costs, report, recipe, architecture, budget, speed)
+        architecture, machine = self.app.workbench.architecture(), self.app.machine
+        self._forecast = await asyncio.to_thread(forecast, recipe, machine)
+        self._costs = await asyncio.to_thread(
+            length_costs, report, recipe, architecture, self.app.memory_budget, machine
+        )
         self._show_report()
 
     def _show_report(self) -> None:
@@ -480,21 +481,23 @@ class DataScreen(WorkScreen):
         self.query_one(LengthsPanel).show(report, recipe.data, self._costs, height)
         totals = self.query_one(TotalsPanel)
         evidence = alone or self.has_class("-very-wide")
-        totals.show(report, recipe, self._costs, brief=narrow, evidence=evidence)
+        totals.show(report, recipe, self._forecast, brief=narrow, evidence=evidence)
         name = Path(self._request.source.path).name if self._request else ""
         totals.show_title(f"Tokens of {name}" if len(recipe.data.sources) > 1 else "Tokens")
         # In a short window, the fix is shown above a row that has the problem.
         brief = narrow or (self.size.height < _TALL and not alone)
-        self.query_one(ProblemsPanel).show(report, self.problems, recipe, brief=brief, narrow=narrow)
+        self.query_one(ProblemsPanel).show(
+            report, self.problems, recipe, self._forecast, brief=brief, narrow=narrow
+        )
         self._show_place()
 
     def _clear_figures(self) -> None:
-        self._costs, self._costs_key = [], None
+        self._costs, self._costs_key, self._forecast = [], None, None
         self.query_one("#data-body").add_class("-unreadable")
         recipe = self.app.workbench.recipe
         self.query_one(TotalsPanel).show_text(Content(""))
         self.query_one(LengthsPanel).show(None, recipe.data, [], 0)
-        self.query_one(ProblemsPanel).show(None, (), recipe, brief=True, narrow=True)
+        self.query_one(ProblemsPanel).show(None, (), recipe, None, brief=True, narrow=True)
         if self.shown is None:  # else a row is still shown, though not all of them can be read
             panel = self.query_one(SamplePanel)
             panel.show_legend(Content(""))

@@ -15,14 +15,13 @@ from textual.widget import Widget
 
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.formatting import capitalize, truncate_middle
-from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.doctor import Check
+from qlora_tui.runs.doctor import Check, Machine
 from qlora_tui.runs.events import STEP_PHASES
-from qlora_tui.runs.preflight import preflight
+from qlora_tui.runs.preflight import preflight, with_count
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.desktop import open_folder
@@ -246,21 +245,17 @@ class TrainScreen(EvaluationActions):
         if (snapshot.status.state, snapshot.fix) != before:
             self.refresh_bindings()
 
-    @property
-    def _budget(self) -> MemoryBudget:
-        """Memory of this machine, where the run would start, whichever GPU the estimates assume."""
-        return budget_for(self.app.system_status.gpu)
-
     def _check(self) -> None:
         """Run the checks again, if anything they depend on has changed."""
         if self.run is not None:
             return
         system_status, recipe = self.app.system_status, self.app.workbench.recipe
-        free = system_status.free_bytes
+        free, machine = system_status.free_bytes, self.app.machine
         key = (
             recipe,
             self._stamps,
-            self._budget,
+            self.app.counts,
+            machine.budget,
             system_status.active,
             system_status.waiting_ids,
             system_status.no_gpu,
@@ -268,14 +263,13 @@ class TrainScreen(EvaluationActions):
         )
         if key != self._checks_key:
             self._checks_key = key
-            self._start_checks(recipe, system_status)
+            self._start_checks(recipe, machine)
+            self.app.count_samples()
 
     @work(exclusive=True, group="checks")
-    async def _start_checks(self, recipe: Recipe, system_status: SystemStatus) -> None:
-        self._show_checks(recipe, await self._run_checks(recipe, system_status))
-
-    async def _run_checks(self, recipe: Recipe, system_status: SystemStatus) -> tuple[Check, ...]:
-        return await asyncio.to_thread(preflight, recipe, system_status.machine(self._budget))
+    async def _start_checks(self, recipe: Recipe, machine: Machine) -> None:
+        checks = await asyncio.to_thread(preflight, recipe, machine)
+        self._show_checks(recipe, with_count(checks, self.app.count_problem))
 
     def _show_checks(self, recipe: Recipe, checks: tuple[Check, ...]) -> None:
         self.checks = checks
@@ -288,7 +282,7 @@ class TrainScreen(EvaluationActions):
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
         recipe = self.app.workbench.recipe
-        checks = await self._run_checks(recipe, self.app.system_status)
+        checks = await asyncio.to_thread(preflight, recipe, self.app.machine)
         if recipe == self.app.workbench.recipe:
             self._show_checks(recipe, checks)
         run = await launch(self.app, recipe, checks)

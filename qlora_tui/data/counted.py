@@ -1,0 +1,129 @@
+"""The lengths of all samples of a run, counted before its launch and kept by content.
+
+They are counted as the trainer does it: every row is rendered, tokenized, cut, dropped or split, and the rows
+for validation are chosen. What is kept decides how many steps a run has (:func:`.step_plan.count_steps`)
+under any batch, packing, weights and number of epochs.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.answer_cache import AnswerCache
+from qlora_tui.catalog.local_models import ModelFiles
+from qlora_tui.data.dataset_report import Counts
+from qlora_tui.data.excluded_rows import all_excluded
+from qlora_tui.data.quick_check import file_fingerprint, tokenizer_fingerprint
+from qlora_tui.data.sources import every_source, is_hub_dataset, local_files, paths_of
+from qlora_tui.data.store import GOOD, epoch_order
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Data, Recipe
+
+RENDERING = 9
+"""Version of the rendering; increased when the same data and settings give different tokens or splits."""
+_KEPT = 200
+"""Counts that are kept, of as many states of data and settings."""
+_MAX_BYTES = 64 << 20
+
+
+class SampleLengths:
+    """The training samples of a run, of which only lengths and sources are known."""
+
+    def __init__(self, lengths: Sequence[int], sources: Sequence[int], data: Data) -> None:
+        """``data``: has the weight of each source."""
+        self._lengths = lengths
+        self._sources = sources
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def length(self, i: int, /) -> int:
+        """Length of sample ``i`` in tokens."""
+        return self._lengths[i]
+
+    def epoch(self, epoch: int, seed: int, /) -> array[int]:
+        """The samples of one epoch in random order."""
+        return epoch_order(self._sources, [source.weight for source in self._data.sources], epoch, seed)
+
+    def of_side(self, side: int, /) -> SampleLengths:
+        """The chosen sides of pairs, or the rejected ones."""
+        first = 0 if side == GOOD else 1
+        return SampleLengths(self._lengths[first::2], self._sources[first::2], self._data)
+
+
+class Counted(Struct, frozen=True):
+    """The samples of a run. Without any, no row gives one."""
+
+    counts: Counts
+    lengths: bytes
+    """Tokens of each training sample, 32-bit unsigned."""
+    sources: bytes
+    """Index of the source of each, 16-bit unsigned."""
+
+    def samples(self, data: Data) -> SampleLengths:
+        """Return the training samples, weighted as ``data`` says."""
+        return SampleLengths(array("I", self.lengths), array("H", self.sources), data)
+
+
+_cache = AnswerCache("counted", Counted, max_bytes=_MAX_BYTES)
+
+
+def find_counted(recipe: Recipe, model: ModelFiles) -> Counted | None:
+    """Return what was counted for this data, model and settings; None if it was not, or has changed."""
+    key = counted_key(recipe, model)
+    return None if key is None else _cache.find(key)
+
+
+def keep_counted(key: bytes, counted: Counted) -> None:
+    """Keep what was counted under its :func:`counted_key`."""
+    _cache.keep(key, counted, _KEPT)
+
+
+def counted_key(recipe: Recipe, model: ModelFiles) -> bytes | None:
+    """Return a key of everything that decides a sample or the split; None while a file is not here."""
+    replace = msgspec.structs.replace
+    sources = tuple(replace(source, weight=1.0) for source in recipe.data.sources)
+    data = replace(recipe.data, packing=True, sources=sources)
+    stamps: list[tuple[str, int, int]] = []
+    with suppress(OSError, UserError):
+        for source in every_source(recipe.data):
+            paths = local_files(source.path) if is_hub_dataset(source.path) else paths_of(source)[0]
+            if paths is None:
+                return None
+            stamps += [(str(path.resolve()), *file_fingerprint(path)) for path in paths]
+        what = (RENDERING, data, recipe.training.seed, stamps, _tokenizer(recipe, model))
+        return repr(what).encode(errors="surrogateescape")
+    return None
+
+
+def _tokenizer(recipe: Recipe, model: ModelFiles) -> tuple[object, ...]:
+    """Return what identifies the tokenizer and its template. Raises OSError."""
+    if model.gguf_file is None:
+        return tokenizer_fingerprint(model.folder, recipe.model.chat_template, recipe.data.train_on)
+    file: Path = model.folder / model.gguf_file
+    return (str(file.resolve()), file_fingerprint(file), recipe.model.chat_template)
+
+
+def nothing_left(counts: Counts, recipe: Recipe) -> UserError:
+    """Return the error for data of which no row gives a sample."""
+    if counts.excluded and not counts.rows:
+        return all_excluded(counts.excluded)
+    if counts.dropped and recipe.data.overflow == "drop":
+        fix = 'Raise Sequence length (data.max_length), or cut long samples: data.overflow = "cut-right".'
+    elif counts.dropped:
+        fix = "Raise Sequence length (data.max_length): the answers are beyond the cut."
+    else:
+        fix = "Look at the file with: qlora-tui data inspect FILE"
+    return UserError(
+        "Nothing to train on",
+        what=f"None of the {counts.rows} rows gives a sample: {counts.left_out} were left out, "
+        f"{counts.dropped} had nothing to learn within {recipe.data.max_length} tokens.",
+        fix=fix,
+    )

@@ -1,0 +1,265 @@
+"""Plans optimizer steps: which samples share a sequence, in which order, and how many steps a run has.
+
+All steps of a run are planned before it starts, from recipe and seed alone. A step is a list of sequences, a
+sequence a list of samples. The trainer plans with tokenized samples; before a launch the same code counts the
+steps from their lengths. :mod:`qlora_tui.training.batches` makes micro-batches of the sequences.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, cast
+
+from qlora_tui.data.store import GOOD
+from qlora_tui.recipe.schema import Recipe
+
+
+class Lengths(Protocol):
+    """What the steps of a run are counted from."""
+
+    def __len__(self) -> int: ...
+
+    def length(self, i: int, /) -> int:
+        """Length of sample ``i`` in tokens."""
+
+    def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
+        """Indices of all samples in the random order of one epoch."""
+
+
+class SidedLengths(Lengths, Protocol):
+    """Lengths of good and bad answers."""
+
+    def of_side(self, side: int, /) -> Lengths:
+        """The samples of one side, in order."""
+
+
+class TokenizedDataset(Lengths, Protocol):
+    """The interface of a tokenized data set; ``qlora_tui.data.store.Samples`` implements it."""
+
+    def token_ids(self, i: int, /) -> Sequence[int]:
+        """Token ids of sample ``i``."""
+
+    def loss_mask(self, i: int, /) -> Sequence[int]:
+        """1 for each token in the loss, else 0."""
+
+    def weights(self, i: int, /) -> Sequence[float] | None:
+        """Weight of each token in the loss; None where each token in the loss has weight 1."""
+
+
+class SidedDataset(TokenizedDataset, Protocol):
+    """Tokenized samples that are good or bad answers; ``qlora_tui.data.store.Samples`` is one."""
+
+    def side(self, i: int, /) -> int:
+        """``GOOD`` or ``BAD`` of :mod:`qlora_tui.data.store`."""
+
+    def of_side(self, side: int, /) -> SidedDataset:
+        """The samples of one side, in order."""
+
+
+class Pairs:
+    """The pairs of a data set, numbered from 0."""
+
+    def __init__(self, samples: SidedLengths) -> None:
+        self._samples = samples
+        self._chosen = samples.of_side(GOOD)
+
+    def __len__(self) -> int:
+        return len(self._samples) // 2
+
+    def length(self, pair: int) -> int:
+        """Tokens of both sides."""
+        return sum(self._samples.length(i) for i in members((pair,)))
+
+    def epoch(self, epoch: int, seed: int) -> Sequence[int]:
+        """The pairs in the random order of one epoch."""
+        return self._chosen.epoch(epoch, seed)
+
+
+def members(pairs: Sequence[int]) -> tuple[int, ...]:
+    """The samples of these pairs, the chosen side of each first."""
+    return tuple(i for pair in pairs for i in (2 * pair, 2 * pair + 1))
+
+
+PackedSamples: TypeAlias = tuple[int, ...]
+"""Indices of the samples in one sequence; a single one without packing."""
+
+
+REPLAYED_TOKENS = 90
+"""Tokens of a replayed answer with its prompt, on average."""
+_LENGTH_GROUP = 16
+"""Steps per group that is sorted by length, where sequences are padded."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """The sequences of one optimizer step."""
+
+    sequences: tuple[PackedSamples, ...]
+    epoch: float
+    """Passes over the data after this step, as a fraction."""
+    ends_epoch: bool
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Every step of a run."""
+
+    steps: tuple[PlannedStep, ...]
+    sequences_per_epoch: int
+    steps_per_epoch: int
+    """Steps of the first epoch. With fractional weights, both numbers may differ by one in others."""
+
+
+def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, padding_free: bool) -> StepPlan:
+    """Plan every step of a run. ``padding_free``: a micro-batch is one sequence of isolated samples."""
+    training = recipe.training
+    steps: list[PlannedStep] = []
+    first_sequences = first_steps = 0
+    units = _units(samples, recipe)
+    for epoch in range(math.ceil(training.epochs)):
+        order = units.epoch(epoch, training.seed)
+        shuffle = random.Random(f"{training.seed}/{epoch}/rows")
+        sequences = _sequences(order, [units.length(i) for i in order], recipe, padding_free=padding_free)
+        if padding_free and recipe.data.packing:
+            shuffle.shuffle(sequences)
+        if not padding_free:
+            sequences = _group_by_length(sequences, units, recipe.effective_batch, shuffle)
+        if recipe.trains_pairs:
+            sequences = [members(sequence) for sequence in sequences]
+        if not epoch:
+            first_sequences = len(sequences)
+            first_steps = math.ceil(len(sequences) / recipe.effective_batch)
+        share = min(1.0, training.epochs - epoch)
+        sequences = sequences[: _trained(len(sequences), share)]
+        steps += _steps_of(sequences, epoch, share, recipe.effective_batch)
+        if training.max_steps and len(steps) >= training.max_steps:
+            del steps[training.max_steps :]
+            break
+    return StepPlan(tuple(steps), first_sequences, first_steps)
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """How many steps a run has."""
+
+    per_epoch: int
+    """Steps of the first epoch."""
+    all_epochs: int
+    """Steps of all epochs, without ``training.max_steps``."""
+    tokens: int
+    """Tokens of the first epoch, without padding."""
+
+
+def count_steps(
+    samples: Lengths, recipe: Recipe, *, padding_free: bool, epochs_are_equal: bool = True
+) -> StepCount:
+    """Count the steps that :func:`plan_steps` would plan.
+
+    Answers of the base that ``training.replay_share`` adds have a typical length: they are not known yet.
+
+    Args:
+        samples: of the training split; their lengths suffice.
+        padding_free: a micro-batch is one sequence of isolated samples.
+        epochs_are_equal: whether every epoch has the same samples: no source has a fractional weight.
+    """
+    training, units = recipe.training, _units(samples, recipe)
+    steps = per_epoch = tokens = sequences = 0
+    for epoch in range(math.ceil(training.epochs)):
+        if not epoch or not epochs_are_equal:
+            order = units.epoch(epoch, training.seed)
+            lengths = [units.length(i) for i in order]
+            lengths += [REPLAYED_TOKENS] * replayed(len(order), training.replay_share)
+            numbers = range(len(lengths))
+            sequences = len(_sequences(numbers, lengths, recipe, padding_free=padding_free))
+            if not epoch:
+                tokens, per_epoch = sum(lengths), math.ceil(sequences / recipe.effective_batch)
+        share = min(1.0, training.epochs - epoch)
+        steps += math.ceil(_trained(sequences, share) / recipe.effective_batch)
+    return StepCount(per_epoch, steps, tokens)
+
+
+def _units(samples: Lengths, recipe: Recipe) -> Lengths:
+    """Return what sequences are made of: samples, or pairs of them."""
+    return Pairs(cast("SidedLengths", samples)) if recipe.trains_pairs else samples
+
+
+def _sequences(
+    order: Sequence[int], lengths: Sequence[int], recipe: Recipe, *, padding_free: bool
+) -> list[PackedSamples]:
+    """Return the samples or pairs of an epoch, packed if the recipe and ``padding_free`` say so."""
+    if not (padding_free and recipe.data.packing):
+        return [(i,) for i in order]
+    return pack(order, lengths, recipe.data.max_length * (2 if recipe.trains_pairs else 1))
+
+
+def _trained(sequences: int, share: float) -> int:
+    """Return how many sequences of an epoch are trained if that is only ``share`` of it."""
+    return max(1, round(share * sequences))
+
+
+def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[PackedSamples]:
+    """Pack whole samples into few sequences by best-fit decreasing.
+
+    ``pack([7, 8, 9], [3, 2, 1], capacity=4)`` gives ``[(7, 9), (8,)]``: the longest sample first, each into
+    the sequence with the least space that is enough. A sample longer than ``capacity`` gets its own sequence.
+
+    Args:
+        order: indices of the samples.
+        lengths: their lengths in tokens, in the same order.
+        capacity: tokens per sequence.
+    """
+    by_length = sorted(range(len(order)), key=lambda k: -lengths[k])
+    sequences: list[list[int]] = []
+    free: list[tuple[int, int]] = []
+    """(tokens left, sequence), ascending: the first entry that is large enough is the best fit."""
+    for k in by_length:
+        place = bisect_left(free, (lengths[k], -1))
+        if place == len(free):
+            sequences.append([])
+            left, sequence = capacity, len(sequences) - 1
+        else:
+            left, sequence = free.pop(place)
+        sequences[sequence].append(order[k])
+        if left > lengths[k]:
+            insort(free, (left - lengths[k], sequence))
+    return [tuple(sequence) for sequence in sequences]
+
+
+def _steps_of(
+    sequences: Sequence[PackedSamples], epoch: int, share: float, effective_batch: int
+) -> Iterator[PlannedStep]:
+    for start in range(0, len(sequences), effective_batch):
+        end = min(start + effective_batch, len(sequences))
+        yield PlannedStep(
+            tuple(sequences[start:end]), epoch + share * end / len(sequences), end == len(sequences)
+        )
+
+
+def _group_by_length(
+    sequences: list[PackedSamples],
+    samples: Lengths,
+    effective_batch: int,
+    shuffle: random.Random,
+) -> list[PackedSamples]:
+    """Put sequences of similar length into one step, so that little is padded, and shuffle the steps.
+
+    Only full steps are shuffled: a shorter last step stays last.
+    """
+    window = _LENGTH_GROUP * effective_batch
+    steps: list[list[PackedSamples]] = []
+    for start in range(0, len(sequences), window):
+        group = sorted(sequences[start : start + window], key=lambda sequence: samples.length(sequence[0]))
+        steps += [group[k : k + effective_batch] for k in range(0, len(group), effective_batch)]
+    whole = [step for step in steps if len(step) == effective_batch]
+    shuffle.shuffle(whole)
+    rest = [step for step in steps if len(step) < effective_batch]
+    return [sequence for step in whole + rest for sequence in step]
+
+
+def replayed(samples: int, share: float) -> int:
+    """Number of answers to add to ``samples`` so that they are ``share`` of all."""
+    return round(samples * share / (1 - share))
