@@ -12,14 +12,18 @@ from qlora_tui.catalog.local_models import find_files
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.subcommand import (
     CommandResult,
+    ProgressLine,
     Subcommand,
     add_recipe_arguments,
+    checks_as_data,
+    format_checks,
     note_description,
     positive_int,
     recipe_from_args,
 )
 from qlora_tui.data.sources import every_source, paths_of
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.formatting import capitalize
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.visible_devices import visible_gpus
 from qlora_tui.recipe.conflicts import require_runnable
@@ -29,7 +33,8 @@ from qlora_tui.recipe.toml import to_layer, to_recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.doctor import Check, CheckKind, read_machine, several_gpus_problem
-from qlora_tui.runs.preflight import errors, preflight
+from qlora_tui.runs.expected_time import Forecast, count_data, forecast
+from qlora_tui.runs.preflight import errors, preflight, with_count
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
@@ -54,6 +59,8 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
     with suppress(UserError):  # what is wrong is reported by the checks
         note_description(find_files(recipe.model.id).architecture)
+    if args.dry_run:
+        return _dry_run(recipe)
     if not _confirm(preflight(recipe, read_machine())):
         return CommandResult(data={"run": None}, text="Not queued.", exit_code=EXIT_FAILURE)
     if args.print_command:
@@ -66,6 +73,45 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         )
     print(f"{new.id} (Ctrl-C detaches; the run continues)", file=sys.stderr)
     return follow(new, as_json=args.json)
+
+
+def _dry_run(recipe: Recipe) -> CommandResult:
+    """Check the recipe and say how long the run would be; nothing is created."""
+    problem = None
+    with ProgressLine() as line:
+        try:
+            count_data(recipe, lambda progress: line.show(f"{progress.done} % of the samples counted"))
+        except UserError as error:
+            problem = error
+    machine = read_machine()
+    checks, expected = with_count(preflight(recipe, machine), problem), forecast(recipe, machine)
+    failed = bool(errors(checks))
+    time = expected.time if expected else None
+    length = expected.length if expected else None
+    return CommandResult(
+        data={
+            "ok": not failed,
+            "steps": length.steps if length else None,
+            "steps_are_exact": length.is_exact if length else None,
+            "seconds": time.seconds if time else None,
+            "seconds_from": time.source if time else None,
+            "checks": checks_as_data(checks),
+        },
+        text="\n".join([*format_checks(checks), "", _plan_sentence(expected, failed=failed)]),
+        exit_code=EXIT_FAILURE if failed else 0,
+    )
+
+
+def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:
+    """Say how long the run would be, and that nothing was queued."""
+    outcome = "It would not start: fix the errors above." if failed else "Nothing was queued."
+    if expected is None:
+        return outcome
+    if expected.time is None:
+        time = "their time is unknown until the first ones ran"
+    else:
+        time = f"{expected.duration} of training, {expected.time.source}"
+    return f"{capitalize(expected.steps)}, {time}. {outcome}"
 
 
 def _report_checks(checks: tuple[Check, ...]) -> None:
@@ -152,6 +198,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--print-command",
         action="store_true",
         help="create the run without queueing it, and print the torchrun command that trains it",
+    )
+    instead.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only check the recipe, count its steps and say how long they take",
     )
     parser.add_argument(
         "--gpus", type=positive_int, metavar="N", help="with --print-command: number of GPUs (default: all)"

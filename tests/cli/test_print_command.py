@@ -12,6 +12,7 @@ from qlora_tui.runs.directory import all_runs, find_run
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.cli.conftest import Call
 from tests.support.nvml_stub import install_nvml_stub, install_torch
+from tests.tui.sample_data import readable_model
 
 
 @pytest.fixture
@@ -102,4 +103,22 @@ def test_the_chosen_gpu_is_stored_with_the_run(
 def test_a_number_of_gpus_is_for_the_printed_command(call: Call, train: list[str]) -> None:
     for words in (["--gpus", "2"], ["--gpus", "0", "--print-command"], ["--detach", "--print-command"]):
         assert call(*train, *words).code == 2
+    assert all_runs() == []
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_steps_and_time_and_creates_nothing(call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(f'{{"prompt": "Where is parcel {n}?", "completion": "In Oslo."}}\n' for n in range(64))
+    )
+    dry_run = ["train", "--model", readable_model(tmp_path), "--data", str(data), "--dry-run"]
+    settings = ["--set", "data.packing=false", "--set", "data.validation_fraction=0"]
+    said = call(*dry_run, *settings)
+    assert said.code == 0
+    assert "16 steps, their time is unknown" in said.out and "Nothing was queued." in said.out
+    known = call(*dry_run, *settings, "--json").json
+    assert (known["ok"], known["steps"], known["steps_are_exact"]) == (True, 16, True)
+    too_long = call(*dry_run, "--set", "data.max_length=16", "--set", "data.overflow=drop")
+    assert too_long.code == 1 and "error    data: None of the 64 rows gives a sample" in too_long.out
     assert all_runs() == []
