@@ -3,6 +3,7 @@
     python -m bench.app [--only PART]… [--seconds N] [--keys N] [--repeats N] [--json]
 
 start         first frame and memory compared with an empty Textual app, in turns; medians
+leave         the same of `q` to the end of the process, and of the start to its end
 quiet, live   bytes, repaints and processor time a second, memory; live: a step a second of a fake trainer
 keys          from key to paint while every core is taken by an empty loop
 """
@@ -41,13 +42,18 @@ from textual.app import App
 from textual.widgets import Static
 
 class Empty(App):
+    BINDINGS = [("q", "quit")]
+
     def compose(self):
         yield Static("ready")
 
 Empty().run()
 """
 _SETTLED_S = 4.0
+_READ_S = 1.5
+"""How long an app that has just started is looked at."""
 MAX_FIRST_FRAME_RATIO = 1.5
+MAX_START_TO_EXIT_RATIO = 1.25
 MAX_BYTES_PER_S, MAX_CPU_PERCENT, MAX_MEMORY_MB = 3000.0, 5.0, 100.0
 MAX_KEY_MS = 100.0
 _MILESTONE = 200
@@ -76,31 +82,67 @@ class Figure:
         return f"{self.where:<24} {self.what:<22} {self.value:>10,.4g}  {verdict}".rstrip()
 
 
+PROGRAMS = {"empty Textual app": ([sys.executable, "-c", EMPTY], "ready"), "qlora-tui": (APP, "Train")}
+"""Commands, and what their first frame shows."""
+
+
 def start(options: argparse.Namespace) -> Iterator[Figure]:
     """Measure the first frame and the memory of both apps."""
-    programs = {
-        "empty Textual app": ([sys.executable, "-c", EMPTY], "ready"),
-        "qlora-tui": (APP, "Train"),
-    }
-    frames: dict[str, list[float]] = {name: [] for name in programs}
-    memory: dict[str, list[float]] = {name: [] for name in programs}
+
+    def measure(terminal: Terminal, first_frame: float) -> tuple[float, ...]:
+        return first_frame, terminal.memory_bytes() / 1e6
+
+    yield from _of_both(measure, ("first frame s", "memory MB"), MAX_FIRST_FRAME_RATIO, options.repeats)
+
+
+def leave(options: argparse.Namespace) -> Iterator[Figure]:
+    """Measure how long both apps take to be gone."""
+
+    def measure(terminal: Terminal, first_frame: float) -> tuple[float, ...]:
+        pressed = time.perf_counter()
+        terminal.press("q")
+        while terminal.program.poll() is None:
+            terminal.read(0.002)
+        seconds = time.perf_counter() - pressed
+        return first_frame + seconds, seconds
+
+    yield from _of_both(
+        measure, ("start to exit s", "key to exit s"), MAX_START_TO_EXIT_RATIO, options.repeats
+    )
+
+
+def _of_both(
+    measure: Callable[[Terminal, float], tuple[float, ...]],
+    names: tuple[str, ...],
+    most: float,
+    repeats: int,
+) -> Iterator[Figure]:
+    """Medians of what ``measure`` returns, given a terminal and the seconds to the first frame.
+
+    ``most`` bounds the first of them as a multiple of the empty app's.
+    """
+    measured: dict[str, list[tuple[float, ...]]] = {program: [] for program in PROGRAMS}
     with private_home() as home:
         # Byte code is kept, as where it is installed, or only ours would be compiled each time.
         env = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{home}/bytecode"}
-        for repeat in range(-1, options.repeats):
-            for name in in_turn(programs, repeat):
-                command, marker = programs[name]
+        for repeat in range(-1, repeats):
+            for program in in_turn(PROGRAMS, repeat):
+                command, marker = PROGRAMS[program]
                 with Terminal(command, env=env) as terminal:
                     first_frame = terminal.wait_for(marker)
-                    terminal.watch(1.5)
+                    terminal.watch(_READ_S)
+                    figures = measure(terminal, first_frame)
                     if repeat >= 0:  # the first warms disk and byte code
-                        frames[name].append(first_frame)
-                        memory[name].append(terminal.memory_bytes() / 1e6)
-    empty, ours = (statistics.median(times) for times in frames.values())
-    for name in programs:
-        yield Figure(name, "first frame s", statistics.median(frames[name]))
-        yield Figure(name, "memory MB", statistics.median(memory[name]))
-    yield Figure("qlora-tui", "first frame ratio", ours / empty, MAX_FIRST_FRAME_RATIO)
+                        measured[program].append(figures)
+    medians = {
+        program: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for program, rows in measured.items()
+    }
+    for program, values in medians.items():
+        for name, value in zip(names, values, strict=True):
+            yield Figure(program, name, value)
+    empty, ours = (values[0] for values in medians.values())
+    yield Figure("qlora-tui", f"{names[0].removesuffix(' s')} ratio", ours / empty, most)
 
 
 def quiet(options: argparse.Namespace) -> Iterator[Figure]:
@@ -152,7 +194,7 @@ def keys(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Figure]]] = {
-    part.__name__: part for part in (start, quiet, live, keys)
+    part.__name__: part for part in (start, leave, quiet, live, keys)
 }
 
 

@@ -6,9 +6,11 @@ import argparse
 import gc
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
@@ -71,7 +73,7 @@ def _is_terminal() -> bool:
 
 
 def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | None = None) -> int:
-    """Open the app and return its exit code once it is closed.
+    """Open the app, and end this process with its exit code once it is closed.
 
     Args:
         gpu_gib: Memory of the GPU to estimate for, in GiB, where it is not that of this machine.
@@ -112,7 +114,25 @@ def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | 
         raise app.disk_faults.ended_by
     if app.return_code == EXIT_FAILURE:
         print(f"qlora-tui: The app crashed.\n  Details: {log}", file=sys.stderr)
-    return app.return_code or 0
+    end_process(app.return_code or 0)
+
+
+_THREADS_TIMEOUT_S = 1.0
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End this process without Python's clean-up, once its threads have ended or a second has passed.
+
+    Most threads read, from a network or a disk that may hang, and nothing needs their result any more.
+    """
+    deadline = time.monotonic() + _THREADS_TIMEOUT_S
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,6 +41,8 @@ from qlora_tui.worker import Failure, Progress, Result
 _LONGEST_LINE_BYTES = 1 << 26
 _SHUTDOWN_TIMEOUT_S = 3.0
 """Seconds that a child may take to exit by itself."""
+_KILLED_TIMEOUT_S = 0.1
+"""Seconds that leaving the app waits for a killed child. A GPU driver may free its memory for longer."""
 
 
 class EngineClosedError(UserError):
@@ -101,6 +103,15 @@ class EngineClient:
             if self._listener is not None:
                 await self._listener
                 self._listener = None
+
+    async def kill(self) -> None:
+        """End the child without waiting for it to exit by itself: it has nothing to save."""
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _KILLED_TIMEOUT_S)
 
     async def _start(self) -> None:
         try:

@@ -27,7 +27,7 @@ from qlora_tui.tui.command_palette import CommandProvider
 from qlora_tui.tui.commands import EVERYWHERE, NUMBERED_SCREENS
 from qlora_tui.tui.key_names import key_names
 from qlora_tui.tui.line_filters import TWO_COLORS
-from qlora_tui.tui.process import DiskFaults, install_shutdown_handlers
+from qlora_tui.tui.process import AppThreads, DiskFaults, install_shutdown_handlers
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.terminal_app import TerminalApp
@@ -201,6 +201,7 @@ class QloraApp(TerminalApp):
         self.write_escape(desktop.PUSH_TITLE)
         if not self.is_headless:
             install_shutdown_handlers(lambda exit_code: self.exit(return_code=exit_code))
+            asyncio.get_running_loop().set_default_executor(AppThreads())
         if self._watched_run is not None:
             self.call_after_refresh(self._watch, self._watched_run)
         self.set_interval(SYSTEM_POLL_INTERVAL_S, self._start_polling)

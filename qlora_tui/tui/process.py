@@ -1,4 +1,4 @@
-"""The process of the app: garbage collection, its end from outside, its standard error, full disks."""
+"""The process of the app: garbage collection, its end, its standard error, full disks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -78,6 +79,13 @@ def _on_signal(number: signal.Signals, leave: Callable[[int], object]) -> None:
         loop.call_soon_threadsafe(leave, _BY_SIGNAL + number)
 
     signal.signal(number, handler)
+
+
+class AppThreads(ThreadPoolExecutor):
+    """Threads of ``asyncio.to_thread`` for whose end the event loop does not wait when it closes."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
 
 
 _NATIVE = 2

@@ -7,7 +7,12 @@ Textual differs, and says what to do.
 
 from __future__ import annotations
 
+import os
+import selectors
 from collections.abc import Sequence
+from functools import partial
+from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 from textual._compositor import ChopsUpdate, CompositorUpdate, LayoutUpdate
@@ -17,6 +22,11 @@ from textual.app import App
 from textual.binding import Binding
 from textual.cache import LRUCache
 from textual.css.stylesheet import Stylesheet
+from textual.driver import Driver
+from textual.drivers import linux_driver
+from textual.drivers.linux_driver import LinuxDriver
+from textual.events import MouseEvent
+from textual.message import Message
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -26,6 +36,7 @@ __all__ = [
     "CompositorUpdate",
     "HookedApp",
     "LayoutUpdate",
+    "PromptDriver",
     "active_app",
     "bindings_of_widget",
     "clear_style_caches",
@@ -43,6 +54,10 @@ class HookedApp(App[None]):
 
     ``App`` in ``app.py`` has no public hook for any of them.
     """
+
+    def get_driver_class(self) -> type[Driver]:
+        driver = super().get_driver_class()
+        return PromptDriver if driver is LinuxDriver else driver
 
     def intercept_update(self, screen: Screen[Any], update: CompositorUpdate) -> CompositorUpdate:
         """Return what is written to the terminal in place of ``update``."""
@@ -83,6 +98,56 @@ class HookedApp(App[None]):
     def _handle_exception(self, error: Exception) -> None:
         if not self.intercept_error(error):
             super()._handle_exception(error)
+
+
+_REPORTS_S = 0.3
+"""Seconds for which reports of a moving mouse may be on their way, over a slow link."""
+
+
+class PromptDriver(LinuxDriver):
+    """A driver whose thread that reads keys ends when it is told to.
+
+    Textual's looks only every tenth of a second whether it should end, and then waits another tenth
+    (``drivers/linux_driver.py``), while the app that was left still stands on the terminal. So it does here
+    while the mouse moves, whose last reports would otherwise be typed into the shell.
+    """
+
+    def __init__(self, app: App[Any], **options: Any) -> None:
+        super().__init__(app, **options)
+        self._wake_fd = os.eventfd(0)
+        """Readable once the thread should end."""
+        self._mouse_at = 0.0
+
+    def process_message(self, message: Message) -> None:
+        if isinstance(message, MouseEvent):
+            self._mouse_at = monotonic()
+        super().process_message(message)
+
+    def disable_input(self) -> None:
+        os.eventfd_write(self._wake_fd, int(monotonic() - self._mouse_at > _REPORTS_S))
+        super().disable_input()
+        os.eventfd_write(self._wake_fd, 1)  # reading it would wait where it is 0
+        os.eventfd_read(self._wake_fd)
+
+    def run_input_thread(self) -> None:
+        # The thread makes its own selector, and nothing else does in that module.
+        make = partial(_WokenSelector, self._wake_fd)
+        vars(linux_driver)["selectors"] = SimpleNamespace(
+            SelectSelector=make, EVENT_READ=selectors.EVENT_READ
+        )
+        super().run_input_thread()
+
+
+class _WokenSelector(selectors.SelectSelector):
+    """Waits for what is registered, or until ``wake_fd`` is readable."""
+
+    def __init__(self, wake_fd: int) -> None:
+        super().__init__()
+        self._wake_fd = wake_fd
+        self.register(wake_fd, selectors.EVENT_READ)
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return [ready for ready in super().select(timeout) if ready[0].fd != self._wake_fd]
 
 
 def full_update(screen: Screen[Any]) -> CompositorUpdate:

@@ -246,6 +246,16 @@ async def test_a_request_during_closing_starts_the_next_child_after_it() -> None
         await closing
 
 
+async def test_a_killed_engine_is_gone() -> None:
+    engine = EngineClient()
+    await engine.start()
+    child = psutil.Process(engine.pid)
+    os.kill(child.pid, signal.SIGSTOP)  # as busy as can be
+    await engine.kill()
+    assert engine.pid is None
+    assert not psutil.wait_procs([child], timeout=60)[1]
+
+
 async def test_an_engine_that_is_answering_ends_with_its_parent(tiny_source: ChatSource) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, msgspec.json.encode(tiny_source).decode()],

@@ -88,6 +88,9 @@ class FakeEngine:
     async def close(self) -> None:
         self.asked.clear()
 
+    async def kill(self) -> None:
+        pass
+
 
 class FakeCount:
     def __init__(self, tokens: int) -> None:

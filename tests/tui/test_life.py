@@ -155,6 +155,17 @@ def test_it_ends_in_order_when_told_to_by_a_signal(number: signal.Signals) -> No
     assert not log()
 
 
+def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
+    hangs = """
+import threading
+from qlora_tui.cli.main import end_process
+from qlora_tui.tui.process import AppThreads
+AppThreads().submit(threading.Event().wait)
+end_process(3)
+"""
+    assert subprocess.run([sys.executable, "-c", hangs], timeout=DEADLINE_S, check=False).returncode == 3
+
+
 def test_output_for_a_closed_terminal_is_dropped() -> None:
     master, side = os.openpty()
     with screen_on(side) as screen:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
+import selectors
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +27,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from qlora_tui.tui import textual_compat
-from qlora_tui.tui.textual_compat import CachedStylesheet, ChopsUpdate, LayoutUpdate
+from qlora_tui.tui.textual_compat import CachedStylesheet, ChopsUpdate, LayoutUpdate, PromptDriver
 
 TUI = Path(textual_compat.__file__).parent
 
@@ -88,6 +93,22 @@ def test_textual_still_forgets_parsed_sheets() -> None:
     cached.parse()
     cached.set_variables({"primary": "red"})
     assert len(cached._parse_cache) == 1
+
+
+async def test_the_thread_that_reads_keys_is_woken_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    select, (screen, side) = selectors.SelectSelector.select, os.openpty()
+    # For ever in place of a tenth of a second: without being woken it would never end.
+    monkeypatch.setattr(selectors.SelectSelector, "select", lambda self, timeout: select(self, None))
+    monkeypatch.setattr(signal, "signal", lambda number, action: None)  # only for the main thread
+    with os.fdopen(side, "r") as terminal:
+        monkeypatch.setattr(sys, "__stdin__", terminal)
+        driver = PromptDriver(App[None](), mouse=False)
+        driver._key_thread = reader = threading.Thread(target=driver.run_input_thread, daemon=True)
+        reader.start()
+        threading.Thread(target=driver.disable_input, daemon=True).start()
+        reader.join(20.0)
+        assert not reader.is_alive(), "see PromptDriver: what does drivers/linux_driver.py wait with now?"
+    os.close(screen)
 
 
 class _OneField(App[None]):

@@ -148,7 +148,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Free the model's memory with the screen."""
         # Workers that wait for answers have no widgets left to show them.
         self.workers.cancel_node(self)
-        await self.engine.close()
+        await self.engine.kill()
 
     @property
     def busy(self) -> bool:

@@ -107,10 +107,9 @@ class DataPreviews:
         """What each format reads of a source's first file. Raises UserError if it cannot be read."""
         return await self._rows.ask(ShowFormats(source=source, preferences=preferences)).result()
 
-    async def close(self) -> None:
-        """End both."""
-        await self._rows.close()
-        await self._reports.close()
+    async def kill(self) -> None:
+        """End both at once."""
+        await asyncio.gather(self._rows.kill(), self._reports.kill())
 
     async def _inspect(self, request: InspectData) -> AsyncIterator[Report]:
         async for reply in self._reports.ask(request):

@@ -135,7 +135,7 @@ class DataScreen(WorkScreen):
 
     async def on_unmount(self) -> None:
         """The engines go with the screen."""
-        await self.previews.close()
+        await self.previews.kill()
 
     def on_resize(self) -> None:
         # Once the panels have their new widths, for which bars and titles are drawn.
