@@ -73,7 +73,7 @@ def format_float(value: float | None, digits: int = 4) -> str:
 
 def format_loss(value: float, digits: int = 3) -> str:
     """Format a loss for a column: ``2.90``, with its zeros, so that equal losses have equal widths."""
-    return f"{value:#.{digits}g}".removesuffix(".")
+    return "NaN" if value != value else f"{value:#.{digits}g}".removesuffix(".")
 
 
 def format_percent(part: float | None) -> str:

@@ -30,6 +30,8 @@ class Reading(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Resident memory of the trainer process."""
     cpu_percent: float
     """CPU usage in percent of one core: 200 is two busy cores."""
+    machine_cpu_percent: float | None = None
+    """CPU usage of all programs, in percent of one core; None in files of earlier versions."""
     gpu: GpuMetrics | None = None
     """GPU metrics; None on a machine without a GPU."""
 

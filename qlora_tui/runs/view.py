@@ -259,7 +259,7 @@ class RunView:
                 self.checkpoints = [c for c in self.checkpoints if c.step <= step]
                 self.samples = [s for s in self.samples if s.step <= step]
             case events.Queued():
-                self.ending = None
+                self.ending, self.requested_ending = None, ""
                 self.queued_at = self.queued_at or event.at
             case events.PhaseChanged():
                 self.phase, self.phase_detail, self.progress = event.phase, event.detail, None
@@ -294,4 +294,4 @@ class RunView:
             case events.LayersKept() | events.LayersStreamed():
                 pass
             case events.Finished() | events.Failed() | events.Stopped() | events.Paused():
-                self.ending = event
+                self.ending, self.requested_ending = event, ""

@@ -224,6 +224,7 @@ class TelemetryRecorder:
     def start(self, *, on_gpu: bool) -> None:
         """Start recording; with ``on_gpu`` the GPU too."""
         self._process.cpu_percent()
+        psutil.cpu_percent()
         if on_gpu:
             with suppress(GpuUnavailableError):
                 self._gpu = MetricsSampler(default_cuda_device().index, self._on_reading, period_s=PERIOD_S)
@@ -260,6 +261,7 @@ class TelemetryRecorder:
             at=time.time(),
             rss_bytes=self._process.memory_info().rss,
             cpu_percent=self._process.cpu_percent(),
+            machine_cpu_percent=psutil.cpu_percent() * (os.cpu_count() or 1),
             **extra,
         )
         with suppress(OSError), open_append(self._path) as file:

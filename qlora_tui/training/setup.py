@@ -55,7 +55,7 @@ def setup(run: Run) -> None:
         UserError: the recipe, the data or the model cannot be trained.
     """
     require_names()
-    run.reporter.phase("loading", run.recipe.model.id)
+    run.reporter.phase("loading", f"tokenizer of {run.recipe.model.id}")
     run.files = resolve_model(run.recipe.model.id)
     run.meter = MemoryMeter(run.recipe, run.files.architecture, run.device)
     _check_inputs(run)
@@ -122,7 +122,7 @@ def _model_folder(run: Run) -> Path:
         except JobStopped:
             run.requests.raise_if_stop_requested()
             raise
-        run.reporter.phase("loading", run.recipe.model.id)
+        run.reporter.phase("loading", f"tokenizer of {run.recipe.model.id}")
     run.dist.barrier()
     return convert_cached(file)
 
@@ -199,9 +199,8 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
     """Load the frozen base, and report what it computes with."""
     recipe, device, reporter = run.recipe, run.device, run.reporter
     is_stored = quantized_cache.is_stored(quantized_cache.cache_path(folder, recipe, device))
-    reporter.phase(
-        "loading", f"{recipe.model.id} on {device.name}{', quantized earlier' if is_stored else ''}"
-    )
+    how = "quantized earlier" if is_stored else f"to {recipe.quantization.method}"
+    reporter.phase("loading", f"weights of {recipe.model.id}, {how}, on {device.name}")
     base = prepare_base(
         folder,
         recipe,

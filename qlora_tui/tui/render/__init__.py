@@ -1,6 +1,7 @@
 """Text and numbers for widgets. Nothing here imports a widget of this app.
 
-charts   axes, graphs in braille dots, bars, columns and sparklines in block characters
+charts   axes, graphs of lines and points, bars, columns and sparklines in block characters
+figures  the few numbers that a screen is looked at for, in a line or in large digits
 series   columns of numbers, decimated to what a graph can show
 columns  tables of lines: columns declared once, cut and left out to fit a width
 labels   how recipes, verdicts, states of runs and errors are said on every screen

@@ -35,7 +35,7 @@ from qlora_tui.tui.render.loss import VALIDATION_STYLE, LossFacts, run_plot
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
-_MIN_ROWS, _TALL_ROWS = 9, 28
+_MIN_ROWS, _TALL_ROWS = 12, 28
 """Rows from which there are charts, and from which they are two rows high."""
 _MIN_VALUE_CELLS = 7
 """Cells of a value such as ``1.27e-4``: the graph must not move with the number of digits."""
@@ -286,9 +286,7 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
             place = min(max(place, 0), max(0, cells - 1))
             # A value beside the bar is longer than this text, so that it always fits.
             tick = " " * place + f"▲ {text}" if cells else text
-            lines.append(Content.assemble(" " * _LABEL, (tick, "$accent")))
-    if machine.has_no_gpu:
-        lines.append(Content.styled("No GPU in this run.", "dim"))
+            lines.append(Content.assemble(" " * _LABEL, (tick, "dim")))
     return lines
 
 

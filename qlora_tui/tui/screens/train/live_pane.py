@@ -20,7 +20,7 @@ from textual.strip import Strip
 from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import bare_key, key_name
+from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.charts import no_plot, plot
 from qlora_tui.tui.screens.train.charts import (
     MachineState,
@@ -31,6 +31,7 @@ from qlora_tui.tui.screens.train.charts import (
 )
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
 from qlora_tui.tui.screens.train.run_panels import (
+    contention,
     evaluation_lines,
     header_lines,
     health_lines,
@@ -64,7 +65,7 @@ LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("warnings only", frozenset(("warning", "error"))),
     ("errors only", frozenset(("error",))),
 )
-TABS = ("log", "answers", "health", "output")
+_TABS = ("log", "answers", "health", "output")
 _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
 _LOG_KEYS = (("train.tab", "next"), ("train.search", "search"), ("train.level", "warnings"))
@@ -76,9 +77,9 @@ _NO_EVENTS = "No events yet."
 _EMPTY = {
     "answers": "No answers yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
     "health": "No warnings.",
-    "output": "No output yet.",
 }
 """Text of a tab without entries; the others show ``_NO_EVENTS``."""
+_ANSWER_NOW = " Press {train.sample} to answer them now."
 
 
 class LivePane(Vertical):
@@ -87,7 +88,7 @@ class LivePane(Vertical):
     def __init__(self) -> None:
         super().__init__(id="live")
         self._snapshot: RunSnapshot | None = None
-        self._front = TABS[0]
+        self._front = _TABS[0]
         self._host_bytes = psutil.virtual_memory().total
         self._cores = os.cpu_count() or 1
 
@@ -155,11 +156,14 @@ class LivePane(Vertical):
         self.query_one("#health-panel", Panel).show_keys(
             (("train.fix", "apply fix"),) if snapshot.fix is not None else ()
         )
-        self._draw("health", partial(wrapped, health_lines(snapshot)))
         self._draw("setup", partial(setup_lines, snapshot))
-        self._draw("evaluations", partial(evaluation_lines, snapshot))
         self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
-        self._draw("samples", partial(wrapped, sample_lines(snapshot)))
+        # What has nothing to say gives its lines to the others.
+        for name, lines in (("health", health_lines(snapshot)), ("samples", sample_lines(snapshot))):
+            self.set_class(bool(lines), f"-{name}")
+            self._draw(name, partial(wrapped, lines))
+        self.set_class(bool(snapshot.evaluations), "-evaluations")
+        self._draw("evaluations", partial(evaluation_lines, snapshot))
 
     def _draw(self, name: str, draw: Draw) -> None:
         self.query_one(f"#{name}", Drawing).show(draw)
@@ -169,8 +173,11 @@ class LivePane(Vertical):
         snapshot = self._snapshot
         if snapshot is None:
             return
-        self._front = name
-        self.query_one(LogTail).show(_entries(snapshot, name), _EMPTY.get(name, _NO_EVENTS))
+        self._front = name if name in _tabs(snapshot) else _TABS[0]
+        empty = _EMPTY.get(self._front, _NO_EVENTS)
+        if self._front == "answers" and snapshot.status.state in ACTIVE:
+            empty += _ANSWER_NOW
+        self.query_one(LogTail).show(_entries(snapshot, self._front), name_keys(empty))
         self._show_log_title()
 
     def _show_log_title(self) -> None:
@@ -184,7 +191,9 @@ class LivePane(Vertical):
         has_border = panel.styles.border_bottom[0] not in ("", "none")
         keys = "" if has_border else " · ".join(f"{bare_key(key)} {verb}" for key, verb in _LOG_KEYS)
         width = panel.outer_size.width - _TITLE_FRAME
-        panel.show_title(tabs_title(TABS, self._front, notes, filters=filters, keys=keys, width=width))
+        panel.show_title(
+            tabs_title(_tabs(snapshot), self._front, notes, filters=filters, keys=keys, width=width)
+        )
 
     def on_resize(self) -> None:
         """The title of the log is as long as there is room for."""
@@ -192,7 +201,9 @@ class LivePane(Vertical):
 
     def next_tab(self, places: int) -> None:
         """Go along the tabs."""
-        self.show_tab(TABS[(TABS.index(self._front) + places) % len(TABS)])
+        if self._snapshot is not None:
+            names = _tabs(self._snapshot)
+            self.show_tab(names[(names.index(self._front) + places) % len(names)])
 
     def filter_log(self, search: str, level: int) -> None:
         """Show only lines with this text, of this one of the levels."""
@@ -216,6 +227,11 @@ class LivePane(Vertical):
             cores=self._cores,
             is_over=snapshot.status.state not in ACTIVE,
         )
+
+
+def _tabs(snapshot: RunSnapshot) -> tuple[str, ...]:
+    """The texts there are: what the trainer itself printed only where it printed something."""
+    return _TABS if snapshot.output else _TABS[:-1]
 
 
 def _entries(snapshot: RunSnapshot, tab: str) -> Sequence[LogEntry]:
@@ -247,6 +263,8 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
         steps = f"step {first.step:,}" if len(warnings) == 1 else f"steps {first.step:,} to {last.step:,}"
         times = "" if len(warnings) == 1 else f" ({len(warnings)} times)"
         entries.append(LogEntry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
+    if others := contention(snapshot):
+        entries.append(LogEntry(snapshot.telemetry[-1].at, "warning", others))
     if snapshot.fix is not None:
         entries.append(LogEntry(None, "info", f"▸ {key_name('train.fix')} {snapshot.fix.label}"))
     return tuple(entries)
@@ -256,8 +274,8 @@ def _health_note(snapshot: RunSnapshot) -> str:
     errors = sum(h.severity == "error" for h in snapshot.health)
     if errors:
         return f"✗{errors}"
-    if snapshot.health:
-        return f"!{len(snapshot.health)}"
+    if warnings := len(snapshot.health) + bool(contention(snapshot)):
+        return f"!{warnings}"
     return "✓" if snapshot.step else ""
 
 
@@ -320,12 +338,13 @@ class LogTail(LineView):
     def render_line(self, y: int) -> Strip:
         width = self.scrollable_content_region.width
         line = y + round(self.scroll_y)
-        if not self._lines and y == 0:
+        lines = self._lines
+        if not lines:
             nothing = "No line matches." if self._entries else self._empty
-            return render_line(self, Content.styled(nothing, "dim"), width)
-        if line >= len(self._lines):
+            lines = highlight_keys(nothing, "dim").wrap(max(1, width))
+        if line >= len(lines):
             return Strip.blank(width, self.rich_style)
-        return render_line(self, self._lines[line], width)
+        return render_line(self, lines[line], width)
 
     def notify_style_update(self) -> None:
         self.refresh()

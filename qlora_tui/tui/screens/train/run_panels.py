@@ -5,6 +5,8 @@ the stages before the first step, warnings, setup, evaluations and answers.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -16,6 +18,7 @@ from qlora_tui.formatting import (
     format_count,
     format_duration,
     format_float,
+    format_loss,
     format_path,
     format_percent,
     short_model_name,
@@ -30,6 +33,7 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.charts import bar, labeled
+from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
     batch_words,
@@ -57,8 +61,16 @@ _ENDINGS = {
 """(what, when during training) of each request to end the run."""
 
 
+_LARGE_ROWS = 3
+"""Lines of the header from which its figures are large."""
+_GAP = "     "
+"""Between the large figures and the rest."""
+_USES = {"chat": "chat with it", "export": "export it"}
+"""What can be done with an adapter: name of the command, and verb."""
 _LABEL = 8
 """Cells of the name before a value."""
+_MUCH_OF_CPU = 0.4
+"""Share of the processor that other programs take, from which they slow a run down."""
 _ROWS_WITH_HEADS = 4
 """Lines of the evaluations from which there is one for the heads of their columns."""
 _TO_COME: dict[Phase, str] = {
@@ -77,24 +89,63 @@ _row = partial(labeled, cells=_LABEL)
 
 
 def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
-    """Draw two lines: state and progress of a run, or how it ended; then what else is known."""
+    """Draw two lines: state and progress, then the two figures that matter and what else is known.
+
+    From three lines on, the figures are large and stand before the rest.
+    """
+    figures = key_figures(snapshot)
+    if height < _LARGE_ROWS or not figures:
+        known = figure_line(figures)
+        room = width - known.cell_length - 2
+        rest = fitted(facts(snapshot, now), room if known else width, 1)[0]
+        return [_progress_line(snapshot, width), Content("  ").join(filter(None, (known, rest)))]
+    large = large_figures(figures)
+    room = width - large[0].cell_length - len(_GAP)
+    lines = [_progress_line(snapshot, room), *fitted(facts(snapshot, now), room, 2)]
+    return [Content.assemble(left, _GAP, right) for left, right in zip(large, lines, strict=True)]
+
+
+def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
+    """``● training  ██████░░░  86%  step 70/81``."""
     first, share = state_line(snapshot), progress_share(snapshot)
-    progress_parts, others = progress_facts(snapshot), facts(snapshot, now)
-    progress = "  ".join(progress_parts)
-    room = width - first.cell_length - len(progress) - 2
-    if room < 0:
-        others = [*progress_parts, *others]
-    else:
-        cells = room - 2 if share is not None and room - 2 >= _MIN_BAR else 0
-        drawn = bar(share or 0.0, cells) + "  " if cells else ""
-        first = Content.assemble(first, "  ", (drawn, "$primary"), progress)
-    second = ""
-    for number, fact in enumerate(others):
-        piece = ("  " if number else "") + fact
-        if len(second) + len(piece) > width:
+    progress = "  ".join(progress_facts(snapshot))
+    cells = width - first.cell_length - len(progress) - 4
+    drawn = f"{bar(share, cells)}  " if share is not None and cells >= _MIN_BAR else ""
+    return Content.assemble(first, "  ", (drawn, "$primary"), progress)
+
+
+def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
+    """As many of these as fit so many lines, the first ones, with their keys in color."""
+    lines = [""]
+    for text in texts:
+        piece = f"  {text}" if lines[-1] else text
+        if len(lines[-1]) + len(piece) > width and len(lines) < rows:
+            lines.append("")
+            piece = text
+        if len(lines[-1]) + len(piece) > width:
             break
-        second += piece
-    return [first, highlight_keys(second)]
+        lines[-1] += piece
+    lines += [""] * (rows - len(lines))
+    return [highlight_keys(line, "dim") for line in lines]
+
+
+def key_figures(snapshot: RunSnapshot) -> tuple[Figure, ...]:
+    """The two numbers that a run is looked at for: its loss, and the time left or that it took."""
+    view = snapshot.view
+    if snapshot.status.state in ACTIVE:
+        loss, left = snapshot.mean_loss, snapshot.seconds_left
+        return (
+            *((Figure("smoothed loss", format_loss(loss), "bold"),) if loss is not None else ()),
+            *(
+                (Figure("left", format_duration(left), "bold", label_first=False),)
+                if left is not None
+                else ()
+            ),
+        )
+    if snapshot.best is None or snapshot.best.loss is None:
+        return ()
+    name = "best validation loss" if view.loss_to_beat is None else "lowest validation loss"
+    return (Figure(name, format_loss(snapshot.best.loss), "bold"),)
 
 
 def state_line(snapshot: RunSnapshot) -> Content:
@@ -125,28 +176,23 @@ def state_line(snapshot: RunSnapshot) -> Content:
 
 
 def progress_share(snapshot: RunSnapshot) -> float | None:
-    """Progress of the run, or of a phase without steps, from 0 to 1; None if unknown."""
-    if snapshot.status.state in ("finished", "queued"):
+    """The steps done, from 0 to 1; None where there are none yet: the stages show their own progress."""
+    if snapshot.status.state in ("finished", "queued") or not snapshot.step:
         return None
-    progress, view = snapshot.view.progress, snapshot.view
-    over = snapshot.status.state not in ACTIVE
-    if progress is not None and progress.total and not snapshot.step and not over:
-        return progress.done / progress.total
+    view = snapshot.view
     return snapshot.step / view.total_steps if view.total_steps else None
 
 
 def progress_facts(snapshot: RunSnapshot) -> list[str]:
-    """What stands beside the bar: how far the run is, and the time left."""
+    """What stands beside the bar: how far the run is."""
     view, state = snapshot.view, snapshot.status.state
     facts = []
-    if state in ACTIVE and view.progress is not None and view.phase != "training":
+    if state in ACTIVE and view.progress is not None and view.phase != "training" and snapshot.step:
         facts.append(f"{view.progress.done:,} of {view.progress.total:,}")
     if view.total_steps and state != "queued":
         if state in ACTIVE and snapshot.step:
             facts.append(f"{snapshot.step / view.total_steps:.0%}")
         facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
-    if state in ACTIVE and snapshot.seconds_left is not None:
-        facts.append(f"ETA {format_duration(snapshot.seconds_left)}")
     return facts
 
 
@@ -165,7 +211,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     facts = [within] if (within := step_progress(snapshot)) else []
     if snapshot.tokens_per_s is not None:
         facts.append(f"{snapshot.tokens_per_s:,.0f} tok/s")
-    if view.data is not None and view.data.steps_per_epoch:
+    if snapshot.step and view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
         facts.append(f"epoch {_epochs(snapshot.epoch)} of {_epochs(all_epochs)}")
     if view.started_at is not None:
@@ -232,15 +278,17 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view, status = snapshot.view, snapshot.status
     facts = [f"{format_ago(status.at, now)}"] if status.at else []
     if snapshot.best is not None:
-        before = view.loss_to_beat
-        worse = "" if before is None else f", {format_float(before, 3)} before training"
-        facts.append(f"validation {format_float(snapshot.best.loss, 3)} at {snapshot.best.step:,}{worse}")
+        before = view.loss_before_training
+        known = "" if before is None else f", {format_loss(before)} before training"
+        facts.insert(0, f"at step {snapshot.best.step:,}{known}")
     elif snapshot.loss is not None:
-        facts.append(f"loss {format_float(snapshot.loss, 3)}")
+        facts.insert(0, f"last loss {format_loss(snapshot.loss)}, not validated")
     if isinstance(view.ending, Finished):
         facts.append(f"trained {format_duration(view.ending.seconds)}")
         if energy := format_energy(view.ending):
             facts.append(energy)
+    if view.run.adapter_dir.is_dir():
+        facts.append(f"adapter {format_path(view.run.adapter_dir)}")
     return facts
 
 
@@ -262,9 +310,8 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     match status.state:
         case "finished":
             reason = view.ending.reason if isinstance(view.ending, Finished) else status.detail
-            reason_text = "" if reason in ("", ALL_STEPS_DONE) else f"{capitalize(reason)}. "
-            text = f"{reason_text}Adapter: {format_path(view.run.adapter_dir)}"
-            offers.append(f"{key_name('train.chat')} chat with it")
+            text = "" if reason in ("", ALL_STEPS_DONE) else f"{capitalize(reason)}."
+            offers += _uses_of_adapter()
         case "failed":
             if isinstance(view.ending, Failed):
                 failed = view.ending
@@ -272,7 +319,7 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
             text = abbreviate_home(text)
         case "stopped" | "paused":
             if view.checkpoints:
-                offers.append(f"{key_name('train.chat')} chat with its adapter")
+                offers += _uses_of_adapter()
         case "unreadable" | "gone":
             offers.append(f"{key_name('train.another')} show other runs")
         case "lost":
@@ -293,8 +340,12 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     return Content("\n").join(line for line in lines if line)
 
 
+def _uses_of_adapter() -> list[str]:
+    return [f"{key_name(f'train.{name}')} {verb}" for name, verb in _USES.items()]
+
+
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
-    """The latest warning of each kind, the newest first."""
+    """The latest warning of each kind, the newest first; none where all is well."""
     latest = {health.kind: health for health in snapshot.health}
     lines = []
     if isinstance(snapshot.view.ending, Failed):
@@ -302,9 +353,23 @@ def health_lines(snapshot: RunSnapshot) -> list[Content]:
     for health in sorted(latest.values(), key=lambda health: health.step, reverse=True):
         sign, style = ("✗", "$error") if health.severity == "error" else ("!", "$warning")
         lines.append(Content.assemble((f"{sign} {health.evidence}", style), f" ▸ {health.remedy}"))
+    if others := contention(snapshot):
+        lines.append(Content.styled(f"! {others}", "$warning"))
     if snapshot.fix is not None:
         lines.append(highlight_keys(f"▸ {key_name('train.fix')} {snapshot.fix.label}"))
-    return lines or [Content.assemble(("✓ ", "$success"), ("No warnings.", "dim"))]
+    return lines
+
+
+def contention(snapshot: RunSnapshot) -> str:
+    """That other programs take the processor from a run without a GPU; empty where they do not."""
+    last = snapshot.telemetry[-1] if snapshot.telemetry else None
+    if last is None or last.gpu is not None or snapshot.status.state not in ACTIVE:
+        return ""
+    everything = 100.0 * (os.cpu_count() or 1)
+    own, all_programs = last.cpu_percent / everything, (last.machine_cpu_percent or 0.0) / everything
+    if all_programs - own < _MUCH_OF_CPU:
+        return ""
+    return f"Other programs use {all_programs - own:.0%} of the CPU, and this run gets {own:.0%}."
 
 
 def sample_lines(snapshot: RunSnapshot) -> list[Content]:
@@ -315,7 +380,7 @@ def sample_lines(snapshot: RunSnapshot) -> list[Content]:
         if sample.step == step:
             lines.append(Content.styled(f"▸ {sample.prompt}", "bold"))
             lines += [Content(f"  {line}") for line in sample.answer.splitlines()]
-    return lines or [Content.styled("None yet.", "dim")]
+    return lines
 
 
 def samples_title(snapshot: RunSnapshot) -> str:
@@ -371,9 +436,7 @@ def _batch(view: RunView, recipe: Recipe) -> str:
 def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
     """A line for each evaluation, the newest first: loss, its change, exact or right answers."""
     evaluations = snapshot.evaluations
-    if not evaluations:
-        return [Content.styled("None yet.", "dim")]
-    lines = []
+    lines: list[Content] = []
     rows = height
     if rows >= _ROWS_WITH_HEADS:
         lines.append(Content.styled(f"{'step':>7}  loss     {'change':>7}", "dim"))
@@ -391,7 +454,7 @@ def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Con
         lines.append(
             Content.assemble(
                 (f"{each.step:>7,}  ", "dim"),
-                f"{format_float(math.nan if each.loss is None else each.loss, 4):<6}",
+                f"{format_loss(math.nan if each.loss is None else each.loss, 4):<6}",
                 (star, "$success bold"),
                 (f" {change:>7}", "dim"),
                 exact,

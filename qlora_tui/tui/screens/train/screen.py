@@ -35,6 +35,7 @@ from qlora_tui.tui.screens.modals.dialogs import (
     TextPromptScreen,
     ask_search,
 )
+from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.screens.train.charts import zoom_start
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch
 from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
@@ -69,9 +70,11 @@ _STATES: Mapping[str, Collection[State]] = {
     "pause": ACTIVE,
     "request": ACTIVE,
     "learning_rate": ACTIVE,
-    "stop": (*ACTIVE, "queued"),
+    "stop": ACTIVE,
+    "withdraw": ("queued",),
     "resume": RESUMABLE,
     "chat": ("finished", "stopped", "paused"),
+    "export": ("finished", "stopped", "paused"),
     "answers": ("finished", "stopped"),
 }
 """States of the watched run that an action needs; one not listed is available in every state."""
@@ -193,7 +196,7 @@ class TrainScreen(EvaluationActions):
             return first_fix(self.checks) is not None
         if action == "fix":
             return self.snapshot is not None and self.snapshot.fix is not None
-        if action == "chat" and self.state in ("stopped", "paused") and self.snapshot is not None:
+        if action in ("chat", "export") and self.state in ("stopped", "paused") and self.snapshot is not None:
             return bool(self.snapshot.view.checkpoints)
         if self.run is None:
             is_own = any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
@@ -286,8 +289,12 @@ class TrainScreen(EvaluationActions):
         if recipe == self.app.workbench.recipe:
             self._show_checks(recipe, checks)
         run = await launch(self.app, recipe, checks)
-        if run is not None:
-            self.attach(run)
+        if run is None:
+            return
+        active = self.app.system_status.active
+        if active is not None and active != run:
+            self.notify(f"{run.name} is queued. Press {key_name('train.another')} to see it.")
+        self.attach(active or run)
 
     def action_recheck(self) -> None:
         self._checks_key = None
@@ -299,13 +306,14 @@ class TrainScreen(EvaluationActions):
         if snapshot is not None and snapshot.is_stopping:
             now = "The run stops now. It gives up the step in progress; the steps before it are saved."
             self._act_on_run(self._watched, partial(run_actions.stop, now=True), now)
-        elif self.state == "queued":
-            again = f"Press {key_name('train.resume')} to queue it again."
-            self._act_on_run(self._watched, run_actions.stop, f"Removed from the queue. {again}")
         else:
             after_step = " after this step" if snapshot is None or snapshot.view.phase in STEP_PHASES else ""
             outcome = _outcome_of_stopping(snapshot)
             self._confirm("Stop the run?", outcome, run_actions.stop, f"The run will stop{after_step}.")
+
+    def action_withdraw(self) -> None:
+        again = f"Press {key_name('train.resume')} to queue it again."
+        self._act_on_run(self._watched, run_actions.stop, f"Removed from the queue. {again}")
 
     def action_pause(self) -> None:
         outcome = "will save a checkpoint after this step and free the GPU."
@@ -373,6 +381,9 @@ class TrainScreen(EvaluationActions):
         from qlora_tui.tui.screens.chat.screen import show_chat
 
         await show_chat(self.app, self._watched)
+
+    def action_export(self) -> None:
+        show_export_dialog(self.app, self._watched)
 
     def action_watch_another(self) -> None:
         self.ask(run_picker(self.run), self.attach)

@@ -1,0 +1,90 @@
+"""The few figures that a screen is looked at for: bright in a line, or in digits of three rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from textual.content import Content
+
+_GAP = 3
+"""Cells between two figures."""
+_DIGITS = {
+    "0": ("███", "█ █", "█ █", "█ █", "███"),
+    "1": ("██ ", " █ ", " █ ", " █ ", "███"),
+    "2": ("███", "  █", "███", "█  ", "███"),
+    "3": ("███", "  █", "███", "  █", "███"),
+    "4": ("█ █", "█ █", "███", "  █", "  █"),
+    "5": ("███", "█  ", "███", "  █", "███"),
+    "6": ("███", "█  ", "███", "█ █", "███"),
+    "7": ("███", "  █", "  █", "  █", "  █"),
+    "8": ("███", "█ █", "███", "█ █", "███"),
+    "9": ("███", "█ █", "███", "  █", "███"),
+    ".": (" ", " ", " ", " ", "█"),
+    ",": (" ", " ", " ", "█", "█"),
+    ":": (" ", "█", " ", "█", " "),
+    "-": ("  ", "  ", "██", "  ", "  "),
+}
+"""Five rows of dots of each character that can be large."""
+_HALVES = {(" ", " "): " ", ("█", " "): "▀", (" ", "█"): "▄", ("█", "█"): "█"}
+_PART = re.compile(r"([\d.,:-]+)|([^\d.,:-]+)")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its units, such as ``3 h 12 min``, and what it is."""
+
+    label: str
+    value: str
+    style: str = "bold"
+    label_first: bool = True
+    """Whether a line reads ``loss 2.56`` rather than ``3 min left``."""
+
+
+def figure_line(figures: Iterable[Figure]) -> Content:
+    """``smoothed loss 2.56   3 min left``: values bright, labels dim."""
+    lines = []
+    for figure in figures:
+        parts = [(figure.label, "dim"), (figure.value, figure.style)]
+        lines.append(
+            Content(" ").join(Content.styled(*part) for part in parts[:: 1 if figure.label_first else -1])
+        )
+    return Content(" " * _GAP).join(lines)
+
+
+def large_figures(figures: Iterable[Figure]) -> list[Content]:
+    """Three lines: numbers in large digits, units small at their foot, the label at their head."""
+    columns = [_large(figure) for figure in figures]
+    gap = Content(" " * _GAP)
+    return [gap.join(rows) for rows in zip(*columns, strict=True)]
+
+
+def _large(figure: Figure) -> list[Content]:
+    """Three lines of one width."""
+    rows = ["", "", ""]
+    for number, unit in _PART.findall(figure.value):
+        if number:
+            drawn = [_digit(character) for character in number]
+            rows = [
+                f"{row}{' ' if row else ''}{' '.join(cells)}"
+                for row, cells in zip(rows, zip(*drawn, strict=True), strict=True)
+            ]
+        else:
+            rows = [*(row + " " * (len(unit.strip()) + 1) for row in rows[:2]), f"{rows[2]} {unit.strip()}"]
+    head = f"  {figure.label}"
+    width = max(len(rows[0].rstrip()) + len(head), len(rows[2]))
+    lines = [
+        Content.assemble((rows[0].rstrip(), figure.style), (head, "dim")),
+        Content.styled(rows[1], figure.style),
+        Content.styled(rows[2], figure.style),
+    ]
+    return [line.pad_right(width - line.cell_length) for line in lines]
+
+
+def _digit(character: str) -> tuple[str, ...]:
+    """Three rows of a character, two dots a cell."""
+    dots = _DIGITS[character]
+    pairs = zip_longest(dots[::2], dots[1::2], fillvalue=" " * len(dots[0]))
+    return tuple("".join(_HALVES[pair] for pair in zip(*rows, strict=True)) for rows in pairs)
