@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from socket import AF_UNIX
 from socket import socket as Socket
@@ -34,7 +35,7 @@ TRAINING_MODULES = (
     "qlora_tui.engine",
     "qlora_tui.export.export_job:run_job",
     "qlora_tui.training.description:describe_all",
-    "qlora_tui.training.gguf_worker:convert",
+    "qlora_tui.training.gguf_weights:convert",
     "qlora_tui.training.quantization_quality:measure_quality",
     "qlora_tui.training.row_losses:measure",
     "qlora_tui.training.selftest:check_training",
@@ -123,6 +124,8 @@ def fork_server(name: str) -> Iterator[ForkServer]:
 @contextmanager
 def started(folder: Path, *names: str) -> Iterator[None]:
     """Processes that listen on sockets with their names in a folder."""
+    for module in (*TRAINING_MODULES, *WORKER_MODULES):
+        assert find_spec(module.partition(":")[0]), module
     # What the libraries of the Hub read when they are imported, and no driver of a GPU.
     private = {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environ = os.environ | private | stub_env("no_driver")

@@ -15,7 +15,7 @@ from qlora_tui.training.gguf_conversion import convert_in_child
 from qlora_tui.training.gguf_weights import convert
 from tests.support.tiny_gguf import write_tiny_gguf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_trainers")]
 
 TURNS = [{"role": "user", "content": "the 12\n\n 34"}, {"role": "assistant", "content": "Aye."}]
 
@@ -108,8 +108,11 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(file: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Here a limit on the size of a file, which the weights are the first to reach."""
+    monkeypatch.setenv("FORK_SERVERS", "")  # its children would not have this limit
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, before[1]))
     try:

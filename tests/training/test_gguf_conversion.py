@@ -142,7 +142,7 @@ def test_an_error_in_the_child_is_reported_in_its_words(tmp_path: Path) -> None:
     assert "Download the file again" in raised.value.fix
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_trainers")]
 
 
 def phases(run: RunDir) -> list[str]:

@@ -26,7 +26,7 @@ from qlora_tui.training.selftest import write_random_model
 from qlora_tui.worker import JobStopped, Progress
 from tests.training.families import build
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_trainers")]
 NF4 = Quantization()
 
 
