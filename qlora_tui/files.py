@@ -3,6 +3,7 @@
 atomic_write     replaces one file
 sync             flushes what was written so far to disk
 open_regular     opens a file, and refuses a pipe instead of waiting for it
+write_new        writes a file that the user named, if there is none yet
 open_foreign     opens a file of another program: a regular one, of limited size
 
 A rename alone is not enough: a file's content and a folder's list of names reach the disk only when
@@ -20,6 +21,8 @@ import stat
 from io import BufferedReader, BufferedWriter
 from itertools import takewhile
 from pathlib import Path
+
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 TEMPORARY = re.compile(r"\.qlora-tui-\w{8}\.tmp")
 """Names of files that :func:`atomic_write` has not finished."""
@@ -181,3 +184,21 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {max_bytes // _MIB} MiB", str(path))
     return content
+
+
+def write_new(file: Path, content: bytes) -> None:
+    """Write a file that does not exist yet. Raises UserError."""
+    try:
+        with file.open("xb") as created:
+            created.write(content)
+    except FileExistsError as error:
+        raise UserError(
+            "Not saved",
+            what=f"{file} exists.",
+            fix="Choose another name, or delete it.",
+            exit_code=EXIT_USAGE,
+        ) from error
+    except OSError as error:
+        raise UserError(
+            "Not saved", what=f"{file} cannot be written: {error.strerror}.", fix="Choose another folder."
+        ) from error

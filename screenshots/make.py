@@ -96,6 +96,8 @@ def main() -> int:
         lay_out_run(WATCHED_SHARE)
         for picture in PICTURES:
             save(f"{picture.name}.svg", asyncio.run(draw(picture)))
+        save("run-card.svg", recorded_card())
+        lay_out_run(WATCHED_SHARE)
         lay_out_earlier_runs()
         save(f"{RUNS.name}.svg", asyncio.run(draw(RUNS)))
         frames = moving_frames()
@@ -114,6 +116,18 @@ def save(name: str, svg: str) -> None:
     """Write one file and name it."""
     (HERE / name).write_text(svg)
     print(name)
+
+
+def recorded_card() -> str:
+    """The card of the recorded run."""
+    from qlora_tui.runs.view import RunView
+    from qlora_tui.tui.render.run_card import card_svg, read_card
+    from screenshots.recorded_runs import recorded_run
+
+    clear_runs()
+    view = RunView(recorded_run())
+    view.refresh()
+    return card_svg(view, read_card(view))
 
 
 def moving_frames() -> list[Frame]:

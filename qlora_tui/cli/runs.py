@@ -22,6 +22,7 @@ from qlora_tui.cli.subcommand import (
     format_table,
 )
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.files import write_new
 from qlora_tui.formatting import format_bytes, format_duration, format_float, pluralize
 from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.check import CheckResult, apply_repairs, check_leftovers, check_queue, check_run
@@ -55,6 +56,10 @@ def runs(args: argparse.Namespace) -> CommandResult:
         return check_runs(find_run(args.run_id) if args.run_id else None, repair=args.repair)
     if args.action == "save":
         return _save(find_run(args.run_id), Path(args.file).expanduser())
+    if args.action == "card":
+        return _card(
+            find_run(args.run_id), Path(args.file).expanduser(), with_answers=not args.without_answers
+        )
     if args.action == "delete":
         return _delete(find_run(args.run_id), confirmed=args.yes, in_use=args.in_use)
     if args.action == "trash":
@@ -128,10 +133,19 @@ def _content(view: RunView, kind: str) -> bytes:
     if kind == ".parquet":
         return metrics_parquet(view)
     # Only here: the rest of this module needs no drawing.
-    from qlora_tui.tui.render.loss import loss_png, loss_svg
+    from qlora_tui.tui.render.loss import loss_svg
+    from qlora_tui.tui.render.picture import png
 
     svg = loss_svg(view)
-    return svg.encode() if kind == ".svg" else loss_png(svg)
+    return svg.encode() if kind == ".svg" else png(svg)
+
+
+def _card(run: RunDir, file: Path, *, with_answers: bool) -> CommandResult:
+    """Write the picture of a run to show to others."""
+    from qlora_tui.tui.render.run_card import save_card
+
+    save_card(run, file, with_answers=with_answers)
+    return CommandResult(data={"run": run.id, "path": str(file)}, text=f"Saved the card in {file}.")
 
 
 def _save(run: RunDir, file: Path) -> CommandResult:
@@ -150,21 +164,7 @@ def _save(run: RunDir, file: Path) -> CommandResult:
         raise UserError(
             "No steps yet", what=f"{run.name} has recorded no step.", fix="Save it when it has trained."
         )
-    content = _content(view, kind)
-    try:
-        with file.open("xb") as created:
-            created.write(content)
-    except FileExistsError as error:
-        raise UserError(
-            "Not saved",
-            what=f"{file} exists.",
-            fix="Choose another name, or delete it.",
-            exit_code=EXIT_USAGE,
-        ) from error
-    except OSError as error:
-        raise UserError(
-            "Not saved", what=f"{file} cannot be written: {error.strerror}.", fix="Choose another folder."
-        ) from error
+    write_new(file, _content(view, kind))
     steps = len(view.series)
     return CommandResult(
         data={"run": run.id, "path": str(file), "steps": steps}, text=f"Saved {steps:,} steps in {file}."
@@ -294,7 +294,7 @@ def _format_validation(view: RunView) -> str:
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     changes = parser.add_subparsers(
         dest="action",
-        metavar="rename|delete|trash|restore|save|check",
+        metavar="rename|delete|trash|restore|save|card|check",
         help="without a subcommand, all runs are listed",
     )
     rename = changes.add_parser("rename", help="rename a run (its id does not change)")
@@ -320,6 +320,14 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_run_argument(save)
     save.add_argument("file", metavar="FILE", help="the file to write; it must not exist")
+    card = changes.add_parser(
+        "card",
+        help="save a picture of a run to show to others (.svg, .png): model, curve, loss before and after, "
+        "one question answered both ways, speed and memory",
+    )
+    add_run_argument(card)
+    card.add_argument("file", metavar="FILE", help="the file to write; it must not exist")
+    card.add_argument("--without-answers", action="store_true", help="leave the question and its answers out")
     verify = changes.add_parser(
         "check", help="verify the files of runs, adapters and checkpoints by their checksums"
     )
@@ -327,7 +335,7 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--repair", action="store_true", help="repair what can be repaired and list the repairs"
     )
-    for change in (rename, delete, trashed, restored, save, verify):
+    for change in (rename, delete, trashed, restored, save, card, verify):
         add_json_argument(change)
 
 

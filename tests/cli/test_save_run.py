@@ -13,6 +13,7 @@ from qlora_tui.runs.events import Evaluated, Step
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.loss import loss_svg, running_mean
+from screenshots.recorded_runs import recorded_run
 from tests.cli.conftest import Call
 from tests.tui.fake_runs import FakeRun, write_fake_run
 
@@ -73,7 +74,7 @@ def test_the_picture_breaks_its_line_at_nan(tmp_path: Path) -> None:
     assert len(gray) == 2 and len(mean) == 1
     heights = [float(point.split(",")[1]) for line in gray for point in line.attrib["points"].split()]
     assert heights == sorted(heights)
-    assert len(list(root.iter(f"{SVG}circle"))) == 2
+    assert len(list(root.iter(f"{SVG}circle"))) == len(list(root.iter(f"{SVG}polygon"))) == 1
     assert "best validation loss 1.25 at step 5" in "".join(root.itertext())
 
 
@@ -108,3 +109,23 @@ def test_a_file_that_cannot_be_written_is_explained(
 def test_a_run_without_steps_is_not_saved(call: Call, tmp_path: Path) -> None:
     write_fake_run(FakeRun(name="owls", state="queued", steps=0))
     assert "has recorded no step" in call("runs", "save", "owls", str(tmp_path / "x.csv")).err
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("card.gif", "ends neither in .svg nor in .png"), ("missing/card.svg", "cannot be written")],
+)
+def test_a_card_that_cannot_be_saved_is_explained(file: str, words: str, call: Call, tmp_path: Path) -> None:
+    recorded_run()
+    assert words in call("runs", "card", "last", str(tmp_path / file)).err
+
+
+def test_the_command_writes_a_card_once(call: Call, tmp_path: Path) -> None:
+    recorded_run()
+    file = tmp_path / "card.svg"
+    assert "Saved the card" in call("runs", "card", "last", str(file)).out
+    assert "rainy day" in file.read_text()
+    assert "exists" in call("runs", "card", "last", str(file)).err
+    other = tmp_path / "other.svg"
+    call("runs", "card", "last", str(other), "--without-answers")
+    assert "rainy day" not in other.read_text()

@@ -1,20 +1,15 @@
-"""The loss of a run as a picture: a graph of its summary, an SVG file, and a PNG file drawn by Pillow."""
+"""The loss of a run: its chart, the same on every screen, and the shapes of its picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import groupby
-from typing import Any
 
-from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_float
-from qlora_tui.installation import install_command
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
-from qlora_tui.runs.view import RunView
+from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.charts import (
     NOT_A_NUMBER,
     Axis,
@@ -28,6 +23,7 @@ from qlora_tui.tui.render.charts import (
     ticks,
 )
 from qlora_tui.tui.render.labels import BEST, no_steps_words
+from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.series import BiasCorrectedEma, Envelope, smoothing_window
 
 _WIDTH, _HEIGHT = 960, 480
@@ -36,13 +32,6 @@ _MIN_SAMPLES = 2.0
 """Least samples that the running mean of a summary looks back over."""
 _MEAN_WEIGHT = 0.1
 """Weight of the newest step in the running mean."""
-_GRAY, _BLUE, _GREEN, _AXIS = "#9a9a9a", "#2f7fb5", "#2e8b57", "#777777"
-_SCALE = 2
-"""Pixels per unit of the SVG."""
-_SAMPLES = 2
-"""Samples per pixel, each way, of which the picture is the mean."""
-_BACKGROUND = "#ffffff"
-_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 
 VALIDATION = "◆"
@@ -148,33 +137,85 @@ def summary_plot(summary: RunSummary | None) -> Plot:
 def loss_svg(view: RunView) -> str:
     """Return the picture of all recorded steps: losses, their running mean, and evaluations.
 
-    Colors are readable on white and on black; the file has no script, no font and no link.
+    Colors are readable on white and on black.
     """
-    steps, losses = list(view.series.step), list(view.series.loss)
-    mean = running_mean(losses)
-    evaluations = [(e.step, e.loss) for e in view.evaluations if e.loss is not None]
-    finite = [value for value in (*losses, *(loss for _, loss in evaluations)) if math.isfinite(value)]
-    x = so_far(view.step, view.step, "step")
-    y = loss_axis(min(finite), max(finite)) if finite else Axis(0.0, 1.0, "loss")
-    best = view.best
-    parts = [
-        *_grid(x, y),
-        *_line(x, y, steps, losses, _GRAY, 1.0),
-        *_line(x, y, steps, mean, _BLUE, 2.5),
-    ]
-    for step, loss in evaluations:
-        is_best = best is not None and (step, loss) == (best.step, best.loss)
-        color, radius = (_GREEN, 6) if is_best else (_BLUE, 4)
-        parts.append(f'<circle cx="{_x(x, step)}" cy="{_y(y, loss)}" r="{radius}" fill="{color}"/>')
+    frame = Frame(_LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
     title = view.run.name
-    if best is not None:
-        title += f": best validation loss {format_float(best.loss, 3)} at step {best.step:,}"
-    parts.append(_text(_LEFT, 28, title, size=18))
-    legend = "gray: loss of each step   blue: running mean   dots: validation loss"
-    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 8, legend, anchor="end"))
-    size = f'width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
-    return "\n".join([head, *parts, "</svg>", ""])
+    if view.best is not None:
+        title += f": best validation loss {format_float(view.best.loss, 3)} at step {view.best.step:,}"
+    legend = "gray: loss of each step   blue: running mean   green: validation loss, its best starred"
+    parts = [
+        *loss_picture(view, frame, ON_ANY),
+        text(_LEFT, 28, title, ON_ANY.axis, size=18),
+        text(_WIDTH - _RIGHT, _HEIGHT - 8, legend, ON_ANY.axis, anchor="end"),
+    ]
+    return document(_WIDTH, _HEIGHT, parts)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The place of a chart in a picture, without its labels."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Colors:
+    """Colors of a chart in a picture."""
+
+    raw: str
+    mean: str
+    validation: str
+    axis: str
+    grid: str
+    fill: str = ""
+    """Of the area under the running mean; empty for none."""
+    grid_opacity: float = 1.0
+
+
+ON_ANY = Colors("#9a9a9a", "#2f7fb5", "#2e8b57", "#777777", "#777777", grid_opacity=0.3)
+
+
+def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) -> list[str]:
+    """Shapes of a run's loss: grid with labels of this size, losses, running mean, evaluations."""
+    steps, losses = list(view.series.step), list(view.series.loss)
+    means = running_mean(losses)
+    evaluations = finite_losses(view.evaluations)
+    finite = [value for value in (*losses, *(loss for _, loss in evaluations)) if math.isfinite(value)]
+    x_axis = so_far(view.step, view.step, "step")
+    y_axis = loss_axis(min(finite), max(finite)) if finite else Axis(0.0, 1.0, "loss")
+
+    def x(step: float) -> float:
+        return frame.x + (step - x_axis.low) / (x_axis.high - x_axis.low) * frame.width
+
+    def y(loss: float) -> float:
+        return frame.y + (y_axis.high - loss) / (y_axis.high - y_axis.low) * frame.height
+
+    bottom = frame.y + frame.height
+    parts = []
+    mean = [(x(step), y(loss)) for step, loss in zip(steps, means, strict=True)]
+    drawn = [point for point in mean if math.isfinite(point[1])]
+    if colors.fill and drawn:
+        parts.append(area([(drawn[0][0], bottom), *drawn, (drawn[-1][0], bottom)], colors.fill))
+    for value, label in ticks(y_axis, 5):
+        parts.append(
+            straight(frame.x, y(value), frame.x + frame.width, y(value), colors.grid, colors.grid_opacity)
+        )
+        parts.append(text(frame.x - 8, y(value) + size / 3, label, colors.axis, size=size, anchor="end"))
+    for value, label in ticks(x_axis, 8):
+        parts.append(text(x(value), bottom + size + 7, label, colors.axis, size=size, anchor="middle"))
+    raw = [(x(step), y(loss)) for step, loss in zip(steps, losses, strict=True)]
+    points = [(x(step), y(loss)) for step, loss in evaluations]
+    parts += [*curve(raw, colors.raw, 1.0), *curve(points, colors.validation, 1.5)]
+    parts += curve(mean, colors.mean, 2.5)
+    best = None if view.best is None else (view.best.step, view.best.loss)
+    for point, at in zip(points, evaluations, strict=True):
+        is_best = best == at
+        parts.append((star if is_best else circle)(*point, 10 if is_best else 4, colors.validation))
+    return parts
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
@@ -187,93 +228,3 @@ def running_mean(values: Sequence[float]) -> list[float]:
             mean = value if count == 1 else mean + max(_MEAN_WEIGHT, 1 / count) * (value - mean)
         means.append(mean)
     return means
-
-
-def _x(axis: Axis, step: float) -> str:
-    return f"{_LEFT + (step - axis.low) / (axis.high - axis.low) * (_WIDTH - _LEFT - _RIGHT):.1f}"
-
-
-def _y(axis: Axis, value: float) -> str:
-    share = (value - axis.low) / (axis.high - axis.low)
-    return f"{_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM):.1f}"
-
-
-def _grid(x: Axis, y: Axis) -> list[str]:
-    """Grid lines with their labels."""
-    parts = []
-    for value, label in ticks(y, 6):
-        at = _y(y, value)
-        ends = f'x1="{_LEFT}" y1="{at}" x2="{_WIDTH - _RIGHT}" y2="{at}"'
-        parts.append(f'<line {ends} stroke="{_AXIS}" stroke-opacity="0.3"/>')
-        parts.append(_text(_LEFT - 8, float(at) + 4, label, anchor="end"))
-    for value, label in ticks(x, 8):
-        parts.append(_text(float(_x(x, value)), _HEIGHT - _BOTTOM + 20, label, anchor="middle"))
-    return parts
-
-
-def _line(
-    x: Axis, y: Axis, steps: Sequence[int], values: Sequence[float], color: str, width: float
-) -> list[str]:
-    """A line through the finite values, broken where one is not."""
-    parts = []
-    points = zip(steps, values, strict=True)
-    for is_finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
-        if is_finite:
-            path = " ".join(f"{_x(x, step)},{_y(y, value)}" for step, value in stretch)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"/>')
-    return parts
-
-
-def _text(x: float, y: float, text: str, *, size: int = 13, anchor: str = "start") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
-    return f'<text {place} fill="{_AXIS}">{escape(text)}</text>'
-
-
-def loss_png(svg: str) -> bytes:
-    """Draw the picture of :func:`loss_svg` on white. Raises UserError where Pillow is not installed."""
-    import io
-    import xml.etree.ElementTree as ET
-
-    try:
-        from PIL import Image, ImageColor, ImageDraw, ImageFont
-    except ImportError:
-        raise UserError(
-            "Pillow is not installed",
-            what="PNG pictures are drawn by Pillow.",
-            fix=f"Install it with `{install_command('pillow')}`, or save a picture as .svg.",
-            exit_code=EXIT_USAGE,
-        ) from None
-    root = ET.fromstring(svg)
-    unit = _SCALE * _SAMPLES
-    size = [int(root.attrib[side]) for side in ("width", "height")]
-    image = Image.new("RGB", (size[0] * unit, size[1] * unit), _BACKGROUND)
-    draw = ImageDraw.Draw(image)
-
-    def blended(color: str, opacity: float) -> tuple[int, ...]:
-        pairs = zip(ImageColor.getrgb(color), ImageColor.getrgb(_BACKGROUND), strict=True)
-        return tuple(round(own * opacity + behind * (1 - opacity)) for own, behind in pairs)
-
-    def at(shape: dict[str, str], *names: str) -> list[float]:
-        return [float(shape[name]) * unit for name in names]
-
-    for element in root:
-        shape: dict[str, Any] = element.attrib
-        match element.tag.rpartition("}")[2]:
-            case "line":
-                color = blended(shape["stroke"], float(shape.get("stroke-opacity", 1)))
-                draw.line(at(shape, "x1", "y1", "x2", "y2"), fill=color, width=unit)
-            case "polyline":
-                points = [float(number) * unit for number in shape["points"].replace(",", " ").split()]
-                width = round(float(shape["stroke-width"]) * unit)
-                draw.line(points, fill=shape["stroke"], width=width, joint="curve")
-            case "circle":
-                x, y, radius = at(shape, "cx", "cy", "r")
-                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shape["fill"])
-            case "text":
-                font = ImageFont.load_default(float(shape["font-size"]) * unit)
-                anchor = _ANCHORS[shape["text-anchor"]]
-                draw.text(at(shape, "x", "y"), element.text or "", shape["fill"], font, anchor)
-    small = image.resize((size[0] * _SCALE, size[1] * _SCALE), Image.Resampling.BOX)
-    content = io.BytesIO()
-    small.save(content, "PNG")
-    return content.getvalue()

@@ -1,9 +1,11 @@
-"""The keys of Runs and Train that compare answers of a run's adapter and its base."""
+"""The keys of Runs and Train that show a result: answers of adapter and base, and the card of a run."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import ClassVar
 
 from textual import work
@@ -11,6 +13,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_path
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.task_evaluation import (
     TaskEvaluation,
@@ -20,7 +23,7 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
 )
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.modals.dialogs import TextDialog
+from qlora_tui.tui.screens.modals.dialogs import TextDialog, TextPromptScreen
 from qlora_tui.tui.threads import Measurement
 from qlora_tui.visible import visible
 
@@ -30,7 +33,7 @@ _WIDE_COLUMNS = 110
 
 
 class EvaluationActions(WorkScreen):
-    """A screen with a run whose answers can be measured, one run at a time."""
+    """A screen with a run whose answers can be measured, one run at a time, and whose card can be saved."""
 
     ANSWERS_COMMAND: ClassVar[str]
     """Id of the command that measures, whose key also stops."""
@@ -49,6 +52,21 @@ class EvaluationActions(WorkScreen):
     def progress_of(self, run_id: str) -> str:
         """How far the measurement of this run's answers is; empty while there is none."""
         return self._measurement.progress if run_id == self._measured_id else ""
+
+    def ask_for_card(self, run: RunDir) -> None:
+        """Save the picture of a run where the user says."""
+        text = (
+            "A picture to show to others: model, data, curve, loss, one question answered before and after, "
+            "speed and memory. The file ends in .svg or .png."
+        )
+        prompt = TextPromptScreen("Save the run's card", text, format_path(Path.cwd() / f"{run.id}.svg"))
+        self.ask(prompt, lambda typed: self._save_card(run, Path(typed).expanduser()))
+
+    @work(exclusive=True, group="card")
+    async def _save_card(self, run: RunDir, file: Path) -> None:
+        card = await asyncio.to_thread(import_module, "qlora_tui.tui.render.run_card")
+        await asyncio.to_thread(card.save_card, run, file)
+        self.notify(f"Saved the card in {format_path(file)}.")
 
     # Exclusive: a second key while the stored evaluation is read starts no second measurement.
     @work(exclusive=True, group="evaluation")

@@ -345,6 +345,9 @@ class RunsScreen(EvaluationActions):
     def action_export(self) -> None:
         show_export_dialog(self.app, self._selected.run)
 
+    def action_card(self) -> None:
+        self.ask_for_card(self._selected.run)
+
     def action_move(self, places: int) -> None:
         """Move the run in the queue."""
         run_queue.move(self._selected.run, places)

@@ -65,7 +65,7 @@ _LARGE_ROWS = 3
 """Lines of the header from which its figures are large."""
 _GAP = "     "
 """Between the large figures and the rest."""
-_USES = {"chat": "chat with it", "export": "export it"}
+_USES = {"chat": "chat with it", "export": "export it", "card": "save its card"}
 """What can be done with an adapter: name of the command, and verb."""
 _LABEL = 8
 """Cells of the name before a value."""

@@ -75,6 +75,7 @@ _STATES: Mapping[str, Collection[State]] = {
     "resume": RESUMABLE,
     "chat": ("finished", "stopped", "paused"),
     "export": ("finished", "stopped", "paused"),
+    "card": ("finished", "stopped", "paused", "failed", "lost"),
     "answers": ("finished", "stopped"),
 }
 """States of the watched run that an action needs; one not listed is available in every state."""
@@ -384,6 +385,9 @@ class TrainScreen(EvaluationActions):
 
     def action_export(self) -> None:
         show_export_dialog(self.app, self._watched)
+
+    def action_card(self) -> None:
+        self.ask_for_card(self._watched)
 
     def action_watch_another(self) -> None:
         self.ask(run_picker(self.run), self.attach)

@@ -1,0 +1,240 @@
+"""The card of a run: one picture to show to others, 1200 × 630, as SVG or PNG.
+
+It has the model, the data, the curve, the loss before and after, one question answered both ways, and what
+the run took. Files are named without their folders, and there is nothing of who trained it or where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.files import write_new
+from qlora_tui.formatting import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_loss,
+    pluralize,
+    short_model_name,
+)
+from qlora_tui.recipe.targets import format_rank
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Finished
+from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
+from qlora_tui.runs.telemetry import EnergyMeter
+from qlora_tui.runs.view import RunView
+from qlora_tui.tui.render.labels import data_words
+from qlora_tui.tui.render.loss import Colors, Frame, loss_picture
+from qlora_tui.tui.render.picture import arrow, broken, cut, document, png, rectangle, text, text_width
+
+_WIDTH, _HEIGHT = 1200, 630
+_BACKGROUND, _PANEL = "#10151c", "#18202a"
+_BRIGHT, _PLAIN, _DIM = "#f2f5f8", "#c3ced9", "#8797a8"
+_BETTER, _WORSE = "#87d787", "#ffaf5f"
+_CURVE = Colors("#4a5a6b", "#5fafd7", _BETTER, _DIM, "#2b3643", fill="#1d2f3f")
+_EDGE, _GAP, _INSIDE = 40, 16, 24
+"""Left and right of the panels, between two, and inside of one."""
+_TOP, _SPLIT, _BOTTOM = 142, 424, 602
+"""Top of the panels, top of the lower one, and the end of all."""
+_LEFT_WIDTH = 650
+_MAX_CHARACTERS = 400
+"""Characters of a name or an answer that are looked at; a hostile file may have millions."""
+_ANSWER_LINES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCard:
+    """What a card says, besides the curve."""
+
+    model: str
+    data: str
+    setup: str
+    """``QLoRA nf4 · r16 all-linear · 384 tokens``."""
+    state: str
+    """``81 steps``, or how far a run came that did not end regularly."""
+    loss: tuple[float | None, float | None]
+    """Validation loss before and after training; None where it was not measured."""
+    facts: tuple[tuple[str, str], ...]
+    """(label, value) of what the run took; at most six are shown."""
+    question: str = ""
+    answers: tuple[str, str] = ("", "")
+    """Before and after training."""
+
+
+def read_card(view: RunView, *, with_answers: bool = True) -> RunCard:
+    """What the card of a run says; without answers, nothing of the content of its data."""
+    run, recipe = view.run, view.run.readable_recipe()
+    change, best = view.validation_change, view.best
+    after = change.after if change is not None else None if best is None else best.loss
+    question, before_answer, after_answer = _answers(view) if with_answers else ("", "", "")
+    model, data, setup = "unknown model", "", ""
+    if recipe is not None:
+        model = short_model_name(recipe.model.id)[:_MAX_CHARACTERS]
+        data = data_words(recipe)[:_MAX_CHARACTERS]
+        targets = ",".join(recipe.lora.target_modules)[:60]
+        setup = (
+            f"{recipe.quantization.method} · {format_rank(recipe.lora)} {targets} · "
+            f"{recipe.data.max_length:,} tokens"
+        )
+    samples = "" if view.data is None else f" · {pluralize(view.data.samples, 'sample')}"
+    total = f" of {view.total_steps:,}" if view.step < view.total_steps else ""
+    return RunCard(
+        model=model,
+        data=f"{data}{samples}",
+        setup=setup,
+        state=f"{view.step:,}{total} steps",
+        loss=(view.loss_before_training if change is None else change.before, after),
+        facts=_facts(view, run),
+        question=question,
+        answers=(before_answer, after_answer),
+    )
+
+
+def _facts(view: RunView, run: RunDir) -> tuple[tuple[str, str], ...]:
+    series, ending = view.series, view.ending
+    seconds = series.seconds()
+    speed = (series.tokens[-1] / seconds) if len(series) and seconds else None
+    energy = EnergyMeter(run.telemetry_path)
+    energy.read_all()
+    kwh = ending.energy_kwh if isinstance(ending, Finished) and ending.energy_kwh is not None else energy.kwh
+    device = "" if view.environment is None else view.environment.device[:_MAX_CHARACTERS]
+    facts = [
+        ("hardware", device.removeprefix("NVIDIA GeForce ").removeprefix("NVIDIA ")),
+        ("time in steps", format_duration(seconds) if seconds else ""),
+        ("speed", "" if speed is None else f"{speed:,.0f} tok/s"),
+        ("peak memory", "" if view.memory is None else format_bytes(view.memory.measured_bytes)),
+        ("energy", "" if kwh is None else f"{kwh:.2f} kWh"),
+        (
+            "trained",
+            "" if view.adapter is None else f"{format_count(view.adapter.trained_parameters)} weights",
+        ),
+    ]
+    return tuple((label, value) for label, value in facts if value)[:6]
+
+
+def _answers(view: RunView) -> tuple[str, str, str]:
+    """The first question with an answer before and one after training; empty where there is none."""
+    first = {each.prompt: each for each in reversed(view.samples) if each.step == 0}
+    last = {each.prompt: each for each in view.samples if each.step > 0}
+    for prompt, before in reversed(first.items()):
+        if prompt in last:
+            return prompt, before.answer, last[prompt].answer
+    evaluation = read_task_evaluation(view.run)
+    row = next((row for row in evaluation.rows if row.base and row.adapter), None) if evaluation else None
+    return ("", "", "") if row is None else (row.prompt, row.base, row.adapter)
+
+
+def card_svg(view: RunView, card: RunCard) -> str:
+    """Return the picture."""
+    lower = bool(card.question)
+    height = (_SPLIT - _GAP if lower else _BOTTOM) - _TOP
+    right = _EDGE + _LEFT_WIDTH + _GAP
+    parts = [
+        rectangle(0, 0, _WIDTH, _HEIGHT, _BACKGROUND),
+        *_head(card),
+        rectangle(_EDGE, _TOP, _LEFT_WIDTH, height, _PANEL, 12),
+        text(_EDGE + _INSIDE, _TOP + 32, "loss", _DIM, size=16),
+        *_legend(view),
+        *loss_picture(view, Frame(_EDGE + 74, _TOP + 52, _LEFT_WIDTH - 104, height - 96), _CURVE, 14),
+        rectangle(right, _TOP, _WIDTH - _EDGE - right, height, _PANEL, 12),
+        *_outcome(card, right + _INSIDE, _WIDTH - _EDGE - right - 2 * _INSIDE, height),
+    ]
+    if lower:
+        parts += _conversation(card)
+    return document(_WIDTH, _HEIGHT, parts)
+
+
+def _head(card: RunCard) -> list[str]:
+    room = _WIDTH - 2 * _EDGE
+    model = cut(card.model, room - 260, 42)
+    return [
+        text(_EDGE, 80, model, _BRIGHT, size=42, bold=True),
+        text(_WIDTH - _EDGE, 50, "trained with qlora-tui", _DIM, size=17, anchor="end"),
+        text(_WIDTH - _EDGE, 80, card.state, _PLAIN, size=20, anchor="end"),
+        text(_EDGE, 116, cut(f"fine-tuned on {card.data}", 620, 20), _PLAIN, size=20),
+        text(_WIDTH - _EDGE, 116, cut(card.setup, 480, 18), _DIM, size=18, anchor="end"),
+    ]
+
+
+def _legend(view: RunView) -> list[str]:
+    at = _EDGE + _LEFT_WIDTH - _INSIDE
+    names = (("training, running mean", _CURVE.mean), ("validation", _CURVE.validation))
+    parts = []
+    for name, color in names if view.best is not None else names[:1]:
+        parts.append(text(at, _TOP + 32, name, color, size=15, anchor="end"))
+        at -= text_width(name, 15) + _INSIDE
+    return parts
+
+
+def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
+    """The loss before and after as the largest thing of the card, and below it what the run took."""
+    before, after = card.loss
+    parts = [text(x, _TOP + 32, "validation loss", _DIM, size=16)]
+    if after is None:
+        parts.append(text(x, _TOP + 88, "not measured after training", _PLAIN, size=22))
+    else:
+        color = _BETTER if before is None or after < before else _WORSE
+        end = x
+        if before is not None:
+            start = format_loss(before)
+            end += text_width(start, 48) + 8
+            parts += [text(x, _TOP + 88, start, _PLAIN, size=48), *arrow(end, _TOP + 72, 42, _DIM)]
+            end += 58
+        parts.append(text(end, _TOP + 88, format_loss(after), color, size=54, bold=True))
+        if before:
+            change = f"{abs(after - before) / before:.0%} {'lower' if after < before else 'higher'}"
+            parts.append(text(x + width, _TOP + 32, change, color, size=17, anchor="end", bold=True))
+    rows = (len(card.facts) + 1) // 2
+    step = min(66.0, (height - 116) / max(1, rows))
+    for number, (label, value) in enumerate(card.facts):
+        left, top = x + number % 2 * width / 2, _TOP + 110 + number // 2 * step
+        parts.append(text(left, top + 16, label, _DIM, size=14))
+        parts.append(text(left, top + 37, cut(value, width / 2 - 12, 20), _BRIGHT, size=20))
+    return parts
+
+
+def _conversation(card: RunCard) -> list[str]:
+    """The question, and what the model answered before and after, side by side."""
+    x, width = _EDGE + _INSIDE, _WIDTH - 2 * _EDGE - 2 * _INSIDE
+    column = (width - 2 * _INSIDE) / 2
+    parts = [
+        rectangle(_EDGE, _SPLIT, _WIDTH - 2 * _EDGE, _BOTTOM - _SPLIT, _PANEL, 12),
+        text(
+            x,
+            _SPLIT + 34,
+            cut(f"“{card.question[:_MAX_CHARACTERS]}”", width, 20),
+            _BRIGHT,
+            size=20,
+            bold=True,
+        ),
+    ]
+    looks = (("before", _DIM, _PLAIN), ("after", _BETTER, _BRIGHT))
+    for number, ((name, color, plain), answer) in enumerate(zip(looks, card.answers, strict=True)):
+        left = x + number * (column + 2 * _INSIDE)
+        parts.append(text(left, _SPLIT + 64, name, color, size=15, bold=True))
+        lines = broken(answer[:_MAX_CHARACTERS] or "(no answer)", column, 17, _ANSWER_LINES)
+        for row, line in enumerate(lines):
+            parts.append(text(left, _SPLIT + 88 + row * 23, line, plain, size=17))
+    return parts
+
+
+def save_card(run: RunDir, file: Path, *, with_answers: bool = True) -> None:
+    """Write the card of a run. Raises UserError: no steps yet, another kind of file, it exists, no Pillow."""
+    kind = file.suffix.lower()
+    if kind not in (".svg", ".png"):
+        raise UserError(
+            "Unknown kind of file",
+            what=f"{file.name} ends neither in .svg nor in .png.",
+            fix="Name a file such as card.svg.",
+            exit_code=EXIT_USAGE,
+        )
+    view = RunView(run)
+    view.refresh()
+    if not len(view.series):
+        raise UserError(
+            "No steps yet", what=f"{run.name} has recorded no step.", fix="Save its card when it has trained."
+        )
+    svg = card_svg(view, read_card(view, with_answers=with_answers))
+    write_new(file, svg.encode() if kind == ".svg" else png(svg, _BACKGROUND))
