@@ -159,7 +159,7 @@ def _head(card: RunCard) -> list[str]:
 
 
 def _legend(view: RunView) -> list[str]:
-    at = _EDGE + _LEFT_WIDTH - _INSIDE
+    at: float = _EDGE + _LEFT_WIDTH - _INSIDE
     names = (("training, running mean", _CURVE.mean), ("validation", _CURVE.validation))
     parts = []
     for name, color in names if view.best is not None else names[:1]:

@@ -71,7 +71,7 @@ _STATES: Mapping[str, Collection[State]] = {
     "request": ACTIVE,
     "learning_rate": ACTIVE,
     "stop": ACTIVE,
-    "withdraw": ("queued",),
+    "withdraw": frozenset[State](("queued",)),
     "resume": RESUMABLE,
     "chat": ("finished", "stopped", "paused"),
     "export": ("finished", "stopped", "paused"),
