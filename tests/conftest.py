@@ -165,6 +165,8 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
         monkeypatch.delenv(variable)
     # Or argparse looks on the disk for a translation of each of its words.
     monkeypatch.setenv("LANGUAGE", "C")
+    # A terminal of 256 colors, wherever the tests run.
+    monkeypatch.setenv("TERM", "xterm-256color")
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "NO_COLOR", "COLORTERM"):
         monkeypatch.delenv(variable, raising=False)
     install_nvml_stub(monkeypatch, "no_driver")

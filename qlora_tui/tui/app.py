@@ -192,8 +192,8 @@ class QloraApp(TerminalApp):
         # Before there is a screen: with its widgets every style sheet would be read once more, and its keys
         # would have been painted.
         self._load_themes()
-        if self._wanted_theme in self.available_themes:
-            self.theme = self._wanted_theme
+        # Never Textual's default, which lacks variables of ours.
+        self.theme = self._wanted_theme if self._wanted_theme in self.available_themes else Settings().theme
         self.set_keymap(self.settings.keymap)
 
     def on_mount(self) -> None:
@@ -240,6 +240,11 @@ class QloraApp(TerminalApp):
         for theme in (*loaded, TWO_COLORS):
             self.register_theme(theme)
         self._theme_problems = problems
+
+    def watch_theme(self) -> None:
+        """Panels are surfaces where the terminal has colors for them."""
+        few = self.no_color or self.current_theme.ansi or self.console.color_system in (None, "standard")
+        self.set_class(not few, "-surfaces", update=False)
 
     def apply_settings(self, settings: Settings) -> None:
         """Use settings that were changed while the app runs."""

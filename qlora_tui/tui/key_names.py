@@ -74,11 +74,11 @@ def name_keys(text: str) -> str:
 
 
 def highlight_keys(text: str, style: str = "") -> Content:
-    """Return ``text`` in ``style`` with its keys in bold accent; ``[u]`` keeps its brackets."""
+    """Return ``text`` in ``style`` with its keys in the color of keys; ``[u]`` keeps its brackets."""
     content = Content.styled(text, style)
     for match in _KEYS.finditer(text):
         key = match[0].removeprefix("[").removesuffix("]") if match[0] != "[]]" else "]"
-        content = content.stylize("bold $accent", *match.span())
+        content = content.stylize("bold $key", *match.span())
         content = content.stylize(_pressing(_textual_key(key)), *match.span())
     return content
 
@@ -100,8 +100,8 @@ def settings_title(up: tuple[str, str], down: tuple[str, str]) -> Content:
 
 
 def key_label(command_id: str) -> Content:
-    """The first key for a column of keys, in bold accent; a click presses it."""
-    return pressable(bare_key(command_id), command_key(command_id)).stylize("bold $accent")
+    """The first key for a column of keys, in the color of keys; a click presses it."""
+    return pressable(bare_key(command_id), command_key(command_id)).stylize("bold $key")
 
 
 def command_key(command_id: str) -> str:

@@ -77,6 +77,7 @@ TWO_COLORS = Theme(
     panel=_BACKGROUND,
     boost=_BACKGROUND,
     variables={
+        **dict.fromkeys(("key", "training", "validation", "forgetting", "hardware"), _FOREGROUND),
         "text-muted": _FOREGROUND,
         "text-disabled": _FOREGROUND,
         "block-cursor-foreground": _BACKGROUND,

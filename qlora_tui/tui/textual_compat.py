@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from functools import partial
 from time import monotonic
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
+from textual._border import BORDER_CHARS, BORDER_LABEL_LOCATIONS, BORDER_LOCATIONS
 from textual._compositor import ChopsUpdate, CompositorUpdate, LayoutUpdate
 from textual._context import active_app
 from textual._styles_cache import StylesCache
 from textual.app import App
 from textual.binding import Binding
 from textual.cache import LRUCache
+from textual.css.constants import VALID_BORDER
 from textual.css.stylesheet import Stylesheet
 from textual.driver import Driver
 from textual.drivers import linux_driver
@@ -38,6 +40,7 @@ __all__ = [
     "LayoutUpdate",
     "PromptDriver",
     "active_app",
+    "add_border",
     "bindings_of_widget",
     "clear_style_caches",
     "follow_end",
@@ -47,6 +50,26 @@ __all__ = [
 _SHEETS = 1024
 """Parsed style sheets to cache, more than the app has. Textual caches 64, and parses all in the same order
 each time: of more than 64 none would be found again."""
+
+
+_BorderRow: TypeAlias = tuple[str, str, str]
+_BorderRows: TypeAlias = tuple[_BorderRow, _BorderRow, _BorderRow]
+
+
+def add_border(name: str, glyphs: _BorderRows, *, on_parent: tuple[str, ...]) -> None:
+    """Add a border type that style sheets can name (``_border.py``, ``css/constants.py``).
+
+    Args:
+        name: The name, as in ``border: NAME $color``.
+        glyphs: (left, middle, right) of the top, middle and bottom row.
+        on_parent: Glyphs and whole rows (as ``"bottom"``) whose background is that of the parent.
+    """
+    rows = zip(("top", "middle", "bottom"), glyphs, strict=True)
+    places = tuple(tuple(int(row in on_parent or glyph in on_parent) for glyph in line) for row, line in rows)
+    borders: Any = (BORDER_CHARS, BORDER_LOCATIONS, BORDER_LABEL_LOCATIONS)
+    for table, entry in zip(borders, (glyphs, places, (places[0][1], places[2][1])), strict=True):
+        table[name] = entry
+    VALID_BORDER.add(name)
 
 
 class HookedApp(App[None]):

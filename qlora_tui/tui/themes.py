@@ -1,7 +1,8 @@
 """Themes from TOML files: shipped ones, and the user's folder.
 
-A theme file has ``name``, ``dark``, the colors of a Textual theme (``primary``, ``background``…) and
-optionally ``ansi = true`` to use the terminal's 16 colors. A file with an error is reported and skipped.
+A theme file has ``name``, ``dark``, the colors of a Textual theme (``primary``, ``background``…), of which
+``accent`` is that of keys, optionally those of the four hues (``HUES``), and ``ansi = true`` to use the
+terminal's 16 colors. A file with an error is reported and skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ BORDER_SHARE = 0.3
 SELECTION_SHARE = 0.35
 """Mix of a field's selection between the background color (0) and the primary color (1)."""
 CHART_FILL_SHARE = 0.14
-"""Mix of the area under a curve between the background color (0) and the primary color (1)."""
+"""Mix of the area under a curve between the surface of a panel (0) and the color of training (1)."""
+HUES = ("training", "validation", "forgetting", "hardware")
+_OTHER_HUES = {
+    (256, True): ("#d787d7", "#5fd7d7"),
+    (256, False): ("#af005f", "#005f5f"),
+    (16, True): ("ansi_bright_magenta", "ansi_cyan"),
+    (16, False): ("ansi_magenta", "ansi_cyan"),
+}
+"""Forgetting and hardware in a theme that does not name them, by its colors and whether it is dark."""
 ThemeColor = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 _NOT_A_COLOR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
 """msgspec's message for a value that is not a color."""
@@ -48,19 +57,39 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     background: ThemeColor
     surface: ThemeColor
     panel: ThemeColor
+    training: ThemeColor | None = None
+    """By default ``primary``."""
+    validation: ThemeColor | None = None
+    """By default ``success``."""
+    forgetting: ThemeColor | None = None
+    hardware: ThemeColor | None = None
     ansi: bool = False
     variables: dict[str, str] = {}
 
     def theme(self) -> Theme:
         """Convert to a Textual theme, with the variables that its widgets need."""
-        needed = _sixteen_colors(self.dark) if self.ansi else _blended(self)
-        return Theme(**{**msgspec.structs.asdict(self), "variables": {**needed, **self.variables}})
+        needed = _sixteen_colors(self) if self.ansi else _blended(self)
+        parts = {name: getattr(self, name) for name in self.__struct_fields__ if name not in HUES}
+        return Theme(**{**parts, "variables": {**_roles(self), **needed, **self.variables}})
+
+
+def _roles(file: ThemeFile) -> dict[str, str]:
+    """Colors by what they stand for: those of the hues and of keys."""
+    others = _OTHER_HUES[16 if file.ansi else 256, file.dark]
+    return {
+        "key": file.accent,
+        "training": file.training or file.primary,
+        "validation": file.validation or file.success,
+        "forgetting": file.forgetting or others[0],
+        "hardware": file.hardware or others[1],
+    }
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
     """Variables that Textual makes too faint to read, or does not resolve inside a line (``auto 60%``)."""
-    background, foreground, primary = (
-        Color.parse(color) for color in (file.background, file.foreground, file.primary)
+    background, surface, foreground, primary, training = map(
+        Color.parse,
+        (file.background, file.surface, file.foreground, file.primary, file.training or file.primary),
     )
     muted = background.blend(foreground, MUTED_SHARE).hex6
     return {
@@ -69,19 +98,20 @@ def _blended(file: ThemeFile) -> dict[str, str]:
         "text-disabled": muted,
         "border-blurred": background.blend(foreground, BORDER_SHARE).hex6,
         "input-selection-background": background.blend(primary, SELECTION_SHARE).hex6,
-        "chart-fill": background.blend(primary, CHART_FILL_SHARE).hex6,
+        "chart-fill": surface.blend(training, CHART_FILL_SHARE).hex6,
     }
 
 
-def _sixteen_colors(dark: bool) -> dict[str, str]:
-    foreground, background = ("ansi_white", "ansi_black") if dark else ("ansi_black", "ansi_white")
-    muted = "ansi_white" if dark else "ansi_bright_black"
+def _sixteen_colors(file: ThemeFile) -> dict[str, str]:
+    foreground, background = ("ansi_white", "ansi_black") if file.dark else ("ansi_black", "ansi_white")
+    muted = "ansi_white" if file.dark else "ansi_bright_black"
     return {
         "ansi-foreground": foreground,
         "ansi-background": background,
         "chart-fill": background,
         "text-muted": muted,
         "text-disabled": muted,
+        "border": file.primary,
     }
 
 
@@ -129,10 +159,10 @@ def _read(path: Path) -> Theme:
 
 def _check_colors(file: ThemeFile) -> None:
     """Raise ColorParseError for a text that only looks like a color: Textual would stop the app."""
-    for name in ("primary", "secondary", "warning", "error", "success", "accent"):
-        Color.parse(getattr(file, name))
-    for name in ("foreground", "background", "surface", "panel"):
-        Color.parse(getattr(file, name))
+    for name in file.__struct_fields__:
+        value = getattr(file, name)
+        if isinstance(value, str) and name != "name":
+            Color.parse(value)
     for name, value in file.variables.items():
         if not name.endswith("-style"):
             Color.parse(value)

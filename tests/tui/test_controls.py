@@ -1,14 +1,22 @@
-"""Text and lists that are written for their width, and drawings as high as their lines."""
+"""Text and lists that are written for their width, drawings as high as their lines, and panels."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
+import pytest
 from textual.app import App, ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
+from textual.screen import Screen
+from textual.widgets import Static
+from textual.widgets.option_list import Option
 
-from qlora_tui.tui.widgets.controls import Drawing, Lines, ViList
+from qlora_tui import tui
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViList
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
 
@@ -56,3 +64,51 @@ async def test_a_drawing_is_as_high_as_its_lines() -> None:
             assert f"line {count - 1} of" in text_of(pilot.app) and f"line {count} of" not in text_of(
                 pilot.app
             )
+
+
+class Panels(QloraApp):
+    """The app with one screen of two panels, of which the first can have the focus."""
+
+    CSS_PATH = Path(tui.__file__).with_name("app.tcss")
+    MODES: ClassVar[dict[str, Any]] = {"home": Screen[None]}
+
+    def on_mount(self) -> None:
+        self.call_after_refresh(
+            self.screen.mount,
+            Panel("Runs", ViList(Option("a run")), id="runs"),
+            Panel("Queue", Static("of two", id="queued"), keys=(("app.undo", "back"),), id="queue"),
+        )
+
+
+@pytest.mark.parametrize(("term", "edge"), [("xterm-256color", "▐"), ("screen", "─")])
+async def test_only_the_panel_with_the_focus_has_a_frame(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch, term: str, edge: str
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    app = Panels()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "of two")
+        app.set_focus(None)
+        await wait_for_text(pilot, edge)
+        assert "╭" not in text_of(app)
+        places = [widget.content_region for widget in app.query("ViList, #queued")]
+        app.query_one(ViList).focus()
+        lines = (await wait_for_text(pilot, "╭")).splitlines()
+        assert [widget.content_region for widget in app.query("ViList, #queued")] == places
+        assert [line.find("╭") for line in lines if "╭" in line] == [0]
+        starts = ("Runs", "a run", "Queue", "of two")
+        assert {line.index(text) for line in lines for text in starts if text in line} == {2}
+
+
+async def test_a_panel_with_nothing_to_show_is_one_line(private_home: Path) -> None:
+    app = Panels()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "of two")
+        queue = app.query_one("#queue", Panel)
+        height, queue.empty = queue.outer_size.height, "empty"
+        lines = (await wait_for_text(pilot, "Queue: empty")).splitlines()
+        assert queue.outer_size.height == 1
+        assert not any("of two" in line or "back" in line for line in lines)
+        queue.empty = ""
+        await wait_for_text(pilot, "of two", "u back")
+        assert queue.outer_size.height == height

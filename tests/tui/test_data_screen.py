@@ -154,7 +154,7 @@ async def test_a_file_fixed_on_disk_is_read_again_on_return(model: str, here: Pa
         await pilot.press("3", "2")
         # With more epochs it has steps enough.
         app.edit("training.epochs", 40.0)
-        shown = await wait_for_text(pilot, "Parcel 1 is on its way", "✓ No problems found")
+        shown = await wait_for_text(pilot, "Parcel 1 is on its way", "Problems: none found")
         # No row has a problem to go to or to fix.
         assert "Not valid JSON" not in shown and "n next" not in shown and "m fix" not in shown
         write_rows(file, ["{broken", ticket(1)])

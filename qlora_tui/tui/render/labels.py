@@ -51,8 +51,8 @@ _ASSUMED = " (assumed)"
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 SIGNS: dict[State, tuple[str, str]] = {
     "queued": ("◌", "dim"),
-    "starting": ("●", "$primary"),
-    "running": ("●", "$primary"),
+    "starting": ("●", "$training"),
+    "running": ("●", "$training"),
     "finished": ("✓", "$success"),
     "failed": ("✗", "$error"),
     "stopped": ("■", "$warning"),
@@ -64,7 +64,7 @@ SIGNS: dict[State, tuple[str, str]] = {
 """(sign, color) by state; the word is always shown too."""
 OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
     "ok": ("✓ ok", "$success"),
-    "note": ("· note", "$accent"),
+    "note": ("· note", "$primary"),
     "warning": ("! warning", "$warning"),
     "error": ("✗ error", "$error"),
 }
@@ -185,7 +185,7 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
         is_spaced: Whether empty lines are around what happened.
     """
     gap = "\n\n" if is_spaced else "\n"
-    fix = Content.styled(f"▸ {abbreviate_home(error.fix)}", "$accent") if error.fix else Content("")
+    fix = Content.styled(f"▸ {abbreviate_home(error.fix)}", "$primary") if error.fix else Content("")
     return Content.assemble(
         (f"✗ {error.title}{gap}", "$error bold"),
         abbreviate_home(error.what),
@@ -201,6 +201,11 @@ def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, s
         return "!", defect.word, "$error"
     sign, style = SIGNS[state]
     return sign, state, style
+
+
+def state_bar(state: State, defect: ResultDefect | None = None) -> Content:
+    """Return ``▌`` in the color of a run's state, for the left edge of lines that also name the state."""
+    return Content.styled("▌", result_label(state, defect)[2])
 
 
 def best_words(summary: RunSummary) -> str:

@@ -36,7 +36,7 @@ _MEAN_WEIGHT = 0.1
 
 VALIDATION = "◆"
 """The sign of an evaluation."""
-TRAINING_STYLE, VALIDATION_STYLE, FILL = "$primary", "$success", "$chart-fill"
+TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,6 +181,6 @@ class CommandFooter(Drawing):
     def _item(self, active: ActiveBinding) -> Content:
         dim = "" if active.enabled else " dim"
         return Content.assemble(
-            (short_key(active.binding.key), f"$footer-key-foreground bold{dim}"),
+            (short_key(active.binding.key), f"$key bold{dim}"),
             (f" {active.binding.description}", f"$footer-description-foreground{dim}"),
         )

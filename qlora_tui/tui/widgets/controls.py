@@ -26,7 +26,7 @@ from textual.widgets.option_list import Option
 
 from qlora_tui.errors import UserError
 from qlora_tui.tui.key_names import bare_key, command_key, pressable
-from qlora_tui.tui.textual_compat import bindings_of_widget
+from qlora_tui.tui.textual_compat import add_border, bindings_of_widget
 
 HEADING = "heading:"
 _PAGE_ROWS = 10
@@ -72,7 +72,7 @@ class ViList(OptionList):
     ViList, ViList:focus {
         border: none;
         padding: 0;
-        background: $background;
+        background: transparent;
         background-tint: transparent;
         scrollbar-size-vertical: 1;
     }
@@ -353,22 +353,29 @@ def _lines(content: Content, width: int) -> list[int]:
     return [len(line.wrap(width)) if line.cell_length > width else 1 for line in lines]
 
 
+_MIN_FRAME = 3
+"""Cells of a frame with anything between its corners."""
 _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
 
 
-class Panel(Vertical):
-    """Its title is in the upper border, the keys for what it shows in the lower one.
+add_border("surface", (("▐", " ", "▌"), ("▐", " ", "▌"), (" ", " ", " ")), on_parent=("▐", "▌", "bottom"))
+add_border("rule", ((" ", "─", " "), (" ", " ", " "), (" ", " ", " ")), on_parent=())
 
-    Below 100 × 30 cells (``breakpoints``) the border is only a line with the title (``app.tcss``):
-    panels are then one below the other, and the footer has the keys. The panel whose contents have the focus
-    has a brighter border; a double one without colors.
+
+class Panel(Vertical):
+    """A part of a screen: its title in the first row, the keys for what it shows in the last one.
+
+    Only the panel whose contents have the focus has a frame, a double one without colors. The others are
+    surfaces, or have a rule where there are 16 colors or none (``app.tcss``); contents have the same cells
+    either way. Below 100 × 30 cells (``breakpoints``) a panel has only a rule, in its whole width: panels are
+    then one below the other, and the footer has the keys. A panel that is ``empty`` is one line.
     """
 
     DEFAULT_CSS = """
     Panel {
         height: auto;
         padding: 0 1;
-        border: round $border-blurred;
+        border: rule $border-blurred;
         border-title-color: $primary;
         border-title-style: bold;
         border-subtitle-color: $text-muted;
@@ -393,6 +400,7 @@ class Panel(Vertical):
         super().__init__(*children, id=id, classes=classes)
         self._keys: tuple[tuple[str, str], ...] = ()
         self._title = Content()
+        self._empty = ""
         self.show_title(title)
         self.show_keys(keys)
 
@@ -400,7 +408,36 @@ class Panel(Vertical):
         """Change the title; a string is plain text, in which brackets are nothing special."""
         content = title if isinstance(title, Content) else Content(title)
         if not content.is_same(self._title):  # equal text can differ in its style
-            self.border_title = self._title = content
+            self._title = content
+            self._show_title()
+
+    @property
+    def empty(self) -> str:
+        """Why there is nothing to show; the panel is then one line, such as ``Queue: empty``."""
+        return self._empty
+
+    @empty.setter
+    def empty(self, reason: str) -> None:
+        if reason != self._empty:
+            self._empty = reason
+            self.set_class(bool(reason), "-empty")
+            self._show_title()
+
+    def _show_title(self) -> None:
+        reason = (f": {self._empty}", "not bold $text-muted") if self._empty else ""
+        self.border_title = Content.assemble(self._title, reason)
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Put title and keys one cell further out than Textual does, flush with the contents."""
+        width, height = self.outer_size
+        if not self.styles.border_left[0] or width < _MIN_FRAME:
+            return super().render_lines(crop)
+        lines = super().render_lines(Region(0, crop.y, width, crop.height))
+        if crop.y == 0:
+            lines[0] = _joined(lines[0], (0, 1), (2, width - 1), (width - 2, width))
+        if crop.bottom == height > 1:
+            lines[-1] = _joined(lines[-1], (0, 2), (1, width - 2), (width - 1, width))
+        return [line.crop(crop.x, crop.right) for line in lines]
 
     def show_keys(self, keys: Sequence[tuple[str, str]]) -> None:
         """Change the keys in the lower border."""
@@ -415,10 +452,14 @@ class Panel(Vertical):
     def _show_subtitle(self) -> None:
         # Only now: the user's keymap is that of the app that runs.
         hints = [
-            hint.stylize("$footer-key-foreground bold", 0, hint.plain.index(" "))
+            hint.stylize("$key bold", 0, hint.plain.index(" "))
             for hint in (_hint(command, verb) for command, verb in self._keys)
         ]
         self.border_subtitle = Content("  ").join(hints) if hints else None
+
+
+def _joined(line: Strip, *parts: tuple[int, int]) -> Strip:
+    return Strip.join([line.crop(*part) for part in parts])
 
 
 def _hint(command: str, verb: str) -> Content:

@@ -191,9 +191,9 @@ class SettingList(LineView):
         label = f" {field.label:<{self._label_cells}}  "
         meaning = field.zero_meaning if value == 0 else ""
         row = Content.assemble(
-            (letter, "bold reverse $accent") if letter else "▸" if here else " ",
+            (letter, "bold reverse $key") if letter else "▸" if here else " ",
             (label, "bold" if here else ""),
-            (format_value(value), "bold $accent" if changed else ""),
+            (format_value(value), "bold $primary" if changed else ""),
             (f" ({meaning})" if meaning else "", "dim"),
             (f"  * {self._base_name}: {format_value(usual)}" if changed else "", "dim"),
         )

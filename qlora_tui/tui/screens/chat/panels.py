@@ -167,7 +167,7 @@ class ChatSide(Vertical):
     def compose(self) -> Iterable[Widget]:
         keys = (("chat.settings", "change"), ("chat.source", "model"))
         yield Panel("Sampling", Lines(id="side-settings"), keys=keys)
-        yield Panel("Tokens", Lines(id="side-tokens"))
+        yield Panel("Tokens", Lines(id="side-tokens"), id="tokens-panel")
         keys = (("chat.history", "open"), ("chat.clear", "new"))
         yield Panel("Conversations", Lines(id="side-history"), keys=keys, id="history-panel")
 
@@ -181,12 +181,14 @@ class ChatSide(Vertical):
             for name, answer in turn.answers.items()
             if answer.outcome is not None
         }
+        self.query_one("#tokens-panel", Panel).empty = "" if chat.ready else "counted once loaded"
         self._update("tokens", token_lines(outcomes, chat.ready, width))
         self._show_history(chat.run_dir, transcript, width)
 
     @work(group="history", exclusive=True)
     async def _show_history(self, run: RunDir | None, transcript: Path | None, width: int) -> None:
         saved = await asyncio.to_thread(list_conversations, run)
+        self.query_one("#history-panel", Panel).empty = "" if saved else "none yet"
         self._update("history", history_lines(saved, transcript, clock.now(), width))
 
     def _update(self, part: str, lines: list[Content]) -> None:
@@ -198,7 +200,7 @@ def token_lines(
 ) -> list[Content]:
     """How full the context of each adapter is after its last answer, and how fast that was."""
     if ready is None:
-        return [Content.styled("Loaded with the first prompt.", "dim")]
+        return []
     lines = [
         _row("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}"),
         _row("context", f"{ready.context_tokens:,} tokens"),
@@ -217,8 +219,6 @@ def history_lines(
     conversations: Sequence[tuple[Path, SavedConversation]], transcript: Path | None, now: float, width: int
 ) -> list[Content]:
     """Where the transcript is, and the saved conversations with this run, the newest first."""
-    if not conversations:
-        return [Content.styled("None yet. Each is saved as you chat.", "dim")]
     lines = [conversation_line(saved, now, width) for _, saved in conversations]
     if transcript is not None:
         lines.insert(0, Content.styled(truncate_middle(format_path(transcript), width), "dim"))

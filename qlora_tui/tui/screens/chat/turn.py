@@ -355,7 +355,7 @@ class ChatTurn(Vertical):
     ChatTurn .prompt {
         height: auto;
         padding: 0 1;
-        color: $accent;
+        color: $primary;
         text-style: bold;
     }
     ChatTurn Horizontal {

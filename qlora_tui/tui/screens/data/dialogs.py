@@ -252,7 +252,7 @@ def format_picker(choices: Sequence[FormatChoice], now: str) -> ListPicker[str]:
         Column[FormatChoice](text=name, gap=1),
         Column[FormatChoice](text=lambda choice: f"{choice.read:,} rows", right=True),
         Column[FormatChoice](
-            text=lambda choice: "now" if choice.format == now else "", width=3, style="$accent"
+            text=lambda choice: "now" if choice.format == now else "", width=3, style="$primary"
         ),
         Column[FormatChoice](text=lambda choice: choice.problem or choice.example, style="dim"),
     )
@@ -293,7 +293,7 @@ def preference_picker(*, rated: bool) -> ListPicker[str]:
 _ROW_SIGNS: dict[RowClass, tuple[str, str]] = {
     "never learned": ("✗", "$error"),
     "contradicting": ("≠", "$warning"),
-    "memorized": ("=", "$accent"),
+    "memorized": ("=", "$primary"),
     "learned": ("✓", "$success"),
 }
 """Sign and style of each class: the sign says it without color too."""
@@ -368,7 +368,9 @@ class RowLossScreen(ListPicker[RowChoice]):
 
     def _listed(self) -> list[Choice[RowChoice]]:
         columns = (
-            Column[RowLoss](text=lambda row: "●" if row.place in self._marked else " ", style="$accent bold"),
+            Column[RowLoss](
+                text=lambda row: "●" if row.place in self._marked else " ", style="$primary bold"
+            ),
             Column[RowLoss](text=lambda row: Content.assemble(_ROW_SIGNS[row.row_class]), gap=1),
             Column[RowLoss](text=_place, gap=1),
             Column[RowLoss](

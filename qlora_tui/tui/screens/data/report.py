@@ -106,6 +106,7 @@ class ProblemsPanel(Panel):
         if report is None:
             self._list.show([])
             self.show_title("Problems")
+            self.empty = "none yet"
             return
         bad_rows = bad_row_count(problems)
         lines, unsaid = [], bad_rows
@@ -119,8 +120,7 @@ class ProblemsPanel(Panel):
             lines.append(("steps", few_steps))
         # Errors found later come before what the cursor was on.
         select = lines[0][0] if lines and not self._list.has_focus else None
-        none = ("✓ No problems found", "$success") if report.complete else ("No problems so far", "dim")
-        self._list.show(lines or [("none", Content.assemble(none))], select)
+        self._list.show(lines, select)
         self.show_title(f"Problems ({len(lines)})" if lines else "Problems")
         keys = _PROBLEM_KEYS if problems else ()
         if recipe.data.bad_rows == "skip":
@@ -128,6 +128,7 @@ class ProblemsPanel(Panel):
         elif bad_rows:
             keys = (*keys, ("data.bad_rows", "skip bad rows"))
         self.show_keys(keys)
+        self.empty = "" if lines else "none found" if report.complete else "none so far"
 
 
 def bad_row_count(problems: Sequence[DataProblem]) -> int:
@@ -247,7 +248,7 @@ def problem_line(
         (f": {pluralize(problem.count, 'row')}", "bold"),
         row_outcome(problem, data),
         (where, "dim"),
-        (f"\n  ▸ {key_name('data.fix')} {fix}" if (fix := _fix_label(problem, bad_rows)) else "", "$accent"),
+        (f"\n  ▸ {key_name('data.fix')} {fix}" if (fix := _fix_label(problem, bad_rows)) else "", "$primary"),
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
     )
 

@@ -47,8 +47,8 @@ _KEYS = (
 TITLE_FRAME = 6
 """Cells of a panel's corners and of the spaces around its title."""
 
-_CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $accent"
-_LEARNED_BREAK = "bold underline $accent"
+_CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $primary"
+_LEARNED_BREAK = "bold underline $primary"
 _LEARNED, _READ = "bold underline", "dim"
 _LEGEND = Content.assemble(
     ("to learn", _LEARNED),
@@ -137,7 +137,7 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data, changes: C
         sign, style = SEVERITY_SIGNS[check.severity if check else "warning"]
         parts.append((f"{sign} {check.title if check else kind}", f"{style} bold"))
         parts.append((f"  {example}" if example else "", "dim"))
-        parts += [("\n  ▸ ", "$accent"), (check.fix, "dim")] if check and check.fix else []
+        parts += [("\n  ▸ ", "$primary"), (check.fix, "dim")] if check and check.fix else []
         parts.append("\n")
     if parts:
         parts.append("\n")
@@ -196,7 +196,7 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
             *keys,
         ]
     parts.append(("\n\n", ""))
-    parts += [part for key, does in keys for part in ((key, "$accent bold"), (f" {does}   ", "dim"))]
+    parts += [part for key, does in keys for part in ((key, "$key bold"), (f" {does}   ", "dim"))]
     return Content.assemble(*parts)
 
 

@@ -307,7 +307,7 @@ def run_lines(
     lines = [first]
     if status.at:
         away = "  while you were away" if while_away else ""
-        lines.append(Content.assemble(format_ago(status.at, now), (away, "$accent")))
+        lines.append(Content.assemble(format_ago(status.at, now), (away, "$primary")))
     if sum(line.cell_length for line in lines) + 2 <= width:
         lines = [Content("  ").join(lines)]
     parts = [] if has_graph or summary.best is None else [best_words(summary)]
@@ -362,8 +362,6 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
     """The queued runs, the next one first."""
-    if not waiting:
-        return [Content.styled("Empty.", "dim")]
     named = [RunDir(paths.runs_dir() / id_).name for id_ in waiting[:3]]
     shown = [Content(f"{number}. {name}") for number, name in enumerate(named, 1)]
     if len(waiting) > len(shown):
@@ -415,8 +413,8 @@ def next_lines(step: NextStep, others: tuple[NextStep, ...], width: int) -> list
     for number, (key, each) in enumerate(zip(keys, (step, *others), strict=True)):
         also = "" if number or each.command in ("home.demo", "") else f" (or {key_name(each.command)})"
         first = Content.assemble(
-            ("▸ " if not number else "  ", "bold $accent"),
-            (f"{key:<{column}}  ", "bold $accent"),
+            ("▸ " if not number else "  ", "bold $primary"),
+            (f"{key:<{column}}  ", "bold $key"),
             (each.text, "bold" if not number else ""),
             (also, "dim"),
         )

@@ -302,7 +302,9 @@ class HomeScreen(WorkScreen):
         graph.visible = not is_new
         graph.show(partial(plot, summary_plot(facts.last)))
         is_compact = self._layout(self.size).is_compact
-        self.query_one("#queue-panel").display = not is_compact or bool(self.app.system_status.waiting_ids)
+        queue, is_waiting = self.query_one("#queue-panel", Panel), bool(self.app.system_status.waiting_ids)
+        queue.display = is_waiting or not is_compact
+        queue.empty = "" if is_waiting else "empty"
         workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
         self.query_one("#recipe-panel", Panel).show_title(f"Recipe of the next run · {preset}")

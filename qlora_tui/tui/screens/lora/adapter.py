@@ -119,7 +119,7 @@ def control_line(path: str, recipe: Recipe, base: Recipe) -> Content:
     star = "*" if value != get_setting(base, path) else " "
     keys = " ".join(map(bare_key, LORA_CONTROLS[path]))
     return Content.assemble(
-        (f"{keys:<4}", "$accent bold"), f"{term_of(path):<8}", (f"{format_value(value):>6}{star}", "bold")
+        (f"{keys:<4}", "$key bold"), f"{term_of(path):<8}", (f"{format_value(value):>6}{star}", "bold")
     )
 
 
@@ -398,7 +398,7 @@ def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> 
         share = f"{bar(needed / cost.verdict.available_bytes, cells)} " if drawn else ""
         lines.append(
             Content.assemble(
-                (mark, "bold $accent"),
+                (mark, "bold $primary"),
                 (f" {cost.name:<{_NAME}} {format_count(cost.trained):>9} {disk:>9}  ", style),
                 (share, "$secondary"),
                 (f"{format_gib(needed):>5} GiB ", style),

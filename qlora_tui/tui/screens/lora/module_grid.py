@@ -317,7 +317,7 @@ class ModuleGrid(Widget, can_focus=True):
         else:
             mark = state(cell, self._chosen)
             if mark == ALL and has_custom_rank(cell, self._lora):
-                return CUSTOM, self._cursor_style(row, column) or "$accent"
+                return CUSTOM, self._cursor_style(row, column) or "$forgetting"
             glyph, style = CELLS[mark], "$text-muted" if mark == NONE else "$primary"
         return glyph, self._cursor_style(row, column) or style
 

@@ -74,7 +74,7 @@ _ACTIVATIONS = (
 
 PARTS: tuple[BarPart, ...] = (
     BarPart("base weights", "█", "$primary", frozenset(_BASE)),
-    BarPart("adapter", "▚", "$accent", frozenset(ADAPTER_ITEMS)),
+    BarPart("adapter", "▚", "$forgetting", frozenset(ADAPTER_ITEMS)),
     BarPart("activations", "▓", "$success", frozenset(_ACTIVATIONS)),
     BarPart("loss", "▒", "$warning", frozenset(("logits",))),
     BarPart("overhead", "░", "$secondary", frozenset()),
@@ -143,7 +143,7 @@ def precision_bars(
                 f" {format_gib(estimate.total_bytes):>6} GiB ",
                 (f"{word:<12}", style),
                 (spare, "$text-muted"),
-                (" ◂ recipe" if precision == recipe_precision else "", "$accent"),
+                (" ◂ recipe" if precision == recipe_precision else "", "$primary"),
             )
         )
     return lines

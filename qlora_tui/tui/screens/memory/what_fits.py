@@ -338,7 +338,7 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
     for number, change in enumerate(changes):
         key = bare_key("memory.apply") if not number else ""
         head = Content.assemble(
-            (f"{'▸' if not number else ' '} {key:<2}", "$accent bold"),
+            (f"{'▸' if not number else ' '} {key:<2}", "$key bold"),
             (change.label, "bold" if not number else ""),
         )
         word = change.verdict.word

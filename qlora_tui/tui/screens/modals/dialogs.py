@@ -418,7 +418,7 @@ class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
                 )
             )
             if check.fix:
-                lines.append(Content.styled(f"  ▸ {abbreviate_home(check.fix)}", "$accent"))
+                lines.append(Content.styled(f"  ▸ {abbreviate_home(check.fix)}", "$primary"))
         self.query_one("#machine-report", Static).update(Content("\n").join(lines))
 
 

@@ -135,7 +135,7 @@ def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
     """Details of a model on this machine. ``is_current``: whether it is the recipe's."""
     lines = []
     if is_current:
-        lines.append(Content.assemble(("● ", "$accent bold"), ("The recipe's model", "bold")))
+        lines.append(Content.assemble(("● ", "$primary bold"), ("The recipe's model", "bold")))
     if model.refusal:
         step = None
         if can_be_completed(model):
@@ -208,9 +208,7 @@ def demo_facts() -> list[Content]:
     """Describe the demo model and its download."""
     size = f"{format_bytes(SMOLLM2.download_bytes)} from the package index"
     return [
-        Content.assemble(
-            (f"▸ {key_name('models.download')}  ", "$accent bold"), (f"Download {size}", "bold")
-        ),
+        Content.assemble((f"▸ {key_name('models.download')}  ", "$key bold"), (f"Download {size}", "bold")),
         Content("llama, 135M parameters, license apache-2.0"),
         Content("Small enough to train on a CPU in minutes."),
         Content.styled(f"Converted, it takes {format_bytes(SMOLLM2.converted_bytes)}.", "dim"),
@@ -238,7 +236,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
     def length(row: LengthFit) -> Content:
         weight = "bold" if row.is_current else ""
         return Content.assemble(
-            ("▸" if row.is_current else " ", "bold $accent"), (f"{row.length:,}".rjust(8), weight)
+            ("▸" if row.is_current else " ", "bold $primary"), (f"{row.length:,}".rjust(8), weight)
         )
 
     def figure(row: LengthFit, number: int) -> Content:
@@ -339,7 +337,7 @@ def disk_free_bytes(folder: Path) -> int | None:
 
 
 def _step(key: str, text: str, mark: str = "▸") -> Content:
-    return Content.assemble((f"{mark} {key}  ", "$accent bold"), (text, "bold" if mark == "▸" else ""))
+    return Content.assemble((f"{mark} {key}  ", "$key bold"), (text, "bold" if mark == "▸" else ""))
 
 
 def _architecture_lines(model: Architecture) -> list[Content]:

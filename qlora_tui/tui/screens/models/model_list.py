@@ -146,7 +146,7 @@ class _Line:
         """The mark and the name."""
         style = "$text-muted" if self.is_refused else ""
         return Content.assemble(
-            (f"{self.mark} ", "$accent bold" if self.mark == "●" else style), (self.name, style)
+            (f"{self.mark} ", "$primary bold" if self.mark == "●" else style), (self.name, style)
         )
 
     def text(self, number: int) -> str | Content:

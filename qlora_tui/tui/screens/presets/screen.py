@@ -389,7 +389,7 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
 
 def preset_line(preset: Preset, current: str, verdict: Verdict | None, width: int) -> Content:
     """Its name, and the memory with it; ● marks the one the recipe started as, ✗ one that cannot be read."""
-    mark, style = ("● ", "$accent") if preset.name == current else ("  ", "")
+    mark, style = ("● ", "$primary") if preset.name == current else ("  ", "")
     if preset.problem:
         mark, style = "✗ ", "$error"
     line = Content.assemble((mark, style), preset.name, ("" if preset.shipped else "  yours", "$text-muted"))
@@ -466,7 +466,6 @@ def _memory(
 def _key_hints(hints: Iterable[tuple[str, str]]) -> Content:
     """``Enter open  s save``: keys and verbs, as in the borders of panels."""
     shown = [
-        Content.assemble((key, "$footer-key-foreground bold"), (f" {verb}", "not bold $text-muted"))
-        for key, verb in hints
+        Content.assemble((key, "$key bold"), (f" {verb}", "not bold $text-muted")) for key, verb in hints
     ]
     return Content("  ").join(shown)

@@ -35,7 +35,7 @@ from qlora_tui.tui.widgets.controls import Drawing
 
 MAX_COMPARED = len(MARKS)
 _STEPS = 800
-_STYLES = ("$primary", "$accent", "$success", "$error")
+_STYLES = ("$training", "$forgetting", "$validation", "$hardware")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ from qlora_tui.tui.render.labels import (
     format_ago,
     preference_words,
     result_label,
+    state_bar,
     targets_words,
 )
 from qlora_tui.tui.screens.runs.export_dialog import export_line
@@ -86,7 +87,7 @@ _MIN_ENDING = 24
 """Cells from which the rest of a wide line says how a run ended."""
 _TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
 """Time in a generated name; it is also in the column "queued"."""
-_HEAD = 14
+_HEAD = 15
 """Cells of the mark and the state before the columns."""
 
 
@@ -246,7 +247,8 @@ class RunTable(LineView):
         sign, word, style = result_label(row.status.state, row.defect)
         if row.id in self._waiting:
             word = f"queue {self._waiting.index(row.id) + 1}"
-        return Content.assemble((f"{mark} ", "$accent"), (f"{sign} {word:<10}", style))
+        bar = state_bar(row.status.state, row.defect)
+        return Content.assemble(bar, (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
 
 
 _LABEL = 10
@@ -333,7 +335,7 @@ def ending(summary: RunSummary, *, beside_verdict: bool = False) -> Content:
     wrong = (
         summary.defect.sentence if summary.defect and not (is_said and summary.defect.word == WORSE) else ""
     )
-    fix = Content.assemble(("  ▸ ", "$accent"), summary.fix) if summary.fix else Content("")
+    fix = Content.assemble(("  ▸ ", "$primary"), summary.fix) if summary.fix else Content("")
     resume = ""
     if summary.status.state in RESUMABLE:
         resume = f"  {key_name('runs.resume')} resumes it."

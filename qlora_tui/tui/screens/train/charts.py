@@ -274,7 +274,7 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
             *above, last = _meter_chart(meter, machine.readings, cells, rows)
         elif meter.bar:
             used, total = meter.bar
-            above, last = [], Content.styled(bar(used / total if used and total else 0.0, cells), "$primary")
+            above, last = [], Content.styled(bar(used / total if used and total else 0.0, cells), "$hardware")
         else:
             above, last = [], Content("")
         gap = " " if last.cell_length else ""
@@ -319,7 +319,7 @@ def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: i
         # A single second that fell between two readings.
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
-    return [Content.styled(row, "$secondary") for row in blocks(slots, 0.0, meter.top, rows)]
+    return [Content.styled(row, "$hardware") for row in blocks(slots, 0.0, meter.top, rows)]
 
 
 def _percent(value: int | None) -> str:

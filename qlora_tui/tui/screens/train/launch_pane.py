@@ -121,7 +121,7 @@ def note_page(fields: Sequence[Field], selected: Field, width: int, height: int)
 def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
     """``▸ Epochs  training.epochs``, and below it what the setting does and its effect on memory."""
     head = Content.assemble(
-        ("▸ " if is_selected else "  ", "bold $accent"),
+        ("▸ " if is_selected else "  ", "bold $primary"),
         (field.label, "bold" if is_selected else "$primary"),
         (f"  {field.path}", "dim"),
     )
@@ -150,7 +150,7 @@ def check_lines(checks: tuple[Check, ...], width: int, *, with_questions: bool) 
             fix = f"▸ {key_name('train.fix')} {offered.label}"
         else:
             fix = f"▸ {abbreviate_home(check.fix)}" if check.fix else ""
-        text, remedy = Content(abbreviate_home(check.text)), Content.styled(fix, "$accent")
+        text, remedy = Content(abbreviate_home(check.text)), Content.styled(fix, "$primary")
         if with_questions:
             lines.append(head + Content.styled(QUESTIONS.get(check.kind, ""), "dim"))
             pieces = [piece for part in (text, remedy) if part for piece in part.wrap(width - _SHORT_HEAD)]
@@ -181,7 +181,7 @@ def conclusion(checks: tuple[Check, ...]) -> Content:
         )
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
     ready = f"Ready. Press {key_name('train.launch')} to {'queue' if waits else 'launch'} it."
-    first = Content.assemble(("▸ ", "$accent"), highlight_keys(ready, "bold $success"))
+    first = Content.assemble(("▸ ", "$primary"), highlight_keys(ready, "bold $success"))
     if count := sum(check.outcome == "warning" for check in checks):
         first += Content.styled(f"   ! {pluralize(count, 'warning')} to read first", "$warning")
     return first

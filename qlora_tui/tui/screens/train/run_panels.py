@@ -41,6 +41,7 @@ from qlora_tui.tui.render.labels import (
     format_ago,
     preference_words,
     result_label,
+    state_bar,
     targets_words,
 )
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
@@ -93,6 +94,11 @@ def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> 
 
     From three lines on, the figures are large and stand before the rest.
     """
+    edge = state_bar(snapshot.status.state, find_defect(snapshot.view)) + " "
+    return [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
+
+
+def _header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
     figures = key_figures(snapshot)
     if height < _LARGE_ROWS or not figures:
         known = figure_line(figures)
@@ -111,7 +117,7 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
     progress = "  ".join(progress_facts(snapshot))
     cells = width - first.cell_length - len(progress) - 4
     drawn = f"{bar(share, cells)}  " if share is not None and cells >= _MIN_BAR else ""
-    return Content.assemble(first, "  ", (drawn, "$primary"), progress)
+    return Content.assemble(first, "  ", (drawn, "$training"), progress)
 
 
 def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
@@ -166,7 +172,7 @@ def state_line(snapshot: RunSnapshot) -> Content:
         when = ending[1] if view.phase == "training" else ""
         parts.append((f"  {ending[0]}{when}", "bold $warning"))
         if snapshot.is_stopping and snapshot.ending_request == "stop":
-            parts.append((f"  {key_name('train.stop')} now", "$accent"))
+            parts.append((f"  {key_name('train.stop')} now", "$key"))
     if (status.state == "queued" or status.state in ACTIVE) and status.detail:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
