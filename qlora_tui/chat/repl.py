@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from qlora_tui.chat.chat_sources import choose_adapter, run_source
-from qlora_tui.chat.chat_types import BASE, GREEDY, AnswerComparison, ChatSource, Sampling
+from qlora_tui.chat.chat_types import BASE, AnswerComparison, ChatSource, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
@@ -60,47 +60,62 @@ def compare_answers(
     source: ChatSource,
     conversations: Sequence[Sequence[str]],
     *,
-    sampling: Sampling = GREEDY,
+    max_new_tokens: int,
     base_answers: int | None = None,
     adapter_name: str = "",
+    on_status: Callable[[str], None] = lambda words: None,
 ) -> list[AnswerComparison]:
     """Ask base and adapter the questions of each conversation in turn, each after its own earlier answers.
+
+    Answers are the most likely tokens. The same turn of all conversations is answered at once: on a CPU a
+    token for each of 15 conversations takes little longer than one.
 
     Args:
         source: What to load; base and adapter share one copy of the base.
         conversations: Questions by conversation.
-        sampling: Settings of both.
+        max_new_tokens: Most tokens of an answer.
         base_answers: Number of conversations, from the first, that the base is asked; None for all.
         adapter_name: The adapter to ask; by default the final one.
+        on_status: Called with what is being done.
 
     Raises:
         UserError: The model cannot be loaded, or an answer fails.
     """
     adapter_name = adapter_name or choose_adapter(source)
-    session = _load(source, lambda words: None)
+    session = _load(source, on_status)
+    asked_of_base = conversations[:base_answers]
+    total = sum(map(len, conversations)) + sum(map(len, asked_of_base))
+    done = 0
 
-    def ask(questions: Sequence[str], name: str) -> list[tuple[str, bool]]:
-        messages: list[Message] = []
-        answers = []
-        for question in questions:
-            messages.append(Message("user", question))
-            reply = session.ask(messages, adapter_name=name, sampling=sampling)
-            text = "".join(chunk.text for chunk in reply if not chunk.thought).strip()
-            messages.append(Message("assistant", text))
-            answers.append((text, reply.outcome is not None and reply.outcome.ending == "turn end"))
+    def ask_all(name: str, asked: Sequence[Sequence[str]]) -> list[list[tuple[str, bool]]]:
+        """Texts of the answers by conversation, and whether each ended its turn."""
+        nonlocal done
+        answers: list[list[tuple[str, bool]]] = [[] for _ in asked]
+        histories: list[list[Message]] = [[] for _ in asked]
+        for turn in range(max(map(len, asked), default=0)):
+            active = [number for number, questions in enumerate(asked) if turn < len(questions)]
+            for number in active:
+                histories[number].append(Message("user", asked[number][turn]))
+            replies = session.answer_batch(name, [histories[number] for number in active], max_new_tokens)
+            for number, (text, ended) in zip(active, replies, strict=True):
+                histories[number].append(Message("assistant", text))
+                answers[number].append((text, ended))
+            done += len(active)
+            on_status(f"  {done} of {total} answers")
         return answers
 
-    compared = []
-    for number, questions in enumerate(conversations):
-        is_base_asked = base_answers is None or number < base_answers
-        base = [text for text, _ in ask(questions, BASE)] if is_base_asked else [None] * len(questions)
-        for turn, (question, of_base, (text, ended)) in enumerate(
-            zip(questions, base, ask(questions, adapter_name), strict=True), 1
-        ):
-            compared.append(
-                AnswerComparison(prompt=question, turn=turn, base=of_base, adapter=text, adapter_ended=ended)
-            )
-    return compared
+    of_adapter, of_base = ask_all(adapter_name, conversations), ask_all(BASE, asked_of_base)
+    return [
+        AnswerComparison(
+            prompt=question,
+            turn=turn + 1,
+            base=of_base[number][turn][0] if number < len(of_base) else None,
+            adapter=of_adapter[number][turn][0],
+            adapter_ended=of_adapter[number][turn][1],
+        )
+        for number, questions in enumerate(conversations)
+        for turn, question in enumerate(questions)
+    ]
 
 
 def run_repl(

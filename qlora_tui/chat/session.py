@@ -466,6 +466,22 @@ class ChatSession:
         with reported_memory(self.compute_device), self._attention():
             return answer_greedily(self._model, prompts, self.tokenizer, self.device, max_new_tokens)
 
+    def answer_batch(
+        self, adapter_name: str, conversations: Sequence[Sequence[Message]], max_new_tokens: int
+    ) -> list[tuple[str, bool]]:
+        """Return the greedy answer to each conversation, without thoughts, and whether it ended its turn.
+
+        Raises UserError as :meth:`ask` does, and where the memory is full.
+        """
+        prompts = [self.prompt(messages) for messages in conversations]
+        self.ensure_loaded(adapter_name)
+        self.check(adapter_name, prompts[0])
+        answers = self.greedy_batch(adapter_name, prompts, max_new_tokens)
+        return [
+            (self._decoder.answer(prompt, ids), ids[-1] in self.tokenizer.turn_end_ids)
+            for prompt, ids in zip(prompts, answers, strict=True)
+        ]
+
     def activate(self, adapter_name: str) -> None:
         """Let ``head`` compute with an adapter that is loaded, or with the base alone."""
         self._adapters.activate(adapter_name)

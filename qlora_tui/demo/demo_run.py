@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.chat.chat_sources import run_source
-from qlora_tui.chat.chat_types import AnswerComparison, Sampling
+from qlora_tui.chat.chat_types import AnswerComparison
 from qlora_tui.demo.conversations import CONVERSATIONS, HELD_OUT, SHOWN, voice_faults
 from qlora_tui.demo.demo_model import ensure_model
 from qlora_tui.errors import UserError
@@ -25,8 +25,8 @@ from qlora_tui.runs.events import AnyEvent, Failed, Finished
 from qlora_tui.runs.view import RunView
 
 PRESET = "cpu-demo"
-SAMPLING = Sampling(max_new_tokens=80, seed=1)
-"""How answers are generated: as in the chat, and the same at every demo on a machine."""
+MAX_ANSWER_TOKENS = 80
+"""The adapter's answers have some 40."""
 
 
 class DemoResult(Struct, frozen=True, kw_only=True):
@@ -65,13 +65,23 @@ def estimated_peak_bytes(recipe: Recipe) -> int:
     return estimate(recipe, load_architecture(recipe.model.id), device=budget.device).process_bytes
 
 
-def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, RunView], None]) -> DemoResult:
-    """Run the demo; ``on_status`` gets the current activity, ``on_event`` each event of the run.
+def run_demo(
+    on_status: Callable[[str], None],
+    on_progress: Callable[[str], None],
+    on_event: Callable[[AnyEvent, RunView], None],
+) -> DemoResult:
+    """Run the demo.
 
-    Raises UserError on any failure. KeyboardInterrupt passes through, and the run then continues.
+    Args:
+        on_status: Gets what is being done.
+        on_progress: Gets how far it is.
+        on_event: Gets each event of the run.
+
+    Raises:
+        UserError: On any failure. KeyboardInterrupt passes through, and the run then continues.
     """
     began = time.monotonic()
-    recipe = demo_recipe(ensure_model(on_status))
+    recipe = demo_recipe(ensure_model(on_status, on_progress=on_progress))
     predicted = estimated_peak_bytes(recipe)
     run = actions.submit(recipe)
     on_status(f"Training in the background as {run.id}")
@@ -89,7 +99,13 @@ def run_demo(on_status: Callable[[str], None], on_event: Callable[[AnyEvent, Run
     # Torch is needed only from here on, and the run is over: one model at a time in memory.
     from qlora_tui.chat.repl import compare_answers
 
-    samples = compare_answers(run_source(run), HELD_OUT, sampling=SAMPLING, base_answers=SHOWN)
+    samples = compare_answers(
+        run_source(run),
+        HELD_OUT,
+        max_new_tokens=MAX_ANSWER_TOKENS,
+        base_answers=SHOWN,
+        on_status=on_progress,
+    )
     return result_of(view, predicted, tuple(samples), time.monotonic() - began)
 
 

@@ -71,9 +71,15 @@ def test_base_adapter_and_checkpoint_answer_differently(run: RunDir) -> None:
     base = text(generate_once(run, PROMPT, base=True, sampling=SHORT))
     checkpoint = text(generate_once(run, PROMPT, checkpoint=2, sampling=SHORT))
     assert len({adapter, base, checkpoint}) == 3
+    said: list[str] = []
     first, second, alone = compare_answers(
-        run_source(run), [(PROMPT, PROMPT), (PROMPT,)], sampling=SHORT, base_answers=1
+        run_source(run),
+        [(PROMPT, PROMPT), (PROMPT,)],
+        max_new_tokens=SHORT.max_new_tokens,
+        base_answers=1,
+        on_status=said.append,
     )
+    assert said[-1] == "  5 of 5 answers"
     assert (first.base, first.adapter) == (base.strip(), adapter.strip())
     assert (first.turn, second.turn, alone.turn) == (1, 2, 1)
     assert second.base is not None and alone.base is None and alone.adapter == first.adapter
