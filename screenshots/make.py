@@ -32,6 +32,8 @@ from screenshots.motion import Frame, animate
 HERE = Path(__file__).parent
 HOME = Path(tempfile.gettempdir()) / "qlora-tui-pictures"
 """Always the same folder, since some screens show where a model is."""
+FONTS = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
+"""One of them is on each system."""
 GPU_GIB = 12.0
 """The memory that estimates are for, as there may be no GPU: here NF4 fits and fp16 does not."""
 WATCHED_SHARE = 0.87
@@ -76,14 +78,14 @@ RUNS = Picture("runs", shows="2 checkpoints")
 _LOOP_SIZE = (100, 30)
 CHAT = Picture("chat", _LOOP_SIZE, shows="demo", model=SMALL, prompt="What is the capital of France?")
 BEFORE_THE_RUN = (
-    (Picture("models", _LOOP_SIZE, shows=SMALL, model=SMALL), 2.5),
-    (Picture("data", _LOOP_SIZE, shows="99% ≤", model=SMALL), 3.5),
-    (Picture("memory", _LOOP_SIZE, shows="doubles", model=SMALL), 3.0),
-    (Picture("lora", _LOOP_SIZE, shows="q_proj", model=SMALL), 2.5),
+    (Picture("models", _LOOP_SIZE, shows=SMALL, model=SMALL), 1.8),
+    (Picture("data", _LOOP_SIZE, shows="99% ≤", model=SMALL), 2.6),
+    (Picture("memory", _LOOP_SIZE, shows="doubles", model=SMALL), 2.4),
+    (Picture("lora", _LOOP_SIZE, shows="q_proj", model=SMALL), 1.6),
 )
 """The first frames of the moving picture, and how many seconds each is shown."""
 WATCHED_STEPS = (1, 4, 8, 14, 20, 26, 32, 38, 44, 50, 56, 62, 70)
-WATCHED_S, ENDED_S, CHAT_S = 0.6, 3.0, 6.0
+WATCHED_S, ENDED_S, CHAT_S = 0.4, 2.2, 4.2
 
 
 def main() -> int:
@@ -287,7 +289,17 @@ async def draw(picture: Picture) -> str:
                 pilot, lambda: not getattr(app.screen, "busy", False), picture, _ANSWER_PATIENCE_S
             )
         await pilot.pause(1.5)
-        return app.export_screenshot(title="qlora-tui")
+        return with_local_fonts(app.export_screenshot(title="qlora-tui"))
+
+
+def with_local_fonts(svg: str) -> str:
+    """The picture without Textual's web font, which a browser does not load for an image in a page.
+
+    Each text says how long it is, so any font that is one cell wide fits.
+    """
+    svg = re.sub(r"@font-face \{[^}]*\}\s*", "", svg)
+    svg = re.sub(r"\s*font-variant-east-asian: full-width;", "", svg)
+    return svg.replace("font-family: Fira Code, monospace", f"font-family: {FONTS}")
 
 
 async def wait_until(
