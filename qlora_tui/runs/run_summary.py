@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qlora_tui import paths
 from qlora_tui.formatting import format_float, pluralize, short_model_name
@@ -60,6 +61,8 @@ class RunSummary:
     started_at: float | None = None
     """Unix time at which the last attempt began; None before the first."""
     model: str = ""
+    data: str = ""
+    """Name of the first data file, and how many more there are."""
     settings: str = ""
     """``nf4 r16 2,048×2×8``: the settings in which runs most often differ."""
     best: tuple[float, int] | None = None
@@ -76,6 +79,10 @@ class RunSummary:
     """Training losses in order, decimated; NaN where one was not a number."""
     seconds: float | None = None
     """Training time without evaluations and pauses; None before the first step."""
+    tokens_per_s: float | None = None
+    """Over the training time; None before the first step."""
+    peak_bytes: int | None = None
+    """Measured peak of memory; None before it was measured."""
     seconds_left: float | None = None
     """Remaining time of an active run at its pace; None otherwise."""
     energy: str = ""
@@ -182,9 +189,11 @@ def summarize(run: RunDir) -> RunSummary:
     ending = view.ending
     best = view.best
     recipe = run.readable_recipe()
-    model, settings = "unknown", "recipe unreadable"
+    model, data, settings = "unknown", "", "recipe unreadable"
     if recipe is not None:
         model, settings = short_model_name(recipe.model.id) or "none", short_settings(recipe)
+        data = data_words(recipe)
+    seconds = series.seconds() if len(series) else None
     return RunSummary(
         run=run,
         name=run.name,
@@ -195,6 +204,7 @@ def summarize(run: RunDir) -> RunSummary:
         queued_at=view.queued_at or 0.0,
         started_at=view.started_at,
         model=model,
+        data=data,
         settings=settings,
         best=(best.loss, best.step) if best is not None and best.loss is not None else None,
         evaluations=finite_losses(view.evaluations),
@@ -202,7 +212,9 @@ def summarize(run: RunDir) -> RunSummary:
         accuracy=view.accuracy,
         steps=tuple(series.step),
         losses=tuple(series.loss),
-        seconds=series.seconds() if len(series) else None,
+        seconds=seconds,
+        tokens_per_s=series.tokens[-1] / seconds if seconds else None,
+        peak_bytes=None if view.memory is None else view.memory.measured_bytes,
         seconds_left=view.seconds_left,
         energy=format_energy(ending) if isinstance(ending, Finished) else "",
         fix=ending.fix if isinstance(ending, Failed) else "",
@@ -426,3 +438,12 @@ def _metric_words(metric: Metric | None) -> str:
     if metric.comparison == "worse":
         return f"answers worse: {values}"
     return f"answers not clearly better: {values} on {pluralize(metric.rows, 'prompt')}"
+
+
+def data_words(recipe: Recipe) -> str:
+    """Name of the first data file, and how many more there are."""
+    sources = recipe.data.sources
+    if not sources:
+        return "no data"
+    more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
+    return Path(sources[0].path).name + more

@@ -31,7 +31,7 @@ from qlora_tui.tui.render.charts import downsample
 from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.screens import answer_measuring
-from qlora_tui.tui.screens.runs.compare import differing, read
+from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
 from qlora_tui.tui.screens.runs.run_list import RunFiles, run_keys
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
@@ -223,6 +223,26 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(three_runs: l
         assert "Micro-batch" not in shown
         await pilot.press("escape")
         assert isinstance(app.screen, RunsScreen)
+
+
+def test_the_better_value_of_a_row_is_marked_where_it_says_something(three_runs: list[RunDir]) -> None:
+    def row(name: str, *values: float, of_data: bool = True, sources: tuple[str, ...] = ("a", "a")) -> str:
+        compared = [
+            replace(
+                read(three_runs[0]),
+                name=f"run {number}",
+                outcome={name: Outcome(f"{value:g}", value, "lower", of_data)},
+                recipe=replace_setting(TICKETS, "data.validation_path", source),
+            )
+            for number, (value, source) in enumerate(zip(values, sources, strict=True))
+        ]
+        lines = comparison_table(compared, 80).plain.splitlines()
+        return next(line for line in lines if line.startswith(name))
+
+    assert row("loss", 2.0, 1.0).split() == ["loss", "2", "1", "✓"]
+    assert "✓" not in row("loss", 1.0, 1.0) and "✓" not in row("loss", 1.0, math.nan)
+    assert "✓" not in row("loss", 2.0, 1.0, sources=("a", "b"))
+    assert row("speed", 1.0, 2.0, of_data=False, sources=("a", "b")).split() == ["speed", "1", "✓", "2"]
 
 
 def test_a_model_by_name_and_by_path_is_no_difference(three_runs: list[RunDir]) -> None:

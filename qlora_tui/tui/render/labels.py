@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -23,7 +22,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.run_summary import ResultDefect, RunSummary
+from qlora_tui.runs.run_summary import ResultDefect, RunSummary, data_words
 from qlora_tui.runs.status import State
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.workbench import Workbench
@@ -107,15 +106,6 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
             name = cut_cells(parts[place], max(_MIN_NAME, cells - over - 1))
             parts[place] = name.rstrip(".-_ ") + "…"
     return parts
-
-
-def data_words(recipe: Recipe) -> str:
-    """Name of the first data file, and how many more there are."""
-    sources = recipe.data.sources
-    if not sources:
-        return "no data"
-    more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
-    return Path(sources[0].path).name + more
 
 
 def batch_words(recipe: Recipe, *, short: bool = False) -> str:

@@ -22,10 +22,10 @@ from qlora_tui.formatting import (
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Finished
+from qlora_tui.runs.run_summary import data_words
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
 from qlora_tui.runs.telemetry import EnergyMeter
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.labels import data_words
 from qlora_tui.tui.render.loss import Colors, Frame, loss_picture
 from qlora_tui.tui.render.picture import arrow, broken, cut, document, png, rectangle, text, text_width
 

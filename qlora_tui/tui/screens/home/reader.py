@@ -34,7 +34,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
-from qlora_tui.runs.run_summary import RunSummary, SummaryCache
+from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar, labeled, meter, sparkline
@@ -44,7 +44,6 @@ from qlora_tui.tui.render.labels import (
     FitLine,
     batch_words,
     best_words,
-    data_words,
     format_ago,
     recipe_line,
     refusal_words,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from textual import work
 from textual.app import ComposeResult
@@ -19,7 +20,7 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.formatting import format_duration, format_float, format_percent, truncate_middle
+from qlora_tui.formatting import format_duration, format_float, format_loss, format_percent, truncate_middle
 from qlora_tui.recipe.fields import DESCRIPTIVE, fields, format_value, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import general_answer_texts
@@ -39,6 +40,19 @@ _STYLES = ("$training", "$forgetting", "$validation", "$hardware")
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What came of a run in one respect."""
+
+    text: str
+    """Empty where there is nothing."""
+    value: float | None = None
+    better: Literal["", "lower", "higher"] = ""
+    """Which values are better; empty where neither is."""
+    of_data: bool = True
+    """Whether the values of runs on different data say nothing of which run is better."""
+
+
+@dataclass(frozen=True)
 class ComparedRun:
     """One run of the comparison."""
 
@@ -46,8 +60,8 @@ class ComparedRun:
     recipe: Recipe | None
     envelope: Envelope
     """Running mean of the training loss over tokens."""
-    outcome: Mapping[str, str]
-    """Label and text of each row; what none of the runs has is left out."""
+    outcome: Mapping[str, Outcome]
+    """By the label of the row; what none of the runs has is left out."""
 
 
 _GENERAL_ANSWERS = {
@@ -58,6 +72,8 @@ _GENERAL_ANSWERS = {
 }
 """Rows of the counts over answers to general prompts: label, and name of the count."""
 _DATA_SETTINGS = ("data.sources", "data.validation_path")
+_BETTER = " ✓"
+"""After the better value of a row."""
 _REASON_LINES = 3
 _WIDE_COLUMN = 26
 
@@ -73,26 +89,33 @@ def read(run: RunDir) -> ComparedRun:
     best, last = view.best, view.last_evaluation
     general = dict(general_answer_texts(view.general_answers))
     margin = None if last is None else last.reward_margin
+    best_text = "NA" if best is None or best.loss is None else f"{format_loss(best.loss, 4)} at {best.step:,}"
+    better_before = "" if view.loss_to_beat is None else f"{format_loss(view.loss_to_beat, 4)}, better"
     outcome = {
-        "state": view.status.state,
-        "best validation loss": "NA" if best is None else f"{format_float(best.loss)} at {best.step:,}",
-        "before training": "" if view.loss_to_beat is None else f"{format_float(view.loss_to_beat)}, better",
+        "state": Outcome(view.status.state),
+        "best validation loss": Outcome(best_text, best.loss if best else None, "lower"),
+        "before training": Outcome(better_before),
         "exact answers": _share(view.accuracy),
-        "exact, base model": _share(view.base_accuracy),
+        "exact, base model": Outcome(_share(view.base_accuracy).text),
         "better answer preferred": _share(None if last is None else last.reward_accuracy),
-        "margin": "" if margin is None else format_float(margin, 3),
-        "forgetting": "" if view.forgetting is None else format_float(view.forgetting, 3),
-        **{label: general.get(name, "") for label, name in _GENERAL_ANSWERS.items()},
-        "steps": f"{view.step:,}/{view.total_steps:,}",
-        "tokens/s": "NA" if speed is None else f"{speed:,.0f}",
-        "trained": format_duration(series.seconds()) if len(series) else "NA",
-        "reason": _reason(view),
+        "margin": Outcome("" if margin is None else format_float(margin, 3), margin, "higher"),
+        "forgetting": Outcome(
+            "" if view.forgetting is None else format_float(view.forgetting, 3),
+            view.forgetting,
+            "lower",
+            of_data=False,
+        ),
+        **{label: Outcome(general.get(name, "")) for label, name in _GENERAL_ANSWERS.items()},
+        "steps": Outcome(f"{view.step:,}/{view.total_steps:,}"),
+        "tokens/s": Outcome("NA" if speed is None else f"{speed:,.0f}", speed, "higher", of_data=False),
+        "trained": Outcome(format_duration(series.seconds()) if len(series) else "NA"),
+        "reason": Outcome(_reason(view)),
     }
     return ComparedRun(run.name, recipe, mean_losses.envelopes()[0], outcome)
 
 
-def _share(part: float | None) -> str:
-    return "" if part is None else format_percent(part)
+def _share(part: float | None) -> Outcome:
+    return Outcome("" if part is None else format_percent(part), part, "higher")
 
 
 def _reason(view: RunView) -> str:
@@ -137,30 +160,52 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
 
 def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
     """Names, outcomes, and the settings that differ, a column a run."""
-    outcomes = [(name, tuple(one.outcome[name] for one in compared)) for name in compared[0].outcome]
+    warning = _incomparable(compared)
+    outcomes = [
+        (name, texts)
+        for name in compared[0].outcome
+        if any(texts := _marked([one.outcome[name] for one in compared], same_data=not warning))
+    ]
     settings = differing(compared)
-    rows = [row for row in outcomes if any(row[1])] + settings
+    rows = outcomes + settings
     label = max(len(name) for name, _ in rows) + 2
     each = max(12, (width - label) // len(compared))
     names = [
         Content.styled(f"{mark} {truncate_middle(one.name, each - 3):<{each - 2}}", f"bold {style}")
         for one, mark, style in zip(compared, MARKS, _STYLES, strict=False)
     ]
-    lines = [Content(" " * label) + Content("").join(names)]
-    recipes = [one.recipe for one in compared if one.recipe is not None]
-    if len({tuple(str(get_setting(each, path)) for path in _DATA_SETTINGS) for each in recipes}) > 1:
-        warning = "Their data differ, so that their losses are not comparable."
-        lines.append(Content.styled(warning, "$warning"))
-    elif len({each.preference_method for each in recipes}) > 1:
-        warning = "Their methods (Preference data) differ, so that their losses are not comparable."
+    is_marked = any(text.endswith(_BETTER) for _, texts in outcomes for text in texts)
+    head = f"{_BETTER.strip()} the better value" if is_marked else ""
+    lines = [Content.styled(f"{head:<{label}}", "dim") + Content("").join(names)]
+    if warning:
         lines.append(Content.styled(warning, "$warning"))
     for name, values in rows:
         for number, cells in enumerate(_cells(name, values, each - 1)):
-            texts = "".join(f"{cell:<{each}}" for cell in cells)
-            lines.append(Content.assemble((f"{'' if number else name:<{label}}", "dim"), texts))
+            texts = [(f"{cell:<{each}}", "bold $success" if cell.endswith(_BETTER) else "") for cell in cells]
+            lines.append(Content.assemble((f"{'' if number else name:<{label}}", "dim"), *texts))
     if not settings:
         lines.append(Content.styled("Their settings are identical.", "dim"))
     return Content("\n").join(lines)
+
+
+def _incomparable(compared: Sequence[ComparedRun]) -> str:
+    """Why their losses are not comparable; empty where they are."""
+    recipes = [one.recipe for one in compared if one.recipe is not None]
+    if len({tuple(str(get_setting(each, path)) for path in _DATA_SETTINGS) for each in recipes}) > 1:
+        return "Trained on different data: don't compare the losses."
+    if len({each.preference_method for each in recipes}) > 1:
+        return "Trained by different methods (Preference data): don't compare the losses."
+    return ""
+
+
+def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
+    """The texts of a row, the better ones marked, unless all are equal or they are not comparable."""
+    values = [each.value for each in outcomes if each.value is not None and math.isfinite(each.value)]
+    better = outcomes[0].better
+    if len(set(values)) < 2 or not better or (outcomes[0].of_data and not same_data):
+        return tuple(each.text for each in outcomes)
+    best = min(values) if better == "lower" else max(values)
+    return tuple(each.text + _BETTER if each.value == best else each.text for each in outcomes)
 
 
 def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]]:

@@ -36,9 +36,9 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.event_log import events_backwards
-from qlora_tui.runs.events import ALL_STEPS_DONE, Step
+from qlora_tui.runs.events import ALL_STEPS_DONE, Progress, SampleGenerated, Step
 from qlora_tui.runs.exports import Export, read_exports
-from qlora_tui.runs.run_summary import WORSE, RunSummary
+from qlora_tui.runs.run_summary import WORSE, RunSummary, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
@@ -47,7 +47,6 @@ from qlora_tui.tui.render.charts import labeled, sparkline
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import (
     batch_words,
-    data_words,
     format_ago,
     preference_words,
     result_label,
@@ -59,7 +58,7 @@ from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, render_line
 
 MARKS = "ABCD"
 """Marks of runs selected to compare, unlike any sign of a state; the same letters are on their curves."""
-_CURVE_WIDTH = 12
+_CURVE_WIDTH = 10
 _LOSS_WIDTH = 9
 
 
@@ -98,8 +97,9 @@ def _without_time(name: str) -> str:
 _COLUMNS: tuple[Column[RunSummary], ...] = (
     Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
     Column(title="run", text=lambda s: s.name, shrinks=True, min_width=10, shorter=_without_time),
-    Column(title="model", text=lambda s: s.model, max_width=26, shown_from=150),
-    Column(title="settings", text=lambda s: s.settings, max_width=22, shown_from=115),
+    Column(title="model", text=lambda s: s.model, max_width=24, shown_from=112),
+    Column(title="data", text=lambda s: s.data, max_width=24, shown_from=180),
+    Column(title="settings", text=lambda s: s.settings, max_width=22, shown_from=112),
     Column(
         title="steps",
         text=lambda s: f"{s.step:,}/{s.total_steps:,}" if s.total_steps else "",
@@ -121,6 +121,18 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         max_width=11,
         right=True,
         shown_from=WIDE_CELLS,
+    ),
+    Column(
+        title="tok/s",
+        text=lambda s: "" if s.tokens_per_s is None else f"{s.tokens_per_s:,.0f}",
+        right=True,
+        shown_from=150,
+    ),
+    Column(
+        title="memory",
+        text=lambda s: "" if s.peak_bytes is None else format_bytes(s.peak_bytes),
+        right=True,
+        shown_from=150,
     ),
 )
 """Columns after the state of a run."""
@@ -272,7 +284,7 @@ class RunFiles:
     bytes: int
     """Size of everything in the folder."""
     log: tuple[tuple[float, str], ...]
-    """Unix time and text of the last events but steps, the newest first."""
+    """Unix time and text of the last events but steps, progress and answers, the newest first."""
 
     @classmethod
     def read(cls, summary: RunSummary) -> RunFiles:
@@ -448,7 +460,7 @@ def _size(folder: Path) -> int:
 def _log(summary: RunSummary) -> tuple[tuple[float, str], ...]:
     try:
         events = islice(events_backwards(summary.run.events_path), _MAX_EVENTS)
-        others = (event for event in events if not isinstance(event, Step))
+        others = (event for event in events if not isinstance(event, Step | Progress | SampleGenerated))
         return tuple(
             (event.at, " ".join(describe(event, summary.total_steps).split()))
             for event in islice(others, _MAX_LOG_LINES)

@@ -288,6 +288,7 @@ class RunsScreen(EvaluationActions):
         else:
             detail = [ending(summary, beside_verdict=True)]
         self._show("run-detail", detail)
+        self.query_one("#run-detail").display = any(detail) or is_short
         if is_short:
             return
         self.query_one("#run-graph", Drawing).show(partial(plot, summary_plot(summary)))

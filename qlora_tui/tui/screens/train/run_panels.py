@@ -28,7 +28,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, Phase, PhaseChanged, phase_label
-from qlora_tui.runs.run_summary import find_defect
+from qlora_tui.runs.run_summary import data_words, find_defect
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
@@ -37,7 +37,6 @@ from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
     batch_words,
-    data_words,
     format_ago,
     preference_words,
     result_label,
