@@ -20,7 +20,7 @@ from qlora_tui.runs import run_queue
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
-from qlora_tui.runs.events import Failed, Finished, Stopped
+from qlora_tui.runs.events import DataReady, Failed, Finished, Stopped
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.runs.task_metrics.answer_metrics import Comparison, Metric
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, share_interval
@@ -83,6 +83,8 @@ class RunSummary:
     """Over the training time; None before the first step."""
     peak_bytes: int | None = None
     """Measured peak of memory; None before it was measured."""
+    next_evaluation: int = 0
+    """Step of the next evaluation; 0 if none is known."""
     seconds_left: float | None = None
     """Remaining time of an active run at its pace; None otherwise."""
     energy: str = ""
@@ -213,6 +215,7 @@ def summarize(run: RunDir) -> RunSummary:
         steps=tuple(series.step),
         losses=tuple(series.loss),
         seconds=seconds,
+        next_evaluation=next_evaluation(recipe, view.data, view.step),
         tokens_per_s=series.tokens[-1] / seconds if seconds else None,
         peak_bytes=None if view.memory is None else view.memory.measured_bytes,
         seconds_left=view.seconds_left,
@@ -221,6 +224,15 @@ def summarize(run: RunDir) -> RunSummary:
         defect=find_defect(view),
         verdict=_verdict(view, recipe),
     )
+
+
+def next_evaluation(recipe: Recipe | None, data: DataReady | None, step: int) -> int:
+    """The step of the next evaluation after ``step``; 0 if none is known, and before the first step."""
+    if recipe is None or data is None or not data.validation_samples or not step:
+        return 0
+    every = recipe.training.eval_every or data.steps_per_epoch
+    following = min((step // every + 1) * every, data.total_steps) if every else 0
+    return following if following > step else 0
 
 
 def outline(run: RunDir) -> RunSummary:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import subprocess
 import threading
 import time
@@ -16,6 +17,7 @@ from textual.drivers.headless_driver import HeadlessDriver
 
 from qlora_tui import paths, worker
 from qlora_tui.demo.conversations import CONVERSATIONS
+from qlora_tui.formatting import format_duration
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
@@ -23,11 +25,20 @@ from qlora_tui.runs import actions, doctor, run_queue
 from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.process import ensure_runner
+from qlora_tui.runs.run_summary import summarize
 from qlora_tui.runs.status import State
 from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import reader as home_reader
-from qlora_tui.tui.screens.home.reader import DEMO, HomeLayout, HomeReader, HomeState, next_step, other_steps
+from qlora_tui.tui.screens.home.reader import (
+    DEMO,
+    HomeLayout,
+    HomeReader,
+    HomeState,
+    next_step,
+    other_steps,
+    run_lines,
+)
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.train.screen import TrainScreen
@@ -57,6 +68,20 @@ def test_a_download_that_ends_during_a_reading_leaves_its_count(monkeypatch: pyt
     layout = HomeLayout(80, 40, 40, is_compact=False)
     facts = reader.read(Workbench(), budget_for(None), SystemStatus(), 0.0, layout)
     assert facts.suggestion.why == "1 model is on this machine"
+
+
+def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> None:
+    summary = summarize(write_fake_run(FakeRun(steps=1240)))
+    layout = HomeLayout(100, 60, 40, is_compact=False)
+    head, progress, figures = (line.plain for line in run_lines(summary, False, BEGAN, layout, ["next-one"]))
+    assert summary.name in head and "training" in head
+    assert len(progress) == 60 and progress.endswith("41%  step 1,240 of 3,000")
+    left = format_duration(summary.seconds_left)
+    assert re.match(rf"smoothed loss \d\.\d\d   {left} left   next evaluation at 1,500", figures)
+    wide = run_lines(summary, False, BEGAN, replace(layout, left=100), ["next-one"])[-1].plain
+    assert wide.endswith("then next-one")
+    large = run_lines(summary, False, BEGAN, replace(layout, left=100, is_large=True))
+    assert len(large) == 5 and large[2].plain[0] in "█▀▄"
 
 
 @pytest.mark.parametrize(

@@ -110,20 +110,23 @@ def _legend(facts: LossFacts, y: Axis) -> tuple[tuple[str, str], ...]:
     return tuple(items)
 
 
+def mean_losses(summary: RunSummary) -> Sequence[float]:
+    """The running mean of the losses that a summary has: of a long run, a sample of the steps."""
+    stride = max(1.0, summary.steps[-1] / len(summary.steps)) if summary.steps else 1.0
+    window = smoothing_window(summary.total_steps) / stride
+    return BiasCorrectedEma(max(_MIN_SAMPLES, window)).smooth(summary.losses)
+
+
 def summary_plot(summary: RunSummary | None) -> Plot:
     """Return the chart of a run as its summary knows it; without steps it says whether there will be any."""
     if summary is None or not summary.losses:
         is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
         return no_plot(no_steps_words(is_over=is_over))
-    steps, losses = [float(step) for step in summary.steps], summary.losses
-    # Of a long run, the summary has a sample of the steps.
-    stride = max(1.0, steps[-1] / len(steps))
-    smoother = BiasCorrectedEma(max(_MIN_SAMPLES, smoothing_window(summary.total_steps) / stride))
-    means = smoother.smooth(losses)
+    steps, means = [float(step) for step in summary.steps], mean_losses(summary)
     return run_plot(
         LossFacts(
             x=so_far(summary.step, summary.total_steps, "step"),
-            loss=Envelope.of_points(steps, losses),
+            loss=Envelope.of_points(steps, summary.losses),
             mean_loss=Envelope.of_points(steps, means),
             last_loss=summary.loss,
             last_mean=means[-1],

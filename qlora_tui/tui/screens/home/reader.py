@@ -22,7 +22,6 @@ from qlora_tui.formatting import (
     capitalize,
     format_count,
     format_duration,
-    format_float,
     format_gib,
     format_loss,
     short_model_name,
@@ -39,17 +38,20 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.charts import bar, labeled, meter, sparkline
 from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
     FitLine,
     batch_words,
     best_words,
+    cut_cells,
     format_ago,
     recipe_line,
     refusal_words,
     result_label,
     targets_words,
 )
+from qlora_tui.tui.render.loss import mean_losses
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
@@ -208,6 +210,8 @@ class HomeLayout:
     right: int
     is_compact: bool
     """Whether panels have no borders and as few lines as possible."""
+    is_large: bool = False
+    """Whether there is room for large digits."""
 
 
 @dataclass(frozen=True)
@@ -282,52 +286,96 @@ def _host_lines(width: int) -> list[Content]:
 
 
 def run_lines(
-    summary: RunSummary, while_away: bool, now: float, width: int, *, has_graph: bool
+    summary: RunSummary,
+    while_away: bool,
+    now: float,
+    layout: HomeLayout,
+    waiting: Sequence[str] = (),
 ) -> list[Content]:
-    """The active or last run: name, state, and progress or outcome; a small curve where there is no graph."""
-    status, cells = summary.status, _CURVE_WIDTH if width >= _MIN_WIDTH_FOR_CURVES else _SHORT_CURVE_WIDTH
+    """The card of the active or last run: name and state, progress or outcome, its two figures, what is next.
+
+    Args:
+        summary: The run.
+        while_away: Whether it ended since the app was last used.
+        now: Unix time.
+        layout: Room for the lines; a compact one has no chart below them.
+        waiting: Names of the queued runs, the next one first.
+    """
+    status, width = summary.status, layout.left
     sign, word, style = result_label(status.state, summary.defect)
     if status.state in ACTIVE:
         word = phase_label(status.phase or status.state)
     elif summary.defect is not None:
         word = f"{status.state}, {word}"
-    first = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
+    head = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
     if status.state in ACTIVE:
-        share = summary.step / summary.total_steps if summary.total_steps else 0.0
-        loss = "" if summary.loss is None else f"   loss {format_float(summary.loss, 3)}"
-        steps = f"step {summary.step:,} of {summary.total_steps:,}" if summary.total_steps else "preparing"
-        left = "" if summary.seconds_left is None else f"   ETA {format_duration(summary.seconds_left)}"
-        # A graph names its star itself.
-        best = "" if has_graph or summary.best is None else f"   {best_words(summary)}"
-        line = f"{bar(share, cells)} {steps}{loss}"
-        if len(line + best + left) > width:
-            best = best.replace(" best validation", "").replace(" lowest validation", "")
-        return [first, Content(f"{line}{best}{left}")]
-    lines = [first]
+        return [head, *_progress_lines(summary, layout, waiting)]
+    lines = [head]
     if status.at:
         away = "  while you were away" if while_away else ""
-        lines.append(Content.assemble(format_ago(status.at, now), (away, "$primary")))
+        lines.append(Content.assemble((format_ago(status.at, now), "dim"), (away, "$primary")))
     if sum(line.cell_length for line in lines) + 2 <= width:
         lines = [Content("  ").join(lines)]
-    parts = [] if has_graph or summary.best is None else [best_words(summary)]
-    if summary.best is None and summary.loss is not None:
-        parts.append(f"loss {format_float(summary.loss, 3)}")
-    elif summary.loss_to_beat is not None:
-        parts.append(f"worse than before training ({format_float(summary.loss_to_beat, 3)})")
-    if summary.step < summary.total_steps:
-        parts.append(f"step {summary.step:,} of {summary.total_steps:,}")
-    if summary.seconds is not None:
-        parts.append(format_duration(summary.seconds))
-    facts = "   ".join(parts)
-    if summary.losses and not has_graph:
-        lines.append(Content.assemble((sparkline(summary.losses, cells), "$primary"), "  ", facts))
-    elif facts:
-        lines.append(Content(facts))
+    lines += _outcome_lines(summary, layout)
     if summary.verdict is not None:
         lines.append(Content.styled(summary.verdict.sentence, _OUTCOME_STYLE[summary.verdict.outcome]))
     if status.state in ("failed", "lost", "unreadable") and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines
+
+
+def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[str]) -> list[Content]:
+    """The bar of a run, its loss and the time left, and what happens next."""
+    figures, means = [], mean_losses(summary)
+    if means:
+        figures.append(Figure("smoothed loss", format_loss(means[-1])))
+    if summary.seconds_left is not None:
+        figures.append(Figure("left", format_duration(summary.seconds_left), label_first=False))
+    share, steps = 0.0, "preparing"
+    if summary.total_steps:
+        share = summary.step / summary.total_steps
+        steps = f"{share:.0%}  step {summary.step:,} of {summary.total_steps:,}"
+    drawn = bar(share, max(0, layout.left - len(steps) - 2))
+    facts = []
+    if layout.is_compact and summary.best is not None:
+        # A chart names its star itself.
+        facts.append(best_words(summary).replace(" validation", ""))
+    if summary.next_evaluation:
+        facts.append(f"next evaluation at {summary.next_evaluation:,}")
+    if waiting:
+        facts.append(f"then {waiting[0]}")
+    lines = [Content.assemble((drawn, "$training"), f"  {steps}")]
+    return lines + _figures(figures, facts, layout)
+
+
+def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
+    """The best loss of a run that has ended, and what it took."""
+    figures, facts = [], []
+    if summary.best is not None:
+        name = "best" if summary.loss_to_beat is None else "lowest"
+        figures.append(Figure(f"{name} validation loss", format_loss(summary.best[0])))
+        facts.append(f"at step {summary.best[1]:,}")
+    elif summary.loss is not None:
+        figures.append(Figure("last training loss", format_loss(summary.loss)))
+    if summary.loss_to_beat is not None:
+        facts.append(f"worse than before training ({format_loss(summary.loss_to_beat)})")
+    if summary.step < summary.total_steps:
+        facts.append(f"step {summary.step:,} of {summary.total_steps:,}")
+    if summary.seconds is not None:
+        facts.append(f"trained {format_duration(summary.seconds)}")
+    return _figures(figures, facts, layout) if figures or facts else []
+
+
+def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout) -> list[Content]:
+    """Figures with facts behind them as far as they fit; in a large window large, with the facts below."""
+    text = "  ".join(facts)
+    if layout.is_large and figures:
+        large = large_figures(figures)
+        room = layout.left - large[1].cell_length - 4
+        return [*large[:2], Content.assemble(large[2], "    ", (cut_cells(text, max(0, room)), "dim"))]
+    line = figure_line(figures)
+    room = layout.left - line.cell_length - 3
+    return [Content.assemble(line, "   " if figures else "", (cut_cells(text, max(0, room)), "dim"))]
 
 
 def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
@@ -487,7 +535,8 @@ class HomeReader:
         if summary is None:
             run = [Content.styled("No runs yet.", "dim")]
         else:
-            run = run_lines(summary, while_away, now, layout.left, has_graph=not layout.is_compact)
+            waiting = [RunDir(paths.runs_dir() / id_).name for id_ in system_status.waiting_ids[:1]]
+            run = run_lines(summary, while_away, now, layout, waiting)
         lines = {
             "next": next_lines(step, other_steps(state, step), layout.wide),
             "run": run,

@@ -285,7 +285,13 @@ class HomeScreen(WorkScreen):
             width = size.width - _SHORT_FRAME
             return HomeLayout(width, width, width, is_compact=True)
         side = _WIDE_SIDE if self.has_class("-very-wide") else _SIDE
-        return HomeLayout(size.width - _FRAME, size.width - side - _FRAME, side - _FRAME, is_compact=False)
+        return HomeLayout(
+            size.width - _FRAME,
+            size.width - side - _FRAME,
+            side - _FRAME,
+            is_compact=False,
+            is_large=self.has_class("-very-wide"),
+        )
 
     def _show_run(self, facts: HomeFacts) -> None:
         """What of the run and of earlier ones is more than text."""

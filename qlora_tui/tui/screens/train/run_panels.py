@@ -28,7 +28,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import format_energy
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, Phase, PhaseChanged, phase_label
-from qlora_tui.runs.run_summary import data_words, find_defect
+from qlora_tui.runs.run_summary import data_words, find_defect, next_evaluation
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
@@ -225,8 +225,8 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
         facts.append(f"{key_name('train.fix')} {snapshot.fix.label}")
     if checkpoints := _checkpoints(snapshot):
         facts.append(checkpoints)
-    if next_evaluation := _next_evaluation(snapshot):
-        facts.append(f"next evaluation at {next_evaluation:,}")
+    if following := next_evaluation(snapshot.recipe, view.data, snapshot.step):
+        facts.append(f"next evaluation at {following:,}")
     if snapshot.energy_kwh is not None:
         facts.append(f"{snapshot.energy_kwh:.2f} kWh")
     return facts or ["starting"]
@@ -264,15 +264,6 @@ def step_progress(snapshot: RunSnapshot) -> str:
         return ""
     done = bar(status.micro_batch / status.micro_batches, _STEP_BAR)
     return f"this step {done} {status.micro_batch}/{status.micro_batches}"
-
-
-def _next_evaluation(snapshot: RunSnapshot) -> int:
-    """The step of the next evaluation; 0 if none is known."""
-    view, recipe = snapshot.view, snapshot.recipe
-    if recipe is None or view.data is None or not view.data.validation_samples or not snapshot.step:
-        return 0
-    every = recipe.training.eval_every or view.data.steps_per_epoch
-    return min((snapshot.step // every + 1) * every, view.total_steps) if every else 0
 
 
 def _epochs(count: float) -> str:
