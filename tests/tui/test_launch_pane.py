@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import all_runs
@@ -22,37 +23,72 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "Micro-batch", "Name of the run in lists")
-        await pilot.press("j")
-        await wait_for_text(pilot, "Sequences in one forward pass", "Activations grow in proportion")
-        await pilot.press("l", "l")
-        assert app.workbench.recipe.training.micro_batch_size == 4
-        await wait_for_text(pilot, "* preset: 1")
+        await wait_for_text(pilot, "Gradient acc", "Passes over the data")
+        await pilot.press("j", "j", "j")
+        await wait_for_text(pilot, "Forward passes per optimizer step", "the same memory at any value")
+        await pilot.press("l")
+        training = app.workbench.recipe.training
+        assert training.gradient_accumulation == 16
+        await wait_for_text(pilot, "* preset: 8", "= 16 sequences a step")
         await pilot.press("backspace")
-        assert app.workbench.recipe.training.micro_batch_size == 1
+        assert app.workbench.recipe.training.gradient_accumulation == 8
         await pilot.press("enter", "ctrl+u", *"many", "enter")
-        await wait_for_text(pilot, "✗", "a whole number from 1 to 4,096")
+        typed = app.screen.query_one("SettingsForm > Input").region
+        await wait_for_text(pilot, "✗", "a whole number from 1 to 65,536")
+        # What is typed is in the row of the setting, over its value.
+        row = text_of(app).splitlines()[typed.y]
+        assert "Gradient accumulation" in row and row.index("many") == typed.x
         await pilot.press("escape", "l", "h")
-        assert app.workbench.recipe.training.micro_batch_size == 1
+        assert app.workbench.recipe.training.gradient_accumulation == 8
         await pilot.press("enter", "ctrl+u", *"6", "enter")
         await pilot.pause()
-        assert app.workbench.recipe.training.micro_batch_size == 6
+        assert app.workbench.recipe.training.gradient_accumulation == 6
         await pilot.press("u")
-        assert app.workbench.recipe.training.micro_batch_size == 1
+        assert app.workbench.recipe.training.gradient_accumulation == 8
+
+
+async def test_groups_fold_and_what_was_changed_stays_in_view() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "Memory and speed", "LoRA")
+        assert "Dropout" not in text_of(app) and "Preference data" not in text_of(app)
+        list_ = app.screen.query_one(SettingsForm).list
+        while list_.field is not None or list_.group.title != "LoRA":
+            await pilot.press("j")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "▾ LoRA", "Dropout", "rsLoRA")
+        await pilot.press("j", "j", "l")
+        assert app.workbench.recipe.lora.dropout > 0
+        await pilot.press("k", "k", "h")
+        await wait_for_text(pilot, "▸ LoRA", "* preset: 0")
+        await pilot.press("k")
+        await wait_until(pilot, lambda: "rsLoRA" not in text_of(app))
+        app.edit("data.preferences", "dpo")
+        await wait_for_text(pilot, "Preferences", "Preference data", "* preset: refuse")
 
 
 async def test_every_setting_of_the_form_can_be_stepped_both_ways() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
-        form = app.screen.query_one(SettingsForm)
+        list_ = app.screen.query_one(SettingsForm).list
         seen = set()
-        while form.field.path not in seen:
-            seen.add(form.field.path)
-            if form.field.kind in ("int", "float", "bool", "choice"):
+        line = -1
+        while list_.cursor != line:
+            line = list_.cursor
+            if list_.field is None:
+                await pilot.press("l")
+            elif list_.field.kind in ("int", "float", "bool", "choice"):
                 await pilot.press("l", "h")
+            seen.add(list_.field and list_.field.path)
             await pilot.press("j")
-        assert len(seen) > 30
+        named = set(fields()) - {"data.sources", "note"}
+        assert seen - {None} == named - {
+            "data.preferences",
+            "training.preference_beta",
+            "training.simpo_gamma",
+        }
         assert len(app.screen_stack) == 1
 
 
@@ -136,7 +172,7 @@ async def test_the_fix_key_resolves_the_first_check_with_a_fix(tmp_path: Path) -
         await pilot.press("5")
         await wait_for_text(pilot, "▸ [m] split into about 47 rows", "Can every row be trained on?")
         await pilot.press("m")
-        await wait_for_text(pilot, "Split into about 47 rows. Press [u] to undo.", "✓ ok      data")
+        await wait_for_text(pilot, "Split into about 47 rows. Press [u] to undo.", "checks ok  data")
         assert app.workbench.recipe.data.overflow == "split"
 
 
@@ -162,7 +198,7 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(tmp_path: Path)
         rows.write_text('{"instruction": "a", "output": "b"}\n' * 200)
         await pilot.press("f5")
         await wait_until(pilot, lambda: "Line 3" not in text_of(app))
-        await wait_for_text(pilot, "✓ ok      data")
+        await wait_for_text(pilot, "checks ok  model, data")
         rows.write_text("{bad\n")
         await pilot.press("6", "5")
         await wait_for_text(pilot, "Not ready: data")
@@ -172,4 +208,6 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(tmp_path: Path)
 async def test_the_checks_ignore_an_assumed_gpu(private_home: Path) -> None:
     app = open_on("train", model=readable_model(private_home), gpu_gib=12)
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "of 32.0 GiB of this", "No GPU: runs train on the CPU")
+        await wait_for_text(pilot, "checks ok  model, memory", "No GPU: runs train on the CPU")
+        await pilot.press("v")
+        await wait_for_text(pilot, "of 32.0 GiB of this")

@@ -220,7 +220,7 @@ async def test_two_marked_runs_are_compared_with_only_what_differs(three_runs: l
             pilot, "2 runs compared", "A tickets-a", "B tickets-b", "Learning rate", "tokens"
         )
         assert "0.0001" in shown and "0.0002" in shown
-        assert "Micro-batch" not in shown
+        assert "Gradient accumulation" not in shown
         await pilot.press("escape")
         assert isinstance(app.screen, RunsScreen)
 
@@ -408,7 +408,7 @@ async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(three_runs: list[RunD
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("j", "R")
-        await wait_for_text(pilot, "Micro-batch")
+        await wait_for_text(pilot, "Gradient accumulation")
         assert app.workbench.recipe.lora.rank == 64
         await pilot.press("u")
         assert app.workbench.recipe == before
@@ -425,7 +425,7 @@ async def test_a_finished_run_is_trained_further(three_runs: list[RunDir]) -> No
         run.adapter_dir.mkdir(exist_ok=True)
         (run.adapter_dir / "adapter_config.json").write_text("{}")
         await pilot.press("escape", "T")
-        await wait_for_text(pilot, "Micro-batch")
+        await wait_for_text(pilot, "Gradient accumulation")
         lora = app.workbench.recipe.lora
         assert (lora.init_from, lora.rank) == (run.id, 64)
 

@@ -376,7 +376,7 @@ async def test_the_last_run_is_shown_until_the_recipe_is_edited() -> None:
         await pilot.press("4")
         app.edit("lora.rank", 32)
         await pilot.press("5")
-        await wait_for_text(pilot, "Micro-batch", "Not ready")
+        await wait_for_text(pilot, "Gradient accumulation", "Not ready")
 
 
 async def test_a_run_that_loads_shows_stages_with_progress_and_time(set_clock: SetClock) -> None:
@@ -450,7 +450,7 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
         await pilot.press("n")
         assert app.workbench.recipe == before
         await pilot.press("m", "y")
-        await wait_for_text(pilot, "Micro-batch")
+        await wait_for_text(pilot, "Gradient accumulation")
         training = app.workbench.recipe.training
         assert (training.micro_batch_size, training.gradient_accumulation) == (1, 16)
         await pilot.press("u")

@@ -6,8 +6,9 @@ The form changes nothing itself: it posts :class:`SettingEdited`, the screen mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import msgspec
@@ -27,12 +28,17 @@ from qlora_tui.recipe.fields import Field, format_value, get_setting
 from qlora_tui.recipe.layering import parse_override
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import InvalidRecipeError
+from qlora_tui.tui.render.labels import SEPARATOR
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, TextField, render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """The home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
+_WIDE_CELLS = 80
+"""Width of the list from which a folded group has its values beside its title."""
+_NUMBER_CELLS = 14
+"""Width of the field in which a number is typed."""
 _TEXT_SEPARATOR = " | "
 """Between the items of another list of texts while it is edited."""
 
@@ -45,8 +51,25 @@ class SettingEdited(Message):
     value: Any
 
 
+@dataclass(frozen=True)
+class SettingGroup:
+    """Settings under a title, which opens and folds them. Without a title they are always shown."""
+
+    title: str
+    fields: tuple[Field, ...]
+    is_open: bool = True
+    """Whether all of them are shown at first; folded, only those that were changed are."""
+    applies: Callable[[Struct], bool] = lambda values: True
+    """Whether the group is shown for these values."""
+
+
+def groups_by_section(fields: Iterable[Field]) -> list[SettingGroup]:
+    """Return a group for each section of some settings, in order."""
+    return [SettingGroup(section, tuple(each)) for section, each in groupby(fields, lambda f: f.section)]
+
+
 class SettingList(LineView):
-    """The settings under their sections, with a cursor. Left and Right step the one under it."""
+    """The settings in their groups, with a cursor. Left and Right step a setting, or fold a group."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *LIST_KEYS,
@@ -58,38 +81,56 @@ class SettingList(LineView):
     ]
 
     class Moved(Message):
-        """The cursor is on another setting."""
+        """The cursor is on another setting or group."""
 
     class Typing(Message):
         """The setting under the cursor is to be typed."""
 
-    def __init__(self, fields: Sequence[Field], base_name: str) -> None:
+    def __init__(self, groups: Sequence[SettingGroup], base_name: str) -> None:
         """``base_name``: what the settings are compared with: ``preset``, or ``default``."""
         super().__init__()
         self.cursor = 0
-        self._fields = fields
+        """The line that it is on."""
+        self.typed_cells = 0
+        """Width of the field over the value under the cursor; 0 unless it is typed."""
+        self._groups = groups
+        self._open = {group.title for group in groups if group.is_open}
         self._base_name = base_name
         self._letters: dict[str, int] = {}
-        """The setting that each letter jumps to; empty unless a jump was started."""
+        """The line that each letter jumps to; empty unless a jump was started."""
         self._values: Struct | None = None
         self._base: Struct | None = None
-        self._label_cells = max(len(field.label) for field in fields)
-        self._lines: list[int | str] = []
-        """The content of each line: a field's index, or a section's name."""
-        for number, field in enumerate(fields):
-            if field.section != (fields[number - 1].section if number else ""):
-                self._lines.append(field.section)
-            self._lines.append(number)
+        self._notes: Mapping[str, str] = {}
+        self._label_cells = max(len(field.label) for group in groups for field in group.fields)
+        self._lines = self._shown_lines()
 
     @property
-    def field(self) -> Field:
-        """The setting under the cursor."""
-        return self._fields[self.cursor]
+    def current(self) -> Field | SettingGroup:
+        """The setting or the group under the cursor."""
+        return self._lines[self.cursor]
+
+    @property
+    def field(self) -> Field | None:
+        """The setting under the cursor; None on the title of a group."""
+        return self.current if isinstance(self.current, Field) else None
+
+    @property
+    def group(self) -> SettingGroup:
+        """The group that the cursor is on or in."""
+        lines = self._lines[self.cursor :: -1]
+        return next((line for line in lines if isinstance(line, SettingGroup)), self._groups[0])
 
     @property
     def value(self) -> Any:
-        """Its value."""
-        return get_setting(self._values, self.field.path) if self._values is not None else None
+        """Value of the setting under the cursor."""
+        if self._values is None or self.field is None:
+            return None
+        return get_setting(self._values, self.field.path)
+
+    @property
+    def value_column(self) -> int:
+        """Cells before the values."""
+        return self._label_cells + 4
 
     def on_mount(self) -> None:
         self.virtual_size = Size(1, len(self._lines))
@@ -97,21 +138,42 @@ class SettingList(LineView):
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         return len(self._lines)
 
-    def show(self, values: Struct, base: Struct) -> None:
-        if (values, base) != (self._values, self._base):
-            self._values, self._base = values, base
-            self.refresh()
+    def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
+        """Show these values; those that differ from ``base`` are marked. ``notes``: a remark by path."""
+        state = (values, base, notes or {})
+        if state != (self._values, self._base, self._notes):
+            self._values, self._base, self._notes = state
+            self._show_lines()
 
-    def go_to(self, number: int) -> None:
-        before, self.cursor = self.cursor, min(max(number, 0), len(self._fields) - 1)
+    def _show_lines(self) -> None:
+        """Show the lines for the values and for what is open; the cursor stays on its setting."""
+        before, lines = self.current, self._shown_lines()
+        is_as_high, self._lines = len(lines) == len(self._lines), lines
+        self.cursor = lines.index(before) if before in lines else min(self.cursor, len(lines) - 1)
+        self.virtual_size = Size(1, len(lines))
+        self.refresh(layout=not is_as_high)
+
+    def _shown_lines(self) -> list[Field | SettingGroup]:
+        lines: list[Field | SettingGroup] = []
+        for group in self._groups:
+            if self._values is None or group.applies(self._values):
+                lines += [group] if group.title else []
+                is_open = group.title in self._open
+                lines += [field for field in group.fields if is_open or self._is_changed(field)]
+        return lines
+
+    def _is_changed(self, field: Field) -> bool:
+        if self._values is None or self._base is None:
+            return False
+        return bool(get_setting(self._values, field.path) != get_setting(self._base, field.path))
+
+    def go_to(self, line: int) -> None:
+        before, self.cursor = self.cursor, min(max(line, 0), len(self._lines) - 1)
         if self.cursor == before:
             return
-        line = self._lines.index(self.cursor)
-        # The first setting brings its section's name into view.
-        top = 0 if self.cursor == 0 else line
-        self.scroll_to_region(Region(0, top, 1, line - top + 1), animate=False, force=True)
+        self.scroll_to_region(Region(0, self.cursor, 1, 1), animate=False, force=True)
         for moved in (before, self.cursor):
-            self.refresh_line(self._lines.index(moved))
+            self.refresh_line(moved)
         self.post_message(self.Moved())
 
     def action_move(self, places: int) -> None:
@@ -119,11 +181,10 @@ class SettingList(LineView):
         self.go_to(self.cursor + places)
 
     def action_jump(self) -> None:
-        """Label each setting in view with a letter; the next key goes there, any other leaves it."""
+        """Label each line in view with a letter; the next key goes there, any other leaves it."""
         top = round(self.scroll_y)
-        shown = self._lines[top : top + self.scrollable_content_region.height]
-        numbers = [at for at in shown if isinstance(at, int)]
-        self._letters = dict(zip(_LETTERS, numbers, strict=False))
+        bottom = min(top + self.scrollable_content_region.height, len(self._lines))
+        self._letters = dict(zip(_LETTERS, range(top, bottom), strict=False))
         self.refresh()
 
     def on_key(self, event: Key) -> None:
@@ -132,40 +193,57 @@ class SettingList(LineView):
             return
         event.stop()
         event.prevent_default()
-        number = self._letters.get(event.character or "", self.cursor)
+        line = self._letters.get(event.character or "", self.cursor)
         self._letters = {}
         self.refresh()
-        self.go_to(number)
+        self.go_to(line)
 
     def action_step(self, direction: int) -> None:
-        """Step the setting to its next value; a text is typed."""
-        if self.field.kind not in ("bool", "choice", "int", "float") or self.value is None:
+        """Step the setting to its next value; a text is typed. On a title, open the group or fold it."""
+        field = self.field
+        if field is None:
+            self._set_open(direction > 0)
+        elif field.kind not in ("bool", "choice", "int", "float") or self.value is None:
             self.post_message(self.Typing())
-        elif (after := step_value(self.field, self.value, direction)) != self.value:
-            self.post_message(SettingEdited(self.field.path, after))
+        elif (after := step_value(field, self.value, direction)) != self.value:
+            self.post_message(SettingEdited(field.path, after))
 
     def action_choose(self) -> None:
-        """Type the setting, or step one that has few values."""
-        if self.field.kind in ("bool", "choice"):
+        """Type the setting, or step one that has few values; open or fold a group."""
+        field = self.field
+        if field is None:
+            self._set_open(self.group.title not in self._open)
+        elif field.kind in ("bool", "choice"):
             self.action_step(1)
         else:
             self.post_message(self.Typing())
 
+    def _set_open(self, is_open: bool) -> None:
+        self._open = self._open | {self.group.title} if is_open else self._open - {self.group.title}
+        self._show_lines()
+        # What was opened comes into view, below its title.
+        last = min(self.cursor + len(self.group.fields), len(self._lines) - 1) if is_open else self.cursor
+        shown = Region(0, self.cursor, 1, min(last - self.cursor + 1, self.size.height))
+        self.call_after_refresh(self.scroll_to_region, shown, animate=False, force=True)
+        self.post_message(self.Moved())
+
     def action_reset(self) -> None:
         """Reset the setting to the value that it is compared with."""
-        if self._base is not None:
-            self.post_message(SettingEdited(self.field.path, get_setting(self._base, self.field.path)))
+        if self._base is not None and self.field is not None:
+            path = self.field.path
+            self.post_message(SettingEdited(path, get_setting(self._base, path)))
 
     def on_click(self, event: Click) -> None:
         line = event.y + round(self.scroll_y)
-        at = self._lines[line] if 0 <= line < len(self._lines) else ""
-        if isinstance(at, int):
-            if at == self.cursor:
+        if 0 <= line < len(self._lines):
+            # A setting is chosen by a second click, a group by the first.
+            is_chosen = line == self.cursor or isinstance(self._lines[line], SettingGroup)
+            self.go_to(line)
+            if is_chosen:
                 self.action_choose()
-            self.go_to(at)
 
     def on_focus(self) -> None:
-        self.refresh_line(self._lines.index(self.cursor))
+        self.refresh_line(self.cursor)
 
     def on_blur(self) -> None:
         self._letters = {}
@@ -176,48 +254,71 @@ class SettingList(LineView):
         line = y + round(self.scroll_y)
         if line >= len(self._lines):
             return Strip.blank(width, self.rich_style)
-        at = self._lines[line]
-        content = Content.styled(at, "bold $primary") if isinstance(at, str) else self._row(at)
-        return render_line(self, content, width)
+        shown = self._lines[line]
+        here = line == self.cursor
+        letter = next((letter for letter, at in self._letters.items() if at == line), "")
+        row = (
+            self._title(shown, letter) if isinstance(shown, SettingGroup) else self._row(shown, letter, here)
+        )
+        if here and self.has_focus:
+            # Colors would be unreadable when they are reversed.
+            row = Content(row.plain).pad_right(max(0, width - row.cell_length)).stylize("reverse")
+        return render_line(self, row, width)
 
-    def _row(self, number: int) -> Content:
-        field = self._fields[number]
+    def _title(self, group: SettingGroup, letter: str) -> Content:
+        """``▸ LoRA  10 settings``: folded, in a wide list with its values; an open one has its title only."""
+        is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
+        if self._values is not None and self.size.width >= _WIDE_CELLS:
+            values = [(field.label, get_setting(self._values, field.path)) for field in group.fields]
+            remark = SEPARATOR.join(f"{label} {format_value(value)}" for label, value in values)
+        return Content.assemble(
+            (letter, "bold reverse $key") if letter else ("▾" if is_open else "▸", "$primary"),
+            (f" {group.title}", "bold $primary"),
+            ("" if is_open else f"  {remark}", "dim"),
+        )
+
+    def _row(self, field: Field, letter: str, here: bool) -> Content:
         if self._values is None or self._base is None:
             return Content(f"  {field.label}")
         value, usual = get_setting(self._values, field.path), get_setting(self._base, field.path)
         changed = value != usual
-        here = number == self.cursor
-        letter = next((letter for letter, at in self._letters.items() if at == number), "")
-        label = f" {field.label:<{self._label_cells}}  "
-        meaning = field.zero_meaning if value == 0 else ""
-        row = Content.assemble(
-            (letter, "bold reverse $key") if letter else "▸" if here else " ",
-            (label, "bold" if here else ""),
-            (format_value(value), "bold $primary" if changed else ""),
-            (f" ({meaning})" if meaning else "", "dim"),
-            (f"  * {self._base_name}: {format_value(usual)}" if changed else "", "dim"),
+        remark = self._notes.get(field.path) or (field.zero_meaning if value == 0 else "")
+        head = Content.assemble(
+            (letter, "bold reverse $key") if letter else "›" if here else " ",
+            (f" {field.label:<{self._label_cells}}  ", "bold" if here else ""),
         )
-        if here and self.has_focus:
-            width_left = self.scrollable_content_region.width - row.cell_length
-            return row.pad_right(max(0, width_left)).stylize("reverse")
-        return row
+        if here and self.typed_cells:
+            return head + Content.styled(f"{'':<{self.typed_cells}}  {_expected(field)}", "dim")
+        return Content.assemble(
+            head,
+            (format_value(value), "bold $primary" if changed else ""),
+            (f"  * {self._base_name}: {format_value(usual)}" if changed else "", "dim"),
+            (f"  {remark}" if remark else "", "dim"),
+        )
 
 
 class SettingsForm(Vertical):
-    """The list of settings, help on the one under the cursor, and a field to type it."""
+    """The list of settings, below it help on the one under the cursor; what is typed is typed in its row."""
 
     DEFAULT_CSS = """
     SettingsForm {
         height: 1fr;
+        layers: list field;
+    }
+    SettingsForm > SettingList {
+        height: auto;
+        max-height: 80%;
     }
     SettingsForm > #setting-help {
         height: auto;
-        max-height: 4;
-        padding: 0 1;
+        max-height: 5;
+        margin-top: 1;
+        padding: 0 2;
         color: $text-muted;
     }
     SettingsForm > Input {
         display: none;
+        layer: field;
     }
     SettingsForm.-editing > Input {
         display: block;
@@ -227,7 +328,7 @@ class SettingsForm(Vertical):
 
     def __init__(
         self,
-        fields: Sequence[Field],
+        groups: Sequence[SettingGroup],
         base_name: str = "preset",
         *,
         validate: Callable[[str, Any], str] = lambda path, value: "",
@@ -240,9 +341,11 @@ class SettingsForm(Vertical):
             validate: returns what is wrong with a typed value of a path; empty if nothing is.
         """
         super().__init__(id=id)
-        self.list = SettingList(fields, base_name)
+        self.list = SettingList(groups, base_name)
         self._validate = validate
         self._values: Struct | None = None
+        self._wrong = ""
+        """What is wrong with the value that is typed."""
 
     def compose(self) -> ComposeResult:
         yield self.list
@@ -253,15 +356,15 @@ class SettingsForm(Vertical):
         self.list.focus(scroll_visible)
         return self
 
-    def show(self, values: Struct, base: Struct) -> None:
-        """Show these values; those that differ from ``base`` are marked."""
+    def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
+        """Show these values; those that differ from ``base`` are marked. ``notes``: a remark by path."""
         self._values = values
-        self.list.show(values, base)
+        self.list.show(values, base, notes)
         self._show_help()
 
     @property
-    def field(self) -> Field:
-        """The setting under the cursor."""
+    def field(self) -> Field | None:
+        """The setting under the cursor; None on the title of a group."""
         return self.list.field
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -271,41 +374,56 @@ class SettingsForm(Vertical):
         self._show_help()
 
     def on_setting_list_typing(self) -> None:
-        box = self.query_one(Input)
-        box.value = _as_text(self.field, self.list.value)
-        box.border_title = self.field.label
+        field = self.field
+        if field is None:
+            return
+        box, list_ = self.query_one(Input), self.list
+        box.value = _as_text(field, list_.value)
+        room = list_.scrollable_content_region.width - list_.value_column
+        cells = _NUMBER_CELLS if field.kind in ("int", "float") else room
+        list_.typed_cells = min(cells, room)
+        box.styles.width = list_.typed_cells
+        box.styles.offset = (list_.value_column, list_.cursor - round(list_.scroll_y))
         self.add_class("-editing")
-        self._show_help()
+        list_.refresh_line(list_.cursor)
         box.focus()
         box.action_end()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         event.stop()
+        field = self.field
+        if field is None:
+            return
         try:
-            value = _parsed(self.field, event.value.strip())
-            wrong = self._validate(self.field.path, value)
+            value = _parsed(field, event.value.strip())
+            wrong = self._validate(field.path, value)
         except (InvalidRecipeError, ValueError) as problem:
-            wrong = f"{_problem(self.field, problem)}."
+            wrong = f"{_problem(field, problem)}."
         if wrong:
-            self.query_one("#setting-help", Static).update(f"✗ {wrong}")
+            self._wrong = wrong
+            self._show_help()
             return
         self.action_leave_field()
-        self.post_message(SettingEdited(self.field.path, value))
+        self.post_message(SettingEdited(field.path, value))
 
     def action_leave_field(self) -> None:
         """Leave the field without a change."""
         self.remove_class("-editing")
+        self.list.typed_cells, self._wrong = 0, ""
+        self.list.refresh_line(self.list.cursor)
         self._show_help()
         self.focus()
 
     def _show_help(self) -> None:
-        field = self.field
-        lines = [field.help + (f" Memory: {field.memory}" if field.memory else "")]
-        if self.has_class("-editing"):
-            # Quotes belong in a file.
-            expected = field.expected.replace(" in quotes", "")
-            lines = [f"{field.label}: {expected}. Enter: apply · Esc: cancel"]
-        if isinstance(self._values, Recipe):
+        field, group = self.field, self.list.group
+        if self._wrong:
+            lines = [f"✗ {self._wrong}"]
+        elif field is None:
+            names = ", ".join(each.label for each in group.fields)
+            lines = [f"Enter opens and folds the group: {names}."]
+        else:
+            lines = [field.help + (f" Memory: {field.memory}" if field.memory else "")]
+        if isinstance(self._values, Recipe) and field is not None:
             for conflict in find_conflicts(self._values):
                 if field.path in conflict.paths:
                     lines.append(f"✗ {conflict.what}: {conflict.fix}.")
@@ -313,6 +431,11 @@ class SettingsForm(Vertical):
         box = self.query_one("#setting-help", Static)
         if str(box.content) != text:
             box.update(text)
+
+
+def _expected(field: Field) -> str:
+    """``a whole number from 1 to 1,024 · Enter apply · Esc cancel``; quotes belong in a file."""
+    return f"{field.expected.replace(' in quotes', '')} · Enter apply · Esc cancel"
 
 
 def _separator(field: Field) -> str:

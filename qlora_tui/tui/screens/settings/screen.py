@@ -22,7 +22,7 @@ from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.themes import theme_names
-from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
+from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm, groups_by_section
 
 _KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
 
@@ -50,7 +50,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
             dialog.border_title = "Settings"
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter change")
             shown = [*{**fields, "theme": theme}.values()]
-            yield SettingsForm(shown, base_name="default", validate=_missing_folder)
+            yield SettingsForm(groups_by_section(shown), base_name="default", validate=_missing_folder)
             yield Static(f"Saved in {format_path(config_path())}.", classes="muted", markup=False)
 
     def on_mount(self) -> None:

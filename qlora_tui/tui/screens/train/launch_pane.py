@@ -1,35 +1,78 @@
-"""The launch half of the Train screen: the recipe as a form, what its settings do, and its checks."""
+"""The launch half of the Train screen: how long the run takes, its settings by group, and its checks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
 from textual.app import ComposeResult
 from textual.containers import Container, Vertical
 from textual.content import Content
 
-from qlora_tui.formatting import abbreviate_home, pluralize
+from qlora_tui.formatting import abbreviate_home, capitalize, pluralize
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import Field, fields
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.doctor import Check, CheckKind
+from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
-from qlora_tui.tui.widgets.settings_form import SettingsForm
+from qlora_tui.tui.widgets.settings_form import SettingGroup, SettingsForm
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _NOT_IN_FORM = frozenset(("data.sources", "note"))
 """Sources are chosen on the Data screen, which shows what is in them; notes where a preset is saved."""
+_MAIN = (
+    "training.epochs",
+    "training.learning_rate",
+    "data.max_length",
+    "training.gradient_accumulation",
+    "lora.rank",
+)
+"""What decides most of a run and of its time: passes over the data, rate, tokens of a row, rows of a step,
+and size of the adapter."""
+_PREFERENCES = "Preferences"
+_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "Run",
+        (
+            *("name", "training.max_steps", "training.seed", "training.checkpoint_every"),
+            *("training.keep_checkpoints", "training.log_every", "training.report_to"),
+        ),
+    ),
+    (
+        "Evaluation",
+        (
+            *("data.validation_fraction", "data.validation_path", "training.eval_every"),
+            *("training.early_stopping", "training.sample_prompts", "training.general_prompts"),
+            *("training.task_prompts", "training.forgetting_weight"),
+        ),
+    ),
+    (
+        "Memory and speed",
+        (
+            *("training.micro_batch_size", "training.auto_micro_batch", "training.gradient_checkpointing"),
+            *("training.optimizer", "quantization.", "model.attention", "model.kernels"),
+        ),
+    ),
+    (_PREFERENCES, ("data.preferences", "training.preference_beta", "training.simpo_gamma")),
+    ("Training", ("training.",)),
+    ("LoRA", ("lora.",)),
+    ("Data", ("data.",)),
+    ("Model", ("model.",)),
+)
+"""Settings of each group but the main ones, by path or by the beginning of it; the first group that names one
+has it."""
 _HEAD = 19
 """Cells of a check's sign, word and name."""
 _SEPARATOR = " · "
@@ -60,53 +103,109 @@ _PLACES: dict[CheckKind, tuple[str, str]] = {
 _CHECK_KEYS = (("train.recheck", "check again"),)
 
 
-def _form_fields() -> list[Field]:
-    """The name, then training: that is what is decided here."""
-    order = {"": 0, "training": 1, "data": 2, "lora": 3, "quantization": 4, "model": 5}
-    shown = [field for field in fields().values() if field.path not in _NOT_IN_FORM]
-    return sorted(shown, key=lambda field: order.get(field.section, len(order)))
+@cache
+def form_groups() -> tuple[SettingGroup, ...]:
+    """The main settings, then all others in folded groups."""
+    left = {path: field for path, field in fields().items() if path not in _NOT_IN_FORM}
+    groups = [SettingGroup("", tuple(left.pop(path) for path in _MAIN))]
+    for title, wanted in _GROUPS:
+        paths = [path for name in wanted for path in left if path == name or _is_in(path, name)]
+        own = tuple(left.pop(path) for path in paths)
+        applies = _compares if title == _PREFERENCES else _always
+        groups.append(SettingGroup(title, own, is_open=False, applies=applies))
+    return tuple(groups)
+
+
+def _is_in(path: str, section: str) -> bool:
+    return section.endswith(".") and path.startswith(section)
+
+
+def _compares(recipe: Struct) -> bool:
+    """Whether the recipe trains on preferences."""
+    return isinstance(recipe, Recipe) and recipe.data.preferences != "refuse"
+
+
+def _always(recipe: Struct) -> bool:
+    return True
+
+
+def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
+    """What a value amounts to, by the path of its setting."""
+    training = recipe.training
+    rows = pluralize(recipe.effective_batch, "pair" if recipe.trains_pairs else "sequence")
+    notes = {
+        "training.gradient_accumulation": f"× {training.micro_batch_size} = {rows} a step",
+        "lora.rank": f"alpha {recipe.lora.alpha:g}",
+    }
+    if expected is not None and expected.length.is_complete:
+        length = expected.length
+        notes["training.epochs"] = f"{length.about}{pluralize(length.steps_per_epoch, 'step')} each"
+    return notes
 
 
 class LaunchPane(Vertical):
-    """What to press now; below it a form, and the checks beside or under it."""
+    """How long the run takes and what to press now; below it the settings, and the checks beside or under."""
 
     def __init__(self) -> None:
         super().__init__(id="launch")
+        self._checks: tuple[Check, ...] = ()
+        self._shows_all = False
+        """Whether checks that passed are shown in full, unlike at first in a window of this width."""
 
     def compose(self) -> ComposeResult:
-        yield Panel("Launch", Drawing(partial(verdict_lines, (), None), id="verdict"), id="verdict-panel")
+        verdict = Drawing(partial(verdict_lines, (), None, None), id="verdict")
+        yield Panel("Launch", verdict, id="verdict-panel")
         with Container(id="launch-body"):
-            yield Panel("Recipe", SettingsForm(_form_fields(), id="recipe-form"), id="recipe-panel")
+            yield Panel("Recipe", SettingsForm(form_groups(), id="recipe-form"), id="recipe-panel")
             with Vertical(id="checks-column"):
                 with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
                     yield Lines(id="checks")
-                notes = Drawing(partial(note_page, _form_fields(), _form_fields()[0]), id="notes")
-                yield Panel("What the settings do", notes, id="notes-panel")
+                yield Panel("What the settings do", Drawing(id="notes"), id="notes-panel")
+
+    def on_mount(self) -> None:
+        self.on_setting_list_moved()
 
     def on_setting_list_moved(self) -> None:
-        """Explain the setting that the cursor is on."""
-        selected = self.query_one(SettingsForm).field
-        self.query_one("#notes", Drawing).show(partial(note_page, _form_fields(), selected))
+        """Explain the setting that the cursor is on, and others of its group."""
+        list_ = self.query_one(SettingsForm).list
+        self.query_one("#notes", Drawing).show(partial(note_page, list_.group.fields, list_.field))
 
-    def show_checks(self, checks: tuple[Check, ...], recipe: Recipe) -> None:
-        """The results of the checks, and whether the run can start."""
-        self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe))
+    def show_checks(
+        self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None, *, is_checking: bool
+    ) -> None:
+        """The results of the checks, how long the run takes, and whether it can start.
 
+        ``is_checking``: the results are of an earlier recipe, and others will come.
+        """
+        self._checks = checks
+        shown = partial(verdict_lines, () if is_checking else checks, recipe, expected)
+        self.query_one("#verdict", Drawing).show(shown)
+        self._show_check_lines()
+
+    def toggle_checks(self) -> None:
+        """Show the checks that passed in one line, or in full."""
+        self._shows_all = not self._shows_all
+        self._show_check_lines()
+
+    def _show_check_lines(self) -> None:
         def lines(width: int) -> list[Content]:
             # In a small window the questions are in the help.
             small = self.screen.has_class("-narrow") or self.screen.has_class("-short")
-            return check_lines(checks, width, with_questions=not small)
+            return check_lines(self._checks, width, with_questions=not small, shows_all=shows_all)
 
+        shows_all = self._shows_all != self.screen.has_class("-very-wide")
         self.query_one("#checks", Lines).show(lines)
+        words = "only problems" if shows_all else "all checks"
+        self.query_one("#checks-panel", Panel).show_keys((("train.level", words), *_CHECK_KEYS))
 
 
-def note_page(fields: Sequence[Field], selected: Field, width: int, height: int) -> list[Content]:
+def note_page(fields: Sequence[Field], selected: Field | None, width: int, height: int) -> list[Content]:
     """Draw the help of as many settings as there is room for; that of the selected one is marked.
 
     It turns pages instead of scrolling, so that a step of the cursor changes two notes and not all of them.
     """
     page: list[Content] = []
-    has_selected = False
+    has_selected = selected is None
     for field in fields:
         lines = note_lines(field, width, is_selected=field == selected)
         if page and len(page) + len(lines) > height:
@@ -129,21 +228,48 @@ def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
     return [head, *(Content(" " * 2) + line for line in text.wrap(max(20, width - 2)))]
 
 
-def verdict_lines(checks: tuple[Check, ...], recipe: Recipe | None, width: int, height: int) -> list[Content]:
-    """Draw whether the run can start, and the one thing to do now; then what the run will be."""
+def verdict_lines(
+    checks: tuple[Check, ...], recipe: Recipe | None, expected: Forecast | None, width: int, height: int
+) -> list[Content]:
+    """Draw how long the run takes, whether it can start and the one thing to do now; then what it does."""
+    checking = Content("Checking what the run needs…")
     if recipe is None:
-        return [Content("Checking what the run needs…")]
+        return [checking]
     parts = _plan(recipe)
     while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
         parts.pop()
-    return [conclusion(checks), Content.styled(_SEPARATOR.join(parts), "dim")]
+    lines = [
+        *_duration(expected, width),
+        conclusion(checks) if checks else checking,
+        Content.styled(_SEPARATOR.join(parts), "dim"),
+    ]
+    return lines[:height]
 
 
-def check_lines(checks: tuple[Check, ...], width: int, *, with_questions: bool) -> list[Content]:
-    """Lines for each check, what is wrong first."""
+def _duration(expected: Forecast | None, width: int) -> list[Content]:
+    """``About 25 min on this machine   54 steps · judging by vicuna-1``; nothing without data to count."""
+    if expected is None:
+        return []
+    if expected.time is None:
+        known = Content.styled("Time unknown until the first steps", "bold")
+        source = "nothing was trained here yet"
+    else:
+        known = Content.assemble((capitalize(expected.duration), "bold"), " on this machine")
+        source = expected.time.source
+    line = Content.assemble(known, "   ", expected.steps)
+    full = line + Content.styled(f"{_SEPARATOR}{source}", "dim")
+    return [full if full.cell_length <= width else line]
+
+
+def check_lines(
+    checks: tuple[Check, ...], width: int, *, with_questions: bool, shows_all: bool
+) -> list[Content]:
+    """Lines for each check, what is wrong first; checks that passed share one line unless ``shows_all``."""
     lines: list[Content] = []
     offered = first_fix(checks)
     for check in worst_first(checks):
+        if check.outcome == "ok" and not shows_all:
+            continue
         sign, style = OUTCOME_SIGNS[check.outcome]
         head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
         if offered is not None and check.suggested_fix is offered:
@@ -158,7 +284,20 @@ def check_lines(checks: tuple[Check, ...], width: int, *, with_questions: bool) 
         else:
             pieces = (text + " " + remedy if fix else text).wrap(max(20, width - _HEAD))
             lines += [head + pieces[0], *(Content(" " * _HEAD) + piece for piece in pieces[1:])]
-    return lines
+    return lines if shows_all else [*lines, *_passed(checks, width)]
+
+
+def _passed(checks: tuple[Check, ...], width: int) -> list[Content]:
+    """``✓ 7 checks ok  model, data, memory, disk, queue``, which goes on below if it is too long."""
+    names = [check.label for check in checks if check.outcome == "ok"]
+    if not names:
+        return []
+    count = f"✓ {pluralize(len(names), 'check')} ok  "
+    listed = Content.styled(", ".join(dict.fromkeys(names)), "dim").wrap(max(20, width - len(count)))
+    return [
+        Content.styled(count, "$success") + listed[0],
+        *(Content(" " * len(count)) + piece for piece in listed[1:]),
+    ]
 
 
 def worst_first(checks: tuple[Check, ...]) -> list[Check]:

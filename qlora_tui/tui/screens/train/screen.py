@@ -21,6 +21,7 @@ from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.doctor import Check, Machine
 from qlora_tui.runs.events import STEP_PHASES
+from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.preflight import preflight, with_count
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
@@ -37,7 +38,7 @@ from qlora_tui.tui.screens.modals.dialogs import (
 )
 from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.screens.train.charts import zoom_start
-from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch
+from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch, setting_notes
 from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.system_status import SystemStatus
@@ -63,7 +64,7 @@ _REQUEST_NOTICES: dict[control.Kind, str] = {
 
 
 RUN_POLL_INTERVAL_S = 1.0
-_PREPARING = frozenset(("launch", "recheck", "watch_another", "next_tab"))
+_PREPARING = frozenset(("launch", "recheck", "watch_another", "next_tab", "level"))
 """Actions available while a run is prepared; all others need a run to watch."""
 _PREPARING_ONLY = frozenset(("launch", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {
@@ -89,9 +90,11 @@ class TrainScreen(EvaluationActions):
     CSS_PATH = "train.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "Before a run: what to press now, the whole recipe, and its checks. Enter edits a setting, [h] and "
-        "[l] step it, Backspace resets it to the preset's value, ['] labels each setting with a letter to "
-        "jump to. {train.tab} goes to the checks, and back. They find out whether the weights are on this "
+        "Before a run: how long it will take, what to press now, the recipe, and its checks. The five main "
+        "settings come first; Enter opens and folds the groups of the others, and what differs from the "
+        "preset stays in view. Enter edits a setting, [h] and [l] step it, Backspace resets it to the "
+        "preset's value, ['] labels each line with a letter to jump to. {train.tab} goes to the checks, and "
+        "back; {train.level} shows those that passed in full. They find out whether the weights are on this "
         "machine, every row can be trained on, the settings make sense together, one training step fits in "
         "memory, the disk has room for checkpoints, and whether other runs come first.\n"
         "Until the first step: the stages of the start. 'testing' compares the first step with transformers "
@@ -111,6 +114,8 @@ class TrainScreen(EvaluationActions):
         super().__init__()
         self.checks: tuple[Check, ...] = ()
         """What the last checks of the recipe found."""
+        self._expected: Forecast | None = None
+        """How long the run will be, if that is known."""
         self.snapshot: RunSnapshot | None = None
         """The watched run as it was last read."""
         self._zoom = 0
@@ -171,7 +176,7 @@ class TrainScreen(EvaluationActions):
         if self._ended_at is not None and draft_written_at() > self._ended_at:
             # Whoever edits the recipe is about to launch it.
             self._stop_watching()
-        self.query_one(SettingsForm).show(recipe, self.app.workbench.preset_recipe)
+        self._show_form(recipe)
         self._stamps = [source_stamps(source) for source in every_source(recipe.data)]
         self._check()
 
@@ -272,13 +277,22 @@ class TrainScreen(EvaluationActions):
 
     @work(exclusive=True, group="checks")
     async def _start_checks(self, recipe: Recipe, machine: Machine) -> None:
+        self._expected = await asyncio.to_thread(forecast, recipe, machine)
+        # The checks may wait for an exact estimate of the memory.
+        self._show_checks(recipe, self.checks, is_checking=True)
         checks = await asyncio.to_thread(preflight, recipe, machine)
         self._show_checks(recipe, with_count(checks, self.app.count_problem))
 
-    def _show_checks(self, recipe: Recipe, checks: tuple[Check, ...]) -> None:
+    def _show_checks(self, recipe: Recipe, checks: tuple[Check, ...], *, is_checking: bool = False) -> None:
         self.checks = checks
-        self.query_one(LaunchPane).show_checks(checks, recipe)
+        pane = self.query_one(LaunchPane)
+        pane.show_checks(checks, recipe, self._expected, is_checking=is_checking)
+        self._show_form(recipe)
         self.refresh_bindings()
+
+    def _show_form(self, recipe: Recipe) -> None:
+        notes = setting_notes(recipe, self._expected)
+        self.query_one(SettingsForm).show(recipe, self.app.workbench.preset_recipe, notes)
 
     def action_answers(self) -> None:
         self.evaluate(self._watched)
@@ -419,6 +433,9 @@ class TrainScreen(EvaluationActions):
         self.poll_now()
 
     def action_level(self) -> None:
+        if self.run is None:
+            self.query_one(LaunchPane).toggle_checks()
+            return
         log = self.query_one(LogTail)
         self.query_one(LivePane).filter_log(log.search, (log.level + 1) % len(LEVELS))
 
