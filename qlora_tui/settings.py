@@ -56,8 +56,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     theme: Annotated[
         str,
-        _about("Theme", "Colors of the app. Themes of your own: TOML files in the themes folder."),
-    ] = "harbour"
+        _about(
+            "Theme",
+            "Colors of the app. auto: harbour, or on a terminal of 16 colors its own. terminal: made of the "
+            "terminal's own colors. Themes of your own: TOML files in the themes folder.",
+        ),
+    ] = "auto"
     mouse: Annotated[
         bool,
         _about(

@@ -13,6 +13,7 @@ from textual import work
 from textual.actions import ActionParseResult, SkipAction
 from textual.app import App
 from textual.binding import BindingType
+from textual.color import Color
 from textual.dom import DOMNode
 from textual.events import Resize
 from textual.signal import Signal
@@ -31,6 +32,7 @@ from qlora_tui.tui.process import AppThreads, DiskFaults, install_shutdown_handl
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.terminal_app import TerminalApp
+from qlora_tui.tui.terminal_colors import TerminalColor, is_light_by_environment
 from qlora_tui.tui.threads import run_stoppable
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 # where they are first used.
 
 SYSTEM_POLL_INTERVAL_S = 1.0
+_HALF = 0.5
 _SETTLE_S = 0.3
 
 
@@ -94,6 +97,9 @@ class QloraApp(TerminalApp):
         self._is_small = False
         self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
         self._theme_problems: list[UserError] = []
+        self._terminal_colors: dict[bool, Color] = {}
+        """What the terminal has told of its colors: False for text, True for the background."""
+        self._is_light = is_light_by_environment()
 
     @cached_property
     def workbench(self) -> Workbench:
@@ -193,7 +199,7 @@ class QloraApp(TerminalApp):
         # would have been painted.
         self._load_themes()
         # Never Textual's default, which lacks variables of ours.
-        self.theme = self._wanted_theme if self._wanted_theme in self.available_themes else Settings().theme
+        self.theme = self._wanted_theme if self._wanted_theme in self.available_themes else themes.DEFAULT
         self.set_keymap(self.settings.keymap)
 
     def on_mount(self) -> None:
@@ -220,7 +226,7 @@ class QloraApp(TerminalApp):
         """Report what is wrong in the settings and themes once the first screen can show it."""
         await self.shown.wait()
         problems = [str(problem) for problem in self._theme_problems]
-        if self.settings.theme not in self.available_themes:
+        if self._wanted_theme not in self.available_themes:
             problems.append(f"Theme {self.settings.theme!r} does not exist.")
         if self.settings.keymap:
             from qlora_tui.tui.key_names import validate_keymap
@@ -231,7 +237,36 @@ class QloraApp(TerminalApp):
 
     @property
     def _wanted_theme(self) -> str:
-        return TWO_COLORS.name if self.no_color else self.settings.theme
+        if self.no_color:
+            return TWO_COLORS.name
+        if not self.wants_terminal_colors():
+            return themes.DEFAULT if self.settings.theme == themes.AUTO else self.settings.theme
+        if themes.TERMINAL in self.available_themes:
+            return themes.TERMINAL
+        return "terminal-light" if self._is_light else "terminal-dark"
+
+    def wants_terminal_colors(self) -> bool:
+        if self.no_color:
+            return False
+        wanted = self.settings.theme
+        return wanted == themes.TERMINAL or (wanted == themes.AUTO and self._has_few_colors)
+
+    @property
+    def _has_few_colors(self) -> bool:
+        return self.console.color_system in (None, "standard")
+
+    def on_terminal_color(self, message: TerminalColor) -> None:
+        """Show the terminal's own colors once it has told both."""
+        self._terminal_colors[message.is_background] = message.color
+        if message.is_background:
+            self._is_light = message.color.brightness > _HALF
+        # In 256 colors the background would be another than the terminal's.
+        if len(self._terminal_colors) == 2 and self.console.color_system == "truecolor":
+            self.register_theme(
+                themes.of_terminal(*(self._terminal_colors[is_ground] for is_ground in (False, True)))
+            )
+        if self.theme != self._wanted_theme:
+            self.theme = self._wanted_theme
 
     def _load_themes(self) -> None:
         """Register all themes from their files; a file with an error is reported and skipped."""
@@ -243,7 +278,7 @@ class QloraApp(TerminalApp):
 
     def watch_theme(self) -> None:
         """Panels are surfaces where the terminal has colors for them."""
-        few = self.no_color or self.current_theme.ansi or self.console.color_system in (None, "standard")
+        few = self.no_color or self.current_theme.ansi or self._has_few_colors
         self.set_class(not few, "-surfaces", update=False)
 
     def apply_settings(self, settings: Settings) -> None:
@@ -251,6 +286,8 @@ class QloraApp(TerminalApp):
         before, self.settings = self.settings, settings
         if self._wanted_theme in self.available_themes:
             self.theme = self._wanted_theme
+        if self.wants_terminal_colors() and not self._terminal_colors:
+            self.ask_terminal_colors()
         if settings.gpu_memory_gib != before.gpu_memory_gib:
             self.recipe_changed.publish(self.workbench.recipe)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import selectors
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from time import monotonic
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from textual._border import BORDER_CHARS, BORDER_LABEL_LOCATIONS, BORDER_LOCATIO
 from textual._compositor import ChopsUpdate, CompositorUpdate, LayoutUpdate
 from textual._context import active_app
 from textual._styles_cache import StylesCache
+from textual._xterm_parser import XTermParser
 from textual.app import App
 from textual.binding import Binding
 from textual.cache import LRUCache
@@ -31,6 +32,8 @@ from textual.events import MouseEvent
 from textual.message import Message
 from textual.screen import Screen
 from textual.widget import Widget
+
+from qlora_tui.tui.terminal_colors import QUERY, ReplyReader, can_answer
 
 __all__ = [
     "CachedStylesheet",
@@ -98,6 +101,15 @@ class HookedApp(App[None]):
         if self._driver is not None:
             self._driver.write(sequence)
 
+    def ask_terminal_colors(self) -> None:
+        """Ask the terminal for its colors; its answers come as ``TerminalColor``, or never."""
+        if isinstance(self._driver, PromptDriver):
+            self._driver.ask_colors()
+
+    def wants_terminal_colors(self) -> bool:
+        """Whether to ask the terminal for its colors before the first frame."""
+        return False
+
     def remember_copied(self, text: str) -> None:
         """Set what a paste inside the app inserts, without writing to the terminal."""
         self._clipboard = text
@@ -128,7 +140,7 @@ _REPORTS_S = 0.3
 
 
 class PromptDriver(LinuxDriver):
-    """A driver whose thread that reads keys ends when it is told to.
+    """A driver whose thread that reads keys ends when it is told to, and knows the terminal's replies.
 
     Textual's looks only every tenth of a second whether it should end, and then waits another tenth
     (``drivers/linux_driver.py``), while the app that was left still stands on the terminal. So it does here
@@ -139,15 +151,29 @@ class PromptDriver(LinuxDriver):
         super().__init__(app, **options)
         self._wake_fd = os.eventfd(0)
         """Readable once the thread should end."""
-        self._mouse_at = 0.0
+        self._report_at = 0.0
+        """When the mouse was last reported, or a question sent."""
+        self._replies = ReplyReader()
+
+    def start_application_mode(self) -> None:
+        super().start_application_mode()
+        if isinstance(self._app, HookedApp) and self._app.wants_terminal_colors():
+            self.ask_colors()
+
+    def ask_colors(self) -> None:
+        """Ask the terminal for its colors, if it can read the question."""
+        if self.input_tty and can_answer():
+            self._replies.expect(monotonic())
+            self._report_at = monotonic()
+            self.write(QUERY)
 
     def process_message(self, message: Message) -> None:
         if isinstance(message, MouseEvent):
-            self._mouse_at = monotonic()
+            self._report_at = monotonic()
         super().process_message(message)
 
     def disable_input(self) -> None:
-        os.eventfd_write(self._wake_fd, int(monotonic() - self._mouse_at > _REPORTS_S))
+        os.eventfd_write(self._wake_fd, int(monotonic() - self._report_at > _REPORTS_S))
         super().disable_input()
         os.eventfd_write(self._wake_fd, 1)  # reading it would wait where it is 0
         os.eventfd_read(self._wake_fd)
@@ -158,7 +184,27 @@ class PromptDriver(LinuxDriver):
         vars(linux_driver)["selectors"] = SimpleNamespace(
             SelectSelector=make, EVENT_READ=selectors.EVENT_READ
         )
+        vars(linux_driver)["XTermParser"] = partial(_ReplyParser, self._replies)
         super().run_input_thread()
+
+
+class _ReplyParser(XTermParser):
+    """Reads keys, after replies of the terminal were taken out (``_xterm_parser.py``)."""
+
+    def __init__(self, replies: ReplyReader, debug: bool = False) -> None:
+        super().__init__(debug)
+        self._replies = replies
+
+    def feed(self, data: str) -> Iterable[Message]:
+        typed, replies = self._replies.read(data, monotonic())
+        yield from replies
+        if typed or not data:  # nothing at all means the end
+            yield from super().feed(typed)
+
+    def tick(self) -> Iterable[Message]:
+        if late := self._replies.overdue(monotonic()):
+            yield from super().feed(late)
+        yield from super().tick()
 
 
 class _WokenSelector(selectors.SelectSelector):

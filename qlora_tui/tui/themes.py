@@ -2,7 +2,8 @@
 
 A theme file has ``name``, ``dark``, the colors of a Textual theme (``primary``, ``background``…), of which
 ``accent`` is that of keys, optionally those of the four hues (``HUES``), and ``ansi = true`` to use the
-terminal's 16 colors. A file with an error is reported and skipped.
+terminal's 16 colors. A file with an error is reported and skipped. ``terminal`` is a theme without a file:
+made of the terminal's own colors once it has told them (``terminal_colors``).
 """
 
 from __future__ import annotations
@@ -25,10 +26,24 @@ MUTED_SHARE = 0.7
 """How far muted text is from the background, towards the foreground."""
 BORDER_SHARE = 0.3
 """How far the border of a panel without the focus is from the background, towards the foreground."""
+SCROLLBAR_SHARE = 0.55
+"""How far the handle of a scroll bar is from the background, towards the foreground."""
 SELECTION_SHARE = 0.35
 """Mix of a field's selection between the background color (0) and the primary color (1)."""
 CHART_FILL_SHARE = 0.14
 """Mix of the area under a curve between the surface of a panel (0) and the color of training (1)."""
+AUTO, TERMINAL = "auto", "terminal"
+"""Names that stand for a theme: by the number of colors, and by the terminal's colors."""
+DEFAULT = "harbour"
+MIN_CONTRAST = 4.5
+"""Of text to its background: WCAG 2.1, 1.4.3."""
+_STEPS = {
+    "surface": 0.05,
+    "panel": 0.1,
+    "block-cursor-blurred-background": 0.1,
+    "block-cursor-background": 0.16,
+}
+"""How far backgrounds are from that of the terminal, towards its foreground, in the theme ``terminal``."""
 HUES = ("training", "validation", "forgetting", "hardware")
 _OTHER_HUES = {
     (256, True): ("#d787d7", "#5fd7d7"),
@@ -97,9 +112,16 @@ def _blended(file: ThemeFile) -> dict[str, str]:
         # The hint in an empty field is there to be read.
         "text-disabled": muted,
         "border-blurred": background.blend(foreground, BORDER_SHARE).hex6,
+        **_scrollbar(background.blend(foreground, SCROLLBAR_SHARE).hex6, surface.hex6),
         "input-selection-background": background.blend(primary, SELECTION_SHARE).hex6,
         "chart-fill": surface.blend(training, CHART_FILL_SHARE).hex6,
     }
+
+
+def _scrollbar(thumb: str, track: str) -> dict[str, str]:
+    moments = ("", "-hover", "-active")
+    thumbs, tracks = ([f"scrollbar{part}{moment}" for moment in moments] for part in ("", "-background"))
+    return dict.fromkeys(thumbs, thumb) | dict.fromkeys((*tracks, "scrollbar-corner-color"), track)
 
 
 def _sixteen_colors(file: ThemeFile) -> dict[str, str]:
@@ -112,7 +134,64 @@ def _sixteen_colors(file: ThemeFile) -> dict[str, str]:
         "text-muted": muted,
         "text-disabled": muted,
         "border": file.primary,
+        **_scrollbar("ansi_bright_black", "ansi_default"),
+        # Reversed by the terminal: text of any color is then read as well as on the background.
+        "block-cursor-foreground": "ansi_default",
+        "block-cursor-background": "ansi_default",
+        "block-cursor-text-style": "reverse",
     }
+
+
+def contrast(a: Color, b: Color) -> float:
+    """Return the contrast ratio of two colors, 1 to 21 (WCAG 2.1, "contrast ratio")."""
+    lighter, darker = sorted((_luminance(a), _luminance(b)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(color: Color) -> float:
+    def linear(part: float) -> float:
+        return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+
+    red, green, blue = (linear(part) for part in color.normalized)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def of_terminal(foreground: Color, background: Color) -> Theme:
+    """Return a theme on the terminal's background, with each color as far off as it takes to be read."""
+    white, black = Color(255, 255, 255), Color(0, 0, 0)
+    dark = contrast(background, white) > contrast(background, black)
+    far = white if dark else black
+    ground = {name: background.blend(foreground, share) for name, share in _STEPS.items()}
+    # On a middle gray nothing is readable on a step towards the text.
+    grounds = [background, *ground.values()]
+    if min(contrast(far, each) for each in grounds) < MIN_CONTRAST:
+        ground, grounds = dict.fromkeys(_STEPS, background), [background]
+
+    def readable(color: Color) -> str:
+        shades = (color.blend(far, share / 10) for share in range(11))
+        return next((c for c in shades if min(contrast(c, g) for g in grounds) >= MIN_CONTRAST), far).hex6
+
+    model = _file(paths.shipped_dir("themes") / f"{DEFAULT if dark else 'paper'}.toml")
+    inks = ("primary", "secondary", "warning", "error", "success", "accent", *HUES)
+    text, muted = readable(foreground), readable(background.blend(foreground, MUTED_SHARE))
+    return msgspec.structs.replace(
+        model,
+        name=TERMINAL,
+        background=background.hex6,
+        foreground=text,
+        surface=ground.pop("surface").hex6,
+        panel=ground.pop("panel").hex6,
+        variables={
+            "text-muted": muted,
+            "text-disabled": muted,
+            "scrollbar": muted,
+            "input-selection-background": ground["block-cursor-background"].hex6,
+            "block-cursor-foreground": far.hex6,
+            "block-cursor-blurred-foreground": text,
+            **{name: color.hex6 for name, color in ground.items()},
+        },
+        **{name: readable(Color.parse(getattr(model, name))) for name in inks},
+    ).theme()
 
 
 def load_themes() -> tuple[list[Theme], list[UserError]]:
@@ -131,7 +210,7 @@ def load_themes() -> tuple[list[Theme], list[UserError]]:
 
 def theme_names() -> list[str]:
     """Names of the themes to choose from; Textual's own do not have the contrast that ours have."""
-    return sorted(theme.name for theme in load_themes()[0])
+    return [AUTO, *sorted((TERMINAL, *(theme.name for theme in load_themes()[0])))]
 
 
 def user_theme_mtimes() -> tuple[tuple[str, int], ...]:
@@ -145,9 +224,7 @@ def user_theme_mtimes() -> tuple[tuple[str, int], ...]:
 
 def _read(path: Path) -> Theme:
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text("utf-8")), ThemeFile)
-        _check_colors(file)
-        return file.theme()
+        return _file(path).theme()
     except (OSError, ValueError, RecursionError, ColorParseError, msgspec.ValidationError) as error:
         wrong = _NOT_A_COLOR.sub(r"\1 is not a color", str(error))
         raise UserError(
@@ -155,6 +232,12 @@ def _read(path: Path) -> Theme:
             what=f"{path}: {wrong}.",
             fix="Compare it with the shipped themes; colors are #rrggbb or ansi_blue.",
         ) from error
+
+
+def _file(path: Path) -> ThemeFile:
+    file = msgspec.convert(tomllib.loads(path.read_text("utf-8")), ThemeFile)
+    _check_colors(file)
+    return file
 
 
 def _check_colors(file: ThemeFile) -> None:

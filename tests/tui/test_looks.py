@@ -91,7 +91,7 @@ def row_losses(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
     async def before(pilot: Pilot[Any]) -> None:
         await whole(pilot)
         # Once the list is open, what is under it is not laid out again.
-        await wait_for_text(pilot, "Problems (5)")
+        await wait_for_text(pilot, "Problems (4)")
         await pilot.pause()
         await pilot.press("B")
         await wait_for_text(pilot, "never learned")
@@ -207,6 +207,7 @@ SCENES = PICTURES | {
     "all keys": over("f1", "Help: all keys"),
     "a file": over("2 o", "Tab complete"),
     "settings": over("f6", "Settings"),
+    "a changed setting": over("f6 j l", "* default"),
     "a lost run": watched(lost),
     "no memory": watched(no_memory),
     "not a number": watched(not_a_number),
@@ -239,8 +240,10 @@ async def test_every_word_stands_out_in_every_theme(
         for theme in TRUECOLOR[list(SCENES).index(scene) % 4 :: 4]:
             await dressed(pilot, theme)
             assert not illegible(app), theme
-        await dressed(pilot, "terminal-dark")
-        assert colors_of(app) <= {"default", "standard"}
+        for theme in ("terminal-dark", "terminal-light"):
+            await dressed(pilot, theme)
+            assert colors_of(app) <= {"default", "standard"}, theme
+            assert not illegible(app), theme
 
 
 async def dressed(pilot: Pilot[Any], theme: str) -> None:

@@ -61,10 +61,10 @@ async def test_the_theme_changes_at_once_and_is_saved() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("f6")
-        await wait_for_text(pilot, "Settings", "harbour", "Colors of the app")
+        await wait_for_text(pilot, "Settings", "auto", "Colors of the app")
         await pilot.press("l")
         names = theme_names()
-        after = names[(names.index("harbour") + 1) % len(names)]
+        after = names[(names.index("auto") + 1) % len(names)]
         assert app.theme == after == load_settings().theme
         await pilot.press("backspace")
         assert app.theme == "harbour" and "theme" not in config_path().read_text()

@@ -1,4 +1,4 @@
-"""Themes: every text is legible on every ground, and a broken file disables nothing."""
+"""Themes: everything is legible in every state, and a broken file disables nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 from rich.style import Style
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from textual.color import Color
+from textual.theme import Theme
 
 from qlora_tui import paths
-from qlora_tui.settings import Settings
-from qlora_tui.tui.themes import load_themes
+from qlora_tui.tui.themes import DEFAULT, HUES, MIN_CONTRAST, contrast, load_themes, of_terminal
 from tests.tui.screen_assertions import segments_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
-MIN_CONTRAST = 4.5
-"""For text, WCAG 2.1, 1.4.3."""
+MIN_GRAPHIC = 3.0
+"""For what is drawn, WCAG 2.1, 1.4.11."""
 
 
 def illegible(app: Any) -> set[str]:
@@ -38,24 +39,11 @@ def colors_of(app: Any) -> set[str]:
     return {color.type.name.lower() for style in styles for color in (style.color, style.bgcolor) if color}
 
 
-def contrast(a: Color, b: Color) -> float:
-    """As WCAG 2.1 defines it, from relative luminance: 1 to 21."""
-    lighter, darker = sorted((_luminance(a), _luminance(b)), reverse=True)
-    return (lighter + 0.05) / (darker + 0.05)
-
-
 def _contrast_of(style: Style) -> Iterator[float]:
-    # What a terminal shows for one of its own sixteen is not known.
-    if all(color is not None and color.triplet for color in (style.color, style.bgcolor)):
-        yield contrast(*map(Color.from_rich_color, (style.color, style.bgcolor)))
-
-
-def _luminance(color: Color) -> float:
-    def linear(part: float) -> float:
-        return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-
-    red, green, blue = (linear(part) for part in color.normalized)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    colors = style.bgcolor, style.color
+    # The default colors of a terminal are legible; its 16 colors are about what xterm shows.
+    if all(color is not None and not color.is_default for color in colors):
+        yield contrast(*(Color.from_rich_color(color, DEFAULT_TERMINAL_THEME) for color in colors))
 
 
 def _seen(style: Style | None) -> Style:
@@ -63,8 +51,33 @@ def _seen(style: Style | None) -> Style:
     return Style() if style is None else style.clear_meta_and_links()
 
 
-TEXT = ("foreground", "primary", "secondary", "warning", "error", "success", "accent")
-GROUNDS = ("background", "surface", "panel")
+INKS = (
+    *("foreground", "text-muted", "text-disabled", "key", "primary", "secondary"),
+    *("success", "warning", "error", "training", "validation", "forgetting", "hardware"),
+)
+"""Variables of text, on every screen and in every state."""
+GROUNDS = (*("background", "surface", "panel", "block-cursor-background", "block-cursor-blurred-background"),)
+"""Variables of what is behind text: screen, panels, first and last line, the row of a cursor."""
+PAIRS = [
+    *((ink, ground, MIN_CONTRAST) for ink in INKS for ground in GROUNDS),
+    *(
+        (f"{each}-foreground", f"{each}-background", MIN_CONTRAST)
+        for each in ("block-cursor", "block-cursor-blurred")
+    ),
+    ("foreground", "input-selection-background", MIN_CONTRAST),
+    *(("border", ground, MIN_GRAPHIC) for ground in GROUNDS[:2]),
+    ("scrollbar", "scrollbar-background", MIN_GRAPHIC),
+    *((hue, "chart-fill", MIN_GRAPHIC) for hue in ("training", "validation")),
+]
+OF_TERMINALS = {
+    "solarized dark": ("#839496", "#002b36"),
+    "solarized light": ("#657b83", "#fdf6e3"),
+    "black": ("#ffffff", "#000000"),
+    "white": ("#000000", "#ffffff"),
+    "gray": ("#ffffff", "#808080"),
+    "faint": ("#444444", "#333333"),
+}
+"""Text and background of some terminals, of which a theme is made."""
 SHIPPED, PROBLEMS = load_themes()
 MINE = """
 name = "{name}"
@@ -85,39 +98,53 @@ panel = "#262626"
 def test_every_shipped_theme_loads() -> None:
     assert not PROBLEMS
     names = {theme.name for theme in SHIPPED}
-    assert Settings().theme in names
+    assert DEFAULT in names
     assert len(names) >= 4
     assert sum(theme.ansi for theme in SHIPPED) >= 2
     assert {theme.dark for theme in SHIPPED} == {True, False}
 
 
-@pytest.mark.parametrize("name", [theme.name for theme in SHIPPED if not theme.ansi])
-def test_text_is_legible_on_every_ground(name: str) -> None:
-    theme = next(theme for theme in SHIPPED if theme.name == name)
+def _themes() -> dict[str, Theme]:
+    made = {name: of_terminal(*map(Color.parse, colors)) for name, colors in OF_TERMINALS.items()}
+    return {theme.name: theme for theme in SHIPPED if not theme.ansi} | made
+
+
+@pytest.mark.parametrize("name", _themes())
+def test_everything_is_legible_on_every_ground(name: str) -> None:
+    theme = _themes()[name]
     variables = theme.to_color_system().generate() | theme.variables
-    inks = {ink: Color.parse(getattr(theme, ink)) for ink in TEXT}
-    inks["text-muted"] = Color.parse(variables["text-muted"])
-    pairs = [(ink, ground) for ink in inks for ground in GROUNDS]
-    dim = {
+    low = {
         f"{ink} on {ground}": round(ratio, 2)
-        for ink, ground in pairs
-        if (ratio := contrast(inks[ink], Color.parse(getattr(theme, ground)))) < MIN_CONTRAST
+        for ink, ground, least in PAIRS
+        if (ratio := contrast(Color.parse(variables[ink]), Color.parse(variables[ground]))) < least
     }
-    assert not dim
-    cursors = ("block-cursor", "block-cursor-blurred")
-    for cursor in cursors:
-        ground = Color.parse(variables[f"{cursor}-background"])
-        assert contrast(Color.parse(variables[f"{cursor}-foreground"]), ground) >= MIN_CONTRAST
-        low = {ink: round(contrast(color, ground), 2) for ink, color in inks.items()}
-        assert min(low.values()) >= MIN_CONTRAST, (cursor, low)
+    assert not low
+    assert round(contrast(Color.parse("white"), Color.parse("black"))) == 21
+
+
+@pytest.mark.parametrize("name", [theme.name for theme in SHIPPED if not theme.ansi])
+def test_hues_keys_and_warnings_differ(name: str) -> None:
+    variables = _themes()[name].variables
+    colors = [
+        *(variables[hue] for hue in HUES),
+        variables["key"],
+        _themes()[name].warning,
+        _themes()[name].error,
+    ]
+    assert len(set(colors)) == len(colors)
 
 
 @pytest.mark.parametrize("name", [theme.name for theme in SHIPPED if theme.ansi])
 def test_a_theme_of_16_colors_names_nothing_else(name: str) -> None:
     theme = next(theme for theme in SHIPPED if theme.name == name)
-    colors = [getattr(theme, part) for part in (*TEXT, *GROUNDS)]
+    colors = [getattr(theme, part) for part in ("primary", "secondary", "success", "warning", "error")]
     colors += [value for key, value in theme.variables.items() if not key.endswith("-style")]
     assert all(color.startswith("ansi_") for color in colors)
+    # The terminal's own text is legible on its own background, reversed too, and nothing else is known to be.
+    variables = theme.to_color_system().generate() | theme.variables
+    for ground in ("background", "block-cursor-background", "block-cursor-blurred-background"):
+        assert variables[ground] == "ansi_default"
+    assert variables["block-cursor-text-style"] == "reverse"
 
 
 def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:

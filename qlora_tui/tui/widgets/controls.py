@@ -338,6 +338,14 @@ def render_line(widget: Widget, content: Content, width: int) -> Strip:
     return strips[0] if strips else Strip.blank(width, widget.rich_style)
 
 
+def cursor_row(widget: Widget, row: Content, width: int) -> Content:
+    """Draw the row under the cursor as ``ViList`` does: on its color, or reversed where colors are few."""
+    row = row.pad_right(max(0, width - row.cell_length))
+    if widget.app.no_color or widget.app.current_theme.ansi:
+        return Content(row.plain).stylize("reverse")
+    return row.stylize_before("bold $block-cursor-foreground on $block-cursor-background")
+
+
 def _placeless(style: Style | None) -> Style | None:
     meta = {} if style is None else style.meta
     if style is None or _PLACE not in meta:

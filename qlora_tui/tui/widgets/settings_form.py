@@ -30,7 +30,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import InvalidRecipeError
 from qlora_tui.tui.render.labels import SEPARATOR
 from qlora_tui.tui.setting_stepper import step_value
-from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, TextField, render_line
+from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, TextField, cursor_row, render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """The home row first."""
@@ -261,8 +261,7 @@ class SettingList(LineView):
             self._title(shown, letter) if isinstance(shown, SettingGroup) else self._row(shown, letter, here)
         )
         if here and self.has_focus:
-            # Colors would be unreadable when they are reversed.
-            row = Content(row.plain).pad_right(max(0, width - row.cell_length)).stylize("reverse")
+            row = cursor_row(self, row, width)
         return render_line(self, row, width)
 
     def _title(self, group: SettingGroup, letter: str) -> Content:

@@ -54,7 +54,7 @@ from qlora_tui.tui.render.labels import (
     targets_words,
 )
 from qlora_tui.tui.screens.runs.export_dialog import export_line
-from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, render_line
+from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 
 MARKS = "ABCD"
 """Marks of runs selected to compare, unlike any sign of a state; the same letters are on their curves."""
@@ -249,8 +249,7 @@ class RunTable(LineView):
                 ended = Content(row.status.detail.replace("\n", " ")).truncate(room, ellipsis=True)
                 line += ended.stylize("dim")
             if number == self._cursor:
-                plain = Content(line.plain).pad_right(max(0, width - line.cell_length))
-                line = plain.stylize("reverse") if self.has_focus else line.stylize("bold")
+                line = cursor_row(self, line, width) if self.has_focus else line.stylize("bold")
             lines[number] = line
         return [titles.stylize("dim"), *lines]
 

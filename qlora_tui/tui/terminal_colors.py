@@ -1,0 +1,97 @@
+"""The colors of the terminal itself: asked for by OSC 10 and 11, and found among the keys that it sends.
+
+A reply is text that a terminal types, at once or after a second on a slow link, in one piece or in several:
+``ESC ] 11 ; rgb:1c1c/1c1c/1c1c ESC \\``. Textual would read it as keys, so it is taken out before that.
+Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System Commands".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from textual.color import Color
+from textual.message import Message
+
+QUERY = "\x1b]10;?\x1b\\\x1b]11;?\x1b\\"
+"""Asks for foreground and background."""
+_REPLY = re.compile(r"\x1b?\](1[01]);([^\x07\x1b]{1,40})(?:\x07|\x1b\\)")
+_BEGINNING = re.compile(r"(?:\x1b|\x1b?\](?:1(?:[01](?:;[\w:/#]{0,40}\x1b?)?)?)?)\Z")
+"""What may be the first part of a reply, at the end of what was read."""
+_COLOR = re.compile(
+    r"rgba?:([0-9a-f]{1,4})/([0-9a-f]{1,4})/([0-9a-f]{1,4})(?:/[0-9a-f]{1,4})?", re.IGNORECASE
+)
+_TYPED = 3
+"""Characters of a beginning that a person may have typed: Escape, ``]`` and ``1``."""
+_TYPED_S = 0.1
+"""Seconds to wait for the rest of such a beginning."""
+_EXPECTED_S = 3.0
+"""Seconds after the question in which such a beginning is waited for at all."""
+_UNABLE = ("linux", "vt", "dumb")
+"""Beginnings of ``TERM`` of terminals that print what they do not know."""
+
+
+@dataclass
+class TerminalColor(Message):
+    """The terminal's answer: its color of text or of the background."""
+
+    is_background: bool
+    color: Color
+
+
+def can_answer(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the question does no harm on this terminal; it may still not answer."""
+    return not environment.get("TERM", "dumb").startswith(_UNABLE)
+
+
+def is_light_by_environment(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``COLORFGBG``, which some terminals set (``0;15``), says that the background is light."""
+    number = environment.get("COLORFGBG", "").rpartition(";")[2]
+    return number == "7" or (number.isdecimal() and 9 <= int(number) <= 15)
+
+
+class ReplyReader:
+    """Takes replies out of what is typed, however the pieces are cut, and lets everything else through."""
+
+    def __init__(self) -> None:
+        self._asked_at: float | None = None
+        self._awaited = 0
+        self._held, self._held_at = "", 0.0
+
+    def expect(self, now: float) -> None:
+        """The question was sent."""
+        self._asked_at, self._awaited = now, 2
+
+    def read(self, typed: str, now: float) -> tuple[str, list[TerminalColor]]:
+        """Return what was typed without replies, and the replies. ``now``: monotonic seconds."""
+        if not self._awaited:
+            return typed, []
+        text, self._held = self._held + typed, ""
+        colors = [color for reply in _REPLY.finditer(text) if (color := _color(reply)) is not None]
+        text, replies = _REPLY.subn("", text)
+        self._awaited = max(0, self._awaited - replies)
+        beginning = _BEGINNING.search(text) if self._awaited else None
+        if beginning is not None and (len(beginning[0]) > _TYPED or self._is_soon(now)):
+            text, self._held, self._held_at = text[: beginning.start()], beginning[0], now
+        return text, colors
+
+    def overdue(self, now: float) -> str:
+        """Return what was held for a reply and is none: a key such as Escape."""
+        if not self._held or len(self._held) > _TYPED or now - self._held_at < _TYPED_S:
+            return ""
+        held, self._held = self._held, ""
+        return held
+
+    def _is_soon(self, now: float) -> bool:
+        return self._asked_at is not None and now - self._asked_at < _EXPECTED_S
+
+
+def _color(reply: re.Match[str]) -> TerminalColor | None:
+    parts = _COLOR.fullmatch(reply[2])
+    if parts is None:
+        return None
+    # "f", "ff" and "ffff" are all the full intensity.
+    levels = (round(255 * int(part, 16) / (16 ** len(part) - 1)) for part in parts.groups())
+    return TerminalColor(is_background=reply[1] == "11", color=Color(*levels))
