@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,19 +33,25 @@ def format_gib(bytes_: int | None) -> str:
     return "NA" if bytes_ is None else f"{bytes_ / GIB:.1f}"
 
 
+def format_gib_change(bytes_: int) -> str:
+    """``+1.2``: the difference of two sizes in GiB, with its sign and without the unit."""
+    return f"{bytes_ / GIB:+.1f}"
+
+
 def pluralize(number: int, word: str) -> str:
     """``1 row``, ``4,812 rows``."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def format_count(number: int | None) -> str:
-    """``7.6B``, ``135M``, ``4,812``; NA if unknown."""
+    """``7.62B``, ``135M``, ``107K``, ``4,812``; NA if unknown."""
     if number is None:
         return "NA"
-    for unit, letter in ((10**9, "B"), (10**6, "M")):
-        if number >= unit:
+    for unit, letter, least in ((10**9, "B", 10**9), (10**6, "M", 10**6), (1000, "K", 10_000)):
+        # What would round up to 1000 of a unit is 1.00 of the next one.
+        if number >= least - least // 2000:
             amount = number / unit
-            return f"{amount:.2f}{letter}" if amount < 10 else f"{amount:.0f}{letter}"
+            return f"{amount:.2f}{letter}" if amount < 9.995 else f"{amount:.0f}{letter}"
     return f"{number:,}"
 
 
@@ -64,21 +71,86 @@ def format_duration(seconds: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def format_float(value: float | None, digits: int = 4) -> str:
-    """Format a loss or a gradient norm: ``NaN`` if it is not a number, NA if there is no value."""
+def format_wait(seconds: float) -> str:
+    """Format a short time with its tenths, ``0.4 s``; from ten seconds on as :func:`format_duration` does."""
+    return f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
+
+
+def format_progress(done: int, total: int) -> str:
+    """``20 of 1,081``: steps, rows or files that are done, of how many."""
+    return f"{done:,} of {total:,}"
+
+
+def format_float(value: float | None, digits: int = 3) -> str:
+    """Format a measured number without a kind of its own by its significant digits; NA without a value."""
     if value is None:
         return "NA"
     return "NaN" if value != value else f"{value:.{digits}g}"
 
 
-def format_loss(value: float, digits: int = 3) -> str:
-    """Format a loss for a column: ``2.90``, with its zeros, so that equal losses have equal widths."""
-    return "NaN" if value != value else f"{value:#.{digits}g}".removesuffix(".")
+def format_number(value: float) -> str:
+    """Format a number for people without rounding: ``1,048,576``, ``0.0002``, ``2e-5``."""
+    if float(value).is_integer() and abs(value) < 1e16:
+        return f"{int(value):,}"
+    short = f"{value:g}"
+    return (short if float(short) == value else repr(value)).replace("e-0", "e-").replace("e+", "e")
+
+
+def format_loss(loss: float | None) -> str:
+    """Format a loss with three decimals: ``2.908``; ``NaN`` if it is not a number, NA without a value."""
+    if loss is None:
+        return "NA"
+    return f"{loss:.3f}" if math.isfinite(loss) else "NaN" if loss != loss else f"{loss:g}"
+
+
+def format_loss_change(change: float) -> str:
+    """Format the difference of two losses with its sign: ``-0.023``."""
+    return f"{change:+.3f}"
+
+
+def format_nats(nats: float | None) -> str:
+    """Format a KL divergence or a margin by two significant digits: ``0.004``, ``1.3``, ``<0.0001``."""
+    if nats is None:
+        return "NA"
+    return "<0.0001" if 0 < nats < 0.0001 else format_float(nats, 2)
+
+
+def format_rate(rate: float | None) -> str:
+    """Format a learning rate by three significant digits, written as in recipes: ``0.0002``, ``5.73e-5``."""
+    return "NA" if rate is None else format_number(float(f"{rate:.3g}"))
+
+
+def format_speed(per_s: float | None) -> str:
+    """Format tokens per second: ``1,240``, ``40``, ``8.3``."""
+    if per_s is None:
+        return "NA"
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.1f}"
+
+
+def format_kwh(kwh: float) -> str:
+    """``0.24 kWh``."""
+    return f"{kwh:.2f} kWh"
+
+
+def format_power(watts: float | None) -> str:
+    """Format watts without the unit: ``320``; NA if unknown."""
+    return "NA" if watts is None else f"{watts:.0f}"
 
 
 def format_percent(part: float | None) -> str:
-    """Format a share between 0 and 1 as ``97%``."""
+    """Format a share between 0 and 1 in whole percent: ``97%``."""
     return "NA" if part is None else f"{part * 100:.0f}%"
+
+
+def format_small_percent(part: float) -> str:
+    """Format a share that is usually small, such as of parameters: ``3.6%``, ``0.05%``, ``12%``."""
+    percent = part * 100
+    return f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
+
+
+def format_points(change: float) -> str:
+    """Format the difference of two shares in percentage points, with its sign: ``+12``."""
+    return f"{100 * change:+.0f}"
 
 
 def format_path(path: Path) -> str:

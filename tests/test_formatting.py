@@ -1,10 +1,30 @@
 from __future__ import annotations
 
+import ast
+import re
+from math import nan
 from pathlib import Path
 
 import pytest
 
-from qlora_tui.formatting import abbreviate_home, capitalize, format_loss, short_model_name, uncapitalize
+import qlora_tui
+from qlora_tui.formatting import (
+    abbreviate_home,
+    capitalize,
+    format_count,
+    format_loss,
+    format_loss_change,
+    format_nats,
+    format_percent,
+    format_points,
+    format_progress,
+    format_rate,
+    format_small_percent,
+    format_speed,
+    format_wait,
+    short_model_name,
+    uncapitalize,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +75,71 @@ def test_a_name_of_code_stays_small_at_a_sentences_start(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "text"), [(2.9, "2.90"), (143.2, "143"), (0.0103, "0.0103"), (12.0, "12.0")]
+    ("shown", "text"),
+    [
+        (format_loss(2.9), "2.900"),
+        (format_loss(143.2), "143.200"),
+        (format_loss(nan), "NaN"),
+        (format_loss(None), "NA"),
+        (format_loss_change(-0.0231), "-0.023"),
+        (format_nats(0.00401), "0.004"),
+        (format_nats(5.7e-5), "<0.0001"),
+        (format_nats(0.0), "0"),
+        (format_rate(2e-4), "0.0002"),
+        (format_rate(5.7321e-5), "5.73e-5"),
+        (format_speed(8.26), "8.3"),
+        (format_speed(1239.6), "1,240"),
+        (format_count(4812), "4,812"),
+        (format_count(106_836), "107K"),
+        (format_count(999_700), "1.00M"),
+        (format_count(134_515_008), "135M"),
+        (format_count(7_615_616_512), "7.62B"),
+        (format_progress(20, 1081), "20 of 1,081"),
+        (format_small_percent(0.00363), "0.36%"),
+        (format_small_percent(0.0999), "10%"),
+        (format_percent(0.97), "97%"),
+        (format_points(-0.124), "-12"),
+        (format_wait(0.44), "0.4 s"),
+        (format_wait(95), "95 s"),
+    ],
 )
-def test_a_loss_in_a_column_keeps_its_zeros(loss: float, text: str) -> None:
-    assert format_loss(loss) == text
+def test_numbers_of_a_kind_have_one_format(shown: str, text: str) -> None:
+    assert shown == text
+
+
+_OWN_FORMATS = {
+    "tui/render/charts.py": "labels of an axis have the decimals of its step",
+    "tui/render/loss.py": "coordinates of an SVG file",
+    "tui/setting_stepper.py": "rounds a number that is not shown",
+    "runs/metrics_table.py": "a CSV file for programs",
+    "runs/suggested_fix.py": "rounds a setting that is not shown",
+}
+"""Modules that format a float themselves, and why."""
+
+
+def test_screens_and_runs_format_no_float_themselves() -> None:
+    package = Path(qlora_tui.__file__).parent
+    found = []
+    for path in (*package.glob("tui/**/*.py"), *package.glob("runs/**/*.py"), *package.glob("export/*.py")):
+        name = path.relative_to(package).as_posix()
+        if name not in _OWN_FORMATS:
+            found += [f"{name}:{line}" for line in _formatted_floats(path.read_text("utf-8"))]
+    assert found == []
+
+
+def test_a_format_of_a_float_is_noticed() -> None:
+    assert _formatted_floats('f"{loss:.3g}"\nf"{rows:,}"\nf"{share:.1%}"\nf"{rate:g}"') == [1, 3, 4]
+
+
+def _formatted_floats(source: str) -> list[int]:
+    """Return the lines of f-strings that round a number, by a specification such as ``.3g`` or ``g``."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FormattedValue)
+        and isinstance(node.format_spec, ast.JoinedStr)
+        and any(
+            isinstance(part, ast.Constant) and re.search(r"\.[1-9][0-9]*[fge%]|\.0%|^g$", str(part.value))
+            for part in node.format_spec.values
+        )
+    ]

@@ -21,8 +21,7 @@ from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import adapter_without_code, read_header
 from qlora_tui.decoding import Count
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import pluralize
-from qlora_tui.recipe.fields import format_exact
+from qlora_tui.formatting import format_number, pluralize
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, rank_of, resolve_targets
 
@@ -198,8 +197,8 @@ def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) ->
         theirs = ranks[name], alphas.of(wanted[name].name)
         if ours != theirs:
             differences.append(
-                f"{name} has rank {ours[0]} and alpha {format_exact(ours[1])} in the recipe, "
-                f"{theirs[0]} and {format_exact(theirs[1])} in the adapter"
+                f"{name} has rank {ours[0]} and alpha {format_number(ours[1])} in the recipe, "
+                f"{theirs[0]} and {format_number(theirs[1])} in the adapter"
             )
             break
     return differences

@@ -53,6 +53,7 @@ from qlora_tui.catalog.model_validation import (
 from qlora_tui.decoding import Count
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, sync
+from qlora_tui.formatting import format_bytes
 from qlora_tui.worker import Report, start_detached
 
 CHUNK_BYTES = 1 << 20
@@ -103,8 +104,8 @@ def check_space(plan: DownloadPlan) -> None:
         raise UserError(
             "Not enough disk space",
             what=(
-                f"{plan.id} needs {missing / 1e9:.1f} GB more, "
-                f"and {existing_parent} has {free / 1e9:.1f} GB free."
+                f"{plan.id} needs {format_bytes(missing)} more, "
+                f"and {existing_parent} has {format_bytes(free)} free."
             ),
             fix="Free some space, or set HF_HOME to a folder on a larger disk.",
         )

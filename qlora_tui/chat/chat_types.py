@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
+from qlora_tui.formatting import format_loss, format_percent, format_small_percent
 from qlora_tui.recipe.schema import Recipe, Thinking
 
 BASE = "base"
@@ -173,14 +174,16 @@ class Effect(Struct, frozen=True, kw_only=True):
     def sentence(self) -> str:
         """Return the verdict in one sentence, for readers who skip the figures."""
         where = f"{self.samples} held-out conversation{'s' if self.samples != 1 else ''}"
-        much = f"{self.changed_choices:.0%}"
+        much = format_percent(self.changed_choices)
         verb = "changes"
         if self.changed_choices < _NEGLIGIBLE:
-            verb, much = "hardly changes the model:", f"{self.changed_choices:.1%}"
+            verb, much = "hardly changes the model:", format_small_percent(self.changed_choices)
         moved = f"The {self._name}{self._rows} {verb} {much} of next-token choices on {where}"
         fits = self.adapter_loss < self.base_loss
         better = "better" if fits else "worse"
-        loss = f"it fits them {better} (loss {self.base_loss:.2f} → {self.adapter_loss:.2f})"
+        loss = (
+            f"it fits them {better} (loss {format_loss(self.base_loss)} → {format_loss(self.adapter_loss)})"
+        )
         if not self.turns:
             return f"{moved}; {loss}."
         ends = self.turns_ended == self.turns

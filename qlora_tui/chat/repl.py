@@ -16,7 +16,7 @@ from qlora_tui.chat.chat_types import BASE, AnswerComparison, ChatSource, Sampli
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import pluralize
+from qlora_tui.formatting import format_speed, format_wait, pluralize
 from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import RunDir
@@ -190,7 +190,9 @@ def _with_notes(reply: AnswerStream[PrefixCache]) -> Iterator[TextChunk]:
             began = time.monotonic()
             _note("Thinking…")
         elif not chunk.thought and thought is not None:
-            _note(f"Thought for {time.monotonic() - began:.1f} s, {pluralize(thought.tokens, 'token')}.")
+            _note(
+                f"Thought for {format_wait(time.monotonic() - began)}, {pluralize(thought.tokens, 'token')}."
+            )
             thought = None
         thought = chunk if chunk.thought else thought
         yield chunk
@@ -232,7 +234,7 @@ def _turn(
     else:
         assert reply.outcome is not None
         print()
-        _note(f"{reply.outcome.new_tokens} tokens, {reply.outcome.tokens_per_s:.1f} a second")
+        _note(f"{reply.outcome.new_tokens:,} tokens, {format_speed(reply.outcome.tokens_per_s)} tok/s")
     if thought and not answer:
         return messages[:-1]
     return [*messages, Message("assistant", answer, reasoning=thought.strip())]

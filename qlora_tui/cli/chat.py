@@ -18,6 +18,7 @@ from qlora_tui.cli.subcommand import (
     whole_number,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.formatting import format_progress
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.task_metrics.task_evaluation import (
     DEFAULT_PROMPTS,
@@ -98,7 +99,9 @@ def run_evaluate(args: argparse.Namespace) -> CommandResult:
             evaluation = evaluate_task(
                 run,
                 args.prompts or DEFAULT_PROMPTS,
-                lambda done, total: line.show(f"{done:,} of {total:,} answers", is_due=done == total),
+                lambda done, total: line.show(
+                    f"{format_progress(done, total)} answers", is_due=done == total
+                ),
             )
     lines = [*report_lines(evaluation, args.rows), "", "For benchmarks, with lm-eval:", *_lm_eval_lines(run)]
     return CommandResult(data=_with_differences(evaluation), text="\n".join(lines))

@@ -25,7 +25,7 @@ from qlora_tui.data.inspection import Report, inspect, show
 from qlora_tui.data.problems import NOTES, ON_THINKING, row_outcome
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
-from qlora_tui.formatting import pluralize
+from qlora_tui.formatting import format_loss, pluralize
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import PAIR_METHODS, Data, Source
 from qlora_tui.recipe.toml import to_recipe
@@ -111,9 +111,9 @@ def _format_losses(losses: RowLosses, count: int) -> str:
     rows = [
         [
             f"{row.source + 1}:{row.place}" if several else str(row.place),
-            f"{row.before:.2f}",
-            f"{row.after:.2f}",
-            f"{row.other_prompt:.2f}",
+            format_loss(row.before),
+            format_loss(row.after),
+            format_loss(row.other_prompt),
             str(row.tokens),
             row.description,
         ]

@@ -9,7 +9,7 @@ import textwrap
 
 from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand
 from qlora_tui.demo.demo_run import DemoResult, run_demo
-from qlora_tui.formatting import format_bytes, format_duration, format_float
+from qlora_tui.formatting import format_bytes, format_duration, format_loss, format_speed
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.events import AnyEvent, Progress, Step
 from qlora_tui.runs.view import RunView
@@ -66,13 +66,14 @@ def _format_result(result: DemoResult) -> str:
     lines += [
         f"voice            {result.in_voice} of {len(result.samples)} answers to questions that are not in "
         "the data are in the keeper's voice, end, and do not repeat",
-        f"loss             {format_float(result.loss_first)} → {format_float(result.loss_last)} in "
+        f"loss             {format_loss(result.loss_first)} → {format_loss(result.loss_last)} in "
         f"{result.steps} steps",
-        f"validation loss  {format_float(result.validation_loss_before)} → "
-        f"{format_float(result.validation_loss_after)}",
+        f"validation loss  {format_loss(result.validation_loss_before)} → "
+        f"{format_loss(result.validation_loss_after)}",
         f"peak memory      {format_bytes(result.measured_peak_bytes)} measured, "
         f"{format_bytes(result.estimated_peak_bytes)} estimated",
-        f"speed            {result.tokens_per_s:,.0f} tokens/s; {format_duration(result.seconds)} in all",
+        f"speed            {format_speed(result.tokens_per_s)} tok/s",
+        f"time             {format_duration(result.seconds)} in all",
         f"adapter          {result.adapter_dir}",
         "",
         f"Talk to it: qlora-tui chat {result.run}        Open the app: qlora-tui",

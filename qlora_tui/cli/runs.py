@@ -23,7 +23,13 @@ from qlora_tui.cli.subcommand import (
 )
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.files import write_new
-from qlora_tui.formatting import format_bytes, format_duration, format_float, pluralize
+from qlora_tui.formatting import (
+    format_bytes,
+    format_duration,
+    format_loss,
+    format_progress,
+    pluralize,
+)
 from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.check import CheckResult, apply_repairs, check_leftovers, check_queue, check_run
 from qlora_tui.runs.describe import format_exact, format_rewards
@@ -179,8 +185,8 @@ def _list() -> CommandResult:
         [
             v.run.name,
             v.status.state,
-            f"{v.step:,}/{v.total_steps:,}" if v.total_steps else "-",
-            format_float(v.loss, 3),
+            format_progress(v.step, v.total_steps) if v.total_steps else "-",
+            format_loss(v.loss),
             _format_validation(v),
             v.status.detail,
         ]
@@ -284,7 +290,7 @@ def _summary(view: RunView) -> dict[str, Any]:
 
 def _format_validation(view: RunView) -> str:
     """``1.29, exact answers 97%, base 12%``: lowest loss, and latest share of exact short answers."""
-    best = format_float(None if view.best is None else view.best.loss, 3)
+    best = format_loss(None if view.best is None else view.best.loss)
     exact = format_exact(view.accuracy, view.base_accuracy)
     rewards = format_rewards(view.last_evaluation)
     parts = [best, *([f"exact answers {exact}"] if exact else []), *([rewards] if rewards else [])]

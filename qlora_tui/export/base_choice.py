@@ -22,7 +22,7 @@ from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.chat.session import load_session
 from qlora_tui.errors import UserError
 from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
-from qlora_tui.formatting import format_bytes
+from qlora_tui.formatting import format_bytes, format_nats
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.host import release_gpu_memory
@@ -51,15 +51,18 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
             )
         if self.original_divergence is None or self.dequantized_divergence is None:
             return ""
-        both = f"{self.dequantized_divergence:.2g}, against {self.original_divergence:.2g}"
+        dequantized, original = (
+            format_nats(self.dequantized_divergence),
+            format_nats(self.original_divergence),
+        )
         if self.chosen == "dequantized":
             return (
                 "Merged into the 4-bit base weights of the training, dequantized. KL divergence from the "
-                f"trained model: {both} on the original 16-bit weights."
+                f"trained model: {dequantized}, against {original} on the original 16-bit weights."
             )
         return (
             "Merged into the original 16-bit base weights. KL divergence from the trained model: "
-            f"{self.original_divergence:.2g}, against {self.dequantized_divergence:.2g} on the 4-bit weights."
+            f"{original}, against {dequantized} on the 4-bit weights."
         )
 
 

@@ -36,7 +36,7 @@ from qlora_tui.export.llama_cpp.client import quantize, unavailable_because
 from qlora_tui.export.proof import Proof, prove
 from qlora_tui.export.reference import Reference, reference_or_reason, row_progress
 from qlora_tui.export.unfinished_files import draft_folder, publish_files, refuse_existing, require_space
-from qlora_tui.formatting import short_model_name
+from qlora_tui.formatting import format_nats, format_number, short_model_name
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _PROVED_ALONE = ("F16", "BF16", "Q8_0")
@@ -283,8 +283,8 @@ class _Export:
             larger = next_larger(file_type)
             raise _RefusedError(
                 "The GGUF file is outside the bound",
-                what=f"{file_type} has a KL divergence of {proof.divergence:.2g} from the adapter, and "
-                f"--within {self.within:g} was asked for.",
+                what=f"{file_type} has a KL divergence of {format_nats(proof.divergence)} from the adapter, "
+                f"and --within {format_number(self.within)} was asked for.",
                 fix=f"Choose a larger type, such as {larger}, or raise --within."
                 if larger
                 else "Raise --within.",
@@ -306,8 +306,8 @@ class _Export:
         assert nearest is not None
         raise UserError(
             "No type is within the bound",
-            what=f"The nearest: {nearest.sentence}; a KL divergence of {self.within:g} was asked for, and "
-            "as many turn ends.",
+            what=f"The nearest: {nearest.sentence}; a KL divergence of {format_number(self.within)} was "
+            "asked for, and as many turn ends.",
             fix="Raise --within, or export as F16.",
         )
 

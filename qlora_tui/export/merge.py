@@ -52,7 +52,7 @@ from qlora_tui.export.base_choice import (
 from qlora_tui.export.model_card import render_model_card
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing, require_space
 from qlora_tui.files import size_of
-from qlora_tui.formatting import capitalize
+from qlora_tui.formatting import capitalize, format_float
 from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.adapter import exact_target_names
 from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_error_of, rounding_errors
@@ -81,10 +81,11 @@ class MergeCheck(Struct, frozen=True, kw_only=True):
     @property
     def sentence(self) -> str:
         """Describe the result for users."""
+        difference, noise = format_float(self.difference, 2), format_float(self.noise, 2)
         return (
-            f"its logits differ from those of base and adapter by {self.difference:.2g} of their standard "
-            f"deviation, where rounding accounts for about {self.noise:.2g}; the most likely token is the "
-            f"same at {self.same_choices} of {self.tokens} positions"
+            f"its logits differ from those of base and adapter by {difference} of their "
+            f"standard deviation, where rounding accounts for about {noise}; the most "
+            f"likely token is the same at {self.same_choices} of {self.tokens} positions"
         )
 
 

@@ -8,7 +8,14 @@ from pathlib import PurePath
 from typing import Literal, TypeAlias
 
 from qlora_tui.data.sources import is_hub_dataset
-from qlora_tui.formatting import pluralize, short_model_name
+from qlora_tui.formatting import (
+    format_loss,
+    format_number,
+    format_percent,
+    format_rate,
+    pluralize,
+    short_model_name,
+)
 from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import format_energy
@@ -54,18 +61,25 @@ def run_rows(run: RunDir) -> tuple[tuple[str, str], ...]:
     if len(view.series):
         first, last = view.series.loss[0], view.series.loss[-1]
         rows.append(("Steps", f"{view.step:,}"))
-        rows.append(("Training loss", f"{first:.3f} at the first recorded step, {last:.3f} at the last"))
+        rows.append(
+            (
+                "Training loss",
+                f"{format_loss(first)} at the first recorded step, {format_loss(last)} at the last",
+            )
+        )
     scored = [e for e in view.evaluations if e.loss is not None]
     if scored:
-        parts = [f"{view.loss_before_training:.3f} before training"] if view.loss_before_training else []
+        parts = (
+            [f"{format_loss(view.loss_before_training)} before training"] if view.loss_before_training else []
+        )
         if view.best is not None and view.best.loss is not None:
-            parts.append(f"{view.best.loss:.3f} best (step {view.best.step:,})")
+            parts.append(f"{format_loss(view.best.loss)} best (step {view.best.step:,})")
         if scored[-1].step > 0:
-            parts.append(f"{scored[-1].loss:.3f} last")
+            parts.append(f"{format_loss(scored[-1].loss)} last")
         rows.append(("Validation loss", ", ".join(parts)))
     if view.accuracy is not None and view.trained_evaluation is not None:
-        base = f" (base model {view.base_accuracy:.0%})" if view.base_accuracy is not None else ""
-        rows.append(("Exact answers", f"{view.accuracy:.0%} of the validation rows{base}"))
+        base = f" (base model {format_percent(view.base_accuracy)})" if view.base_accuracy is not None else ""
+        rows.append(("Exact answers", f"{format_percent(view.accuracy)} of the validation rows{base}"))
     if view.environment:
         rows.append(("Trained with", view.environment.device))
     energy = format_energy(view.ending) if isinstance(view.ending, Finished) else ""
@@ -123,7 +137,7 @@ def render_model_card(
     rows = [
         ("Base model", base),
         ("Method", f"{kind} on {base_weights}{merged}"),
-        ("Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"),
+        ("Rank, alpha, dropout", f"{lora.rank}, {format_number(lora.alpha)}, {format_number(lora.dropout)}"),
         *((label, format_value(table)) for label, table in overrides if table),
         ("Target modules", ", ".join(lora.target_modules)),
         *([("Started from", _adapter_name(lora.init_from))] if lora.init_from else []),
@@ -135,10 +149,12 @@ def render_model_card(
             "Effective batch",
             f"{pluralize(recipe.effective_batch, 'row')} of at most {recipe.data.max_length:,} tokens",
         ),
-        ("Learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
+        ("Learning rate", f"{format_rate(training.learning_rate)}, {training.lr_scheduler}"),
         (
             "Length",
-            pluralize(training.max_steps, "step") if training.max_steps else f"{training.epochs:g} epochs",
+            pluralize(training.max_steps, "step")
+            if training.max_steps
+            else f"{format_number(training.epochs)} epochs",
         ),
         *results.rows,
         *([("License of the base", results.license_id)] if results.license_id else []),

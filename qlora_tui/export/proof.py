@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from qlora_tui.export.gguf_file.vocabulary import KnownDifference
 from qlora_tui.export.llama_cpp.client import LlamaFile
 from qlora_tui.export.reference import ComparedRow, Reference, kl_divergence
+from qlora_tui.formatting import format_nats, format_percent
 
 # A file is wrong if its mean KL divergence is above ``limit``, what rounding explains:
 #     limit = _LIMITS[beginning of the file type], else _LIMIT_OTHER_TYPES
@@ -76,19 +77,21 @@ class Proof(Struct, frozen=True, kw_only=True):
         return lost > max(1, self.turns_ended_by_adapter // 20)
 
     @property
+    def verdict(self) -> str:
+        """``same top token in 97%, KL 0.004``: how near the file is to the adapter."""
+        share = format_percent(self.top1_matches / max(self.positions, 1))
+        return f"same top token in {share}, KL {format_nats(self.divergence)}"
+
+    @property
     def sentence(self) -> str:
         """Return the result in one sentence."""
-        share = self.top1_matches / max(self.positions, 1)
-        text = (
-            f"{self.name} answers as your adapter does at {share:.1%} of {self.positions:,} tokens "
-            f"(KL {self.divergence:.2g})"
-        )
+        text = f"{self.name}: {self.verdict} over {self.positions:,} tokens"
         if self.positions < self.trained:
             text += f"; compared at {self.positions:,} of {self.trained:,} trained tokens"
         if not self.effect_is_measurable:
             text += (
-                f"; the adapter itself changes so little (KL {self.effect:.2g}) that a file without it "
-                "could not be told from this one"
+                f"; the adapter itself changes so little (KL {format_nats(self.effect)}) that a file without "
+                "it could not be told from this one"
             )
         if self.turns_ended != self.turns_ended_by_adapter:
             ends = f"{self.turns_ended} of {self.turns} turns"
@@ -257,13 +260,14 @@ def _wrong_answers(proof: Proof, file_type: str) -> str:
     # Written so that NaN is a problem too.
     if not proof.divergence <= limit:
         return (
-            f"its answers differ from the adapter's by a KL divergence of {proof.divergence:.2g}, "
-            f"where rounding to {file_type} accounts for about {limit:.2g}"
+            f"its answers differ from the adapter's by a KL divergence of {format_nats(proof.divergence)}, "
+            f"where rounding to {file_type} accounts for about {format_nats(limit)}"
         )
     if proof.effect_is_measurable and proof.divergence > proof.effect:
         return (
-            f"its answers differ from the adapter's by a KL divergence of {proof.divergence:.2g}, more than "
-            f"those of the base without the adapter ({proof.effect:.2g}): rounding lost what was learned"
+            f"its answers differ from the adapter's by a KL divergence of {format_nats(proof.divergence)}, "
+            f"more than the base's do without the adapter ({format_nats(proof.effect)}): rounding lost what "
+            "was learned"
         )
     lost = proof.turns_ended_by_adapter - proof.turns_ended
     if lost >= _FEWER_ENDS and 2 * proof.turns_ended < proof.turns_ended_by_adapter:

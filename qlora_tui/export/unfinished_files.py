@@ -12,6 +12,7 @@ from pathlib import Path
 from qlora_tui.drafts import draft_path, final_path, held_draft
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
 from qlora_tui.files import private_dir, sync, sync_tree
+from qlora_tui.formatting import format_bytes
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -39,7 +40,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     if usage.total and needed > free:
         raise UserError(
             "Not enough disk space",
-            what=f"{what} takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB left.",
+            what=f"{what} takes {format_bytes(needed)}, and {parent} has {format_bytes(free)} left.",
             fix="Free some space, or write to another disk.",
         )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_tui.formatting import MIB, format_bytes
+from qlora_tui.formatting import MIB, format_bytes, format_percent
 from qlora_tui.gpu.torch_env import ONEDNN_CACHE_CAPACITY
 from qlora_tui.memory.activations import FLOAT
 from qlora_tui.memory.allocator import Pool
@@ -88,7 +88,7 @@ class _Doubt:
 
     @property
     def words(self) -> str:
-        return f"{self.share:.0%} of a step's tensors"
+        return f"{format_percent(self.share)} of a step's tensors"
 
 
 def _step_uncertainty(layout: Layout, *, traced: bool) -> float:

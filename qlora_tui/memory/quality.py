@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from qlora_tui.formatting import format_bytes, join_words
+from qlora_tui.formatting import format_bytes, format_nats, format_small_percent, join_words
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.worker import Progress, run_job
 
@@ -99,21 +99,27 @@ def describe_quality(quality: Quality) -> list[str]:
     bits = {"int8": "8 bits"}.get(quality.method, "4 bits")
     whole, kept = quality.all_layers, quality.with_kept
     lines = [
-        f"{bits} ({quality.method}) change {whole.changed:.1%} of the next tokens, KL {whole.divergence:.3g} "
-        f"nats per token: {quality.tokens:,} tokens in {quality.rows:,} of your rows, against 16 bits."
+        f"{bits} ({quality.method}) change {format_small_percent(whole.changed)} of the next tokens, KL "
+        f"{format_nats(whole.divergence)} nats per token: {quality.tokens:,} tokens in "
+        f"{quality.rows:,} of your rows, against 16 bits."
     ]
     errors = sorted(quality.layers, key=lambda each: -each.error)
-    worst = ", ".join(f"{each.layer} ({each.error:.2%})" for each in errors[:4])
-    lines.append(f"Layers whose output changes most when quantized: {worst}; median {_median(errors):.2%}.")
+    worst = ", ".join(f"{each.layer} ({format_small_percent(each.error)})" for each in errors[:4])
+    lines.append(
+        f"Layers whose output changes most when quantized: {worst}; median "
+        f"{format_small_percent(_median(errors))}."
+    )
     names = join_words([str(layer) for layer in quality.kept_layers])
     if quality.gain >= NOTABLE_GAIN:
         lines.append(
             f"With {'layers' if len(quality.kept_layers) > 1 else 'layer'} {names} in 16 bits (+"
-            f"{format_bytes(quality.kept_bytes)}): {kept.changed:.1%} of the next tokens, "
-            f'KL {kept.divergence:.3g}. Set quantization.skip = ["{quality.skip}"].'
+            f"{format_bytes(quality.kept_bytes)}): {format_small_percent(kept.changed)} of the next tokens, "
+            f'KL {format_nats(kept.divergence)}. Set quantization.skip = ["{quality.skip}"].'
         )
     else:
-        lines.append(f"No layer stands out: with {names} in 16 bits the KL is {kept.divergence:.3g}.")
+        lines.append(
+            f"No layer stands out: with {names} in 16 bits the KL is {format_nats(kept.divergence)}."
+        )
     return lines
 
 

@@ -15,6 +15,7 @@ from msgspec import structs
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_number
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Estimate, Verdict, check_fit, estimate
 from qlora_tui.memory.execution import Device, trainer_execution
@@ -214,7 +215,9 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
     if lora.use_dora:
         yield _single("plain LoRA", "DoRA off", "lora.use_dora", False)
     if lora.dropout:
-        yield _single("less regularisation", f"Dropout {lora.dropout:g} → 0", "lora.dropout", 0.0)
+        yield _single(
+            "less regularisation", f"Dropout {format_number(lora.dropout)} → 0", "lora.dropout", 0.0
+        )
     if steps := tuple(_more_streamed_layers(recipe, architecture, device)):
         yield SavingOption(None, steps)
     if recipe.data.max_length >= 2 * LENGTH_STEP:

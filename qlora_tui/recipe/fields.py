@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
+from qlora_tui.formatting import format_number
 from qlora_tui.recipe.schema import Recipe, Source
 
 Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
@@ -109,14 +110,16 @@ class Field(Struct, frozen=True, kw_only=True):
         if self.kind == "int" and high is not None and below:
             high, below = high - 1, False
         if low is None:
-            return "" if high is None else f"{'below' if below else 'of at most'} {format_exact(high)}"
+            return "" if high is None else f"{'below' if below else 'of at most'} {format_number(high)}"
         if high is None:
             return (
-                f"above {format_exact(low)}" if self.exclusive_minimum else f"of at least {format_exact(low)}"
+                f"above {format_number(low)}"
+                if self.exclusive_minimum
+                else f"of at least {format_number(low)}"
             )
         if self.exclusive_minimum:
-            return f"above {format_exact(low)} and {'below' if below else 'at most'} {format_exact(high)}"
-        return f"from {format_exact(low)} to {'below ' if below else ''}{format_exact(high)}"
+            return f"above {format_number(low)} and {'below' if below else 'at most'} {format_number(high)}"
+        return f"from {format_number(low)} to {'below ' if below else ''}{format_number(high)}"
 
     @property
     def _filled(self) -> str:
@@ -180,14 +183,6 @@ def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
         return msgspec.structs.replace(recipe, **{key: value})
     inner = msgspec.structs.replace(getattr(recipe, section), **{key: value})
     return msgspec.structs.replace(recipe, **{section: inner})
-
-
-def format_exact(value: float) -> str:
-    """Format a number for people without rounding: ``1,048,576``, ``0.0002``, ``2e-5``."""
-    if float(value).is_integer() and abs(value) < 1e16:
-        return f"{int(value):,}"
-    short = f"{value:g}"
-    return (short if float(short) == value else repr(value)).replace("e-0", "e-").replace("e+", "e")
 
 
 def _count(count: int, unit: str) -> str:
@@ -272,7 +267,7 @@ def format_value(value: Any) -> str:
         case bool():
             return "on" if value else "off"
         case int() | float():
-            return format_exact(value)
+            return format_number(value)
         case Source():
             return _format_source(value)
         case tuple():
@@ -290,7 +285,7 @@ def _format_source(source: Source) -> str:
     if source.columns:
         notes.append(format_value(source.columns))
     if source.weight != 1:
-        notes.append(f"weight {format_exact(source.weight)}")
+        notes.append(f"weight {format_number(source.weight)}")
     if source.excluded_rows:
         notes.append(f"without rows {source.excluded_rows}")
     return f"{source.path} ({', '.join(notes)})" if notes else source.path

@@ -17,9 +17,9 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.errors import UsageError
-from qlora_tui.formatting import capitalize
+from qlora_tui.formatting import capitalize, format_number
 from qlora_tui.recipe import aliases, targets
-from qlora_tui.recipe.fields import Field, fields, format_exact, sections, source_fields
+from qlora_tui.recipe.fields import Field, fields, sections, source_fields
 
 _MAX_SHOWN = 20
 """Maximum number of issues shown: a file with more is probably not a recipe."""
@@ -286,7 +286,7 @@ def describe_value(value: Any) -> str:
         case int():
             return f"{value:,}" if abs(value) < 10**18 else "a number too large to read"
         case float():
-            return format_exact(value) if value == value else "nan"
+            return format_number(value) if value == value else "nan"
         case str():
             text = value if len(value) <= _MAX_SHOWN_CHARS else value[: _MAX_SHOWN_CHARS - 1] + "…"
             return msgspec.json.encode(text.encode("utf-8", "replace").decode()).decode()

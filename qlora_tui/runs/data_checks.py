@@ -44,7 +44,7 @@ from qlora_tui.data.sources import (
 )
 from qlora_tui.data.step_plan import StepCount, count_steps
 from qlora_tui.errors import UsageError, UserError
-from qlora_tui.formatting import capitalize, format_bytes, pluralize
+from qlora_tui.formatting import capitalize, format_bytes, format_float, format_number, pluralize
 from qlora_tui.recipe.schema import Data, Recipe, Source, Training
 from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
@@ -121,15 +121,15 @@ def data_error(data: Data) -> UserError | None:
 def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
     """Say how many steps the run has; warn if they are too few, or if Max steps and Epochs disagree."""
     limit, epochs, steps = recipe.training.max_steps, recipe.training.epochs, length.all_steps
-    of_epochs = "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
+    of_epochs = "1 epoch" if epochs == 1 else f"{format_number(epochs)} epochs"
     margin = 1.0 if length.is_exact else _MARGIN
     suggested_fix = None
     if limit and limit * margin < steps:
         suggested_fix = SuggestedFix("train all epochs", changes={"training.max_steps": 0})
         about = "about" if length.is_complete else "less than"
         text = (
-            f"Max steps is {limit:,}: the run ends after {about} {limit / length.steps_per_epoch:.2g} of the "
-            f"{of_epochs} set."
+            f"Max steps is {limit:,}: the run ends after {about} "
+            f"{format_float(limit / length.steps_per_epoch, 2)} of the {of_epochs} set."
         )
         every = f" ({length.about}{pluralize(steps, 'step')})" if length.is_complete else ""
         fix = f"To train all epochs{every}, set Max steps (training.max_steps) to 0."
@@ -141,8 +141,8 @@ def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
         fix = f"One step takes {sequences}: raise Epochs, or lower Gradient accumulation or Micro-batch size."
     elif limit > steps * margin:
         text = (
-            f"Epochs is {epochs:g}: the run ends after {length.about}{pluralize(steps, 'step')}, before the "
-            f"{limit:,} of Max steps."
+            f"Epochs is {format_number(epochs)}: the run ends after {length.about}"
+            f"{pluralize(steps, 'step')}, before the {limit:,} of Max steps."
         )
         fix = "To train longer, raise Epochs (training.epochs)."
     else:

@@ -15,7 +15,18 @@ from qlora_tui.formatting import (
     format_duration,
     format_float,
     format_gib,
+    format_kwh,
+    format_loss,
+    format_loss_change,
+    format_nats,
+    format_number,
     format_percent,
+    format_points,
+    format_power,
+    format_progress,
+    format_rate,
+    format_small_percent,
+    format_speed,
     pluralize,
 )
 from qlora_tui.gpu.metrics import GpuMetrics
@@ -45,7 +56,7 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
         case events.PhaseChanged():
             return f"{events.phase_label(event.phase)}{': ' + event.detail if event.detail else ''}"
         case events.Progress():
-            return f"{events.phase_label(event.phase)} {event.done:,}/{event.total:,}"
+            return f"{events.phase_label(event.phase)} {format_progress(event.done, event.total)}"
         case events.Environment():
             kernels = "; Triton kernels" if event.kernels == "triton" else ""
             computed = f"attention: {event.attention}; loss: {event.loss}{kernels}"
@@ -58,8 +69,8 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
                 + f"{event.total_steps:,} steps"
             )
         case events.AdapterReady():
-            share = event.trained_parameters / event.total_parameters
-            return f"training {format_count(event.trained_parameters)} parameters ({share:.2%} of the model)"
+            share = format_small_percent(event.trained_parameters / event.total_parameters)
+            return f"training {format_count(event.trained_parameters)} parameters ({share} of the model)"
         case events.StepVerified():
             return _format_verified(event)
         case events.StepChosen():
@@ -80,10 +91,10 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
             )
         case events.Step():
             return (
-                f"step {event.step:,}/{total_steps:,}  loss {format_float(_number(event.loss))}  "
+                f"step {format_progress(event.step, total_steps)}  loss {format_loss(_number(event.loss))}  "
                 f"{format_rewards(event)}{'  ' if event.reward_accuracy is not None else ''}"
-                f"lr {event.learning_rate:.2e}  grad {format_float(_number(event.grad_norm), 3)}  "
-                f"{event.tokens_per_s:,.0f} tok/s"
+                f"lr {format_rate(event.learning_rate)}  grad {format_float(_number(event.grad_norm))}  "
+                f"{format_speed(event.tokens_per_s)} tok/s"
             )
         case events.Evaluated():
             best = _format_best(event) if event.best and event.step else ""
@@ -94,7 +105,7 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
             general = event.general_answers
             answers = "" if general is None else f"; of {general.answers} general answers "
             answers += ", ".join(f"{name} {value}" for name, value in general_answer_texts(general))
-            measured = f"{format_float(_number(event.loss))}{rewards}{exact}{base}"
+            measured = f"{format_loss(_number(event.loss))}{rewards}{exact}{base}"
             return (
                 f"step {event.step:,}: validation loss {measured}"
                 f"{', ' if forgot else ''}{forgot}{answers}{best}"
@@ -103,18 +114,20 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
             change = (
                 "too few rows to tell a change from chance"
                 if event.rows < MIN_ROWS or event.low is None
-                else f"95% interval of the change {event.low:+.3f} to {event.high:+.3f}"
+                else "95% interval of the change "
+                f"{format_loss_change(event.low)} to {format_loss_change(event.high)}"
             )
             return (
-                f"validation loss of {pluralize(event.rows, 'row')} before training {event.before:.4f}, "
-                f"after {event.after:.4f}; {change}"
+                f"validation loss of {pluralize(event.rows, 'row')} before training "
+                f"{format_loss(event.before)}, after {format_loss(event.after)}; {change}"
             )
         case events.AnswersCompared():
             verdict = "not enough evidence" if event.comparison == "unclear" else event.comparison
+            change = f"{format_points(event.low)} to {format_points(event.high)} points"
             return (
                 f"answers to {pluralize(event.prompts, 'validation prompt')}: {event.metric} "
-                f"{event.adapter:.0%} versus the base's {event.base:.0%}, 95% interval of the change "
-                f"{100 * event.low:+.0f} to {100 * event.high:+.0f} points: {verdict}"
+                f"{format_percent(event.adapter)} versus the base's {format_percent(event.base)}, 95% "
+                f"interval of the change {change}: {verdict}"
             )
         case events.CheckpointSaved():
             return f"checkpoint at step {event.step:,}"
@@ -123,7 +136,7 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
         case events.Health():
             return f"{event.severity}: {event.evidence} {event.remedy}"
         case events.RequestReceived():
-            value = "" if event.value is None else f" {event.value:g}"
+            value = "" if event.value is None else f" {format_number(event.value)}"
             request = "sample answers" if event.request == "sample" else event.request.replace("_", " ")
             return f"requested: {request}{value}"
         case events.Finished():
@@ -145,7 +158,7 @@ def format_rewards(event: events.Step | events.Evaluated | None) -> str:
     if event is None or event.reward_accuracy is None:
         return ""
     margin = event.reward_margin
-    far = "" if margin is None else f", margin {format_float(margin, 3)}"
+    far = "" if margin is None else f", margin {format_nats(margin)}"
     return f"{format_percent(event.reward_accuracy)} right{far}"
 
 
@@ -153,7 +166,7 @@ def format_forgetting(event: events.Evaluated | None) -> str:
     """How far the model has moved from its base on general prompts; empty where it was not measured."""
     if event is None or event.forgetting is None:
         return ""
-    return f"forgetting {format_float(event.forgetting, 3)}"
+    return f"forgetting {format_nats(event.forgetting)}"
 
 
 def general_answer_texts(counts: events.GeneralAnswers | None) -> list[tuple[str, str]]:
@@ -174,7 +187,7 @@ def _format_best(event: events.Evaluated) -> str:
     before = event.before_training
     if before is None or (event.loss is not None and event.loss < before):
         return "  best so far"
-    return f"  lowest so far, but {format_float(before)} before training"
+    return f"  lowest so far, but {format_loss(before)} before training"
 
 
 class PhaseFilter:
@@ -212,7 +225,9 @@ def format_energy(ending: events.Finished) -> str:
     if ending.energy_kwh is None:
         return ""
     efficiency = ending.tokens_per_joule
-    return f"{ending.energy_kwh:.2f} kWh" + ("" if efficiency is None else f", {efficiency:.3g} tokens/J")
+    return format_kwh(ending.energy_kwh) + (
+        "" if efficiency is None else f", {format_float(efficiency)} tokens/J"
+    )
 
 
 def format_exact(accuracy: float | None, base: float | None) -> str:
@@ -236,25 +251,18 @@ def _format_verified(event: events.StepVerified) -> str:
     if event.reason:
         return f"the first step could not be checked against transformers and peft: {event.reason}"
     figures = (
-        f"{event.tokens:,} tokens: loss {format_float(_number(event.loss))}, theirs "
-        f"{format_float(_number(event.reference_loss))}; gradients differ by "
-        f"{_number(event.gradient_difference):.2%}, through rounding alone by "
-        f"{_number(event.gradient_noise):.2%}"
+        f"loss {format_loss(_number(event.loss))} versus {format_loss(_number(event.reference_loss))}; "
+        f"gradients differ by {format_small_percent(_number(event.gradient_difference))} "
+        f"({format_small_percent(_number(event.gradient_noise))} by rounding alone)"
     )
     if not event.agrees:
-        return (
-            "first step checked: it differs from that of transformers and peft alone, so the results may be "
-            f"wrong ({figures})"
-        )
+        return f"first step differs from transformers + peft, so the results may be wrong: {figures}"
     if event.replaced:
         return (
-            f"first step checked: it differed from that of transformers and peft alone ({figures}). The "
-            f"cause was {', '.join(event.replaced)}, which this run does without: now they agree"
+            f"first step differed from transformers + peft because of {', '.join(event.replaced)}, which "
+            f"this run no longer uses; now they match ({figures})"
         )
-    return (
-        "first step checked: loss and gradients are those of transformers and peft alone, except for "
-        f"rounding ({figures})"
-    )
+    return f"first step matches transformers + peft: {figures}"
 
 
 def _number(value: float | None) -> float:
@@ -268,24 +276,24 @@ def summarize_status(view: RunView, sample: Reading | None) -> str:
     parts: list[str] = [events.phase_label(view.phase) if state == "running" and view.phase else state]
     progress = view.progress
     if progress is not None and view.phase == progress.phase and state == "running":
-        parts.append(f"{progress.done:,} of {progress.total:,}")
+        parts.append(format_progress(progress.done, progress.total))
     if view.total_steps:
-        parts.append(f"step {view.step:,} of {view.total_steps:,}")
+        parts.append(f"step {format_progress(view.step, view.total_steps)}")
     if view.loss is not None:
-        parts.append(f"loss {format_float(view.loss, 3)}")
+        parts.append(f"loss {format_loss(view.loss)}")
     if view.evaluations:
         last = view.evaluations[-1]
         loss = float("nan") if last.loss is None else last.loss
-        parts.append(f"validation loss {format_float(loss, 3)} at step {last.step:,}")
+        parts.append(f"validation loss {format_loss(loss)} at step {last.step:,}")
         if last.accuracy is not None:
             base = "" if view.base_accuracy is None else f" (base model {format_percent(view.base_accuracy)})"
             parts.append(f"{format_percent(last.accuracy)} of answers exact{base}")
         if rewards := format_rewards(last):
             parts.append(rewards)
     if view.best is not None and view.best is not view.evaluations[-1]:
-        parts.append(f"best {format_float(view.best.loss, 3)} at step {view.best.step:,}")
+        parts.append(f"best {format_loss(view.best.loss)} at step {view.best.step:,}")
     if view.loss_to_beat is not None:
-        parts.append(f"worse than before training ({format_float(view.loss_to_beat, 3)})")
+        parts.append(f"worse than before training ({format_loss(view.loss_to_beat)})")
     # Such as that the trainer is suspended: then nothing is left of its pace.
     detail = view.status.detail if state == "running" else ""
     if state == "running" and not detail and view.seconds_left is not None:
@@ -298,7 +306,8 @@ def summarize_status(view: RunView, sample: Reading | None) -> str:
 
 def _machine(sample: Reading) -> str:
     if sample.gpu is None:
-        return f"No GPU; CPU {sample.cpu_percent:.0f}% of one core, {format_gib(sample.rss_bytes)} GiB."
+        cpu = format_percent(sample.cpu_percent / 100)
+        return f"No GPU; CPU {cpu} of one core, {format_gib(sample.rss_bytes)} GiB."
     return f"GPU {', '.join(_gpu(sample.gpu)) or 'reports no metrics'}."
 
 
@@ -310,8 +319,8 @@ def _gpu(gpu: GpuMetrics) -> list[str]:
     if gpu.memory_used_bytes is not None:
         parts.append(f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB")
     if gpu.power_w is not None:
-        limit = "" if gpu.power_limit_w is None else f" of {gpu.power_limit_w:.0f}"
-        parts.append(f"{gpu.power_w:.0f}{limit} W")
+        limit = "" if gpu.power_limit_w is None else f" of {format_power(gpu.power_limit_w)}"
+        parts.append(f"{format_power(gpu.power_w)}{limit} W")
     if gpu.temperature_c is not None:
         parts.append(f"{gpu.temperature_c} °C")
     if gpu.throttle:

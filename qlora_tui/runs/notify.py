@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import worker
-from qlora_tui.formatting import format_float
+from qlora_tui.formatting import format_loss
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Failed, Finished
@@ -77,9 +77,9 @@ def notification_for(run: RunDir) -> RunNotification | None:
     if isinstance(ending, Failed):
         text = f"{run.name} failed: {ending.title}."
     else:
-        reached = f": best validation loss {format_float(best.loss, 3)} at step {best.step:,}" if best else ""
+        reached = f": best validation loss {format_loss(best.loss)} at step {best.step:,}" if best else ""
         if view.loss_to_beat is not None:
-            reached += f", worse than before training ({format_float(view.loss_to_beat, 3)})"
+            reached += f", worse than before training ({format_loss(view.loss_to_beat)})"
         text = f"{run.name} is finished{reached}."
     return RunNotification(
         event="finished" if isinstance(ending, Finished) else "failed",

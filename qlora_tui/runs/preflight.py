@@ -22,6 +22,7 @@ from qlora_tui.formatting import (
     format_count,
     format_gib,
     format_path,
+    format_rate,
     short_model_name,
 )
 from qlora_tui.installation import install_command
@@ -145,9 +146,12 @@ def _learning_rate(recipe: Recipe) -> list[Check]:
     rate, usual = recipe.training.learning_rate, Training().learning_rate
     if rate <= usual * _HIGH_RATE:
         return []
-    text = f"Learning rate is {rate:g}, {rate / usual:,.0f} times the usual {usual:g}: the loss may diverge."
+    times = f"{rate / usual:,.0f} times the usual {format_rate(usual)}"
+    text = f"Learning rate is {format_rate(rate)}, {times}: the loss may diverge."
     fix = "Lower Learning rate (training.learning_rate)."
-    lower = SuggestedFix(f"set Learning rate to {usual:g}", changes={"training.learning_rate": usual})
+    lower = SuggestedFix(
+        f"set Learning rate to {format_rate(usual)}", changes={"training.learning_rate": usual}
+    )
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=lower)]
 
 

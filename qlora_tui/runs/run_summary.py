@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.formatting import format_float, pluralize, short_model_name
+from qlora_tui.formatting import (
+    format_loss,
+    format_nats,
+    format_percent,
+    pluralize,
+    short_model_name,
+)
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs import run_queue
@@ -283,8 +289,8 @@ def find_defect(view: RunView) -> ResultDefect | None:
     if last is not None and last.step and last.loss is not None and before is not None and last.loss > before:
         return ResultDefect(
             WORSE,
-            f"The validation loss is {format_float(last.loss, 3)} at step {last.step:,}; before training it "
-            f"was {format_float(before, 3)}.",
+            f"The validation loss is {format_loss(last.loss)} at step {last.step:,}; before training it "
+            f"was {format_loss(before)}.",
         )
     return None
 
@@ -412,9 +418,11 @@ def judge_run(evidence: RunEvidence) -> RunVerdict:
 
 
 def _preference_words(preferences: PreferenceAccuracy) -> str:
-    without = f"{preferences.expected:.0%} {'before' if preferences.is_measured else 'by chance'}"
+    without = f"{format_percent(preferences.expected)} {'before' if preferences.is_measured else 'by chance'}"
     compared = pluralize(preferences.rows, f"validation {preferences.unit}")
-    return f"{_LEARNED[preferences.outcome]}: {preferences.right:.0%} of {compared} right, {without}"
+    return (
+        f"{_LEARNED[preferences.outcome]}: {format_percent(preferences.right)} of {compared} right, {without}"
+    )
 
 
 def _loss_words(evidence: RunEvidence) -> str:
@@ -424,9 +432,9 @@ def _loss_words(evidence: RunEvidence) -> str:
             return f"{_LEARNED['unclear']}: no validation data"
         before, after = evidence.losses
         if after is None:
-            return f"{_LEARNED['unclear']}: validation loss {before:.2f} before training, not measured since"
-        return f"{_LEARNED['unclear']}: validation loss {before:.2f} → {after:.2f}, rows not compared"
-    values = f"validation loss {loss.before:.2f} → {loss.after:.2f}"
+            return "Too early to tell: validation was measured only before training"
+        return f"{_LEARNED['unclear']}: {_loss_values(before, after)}, rows not compared"
+    values = _loss_values(loss.before, loss.after)
     if loss.is_lower:
         return f"{_LEARNED['better']}: {values}"
     if loss.is_higher:
@@ -434,17 +442,21 @@ def _loss_words(evidence: RunEvidence) -> str:
     return f"{_LEARNED['unclear']}: {values} on {pluralize(loss.rows, 'row')}"
 
 
+def _loss_values(before: float, after: float) -> str:
+    return f"validation loss {format_loss(before)} → {format_loss(after)}"
+
+
 def _forgetting_words(evidence: RunEvidence) -> str:
     if evidence.forgetting is None:
         return "forgot much" if evidence.forgot_much else ""
     much = "much" if evidence.forgot_much else "little"
-    return f"forgot {much} ({format_float(evidence.forgetting, 2)} nats)"
+    return f"forgot {much} ({format_nats(evidence.forgetting)} nats)"
 
 
 def _metric_words(metric: Metric | None) -> str:
     if metric is None:
         return ""
-    values = f"{metric.name} {metric.adapter:.0%}, base {metric.base:.0%}"
+    values = f"{metric.name} {format_percent(metric.adapter)}, base {format_percent(metric.base)}"
     if metric.comparison == "better":
         return f"answers better: {values}"
     if metric.comparison == "worse":

@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import structs
 
+from qlora_tui.formatting import format_rate
 from qlora_tui.recipe.fields import fields, format_value, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
@@ -74,7 +75,7 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
     match kind:
         case "exploding_gradient" if state in ACTIVE:
             rate = half["training.learning_rate"]
-            return SuggestedFix(f"halve the learning rate of this run, to {rate:g}", rate=rate)
+            return SuggestedFix(f"halve the learning rate of this run, to {format_rate(rate)}", rate=rate)
         case "plateau" if state in ACTIVE:
             return SuggestedFix("stop this run, its adapter saved", stop=True)
         case "worse_than_before" if state in ACTIVE:

@@ -121,23 +121,23 @@ def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> No
         (
             {},
             "The adapter changes 38% of next-token choices on 12 held-out conversations;"
-            " it fits them better (loss 2.31 → 1.42) and ends its turns.",
+            " it fits them better (loss 2.310 → 1.420) and ends its turns.",
         ),
         (
             {"changed_choices": 0.004, "adapter_loss": 2.4, "turns_ended": 4, "samples": 1},
             "The adapter hardly changes the model: 0.4% of next-token choices on 1 held-out conversation;"
-            " it fits them worse (loss 2.31 → 2.40) and ends only 4 of 12 turns.",
+            " it fits them worse (loss 2.310 → 2.400) and ends only 4 of 12 turns.",
         ),
         (
             {"token_rows": ("<|im_end|>", "<|im_start|>", "<a>", "<b>")},
             "The adapter, with trained rows for <|im_end|>, <|im_start|>, <a> and 1 more, changes 38% of"
             " next-token choices on 12 held-out conversations;"
-            " it fits them better (loss 2.31 → 1.42) and ends its turns.",
+            " it fits them better (loss 2.310 → 1.420) and ends its turns.",
         ),
         (
             {"adapter_name": "step-40", "turns": 0},
             "The checkpoint of step 40 changes 38% of next-token choices on 12 held-out conversations;"
-            " it fits them better (loss 2.31 → 1.42).",
+            " it fits them better (loss 2.310 → 1.420).",
         ),
     ],
 )

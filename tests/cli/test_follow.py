@@ -22,7 +22,7 @@ def test_a_long_run_prints_a_sample_and_json_prints_everything(call: Call) -> No
     said = call("attach", run.id)
     steps = [line for line in said.out.splitlines() if "  lr " in line]
     assert 1500 < len(steps) < 2500
-    assert "step 8,000/8,000" in steps[-1] and "finished" in said.out
+    assert "step 8,000 of 8,000" in steps[-1] and "finished" in said.out
     assert "of 8,000 steps" in said.err
     assert call("attach", run.id, "--json").out.count('"event":"step"') == 8000
 

@@ -75,7 +75,7 @@ def test_the_picture_breaks_its_line_at_nan(tmp_path: Path) -> None:
     heights = [float(point.split(",")[1]) for line in gray for point in line.attrib["points"].split()]
     assert heights == sorted(heights)
     assert len(list(root.iter(f"{SVG}circle"))) == len(list(root.iter(f"{SVG}polygon"))) == 1
-    assert "best validation loss 1.25 at step 5" in "".join(root.itertext())
+    assert "best validation loss 1.250 at step 5" in "".join(root.itertext())
 
 
 def test_the_running_mean_skips_what_is_no_number() -> None:

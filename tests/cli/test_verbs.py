@@ -201,7 +201,7 @@ def test_a_run_is_deleted_only_with_yes(call: Call, finished_run: RunDir) -> Non
 def test_attach_tells_a_run_from_its_first_event(call: Call, finished_run: RunDir) -> None:
     said = call("attach", "owls")
     assert said.code == 0
-    assert "step 1/" in said.out and "loss NaN" in said.out and "finished at step 3" in said.out
+    assert "step 1 of" in said.out and "loss NaN" in said.out and "finished at step 3" in said.out
     events = [json.loads(line) for line in call("attach", "last", "--json").out.splitlines()]
     assert [event["event"] for event in events] == ["queued", "started", "step", "step", "step", "finished"]
 

@@ -208,7 +208,7 @@ def test_the_sentence_says_how_near_the_answers_are(tmp_path: Path) -> None:
     source = make_source(tmp_path, quantization="nf4")
     proof = export_gguf(source, "adapter", tmp_path / "out", ["Q8_0"]).files[0].proof
     assert proof is not None
-    assert proof.sentence.startswith("Q8_0 answers as your adapter does at ")
+    assert proof.sentence.startswith("Q8_0: same top token in ")
 
 
 def test_a_type_of_few_bits_without_the_adapter_is_refused(

@@ -101,7 +101,7 @@ def test_an_export_survives_kill_and_cancel_and_is_written(run: RunDir, tmp_path
     assert export.status.state == "finished", export
     assert export.status.paths == (str(out),)
     assert export.status.bytes == out.stat().st_size
-    assert "Q8_0 answers as your adapter does at" in export.status.summary
+    assert "Q8_0: same top token in" in export.status.summary
     assert export.status.command == f"llama-server -m {out}"
     assert left_behind(out) == ["tiny.gguf"]
 

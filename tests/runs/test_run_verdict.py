@@ -71,35 +71,35 @@ def data_ready(validation_samples: int) -> DataReady:
         (
             RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
             "better",
-            "It learned: validation loss 2.00 → 1.20; forgot little (0.31 nats); "
+            "It learned: validation loss 2.000 → 1.200; forgot little (0.31 nats); "
             "answers better: accuracy 90%, base 30%.",
         ),
         (
             RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
             "better",
-            "It learned: validation loss 2.00 → 1.20; forgot much (2.4 nats).",
+            "It learned: validation loss 2.000 → 1.200; forgot much (2.4 nats).",
         ),
-        (RunEvidence(loss=loss(0.5)), "worse", "It got worse: validation loss 2.00 → 2.50."),
+        (RunEvidence(loss=loss(0.5)), "worse", "It got worse: validation loss 2.000 → 2.500."),
         (
             RunEvidence(loss=loss(-0.05)),
             "unclear",
-            "Not enough evidence that it learned: validation loss 2.00 → 1.95 on 20 rows.",
+            "Not enough evidence that it learned: validation loss 2.000 → 1.950 on 20 rows.",
         ),
         (
             RunEvidence(loss=loss(-0.8, rows=4)),
             "unclear",
-            "Not enough evidence that it learned: validation loss 2.00 → 1.20 on 4 rows.",
+            "Not enough evidence that it learned: validation loss 2.000 → 1.200 on 4 rows.",
         ),
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(9, 10)),
             "better",
-            "It learned: validation loss 2.00 → 1.20; "
+            "It learned: validation loss 2.000 → 1.200; "
             "answers not clearly better: accuracy 50%, base 45% on 20 prompts.",
         ),
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(18, 6)),
             "worse",
-            "It learned: validation loss 2.00 → 1.20; answers worse: accuracy 30%, base 90%.",
+            "It learned: validation loss 2.000 → 1.200; answers worse: accuracy 30%, base 90%.",
         ),
         (
             RunEvidence(preferences=PreferenceAccuracy(0.9, 20, "pair", 0.5), loss=loss(0.5)),
@@ -130,7 +130,7 @@ def data_ready(validation_samples: int) -> DataReady:
         (
             RunEvidence(losses=(2.5, 1.5)),
             "unclear",
-            "Not enough evidence that it learned: validation loss 2.50 → 1.50, rows not compared.",
+            "Not enough evidence that it learned: validation loss 2.500 → 1.500, rows not compared.",
         ),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
         log.append(Finished(at=now, step=1, seconds=1.0, tokens_per_s=9.0))
     verdict = summarize(run).verdict
     assert verdict is not None
-    assert verdict.sentence == "It learned: validation loss 2.00 → 1.00; forgot much (2.5 nats)."
+    assert verdict.sentence == "It learned: validation loss 2.000 → 1.000; forgot much (2.5 nats)."
     put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict
     assert verdict is not None and verdict.sentence.endswith("answers better: accuracy 90%, base 30%.")
@@ -197,8 +197,8 @@ def test_a_measurement_before_training_alone_is_no_verdict(run: RunDir, method: 
     view = RunView(run)
     view.refresh()
     verdict = judge_run(gather_evidence(view, None, recipe))
-    expected = "validation loss 6.26 before training, not measured since."
-    assert verdict.sentence == f"Not enough evidence that it learned: {expected}"
+    expected = "Too early to tell: validation was measured only before training."
+    assert verdict.sentence == expected
 
 
 @pytest.mark.parametrize(("first_step", "rows"), [(3, 20), (0, 0)])

@@ -219,7 +219,7 @@ def test_a_loss_change_is_weighted_by_tokens() -> None:
     assert (loss.rows, loss.before, loss.after) == pytest.approx((8, 32 / 11, 2.0))
     assert loss.is_lower and not loss.is_higher
     assert describe_loss(loss, "validation loss").startswith(
-        "validation loss 2.91 → 2.00 on 8 rows (95% interval"
+        "validation loss 2.909 → 2.000 on 8 rows (95% interval"
     )
     assert LossChange.of([1.0], [float("nan")], [1]).rows == 0
     assert LossChange.of([1.0], [0.5], [1]).interval is None

@@ -60,13 +60,10 @@ def test_the_first_steps_check_says_whether_it_is_fine() -> None:
         gradient_difference=0.043,
         gradient_noise=0.051,
     )
-    figures = "(512 tokens: loss 2.5, theirs 2.5; gradients differ by 4.30%, through rounding alone by 5.10%)"
-    assert describe(checked) == (
-        "first step checked: loss and gradients are those of transformers and peft alone, except for "
-        f"rounding {figures}"
-    )
+    figures = "loss 2.500 versus 2.500; gradients differ by 4.3% (5.1% by rounding alone)"
+    assert describe(checked) == f"first step matches transformers + peft: {figures}"
     replaced = structs.replace(checked, replaced=("the fused RMSNorm",))
-    assert "the fused RMSNorm, which this run does without: now they agree" in describe(replaced)
+    assert "the fused RMSNorm, which this run no longer uses; now they match" in describe(replaced)
     assert "the results may be wrong" in describe(structs.replace(checked, agrees=False))
 
 
@@ -174,7 +171,7 @@ def test_a_best_validation_must_beat_the_untrained_model(
     view.refresh()
     assert view.loss_before_training == 4.36
     assert view.loss_to_beat == to_beat
-    assert describe(view.evaluations[1], 10).endswith("lowest so far, but 4.36 before training")
+    assert describe(view.evaluations[1], 10).endswith("lowest so far, but 4.360 before training")
 
 
 def test_steps_missing_from_events_come_from_the_heartbeat(run: RunDir) -> None:

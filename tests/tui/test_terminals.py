@@ -67,7 +67,7 @@ def test_attach_opens_the_app_unless_told_to_print(words: list[str]) -> None:
     run = write_fake_run(FakeRun(state="finished", steps=300, total=300))
     with Terminal([*APP, "attach", *words]) as terminal:
         if words:
-            see(terminal, "step 300/300", "finished at step 300")
+            see(terminal, "step 300 of 300", "finished at step 300")
         else:
             see(terminal, run.name, "Loss and pace", "chat with it")
             terminal.press("q")

@@ -13,7 +13,16 @@ from qlora_tui.checksums import digest
 from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write
-from qlora_tui.formatting import align_columns, capitalize, pluralize
+from qlora_tui.formatting import (
+    align_columns,
+    capitalize,
+    format_float,
+    format_loss,
+    format_loss_change,
+    format_percent,
+    format_points,
+    pluralize,
+)
 from qlora_tui.runs.damage import WEIGHTS
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measure_in_child
@@ -144,22 +153,23 @@ def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
 def describe_metric(metric: Metric) -> str:
     """``accuracy 82% versus the base's 41% on 90 prompts (+41 points, 95% interval +30 to +52)``."""
     name = "ended turns" if metric.name == "ended" else metric.name
-    values = f"{name} {metric.adapter:.0%} versus the base's {metric.base:.0%}"
+    values = f"{name} {format_percent(metric.adapter)} versus the base's {format_percent(metric.base)}"
     if metric.rows < MIN_ROWS:
         return f"{values} on {pluralize(metric.rows, 'prompt')}, too few to tell"
     low, high = metric.difference_interval
-    change = f"{100 * metric.difference:+.0f} points, 95% interval {100 * low:+.0f} to {100 * high:+.0f}"
+    interval = f"{format_points(low)} to {format_points(high)}"
+    change = f"{format_points(metric.difference)} points, 95% interval {interval}"
     end = "" if metric.comparison != "unclear" else ": not enough evidence"
     return f"{values} on {metric.rows:,} prompts ({change}){end}"
 
 
 def describe_loss(loss: LossChange, name: str) -> str:
     """``validation loss 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``, with its name."""
-    values = f"{name} {loss.before:.2f} → {loss.after:.2f} on {pluralize(loss.rows, 'row')}"
+    values = f"{name} {format_loss(loss.before)} → {format_loss(loss.after)} on {pluralize(loss.rows, 'row')}"
     if loss.rows < MIN_ROWS or loss.interval is None:
         return f"{values}, too few to tell"
     low, high = loss.interval
-    change = f"95% interval of the change {low:+.2f} to {high:+.2f}"
+    change = f"95% interval of the change {format_loss_change(low)} to {format_loss_change(high)}"
     end = "" if loss.is_lower or loss.is_higher else ": not enough evidence"
     return f"{values} ({change}){end}"
 
@@ -222,13 +232,13 @@ def _row_lines(row: TaskRow) -> Iterator[str]:
 def _metric_cells(metric: Metric) -> tuple[str, ...]:
     return (
         metric.name,
-        f"{metric.base:.0%}",
+        format_percent(metric.base),
         _range(metric.base_interval),
-        f"{metric.adapter:.0%}",
+        format_percent(metric.adapter),
         _range(metric.adapter_interval),
-        f"{100 * metric.difference:+.0f}",
-        "{:+.0f} to {:+.0f}".format(*(100 * edge for edge in metric.difference_interval)),
-        "" if metric.p is None else "<0.001" if metric.p < 0.001 else f"{metric.p:.3f}",
+        format_points(metric.difference),
+        " to ".join(map(format_points, metric.difference_interval)),
+        "" if metric.p is None else "<0.001" if metric.p < 0.001 else format_float(metric.p, 2),
         "not enough evidence" if metric.comparison == "unclear" else metric.comparison,
     )
 

@@ -12,8 +12,9 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     abbreviate_home,
     format_duration,
-    format_float,
     format_gib,
+    format_loss,
+    format_number,
     short_model_name,
     uncapitalize,
 )
@@ -129,8 +130,8 @@ def preference_words(recipe: Recipe) -> str:
     method, training = recipe.preference_method, recipe.training
     if method is None:
         return ""
-    beta = f" β {training.preference_beta:g}" if training.preference_beta else ""
-    gamma = f" γ {training.simpo_gamma:g}" if method == "simpo" else ""
+    beta = f" β {format_number(training.preference_beta)}" if training.preference_beta else ""
+    gamma = f" γ {format_number(training.simpo_gamma)}" if method == "simpo" else ""
     return f"{'SimPO' if method == 'simpo' else method.upper()}{beta}{gamma}"
 
 
@@ -204,7 +205,7 @@ def best_words(summary: RunSummary) -> str:
         return ""
     loss, step = summary.best
     name = "best" if summary.loss_to_beat is None else "lowest"
-    return f"{BEST} {name} validation {format_float(loss, 3)} at {step:,}"
+    return f"{BEST} {name} validation {format_loss(loss)} at {step:,}"
 
 
 def no_steps_words(*, is_over: bool) -> str:

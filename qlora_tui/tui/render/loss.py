@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_tui.formatting import format_float
+from qlora_tui.formatting import format_loss
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
@@ -145,7 +145,7 @@ def loss_svg(view: RunView) -> str:
     frame = Frame(_LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
     title = view.run.name
     if view.best is not None:
-        title += f": best validation loss {format_float(view.best.loss, 3)} at step {view.best.step:,}"
+        title += f": best validation loss {format_loss(view.best.loss)} at step {view.best.step:,}"
     legend = "gray: loss of each step   blue: running mean   green: validation loss, its best starred"
     parts = [
         *loss_picture(view, frame, ON_ANY),

@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_path
+from qlora_tui.formatting import format_path, format_progress
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.task_evaluation import (
     TaskEvaluation,
@@ -89,7 +89,7 @@ class EvaluationActions(WorkScreen):
 
         def measure(say: Callable[[str], None], should_stop: Callable[[], bool]) -> TaskEvaluation:
             def on_progress(done: int, total: int) -> None:
-                say(f"{done:,} of {total:,}")
+                say(format_progress(done, total))
 
             return evaluate_task(run, progress=on_progress, should_stop=should_stop)
 

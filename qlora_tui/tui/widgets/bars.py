@@ -12,7 +12,7 @@ from textual.events import Click
 from textual.screen import Screen
 from textual.widget import Widget
 
-from qlora_tui.formatting import format_float, format_gib
+from qlora_tui.formatting import format_gib, format_loss, format_progress
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
@@ -90,8 +90,8 @@ def _run_text(system_status: SystemStatus) -> str:
     # An attempt that has just started shows its phase.
     if not status.step or status.phase not in STEP_PHASES:
         return f"● {phase_label(status.phase or status.state)}"
-    loss = f" loss {format_float(status.loss, 3)}" if status.loss is not None else ""
-    return f"● {status.step:,}/{status.total_steps:,}{loss}"
+    loss = f" loss {format_loss(status.loss)}" if status.loss is not None else ""
+    return f"● {format_progress(status.step, status.total_steps)}{loss}"
 
 
 def _gpu_text(system_status: SystemStatus) -> str:

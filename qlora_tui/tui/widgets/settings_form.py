@@ -23,6 +23,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widgets import Input, Static
 
+from qlora_tui.formatting import format_number
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.fields import Field, format_value, get_setting
 from qlora_tui.recipe.layering import parse_override
@@ -447,7 +448,7 @@ def _as_text(field: Field, value: Any) -> str:
     if field.kind == "texts":
         return _separator(field).join(value)
     if field.kind == "numbers":
-        return ", ".join(f"{pattern}={number:g}" for pattern, number in value.items())
+        return ", ".join(f"{pattern}={format_number(number)}" for pattern, number in value.items())
     return str(value) if field.kind == "text" else format_value(value).replace(",", "")
 
 

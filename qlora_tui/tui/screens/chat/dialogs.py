@@ -18,7 +18,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.chat_types import Sampling
-from qlora_tui.formatting import uncapitalize
+from qlora_tui.formatting import format_loss, uncapitalize
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui import clock
@@ -248,7 +248,7 @@ def source_picker(runs: list[RunDir], model: str) -> ListPicker[str]:
 
 def _line(run: RunDir) -> Content:
     status = read_status(run)
-    loss = f", loss {status.loss:.3g}" if status.loss is not None else ""
+    loss = f", loss {format_loss(status.loss)}" if status.loss is not None else ""
     checkpoints = len(run.checkpoints())
     more = f", {checkpoints} checkpoint{'s' if checkpoints != 1 else ''}" if checkpoints else ""
     return Content.assemble(

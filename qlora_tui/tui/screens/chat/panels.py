@@ -17,8 +17,11 @@ from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import (
     format_bytes,
     format_duration,
-    format_float,
+    format_nats,
+    format_number,
     format_path,
+    format_small_percent,
+    format_speed,
     pluralize,
     truncate_middle,
 )
@@ -108,14 +111,14 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
     if greedy:
         rows.append(("temperature", "0, greedy", "greedy"))
     else:
-        temperature, top_p = format_float(sampling.temperature, 3), format_float(sampling.top_p, 3)
+        temperature, top_p = format_number(sampling.temperature), format_number(sampling.top_p)
         top_k = f"{sampling.top_k}" if sampling.top_k else ""
         rows += [
             ("temperature", temperature, f"temp {temperature}"),
             ("top-p", top_p, f"top-p {top_p}" if sampling.top_p < 1 else ""),
             ("top-k", top_k or "all", f"top-k {top_k}" if top_k else ""),
         ]
-    penalty = "" if sampling.repetition_penalty == 1 else format_float(sampling.repetition_penalty, 3)
+    penalty = "" if sampling.repetition_penalty == 1 else format_number(sampling.repetition_penalty)
     seed = "" if sampling.seed is None else str(sampling.seed)
     return [
         *rows,
@@ -145,12 +148,12 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
 
 def effect_text(measured: Effect, width: int) -> Content:
     """The verdict, and under it the figures: mean KL, and how far each layer moved, from none to the most."""
-    figures = f"KL {format_float(measured.mean_kl, 3)} nats"
+    figures = f"KL {format_nats(measured.mean_kl)} nats"
     if measured.layers:
         first, last = measured.layers[0].layer, measured.layers[-1].layer
         most = max(measured.layers, key=lambda change: change.relative)
         before = f"{figures} · layers moved: {first} "
-        after = f" {last}, most {format_float(most.relative * 100, 2)}% in {most.layer}"
+        after = f" {last}, most {format_small_percent(most.relative)} in {most.layer}"
         width_left = min(len(measured.layers), max(_MIN_COLUMNS, width - len(before + after)))
         columns = downsample([change.relative for change in measured.layers], width_left)
         figures = before + blocks(columns, 0.0, most.relative, 1)[0] + after
@@ -209,7 +212,7 @@ def token_lines(
         used = outcome.prompt_tokens + outcome.new_tokens
         label = truncate_middle(name, _LABEL - 1)
         lines.append(meter(label, used / ready.context_tokens, f"{used:,}", _LABEL, width))
-        speed = f", {format_float(outcome.tokens_per_s, 3)}/s" if outcome.tokens_per_s else ""
+        speed = f", {format_speed(outcome.tokens_per_s)} tok/s" if outcome.tokens_per_s else ""
         answer = f"{outcome.prompt_tokens:,} read, {outcome.new_tokens:,} written{speed}"
         lines.append(Content.styled(f"  {answer}", "dim"))
     return lines

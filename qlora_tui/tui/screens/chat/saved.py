@@ -17,6 +17,7 @@ from qlora_tui import paths
 from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.formatting import format_number
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
 from qlora_tui.tui.screens.chat.turn import ChatTurn
@@ -60,7 +61,7 @@ def transcript_path(run: RunDir | None) -> Path:
 
 def format_setting(value: float) -> str:
     """Format a setting in full, so that it can be typed again: a seed needs all its digits."""
-    return str(value) if isinstance(value, int) else f"{value:g}"
+    return str(value) if isinstance(value, int) else format_number(value)
 
 
 def append_exchange(

@@ -17,7 +17,7 @@ from qlora_tui.chat.chat_types import GenerationResult
 from qlora_tui.data.repetition import find_loop
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_duration, pluralize, truncate_middle
+from qlora_tui.formatting import format_speed, format_wait, pluralize, truncate_middle
 from qlora_tui.tui.key_names import highlight_keys, key_while_typing, name_keys
 from qlora_tui.tui.render.labels import error_content
 from qlora_tui.tui.widgets.controls import Panel
@@ -203,7 +203,7 @@ class ThoughtView(Vertical):
         seconds, ended = self._ending
         if not self._is_over:
             seconds = time.monotonic() - self._began_at
-        took = f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
+        took = format_wait(seconds)
         verb = "Thinking for" if not self._is_over else "Thought for" if ended else "Unfinished:"
         line = f"{'▾' if self.unfolded else '▸'} {verb} {took}, {pluralize(self._tokens, 'token')}"
         self.query_one(ThoughtLine).update(
@@ -335,13 +335,9 @@ def answer_title(adapter_name: str, words: str) -> Content:
 def outcome_words(outcome: GenerationResult) -> str:
     """``34 tok, 12/s, wait 0.4 s``: tokens, their number in a second, time before the first."""
     per_s = outcome.tokens_per_s
-    speed = f", {per_s:.0f}/s" if per_s >= 10 else f", {per_s:.1f}/s" if per_s else ""
-    first = (
-        f"{outcome.first_token_s:.1f} s"
-        if outcome.first_token_s < 10
-        else format_duration(outcome.first_token_s)
-    )
-    return f"{outcome.new_tokens} tok{speed}, wait {first}" if outcome.new_tokens else "nothing"
+    speed = f", {format_speed(per_s)}/s" if per_s else ""
+    first = format_wait(outcome.first_token_s)
+    return f"{outcome.new_tokens:,} tok{speed}, wait {first}" if outcome.new_tokens else "nothing"
 
 
 class ChatTurn(Vertical):

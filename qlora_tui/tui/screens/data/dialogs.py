@@ -20,7 +20,7 @@ from qlora_tui.data.excluded_rows import Excluded, RowPlace, is_excluded, withou
 from qlora_tui.data.formats import parts_of
 from qlora_tui.data.sources import AUTO, FormatChoice
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, format_path, truncate_middle
+from qlora_tui.formatting import format_bytes, format_loss, format_path, truncate_middle
 from qlora_tui.recipe.schema import Preferences, Source
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -374,10 +374,14 @@ class RowLossScreen(ListPicker[RowChoice]):
             Column[RowLoss](text=lambda row: Content.assemble(_ROW_SIGNS[row.row_class]), gap=1),
             Column[RowLoss](text=_place, gap=1),
             Column[RowLoss](
-                text=lambda row: Content.assemble(("loss ", "dim"), f"{row.before:5.2f} → {row.after:5.2f}"),
+                text=lambda row: Content.assemble(
+                    ("loss ", "dim"), f"{format_loss(row.before):>6} → {format_loss(row.after):>6}"
+                ),
                 gap=1,
             ),
-            Column[RowLoss](text=lambda row: f"other prompt {row.other_prompt:5.2f}", style="dim", gap=1),
+            Column[RowLoss](
+                text=lambda row: f"other prompt {format_loss(row.other_prompt):>6}", style="dim", gap=1
+            ),
             Column[RowLoss](text=self._description),
         )
         lines = table(columns, self._rows, _LINE_WIDTH)

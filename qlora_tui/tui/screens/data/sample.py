@@ -16,6 +16,7 @@ from qlora_tui.data.preferences import PAIRS, RATED, UNMAPPED_SIDES
 from qlora_tui.data.problems import CHECKS, DataProblem, check_of
 from qlora_tui.data.unsupported import UNMAPPED_COLUMNS
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_number
 from qlora_tui.recipe.schema import Data
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, error_content
@@ -70,11 +71,11 @@ _ROSE = 0.5
 _FALL_MARK, _RISE_MARK = "▾", "▴"
 _CHANGES_LEGEND = Content.assemble(
     ("Loss in nats: ", "dim"),
-    (f"{_FALL_MARK}fell by {_FELL:g} or more", "bold $success"),
+    (f"{_FALL_MARK}fell by {format_number(_FELL)} or more", "bold $success"),
     "  ",
     ("between", "underline"),
     "  ",
-    (f"{_RISE_MARK}rose by {_ROSE:g} or more", "bold reverse $error"),
+    (f"{_RISE_MARK}rose by {format_number(_ROSE)} or more", "bold reverse $error"),
 )
 
 

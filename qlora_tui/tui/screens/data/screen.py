@@ -23,7 +23,7 @@ from qlora_tui.data.problems import DataProblem
 from qlora_tui.data.sources import AUTO, is_hub_dataset
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, pluralize
+from qlora_tui.formatting import format_bytes, format_number, pluralize
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.expected_time import Forecast, forecast
@@ -263,7 +263,7 @@ class DataScreen(WorkScreen):
             return ""
 
         title = f"Weight of {Path(source.path).name}"
-        prompt = TextPromptScreen(title, field.help, f"{source.weight:g}", validate)
+        prompt = TextPromptScreen(title, field.help, format_number(source.weight), validate)
         self.ask(
             prompt, lambda text: self._change_source(msgspec.structs.replace(source, weight=float(text)))
         )
@@ -313,7 +313,7 @@ class DataScreen(WorkScreen):
                 self.app.edit("data.validation_fraction", share)
 
         help_ = "A share of the rows, such as 0.05 (0 for none), or the path of a validation file."
-        now = data.validation_path or f"{data.validation_fraction:g}"
+        now = data.validation_path or format_number(data.validation_fraction)
         self.ask(TextPromptScreen("Validation", help_, now, validate), apply)
 
     # Rows
@@ -627,7 +627,7 @@ class DataScreen(WorkScreen):
 def _source_line(source: Source, alone: bool) -> Content:
     """A source in the list; its weight unless it is 1 and there are no others."""
     path = Path(source.path)
-    weight = "" if alone and source.weight == 1 else f"  weight {source.weight:g}"
+    weight = "" if alone and source.weight == 1 else f"  weight {format_number(source.weight)}"
     if is_hub_dataset(source.path):
         return Content.assemble(source.path, ("  hub", "dim"), (weight, "bold"))
     try:

@@ -24,6 +24,11 @@ from qlora_tui.formatting import (
     format_duration,
     format_gib,
     format_loss,
+    format_number,
+    format_percent,
+    format_power,
+    format_progress,
+    format_rate,
     short_model_name,
 )
 from qlora_tui.memory import Estimate, check_fit
@@ -257,7 +262,7 @@ def gpu_lines(
     else:
         use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
         temperature = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
-        power = "" if metrics.power_w is None else f"   {metrics.power_w:.0f} W"
+        power = "" if metrics.power_w is None else f"   {format_power(metrics.power_w)} W"
         used, total = metrics.memory_used_bytes, metrics.memory_total_bytes
         memory = f"{format_gib(used)} of {format_gib(total)} GiB"
         share = used / total if used is not None and total else None
@@ -334,7 +339,7 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
     share, steps = 0.0, "preparing"
     if summary.total_steps:
         share = summary.step / summary.total_steps
-        steps = f"{share:.0%}  step {summary.step:,} of {summary.total_steps:,}"
+        steps = f"{format_percent(share)}  step {format_progress(summary.step, summary.total_steps)}"
     drawn = bar(share, max(0, layout.left - len(steps) - 2))
     facts = []
     if layout.is_compact and summary.best is not None:
@@ -360,7 +365,7 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
     if summary.loss_to_beat is not None:
         facts.append(f"worse than before training ({format_loss(summary.loss_to_beat)})")
     if summary.step < summary.total_steps:
-        facts.append(f"step {summary.step:,} of {summary.total_steps:,}")
+        facts.append(f"step {format_progress(summary.step, summary.total_steps)}")
     if summary.seconds is not None:
         facts.append(f"trained {format_duration(summary.seconds)}")
     return _figures(figures, facts, layout) if figures or facts else []
@@ -440,8 +445,8 @@ def recipe_lines(
     if not isinstance(architecture, UserError):
         size = f"   {format_count(architecture.total_params)} parameters, {architecture.layers} layers"
     lora = recipe.lora
-    targets = f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 40)}"
-    rate = f"   learning rate {recipe.training.learning_rate:g}"
+    targets = f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, 40)}"
+    rate = f"   learning rate {format_rate(recipe.training.learning_rate)}"
     rows = [
         ("model", short_model_name(recipe.model.id) or "none yet", size),
         ("data", data_words(recipe), ""),

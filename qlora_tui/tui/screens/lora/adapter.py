@@ -19,7 +19,14 @@ from textual.message import Message
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import capitalize, format_bytes, format_count, format_gib
+from qlora_tui.formatting import (
+    capitalize,
+    format_bytes,
+    format_count,
+    format_float,
+    format_gib,
+    format_small_percent,
+)
 from qlora_tui.glossary import GLOSSARY, explain
 from qlora_tui.memory import Device, Estimate, estimate
 from qlora_tui.memory.budget import MemoryBudget
@@ -102,7 +109,9 @@ def setting_advice(path: str, recipe: Recipe, base: Recipe, dora_cost: str) -> s
     lora, now, before = recipe.lora, _scale(recipe.lora), _scale(base.lora)
     is_scaled_by_rank = lora.rank != base.lora.rank and lora.alpha == base.lora.alpha and now != before
     if path == "lora.alpha" and is_scaled_by_rank:
-        return f"Scales the update by {now:.3g} instead of {before:.3g}: alpha is unchanged."
+        return (
+            f"Scales the update by {format_float(now)} instead of {format_float(before)}: alpha is unchanged."
+        )
     if path == "lora.use_dora" and dora_cost:
         return f"{dora_cost}. {advice(path, lora)}"
     return advice(path, lora)
@@ -136,13 +145,13 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.rank":
             return "On q and v, ranks 1 to 8 did as well as 64 (LoRA paper)."
         case "lora.alpha":
-            return f"Scales the update by {_scale(lora):.3g}, much like the learning rate."
+            return f"Scales the update by {format_float(_scale(lora))}, much like the learning rate."
         case "lora.dropout":
             return "QLoRA paper: 0.1 to 13B, 0.05 above. 0 saves memory."
         case "lora.use_rslora" if lora.use_rslora:
             return "Scales by alpha/√rank, so that high ranks keep learning."
         case "lora.use_rslora":
-            return f"Scales the update {sqrt(lora.rank):.3g} times as much, for high ranks."
+            return f"Scales the update {format_float(sqrt(lora.rank))} times as much, for high ranks."
         case "lora.use_dora":
             return "Better at low ranks, slower at every rank (DoRA paper)."
         case _ if lora.train_embeddings:
@@ -276,7 +285,7 @@ def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) 
     share = trained / architecture.total_params
     return Content.assemble(
         (f"{format_count(trained)}", "bold"),
-        f" of {format_count(architecture.total_params)} parameters ({_percent(share)}) · ",
+        f" of {format_count(architecture.total_params)} parameters ({format_small_percent(share)}) · ",
         (format_bytes(saved_bytes(recipe, architecture)), "bold"),
         " on disk · ",
         (format_bytes(estimate.adapter_bytes), "bold"),
@@ -344,10 +353,6 @@ def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
                 f", {name} {' to '.join(format_value(n) for n in dict.fromkeys((numbers[0], numbers[-1])))}"
             )
     return words
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.2g} %"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from textual.widgets import Static
 from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
 from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_percent
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
@@ -264,7 +265,7 @@ class MemoryScreen(WorkScreen):
     async def _measure_quality(self, recipe: Recipe) -> None:
         def measure(say: Callable[[str], None], should_stop: Callable[[], bool]) -> Quality:
             def on_progress(progress: Progress) -> None:
-                share = f" {progress.done / progress.total:.0%}" if progress.total else ""
+                share = f" {format_percent(progress.done / progress.total)}" if progress.total else ""
                 say(f"quality: {progress.text}{share}")
 
             return measure_in_child(recipe, on_progress=on_progress, should_stop=should_stop)

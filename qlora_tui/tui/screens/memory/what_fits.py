@@ -17,7 +17,7 @@ from textual.message import Message
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import GIB, format_gib, pluralize
+from qlora_tui.formatting import format_gib, format_gib_change, pluralize
 from qlora_tui.memory import (
     Estimate,
     MemorySaving,
@@ -237,7 +237,7 @@ def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
     if not change.bytes:
         # Auto needs what on needs; it only takes more where more is free.
         return "same need"
-    text = f"{change.bytes / GIB:+.1f}"
+    text = format_gib_change(change.bytes)
     return f"{'0.0' if float(text) == 0 else text} GiB"
 
 

@@ -23,7 +23,7 @@ from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import abbreviate_home, format_path
+from qlora_tui.formatting import abbreviate_home, format_number, format_path
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.tui.breakpoints import MIN_SIZE, is_too_small
 from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, commands_by_screen
@@ -190,7 +190,7 @@ def ask_gpu_size(app: QloraApp) -> None:
 
     now = app.settings.gpu_memory_gib
     text = "Memory of the GPU in GiB, such as 12 or 24. Leave empty to use this machine's. It is not saved."
-    value = "" if now is None else f"{now:g}"
+    value = "" if now is None else format_number(now)
     app.push_screen(TextPromptScreen("Assume another GPU size", text, value, _gpu_size_error), on_result)
 
 

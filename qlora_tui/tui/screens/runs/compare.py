@@ -20,7 +20,15 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from qlora_tui.formatting import format_duration, format_float, format_loss, format_percent, truncate_middle
+from qlora_tui.formatting import (
+    format_duration,
+    format_loss,
+    format_nats,
+    format_percent,
+    format_progress,
+    format_speed,
+    truncate_middle,
+)
 from qlora_tui.recipe.fields import DESCRIPTIVE, fields, format_value, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import general_answer_texts
@@ -89,8 +97,8 @@ def read(run: RunDir) -> ComparedRun:
     best, last = view.best, view.last_evaluation
     general = dict(general_answer_texts(view.general_answers))
     margin = None if last is None else last.reward_margin
-    best_text = "NA" if best is None or best.loss is None else f"{format_loss(best.loss, 4)} at {best.step:,}"
-    better_before = "" if view.loss_to_beat is None else f"{format_loss(view.loss_to_beat, 4)}, better"
+    best_text = "NA" if best is None or best.loss is None else f"{format_loss(best.loss)} at {best.step:,}"
+    better_before = "" if view.loss_to_beat is None else f"{format_loss(view.loss_to_beat)}, better"
     outcome = {
         "state": Outcome(view.status.state),
         "best validation loss": Outcome(best_text, best.loss if best else None, "lower"),
@@ -98,16 +106,16 @@ def read(run: RunDir) -> ComparedRun:
         "exact answers": _share(view.accuracy),
         "exact, base model": Outcome(_share(view.base_accuracy).text),
         "better answer preferred": _share(None if last is None else last.reward_accuracy),
-        "margin": Outcome("" if margin is None else format_float(margin, 3), margin, "higher"),
+        "margin": Outcome("" if margin is None else format_nats(margin), margin, "higher"),
         "forgetting": Outcome(
-            "" if view.forgetting is None else format_float(view.forgetting, 3),
+            "" if view.forgetting is None else format_nats(view.forgetting),
             view.forgetting,
             "lower",
             of_data=False,
         ),
         **{label: Outcome(general.get(name, "")) for label, name in _GENERAL_ANSWERS.items()},
-        "steps": Outcome(f"{view.step:,}/{view.total_steps:,}"),
-        "tokens/s": Outcome("NA" if speed is None else f"{speed:,.0f}", speed, "higher", of_data=False),
+        "steps": Outcome(format_progress(view.step, view.total_steps)),
+        "tok/s": Outcome(format_speed(speed), speed, "higher", of_data=False),
         "trained": Outcome(format_duration(series.seconds()) if len(series) else "NA"),
         "reason": Outcome(_reason(view)),
     }

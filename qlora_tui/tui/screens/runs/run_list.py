@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import time
@@ -24,10 +23,12 @@ from qlora_tui.formatting import (
     capitalize,
     format_bytes,
     format_duration,
-    format_float,
     format_loss,
+    format_number,
     format_path,
     format_percent,
+    format_progress,
+    format_rate,
     pluralize,
     short_model_name,
     truncate_middle,
@@ -76,10 +77,7 @@ def best_loss(summary: RunSummary) -> str:
     loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], "")
     if loss is None:
         return ""
-    if not math.isfinite(loss):
-        return f"{format_float(loss)}{mark}"
-    texts = (format_loss(loss, digits) + mark for digits in (3, 2, 1))
-    return next((text for text in texts if len(text) <= _LOSS_WIDTH), f"{loss:.0e}{mark}")
+    return f"{format_loss(loss)}{mark}"
 
 
 _MIN_ENDING = 24
@@ -102,7 +100,7 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
     Column(title="settings", text=lambda s: s.settings, max_width=22, shown_from=112),
     Column(
         title="steps",
-        text=lambda s: f"{s.step:,}/{s.total_steps:,}" if s.total_steps else "",
+        text=lambda s: format_progress(s.step, s.total_steps) if s.total_steps else "",
         max_width=13,
         right=True,
         shown_from=130,
@@ -366,15 +364,15 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         )
         rows.append((since, format_ago(at, now).removeprefix("at ")))
     if summary.total_steps:
-        rows.append(("steps", f"{summary.step:,} of {summary.total_steps:,}"))
+        rows.append(("steps", format_progress(summary.step, summary.total_steps)))
     if summary.best is not None:
         loss, step = summary.best
-        rows.append(("best", f"validation {format_float(loss)} at step {step:,}"))
+        rows.append(("best", f"validation {format_loss(loss)} at step {step:,}"))
     elif summary.loss is not None:
-        rows.append(("last", f"training {format_float(summary.loss)}"))
+        rows.append(("last", f"training {format_loss(summary.loss)}"))
     # The verdict has the loss before training too.
     if summary.loss_to_beat is not None and summary.verdict is None:
-        rows.append(("before", f"{format_float(summary.loss_to_beat)}, better than after"))
+        rows.append(("before", f"{format_loss(summary.loss_to_beat)}, better than after"))
     if summary.accuracy is not None:
         rows.append(("exact", f"{format_percent(summary.accuracy)} of short answers"))
     if summary.seconds is not None:
@@ -402,10 +400,10 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
         ("model", short_model_name(recipe.model.id) or "none"),
         ("data", data_words(recipe)),
         ("precision", recipe.quantization.method),
-        ("LoRA", f"{format_rank(lora)}  alpha {lora.alpha:g}  {targets_words(recipe, 24)}"),
+        ("LoRA", f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, 24)}"),
         ("length", batch_words(recipe)),
-        ("lr", f"{training.learning_rate:g}  {training.lr_scheduler}"),
-        ("epochs", f"{training.epochs:g}{limit}"),
+        ("lr", f"{format_rate(training.learning_rate)}  {training.lr_scheduler}"),
+        ("epochs", f"{format_number(training.epochs)}{limit}"),
     ]
     if method := preference_words(recipe):
         rows.append(("method", method))

@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 
 from textual.content import Content
 
-from qlora_tui.formatting import format_bytes, format_float, format_gib
+from qlora_tui.formatting import (
+    format_bytes,
+    format_float,
+    format_gib,
+    format_nats,
+    format_percent,
+    format_power,
+    format_rate,
+    format_speed,
+)
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.telemetry import Reading
@@ -146,22 +155,21 @@ def zoom_start(step: int, zoom: int) -> float:
 
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
     """Each quantity over the steps from zero to a round maximum; those that only some runs have first."""
-    envelopes, speed, rate = snapshot.envelopes, snapshot.tokens_per_s, snapshot.learning_rate
-    lr = "NA" if rate is None else f"{rate:.2e}".replace("e-0", "e-") if rate else "0"
+    envelopes = snapshot.envelopes
     points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
     forgetting = Envelope.of_points(tuple(points), tuple(points.values()))
     margin, recipe = snapshot.reward_margin, snapshot.recipe
     trains_preferences = recipe is not None and recipe.preference_method is not None
     return (
-        *([_chart("margin", format_float(margin, 3), envelopes.reward_margin)] if trains_preferences else ()),
+        *([_chart("margin", format_nats(margin), envelopes.reward_margin)] if trains_preferences else ()),
         *(
-            [_chart("forget", format_float(forgetting.highs[-1], 3), forgetting)]
+            [_chart("forget", format_nats(forgetting.highs[-1]), forgetting)]
             if len(forgetting.xs) > 1
             else ()
         ),
-        _chart("lr", lr, envelopes.learning_rate),
-        _chart("grad", format_float(snapshot.grad_norm, 3), envelopes.grad_norm),
-        _chart("tok/s", "NA" if speed is None else f"{speed:,.0f}", envelopes.tokens_per_s),
+        _chart("lr", format_rate(snapshot.learning_rate), envelopes.learning_rate),
+        _chart("grad", format_float(snapshot.grad_norm), envelopes.grad_norm),
+        _chart("tok/s", format_speed(snapshot.tokens_per_s), envelopes.tokens_per_s),
     )
 
 
@@ -241,7 +249,7 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
     if gpu is None:
         total = "" if machine.host_bytes is None else f" of {format_gib(machine.host_bytes)}"
         memory = f"{format_gib(last.rss_bytes)}{total} GiB"
-        percent = f"{last.cpu_percent:.0f}% of {machine.cores} cores"
+        percent = f"{format_percent(last.cpu_percent / 100)} of {machine.cores} cores"
         history = tuple(reading.cpu_percent for reading in readings)
         return (
             _Meter("CPU", percent, 0, history, 100.0 * machine.cores),
@@ -259,7 +267,7 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
         _Meter("temp", _temperature(gpu), 1, degrees, 100.0),
         _Meter("clock", f"{clock}   fan {_percent(gpu.fan_percent)}"),
         _Meter("slowed", _throttle(gpu), 1),
-        _Meter("trainer", f"{format_bytes(last.rss_bytes)}, CPU {last.cpu_percent:.0f}%"),
+        _Meter("trainer", f"{format_bytes(last.rss_bytes)}, CPU {format_percent(last.cpu_percent / 100)}"),
     )
 
 
@@ -327,8 +335,8 @@ def _percent(value: int | None) -> str:
 
 
 def _power(gpu: GpuMetrics) -> str:
-    used = "NA" if gpu.power_w is None else f"{gpu.power_w:.0f}"
-    limit = "NA" if gpu.power_limit_w is None else f"{gpu.power_limit_w:.0f}"
+    used = format_power(gpu.power_w)
+    limit = format_power(gpu.power_limit_w)
     return f"{used} of {limit} W"
 
 

@@ -11,7 +11,7 @@ from textual.app import ComposeResult
 from textual.containers import Container, Vertical
 from textual.content import Content
 
-from qlora_tui.formatting import abbreviate_home, capitalize, pluralize
+from qlora_tui.formatting import abbreviate_home, capitalize, format_number, pluralize
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import Field, fields
 from qlora_tui.recipe.schema import Recipe
@@ -135,7 +135,7 @@ def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
     rows = pluralize(recipe.effective_batch, "pair" if recipe.trains_pairs else "sequence")
     notes = {
         "training.gradient_accumulation": f"× {training.micro_batch_size} = {rows} a step",
-        "lora.rank": f"alpha {recipe.lora.alpha:g}",
+        "lora.rank": f"alpha {format_number(recipe.lora.alpha)}",
     }
     if expected is not None and expected.length.is_complete:
         length = expected.length
@@ -343,7 +343,7 @@ def _plan(recipe: Recipe) -> list[str]:
     evaluations = f"every {pluralize(training.eval_every, 'step')}" if training.eval_every else "each epoch"
     has_validation = bool(data.validation_path or data.validation_fraction)
     return [
-        f"{training.epochs:g} {'epoch' if training.epochs == 1 else 'epochs'}{limit}",
+        f"{format_number(training.epochs)} {'epoch' if training.epochs == 1 else 'epochs'}{limit}",
         f"{batch} of up to {data.max_length:,} tokens a step",
         f"validation {evaluations}" if has_validation else "no validation",
         f"keeps {pluralize(training.keep_checkpoints, 'checkpoint')} and the best",

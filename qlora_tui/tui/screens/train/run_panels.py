@@ -19,8 +19,14 @@ from qlora_tui.formatting import (
     format_duration,
     format_float,
     format_loss,
+    format_loss_change,
+    format_number,
     format_path,
     format_percent,
+    format_progress,
+    format_rate,
+    format_small_percent,
+    format_speed,
     short_model_name,
     truncate_middle,
 )
@@ -193,11 +199,11 @@ def progress_facts(snapshot: RunSnapshot) -> list[str]:
     view, state = snapshot.view, snapshot.status.state
     facts = []
     if state in ACTIVE and view.progress is not None and view.phase != "training" and snapshot.step:
-        facts.append(f"{view.progress.done:,} of {view.progress.total:,}")
+        facts.append(format_progress(view.progress.done, view.progress.total))
     if view.total_steps and state != "queued":
         if state in ACTIVE and snapshot.step:
-            facts.append(f"{snapshot.step / view.total_steps:.0%}")
-        facts.append(f"step {snapshot.step:,}/{view.total_steps:,}")
+            facts.append(format_percent(snapshot.step / view.total_steps))
+        facts.append(f"step {format_progress(snapshot.step, view.total_steps)}")
     return facts
 
 
@@ -215,7 +221,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view = snapshot.view
     facts = [within] if (within := step_progress(snapshot)) else []
     if snapshot.tokens_per_s is not None:
-        facts.append(f"{snapshot.tokens_per_s:,.0f} tok/s")
+        facts.append(f"{format_speed(snapshot.tokens_per_s)} tok/s")
     if snapshot.step and view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
         facts.append(f"epoch {_epochs(snapshot.epoch)} of {_epochs(all_epochs)}")
@@ -228,7 +234,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if following := next_evaluation(snapshot.recipe, view.data, snapshot.step):
         facts.append(f"next evaluation at {following:,}")
     if snapshot.energy_kwh is not None:
-        facts.append(f"{snapshot.energy_kwh:.2f} kWh")
+        facts.append(format_energy(snapshot.energy_kwh))
     return facts or ["starting"]
 
 
@@ -256,14 +262,14 @@ def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
 
 
 def step_progress(snapshot: RunSnapshot) -> str:
-    """``this step ███░░░░░ 3/8``: its micro-batches, where the step takes long; otherwise empty."""
+    """``this step ███░░░░░ 3 of 8``: its micro-batches, where the step takes long; otherwise empty."""
     status = snapshot.status
     if snapshot.view.phase != "training" or status.micro_batches < 2:
         return ""
     if snapshot.seconds_per_step is not None and snapshot.seconds_per_step < _LONG_STEP_S:
         return ""
     done = bar(status.micro_batch / status.micro_batches, _STEP_BAR)
-    return f"this step {done} {status.micro_batch}/{status.micro_batches}"
+    return f"this step {done} {format_progress(status.micro_batch, status.micro_batches)}"
 
 
 def _epochs(count: float) -> str:
@@ -365,7 +371,8 @@ def contention(snapshot: RunSnapshot) -> str:
     own, all_programs = last.cpu_percent / everything, (last.machine_cpu_percent or 0.0) / everything
     if all_programs - own < _MUCH_OF_CPU:
         return ""
-    return f"Other programs use {all_programs - own:.0%} of the CPU, and this run gets {own:.0%}."
+    others = format_percent(all_programs - own)
+    return f"Other programs use {others} of the CPU, and this run gets {format_percent(own)}."
 
 
 def sample_lines(snapshot: RunSnapshot) -> list[Content]:
@@ -393,11 +400,15 @@ def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]
     """What is trained on what, and how it is computed."""
     view, recipe, lines = snapshot.view, snapshot.recipe, []
     if recipe is not None:
-        schedule = f"{recipe.training.learning_rate:g} {recipe.training.lr_scheduler}"
+        schedule = f"{format_rate(recipe.training.learning_rate)} {recipe.training.lr_scheduler}"
         lines += [
             _row("model", truncate_middle(short_model_name(recipe.model.id), width - _LABEL)),
             _row("data", truncate_middle(data_words(recipe), width - _LABEL)),
-            _row("LoRA", f"{format_rank(recipe.lora)} α {recipe.lora.alpha:g} {targets_words(recipe, 16)}"),
+            _row(
+                "LoRA",
+                f"{format_rank(recipe.lora)} α {format_number(recipe.lora.alpha)} "
+                f"{targets_words(recipe, 16)}",
+            ),
             _row("length", _batch(view, recipe)),
             _row("lr", schedule),
         ]
@@ -405,7 +416,12 @@ def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]
             lines.append(_row("method", preference_words(recipe)))
     if view.adapter is not None:
         share = view.adapter.trained_parameters / view.adapter.total_parameters
-        lines.append(_row("trains", f"{format_count(view.adapter.trained_parameters)} weights, {share:.2%}"))
+        lines.append(
+            _row(
+                "trains",
+                f"{format_count(view.adapter.trained_parameters)} weights, {format_small_percent(share)}",
+            )
+        )
     if view.data is not None:
         lines.append(_row("samples", f"{view.data.samples:,}, {view.data.validation_samples:,} to validate"))
     if view.environment is not None:
@@ -442,7 +458,7 @@ def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Con
         before = evaluations[number - 1].loss if number else None
         change = ""
         if each.loss is not None and before is not None and math.isfinite(each.loss - before):
-            change = f"{each.loss - before:+.3f}"
+            change = format_loss_change(each.loss - before)
         exact = "" if each.accuracy is None else f"{format_percent(each.accuracy):>5} exact"
         if each.reward_accuracy is not None:
             exact = f"{format_percent(each.reward_accuracy):>5} right"
@@ -450,7 +466,7 @@ def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Con
         lines.append(
             Content.assemble(
                 (f"{each.step:>7,}  ", "dim"),
-                f"{format_loss(math.nan if each.loss is None else each.loss, 4):<6}",
+                f"{format_loss(math.nan if each.loss is None else each.loss):<6}",
                 (star, "$success bold"),
                 (f" {change:>7}", "dim"),
                 exact,
@@ -501,7 +517,7 @@ def _current(snapshot: RunSnapshot, now: float, width: int) -> list[Content]:
     if progress is not None and progress.phase == stage.phase and progress.total:
         share = progress.done / progress.total
         left = seconds * (1 - share) / share if 0 < share < 1 and seconds >= 1 else None
-        text = f"{progress.done:,} of {progress.total:,}"
+        text = format_progress(progress.done, progress.total)
         if left is not None:
             text += f"   about {format_duration(left)} left"
         cells = min(_MAX_BAR, width - _STAGE_CELLS - len(text) - 2) if width >= _MIN_WIDTH_FOR_BAR else 0

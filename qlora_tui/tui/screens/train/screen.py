@@ -14,7 +14,7 @@ from textual.content import Content
 from textual.widget import Widget
 
 from qlora_tui.data.sources import every_source, source_stamps
-from qlora_tui.formatting import capitalize, truncate_middle
+from qlora_tui.formatting import capitalize, format_progress, format_rate, truncate_middle
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
@@ -346,7 +346,7 @@ class TrainScreen(EvaluationActions):
 
     def action_learning_rate(self) -> None:
         now = self.snapshot.learning_rate if self.snapshot else None
-        self._prompt_for_rate("" if now is None else f"{now:.3g}")
+        self._prompt_for_rate("" if now is None else format_rate(now))
 
     def _prompt_for_rate(self, proposed: str) -> None:
         run = self._watched
@@ -356,7 +356,7 @@ class TrainScreen(EvaluationActions):
             self._act_on_run(
                 run,
                 lambda run: control.send_request(run, "set_learning_rate", rate),
-                f"The learning rate will change to {rate:g} after this step.",
+                f"The learning rate will change to {format_rate(rate)} after this step.",
             )
 
         text = "The new peak. The schedule continues from it."
@@ -370,7 +370,7 @@ class TrainScreen(EvaluationActions):
         if fix is None:
             return
         if fix.rate is not None:
-            self._prompt_for_rate(f"{fix.rate:g}")
+            self._prompt_for_rate(format_rate(fix.rate))
         elif fix.stop:
             self.action_stop()
         else:
@@ -469,7 +469,7 @@ def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
     for run in [run for run in all_runs() if run != now][:_MAX_LISTED]:
         status = read_status(run)
         sign, style = SIGNS[status.state]
-        steps = f"  {status.step:,}/{status.total_steps:,}" if status.total_steps else ""
+        steps = f"  step {format_progress(status.step, status.total_steps)}" if status.total_steps else ""
         name = truncate_middle(run.name, _NAME_WIDTH)
         line = Content.assemble((f"{sign} {status.state:<10} ", style), name, (steps, "dim"))
         choices.append(Choice(run, line, run.id))
