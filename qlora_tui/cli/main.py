@@ -110,6 +110,9 @@ def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | 
         app = QloraApp(settings, watched_run=run)
         app.no_color = app.no_color or has_no_colors()
         app.run(mouse=settings.mouse and mouse)
+    # Now that the screen of the shell is back, and stderr is no longer the log.
+    for line in app.farewell:
+        print(line)
     if app.disk_faults.ended_by is not None:
         raise app.disk_faults.ended_by
     if app.return_code == EXIT_FAILURE:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from importlib import import_module
@@ -93,6 +92,8 @@ class QloraApp(TerminalApp):
         self.count_problem: UserError | None = None
         """Why those of the recipe could not be counted."""
         self._counting: object = None
+        self.farewell: list[str] = []
+        """Lines for the terminal once the app has left it."""
         self._polling = False
         self._is_small = False
         self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
@@ -181,17 +182,11 @@ class QloraApp(TerminalApp):
         self.leave()
 
     def leave(self, run: RunDir | None = None) -> None:
-        """Exit at once, since nothing is lost: runs continue.
+        """Exit at once, since nothing is lost: runs and exports continue, and the terminal then says so.
 
-        The terminal then shows how to come back to ``run`` if it is active, or else to the active run.
+        ``run``: the one that is watched.
         """
-        from qlora_tui.runs.status import ACTIVE, read_status
-
-        for candidate in (run, self.system_status.active):
-            if candidate is not None and read_status(candidate).state in ACTIVE:
-                attach = f"qlora-tui attach {shlex.quote(candidate.id)}"
-                self.exit(message=f"{candidate.id} continues. Run `{attach}` to come back to it.")
-                return
+        self.farewell = self.system_status.continues_without_app(run)
         self.exit()
 
     def on_load(self) -> None:

@@ -18,10 +18,11 @@ from qlora_tui.gpu.torch_on_gpu import torch_problem
 from qlora_tui.gpu.visible_devices import GpuChoice, choose_gpu
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.exports import exports_dir, read_exports
 from qlora_tui.runs.notify import RunNotification, notification_for
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
-from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.system_status import RunningExport, SystemStatus
 
 _RETRY_S = 10.0
 """Seconds between two attempts to open the GPU driver, which is slow, after a failure."""
@@ -40,6 +41,8 @@ class SystemMonitor:
         """When a file in the run's folder was last replaced, in ns, and its status then."""
         self._training: set[str] = set()
         """Ids of runs seen in training, whose end will be news."""
+        self._exports: dict[str, tuple[int, tuple[RunningExport, ...]]] = {}
+        """When a run's folder of exports was last changed, in ns, and those that were running then."""
         self._driver: Nvml | None = None
         self._choice: GpuChoice | None = None
         self._gpu_problem: UserError | None = None
@@ -74,8 +77,25 @@ class SystemMonitor:
             active_or_last=last[0],
             active_or_last_status=last[1],
             waiting_ids=waiting_ids,
+            exports=tuple(export for run, _ in statuses for export in self._running_exports(run)),
             ended_runs=self._ended_runs(statuses),
         )
+
+    def _running_exports(self, run: RunDir) -> tuple[RunningExport, ...]:
+        """The exports of a run that are being written; its folder is read only while there may be any."""
+        try:
+            changed_at = exports_dir(run).stat().st_mtime_ns
+        except OSError:
+            return ()
+        known = self._exports.get(run.id)
+        if known is None or known[0] != changed_at or known[1]:
+            running = tuple(
+                RunningExport(run.name, export.name)
+                for export in read_exports(run)
+                if export.status.state == "running"
+            )
+            known = self._exports[run.id] = (changed_at, running)
+        return known[1]
 
     def _restart_stalled_runner(self, *, is_stalled: bool) -> None:
         """A runner that was killed, or went down with the machine, leaves those that wait without one."""

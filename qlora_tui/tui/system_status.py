@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from qlora_tui.formatting import pluralize
 
 if TYPE_CHECKING:
     from qlora_tui.errors import UserError
@@ -14,6 +17,16 @@ if TYPE_CHECKING:
     from qlora_tui.runs.doctor import Machine
     from qlora_tui.runs.notify import RunNotification
     from qlora_tui.runs.status import Status
+
+
+@dataclass(frozen=True)
+class RunningExport:
+    """An export that a process of its own writes."""
+
+    run: str
+    """Name of the run whose adapter it is."""
+    form: str
+    """What is written, in a few words: ``Q8_0``, ``merged model``."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +51,30 @@ class SystemStatus:
     active_or_last_status: Status | None = None
     waiting_ids: tuple[str, ...] = ()
     """Ids in the queue, the next one first."""
+    exports: tuple[RunningExport, ...] = ()
+    """Exports of any run that are being written."""
     ended_runs: tuple[RunNotification, ...] = ()
     """Notifications of runs that have ended since the last poll."""
+
+    def continues_without_app(self, watched: RunDir | None = None) -> list[str]:
+        """Return a line for all that goes on after the app has ended, and how to come back to it.
+
+        Args:
+            watched: A run that is named rather than the active one, if it is not over either.
+        """
+        from qlora_tui.runs.status import ACTIVE, read_status  # not needed for the first frame
+
+        lines = []
+        run = next((r for r in (watched, self.active) if r and read_status(r).state in ACTIVE), None)
+        back = "qlora-tui"
+        if run is not None:
+            back = f"qlora-tui attach {shlex.quote(run.id)}"
+            lines.append(f"{run.id} continues.")
+        if self.waiting_ids:
+            verb = "waits" if len(self.waiting_ids) == 1 else "wait"
+            lines.append(f"{pluralize(len(self.waiting_ids), 'run')} {verb} in the queue.")
+        lines += [f"The export of {each.run} ({each.form}) continues." for each in self.exports]
+        return [*lines, f"Come back: {back}"] if lines else []
 
     def machine(self, budget: MemoryBudget) -> Machine:
         """What the checks before a launch need to know."""

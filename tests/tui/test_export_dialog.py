@@ -19,8 +19,9 @@ from qlora_tui.runs.exports import (
 )
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs import export_dialog
+from qlora_tui.tui.widgets.bars import TopBar
 from tests.tui.fake_runs import FakeRun, write_fake_run
-from tests.tui.screen_assertions import wait_for_text
+from tests.tui.screen_assertions import wait_for_text, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -43,13 +44,20 @@ async def open_dialog(pilot: Pilot[None]) -> str:
 
 
 async def test_an_export_is_started_and_followed(run: RunDir, tmp_path: Path) -> None:
-    async with QloraApp().run_test(size=(120, 40)) as pilot:
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
         assert "Merged model" in await open_dialog(pilot)
         await wait_for_text(pilot, "tickets-Q8_0")
         await pilot.press("enter")
         await wait_for_text(pilot, "Started", "Exports of this run", "Q8_0  Starting", "x cancel")
         (export,) = read_exports(run)
         assert export.request.out == str(tmp_path / "models" / "tickets-Q8_0.gguf")
+        await wait_until(pilot, lambda: bool(app.system_status.exports))
+        assert "exporting Q8_0" in TopBar.status_options(app.system_status)[0]
+        assert app.system_status.continues_without_app() == [
+            "The export of tickets (Q8_0) continues.",
+            "Come back: qlora-tui",
+        ]
         done = ExportStatus(
             state="finished",
             at=time.time(),

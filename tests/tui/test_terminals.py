@@ -86,6 +86,19 @@ def test_every_terminal_is_painted_and_left_as_it_was(name: str) -> None:
         assert b"\x1b[?25h" in terminal.painted
 
 
+def test_the_shell_says_how_to_come_back_to_an_active_run() -> None:
+    run = write_fake_run(FakeRun(name="tickets", state="running", steps=300, total=3000))
+    with Terminal(APP) as terminal:
+        see(terminal, "300 of 3,000")
+        terminal.press("q")
+        assert terminal.program.wait(DEADLINE_S) == 0
+        while terminal.read(0):
+            pass
+        in_the_shell = terminal.painted.rpartition(b"\x1b[?1049l")[2].decode()
+        assert f"{run.id} continues." in in_the_shell
+        assert f"Come back: qlora-tui attach {run.id}" in in_the_shell
+
+
 def test_back_from_ctrl_z_the_whole_screen_is_painted_again() -> None:
     with Terminal(APP) as terminal:
         see(terminal, "Train")

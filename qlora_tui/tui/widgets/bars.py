@@ -75,9 +75,9 @@ class TopBar(Widget):
         run = _run_text(system_status)
         gpu = _gpu_text(system_status)
         short_run = run.split(" loss ")[0]
-        waiting = len(system_status.waiting_ids) if system_status.active is not None else 0
-        with_queue = [f"{text} · {waiting} waiting   {gpu}" for text in (run, short_run) if waiting]
-        options = [*with_queue, f"{run}   {gpu}", f"{short_run}   {gpu}", run, short_run, gpu, ""]
+        more = _waiting_text(system_status)
+        with_more = [" · ".join(filter(None, (text, more))) for text in (run, short_run)] if more else []
+        options = [f"{text}   {gpu}" for text in (*with_more, run, short_run)] + [run, short_run, gpu, ""]
         return [option.strip() + " " for option in options]
 
 
@@ -92,6 +92,16 @@ def _run_text(system_status: SystemStatus) -> str:
         return f"● {phase_label(status.phase or status.state)}"
     loss = f" loss {format_loss(status.loss)}" if status.loss is not None else ""
     return f"● {format_progress(status.step, status.total_steps)}{loss}"
+
+
+def _waiting_text(system_status: SystemStatus) -> str:
+    """``2 waiting · exporting Q8_0``: what goes on beside the active run."""
+    parts = []
+    if system_status.waiting_ids and system_status.active is not None:
+        parts.append(f"{len(system_status.waiting_ids)} waiting")
+    if exports := system_status.exports:
+        parts.append(f"exporting {exports[0].form if len(exports) == 1 else len(exports)}")
+    return " · ".join(parts)
 
 
 def _gpu_text(system_status: SystemStatus) -> str:
