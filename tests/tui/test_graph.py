@@ -206,7 +206,7 @@ def test_a_small_change_of_the_loss_is_no_cliff_and_all_its_numbers_have_the_sam
     shown = run_plot(facts)
     assert shown.y.high - shown.y.low >= 0.05 * 6.26
     text = "\n".join(line.plain for line in plot(shown, 70, 16)[:-1])
-    assert {len(number.partition(".")[2]) for number in re.findall(r"\d+\.\d+", text)} == {2}
+    assert {len(number.partition(".")[2]) for number in re.findall(r"\d+\.\d+", text)} == {3}
 
 
 def test_the_fill_is_all_that_is_under_the_line() -> None:

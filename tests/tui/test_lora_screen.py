@@ -143,7 +143,7 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
 async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "4.88M of 135M parameters (3.6 %)", "LoRA settings as in preset balanced")
+        await wait_for_text(pilot, "4.88M of 135M parameters (3.6%)", "LoRA settings as in preset balanced")
         await pilot.press("r")
         await wait_for_text(pilot, "9.77M of 135M", "37 MiB on disk", "rank: 16 → 32")
         await pilot.press("R", "a", "d", "s", "w")

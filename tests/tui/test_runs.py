@@ -16,7 +16,7 @@ from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.cli import main
-from qlora_tui.formatting import format_float
+from qlora_tui.formatting import format_loss
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
@@ -75,17 +75,17 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     write_status(run, structs.replace(read_status(run), step=59, loss=9.9))
     view = RunView(run)
     view.refresh()
-    loss = format_float(view.series.loss[-1], 3)
+    loss = format_loss(view.series.loss[-1])
     app = QloraApp()
     async with app.run_test(size=(150, 40)) as pilot:
         await wait_for_text(pilot, f"loss {loss}", "step 60 of 3,000")
         await pilot.press("6")
-        await wait_for_text(pilot, f"{loss}*", "60/3,000")
+        await wait_for_text(pilot, f"{loss}*", "60 of 3,000")
         await pilot.press("enter")
-        await wait_for_text(pilot, f"loss {loss}", "step 60/3,000")
+        await wait_for_text(pilot, f"loss {loss}", "step 60 of 3,000")
     assert main(["runs"]) == 0
     shown = capsys.readouterr().out
-    assert loss in shown and "60/3,000" in shown
+    assert loss in shown and "60 of 3,000" in shown
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ async def test_an_active_run_is_shown_from_its_files_and_followed(set_clock: Set
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
         await wait_for_text(
-            pilot, run.id, "training", "step 100/3,000", "loss", "lr ", "grad ", "tok/s", "util 9"
+            pilot, run.id, "training", "step 100 of 3,000", "loss", "lr ", "grad ", "tok/s", "util 9"
         )
         with EventWriter(run.events_path) as log:
             log.append(step_event(101))
@@ -138,7 +138,7 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50 of 3,000")
         for key in "KEAF":
             await pilot.press(key)
         assert ask_key(run) == ["checkpoint", "evaluate", "sample", "finish_epoch"]
@@ -159,7 +159,7 @@ async def test_a_second_stop_gives_up_the_step() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50 of 3,000")
         await pilot.press("s", "y")
         await wait_for_text(pilot, "Stopping after this step  [s] now")
         await pilot.press("s")
@@ -186,7 +186,7 @@ async def test_the_stop_question_closes_when_the_run_finishes(monkeypatch: pytes
     app = QloraApp()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50 of 3,000")
         await pilot.press("s")
         await wait_for_text(pilot, "Stop the run?")
         write_status(run, structs.replace(read_status(run), state="finished", process=None))
@@ -205,7 +205,7 @@ async def test_an_answer_goes_to_the_run_that_was_asked_about(
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         screen = await watching(app, run)
-        await wait_for_text(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50 of 3,000")
         await pilot.press(keys)
         await wait_for_text(pilot, question)
         screen.attach(other)
@@ -218,7 +218,7 @@ async def test_a_learning_rate_is_checked_before_it_is_sent() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50 of 3,000")
         await pilot.press("L")
         await wait_for_text(pilot, "Learning rate")
         await pilot.press("ctrl+u", *"fast", "enter")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 from textual.content import Content
 
+from qlora_tui.formatting import format_loss
 from qlora_tui.tui.render.series import Envelope
 
 DOTS_WIDE, DOTS_HIGH = 2, 4
@@ -32,6 +33,8 @@ _MIN_BAR = 6
 """Cells below which a bar is left out: it could not be read."""
 _APART = 3
 """Cells between two marks of one kind, so that many do not become a line."""
+_LONG_LOSS = 1000.0
+"""A loss from which labels are short, to leave cells for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred"
 
 
@@ -42,18 +45,16 @@ class Axis:
     low: float
     high: float
     unit: str = ""
-    decimals: int = 0
-    """Least decimals of its labels, which then all have the same."""
 
     def place(self, value: float, cells: int) -> int:
         """The cell that a value falls in: 0 is at ``low``; values outside are clamped to the edge."""
         share = (value - self.low) / (self.high - self.low)
         return min(max(round(share * (cells - 1)), 0), cells - 1)
 
-    def text(self, value: float) -> str:
-        """A value with the decimals of the labels: ``2.78`` where the axis says ``3.00``."""
-        step = tick_step(self.low, self.high, _GRID_PARTS)
-        return label(value, step, max(self.decimals, _decimals(step))) if math.isfinite(value) else "NaN"
+    def text(self, value: float, step: float) -> str:
+        """The label of a round value, ``step`` from the next one; of a loss, as losses are formatted."""
+        is_short = self.unit == "loss" and max(abs(self.low), abs(self.high)) < _LONG_LOSS
+        return format_loss(value) if is_short else label(value, step)
 
 
 def column_of(value: float, x: Axis, columns: int) -> int:
@@ -87,9 +88,7 @@ def loss_axis(low: float, high: float) -> Axis:
     least = _LEAST_SPAN * max(abs(low), abs(high))
     if high - low < least:
         low, high = (low + high - least) / 2, (low + high + least) / 2
-    size = max(abs(low), abs(high))
-    decimals = 2 if size < 100 else 1 if size < 1000 else 0
-    return replace(rounded(low, high, unit="loss"), decimals=decimals)
+    return rounded(low, high, unit="loss")
 
 
 def so_far(done: float, total: float, unit: str = "") -> Axis:
@@ -117,16 +116,11 @@ def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
     first = math.ceil(axis.low / step - 1e-9)
     last = math.floor(axis.high / step + 1e-9)
     values = [_clean(i * step) for i in range(first, last + 1)]
-    return [(value, axis.text(value) if axis.decimals else label(value, step)) for value in values]
+    return [(value, axis.text(value, step)) for value in values]
 
 
-def label(value: float, step: float, decimals: int = 0) -> str:
-    """The shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``.
-
-    ``decimals``: what it has at least, for labels beside numbers that have as many.
-    """
-    if decimals and max(abs(value), step) < 1e4:
-        return f"{value:,.{decimals}f}"
+def label(value: float, step: float) -> str:
+    """The shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``."""
     if value == 0:
         return "0"
     size = max(abs(value), step)

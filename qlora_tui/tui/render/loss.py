@@ -82,27 +82,27 @@ def run_plot(facts: LossFacts) -> Plot:
             Curve(facts.mean_loss, "smoothed", TRAINING_STYLE, fill=FILL),
         ),
         marks=tuple(marks),
-        legend=_legend(facts, y),
+        legend=_legend(facts),
         empty=facts.empty,
     )
 
 
-def _legend(facts: LossFacts, y: Axis) -> tuple[tuple[str, str], ...]:
-    """The newest values, with the decimals of the axis."""
+def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
+    """The newest values."""
     items: list[tuple[str, str]] = []
     if facts.last_loss is not None:
-        items.append((f"· {y.text(facts.last_loss)}", "dim"))
+        items.append((f"· {format_loss(facts.last_loss)}", "dim"))
     if facts.last_mean is not None:
-        items.append((f"━ smoothed {y.text(facts.last_mean)}", f"{TRAINING_STYLE} bold"))
+        items.append((f"━ smoothed {format_loss(facts.last_mean)}", f"{TRAINING_STYLE} bold"))
     last = facts.evaluations[-1] if facts.evaluations else None
     if last is not None and last != facts.best:
-        items.append((f"{VALIDATION} validation {y.text(last[1])}", VALIDATION_STYLE))
+        items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
     if facts.best is not None:
         step, loss = facts.best
         if (before := facts.loss_to_beat) is None:
-            items.append((f"{BEST} best {y.text(loss)} at {step:,}", f"{VALIDATION_STYLE} bold"))
+            items.append((f"{BEST} best {format_loss(loss)} at {step:,}", f"{VALIDATION_STYLE} bold"))
         else:
-            lowest = f"{BEST} lowest {y.text(loss)} at {step:,}, {y.text(before)} before training"
+            lowest = f"{BEST} lowest {format_loss(loss)} at {step:,}, {format_loss(before)} before training"
             items.append((lowest, "$warning bold"))
     items += facts.more
     if any(facts.loss.broken):
