@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
@@ -31,6 +32,17 @@ STALLED_S = 5.0
 _NOTIFIED: frozenset[State] = frozenset(("finished", "failed"))
 
 
+@dataclass(frozen=True)
+class _Exports:
+    """A run's exports as they were last read."""
+
+    folder_at: int
+    """When a file in the run's folder was last replaced, in ns."""
+    changed_at: int | None
+    """When an export was last begun or deleted, in ns; None for a run without exports."""
+    running: tuple[RunningExport, ...]
+
+
 class SystemMonitor:
     """Looks at the machine; cheap enough for once a second."""
 
@@ -41,8 +53,7 @@ class SystemMonitor:
         """When a file in the run's folder was last replaced, in ns, and its status then."""
         self._training: set[str] = set()
         """Ids of runs seen in training, whose end will be news."""
-        self._exports: dict[str, tuple[int, tuple[RunningExport, ...]]] = {}
-        """When a run's folder of exports was last changed, in ns, and those that were running then."""
+        self._exports: dict[str, _Exports] = {}
         self._driver: Nvml | None = None
         self._choice: GpuChoice | None = None
         self._gpu_problem: UserError | None = None
@@ -82,20 +93,24 @@ class SystemMonitor:
         )
 
     def _running_exports(self, run: RunDir) -> tuple[RunningExport, ...]:
-        """The exports of a run that are being written; its folder is read only while there may be any."""
+        """The exports of a run that are being written; read only while there may be any."""
+        # A run's first export makes a folder in the run's own, whose time has been read.
+        folder_at = self._statuses[run.id][0]
+        known = self._exports.get(run.id)
+        if known is not None and known.changed_at is None and known.folder_at == folder_at:
+            return ()
         try:
             changed_at = exports_dir(run).stat().st_mtime_ns
         except OSError:
-            return ()
-        known = self._exports.get(run.id)
-        if known is None or known[0] != changed_at or known[1]:
-            running = tuple(
-                RunningExport(run.name, export.name)
-                for export in read_exports(run)
-                if export.status.state == "running"
+            changed_at = None
+        if known is None or known.changed_at != changed_at or known.running:
+            exports = read_exports(run) if changed_at is not None else []
+            running = (each for each in exports if each.status.state == "running")
+            known = _Exports(
+                folder_at, changed_at, tuple(RunningExport(run.name, each.name) for each in running)
             )
-            known = self._exports[run.id] = (changed_at, running)
-        return known[1]
+            self._exports[run.id] = known
+        return known.running
 
     def _restart_stalled_runner(self, *, is_stalled: bool) -> None:
         """A runner that was killed, or went down with the machine, leaves those that wait without one."""

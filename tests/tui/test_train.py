@@ -73,7 +73,7 @@ async def test_an_active_run_is_shown_from_its_files_and_followed(set_clock: Set
         with EventWriter(run.events_path) as log:
             log.append(step_event(101))
             log.append(Evaluated(at=BEGAN + 191, step=101, loss=0.5, best=True))
-        await wait_for_text(pilot, "step 101/3,000", "★ best 0.50 at 101")
+        await wait_for_text(pilot, "step 101 of 3,000", "★ best 0.500 at 101")
 
 
 async def test_answers_of_an_ended_run_are_shown() -> None:
@@ -325,7 +325,7 @@ async def test_a_run_queued_behind_another_leaves_the_active_one_on_the_screen(
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50 of 3,000")
         await pilot.press("n")
         assert isinstance(app.screen, TrainScreen)
         await app.screen.action_launch().wait()
@@ -351,7 +351,7 @@ async def test_the_answers_tab_says_which_key_asks_for_them() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "step 50/3,000")
+        await wait_for_text(pilot, "step 50 of 3,000")
         await pilot.press("tab")
         shown = await wait_for_text(pilot, "No answers yet")
         assert "Press [A] to answer them now." in " ".join(shown.split())

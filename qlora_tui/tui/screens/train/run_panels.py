@@ -18,6 +18,7 @@ from qlora_tui.formatting import (
     format_count,
     format_duration,
     format_float,
+    format_kwh,
     format_loss,
     format_loss_change,
     format_number,
@@ -234,7 +235,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if following := next_evaluation(snapshot.recipe, view.data, snapshot.step):
         facts.append(f"next evaluation at {following:,}")
     if snapshot.energy_kwh is not None:
-        facts.append(format_energy(snapshot.energy_kwh))
+        facts.append(format_kwh(snapshot.energy_kwh))
     return facts or ["starting"]
 
 
