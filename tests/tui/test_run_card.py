@@ -47,7 +47,7 @@ def test_a_card_says_what_was_trained_and_what_came_of_it() -> None:
     shown = words_of(root)
     for said in (
         *("SmolLM2-135M-Instruct", "conversations.jsonl · 212 samples", "nf4 · r16 all-linear"),
-        *("5.01", "2.78", "44% lower", "81 steps", "16 min", "29 tok/s", "1.4 GiB", "AMD EPYC"),
+        *("5.006", "2.781", "44% lower", "81 steps", "16 min", "29 tok/s", "1.4 GiB", "AMD EPYC"),
         *("What do you do on a rainy day?", "I'm a helpful AI", "Keeper's log: Black sky, no wind."),
     ):
         assert said in shown

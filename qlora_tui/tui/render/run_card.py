@@ -15,7 +15,10 @@ from qlora_tui.formatting import (
     format_bytes,
     format_count,
     format_duration,
+    format_kwh,
     format_loss,
+    format_percent,
+    format_speed,
     pluralize,
     short_model_name,
 )
@@ -103,9 +106,9 @@ def _facts(view: RunView, run: RunDir) -> tuple[tuple[str, str], ...]:
     facts = [
         ("hardware", device.removeprefix("NVIDIA GeForce ").removeprefix("NVIDIA ")),
         ("time in steps", format_duration(seconds) if seconds else ""),
-        ("speed", "" if speed is None else f"{speed:,.0f} tok/s"),
+        ("speed", "" if speed is None else f"{format_speed(speed)} tok/s"),
         ("peak memory", "" if view.memory is None else format_bytes(view.memory.measured_bytes)),
-        ("energy", "" if kwh is None else f"{kwh:.2f} kWh"),
+        ("energy", "" if kwh is None else format_kwh(kwh)),
         (
             "trained",
             "" if view.adapter is None else f"{format_count(view.adapter.trained_parameters)} weights",
@@ -184,7 +187,9 @@ def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
             end += 58
         parts.append(text(end, _TOP + 88, format_loss(after), color, size=54, bold=True))
         if before:
-            change = f"{abs(after - before) / before:.0%} {'lower' if after < before else 'higher'}"
+            change = (
+                f"{format_percent(abs(after - before) / before)} {'lower' if after < before else 'higher'}"
+            )
             parts.append(text(x + width, _TOP + 32, change, color, size=17, anchor="end", bold=True))
     rows = (len(card.facts) + 1) // 2
     step = min(66.0, (height - 116) / max(1, rows))
