@@ -45,7 +45,7 @@ from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
-from tests.tui.screen_assertions import wait_for_text, wait_until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder
 
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path=str(CONVERSATIONS)),)))
@@ -63,7 +63,9 @@ def after(state: State, **how: Any) -> HomeState:
 
 def test_a_download_that_ends_during_a_reading_leaves_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = HomeReader(0.0, 0.0)
-    monkeypatch.setattr(home_reader, "list_local_models", lambda: [SimpleNamespace(refusal=None)])
+    monkeypatch.setattr(
+        home_reader, "list_local_models", lambda: [SimpleNamespace(refusal=None, architecture=None)]
+    )
     monkeypatch.setattr(home_reader, "data_error", lambda data: reader.invalidate_models())
     layout = HomeLayout(80, 40, 40, is_compact=False)
     facts = reader.read(Workbench(), budget_for(None), SystemStatus(), 0.0, layout)
@@ -143,11 +145,38 @@ async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
 async def test_a_new_user_is_offered_the_demo_or_the_hub() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, DEMO.text, "Search the Hub", "No runs yet")
+        await wait_for_text(pilot, DEMO.text, "Search the Hub", "Good first models", "[1]")
         await pilot.press("enter")
         await wait_for_text(pilot, "260 MiB", "only when you launch it")
         await pilot.press("n")
         assert isinstance(app.screen, HomeScreen)
+
+
+async def test_a_first_model_is_downloaded_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = []
+
+    def start(model_id: str) -> downloads.Download:
+        began.append(model_id)
+        child = subprocess.Popen(["sleep", "0"], stdout=subprocess.PIPE)
+        return downloads.Download(model_id, model_id, child)
+
+    monkeypatch.setattr(downloads, "start", start)
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(
+            pilot, "Good first models", "Tab, Enter download", "none yet  [1]", "none yet  [2]"
+        )
+        assert "Queue" not in text_of(app) and "No runs" not in text_of(app)
+        await pilot.press("tab", "down", "enter")
+        await wait_until(pilot, lambda: began)
+        assert app.current_mode == "models" and began == ["Qwen/Qwen3-0.6B"]
+
+
+async def test_home_says_how_long_the_next_run_takes(private_home: Path) -> None:
+    app = QloraApp()
+    app.workbench.replace(_ready(private_home))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "Check the recipe", "time    unknown until the first steps")
 
 
 async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,7 +16,7 @@ import psutil
 from textual.content import Content
 
 from qlora_tui import paths
-from qlora_tui.catalog.local_models import ModelNotFoundError, list_local_models
+from qlora_tui.catalog.local_models import LocalModel, ModelNotFoundError, list_local_models
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
@@ -32,15 +33,16 @@ from qlora_tui.formatting import (
     short_model_name,
 )
 from qlora_tui.memory import Estimate, check_fit
-from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.budget import MemoryBudget, budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
+from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
-from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.charts import bar, labeled, meter, sparkline
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
@@ -57,6 +59,8 @@ from qlora_tui.tui.render.labels import (
     targets_words,
 )
 from qlora_tui.tui.render.loss import mean_losses
+from qlora_tui.tui.screens.models.model_facts import need
+from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, starters
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
@@ -88,6 +92,8 @@ class HomeState:
     """The fix that its failure suggests."""
     edited_since: bool = False
     """Whether the recipe was changed after it ended: another run is being prepared."""
+    duration: str = ""
+    """How long a run with the recipe takes, in a few words; empty if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,11 @@ def _resume(now: HomeState) -> NextStep:
 
 
 def _is_complete(now: HomeState) -> bool:
-    return bool(now.recipe.model.id and now.recipe.data.sources)
+    return _has_model_and_data(now.recipe)
+
+
+def _has_model_and_data(recipe: Recipe) -> bool:
+    return bool(recipe.model.id and recipe.data.sources)
 
 
 def _prepare(now: HomeState) -> NextStep:
@@ -186,7 +196,10 @@ def _prepare(now: HomeState) -> NextStep:
         return NextStep(
             "go.memory", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is"
         )
-    return NextStep("home.prepare", "prepare", "Check the recipe", "the Train screen checks and launches it")
+    why = "the Train screen checks and launches it"
+    if now.duration:
+        why = f"{now.duration} of training here; {why}"
+    return NextStep("home.prepare", "prepare", "Check the recipe", why)
 
 
 def _ended(state: State | None) -> str:
@@ -201,6 +214,8 @@ _LABEL = 8
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Cells from which the list of runs has curves, and models and settings."""
+_LEAST_MODEL_CELLS = 40
+"""Cells of a line of the models to choose from, at least."""
 _MAX_RECENT = 40
 """Runs that are read for the list of recent ones, more than a window of 60 rows shows."""
 
@@ -230,6 +245,10 @@ class HomeFacts:
     """The active or last run."""
     recent: tuple[RunSummary, ...]
     """The runs before it, the newest first."""
+    models: ListedModels | None = None
+    """Models to choose from before there is a run; None once the recipe has one."""
+    is_estimate: bool = False
+    """Whether the steps of the next run are estimated, since its samples were not counted."""
 
 
 def gpu_lines(
@@ -276,6 +295,19 @@ def gpu_lines(
             meter("memory", share or 0.0, memory, _LABEL, width),
         ]
     return lines if is_compact else [*lines, *_host_lines(width)]
+
+
+def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
+    """The GPU, or what is used instead, with memory and disk: one line, for a window without a run."""
+    line = gpu_lines(system_status, budget, width, is_compact=True)[0]
+    memory = psutil.virtual_memory()
+    free = [f"RAM {format_gib(memory.available)} of {format_gib(memory.total)} GiB free"]
+    with suppress(OSError):
+        free.append(f"disk {format_gib(shutil.disk_usage(paths.state_dir()).free)} GiB free")
+    parts = [line, *(Content.styled(text, "dim") for text in free)]
+    while len(parts) > 1 and sum(part.cell_length + 3 for part in parts) > width:
+        parts.pop()
+    return Content("   ").join(parts)
 
 
 def _host_lines(width: int) -> list[Content]:
@@ -422,9 +454,15 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
 
 
 def recipe_lines(
-    workbench: Workbench, budget: MemoryBudget, estimate: Estimate | None, width: int, *, is_compact: bool
+    workbench: Workbench,
+    budget: MemoryBudget,
+    estimate: Estimate | None,
+    expected: Forecast | None,
+    width: int,
+    *,
+    is_compact: bool,
 ) -> list[Content]:
-    """The recipe being edited, and whether it fits: an item a line, or two lines where that is too long."""
+    """The recipe being edited, whether it fits and how long it takes: an item a line, or as few as can be."""
     recipe, refusal = workbench.recipe, workbench.model_refusal()
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
     memory: list[Content] = []
@@ -439,8 +477,9 @@ def recipe_lines(
         memory = [line]
     elif isinstance(compared, UserError) and recipe.model.id:
         memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]
+    time = _time_words(expected)
     if is_compact:
-        return [Content(recipe_line(workbench)), *memory]
+        return [Content(recipe_line(workbench)), *memory, *([time] if expected else [])]
     size = ""
     if not isinstance(architecture, UserError):
         size = f"   {format_count(architecture.total_params)} parameters, {architecture.layers} layers"
@@ -448,17 +487,45 @@ def recipe_lines(
     targets = f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, 40)}"
     rate = f"   learning rate {format_rate(recipe.training.learning_rate)}"
     rows = [
-        ("model", short_model_name(recipe.model.id) or "none yet", size),
-        ("data", data_words(recipe), ""),
+        ("model", short_model_name(recipe.model.id) or _none_yet("go.models"), size),
+        ("data", data_words(recipe) if recipe.data.sources else _none_yet("go.data"), ""),
         ("LoRA", targets, ""),
         ("length", batch_words(recipe), rate),
     ]
     lines = [labeled(name, Content.assemble(value, (note, "dim")), _LABEL) for name, value, note in rows]
-    return [*lines, *memory]
+    return [*lines, *memory, *([labeled("time", time, _LABEL)] if expected else [])]
 
 
-def next_lines(step: NextStep, others: tuple[NextStep, ...], width: int) -> list[Content]:
-    """The suggested step with its key and reason, and the alternatives."""
+def _none_yet(command: str) -> Content:
+    """``none yet  [1]``, with the key that leads to where one is selected."""
+    return Content.assemble("none yet  ", highlight_keys(key_name(command)))
+
+
+def model_lines(
+    models: ListedModels, selected: str | None, key: str, width: int
+) -> list[tuple[str, Content]]:
+    """(id, line) of each model to choose from; where there is room the selected one has its key beside it."""
+    if width < _MIN_WIDTH_FOR_CURVES:
+        return models.lines("", "", max(_LEAST_MODEL_CELLS, width))
+    verb = "select" if (selected or "").startswith(LOCAL) else "download"
+    hint = Content.assemble("  ", (key, "bold $key"), f" {verb}")
+    lines = models.lines("", "", width - len(f"  {key} download"))
+    return [(id_, line + hint if id_ == selected else line) for id_, line in lines]
+
+
+def _time_words(expected: Forecast | None) -> Content:
+    """``About 25 min   54 steps, judging by vicuna-1``."""
+    if expected is None:
+        return Content("")
+    if expected.time is None:
+        return Content.assemble("unknown until the first steps", (f"   {expected.steps}", "dim"))
+    return Content.assemble(expected.duration, (f"   {expected.steps}, {expected.time.source}", "dim"))
+
+
+def next_lines(
+    step: NextStep, others: tuple[NextStep, ...], width: int, *, is_large: bool = False
+) -> list[Content]:
+    """The suggested step with its key and reason, and the alternatives; ``is_large``: with air between."""
     keys = [key_name("home.next"), *(key_name(other.command) for other in others)]
     column = max(map(len, keys))
     lines = []
@@ -471,7 +538,9 @@ def next_lines(step: NextStep, others: tuple[NextStep, ...], width: int) -> list
             (also, "dim"),
         )
         why = Content.styled(each.why, "dim")
-        if first.cell_length + 2 + why.cell_length <= width:
+        if is_large:
+            lines += [Content(""), first, Content(" " * (column + 4)) + why]
+        elif first.cell_length + 2 + why.cell_length <= width:
             lines.append(Content.assemble(first, "  ", why))
         else:
             indent = column + 4
@@ -487,10 +556,12 @@ class HomeReader:
         """Unix time at which the app was last looked at before this start, or of the first start."""
         self._started_at = started_at
         self._summaries = SummaryCache()
-        self._local_models: int | None = None
+        self._local_models: list[LocalModel] | None = None
+        self._forecast: tuple[object, Forecast | None] = (None, None)
+        self._to_choose: tuple[object, ListedModels | None] = (None, None)
 
     def invalidate_models(self) -> None:
-        """Count the local models again at the next read."""
+        """List the local models again at the next read."""
         self._local_models = None
 
     def read(
@@ -500,11 +571,12 @@ class HomeReader:
         system_status: SystemStatus,
         now: float,
         layout: HomeLayout,
+        counts: int = 0,
     ) -> HomeFacts:
-        """Read everything, for panels of these widths."""
+        """Read everything, for panels of these widths; ``counts``: how often samples were counted."""
         local_models = self._local_models  # the app may invalidate it meanwhile
         if local_models is None:
-            local_models = sum(model.refusal is None for model in list_local_models())
+            local_models = [model for model in list_local_models() if model.refusal is None]
             self._local_models = local_models
         status = system_status.active_or_last_status
         is_news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
@@ -521,12 +593,13 @@ class HomeReader:
             else []
         )
         problem, refusal = data_error(workbench.recipe.data), workbench.model_refusal()
+        expected = self._expected(workbench.recipe, system_status, counts)
         state = HomeState(
             recipe=workbench.recipe,
             model_error=refusal.title if refusal else "",
             can_download=isinstance(refusal, MissingFilesError | ModelNotFoundError),
             data_error=problem.title if problem else "",
-            local_models=local_models,
+            local_models=len(local_models),
             verdict="" if estimate is None else check_fit(estimate, budget.bytes).word,
             last_run=summary.name if summary else "",
             last_state=status.state if status else None,
@@ -535,6 +608,7 @@ class HomeReader:
             last_total_steps=status.total_steps if status else 0,
             last_fix=summary.fix if summary else "",
             edited_since=status is not None and draft_written_at() > status.at,
+            duration=expected.duration if expected else "",
         )
         step = next_step(state)
         if summary is None:
@@ -543,18 +617,55 @@ class HomeReader:
             waiting = [RunDir(paths.runs_dir() / id_).name for id_ in system_status.waiting_ids[:1]]
             run = run_lines(summary, while_away, now, layout, waiting)
         lines = {
-            "next": next_lines(step, other_steps(state, step), layout.wide),
+            "next": next_lines(
+                step,
+                other_steps(state, step),
+                layout.wide,
+                is_large=summary is None and not layout.is_compact,
+            ),
             "run": run,
-            "gpu": gpu_lines(system_status, budget, layout.right, is_compact=layout.is_compact),
+            "gpu": [machine_line(system_status, budget, layout.wide)]
+            if summary is None
+            else gpu_lines(system_status, budget, layout.right, is_compact=layout.is_compact),
             "queue": queue_lines(system_status.waiting_ids),
-            "recipe": recipe_lines(workbench, budget, estimate, layout.wide, is_compact=layout.is_compact),
+            "recipe": recipe_lines(
+                workbench, budget, estimate, expected, layout.wide, is_compact=layout.is_compact
+            ),
         }
         return HomeFacts(
             {name: tuple(texts) for name, texts in lines.items()},
             step,
             summary,
             self._recent(system_status),
+            None if summary else self._models(workbench.recipe, budget, local_models),
+            is_estimate=expected is not None and not expected.length.is_exact,
         )
+
+    def _expected(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> Forecast | None:
+        """How long a run with the recipe takes, read again when that may have changed."""
+        if not _has_model_and_data(recipe):
+            return None
+        machine = system_status.machine(budget_for(system_status.gpu))
+        last = system_status.active_or_last_status
+        key = (recipe, counts, machine.budget, last.state if last else None)
+        if key != self._forecast[0]:
+            self._forecast = (key, forecast(recipe, machine))
+        return self._forecast[1]
+
+    def _models(self, recipe: Recipe, budget: MemoryBudget, local: list[LocalModel]) -> ListedModels | None:
+        """Models of this machine and those to start with, while the recipe has none."""
+        if recipe.model.id:
+            return None
+        key = (recipe, budget, id(local))
+        if key != self._to_choose[0]:
+            needs = {}
+            for model in local:
+                with suppress(UserError):
+                    if model.architecture is not None:
+                        needs[model.path] = need(model.architecture, recipe, budget)
+            listed = ListedModels(local=local, needs=needs, starters=starters(recipe, budget))
+            self._to_choose = (key, listed)
+        return self._to_choose[1]
 
     def _recent(self, system_status: SystemStatus) -> tuple[RunSummary, ...]:
         """The runs before the last."""

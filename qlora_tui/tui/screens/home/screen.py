@@ -14,13 +14,14 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
+from textual.widgets import OptionList
 
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.ui_state import load_ui_state, save_ui_state
-from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViList, ViScroll
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader, NextStep
+    from qlora_tui.tui.screens.models.model_list import ListedModels
     from qlora_tui.tui.workbench import Workbench
 
 _LAST_SEEN_INTERVAL_S = 30.0
@@ -73,6 +75,26 @@ class HomeScreen(WorkScreen):
               &.-very-wide #home-side {
             width: 60;
         }
+        #models-panel, #models-to-choose {
+            height: auto;
+        }
+        &.-first {
+            #home-top {
+                layout: vertical;
+                height: auto;
+                min-height: 0;
+            }
+            #home-side {
+                width: 100%;
+                height: auto;
+            }
+            #run-panel {
+                display: none;
+            }
+            #queue-panel {
+                height: auto;
+            }
+        }
         &.-narrow, &.-short {
             #home-top {
                 layout: vertical;
@@ -110,10 +132,13 @@ class HomeScreen(WorkScreen):
         self._started_at = clock.now()
         self._seen_at = load_ui_state().last_seen or self._started_at
         self._reading = False
+        self._models: ListedModels | None = None
+        """Models to choose from before there is a run."""
 
     def compose_body(self) -> Iterable[Widget]:
         with ViScroll(id="home"):
             yield Panel("Next step", Lines(id="next"), id="next-panel")
+            yield Panel("Good first models", ViList(id="models-to-choose"), id="models-panel")
             with Horizontal(id="home-top"):
                 yield Panel(
                     "Run",
@@ -138,7 +163,7 @@ class HomeScreen(WorkScreen):
             )
 
     def on_mount(self) -> None:
-        self.query_one("#next-panel").border_subtitle = "qlora-tui"
+        self.query_one("#models-panel").display = False
         _save_last_seen()
         self.set_interval(_LAST_SEEN_INTERVAL_S, _save_last_seen)
 
@@ -179,6 +204,8 @@ class HomeScreen(WorkScreen):
         for panel, lines in facts.lines.items():
             self._show_lines(panel, lines)
         self._show_run(facts)
+        if facts.is_estimate:
+            app.count_samples()
 
     @property
     def _last_run(self) -> RunDir:
@@ -223,6 +250,42 @@ class HomeScreen(WorkScreen):
         from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 
         show_export_dialog(self.app, self._last_run)
+
+    def _show_models(self) -> None:
+        """Show the models to choose from, with the key beside the one under the cursor."""
+        if self._models is None:
+            return
+        from qlora_tui.tui.screens.home.reader import model_lines
+
+        list_ = self.query_one("#models-to-choose", ViList)
+        key = "Enter" if list_.has_focus else "Tab, Enter"
+        # In a narrow window the rows have no room for the key.
+        title = "Good first models"
+        title += f": {key}" if self.has_class("-narrow") else ""
+        self.query_one("#models-panel", Panel).show_title(title)
+        list_.show(partial(model_lines, self._models, list_.current, key))
+
+    def on_option_list_option_highlighted(self) -> None:
+        self._show_models()
+
+    def on_descendant_focus(self) -> None:
+        self._show_models()
+
+    def on_descendant_blur(self) -> None:
+        self._show_models()
+
+    async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Select a model of this machine, or download one on the Model screen."""
+        from qlora_tui.tui.screens.models.model_list import DEMO_LINE, LOCAL, STARTER
+        from qlora_tui.tui.screens.models.screen import show_download
+
+        chosen = event.option_id or ""
+        if chosen == DEMO_LINE:
+            await self.action_demo()
+        elif chosen.startswith(LOCAL):
+            self.app.edit("model.id", chosen.removeprefix(LOCAL))
+        elif chosen.startswith(STARTER):
+            await show_download(self.app, chosen.removeprefix(STARTER))
 
     async def action_demo(self) -> None:
         """Fetch the demo's model, if it is not there, and prepare a run of it."""
@@ -276,7 +339,7 @@ class HomeScreen(WorkScreen):
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
         budget, now = self.app.memory_budget, clock.now()
-        return self._reader.read(workbench, budget, system_status, now, self._layout(size))
+        return self._reader.read(workbench, budget, system_status, now, self._layout(size), self.app.counts)
 
     def _layout(self, size: Size) -> HomeLayout:
         from qlora_tui.tui.screens.home.reader import HomeLayout
@@ -300,6 +363,12 @@ class HomeScreen(WorkScreen):
         from qlora_tui.tui.screens.home.reader import recent_lines
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None
+        self.set_class(is_new, "-first")
+        self.query_one("#models-panel").display = facts.models is not None
+        # Tab goes to the models, if there are any to choose from.
+        self.query_one("#home").can_focus = facts.models is None
+        self._models = facts.models
+        self._show_models()
         panel = self.query_one("#run-panel", Panel)
         panel.show_title("Run" if is_new or is_active else "Last run")
         keys = (("go.train", "watch"),) if is_active else (("go.train", "open"), ("home.export", "export"))
@@ -309,7 +378,7 @@ class HomeScreen(WorkScreen):
         graph.show(partial(plot, summary_plot(facts.last)))
         is_compact = self._layout(self.size).is_compact
         queue, is_waiting = self.query_one("#queue-panel", Panel), bool(self.app.system_status.waiting_ids)
-        queue.display = is_waiting or not is_compact
+        queue.display = is_waiting or not (is_compact or is_new)
         queue.empty = "" if is_waiting else "empty"
         workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"

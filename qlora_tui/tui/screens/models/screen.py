@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textual import work
 from textual.containers import Horizontal, Vertical
@@ -40,6 +41,9 @@ from qlora_tui.tui.screens.models.model_list import HUB, LOCAL, ListedModels, St
 from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.ui_state import add_recent, load_ui_state, recent_paths
 from qlora_tui.tui.widgets.controls import Lines, Panel, TextField, ViList
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
 
 EMPTY = (
     "No models on this machine yet. Press {models.download} to download one of these, or {models.filter} to "
@@ -315,3 +319,10 @@ class ModelsScreen(WorkScreen):
         if self._models.lists_starters:
             self._models.starters = await asyncio.to_thread(starters, recipe, budget)
         self._show_list()
+
+
+async def show_download(app: QloraApp, model_id: str) -> None:
+    """Go to the Model screen, and download a model of the Hub there."""
+    await app.switch_mode("models")
+    if isinstance(app.screen, ModelsScreen):
+        app.screen.query_one(DownloadsPanel).start(model_id)
