@@ -13,6 +13,7 @@ from textual.actions import ActionParseResult, SkipAction
 from textual.app import App
 from textual.binding import BindingType
 from textual.color import Color
+from textual.command import CommandPalette
 from textual.dom import DOMNode
 from textual.events import Resize
 from textual.signal import Signal
@@ -23,7 +24,7 @@ from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import desktop, themes
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
-from qlora_tui.tui.command_palette import CommandProvider
+from qlora_tui.tui.command_palette import CommandProvider, previewed_theme
 from qlora_tui.tui.commands import EVERYWHERE, NUMBERED_SCREENS
 from qlora_tui.tui.key_names import key_names
 from qlora_tui.tui.line_filters import TWO_COLORS
@@ -316,6 +317,18 @@ class QloraApp(TerminalApp):
             if not self.disk_faults.notify(self, error):
                 raise
         self.recipe_changed.publish(self.workbench.recipe)
+
+    def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:
+        """Show the theme under the cursor of the palette."""
+        name = previewed_theme(message) if not self.no_color else ""
+        name = name or self._wanted_theme
+        if name in self.available_themes:
+            self.theme = name
+
+    def on_command_palette_closed(self, message: CommandPalette.Closed) -> None:
+        """Back to the theme of the settings, unless another one was chosen."""
+        if not message.option_selected and self._wanted_theme in self.available_themes:
+            self.theme = self._wanted_theme
 
     def copy_to_clipboard(self, text: str) -> None:
         """Copy in every way the terminal offers, and notify which one worked."""

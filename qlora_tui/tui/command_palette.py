@@ -1,15 +1,21 @@
-"""The command palette: every command of the screen in front, of the app, and of the other screens.
+"""The command palette: commands that work now, those of other screens, runs, models, presets and themes.
 
-A command of another screen acts on what is selected there, so the palette only opens that screen.
+What was used last comes first. A command of another screen acts on what is selected there, so the palette
+only opens that screen. A theme is shown while the cursor is on it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.actions import parse
+from textual.command import CommandPalette, DiscoveryHit, Hit, Hits, Provider
+from textual.content import Content
 from textual.fuzzy import Matcher
 from textual.markup import escape
 
@@ -17,69 +23,183 @@ from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, screen_commands
 from qlora_tui.tui.key_names import bare_key
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.themes import theme_names
+from qlora_tui.tui.ui_state import add_recent, recent, recent_paths
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _OTHER_SCREEN_FACTOR = 0.8
 """Factor on the score of commands of other screens, which are listed after those of the current one."""
-
 _HELP_SCORE = 0.3
 """Score of a command whose title does not match, where its help has words that begin like the query's."""
+_SHOWN_RECENT = 5
+_RECENT_BONUS = 0.2
+"""Share by which what was used lately scores higher."""
 
-_THEME_HELP = "Use this theme, now and at every start."
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the palette."""
+
+    key: str
+    """What it is remembered by: ``run:20261130-tickets``, ``command:train.launch``."""
+    title: str
+    help: str
+    use: Callable[[], Awaitable[object] | object]
+    theme: str = ""
+    """The theme that it selects, which is shown while the cursor is on it."""
+    factor: float = 1.0
+    """Factor on its score."""
 
 
 class CommandProvider(Provider):
-    """Runs the same actions as the keys."""
+    """Runs the same actions as the keys, and opens what has a name."""
+
+    _objects: list[Entry] | None = None
 
     async def discover(self) -> Hits:
-        for command in self._commands():
-            yield DiscoveryHit(self._title(command), partial(self._run, command), help=escape(command.help))
+        commands = {entry.key: entry for entry in self._commands_here()}
+        keys = recent("palette")[:_SHOWN_RECENT]
+        known = dict(commands)
+        if any(key not in known for key in keys):
+            known |= {entry.key: entry for entry in (*self._commands_elsewhere(), *await self._named())}
+        first = {key: known[key] for key in keys if key in known}
+        for entry in (first | commands).values():
+            yield DiscoveryHit(Content(entry.title), self._use(entry), help=escape(entry.help))
 
     async def search(self, query: str) -> Hits:
-        matcher = self.matcher(query)
-        for command in self._commands():
-            title = self._title(command)
-            if (score := _score(matcher, query, title, command)) > 0:
-                yield Hit(
-                    score, matcher.highlight(title), partial(self._run, command), help=escape(command.help)
-                )
-        for name in await asyncio.to_thread(theme_names):
-            title = f"Theme: {name}"
-            if (score := matcher.match(title)) > 0:
-                yield Hit(score, matcher.highlight(title), partial(self._use_theme, name), help=_THEME_HELP)
-        mode = self.screen.MODE if isinstance(self.screen, WorkScreen) else ""
-        others = ((entry, command) for entry in SCREENS for command in screen_commands(entry.name))
-        for entry, command in others:
-            title = self._title(command, f" on {entry.label}")
-            score = _OTHER_SCREEN_FACTOR * _score(matcher, query, title, command)
-            if entry.name != mode and score > 0:
-                opening, help_ = entry.opened_by, f"Opens {entry.label}. {command.help}"
-                yield Hit(score, matcher.highlight(title), partial(self._run, opening), help=escape(help_))
+        matcher, lately = self.matcher(query), recent("palette")
+        for entry in (*self._commands_here(), *await self._named(), *self._commands_elsewhere()):
+            score = _score(matcher, query, entry)
+            if score > 0:
+                score *= entry.factor * (1 + _RECENT_BONUS * (entry.key in lately))
+                yield Hit(score, matcher.highlight(entry.title), self._use(entry), help=escape(entry.help))
 
-    def _commands(self) -> tuple[Command, ...]:
+    def _use(self, entry: Entry) -> partial[Awaitable[object] | object]:
+        return partial(_use, entry)
+
+    def _commands_here(self) -> Iterator[Entry]:
+        """Commands that do something now."""
         here = self.screen.SCREEN_COMMANDS if isinstance(self.screen, WorkScreen) else ()
-        return (*here, *EVERYWHERE)
+        for command in (*here, *EVERYWHERE):
+            if works(self._app, self.screen, command):
+                yield self._entry(command, command, command.help)
 
-    async def _run(self, command: Command) -> None:
-        await self.app.run_action(command.action, default_namespace=cast("WorkScreen", self.screen))
+    def _commands_elsewhere(self) -> Iterator[Entry]:
+        mode = self.screen.MODE if isinstance(self.screen, WorkScreen) else ""
+        for screen in SCREENS:
+            for command in screen_commands(screen.name) if screen.name != mode else ():
+                help_ = f"Opens {screen.label}. {command.help}"
+                yield self._entry(
+                    command, screen.opened_by, help_, f" on {screen.label}", _OTHER_SCREEN_FACTOR
+                )
 
-    def _use_theme(self, name: str) -> None:
-        from qlora_tui.settings import save_setting
+    def _entry(
+        self, command: Command, runs: Command, help_: str, where: str = "", factor: float = 1
+    ) -> Entry:
+        title = f"{command.label} ({bare_key(command.id)}{where})"
+        screen = cast("WorkScreen", self.screen)
+        use = partial(self._app.run_action, runs.action, default_namespace=screen)
+        return Entry(f"command:{command.id}", title, help_, use, factor=factor)
 
-        app = cast("QloraApp", self.app)
-        app.try_or_show_error(lambda: app.apply_settings(save_setting("theme", name)))
+    async def _named(self) -> list[Entry]:
+        """Runs, models, presets and themes, read once for a palette."""
+        if self._objects is None:
+            self._objects = await asyncio.to_thread(_named_entries, self._app)
+        return self._objects
 
-    def _title(self, command: Command, where: str = "") -> str:
-        return f"{command.label} ({bare_key(command.id)}{where})"
+    @property
+    def _app(self) -> QloraApp:
+        return cast("QloraApp", self.app)
 
 
-def _score(matcher: Matcher, query: str, title: str, command: Command) -> float:
-    """How well a command matches: letters of its title, or whole beginnings of words in its help.
+def works(app: QloraApp, screen: object, command: Command) -> bool:
+    """Whether a command does something now, on the screen in front."""
+    _, name, parameters = parse(command.action)
+    owner = app if command.action.startswith("app.") else cast("WorkScreen", screen)
+    return owner.check_action(name, parameters) is True
+
+
+async def _use(entry: Entry) -> None:
+    add_recent("palette", entry.key)
+    outcome = entry.use()
+    if isinstance(outcome, Awaitable):
+        await outcome
+
+
+def _named_entries(app: QloraApp) -> list[Entry]:
+    from qlora_tui.catalog.local_models import list_local_models
+    from qlora_tui.recipe.presets import list_presets
+    from qlora_tui.runs.directory import all_runs
+    from qlora_tui.tui.screens.train.screen import show_run
+    from qlora_tui.tui.workbench import open_preset
+
+    folders = [*(Path(folder) for folder in app.settings.model_folders), *recent_paths("models")]
+    entries = [
+        Entry(
+            f"run:{run.id}", f"Run: {run.name}", "Watch it, or see how it ended.", partial(show_run, app, run)
+        )
+        for run in all_runs()
+    ]
+    entries += [
+        Entry(
+            f"model:{model.id}",
+            f"Model: {model.name}",
+            "Train this model.",
+            partial(_use_model, app, model.id, model.name),
+        )
+        for model in list_local_models(folders)
+        if model.refusal is None
+    ]
+    entries += [
+        Entry(
+            f"preset:{preset.name}",
+            f"Preset: {preset.name}",
+            preset.note or "Open this preset; model and data stay.",
+            partial(open_preset, app, preset.name),
+        )
+        for preset in list_presets()
+        if not preset.problem
+    ]
+    entries += [
+        Entry(
+            f"theme:{name}",
+            f"Theme: {name}",
+            "Use this theme from now on.",
+            partial(_use_theme, app, name),
+            name,
+        )
+        for name in theme_names()
+    ]
+    return entries
+
+
+def _use_model(app: QloraApp, model_id: str, name: str) -> None:
+    from qlora_tui.tui.key_names import key_name
+
+    if app.edit("model.id", model_id):
+        app.notify(f"Model set to {name}. Press {key_name('app.undo')} to undo.")
+
+
+def _use_theme(app: QloraApp, name: str) -> None:
+    from qlora_tui.settings import save_setting
+
+    app.try_or_show_error(lambda: app.apply_settings(save_setting("theme", name)))
+
+
+def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
+    """The theme that the line under the cursor selects; empty for other lines."""
+    hit = getattr(message.highlighted_event.option, "hit", None)
+    command = getattr(hit, "command", None)
+    entry = command.args[0] if isinstance(command, partial) and command.args else None
+    return entry.theme if isinstance(entry, Entry) else ""
+
+
+def _score(matcher: Matcher, query: str, entry: Entry) -> float:
+    """How well an entry matches: letters of its title, or whole beginnings of words in its help.
 
     Letters of the help, which has many, would match almost anything.
     """
-    words = command.help.casefold().split()
+    words = entry.help.casefold().split()
     in_help = all(any(word.startswith(part) for word in words) for part in query.casefold().split())
-    return matcher.match(title) or (_HELP_SCORE if in_help else 0.0)
+    return matcher.match(entry.title) or (_HELP_SCORE if in_help else 0.0)

@@ -15,7 +15,7 @@ from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write
 
 _MAX_RECENT = 20
-Kind: TypeAlias = Literal["data", "models", "system_prompts"]
+Kind: TypeAlias = Literal["data", "models", "system_prompts", "palette"]
 
 
 class UiState(Struct, frozen=True, omit_defaults=True):

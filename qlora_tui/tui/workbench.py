@@ -265,10 +265,15 @@ def redo_recipe(app: QloraApp) -> None:
     _move(app, app.workbench.redo, "Redone", nothing, f"Press {key_name('app.undo')} to undo.")
 
 
-def notify_opened(app: QloraApp, before: Recipe) -> None:
-    """Show which preset was opened, and how much it changed."""
+def open_preset(app: QloraApp, name: str) -> bool:
+    """Open a preset, and say how much it changed; False, and an error on the screen, if it is damaged."""
+    before = app.workbench.recipe
+    if not app.try_or_show_error(lambda: app.workbench.open_preset(name)):
+        return False
+    app.recipe_edited()
     changes = _changes(before, app.workbench.recipe)
     app.notify(f"Opened {app.workbench.preset}: {changes}. Press {key_name('app.undo')} to undo.")
+    return True
 
 
 def _move(app: QloraApp, move: Callable[[], bool], done: str, nothing: str, reverse: str) -> None:

@@ -85,17 +85,6 @@ async def test_closed_screens_are_freed(private_home: Path) -> None:
         await wait_until(pilot, are_freed)
 
 
-async def test_the_palette_lists_and_opens_other_screens_commands() -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("ctrl+p", *"rerun")
-        await wait_for_text(pilot, "Rerun (R on Runs)")
-        await pilot.press("enter")
-        await wait_until(pilot, lambda: app.current_mode == "runs")
-        await pilot.press("ctrl+p", *"filter")
-        await wait_for_text(pilot, "Filter (/)")
-
-
 async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) -> None:
     app = open_on("home", keymap={"home.demo": "x", "train.stopp": "y"})
     async with app.run_test(size=(120, 40), notifications=True) as pilot:

@@ -79,7 +79,7 @@ def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> Non
     assert summary.name in head and "training" in head
     assert len(progress) == 60 and progress.endswith("41%  step 1,240 of 3,000")
     left = format_duration(summary.seconds_left)
-    assert re.match(rf"smoothed loss \d\.\d\d   {left} left   next evaluation at 1,500", figures)
+    assert re.match(rf"smoothed loss \d\.\d{{3}}   {left} left   next evaluation at 1,500", figures)
     wide = run_lines(summary, False, BEGAN, replace(layout, left=100), ["next-one"])[-1].plain
     assert wide.endswith("then next-one")
     large = run_lines(summary, False, BEGAN, replace(layout, left=100, is_large=True))

@@ -91,17 +91,6 @@ async def test_a_folder_that_is_not_there_stays_in_its_field() -> None:
         await wait_until(pilot, lambda: load_settings().model_folders == ("/tmp",))
 
 
-async def test_the_palette_offers_every_theme() -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("ctrl+p")
-        await pilot.press(*"theme: ember")
-        await wait_for_text(pilot, "Theme: ember")
-        await pilot.press("enter")
-        await wait_until(pilot, lambda: app.theme == "ember")
-        assert load_settings().theme == "ember"
-
-
 def test_without_a_file_the_defaults_hold() -> None:
     assert load_settings() == Settings()
 

@@ -47,7 +47,7 @@ from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_conte
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, screen_help, write_or_ask
 from qlora_tui.tui.widgets.controls import Lines, TextField, ViList
-from qlora_tui.tui.workbench import notify_opened
+from qlora_tui.tui.workbench import open_preset
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
 """Tried in this order where neither VISUAL nor EDITOR is set."""
@@ -216,12 +216,8 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
 
     def on_option_list_option_selected(self) -> None:
         """Open it; model and data stay."""
-        preset, workbench = self.current, self.app.workbench
-        before = workbench.recipe
-        if preset is not None and self.app.try_or_show_error(lambda: workbench.open_preset(preset.name)):
-            self.app.recipe_edited()
+        if self.current is not None and open_preset(self.app, self.current.name):
             self.dismiss()
-            notify_opened(self.app, before)
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Filter the list while typing."""

@@ -1,0 +1,87 @@
+"""The command palette finds commands that work, and what has a name; what was used last comes first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from textual.command import CommandList
+from textual.pilot import Pilot
+
+from qlora_tui.settings import load_settings
+from qlora_tui.tui.app import QloraApp
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.workstation import config_folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_machine")]
+
+
+async def use(pilot: Pilot[None], query: str, title: str) -> None:
+    """Type a query in the palette, and choose the line that is then first."""
+    await pilot.press("ctrl+p")
+    await wait_for_text(pilot, "Search for commands")
+    await pilot.press(*query)
+    await wait_until(pilot, lambda: lines_of(pilot)[:1] == [title])
+    await pilot.press("enter")
+    await wait_until(pilot, lambda: len(pilot.app.screen_stack) == 1)
+
+
+def lines_of(pilot: Pilot[None]) -> list[str]:
+    """The titles of the palette's lines."""
+    options = pilot.app.screen.query_one(CommandList).options
+    return [str(option.prompt).partition("\n")[0] for option in options]
+
+
+async def test_a_run_a_model_and_a_preset_are_found_by_name_and_come_first_afterwards(
+    private_home: Path,
+) -> None:
+    run = write_fake_run(FakeRun(name="tickets", state="finished", steps=10, total=10))
+    folder = config_folder(private_home, "Qwen__Qwen2.5-7B")
+    app = QloraApp()
+    app.settings = load_settings()
+    async with app.run_test(size=(100, 40)) as pilot:
+        app.settings = type(app.settings)(model_folders=(str(folder.parent),))
+        await use(pilot, "tickets", "Run: tickets")
+        await wait_for_text(pilot, run.name, "finished")
+        await use(pilot, "qwen2.5-7b", "Model: Qwen2.5-7B")
+        await wait_until(pilot, lambda: app.workbench.recipe.model.id == str(folder))
+        await use(pilot, "preset: quality", "Preset: quality")
+        await wait_until(pilot, lambda: app.workbench.preset == "quality")
+        await pilot.press("ctrl+p")
+        latest = ["Preset: quality", "Model: Qwen2.5-7B", "Run: tickets"]
+        await wait_until(pilot, lambda: lines_of(pilot)[:3] == latest)
+
+
+async def test_a_theme_is_shown_while_the_cursor_is_on_it() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        before = app.theme
+        await pilot.press("ctrl+p", *"theme: ember")
+        await wait_until(pilot, lambda: app.theme == "ember")
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: app.theme == before)
+        assert load_settings().theme != "ember"
+        await use(pilot, "theme: ember", "Theme: ember")
+        await wait_until(pilot, lambda: app.theme == load_settings().theme == "ember")
+
+
+async def test_a_command_that_does_nothing_now_is_not_offered() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(100, 40)) as pilot:
+        await pilot.press("5", "ctrl+p")
+        await wait_for_text(pilot, "Launch (t)")
+        assert "Stop and save" not in text_of(app)
+        await pilot.press("escape")
+        write_fake_run(FakeRun(name="tickets", steps=10))
+        await wait_for_text(pilot, "training")
+        await pilot.press("ctrl+p")
+        await wait_for_text(pilot, "Stop and save (s)")
+        assert "Launch (t)" not in lines_of(pilot)
+
+
+async def test_the_palette_opens_the_screen_of_another_screens_command() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await use(pilot, "rerun", "Rerun (R on Runs)")
+        await wait_until(pilot, lambda: app.current_mode == "runs")
