@@ -33,9 +33,16 @@ def format_gib(bytes_: int | None) -> str:
     return "NA" if bytes_ is None else f"{bytes_ / GIB:.1f}"
 
 
-def format_gib_change(bytes_: int) -> str:
-    """``+1.2``: the difference of two sizes in GiB, with its sign and without the unit."""
-    return f"{bytes_ / GIB:+.1f}"
+def format_delta(bytes_: int) -> str:
+    """``+1.2 GiB``, ``-102 MiB``."""
+    return f"{'-' if bytes_ < 0 else '+'}{format_bytes(abs(bytes_))}"
+
+
+def format_sizes(first_bytes: int, word: str, second_bytes: int) -> str:
+    """``6.3 of 12.0 GiB``, ``443 MiB of 12.0 GiB``: two sizes with a word between them."""
+    first, second = format_bytes(first_bytes), format_bytes(second_bytes)
+    unit = second.rpartition(" ")[2]
+    return f"{first.removesuffix(f' {unit}')} {word} {second}"
 
 
 def pluralize(number: int, word: str) -> str:

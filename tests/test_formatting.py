@@ -9,6 +9,7 @@ import pytest
 
 import qlora_tui
 from qlora_tui.formatting import (
+    GIB,
     abbreviate_home,
     capitalize,
     format_count,
@@ -22,6 +23,7 @@ from qlora_tui.formatting import (
     format_small_percent,
     format_speed,
     format_wait,
+    format_sizes,
     short_model_name,
     uncapitalize,
 )
@@ -62,6 +64,18 @@ def test_a_models_short_name_has_no_hash_or_quantization(model_id: str, name: st
 def test_only_a_words_first_letter_is_lowered(text: str, small: str) -> None:
     assert uncapitalize(text) == small
     assert capitalize(small) == text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        (6.3, 12, "6.3 of 12.0 GiB"),
+        (0.25, 12, "256 MiB of 12.0 GiB"),
+        (0.25, 0.5, "256 of 512 MiB"),
+    ],
+)
+def test_two_sizes_share_a_unit_only_if_they_have_the_same(first: float, second: float, text: str) -> None:
+    assert format_sizes(round(first * GIB), "of", round(second * GIB)) == text
 
 
 @pytest.mark.parametrize("text", ["LoRA is too large", "DoRA", "Q4_K is not read", "NaN in a layer", "GGUF"])

@@ -11,7 +11,7 @@ from textual.widgets import Input
 
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.recipe.schema import Source
-from qlora_tui.tui.screens.data.dialogs import FilePickerScreen
+from qlora_tui.tui.screens.modals.file_picker import FilePickerScreen
 from tests.data.fake_dataset_hub import dataset_hub
 from tests.data.test_trainable_tokens import WIDTH
 from tests.data.test_trainable_tokens import model as faint_model
@@ -35,6 +35,17 @@ async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str,
         await pilot.press("colon")
         await pilot.press(*"17", "enter")
         await wait_for_text(pilot, "row 17 of 40", "Where is parcel 17?")
+
+
+async def test_a_large_window_shows_the_next_rows_too(model: str, here: Path) -> None:
+    write_rows(here / "three.jsonl", [ticket(number) for number in (1, 2, 3)])
+    async with data_app(model, "three.jsonl").run_test(size=(200, 60)) as pilot:
+        await wait_for_text(pilot, "Where is parcel 1?", "row 2 ·", "Where is parcel 2?", "row 3 ·")
+        await pilot.press("right")
+        await wait_for_text(pilot, "row 2 of 3", "row 3 ·")
+        assert "Where is parcel 1?" not in text_of(pilot.app)
+        await pilot.resize_terminal(100, 30)
+        await wait_until(pilot, lambda: "row 3 ·" not in text_of(pilot.app))
 
 
 @pytest.mark.parametrize(("weight", "steps"), [(1.0, 5), (3.0, 15)])

@@ -90,4 +90,4 @@ def test_a_click_finds_what_it_is_on() -> None:
         see(terminal, "Next")
         # The tab "2 Data", in the first line.
         terminal.press("\x1b[<0;14;1M\x1b[<0;14;1m")
-        see(terminal, "has no model")
+        see(terminal, "No models on this machine")

@@ -13,7 +13,7 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import MeasuredRow, classify, write_row_losses
-from qlora_tui.tui.screens.data.sample import legend, sample
+from qlora_tui.tui.screens.data.sample import TokenStyles, legend, sample
 from tests.tui.data_screen import data_app, whole
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
@@ -107,7 +107,8 @@ def test_tokens_carry_marks_that_need_no_color() -> None:
         trained_texts=(("It", " left", " Oslo"),),
     )
     changes, changes_of_others = ((3.0, 0.5), (1.0, 0.9), (0.5, 1.5)), ((3.0, 0.5),)
-    assert sample(shown, (), Data(), changes).plain == "Where?▾It left ▴Oslo"
-    assert "▾fell by" in legend(shown, changes).plain
-    assert sample(shown, (), Data(), changes_of_others).plain == "Where?It left Oslo"
-    assert "to learn" in legend(shown, changes_of_others).plain
+    styles = TokenStyles("bold underline")
+    assert sample(shown, (), Data(), styles, changes).plain == "Where?▾It left ▴Oslo"
+    assert "▾fell by" in legend(shown, changes, styles).plain
+    assert sample(shown, (), Data(), styles, changes_of_others).plain == "Where?It left Oslo"
+    assert "to learn" in legend(shown, changes_of_others, styles).plain

@@ -141,6 +141,9 @@ def _clean(value: float) -> float:
     return float(f"{value:.12g}")
 
 
+_FULL = 0.8
+
+
 def bar(part: float, width: int) -> str:
     """``part`` (0 to 1, more is cut) of ``width`` cells: full blocks, an eighth, then dots."""
     eighths = round(min(max(part, 0.0), 1.0) * width * 8)
@@ -197,6 +200,11 @@ def sparkline(losses: tuple[float, ...], width: int) -> str:
     return blocks(means, axis.low, axis.high, 1)[0]
 
 
+def level_style(share: float) -> str:
+    """The color of a share of a limit: a warning from 80 %, an error where the limit is reached."""
+    return "$success" if share < _FULL else "$warning" if share < 1 else "$error"
+
+
 def labeled(label: str, value: str | Content, cells: int) -> Content:
     """``model   SmolLM2-135M``: the label is padded to ``cells``."""
     return Content.assemble((f"{label:<{cells}}", "dim"), value)
@@ -206,7 +214,7 @@ def meter(label: str, share: float, value: str, cells: int, width: int) -> Conte
     """``memory  ████░░░░ 18.2 of 24.0 GiB``: the bar takes what label and value leave of ``width``."""
     of_bar = width - cells - len(value) - 1
     drawn = f"{bar(share, of_bar)} " if of_bar >= _MIN_BAR else ""
-    return labeled(label, Content.assemble((drawn, "$secondary"), value), cells)
+    return labeled(label, Content.assemble((drawn, level_style(share)), value), cells)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
-"""Tables in lines of text: columns are declared once, and are cut or left out to fit a width."""
+"""Tables in lines of text, whose columns are cut or left out to fit a width, and lists of labeled facts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from rich.cells import cell_len
 from textual.content import Content, Span
 
 Row = TypeVar("Row")
+Fact: TypeAlias = tuple[str, str | Content] | Content
+"""A label and its value, or a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,22 @@ def table(
         titles = [Content.styled(column.title, title_style) for column in columns]
         lines.append(_line(columns, titles, widths, gaps).rstrip())
     return lines + [_line(columns, cells, widths, gaps) for cells in zip(*texts, strict=True)]
+
+
+def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
+    """``license  apache-2.0``: the values in one column, in which long ones go on; text is shown as it is."""
+    cells = max((len(fact[0]) for fact in facts if isinstance(fact, tuple)), default=0) + 2
+    lines = []
+    for fact in facts:
+        if isinstance(fact, Content):
+            lines.append(fact)
+            continue
+        label, value = fact
+        text = Content(value) if isinstance(value, str) else value
+        first, *others = text.wrap(max(10, width - cells)) or [Content("")]
+        lines.append(Content.assemble((f"{label:<{cells}}", "dim"), first))
+        lines += [Content(" " * cells) + other for other in others]
+    return lines
 
 
 def _width(column: Column[Row], texts: Sequence[str | Content]) -> int:

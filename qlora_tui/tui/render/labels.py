@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -12,9 +13,9 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     abbreviate_home,
     format_duration,
-    format_gib,
     format_loss,
     format_number,
+    format_sizes,
     short_model_name,
     uncapitalize,
 )
@@ -25,7 +26,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.run_summary import ResultDefect, RunSummary, data_words
 from qlora_tui.runs.status import State
-from qlora_tui.tui.render.charts import bar
+from qlora_tui.tui.render.charts import bar, level_style
 from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -140,6 +141,16 @@ def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
     return ("would fit", "$text-muted") if word == "fits" and not can_train else (word, VERDICT_STYLE[word])
 
 
+def verdict_legend(words: Iterable[str], *, can_train: bool) -> Content:
+    """``✗ does not fit  ! tight``: the signs of these verdicts, but for a tick, which needs no words."""
+    parts = []
+    for word in words:
+        name, style = verdict_words(word, can_train=can_train)
+        if name != "fits":
+            parts.append(Content.assemble((VERDICT_SIGN[word], style), (f" {name}", "dim")))
+    return Content("  ").join(parts)
+
+
 def refusal_words(refusal: UserError) -> str:
     """``✗ cannot train: this model has no weights``."""
     return f"{CANNOT_TRAIN}: {uncapitalize(refusal.title)}"
@@ -152,7 +163,7 @@ class FitLine:
         self._label = label
         self._budget = budget
         self._needed_bytes = estimate.total_bytes
-        self._figures = f"{format_gib(estimate.total_bytes)} of {format_gib(budget.bytes)} GiB"
+        self._figures = format_sizes(estimate.total_bytes, "of", budget.bytes)
         self._verdict = verdict_words(check_fit(estimate, budget.bytes).word, can_train=can_train)
         self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
 
@@ -162,9 +173,10 @@ class FitLine:
         if self._budget.is_assumed and free >= len(_ASSUMED) + _MIN_BAR:
             figures, free = figures + _ASSUMED, free - len(_ASSUMED)
         cells = free if max_bar is None else min(free, max_bar)
-        drawn = f"{bar(self._needed_bytes / self._budget.bytes, cells)} " if cells >= _MIN_BAR else ""
-        label = (f"{self._label} " if self._label else "", "")
-        return Content.assemble(label, f"{drawn}{figures} ", self._verdict)
+        share = self._needed_bytes / self._budget.bytes
+        drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
+        label = f"{self._label} " if self._label else ""
+        return Content.assemble(label, (drawn, level_style(share)), f"{figures} ", self._verdict)
 
 
 def error_content(error: UserError, *, step: Content | None = None, is_spaced: bool = False) -> Content:

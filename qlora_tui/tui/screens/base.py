@@ -85,6 +85,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     """A few sentences for the help screen: what is shown and what the terms mean."""
     EDITS_RECIPE: ClassVar[bool] = False
     """Whether the recipe strip is shown below the top bar."""
+    SHOWS_MEMORY: ClassVar[bool] = False
+    """Whether a panel of the screen shows the memory of the recipe, so that the strip need not."""
     _strip: RecipeStrip
     # Textual would focus the first field, and a digit typed before a screen has set its focus
     # would be text in it.
@@ -102,7 +104,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
             # Imported here: Home is painted first, has no strip, and need not wait for the memory package.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
-            self._strip = RecipeStrip(self.MODE)
+            self._strip = RecipeStrip(with_memory=not self.SHOWS_MEMORY)
             yield self._strip
         yield from self.compose_body()
         yield CommandFooter(self.FOOTER_APP_COMMANDS)

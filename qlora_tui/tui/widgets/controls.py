@@ -312,8 +312,10 @@ class Lines(Static):
         # Equal text can differ in its colors.
         if isinstance(before, Content) and before.is_same(content):
             return
-        width = self.content_size.width
-        same_height = isinstance(before, Content) and _lines(before, width) == _lines(content, width)
+        width = self.content_size.width  # 0 while it is hidden
+        same_height = (
+            width > 0 and isinstance(before, Content) and _lines(before, width) == _lines(content, width)
+        )
         self.update(content, layout=not same_height)
 
 

@@ -1,4 +1,4 @@
-"""Two lines below the top bar: the recipe, and its memory on this GPU."""
+"""Below the top bar: the recipe, and on screens that do not show it themselves its memory on this GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from textual.content import Content
 from textual.widget import Widget
 
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import uncapitalize
 from qlora_tui.memory import Estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
@@ -41,15 +42,18 @@ class RecipeStrip(Widget):
         margin-top: 1;
         padding: 0 1;
         background: $surface;
+        &.-brief {
+            height: 1;
+        }
     }
     """
 
-    def __init__(self, mode: str) -> None:
-        """``mode``: the screen that it is on."""
-        super().__init__()
+    def __init__(self, *, with_memory: bool) -> None:
+        """Show the recipe. ``with_memory``: also its memory, in a second line."""
+        super().__init__(classes="" if with_memory else "-brief")
         # The hints at the end are dim, and not in the color of links.
         self.auto_links = False
-        self._mode = mode
+        self._with_memory = with_memory
         self._bench: Workbench | None = None
         self._recipe_line = ""
         self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
@@ -78,9 +82,20 @@ class RecipeStrip(Widget):
     def render(self) -> RenderResult:
         width = self.content_size.width
         prefix = _NEXT_RUN if self._is_running and self.size.width >= WIDE_CELLS else ""
-        line, hint = self._line_and_hint(width - len(prefix))
-        gap = " " * (width - len(prefix) - cell_len(line) - hint.cell_length)
-        return Content.assemble((prefix, "dim"), line, gap, hint.stylize("dim"), "\n", self._cost_line(width))
+        problem = Content("") if self._with_memory else self._problem()
+        room = width - len(prefix) - problem.cell_length
+        line, hint = self._line_and_hint(room)
+        gap = " " * (room - cell_len(line) - hint.cell_length)
+        first = Content.assemble((prefix, "dim"), line, gap, hint.stylize("dim"), problem)
+        return Content("\n").join([first, self._cost_line(width)]) if self._with_memory else first
+
+    def _problem(self) -> Content:
+        """Why there is no memory to show, for a line without it; empty without a model."""
+        if self._bench is None or not self._bench.recipe.model.id:
+            return Content("")
+        if isinstance(self._comparison, UserError):
+            return Content.styled(f"  ✗ {uncapitalize(self._comparison.title)}", "$error")
+        return Content("") if self._can_train else Content.styled(f"  {CANNOT_TRAIN}", "$error")
 
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
         """The recipe, and the longest hint beside it; the last hint may shorten the name of the data."""
@@ -103,11 +118,7 @@ class RecipeStrip(Widget):
         if self._comparison is None or self._budget is None:
             return Content("")
         if isinstance(self._comparison, UserError):
-            problem = self._comparison
-            has_model = self._bench is not None and bool(self._bench.recipe.model.id)
-            if self._mode == "models" and not has_model:
-                return Content.styled("The recipe has no model. Press Enter on one to select it.", "dim")
-            message = f"{problem.what} {problem.fix}".replace("\n", " ")
+            message = f"{self._comparison.what} {self._comparison.fix}".replace("\n", " ")
             return Content.styled(cut_cells(message, width), "dim")
         head = () if self._can_train else (Content.styled(CANNOT_TRAIN, "$error"),)
         costs = [

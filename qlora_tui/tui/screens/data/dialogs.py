@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -10,17 +10,17 @@ from typing import ClassVar, NamedTuple
 import msgspec
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.suggester import SuggestFromList
-from textual.widgets import Input, Label, OptionList, Static
+from textual.widgets import Input, Label, Static
 
 from qlora_tui.data.excluded_rows import Excluded, RowPlace, is_excluded, without_rows
 from qlora_tui.data.formats import parts_of
 from qlora_tui.data.sources import AUTO, FormatChoice
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, format_loss, format_path, truncate_middle
+from qlora_tui.formatting import format_loss, truncate_middle
 from qlora_tui.recipe.schema import Preferences, Source
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -33,13 +33,9 @@ from qlora_tui.runs.row_losses import (
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
-from qlora_tui.tui.ui_state import Kind, add_recent, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.visible import visible
 
-_MAX_ENTRIES = 500
-"""Entries of one folder; type to find the others."""
-_MAX_RECENT = 6
 _PAIRS: dict[Preferences, tuple[str, str]] = {
     "orpo": ("ORPO", "learn the chosen answers, and to prefer them"),
     "dpo": ("DPO", "prefer the chosen answers, near the base model"),
@@ -50,160 +46,6 @@ _RATED: dict[Preferences, tuple[str, str]] = {
 }
 _LINE_WIDTH = 200
 """Cells of a line, which the dialog cuts."""
-
-
-class FilePickerScreen(ModalScreen[Path | None]):
-    """Returns the chosen path; None when closed with Escape."""
-
-    CSS_PATH = "file_picker.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+o", "choose_folder", "Open folder"),
-        Binding("escape", "dismiss(None)", "Close"),
-        Binding("down", "move(1)", show=False, priority=True),
-        Binding("up", "move(-1)", show=False, priority=True),
-        Binding("tab", "complete", show=False, priority=True),
-    ]
-
-    def __init__(
-        self,
-        title: str,
-        kind: Kind,
-        endings: tuple[str, ...],
-        start: Path | None = None,
-        is_id: Callable[[str], bool] = lambda text: False,
-    ) -> None:
-        """``is_id`` tells whether a text is a Hub id, which may be chosen too, rather than a path."""
-        super().__init__()
-        self._is_id = is_id
-        self._title = title
-        self._kind = kind
-        self._endings = endings
-        self._folder = (start or Path.cwd()).resolve()
-        self._listed: list[Path] = []
-
-    def compose(self) -> ComposeResult:
-        with Vertical(id="open-dialog") as dialog:
-            dialog.border_title = self._title
-            yield TextField(placeholder="A path, or part of a name", id="path-input", compact=True)
-            # Above the list, since notifications may cover the bottom of the screen.
-            yield Static(
-                dialog_keys(self.BINDINGS, "↑↓ select", "Enter open", "Tab complete"),
-                id="keys",
-                markup=False,
-            )
-            yield Static(id="location", markup=False)
-            yield ViList(id="entries")
-
-    def on_mount(self) -> None:
-        self._list("")
-        self.query_one(Input).focus()
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        """List the entries that match the typed path."""
-        text = event.value
-        if self._is_id(text) and not Path(text).expanduser().parent.is_dir():
-            self._show_location("Not a local path. Enter loads it from the Hub.")
-            self._listed = [Path(text)]
-            entries = self.query_one(ViList)
-            entries.show([("id", Content.assemble(("hub  ", "dim"), text))])
-            entries.highlighted = 0
-            return
-        if "/" in text or text.startswith("~"):
-            typed = Path(text).expanduser()
-            parent = typed if text.endswith("/") or text == "~" else typed.parent
-            if parent.is_dir():
-                self._folder = parent.resolve()
-            text = "" if parent == typed else typed.name
-        self._list(text)
-
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Choose the typed path, or the entry under the cursor."""
-        typed = Path(event.value).expanduser()
-        if "/" in event.value and typed.is_file():
-            self._open(typed.resolve())
-        elif (cursor := self.query_one(ViList).highlighted) is not None:
-            self._open(self._listed[cursor])
-        else:
-            self._show_location(f"✗ No name here contains {Path(event.value).name!r}.")
-
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Open what was clicked on."""
-        self._open(self._listed[event.option_index])
-
-    def action_move(self, by: int) -> None:
-        """Move the cursor of the list while the field has the focus."""
-        entries = self.query_one(ViList)
-        entries.action_cursor_down() if by > 0 else entries.action_cursor_up()
-
-    def action_complete(self) -> None:
-        """Put the path under the cursor into the field."""
-        cursor = self.query_one(ViList).highlighted
-        if cursor is not None:
-            path = self._listed[cursor]
-            field = self.query_one(Input)
-            field.value = f"{format_path(path)}/" if path.is_dir() else format_path(path)
-            field.cursor_position = len(field.value)
-
-    def action_choose_folder(self) -> None:
-        """Choose the folder shown, with all its files."""
-        self._choose(self._folder)
-
-    def _open(self, path: Path) -> None:
-        if not path.is_dir():
-            self._choose(path)
-            return
-        self._folder = path
-        field = self.query_one(Input)
-        if field.value:
-            with field.prevent(Input.Changed):
-                field.value = ""
-        self._list("")
-
-    def _choose(self, path: Path) -> None:
-        if path.exists():
-            add_recent(self._kind, path)
-        self.dismiss(path)
-
-    def _list(self, part: str) -> None:
-        self._show_location(format_path(self._folder))
-        wanted = part.lower()
-        recent_matches = [p for p in recent_paths(self._kind) if wanted in str(p).lower()][:_MAX_RECENT]
-        here = [p for p in self._entries() if wanted in p.name.lower()]
-        # A name that begins so is likelier meant than one that holds it somewhere.
-        here.sort(key=lambda p: not p.name.lower().startswith(wanted))
-        lines = [(path, Content.assemble(("recent  ", "dim"), format_path(path))) for path in recent_matches]
-        lines += [(path, _entry_line(path)) for path in here]
-        if not part and self._folder.parent != self._folder:
-            lines.append((self._folder.parent, Content.styled("../", "dim")))
-        self._listed = [path for path, _ in lines[:_MAX_ENTRIES]]
-        entries = self.query_one(ViList)
-        entries.clear_options()
-        entries.show([(str(number), line) for number, (_, line) in enumerate(lines[:_MAX_ENTRIES])])
-        entries.highlighted = 0 if self._listed else None
-
-    def _show_location(self, words: str) -> None:
-        self.query_one("#location", Static).update(words)
-
-    def _entries(self) -> list[Path]:
-        """The entries of the folder: matching files first, then folders."""
-        try:
-            entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))
-        except OSError as error:
-            self._show_location(f"✗ {format_path(self._folder)}: {error.strerror}")
-            return []
-        files = [p for p in entries if p.name.lower().endswith(self._endings) and p.is_file()]
-        return files + [p for p in entries if p.is_dir()]
-
-
-def _entry_line(path: Path) -> Content:
-    """A file with its size, or a folder."""
-    if path.is_dir():
-        return Content.styled(f"{path.name}/", "bold")
-    try:
-        size = format_bytes(path.stat().st_size)
-    except OSError:
-        size = ""
-    return Content.assemble(path.name, (f"  {size}", "dim"))
 
 
 class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):

@@ -16,8 +16,8 @@ from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.charts import bar, blocks, labeled
-from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.charts import Axis, bar, blocks, ticks
+from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, VERDICT_SIGN, VERDICT_STYLE
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
@@ -25,7 +25,7 @@ _TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
 _LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
 _PROBLEM_KEYS = (("data.problem", "next"), ("data.fix", "fix"))
 _ROWS_NAMED = 3
-_LABEL = 9
+_LABEL = 10
 """Cells of the column of labels."""
 _MIN_BAR, _MAX_BAR = 6, 24
 _MAX_HISTOGRAM = 72
@@ -151,20 +151,20 @@ def totals(
     first.
     """
     counts, data = report.counts, recipe.data
-    lines: list[Content] = []
+    facts: list[Fact] = []
     for file in report.files[:1]:
         more = f", {len(report.files)} files" if len(report.files) > 1 else ""
         # A column that is called like the format says nothing more.
         columns = ", ".join(name for name in file.columns.values() if name != file.format)
         why = "; ".join(file.evidence) if evidence else columns
         text = Content.assemble((file.format, "bold"), (f"{': ' if why else ''}{why}{more}", "dim"))
-        lines += _labeled("format", text, width)
+        facts.append(("format", text))
     reading = "" if report.complete else f"  ({format_percent(report.share)} read)"
     excluded = f", {counts.excluded:,} excluded" if counts.excluded else ""
     if not report.template:
         conversations = pluralize(counts.conversations, "conversation")
-        lines += _labeled("rows", Content(f"{counts.rows:,}, {conversations}{excluded}{reading}"), width)
-        return Content("\n").join([*lines, *map(Content, report.thinking)])
+        facts.append(("rows", f"{counts.rows:,}, {conversations}{excluded}{reading}"))
+        return Content("\n").join(fact_lines([*facts, *map(Content, report.thinking)], width))
     unused = counts.rows - counts.conversations
     samples = Content.assemble(
         f"{counts.samples:,} {'pairs ' if recipe.trains_pairs else ''}from {pluralize(counts.rows, 'row')}",
@@ -172,29 +172,19 @@ def totals(
         excluded,
         (reading, "bold"),
     )
-    lines += _labeled("samples", samples, width)
-    lines += _labeled("tokens", Content(f"{counts.tokens:,}"), width)
+    facts.append(("samples", samples))
+    facts.append(("tokens", f"{counts.tokens:,}"))
     share = counts.trained_tokens / counts.tokens if counts.tokens else 0.0
     trained = f"{counts.trained_tokens:,} ({format_percent(share)})" if counts.tokens else "none"
     cells = min(_MAX_BAR, width - _LABEL - len(trained) - 1)
     drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
-    lines += _labeled("to learn", Content.assemble((drawn, "$secondary"), trained), width)
-    if report.complete and not counts.samples:
-        lines += _labeled("steps", Content("Nothing to train on"), width)
-    elif report.complete:
-        lines += _labeled("steps", Content(_length_words(expected)), width)
-    lines += map(Content, report.thinking[:1] if brief else report.thinking)
-    lines.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
-    return Content("\n").join(lines)
-
-
-def _labeled(label: str, text: Content, width: int) -> list[Content]:
-    """A label and its text, whose further lines are below the first."""
-    first, *others = text.wrap(max(10, width - _LABEL)) or [Content("")]
-    return [
-        labeled(label, first, _LABEL),
-        *(Content(" " * _LABEL) + other for other in others),
-    ]
+    facts.append(("to learn", Content.assemble((drawn, "$training"), trained)))
+    if report.complete:
+        words = _length_words(expected) if counts.samples else "Nothing to train on"
+        facts.append(("steps", words))
+    facts += map(Content, report.thinking[:1] if brief else report.thinking)
+    facts.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
+    return Content("\n").join(fact_lines(facts, width))
 
 
 def _rules(data: Data, formats: set[str]) -> str:
@@ -290,23 +280,27 @@ def _length_words(expected: Forecast | None) -> str:
 
 
 def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
-    """Draw the lengths of samples in ``height`` lines of bars and one of an axis.
+    """Draw the lengths of samples in ``height`` lines of bars, with the most rows of one, and an axis.
 
     Bars beyond ``cut_at`` are hatched; the axis labels it in its place, or has an arrow if all
     samples are shorter. Without ``cut_at`` nothing is marked.
     """
     bins = lengths.histogram
+    most = max((bin_.count for bin_ in bins), default=0)
+    gutter = len(f"{most:,}") + 1
+    width = min(width - gutter, _MAX_HISTOGRAM)
     if not bins or width < 8:
         return Content("")
-    width = min(width, _MAX_HISTOGRAM)
     edges = [0, *(bin_.up_to for bin_ in bins)]
     cut = width if cut_at is None else _column(edges, cut_at, width)
     counts = [bins[column * len(bins) // width].count or None for column in range(width)]
-    rows = blocks(counts, 0.0, max(bin_.count for bin_ in bins), height)
-    lines = [
-        Content.assemble((row[:cut], "$primary"), (row[cut:].translate(_HATCHED), "$warning")) for row in rows
-    ]
-    return Content("\n").join([*lines, _axis(edges, cut_at, cut, width)])
+    lines = []
+    for number, row in enumerate(blocks(counts, 0.0, most, height)):
+        scale = f"{'│' if number else f'{most:,}┤':>{gutter}}"
+        hatched = row[cut:].translate(_HATCHED)
+        lines.append(Content.assemble((scale, "dim"), (row[:cut], "$training"), (hatched, "$warning")))
+    axis = Content.styled(f"{'└':>{gutter}}", "dim") + _axis(edges, cut_at, cut, width)
+    return Content("\n").join([*lines, axis])
 
 
 def _column(edges: list[int], length: int, width: int) -> int:
@@ -318,20 +312,33 @@ def _column(edges: list[int], length: int, width: int) -> int:
 
 
 def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content:
-    """``0───────✂ 1,024────2,300``."""
+    """``0────500────✂ 1,024──2,300``: round lengths, the longest, and where samples are cut."""
     tail = len(edges) > 2 and edges[-1] - edges[-2] > edges[1]
     end = f"{'⋯ ' if tail else ''}{edges[-1]:,}"
-    if cut_at is None:
-        return Content.styled("0" + "─" * (width - 2 - len(end)) + f" {end}", "dim")
-    if cut >= width:
-        mark = f"✂ max {cut_at:,} →"
-        line = "─" * max(1, width - len(end) - len(mark) - 3)
-        return Content.assemble((f"0{line} {end} ", "dim"), mark)
-    mark = f"✂ {cut_at:,}"
-    place = min(max(1, cut), width - len(mark))
-    width_right = width - place - len(mark)
-    right = "─" * (width_right - len(end) - 1) + f" {end}" if width_right > len(end) else "─" * width_right
-    return Content.assemble(("0" + "─" * (place - 1), "dim"), (mark, "$warning bold"), (right, "dim"))
+    mark = "" if cut_at is None else f"✂ {cut_at:,}" if cut < width else f" ✂ max {cut_at:,} →"
+    line = ["─"] * width
+
+    def put(text: str, at: int) -> bool:
+        """Write a text if no other is there."""
+        is_free = 0 <= at <= width - len(text) and set(line[max(0, at - 1) : at + len(text) + 1]) <= {
+            "─",
+            " ",
+        }
+        if is_free:
+            line[at : at + len(text)] = text
+        return is_free
+
+    place = width - len(mark) if cut >= width else min(max(2, cut), width - len(mark))
+    put(mark, place)
+    put(f" {end}", width - len(end) - 1 if cut < width else place - len(end) - 1)
+    for value, label in ticks(Axis(0, edges[-1]), max(1, width // 10)):
+        put(label, _column(edges, round(value), width))
+    text = "".join(line)
+    at = text.find(mark) if mark else -1
+    if at < 0:
+        return Content.styled(text, "dim")
+    style = "$warning bold" if cut < width else ""
+    return Content.assemble((text[:at], "dim"), (mark, style), (text[at + len(mark) :], "dim"))
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from textual.app import App
+from textual.containers import Grid
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
@@ -48,22 +51,41 @@ _KEYS = (
 TITLE_FRAME = 6
 """Cells of a panel's corners and of the spaces around its title."""
 
-_CONTROL, _LEARNED_CONTROL = "reverse", "reverse bold underline $primary"
-_LEARNED_BREAK = "bold underline $primary"
-_LEARNED, _READ = "bold underline", "dim"
-_LEGEND = Content.assemble(
-    ("to learn", _LEARNED),
-    "  ",
-    ("only read", _READ),
-    "  ",
-    (" control ", _CONTROL),
-    "  ",
-    (" control to learn ", _LEARNED_CONTROL),
-    "  ",
-    ("↵", _LEARNED_BREAK),
-    (" line break to learn", "dim"),
-)
-"""The styles of a row's tokens."""
+_READ = "dim"
+_MOST_BESIDE = 8
+_ROW_CELLS, _ROW_LINES = 62, 18
+"""Cells and lines of a row that has others next to it."""
+
+
+@dataclass(frozen=True)
+class TokenStyles:
+    """How a row's tokens look: tinted what is to learn, dim what is only read, control tokens in italics."""
+
+    learned: str
+
+    @classmethod
+    def of(cls, app: App[object]) -> TokenStyles:
+        """Where a background cannot be a tint, underlined."""
+        has_tints = not app.no_color and not app.current_theme.ansi
+        return cls("bold on $training 30%" if has_tints else "bold underline")
+
+    def of_piece(self, piece: Piece) -> str:
+        """The style of tokens that belong together."""
+        style = self.learned if piece.in_loss else _READ
+        return f"{style} italic" if piece.special else style
+
+    def legend(self) -> Content:
+        """What each style means."""
+        return Content.assemble(
+            (" to learn ", self.learned),
+            ("  only read", _READ),
+            ("  control token", f"{_READ} italic"),
+            "  ",
+            ("↵", self.learned),
+            (" line break to learn", _READ),
+        )
+
+
 _FELL = 2.0
 """Nats by which the loss of a token falls that was learned."""
 _ROSE = 0.5
@@ -86,8 +108,9 @@ class SamplePanel(Panel):
         super().__init__("Sample", keys=_KEYS, id="sample-panel")
 
     def compose(self) -> Iterable[Widget]:
-        with ViScroll(id="sample-scroll"):
+        with ViScroll(id="sample-scroll"), Grid(id="samples"):
             yield Static(id="sample")
+            yield from (Static(classes="next-sample") for _ in range(_MOST_BESIDE))
         yield Lines(id="legend")
 
     def show_row(
@@ -102,19 +125,38 @@ class SamplePanel(Panel):
 
         ``no_tokens``: why the row is shown as it is in the file although a model is selected.
         """
-        self.show_legend(legend(shown, changes))
+        styles = TokenStyles.of(self.app)
+        self.show_legend(legend(shown, changes, styles))
         if shown is None:
             return
-        text = sample(shown, problems, request.data, changes)
+        text = sample(shown, problems, request.data, styles, changes)
         if no_tokens is not None:
             text = Content.assemble(error_content(no_tokens, is_spaced=True), "\n\n", text)
         elif not request.model:
             text = Content.assemble(highlight_keys(name_keys(_NO_MODEL), "dim"), text)
-        self.show_text(text)
+        self.query_one("#sample", Static).update(text)
 
     def show_text(self, text: Content) -> None:
-        """Show a text in place of a row."""
+        """Show a text in place of rows."""
         self.query_one("#sample", Static).update(text)
+        self.show_beside((), Data())
+
+    @property
+    def room_beside(self) -> int:
+        """How many more rows there is room for."""
+        columns, lines = self.size.width // _ROW_CELLS, self.size.height // _ROW_LINES
+        return min(_MOST_BESIDE, max(1, columns) * max(1, lines) - 1)
+
+    def show_beside(self, rows: Sequence[Shown], data: Data) -> None:
+        """Show the rows that follow next to the first, and below."""
+        styles = TokenStyles.of(self.app)
+        self.query_one("#samples").styles.grid_size_columns = max(1, self.size.width // _ROW_CELLS)
+        for number, column in enumerate(self.query(".next-sample").results(Static)):
+            column.display = number < len(rows)
+            if column.display:
+                row = rows[number]
+                title = Content.styled(f"row {row.row:,}{_learned_words(row, data)}\n", "bold")
+                column.update(title + sample(row, (), data, styles))
 
     def show_empty(self) -> None:
         """Say how data is opened."""
@@ -127,7 +169,9 @@ class SamplePanel(Panel):
         line.show(text)
 
 
-def sample(shown: Shown, problems: Sequence[DataProblem], data: Data, changes: Changes = ()) -> Content:
+def sample(
+    shown: Shown, problems: Sequence[DataProblem], data: Data, styles: TokenStyles, changes: Changes = ()
+) -> Content:
     """The row as the model will see it, below its problems."""
     parts: list[Content | str | tuple[str, str]] = []
     found = {kind for kind, _ in shown.findings}
@@ -151,24 +195,24 @@ def sample(shown: Shown, problems: Sequence[DataProblem], data: Data, changes: C
     mark = f"✂ {lost:,} more tokens do not fit in {data.max_length:,}"
     if lost and data.overflow == "cut-left":
         parts.append((f"{mark}\n", "$warning"))
-    shaded = _shaded_pieces(shown, changes)
+    shaded = _shaded_pieces(shown, changes, styles)
     parts += shaded
     for number, pieces in enumerate(shown.samples if not shaded else ()):
         if shown.sides:
             parts.append((f"{chr(10) if number else ''}──── {shown.sides[number]} ────\n", "dim"))
         elif number:
             parts.append(("\n──── next sample of this row ────\n", "dim"))
-        parts += [_styled(piece) for piece in pieces]
+        parts += [_styled(piece, styles) for piece in pieces]
     if lost and data.overflow == "cut-right":
         parts.append((f"\n{mark}", "$warning"))
     return Content.assemble(*parts)
 
 
-def legend(shown: Shown | None, changes: Changes) -> Content:
+def legend(shown: Shown | None, changes: Changes, styles: TokenStyles) -> Content:
     """What the styles of a row's tokens mean; empty without tokens."""
     if shown is None or shown.refused or not shown.token_counts:
         return Content("")
-    return _CHANGES_LEGEND if _shaded_pieces(shown, changes) else _LEGEND
+    return _CHANGES_LEGEND if _shaded_pieces(shown, changes, styles) else styles.legend()
 
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
@@ -222,10 +266,8 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
         # A jump may go beyond what has been read so far.
         of = f" of {max(row, report.counts.rows):,} or more"
     parts = [f"{name}row {row:,}{of}"]
-    if shown and shown.samples and shown.token_counts:
-        most = max(shown.token_counts) if data.overflow == "split" else data.max_length
-        rendered_tokens = sum(min(count, most) for count in shown.token_counts)
-        parts.append(f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens to learn")
+    if shown and (words := _learned_words(shown, data)):
+        parts.append(words.removeprefix(" · "))
     if shown:
         parts += shown.notes
     lengths = (count for count in range(len(parts), 1, -1))
@@ -233,6 +275,15 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
     title = next((title for title in titles if len(title) <= width), parts[0])
     first, _, rest = title.partition(" · ")
     return Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
+
+
+def _learned_words(shown: Shown, data: Data) -> str:
+    """`` · 43 of 79 tokens to learn``; empty where there are none."""
+    if not shown.samples or not shown.token_counts:
+        return ""
+    most = max(shown.token_counts) if data.overflow == "split" else data.max_length
+    rendered_tokens = sum(min(count, most) for count in shown.token_counts)
+    return f" · {sum(shown.trained_counts):,} of {rendered_tokens:,} tokens to learn"
 
 
 def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
@@ -282,24 +333,18 @@ def _file_number(path: str, files: Sequence[FileReport]) -> int:
     return next((n for n, file in enumerate(files) if file.path == path), 0)
 
 
-def _styled(piece: Piece) -> Content:
+def _styled(piece: Piece, styles: TokenStyles) -> Content:
     text = piece.text
-    if piece.special:
-        return Content.styled(text, _LEARNED_CONTROL if piece.in_loss else _CONTROL)
-    if not piece.in_loss:
-        return Content.styled(text, _READ)
-    # Line breaks in the loss are invisible; only those at the edges are marked, to keep the text readable.
-    inner = text.strip("\n")
-    if not inner:
-        return Content.styled("↵\n" * len(text), _LEARNED_BREAK)
-    before = len(text) - len(text.lstrip("\n"))
-    after = len(text) - len(text.rstrip("\n"))
-    return Content.assemble(
-        ("↵\n" * before, _LEARNED_BREAK), (inner, _LEARNED), ("↵\n" * after, _LEARNED_BREAK)
-    )
+    if piece.in_loss and not piece.special:
+        # Line breaks in the loss are invisible; those at the edges are marked, so that text stays readable.
+        inner = text.strip("\n")
+        before = len(text) - len(text.lstrip("\n"))
+        after = len(text) - before - len(inner)
+        text = "↵\n" * before + inner + "↵\n" * after
+    return Content.styled(text, styles.of_piece(piece))
 
 
-def _shaded_pieces(shown: Shown, changes: Changes) -> list[Content | tuple[str, str]]:
+def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[Content | tuple[str, str]]:
     """The one sample of a row with its tokens shaded; empty if the losses are of other tokens."""
     if len(shown.samples) != 1 or len(shown.trained_texts) != 1 or not changes:
         return []
@@ -320,7 +365,7 @@ def _shaded_pieces(shown: Shown, changes: Changes) -> list[Content | tuple[str, 
             parts += [_shaded(text, after - before) for text, (before, after) in here]
         else:
             # A special token, or a character that is split over several tokens.
-            parts.append(_styled(piece))
+            parts.append(_styled(piece, styles))
     return parts
 
 

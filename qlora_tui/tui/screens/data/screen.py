@@ -34,7 +34,6 @@ from qlora_tui.tui.render.labels import error_content
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data.dialogs import (
     ColumnMappingScreen,
-    FilePickerScreen,
     MeasuredRows,
     RowLossScreen,
     format_picker,
@@ -54,7 +53,9 @@ from qlora_tui.tui.screens.data.sample import (
     unreadable_text,
 )
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
+from qlora_tui.tui.screens.modals.file_picker import FilePickerScreen
 from qlora_tui.tui.threads import run_stoppable
+from qlora_tui.tui.ui_state import add_recent
 from qlora_tui.tui.widgets.controls import Panel, ViList
 
 _TALL = 50
@@ -78,10 +79,11 @@ class DataScreen(WorkScreen):
     CSS_PATH = "data.tcss"
     EDITS_RECIPE = True
     HELP_TEXT = (
-        "The sample is shown as the model will see it. What it is to learn (the tokens in the loss) is bold "
-        "and underlined, what it only reads is dim. Control tokens are reversed, those to learn in a color "
-        "too; ↵ is a line break to learn. packed: several samples share one sequence, and do not see each "
-        "other. Bars hatched ▒ after ✂ are samples longer than the sequence length.\n"
+        "The sample is shown as the model will see it. What it is to learn (the tokens in the loss) is "
+        "tinted, or underlined without colors; what it only reads is dim. Control tokens are in italics; ↵ "
+        "is a line break to learn. In a large window the next rows follow. packed: several samples "
+        "share one sequence, and do not see each other. Bars hatched ▒ after ✂ are samples longer than the "
+        "sequence length.\n"
         "{data.open} adds a file to those of the recipe, {data.replace} opens one instead of them; "
         "{data.remove} removes the selected one. {data.bad_rows} leaves out rows that cannot be used. "
         "Press Enter on a problem to go to its next row. Tab moves between the lists."
@@ -141,6 +143,8 @@ class DataScreen(WorkScreen):
         # Once the panels have their new widths, for which bars and titles are drawn.
         self.call_after_refresh(self._show_report)
         self.call_after_refresh(self._show_row)
+        if self._request is not None and self.shown is not None:
+            self.call_after_refresh(self._fetch_beside, self._request)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         return self._can_fix if action == "fix" else super().check_action(action, parameters)
@@ -191,8 +195,13 @@ class DataScreen(WorkScreen):
         folder = Path(sources[-1].path).expanduser().parent if sources else None
         start = folder if folder is not None and folder.is_dir() else None
         title = "Train on other data" if replaces else "Add data" if sources else "Open data"
-        picker = FilePickerScreen(title, "data", _DATA_ENDINGS, start, is_hub_dataset)
-        self.ask(picker, self._replace_sources if replaces else self.add_source)
+
+        def opened(path: Path) -> None:
+            if path.exists():
+                add_recent("data", path)
+            (self._replace_sources if replaces else self.add_source)(path)
+
+        self.ask(FilePickerScreen(title, "data", _DATA_ENDINGS, start, is_id=is_hub_dataset), opened)
 
     def _replace_sources(self, path: Path) -> None:
         """Train on a path, and on nothing else."""
@@ -410,6 +419,18 @@ class DataScreen(WorkScreen):
         self._unreadable_source = None
         self._show_row()
         self.query_one("#sample-scroll").scroll_home(animate=False)
+        self._fetch_beside(wanted)
+
+    @work(exclusive=True, group="rows beside")
+    async def _fetch_beside(self, wanted: PreviewRequest) -> None:
+        """Show the rows that follow where there is room for them."""
+        panel, rows = self.query_one(SamplePanel), list[Shown]()
+        place, files = (self.path, self.row), self.report.files if self.report else ()
+        with suppress(UserError):
+            while len(rows) < panel.room_beside and (following := neighbor(place, 1, files)) != place:
+                place = following
+                rows.append((await self.previews.row(wanted, place[1], place[0]))[0])
+        panel.show_beside(rows, wanted.data)
 
     def _show_row(self) -> None:
         self._show_place()

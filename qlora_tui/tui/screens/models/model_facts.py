@@ -1,14 +1,15 @@
-"""The panels beside the list of models: facts of one model, its memory by length, room on the disk."""
+"""The panels beside the list of models: facts of one model, and its memory by length."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from textual import work
 from textual.containers import Vertical, VerticalScroll
@@ -31,34 +32,35 @@ from qlora_tui.formatting import (
     format_gib,
     format_path,
 )
-from qlora_tui.memory import Device, check_fit, estimate
+from qlora_tui.memory import Device, Estimate, check_fit, estimate
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import Precision, precision_of, why_int8_is_larger, with_precision
-from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, why_int8_is_larger, with_precision
+from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.charts import bar, labeled
-from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import PRECISION_NAMES, VERDICT_SIGN, error_content, verdict_words
+from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
+from qlora_tui.tui.render.labels import (
+    PRECISION_NAMES,
+    VERDICT_SIGN,
+    error_content,
+    verdict_legend,
+    verdict_words,
+)
 from qlora_tui.tui.widgets.controls import Lines, Panel
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {
     "hub cache": "Hugging Face cache",
-    "folder": "folder",
+    "folder": "in a folder",
     "gguf": "GGUF file",
-    "converted": "app's cache",
+    "converted": "converted here",
 }
 _README_BYTES = 4096
 _ACCESS = {True: "gated: accept its license and log in", False: "no token needed"}
-_LABEL = 11
-"""Cells of the column of labels."""
-_fact = partial(labeled, cells=_LABEL)
+Facts: TypeAlias = Sequence[Fact]
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-_LENGTH_CELLS, _FIGURE_CELLS = 9, 12
-_MIN_BAR = 6
-_TALL = 31
-"""Rows from which there is room for the third panel."""
+_BATCHES = (1, 2, 4, 8, 16, 32)
+_VALUE_CELLS, _FIGURE_CELLS = 8, 12
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ class HubFacts:
 
 
 @dataclass(frozen=True)
-class LengthFit:
-    """The memory at one sequence length: bytes and verdict in each precision."""
+class SettingFit:
+    """The memory with one value of a setting: bytes and verdict in each precision."""
 
-    length: int
+    value: int
     is_current: bool
     """Whether it is the recipe's."""
-    needs: tuple[tuple[int, str], ...]
+    needs: Mapping[Precision, tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class ModelFit:
     """Memory of one model with a recipe."""
 
     precisions: tuple[Precision, ...]
-    rows: tuple[LengthFit, ...]
+    """The recipe's, and the one that it is compared with."""
+    lengths: tuple[SettingFit, ...]
+    batches: tuple[SettingFit, ...]
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
     """What explains the figures, in sentences, and kernels that are not installed."""
@@ -104,18 +108,14 @@ class ModelSide(Vertical):
             yield Lines(id="model-facts")
         with Panel("Memory", keys=(("app.assume_gpu", "GPU size"), ("go.memory", "details")), id="fit-panel"):
             yield Lines(id="fit")
-        yield Panel("Storage", Lines(id="storage"), id="storage-panel")
 
     def on_mount(self) -> None:
         self.query_one("#fit-panel").display = False
 
-    def on_resize(self) -> None:
-        self.query_one("#storage-panel").display = self.size.height >= _TALL
-
-    def show(self, title: str, lines: Sequence[Content]) -> None:
+    def show(self, title: str, facts: Facts) -> None:
         """Show these facts."""
         self.query_one("#model-panel", Panel).show_title(title)
-        self.query_one("#model-facts", Lines).show(lines)
+        self.query_one("#model-facts", Lines).show(partial(fact_lines, facts))
 
     @work(exclusive=True, group="fit")
     async def estimate(
@@ -131,9 +131,9 @@ class ModelSide(Vertical):
             self.query_one("#fit", Lines).show(partial(fit_lines, fit, can_train))
 
 
-def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
+def local_facts(model: LocalModel, *, is_current: bool) -> Facts:
     """Details of a model on this machine. ``is_current``: whether it is the recipe's."""
-    lines = []
+    lines: list[Fact] = []
     if is_current:
         lines.append(Content.assemble(("● ", "$primary bold"), ("The recipe's model", "bold")))
     if model.refusal:
@@ -148,21 +148,19 @@ def local_facts(model: LocalModel, *, is_current: bool) -> list[Content]:
     elif not is_current:
         lines.append(_step("Enter", "Select this model"))
     page = f": huggingface.co/{model.id}" if model.source == "hub cache" else ""
-    lines.append(_fact("license", read_license(model.path) or f"not in its files{page}"))
+    lines.append(("license", read_license(model.path) or f"not in its files{page}"))
     if model.architecture:
         lines += _architecture_lines(model.architecture)
         if model.architecture.is_outline and not model.refusal:
-            lines.append(Content.styled("Reading its structure from transformers…", "dim"))
-    return [
-        *lines,
-        _fact("on disk", f"{format_bytes(model.size_bytes)} in the {_PLACES[model.source]}"),
-        Content.styled(format_path(model.path), "dim"),
-    ]
+            lines.append(Content.styled("Reading its structure…", "dim"))
+    place = ("on disk", f"{format_bytes(model.size_bytes)}, {_PLACES[model.source]}")
+    return [*lines, place, ("path", Content.styled(format_path(model.path), "dim"))]
 
 
-def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> list[Content]:
+def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> Facts:
     """Details of a model on the Hub; ``known`` is what was loaded with Enter."""
     refusal = model.refusal or (known.problem if known else None)
+    lines: list[Fact]
     if refusal:
         lines = [error_content(refusal)]
     elif known is None:
@@ -174,37 +172,37 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> l
         download = _step(key_name("models.download"), f"Download {format_bytes(missing)}{took}{part}")
         select = _step("Enter", "Select it for estimates, not downloaded", mark=" ")
         lines = [download if missing else Content("Already on this machine."), select]
-    lines.append(_fact("license", model.license or "NA"))
+    lines.append(("license", model.license or "NA"))
     if known and known.architecture:
         lines += _architecture_lines(known.architecture)
     else:
         lines += [
-            _fact("size", f"{format_count(model.parameters)} parameters"),
-            _fact("family", model.model_type or "NA"),
+            ("size", f"{format_count(model.parameters)} parameters"),
+            ("family", model.model_type or "NA"),
         ]
     return [
         *lines,
-        _fact("access", _ACCESS[model.gated]),
-        _fact("downloads", f"{model.downloads:,} last month"),
-        _fact("changed", model.modified or "NA"),
+        ("access", _ACCESS[model.gated]),
+        ("downloads", f"{model.downloads:,} last month"),
+        ("changed", model.modified or "NA"),
     ]
 
 
-def starter_facts(model: StarterModel, architecture: Architecture, download_bytes: int) -> list[Content]:
+def starter_facts(model: StarterModel, architecture: Architecture, download_bytes: int) -> Facts:
     """Details of a model to start with, before the Hub was asked."""
     access = "NA" if model.gated is None else _ACCESS[model.gated]
     return [
         _step(key_name("models.download"), f"Download about {format_bytes(download_bytes)}"),
         _step("Enter", "Find it on the Hub", mark=" "),
-        _fact("good for", model.good_for),
-        _fact("license", model.license),
+        ("good for", model.good_for),
+        ("license", model.license),
         *_architecture_lines(architecture),
-        _fact("access", access),
-        _fact("checked", f"{starter_file().checked}"),
+        ("access", access),
+        ("checked", f"{starter_file().checked}"),
     ]
 
 
-def demo_facts() -> list[Content]:
+def demo_facts() -> Facts:
     """Describe the demo model and its download."""
     size = f"{format_bytes(SMOLLM2.download_bytes)} from the package index"
     return [
@@ -215,74 +213,88 @@ def demo_facts() -> list[Content]:
     ]
 
 
-def storage_lines(models: Sequence[LocalModel]) -> list[Content]:
-    """What the models on this machine take, and how much room there is for more."""
-    cache = hub_cache_dir()
-    free = disk_free_bytes(cache)
-    used = sum(model.size_bytes for model in models)
-    return [
-        _fact("models", f"{len(models)}, {format_bytes(used)} in all"),
-        _fact("disk", f"{format_bytes(free)} free" if free is not None else "NA"),
-        Content.styled(format_path(cache), "dim"),
-    ]
+def storage_title(models: Sequence[LocalModel]) -> Content:
+    """The title of the list: what the models on this machine take, and how much room there is for more."""
+    free = disk_free_bytes(hub_cache_dir())
+    used = f"{format_bytes(sum(model.size_bytes for model in models))} here, " if models else ""
+    room = "" if free is None else f"  {used}{format_bytes(free)} of the disk free"
+    return Content.assemble("Models", (room, "not bold $text-muted"))
 
 
 def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
-    """A line for each length, with a bar of the first precision if there is room; signs are explained below.
+    """A line for each length and, if all precisions fit, for each micro-batch; signs are explained below.
 
     ``can_train``: whether the model can be trained; otherwise it *would* fit.
     """
 
-    def length(row: LengthFit) -> Content:
-        weight = "bold" if row.is_current else ""
-        return Content.assemble(
-            ("▸" if row.is_current else " ", "bold $primary"), (f"{row.length:,}".rjust(8), weight)
-        )
+    def value(row: SettingFit) -> Content:
+        mark = ("▸" if row.is_current else " ", "bold $primary")
+        return Content.assemble(mark, (f"{row.value:>{_VALUE_CELLS - 1},}", "bold" if row.is_current else ""))
 
-    def figure(row: LengthFit, number: int) -> Content:
-        bytes_, word = row.needs[number]
+    def figure(row: SettingFit, precision: Precision) -> Content:
+        bytes_, word = row.needs[precision]
         style = verdict_words(word, can_train=can_train)[1]
         return Content.assemble(
             (f"{format_bytes(bytes_)} ", "bold" if row.is_current else ""), (VERDICT_SIGN[word], style)
         )
 
-    cells = width - _LENGTH_CELLS - len(fit.precisions) * (_FIGURE_CELLS + 1) - 1
-    columns = [Column(title="length".rjust(_LENGTH_CELLS), text=length)]
-    if cells >= _MIN_BAR:
-        share = lambda row: bar(row.needs[0][0] / fit.budget.bytes, cells)  # noqa: E731
-        columns.append(Column(text=share, style="$secondary", gap=1))
-    for number, precision in enumerate(fit.precisions):
-        title, text = f"{PRECISION_NAMES[precision]}  ", partial(figure, number=number)
-        columns.append(Column(title=title, text=text, width=_FIGURE_CELLS, right=True, gap=min(number, 1)))
-    legend = Content("")
-    for word in dict.fromkeys(word for row in fit.rows for _, word in row.needs):
-        name, style = verdict_words(word, can_train=can_train)
-        legend += Content.assemble((VERDICT_SIGN[word], style), f" {name}   ")
+    has_all = width >= _VALUE_CELLS + len(PRECISIONS) * _FIGURE_CELLS
+    shown = PRECISIONS if has_all else fit.precisions
+    figures = [
+        Column[SettingFit](
+            title=f"{PRECISION_NAMES[precision]}  ",
+            text=partial(figure, precision=precision),
+            width=_FIGURE_CELLS,
+            right=True,
+            gap=0,
+        )
+        for precision in shown
+    ]
+    lines: list[Content] = []
+    for title, rows in (("length", fit.lengths), ("batch", fit.batches if has_all else ())):
+        named = Column[SettingFit](title=f"{title:>{_VALUE_CELLS}}", text=value, width=_VALUE_CELLS)
+        lines += [Content("")] if lines and rows else []
+        lines += table([named, *figures], rows, width) if rows else []
+    words = dict.fromkeys(row.needs[each][1] for row in fit.lengths for each in shown)
     notes = [Content.styled(note, "dim") for note in fit.notes]
-    return [*table(columns, fit.rows, width), legend.rstrip(), *notes]
+    return [*lines, verdict_legend(words, can_train=can_train), *notes]
 
 
 def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
-    """Estimate each length up to the model's context; takes some milliseconds for each."""
+    """Estimate lengths up to the model's context and micro-batches, some milliseconds for each."""
     usable = _with_targets(model, recipe, budget.device)
     note = "" if usable is recipe else "with all-linear: it does not have the recipe's targets"
     precision = precision_of(recipe)
-    precisions: tuple[Precision, ...] = (precision, "nf4" if precision == "fp16" else "fp16")
-    own = recipe.data.max_length
-    lengths = sorted({own, *(length for length in _LENGTHS if length <= (model.max_positions or length))})
-    rows, reason = [], ""
-    for length in lengths:
-        changed = replace_setting(usable, "data.max_length", length)
-        estimates = [
-            estimate(with_precision(changed, each), model, device=budget.device) for each in precisions
-        ]
-        needs = tuple((each.total_bytes, check_fit(each, budget.bytes).word) for each in estimates)
-        rows.append(LengthFit(length, length == own, needs))
-        if precision == "int8":
-            reason = reason or why_int8_is_larger(*estimates)
+
+    def estimates(path: str, value: int) -> dict[Precision, Estimate]:
+        changed = replace_setting(usable, path, value)
+        return {
+            each: estimate(with_precision(changed, each), model, device=budget.device) for each in PRECISIONS
+        }
+
+    def rows(path: str, values: Sequence[int]) -> Iterator[SettingFit]:
+        own = get_setting(recipe, path)
+        for value in sorted({own, *values}):
+            compared = estimates(path, value)
+            needs = {
+                each: (one.total_bytes, check_fit(one, budget.bytes).word) for each, one in compared.items()
+            }
+            yield SettingFit(value, value == own, needs)
+
+    lengths = [length for length in _LENGTHS if length <= (model.max_positions or length)]
+    reason = ""
+    if precision == "int8":
+        longest = estimates("data.max_length", lengths[-1])
+        reason = why_int8_is_larger(longest["int8"], longest["fp16"])
     missing = missing_kernels(model.model_type) if budget.device.kind == "cuda" else ()
     kernels = describe_missing(missing) if missing and not budget.is_assumed else ()
-    return ModelFit(precisions, tuple(rows), budget, tuple(filter(None, (note, reason, *kernels))))
+    return ModelFit(
+        (precision, "nf4" if precision == "fp16" else "fp16"),
+        tuple(rows("data.max_length", lengths)),
+        tuple(rows("training.micro_batch_size", _BATCHES)),
+        budget,
+        tuple(filter(None, (note, reason, *kernels))),
+    )
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:
@@ -301,14 +313,9 @@ def fetch_hub_facts(model_id: str) -> HubFacts:
     return HubFacts(architecture, plan.total_bytes, plan.done_bytes)
 
 
-def validate_model_path(text: str) -> str:
-    """Return why a typed path cannot be used, or an empty string."""
-    path = Path(text.strip()).expanduser()
-    if not text.strip() or path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return ""
-    if path.is_file():
-        return f"{path.name} is neither a folder nor a .gguf file."
-    return f"{path} does not exist."
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder holds one model."""
+    return (path / "config.json").is_file()
 
 
 def can_be_completed(model: LocalModel) -> bool:
@@ -340,20 +347,18 @@ def _step(key: str, text: str, mark: str = "▸") -> Content:
     return Content.assemble((f"{mark} {key}  ", "$key bold"), (text, "bold" if mark == "▸" else ""))
 
 
-def _architecture_lines(model: Architecture) -> list[Content]:
+def _architecture_lines(model: Architecture) -> list[Fact]:
     tied = "tied" if model.tied_head else "separate"
     context = "NA" if model.max_positions is None else f"{model.max_positions:,} tokens"
     about = "about " if model.is_outline else ""
-    lines = [
-        _fact("size", f"{about}{format_count(model.total_params)} parameters"),
-        _fact("family", model.model_type),
-        _fact("context", context),
-        _fact("layers", f"{model.layers}, hidden size {model.hidden_size:,}"),
-        _fact("heads", f"{model.heads} ({model.kv_heads} KV)"),
-        _fact("vocabulary", f"{model.vocab_size:,}, {tied} head"),
+    lines: list[Fact] = [
+        ("size", f"{about}{format_count(model.total_params)} params, {model.model_type}"),
+        ("context", context),
+        ("layers", f"{model.layers} × {model.hidden_size:,}, {model.heads} heads ({model.kv_heads} KV)"),
+        ("vocab", f"{model.vocab_size:,}, {tied} head"),
     ]
     if model.experts:
-        lines.append(_fact("experts", f"{model.experts.count}, {model.experts.per_token} per token"))
+        lines.append(("experts", f"{model.experts.count}, {model.experts.per_token} per token"))
     return lines
 
 

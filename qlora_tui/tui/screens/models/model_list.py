@@ -91,6 +91,8 @@ class ListedModels:
     """Details of models on the Hub by id, where they were asked for."""
     needs: dict[Path, tuple[int, str]] = field(default_factory=dict)
     """Bytes and verdict of each model of this machine with the recipe as it is."""
+    licenses: dict[Path, str] = field(default_factory=dict)
+    """What the cards of the models of this machine name."""
     starters: tuple[Starter, ...] = ()
     """Models to start with, listed until the Hub is searched."""
 
@@ -123,7 +125,7 @@ class ListedModels:
             width: Cells of a line.
         """
         local = [model for model in self.local or () if words in model.name.lower()]
-        lines = _local_lines(local, chosen, width, self.needs) if self.local else []
+        lines = _local_lines(local, chosen, width, self.needs, self.licenses) if self.local else []
         here = frozenset(model.id for model in self.local or () if model.refusal is None)
         to_start = [m for m in self.starters if m.id not in here and words in m.id.lower()]
         if to_start and self.lists_starters:
@@ -156,7 +158,11 @@ class _Line:
 
 
 def _local_lines(
-    models: Sequence[LocalModel], chosen: str, width: int, needs: Mapping[Path, tuple[int, str]]
+    models: Sequence[LocalModel],
+    chosen: str,
+    width: int,
+    needs: Mapping[Path, tuple[int, str]],
+    licenses: Mapping[Path, str],
 ) -> list[tuple[str, Content]]:
     """A heading and a line for each model; ● marks the recipe's, ✗ those that cannot be trained."""
     rows = []
@@ -164,9 +170,9 @@ def _local_lines(
         mark = "●" if chosen in (model.id, str(model.path)) else "✗" if model.refusal else " "
         needed = Content.styled("cannot train", "$error") if model.refusal else _need(needs.get(model.path))
         texts = _architecture_texts(model.architecture, format_bytes(model.size_bytes), needed)
-        source = _SOURCES[model.source]
+        more = (licenses.get(model.path, ""), _SOURCES[model.source])
         rows.append(
-            _Line(LOCAL + str(model.path), mark, model.name, (*texts, source), model.refusal is not None)
+            _Line(LOCAL + str(model.path), mark, model.name, (*texts, *more), model.refusal is not None)
         )
     return _lines(f"On this machine ({len(models)})", _architecture_columns("on disk", "from"), rows, width)
 
@@ -178,13 +184,14 @@ def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) ->
     """
     rows = []
     if with_demo:
-        demo = ("135M", format_bytes(SMOLLM2.download_bytes), "", "8,192", "llama", "apache-2.0")
+        demo = ("135M", format_bytes(SMOLLM2.download_bytes), "", "8,192", "apache-2.0", "free")
         rows.append(_Line(DEMO_LINE, " ", f"{SMOLLM2.name} (demo)", demo))
     for model in models:
         needed = _need((model.needs_bytes, model.verdict))
         texts = _architecture_texts(model.architecture, format_bytes(model.download_bytes), needed)
-        rows.append(_Line(STARTER + model.id, " ", model.id, (*texts, model.model.license)))
-    columns = _architecture_columns("download", "license")
+        access = "NA" if model.model.gated is None else "gated" if model.model.gated else "free"
+        rows.append(_Line(STARTER + model.id, " ", model.id, (*texts, model.model.license, access)))
+    columns = _architecture_columns("download", "access")
     return _lines("Worth starting with, to download", columns, rows, width)
 
 
@@ -208,7 +215,6 @@ def _hub_lines(
                 f"↓{format_count(model.downloads)}" if model.downloads else "",
                 "here" if model.id in present else "gated" if model.gated else "",
                 model.modified,
-                model.model_type or "",
                 model.license or "",
             ),
             model.refusal is not None,
@@ -220,7 +226,6 @@ def _hub_lines(
         ("a month", 10, 0),
         ("access", 13, 0),
         ("changed", 12, _WIDE),
-        ("family", 14, _WIDE),
         ("license", 13, _WIDE),
     )
     return _lines(f"On the Hub, for {query!r} ({len(models)})", columns, rows, width)
@@ -232,9 +237,9 @@ def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, 
         ("params", 7, 0),
         (bytes_title, 10, 0),
         ("needs", 13, 0),
-        ("context", 10, _WIDE),
-        ("family", 14, _WIDE),
-        (last, 11, _WIDE),
+        ("context", 9, _WIDE),
+        ("license", 12, _WIDE),
+        (last, 10, _WIDE),
     )
 
 
@@ -242,9 +247,9 @@ def _architecture_texts(
     model: Architecture | None, bytes_: str, needed: str | Content
 ) -> tuple[str | Content, ...]:
     if model is None:
-        return ("NA", bytes_, needed, "NA", "NA")
+        return ("NA", bytes_, needed, "NA")
     context = "NA" if model.max_positions is None else f"{model.max_positions:,}"
-    return (format_count(model.total_params), bytes_, needed, context, model.model_type)
+    return (format_count(model.total_params), bytes_, needed, context)
 
 
 def _need(need: tuple[int, str] | None) -> str | Content:

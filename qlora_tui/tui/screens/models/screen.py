@@ -22,25 +22,27 @@ from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
+from qlora_tui.tui.screens.modals.file_picker import FilePickerScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.models.downloads import DEMO, DownloadsPanel
 from qlora_tui.tui.screens.models.model_facts import (
+    Facts,
     ModelSide,
     can_be_completed,
     demo_facts,
     fetch_hub_facts,
     hub_facts,
+    is_model_folder,
     local_facts,
     need,
+    read_license,
     starter_facts,
-    storage_lines,
-    validate_model_path,
+    storage_title,
 )
 from qlora_tui.tui.screens.models.model_list import HUB, LOCAL, ListedModels, Starter, starters
 from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.ui_state import add_recent, load_ui_state, recent_paths
-from qlora_tui.tui.widgets.controls import Lines, Panel, TextField, ViList
+from qlora_tui.tui.widgets.controls import Panel, TextField, ViList
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -59,6 +61,7 @@ class ModelsScreen(WorkScreen):
     MODE = "models"
     CSS_PATH = "models.tcss"
     EDITS_RECIPE = True
+    SHOWS_MEMORY = True
     HELP_TEXT = (
         '● is the recipe\'s model. ✗ marks models that cannot be trained; the facts say why. "Needs" is the '
         "memory with the recipe as it is, and the table beside shows other lengths. Models come "
@@ -112,14 +115,11 @@ class ModelsScreen(WorkScreen):
         self.query_one(Input).focus()
 
     def action_open_path(self) -> None:
-        """Ask for a folder or a GGUF file."""
-
-        def scan(text: str) -> None:
-            if text:
-                self._start_scan(Path(text.strip()).expanduser().absolute())
-
-        words = "A folder with config.json and safetensors, a folder of such folders, or a .gguf file:"
-        self.ask(TextPromptScreen("Open a path", words, validate=validate_model_path), scan)
+        """Ask for a model's folder, a folder of such folders, or a GGUF file."""
+        known = (Path(self.app.workbench.recipe.model.id).parent, *map(Path, self.app.settings.model_folders))
+        start = next((folder for folder in known if folder.is_absolute() and folder.is_dir()), None)
+        picker = FilePickerScreen("Open a model", "models", (".gguf",), start, is_one=is_model_folder)
+        self.ask(picker, self._start_scan)
 
     def on_input_changed(self) -> None:
         """Filter the list while typing."""
@@ -243,7 +243,7 @@ class ModelsScreen(WorkScreen):
             if len(within) == 1:
                 self._choose(within[0])
         self._show_facts()
-        self.query_one("#storage", Lines).show(storage_lines(self._models.local))
+        self.query_one("#models-panel", Panel).show_title(storage_title(self._models.local))
         self._estimate_needs()
         self._describe()
 
@@ -288,7 +288,8 @@ class ModelsScreen(WorkScreen):
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         model = self._models.find(self.query_one(ViList).current)
         architecture, can_train = None, True
-        title, lines = "Model", []
+        title = "Model"
+        lines: Facts = []
         match model:
             case LocalModel():
                 is_current = recipe.model.id in (model.id, str(model.path))
@@ -315,6 +316,9 @@ class ModelsScreen(WorkScreen):
         known = [(m.path, m.architecture) for m in self._models.local or () if m.architecture is not None]
         self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
+        )
+        self._models.licenses = await asyncio.to_thread(
+            lambda: {path: read_license(path) for path, _ in known}
         )
         if self._models.lists_starters:
             self._models.starters = await asyncio.to_thread(starters, recipe, budget)
