@@ -6,6 +6,8 @@ from threading import Event
 from typing import Any
 
 import pytest
+from textual.content import Content
+from textual.events import MouseScrollDown
 from textual.widgets import Input
 
 from qlora_tui.catalog import described
@@ -14,7 +16,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.lora.module_grid import ModuleTable, adapter_parameters, state, toggled
+from qlora_tui.tui.screens.lora.adapter import SettingsList
+from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.screen import parse_targets
 from tests.tui.screen_assertions import wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, open_on
@@ -127,7 +130,7 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
         await wait_for_text(pilot, "✗ It must be a whole number from 1 to 1,024.")
         await pilot.press(*["backspace"] * 2, "enter")
         # 24 more on 3 modules, in 576 and out 576.
-        await wait_for_text(pilot, "◆◆◆■", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
+        await wait_for_text(pilot, "◆▇◆▇▇◆▇▇▇", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
         assert app.workbench.recipe.lora.rank_pattern == {"0-2.q_proj": 40}
         await pilot.press("E", *"64", "enter")
         await wait_until(pilot, lambda: app.workbench.recipe.lora.alpha_pattern == {"2.q_proj": 64.0})
@@ -138,6 +141,36 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
         await pilot.press("u", "u", "u")
         await wait_for_text(pilot, "4.88M of 135M")
         assert app.workbench.recipe.lora == Lora()
+
+
+async def test_a_click_selects_and_a_second_click_or_the_wheel_changes(small: str) -> None:
+    app = open_on("lora", model=small)
+    async with app.run_test(size=(80, 24)) as pilot:
+        lines = (await wait_for_text(pilot, "210 modules", "a A alpha")).splitlines()
+        alpha = 8, next(y for y, line in enumerate(lines) if "a A alpha" in line)
+        settings = app.screen.query_one(SettingsList)
+
+        def value() -> float:
+            return app.workbench.recipe.lora.alpha
+
+        await pilot.click(offset=alpha)
+        assert (settings.current, value()) == ("lora.alpha", 32)
+        await pilot.click(offset=alpha)
+        assert value() == 64
+        for line, then in ((alpha[1], 32), (alpha[1] - 1, 32), (alpha[1], 16)):  # another setting is above it
+            app.post_message(MouseScrollDown(None, 8, line, 0, 0, 0, False, False, False, 8, line))
+            await pilot.pause()
+            assert (settings.current, value()) == ("lora.alpha", then)
+
+
+@pytest.mark.parametrize(("name", "scrolls"), [(SMALL, False), ("LiquidAI__LFM2-1.2B", True)])
+async def test_kinds_out_of_view_have_a_scroll_bar(private_home: Path, name: str, scrolls: bool) -> None:
+    app = open_on("lora", model=str(config_folder(private_home, name)))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "every kind")
+        shown = app.screen.query_one(ModuleGrid).render()
+        assert isinstance(shown, Content)
+        assert any("$scrollbar" in str(span.style) for span in shown.spans) == scrolls
 
 
 async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> None:

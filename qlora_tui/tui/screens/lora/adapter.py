@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod, sqrt
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from msgspec import structs
 from textual.binding import Binding, BindingType
 from textual.content import Content
+from textual.events import Blur, Click, MouseScrollDown, MouseScrollUp
 from textual.message import Message
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
@@ -23,12 +25,12 @@ from qlora_tui.formatting import (
     capitalize,
     format_bytes,
     format_count,
+    format_delta,
     format_float,
-    format_gib,
     format_small_percent,
 )
 from qlora_tui.glossary import GLOSSARY, explain
-from qlora_tui.memory import Device, Estimate, estimate
+from qlora_tui.memory import Device, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict, precision_of
 from qlora_tui.memory.layout import vocabulary_shapes
@@ -37,10 +39,16 @@ from qlora_tui.recipe.fields import diff_recipes, fields, format_value, get_sett
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.key_names import bare_key, key_name
-from qlora_tui.tui.render.charts import bar
-from qlora_tui.tui.render.labels import verdict_words
+from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.labels import (
+    PRECISION_NAMES,
+    VERDICT_SIGN,
+    FitLine,
+    verdict_legend,
+    verdict_words,
+)
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
-from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
+from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench
 
 
@@ -59,6 +67,36 @@ class SettingsList(ViList):
         path: str
         direction: int
 
+    _clicked: int | None = None
+    """The option that the last click selected; None after the focus has gone elsewhere."""
+
+    def on_click(self, event: Click) -> None:
+        """Select a setting; a click on the one selected so steps it."""
+        event.prevent_default()  # the list would step it at once
+        at = event.style.meta.get("option")
+        if at is not None and at == self._clicked:
+            self.action_step(1)
+        elif at is not None:
+            self.highlighted = self._clicked = at
+
+    def on_mouse_scroll_up(self, event: MouseScrollUp) -> None:
+        """Step the selected setting up."""
+        self._scroll(event, 1)
+
+    def on_mouse_scroll_down(self, event: MouseScrollDown) -> None:
+        """Step the selected setting down."""
+        self._scroll(event, -1)
+
+    def _scroll(self, event: MouseScrollUp | MouseScrollDown, direction: int) -> None:
+        if event.style.meta.get("option") == self.highlighted and self.has_focus:
+            event.stop()
+            event.prevent_default()
+            self.action_step(direction)
+
+    def on_blur(self, event: Blur) -> None:
+        """Forget what was clicked."""
+        self._clicked = None
+
     def action_step(self, direction: int) -> None:
         """Ask for another value of the setting under the cursor."""
         if self.current is not None:
@@ -75,10 +113,6 @@ class SettingsList(ViList):
             self.highlighted = paths.index(path)
 
 
-_MIN_ADVICE = 50
-"""Cells from which advice stands beside its setting."""
-
-
 LORA_CONTROLS: dict[str, tuple[str, ...]] = {
     "lora.rank": ("lora.rank_up", "lora.rank_down"),
     "lora.alpha": ("lora.alpha_up", "lora.alpha_down"),
@@ -92,14 +126,18 @@ _TERMS = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA", "lora.train_embe
 """Their words in the glossary, if those are not the settings' own names; the least known ones."""
 
 
-def setting_lines(recipe: Recipe, base: Recipe, dora_cost: str, width: int) -> list[tuple[str, Content]]:
-    """(path, line) of each setting, with the first words of its advice where there is room."""
+def setting_lines(
+    recipe: Recipe, base: Recipe, dora_cost: str, width: int, *, with_meaning: bool = False
+) -> list[tuple[str, Content]]:
+    """(path, line) of each setting with its advice; ``with_meaning``: with what it means in a second line."""
     lines = []
     for path in LORA_CONTROLS:
         head = control_line(path, recipe, base)
-        room = width - head.cell_length - 1
-        words = setting_advice(path, recipe, base, dora_cost) if room >= _MIN_ADVICE else ""
-        line = Content.assemble(head, (f" {words}", "$text-muted")).truncate(width, ellipsis=True)
+        advice = setting_advice(path, recipe, base, dora_cost)
+        line = Content.assemble(head, (f" {advice}", "$text-muted")).truncate(width, ellipsis=True)
+        if with_meaning:
+            meaning = f"{' ' * head.cell_length} {explain(term_of(path))}"
+            line += Content.styled(f"\n{meaning}", "dim").truncate(width + 1, ellipsis=True)
         lines.append((path, line))
     return lines
 
@@ -160,46 +198,15 @@ def advice(path: str, lora: Lora) -> str:
             return "Unsloth trains them for continued pretraining."
 
 
-class TermPanel(Panel):
-    """The word as its title, what it means, and the advice on it."""
-
-    def __init__(self) -> None:
-        self._meaning = Lines(id="term")
-        self._shown: tuple[str, str] = ("", "")
-        super().__init__("Term", self._meaning, id="term-panel")
-
-    def on_resize(self) -> None:
-        # The panel knows its new size only after the layout.
-        if self._shown[0]:
-            self.call_after_refresh(self._show_meaning)
-
-    def show_modules(self, modules: Sequence[LinearModule], lora: Lora) -> None:
-        """Explain the kind of these modules, or targets at all."""
-        kinds = {module.kind for module in modules}
-        kind = next(iter(kinds)) if len(kinds) == 1 else ""
-        term = kind if kind in GLOSSARY else "target modules"
-        if lora.target_modules == (ALL_LINEAR,):
-            advice = "The QLoRA paper needed all layers to match full fine-tuning."
-        else:
-            advice = "In the QLoRA paper, fewer layers fell short of full fine-tuning."
-        self.show(kind or "Target modules", term, advice)
-
-    def show(self, title: str, term: str, advice: str) -> None:
-        """Explain a term of the glossary."""
-        self.show_title(title)
-        self._shown = (term, advice)
-        self._show_meaning()
-
-    def _show_meaning(self) -> None:
-        term, advice = self._shown
-        paragraphs = [Content.assemble(explain(term), "\n", (advice, "$text-muted"))]
-        width, room = self.content_size.width, self.content_size.height
-        others = [path for path in LORA_CONTROLS if term_of(path) != term]
-        least_known_first = sorted(others, key=lambda path: path not in _TERMS)
-        for text in map(one_line, least_known_first if width else ()):
-            if sum(len(each.wrap(width)) + 1 for each in (*paragraphs, text)) - 1 <= room:
-                paragraphs.append(text)
-        self._meaning.show(Content("\n\n").join(paragraphs))
+def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:
+    """What the kind of these modules is, or what targets are, and if it fits what a paper says of them."""
+    kinds = {module.kind for module in modules}
+    kind = next(iter(kinds)) if len(kinds) == 1 else ""
+    fell_short = "In the QLoRA paper, fewer layers fell short of full fine-tuning."
+    all_needed = "The QLoRA paper needed all layers to match full fine-tuning."
+    meaning = explain(kind if kind in GLOSSARY else "target modules")
+    words = f"{meaning} {all_needed if lora.target_modules == (ALL_LINEAR,) else fell_short}"
+    return words if len(words) <= width else meaning
 
 
 def one_line(path: str) -> Content:
@@ -214,20 +221,19 @@ def term_title(path: str) -> str:
 
 _RANKS = (4, 8, 16, 32, 64, 128, 256)
 _TARGETS = {
-    "all-linear": ("all-linear",),
+    ALL_LINEAR: (ALL_LINEAR,),
     "q, k, v, o": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "gate, up, down": ("gate_proj", "up_proj", "down_proj"),
     "q, v": ("q_proj", "v_proj"),
 }
-_NAME = 15
-_WORDS = 62
-"""Cells of a line without its bar."""
-_MAX_BAR = 40
-_MIN_BAR = 6
+_RANK_CELLS = 7
+_CHOICE_CELLS, _DISK_CELLS = 22, 9
+"""Cells of a choice of targets with the gap before it, and of its size on disk."""
 SAVED_BYTES = 4
 """Bytes of a parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
 _MAX_LINES = 2
 """Lines for the differences from the preset."""
+_WITH = " with gradients and optimizer"
 
 
 @dataclass(frozen=True)
@@ -256,11 +262,6 @@ def memory_deltas(
         return None
 
 
-def format_delta(bytes_: int) -> str:
-    """``+1.2 GiB``."""
-    return f"{'-' if bytes_ < 0 else '+'}{format_bytes(abs(bytes_))}"
-
-
 def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
     """Trained parameters of the adapter. Raises UserError for targets that the model does not have."""
     chosen = match_modules(recipe.lora.target_modules, architecture.targets)
@@ -276,33 +277,39 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
     return saved * SAVED_BYTES
 
 
-def totals_text(recipe: Recipe, architecture: Architecture, estimate: Estimate) -> Content:
-    """``40M of 7.62B parameters (0.53 %) · 154 MiB on disk · 464 MiB in memory with gradients…``.
-
-    In memory is what the Memory screen lists under Adapter: its share of the peak.
-    """
-    trained = trained_parameters(recipe, architecture)
-    share = trained / architecture.total_params
-    return Content.assemble(
-        (f"{format_count(trained)}", "bold"),
-        f" of {format_count(architecture.total_params)} parameters ({format_small_percent(share)}) · ",
-        (format_bytes(saved_bytes(recipe, architecture)), "bold"),
-        " on disk · ",
-        (format_bytes(estimate.adapter_bytes), "bold"),
-        " in memory with gradients and optimizer",
-    )
+def adapter_title(workbench: Workbench, budget: MemoryBudget, width: int) -> Content:
+    """``Adapter  NF4 6.3 of 12.0 GiB fits``: what the recipe needs in all, if its model is known."""
+    compared, precision = workbench.comparison(budget.device), precision_of(workbench.recipe)
+    if isinstance(compared, UserError):
+        return Content("Adapter")
+    can_train = workbench.model_refusal() is None
+    fit = FitLine(PRECISION_NAMES[precision], compared[precision], budget, can_train=can_train)
+    return Content("Adapter  ") + fit.draw(width, max_bar=0).stylize_before("not bold $foreground")
 
 
 def adapter_text(
     workbench: Workbench, budget: MemoryBudget, known: MemoryDeltas | None, width: int
 ) -> Content:
-    """Totals of the adapter, if its model is known, over the differences from the preset."""
+    """Parameters and sizes of the adapter, if its model is known, over the differences from the preset.
+
+    In memory is what the Memory screen lists under Adapter: its share of the peak.
+    """
     differs = difference_text(workbench, known, width)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
     if isinstance(compared, UserError) or isinstance(architecture, UserError):
         return differs
     recipe = workbench.recipe
-    return Content("\n").join([totals_text(recipe, architecture, compared[precision_of(recipe)]), differs])
+    trained = trained_parameters(recipe, architecture)
+    share = trained / architecture.total_params
+    text = Content.assemble(
+        (f"{format_count(trained)}", "bold"),
+        f" of {format_count(architecture.total_params)} parameters ({format_small_percent(share)}) · ",
+        f"{format_bytes(saved_bytes(recipe, architecture))} on disk · ",
+        f"{format_bytes(compared[precision_of(recipe)].adapter_bytes)} in memory",
+    )
+    if text.cell_length + len(_WITH) <= width:
+        text += Content(_WITH)
+    return Content("\n").join([text, differs])
 
 
 def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:
@@ -357,10 +364,10 @@ def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
 
 @dataclass(frozen=True)
 class ChoiceCost:
-    """The recipe with another rank, or with other targets."""
+    """The recipe with another rank and other targets."""
 
-    name: str
-    of: Literal["rank", "targets"]
+    rank: int
+    targets: str
     is_current: bool
     trained: int
     saved_bytes: int
@@ -368,46 +375,61 @@ class ChoiceCost:
 
 
 def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> tuple[ChoiceCost, ...]:
-    """Estimate each choice, some 10 ms each; without those that the model does not have."""
-    choices: dict[tuple[Literal["rank", "targets"], str], Recipe] = {}
-    for rank in sorted({*_RANKS, recipe.lora.rank}):
-        choices["rank", f"rank {rank}"] = replace_setting(recipe, "lora.rank", rank)
-    for name, targets in _TARGETS.items():
-        if name == "all-linear" or set(targets) <= set(architecture.kinds()):
-            choices["targets", name] = replace_setting(recipe, "lora.target_modules", targets)
+    """Estimate each rank with each choice of targets that the model has, some 10 ms each."""
+    now = recipe.lora.target_modules
+    choices = {
+        name: targets
+        for name, targets in _TARGETS.items()
+        if name == ALL_LINEAR or set(targets) <= set(architecture.kinds())
+    }
+    if now not in choices.values():
+        choices = {"as selected": now, **choices}
+    variants = {
+        (rank, name): replace_setting(
+            replace_setting(recipe, "lora.rank", rank), "lora.target_modules", targets
+        )
+        for rank in sorted({*_RANKS, recipe.lora.rank})
+        for name, targets in choices.items()
+    }
     costs = []
-    for (of, name), verdict in what_if(choices.items(), architecture, budget).items():
-        changed = choices[of, name]
+    for (rank, name), verdict in what_if(variants.items(), architecture, budget).items():
+        changed = variants[rank, name]
         trained, saved = trained_parameters(changed, architecture), saved_bytes(changed, architecture)
-        costs.append(ChoiceCost(name, of, changed == recipe, trained, saved, verdict))
+        costs.append(ChoiceCost(rank, name, changed == recipe, trained, saved, verdict))
     return tuple(costs)
 
 
 def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> list[Content]:
-    """``▸ rank 16   40M   154 MiB  ███░░░░  6.3 GiB fits``: a line for each, the recipe's own marked.
+    """A line for each rank, with parameters, size on disk and memory of each choice of targets."""
+    by_rank: dict[int, list[ChoiceCost]] = {}
+    for cost in costs:
+        by_rank.setdefault(cost.rank, []).append(cost)
+    rows = list(by_rank.values())
+    names = [cost.targets for cost in rows[0]] if rows else []
+    with_disk = width >= _RANK_CELLS + len(names) * (_CHOICE_CELLS + _DISK_CELLS)
 
-    Ranks stand under the head of the columns, targets under one that says they are for the recipe's rank.
-    """
-    if not costs:
-        return []
-    cells = min(_MAX_BAR, width - _WORDS)
-    drawn = cells + 1 if cells >= _MIN_BAR else 0
-    head = f"  {'':<{_NAME}} {'trainable':>9} {'on disk':>9}  {'':<{drawn}}{'memory':>9}"
-    lines = [Content.styled(head, "dim")]
-    for before, cost in zip((None, *costs), costs, strict=False):
-        if before is not None and cost.of != before.of:
-            lines += [Content(""), Content.styled("  targets, at the rank marked above", "dim")]
-        mark, style = ("▸", "bold") if cost.is_current else (" ", "")
-        disk = format_bytes(cost.saved_bytes)
-        needed = cost.verdict.needed_bytes
-        share = f"{bar(needed / cost.verdict.available_bytes, cells)} " if drawn else ""
-        lines.append(
-            Content.assemble(
-                (mark, "bold $primary"),
-                (f" {cost.name:<{_NAME}} {format_count(cost.trained):>9} {disk:>9}  ", style),
-                (share, "$secondary"),
-                (f"{format_gib(needed):>5} GiB ", style),
-                verdict_words(cost.verdict.word, can_train=can_train),
-            )
+    def cell(row: list[ChoiceCost], number: int) -> Content:
+        cost = row[number]
+        mark, weight = ("▸", "bold") if cost.is_current else (" ", "")
+        disk = f"{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}" if with_disk else ""
+        style = verdict_words(cost.verdict.word, can_train=can_train)[1]
+        return Content.assemble(
+            (mark, "bold $primary"),
+            (f"{format_count(cost.trained):>6}{disk}{format_bytes(cost.verdict.needed_bytes):>10} ", weight),
+            (VERDICT_SIGN[cost.verdict.word], style),
         )
-    return lines
+
+    def title(name: str) -> str:
+        return f" {'params':>6}{'disk' if with_disk else '':>{_DISK_CELLS * with_disk}}{'memory':>10}"
+
+    columns = [Column[list[ChoiceCost]](title="rank", text=lambda row: f"{row[0].rank}", width=4, right=True)]
+    for number, name in enumerate(names):
+        columns.append(Column(title=title(name), text=partial(cell, number=number), gap=3))
+    group = _CHOICE_CELLS + _DISK_CELLS * with_disk
+    heads = "".join(f"{name:<{group}}" for name in names)
+    words = dict.fromkeys(cost.verdict.word for cost in costs)
+    return [
+        Content(" " * (_RANK_CELLS + 1) + heads.rstrip()).stylize("bold"),
+        *table(columns, rows, width),
+        verdict_legend(words, can_train=can_train),
+    ]

@@ -6,8 +6,10 @@ is given.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import log2
 from typing import ClassVar
 
 from textual.app import RenderResult
@@ -23,6 +25,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_count
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
+from qlora_tui.tui.render.charts import join_cells
 from qlora_tui.tui.widgets.controls import ROW_KEYS
 
 ALL, SOME, NONE = "all", "some", "none"
@@ -118,7 +121,7 @@ def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozense
 
 
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
-CELLS = {ALL: "■", SOME: "▒", NONE: "·"}
+CELLS = {ALL: "▇", SOME: "▒", NONE: "·"}
 CUSTOM = "◆"
 """Sign of a selected module with a custom rank or alpha."""
 HEAD = -1
@@ -130,6 +133,14 @@ _TRAINED_CELLS = 7
 """Number of trainable parameters, after a kind's shape."""
 _GAP_CELLS = 7
 """Between that and the layers; the word ``layer`` is above it."""
+_PALEST, _BRIGHTEST_RANK = 40, 256
+"""Percent of the color of rank 1; from this rank on it is whole."""
+
+
+def rank_style(rank: int) -> str:
+    """The color of modules with this rank, brighter with each doubling."""
+    share = min(1.0, log2(rank) / log2(_BRIGHTEST_RANK))
+    return f"$primary {_PALEST + (100 - _PALEST) * share:.0f}%"
 
 
 class ModuleGrid(Widget, can_focus=True):
@@ -168,6 +179,8 @@ class ModuleGrid(Widget, can_focus=True):
         self._column = HEAD
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
+        self._starts: Sequence[int] = ()
+        """Where each layer in view begins, counted from the first one's cell."""
 
     def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
         """Show this model with these modules chosen."""
@@ -234,9 +247,10 @@ class ModuleGrid(Widget, can_focus=True):
         row = self._first_row() + (place.y - 1 if place else -1)
         if place is None or not 0 <= row < len(self._table.rows):
             return
-        column = (place.x - self._head_width) // self._cell_width + self._first_column
-        in_cells = 0 <= column < len(self._table.columns) and place.x >= self._head_width
-        before, now = (self._row, self._column), (row, column if in_cells else HEAD)
+        at = place.x - self._head_width
+        is_on_layer = self._starts and 0 <= at < self._starts[-1]
+        column = self._first_column + bisect_right(self._starts, at) - 1 if is_on_layer else HEAD
+        before, now = (self._row, self._column), (row, column)
         self._row, self._column = now
         self.refresh()
         if before == now or place.x < _BOX_CELLS:
@@ -247,14 +261,22 @@ class ModuleGrid(Widget, can_focus=True):
         table = self._table
         if table is None:
             return Content("")
-        width_left = max(1, (self.content_size.width - self._head_width) // self._cell_width)
+        height, first = self.content_size.height - 1, self._first_row()
+        rows = range(first, min(first + height, len(table.rows)))
+        scrolls = len(rows) < len(table.rows)
+        width_left = max(1, self.content_size.width - self._head_width - 2 * scrolls)
         # The cursor's column stays in view.
         column, last = max(self._column, 0), max(0, len(table.columns) - width_left)
         self._first_column = min(max(min(self._first_column, column), column - width_left + 1), last)
         shown = range(self._first_column, min(self._first_column + width_left, len(table.columns)))
-        first = self._first_row()
-        rows = range(first, min(first + self.content_size.height - 1, len(table.rows)))
-        return Content("\n").join([self._axis(shown), *(self._line(row, shown) for row in rows)])
+        self._starts = [place * width_left // len(shown) for place in range(len(shown) + 1)]
+        lines = [self._axis(shown), *(self._line(row, shown) for row in rows)]
+        if scrolls:
+            thumb = range(first * height // len(table.rows), -(-rows.stop * height // len(table.rows)))
+            for number in range(len(rows)):
+                bar = Content.styled(" ", "on $scrollbar" if number in thumb else "on $scrollbar-background")
+                lines[number + 1] += Content(" ") + bar
+        return Content("\n").join(lines)
 
     @property
     def _head_width(self) -> int:
@@ -262,12 +284,6 @@ class ModuleGrid(Widget, can_focus=True):
         names = max(len(row.name) for row in self._table.rows)
         shapes = max(len(row.shape) for row in self._table.rows)
         return _BOX_CELLS + min(names, LONGEST_KIND) + 1 + shapes + 1 + _TRAINED_CELLS + _GAP_CELLS
-
-    @property
-    def _cell_width(self) -> int:
-        """Two cells for a layer where there is room for all of them."""
-        assert self._table is not None
-        return 2 if self._head_width + 2 * len(self._table.columns) <= self.content_size.width else 1
 
     def _first_row(self) -> int:
         """The first row to show so that the cursor's is in view."""
@@ -278,9 +294,9 @@ class ModuleGrid(Widget, can_focus=True):
         assert self._table is not None
         text = ""
         for place, column in enumerate(shown):
-            layer, place = self._table.columns[column], place * self._cell_width
-            if place >= len(text) and layer is not None and layer % 5 == 0:
-                text = text.ljust(place) + str(layer) + " "
+            layer, start = self._table.columns[column], self._starts[place]
+            if start >= len(text) and layer is not None and layer % 5 == 0:
+                text = text.ljust(start) + str(layer) + " "
         if shown.stop < len(self._table.columns):
             text = f"{text[: len(shown) - 1]:<{len(shown) - 1}}→"
         if shown.start:
@@ -296,10 +312,10 @@ class ModuleGrid(Widget, can_focus=True):
         head = self._head(row)
         head_style = "reverse" if here and self._column == HEAD and self.has_focus else "bold" if here else ""
         pieces: list[tuple[str, str]] = [(head, head_style), (" " * _GAP_CELLS, "")]
-        for column in shown:
-            glyph, style = self._cell(row.cells[column], index, column)
-            pieces += [(glyph, style), (" " * (self._cell_width - 1), "")]
-        return Content.assemble(*pieces)
+        for place, column in enumerate(shown):
+            width = self._starts[place + 1] - self._starts[place]
+            pieces.append(self._cell(row.cells[column], index, column, width))
+        return join_cells(pieces)
 
     def _head(self, row: ModuleRow) -> str:
         assert self._table is not None
@@ -311,15 +327,17 @@ class ModuleGrid(Widget, can_focus=True):
         box = BOXES[state(row.modules, self._chosen)]
         return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>{_TRAINED_CELLS}}"
 
-    def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int) -> tuple[str, str]:
-        if not cell:
-            glyph, style = " ", ""
-        else:
+    def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int, width: int) -> tuple[str, str]:
+        """One layer of a kind, in the color of its rank; a rank of its own has a sign too."""
+        text, style = " " * width, ""
+        if cell:
             mark = state(cell, self._chosen)
+            text, style = CELLS[mark] * width, "$text-muted"
+            if mark != NONE:
+                style = rank_style(max(rank_of(self._lora, module) for module in cell))
             if mark == ALL and has_custom_rank(cell, self._lora):
-                return CUSTOM, self._cursor_style(row, column) or "$forgetting"
-            glyph, style = CELLS[mark], "$text-muted" if mark == NONE else "$primary"
-        return glyph, self._cursor_style(row, column) or style
+                text = CUSTOM + text[1:]
+        return text, self._cursor_style(row, column) or style
 
     def _cursor_style(self, row: int, column: int) -> str:
         if not self.has_focus or self._column == HEAD:

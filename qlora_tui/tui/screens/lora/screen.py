@@ -8,14 +8,13 @@ from functools import partial
 
 import msgspec
 from textual import work
-from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import pluralize
+from qlora_tui.formatting import format_delta, pluralize
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.fields import fields, format_value, get_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
@@ -27,23 +26,21 @@ from qlora_tui.recipe.targets import (
     syntax_error,
     to_patterns,
 )
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import settings_title
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.adapter import (
     MemoryDeltas,
     SettingsList,
-    TermPanel,
     adapter_text,
+    adapter_title,
     choice_costs,
     choice_lines,
     cursor_text,
-    format_delta,
     memory_deltas,
+    modules_words,
     one_line,
-    setting_advice,
     setting_lines,
-    term_of,
-    term_title,
 )
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
@@ -51,6 +48,8 @@ from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
 """Seconds without a key before the memory deltas are computed."""
+_COSTS_HEIGHT, _MEANING_HEIGHT = 37, 50
+"""Rows of the window from which other choices are listed, and from which settings say what they mean."""
 
 
 READING = UserError(
@@ -67,14 +66,14 @@ class LoraScreen(WorkScreen):
     MODE = "lora"
     CSS_PATH = "lora.tcss"
     EDITS_RECIPE = True
+    SHOWS_MEMORY = True
     HELP_TEXT = (
-        "Each row is a kind of linear module, each cell one layer: ■ gets an adapter, · stays frozen. On "
-        "a name, {lora.toggle} selects or deselects the whole kind; on a cell, only that layer. "
-        "{lora.block} starts a block of cells; pressed again, it toggles the block. The first row stands "
-        "for every kind. {lora.rank_here} gives the selected modules a custom rank, shown as ◆.\n"
-        "Tab goes to the settings, where Left and Right change the one under the cursor. In a large window, "
-        "a panel explains it, or the kind of module under the cursor; and a table shows what other ranks and "
-        "targets would cost.\n"
+        "Each row is a kind of linear module, divided into layers: ▇ gets an adapter, brighter with its "
+        "rank; · stays frozen. On a name, {lora.toggle} selects or deselects the whole kind; on a layer, "
+        "only that one. {lora.block} starts a block of cells; pressed again, it toggles the block. The first "
+        "row stands for every kind. {lora.rank_here} gives the selected modules a custom rank, shown as ◆.\n"
+        "Tab goes to the settings, where Left and Right change the one under the cursor, as the mouse wheel "
+        "and a second click do. In a large window, a table shows what other ranks and targets would cost.\n"
         "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained; their parameters are "
         "counted as trainable. In memory is what Memory lists under Adapter: its weights and their 16-bit "
         "copy, gradients, and optimizer states."
@@ -96,27 +95,19 @@ class LoraScreen(WorkScreen):
             ("lora.patterns", "patterns"),
             ("lora.all", "all"),
         )
-        with Horizontal(id="lora-parts"):
-            with Vertical(id="grid-side"):
-                yield Panel(
-                    "Target modules",
-                    TextField(compact=True, id="targets-input"),
-                    ModuleGrid(id="modules"),
-                    ModelProblem(),
-                    Lines(id="under-cursor"),
-                    keys=keys,
-                    id="modules-panel",
-                )
-                yield Panel(
-                    "What other choices would cost",
-                    Lines(id="choices"),
-                    keys=(("lora.rank_up", "rank ×2"), ("lora.rank_down", "rank ÷2")),
-                    id="choices-panel",
-                )
-            with Vertical(id="lora-side"):
-                yield Panel("Settings", SettingsList(id="lora-settings"), id="lora-settings-panel")
-                yield TermPanel()
         yield Panel("Adapter", Lines(id="lora-totals"), id="lora-cost")
+        yield Panel(
+            "Target modules",
+            TextField(compact=True, id="targets-input"),
+            ModuleGrid(id="modules"),
+            ModelProblem(),
+            Lines(id="under-cursor"),
+            keys=keys,
+            id="modules-panel",
+        )
+        yield Panel("Settings", SettingsList(id="lora-settings"), id="lora-settings-panel")
+        rank_keys = (("lora.rank_up", "rank ×2"), ("lora.rank_down", "rank ÷2"))
+        yield Panel("What other choices would cost", Lines(id="choices"), keys=rank_keys, id="choices-panel")
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
@@ -125,6 +116,12 @@ class LoraScreen(WorkScreen):
         self.query_one("#modules").focus()
 
     def on_resize(self) -> None:
+        has_costs = self.size.height >= _COSTS_HEIGHT and self.size.width >= WIDE_CELLS
+        self.set_class(has_costs, "-costs")
+        # Without costs below them, the modules have what the others leave. A class would change that only
+        # after the texts were written, and Textual would not lay the panel out again.
+        for part in ("#modules-panel", "#modules"):
+            self.query_one(part).styles.height = "auto" if has_costs else "1fr"
         self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def show_recipe(self, recipe: Recipe) -> None:
@@ -141,7 +138,6 @@ class LoraScreen(WorkScreen):
         title = Content.assemble("Target modules", (f": {text}", "$foreground not bold"))
         self.query_one("#modules-panel", Panel).show_title(title)
         self._show_chosen(recipe.lora.target_modules, recipe)
-        self._show_cursor()
         self._show_controls_and_totals(recipe)
         key = (recipe, self.app.memory_budget)
         if key != self._deltas_key and not isinstance(architecture, UserError):
@@ -153,7 +149,7 @@ class LoraScreen(WorkScreen):
         self._explained = path
         self.query_one(SettingsList).select_setting(path)
         super().action_step_setting(path, direction)
-        self._show_term()
+        self._show_cursor()
 
     def on_settings_list_stepped(self, message: SettingsList.Stepped) -> None:
         """Step the setting under the cursor of the list."""
@@ -168,7 +164,7 @@ class LoraScreen(WorkScreen):
         """Explain what has the focus."""
         settings = self.query_one(SettingsList)
         self._explained = (settings.current or "") if settings.has_focus else ""
-        self._show_term()
+        self._show_cursor()
 
     def action_toggle_modules(self) -> None:
         settings = self.query_one(SettingsList)
@@ -222,7 +218,7 @@ class LoraScreen(WorkScreen):
     def on_module_grid_moved(self) -> None:
         """Describe the modules under the cursor."""
         self._explained = ""
-        self._show_term()
+        self._show_cursor()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Show what the patterns typed so far would choose; the recipe changes on enter."""
@@ -268,10 +264,13 @@ class LoraScreen(WorkScreen):
             self.query_one("#choices", Lines).show(partial(choice_lines, costs, can_train))
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
-        base = self.app.workbench.preset_recipe
-        self.query_one(SettingsList).show(partial(setting_lines, recipe, base, self._dora_cost))
-        self._show_term()
-        app, width = self.app, max(20, self.size.width - 4)
+        app, base, width = self.app, self.app.workbench.preset_recipe, max(20, self.size.width - 4)
+        with_meaning = self.has_class("-very-wide") and self.size.height >= _MEANING_HEIGHT
+        write = partial(setting_lines, recipe, base, self._dora_cost, with_meaning=with_meaning)
+        self.query_one(SettingsList).show(write)
+        self._show_cursor()
+        title = adapter_title(app.workbench, app.memory_budget, width)
+        self.query_one("#lora-cost", Panel).show_title(title)
         text = adapter_text(app.workbench, app.memory_budget, self._known_deltas, width)
         self.query_one("#lora-totals", Lines).show(text)
 
@@ -299,6 +298,7 @@ class LoraScreen(WorkScreen):
             self.query_one(ModuleGrid).show(self._table, self._table.chosen(patterns), recipe.lora)
 
     def _show_cursor(self) -> None:
+        """Explain the setting that was last changed or is under the cursor, or the modules there."""
         recipe = self.app.workbench.recipe
         if self._table is None:
             return
@@ -309,22 +309,12 @@ class LoraScreen(WorkScreen):
             return
         grid = self.query_one(ModuleGrid)
         text = cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block)
+        if self._explained:
+            text = one_line(self._explained)
+        elif self.has_class("-costs"):
+            words = modules_words(grid.under_cursor, recipe.lora, grid.content_size.width)
+            text += Content.styled(f"\n{words}", "dim")
         self.query_one("#under-cursor", Lines).show(text)
-
-    def _show_term(self) -> None:
-        """Explain the setting that was last changed or is under the cursor, or the modules there."""
-        workbench, path, panel = self.app.workbench, self._explained, self.query_one(TermPanel)
-        recipe, base = workbench.recipe, workbench.preset_recipe
-        if path:
-            advice = setting_advice(path, recipe, base, self._dora_cost)
-            panel.show(term_title(path), term_of(path), advice)
-        else:
-            panel.show_modules(self.query_one(ModuleGrid).under_cursor, recipe.lora)
-        if path and not panel.display and self._table is not None:
-            # Its place in a small window: the modules do not have the cursor.
-            self.query_one("#under-cursor", Lines).show(one_line(path))
-        else:
-            self._show_cursor()
 
 
 def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
