@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,13 @@ from typing import Any
 
 import pytest
 
+from qlora_tui.catalog import described
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.described import describe
+from qlora_tui.formatting import format_delta
 from qlora_tui.memory import estimate
+from qlora_tui.memory.estimate import PRECISIONS, with_precision
 from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import get_setting
@@ -19,6 +25,8 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory import screen as memory_screen
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
+from qlora_tui.tui.screens.memory.step_panels import precision_bars
+from qlora_tui.tui.screens.memory.what_fits import Solution
 from qlora_tui.worker import JobStopped, Progress
 from tests.memory.models import traced_peaks
 from tests.support.counting import count_estimates
@@ -76,6 +84,42 @@ async def test_a_key_changes_a_setting_and_the_bars(
             assert isinstance(screen, MemoryScreen)
             while screen.precision != "nf4":
                 await pilot.press("n")
+
+
+@pytest.mark.parametrize(("limit_gib", "is_broken"), [(12, False), (48, True)])
+def test_a_limit_far_above_is_beyond_a_break_of_the_axis(limit_gib: int, is_broken: bool) -> None:
+    architecture, recipe = parse_architecture(config_of("Qwen__Qwen2.5-7B")), Recipe()
+    compared = {
+        precision: estimate(with_precision(recipe, precision), architecture) for precision in PRECISIONS
+    }
+    lines = precision_bars(compared, "nf4", "nf4", limit_gib << 30, 116, can_train=True)
+    assert [("╱╱" in line.plain) for line in lines] == [is_broken] * 3
+    largest = max(line.plain.count("█") for line in lines)
+    assert largest > 30, "the largest fills most of its line, whatever the limit is"
+
+
+async def test_what_fits_is_found_again_once_the_structure_was_read(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "HuggingFaceTB__SmolLM2-135M"
+    (private_home / "config.json").write_text(json.dumps(config_of(name) | {"model_type": "apertus"}))
+    exact, is_read, are_outlines = describe(config_of(name)), Event(), list[bool]()
+
+    def read(job: str, configs: list[Any], **_: Any) -> list[described.Description]:
+        is_read.wait(20)
+        return [described.Description(architecture=exact)]
+
+    def solve(recipe: Recipe, architecture: Architecture, budget: object, *, fits: bool) -> Solution:
+        are_outlines.append(architecture.is_outline)
+        return Solution()
+
+    monkeypatch.setattr(described, "run_job", read)
+    monkeypatch.setattr(memory, "solve", solve)
+    app = open_on("memory", model=str(private_home))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_until(pilot, lambda: are_outlines == [True])
+        is_read.set()
+        await wait_until(pilot, lambda: are_outlines == [True, False])
 
 
 async def test_targets_that_the_model_lacks_are_skipped(private_home: Path) -> None:
@@ -200,7 +244,7 @@ async def test_enter_applies_the_change_under_the_cursor(seven_billion: str) -> 
     [
         ("S", r"s S +length +16,384 +[\d,]+ +"),
         ("R", r"r R +rank +16 +\d+ +"),
-        ("t", r"t +targets +all-linear ?→ ?q,k,v,o +"),
+        ("t", r"t +targets +all(-linear)? ?→ ?q,k,v,o +"),
         ("c", r"c +recompute +on → off +"),
     ],
 )
@@ -210,13 +254,13 @@ async def test_each_setting_shows_what_its_key_saves(seven_billion: str, key: st
     app.workbench.set("training.gradient_checkpointing", "on")
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
-        shown = re.search(row + r"([-+][\d.]+)( GiB)? *$", text_of(app), re.MULTILINE)
+        shown = re.search(row + r"(?P<saved>[-+][\d.]+( MiB)?)( GiB)? *$", text_of(app), re.MULTILINE)
         assert shown is not None and "micro-batch     1" in text_of(app)
         before = app.workbench.estimate(app.memory_budget.device)
         await pilot.press(key)
         after = app.workbench.estimate(app.memory_budget.device)
         assert before is not None and after is not None
-        assert shown[1] == f"{(after.total_bytes - before.total_bytes) / 2**30:+.1f}"
+        assert shown['saved'] == format_delta(after.total_bytes - before.total_bytes).removesuffix(" GiB")
 
 
 async def test_quality_is_measured_shown_and_stopped(

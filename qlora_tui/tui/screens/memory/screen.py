@@ -83,6 +83,7 @@ class MemoryScreen(WorkScreen):
     MODE = "memory"
     CSS_PATH = "memory.tcss"
     EDITS_RECIPE = True
+    SHOWS_MEMORY = True
     HELP_TEXT = (
         "The bars show the predicted peak memory of a run, by what takes it: in a training step, or while "
         "loading where that takes more. The line below them is the peak of the bar marked ▸ with its range, "
@@ -126,7 +127,7 @@ class MemoryScreen(WorkScreen):
         self._precision: Precision | None = None
         self._compared: dict[Precision, Estimate] = {}
         self._solution = Solution()
-        self._shown_for: tuple[Recipe, MemoryBudget] | None = None
+        self._shown_for: tuple[Recipe, MemoryBudget, Architecture | None] | None = None
         self._heading = ("", "")
         self._timeline: tuple[Estimate, tuple[Moment, ...]] | None = None
         self._offered: object = None
@@ -157,9 +158,11 @@ class MemoryScreen(WorkScreen):
 
     def show_recipe(self, recipe: Recipe) -> None:
         budget = self.app.memory_budget
-        if self._shown_for == (recipe, budget):
+        # The structure of a model is an outline until it was read.
+        shown_for = (recipe, budget, self._architecture())
+        if self._shown_for == shown_for:
             return
-        self._shown_for = (recipe, budget)
+        self._shown_for = shown_for
         compared = self.app.workbench.comparison(budget.device)
         problem = compared if isinstance(compared, UserError) else None
         self.query_one("#memory-body").display = problem is None

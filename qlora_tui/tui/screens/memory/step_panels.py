@@ -6,13 +6,13 @@ The parts of a bar have their textures, so that color is not needed; the graph i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent
+from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent, format_sizes
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
@@ -27,6 +27,9 @@ from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 
 _FRAME = 4
 """Cells of a panel's border and padding."""
+_LIMIT_IN_VIEW = 2.5
+"""Times the peak up to which the limit is on an axis: beyond, the peak would be too small to be divided."""
+_ABOVE_PEAK = 1.25
 _WORDS = 41
 """Cells of a line around its bar."""
 _SPARE = 19
@@ -55,10 +58,24 @@ class BarPart:
 
     name: str
     glyph: str
-    style: str
+    hue: str
     keys: frozenset[str]
+    strength: int = 100
+    """Percent of the hue, less for what fills most of a graph."""
+
+    @property
+    def style(self) -> str:
+        """The color of the glyph."""
+        return f"{self.hue} {self.strength}%"
+
+    @property
+    def even_style(self) -> str:
+        """The color of a cell that the glyph cannot fill in part: as bright as the glyph looks."""
+        return f"{self.hue} {self.strength * _DENSITY[self.glyph] // 100}%"
 
 
+_DENSITY = {"█": 100, "▓": 75, "▒": 50, "▚": 50, "░": 25}
+"""Percent of a cell that a glyph covers."""
 _BASE = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "loading")
 _ACTIVATIONS = (
     "checkpoints",
@@ -73,11 +90,11 @@ _ACTIVATIONS = (
 )
 
 PARTS: tuple[BarPart, ...] = (
-    BarPart("base weights", "█", "$primary", frozenset(_BASE)),
-    BarPart("adapter", "▚", "$forgetting", frozenset(ADAPTER_ITEMS)),
-    BarPart("activations", "▓", "$success", frozenset(_ACTIVATIONS)),
-    BarPart("loss", "▒", "$warning", frozenset(("logits",))),
-    BarPart("overhead", "░", "$secondary", frozenset()),
+    BarPart("base weights", "█", "$hardware", frozenset(_BASE), strength=55),
+    BarPart("adapter", "▚", "$training", frozenset(ADAPTER_ITEMS)),
+    BarPart("activations", "▓", "$validation", frozenset(_ACTIVATIONS)),
+    BarPart("loss", "▒", "$forgetting", frozenset(("logits",))),
+    BarPart("overhead", "░", "$foreground", frozenset()),
 )
 """In the order they are drawn; the last takes every item that no other names."""
 
@@ -93,6 +110,11 @@ def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
     for item in estimate.items:
         sums[part_of(item.key)] += item.bytes
     return list(sums.items())
+
+
+def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
+    """Whether an axis to the limit would leave the peak too small: it ends above the peak then."""
+    return limit_bytes > peak_bytes * _LIMIT_IN_VIEW
 
 
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
@@ -122,16 +144,21 @@ def precision_bars(
 ) -> list[Content]:
     """``▸ NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line of ``width`` cells for each precision.
 
-    With room for it, how much is left or missing stands behind the verdict.
+    With room for it, how much is left or missing stands behind the verdict. A limit far above all of them
+    is beyond a break of the axis.
     """
     has_spare = width >= WIDE_CELLS - _FRAME
     bar_cells = max(10, width - _WORDS - (_SPARE if has_spare else 0))
+    most = max(estimate.total_bytes for estimate in compared.values())
+    broken = " ╱╱" if is_far_above(budget_bytes, most) else ""
+    full_bytes = round(most * _ABOVE_PEAK) if broken else budget_bytes
     lines = []
     for precision in PRECISIONS:
         estimate = compared[precision]
         verdict = check_fit(estimate, budget_bytes)
         word, style = verdict_words(verdict.word, can_train=can_train)
         spare = f"{spare_words(verdict):>{_SPARE}}" if has_spare else ""
+        drawn = stacked_bar(estimate, full_bytes, bar_cells - len(broken))
         is_selected = precision == selected
         lines.append(
             Content.assemble(
@@ -139,8 +166,9 @@ def precision_bars(
                     f"{'▸' if is_selected else ' '} {PRECISION_NAMES[precision]:<5}",
                     "bold" if is_selected else "",
                 ),
-                stacked_bar(estimate, budget_bytes, bar_cells),
-                f" {format_gib(estimate.total_bytes):>6} GiB ",
+                drawn,
+                (broken, "dim"),
+                f" {format_bytes(estimate.total_bytes):>10} ",
                 (f"{word:<12}", style),
                 (spare, "$text-muted"),
                 (" ◂ recipe" if precision == recipe_precision else "", "$primary"),
@@ -151,12 +179,22 @@ def precision_bars(
 
 def spare_words(verdict: Verdict) -> str:
     """``17.0 GiB to spare``, or ``2.1 GiB over``."""
-    return f"{format_gib(abs(verdict.spare_bytes))} GiB {'over' if verdict.spare_bytes < 0 else 'to spare'}"
+    return f"{format_bytes(abs(verdict.spare_bytes))} {'over' if verdict.spare_bytes < 0 else 'to spare'}"
 
 
-def legend() -> Content:
-    """Which texture is what."""
-    words = [Content.assemble((part.glyph * 2, part.style), f" {part.name}") for part in PARTS]
+def verdict_sentence(verdict: Verdict) -> str:
+    """How far the expected memory is from the limit, and where the upper end decides, how far that is."""
+    if verdict.word not in ("tight", "uncertain"):
+        return spare_words(verdict)
+    upper = replace(verdict, needed_bytes=verdict.high_bytes)
+    return f"{spare_words(upper)} at the upper end"
+
+
+def legend(limit_bytes: int, most_bytes: int) -> Content:
+    """Which texture is what, and where the limit is if the axis is broken."""
+    words = [Content.assemble((part.glyph * 2, part.style), (f" {part.name}", "dim")) for part in PARTS]
+    if is_far_above(limit_bytes, most_bytes):
+        words.append(Content.styled(f"╱╱ to {format_bytes(limit_bytes)}", "dim"))
     return Content("  ").join(words)
 
 
@@ -172,7 +210,7 @@ def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
 
 def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
     """``24.0 GiB: RTX 4090, 22.1 free now``: the memory that estimates are compared with."""
-    size = f"{format_gib(budget.bytes)} GiB"
+    size = format_bytes(budget.bytes)
     gpu, free = system_status.gpu, system_status.free_bytes
     if gpu is not None and budget.name == gpu.short_name:
         return f"{size}: {budget.name}" + ("" if free is None else f", {format_gib(free)} free now")
@@ -186,11 +224,12 @@ def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
 
     ``layers``: how many the model has. ``short``: leave out the tensors, for 76 cells.
     """
-    low, high = format_gib(estimate.band.low_bytes), format_gib(estimate.band.high_bytes)
-    doubt = f" ({low} to {high})" if low != high else ""
-    reserved, tensors = format_gib(estimate.reserved_bytes), format_gib(estimate.allocated_bytes)
+    band = estimate.band
+    is_sure = format_bytes(band.low_bytes) == format_bytes(band.high_bytes)
+    doubt = "" if is_sure else f" ({format_sizes(band.low_bytes, 'to', band.high_bytes)})"
+    reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     in_tensors = "" if short else f" of it, {tensors} in tensors"
-    peak = f"Peak {format_gib(estimate.process_bytes)} GiB{doubt}, {peak_time(estimate, layers)}"
+    peak = f"Peak {format_bytes(estimate.process_bytes)}{doubt}, {peak_time(estimate, layers)}"
     return f"{peak}; PyTorch {'' if short else 'holds '}{reserved}{in_tensors}"
 
 
@@ -221,7 +260,7 @@ def peak_lines(
     reason = why_int8_is_larger(compared["int8"], compared["fp16"])
     return [
         *precision_bars(compared, marked, of_recipe, limit_bytes, width, can_train=can_train),
-        legend(),
+        legend(limit_bytes, max(estimate.total_bytes for estimate in compared.values())),
         *(Content.styled(text, "$text-muted") for text in (levels, reason) if text),
     ]
 
@@ -277,13 +316,18 @@ def _item_line(
     text = f"{name:<22.22} {format_bytes(size):>9} {format_percent(share):>4} "
     left = width - len(text)
     cells = min(left, _ITEM_BAR)
-    drawn = bar(share, cells).replace("░", " ") if cells >= _MIN_BAR else ""
+    text_of_bar = bar(share, cells).replace("░", " ") if cells >= _MIN_BAR else ""
+    full = len(text_of_bar) - len(text_of_bar.lstrip("█"))
     beside = ""
     if item is not None and left >= _ITEM_BAR + _MIN_EXPLANATION:
         beside = Content(f"  {item.explanation}").truncate(left - _ITEM_BAR, ellipsis=True).plain
     glyphs = 1 if item is None else 0
     return Content.assemble(
-        (text[:glyphs], part.style), (text[glyphs:], style), (drawn, part.style), (beside, "$text-muted")
+        (text[:glyphs], part.style),
+        (text[glyphs:], style),
+        (part.glyph * full, part.style),
+        (text_of_bar[full:], part.even_style),
+        (beside, "$text-muted"),
     )
 
 
@@ -303,9 +347,6 @@ _NAMES: dict[Phase, str] = {"loading": "load"}
 _EIGHTHS = " ▁▂▃▄▅▆▇"
 _FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
 """Parts that stay the same come first, so that those that change are on top."""
-_LIMIT_IN_VIEW = 2.5
-"""The limit is drawn unless it is more than this many times the peak: then the step would be a flat line."""
-_ABOVE_PEAK = 1.25
 
 
 @dataclass(frozen=True)
@@ -321,13 +362,9 @@ def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str
     """Say when memory is fullest. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
     is_in_step = peak_time != "while loading"
     when = f", fullest {'in ' if is_in_step else ''}{peak_time}"
-    if not _is_limit_shown(max(moment.total_bytes for moment in moments), limit_bytes):
-        when += f", far below the limit of {format_gib(limit_bytes)} GiB"
+    if is_far_above(limit_bytes, max(moment.total_bytes for moment in moments)):
+        when += f", far below the limit of {format_bytes(limit_bytes)}"
     return Content.assemble(TIMELINE, (when, "$text-muted not bold"))
-
-
-def _is_limit_shown(peak: int, limit_bytes: int) -> bool:
-    return limit_bytes <= peak * _LIMIT_IN_VIEW
 
 
 def timeline_lines(moments: tuple[Moment, ...], limit_bytes: int, width: int, height: int) -> list[Content]:
@@ -336,7 +373,7 @@ def timeline_lines(moments: tuple[Moment, ...], limit_bytes: int, width: int, he
     if rows < 2:
         return []
     peak = max(moment.total_bytes for moment in moments)
-    limit_is_shown = _is_limit_shown(peak, limit_bytes)
+    limit_is_shown = not is_far_above(limit_bytes, peak)
     high = max(peak * _ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * _ABOVE_PEAK
     axis = Axis(0.0, high / (1 << 30), "GiB")
     scale = ticks(axis, max(2, rows // 2))
@@ -397,15 +434,15 @@ def _cell(column: _GraphColumn, row: int, cell_bytes: float, limit_bytes: int) -
             most, part = covered, candidate
         begin += size
     # Of a column over the limit, also the cell that the limit is in.
-    style = "$error" if min(high, column.total_bytes) > limit_bytes else part.style
+    is_over = min(high, column.total_bytes) > limit_bytes
     if filled >= 15 / 16:
-        return part.glyph, style
-    return _EIGHTHS[round(filled * 8)], style
+        return part.glyph, "$error" if is_over else part.style
+    return _EIGHTHS[round(filled * 8)], "$error" if is_over else part.even_style
 
 
 def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
     """Draw the limit where the graph is empty, with its name at the left."""
-    text = f" limit {format_gib(limit_bytes)} GiB "
+    text = f" limit {format_bytes(limit_bytes)} "
     for place, (glyph, _) in enumerate(cells):
         if glyph == " ":
             cells[place] = ("─", "$warning")
@@ -415,7 +452,7 @@ def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
 
 def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
     """Write the peak over its column."""
-    text = f" peak {format_gib(peak)} GiB "
+    text = f" peak {format_bytes(peak)} "
     start = min(max(0, column - len(text) // 2), len(cells) - len(text))
     if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
         cells[start : start + len(text)] = [(letter, "bold") for letter in text]

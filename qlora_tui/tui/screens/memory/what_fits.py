@@ -17,7 +17,7 @@ from textual.message import Message
 
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_gib, format_gib_change, pluralize
+from qlora_tui.formatting import format_bytes, format_delta, format_sizes, pluralize
 from qlora_tui.memory import (
     Estimate,
     MemorySaving,
@@ -38,8 +38,9 @@ from qlora_tui.memory.step_choice import describe_host_memory
 from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name
+from qlora_tui.tui.render.figures import Figure, large_figures
 from qlora_tui.tui.render.labels import VERDICT_STYLE, refusal_words, verdict_words
-from qlora_tui.tui.screens.memory.step_panels import spare_words
+from qlora_tui.tui.screens.memory.step_panels import verdict_sentence
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
@@ -224,6 +225,8 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
     if len(text) + len(change) >= room:
         text, change = re.sub(" targets?→", "→", text), change.removesuffix(" need")
     if len(text) + len(change) >= room:
+        text = text.replace("all-linear", "all")
+    if len(text) + len(change) >= room:
         text = f"{text[: max(0, room - len(change) - 2)]}… "
     return Content.assemble(
         keys, " " * max(1, _KEYS - keys.cell_length), text, change.rjust(room - len(text))
@@ -231,14 +234,13 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
 
 
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
-    """``-0.1 GiB``, without a sign if it rounds to 0."""
+    """``-102 MiB``, or that nothing changes."""
     if change is None:
         return "–" if is_known else "…"
     if not change.bytes:
         # Auto needs what on needs; it only takes more where more is free.
         return "same need"
-    text = format_gib_change(change.bytes)
-    return f"{'0.0' if float(text) == 0 else text} GiB"
+    return format_delta(change.bytes)
 
 
 def _choice_words(value: Any) -> str:
@@ -261,7 +263,8 @@ class FitPanel(Panel):
     def __init__(self) -> None:
         self.choices = ViList(id="choices")
         self._notes = Lines(id="fit-notes")
-        super().__init__("Fit", self.choices, self._notes, id="fit-panel")
+        self._needed = Lines(id="fit-needed")
+        super().__init__("Fit", self._needed, self.choices, self._notes, id="fit-panel")
 
     def offer(self, *, changes: bool) -> None:
         """Show the keys for changes, or none."""
@@ -284,12 +287,16 @@ class FitPanel(Panel):
         """
         verdict = check_fit(estimate, budget.bytes)
         word, style = verdict_words(verdict.word, can_train=refusal is None)
-        self.show_title(Content.styled(f"{name} {word}, {spare_words(verdict)}", style))
+        self.show_title(Content.styled(f"{name} {word}, {verdict_sentence(verdict)}", style))
+        figure = Figure(
+            f"of {format_bytes(budget.bytes)}", format_bytes(verdict.needed_bytes), f"bold {style}"
+        )
+        self._needed.show([*large_figures([figure]), Content("")])
         self.choices.display = bool(solution.changes)
         self.choices.show(partial(choice_lines, solution.changes))
         notes = list(_notes(estimate, budget, solution, refusal, length_warning, is_recipe=is_recipe))
-        low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
-        uncertainty = f"Expected: {low} to {high} GiB. Uncertain: {verdict.reason}."
+        expected = format_sizes(verdict.low_bytes, "to", verdict.high_bytes)
+        uncertainty = f"Expected: {expected}. Uncertain: {verdict.reason}."
         notes.append(Content.styled(uncertainty, "$text-muted"))
         self._notes.show(notes)
 
@@ -314,7 +321,7 @@ def _notes(
     if solution.least_bytes:
         yield highlight_keys(
             "No change makes it fit: with every change that saves memory it still needs "
-            f"{format_gib(solution.least_bytes)} GiB. Select a smaller model with {key_name('go.models')}, "
+            f"{format_bytes(solution.least_bytes)}. Select a smaller model with {key_name('go.models')}, "
             "or use a larger GPU."
         )
     if solution.changes and not is_recipe:
@@ -343,7 +350,7 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
         )
         word = change.verdict.word
         details = Content.assemble(
-            f"{format_gib(change.estimate.total_bytes)} GiB ",
+            f"{format_bytes(change.estimate.total_bytes)} ",
             (word, VERDICT_STYLE[word]),
             (f", {change.cost}" if change.cost else "", "$text-muted"),
         )
@@ -362,9 +369,9 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
     chosen = describe_choice(choice)
     if not chosen:
         return Content("Too little memory is left to keep activations of layers, which are recomputed.")
-    total, faster = format_gib(choice.estimate.total_bytes), describe_speedup(choice.speedup)
+    total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     return Content.assemble(
-        f"The run needs {format_gib(least_bytes)} GiB. With ",
-        (f"{format_gib(choice.least_free_bytes)} GiB", "bold"),
+        f"The run needs {format_bytes(least_bytes)}. With ",
+        (format_bytes(choice.least_free_bytes), "bold"),
         f" free it takes {total} and is about {faster}: {chosen}.",
     )
