@@ -20,10 +20,10 @@ from qlora_tui.formatting import (
     format_points,
     format_progress,
     format_rate,
+    format_sizes,
     format_small_percent,
     format_speed,
     format_wait,
-    format_sizes,
     short_model_name,
     uncapitalize,
 )

@@ -1,4 +1,4 @@
-"""Chat sources of a run or an adapter's folder, and whether a chat fits into memory. Loads no torch."""
+"""Chat sources of a run or an adapter's folder, and the memory that a chat needs. Loads no torch."""
 
 from __future__ import annotations
 
@@ -122,20 +122,25 @@ _ONE_CONVERSATION = {
 }
 
 
-def chat_fits(recipe: Recipe, device: Device, free_bytes: int) -> bool:
-    """Whether a chat with the model of ``recipe`` fits into the free memory; False where that is unknown.
+def chat_bytes(recipe: Recipe, device: Device) -> int | None:
+    """Memory of a chat with the model of ``recipe``, at the upper end; None where it is unknown.
 
     One training step on one conversation takes more than answering it: besides the model and the keys and
     values of each layer, it needs gradients and optimizer states.
     """
+    for path, value in _ONE_CONVERSATION.items():
+        recipe = replace_setting(recipe, path, value)
+    return run_bytes(recipe, device)
+
+
+def run_bytes(recipe: Recipe, device: Device) -> int | None:
+    """Memory of a run of ``recipe``, at the upper end; None where it is unknown."""
     # Imported here: most callers only list sources.
     from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import estimate
 
-    for path, value in _ONE_CONVERSATION.items():
-        recipe = replace_setting(recipe, path, value)
     try:
         architecture = resolve_model(recipe.model.id).architecture
-        return estimate(recipe, architecture, device=device).band.high_bytes <= free_bytes
+        return estimate(recipe, architecture, device=device).band.high_bytes
     except UserError:
-        return False
+        return None

@@ -19,6 +19,7 @@ from textual.widgets import Input
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
 from qlora_tui.engine.client import EngineClosedError
+from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.tui.screens.chat import conversation, turn
@@ -67,6 +68,7 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Enter: send")
         screen = chat_of(app)
+        assert screen.focused is None, "digits go to other screens"
         await pilot.press("ctrl+t")
         assert ask_prompt(screen) == [ADAPTER]
         await pilot.press("escape", "v", "s")
@@ -141,16 +143,23 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
         await wait_for_text(pilot, "seed 2400670123")
 
 
-@pytest.mark.parametrize(
-    ("free_gib", "phase", "asks"), [(16, "training", False), (1, "training", True), (16, "loading", True)]
-)
-async def test_loading_asks_only_where_memory_may_run_out(
-    monkeypatch: pytest.MonkeyPatch, free_gib: int, phase: Any, asks: bool
-) -> None:
+@pytest.fixture(params=[(16, "training"), (1, "training"), (16, "loading"), (1, "loading")], ids=str)
+def fits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A run in a phase, and whether the free memory is enough for a chat beside it."""
+    free_gib, phase = request.param
     files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
     monkeypatch.setattr("qlora_tui.catalog.local_models.resolve_model", lambda model_id: files)
     free = SimpleNamespace(available=free_gib << 30)
     monkeypatch.setattr(conversation, "psutil", SimpleNamespace(virtual_memory=lambda: free))
+    finished(ADAPTER)
+    busy = write_fake_run(FakeRun(name="busy-run", state="running"))
+    write_status(busy, msgspec.structs.replace(read_status(busy), phase=phase))
+    return bool(free_gib > 1)
+
+
+async def test_loading_asks_only_where_memory_may_run_out(
+    monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
     sent: list[str] = []
 
     async def load(chat: Conversation) -> None:
@@ -158,16 +167,31 @@ async def test_loading_asks_only_where_memory_may_run_out(
         raise EngineClosedError
 
     monkeypatch.setattr(Conversation, "_load", load)
-    finished(ADAPTER)
-    busy = write_fake_run(FakeRun(name="busy-run", state="running"))
-    write_status(busy, msgspec.structs.replace(read_status(busy), phase=phase))
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "not loaded yet")
         await wait_until(pilot, lambda: app.system_status.active is not None)
         await pilot.press("i", *"Hello", "enter")
         await wait_until(pilot, lambda: bool(sent) or "A run is training" in text_of(app))
-        assert sent == ([] if asks else ["Hello"])
+        assert sent == (["Hello"] if fits else [])
+
+
+async def test_a_run_that_begins_gets_the_memory_it_lacks(fits: bool) -> None:
+    app = open_on("chat")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "not loaded yet")
+        await wait_until(pilot, lambda: app.system_status.active is not None)
+        chat = chat_of(app).conversation
+        chat.ready = loaded = ChatReady(
+            adapter_names=(BASE,), device="CPU", dtype="bf16", context_tokens=99, seconds=1, memory_bytes=1
+        )
+        app.system_status_changed.publish(app.system_status)
+        await app.workers.wait_for_complete()
+        assert app.system_status.active is not None
+        has_memory = read_status(app.system_status.active).phase == "training"
+        assert (chat.ready is loaded) == (fits or has_memory)
+        if not (fits or has_memory):
+            await wait_for_text(pilot, "■ Unloaded: busy-run started and needed the memory.")
 
 
 async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
@@ -239,7 +263,7 @@ async def test_base_and_adapter_answer_side_by_side(
         await pilot.press("escape", "f")
         await rest(pilot, screen)
         shown = await wait_for_text(pilot, "The adapter ", "held-out conversations")
-        shown = " ".join(shown.replace("│", " ").split())
+        shown = " ".join(re.sub("[│▐▌]", " ", shown).split())
         assert re.search(
             r"changes( the model:)? [\d.]+% of next-token choices on \d+ held-out conversations; ", shown
         )
@@ -281,6 +305,7 @@ async def test_base_and_adapter_answer_side_by_side(
 
         # A run that begins gets the memory.
         assert screen.conversation.ready is not None
-        write_fake_run(FakeRun(name="next-run", state="running"))
+        run = write_fake_run(FakeRun(name="next-run", state="running"))
+        write_status(run, msgspec.structs.replace(read_status(run), phase="loading"))
         await wait_for_text(pilot, "not loaded yet")
         await wait_until(pilot, lambda: screen.conversation.engine.pid is None)

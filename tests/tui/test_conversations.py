@@ -448,7 +448,8 @@ async def test_a_key_says_which_answer_is_better() -> None:
         await wait_for_text(pilot, "not loaded yet")
         await answered(pilot, chat_of(app), "It is late.", "In Oslo.")
         await pilot.press("greater_than_sign")
-        await wait_for_text(pilot, "The answer of adapter is better: 1 choice, of 20", "adapter · ✓ better")
+        await wait_for_text(pilot, "Saved: adapter is better (1 of the 20 needed", "adapter · ✓ better")
+        await wait_for_text(pilot, "1 of 20 choices")
         await pilot.press("less_than_sign")
         await wait_for_text(pilot, "base · ✓ better")
         (row,) = rows("pairs")
@@ -487,7 +488,7 @@ async def test_twenty_choices_become_a_run_from_the_same_adapter(monkeypatch: py
         monkeypatch.setattr("qlora_tui.tui.screens.chat.screen.ENOUGH", 1)
         await answered(pilot, chat_of(app), "It is late.", "In Oslo.")
         await pilot.press("greater_than_sign")
-        await wait_for_text(pilot, "1 choice. Press [C] to train on them.")
+        await wait_for_text(pilot, "Press [C] to train on 1 choice.")
         await pilot.press("C")
         await wait_until(pilot, lambda: isinstance(app.screen, TrainScreen))
         recipe = app.workbench.recipe

@@ -260,7 +260,7 @@ async def test_each_setting_shows_what_its_key_saves(seven_billion: str, key: st
         await pilot.press(key)
         after = app.workbench.estimate(app.memory_budget.device)
         assert before is not None and after is not None
-        assert shown['saved'] == format_delta(after.total_bytes - before.total_bytes).removesuffix(" GiB")
+        assert shown["saved"] == format_delta(after.total_bytes - before.total_bytes).removesuffix(" GiB")
 
 
 async def test_quality_is_measured_shown_and_stopped(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import psutil
@@ -17,7 +17,7 @@ from textual.containers import VerticalScroll
 from textual.widget import Widget
 from textual.worker import Worker, WorkerError
 
-from qlora_tui.chat.chat_sources import chat_fits
+from qlora_tui.chat.chat_sources import chat_bytes, run_bytes
 from qlora_tui.chat.chat_types import BASE, ChatSource, Effect, GenerationResult, Sampling
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.thought_splitter import TextChunk
@@ -26,7 +26,7 @@ from qlora_tui.engine.protocol import ChatReady, Generate, LoadChat, MeasureEffe
 from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Thinking
-from qlora_tui.runs.chat_choices import Provenance, add_choice
+from qlora_tui.runs.chat_choices import ChoiceKind, Provenance, add_choice, count_choices
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.status import ACTIVE, Status, read_status
@@ -44,9 +44,7 @@ from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.worker import Progress
 
-_STOPPED_LOADING = "Stopped loading the model. Press {chat.leave}, then {chat.retry}, to try again."
-_UNLOADED = "Stopped because the model was unloaded. Press {chat.leave}, then {chat.retry}, to try again."
-_NOT_MEASURED = "Not measured: the model was unloaded. Press {chat.effect} to load it and measure."
+_UNLOADED = "the model was unloaded"
 _WARNING_S = 20.0
 
 
@@ -139,7 +137,11 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Those that the engine has not finished."""
         self._last_warning = ""
         self._shares_with: set[str] = set()
-        """Runs that the user allowed to share memory with the chat."""
+        """Runs that share memory with the chat: both fit, or the user allowed it."""
+        self.unloaded_because = ""
+        """Why the model was unloaded, until it is loaded again; empty where the user did it."""
+        self.choice_counts: dict[ChoiceKind, int] = {}
+        """Judgments of answers of this model, by kind."""
 
     def on_mount(self) -> None:
         self.app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
@@ -162,7 +164,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.source, self.run_dir = source, run
         self.thinking = "auto" if source is None else source.thinking
         self.pair = AdapterPair.of((BASE,) if source is None else source.answer_names)
-        self.ready = None
+        self.ready, self.unloaded_because = None, ""
+        self.choice_counts = {} if source is None else await asyncio.to_thread(_choice_counts, source)
         await self.clear()
         if not same_base and self.engine.pid is not None:
             # The model loaded before is no longer needed.
@@ -244,18 +247,18 @@ class Conversation(VerticalScroll, OnQloraApp):
         complete = [answer for answer in self.turns[-1].answers.values() if answer.text.strip()]
         return self.turns[-1] if len(complete) >= answers else None
 
-    def record_choice(self, turn: ChatTurn, chosen: AdapterAnswer, rejected: AdapterAnswer) -> int:
-        """Record which answer is better; return how many choices there are. Raises UserError."""
+    def record_choice(self, turn: ChatTurn, chosen: AdapterAnswer, rejected: AdapterAnswer) -> None:
+        """Record which answer is better, and count it. Raises UserError."""
         names = {"chosen": chosen.adapter_name, "rejected": rejected.adapter_name}
         prompt = self.messages(turn, chosen.adapter_name)
         answers = {"chosen": chosen.text.strip(), "rejected": rejected.text.strip()}
-        return add_choice("pairs", prompt, answers, self._provenance(turn, names))
+        self.choice_counts["pairs"] = add_choice("pairs", prompt, answers, self._provenance(turn, names))
 
-    def record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> int:
-        """Record how an answer should read; return how many edits there are. Raises UserError."""
+    def record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
+        """Record how an answer should read, and count it. Raises UserError."""
         provenance = self._provenance(turn, {"edited": answer.adapter_name}, original=answer.text)
         prompt = self.messages(turn, answer.adapter_name)
-        return add_choice("edits", prompt, {"completion": text}, provenance)
+        self.choice_counts["edits"] = add_choice("edits", prompt, {"completion": text}, provenance)
 
     def messages(self, turn: ChatTurn, adapter_name: str) -> tuple[Message, ...]:
         """The messages that this adapter has seen so far; turns without its answer are left out."""
@@ -294,9 +297,9 @@ class Conversation(VerticalScroll, OnQloraApp):
         ):
             return True
         text = (
-            f"{active.id} is training on this machine, and the free memory may not be enough for the chat's "
-            "model. If you load it, either may run out of memory. If you do not, nothing is sent, and your "
-            "message stays in the field."
+            f"{active.id} is training on this machine. By the estimates, the free memory may not be enough "
+            "for it and the chat's model: if you load that, either may run out of memory. If you do not, "
+            "nothing is sent, and your message stays in the field."
         )
         question = ConfirmScreen(
             "A run is training",
@@ -310,28 +313,41 @@ class Conversation(VerticalScroll, OnQloraApp):
         self._shares_with.add(active.id)
         return True
 
-    async def _fits_beside(self, status: Status) -> bool:
-        """Whether the chat fits beside the active run, which must have reached the memory it needs."""
+    async def _fits_beside(self, status: Status, *, is_loaded: bool = False) -> bool:
+        """Whether the free memory is enough for what the chat and the active run have not taken yet.
+
+        ``is_loaded``: whether the chat has its memory. A run has it from its first step on.
+        """
         source, machine = self.source, self.app.system_status
-        llama_cpp = source is not None and not source.gguf_files.keys().isdisjoint(self.pair.active)
-        if source is None or llama_cpp or status.phase not in STEP_PHASES:
+        active, device = machine.active, budget_for(machine.gpu).device
+        if source is None or active is None or not source.gguf_files.keys().isdisjoint(self.pair.active):
             return False
+
+        def missing() -> list[int | None]:
+            of_chat = [] if is_loaded else [chat_bytes(source.recipe, device)]
+            return of_chat if status.phase in STEP_PHASES else [*of_chat, run_bytes(active.recipe(), device)]
+
         free_bytes = machine.free_bytes if machine.gpu else psutil.virtual_memory().available
-        return free_bytes is not None and await asyncio.to_thread(
-            chat_fits, source.recipe, budget_for(machine.gpu).device, free_bytes
-        )
+        try:
+            sizes = await asyncio.to_thread(missing)
+        except UserError:  # a recipe that cannot be read
+            return False
+        return free_bytes is not None and None not in sizes and sum(filter(None, sizes)) <= free_bytes
 
     def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
         """Give the memory that the chat holds to a run that begins."""
         active = system_status.active
         if self.ready is not None and active is not None and active.id not in self._shares_with:
-            self.ready = None
-            self._unload_for(active.id)
+            self._shares_with.add(active.id)  # while it is found out whether both fit
+            self._unload_for(active)
 
     @work
-    async def _unload_for(self, run_id: str) -> None:
-        await self.unload()
-        self.notify(f"Unloaded the chat model to free memory for {run_id}. The next prompt loads it again.")
+    async def _unload_for(self, run: RunDir) -> None:
+        """Unload the model for a run that begins, unless both fit."""
+        if not await self._fits_beside(read_status(run), is_loaded=True):
+            self._shares_with.discard(run.id)
+            self.unloaded_because = f"{run.id} started and needed the memory"
+            await self.unload()
 
     async def _add_turn(self, prompt: str, adapter_names: tuple[str, ...]) -> ChatTurn:
         turn = ChatTurn(prompt, adapter_names, unfolded=self.unfolded)
@@ -357,7 +373,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             await asyncio.gather(*(self._generate(turn, name, sampling) for name in turn.answers))
         except EngineClosedError:
             for answer in turn.answers.values():
-                await answer.stop(name_keys(_STOPPED_LOADING))
+                await answer.stop(self._stopped("loading the model"))
         except UserError as problem:
             for answer in turn.answers.values():
                 await answer.fail(problem)
@@ -373,7 +389,7 @@ class Conversation(VerticalScroll, OnQloraApp):
                 if isinstance(reply, Progress):
                     self.post_message(self.Changed(reply.text))
                 else:
-                    self.ready = reply
+                    self.ready, self.unloaded_because = reply, ""
                     if effect := reply.thinking.effect_of(self.thinking):
                         self.notify(effect)
         except asyncio.CancelledError:
@@ -407,7 +423,7 @@ class Conversation(VerticalScroll, OnQloraApp):
                         self._last_warning = warning
                         self.notify(warning, severity="warning", timeout=_WARNING_S)
         except EngineClosedError:
-            await answer.stop(name_keys(_UNLOADED))
+            await answer.stop(self._stopped(f"because {_UNLOADED}"))
         except UserError as problem:
             await answer.fail(problem)
         finally:
@@ -431,10 +447,17 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.post_message(self.EffectChanged(""))
             raise
         except EngineClosedError:
-            self.post_message(self.EffectChanged(name_keys(_NOT_MEASURED)))
+            reason = self.unloaded_because or _UNLOADED
+            retry = name_keys("Press {chat.effect} to load it and measure.")
+            self.post_message(self.EffectChanged(f"Not measured: {reason}. {retry}"))
         except UserError as problem:
             self.post_message(self.EffectChanged(""))
             self.app.show_error(problem)
+
+    def _stopped(self, what: str) -> str:
+        """The note under an answer: why the model was unloaded, or ``what`` was stopped."""
+        happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
+        return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")
 
     def _save(self, turn: ChatTurn, sampling: Sampling) -> None:
         answered = {name: answer for name, answer in turn.answers.items() if answer.text or answer.thought}
@@ -448,3 +471,9 @@ class Conversation(VerticalScroll, OnQloraApp):
             save_conversation(self.path, self.turns, self.system_prompt)
         except OSError as error:
             self.notify(f"Could not write the transcript: {error.strerror}.", severity="warning")
+
+
+def _choice_counts(source: ChatSource) -> dict[ChoiceKind, int]:
+    """How many judgments there are of answers of this model, by kind."""
+    kinds: tuple[ChoiceKind, ...] = get_args(ChoiceKind)
+    return {kind: count_choices(source.recipe.model.id, kind) for kind in kinds}

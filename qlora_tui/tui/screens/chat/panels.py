@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from textual import work
@@ -26,10 +25,12 @@ from qlora_tui.formatting import (
     truncate_middle,
 )
 from qlora_tui.recipe.schema import Thinking
+from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import name_keys
 from qlora_tui.tui.render.charts import blocks, downsample, labeled, meter
+from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
 from qlora_tui.tui.widgets.controls import Lines, Panel
@@ -41,7 +42,7 @@ NOTHING_TO_CHAT_WITH = (
 )
 START = (
     "Press {chat.write} and ask something from your data, then something unrelated. "
-    "All answer with the same seed.\n\n"
+    "Both answer with the same seed.\n\n"
     "{chat.history} continues a saved conversation, {chat.settings} sets sampling and system prompt, and "
     "{chat.source} selects another run or model. While you write, {chat.leave} leaves the field."
 )
@@ -50,12 +51,12 @@ _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
 """Least number of columns that the layers are drawn in, however narrow the window."""
 _LABEL = 12
-_row = partial(labeled, cells=_LABEL)
 _AGE = 10
 """Cells of the age of a conversation."""
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Of English text, roughly."""
+_KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
 def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
@@ -108,6 +109,9 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
     system_prompt = " ".join(chat.system_prompt.split())
     rows = [("answers", answering or f"{chat.pair.left} only", answering)]
     rows += [("thinking", thinks, thinks)] if thinks else []
+    for kind, count in chat.choice_counts.items():
+        if count:
+            rows.append((_KINDS[kind], f"{count} of {ENOUGH}", f"{count} of {ENOUGH} {_KINDS[kind]}"))
     if greedy:
         rows.append(("temperature", "0, greedy", "greedy"))
     else:
@@ -135,7 +139,7 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
     line = " · ".join(parts)
     if transcript is None:
         key = name_keys("   {chat.settings} change")
-        return Content.styled(line + key if len(line + key) <= width else line[:width], "dim")
+        return Content(line + key if len(line + key) <= width else line[:width])
     place = f"saved in {format_path(transcript)}"
     space_left = width - len(line)
     if len(place) + 2 > space_left:
@@ -143,7 +147,7 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
     if len(place) + 2 > space_left:
         line = line[: max(0, width - len(place) - 3)] + "…"
         space_left = width - len(line)
-    return Content.styled(line + " " * (space_left - len(place)) + place, "dim")
+    return Content(line + " " * (space_left - len(place)) + place)
 
 
 def effect_text(measured: Effect, width: int) -> Content:
@@ -177,7 +181,9 @@ class ChatSide(Vertical):
     def show(self, chat: Conversation, transcript: Path | None) -> None:
         """Show the state of a conversation, and where its transcript is."""
         width = max(20, self.query_one("#side-settings").content_size.width)
-        self._update("settings", [_row(label, value) for label, value, _ in session_rows(chat)])
+        self._update(
+            "settings", fact_lines([(label, value) for label, value, _ in session_rows(chat)], width)
+        )
         outcomes = {
             name: answer.outcome
             for turn in chat.turns
@@ -185,7 +191,8 @@ class ChatSide(Vertical):
             if answer.outcome is not None
         }
         self.query_one("#tokens-panel", Panel).empty = "" if chat.ready else "counted once loaded"
-        self._update("tokens", token_lines(outcomes, chat.ready, width))
+        if chat.ready is not None:
+            self._update("tokens", token_lines(outcomes, chat.ready, width))
         self._show_history(chat.run_dir, transcript, width)
 
     @work(group="history", exclusive=True)
@@ -198,15 +205,11 @@ class ChatSide(Vertical):
         self.query_one(f"#side-{part}", Lines).show(lines)
 
 
-def token_lines(
-    outcomes: Mapping[str, GenerationResult], ready: ChatReady | None, width: int
-) -> list[Content]:
+def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, width: int) -> list[Content]:
     """How full the context of each adapter is after its last answer, and how fast that was."""
-    if ready is None:
-        return []
     lines = [
-        _row("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}"),
-        _row("context", f"{ready.context_tokens:,} tokens"),
+        labeled("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}", _LABEL),
+        labeled("context", f"{ready.context_tokens:,} tokens", _LABEL),
     ]
     for name, outcome in outcomes.items():
         used = outcome.prompt_tokens + outcome.new_tokens

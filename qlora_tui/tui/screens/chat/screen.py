@@ -19,9 +19,9 @@ from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize, truncate_middle
-from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, count_choices, recipe_on_choices
+from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui.breakpoints import TALL_CELLS
+from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
 """Actions whose keys are no text: the footer shows no others while a prompt is written."""
 _SIDE_CELLS = 120
-"""Width from which two answers leave room for a column beside them."""
+"""Width from which one answer leaves room for a column beside it; two do in a very wide window."""
 _COUNT_AFTER_S = 0.3
 """Time without a key before the tokens of a prompt are counted."""
 _MAX_SEARCH = 24
@@ -97,6 +97,8 @@ class ChatScreen(WorkScreen):
         self.conversation = Conversation(
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
             Static(highlight_keys(name_keys(START)), id="chat-start"),
+            # As high as the view: Textual would move what is shorter to its bottom.
+            Static(id="chat-floor"),
         )
         self.source_name = ""
         self.search = ""
@@ -110,6 +112,7 @@ class ChatScreen(WorkScreen):
                     yield Lines(id="sampling-line")
                     yield Lines(id="effect")
                     yield self.conversation
+                    yield Lines(id="unloaded")
                 yield Panel("Message", PromptBox(name_keys(HINT), id="prompt"), id="prompt-panel")
             yield ChatSide()
 
@@ -383,8 +386,8 @@ class ChatScreen(WorkScreen):
                 severity="warning",
             )
         else:
-            count = self.conversation.record_choice(turn, chosen, rejected)
-            self._notify_recorded("pairs", count, f"The answer of {chosen.adapter_name} is better")
+            self.conversation.record_choice(turn, chosen, rejected)
+            self._notify_recorded("pairs", f"{chosen.adapter_name} is better")
             turn.show_question(False)
             chosen.show_judgment("better")
             rejected.show_judgment("")
@@ -400,25 +403,26 @@ class ChatScreen(WorkScreen):
         self.ask(editor, lambda text: self._record_edit(turn, answer, text))
 
     def _record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
-        self._notify_recorded(
-            "edits", self.conversation.record_edit(turn, answer, text), "The edited answer is kept"
-        )
+        self.conversation.record_edit(turn, answer, text)
+        self._notify_recorded("edits", "the edited answer")
         answer.show_judgment("edited")
 
-    def _notify_recorded(self, kind: ChoiceKind, count: int, happened: str) -> None:
+    def _notify_recorded(self, kind: ChoiceKind, what: str) -> None:
         """Say how many judgments there are."""
-        number = pluralize(count, _CHOICES[kind])
+        count = self.conversation.choice_counts[kind]
         if count < ENOUGH:
-            self.notify(f"{happened}: {number}, of {ENOUGH} to train on.")
+            self.notify(f"Saved: {what} ({count} of the {ENOUGH} needed to train).")
         else:
-            self.notify(f"{happened}: {number}. Press {key_name('chat.train_choices')} to train on them.")
+            number = pluralize(count, _CHOICES[kind])
+            self.notify(f"Saved: {what}. Press {key_name('chat.train_choices')} to train on {number}.")
+        self.show_header()
 
     async def action_train_on_choices(self) -> None:
         """Prepare a run on the edits or choices, whichever there are enough of."""
         source, run = self.conversation.source, self.conversation.run_dir
         if source is None:
             return
-        counts = {kind: count_choices(source.recipe.model.id, kind) for kind in _CHOICES}
+        counts = self.conversation.choice_counts
         kind = next((kind for kind in _CHOICES if counts[kind] >= ENOUGH), None)
         if kind is None:
             so_far = ", ".join(pluralize(counts[kind], _CHOICES[kind]) for kind in reversed(_CHOICES))
@@ -437,8 +441,6 @@ class ChatScreen(WorkScreen):
     # What is shown around the conversation
 
     def on_resize(self) -> None:
-        has_side = self.size.width >= _SIDE_CELLS and self.size.height >= TALL_CELLS
-        self.set_class(has_side, "-side")
         self.call_after_refresh(self._show_all)
 
     def on_conversation_changed(self, event: Conversation.Changed) -> None:
@@ -473,13 +475,19 @@ class ChatScreen(WorkScreen):
 
     def show_header(self, doing: str = "") -> None:
         """Show the model, its adapters, and the current state."""
-        chat, has_side = self.conversation, self.has_class("-side")
-        has_source = chat.source is not None
+        chat, has_source = self.conversation, self.conversation.source is not None
+        # Two answers take the width of the window, unless there is enough for them and the column.
+        side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
+        has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
         self.query_one("#chat-start").display = has_source and not chat.turns
         self.query_one("#prompt-panel").display = has_source
         self.query_one(ChatSide).display = has_source and has_side
         self.query_one("#sampling-line").display = has_source and not has_side
+        because = chat.unloaded_because
+        unloaded = f"■ Unloaded: {because}. The next message loads the model again." if because else ""
+        self.query_one("#unloaded", Lines).show(Content.styled(unloaded, "$warning"))
+        self.query_one("#unloaded").display = bool(unloaded)
         panel = self.query_one("#chat-panel", Panel)
         if not has_source:
             panel.show_title("Chat")

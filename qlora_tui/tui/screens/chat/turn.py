@@ -351,7 +351,6 @@ class ChatTurn(Vertical):
     ChatTurn .prompt {
         height: auto;
         padding: 0 1;
-        color: $primary;
         text-style: bold;
     }
     ChatTurn Horizontal {
