@@ -130,7 +130,7 @@ def _sixteen_colors(file: ThemeFile) -> dict[str, str]:
     return {
         "ansi-foreground": foreground,
         "ansi-background": background,
-        "chart-fill": background,
+        "chart-fill": "ansi_default",
         "text-muted": muted,
         "text-disabled": muted,
         "border": file.primary,

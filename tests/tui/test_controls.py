@@ -69,7 +69,7 @@ async def test_a_drawing_is_as_high_as_its_lines() -> None:
 class Panels(QloraApp):
     """The app with one screen of two panels, of which the first can have the focus."""
 
-    CSS_PATH = Path(tui.__file__).with_name("app.tcss")
+    CSS_PATH = str(Path(tui.__file__).with_name("app.tcss"))
     MODES: ClassVar[dict[str, Any]] = {"home": Screen[None]}
 
     def on_mount(self) -> None:

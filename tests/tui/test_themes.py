@@ -43,7 +43,7 @@ def _contrast_of(style: Style) -> Iterator[float]:
     colors = style.bgcolor, style.color
     # The default colors of a terminal are legible; its 16 colors are about what xterm shows.
     if all(color is not None and not color.is_default for color in colors):
-        yield contrast(*(Color.from_rich_color(color, DEFAULT_TERMINAL_THEME) for color in colors))
+        yield contrast(*(Color(*color.get_truecolor(DEFAULT_TERMINAL_THEME)) for color in colors if color))
 
 
 def _seen(style: Style | None) -> Style:
