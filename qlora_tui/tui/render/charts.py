@@ -35,7 +35,7 @@ _APART = 3
 """Cells between two marks of one kind, so that many do not become a line."""
 _LONG_LOSS = 1000.0
 """A loss from which labels are short, to leave cells for the chart."""
-_GRID, _GRID_STYLE = "┈", "$border-blurred"
+_GRID, _GRID_STYLE = "┈", "$border-blurred dim"
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ class _Canvas:
         for column in range(self.width):
             inside = [tops[x] for x in range(column * DOTS_WIDE, (column + 1) * DOTS_WIDE) if x in tops]
             if inside:
-                first = math.floor(sum(inside) / len(inside) / ink.dots_high + 0.5)
+                first = math.floor(max(inside) / ink.dots_high + 0.5)
                 for row in range(first, self.height):
                     self.filled[column, row] = color
 

@@ -451,7 +451,7 @@ def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Con
     evaluations = snapshot.evaluations
     lines: list[Content] = []
     rows = height
-    if rows >= _ROWS_WITH_HEADS:
+    if rows >= _ROWS_WITH_HEADS or rows > len(evaluations):
         lines.append(Content.styled(f"{'step':>7}  loss     {'change':>7}", "dim"))
         rows -= 1
     for number in range(len(evaluations) - 1, max(-1, len(evaluations) - 1 - rows), -1):
