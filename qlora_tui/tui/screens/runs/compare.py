@@ -189,7 +189,8 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
         lines.append(Content.styled(warning, "$warning"))
     for name, values in rows:
         for number, cells in enumerate(_cells(name, values, each - 1)):
-            styled = [(f"{cell:<{each}}", "bold $success" if cell.endswith(_BETTER) else "") for cell in cells]
+            styles = ["bold $success" if cell.endswith(_BETTER) else "" for cell in cells]
+            styled = [(f"{cell:<{each}}", style) for cell, style in zip(cells, styles, strict=True)]
             lines.append(Content.assemble((f"{'' if number else name:<{label}}", "dim"), *styled))
     if not settings:
         lines.append(Content.styled("Their settings are identical.", "dim"))
