@@ -450,6 +450,11 @@ class QloraApp(TerminalApp):
 
         undo_recipe(self)
 
+    def action_reload(self) -> None:
+        from qlora_tui.tui.workbench import reload_recipe
+
+        reload_recipe(self)
+
     def action_redo(self) -> None:
         from qlora_tui.tui.workbench import redo_recipe
 

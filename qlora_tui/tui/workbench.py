@@ -90,8 +90,8 @@ class Workbench:
 
     @property
     def preset_recipe(self) -> Recipe:
-        """The recipe as that preset gives it, with the current model and data."""
-        return _with_model_and_data(self._now.preset_recipe, self.recipe)
+        """The recipe as that preset gives it, with the current name, model and data."""
+        return _with_own(self._now.preset_recipe, self.recipe)
 
     @property
     def modified(self) -> bool:
@@ -116,9 +116,9 @@ class Workbench:
         self._change_to(other._now)
 
     def open_preset(self, name: str) -> None:
-        """Take a preset's settings, keeping model and data. Raises UserError."""
+        """Take a preset's settings, keeping name, model and data. Raises UserError."""
         preset_recipe = build_recipe(preset=name)
-        changed = _with_model_and_data(preset_recipe, self.recipe)
+        changed = _with_own(preset_recipe, self.recipe)
         self._change_to(_EditState(changed, name, preset_recipe))
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
@@ -315,8 +315,15 @@ def _read(model: str) -> Architecture | UserError:
         return problem
 
 
-def _with_model_and_data(recipe: Recipe, source: Recipe) -> Recipe:
-    for path in ("model.id", "model.revision", "lora.init_from", "data.sources", "data.validation_path"):
+_OWN = (
+    *("name", "model.id", "model.revision", "lora.init_from"),
+    *("data.sources", "data.validation_path"),
+)
+"""Settings of one run, which no preset has."""
+
+
+def _with_own(recipe: Recipe, source: Recipe) -> Recipe:
+    for path in _OWN:
         recipe = replace_setting(recipe, path, get_setting(source, path))
     return recipe
 
@@ -350,6 +357,9 @@ class Draft:
         """What this app last read or wrote."""
         self._seen: tuple[int, int] | None = None
         """Inode and time of the file when it was last compared with that."""
+        self._is_loaded = False
+        self.is_newer = False
+        """Whether another app has changed the file since, as of the last :meth:`is_changed_elsewhere`."""
         self._aside: Path | None = None
         self._is_settled = False
         """Whether the draft was written since the last conflict: the next one needs another file."""
@@ -357,7 +367,7 @@ class Draft:
     def load(self) -> SavedDraft:
         """Read the draft. One that cannot be read is moved aside, so that a save does not overwrite it."""
         with _draft_lock():
-            self._known = None
+            self._known, self._is_loaded = None, True
             try:
                 content = _content()
                 if content is None:
@@ -388,7 +398,7 @@ class Draft:
                     return False
             if on_disk != text:
                 atomic_write(draft_path(), text, durable=True)
-            self._known, self._is_settled = text, True
+            self._known, self._is_settled, self.is_newer = text, True, False
         return True
 
     @property
@@ -402,10 +412,11 @@ class Draft:
         """Whether another app has changed the draft since the last call, and since this app wrote it."""
         try:
             status = draft_path().stat()
-            if self._known is None or self._seen == (status.st_ino, status.st_mtime_ns):
+            if not self._is_loaded or self._seen == (status.st_ino, status.st_mtime_ns):
                 return False
             self._seen = (status.st_ino, status.st_mtime_ns)
-            return _content() not in (self._known, None)
+            self.is_newer = _content() not in (self._known, None)
+            return self.is_newer
         except OSError:
             return False
 
@@ -450,27 +461,45 @@ def save_or_ask(app: QloraApp) -> None:
         if choice == "mine":
             app.draft.save(app.workbench, replace=True)
         elif choice == "theirs":
-            app.draft = other_draft
-            app.workbench.adopt(other)
-            app.recipe_edited()
-            app.notify(f"Loaded the other app's recipe. Press {key_name('app.undo')} to restore yours.")
+            _adopt(app, other_draft, other)
 
     changes = [str(change) for change in diff_recipes(app.workbench.recipe, other.recipe)]
     app.push_screen(DraftChangedScreen(changes, app.draft.aside), on_result)
 
 
+def reload_recipe(app: QloraApp) -> None:
+    """Load the recipe that another app has changed; undo restores this one's."""
+    draft = Draft()
+    other = open_workbench(draft)
+    if other.draft_error is not None:
+        raise other.draft_error
+    if app.draft.is_changed_elsewhere() or app.draft.is_newer:
+        _adopt(app, draft, other)
+    else:
+        app.notify("No other window has changed the recipe.")
+
+
+def _adopt(app: QloraApp, draft: Draft, other: Workbench) -> None:
+    app.draft = draft
+    app.workbench.adopt(other)
+    app.recipe_edited()
+    app.notify(f"Loaded the other window's recipe. Press {key_name('app.undo')} to restore yours.")
+
+
 def tell_of_change(app: QloraApp) -> None:
-    """Say once for each change that another app has changed the draft, which this app does not show."""
+    """Say that another app has changed the draft, which this app does not show until it is reloaded."""
     from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 
     # While the app closes it has no screens.
     is_asking = any(isinstance(screen, DraftChangedScreen) for screen in app.screen_stack)
     if app.screen_stack and not is_asking and app.draft.is_changed_elsewhere():
         app.notify(
-            "Another app changed the recipe. This one shows its own, and your next edit asks whose stays.",
+            f"Another window changed the recipe. Press {key_name('app.reload')} to load it; your next edit "
+            "asks which one stays.",
             severity="warning",
             timeout=10,
         )
+        app.recipe_changed.publish(app.workbench.recipe)
 
 
 def draft_written_at() -> float:

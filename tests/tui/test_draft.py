@@ -12,7 +12,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 from qlora_tui.tui.workbench import Draft, draft_path, open_workbench
 from tests.support.power import FaultyDisk
-from tests.tui.screen_assertions import wait_for_text, wait_until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
 
 def rank_on_disk() -> int:
@@ -158,6 +158,22 @@ async def test_the_app_asks_whose_recipe_stays(key: str, mine: int, on_disk: int
         if key == "t":
             app.action_undo()
             assert app.workbench.recipe.lora.rank == 32
+
+
+async def test_a_change_in_another_window_is_marked_and_loaded_by_a_key() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "balanced")
+        edit_elsewhere(8)
+        await wait_for_text(pilot, "next run · balanced · changed in another window, F7 reload")
+        await pilot.press("4")
+        await wait_for_text(pilot, "changed in another window, F7 reload")
+        assert app.workbench.recipe.lora.rank == 16
+        await pilot.press("f7")
+        await wait_until(pilot, lambda: "changed in another window" not in text_of(app))
+        assert app.workbench.recipe.lora.rank == 8
+        await pilot.press("u")
+        assert app.workbench.recipe.lora.rank == rank_on_disk() == 16
 
 
 async def test_an_edit_that_cannot_be_saved_stands_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

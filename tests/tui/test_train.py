@@ -143,7 +143,7 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first() -> None:
             await pilot.press(key)
         assert ask_key(run) == ["checkpoint", "evaluate", "sample", "finish_epoch"]
         await pilot.press("z")
-        await wait_for_text(pilot, "Pause the run?", "Press [r] to resume it")
+        await wait_for_text(pilot, "Pause the run?", "free its memory", "[r] resumes it")
         await pilot.press("enter", "y")
         assert ask_key(run)[-1] == "pause"
         await pilot.press("s")

@@ -85,12 +85,18 @@ def test_a_value_out_of_bounds_changes_nothing() -> None:
     assert not workbench.modified
 
 
-def test_opening_a_preset_keeps_model_and_data() -> None:
+def test_opening_a_preset_keeps_name_model_and_data() -> None:
     workbench = Workbench()
+    workbench.set("name", "vicuna-1")
+    workbench.saved_as("mine")
+    assert workbench.preset_recipe.name == "vicuna-1" and not workbench.modified
+    workbench.set("name", "")
+    assert not workbench.modified
+    workbench.set("name", "vicuna-2")
     workbench.set("model.id", "acme/tiny")
     workbench.set("data.sources", (Source(path="rows.jsonl"),))
     workbench.open_preset("paper")
-    assert workbench.recipe.lora.rank == 64
+    assert workbench.recipe.lora.rank == 64 and workbench.recipe.name == "vicuna-2"
     assert workbench.recipe.model.id == "acme/tiny"
     assert workbench.recipe.data.sources[0].path == "rows.jsonl"
     assert not workbench.modified

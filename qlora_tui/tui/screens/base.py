@@ -151,7 +151,9 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     def _show_recipe_strip(self) -> None:
         if self.EDITS_RECIPE:
-            self._strip.show_recipe(self.app.workbench, self.app.memory_budget)
+            app = self.app
+            is_newer = app.draft.is_newer
+            self._strip.show_recipe(app.workbench, app.memory_budget, is_changed_elsewhere=is_newer)
 
     def _system_status_changed(self, system_status: SystemStatus) -> None:
         if self.is_current:

@@ -61,6 +61,7 @@ class RecipeStrip(Widget):
         self._budget: MemoryBudget | None = None
         self._can_train = True
         self._is_running = False
+        self._is_changed_elsewhere = False
 
     def show_running(self, *, is_running: bool) -> None:
         """In a wide window, say that the recipe is that of the next run while one is active."""
@@ -68,8 +69,13 @@ class RecipeStrip(Widget):
             self._is_running = is_running
             self.refresh()
 
-    def show_recipe(self, workbench: Workbench, budget: MemoryBudget) -> None:
-        """Show the current recipe and the available memory."""
+    def show_recipe(
+        self, workbench: Workbench, budget: MemoryBudget, *, is_changed_elsewhere: bool = False
+    ) -> None:
+        """Show the current recipe and the available memory, and whether another window has changed it."""
+        if is_changed_elsewhere != self._is_changed_elsewhere:
+            self._is_changed_elsewhere = is_changed_elsewhere
+            self.refresh()
         can_train = workbench.model_refusal() is None
         shown = (recipe_line(workbench), workbench.comparison(budget.device), budget, can_train)
         if shown != (self._recipe_line, self._comparison, self._budget, self._can_train):
@@ -86,7 +92,7 @@ class RecipeStrip(Widget):
         room = width - len(prefix) - problem.cell_length
         line, hint = self._line_and_hint(room)
         gap = " " * (room - cell_len(line) - hint.cell_length)
-        first = Content.assemble((prefix, "dim"), line, gap, hint.stylize("dim"), problem)
+        first = Content.assemble((prefix, "dim"), line, gap, hint, problem)
         return Content("\n").join([first, self._cost_line(width)]) if self._with_memory else first
 
     def _problem(self) -> Content:
@@ -101,9 +107,12 @@ class RecipeStrip(Widget):
         """The recipe, and the longest hint beside it; the last hint may shorten the name of the data."""
         if self._bench is None:
             return "", Content("")
+        if self._is_changed_elsewhere:
+            hint = reload_hint()
+            return recipe_line(self._bench, width - hint.cell_length - 2), hint
         widest = recipe_parts(self._bench, width)
         for commands in _HINTS:
-            hint = Content("  ").join(_hint(*command) for command in commands)
+            hint = Content("  ").join(_hint(*command) for command in commands).stylize("dim")
             room = width - hint.cell_length - 2
             parts = recipe_parts(self._bench, room)
             shortened = {place for place, part in enumerate(parts) if part != widest[place]}
@@ -134,6 +143,12 @@ class RecipeStrip(Widget):
         lines = [cost.draw(max(each, cost.least_width)) for cost in costs]
         padded = [line.pad_right(max(0, each - line.cell_length)) for line in lines]
         return Content(" " * _GAP).join([*head, *padded])
+
+
+def reload_hint() -> Content:
+    """``changed in another window, F7 reload``."""
+    words = Content.styled("changed in another window, ", "$warning")
+    return words + _hint("app.reload", "reload")
 
 
 def _hint(command: str, label: str) -> Content:

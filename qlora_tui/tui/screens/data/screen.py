@@ -147,7 +147,11 @@ class DataScreen(WorkScreen):
             self.call_after_refresh(self._fetch_beside, self._request)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        return self._can_fix if action == "fix" else super().check_action(action, parameters)
+        if action == "fix":
+            return self._can_fix
+        is_own = any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
+        # Without data there is nothing else to act on.
+        return not is_own or action == "open" or self.source is not None
 
     # Sources
 
@@ -159,6 +163,7 @@ class DataScreen(WorkScreen):
         title = f"Mix of {len(sources)} files" if len(sources) > 1 else "Source"
         self.query_one("#sources-panel", Panel).show_title(title)
         self.query_one("#data-body").set_class(not sources, "-empty")
+        self.refresh_bindings()
         if not sources:
             self._request = self.report = self.shown = None
             self._clear_figures()

@@ -382,7 +382,12 @@ class HomeScreen(WorkScreen):
         queue.empty = "" if is_waiting else "empty"
         workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
-        self.query_one("#recipe-panel", Panel).show_title(f"Recipe of the next run · {preset}")
+        title = Content(f"Recipe of the next run · {preset}")
+        if self.app.draft.is_newer:
+            from qlora_tui.tui.widgets.recipe_strip import reload_hint
+
+            title = Content.assemble(title, " · ", reload_hint())
+        self.query_one("#recipe-panel", Panel).show_title(title)
         self.query_one("#recent-panel").display = bool(facts.recent)
         recent = partial(recent_lines, facts.recent, clock.now())
         self.query_one("#recent-runs", Drawing).show(recent)

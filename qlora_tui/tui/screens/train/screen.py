@@ -322,18 +322,25 @@ class TrainScreen(EvaluationActions):
             now = "The run stops now. It gives up the step in progress; the steps before it are saved."
             self._act_on_run(self._watched, partial(run_actions.stop, now=True), now)
         else:
-            after_step = " after this step" if snapshot is None or snapshot.view.phase in STEP_PHASES else ""
             outcome = _outcome_of_stopping(snapshot)
-            self._confirm("Stop the run?", outcome, run_actions.stop, f"The run will stop{after_step}.")
+            self._confirm(
+                "Stop the run?", outcome, run_actions.stop, f"The run will stop{self._when_it_ends}."
+            )
 
     def action_withdraw(self) -> None:
         again = f"Press {key_name('train.resume')} to queue it again."
         self._act_on_run(self._watched, run_actions.stop, f"Removed from the queue. {again}")
 
+    @property
+    def _when_it_ends(self) -> str:
+        """When a run ends that is asked to: after its step, if it has begun one."""
+        has_begun = self.snapshot is None or self.snapshot.view.phase in STEP_PHASES
+        return " after this step" if has_begun else ""
+
     def action_pause(self) -> None:
-        outcome = "will save a checkpoint after this step and free the GPU."
-        outcome += f" Press {key_name('train.resume')} to resume it."
-        self._confirm("Pause the run?", outcome, run_actions.pause, "The run will pause after this step.")
+        outcome = f"{_outcome_of_stopping(self.snapshot, pauses=True)} {key_name('train.resume')} resumes it."
+        done = f"The run will pause{self._when_it_ends}."
+        self._confirm("Pause the run?", outcome, run_actions.pause, done)
 
     def action_resume(self) -> None:
         has_checkpoint = self.snapshot is not None and bool(self.snapshot.view.checkpoints)
@@ -476,9 +483,11 @@ def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
     return ListPicker("Watch another run", "watch", choices, empty="There are no other runs.")
 
 
-def _outcome_of_stopping(snapshot: RunSnapshot | None) -> str:
-    """What the question says becomes of the run."""
+def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) -> str:
+    """What the question says becomes of the run if it stops or pauses."""
     if snapshot is None or snapshot.view.phase in STEP_PHASES:
+        if pauses:
+            return "will save a checkpoint after this step and free its memory."
         best = ""
         if snapshot is not None and snapshot.best is not None and snapshot.is_best_saved:
             best = f" Its best checkpoint, of step {snapshot.best.step:,}, stays."
