@@ -304,7 +304,7 @@ def _reading_settings(data: Data) -> bytes:
     )
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _check_rows(fingerprints: tuple[_Fingerprint, ...], settings: bytes) -> QuickCheckResult | UserError:
     """Return the rows' warnings, or the error that blocks a run; cached: the Train screen checks often."""
     data = msgspec.json.decode(settings, type=Data)

@@ -11,6 +11,7 @@ from textual.widgets import Input
 
 from qlora_tui import paths
 from qlora_tui.recipe.presets import find_preset
+from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.controls import ViList
@@ -169,3 +170,13 @@ async def test_the_editors_result_for_a_users_preset_is_checked(
         await pilot.press("e")
         await wait_for_text(pilot, "lora.rank", "Esc close")
         assert mine("tickets").read_text() == "[lora]\nrank = -1\n"
+
+
+async def test_a_preset_says_how_long_a_run_takes_with_it(private_home: Path) -> None:
+    rows = private_home / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 400)
+    app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
+    app.workbench.set("data.sources", (Source(path=str(rows)),))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await go_to(pilot, "paper")
+        await wait_for_text(pilot, "time now", "time then", "known after the first steps", "about 2 steps")

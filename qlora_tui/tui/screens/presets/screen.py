@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from qlora_tui.recipe.presets import (
     take_snapshot,
 )
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.charts import bar
@@ -182,6 +184,8 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
         """Changes made in this window, oldest first."""
         self._presets: list[Preset] = []
         self._filter = ""
+        self._forecasts: dict[str, Forecast | None] = {}
+        """How long a run takes with each preset, as far as that was worked out; under "" as the recipe is."""
 
     @property
     def current(self) -> Preset | None:
@@ -278,6 +282,16 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
             select,
         )
         self._show_preview()
+        self._forecast({"": recipe} | {p.name: p.recipe(recipe) for p in shown if not p.problem})
+
+    @work(exclusive=True, group="forecasts")
+    async def _forecast(self, recipes: dict[str, Recipe]) -> None:
+        """Work out how long a run takes with each recipe; data that was not read yet takes a moment."""
+        self._forecasts = {}
+        for name, recipe in recipes.items():
+            self._forecasts[name] = await asyncio.to_thread(forecast, recipe, self.app.machine)
+            if self.current is not None and name in ("", self.current.name):
+                self._show_preview()
 
     def _show_preview(self) -> None:
         preset, workbench = self.current, self.app.workbench
@@ -285,7 +299,8 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
             self.query_one("#preview", Lines).show(Content("No preset matches. Press Esc to show all."))
         else:
             recipe, model = workbench.recipe, workbench.architecture()
-            shown = partial(preview, preset, recipe, model, self.app.memory_budget)
+            forecasts = (self._forecasts.get(""), self._forecasts.get(preset.name))
+            shown = partial(preview, preset, recipe, model, self.app.memory_budget, forecasts)
             self.query_one("#preview", Lines).show(shown)
 
     def action_delete(self) -> None:
@@ -403,15 +418,17 @@ def preview(
     recipe: Recipe,
     architecture: Architecture | UserError,
     budget: MemoryBudget,
+    forecasts: tuple[Forecast | None, Forecast | None],
     width: int,
 ) -> Content:
-    """The note, the settings that would change, and the memory."""
+    """The note, the settings that would change, the memory, and the time now and with the preset."""
     if preset.problem:
         return error_content(preset.problem)
     opened = preset.recipe(recipe)
     changes = [change for change in diff_recipes(recipe, opened) if change.path not in DESCRIPTIVE]
     lines = [Content.styled(preset.note or "No note.", "bold")]
     lines += _memory(recipe, opened if changes else None, architecture, budget, width)
+    lines += _times(forecasts if changes else forecasts[:1])
     lines.append(Content(""))
     if not changes:
         return Content("\n").join([*lines, Content("The recipe already matches this preset.")])
@@ -457,6 +474,18 @@ def _memory(
             Content.assemble(head, (drawn, "$secondary"), figures, "  ", (word, VERDICT_STYLE[word]))
         )
     return lines
+
+
+def _times(forecasts: Sequence[Forecast | None]) -> list[Content]:
+    """``time then   about 25 min   54 steps``, now and with the preset; below it how the time is known."""
+    lines, source = [], ""
+    for label, expected in zip(("now", "then"), forecasts, strict=False):
+        if expected is not None:
+            duration = expected.duration or "known after the first steps"
+            head = (f"{f'time {label}':<12} ", "$text-muted")
+            lines.append(Content.assemble(head, duration, (f"   {expected.steps}", "$text-muted")))
+            source = expected.time.source if expected.time else ""
+    return [*lines, Content.styled(f"{'':<13}{source}", "$text-muted")] if source else lines
 
 
 def _key_hints(hints: Iterable[tuple[str, str]]) -> Content:
