@@ -289,9 +289,9 @@ class RunsScreen(EvaluationActions):
             detail = [ending(summary, beside_verdict=True)]
         self._show("run-detail", detail)
         self.query_one("#run-detail").display = any(detail) or is_short
+        self.query_one("#run-graph", Drawing).show(partial(plot, summary_plot(summary)))
         if is_short:
             return
-        self.query_one("#run-graph", Drawing).show(partial(plot, summary_plot(summary)))
         width = max(20, self.query_one("#run-result").content_size.width)
         self._show("run-result", result_lines(summary, clock.now(), width, self.progress_of(summary.id)))
         if files is not None:
