@@ -113,7 +113,7 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
         case events.ValidationCompared():
             change = (
                 "too few rows to tell a change from chance"
-                if event.rows < MIN_ROWS or event.low is None
+                if event.rows < MIN_ROWS or event.low is None or event.high is None
                 else "95% interval of the change "
                 f"{format_loss_change(event.low)} to {format_loss_change(event.high)}"
             )

@@ -405,14 +405,14 @@ class QloraApp(TerminalApp):
             await self.switch_mode(mode)
 
     def action_help(self) -> None:
-        from qlora_tui.tui.screens.modals.dialogs import screen_help
+        from qlora_tui.tui.screens.modals.help import screen_help
 
         here = self.screen
         if isinstance(here, WorkScreen):
-            self.push_screen(screen_help(here.MODE, here.HELP_TEXT, here.SCREEN_COMMANDS))
+            self.push_screen(screen_help(self, here.MODE, here.help_state))
 
     def action_keys(self) -> None:
-        from qlora_tui.tui.screens.modals.dialogs import all_keys_screen
+        from qlora_tui.tui.screens.modals.help import all_keys_screen
 
         self.push_screen(all_keys_screen())
 

@@ -53,6 +53,11 @@ def short_key(key: str) -> str:
     return _bare(key).replace("Ctrl+", "^")
 
 
+def short_keys(command_id: str) -> str:
+    """All keys of a command as a footer shows them: ``z ^O``."""
+    return " ".join(map(short_key, _keys(command_id)))
+
+
 def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
     """``Enter watch · x cancel · Esc close``: the keys of a dialog, which has no footer; a click presses one.
 

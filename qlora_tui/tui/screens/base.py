@@ -81,8 +81,6 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     """What the user can do on this screen, from ``commands.toml``."""
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset()
     """Ids of the app's commands that are useful here, so that the footer shows them."""
-    HELP_TEXT: ClassVar[str] = ""
-    """A few sentences for the help screen: what is shown and what the terms mean."""
     EDITS_RECIPE: ClassVar[bool] = False
     """Whether the recipe strip is shown below the top bar."""
     SHOWS_MEMORY: ClassVar[bool] = False
@@ -97,6 +95,11 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
             cls.SCREEN_COMMANDS = screen_commands(cls.MODE)
         cls.BINDINGS = [command.binding() for command in cls.SCREEN_COMMANDS]
         super().__init_subclass__(**options)
+
+    @property
+    def help_state(self) -> str:
+        """The state that help explains: a table of this screen in ``help.toml``; empty for the usual one."""
+        return ""
 
     def compose(self) -> ComposeResult:
         yield TopBar(self.MODE)

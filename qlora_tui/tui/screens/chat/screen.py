@@ -73,24 +73,6 @@ class ChatScreen(WorkScreen):
 
     MODE = "chat"
     CSS_PATH = "chat.tcss"
-    HELP_TEXT = (
-        "Base and adapter answer the same prompt with the same seed, from one copy of the model; "
-        "{chat.adapter} lets only one of them answer. Beside an answer are its tokens, their number in a "
-        "second, and how long the first was waited for. context is how many tokens a conversation can have. "
-        "While "
-        "the prompt field has the focus, every character goes into it. {chat.stop} stops an answer; "
-        "if none is running, {chat.leave} leaves the field, so that {go.home} to {go.chat} and the keys "
-        "below work. {chat.write} returns to the field. Each conversation is saved in the chats folder "
-        "of the run, as Markdown; {chat.history} continues an earlier one, {chat.copy} copies the last "
-        "answer, {chat.search} shows only exchanges with a text. An answer that repeats a sentence three "
-        "times in a row is stopped.\n"
-        "What the model thinks before it answers is folded into one line: {chat.unfold} shows it. "
-        "{chat.thinking} turns thinking on and off; it starts as the run was trained. Each has a second key "
-        "for use while you type, listed below. {chat.effect} "
-        "measures what the adapter changes. KL is the distance between its next-token distribution and "
-        "the base model's (0: identical). The columns show for each layer how far its weights moved, "
-        "relative to their size."
-    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,6 +86,10 @@ class ChatScreen(WorkScreen):
         self.search = ""
         """The text that exchanges are searched for; empty shows all."""
         self._effect: str | Effect = ""
+
+    @property
+    def help_state(self) -> str:
+        return "empty" if self.conversation.source is None else ""
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="chat-body"):

@@ -78,16 +78,6 @@ class DataScreen(WorkScreen):
     MODE = "data"
     CSS_PATH = "data.tcss"
     EDITS_RECIPE = True
-    HELP_TEXT = (
-        "The sample is shown as the model will see it. What it is to learn (the tokens in the loss) is "
-        "tinted, or underlined without colors; what it only reads is dim. Control tokens are in italics; ↵ "
-        "is a line break to learn. In a large window the next rows follow. packed: several samples "
-        "share one sequence, and do not see each other. Bars hatched ▒ after ✂ are samples longer than the "
-        "sequence length.\n"
-        "{data.open} adds a file to those of the recipe, {data.replace} opens one instead of them; "
-        "{data.remove} removes the selected one. {data.bad_rows} leaves out rows that cannot be used. "
-        "Press Enter on a problem to go to its next row. Tab moves between the lists."
-    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,6 +109,10 @@ class DataScreen(WorkScreen):
         self._costs_key: object = None
         self._forecast: Forecast | None = None
         """Steps and time of the run; None until they are known."""
+
+    @property
+    def help_state(self) -> str:
+        return "empty" if not self.app.workbench.recipe.data.sources else ""
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="data-body"):

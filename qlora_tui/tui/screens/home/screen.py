@@ -114,13 +114,6 @@ class HomeScreen(WorkScreen):
         }
     }
     """
-    HELP_TEXT = (
-        "The GPU, the active run or how the last one ended, the queue, and the recipe you are preparing. "
-        "{home.next} does the suggested next step.\n"
-        "In the recipe, 1,024 tok · batch 1 × 8 is the sequence length, and micro-batch × gradient "
-        "accumulation; r16 is the rank. ★ is the lowest validation loss.\n"
-        "{app.check_machine} tests whether this machine can train."
-    )
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.check_machine"})
 
     def __init__(self) -> None:

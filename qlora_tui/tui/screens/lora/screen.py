@@ -67,17 +67,6 @@ class LoraScreen(WorkScreen):
     CSS_PATH = "lora.tcss"
     EDITS_RECIPE = True
     SHOWS_MEMORY = True
-    HELP_TEXT = (
-        "Each row is a kind of linear module, divided into layers: ▇ gets an adapter, brighter with its "
-        "rank; · stays frozen. On a name, {lora.toggle} selects or deselects the whole kind; on a layer, "
-        "only that one. {lora.block} starts a block of cells; pressed again, it toggles the block. The first "
-        "row stands for every kind. {lora.rank_here} gives the selected modules a custom rank, shown as ◆.\n"
-        "Tab goes to the settings, where Left and Right change the one under the cursor, as the mouse wheel "
-        "and a second click do. In a large window, a table shows what other ranks and targets would cost.\n"
-        "An adapter adds B·A × alpha/rank to a weight. Only A and B are trained; their parameters are "
-        "counted as trainable. In memory is what Memory lists under Adapter: its weights and their 16-bit "
-        "copy, gradients, and optimizer states."
-    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -84,35 +84,6 @@ class MemoryScreen(WorkScreen):
     CSS_PATH = "memory.tcss"
     EDITS_RECIPE = True
     SHOWS_MEMORY = True
-    HELP_TEXT = (
-        "The bars show the predicted peak memory of a run, by what takes it: in a training step, or while "
-        "loading where that takes more. The line below them is the peak of the bar marked ▸ with its range, "
-        "when it is reached, what of it PyTorch holds, and what of that is in tensors. ◂ recipe marks the "
-        "precision that the recipe trains in; {memory.use} changes it to the one marked ▸.\n"
-        "The bars appear at once, from formulas. For the recipe's precision, a step of the model itself is "
-        "then run without weights, in a process of its own, and its bar becomes exact; then so do the "
-        "changes that keys and the list of changes make. 'max fit' stays instant.\n"
-        "The list divides that bar into items, and explains the one under the cursor. The graph shows when "
-        "memory is needed: while the model is loaded, in the forward pass from the first layer to the last, "
-        "in the loss, in the backward pass from the last layer to the first, and in the optimizer's step. "
-        "Parts thinner than a row of the graph are not drawn. "
-        "In a low window, {memory.timeline} shows it in the place of the list.\n"
-        "If the recipe does not fit, {memory.apply} applies the change that costs least, and "
-        "{memory.choose} goes to the list of changes, where Enter applies one.\n"
-        "Lower-case keys double a setting and capital keys halve it. 'max fit' is the largest value that "
-        "fits, in the precision marked ▸, with the other settings unchanged; 'halving' is how halving it "
-        "changes the memory. After → stands the next choice of a setting, and how it changes the memory. "
-        "Shorter sequences cut or leave out long rows; a lower rank or fewer targets can learn less.\n"
-        "recompute is gradient checkpointing: activations are computed again in the backward pass instead of "
-        "kept. With auto, the bars show every layer recomputed, which is what the run needs. As many "
-        "layers as fit in the memory left keep their activations, which is faster: the run uses more then.\n"
-        "'fits': even the upper end of the uncertainty fits. 'tight': less than 5% is left. 'uncertain': "
-        "only a part of the range fits; the exact estimate narrows it, and the run tests its largest batch.\n"
-        "{memory.quality} runs rows of your data through the base in 16 bits and as the recipe quantizes it, "
-        "a layer in memory at a time, and says how many next tokens change and which layers change most.\n"
-        "To see the estimate for another GPU, press {app.assume_gpu} and type its memory, or start the app "
-        "with qlora-tui --gpu-gib 12."
-    )
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.assume_gpu"})
 
     @dataclass

@@ -62,21 +62,16 @@ class ModelsScreen(WorkScreen):
     CSS_PATH = "models.tcss"
     EDITS_RECIPE = True
     SHOWS_MEMORY = True
-    HELP_TEXT = (
-        '● is the recipe\'s model. ✗ marks models that cannot be trained; the facts say why. "Needs" is the '
-        "memory with the recipe as it is, and the table beside shows other lengths. Models come "
-        "from the Hugging Face cache, the folders in config.toml, GGUF files, and models converted by "
-        "this app. Models worth starting with are those of a short list that fit, until you search the Hub.\n"
-        "The Hub is contacted only when you press Enter: after {models.filter} and a name to search, on a "
-        "model to start with, or on a result to see its details. A download continues when you leave the "
-        "screen or the app; if it was stopped, {models.download} resumes it."
-    )
 
     def __init__(self) -> None:
         super().__init__()
         self._models = ListedModels()
         self._searched: list[Path] = []
         """Folders of the last scan, in addition to the usual ones."""
+
+    @property
+    def help_state(self) -> str:
+        return "empty" if not self._models.local else ""
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="models-parts"):

@@ -47,7 +47,8 @@ from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
 from qlora_tui.tui.screens.base import OnQloraApp
-from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, screen_help, write_or_ask
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
+from qlora_tui.tui.screens.modals.help import screen_help
 from qlora_tui.tui.widgets.controls import Lines, TextField, ViList
 from qlora_tui.tui.workbench import open_preset
 
@@ -146,11 +147,6 @@ def edit(preset: Preset) -> None:
 _COMMANDS = screen_commands("presets")
 _SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
 """Commands named in the lower border: there is no footer in a modal."""
-HELP_TEXT = (
-    "A preset is part of a recipe. Opening one keeps your model and data; the preview lists what would "
-    "change. Saving one leaves out model and data. Your own preset replaces a shipped one of the same "
-    "name."
-)
 _NEED_WIDTH = 30
 """Cells of the list from which it has the memory."""
 _LABEL_WIDTH = 80
@@ -240,7 +236,7 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
             self._save(name.strip(), note.strip())
 
     def action_help(self) -> None:
-        self.app.push_screen(screen_help("presets", HELP_TEXT, _COMMANDS))
+        self.app.push_screen(screen_help(self.app, "presets"))
 
     def action_leave(self) -> None:
         """Leave the name field first, then the filter, then the screen."""

@@ -88,14 +88,6 @@ class RunsScreen(EvaluationActions):
     MODE = "runs"
     ANSWERS_COMMAND = "runs.evaluate"
     CSS_PATH = "runs.tcss"
-    HELP_TEXT = (
-        "The active run is listed first, then the queue in order, then the newest; {runs.sort} sorts those "
-        "that ended by loss, name, model or duration. ★ val is the lowest "
-        "validation loss, or with * the last training loss if none was measured: the lower, "
-        "the better. trained is the time of all steps, without evaluations and pauses. exact is the share of "
-        "short answers that were exactly right in the last evaluation. The small curve is scaled from the "
-        "lowest to the highest loss of its run."
-    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,6 +104,10 @@ class RunsScreen(EvaluationActions):
         self._files_reading = ""
         """Id of the run whose files are being read; empty if none are."""
         self._footer_key: object = None
+
+    @property
+    def help_state(self) -> str:
+        return "empty" if self.listing is None or not self.listing.summaries else ""
 
     def compose_body(self) -> Iterable[Widget]:
         with Panel("Runs", keys=(("runs.sort", "sort"), ("runs.filter", "filter")), id="runs-panel"):

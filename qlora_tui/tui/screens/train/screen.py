@@ -89,26 +89,6 @@ class TrainScreen(EvaluationActions):
     ANSWERS_COMMAND = "train.answers"
     CSS_PATH = "train.tcss"
     EDITS_RECIPE = True
-    HELP_TEXT = (
-        "Before a run: how long it will take, what to press now, the recipe, and its checks. The five main "
-        "settings come first; Enter opens and folds the groups of the others, and what differs from the "
-        "preset stays in view. Enter edits a setting, [h] and [l] step it, Backspace resets it to the "
-        "preset's value, ['] labels each line with a letter to jump to. {train.tab} goes to the checks, and "
-        "back; {train.level} shows those that passed in full. They find out whether the weights are on this "
-        "machine, every row can be trained on, the settings make sense together, one training step fits in "
-        "memory, the disk has room for checkpoints, and whether other runs come first.\n"
-        "Until the first step: the stages of the start. 'testing' compares the first step with transformers "
-        "and peft, then tries memory with one step on the longest batch.\n"
-        "During a run: the running mean of the training loss as a line, the loss of each step as a dot, "
-        "◆ evaluations (validation loss), ★ the best, "
-        "× steps where the loss was not a number. exact is the share of short answers that are right to the "
-        "last token, beside that of the base model. Below, on the same steps: learning rate, gradient norm "
-        "and tokens per second, each from zero to its highest value; the number beside it is the latest. "
-        "▲ under the memory bar is the estimate. The time in steps is that of all steps; evaluations and "
-        "checkpoints take the rest of the time since the start. The run continues when you leave the app.\n"
-        "An attempt is one process of the run: a resume, or a retry after memory ran out, starts another. "
-        "Requests to a run have upper-case keys: the lower-case letters of vi scroll the log."
-    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,6 +113,14 @@ class TrainScreen(EvaluationActions):
     def compose_body(self) -> Iterable[Widget]:
         yield LaunchPane()
         yield LivePane()
+
+    @property
+    def help_state(self) -> str:
+        if self.run is None:
+            return "before"
+        if self.state not in ACTIVE:
+            return "queued" if self.state == "queued" else "ended"
+        return "running" if self.snapshot is not None and self.snapshot.step else "starting"
 
     def on_mount(self) -> None:
         self.set_interval(RUN_POLL_INTERVAL_S, self.poll_now)

@@ -1,0 +1,145 @@
+"""Help: the keys that do something now and what the screen's signs mean; and the page of all keys."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widget import Widget
+from textual.widgets import Static
+
+from qlora_tui.tui.command_palette import works
+from qlora_tui.tui.commands import COMMANDS, EVERYWHERE, SCREENS, Command, commands_by_screen, screen_commands
+from qlora_tui.tui.key_names import bare_key, dialog_keys, highlight_keys, name_keys, short_keys
+from qlora_tui.tui.widgets.controls import Drawing, ViScroll
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
+
+_KEYMAP_TEXT = (
+    "The name beside each key is the command's. To change a key, add the name to [keymap] in config.toml: "
+    '"train.stop" = "x". Write keys as ctrl+x, escape, enter, slash, f2; several as "x,f2".'
+)
+_KEY_STYLE = "bold $accent"
+_BRIEF = ("palette", "keys", "presets", "undo", "redo", "settings", "check_machine", "quit")
+"""The app's own commands that help of a screen names; F1 has the others."""
+_LEAST_SENTENCE = 16
+_MOST_KEYS = 15
+"""Commands of one column; the others come first in the next."""
+
+
+class HelpScreen(ModalScreen[None]):
+    """Columns of keys and words, one sentence each."""
+
+    CSS_PATH = "modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "dismiss", "Close")]
+
+    def __init__(self, title: str, *columns: Sequence[Widget]) -> None:
+        super().__init__()
+        self._title = title
+        self._columns = [column for column in columns if column]
+
+    def compose(self) -> ComposeResult:
+        with ViScroll(classes="dialog help" if len(self._columns) > 1 else "dialog") as dialog:
+            dialog.border_title = f"Help: {self._title}"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS)
+            with Container(id="help-columns"):
+                for column in self._columns:
+                    yield Container(*column)
+
+    def on_mount(self) -> None:
+        self.query_one(ViScroll).focus()
+
+
+def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
+    """Return help of a screen in its state: what its keys do now, and what is shown.
+
+    Args:
+        app: With the screen in front.
+        name: Name of the screen.
+        state: A state of the screen that ``help.toml`` knows; empty for a screen that has only one.
+    """
+    entry = next(entry for entry in SCREENS if entry.name == name)
+    offered = [each for each in screen_commands(name) if entry.is_modal or works(app, app.screen, each)]
+    words = _text(partial(_sentences, "On the screen", words_of(name, state)))
+    parts = [offered[start : start + _MOST_KEYS] for start in range(0, len(offered), _MOST_KEYS)]
+    headings = ("Keys", *["More keys"] * len(parts))
+    keys = [_text(partial(_key_sentences, *each)) for each in zip(headings, parts, strict=False)]
+    if entry.is_modal:
+        return HelpScreen(entry.label, [*keys, words])
+    return HelpScreen(entry.label, keys[:1], [*keys[1:], words, _text(_everywhere)])
+
+
+def all_keys_screen() -> HelpScreen:
+    """Every key of every screen, with the names of the commands."""
+    tables = [partial(_key_sentences, *each, with_names=True) for each in commands_by_screen()]
+    return HelpScreen("all keys", [Static(highlight_keys(_KEYMAP_TEXT)), *map(_text, tables)])
+
+
+def _text(write: Callable[[int], list[Content]]) -> Drawing:
+    """A widget as high as the lines that a function writes for its width."""
+    return Drawing(lambda width, height: write(width), classes="help-text")
+
+
+def words_of(name: str, state: str) -> dict[str, str]:
+    """Return the signs and words that help explains on a screen in this state, with a sentence each."""
+    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    table = tables.get(name, {})
+    of_state = table.get(state, {})
+    always = {} if state == "empty" else {word: text for word, text in table.items() if isinstance(text, str)}
+    return {**of_state, **always}
+
+
+def _sentences(heading: str, words: dict[str, str], width: int) -> list[Content]:
+    return _table(heading, [(word,) for word in words], "bold", list(map(name_keys, words.values())), width)
+
+
+def _key_sentences(
+    heading: str, commands: Sequence[Command], width: int, *, with_names: bool = False
+) -> list[Content]:
+    rows = [(short_keys(each.id), each.id) if with_names else (short_keys(each.id),) for each in commands]
+    return _table(heading, rows, _KEY_STYLE, [command.help for command in commands], width)
+
+
+def _everywhere(width: int) -> list[Content]:
+    """The app's own keys, with a word each."""
+    first, last = EVERYWHERE[0], next(each for each in reversed(EVERYWHERE) if each.id.startswith("go."))
+    digits = f"{bare_key(first.id)}–{bare_key(last.id)}"
+    items = [(digits, "screens"), *((short_keys(f"app.{n}"), COMMANDS[f"app.{n}"].label) for n in _BRIEF)]
+    lines, line = [Content.styled("Everywhere", "bold")], Content("")
+    for key, label in items:
+        item = Content.assemble((key, _KEY_STYLE), f" {label.lower()}")
+        if line and line.cell_length + 3 + item.cell_length > width:
+            lines.append(line)
+            line = Content("")
+        line = Content.assemble(line, "   ", item) if line else item
+    return [*lines, line]
+
+
+def _table(
+    heading: str, rows: Sequence[tuple[str, ...]], style: str, sentences: Sequence[str], width: int
+) -> list[Content]:
+    """Return rows of cells, the first in a style, each with a sentence that goes on in the next line.
+
+    By hand: a table of Rich's takes longer to draw than all the rest of the page to open.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [Content.styled(heading, "bold")]
+    for cells, sentence in zip(rows, sentences, strict=True):
+        first, *others = (f"{cell:<{cell_width}}  " for cell, cell_width in zip(cells, widths, strict=True))
+        head = Content.assemble((first, style), *others)
+        indent = " " * head.cell_length
+        pieces = wrap(sentence, max(_LEAST_SENTENCE, width - head.cell_length))
+        lines += [
+            (Content(indent) if number else head) + highlight_keys(each) for number, each in enumerate(pieces)
+        ]
+    return lines

@@ -1,0 +1,53 @@
+"""Help shows the keys that do something now, and the words of the state in front."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+
+from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.commands import SCREENS, ScreenEntry
+from qlora_tui.tui.screens.modals.help import words_of
+from qlora_tui.tui.widgets.controls import ViScroll
+from tests.tui.fake_runs import FakeRun, write_fake_run
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+
+STATES = {"train": ("before", "queued", "starting", "running", "ended"), "chat": ("empty", ""), "home": ("",)}
+
+
+@pytest.mark.slow
+async def test_help_follows_the_state_of_the_run() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5", "question_mark")
+        before = await wait_for_text(pilot, "Launch a run with this recipe", "Enter edits")
+        assert "Save a checkpoint now" not in before and "validation loss" not in before.casefold()
+        await pilot.press("escape")
+        write_fake_run(FakeRun(name="tickets", steps=50))
+        await wait_for_text(pilot, "step 50 of 3,000")
+        await pilot.press("question_mark")
+        running = await wait_for_text(pilot, "Save a checkpoint now", "Validation loss")
+        assert "Launch a run" not in running
+
+
+@pytest.mark.slow
+async def test_help_of_every_screen_needs_no_scrolling_at_120_by_40() -> None:
+    app = QloraApp()
+    write_fake_run(FakeRun(name="tickets", steps=50))
+    async with app.run_test(size=(120, 40)) as pilot:
+        for key in "01234567":
+            await pilot.press("escape", key)
+            await wait_until(pilot, lambda: len(app.screen_stack) == 1)
+            await pilot.press("question_mark")
+            await wait_for_text(pilot, "Help: ", "Everywhere")
+            assert app.screen.query_one(ViScroll).max_scroll_y == 0, text_of(app)
+            await pilot.press("escape")
+
+
+@pytest.mark.parametrize("screen", SCREENS, ids=lambda screen: screen.name)
+def test_each_word_has_one_short_sentence(screen: ScreenEntry) -> None:
+    assert import_module(f"qlora_tui.tui.screens.{screen.name}.screen")
+    for state in STATES.get(screen.name, ("", "empty")):
+        for word, sentence in words_of(screen.name, state).items():
+            assert sentence.endswith(".") and ". " not in sentence and len(sentence) < 100, word
