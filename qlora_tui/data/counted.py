@@ -23,6 +23,7 @@ from qlora_tui.data.quick_check import file_fingerprint, tokenizer_fingerprint
 from qlora_tui.data.sources import every_source, is_hub_dataset, local_files, paths_of
 from qlora_tui.data.store import GOOD, epoch_order
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Data, Recipe
 
 RENDERING = 9
@@ -121,9 +122,11 @@ def nothing_left(counts: Counts, recipe: Recipe) -> UserError:
         fix = "Raise Sequence length (data.max_length): the answers are beyond the cut."
     else:
         fix = "Look at the file with: qlora-tui data inspect FILE"
+    reasons = [f"{counts.left_out:,} are left out"] if counts.left_out or not counts.dropped else []
+    if counts.dropped:
+        reasons.append(f"{counts.dropped:,} have nothing to learn within {recipe.data.max_length:,} tokens")
     return UserError(
         "Nothing to train on",
-        what=f"None of the {counts.rows} rows gives a sample: {counts.left_out} were left out, "
-        f"{counts.dropped} had nothing to learn within {recipe.data.max_length} tokens.",
+        what=f"None of the {pluralize(counts.rows, 'row')} gives a sample: {' and '.join(reasons)}.",
         fix=fix,
     )

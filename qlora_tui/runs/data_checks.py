@@ -91,13 +91,13 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
     rows = sum(size.rows for size in trained)
     if complete and excluded and not rows:
         return [Check.blocked(CheckKind.DATA, all_excluded(excluded))]
-    counted = None if model_files is None else find_counted(recipe, model_files)
-    if counted is not None and not counted.lengths:
-        return [Check.blocked(CheckKind.DATA, nothing_left(counted.counts, recipe))]
     if complete and rows == sum(size.left_out for size in trained):
         reasons = [problem for problem in result.problems if problem.source < len(data.sources)]
         if none := none_used(rows, reasons):
             return [Check.blocked(CheckKind.DATA, error_of(none)), *checks]
+    counted = None if model_files is None else find_counted(recipe, model_files)
+    if counted is not None and not counted.lengths:
+        return [Check.blocked(CheckKind.DATA, nothing_left(counted.counts, recipe)), *checks]
     if not complete:
         later = "Rows not read yet are checked when the run starts."
         checks.append(Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}"))
@@ -107,15 +107,14 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
     return [*checks, *(_check_step_limit(recipe, length) if length else [])]
 
 
-def data_error(data: Data) -> UserError | None:
-    """Return why the data cannot be trained on, as far as its first rows and earlier inspections show."""
-    try:
-        _describe_sources(data, None)
-    except UserError as problem:
-        return problem
-    except OSError as error:
-        return _unreadable(error)
-    return None
+def data_error(recipe: Recipe, model_files: ModelFiles | None = None) -> UserError | None:
+    """Return why the data cannot be trained on, as far as is known; None where it can, or there is none.
+
+    Takes up to two seconds for data that was not looked at before.
+    """
+    if not recipe.data.sources:
+        return None
+    return next((check.problem for check in check_data(recipe, model_files) if check.problem), None)
 
 
 def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:

@@ -163,16 +163,19 @@ def test_memory_that_does_not_fit_comes_with_the_cheapest_fix(tmp_path: Path) ->
     assert next(check for check in fixed if check.kind is CheckKind.MEMORY).outcome != "error"
 
 
-def test_refused_data_is_known_before_all_of_it_is_read(tmp_path: Path) -> None:
+def test_data_that_cannot_be_trained_on_is_known_before_a_launch(tmp_path: Path) -> None:
     rows = tmp_path / "tickets.jsonl"
-    data = Data(sources=(Source(path=str(rows)),))
-    missing = data_error(data)
+    recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
+    missing = data_error(recipe)
     assert missing is not None and missing.title == "No such data"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2 + "{bad\n")
-    assert data_error(data) is None
-    inspect(data.sources[0])
-    inspected = data_error(data)
-    assert inspected is not None and inspected.title == "Not valid JSON"
+    refused = data_error(recipe)
+    assert refused is not None and refused.title == "Not valid JSON"
+    skipping = structs.replace(recipe, data=structs.replace(recipe.data, bad_rows="skip"))
+    assert data_error(skipping) is None
+    rows.write_text('{"messages": [{"role": "wizard", "content": "b"}]}\n' * 22)
+    unused = data_error(skipping)
+    assert unused is not None and unused.title == "No row can be trained on"
 
 
 def test_what_settings_leave_out_or_cut_is_a_warning(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import psutil
 from textual.content import Content
 
 from qlora_tui import paths
-from qlora_tui.catalog.local_models import LocalModel, ModelNotFoundError, list_local_models
+from qlora_tui.catalog.local_models import LocalModel, ModelNotFoundError, find_files, list_local_models
 from qlora_tui.catalog.model_validation import MissingFilesError
+from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     capitalize,
@@ -247,6 +248,8 @@ class HomeFacts:
     """The runs before it, the newest first."""
     models: ListedModels | None = None
     """Models to choose from before there is a run; None once the recipe has one."""
+    is_partial: bool = False
+    """Whether :meth:`HomeReader.look_ahead` would tell more."""
     is_estimate: bool = False
     """Whether the steps of the next run are estimated, since its samples were not counted."""
 
@@ -557,7 +560,8 @@ class HomeReader:
         self._started_at = started_at
         self._summaries = SummaryCache()
         self._local_models: list[LocalModel] | None = None
-        self._forecast: tuple[object, Forecast | None] = (None, None)
+        self._outlook: tuple[object, Forecast | None, UserError | None] = (None, None, None)
+        """How long a run with the recipe takes, and why its data cannot be trained on; after their key."""
         self._to_choose: tuple[object, ListedModels | None] = (None, None)
 
     def invalidate_models(self) -> None:
@@ -592,8 +596,9 @@ class HomeReader:
             if system_status.active_or_last and status and status.state in RESUMABLE
             else []
         )
-        problem, refusal = data_error(workbench.recipe.data), workbench.model_refusal()
-        expected = self._expected(workbench.recipe, system_status, counts)
+        refusal = workbench.model_refusal()
+        is_known = self._outlook[0] == self._outlook_key(workbench.recipe, system_status, counts)
+        expected, problem = self._outlook[1:] if is_known else (None, None)
         state = HomeState(
             recipe=workbench.recipe,
             model_error=refusal.title if refusal else "",
@@ -639,18 +644,21 @@ class HomeReader:
             self._recent(system_status),
             None if summary else self._models(workbench.recipe, budget, local_models),
             is_estimate=expected is not None and not expected.length.is_exact,
+            is_partial=not is_known,
         )
 
-    def _expected(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> Forecast | None:
-        """How long a run with the recipe takes, read again when that may have changed."""
-        if not _has_model_and_data(recipe):
-            return None
+    def look_ahead(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> None:
+        """Find out whether the data can be trained on, and how long a run takes: seconds, for large data."""
+        key, files = self._outlook_key(recipe, system_status, counts), None
+        with suppress(UserError):
+            files = find_files(recipe.model.id)
         machine = system_status.machine(budget_for(system_status.gpu))
-        last = system_status.active_or_last_status
-        key = (recipe, counts, machine.budget, last.state if last else None)
-        if key != self._forecast[0]:
-            self._forecast = (key, forecast(recipe, machine))
-        return self._forecast[1]
+        expected = forecast(recipe, machine, files) if _has_model_and_data(recipe) else None
+        self._outlook = (key, expected, data_error(recipe, files))
+
+    def _outlook_key(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> object:
+        last, stamps = system_status.active_or_last_status, map(source_stamps, every_source(recipe.data))
+        return (recipe, counts, system_status.gpu, last.state if last else None, list(stamps))
 
     def _models(self, recipe: Recipe, budget: MemoryBudget, local: list[LocalModel]) -> ListedModels | None:
         """Models of this machine and those to start with, while the recipe has none."""

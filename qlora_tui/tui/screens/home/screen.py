@@ -191,14 +191,22 @@ class HomeScreen(WorkScreen):
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
             facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, self.size)
+            if facts.is_partial and self._reader is not None:
+                self._show_facts(facts)
+                recipe, counts = app.workbench.recipe, app.counts
+                await asyncio.to_thread(self._reader.look_ahead, recipe, app.system_status, counts)
+                facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, self.size)
         finally:
             self._reading = False
+        self._show_facts(facts)
+        if facts.is_estimate:
+            app.count_samples()
+
+    def _show_facts(self, facts: HomeFacts) -> None:
         self.suggestion = facts.suggestion
         for panel, lines in facts.lines.items():
             self._show_lines(panel, lines)
         self._show_run(facts)
-        if facts.is_estimate:
-            app.count_samples()
 
     @property
     def _last_run(self) -> RunDir:
