@@ -173,7 +173,7 @@ async def test_i_saves_the_card_of_an_ended_run() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await show_run(app, run)
-        await wait_for_text(pilot, "[i] save its card")
+        await wait_for_text(pilot, "[i] card")
         await pilot.press("i")
         await wait_for_text(pilot, "Save the run's card", ".svg")
         await pilot.press("enter")

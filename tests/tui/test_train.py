@@ -364,7 +364,7 @@ async def test_loss_and_time_left_are_large_in_a_large_window(set_clock: SetCloc
     small, large = (header_lines(snapshot, BEGAN + 2000, 150, rows) for rows in (2, 3))
     loss, left = key_figures(snapshot)
     assert f"{loss.value}   {left.value} left" in small[1].plain
-    assert len(large) == 3 and large[0].plain[0] in "█▀▄" and loss.value not in large[1].plain
+    assert len(large) == 3 and large[0].plain[2] in "█▀▄" and loss.value not in large[1].plain
 
 
 async def test_the_last_run_is_shown_until_the_recipe_is_edited() -> None:
@@ -372,7 +372,7 @@ async def test_the_last_run_is_shown_until_the_recipe_is_edited() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, run.id, "finished", "[c] chat with it", "[n] prepare another run")
+        await wait_for_text(pilot, run.id, "finished", "[c] chat with it", "[n] new run")
         await pilot.press("4")
         app.edit("lora.rank", 32)
         await pilot.press("5")

@@ -72,7 +72,7 @@ _LARGE_ROWS = 3
 """Lines of the header from which its figures are large."""
 _GAP = "     "
 """Between the large figures and the rest."""
-_USES = {"chat": "chat with it", "export": "export it", "card": "save its card"}
+_USES = {"chat": "chat with it", "export": "export it", "card": "card"}
 """What can be done with an adapter: name of the command, and verb."""
 _LABEL = 8
 """Cells of the name before a value."""
@@ -329,7 +329,7 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
             pass
         case _:
             return None
-    offers.append(f"{key_name('train.prepare')} prepare another run")
+    offers.append(f"{key_name('train.prepare')} new run")
     first, *others = text.splitlines() or [""]
     lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
     lines.append(highlight_keys(f"▸ {'   '.join(offers)}"))
