@@ -156,7 +156,7 @@ class PromptDriver(LinuxDriver):
         self._replies = ReplyReader()
 
     def start_application_mode(self) -> None:
-        super().start_application_mode()
+        super().start_application_mode()  # type: ignore[no-untyped-call]  # untyped in Textual
         if isinstance(self._app, HookedApp) and self._app.wants_terminal_colors():
             self.ask_colors()
 

@@ -10,7 +10,13 @@ from textual.color import Color
 
 from bench.terminal import Terminal
 from qlora_tui import paths
-from qlora_tui.tui.terminal_colors import QUERY, ReplyReader, can_answer, is_light_by_environment
+from qlora_tui.tui.terminal_colors import (
+    QUERY,
+    ReplyReader,
+    TerminalColor,
+    can_answer,
+    is_light_by_environment,
+)
 from tests.support.polling import wait_for
 from tests.tui.terminal_emulator import TerminalScreen, see
 
@@ -24,7 +30,8 @@ def test_replies_are_taken_out_however_they_are_cut() -> None:
         keys = ["1", "\x1b[A", "]", "7", "ü", "\x1b[<35;10;5M", "11;"]
         typed = draw.choices(keys, k=4)
         whole = "".join([*typed[:2], SOLARIZED[0], *typed[2:], SOLARIZED[1], "5"])
-        reader, passed, colors, now = ReplyReader(), "", [], 100.0
+        reader, passed, now = ReplyReader(), "", 100.0
+        colors: list[TerminalColor] = []
         reader.expect(now)
         while whole:
             size = draw.randint(1, 12)
