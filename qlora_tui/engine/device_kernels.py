@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
-from transformers.integrations import sdpa_attention
+from transformers.integrations import moe, sdpa_attention
 
 from qlora_tui.memory.execution import (
+    BFLOAT16_CAPABILITY,
     LOSS_BLOCK_ROWS,
     SAMPLE_PADDING_ROWS,
     ExecutionConfig,
@@ -59,6 +60,7 @@ def kernels_of(execution: ExecutionConfig) -> Iterator[None]:
         (loss, "block_rows", lambda _: LOSS_BLOCK_ROWS[execution.device]),
         # A mask has no values, and nothing is masked.
         (masking_utils, "fast_all", lambda mask: True),
+        (moe, "_grouped_mm", _grouped_product(execution)),
     ]
     if on_gpu:
         replacements += [
@@ -100,12 +102,16 @@ class _Attention:
         mask = self._mask(kwargs.get("attn_mask", args[0] if args else None))
         if self._execution.device == "cpu":
             grouped = kwargs.get("enable_gqa", False) or query.shape[1] == key.shape[1]
-            return _fused(query, key, value) if grouped else self._unfused(query, key, value, *args, **kwargs)
-        if self._runs_flash(query, key, value) and mask is None:
+            is_fused = grouped and query.shape[-1] == value.shape[-1]  # check_head_dim_size_cpp
+        elif self._runs_flash(query, key, value) and mask is None:
             return _fused(query, key, value, spreads=query.shape[1] != key.shape[1])
-        if query.shape[1] == key.shape[1] and self._execution.attention != "math":
-            return _fused(query, key, value)
-        return self._unfused(query, key, value, *args, **kwargs)
+        else:
+            is_fused = query.shape[1] == key.shape[1] and self._execution.attention != "math"
+        if not is_fused:
+            return self._unfused(query, key, value, *args, **kwargs)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.new_empty(mask.shape, dtype=query.dtype)  # convert_boolean_attn_mask in aten
+        return _fused(query, key, value, mask=mask)
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
         """Return the mask that SDPA gets; the library of FlashAttention needs none for a window."""
@@ -140,26 +146,42 @@ class _Attention:
         return attended.transpose(1, 2)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, *, spreads: bool = False, samples: int = 0) -> Tensor:
-    attended: Tensor = _FusedAttention.apply(query, key, value, spreads, samples)  # type: ignore[no-untyped-call]
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    spreads: bool = False,
+    samples: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    attended: Tensor = _FusedAttention.apply(query, key, value, mask, spreads, samples)  # type: ignore[no-untyped-call]
     return attended
 
 
 class _FusedAttention(torch.autograd.Function):
-    """A kernel that saves q, k, v, its output and one number per row instead of the scores."""
+    """A kernel that saves q, k, v, the mask, its output and one number per row instead of the scores."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spreads: bool, samples: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        spreads: bool,
+        samples: int,
+    ) -> Tensor:
         batch, heads, length, _ = query.shape
         out = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
         row_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, row_sums)
+        ctx.save_for_backward(query, key, value, out, row_sums, mask)
         ctx.spreads, ctx.samples = spreads, samples
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, _, row_sums = ctx.saved_tensors
+        query, key, value, _, row_sums, _ = ctx.saved_tensors
         rows = row_sums.numel() + SAMPLE_PADDING_ROWS * ctx.samples * query.shape[1]
         delta = row_sums.new_empty(rows)
         # The gradient of q is summed over key blocks in float32 (dq_accum in flash_api.cpp, workspace_gq in
@@ -171,7 +193,7 @@ class _FusedAttention(torch.autograd.Function):
             spread = torch.empty_like(query), query.new_empty((*query.shape[:3], value.shape[-1]))
             del spread
         del delta, sums
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 class _Autocast(TorchFunctionMode):
@@ -289,6 +311,33 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     if not training or not p:
         return input
     return torch.native_dropout(input, p, True)[0]
+
+
+def _grouped_product(execution: ExecutionConfig) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the product of all experts, each with its rows, which torch's own computes from Ampere on."""
+    if execution.device == "cuda" and execution.capability < BFLOAT16_CAPABILITY:
+        # It also allocates gradients of the frozen weights.
+        return lambda rows, weights, offs: torch.ops.transformers.grouped_mm_fallback(rows, weights, offs)
+
+    def product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+        return _GroupedProduct.apply(rows.to(weights.dtype), weights)  # type: ignore[no-any-return, no-untyped-call]
+
+    return product
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """``torch.nn.functional.grouped_mm`` in any dtype, which on ``meta`` takes bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
+        return rows.new_empty((rows.shape[0], weights.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights = ctx.saved_tensors
+        of_rows = weights.new_empty((grads[0].shape[0], weights.shape[-2]))
+        return of_rows, None if rows is None else torch.empty_like(weights)
 
 
 _library_softmax = torch.softmax

@@ -36,8 +36,8 @@ from qlora_tui.engine.repeated_layers import (
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE
+from qlora_tui.memory.loading import LoadedWeight
 from qlora_tui.memory.recording import (
-    LoadedWeight,
     MicroStep,
     StepTrace,
     optimizer_moment,
@@ -113,34 +113,56 @@ class Recorded:
 
 
 def record(request: TraceRequest) -> Recorded:
-    """Build the model and run one or two micro-steps; equal layers are built only as often as is needed."""
+    """Build the model and run one or two micro-steps; equal layers are built only as often as is needed.
+
+    What fails is tried as the trainer runs a model that takes no several samples in one sequence, and then
+    one that changes its embeddings in place, of which it needs no gradients (``training/checks/base.py``).
+    """
     gc.collect()
     gc.freeze()  # What is there already is left out of later collections.
+    padded = replace(request.execution, segments=False, varlen=False)
+    first: Exception | None = None
+    with kernels_of(request.execution):
+        for execution, input_gradients in ((request.execution, True), (padded, True), (padded, False)):
+            tried = structs.replace(request, execution=execution)
+            try:
+                return _record_layers(tried, input_gradients=input_gradients)
+            except (RuntimeError, ValueError) as error:
+                first = first or error
+    assert first is not None
+    raise first
+
+
+def _record_layers(request: TraceRequest, *, input_gradients: bool) -> Recorded:
     architecture = architecture_of(request.config)
     repetition = None
     if not request.execution.kept_layers:
         repetition = find_repetition(layer_kinds(request.config, architecture, request.recipe))
-    with kernels_of(request.execution):
-        recorded = None
-        if repetition is not None:
-            try:
-                config = shortened(request.config, repetition.built)
-                short = structs.replace(request, config=config)
-                recorded = _record(short, architecture_of(config), repetition)
-            except TooManyOperations:
-                raise
-            except Exception:  # settings of single layers, which name layers that are left out
-                recorded = None
-        recorded = recorded or _record(request, architecture, None)
-        assert recorded is not None
-        return recorded
+    recorded = None
+    if repetition is not None:
+        try:
+            config = shortened(request.config, repetition.built)
+            short = structs.replace(request, config=config)
+            recorded = _record(short, architecture_of(config), repetition, input_gradients=input_gradients)
+        except TooManyOperations:
+            raise
+        except Exception:  # settings of single layers, which name layers that are left out
+            recorded = None
+    recorded = recorded or _record(request, architecture, None, input_gradients=input_gradients)
+    assert recorded is not None
+    return recorded
 
 
 def _record(
-    request: TraceRequest, architecture: Architecture, repetition: Repetition | None
+    request: TraceRequest, architecture: Architecture, repetition: Repetition | None, *, input_gradients: bool
 ) -> Recorded | None:
     """Record a model; None where what its layers allocate does not repeat."""
     model, weights = build(request, architecture)
+    base = model.get_base_model()
+    if not input_gradients:
+        base.get_input_embeddings().register_forward_hook(lambda module, args, output: output.detach())
+    elif request.execution.own_fused:
+        base.enable_input_require_grads()
     model.train()
     layers, count = checkpointing_layers(model.get_base_model()), 2 if request.execution.accumulates else 1
     numbers = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
@@ -449,7 +471,6 @@ def _as_trainer(model: Any, request: TraceRequest, architecture: Architecture) -
             _NoCopies(torch.device("meta")), lambda size: torch.empty(size, dtype=torch.uint8, device="cpu")
         )
         offload_inputs(checkpointing_layers(model), offload)
-    model.enable_input_require_grads()
     head = find_head(model) if execution.loss != "stock" else "the stock loss is traced"
     use_loss(model, head, liger_loss(head) if execution.loss == "liger" else None)
     with torch.device("meta"):

@@ -11,6 +11,7 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 ``layout``         each layer by the shapes of its modules and norms, and what is trained
 ``activations``    what a layer of these shapes keeps for its backward, and takes beyond that
 ``step``           one training step: each kind of layer once, the loss, and the moments of both
+``loading``        what loading a base allocates, in the order of the version that loads
 ``recording``      the exact form: loading and two traced steps on the model of CUDA's ``allocator``
 ``levels``         from tensors to what the GPU sees, or the system of a CPU; converting a GGUF file
 ``calibration``    measurements of past runs and of copies on this machine, and the correction from them

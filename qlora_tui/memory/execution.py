@@ -25,6 +25,8 @@ Version = tuple[int, int]
 CURRENT: Version = (5, 24)
 FUSED_EXPERTS: Version = (5, 0)
 """First version in which experts are two 3-D parameters; before, each matrix was a linear module."""
+_THREADED_READING: tuple[Version, Version] = ((5, 0), (5, 4))
+"""First version that reads weights in threads, also while it quantizes, and the first that no longer does."""
 _LABELS_SHIFTED: Version = (4, 49)
 """First version in which ``ForCausalLMLoss`` pads the labels."""
 _LOSS_FUNCTION: Version = (4, 48)
@@ -195,6 +197,12 @@ class ExecutionConfig:
     def separate_experts(self) -> bool:
         """Return whether each expert's matrices are linear modules, which bitsandbytes quantizes."""
         return self.transformers < FUSED_EXPERTS
+
+    @property
+    def reads_in_threads(self) -> bool:
+        """Return whether weights are read ahead of their quantization."""
+        first, end = _THREADED_READING
+        return first <= self.transformers < end
 
     @property
     def pages_states(self) -> bool:

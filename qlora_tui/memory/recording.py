@@ -5,16 +5,11 @@ the end of the first and lie between the tensors of the second. The bytes alive 
 reserved bytes: a freed block serves another tensor only if it is large enough, and for logits, or the scores
 of eager attention, there is often none.
 
-The step's tensors use the blocks that loading leaves free. With quantization transformers first allocates
-one tensor of the size of the whole model and frees it, so that the weights are split from one segment
-(``caching_allocator_warmup`` in modeling_utils.py). It then reads them in the natural order of their names,
-and quantizes each before it reads the next (``convert_and_load_state_dict_in_model`` in
-core_model_loading.py).
+The step's tensors use the blocks that :mod:`.loading` leaves free.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,26 +20,10 @@ from msgspec import Struct
 
 from qlora_tui.memory.allocator import CachingAllocator, Event, MemoryBlock, Pool
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, ExecutionConfig
+from qlora_tui.memory.loading import LoadedWeight, load
 from qlora_tui.memory.static_memory import FROZEN, state_sizes, step_itemsize, workspace_bytes
 from qlora_tui.memory.step import Moment, Phase
 from qlora_tui.memory.weights import round_to_block
-
-READ_BYTES = 2
-"""Bytes per weight as read from the file."""
-_NUMBERS = re.compile(r"(\d+)")
-
-
-@dataclass(frozen=True)
-class LoadedWeight:
-    """A frozen weight, as it is read and as it is stored."""
-
-    name: str
-    count: int
-    """Elements."""
-    packed: tuple[int, ...] = ()
-    """Bytes of each tensor that it is quantized to; empty where it stays as read."""
-    matrices: int = 1
-    """Parts that are read and quantized in turn, in the same memory (training/experts/loading.py)."""
 
 
 @dataclass(frozen=True)
@@ -131,59 +110,11 @@ def run_pool(
             unless its segments grow.
     """
     allocator = CachingAllocator(expandable=execution.expandable_segments, capacity_bytes=room_bytes)
-    _load(allocator, weights, slot_sizes, execution)
+    load(allocator, weights, slot_sizes, execution)
     for _ in range(adapters):
         allocator.keep(prod(shape) * ADAPTER_ITEMSIZE for shape in adapter_shapes)
     _run_steps(allocator, micro_steps, adapter_shapes, tuple(input_sizes), execution)
     return Pool(allocator.most_allocated_bytes, allocator.most_reserved_bytes)
-
-
-def _load(
-    allocator: CachingAllocator,
-    weights: Sequence[LoadedWeight],
-    slot_sizes: Sequence[int],
-    execution: ExecutionConfig,
-) -> None:
-    """Load and quantize the weights, and cast those that are not quantized."""
-    if slot_sizes:  # loaded to host memory
-        allocator.keep(slot_sizes)
-        for weight in weights:
-            allocator.keep(weight.packed or (weight.count * execution.compute_itemsize,))
-        return
-    if not any(weight.packed for weight in weights):
-        allocator.keep(weight.count * execution.compute_itemsize for weight in weights)
-        return
-    whole = sum(_announced_bytes(weight) for weight in weights)
-    allocator.free(allocator.malloc(whole))
-    as_read: dict[str, MemoryBlock] = {}
-    for weight in sorted(weights, key=_natural):
-        read = allocator.malloc(weight.count // weight.matrices * READ_BYTES)
-        if weight.packed:
-            allocator.keep(weight.packed)
-            allocator.free(read)
-        else:
-            as_read[weight.name] = read
-    if execution.cast_to_float32 or execution.compute_itemsize != READ_BYTES:
-        for weight in weights:  # one after another, in the model's order
-            if weight.name in as_read:
-                allocator.malloc(weight.count * ADAPTER_ITEMSIZE)
-                allocator.free(as_read[weight.name])
-    if execution.cast_to_float32:
-        allocator.empty_cache()  # peft/utils/other.py, after its casts
-
-
-def _announced_bytes(weight: LoadedWeight) -> int:
-    """Return the bytes that transformers expects a weight to take: half a byte in 4 bits, without scales."""
-    if not weight.packed:
-        return weight.count * READ_BYTES
-    return weight.count if weight.count in weight.packed else weight.count // 2
-
-
-def _natural(weight: LoadedWeight) -> list[int | str]:
-    """Return a key for the natural order of names: numbers in names compare as numbers."""
-    parts: list[int | str] = [*_NUMBERS.split(weight.name)]
-    parts[1::2] = map(int, parts[1::2])
-    return parts
 
 
 def _run_steps(

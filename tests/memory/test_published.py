@@ -2,7 +2,8 @@
 
 Each entry of ``measured.json`` names its source, the settings of its recipe and the facts of the code that
 ran, where they differ from the defaults, and the bytes that were measured; a run that went out of memory has
-none.
+none. One source names transformers 5.17 for runs whose equal loads allocated different amounts, which only
+threads explain: they have 5.0 here, as its other session (docs/measured.md).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def rows() -> list[Published]:
 
 WHOLE = ("m026", "m032", "m050", "m058", "m060", "m066")
 """Bases in 16 bits, with eager and fused attention, on a T4."""
-QUANTIZED = ("m031", "m034", "m040", "m049", "m055")
+QUANTIZED = ("m029", "m031", "m034", "m040", "m049", "m055")
 TRACED = (*WHOLE, *QUANTIZED, "m071", "m093", "m101", "m102")
 """With autocast, reentrant checkpoints, several rows. Not Mixtral, whose experts were linear modules then,
 nor versions whose loss freed the 16-bit logits."""
@@ -92,8 +93,17 @@ def test_traced_steps_allocate_what_was_measured(traced_rows: list[Published]) -
     reserved = errors(traced_rows, "reserved")
     assert set(reserved) == {*WHOLE, *QUANTIZED}
     assert max(abs(reserved[row]) for row in WHOLE) < 0.2, reserved
-    # Their libraries read weights in threads while they quantized: no two runs placed them alike.
-    assert max(abs(reserved[row]) for row in QUANTIZED) < 6, reserved
+    # Their weights were read in threads, so no two runs placed them quite alike.
+    quantized = {row: reserved[row] for row in QUANTIZED}
+    assert max(map(abs, quantized.values())) < 5 and mean(quantized) < 2, quantized
+
+
+def test_weights_that_are_read_ahead_change_what_is_reserved() -> None:
+    """Four runs of this model differ from 1,138, 1,126, 5,194 and 3,770 MiB by what threads leave."""
+    entry = next(each for each in entries() if each["id"] == "m055")
+    alone = entry | {"execution": entry["execution"] | {"transformers": [5, 24]}}
+    assert abs(read(entry, exactly=True).error_pct("reserved")) < 0.5
+    assert read(alone, exactly=True).error_pct("reserved") < -5
 
 
 def test_a_traced_step_that_went_out_of_memory_is_predicted_to(traced_rows: list[Published]) -> None:

@@ -156,8 +156,8 @@ def test_repeated_layers_take_what_all_of_them_take(
     recorded = trace_worker._record
     built: list[Any] = []
 
-    def record(*args: Any) -> Any:
-        result = recorded(*args)
+    def record(*args: Any, **settings: Any) -> Any:
+        result = recorded(*args, **settings)
         built.append(args[-1] if result is not None else "not repeated")
         return result
 
