@@ -174,6 +174,8 @@ class Architecture(Struct, frozen=True):
     own_attention: bool = False
     """Whether the class has attention code of its own, not transformers' interface for it, so that all scores
     are computed (Falcon, Bloom)."""
+    index_heads: int = 0
+    """Heads with which each token chooses those that it attends to (DeepSeek V3.2); 0 where it sees all."""
     own_norms: bool = False
     """Whether its norms are LayerNorms that the class computes in steps in float32 (Cohere, OLMo)."""
     whole_logits: bool = False

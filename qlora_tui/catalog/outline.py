@@ -169,6 +169,7 @@ class _Outline:
             embeddings=tuple(embeddings),
             head=OutputHead("lm_head", hidden, vocab, bias=False, tied=tied),
             parameters=tuple(self.parameters),
+            index_heads=self.size(("index_n_heads",)) or 0,
             is_outline=True,
         )
 

@@ -247,7 +247,13 @@ class Rules:
             moment.subtract(freed)
             moments.append(moment)
         forward = max((self.product(module) for module in block.modules), key=Items.total)
-        return Half(saved, kept, max(forward, scores.forward, key=Items.total), tuple(moments))
+        return Half(saved, kept, max(forward, scores.forward, self._index(), key=Items.total), tuple(moments))
+
+    def _index(self) -> Items:
+        """Return the scores by which each token chooses those that it attends to: once as they are, once
+        weighed, in float32 (``DeepseekV32Indexer``)."""
+        layout = self._layout
+        return Items(scores=2 * FLOAT * layout.architecture.index_heads * layout.length**2 * layout.rows)
 
     @property
     def _joins_samples(self) -> bool:
@@ -470,8 +476,8 @@ def attention_kernel(layout: Layout, heads: Heads) -> Kernel:
         return kernel
     if execution.own_fused and (heads.softcap or heads.sinks):
         return "eager"  # No fused kernel caps scores or has sinks.
-    if layout.architecture.own_attention:
-        return "math"
+    if layout.architecture.own_attention or (execution.device == "cpu" and heads.key != heads.value):
+        return "math"  # A CPU's kernel needs values as wide as keys.
     narrow = execution.device == "cuda" and not flash_trains(
         execution.capability, heads.query // max(heads.heads, 1)
     )

@@ -290,6 +290,11 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
         notes.append(
             "Hidden states are repeated in a loop or in parts of a layer, of which shapes say too little."
         )
+    elif layout.computes_more_scores:
+        notes.append(
+            "The class computes attention, or which tokens to attend to, in code of its own, whose scores "
+            "are estimated from the number of heads."
+        )
     elif not layout.exact:
         notes.append(
             "Some layers mix tokens otherwise than by attention: what they save depends on the installed "

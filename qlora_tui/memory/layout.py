@@ -205,11 +205,18 @@ class Layout:
         return any(len(each.mlps) > USUAL_MLPS for each in self.layers)
 
     @cached_property
+    def computes_more_scores(self) -> bool:
+        """Return whether scores are computed that no fused kernel keeps small, in code of the class: which
+        tokens to attend to, or on a CPU all attention."""
+        own = self.architecture.own_attention and self.execution.device == "cpu"
+        return bool(self.architecture.index_heads) or own
+
+    @cached_property
     def exact(self) -> bool:
         """Return whether what a step saves follows from shapes that are known: not in an outline of a model,
-        nor if hidden states are repeated, nor if something else than attention mixes tokens, where it depends
-        on the kernels."""
-        known = not (self.architecture.is_outline or self.repeats_states)
+        nor if hidden states are repeated or scores computed by other code, nor if something else than
+        attention mixes tokens, where it depends on the kernels."""
+        known = not (self.architecture.is_outline or self.repeats_states or self.computes_more_scores)
         return known and all(layer.mixer is None for layer in self.layers)
 
 

@@ -66,8 +66,8 @@ MIXER_UNCERTAINTY = 0.35
 """As ``STEP_UNCERTAINTY`` for models in which something else than attention mixes tokens, which saves what
 its kernels or their fallback need."""
 REPEATED_UNCERTAINTY = 1.5
-"""As ``STEP_UNCERTAINTY`` for models that repeat hidden states, of which the shapes of modules say nothing: a
-step of Dory takes 2.3 times what they give."""
+"""As ``STEP_UNCERTAINTY`` for models that repeat hidden states or compute further scores, of which the shapes
+of modules say nothing: steps of Dory, AXK2 and, on a CPU, CPM-Ant take 2.1 to 2.5 times what they give."""
 TRACED_UNCERTAINTY = 0.02
 """Uncertainty of a traced step: what kernels take that a trace imitates."""
 
@@ -94,7 +94,7 @@ class _Doubt:
 def _step_uncertainty(layout: Layout, *, traced: bool) -> float:
     if traced:
         return TRACED_UNCERTAINTY
-    if layout.repeats_states:
+    if layout.repeats_states or layout.computes_more_scores:
         return REPEATED_UNCERTAINTY
     return STEP_UNCERTAINTY if layout.exact else MIXER_UNCERTAINTY
 

@@ -45,6 +45,7 @@ from qlora_tui.formatting import join_words
 from qlora_tui.training.direct_reads import DirectReads, direct_reads
 from qlora_tui.training.loss import chunks_obstacle
 from qlora_tui.training.model_class import MissingPackageError, build_on_meta, reason_of, unbuildable
+from qlora_tui.training.packed_attention import use_packed_attention
 from qlora_tui.worker import Failure
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -245,7 +246,10 @@ class _Tree:
             parameters=tuple(parameters),
             attention_softcap=bool(self._value(("attn_logit_softcapping",), float)),
             own_norms=any(_is_own_layer_norm(module) for module in self.modules.values()),
-            own_attention=not hasattr(self._decoder_source, "ALL_ATTENTION_FUNCTIONS"),
+            own_attention=not (
+                hasattr(self._decoder_source, "ALL_ATTENTION_FUNCTIONS") and use_packed_attention(self.model)
+            ),
+            index_heads=self._value(("index_n_heads",), int) or 0,
             whole_logits=bool(chunks_obstacle(self.model)),
             state_size=_first_int(recurrent, "ssm_state_size") or 0,
             chunk_size=_first_int(recurrent, "chunk_size") or 0,

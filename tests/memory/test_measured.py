@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from bench.model_types.tiny_config import settings_of
 from qlora_tui.catalog.described import describe
 from qlora_tui.memory import Device, estimate, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
+from tests.memory.step_cases import traced_step
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -104,6 +106,21 @@ def test_a_real_step_on_preferences_holds_what_was_predicted(
     execution = trainer_execution(recipe, Device(kind="cpu"))
     predicted = closed_form(recipe, describe(TINY), execution)["step"]
     assert predicted == pytest.approx(_measured(TINY, recipe, 0.0), rel=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma3_text", "qwen3_moe"])
+def test_the_trace_of_a_type_is_a_real_step_on_the_cpu(model_type: str) -> None:
+    """Queries wider than values, windows, and experts in float32."""
+    from transformers import AutoConfig
+
+    training = Training(micro_batch_size=2, gradient_accumulation=1, optimizer="adamw")
+    quantization = Quantization(method="none", compute_dtype="float32")
+    recipe = Recipe(quantization=quantization, data=Data(max_length=512), training=training)
+    execution = trainer_execution(recipe, Device(kind="cpu"))
+    values = AutoConfig.for_model(model_type, **settings_of(model_type)).to_dict()
+    traced = traced_step(values, recipe, execution).step_bytes
+    assert traced == pytest.approx(_measured(values, recipe, 0.0), rel=0.02)
 
 
 @pytest.mark.slow
@@ -267,7 +284,7 @@ def _model_and_batch(
     use_loss(model, head)
     model = add_lora(model, recipe.lora, describe(values)).train()
     rows, length = recipe.rows_per_pass, recipe.data.max_length
-    ids = torch.randint(0, 2048, (1, rows * length))
+    ids = torch.randint(0, model.config.vocab_size, (1, rows * length))
     positions = torch.arange(length).repeat(rows)[None]
     return model, {"input_ids": ids, "labels": ids, "position_ids": positions, "segments": [length] * rows}
 

@@ -22,7 +22,9 @@ TYPES = {
     "qwen3_moe": 0.25,
     "llama4_text": 0.35,
     "bamba": 0.35,
+    "deepseek_v32": 0.35,
     "falcon_h1": 0.35,
+    "got_ocr2": 0.35,
     "kimi_linear": 0.35,
     "qwen3_5_text": 0.35,
 }
