@@ -273,6 +273,14 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
             why="transformers fills in random numbers for them.",
             fix="Download the model again, or choose another copy of it.",
         )
+    in_files, expected_layers = _layers_in_files(model, info["unexpected_keys"])
+    if in_files > expected_layers:
+        raise UserError(
+            "The model's files do not fit its config",
+            what=f"{folder} has {in_files} layers in its files, and {expected_layers} by config.json.",
+            why="The further layers would be left out, and a model without them answers differently.",
+            fix="Download the model again, or compare config.json with the one published with the model.",
+        )
     for name, stored, expected in sorted({*info["mismatched_keys"], *_quantized_mismatches(model)}):
         raise UserError(
             "The model's files do not fit its config",
@@ -280,6 +288,22 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
             why="Files and config.json are of different models, or a size in it was changed.",
             fix="Download the model again, or compare config.json with the one published with the model.",
         )
+
+
+def _layers_in_files(model: nn.Module, unused: Iterable[str]) -> tuple[int, int]:
+    """Return the layers in the files, whose ``unused`` weights the model lacks, and those of the model.
+
+    Layers that only predict later tokens (``num_nextn_predict_layers``) are left out of both on purpose.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        return 0, 0
+    name = next(name for name, module in model.named_modules() if module is layers[0])
+    prefix = name.rpartition(".")[0] + "."
+    numbers = (key.removeprefix(prefix).partition(".")[0] for key in unused if key.startswith(prefix))
+    in_files = max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+    later: int = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    return in_files - later, len(layers)
 
 
 def _quantized_mismatches(model: nn.Module) -> Iterator[tuple[str, Iterable[int], Iterable[int]]]:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
         ({"intermediate_size": 64}, "down_proj.weight is 64 x 96 in the files, and 64 x 64 by config.json"),
         ({"vocab_size": 200}, "is 300 x 64 in the files, and 200 x 64 by config.json"),
         ({"num_hidden_layers": 3}, "has no model.layers.2."),
+        ({"num_hidden_layers": 1}, "has 2 layers in its files, and 1 by config.json"),
         (
             {"quantization_config": {"load_in_4bit": True}},
             "weight is .* in the files, and .* x 1 by config.json",
