@@ -270,7 +270,20 @@ def _failed(config: Any, error: Exception) -> UserError:
             why="It is not installed.",
             fix=f"Install it with `{install_command(*packages)}`, or choose another model.",
         )
+    if isinstance(error, KeyError) and (name := _setting_with(config.to_dict(), error.args[:1])):
+        reason = f"{name} is {error.args[0]!r}, which transformers does not know"
+        return unbuildable(config.model_type, reason)
     return unbuildable(config.model_type, reason_of(error))
+
+
+def _setting_with(values: Mapping[str, Any], wanted: tuple[Any, ...]) -> str:
+    """Return the name of the first setting with a value, with those that it is in; empty if there is none."""
+    for name, value in values.items():
+        if isinstance(value, str) and (value,) == wanted:
+            return name
+        if isinstance(value, Mapping) and (inner := _setting_with(value, wanted)):
+            return f"{name}.{inner}"
+    return ""
 
 
 def reason_of(error: Exception) -> str:
@@ -279,7 +292,10 @@ def reason_of(error: Exception) -> str:
     An error that was not raised on purpose, such as a division by zero deep in a class, says little to who
     reads it. Then the fields of the config are named that the failing code reads, with their values.
     """
-    text = " ".join(str(error.args[0] if error.args else "").split())[:_LONGEST_REASON].rstrip(".:")
+    text = " ".join(str(error.args[0] if error.args else "").split())
+    if len(text) > _LONGEST_REASON:  # as far as a sentence goes, which a list of all types may follow
+        text = text[:_LONGEST_REASON].rpartition(". ")[0] or text[:_LONGEST_REASON]
+    text = text.rstrip(".:")
     if validation := _VALIDATION.match(text):
         value, expected = (
             validation["value"] or validation["other"],
