@@ -182,10 +182,10 @@ def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
         end = x
         if before is not None:
             start = format_loss(before)
-            end += text_width(start, 48) + 8
-            parts += [text(x, _TOP + 88, start, _PLAIN, size=48), *arrow(end, _TOP + 72, 42, _DIM)]
+            end += text_width(start, 44) + 18
+            parts += [text(x, _TOP + 88, start, _PLAIN, size=44), *arrow(end, _TOP + 72, 42, _DIM)]
             end += 58
-        parts.append(text(end, _TOP + 88, format_loss(after), color, size=54, bold=True))
+        parts.append(text(end, _TOP + 88, format_loss(after), color, size=50, bold=True))
         if before:
             change = (
                 f"{format_percent(abs(after - before) / before)} {'lower' if after < before else 'higher'}"
