@@ -66,7 +66,12 @@ def test_a_download_that_ends_during_a_reading_leaves_its_count(monkeypatch: pyt
     monkeypatch.setattr(
         home_reader, "list_local_models", lambda: [SimpleNamespace(refusal=None, architecture=None)]
     )
-    monkeypatch.setattr(home_reader, "queue_lines", lambda waiting: reader.invalidate_models() or [])
+
+    def queue_lines(_waiting: object) -> list[object]:
+        reader.invalidate_models()
+        return []
+
+    monkeypatch.setattr(home_reader, "queue_lines", queue_lines)
     layout = HomeLayout(80, 40, 40, is_compact=False)
     facts = reader.read(Workbench(), budget_for(None), SystemStatus(), 0.0, layout)
     assert facts.suggestion.why == "1 model is on this machine"

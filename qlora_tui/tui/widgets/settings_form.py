@@ -307,11 +307,11 @@ class SettingsForm(Vertical):
     }
     SettingsForm > SettingList {
         height: auto;
-        max-height: 80%;
+        max-height: 75%;
     }
     SettingsForm > #setting-help {
         height: auto;
-        max-height: 5;
+        max-height: 7;
         margin-top: 1;
         padding: 0 2;
         color: $text-muted;
