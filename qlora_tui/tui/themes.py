@@ -106,7 +106,7 @@ def _blended(file: ThemeFile) -> dict[str, str]:
         Color.parse,
         (file.background, file.surface, file.foreground, file.primary, file.training or file.primary),
     )
-    muted = background.blend(foreground, MUTED_SHARE).hex6
+    muted = file.variables.get("text-muted", background.blend(foreground, MUTED_SHARE).hex6)
     return {
         "text-muted": muted,
         # The hint in an empty field is there to be read.
