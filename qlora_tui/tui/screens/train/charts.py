@@ -48,7 +48,6 @@ _MIN_ROWS, _TALL_ROWS = 12, 28
 """Rows from which there are charts, and from which they are two rows high."""
 _MIN_VALUE_CELLS = 7
 """Cells of a value such as ``1.27e-4``: the graph must not move with the number of digits."""
-_STYLE = "$secondary"
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class StepChart:
     envelope: Envelope
     top: float
     """The value at the top of the chart."""
+    style: str = "$secondary"
 
 
 def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: int) -> list[Content]:
@@ -88,7 +88,9 @@ def _chart_lines(
     drawn = blocks(_by_column(chart.envelope, x, columns), 0.0, chart.top * (1 + 1 / (8 * rows - 1)), rows)
     head = Content.assemble((f"{chart.name:<{names}} ", "dim"), f"{chart.value:>{gutter - names - 2}} ")
     heads = [Content(" " * gutter)] * (rows - 1) + [head]
-    return [Content.assemble(head, (row.rstrip(), _STYLE)) for head, row in zip(heads, drawn, strict=True)]
+    return [
+        Content.assemble(head, (row.rstrip(), chart.style)) for head, row in zip(heads, drawn, strict=True)
+    ]
 
 
 def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
@@ -163,20 +165,20 @@ def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
     return (
         *([_chart("margin", format_nats(margin), envelopes.reward_margin)] if trains_preferences else ()),
         *(
-            [_chart("forget", format_nats(forgetting.highs[-1]), forgetting)]
+            [_chart("forget", format_nats(forgetting.highs[-1]), forgetting, "$forgetting")]
             if len(forgetting.xs) > 1
             else ()
         ),
         _chart("lr", format_rate(snapshot.learning_rate), envelopes.learning_rate),
         _chart("grad", format_float(snapshot.grad_norm), envelopes.grad_norm),
-        _chart("tok/s", format_speed(snapshot.tokens_per_s), envelopes.tokens_per_s),
+        _chart("tok/s", format_speed(snapshot.tokens_per_s), envelopes.tokens_per_s, "$hardware"),
     )
 
 
-def _chart(name: str, value: str, envelope: Envelope) -> StepChart:
+def _chart(name: str, value: str, envelope: Envelope, style: str = "$secondary") -> StepChart:
     high = envelope.high
     top = rounded(0.0, high).high if high else 1.0
-    return StepChart(name, value, envelope, top)
+    return StepChart(name, value, envelope, top, style)
 
 
 _HOT_C = 83
