@@ -10,10 +10,12 @@ import pytest
 from rich.style import Style
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from textual.color import Color
+from textual.content import Content
 from textual.theme import Theme
 
 from qlora_tui import paths
 from qlora_tui.tui.themes import DEFAULT, HUES, MIN_CONTRAST, contrast, load_themes, of_terminal
+from qlora_tui.tui.widgets.controls import ViList
 from tests.tui.screen_assertions import segments_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
@@ -228,3 +230,18 @@ def is_in_palette(color: str) -> bool:
     red, green, blue = (int(color[place : place + 2], 16) for place in (1, 3, 5))
     is_gray = red == green == blue and red in XTERM_GRAYS
     return is_gray or all(part in XTERM_LEVELS for part in (red, green, blue))
+
+
+async def test_the_cursor_of_a_list_is_reversed_where_colors_are_few() -> None:
+    app = open_on("models", theme="terminal-dark")
+    async with app.run_test(size=(80, 24)) as pilot:
+        lines = app.screen.query_one(ViList)
+        lines.show([(name, Content(name)) for name in ("here", "below")])
+        lines.focus()
+        lines.highlighted = 0
+        await pilot.pause()
+        here, below = (
+            [segment.style is not None and segment.style.reverse for segment in lines.render_line(y)]
+            for y in range(2)
+        )
+        assert all(here) and not any(below)

@@ -19,6 +19,7 @@ from textual.content import Content
 from textual.geometry import Region, Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
+from textual.style import Style as VisualStyle
 from textual.visual import Visual
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
@@ -90,6 +91,12 @@ class ViList(OptionList):
     ]
 
     _write: WriteList | None = None
+
+    def get_visual_style(self, *component_classes: str, partial: bool = False) -> VisualStyle:
+        """The style of lines; Textual leaves ``reverse`` out, which is the cursor where colors are few."""
+        style = super().get_visual_style(*component_classes, partial=partial)
+        is_reversed = any(self.get_component_styles(name).text_style.reverse for name in component_classes)
+        return style + VisualStyle(reverse=True) if is_reversed else style
 
     def on_resize(self) -> None:
         if self._write is not None:

@@ -43,11 +43,18 @@ class TotalsPanel(Panel):
         super().__init__("Tokens", self._totals, keys=_TOTALS_KEYS, id="totals-panel")
 
     def show(
-        self, report: Report, recipe: Recipe, expected: Forecast | None, *, brief: bool, evidence: bool
+        self,
+        report: Report,
+        recipe: Recipe,
+        expected: Forecast | None,
+        fit: Content | None,
+        *,
+        brief: bool,
+        evidence: bool,
     ) -> None:
         """Show the totals of a report; see :func:`totals`."""
         width = self.content_size.width
-        self.show_text(totals(report, recipe, width, expected, brief=brief, evidence=evidence))
+        self.show_text(totals(report, recipe, width, expected, fit, brief=brief, evidence=evidence))
 
     def show_text(self, text: Content) -> None:
         """Show a text in place of totals."""
@@ -141,11 +148,12 @@ def totals(
     recipe: Recipe,
     width: int,
     expected: Forecast | None = None,
+    fit: Content | None = None,
     *,
     brief: bool = False,
     evidence: bool = True,
 ) -> Content:
-    """The detected format and the resulting samples and tokens, and the length of the run if it is known.
+    """The detected format and the resulting samples and tokens, and length and memory of the run if known.
 
     ``evidence``: what the format was recognized by. ``brief`` leaves out all sentences on reasoning but the
     first.
@@ -182,6 +190,7 @@ def totals(
     if report.complete:
         words = _length_words(expected) if counts.samples else "Nothing to train on"
         facts.append(("steps", words))
+    facts += [("memory", fit)] if fit is not None else []
     facts += map(Content, report.thinking[:1] if brief else report.thinking)
     facts.append(Content.styled(_rules(data, {file.format for file in report.files}), "dim"))
     return Content("\n").join(fact_lines(facts, width))

@@ -53,7 +53,7 @@ TITLE_FRAME = 6
 
 _READ = "dim"
 _MOST_BESIDE = 8
-_ROW_CELLS, _ROW_LINES = 62, 18
+_ROW_CELLS, _ROW_LINES = 62, 16
 """Cells and lines of a row that has others next to it."""
 
 

@@ -24,13 +24,14 @@ from qlora_tui.data.sources import AUTO, is_hub_dataset
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_number, pluralize
+from qlora_tui.memory.estimate import precision_of
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.length_costs import LengthCost, length_costs
 from qlora_tui.runs.row_losses import measure_row_losses, read_row_losses
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.labels import error_content
+from qlora_tui.tui.render.labels import FitLine, error_content
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data.dialogs import (
     ColumnMappingScreen,
@@ -78,6 +79,7 @@ class DataScreen(WorkScreen):
     MODE = "data"
     CSS_PATH = "data.tcss"
     EDITS_RECIPE = True
+    SHOWS_MEMORY = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -501,7 +503,7 @@ class DataScreen(WorkScreen):
         self.query_one(LengthsPanel).show(report, recipe.data, self._costs, height)
         totals = self.query_one(TotalsPanel)
         evidence = alone or self.has_class("-very-wide")
-        totals.show(report, recipe, self._forecast, brief=narrow, evidence=evidence)
+        totals.show(report, recipe, self._forecast, self._fit, brief=narrow, evidence=evidence)
         name = Path(self._request.source.path).name if self._request else ""
         totals.show_title(f"Tokens of {name}" if len(recipe.data.sources) > 1 else "Tokens")
         # In a short window, the fix is shown above a row that has the problem.
@@ -510,6 +512,16 @@ class DataScreen(WorkScreen):
             report, self.problems, recipe, self._forecast, brief=brief, narrow=narrow
         )
         self._show_place()
+
+    @property
+    def _fit(self) -> Content | None:
+        """The memory of the recipe, if that is known; the header leaves it out."""
+        compared = self.app.workbench.comparison(self.app.memory_budget.device)
+        if isinstance(compared, UserError):
+            return None
+        can_train = self.app.workbench.model_refusal() is None
+        estimate = compared[precision_of(self.app.workbench.recipe)]
+        return FitLine("", estimate, self.app.memory_budget, can_train=can_train).draw(0)
 
     def _clear_figures(self) -> None:
         self._costs, self._costs_key, self._forecast = [], None, None
