@@ -41,7 +41,7 @@ from qlora_tui.worker import Failure, Progress, Result
 _LONGEST_LINE_BYTES = 1 << 26
 _SHUTDOWN_TIMEOUT_S = 3.0
 """Seconds that a child may take to exit by itself."""
-_KILLED_TIMEOUT_S = 0.1
+_KILLED_TIMEOUT_S = 0.5
 """Seconds that leaving the app waits for a killed child. A GPU driver may free its memory for longer."""
 
 
@@ -107,11 +107,14 @@ class EngineClient:
     async def kill(self) -> None:
         """End the child without waiting for it to exit by itself: it has nothing to save."""
         process, self._process = self._process, None
-        if process is not None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _KILLED_TIMEOUT_S)
+        if process is None or process.stdin is None or self._listener is None:
+            return
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.stdin.close()
+        with suppress(TimeoutError):
+            # It ends once the pipes are closed too.
+            await asyncio.wait_for(self._listener, _KILLED_TIMEOUT_S)
 
     async def _start(self) -> None:
         try:
