@@ -34,4 +34,4 @@ worker         runs functions of this program in processes of their own
 torch is imported only by gguf_format, training, adapters, chat, export and the engine process.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
