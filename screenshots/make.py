@@ -23,11 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from textual.pilot import Pilot
+from typing import TYPE_CHECKING
 
 from qlora_tui.runs.directory import RunDir
 from screenshots.motion import Frame, animate
+
+if TYPE_CHECKING:
+    from textual.pilot import Pilot
 
 HERE = Path(__file__).parent
 HOME = Path(tempfile.gettempdir()) / "qlora-tui-pictures"
@@ -95,8 +97,8 @@ def main() -> int:
     model = ensure_model(lambda words: print(words, file=sys.stderr))
     demo = newest_demo()
     with private_home(model):
-        lay_out_run(WATCHED_SHARE)
         for picture in PICTURES:
+            lay_out_run(WATCHED_SHARE)  # a heartbeat of a minute ago would be too old
             save(f"{picture.name}.svg", asyncio.run(draw(picture)))
         save("run-card.svg", recorded_card())
         lay_out_run(WATCHED_SHARE)
@@ -155,6 +157,7 @@ def private_home(model: Path) -> Iterator[None]:
     try:
         for kind in ("CONFIG", "STATE", "CACHE"):
             os.environ[f"XDG_{kind}_HOME"] = str(HOME / kind.lower())
+        os.environ["TEXTUAL_COLOR_SYSTEM"] = "truecolor"  # read by Textual when it is imported
         os.environ["HF_HOME"] = str(HOME / "huggingface")
         lay_out_larger_model(HOME / "models" / "Qwen2.5-7B")
         (HOME / "models" / SMALL).symlink_to(model)
@@ -270,6 +273,7 @@ async def draw(picture: Picture) -> str:
     from qlora_tui.recipe.layering import build_recipe
     from qlora_tui.settings import Settings
     from qlora_tui.tui.app import QloraApp
+    from qlora_tui.tui.screens.chat.screen import ChatScreen
     from screenshots.recorded_runs import CONVERSATIONS
 
     app = QloraApp(Settings(model_folders=(str(HOME / "models"),), gpu_memory_gib=GPU_GIB))
@@ -281,13 +285,13 @@ async def draw(picture: Picture) -> str:
         await wait_until(pilot, lambda: picture.shows in plain(app.export_screenshot()), picture)
         if picture.prompt:
             await pilot.press(
-                *("space" if c == " " else "question_mark" if c == "?" else c for c in picture.prompt)
+                "i", *("space" if c == " " else "question_mark" if c == "?" else c for c in picture.prompt)
             )
             await pilot.press("enter")
             await pilot.pause(1.5)
-            await wait_until(
-                pilot, lambda: not getattr(app.screen, "busy", False), picture, _ANSWER_PATIENCE_S
-            )
+            chat = app.screen
+            assert isinstance(chat, ChatScreen)
+            await wait_until(pilot, lambda: not chat.conversation.busy, picture, _ANSWER_PATIENCE_S)
         await pilot.pause(1.5)
         return with_local_fonts(app.export_screenshot(title="qlora-tui"))
 
@@ -299,6 +303,7 @@ def with_local_fonts(svg: str) -> str:
     """
     svg = re.sub(r"@font-face \{[^}]*\}\s*", "", svg)
     svg = re.sub(r"\s*font-variant-east-asian: full-width;", "", svg)
+    svg = svg.replace("font-family: arial", "font-family: arial, sans-serif")
     return svg.replace("font-family: Fira Code, monospace", f"font-family: {FONTS}")
 
 
