@@ -95,7 +95,7 @@ def complete(monkeypatch: pytest.MonkeyPatch) -> Complete:
 
 def test_commands_and_their_options_are_completed(complete: Complete) -> None:
     assert complete("qlora-tui at") == {"attach"}
-    assert complete("qlora-tui runs ") == {"rename", "delete", "trash", "restore", "check", "save"}
+    assert complete("qlora-tui runs ") == {"rename", "delete", "trash", "restore", "check", "save", "card"}
     assert complete("qlora-tui runs check --r") == {"--repair"}
 
 
