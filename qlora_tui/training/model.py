@@ -290,7 +290,7 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _layers_in_files(model: nn.Module, unused: Iterable[str]) -> tuple[int, int]:
+def _layers_in_files(model: Any, unused: Iterable[str]) -> tuple[int, int]:
     """Return the layers in the files, whose ``unused`` weights the model lacks, and those of the model.
 
     Layers that only predict later tokens (``num_nextn_predict_layers``) are left out of both on purpose.
