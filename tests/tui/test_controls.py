@@ -112,3 +112,13 @@ async def test_a_panel_with_nothing_to_show_is_one_line(private_home: Path) -> N
         queue.empty = ""
         await wait_for_text(pilot, "of two", "u back")
         assert queue.outer_size.height == height
+
+
+async def test_a_notification_leaves_the_footer_in_view(private_home: Path) -> None:
+    app = QloraApp()
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await wait_for_text(pilot, "? Help")
+        app.notify("A long notification. " * 5)
+        lines = (await wait_for_text(pilot, "A long notification.")).splitlines()
+        assert "^P Palette" in lines[-1] and "? Help" in lines[-1]
+        assert "notification" in lines[-2]
