@@ -56,7 +56,7 @@ class StreamingMarkdown(Markdown):
         height: auto;
         margin: 0;
         padding: 0;
-        background: $background;
+        background: transparent;
     }
     StreamingMarkdown MarkdownBlock:last-child {
         margin-bottom: 0;
