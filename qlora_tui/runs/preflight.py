@@ -67,17 +67,20 @@ _UNKNOWN_MEMORY = Check(
 )
 
 
-def preflight(recipe: Recipe, machine: Machine) -> tuple[Check, ...]:
+def preflight(recipe: Recipe, machine: Machine, exact_within_s: float = EXACT_WITHIN_S) -> tuple[Check, ...]:
     """Run every check of a recipe on a machine, in the order of what to fix first.
 
     Never raises: a run that cannot start has a check with a ``problem``.
+
+    Args:
+        exact_within_s: how long to wait for an exact estimate of memory that the instant one cannot decide.
     """
     model, files = _model(recipe)
     checks = [model, *check_data(recipe, files), *_settings(recipe)]
     estimated = None
     if files is not None:
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
-        memory, estimated = _memory(recipe, files, machine)
+        memory, estimated = _memory(recipe, files, machine, exact_within_s)
         checks.append(_UNKNOWN_MEMORY if machine.trains_on_unknown_gpu else memory)
         checks += [*_kernels(files, machine), *_time(recipe, files, machine)]
         # An assumed GPU is in another machine.
@@ -223,7 +226,9 @@ def _length(recipe: Recipe, files: ModelFiles) -> list[Check]:
     return [Check(CheckKind.LENGTH, "warning", f"{warning.what} {warning.why}", warning.fix)]
 
 
-def _memory(recipe: Recipe, files: ModelFiles, machine: Machine) -> tuple[Check, Estimate | None]:
+def _memory(
+    recipe: Recipe, files: ModelFiles, machine: Machine, exact_within_s: float
+) -> tuple[Check, Estimate | None]:
     budget = machine.budget
     try:
         estimated = estimate(recipe, files.architecture, device=budget.device)
@@ -232,7 +237,7 @@ def _memory(recipe: Recipe, files: ModelFiles, machine: Machine) -> tuple[Check,
     verdict = check_fit(estimated, budget.bytes)
     # The instant form is too close to the limit, or too uncertain, to decide.
     is_decided = verdict.word == "does not fit" or (verdict.word == "fits" and estimated.exact)
-    waits = 0.0 if is_decided else EXACT_WITHIN_S
+    waits = 0.0 if is_decided else exact_within_s
     config = load_model_config(recipe.model.id)
     traced = trace_soon(config, recipe, estimated.execution, waits)
     if traced is not None:

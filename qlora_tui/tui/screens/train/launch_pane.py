@@ -170,16 +170,10 @@ class LaunchPane(Vertical):
         list_ = self.query_one(SettingsForm).list
         self.query_one("#notes", Drawing).show(partial(note_page, list_.group.fields, list_.field))
 
-    def show_checks(
-        self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None, *, is_checking: bool
-    ) -> None:
-        """The results of the checks, how long the run takes, and whether it can start.
-
-        ``is_checking``: the results are of an earlier recipe, and others will come.
-        """
+    def show_checks(self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None) -> None:
+        """The results of the checks, how long the run takes, and whether it can start."""
         self._checks = checks
-        shown = partial(verdict_lines, () if is_checking else checks, recipe, expected)
-        self.query_one("#verdict", Drawing).show(shown)
+        self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe, expected))
         self._show_check_lines()
 
     def toggle_checks(self) -> None:
@@ -232,15 +226,14 @@ def verdict_lines(
     checks: tuple[Check, ...], recipe: Recipe | None, expected: Forecast | None, width: int, height: int
 ) -> list[Content]:
     """Draw how long the run takes, whether it can start and the one thing to do now; then what it does."""
-    checking = Content("Checking what the run needs…")
     if recipe is None:
-        return [checking]
+        return [Content("Checking what the run needs…")]
     parts = _plan(recipe)
     while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
         parts.pop()
     lines = [
         *_duration(expected, width),
-        conclusion(checks) if checks else checking,
+        conclusion(checks),
         Content.styled(_SEPARATOR.join(parts), "dim"),
     ]
     return lines[:height]

@@ -22,7 +22,7 @@ from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.doctor import Check, Machine
 from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.expected_time import Forecast, forecast
-from qlora_tui.runs.preflight import preflight, with_count
+from qlora_tui.runs.preflight import EXACT_WITHIN_S, preflight, with_count
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.desktop import open_folder
@@ -266,15 +266,14 @@ class TrainScreen(EvaluationActions):
     @work(exclusive=True, group="checks")
     async def _start_checks(self, recipe: Recipe, machine: Machine) -> None:
         self._expected = await asyncio.to_thread(forecast, recipe, machine)
-        # The checks may wait for an exact estimate of the memory.
-        self._show_checks(recipe, self.checks, is_checking=True)
-        checks = await asyncio.to_thread(preflight, recipe, machine)
-        self._show_checks(recipe, with_count(checks, self.app.count_problem))
+        # Without waiting for an exact estimate of the memory at first.
+        for exact_within_s in (0.0, EXACT_WITHIN_S):
+            checks = await asyncio.to_thread(preflight, recipe, machine, exact_within_s)
+            self._show_checks(recipe, with_count(checks, self.app.count_problem))
 
-    def _show_checks(self, recipe: Recipe, checks: tuple[Check, ...], *, is_checking: bool = False) -> None:
+    def _show_checks(self, recipe: Recipe, checks: tuple[Check, ...]) -> None:
         self.checks = checks
-        pane = self.query_one(LaunchPane)
-        pane.show_checks(checks, recipe, self._expected, is_checking=is_checking)
+        self.query_one(LaunchPane).show_checks(checks, recipe, self._expected)
         self._show_form(recipe)
         self.refresh_bindings()
 
