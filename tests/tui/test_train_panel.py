@@ -5,7 +5,7 @@ import pytest
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.recipe.fields import fields
 from qlora_tui.runs.telemetry import Reading
-from qlora_tui.tui.screens.train.charts import MachineState, machine_lines
+from qlora_tui.tui.screens.train.machine_panel import MachineState, machine_lines
 from qlora_tui.tui.setting_stepper import step_value
 from tests.tui.fake_runs import GIB
 

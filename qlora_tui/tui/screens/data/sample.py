@@ -23,7 +23,7 @@ from qlora_tui.formatting import format_number
 from qlora_tui.recipe.schema import Data
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, error_content
-from qlora_tui.tui.screens.data.previews import PreviewRequest
+from qlora_tui.tui.screens.data.row_engines import PreviewRequest
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 
 Place: TypeAlias = tuple[str, int]

@@ -41,8 +41,8 @@ from qlora_tui.tui.screens.data.dialogs import (
     newest_run_on,
     preference_picker,
 )
-from qlora_tui.tui.screens.data.previews import DataPreviews, PreviewRequest
 from qlora_tui.tui.screens.data.report import LengthsPanel, ProblemsPanel, TotalsPanel, bad_row_count
+from qlora_tui.tui.screens.data.row_engines import DataPreviews, PreviewRequest
 from qlora_tui.tui.screens.data.sample import (
     TITLE_FRAME,
     SamplePanel,

@@ -1,1 +1,1 @@
-"""Home: ``screen``; ``reader`` gathers what it shows, formats it, and suggests the next step."""
+"""Home: ``screen``; ``reader`` gathers what it shows and formats it; ``next_step`` suggests what to do."""

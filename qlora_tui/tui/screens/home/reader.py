@@ -1,7 +1,6 @@
-"""Reads the state of the app and its runs, suggests the next step, and says it in the lines of Home's panels.
+"""Reads the state of the app and its runs, and says it in the lines of Home's panels.
 
-Imported and used in a thread: its imports would delay the first frame. The suggestion is a pure function of
-the state.
+Imported and used in a thread: its imports would delay the first frame.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
-from qlora_tui.runs.status import ACTIVE, RESUMABLE, State
+from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.charts import bar, labeled, meter, sparkline
 from qlora_tui.tui.render.columns import Column, table
@@ -60,152 +59,17 @@ from qlora_tui.tui.render.labels import (
     targets_words,
 )
 from qlora_tui.tui.render.loss import mean_losses
+from qlora_tui.tui.screens.home.next_step import (
+    HomeState,
+    NextStep,
+    _has_model_and_data,
+    next_step,
+    other_steps,
+)
 from qlora_tui.tui.screens.models.model_facts import need
 from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, starters
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench, draft_written_at
-
-
-@dataclass(frozen=True)
-class HomeState:
-    """The state that the suggestion depends on."""
-
-    recipe: Recipe
-    local_models: int
-    """Number of models on this machine that can be trained."""
-    verdict: str = ""
-    """Verdict of the estimate; empty without an estimate."""
-    model_error: str = ""
-    """Why the model cannot be trained, in a few words; empty if it can as far as is known."""
-    can_download: bool = False
-    """Whether a download would give the model what it lacks."""
-    data_error: str = ""
-    """Why the data cannot be trained on, in a few words; empty if it can as far as is known."""
-    last_run: str = ""
-    last_state: State | None = None
-    last_is_news: bool = False
-    """Whether it ended since the app was last used."""
-    last_checkpoint: int = 0
-    """Step of its last intact checkpoint; 0 if there is none."""
-    last_total_steps: int = 0
-    """Number of steps; 0 if unknown."""
-    last_fix: str = ""
-    """The fix that its failure suggests."""
-    edited_since: bool = False
-    """Whether the recipe was changed after it ended: another run is being prepared."""
-    duration: str = ""
-    """How long a run with the recipe takes, in a few words; empty if it is unknown."""
-
-
-@dataclass(frozen=True)
-class NextStep:
-    """A step, the command that does the same, and the reason."""
-
-    command: str
-    """Id of a command that does the same as Home's Enter; empty if there is none."""
-    action: str
-    """The Textual action to run."""
-    text: str
-    why: str
-
-
-DEMO = NextStep(
-    "home.demo",
-    "demo",
-    "Train the 135M demo model",
-    "a real adapter in minutes; downloads 89 MiB, asks first",
-)
-EXPORT = NextStep(
-    "home.export",
-    "export",
-    "Export the adapter",
-    "GGUF for llama.cpp, Ollama and LM Studio, or a merged model",
-)
-SEARCH = NextStep(
-    "go.models",
-    "app.go('models')",
-    "Search the Hub for a model",
-    "there are no models on this machine yet",
-)
-
-
-def next_step(now: HomeState) -> NextStep:
-    """Return the most useful next step."""
-    state = now.last_state
-    if state in ACTIVE:
-        return NextStep("", "watch", "Watch the run", f"{now.last_run} is running")
-    if now.last_is_news and state == "finished":
-        return NextStep("", "chat", "Chat with the adapter", f"{now.last_run} has finished")
-    if state == "paused" or (_can_resume(now) and not now.edited_since):
-        return _resume(now)
-    if state in ("failed", "lost") and not (now.edited_since and _is_complete(now)):
-        return NextStep("", "watch", "See what went wrong", now.last_fix or f"{now.last_run} {_ended(state)}")
-    return _prepare(now)
-
-
-def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
-    """Alternatives for new users, for runs that can be resumed, and for adapters that can be exported."""
-    if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
-        resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
-        return (*resume, *((_prepare(now),) if _is_complete(now) else ()))
-    if chosen.action == "chat":
-        return (EXPORT,)
-    if chosen.action in ("prepare", "app.go('data')", "app.go('models')") and _can_resume(now):
-        return (_resume(now),)
-    if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):
-        return ()
-    return (SEARCH,) if chosen is DEMO else (DEMO,)
-
-
-def _can_resume(now: HomeState) -> bool:
-    """Whether the last run was stopped or lost, rather than failed."""
-    return now.last_state in ("stopped", "lost") and now.last_checkpoint > 0
-
-
-def _resume(now: HomeState) -> NextStep:
-    total = f" of {now.last_total_steps:,}" if now.last_total_steps else ""
-    where = (
-        f"the checkpoint at step {now.last_checkpoint:,}{total}" if now.last_checkpoint else "the beginning"
-    )
-    why = f"{now.last_run} {_ended(now.last_state)}; it resumes from {where}"
-    return NextStep("home.resume", "resume", "Resume the run", why)
-
-
-def _is_complete(now: HomeState) -> bool:
-    return _has_model_and_data(now.recipe)
-
-
-def _has_model_and_data(recipe: Recipe) -> bool:
-    return bool(recipe.model.id and recipe.data.sources)
-
-
-def _prepare(now: HomeState) -> NextStep:
-    if not now.recipe.model.id:
-        if not now.local_models:
-            return DEMO
-        number = f"{now.local_models} model{'s are' if now.local_models > 1 else ' is'} on this machine"
-        return NextStep("go.models", "app.go('models')", "Select a model", number)
-    if now.model_error:
-        why = f"{now.model_error}: no run can start"
-        step = "Get the model's weights, or select another" if now.can_download else "Select another model"
-        return NextStep("go.models", "app.go('models')", step, why)
-    if not now.recipe.data.sources:
-        return NextStep("go.data", "app.go('data')", "Select the training data", "the recipe has no data yet")
-    if now.data_error:
-        return NextStep("go.data", "app.go('data')", "Fix the data", f"{now.data_error}: no run can start")
-    if now.verdict == "does not fit":
-        return NextStep(
-            "go.memory", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is"
-        )
-    why = "the Train screen checks and launches it"
-    if now.duration:
-        why = f"{now.duration} of training here; {why}"
-    return NextStep("home.prepare", "prepare", "Check the recipe", why)
-
-
-def _ended(state: State | None) -> str:
-    return {"paused": "is paused", "stopped": "was stopped", "lost": "was lost"}.get(state or "", "failed")
-
 
 _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _MAX_NAME_WIDTH = 44

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
-    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader, NextStep
+    from qlora_tui.tui.screens.home.next_step import NextStep
+    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader
     from qlora_tui.tui.screens.models.model_list import ListedModels
     from qlora_tui.tui.workbench import Workbench
 

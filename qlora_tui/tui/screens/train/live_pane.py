@@ -22,13 +22,8 @@ from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.charts import no_plot, plot
-from qlora_tui.tui.screens.train.charts import (
-    MachineState,
-    graph_lines,
-    loss_plot,
-    machine_lines,
-    step_charts,
-)
+from qlora_tui.tui.screens.train.charts import graph_lines, loss_plot, step_charts
+from qlora_tui.tui.screens.train.machine_panel import MachineState, machine_lines
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
 from qlora_tui.tui.screens.train.run_panels import (
     contention,

@@ -1,0 +1,196 @@
+"""The machine of a run: use of the GPU, its memory, power and temperature, and of the processor.
+
+Utilization is drawn from 0 to 100 always; memory against the GPU's, with the estimate as a tick. What a GPU
+does not report is NA, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from textual.content import Content
+
+from qlora_tui.formatting import format_bytes, format_gib, format_percent, format_power
+from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.runs.telemetry import Reading
+from qlora_tui.tui.render.charts import bar, blocks
+from qlora_tui.tui.screens.train.charts import _SHORT_ROWS, _TALL_PANEL_ROWS
+
+_HOT_C = 83
+
+
+_LABEL = 8
+"""Cells of the name before a chart."""
+
+
+_MIN_CHART = 6
+
+
+@dataclass(frozen=True)
+class MachineState:
+    """The data that the panel shows."""
+
+    device: str = ""
+    """``RTX 4090``, or the processor's name."""
+    readings: tuple[Reading, ...] = ()
+    """The newest last; charts end at it."""
+    estimate_bytes: int | None = None
+    host_bytes: int | None = None
+    """RAM of the machine, which a run without a GPU uses."""
+    cores: int = 1
+    is_over: bool = False
+    """Whether the run has ended, and these were its last readings."""
+
+    @property
+    def has_no_gpu(self) -> bool:
+        """Whether the run is known to use none."""
+        return bool(self.readings) and self.readings[-1].gpu is None
+
+    @property
+    def title(self) -> str:
+        """Title of the panel."""
+        name = self.device or "Machine"
+        if self.has_no_gpu:
+            name += " · no GPU"
+        return f"{name} · last readings" if self.is_over and self.readings else name
+
+
+def machine_lines(machine: MachineState, width: int, height: int) -> list[Content]:
+    """Draw a line or two for each reading, or two lines in all."""
+    if not machine.readings:
+        return [Content.styled("No readings yet.", "dim")]
+    meters = _meters(machine)
+    if height <= _SHORT_ROWS:
+        return _short_lines(machine, meters, width)
+    return _lines(machine, meters, width, rows=2 if height >= _TALL_PANEL_ROWS else 1)
+
+
+@dataclass(frozen=True)
+class _Meter:
+    """One quantity: its value now, and how it is drawn."""
+
+    name: str
+    value: str | Content
+    line: int | None = None
+    """Its line in a small window; None if it is left out there."""
+    history: tuple[float | None, ...] = ()
+    """A value for each reading, which makes it a chart."""
+    top: float = 1.0
+    """The value at the top of the chart."""
+    bar: tuple[int | None, int | None] | None = None
+    """Used and total bytes, which make it a bar with the estimate below it."""
+
+
+def _meters(machine: MachineState) -> tuple[_Meter, ...]:
+    readings = machine.readings
+    last, gpus = readings[-1], [reading.gpu for reading in readings]
+    gpu = last.gpu
+    if gpu is None:
+        total = "" if machine.host_bytes is None else f" of {format_gib(machine.host_bytes)}"
+        memory = f"{format_gib(last.rss_bytes)}{total} GiB"
+        percent = f"{format_percent(last.cpu_percent / 100)} of {machine.cores} cores"
+        history = tuple(reading.cpu_percent for reading in readings)
+        return (
+            _Meter("CPU", percent, 0, history, 100.0 * machine.cores),
+            _Meter("memory", memory, 0, bar=(last.rss_bytes, machine.host_bytes)),
+        )
+    memory = f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB"
+    powers = tuple(None if each is None else each.power_w for each in gpus)
+    degrees = tuple(None if each is None else each.temperature_c for each in gpus)
+    utilizations = tuple(None if each is None else each.utilization_percent for each in gpus)
+    clock = "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
+    return (
+        _Meter("util", _percent(gpu.utilization_percent), 0, utilizations, 100.0),
+        _Meter("memory", memory, 0, bar=(gpu.memory_used_bytes, gpu.memory_total_bytes)),
+        _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w or 1.0),
+        _Meter("temp", _temperature(gpu), 1, degrees, 100.0),
+        _Meter("clock", f"{clock}   fan {_percent(gpu.fan_percent)}"),
+        _Meter("slowed", _throttle(gpu), 1),
+        _Meter("trainer", f"{format_bytes(last.rss_bytes)}, CPU {format_percent(last.cpu_percent / 100)}"),
+    )
+
+
+def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: int) -> list[Content]:
+    """A line or two for each meter; all charts end in the same column, with their values beside them."""
+    drawn = [Content.assemble(meter.value) for meter in meters if meter.history or meter.bar]
+    cells = width - _LABEL - max(value.cell_length for value in drawn) - 1
+    cells = cells if cells >= _MIN_CHART else 0
+    lines: list[Content] = []
+    for meter in meters:
+        if meter.history:
+            *above, last = _meter_chart(meter, machine.readings, cells, rows)
+        elif meter.bar:
+            used, total = meter.bar
+            above, last = [], Content.styled(bar(used / total if used and total else 0.0, cells), "$hardware")
+        else:
+            above, last = [], Content("")
+        gap = " " if last.cell_length else ""
+        lines += [Content(" " * _LABEL) + row for row in above]
+        lines.append(Content.assemble((f"{meter.name:<{_LABEL}}", "dim"), last, gap, meter.value))
+        if meter.bar and meter.bar[1] and machine.estimate_bytes is not None:
+            text = f"estimate {format_gib(machine.estimate_bytes)}"
+            place = round(machine.estimate_bytes / meter.bar[1] * cells) - 1
+            place = min(max(place, 0), max(0, cells - 1))
+            # A value beside the bar is longer than this text, so that it always fits.
+            tick = " " * place + f"▲ {text}" if cells else text
+            lines.append(Content.assemble(" " * _LABEL, (tick, "dim")))
+    return lines
+
+
+def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) -> list[Content]:
+    """The most important meters in a line or two, the first with a small chart."""
+    cells = max(0, min(24, width - 60))
+    lines: list[list[Content]] = [[], []]
+    for number, meter in enumerate(meters):
+        if meter.line is None:
+            continue
+        gap = "  " if lines[meter.line] else ""
+        part = Content.assemble((f"{gap}{meter.name} ", "dim"), meter.value)
+        if not number:
+            part = Content.assemble(part, " ", _meter_chart(meter, machine.readings, cells, 1)[0])
+        if meter.bar and machine.estimate_bytes is not None:
+            part += Content.styled(f"  estimate {format_gib(machine.estimate_bytes)}", "dim")
+        lines[meter.line].append(part)
+    return [Content("").join(parts) for parts in lines if parts]
+
+
+def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: int) -> list[Content]:
+    """One column a second, the newest at the right end."""
+    slots: list[float | None] = [None] * width
+    end = readings[-1].at
+    for value, reading in zip(meter.history, readings, strict=True):
+        slot = width - 1 - math.floor(end - reading.at + 0.5)
+        if 0 <= slot < width:
+            slots[slot] = value
+    for place in range(1, len(slots) - 1):
+        # A single second that fell between two readings.
+        if slots[place] is None and slots[place + 1] is not None:
+            slots[place] = slots[place - 1]
+    return [Content.styled(row, "$hardware") for row in blocks(slots, 0.0, meter.top, rows)]
+
+
+def _percent(value: int | None) -> str:
+    return "NA" if value is None else f"{value}%"
+
+
+def _power(gpu: GpuMetrics) -> str:
+    used = format_power(gpu.power_w)
+    limit = format_power(gpu.power_limit_w)
+    return f"{used} of {limit} W"
+
+
+def _temperature(gpu: GpuMetrics) -> Content:
+    if gpu.temperature_c is None:
+        return Content("NA")
+    hot = gpu.temperature_c >= _HOT_C
+    return Content.styled(f"{gpu.temperature_c} °C{' hot' if hot else ''}", "$warning" if hot else "")
+
+
+def _throttle(gpu: GpuMetrics) -> Content:
+    if gpu.throttle is None:
+        return Content("NA")
+    if not gpu.throttle:
+        return Content("no")
+    return Content.styled("by " + ", ".join(gpu.throttle), "$warning")
