@@ -169,7 +169,3 @@ def _chart(name: str, value: str, envelope: Envelope, style: str = "$secondary")
     high = envelope.high
     top = rounded(0.0, high).high if high else 1.0
     return StepChart(name, value, envelope, top, style)
-
-
-_SHORT_ROWS, _TALL_PANEL_ROWS = 2, 11
-"""Rows up to which there are two lines, and from which charts are two rows high."""

@@ -16,16 +16,13 @@ from qlora_tui.formatting import format_bytes, format_gib, format_percent, forma
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Reading
 from qlora_tui.tui.render.charts import bar, blocks
-from qlora_tui.tui.screens.train.charts import _SHORT_ROWS, _TALL_PANEL_ROWS
 
 _HOT_C = 83
-
-
 _LABEL = 8
 """Cells of the name before a chart."""
-
-
 _MIN_CHART = 6
+_SHORT_ROWS, _TALL_PANEL_ROWS = 2, 11
+"""Rows up to which there are two lines, and from which charts are two rows high."""
 
 
 @dataclass(frozen=True)
