@@ -13,7 +13,7 @@
   of their tokenizers splits text.
 * ``hub``: search the Hub, read its responses within bounds, translate its errors. ``download``: a model.
 * ``optional_kernels``: packages without which the layers of some models are slow on a GPU.
-* ``starter_models``: models worth starting with, kept in ``starter_models.toml``.
+* ``starter_models``: good first models, kept in ``starter_models.toml``.
 
 Read by the memory estimate, the LoRA and Model screens, and the trainer.
 """

@@ -1,4 +1,4 @@
-"""Models worth starting with, from ``starter_models.toml``: the Model screen lists those that fit.
+"""Good first models, from ``starter_models.toml``: the Model screen lists those that fit.
 
 Each has the keys of its ``config.json`` that decide its shapes, so that its memory is estimated before
 anything is downloaded.
@@ -62,6 +62,6 @@ class StarterFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def starter_file() -> StarterFile:
-    """Return all models worth starting with."""
+    """Return all good first models."""
     content = files("qlora_tui.catalog").joinpath("starter_models.toml").read_bytes()
     return msgspec.toml.decode(content, type=StarterFile)

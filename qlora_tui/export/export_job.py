@@ -95,6 +95,7 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
         bytes=written.bytes,
         file_type=written.file_type,
         summary=written.summary,
+        verdict=written.verdict,
         command=written.command,
         problem=written.problem,
     )

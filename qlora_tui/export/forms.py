@@ -32,6 +32,8 @@ class Written(Struct, frozen=True, kw_only=True):
     """How it was checked, in sentences."""
     command: str
     """The command that runs it; empty for a repository."""
+    verdict: str = ""
+    """How near a GGUF file is to the adapter, in a few words; empty where nothing was compared."""
     command_does: Literal["Run", "Serve", "Create"] = "Run"
     file_type: str = ""
     """GGUF type of a single file."""
@@ -93,6 +95,7 @@ def export_form(
                 result=gguf,
                 sizes={file.path: file.bytes for file in gguf.files},
                 summary=gguf.summary,
+                verdict=gguf.verdict,
                 command=gguf.command,
                 file_type=gguf.files[0].file_type,
                 problem="\n".join(gguf.refused),
@@ -123,6 +126,7 @@ def export_form(
                 result=model,
                 sizes={model.folder: sum(file.bytes for file in model.gguf.files)},
                 summary=model.summary,
+                verdict=model.gguf.verdict,
                 command=model.command,
                 command_does="Run" if model.created else "Create",
                 file_type=model.gguf.files[0].file_type,

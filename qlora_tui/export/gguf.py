@@ -88,6 +88,11 @@ class GgufExport(Struct, frozen=True, kw_only=True):
         return [*lines, *filter(None, (self.base.sentence, *self.notes))]
 
     @property
+    def verdict(self) -> str:
+        """Return how near the first file is to the adapter, in a few words; empty if it was not compared."""
+        return self.files[0].proof.verdict if self.files[0].proof else ""
+
+    @property
     def command(self) -> str:
         """Return the command that runs the first file."""
         return f"llama-server -m {shlex.quote(self.files[0].path)}"

@@ -348,7 +348,7 @@ def why_int8_is_larger(int8: Estimate, fp16: Estimate) -> str:
     """Return why a recipe takes more in int8 than in 16 bits; empty where it does not."""
     if int8.total_bytes <= fp16.total_bytes or not int8.bytes_of("int8_inputs"):
         return ""
-    return "int8 exceeds fp16: it keeps inputs of linear layers, which are not recomputed."
+    return "int8 needs more than fp16 here: it stores layer inputs that fp16 recomputes."
 
 
 TIGHT_SHARE = 0.05

@@ -93,6 +93,8 @@ class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """GGUF type of the file; with ``auto`` the one that was chosen."""
     summary: str = ""
     """What was written and how it was checked, in sentences."""
+    verdict: str = ""
+    """How near it is to the adapter, in a few words; empty where nothing was compared."""
     command: str = ""
     """The command that runs what was written."""
     problem: str = ""

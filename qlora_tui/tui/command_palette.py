@@ -75,7 +75,7 @@ class CommandProvider(Provider):
                 score *= entry.factor * (1 + _RECENT_BONUS * (entry.key in lately))
                 yield Hit(score, matcher.highlight(entry.title), self._use(entry), help=escape(entry.help))
 
-    def _use(self, entry: Entry) -> partial[Awaitable[object] | object]:
+    def _use(self, entry: Entry) -> Callable[[], Awaitable[object]]:
         return partial(_use, entry)
 
     def _commands_here(self) -> Iterator[Entry]:

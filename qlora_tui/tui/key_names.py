@@ -59,18 +59,24 @@ def short_keys(command_id: str) -> str:
 
 
 def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
-    """``Enter watch · x cancel · Esc close``: the keys of a dialog, which has no footer; a click presses one.
+    """``Enter watch  x cancel  Esc close``: the keys of a dialog, which has no footer; a click presses one.
 
     Args:
         bindings: The dialog's own; those without a description are left out.
         others: Keys of the fields and lists in it, which come first.
     """
-    own = [each for each in bindings if isinstance(each, Binding) and each.description]
-    keys = []
-    for each in own:
-        key = each.key.partition(",")[0]
-        keys.append(pressable(f"{_bare(key)} {each.description.lower()}", key))
-    return Content(" · ").join((*map(Content, others), *keys))
+    hints = [key_hint(*other.split(" ", 1)) for other in others]
+    for each in bindings:
+        if isinstance(each, Binding) and each.description:
+            key = _keys(each.id)[0] if each.id in COMMANDS else each.key.partition(",")[0]
+            hints.append(key_hint(_bare(key), each.description.lower(), press=key))
+    return Content("  ").join(hints)
+
+
+def key_hint(shown: str, verb: str, press: str = "") -> Content:
+    """``x cancel`` for the border of a panel or dialog; a click presses ``press``, in Textual's notation."""
+    hint = Content.assemble((shown, "$footer-key-foreground bold"), (f" {verb}", "not bold $text-muted"))
+    return hint.stylize(_pressing(press)) if press else hint
 
 
 def name_keys(text: str) -> str:
@@ -121,7 +127,7 @@ def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
         problems += [_invalid_key(name, key) for key in keys.split(",") if not _is_key(key)]
     for key, (mine, other) in _shared_keys(keymap):
         both = f"config.toml: {mine} and {other} both have the key {key}."
-        problems.append(f"{both} Give one of them another in [keymap].")
+        problems.append(f"{both} Give one of them another key in [keymap].")
     return problems
 
 

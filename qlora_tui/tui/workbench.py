@@ -288,7 +288,7 @@ def _move(app: QloraApp, move: Callable[[], bool], done: str, nothing: str, reve
         now = (
             f"the preset is {workbench.preset} again"
             if workbench.preset
-            else "the recipe has no preset again"
+            else "the recipe has no preset, as before"
         )
         app.notify(f"{done}: {now}, {_changes(before, workbench.recipe)}. {reverse}")
 

@@ -64,10 +64,11 @@ async def test_an_export_is_started_and_followed(run: RunDir, tmp_path: Path) ->
             paths=(export.request.out,),
             bytes=7_000,
             summary="Q8_0 is near.",
+            verdict="same top token in 97%, KL 0.004",
             command="llama-server -m it",
         )
         write_export_status(export.folder, done)
-        await wait_for_text(pilot, "✓ Q8_0", "7 KiB in ~/models/tickets-Q8_0.gguf", "llama-server -m it")
+        await wait_for_text(pilot, "✓ Q8_0  7 KiB  same top token in 97%, KL 0.004", "▸ llama-server -m it")
         await wait_for_text(pilot, "y copy command")
         await pilot.press("escape")
         assert "✓ Q8_0" in await wait_for_text(pilot, "✓ Q8_0")

@@ -69,7 +69,7 @@ def models(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
     (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Qwen\n")
     snapshot = make_cached(hub_cache_dir(), pickled, config_of("openai-community__gpt2"))
     (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
-    return open_on("home", model=name), keys("1", "Worth starting with")
+    return open_on("home", model=name), keys("1", "Good first models")
 
 
 def data(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:

@@ -157,7 +157,7 @@ async def test_a_model_to_start_with_is_found_or_downloaded(
     monkeypatch.setattr(model_list, "starter_file", lambda: replace(starter_file(), models=(smallest,)))
     app = open_on("models")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "Worth starting with", "(demo)", TINY, "1.1 GiB")
+        await wait_for_text(pilot, "Good first models", "(demo)", TINY, "1.1 GiB")
         await pilot.press("j")
         await wait_for_text(
             pilot, "[d]  Download about 1.1 GiB", "Find it on the Hub", "layers    28 ×", "gated", "NF4"
@@ -165,13 +165,13 @@ async def test_a_model_to_start_with_is_found_or_downloaded(
         assert hub.requests == []
         await pilot.press("enter")
         await wait_for_text(pilot, f"On the Hub, for '{TINY}'", "Enter  Load its details")
-        assert "Worth starting with" not in text_of(app)
+        assert "Good first models" not in text_of(app)
     app = open_on("models")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "Worth starting with", TINY)
+        await wait_for_text(pilot, "Good first models", TINY)
         await pilot.press("j", "d")
         await wait_for_text(pilot, "On this machine (1)", "Enter  Select this model")
-        assert "Worth starting with" not in text_of(app), "it is on this machine now"
+        assert "Good first models" not in text_of(app), "it is on this machine now"
 
 
 def half_is_there() -> bool:

@@ -21,7 +21,7 @@ BOLD, DIM, UNDERLINE, REVERSE = "1", "2", "4", "7"
 ATTRIBUTES = {"0", BOLD, DIM, "3", UNDERLINE, REVERSE, "9"}
 VISITED = [
     ("0", "Next"),
-    ("1", "Worth starting with"),
+    ("1", "Good first models"),
     ("2", "has no model"),
     ("3", "has no model"),
     ("4", "r R rank"),

@@ -6,9 +6,8 @@ The form changes nothing itself: it posts :class:`SettingEdited`, the screen mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, ClassVar
 
 import msgspec
@@ -62,11 +61,6 @@ class SettingGroup:
     """Whether all of them are shown at first; folded, only those that were changed are."""
     applies: Callable[[Struct], bool] = lambda values: True
     """Whether the group is shown for these values."""
-
-
-def groups_by_section(fields: Iterable[Field]) -> list[SettingGroup]:
-    """Return a group for each section of some settings, in order."""
-    return [SettingGroup(section, tuple(each)) for section, each in groupby(fields, lambda f: f.section)]
 
 
 class SettingList(LineView):

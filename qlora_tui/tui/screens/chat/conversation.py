@@ -297,7 +297,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         ):
             return True
         text = (
-            f"{active.id} is training on this machine. By the estimates, the free memory may not be enough "
+            f"{active.id} is training on this machine. The free memory may not be enough "
             "for it and the chat's model: if you load that, either may run out of memory. If you do not, "
             "nothing is sent, and your message stays in the field."
         )

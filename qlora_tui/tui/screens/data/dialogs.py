@@ -39,7 +39,7 @@ from qlora_tui.visible import visible
 _PAIRS: dict[Preferences, tuple[str, str]] = {
     "orpo": ("ORPO", "learn the chosen answers, and to prefer them"),
     "dpo": ("DPO", "prefer the chosen answers, near the base model"),
-    "simpo": ("SimPO", "as DPO without the base model: shorter steps"),
+    "simpo": ("SimPO", "like DPO without a reference model: faster steps"),
 }
 _RATED: dict[Preferences, tuple[str, str]] = {
     "kto": ("KTO", "prefer good answers to bad ones, near the base"),
@@ -122,7 +122,9 @@ def preference_picker(*, rated: bool) -> ListPicker[str]:
 
     ``rated``: the answers are rated, not compared in pairs.
     """
-    better_only = ("good only" if rated else "chosen only", "train on these answers as if they were all")
+    better_only = (
+        ("good only", "ignore the bad answers") if rated else ("chosen only", "ignore the rejected answers")
+    )
     methods: dict[Preferences, tuple[str, str]] = (_RATED if rated else _PAIRS) | {"chosen": better_only}
     choices = [
         Choice[str](method, Content.assemble((f"{name:<12}", "bold"), (text, "dim")))

@@ -347,7 +347,7 @@ class DataScreen(WorkScreen):
 
         help_ = "The row number, from 1."
         if len(files) > 1:
-            help_ += " To go to another file, put a part of its name before the number."
+            help_ += " For a row of another file, type a part of its name before the number."
         self.ask(TextPromptScreen("Go to a row", help_, "", validate), go)
 
     def action_problem(self, by: int) -> None:
@@ -596,7 +596,7 @@ class DataScreen(WorkScreen):
     def action_row_losses(self) -> None:
         """List the rows of the source by what the newest run on it learned of them."""
         if self._measuring:
-            self.notify("The rows are being measured. The list opens when they are.")
+            self.notify("The rows are still being measured. The list opens when that is done.")
         else:
             self._list_rows(self._selected)
 
@@ -604,7 +604,9 @@ class DataScreen(WorkScreen):
     async def _list_rows(self, source: Source) -> None:
         run_and_number = await asyncio.to_thread(newest_run_on, source)
         if run_and_number is None:
-            self.notify("No run with an adapter trained on this file. Train on it first.", severity="warning")
+            self.notify(
+                "No run has trained an adapter on this file yet. Train on it first.", severity="warning"
+            )
             return
         run, number = run_and_number
         losses = await asyncio.to_thread(read_row_losses, run)

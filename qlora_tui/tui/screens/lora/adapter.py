@@ -193,7 +193,7 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.use_dora":
             return "Better at low ranks, slower at every rank (DoRA paper)."
         case _ if lora.train_embeddings:
-            return "They learn at a tenth of the rate, as in Unsloth's example, unless another is set."
+            return "They learn at a tenth of the rate unless another is set."
         case _:
             return "Unsloth trains them for continued pretraining."
 
@@ -202,7 +202,7 @@ def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> st
     """What the kind of these modules is, or what targets are, and if it fits what a paper says of them."""
     kinds = {module.kind for module in modules}
     kind = next(iter(kinds)) if len(kinds) == 1 else ""
-    fell_short = "In the QLoRA paper, fewer layers fell short of full fine-tuning."
+    fell_short = "In the QLoRA paper, fewer layers did worse than full fine-tuning."
     all_needed = "The QLoRA paper needed all layers to match full fine-tuning."
     meaning = explain(kind if kind in GLOSSARY else "target modules")
     words = f"{meaning} {all_needed if lora.target_modules == (ALL_LINEAR,) else fell_short}"

@@ -55,8 +55,8 @@ _COSTS_HEIGHT, _MEANING_HEIGHT = 37, 50
 READING = UserError(
     "Reading the model's structure",
     what="Reading the model's structure from transformers.",
-    why="Which modules it has is read once, in some seconds.",
-    fix="Wait, or go on with another screen.",
+    why="Its modules are read once, which takes a few seconds.",
+    fix="Wait, or continue on another screen.",
 )
 
 
@@ -185,7 +185,9 @@ class LoraScreen(WorkScreen):
             self.query_one(ModuleGrid).action_clear_block()
 
         title = f"{name.title()} of {', '.join(to_patterns(names, targets))}"
-        text = f"{pluralize(len(names), 'module')}. Leave empty for {format_value(usual)}, as for all others."
+        text = (
+            f"{pluralize(len(names), 'module')}. Leave empty to use {format_value(usual)}, as for all others."
+        )
         self.ask(TextPromptScreen(title, text, "", lambda typed: validate_number(setting, typed)), set_value)
 
     def action_edit_targets(self) -> None:

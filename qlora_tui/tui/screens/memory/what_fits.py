@@ -368,7 +368,7 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
     """
     chosen = describe_choice(choice)
     if not chosen:
-        return Content("Too little memory is left to keep activations of layers, which are recomputed.")
+        return Content("Too little memory is left to keep activations, so all layers recompute them.")
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     return Content.assemble(
         f"The run needs {format_bytes(least_bytes)}. With ",

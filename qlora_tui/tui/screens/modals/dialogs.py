@@ -43,7 +43,7 @@ _NO = Binding("n,escape", "dismiss(False)", "No")
 _MAX_CHANGES = 8
 _NO_MATCH = "No line matches. Press Esc to show all."
 _SHOWN_FIRST = ("error", "warning", "note", "ok")
-_TESTING = "Testing the libraries on a few real weights. This takes some seconds…"
+_TESTING = "Testing the libraries on a few real weights. This takes a few seconds…"
 DraftChoice = Literal["mine", "theirs"]
 Answer = TypeVar("Answer")
 Picked = TypeVar("Picked")
@@ -235,7 +235,7 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
             f"Both stay on the disk: yours is in {format_path(aside)} until you choose, and then "
             "the one that you did not choose. Changes from yours to theirs:"
         )
-        listed = "\n".join(shown) or "Only the preset it started from differs."
+        listed = "\n".join(shown) or "Only the preset that it started from differs."
         super().__init__(
             "Another app changed the recipe", Static(text, markup=False), Static(listed, markup=False)
         )

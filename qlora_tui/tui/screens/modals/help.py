@@ -29,7 +29,7 @@ _KEYMAP_TEXT = (
     "The name beside each key is the command's. To change a key, add the name to [keymap] in config.toml: "
     '"train.stop" = "x". Write keys as ctrl+x, escape, enter, slash, f2; several as "x,f2".'
 )
-_KEY_STYLE = "bold $accent"
+_KEY_STYLE = "bold $key"
 _BRIEF = ("palette", "keys", "presets", "undo", "redo", "settings", "check_machine", "quit")
 """The app's own commands that help of a screen names; F1 has the others."""
 _LEAST_SENTENCE = 16

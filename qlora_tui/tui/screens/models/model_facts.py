@@ -170,7 +170,7 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> F
         took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
         part = f"; {format_bytes(known.done_bytes)} already here" if known.done_bytes else ""
         download = _step(key_name("models.download"), f"Download {format_bytes(missing)}{took}{part}")
-        select = _step("Enter", "Select it for estimates, not downloaded", mark=" ")
+        select = _step("Enter", "Use it for estimates without a download", mark=" ")
         lines = [download if missing else Content("Already on this machine."), select]
     lines.append(("license", model.license or "NA"))
     if known and known.architecture:
@@ -263,7 +263,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
 def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
     """Estimate lengths up to the model's context and micro-batches, some milliseconds for each."""
     usable = _with_targets(model, recipe, budget.device)
-    note = "" if usable is recipe else "with all-linear: it does not have the recipe's targets"
+    note = "" if usable is recipe else "with all-linear, because it lacks the recipe's targets"
     precision = precision_of(recipe)
 
     def estimates(path: str, value: int) -> dict[Precision, Estimate]:

@@ -41,7 +41,7 @@ _BYTES_PER_WEIGHT = 2
 
 @dataclass(frozen=True)
 class Starter:
-    """A model on the Hub worth starting with, and what it needs with the recipe as it is."""
+    """A good first model on the Hub, and what it needs with the recipe as it is."""
 
     model: StarterModel
     architecture: Architecture
@@ -192,7 +192,7 @@ def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) ->
         access = "NA" if model.model.gated is None else "gated" if model.model.gated else "free"
         rows.append(_Line(STARTER + model.id, " ", model.id, (*texts, model.model.license, access)))
     columns = _architecture_columns("download", "access")
-    return _lines("Worth starting with, to download", columns, rows, width)
+    return _lines("Good first models for this machine", columns, rows, width)
 
 
 def _hub_lines(

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,8 @@ from qlora_tui.recipe.presets import (
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.expected_time import Forecast, forecast
-from qlora_tui.tui.commands import screen_commands
-from qlora_tui.tui.key_names import bare_key, key_name
+from qlora_tui.tui.commands import COMMANDS, screen_commands
+from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
 from qlora_tui.tui.screens.base import OnQloraApp
@@ -147,6 +147,12 @@ def edit(preset: Preset) -> None:
 _COMMANDS = screen_commands("presets")
 _SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
 """Commands named in the lower border: there is no footer in a modal."""
+_ALWAYS = (
+    COMMANDS["presets.filter"].binding(),
+    Binding("escape", "leave", "Close"),
+    Binding("question_mark", "help", "Help"),
+)
+"""Keys named in the upper border."""
 _NEED_WIDTH = 30
 """Cells of the list from which it has the memory."""
 _LABEL_WIDTH = 80
@@ -169,8 +175,7 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
 
     CSS_PATH = "presets.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "leave", "Close"),
-        Binding("question_mark", "help", "Help"),
+        *_ALWAYS[1:],
         *(command.binding() for command in _COMMANDS),
     ]
 
@@ -190,11 +195,8 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
 
     def compose(self) -> ComposeResult:
         with Vertical(id="presets-dialog") as dialog:
-            hints = ((bare_key("presets.filter"), "filter"), ("Esc", "close"), ("?", "help"))
-            dialog.border_title = Content.assemble("Presets  ", _key_hints(hints))
-            dialog.border_subtitle = _key_hints(
-                (("Enter", "open"), *((bare_key(each.id), each.label.lower()) for each in _SHOWN))
-            )
+            dialog.border_title = Content.assemble("Presets  ", dialog_keys(_ALWAYS))
+            dialog.border_subtitle = dialog_keys([command.binding() for command in _SHOWN], "Enter open")
             yield TextField(placeholder="Part of a name or note", compact=True, id="preset-filter")
             with Horizontal():
                 yield ViList(id="preset-list")
@@ -310,7 +312,7 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
     async def action_undo(self) -> None:
         if not self._undo:
             key = key_name("app.undo")
-            self.notify(f"No preset was changed here. Press Esc, then {key} to undo changes of the recipe.")
+            self.notify(f"No preset was changed here. To undo a change of the recipe, press Esc, then {key}.")
             return
         change = self._undo[-1]
         before = change.before
@@ -459,7 +461,7 @@ def _memory(
     for label in variants:
         verdict = verdicts.get(label)
         if verdict is None:
-            lines.append(Content.styled("This model does not have the targets of the recipe.", "$text-muted"))
+            lines.append(Content.styled("This model lacks the target modules of the recipe.", "$text-muted"))
             continue
         word = verdict.word
         figures = f"{format_gib(verdict.needed_bytes)} of {format_gib(budget.bytes)} GiB"
@@ -482,11 +484,3 @@ def _times(forecasts: Sequence[Forecast | None]) -> list[Content]:
             lines.append(Content.assemble(head, duration, (f"   {expected.steps}", "$text-muted")))
             source = expected.time.source if expected.time else ""
     return [*lines, Content.styled(f"{'':<13}{source}", "$text-muted")] if source else lines
-
-
-def _key_hints(hints: Iterable[tuple[str, str]]) -> Content:
-    """``Enter open  s save``: keys and verbs, as in the borders of panels."""
-    shown = [
-        Content.assemble((key, "$key bold"), (f" {verb}", "not bold $text-muted")) for key, verb in hints
-    ]
-    return Content("  ").join(shown)

@@ -272,7 +272,7 @@ class ExportScreen(ModalScreen[None]):
         if not path.strip():
             self._say(f"✗ Enter a {choice.target.lower()}.")
         elif any(e.request.out == request.out for e in self._exports.values() if e.status.state == "running"):
-            self._say("✗ This file is being written already.")
+            self._say("✗ This file is already being written.")
         elif self._try(lambda: self._show_started(start_export(self._run_dir, request))):
             self._proposed = path
             self.query_one(ViList).focus()
@@ -386,7 +386,7 @@ def export_choices(
             "Merged model, 16-bit",
             merged,
             "transformers, vLLM",
-            "A folder with base and adapter as one model, compared with them before it gets its name.",
+            "A folder with base and adapter merged into one model, compared with both before it is kept.",
             "merge",
             suffix="-merged",
             target="Folder",
@@ -471,7 +471,7 @@ def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
     elapsed = f" · {format_duration(time.time() - status.began)}" if status.began else ""
     said = {
         "running": f"{status.activity}{elapsed}",
-        "finished": f"{format_bytes(status.bytes)}  {abbreviate_home(export.request.out)}",
+        "finished": f"{format_bytes(status.bytes)}  {status.verdict or abbreviate_home(export.request.out)}",
         "failed": status.problem.partition("\n")[0],
         "canceled": "canceled",
     }[status.state]
@@ -488,13 +488,14 @@ def export_detail(export: Export) -> str:
         case "finished":
             paths = ", ".join(map(abbreviate_home, status.paths))
             size = format_bytes(status.bytes)
-            return "\n".join(filter(None, (f"{size} in {paths}", status.summary, status.command)))
+            run_it = f"▸ {status.command}" if status.command else ""
+            return "\n".join(filter(None, (f"{size} in {paths}", status.summary, run_it)))
         case "running":
             return "\n".join(filter(None, (status.activity, status.note)))
         case "failed":
             written = f"Written: {', '.join(map(abbreviate_home, status.paths))}" if status.paths else ""
             return "\n".join(filter(None, (status.problem, written, status.summary)))
         case "canceled" if status.paths:
-            return f"It was canceled when it was already complete: {', '.join(status.paths)}"
+            return f"It was already complete when it was canceled: {', '.join(status.paths)}"
         case "canceled":
             return "It was canceled and left nothing behind."

@@ -9,12 +9,13 @@ import msgspec
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_path
-from qlora_tui.recipe.fields import fields_of, get_setting
+from qlora_tui.recipe.fields import Field, fields_of, get_setting
 from qlora_tui.runs.notify import RunNotification
 from qlora_tui.settings import Settings, config_path, save_setting
 from qlora_tui.tui.commands import screen_commands
@@ -22,7 +23,7 @@ from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.themes import theme_names
-from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm, groups_by_section
+from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, SettingsForm
 
 _KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
 
@@ -49,8 +50,10 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         with Vertical(classes="dialog wide") as dialog:
             dialog.border_title = "Settings"
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter change")
-            shown = [*{**fields, "theme": theme}.values()]
-            yield SettingsForm(groups_by_section(shown), base_name="default", validate=_missing_folder)
+            yield SettingsForm(
+                _groups({**fields, "theme": theme}), base_name="default", validate=_missing_folder
+            )
+            yield Static(_swatches())
             yield Static(f"Saved in {format_path(config_path())}.", classes="muted", markup=False)
 
     def on_mount(self) -> None:
@@ -87,6 +90,30 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
                 event="finished", run="test", name="test", text=text, step=1, total_steps=1, best_loss=None
             ),
         )
+
+
+_SWATCHES = ("training", "validation", "forgetting", "hardware", "key", "warning", "error")
+
+
+def _swatches() -> Content:
+    """Return the colors of the theme in use, each with its name; they follow a change of the theme."""
+    shown = [Content.assemble(("███ ", f"${name}"), (name, "$text-muted")) for name in _SWATCHES]
+    return Content("  ").join(shown)
+
+
+def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
+    """Return the settings by what they are about."""
+    titles = {
+        "Appearance": ("theme", "mouse"),
+        "GPU": ("gpu", "gpu_memory_gib"),
+        "Models and disk": ("model_folders", "quantized_cache_gib"),
+        "When a run ends": tuple(path for path in fields if path.startswith("notify.")),
+    }
+    listed = {path for paths in titles.values() for path in paths}
+    titles["Other"] = tuple(path for path in fields if path not in listed)
+    return [
+        SettingGroup(title, tuple(fields[path] for path in paths)) for title, paths in titles.items() if paths
+    ]
 
 
 def _missing_folder(path: str, value: Any) -> str:
