@@ -75,7 +75,7 @@ def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
 
 def key_hint(shown: str, verb: str, press: str = "") -> Content:
     """``x cancel`` for the border of a panel or dialog; a click presses ``press``, in Textual's notation."""
-    hint = Content.assemble((shown, "$footer-key-foreground bold"), (f" {verb}", "not bold $text-muted"))
+    hint = Content.assemble((shown, "$key bold"), (f" {verb}", "not bold $text-muted"))
     return hint.stylize(_pressing(press)) if press else hint
 
 

@@ -311,7 +311,9 @@ async def test_u_restores_a_run_deleted_in_this_app(three_runs: list[RunDir]) ->
         await open_runs(app)
         await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
-        await wait_for_text(pilot, "tickets [/a] stays in the trash for 7 days, which holds", "KiB. Press [u]")
+        await wait_for_text(
+            pilot, "tickets [/a] stays in the trash for 7 days, which holds", "KiB. Press [u]"
+        )
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")
         assert "is deleted" not in await wait_for_text(pilot, "Restored tickets [/a]", "✓ finished")

@@ -73,7 +73,7 @@ async def test_the_theme_changes_at_once_and_is_saved() -> None:
 async def test_a_typed_number_is_checked_and_saved() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f6", "j", "j", "enter", "x", "enter")
+        await pilot.press("f6", *"jjj", "enter", "x", "enter")
         await wait_for_text(pilot, "must be a number above 0")
         await pilot.press("backspace", "1", "2", "enter")
         await wait_for_text(pilot, "12  * default: none")
@@ -84,7 +84,7 @@ async def test_a_typed_number_is_checked_and_saved() -> None:
 async def test_a_folder_that_is_not_there_stays_in_its_field() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f6", "j", "j", "j", "enter", *"/nope", "enter")
+        await pilot.press("f6", *"jjjjjj", "enter", *"/nope", "enter")
         await wait_for_text(pilot, "There is no folder /nope.")
         assert app.screen.query_one(Input).value == "/nope"
         await pilot.press(*["backspace"] * 5, *"/tmp", "enter")

@@ -33,10 +33,16 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
 
     CSS_PATH = "../modals/modal.tcss"
     DEFAULT_CSS = """
-    SettingsScreen SettingsForm, SettingsScreen SettingList {
+    SettingsScreen SettingsForm, SettingsScreen SettingsForm SettingList {
         height: auto;
-        max-height: 60vh;
+        max-height: 70vh;
         background: $surface;
+    }
+    SettingsScreen SettingsForm SettingList {
+        max-height: 55vh;
+    }
+    SettingsScreen #setting-help {
+        min-height: 3;
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -60,6 +66,8 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         form = self.query_one(SettingsForm)
         form.show(self.app.settings, Settings())
         form.focus()
+        # Past the title of the first group.
+        form.list.action_move(1)
 
     def on_setting_edited(self, message: SettingEdited) -> None:
         """Save the setting; a default is removed from the file."""
@@ -105,7 +113,7 @@ def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
     """Return the settings by what they are about."""
     titles = {
         "Appearance": ("theme", "mouse"),
-        "GPU": ("gpu", "gpu_memory_gib"),
+        "GPU": ("gpu_memory_gib", "gpu"),
         "Models and disk": ("model_folders", "quantized_cache_gib"),
         "When a run ends": tuple(path for path in fields if path.startswith("notify.")),
     }
