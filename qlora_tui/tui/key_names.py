@@ -68,7 +68,7 @@ def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
     hints = [key_hint(*other.split(" ", 1)) for other in others]
     for each in bindings:
         if isinstance(each, Binding) and each.description:
-            key = _keys(each.id)[0] if each.id in COMMANDS else each.key.partition(",")[0]
+            key = _keys(each.id)[0] if each.id and each.id in COMMANDS else each.key.partition(",")[0]
             hints.append(key_hint(_bare(key), each.description.lower(), press=key))
     return Content("  ").join(hints)
 
