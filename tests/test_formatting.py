@@ -122,7 +122,7 @@ def test_numbers_of_a_kind_have_one_format(shown: str, text: str) -> None:
 
 
 _OWN_FORMATS = {
-    "tui/render/charts.py": "labels of an axis have the decimals of its step",
+    "tui/render/plot.py": "labels of an axis have the decimals of its step",
     "tui/render/picture.py": "coordinates of an SVG file",
     "tui/setting_stepper.py": "rounds a number that is not shown",
     "runs/metrics_table.py": "a CSV file for programs",

@@ -12,7 +12,7 @@ setting_stepper  the next value of a setting when its key is pressed
 terminal_app   the base of app: what is sent to the terminal, and when; each line passes the line_filters
 textual_compat every use of Textual's private API, which tests/tui/test_textual_compat.py checks
 themes         reads and checks the themes, in TOML files; makes one of the terminal's own colors
-terminal_colors  asks the terminal for its colors, and finds its answers among the keys
+color_query      asks the terminal for its colors, and finds its answers among the keys
 breakpoints    widths and heights that app turns into the classes -narrow, -wide, -short and so on; the CSS of
                each screen says what it shows in them; app.tcss is the CSS that all screens share, among it
                that of panels in a small window

@@ -24,6 +24,7 @@ from qlora_tui.formatting import GIB
 from qlora_tui.settings import Settings
 from qlora_tui.tui import desktop, themes
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
+from qlora_tui.tui.color_query import TerminalColor, is_light_by_environment
 from qlora_tui.tui.command_palette import CommandProvider, previewed_theme
 from qlora_tui.tui.commands import EVERYWHERE, NUMBERED_SCREENS
 from qlora_tui.tui.key_names import key_names
@@ -32,7 +33,6 @@ from qlora_tui.tui.process import AppThreads, DiskFaults, install_shutdown_handl
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.terminal_app import TerminalApp
-from qlora_tui.tui.terminal_colors import TerminalColor, is_light_by_environment
 from qlora_tui.tui.threads import run_stoppable
 
 if TYPE_CHECKING:
@@ -235,17 +235,15 @@ class QloraApp(TerminalApp):
     def _wanted_theme(self) -> str:
         if self.no_color:
             return TWO_COLORS.name
-        if not self.wants_terminal_colors():
-            return themes.DEFAULT if self.settings.theme == themes.AUTO else self.settings.theme
-        if themes.TERMINAL in self.available_themes:
-            return themes.TERMINAL
-        return "terminal-light" if self._is_light else "terminal-dark"
+        return themes.choose(
+            self.settings.theme,
+            few_colors=self._has_few_colors,
+            is_light=self._is_light,
+            knows_terminal=themes.TERMINAL in self.available_themes,
+        )
 
     def wants_terminal_colors(self) -> bool:
-        if self.no_color:
-            return False
-        wanted = self.settings.theme
-        return wanted == themes.TERMINAL or (wanted == themes.AUTO and self._has_few_colors)
+        return not self.no_color and themes.is_of_terminal(self.settings.theme, self._has_few_colors)
 
     @property
     def _has_few_colors(self) -> bool:

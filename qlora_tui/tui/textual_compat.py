@@ -33,7 +33,7 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widget import Widget
 
-from qlora_tui.tui.terminal_colors import QUERY, ReplyReader, can_answer
+from qlora_tui.tui.color_query import QUERY, ReplyReader, can_answer
 
 __all__ = [
     "CachedStylesheet",

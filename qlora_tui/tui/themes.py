@@ -3,7 +3,7 @@
 A theme file has ``name``, ``dark``, the colors of a Textual theme (``primary``, ``background``…), of which
 ``accent`` is that of keys, optionally those of the four hues (``HUES``), and ``ansi = true`` to use the
 terminal's 16 colors. A file with an error is reported and skipped. ``terminal`` is a theme without a file:
-made of the terminal's own colors once it has told them (``terminal_colors``).
+made of the terminal's own colors once it has told them (``color_query``).
 """
 
 from __future__ import annotations
@@ -249,3 +249,24 @@ def _check_colors(file: ThemeFile) -> None:
     for name, value in file.variables.items():
         if not name.endswith("-style"):
             Color.parse(value)
+
+
+def is_of_terminal(setting: str, few_colors: bool) -> bool:
+    """Whether the colors are the terminal's: by the setting, or because it has 16 at most."""
+    return setting == TERMINAL or (setting == AUTO and few_colors)
+
+
+def choose(setting: str, *, few_colors: bool, is_light: bool, knows_terminal: bool) -> str:
+    """Return the name of the theme to show.
+
+    Args:
+        setting: the user's ``theme``.
+        few_colors: whether the terminal has 16 colors at most.
+        is_light: whether its background is light, as far as that is known.
+        knows_terminal: whether the theme of the terminal's own colors is registered: it has told them.
+    """
+    if not is_of_terminal(setting, few_colors):
+        return DEFAULT if setting == AUTO else setting
+    if knows_terminal:
+        return TERMINAL
+    return "terminal-light" if is_light else "terminal-dark"

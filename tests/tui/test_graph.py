@@ -14,7 +14,9 @@ from rich.segment import Segment
 from textual.content import Content
 from textual.strip import Strip
 
-from qlora_tui.tui.render.charts import (
+from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.loss import LossFacts, run_plot
+from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
     Axis,
     Curve,
@@ -24,10 +26,8 @@ from qlora_tui.tui.render.charts import (
     so_far,
     ticks,
 )
-from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.loss import LossFacts, run_plot
 from qlora_tui.tui.render.series import MAX_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
-from qlora_tui.tui.screens.train.charts import StepChart, graph_lines
+from qlora_tui.tui.screens.train.step_charts import StepChart, graph_lines
 from qlora_tui.tui.terminal_app import changed_cells
 
 ANY_FLOATS = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=600)

@@ -27,9 +27,9 @@ from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui import desktop
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.render.charts import downsample
 from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import summary_plot
+from qlora_tui.tui.render.plot import downsample
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
 from qlora_tui.tui.screens.runs.run_list import RunFiles, run_keys

@@ -1,6 +1,6 @@
 """Text and numbers for widgets. Nothing here imports a widget of this app.
 
-charts   axes, graphs of lines and points, bars, columns and sparklines in block characters
+plot     axes, graphs of lines and points, bars, columns and sparklines in block characters
 figures  the few numbers that a screen is looked at for, in a line or in large digits
 series   columns of numbers, decimated to what a graph can show
 columns  tables of lines: columns declared once, cut and left out to fit a width

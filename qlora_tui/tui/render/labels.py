@@ -26,7 +26,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.run_summary import ResultDefect, RunSummary, data_words
 from qlora_tui.runs.status import State
-from qlora_tui.tui.render.charts import bar, level_style
+from qlora_tui.tui.render.plot import bar, level_style
 from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:

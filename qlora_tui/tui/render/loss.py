@@ -10,7 +10,9 @@ from qlora_tui.formatting import format_loss
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
-from qlora_tui.tui.render.charts import (
+from qlora_tui.tui.render.labels import BEST, no_steps_words
+from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
+from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
     Axis,
     Curve,
@@ -22,8 +24,6 @@ from qlora_tui.tui.render.charts import (
     so_far,
     ticks,
 )
-from qlora_tui.tui.render.labels import BEST, no_steps_words
-from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.series import BiasCorrectedEma, Envelope, smoothing_window
 
 _WIDTH, _HEIGHT = 960, 480

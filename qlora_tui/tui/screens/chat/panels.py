@@ -29,8 +29,8 @@ from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import name_keys
-from qlora_tui.tui.render.charts import blocks, downsample, labeled, meter
 from qlora_tui.tui.render.columns import fact_lines
+from qlora_tui.tui.render.plot import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
 from qlora_tui.tui.widgets.controls import Lines, Panel

@@ -16,9 +16,9 @@ from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.charts import Axis, bar, blocks, ticks
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.render.plot import Axis, bar, blocks, ticks
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 _TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))

@@ -43,7 +43,6 @@ from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.charts import bar, labeled, meter, sparkline
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
@@ -59,6 +58,7 @@ from qlora_tui.tui.render.labels import (
     targets_words,
 )
 from qlora_tui.tui.render.loss import mean_losses
+from qlora_tui.tui.render.plot import bar, labeled, meter, sparkline
 from qlora_tui.tui.screens.home.next_step import (
     HomeState,
     NextStep,

@@ -360,8 +360,8 @@ class HomeScreen(WorkScreen):
 
     def _show_run(self, facts: HomeFacts) -> None:
         """What of the run and of earlier ones is more than text."""
-        from qlora_tui.tui.render.charts import plot
         from qlora_tui.tui.render.loss import summary_plot
+        from qlora_tui.tui.render.plot import plot
         from qlora_tui.tui.screens.home.reader import recent_lines
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None

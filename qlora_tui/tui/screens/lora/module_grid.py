@@ -25,7 +25,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_count
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
-from qlora_tui.tui.render.charts import join_cells
+from qlora_tui.tui.render.plot import join_cells
 from qlora_tui.tui.widgets.controls import ROW_KEYS
 
 ALL, SOME, NONE = "all", "some", "none"

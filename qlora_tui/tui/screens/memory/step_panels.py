@@ -20,8 +20,8 @@ from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, PRECISIONS, Precis
 from qlora_tui.memory.step import PHASES, Moment, Phase
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.charts import Axis, bar, join_cells, ticks
 from qlora_tui.tui.render.labels import PRECISION_NAMES, verdict_words
+from qlora_tui.tui.render.plot import Axis, bar, join_cells, ticks
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 

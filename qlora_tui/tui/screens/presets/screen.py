@@ -44,8 +44,8 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import COMMANDS, screen_commands
 from qlora_tui.tui.key_names import dialog_keys, key_name
-from qlora_tui.tui.render.charts import bar
 from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
+from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help

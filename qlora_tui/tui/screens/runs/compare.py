@@ -36,7 +36,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.render.charts import Axis, Curve, Plot, loss_axis, no_plot, overall, plot, so_far
+from qlora_tui.tui.render.plot import Axis, Curve, Plot, loss_axis, no_plot, overall, plot, so_far
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope, smoothing_window
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.runs.run_list import MARKS

@@ -44,7 +44,6 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
-from qlora_tui.tui.render.charts import labeled, sparkline
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import (
     batch_words,
@@ -54,6 +53,7 @@ from qlora_tui.tui.render.labels import (
     state_bar,
     targets_words,
 )
+from qlora_tui.tui.render.plot import labeled, sparkline
 from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 

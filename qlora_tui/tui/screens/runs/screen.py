@@ -29,8 +29,8 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import key_name, name_keys
-from qlora_tui.tui.render.charts import plot
 from qlora_tui.tui.render.loss import summary_plot
+from qlora_tui.tui.render.plot import plot
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.presets.screen import save_as

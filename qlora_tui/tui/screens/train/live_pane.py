@@ -21,8 +21,7 @@ from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name, name_keys
-from qlora_tui.tui.render.charts import no_plot, plot
-from qlora_tui.tui.screens.train.charts import graph_lines, loss_plot, step_charts
+from qlora_tui.tui.render.plot import no_plot, plot
 from qlora_tui.tui.screens.train.machine_panel import MachineState, machine_lines
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
 from qlora_tui.tui.screens.train.run_panels import (
@@ -37,6 +36,7 @@ from qlora_tui.tui.screens.train.run_panels import (
     setup_lines,
     stage_lines,
 )
+from qlora_tui.tui.screens.train.step_charts import graph_lines, loss_plot, step_charts
 from qlora_tui.tui.textual_compat import follow_end
 from qlora_tui.tui.widgets.controls import (
     SCROLL_KEYS,

@@ -15,7 +15,7 @@ from textual.content import Content
 from qlora_tui.formatting import format_bytes, format_gib, format_percent, format_power
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Reading
-from qlora_tui.tui.render.charts import bar, blocks
+from qlora_tui.tui.render.plot import bar, blocks
 
 _HOT_C = 83
 _LABEL = 8

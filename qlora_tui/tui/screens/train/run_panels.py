@@ -39,7 +39,6 @@ from qlora_tui.runs.run_summary import data_words, find_defect, next_evaluation
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.charts import bar, labeled
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
@@ -50,6 +49,7 @@ from qlora_tui.tui.render.labels import (
     state_bar,
     targets_words,
 )
+from qlora_tui.tui.render.plot import bar, labeled
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
 _MIN_BAR = 8

@@ -37,10 +37,10 @@ from qlora_tui.tui.screens.modals.dialogs import (
     ask_search,
 )
 from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
-from qlora_tui.tui.screens.train.charts import zoom_start
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch, setting_notes
 from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
+from qlora_tui.tui.screens.train.step_charts import zoom_start
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
 from qlora_tui.tui.workbench import draft_written_at

@@ -19,7 +19,9 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.view import finite_losses
-from qlora_tui.tui.render.charts import (
+from qlora_tui.tui.render.labels import no_steps_words
+from qlora_tui.tui.render.loss import VALIDATION_STYLE, LossFacts, run_plot
+from qlora_tui.tui.render.plot import (
     Axis,
     Plot,
     blocks,
@@ -29,8 +31,6 @@ from qlora_tui.tui.render.charts import (
     so_far,
     tick_step,
 )
-from qlora_tui.tui.render.labels import no_steps_words
-from qlora_tui.tui.render.loss import VALIDATION_STYLE, LossFacts, run_plot
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 

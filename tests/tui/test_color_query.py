@@ -10,7 +10,7 @@ from textual.color import Color
 
 from bench.terminal import Terminal
 from qlora_tui import paths
-from qlora_tui.tui.terminal_colors import (
+from qlora_tui.tui.color_query import (
     QUERY,
     ReplyReader,
     TerminalColor,
