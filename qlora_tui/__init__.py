@@ -24,7 +24,7 @@ settings       the user's ``config.toml``: theme, keymap, folders, notifications
 paths          the folders of runs, presets, drafts and caches
 errors         UserError with its codes, and exit codes
 files          files that a kill or a power cut leaves whole; checksums: folders that can be verified
-drafts         temporary folders with a marker, and all deleting; locks: file locks
+publishing     temporary folders with a marker, moved into place, and all deleting; locks: file locks
 decoding       JSON that may be damaged; answer_cache: answers kept by what they depend on
 formatting     numbers, sizes and times as text; visible: text without control characters
 glossary       the words that the app explains

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_tui.drafts import draft_path, held_draft, publish
 from qlora_tui.files import open_to_read, read_regular
+from qlora_tui.publishing import draft_path, held_draft, publish
 
 NAME = "SHA256SUMS"
 

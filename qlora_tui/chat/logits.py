@@ -6,7 +6,7 @@ thousands of positions can be computed when they are needed.
 The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels directly. The
 check runs the end of a real prompt through both that code and the library's own. The logits of the next token
 must agree as closely as the library agrees with itself when each module's output is perturbed by the rounding
-error of the dtype (see :mod:`qlora_tui.training.checks.step`).
+error of the dtype (see :mod:`qlora_tui.training.checks.step_comparison`).
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from typing import NoReturn
 
 from qlora_tui import paths
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, checks_as_data, format_checks, format_table
-from qlora_tui.drafts import discard
 from qlora_tui.errors import EXIT_FAILURE, UserError
 from qlora_tui.files import size_of
 from qlora_tui.formatting import format_bytes
+from qlora_tui.publishing import discard
 from qlora_tui.visible import visible
 
 KINDS = {

@@ -3,7 +3,8 @@
 A chat template is a program by a third party, a table a memory image whose lengths anyone may write, and a
 tokenizer a program of a library without limits. Each call to a ``Confined`` child may take so much processor
 time, which the kernel counts, and so much memory. ``chat_template`` renders in one child, ``arrow_rows``
-reads tables in another, and ``dataset_scan`` processes rows in several, which render templates in place.
+reads tables in another, and ``dataset_scan`` processes rows in several, which render templates in place; each
+sets its own limits.
 
 A child needs no care: it ends after a while without calls, and when its parent does, however that ends.
 """

@@ -35,10 +35,10 @@ from qlora_tui.data.store import Samples, Store, Writer
 from qlora_tui.data.text_reader import Position
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.decoding import decode_json
-from qlora_tui.drafts import abandoned_in, delete_abandoned, discard, new_draft
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, sync_tree
 from qlora_tui.paths import cache_dir
+from qlora_tui.publishing import abandoned_in, delete_abandoned, discard, new_draft
 from qlora_tui.recipe.schema import PAIR_METHODS, Recipe, Source
 
 _MAX_UNUSED_AGE_S = 60 * 24 * 3600

@@ -22,11 +22,11 @@ from itertools import count
 from pathlib import Path
 
 from qlora_tui import checksums
-from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import private_dir
 from qlora_tui.formatting import format_bytes
 from qlora_tui.paths import cache_dir
+from qlora_tui.publishing import new_draft
 from qlora_tui.training.gguf_conversion import convert_in_child
 from qlora_tui.worker import Report
 

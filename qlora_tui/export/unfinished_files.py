@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora_tui.drafts import draft_path, final_path, held_draft
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problem
 from qlora_tui.files import private_dir, sync, sync_tree
 from qlora_tui.formatting import format_bytes
+from qlora_tui.publishing import draft_path, final_path, held_draft
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)

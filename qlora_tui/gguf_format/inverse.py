@@ -1,7 +1,7 @@
 """From the tensors of a GGUF file back to those of weight files, by what the forward direction does.
 
 How llama.cpp stores a tensor is declared once, as functions from transformers' values to its own
-(:mod:`qlora_tui.gguf_format.architectures`). All of them move elements, and multiply and add
+(:mod:`qlora_tui.gguf_format.conventions`). All of them move elements, and multiply and add
 constants or take -exp. So a function is known by what it makes of a few tensors: of the numbers of rows and
 columns, where each element of the file comes from; of zeros, ones and twos, what was done to it.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tui.gguf_format.architectures import convention_of
+from qlora_tui.gguf_format.conventions import convention_of
 from qlora_tui.gguf_format.tensors import SourceTensor, gguf_tensors
 
 _LAYER = re.compile(r"\.\d+\.")

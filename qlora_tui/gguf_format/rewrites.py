@@ -9,7 +9,7 @@ Conventions that many families share:
 * Experts are one tensor per projection and layer, (experts, outputs, inputs).
 * The decay of a state space is stored as −exp(A_log), a depthwise convolution as (channels, kernel).
 
-What llama.cpp's converter does: conversion/. Which architecture uses which rules: ``architectures``.
+What llama.cpp's converter does: conversion/. Which architecture uses which rules: ``conventions``.
 """
 
 from __future__ import annotations

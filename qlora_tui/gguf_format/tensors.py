@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_tui.errors import UserError
-from qlora_tui.gguf_format.architectures import Convention
+from qlora_tui.gguf_format.conventions import Convention
 from qlora_tui.gguf_format.rewrites import EVERYWHERE, Change, Rewrite
 
 _IN_TEXT_MODEL = re.compile(r"(.*\.)?(language_model|text_model)\.")

@@ -19,10 +19,8 @@ from qlora_tui.gpu.torch_on_gpu import install_fix
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.installation import install_command
 
-OUT_OF_MEMORY = "out of memory"
-"""CUDA's sentence for ``cudaErrorMemoryAllocation``."""
 _MEMORY = 2
-"""Its code."""
+"""Code of ``cudaErrorMemoryAllocation``."""
 _SENTENCE = re.compile(r"(?:CUDA (?:driver )?error|Triton Error \[CUDA\]|Error \d+): (.+)")
 _BITSANDBYTES = re.compile(r"Error (.+) at line \d+ in file \S.*")
 """What bitsandbytes writes before it calls ``exit(1)`` (``csrc/compat.cuh``, ``BNB_CHECK_RETURN``)."""
@@ -99,9 +97,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the GPU or the machine ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    message = str(error)
-    is_memory_message = any(word in message for word in _MEMORY_WORDS) or message.strip() in ONEDNN_MEMORY
-    return isinstance(error, RuntimeError) and is_memory_message
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(message: str) -> bool:
+    """Return whether a library's message means that the GPU or the machine ran out of memory."""
+    return any(word in message for word in _MEMORY_WORDS) or message.strip() in ONEDNN_MEMORY
 
 
 def cuda_error(error: BaseException) -> CudaError | None:
@@ -118,7 +119,7 @@ def breaks_process(error: BaseException) -> bool:
     if getattr(error, "error_code", _MEMORY) != _MEMORY:
         return True
     match = _SENTENCE.search(str(error))
-    return match is not None and not match[1].startswith(OUT_OF_MEMORY)
+    return match is not None and not says_out_of_memory(match[1])
 
 
 def sentence_in_log(line: str) -> str:

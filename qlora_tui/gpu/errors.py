@@ -72,8 +72,8 @@ class _Texts(Struct, frozen=True):
 
 @cache
 def error_texts() -> _Texts:
-    """Return what ``errors.toml`` says."""
-    return msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes(), type=_Texts)
+    """Return what ``error_texts.toml`` says."""
+    return msgspec.toml.decode(Path(__file__).with_name("error_texts.toml").read_bytes(), type=_Texts)
 
 
 _REASON_BY_NVML_CODE = {

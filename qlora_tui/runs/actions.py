@@ -19,10 +19,10 @@ import msgspec
 
 from qlora_tui import paths
 from qlora_tui.catalog.adapters import CONFIG
-from qlora_tui.drafts import discard
 from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular, sync
 from qlora_tui.locks import is_held, is_locked
+from qlora_tui.publishing import discard
 from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import load, to_frozen_recipe

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from qlora_tui import paths
-from qlora_tui.drafts import kept_earlier
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular, sync
 from qlora_tui.locks import PATIENCE_S, locked
+from qlora_tui.publishing import kept_earlier
 from qlora_tui.recipe.toml import parse, to_recipe
 from qlora_tui.runs import leftovers, run_queue
 from qlora_tui.runs.damage import adapter_damage, checkpoint_damage

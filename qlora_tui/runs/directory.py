@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir, read_regular, sync, sync_tree
 from qlora_tui.formatting import short_model_name
+from qlora_tui.publishing import new_draft
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, load, to_frozen_recipe
 from qlora_tui.runs.event_log import append_event, read_from

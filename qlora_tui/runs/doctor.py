@@ -17,7 +17,6 @@ import psutil
 from qlora_tui import paths, worker
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.catalog.optional_kernels import describe_missing, types_by_kernel
-from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UsageError, UserError, disk_problem
 from qlora_tui.formatting import format_bytes, format_gib, format_path, uncapitalize
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
@@ -27,6 +26,7 @@ from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
 from qlora_tui.gpu.visible_devices import CPU, choose_gpu
 from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.memory.budget import MemoryBudget, budget_for, this_processor
+from qlora_tui.publishing import new_draft
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs

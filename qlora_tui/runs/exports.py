@@ -19,10 +19,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qlora_tui.decoding import decode_json, read_json
-from qlora_tui.drafts import delete_unfinished, discard
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular
 from qlora_tui.locks import is_locked
+from qlora_tui.publishing import delete_unfinished, discard
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity, detached_environ

@@ -1,7 +1,7 @@
 """What killed processes left, wherever this program writes: drafts to delete, previous folders to restore.
 
 Only what it can be shown to have made is deleted: folders with its marker that no process holds
-(:mod:`qlora_tui.drafts`), and temporary files with its name (:func:`qlora_tui.files.atomic_write`) that
+(:mod:`qlora_tui.publishing`), and temporary files with its name (:func:`qlora_tui.files.atomic_write`) that
 are an hour old. What a file in a run's folder says never decides what is deleted elsewhere.
 """
 
@@ -15,7 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from qlora_tui import paths
-from qlora_tui.drafts import (
+from qlora_tui.errors import UserError
+from qlora_tui.files import TEMPORARY, list_folder
+from qlora_tui.publishing import (
     abandoned_in,
     delete_abandoned,
     final_path,
@@ -23,8 +25,6 @@ from qlora_tui.drafts import (
     restore_earlier,
     unfinished_drafts,
 )
-from qlora_tui.errors import UserError
-from qlora_tui.files import TEMPORARY, list_folder
 from qlora_tui.runs.directory import RunDir
 
 OLD_S = 3600.0

@@ -15,7 +15,7 @@ from msgspec import structs
 
 from qlora_tui.errors import EXIT_DISK, UserError
 from qlora_tui.formatting import format_bytes
-from qlora_tui.gpu.cuda_errors import OUT_OF_MEMORY, CudaError, describe, error_in_log, sentence_in_log
+from qlora_tui.gpu.cuda_errors import CudaError, describe, error_in_log, says_out_of_memory, sentence_in_log
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import events
@@ -65,7 +65,7 @@ def determine_outcome(
     # SIGABRT: C++ ends a process so, where CUDA fails while an exception is handled.
     may_be_cuda = exit_code == -signal.SIGABRT or (exit_code or 0) > 0
     cuda_line = last_cuda_line(run, log_from) if may_be_cuda and log_from is not None else ""
-    if sentence_in_log(cuda_line).startswith(OUT_OF_MEMORY):
+    if says_out_of_memory(sentence_in_log(cuda_line)):
         what = "A library found no free GPU memory and ended the trainer."
         return _out_of_memory(run, what, f"Its message: {cuda_line.strip()}.", exit_code)
     problem = gpu_problem(run, error_in_log(cuda_line)) if exit_code != 0 else None

@@ -1,10 +1,7 @@
-"""LoRA on top of the frozen model.
+"""LoRA on top of the frozen model: new, or from another adapter (``lora.init_from``).
 
-Starts a run from the weights of another adapter (``lora.init_from``).
-
-Writes the result, ``adapter/``, which plain peft can load.
-
-The adapter that a run starts from (``lora.init_from``) as the reference of DPO and KTO.
+Writes the result, ``adapter/``, which plain peft can load. Keeps the adapter that a run starts from as the
+reference of DPO and KTO.
 
 The reference is what the model was before the run, so where an adapter is trained further it is that adapter
 and not the base. Its weights are kept next to those that change, and take their place for a pass. The first

@@ -10,7 +10,7 @@ checkpoints/step-N/
 A folder is written under a hidden name, flushed to the disk, and then renamed. Importing this loads no torch.
 
 A resume is exact because :class:`.trainer.Trainer` restores adapter, optimizer, schedule and random numbers,
-:class:`.loop.Loop` the state, and :func:`.batches.plan_steps` plans the same steps again from the seed.
+:class:`.loop.Loop` the state, and :func:`~qlora_tui.data.step_plan.plan_steps` plans the same steps again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.checksums import write_checksums
 from qlora_tui.decoding import decode_json
-from qlora_tui.drafts import discard, draft_files, draft_path, held_draft, publish
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.files import atomic_write, open_to_read, read_regular
+from qlora_tui.publishing import discard, draft_files, draft_path, held_draft, publish
 from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, diff_recipes
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import parse, to_frozen_recipe

@@ -28,8 +28,8 @@ from qlora_tui.catalog.model_validation import (
     weight_files,
     without_code,
 )
-from qlora_tui.drafts import new_draft
 from qlora_tui.errors import UserError
+from qlora_tui.publishing import new_draft
 
 _CONFIGS = ("config.json", "generation_config.json")
 

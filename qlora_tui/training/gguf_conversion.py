@@ -15,12 +15,12 @@ from pathlib import Path
 from qlora_tui import worker
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.catalog.local_models import ModelFiles, converted_dir, resolve_model
-from qlora_tui.drafts import delete_abandoned, draft_path, new_draft, publish
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.torch_env import OFFLINE
 from qlora_tui.memory.levels import Conversion, peak_bytes
 from qlora_tui.paths import cache_dir
+from qlora_tui.publishing import delete_abandoned, draft_path, new_draft, publish
 from qlora_tui.training.gguf_weights import ProgressCallback, write_description
 from qlora_tui.worker import run_job
 

@@ -27,9 +27,9 @@ from typing import Any
 
 from qlora_tui.catalog.gguf import GgufHeader, gguf_problem, read_gguf
 from qlora_tui.catalog.gguf_config import to_hf_config
-from qlora_tui.drafts import draft_path, held_draft, publish
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
+from qlora_tui.publishing import draft_path, held_draft, publish
 from qlora_tui.training.failures import is_full_disk
 from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 from qlora_tui.worker import Report

@@ -20,11 +20,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import is_mxfp4
-from qlora_tui.drafts import discard
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.memory.execution import AttentionPath, Loss
 from qlora_tui.memory.weights import require_4_bit_experts
+from qlora_tui.publishing import discard
 from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.recipe.targets import SKIP, match_modules
 from qlora_tui.training import quantized_cache

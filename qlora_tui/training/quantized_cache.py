@@ -21,12 +21,12 @@ import msgspec
 from qlora_tui import paths
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import is_mxfp4, weight_files
-from qlora_tui.drafts import discard, draft_path, held_draft, publish
 from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.formatting import format_bytes
 from qlora_tui.locks import locked
 from qlora_tui.memory.weights import quantized_experts
+from qlora_tui.publishing import discard, draft_path, held_draft, publish
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.settings import load_settings
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes

@@ -21,7 +21,7 @@ from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.gguf_file import content, writer
 from qlora_tui.export.gguf_file.content import text_config
 from qlora_tui.export.llama_cpp.bindings import LlamaCpp
-from qlora_tui.gguf_format.architectures import CONVENTIONS, convention_of
+from qlora_tui.gguf_format.conventions import CONVENTIONS, convention_of
 from qlora_tui.training.gguf_weights import convert
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import (

@@ -128,7 +128,7 @@ def test_what_cannot_be_written_creates_no_repository(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("qlora_tui.gguf_format.architectures.CONVENTIONS", ())
+    monkeypatch.setattr("qlora_tui.gguf_format.conventions.CONVENTIONS", ())
     assert _export(run, *arguments) != 0
     assert title in capsys.readouterr().err
     assert not hub.requests

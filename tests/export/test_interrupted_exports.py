@@ -20,12 +20,12 @@ from msgspec.structs import replace
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.cli.main import main
-from qlora_tui.drafts import unfinished_drafts
 from qlora_tui.errors import UserError
 from qlora_tui.export import export_job, gguf
 from qlora_tui.export.forms import export_form
 from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.unfinished_files import draft_folder, publish_files, publish_new
+from qlora_tui.publishing import unfinished_drafts
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.exports import (

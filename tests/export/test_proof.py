@@ -31,8 +31,8 @@ from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.gguf_file.writer import StoredTypes
 from qlora_tui.export.proof import Proof, judged, prove
 from qlora_tui.export.reference import compared_rows, reference_answers, row_progress
-from qlora_tui.gguf_format import architectures, rewrites, tensors
-from qlora_tui.gguf_format.architectures import CONVENTIONS
+from qlora_tui.gguf_format import conventions, rewrites, tensors
+from qlora_tui.gguf_format.conventions import CONVENTIONS
 from tests.export.export_sources import make_source
 from tests.export.gguf_files import write_base
 from tests.export.published_tokenizers import write_tokenizer
@@ -94,7 +94,7 @@ def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_norm_offset(monkeypatch: pytest.MonkeyPatch) -> None:
     without = tuple(replace(each, rewrites=()) for each in CONVENTIONS)
-    monkeypatch.setattr(architectures, "CONVENTIONS", without)
+    monkeypatch.setattr(conventions, "CONVENTIONS", without)
 
 
 def own_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.checksums import checked_folder, mismatch
-from qlora_tui.drafts import restore_earlier
 from qlora_tui.files import atomic_write
+from qlora_tui.publishing import restore_earlier
 from tests.support.power import Disk
 
 

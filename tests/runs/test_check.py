@@ -14,8 +14,8 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.checksums import NAME, digest, write_checksums
-from qlora_tui.drafts import draft_path
 from qlora_tui.locks import locked
+from qlora_tui.publishing import draft_path
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, leftovers, run_queue
 from qlora_tui.runs.check import apply_repairs, check_leftovers, check_queue, check_run

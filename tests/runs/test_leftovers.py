@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from qlora_tui import paths
-from qlora_tui.drafts import draft_path, earlier_path, held_draft, new_draft
 from qlora_tui.files import private_dir
+from qlora_tui.publishing import draft_path, earlier_path, held_draft, new_draft
 from qlora_tui.runs import leftovers
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import ExportRequest, delete_export, read_exports

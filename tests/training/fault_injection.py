@@ -18,7 +18,7 @@ from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.training import loss, memory_meter, model, packed_attention
-from qlora_tui.training.checks.step import StepReference
+from qlora_tui.training.checks.step_comparison import StepReference
 from qlora_tui.training.fused import norm_rotary
 from qlora_tui.training.loop import Loop
 from qlora_tui.training.trainer import Trainer

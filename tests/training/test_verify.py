@@ -35,7 +35,7 @@ from qlora_tui.training.checks.first_step import (
     verify_first_step,
     verify_step,
 )
-from qlora_tui.training.checks.step import (
+from qlora_tui.training.checks.step_comparison import (
     StepComparison,
     StepReference,
     excerpt_of,

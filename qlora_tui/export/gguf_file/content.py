@@ -17,7 +17,7 @@ from qlora_tui.export.gguf_file.parameters import extra_tensors, hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary, read_vocabulary
 from qlora_tui.export.gguf_file.writer import FileContent
 from qlora_tui.formatting import short_model_name
-from qlora_tui.gguf_format.architectures import Convention, convention_of
+from qlora_tui.gguf_format.conventions import Convention, convention_of
 from qlora_tui.gguf_format.tensors import SourceTensor, gguf_tensors
 from qlora_tui.training.clean_files import model_view
 

@@ -1,7 +1,8 @@
 """Compares the first step of a run, with all fast paths, with transformers and peft.
 
 Where they differ, each fast path is tested separately. Those that compute something else are switched off for
-the run, which then trains as transformers and peft would; an event and a warning name them.
+the run, which then trains as transformers and peft would; an event and a warning name them. How far both may
+differ: ``step_comparison``, by the ``NOISE_FACTOR`` of ``rounding``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qlora_tui.runs.events import StepVerified
 from qlora_tui.training import loss, packed_attention
 from qlora_tui.training.batches import count_tokens, longest_micro_batch, micro_batches
 from qlora_tui.training.checks.base import prepare_for_text, require_causal
-from qlora_tui.training.checks.step import (
+from qlora_tui.training.checks.step_comparison import (
     StepComparison,
     StepReference,
     excerpt_of,

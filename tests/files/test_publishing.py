@@ -14,8 +14,12 @@ from typing import IO, Any
 
 import pytest
 
-from qlora_tui import drafts
-from qlora_tui.drafts import (
+from qlora_tui import publishing
+from qlora_tui.errors import UserError
+from qlora_tui.files import list_folder, sync
+from qlora_tui.locks import locked
+from qlora_tui.paths import state_dir
+from qlora_tui.publishing import (
     abandoned_in,
     delete_abandoned,
     delete_unfinished,
@@ -28,10 +32,6 @@ from qlora_tui.drafts import (
     publish,
     unfinished_drafts,
 )
-from qlora_tui.errors import UserError
-from qlora_tui.files import list_folder, sync
-from qlora_tui.locks import locked
-from qlora_tui.paths import state_dir
 from tests.support.power import FaultyDisk
 
 
@@ -77,7 +77,7 @@ def leave(draft: Path) -> Path:
 def test_a_folder_without_our_marker_is_refused_and_stays(
     draft: Path, monkeypatch: pytest.MonkeyPatch, lock: str | None
 ) -> None:
-    monkeypatch.setattr(drafts, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(publishing, "PATIENCE_S", 0.0)
     (draft / "files").mkdir(parents=True)
     (draft / "files/thesis.txt").write_text("mine")
     if lock is not None:
@@ -124,20 +124,20 @@ def test_a_folder_whose_place_cannot_be_synced_is_not_published(
         (final / name).mkdir(parents=True)
 
     def fail_once(folder: Path) -> None:
-        monkeypatch.setattr(drafts, "sync", sync)
+        monkeypatch.setattr(publishing, "sync", sync)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with pytest.raises(OSError), held_draft(draft) as files:
         assert files is not None
         (files / "new").touch()
-        monkeypatch.setattr(drafts, "sync", fail_once)
+        monkeypatch.setattr(publishing, "sync", fail_once)
         publish(files, final)
     assert [path.name for path in list_folder(final)] == earlier
     assert not draft.exists()
 
 
 def test_a_draft_is_held_by_one_at_a_time(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafts, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(publishing, "PATIENCE_S", 0.0)
     with held_draft(draft) as files, held_draft(draft) as second:
         assert files is not None and files.is_dir()
         assert second is None and not is_abandoned(draft)
@@ -222,8 +222,8 @@ def test_a_draft_deleted_while_it_is_locked_is_made_again(
             delete_once("after")
             yield lock
 
-    monkeypatch.setattr(drafts, "locked", delayed)
-    monkeypatch.setattr(drafts, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(publishing, "locked", delayed)
+    monkeypatch.setattr(publishing, "PATIENCE_S", 0.0)
     with held_draft(draft) as files:
         assert deleted and files is not None and files.is_dir()
         with held_draft(draft) as second:
