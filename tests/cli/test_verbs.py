@@ -288,7 +288,10 @@ def test_gpu_gib_opens_the_app_with_that_gpu_size(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(gc, "disable", lambda: None)
     monkeypatch.setattr(QloraApp, "run", lambda app, **_: opened.append(app))
-    assert main(["--gpu-gib", "24"]) == 0
+    monkeypatch.setattr(sys.modules["qlora_tui.cli.main"], "end_process", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        main(["--gpu-gib", "24"])
+    assert ended.value.code == 0
     assert opened[0].memory_budget.bytes == 24 << 30
 
 
