@@ -43,7 +43,7 @@ def test_a_run_is_listed_and_shown(run: RunDir, capsys: pytest.CaptureFixture[st
     assert main(["runs"]) == 0
     assert "finished" in capsys.readouterr().out
     assert main(["attach", run.id]) == 0
-    assert "step 30/30" in capsys.readouterr().out
+    assert "step 30 of 30" in capsys.readouterr().out
 
 
 def test_every_file_of_a_run_is_whole(
