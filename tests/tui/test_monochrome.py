@@ -22,7 +22,7 @@ ATTRIBUTES = {"0", BOLD, DIM, "3", UNDERLINE, REVERSE, "9"}
 VISITED = [
     ("0", "Next"),
     ("1", "Good first models"),
-    ("2", "has no model"),
+    ("2", "No data yet"),
     ("3", "has no model"),
     ("4", "r R rank"),
     ("5", "n New run"),
