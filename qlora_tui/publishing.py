@@ -182,7 +182,8 @@ def unfinished_drafts() -> Iterator[Path]:
     for entry in _listing().glob("*"):
         with suppress(OSError, ValueError):
             draft = Path(os.fsdecode(read_regular(entry)))
-            if is_abandoned(draft):
+            # An empty folder has no marker yet, or no longer: the list shows whose it is.
+            if is_abandoned(draft) or (is_ours(draft) and not any(draft.iterdir())):
                 yield draft
             elif not draft.exists():
                 entry.unlink()
@@ -191,8 +192,8 @@ def unfinished_drafts() -> Iterator[Path]:
 def delete_unfinished() -> None:
     """Delete every listed draft that a killed process left, as far as possible."""
     for draft in unfinished_drafts():
-        with suppress(OSError, UserError):
-            delete_abandoned(draft)
+        with suppress(OSError, UserError), held_draft(draft):
+            pass
 
 
 def _listing() -> Path:

@@ -270,3 +270,17 @@ def test_a_draft_of_another_user_is_refused(draft: Path) -> None:
     os.chown(leave(draft), 12345, 12345)
     with pytest.raises(PermissionError, match="another user"), held_draft(draft):
         pass
+
+
+def test_a_listed_draft_that_has_no_marker_yet_is_deleted(tmp_path: Path) -> None:
+    """A kill may come between its folder and its lock."""
+    listed, own = (draft_path(tmp_path / name) for name in ("mine", "other"))
+    with held_draft(listed, is_listed=True):
+        entries = {entry: entry.read_bytes() for entry in (state_dir() / "unfinished").iterdir()}
+    for entry, content in entries.items():
+        entry.write_bytes(content)
+    listed.mkdir()
+    own.mkdir()
+    assert list(unfinished_drafts()) == [listed]
+    delete_unfinished()
+    assert not listed.exists() and own.exists()
