@@ -226,7 +226,7 @@ def test_a_bound_that_no_type_is_within_leaves_nothing(
 ) -> None:
     with pytest.raises(UserError, match="No type is within the bound") as refused:
         export_gguf(source_of("smollm2"), "adapter", tmp_path / "out", ["auto"], within=0.0)
-    assert "The nearest: Q8_0 answers" in refused.value.what
+    assert "The nearest: Q8_0: same top token" in refused.value.what
     assert not (tmp_path / "out").exists()
 
 

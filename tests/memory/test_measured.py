@@ -20,6 +20,8 @@ from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
 from tests.catalog.configs import config
 from tests.memory.step_cases import traced_step
 
+pytestmark = pytest.mark.slow
+
 TINY: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -34,7 +36,6 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpointing", "dropout", "method", "dtype"),
     [
@@ -66,7 +67,6 @@ def test_a_real_step_holds_what_was_predicted(
     assert predicted == pytest.approx(_measured(TINY, recipe, dropout), rel=0.06)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kept_layers", [1, 2, 3])
 def test_a_real_step_with_kept_layers_holds_what_was_predicted(kept_layers: int) -> None:
     recipe = Recipe(
@@ -79,7 +79,6 @@ def test_a_real_step_with_kept_layers_holds_what_was_predicted(kept_layers: int)
     assert predicted == pytest.approx(_measured(TINY, recipe, 0.0, kept_layers=kept_layers), rel=0.06)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "checkpointing", "dtype"),
     [
@@ -108,7 +107,6 @@ def test_a_real_step_on_preferences_holds_what_was_predicted(
     assert predicted == pytest.approx(_measured(TINY, recipe, 0.0), rel=0.06)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma3_text", "qwen3_moe"])
 def test_the_trace_of_a_type_is_a_real_step_on_the_cpu(model_type: str) -> None:
     """Queries wider than values, windows, and experts in float32."""
@@ -123,7 +121,6 @@ def test_the_trace_of_a_type_is_a_real_step_on_the_cpu(model_type: str) -> None:
     assert traced == pytest.approx(_measured(values, recipe, 0.0), rel=0.02)
 
 
-@pytest.mark.slow
 def test_a_step_of_real_widths_uses_the_predicted_memory() -> None:
     recipe = Recipe(
         quantization=Quantization(compute_dtype="float32"),
@@ -153,7 +150,6 @@ def _deep_recipe(checkpointing: Any) -> Recipe:
     )
 
 
-@pytest.mark.slow
 def test_a_step_on_a_cpu_leaves_the_gaps_in_the_heap_that_were_predicted() -> None:
     code = "from tests.memory.test_measured import print_growth; print_growth()"
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -199,7 +195,6 @@ def _growth(checkpointing: Any) -> int:
     return peak_resident_bytes() - before
 
 
-@pytest.mark.slow
 def test_ranks_and_alphas_by_pattern_are_those_that_peft_makes() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

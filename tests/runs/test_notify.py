@@ -179,7 +179,7 @@ def test_a_retry_is_no_news(recipe: Recipe) -> None:
     [
         (
             Finished(at=1.0, step=9, seconds=1.0, tokens_per_s=1.0),
-            "is finished: best validation loss 1.21 at step 6.",
+            "is finished: best validation loss 1.210 at step 6.",
         ),
         (Failed(at=1.0, title="The loss is not a number", what="x"), "failed: The loss is not a number."),
         (Stopped(at=1.0, step=9), None),

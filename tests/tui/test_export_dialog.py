@@ -96,7 +96,7 @@ async def test_a_canceled_export_is_deleted_with_one_key(run: RunDir, tmp_path: 
     async with QloraApp().run_test(size=(120, 40)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up")
-        await wait_for_text(pilot, "r start again · D delete")
+        await wait_for_text(pilot, "r start again  D delete")
         await pilot.press("D")
         await wait_for_text(pilot, "Deleted")
         assert read_exports(run) == []
@@ -125,7 +125,7 @@ async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: p
     async with QloraApp().run_test(size=(80, 24)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up")
-        await wait_for_text(pilot, "Upload the adapter", "t type · c checkpoint")
+        await wait_for_text(pilot, "Upload the adapter", "t type  c checkpoint")
         await pilot.press("t", "t", "t", "c", "c")
         await wait_for_text(pilot, "Upload GGUF F16", "Checkpoint 5 · Repository tickets-step-5")
         await pilot.press("enter")
