@@ -46,7 +46,7 @@ START = (
     "{chat.history} continues a saved conversation, {chat.settings} sets sampling and system prompt, and "
     "{chat.source} selects another run or model. While you write, {chat.leave} leaves the field."
 )
-HINT = "{chat.write}: write · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
+HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
 """Least number of columns that the layers are drawn in, however narrow the window."""

@@ -368,7 +368,12 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
     """
     chosen = describe_choice(choice)
     if not chosen:
-        return Content("Too little memory is left to keep activations, so all layers recompute them.")
+        why = (
+            "Too little memory is left to keep activations"
+            if choice.estimate.exact
+            else "How much a step takes is uncertain"
+        )
+        return Content(f"{why}, so all layers recompute their activations.")
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     return Content.assemble(
         f"The run needs {format_bytes(least_bytes)}. With ",
