@@ -110,16 +110,11 @@ def prepare_dataset(
             what="The recipe has no data source.",
             fix="Add a file, folder or dataset under data.sources.",
         )
-    sources = every_source(recipe.data)
     validation_source = len(recipe.data.sources) if recipe.data.validation_path else None
-    choice = recipe.data.preferences
-    opened = [open_source(source, choice, i) for i, source in enumerate(sources)]
-    files = [file for of_source, _ in opened for file in of_source]
-    notes = zip(sources, (note for _, note in opened), strict=True)
-    source_notes = tuple(f"{source.path}: {note}" for source, note in notes if note)
+    files, source_notes = _open_sources(recipe)
     versions = [_FileVersion.of(file.path) for file in files]
     folder = private_dir(cache_dir() / "tokenized") / _key(recipe, files, versions, tokenizer)[:32]
-    weights = [source.weight for source in sources]
+    weights = [source.weight for source in every_source(recipe.data)]
     cached = _load(folder, weights, cached=True)
     if cached is not None:
         (folder / "meta.json").touch()
@@ -140,6 +135,18 @@ def prepare_dataset(
     prepared = _load(folder, weights, cached=False)
     assert prepared is not None
     return msgspec.structs.replace(prepared, source_notes=source_notes)
+
+
+def _open_sources(recipe: Recipe) -> tuple[list[SourceFile], tuple[str, ...]]:
+    """Return the files of all sources, and what is noted on how they are read. Raises UserError."""
+    files: list[SourceFile] = []
+    notes = []
+    for number, source in enumerate(every_source(recipe.data)):
+        of_source, note = open_source(source, recipe.data.preferences, number)
+        files += of_source
+        if note:
+            notes.append(f"{source.path}: {note}")
+    return files, tuple(notes)
 
 
 def _forget_old_sets(folder: Path) -> None:
@@ -220,10 +227,7 @@ def count_samples(
         UserError: a file cannot be used, or a row has a blocking error.
     """
     key = counted_key(recipe, model)
-    opened = [
-        open_source(source, recipe.data.preferences, i) for i, source in enumerate(every_source(recipe.data))
-    ]
-    files = [file for of_source, _ in opened for file in of_source]
+    files, _ = _open_sources(recipe)
     lengths, sources, keys = array("I"), array("H"), array("Q")
 
     def add(sample: TokenizedSample, source: int, row: int, row_key: int, file: int) -> None:
