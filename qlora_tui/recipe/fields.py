@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
-from qlora_tui.formatting import format_number
+from qlora_tui.formatting import format_number, pluralize
 from qlora_tui.recipe.schema import Recipe, Source
 
 Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
@@ -128,9 +128,9 @@ class Field(Struct, frozen=True, kw_only=True):
     def _lengths(self, unit: str) -> str:
         parts = []
         if self.min_length > 1:
-            parts.append(f"at least {_count(self.min_length, unit)}")
+            parts.append(f"at least {pluralize(self.min_length, unit)}")
         if self.max_length is not None:
-            parts.append(f"at most {_count(self.max_length, unit)}")
+            parts.append(f"at most {pluralize(self.max_length, unit)}")
         return " of " + " and ".join(parts) if parts else ""
 
 
@@ -183,10 +183,6 @@ def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
         return msgspec.structs.replace(recipe, **{key: value})
     inner = msgspec.structs.replace(getattr(recipe, section), **{key: value})
     return msgspec.structs.replace(recipe, **{section: inner})
-
-
-def _count(count: int, unit: str) -> str:
-    return f"{count} {unit}" + ("" if count == 1 else "s")
 
 
 def _metas(hint: Any) -> list[Meta]:
