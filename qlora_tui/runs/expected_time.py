@@ -21,7 +21,7 @@ from qlora_tui.catalog.local_models import ModelFiles, find_files, load_architec
 from qlora_tui.data.counted import counted_key, find_counted
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_duration
+from qlora_tui.formatting import format_duration, pluralize
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.step_choice import step_seconds
 from qlora_tui.recipe.schema import Recipe
@@ -76,15 +76,16 @@ class Forecast:
     @property
     def duration(self) -> str:
         """``about 25 min``; empty where it is unknown."""
-        least = "" if self.length.is_complete else "at least "
-        return f"{least}about {format_duration(self.time.seconds)}" if self.time else ""
+        return f"{self._least}about {format_duration(self.time.seconds)}" if self.time else ""
 
     @property
     def steps(self) -> str:
         """``54 steps``, or ``about 54 steps``."""
-        number = self.length.steps
-        least = "" if self.length.is_complete else "at least "
-        return f"{least}{self.length.about}{number:,} step{'' if number == 1 else 's'}"
+        return f"{self._least}{self.length.about}{pluralize(self.length.steps, 'step')}"
+
+    @property
+    def _least(self) -> str:
+        return "" if self.length.is_complete else "at least "
 
 
 def forecast(recipe: Recipe, machine: Machine, model: ModelFiles | None = None) -> Forecast | None:
@@ -157,7 +158,6 @@ class _Measured:
     """The speed of an earlier run."""
 
     name: str
-    device: str
     model: str
     tokens_per_s: float
     cost: float
@@ -168,21 +168,23 @@ def _measured_runs(device: Device, device_name: str) -> Iterator[_Measured]:
     """Yield the speed of earlier runs on the device of this name."""
     for run in islice(all_runs(), _RUNS):
         with suppress(UserError, OSError):
-            measured = _measured(run, run.events_path.stat().st_mtime_ns, device)
-            if measured is not None and measured.device == device_name:
+            measured = _measured(run, run.events_path.stat().st_mtime_ns, device, device_name)
+            if measured is not None:
                 yield measured
 
 
 @lru_cache(maxsize=4 * _RUNS)
-def _measured(run: RunDir, _changed: int, device: Device) -> _Measured | None:
-    """Return the speed of a run; None if it trained too few steps. Raises UserError and OSError."""
+def _measured(run: RunDir, _changed: int, device: Device, device_name: str) -> _Measured | None:
+    """Return the speed of a run; None on another device or after too few steps. Raises UserError, OSError."""
     view, _ = RunView.from_sample(run, _STEPS)
+    if view.environment is None or view.environment.device != device_name:
+        return None
     recipe = run.readable_recipe()
     speeds = [speed for speed in view.series.tokens_per_s[1:] if speed > 0]
-    if recipe is None or view.environment is None or len(speeds) < _LEAST_STEPS - 1:
+    if recipe is None or len(speeds) < _LEAST_STEPS - 1:
         return None
     cost = _seconds_per_token(recipe, load_architecture(recipe.model.id), device)
-    return _Measured(run.name, view.environment.device, recipe.model.id, median(speeds), cost)
+    return _Measured(run.name, recipe.model.id, median(speeds), cost)
 
 
 def _seconds_per_token(recipe: Recipe, architecture: Architecture, device: Device) -> float:
