@@ -63,7 +63,7 @@ def test_only_terminals_that_read_the_question_are_asked() -> None:
     assert asked == {"xterm-256color": True, "screen": True, "linux": False, "vt100": False}
     assert [
         is_light_by_environment({"COLORFGBG": value}) for value in ("15;0", "0;default;15", "0;7", "")
-    ] == [*(False, True, True, False)]
+    ] == [False, True, True, False]
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ INKS = (
     *("success", "warning", "error", "training", "validation", "forgetting", "hardware"),
 )
 """Variables of text, on every screen and in every state."""
-GROUNDS = (*("background", "surface", "panel", "block-cursor-background", "block-cursor-blurred-background"),)
+GROUNDS = ("background", "surface", "panel", "block-cursor-background", "block-cursor-blurred-background")
 """Variables of what is behind text: screen, panels, first and last line, the row of a cursor."""
 PAIRS = [
     *((ink, ground, MIN_CONTRAST) for ink in INKS for ground in GROUNDS),
@@ -121,7 +121,15 @@ def test_everything_is_legible_on_every_ground(name: str) -> None:
         if (ratio := contrast(Color.parse(variables[ink]), Color.parse(variables[ground]))) < least
     }
     assert not low
-    assert round(contrast(Color.parse("white"), Color.parse("black"))) == 21
+
+
+@pytest.mark.parametrize(
+    ("color", "on_white"), [("#000000", 21.0), ("#767676", 4.54), ("#ff0000", 4.0), ("#0000ff", 8.59)]
+)
+def test_contrast_is_that_of_wcag(color: str, on_white: float) -> None:
+    white = Color.parse("white")
+    assert contrast(Color.parse(color), white) == pytest.approx(on_white, abs=0.005)
+    assert contrast(white, Color.parse(color)) == pytest.approx(on_white, abs=0.005)
 
 
 @pytest.mark.parametrize("name", [theme.name for theme in SHIPPED if not theme.ansi])
