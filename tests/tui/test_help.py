@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.commands import SCREENS, ScreenEntry
-from qlora_tui.tui.screens.modals.help import words_of
+from qlora_tui.tui.commands import SCREENS
+from qlora_tui.tui.screens.modals import help as help_module
 from qlora_tui.tui.widgets.controls import ViScroll
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
-STATES = {"train": ("before", "queued", "starting", "running", "ended"), "chat": ("empty", ""), "home": ("",)}
+WORDS: dict[str, Any] = tomllib.loads(Path(help_module.__file__).with_suffix(".toml").read_text("utf-8"))
 
 
 @pytest.mark.slow
@@ -45,9 +48,17 @@ async def test_help_of_every_screen_needs_no_scrolling_at_120_by_40() -> None:
             await pilot.press("escape")
 
 
-@pytest.mark.parametrize("screen", SCREENS, ids=lambda screen: screen.name)
-def test_each_word_has_one_short_sentence(screen: ScreenEntry) -> None:
-    assert import_module(f"qlora_tui.tui.screens.{screen.name}.screen")
-    for state in STATES.get(screen.name, ("", "empty")):
-        for word, sentence in words_of(screen.name, state).items():
-            assert sentence.endswith(".") and ". " not in sentence and len(sentence) < 100, word
+def sentences_of(words: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each word with its sentence, in every state."""
+    for word, sentence in words.items():
+        if isinstance(sentence, dict):
+            yield from sentences_of(sentence)
+        else:
+            yield word, sentence
+
+
+@pytest.mark.parametrize("screen", WORDS)
+def test_each_word_has_one_short_sentence(screen: str) -> None:
+    assert screen in {each.name for each in SCREENS}
+    for word, sentence in sentences_of(WORDS[screen]):
+        assert sentence.endswith(".") and ". " not in sentence and len(sentence) < 100, word
