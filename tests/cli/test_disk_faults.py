@@ -22,7 +22,7 @@ from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from tests.cli.conftest import Call
-from tests.support.power import FaultyDisk
+from tests.support.power import FaultyDisk, refuse_locks
 
 
 @pytest.fixture
@@ -203,11 +203,7 @@ def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: li
 def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_locks().outcome == "ok"
     assert not (paths.state_dir() / "lock-test").exists()
-
-    def no_locks(file: object, how: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    refuse_locks(monkeypatch)
     check = doctor.check_locks()
     assert check.outcome == "error"
     assert "No locks available" in check.text and "XDG_STATE_HOME" in check.fix

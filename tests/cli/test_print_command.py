@@ -12,7 +12,7 @@ from qlora_tui.runs.directory import all_runs, find_run
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.cli.conftest import Call
 from tests.support.nvml_stub import install_nvml_stub, install_torch
-from tests.tui.sample_data import readable_model
+from tests.tui.sample_data import readable_model, ticket, write_rows
 
 
 @pytest.fixture
@@ -108,10 +108,7 @@ def test_a_number_of_gpus_is_for_the_printed_command(call: Call, train: list[str
 
 @pytest.mark.slow
 def test_a_dry_run_says_steps_and_time_and_creates_nothing(call: Call, tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text(
-        "".join(f'{{"prompt": "Where is parcel {n}?", "completion": "In Oslo."}}\n' for n in range(64))
-    )
+    data = write_rows(tmp_path / "rows.jsonl", [ticket(number) for number in range(64)])
     dry_run = ["train", "--model", readable_model(tmp_path), "--data", str(data), "--dry-run"]
     settings = ["--set", "data.packing=false", "--set", "data.validation_fraction=0"]
     said = call(*dry_run, *settings)

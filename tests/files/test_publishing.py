@@ -32,7 +32,7 @@ from qlora_tui.publishing import (
     publish,
     unfinished_drafts,
 )
-from tests.support.power import FaultyDisk
+from tests.support.power import FaultyDisk, refuse_locks
 
 
 @pytest.fixture
@@ -191,12 +191,9 @@ def test_a_draft_that_is_swept_off_the_list_too_early_is_listed(
 
 
 def test_without_locks_no_draft_is_left_or_unmarked(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(file: object, how: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
     leave(draft)
     with monkeypatch.context() as mounted:
-        mounted.setattr("fcntl.flock", no_locks)
+        refuse_locks(mounted)
         for held in (new_draft(draft.parent), held_draft(draft)):
             with pytest.raises(UserError, match="locks"), held:
                 pass

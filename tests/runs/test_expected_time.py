@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,16 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for, this_processor
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source, Training
 from qlora_tui.runs.data_checks import RunLength, run_length
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.doctor import CheckKind, Machine
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Environment
 from qlora_tui.runs.expected_time import Forecast, count_data, expected_time, forecast
 from qlora_tui.runs.preflight import preflight
-from tests.support.step_events import a_step
-from tests.tui.sample_data import readable_model
+from tests.support.step_events import a_step, an_environment
+from tests.tui.sample_data import readable_model, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -70,28 +69,20 @@ def recipe_of(name: str, folder: Path, model: str) -> Recipe:
     """The recipe of this name, with data."""
     settings = dict(RECIPES[name])
     weights, validates = settings.pop("weights", (1.0,)), settings.pop("validates", False)
-    sections: dict[str, dict[str, Any]] = {"data": {"max_length": 256}, "training": {}}
+    compares = "data.preferences" in settings
+    files = [
+        str(write_rows(folder / f"{number}.jsonl", rows_of(90 + number, pairs=compares)))
+        for number in range(len(weights) + validates)
+    ]
+    sources = tuple(Source(path=file, weight=weight) for file, weight in zip(files, weights, strict=False))
+    recipe = Recipe(
+        model=Model(id=model),
+        data=Data(sources=sources, max_length=256, validation_path=files[-1] if validates else ""),
+        training=Training(gradient_accumulation=4),
+    )
     for path, value in settings.items():
-        section, key = path.split(".")
-        sections.setdefault(section, {})[key] = value
-    compares = "preferences" in sections["data"]
-    files = []
-    for number in range(len(weights) + validates):
-        files.append(folder / f"{number}.jsonl")
-        rows = rows_of(90 + number, pairs=compares)
-        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = tuple(
-        Source(path=str(file), weight=weight) for file, weight in zip(files, weights, strict=False)
-    )
-    if validates:
-        sections["data"]["validation_path"] = str(files[-1])
-    recipe = Recipe(model=Model(id=model, **sections.get("model", {})))
-    return structs.replace(
-        recipe,
-        data=Data(sources=sources, **sections["data"]),
-        training=Training(**{"gradient_accumulation": 4, **sections["training"]}),
-        quantization=structs.replace(recipe.quantization, **sections.get("quantization", {})),
-    )
+        recipe = replace_setting(recipe, path, value)
+    return recipe
 
 
 def known_length(recipe: Recipe) -> RunLength:
@@ -144,18 +135,7 @@ def trained(recipe: Recipe, device: str, tokens_per_s: float) -> str:
     """The name of a run that trained at this speed."""
     run = create_run(recipe)
     log = EventWriter(run.events_path)
-    environment = Environment(
-        at=0.0,
-        device=device,
-        device_kind="cpu",
-        device_total_bytes=1,
-        compute_dtype="float32",
-        attention="sdpa",
-        optimizer="adamw",
-        loss="chunked",
-        versions={},
-    )
-    log.append(environment)
+    log.append(an_environment(device))
     for step in range(1, 5):
         log.append(a_step(step, tokens_per_s=tokens_per_s if step > 1 else 0.1))
     log.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
@@ -30,6 +29,7 @@ from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from tests.runs.conftest import let_go
 from tests.support.polling import wait_for
+from tests.support.power import refuse_locks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("played_trainer")]
 
@@ -221,10 +221,7 @@ def test_one_unwritable_run_does_not_hold_up_the_queue(recipe: Recipe) -> None:
 def test_a_file_system_without_locks_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_locks(file: object, how: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    refuse_locks(monkeypatch)
     assert runner.main() == 1
     assert "File locks do not work" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ out again as a file system may leave it:
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -150,6 +151,15 @@ class Disk:
 
 
 _WRITES = ("write", "fsync", "rename", "replace", "link", "mkdir")
+
+
+def refuse_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every lock of a file fail, as on a network file system without them."""
+
+    def no_locks(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
 
 
 class FaultyDisk:

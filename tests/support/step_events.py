@@ -1,4 +1,4 @@
-"""A step event, of which a test names what it is about."""
+"""Events of which a test names what it is about."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import structs
 
-from qlora_tui.runs.events import Step
+from qlora_tui.runs.events import Environment, Step
 
 
 def a_step(number: int = 1, **facts: Any) -> Step:
@@ -22,3 +22,18 @@ def a_step(number: int = 1, **facts: Any) -> Step:
         tokens_per_s=50.0,
     )
     return structs.replace(step, **facts)
+
+
+def an_environment(device: str, at: float = 0.0) -> Environment:
+    """A run on a processor that is called ``device``."""
+    return Environment(
+        at=at,
+        device=device,
+        device_kind="cpu",
+        device_total_bytes=1,
+        compute_dtype="float32",
+        attention="sdpa",
+        optimizer="adamw",
+        loss="chunked",
+        versions={},
+    )

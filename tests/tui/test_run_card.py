@@ -16,7 +16,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Environment, Evaluated, SampleGenerated
+from qlora_tui.runs.events import Evaluated, SampleGenerated
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
@@ -24,6 +24,7 @@ from qlora_tui.tui.render.picture import broken, text_width
 from qlora_tui.tui.render.run_card import card_svg, read_card, save_card
 from qlora_tui.tui.screens.train.screen import show_run
 from screenshots.recorded_runs import LONGER, NOT_A_NUMBER, recorded_run
+from tests.support.step_events import an_environment
 from tests.support.task_evaluations import a_row, put_evaluation
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
@@ -110,19 +111,7 @@ def test_hostile_text_is_shown_as_text_and_stays_inside() -> None:
     with EventWriter(run.events_path) as log:
         log.append(SampleGenerated(at=BEGAN, step=0, prompt=HOSTILE[:60_000], answer=HOSTILE[:60_000]))
         log.append(SampleGenerated(at=BEGAN, step=60, prompt=HOSTILE[:60_000], answer=HOSTILE[:60_000]))
-        log.append(
-            Environment(
-                at=BEGAN,
-                device=HOSTILE[:2000],
-                device_kind="cpu",
-                device_total_bytes=1,
-                compute_dtype="float32",
-                attention="",
-                optimizer="",
-                loss="",
-                versions={},
-            )
-        )
+        log.append(an_environment(HOSTILE[:2000], at=BEGAN))
     root = card(run)
     assert {element.tag.removeprefix(SVG) for element in root.iter()} <= {
         *("svg", "rect", "line", "polyline", "polygon", "circle", "text")
