@@ -102,16 +102,22 @@ async def test_without_a_model_nothing_is_launched_and_the_fix_named() -> None:
         assert all_runs() == []
 
 
+def app_with_checks(monkeypatch: pytest.MonkeyPatch, model: Path, *checks: Check) -> QloraApp:
+    """An app whose recipe has a model and data, with this outcome of its checks; no run is started."""
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: checks)
+    app = QloraApp()
+    app.workbench.replace(
+        Recipe(model=Model(id=str(model)), data=Data(sources=(Source(path="tickets.jsonl"),)))
+    )
+    return app
+
+
 async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    fine = (Check(CheckKind.MODEL, "ok", "there"), Check(CheckKind.DATA, "ok", "there"))
-    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: fine)
-    app = QloraApp()
-    app.workbench.replace(
-        Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
-    )
+    fine = [Check(kind, "ok", "there") for kind in (CheckKind.MODEL, CheckKind.DATA)]
+    app = app_with_checks(monkeypatch, tmp_path, *fine)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
         await wait_for_text(pilot, "Ready. Press [t] to launch it")
@@ -123,13 +129,8 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
 async def test_a_recipe_edited_during_its_checks_is_launched_as_it_was_checked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    fine = (Check(CheckKind.MODEL, "ok", "there"),)
-    monkeypatch.setattr(train_module, "preflight", lambda *_: fine)
-    app = QloraApp()
-    app.workbench.replace(
-        Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
-    )
+    fine = Check(CheckKind.MODEL, "ok", "there")
+    app = app_with_checks(monkeypatch, tmp_path, fine)
     checked = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
@@ -137,7 +138,7 @@ async def test_a_recipe_edited_during_its_checks_is_launched_as_it_was_checked(
 
         def edited(*_: object) -> tuple[Check, ...]:
             app.workbench.set("lora.rank", 256)
-            return fine
+            return (fine,)
 
         monkeypatch.setattr(train_module, "preflight", edited)
         await pilot.press("t")
@@ -148,13 +149,8 @@ async def test_a_recipe_edited_during_its_checks_is_launched_as_it_was_checked(
 async def test_a_failed_check_is_confirmed_before_launch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    doubt = (Check(CheckKind.MEMORY, "error", "does not fit: 30.0 of 24.0 GiB."),)
-    monkeypatch.setattr(train_module, "preflight", lambda *_, **__: doubt)
-    app = QloraApp()
-    app.workbench.replace(
-        Recipe(model=Model(id=str(tmp_path)), data=Data(sources=(Source(path="tickets.jsonl"),)))
-    )
+    doubt = Check(CheckKind.MEMORY, "error", "does not fit: 30.0 of 24.0 GiB.")
+    app = app_with_checks(monkeypatch, tmp_path, doubt)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5", "t")
         await wait_for_text(pilot, "Launch anyway?", "30.0 of 24.0 GiB")

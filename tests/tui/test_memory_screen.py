@@ -23,7 +23,6 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import exact_memory
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
-from qlora_tui.tui.screens.memory import screen as memory_screen
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
 from qlora_tui.tui.screens.memory.step_panels import precision_bars
 from qlora_tui.tui.screens.memory.what_fits import Solution
@@ -277,7 +276,7 @@ async def test_quality_is_measured_shown_and_stopped(
                 raise JobStopped
         return result
 
-    monkeypatch.setattr(memory_screen, "measure_in_child", measure)
+    monkeypatch.setattr(memory, "measure_in_child", measure)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(160, 40)) as pilot:
         await wait_for_text(pilot, "NF4")

@@ -8,7 +8,7 @@ import pytest
 from textual.command import CommandList
 from textual.pilot import Pilot
 
-from qlora_tui.settings import load_settings
+from qlora_tui.settings import Settings, load_settings
 from qlora_tui.tui.app import QloraApp
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
@@ -38,10 +38,8 @@ async def test_a_run_a_model_and_a_preset_are_found_by_name_and_come_first_after
 ) -> None:
     run = write_fake_run(FakeRun(name="tickets", state="finished", steps=10, total=10))
     folder = config_folder(private_home, "Qwen__Qwen2.5-7B")
-    app = QloraApp()
-    app.settings = load_settings()
+    app = QloraApp(Settings(model_folders=(str(folder.parent),)))
     async with app.run_test(size=(100, 40)) as pilot:
-        app.settings = type(app.settings)(model_folders=(str(folder.parent),))
         await use(pilot, "tickets", "Run: tickets")
         await wait_for_text(pilot, run.name, "finished")
         await use(pilot, "qwen2.5-7b", "Model: Qwen2.5-7B")
