@@ -3,7 +3,7 @@
     python -m bench.app [--only PART]… [--seconds N] [--keys N] [--repeats N] [--json]
 
 start         first frame and memory compared with an empty Textual app, in turns; medians
-leave         the same of `q` to the end of the process, and of the start to its end
+leave         time from `q` to the end of the process, and from the start to its end, compared in the same way
 quiet, live   bytes, repaints and processor time a second, memory; live: a step a second of a fake trainer
 keys          from key to paint while every core is taken by an empty loop
 """
