@@ -22,7 +22,6 @@ from qlora_tui.cli.subcommand import (
     format_table,
 )
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
-from qlora_tui.files import write_new
 from qlora_tui.formatting import (
     format_bytes,
     format_duration,
@@ -34,7 +33,7 @@ from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.check import CheckResult, apply_repairs, check_leftovers, check_queue, check_run
 from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
-from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
+from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet, save_run
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.view import RunView
@@ -140,10 +139,9 @@ def _content(view: RunView, kind: str) -> bytes:
         return metrics_parquet(view)
     # Only here: the rest of this module needs no drawing.
     from qlora_tui.tui.render.loss import loss_svg
-    from qlora_tui.tui.render.picture import png
+    from qlora_tui.tui.render.picture import picture_file
 
-    svg = loss_svg(view)
-    return svg.encode() if kind == ".svg" else png(svg)
+    return picture_file(loss_svg(view), kind)
 
 
 def _card(run: RunDir, file: Path, *, with_answers: bool) -> CommandResult:
@@ -156,21 +154,14 @@ def _card(run: RunDir, file: Path, *, with_answers: bool) -> CommandResult:
 
 def _save(run: RunDir, file: Path) -> CommandResult:
     """Write the steps of a run as a table, or its loss as a picture."""
-    kind = file.suffix.lower()
-    if kind not in (".csv", ".parquet", ".svg", ".png"):
-        raise UserError(
-            "Unknown kind of file",
-            what=f"{file.name} ends neither in .csv or .parquet nor in .svg or .png.",
-            fix="Name a file such as steps.csv for a table, or loss.svg for a picture.",
-            exit_code=EXIT_USAGE,
-        )
-    view = RunView(run)
-    view.refresh()
-    if not len(view.series):
-        raise UserError(
-            "No steps yet", what=f"{run.name} has recorded no step.", fix="Save it when it has trained."
-        )
-    write_new(file, _content(view, kind))
+    view = save_run(
+        run,
+        file,
+        (".csv", ".parquet", ".svg", ".png"),
+        _content,
+        neither="in .csv or .parquet nor in .svg or .png",
+        example="steps.csv for a table, or loss.svg for a picture",
+    )
     steps = len(view.series)
     return CommandResult(
         data={"run": run.id, "path": str(file), "steps": steps}, text=f"Saved {steps:,} steps in {file}."

@@ -27,7 +27,7 @@ leftovers       deletes what killed processes left behind, wherever this program
 measuring       measures a run in a process of its own, with the run's lock held
 row_losses      the loss of each training row before and after a run, and its class
 task_metrics    what base and adapter answer to validation prompts, and whether the difference is chance
-metrics_table   the steps of a run as a CSV or Parquet table
+metrics_table   the steps of a run as a CSV or Parquet table, and how a table or picture is saved
 length_costs    memory and time at other sequence lengths
 chat_choices    answers that the user chose or edited in the chat, as data to train on
 exports         exports of adapters that run in the background

@@ -1,8 +1,8 @@
-"""The steps of a run as a table, for spreadsheets and notebooks: CSV or Parquet.
+"""What a run has recorded as a file: its steps as a table, for spreadsheets and notebooks, or a picture.
 
-A row for each recorded step. Columns of evaluations are empty at steps without one, shares of general answers
-wherever those were not counted, and rewards without a preference method. An evaluation before the first step
-has a row of its own.
+The table is CSV or Parquet. It has a row for each recorded step. Columns of evaluations are empty at steps
+without one, shares of general answers wherever those were not counted, and rewards without a preference
+method. An evaluation before the first step has a row of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Callable, Collection
+from pathlib import Path
 
+from qlora_tui.errors import UsageError, UserError
+from qlora_tui.files import write_new
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Evaluated
 from qlora_tui.runs.view import RunView
 
@@ -37,6 +42,45 @@ _COLUMNS = (
 )
 _WHOLE = ("step", "tokens")
 """Columns of whole numbers."""
+
+
+def save_run(
+    run: RunDir,
+    file: Path,
+    kinds: Collection[str],
+    content: Callable[[RunView, str], bytes],
+    *,
+    neither: str,
+    example: str,
+) -> RunView:
+    """Write what a run has recorded to a file that does not exist yet, and return what that is.
+
+    Args:
+        run: The run.
+        file: Where to write; the end of its name says what kind of file it is.
+        kinds: Possible ends, such as ``.svg``.
+        content: Returns the content of a file of a kind.
+        neither: These ends in a message: ``in .svg nor in .png``.
+        example: Names in a message, of which one is possible.
+
+    Raises:
+        UserError: Another kind of file, no steps yet, or the file exists or cannot be written.
+    """
+    kind = file.suffix.lower()
+    if kind not in kinds:
+        raise UsageError(
+            "Unknown kind of file",
+            what=f"{file.name} ends neither {neither}.",
+            fix=f"Name a file such as {example}.",
+        )
+    view = RunView(run)
+    view.refresh()
+    if not len(view.series):
+        raise UserError(
+            "No steps yet", what=f"{run.name} has recorded no step.", fix="Save it when it has trained."
+        )
+    write_new(file, content(view, kind))
+    return view
 
 
 def metrics_csv(view: RunView) -> str:

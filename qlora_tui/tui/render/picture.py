@@ -144,7 +144,12 @@ def _fitting(words: str, width: float, size: float) -> int:
     return len(words)
 
 
-def png(svg: str, background: str = "#ffffff") -> bytes:
+def picture_file(svg: str, kind: str, background: str = "#ffffff") -> bytes:
+    """Return the content of a file whose name ends in this kind, ``.svg`` or ``.png``."""
+    return svg.encode() if kind == ".svg" else _png(svg, background)
+
+
+def _png(svg: str, background: str) -> bytes:
     """Draw the picture as a PNG file. Raises UserError where Pillow is not installed."""
     import io
     import xml.etree.ElementTree as ET

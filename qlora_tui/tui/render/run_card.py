@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.files import write_new
 from qlora_tui.formatting import (
     format_bytes,
     format_count,
@@ -25,12 +23,22 @@ from qlora_tui.formatting import (
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Finished
+from qlora_tui.runs.metrics_table import save_run
 from qlora_tui.runs.run_summary import data_words
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
 from qlora_tui.runs.telemetry import EnergyMeter
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.loss import Colors, Frame, loss_picture
-from qlora_tui.tui.render.picture import arrow, broken, cut, document, png, rectangle, text, text_width
+from qlora_tui.tui.render.picture import (
+    arrow,
+    broken,
+    cut,
+    document,
+    picture_file,
+    rectangle,
+    text,
+    text_width,
+)
 
 _WIDTH, _HEIGHT = 1200, 630
 _BACKGROUND, _PANEL = "#10151c", "#18202a"
@@ -227,19 +235,9 @@ def _conversation(card: RunCard) -> list[str]:
 
 def save_card(run: RunDir, file: Path, *, with_answers: bool = True) -> None:
     """Write the card of a run. Raises UserError: no steps yet, another kind of file, it exists, no Pillow."""
-    kind = file.suffix.lower()
-    if kind not in (".svg", ".png"):
-        raise UserError(
-            "Unknown kind of file",
-            what=f"{file.name} ends neither in .svg nor in .png.",
-            fix="Name a file such as card.svg.",
-            exit_code=EXIT_USAGE,
-        )
-    view = RunView(run)
-    view.refresh()
-    if not len(view.series):
-        raise UserError(
-            "No steps yet", what=f"{run.name} has recorded no step.", fix="Save its card when it has trained."
-        )
-    svg = card_svg(view, read_card(view, with_answers=with_answers))
-    write_new(file, svg.encode() if kind == ".svg" else png(svg, _BACKGROUND))
+
+    def content(view: RunView, kind: str) -> bytes:
+        svg = card_svg(view, read_card(view, with_answers=with_answers))
+        return picture_file(svg, kind, _BACKGROUND)
+
+    save_run(run, file, (".svg", ".png"), content, neither="in .svg nor in .png", example="card.svg")
