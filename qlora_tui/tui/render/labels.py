@@ -24,8 +24,9 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.run_summary import ResultDefect, RunSummary, data_words
+from qlora_tui.runs.run_summary import ResultDefect, data_words
 from qlora_tui.runs.status import State
+from qlora_tui.tui.render.figures import Figure
 from qlora_tui.tui.render.plot import bar, level_style
 from qlora_tui.tui.workbench import Workbench
 
@@ -211,13 +212,29 @@ def state_bar(state: State, defect: ResultDefect | None = None) -> Content:
     return Content.styled("▌", result_label(state, defect)[2])
 
 
-def best_words(summary: RunSummary) -> str:
-    """``★ best validation 2.78 at 60``: the loss and its step; empty where none was measured."""
-    if summary.best is None:
-        return ""
-    loss, step = summary.best
-    name = "best" if summary.loss_to_beat is None else "lowest"
-    return f"{BEST} {name} validation {format_loss(loss)} at {step:,}"
+def best_words(loss: float, step: int, loss_to_beat: float | None) -> str:
+    """``★ best 2.78 at 60``: the lowest validation loss and its step."""
+    return f"{BEST} {_best(loss_to_beat)} {format_loss(loss)} at {step:,}"
+
+
+def best_figure(loss: float, loss_to_beat: float | None) -> Figure:
+    """The lowest validation loss of a run."""
+    return Figure(f"{_best(loss_to_beat)} validation loss", format_loss(loss))
+
+
+def _best(loss_to_beat: float | None) -> str:
+    """What the lowest validation loss is called: not the best if it was no higher before training."""
+    return "best" if loss_to_beat is None else "lowest"
+
+
+def progress_figures(mean_loss: float | None, seconds_left: float | None) -> list[Figure]:
+    """The loss of an active run and the time left, as far as they are known."""
+    figures = []
+    if mean_loss is not None:
+        figures.append(Figure("smoothed loss", format_loss(mean_loss)))
+    if seconds_left is not None:
+        figures.append(Figure("left", format_duration(seconds_left), label_first=False))
+    return figures
 
 
 def no_steps_words(*, is_over: bool) -> str:

@@ -10,7 +10,7 @@ from qlora_tui.formatting import format_loss
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
-from qlora_tui.tui.render.labels import BEST, no_steps_words
+from qlora_tui.tui.render.labels import BEST, best_words, no_steps_words
 from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
@@ -99,11 +99,11 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
         items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
     if facts.best is not None:
         step, loss = facts.best
+        words = best_words(loss, step, facts.loss_to_beat)
         if (before := facts.loss_to_beat) is None:
-            items.append((f"{BEST} best {format_loss(loss)} at {step:,}", f"{VALIDATION_STYLE} bold"))
+            items.append((words, f"{VALIDATION_STYLE} bold"))
         else:
-            lowest = f"{BEST} lowest {format_loss(loss)} at {step:,}, {format_loss(before)} before training"
-            items.append((lowest, "$warning bold"))
+            items.append((f"{words}, {format_loss(before)} before training", "$warning bold"))
     items += facts.more
     if any(facts.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))

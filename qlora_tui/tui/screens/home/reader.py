@@ -49,9 +49,11 @@ from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
     FitLine,
     batch_words,
+    best_figure,
     best_words,
     cut_cells,
     format_ago,
+    progress_figures,
     recipe_line,
     refusal_words,
     result_label,
@@ -230,11 +232,8 @@ def run_lines(
 
 def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[str]) -> list[Content]:
     """The bar of a run, its loss and the time left, and what happens next."""
-    figures, means = [], mean_losses(summary)
-    if means:
-        figures.append(Figure("smoothed loss", format_loss(means[-1])))
-    if summary.seconds_left is not None:
-        figures.append(Figure("left", format_duration(summary.seconds_left), label_first=False))
+    means = mean_losses(summary)
+    figures = progress_figures(means[-1] if means else None, summary.seconds_left)
     share, steps = 0.0, "preparing"
     if summary.total_steps:
         share = summary.step / summary.total_steps
@@ -243,7 +242,7 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
     facts = []
     if layout.is_compact and summary.best is not None:
         # A chart names its star itself.
-        facts.append(best_words(summary).replace(" validation", ""))
+        facts.append(best_words(*summary.best, summary.loss_to_beat))
     if summary.next_evaluation:
         facts.append(f"next evaluation at {summary.next_evaluation:,}")
     if waiting:
@@ -256,9 +255,9 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
     """The best loss of a run that has ended, and what it took."""
     figures, facts = [], []
     if summary.best is not None:
-        name = "best" if summary.loss_to_beat is None else "lowest"
-        figures.append(Figure(f"{name} validation loss", format_loss(summary.best[0])))
-        facts.append(f"at step {summary.best[1]:,}")
+        loss, step = summary.best
+        figures.append(best_figure(loss, summary.loss_to_beat))
+        facts.append(f"at step {step:,}")
     elif summary.loss is not None:
         figures.append(Figure("last training loss", format_loss(summary.loss)))
     if summary.loss_to_beat is not None:

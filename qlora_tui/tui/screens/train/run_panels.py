@@ -43,8 +43,10 @@ from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
     batch_words,
+    best_figure,
     format_ago,
     preference_words,
+    progress_figures,
     result_label,
     state_bar,
     targets_words,
@@ -141,23 +143,13 @@ def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
     return [highlight_keys(line, "dim") for line in lines]
 
 
-def key_figures(snapshot: RunSnapshot) -> tuple[Figure, ...]:
-    """The two numbers that a run is looked at for: its loss, and the time left or that it took."""
-    view = snapshot.view
+def key_figures(snapshot: RunSnapshot) -> list[Figure]:
+    """The numbers that a run is looked at for: its loss, and while it is active the time left."""
     if snapshot.status.state in ACTIVE:
-        loss, left = snapshot.mean_loss, snapshot.seconds_left
-        return (
-            *((Figure("smoothed loss", format_loss(loss), "bold"),) if loss is not None else ()),
-            *(
-                (Figure("left", format_duration(left), "bold", label_first=False),)
-                if left is not None
-                else ()
-            ),
-        )
+        return progress_figures(snapshot.mean_loss, snapshot.seconds_left)
     if snapshot.best is None or snapshot.best.loss is None:
-        return ()
-    name = "best validation loss" if view.loss_to_beat is None else "lowest validation loss"
-    return (Figure(name, format_loss(snapshot.best.loss), "bold"),)
+        return []
+    return [best_figure(snapshot.best.loss, snapshot.view.loss_to_beat)]
 
 
 def state_line(snapshot: RunSnapshot) -> Content:
