@@ -599,6 +599,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     training: Training = Training()
 
     @property
+    def has_model_and_data(self) -> bool:
+        """Whether both were chosen, so that there is something to train."""
+        return bool(self.model.id and self.data.sources)
+
+    @property
     def effective_batch(self) -> int:
         """Sequences per optimizer step; where pairs are trained, a sequence holds both sides."""
         return self.training.micro_batch_size * self.training.gradient_accumulation

@@ -57,16 +57,12 @@ DEMO = NextStep(
     "Train the 135M demo model",
     "a real adapter in minutes; downloads 89 MiB, asks first",
 )
-
-
 EXPORT = NextStep(
     "home.export",
     "export",
     "Export the adapter",
     "GGUF for llama.cpp, Ollama and LM Studio, or a merged model",
 )
-
-
 SEARCH = NextStep(
     "go.models",
     "app.go('models')",
@@ -84,7 +80,7 @@ def next_step(now: HomeState) -> NextStep:
         return NextStep("", "chat", "Chat with the adapter", f"{now.last_run} has finished")
     if state == "paused" or (_can_resume(now) and not now.edited_since):
         return _resume(now)
-    if state in ("failed", "lost") and not (now.edited_since and _is_complete(now)):
+    if state in ("failed", "lost") and not (now.edited_since and now.recipe.has_model_and_data):
         return NextStep("", "watch", "See what went wrong", now.last_fix or f"{now.last_run} {_ended(state)}")
     return _prepare(now)
 
@@ -93,7 +89,7 @@ def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
     """Alternatives for new users, for runs that can be resumed, and for adapters that can be exported."""
     if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
         resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
-        return (*resume, *((_prepare(now),) if _is_complete(now) else ()))
+        return (*resume, *((_prepare(now),) if now.recipe.has_model_and_data else ()))
     if chosen.action == "chat":
         return (EXPORT,)
     if chosen.action in ("prepare", "app.go('data')", "app.go('models')") and _can_resume(now):
@@ -115,14 +111,6 @@ def _resume(now: HomeState) -> NextStep:
     )
     why = f"{now.last_run} {_ended(now.last_state)}; it resumes from {where}"
     return NextStep("home.resume", "resume", "Resume the run", why)
-
-
-def _is_complete(now: HomeState) -> bool:
-    return _has_model_and_data(now.recipe)
-
-
-def _has_model_and_data(recipe: Recipe) -> bool:
-    return bool(recipe.model.id and recipe.data.sources)
 
 
 def _prepare(now: HomeState) -> NextStep:

@@ -61,13 +61,7 @@ from qlora_tui.tui.render.labels import (
 )
 from qlora_tui.tui.render.loss import mean_losses
 from qlora_tui.tui.render.plot import bar, labeled, meter, sparkline
-from qlora_tui.tui.screens.home.next_step import (
-    HomeState,
-    NextStep,
-    _has_model_and_data,
-    next_step,
-    other_steps,
-)
+from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
 from qlora_tui.tui.screens.models.model_facts import need
 from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, starters
 from qlora_tui.tui.system_status import SystemStatus
@@ -516,7 +510,7 @@ class HomeReader:
         with suppress(UserError):
             files = find_files(recipe.model.id)
         machine = system_status.machine(budget_for(system_status.gpu))
-        expected = forecast(recipe, machine, files) if _has_model_and_data(recipe) else None
+        expected = forecast(recipe, machine, files) if recipe.has_model_and_data else None
         self._outlook = (key, expected, data_error(recipe, files))
 
     def _outlook_key(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> object:
