@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
-    from qlora_tui.runs.doctor import Machine
     from qlora_tui.tui.system_monitor import SystemMonitor
     from qlora_tui.tui.workbench import Draft, Workbench
 
@@ -163,13 +162,6 @@ class QloraApp(TerminalApp):
         if is_news:
             self.counts += 1
             self.recipe_changed.publish(self.workbench.recipe)
-
-    @property
-    def machine(self) -> Machine:
-        """This machine, where a run would start, whichever GPU the estimates assume."""
-        from qlora_tui.memory.budget import budget_for
-
-        return self.system_status.machine(budget_for(self.system_status.gpu))
 
     @property
     def memory_budget(self) -> MemoryBudget:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from qlora_tui.errors import UserError
     from qlora_tui.gpu.errors import GpuUnavailableError
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
-    from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.runs.doctor import Machine
     from qlora_tui.runs.notify import RunNotification
@@ -76,12 +75,15 @@ class SystemStatus:
         lines += [f"The export of {each.run} ({each.form}) continues." for each in self.exports]
         return [*lines, f"Come back: {back}"] if lines else []
 
-    def machine(self, budget: MemoryBudget) -> Machine:
-        """What the checks before a launch need to know."""
-        from qlora_tui.runs.doctor import Machine  # with the checks, which a start does without
+    @property
+    def machine(self) -> Machine:
+        """This machine, where a run would start, whichever GPU the estimates assume."""
+        # With the checks, which a start does without.
+        from qlora_tui.memory.budget import budget_for
+        from qlora_tui.runs.doctor import Machine
 
         return Machine(
-            budget=budget,
+            budget=budget_for(self.gpu),
             gpu=self.gpu,
             used_bytes=self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None,
             gpu_choice=self.gpu_choice,

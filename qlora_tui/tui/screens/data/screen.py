@@ -482,7 +482,7 @@ class DataScreen(WorkScreen):
 
     @work(exclusive=True, group="costs")
     async def _read_costs(self, report: Report, recipe: Recipe) -> None:
-        architecture, machine = self.app.workbench.architecture(), self.app.machine
+        architecture, machine = self.app.workbench.architecture(), self.app.system_status.machine
         self._forecast = await asyncio.to_thread(forecast, recipe, machine)
         self._costs = await asyncio.to_thread(
             length_costs, report, recipe, architecture, self.app.memory_budget, machine

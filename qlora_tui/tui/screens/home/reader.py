@@ -33,7 +33,7 @@ from qlora_tui.formatting import (
     short_model_name,
 )
 from qlora_tui.memory import Estimate, check_fit
-from qlora_tui.memory.budget import MemoryBudget, budget_for
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.data_checks import data_error
@@ -509,8 +509,7 @@ class HomeReader:
         key, files = self._outlook_key(recipe, system_status, counts), None
         with suppress(UserError):
             files = find_files(recipe.model.id)
-        machine = system_status.machine(budget_for(system_status.gpu))
-        expected = forecast(recipe, machine, files) if recipe.has_model_and_data else None
+        expected = forecast(recipe, system_status.machine, files) if recipe.has_model_and_data else None
         self._outlook = (key, expected, data_error(recipe, files))
 
     def _outlook_key(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> object:

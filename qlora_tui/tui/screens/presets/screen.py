@@ -287,7 +287,7 @@ class PresetsScreen(ModalScreen[None], OnQloraApp):
         """Work out how long a run takes with each recipe; data that was not read yet takes a moment."""
         self._forecasts = {}
         for name, recipe in recipes.items():
-            self._forecasts[name] = await asyncio.to_thread(forecast, recipe, self.app.machine)
+            self._forecasts[name] = await asyncio.to_thread(forecast, recipe, self.app.system_status.machine)
             if self.current is not None and name in ("", self.current.name):
                 self._show_preview()
 

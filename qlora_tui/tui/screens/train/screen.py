@@ -247,7 +247,7 @@ class TrainScreen(EvaluationActions):
         if self.run is not None:
             return
         system_status, recipe = self.app.system_status, self.app.workbench.recipe
-        free, machine = system_status.free_bytes, self.app.machine
+        free, machine = system_status.free_bytes, system_status.machine
         key = (
             recipe,
             self._stamps,
@@ -287,7 +287,7 @@ class TrainScreen(EvaluationActions):
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
         recipe = self.app.workbench.recipe
-        checks = await asyncio.to_thread(preflight, recipe, self.app.machine)
+        checks = await asyncio.to_thread(preflight, recipe, self.app.system_status.machine)
         if recipe == self.app.workbench.recipe:
             self._show_checks(recipe, checks)
         run = await launch(self.app, recipe, checks)
