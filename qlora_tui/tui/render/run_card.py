@@ -68,7 +68,7 @@ class RunCard:
     loss: tuple[float | None, float | None]
     """Validation loss before and after training; None where it was not measured."""
     facts: tuple[tuple[str, str], ...]
-    """(label, value) of what the run took; at most six are shown."""
+    """(label, value) of what the run took."""
     question: str = ""
     answers: tuple[str, str] = ("", "")
     """Before and after training."""
@@ -76,7 +76,7 @@ class RunCard:
 
 def read_card(view: RunView, *, with_answers: bool = True) -> RunCard:
     """What the card of a run says; without answers, nothing of the content of its data."""
-    run, recipe = view.run, view.run.readable_recipe()
+    recipe = view.run.readable_recipe()
     change, best = view.validation_change, view.best
     after = change.after if change is not None else None if best is None else best.loss
     question, before_answer, after_answer = _answers(view) if with_answers else ("", "", "")
@@ -97,19 +97,15 @@ def read_card(view: RunView, *, with_answers: bool = True) -> RunCard:
         setup=setup,
         state=f"{view.step:,}{total} steps",
         loss=(view.loss_before_training if change is None else change.before, after),
-        facts=_facts(view, run),
+        facts=_facts(view),
         question=question,
         answers=(before_answer, after_answer),
     )
 
 
-def _facts(view: RunView, run: RunDir) -> tuple[tuple[str, str], ...]:
-    series, ending = view.series, view.ending
-    seconds = series.seconds()
-    speed = (series.tokens[-1] / seconds) if len(series) and seconds else None
-    energy = EnergyMeter(run.telemetry_path)
-    energy.read_all()
-    kwh = ending.energy_kwh if isinstance(ending, Finished) and ending.energy_kwh is not None else energy.kwh
+def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
+    seconds, kwh = view.series.seconds(), _energy_kwh(view)
+    speed = view.series.tokens[-1] / seconds if seconds else None
     device = "" if view.environment is None else view.environment.device[:_MAX_CHARACTERS]
     facts = [
         ("hardware", device.removeprefix("NVIDIA GeForce ").removeprefix("NVIDIA ")),
@@ -122,16 +118,24 @@ def _facts(view: RunView, run: RunDir) -> tuple[tuple[str, str], ...]:
             "" if view.adapter is None else f"{format_count(view.adapter.trained_parameters)} weights",
         ),
     ]
-    return tuple((label, value) for label, value in facts if value)[:6]
+    return tuple((label, value) for label, value in facts if value)
+
+
+def _energy_kwh(view: RunView) -> float | None:
+    """The energy of a run, from its telemetry unless its end says it; None where no power was reported."""
+    if isinstance(view.ending, Finished) and view.ending.energy_kwh is not None:
+        return view.ending.energy_kwh
+    meter = EnergyMeter(view.run.telemetry_path)
+    meter.read_all()
+    return meter.kwh
 
 
 def _answers(view: RunView) -> tuple[str, str, str]:
     """The first question with an answer before and one after training; empty where there is none."""
-    first = {each.prompt: each for each in reversed(view.samples) if each.step == 0}
-    last = {each.prompt: each for each in view.samples if each.step > 0}
-    for prompt, before in reversed(first.items()):
-        if prompt in last:
-            return prompt, before.answer, last[prompt].answer
+    last = {each.prompt: each.answer for each in view.samples if each.step > 0}
+    for before in view.samples:
+        if before.step == 0 and before.prompt in last:
+            return before.prompt, before.answer, last[before.prompt]
     evaluation = read_task_evaluation(view.run)
     row = next((row for row in evaluation.rows if row.base and row.adapter), None) if evaluation else None
     return ("", "", "") if row is None else (row.prompt, row.base, row.adapter)
