@@ -337,9 +337,9 @@ def recipe_lines(
         memory = [line]
     elif isinstance(compared, UserError) and recipe.model.id:
         memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]
-    time = _time_words(expected)
+    time = [] if expected is None else [_time_words(expected)]
     if is_compact:
-        return [Content(recipe_line(workbench)), *memory, *([time] if expected else [])]
+        return [Content(recipe_line(workbench)), *memory, *time]
     size = ""
     if not isinstance(architecture, UserError):
         size = f"   {format_count(architecture.total_params)} parameters, {architecture.layers} layers"
@@ -353,7 +353,7 @@ def recipe_lines(
         ("length", batch_words(recipe), rate),
     ]
     lines = [labeled(name, Content.assemble(value, (note, "dim")), _LABEL) for name, value, note in rows]
-    return [*lines, *memory, *([labeled("time", time, _LABEL)] if expected else [])]
+    return [*lines, *memory, *(labeled("time", words, _LABEL) for words in time)]
 
 
 def _none_yet(command: str) -> Content:
@@ -373,10 +373,8 @@ def model_lines(
     return [(id_, line + hint if id_ == selected else line) for id_, line in lines]
 
 
-def _time_words(expected: Forecast | None) -> Content:
-    """``About 25 min   54 steps, judging by vicuna-1``."""
-    if expected is None:
-        return Content("")
+def _time_words(expected: Forecast) -> Content:
+    """``about 25 min   54 steps, judging by vicuna-1``."""
     if expected.time is None:
         return Content.assemble("unknown until the first steps", (f"   {expected.steps}", "dim"))
     return Content.assemble(expected.duration, (f"   {expected.steps}, {expected.time.source}", "dim"))
