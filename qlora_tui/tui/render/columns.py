@@ -79,10 +79,15 @@ def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
             continue
         label, value = fact
         text = Content(value) if isinstance(value, str) else value
-        first, *others = text.wrap(max(10, width - cells)) or [Content("")]
-        lines.append(Content.assemble((f"{label:<{cells}}", "dim"), first))
-        lines += [Content(" " * cells) + other for other in others]
+        lines += hanging(Content.styled(f"{label:<{cells}}", "dim"), text, width)
     return lines
+
+
+def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[Content]:
+    """``head`` and ``text``, which goes on below itself if it is too long; it has ``least`` cells."""
+    cells = head.cell_length
+    first, *others = text.wrap(max(least, width - cells)) or [Content("")]
+    return [head + first, *(Content(" " * cells) + other for other in others)]
 
 
 def _width(column: Column[Row], texts: Sequence[str | Content]) -> int:

@@ -44,6 +44,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import COMMANDS, screen_commands
 from qlora_tui.tui.key_names import dialog_keys, key_name
+from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
 from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.screens.base import OnQloraApp
@@ -438,10 +439,7 @@ def preview(
         head = f"{names[change.path]:<{labels}}  " if width >= _LABEL_WIDTH else ""
         path = f"{change.path:<{paths}}  "
         values = Content.assemble((f"{change.before} → ", "$text-muted"), (change.after, "bold"))
-        indent = len(head) + len(path)
-        first, *others = values.wrap(max(10, width - indent))
-        lines.append(Content.assemble(head, (path, "$text-muted" if head else ""), first))
-        lines += [Content(" " * indent) + other for other in others]
+        lines += hanging(Content.assemble(head, (path, "$text-muted" if head else "")), values, width)
     return Content("\n").join(lines)
 
 

@@ -22,6 +22,7 @@ from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
+from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
@@ -73,8 +74,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Settings of each group but the main ones, by path or by the beginning of it; the first group that names one
 has it."""
-_HEAD = 19
-"""Cells of a check's sign, word and name."""
+_LEAST_TEXT = 20
+"""Cells of a text next to a check's sign, word and name, at least."""
 _SEPARATOR = " · "
 _SHORT_HEAD = 10
 """Cells of a check's sign and word."""
@@ -275,8 +276,7 @@ def check_lines(
             pieces = [piece for part in (text, remedy) if part for piece in part.wrap(width - _SHORT_HEAD)]
             lines += [Content(" " * _SHORT_HEAD) + piece for piece in pieces]
         else:
-            pieces = (text + " " + remedy if fix else text).wrap(max(20, width - _HEAD))
-            lines += [head + pieces[0], *(Content(" " * _HEAD) + piece for piece in pieces[1:])]
+            lines += hanging(head, text + " " + remedy if fix else text, width, _LEAST_TEXT)
     return lines if shows_all else [*lines, *_passed(checks, width)]
 
 
@@ -285,12 +285,9 @@ def _passed(checks: tuple[Check, ...], width: int) -> list[Content]:
     names = [check.label for check in checks if check.outcome == "ok"]
     if not names:
         return []
-    count = f"✓ {pluralize(len(names), 'check')} ok  "
-    listed = Content.styled(", ".join(dict.fromkeys(names)), "dim").wrap(max(20, width - len(count)))
-    return [
-        Content.styled(count, "$success") + listed[0],
-        *(Content(" " * len(count)) + piece for piece in listed[1:]),
-    ]
+    count = Content.styled(f"✓ {pluralize(len(names), 'check')} ok  ", "$success")
+    listed = Content.styled(", ".join(dict.fromkeys(names)), "dim")
+    return hanging(count, listed, width, _LEAST_TEXT)
 
 
 def worst_first(checks: tuple[Check, ...]) -> list[Check]:

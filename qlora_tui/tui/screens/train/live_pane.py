@@ -21,6 +21,7 @@ from qlora_tui.formatting import truncate_middle
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name, name_keys
+from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.plot import no_plot, plot
 from qlora_tui.tui.screens.train.machine_panel import MachineState, machine_lines
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
@@ -66,6 +67,8 @@ _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
 _LOG_KEYS = (("train.tab", "next"), ("train.search", "search"), ("train.level", "warnings"))
 _MAX_NAME = 70
 """Cells of a run's name in a title; a window has at least 80."""
+_LEAST_TEXT = 8
+"""Cells of an entry after its time, at least."""
 _TITLE_FRAME = 4
 """Cells around the title of a panel."""
 _NO_EVENTS = "No events yet."
@@ -366,13 +369,9 @@ class LogTail(LineView):
     def _wrapped(self, entry: LogEntry) -> list[Content]:
         sign, style = SIGNS[entry.level]
         clock = "" if entry.at is None else time.strftime("%H:%M:%S ", time.localtime(entry.at))
-        indent = len(clock) + (2 if clock else 0)
         text = Content.styled(entry.text, style) if style else Content(entry.text)
-        pieces = text.wrap(max(8, self._wrapped_at - indent)) or [Content("")]
         head = Content.assemble((clock, "dim"), (f"{sign} ", style)) if clock else Content("")
-        return [
-            (head if number == 0 else Content(" " * indent)) + piece for number, piece in enumerate(pieces)
-        ]
+        return hanging(head, text, self._wrapped_at, _LEAST_TEXT)
 
 
 def tabs_title(
