@@ -116,10 +116,13 @@ def format_loss_change(change: float) -> str:
 
 
 def format_nats(nats: float | None) -> str:
-    """Format a KL divergence or a margin by two significant digits: ``0.004``, ``1.3``, ``<0.0001``."""
+    """Format a KL divergence or a margin by two significant digits: ``0.004``, ``1.3``, ``<0.0001``.
+
+    Rounding may leave a divergence just below 0.
+    """
     if nats is None:
         return "NA"
-    return "<0.0001" if 0 < nats < 0.0001 else format_float(nats, 2)
+    return "<0.0001" if 0 < abs(nats) < 0.0001 else format_float(nats, 2)
 
 
 def format_rate(rate: float | None) -> str:

@@ -98,6 +98,7 @@ def test_a_name_of_code_stays_small_at_a_sentences_start(text: str) -> None:
         (format_loss_change(-0.0231), "-0.023"),
         (format_nats(0.00401), "0.004"),
         (format_nats(5.7e-5), "<0.0001"),
+        (format_nats(-4.2e-11), "<0.0001"),
         (format_nats(0.0), "0"),
         (format_rate(2e-4), "0.0002"),
         (format_rate(5.7321e-5), "5.73e-5"),
