@@ -85,6 +85,11 @@ def test_an_axis_holds_its_values_and_has_distinct_labels(low: float, spread: fl
     assert len(set(texts)) == len(texts)
 
 
+@pytest.mark.parametrize(("steps", "labels"), [(1, ["0", "1"]), (3, ["0", "1", "2", "3"])])
+def test_a_short_run_has_no_half_steps(steps: int, labels: list[str]) -> None:
+    assert [text for _, text in ticks(so_far(steps, steps, "step"), 8)] == labels
+
+
 def test_nan_is_marked_at_the_bottom_without_a_line() -> None:
     values = [1.0] * 40
     values[20:24] = [math.nan, math.inf, -math.inf, math.nan]

@@ -111,8 +111,10 @@ def tick_step(low: float, high: float, max_parts: int) -> float:
 
 
 def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
-    """(value, label) of the round values of an axis, in order."""
+    """(value, label) of the round values of an axis, in order; steps are whole."""
     step = tick_step(axis.low, axis.high, most)
+    if axis.unit == "step":
+        step = max(step, 1.0)
     first = math.ceil(axis.low / step - 1e-9)
     last = math.floor(axis.high / step + 1e-9)
     values = [_clean(i * step) for i in range(first, last + 1)]
