@@ -80,7 +80,7 @@ def _dry_run(recipe: Recipe) -> CommandResult:
     problem = None
     with ProgressLine() as line:
         try:
-            count_data(recipe, lambda progress: line.show(f"{progress.done} % of the samples counted"))
+            count_data(recipe, lambda progress: line.show(f"{progress.done}% of the samples counted"))
         except UserError as error:
             problem = error
     machine = read_machine()
