@@ -248,11 +248,14 @@ class QloraApp(TerminalApp):
             self._is_light = message.color.brightness > _HALF
         # In 256 colors the background would be another than the terminal's.
         if len(self._terminal_colors) == 2 and self.console.color_system == "truecolor":
-            self.register_theme(
-                themes.of_terminal(*(self._terminal_colors[is_ground] for is_ground in (False, True)))
-            )
-        if self.theme != self._wanted_theme:
-            self.theme = self._wanted_theme
+            foreground, background = self._terminal_colors[False], self._terminal_colors[True]
+            self.register_theme(themes.of_terminal(foreground, background))
+        self._show_theme(self._wanted_theme)
+
+    def _show_theme(self, name: str) -> None:
+        """Show a theme, unless its file could not be read."""
+        if name in self.available_themes:
+            self.theme = name
 
     def _load_themes(self) -> None:
         """Register all themes from their files; a file with an error is reported and skipped."""
@@ -270,8 +273,7 @@ class QloraApp(TerminalApp):
     def apply_settings(self, settings: Settings) -> None:
         """Use settings that were changed while the app runs."""
         before, self.settings = self.settings, settings
-        if self._wanted_theme in self.available_themes:
-            self.theme = self._wanted_theme
+        self._show_theme(self._wanted_theme)
         if self.wants_terminal_colors() and not self._terminal_colors:
             self.ask_terminal_colors()
         if settings.gpu_memory_gib != before.gpu_memory_gib:
@@ -311,14 +313,12 @@ class QloraApp(TerminalApp):
     def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:
         """Show the theme under the cursor of the palette."""
         name = previewed_theme(message) if not self.no_color else ""
-        name = name or self._wanted_theme
-        if name in self.available_themes:
-            self.theme = name
+        self._show_theme(name or self._wanted_theme)
 
     def on_command_palette_closed(self, message: CommandPalette.Closed) -> None:
         """Back to the theme of the settings, unless another one was chosen."""
-        if not message.option_selected and self._wanted_theme in self.available_themes:
-            self.theme = self._wanted_theme
+        if not message.option_selected:
+            self._show_theme(self._wanted_theme)
 
     def copy_to_clipboard(self, text: str) -> None:
         """Copy in every way the terminal offers, and notify which one worked."""
