@@ -101,6 +101,10 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         """The state that help explains: a table of this screen in ``help.toml``; empty for the usual one."""
         return ""
 
+    def has_command(self, action: str) -> bool:
+        """Whether an action, without parameters, is that of a command of this screen, and not of the app."""
+        return any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
+
     def compose(self) -> ComposeResult:
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:

@@ -223,7 +223,7 @@ class ChatScreen(WorkScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that would be typed are no commands while the field has the focus; few are without a model."""
-        is_own = any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
+        is_own = self.has_command(action)
         if self.conversation.source is None and is_own:
             return action in ("choose_source", "settings")
         typing = isinstance(self.focused, PromptBox)

@@ -145,9 +145,8 @@ class DataScreen(WorkScreen):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "fix":
             return self._can_fix
-        is_own = any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
         # Without data there is nothing else to act on.
-        return not is_own or action == "open" or self.source is not None
+        return not self.has_command(action) or action == "open" or self.source is not None
 
     # Sources
 

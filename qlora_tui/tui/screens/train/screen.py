@@ -193,8 +193,7 @@ class TrainScreen(EvaluationActions):
         if action in ("chat", "export") and self.state in ("stopped", "paused") and self.snapshot is not None:
             return bool(self.snapshot.view.checkpoints)
         if self.run is None:
-            is_own = any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
-            return action in _PREPARING or not is_own
+            return action in _PREPARING or not self.has_command(action)
         if action in _PREPARING_ONLY:
             return False
         return action not in _STATES or self.state in _STATES[action]
