@@ -47,7 +47,7 @@ from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
 from qlora_tui.tui.render.plot import bar
-from qlora_tui.tui.screens.base import OnQloraApp
+from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
 from qlora_tui.tui.widgets.controls import Lines, TextField, ViList
@@ -171,7 +171,7 @@ class _PresetChange:
     """The preset that the recipe had started from when it was saved."""
 
 
-class PresetsScreen(ModalScreen[None], OnQloraApp):
+class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
     """Shipped presets and the user's own, beside what opening one would change."""
 
     CSS_PATH = "presets.tcss"
