@@ -185,6 +185,8 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._undo: list[_PresetChange] = []
         """Changes made in this window, oldest first."""
         self._presets: list[Preset] = []
+        self._verdicts: dict[str, Verdict] = {}
+        """Whether the recipe fits with each preset, where its model is known."""
         self._filter = ""
         self._forecasts: dict[str, Forecast | None] = {}
         """How long a run takes with each preset, as far as that was worked out; under "" as the recipe is."""
@@ -226,7 +228,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         """Filter the list while typing."""
         if event.input.id == "preset-filter":
             self._filter = event.value.casefold()
-            self.refresh_list()
+            self._show_list()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Go from the filter to the list, or save the recipe under the name given."""
@@ -267,21 +269,25 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.query_one("#save-name", Input).focus()
 
     def refresh_list(self, select: str | None = None) -> None:
+        """Read the presets, and work out what a run takes with each."""
         self._presets = list_presets()
-        current = self.app.workbench.preset
-        shown = [p for p in self._presets if self._filter in f"{p.name} {p.note}".casefold()]
-        list_, budget = self.query_one(ViList), self.app.memory_budget
         recipe, model = self.app.workbench.recipe, self.app.workbench.architecture()
-        verdicts: dict[str, Verdict] = {}
+        opened = {preset.name: preset.recipe(recipe) for preset in self._presets if not preset.problem}
+        self._verdicts = {}
         if not isinstance(model, UserError):
-            opened = ((preset.name, preset.recipe(recipe)) for preset in shown if not preset.problem)
-            verdicts = what_if(opened, model, budget)
-        list_.show(
+            self._verdicts = what_if(opened.items(), model, self.app.memory_budget)
+        self._show_list(select)
+        self._forecast({"": recipe} | opened)
+
+    def _show_list(self, select: str | None = None) -> None:
+        """List the presets that the filter lets through."""
+        current, verdicts = self.app.workbench.preset, self._verdicts
+        shown = [p for p in self._presets if self._filter in f"{p.name} {p.note}".casefold()]
+        self.query_one(ViList).show(
             lambda width: [(p.name, preset_line(p, current, verdicts.get(p.name), width)) for p in shown],
             select,
         )
         self._show_preview()
-        self._forecast({"": recipe} | {p.name: p.recipe(recipe) for p in shown if not p.problem})
 
     @work(exclusive=True, group="forecasts")
     async def _forecast(self, recipes: dict[str, Recipe]) -> None:
