@@ -17,7 +17,12 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
+from qlora_tui.catalog.outline import read_outline
 from qlora_tui.catalog.starter_models import starter_file
+from qlora_tui.memory.budget import budget_for
+from qlora_tui.memory.estimate import with_precision
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.screens.models import downloads, model_facts, model_list
 from qlora_tui.tui.screens.models.screen import ModelsScreen
 from qlora_tui.tui.widgets.controls import ViList
@@ -280,3 +285,11 @@ def test_a_killed_child_is_an_error_with_a_fix(hub: FakeHub) -> None:
     hub.stalls.set()
     assert download.problem is not None
     assert download.problem.fix
+
+
+def test_a_model_with_a_short_context_is_compared_in_int8() -> None:
+    model = read_outline(config_of("HuggingFaceTB__SmolLM2-135M"))
+    recipe = with_precision(replace_setting(Recipe(), "data.max_length", 256), "int8")
+    fit = model_facts.model_fit(replace(model, max_positions=256), recipe, budget_for(None, 24 << 30))
+    assert fit.precisions == ("int8", "fp16")
+    assert [row.value for row in fit.lengths] == [256]

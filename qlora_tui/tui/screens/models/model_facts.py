@@ -32,9 +32,9 @@ from qlora_tui.formatting import (
     format_gib,
     format_path,
 )
-from qlora_tui.memory import Device, Estimate, check_fit, estimate
+from qlora_tui.memory import Device, Estimate, check_fit, compare, estimate
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, why_int8_is_larger, with_precision
+from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, why_int8_is_larger
 from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.tui.key_names import key_name
@@ -266,32 +266,30 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
     note = "" if usable is recipe else "with all-linear, because it lacks the recipe's targets"
     precision = precision_of(recipe)
 
-    def estimates(path: str, value: int) -> dict[Precision, Estimate]:
-        changed = replace_setting(usable, path, value)
+    def compared(path: str, values: Iterable[int]) -> dict[int, dict[Precision, Estimate]]:
         return {
-            each: estimate(with_precision(changed, each), model, device=budget.device) for each in PRECISIONS
+            value: compare(replace_setting(usable, path, value), model, device=budget.device)
+            for value in sorted({get_setting(recipe, path), *values})
         }
 
-    def rows(path: str, values: Sequence[int]) -> Iterator[SettingFit]:
-        own = get_setting(recipe, path)
-        for value in sorted({own, *values}):
-            compared = estimates(path, value)
+    def rows(path: str, estimates: Mapping[int, Mapping[Precision, Estimate]]) -> Iterator[SettingFit]:
+        for value, by_precision in estimates.items():
             needs = {
-                each: (one.total_bytes, check_fit(one, budget.bytes).word) for each, one in compared.items()
+                each: (one.total_bytes, check_fit(one, budget.bytes).word)
+                for each, one in by_precision.items()
             }
-            yield SettingFit(value, value == own, needs)
+            yield SettingFit(value, value == get_setting(recipe, path), needs)
 
     lengths = [length for length in _LENGTHS if length <= (model.max_positions or length)]
-    reason = ""
-    if precision == "int8":
-        longest = estimates("data.max_length", lengths[-1])
-        reason = why_int8_is_larger(longest["int8"], longest["fp16"])
+    by_length = compared("data.max_length", lengths)
+    longest = by_length[max(by_length)]
+    reason = why_int8_is_larger(longest["int8"], longest["fp16"]) if precision == "int8" else ""
     missing = missing_kernels(model.model_type) if budget.device.kind == "cuda" else ()
     kernels = describe_missing(missing) if missing and not budget.is_assumed else ()
     return ModelFit(
         (precision, "nf4" if precision == "fp16" else "fp16"),
-        tuple(rows("data.max_length", lengths)),
-        tuple(rows("training.micro_batch_size", _BATCHES)),
+        tuple(rows("data.max_length", by_length)),
+        tuple(rows("training.micro_batch_size", compared("training.micro_batch_size", _BATCHES))),
         budget,
         tuple(filter(None, (note, reason, *kernels))),
     )
