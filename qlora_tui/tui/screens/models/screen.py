@@ -226,10 +226,10 @@ class ModelsScreen(WorkScreen):
             folders.append(choose)
         is_first = self._models.local is None
         self._searched = [*folders, *recent_paths("models")]
-        self._models.local = await asyncio.to_thread(list_local_models, self._searched)
+        local = await self._list_local()
         if is_first and select is None:
-            select = next((m.path for m in self._models.local if current in (m.id, str(m.path))), None)
-        within = [m for m in self._models.local if choose is not None and m.path.is_relative_to(choose)]
+            select = next((m.path for m in local if current in (m.id, str(m.path))), None)
+        within = [m for m in local if choose is not None and m.path.is_relative_to(choose)]
         self._show_list(LOCAL + str(within[0].path if within else select))
         if choose is not None and not within:
             self.notify("No model found there.", severity="warning")
@@ -238,15 +238,23 @@ class ModelsScreen(WorkScreen):
             if len(within) == 1:
                 self._choose(within[0])
         self._show_facts()
-        self.query_one("#models-panel", Panel).show_title(storage_title(self._models.local))
+        self.query_one("#models-panel", Panel).show_title(storage_title(local))
         self._estimate_needs()
         self._describe()
+
+    async def _list_local(self) -> list[LocalModel]:
+        """List the models of this machine, and what their cards say."""
+        local = await asyncio.to_thread(list_local_models, self._searched)
+        known = [model.path for model in local if model.architecture is not None]
+        self._models.licenses = await asyncio.to_thread(lambda: {path: read_license(path) for path in known})
+        self._models.local = local
+        return local
 
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
         """Read the structure of the models that have an outline, then list them by it."""
         if await run_stoppable(describe_models, self._models.local or ()):
-            self._models.local = await asyncio.to_thread(list_local_models, self._searched)
+            await self._list_local()
             self._show_list()
             self._show_facts()
             self._estimate_needs()
@@ -311,9 +319,6 @@ class ModelsScreen(WorkScreen):
         known = [(m.path, m.architecture) for m in self._models.local or () if m.architecture is not None]
         self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
-        )
-        self._models.licenses = await asyncio.to_thread(
-            lambda: {path: read_license(path) for path, _ in known}
         )
         if self._models.lists_starters:
             self._models.starters = await asyncio.to_thread(starters, recipe, budget)
