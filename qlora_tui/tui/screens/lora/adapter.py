@@ -419,14 +419,12 @@ def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> 
             (VERDICT_SIGN[cost.verdict.word], style),
         )
 
-    def title(name: str) -> str:
-        return f" {'params':>6}{'disk' if with_disk else '':>{_DISK_CELLS * with_disk}}{'memory':>10}"
-
+    disk_cells = _DISK_CELLS if with_disk else 0
+    title = f" {'params':>6}{'disk' if with_disk else '':>{disk_cells}}{'memory':>10}"
     columns = [Column[list[ChoiceCost]](title="rank", text=lambda row: f"{row[0].rank}", width=4, right=True)]
-    for number, name in enumerate(names):
-        columns.append(Column(title=title(name), text=partial(cell, number=number), gap=3))
-    group = _CHOICE_CELLS + _DISK_CELLS * with_disk
-    heads = "".join(f"{name:<{group}}" for name in names)
+    for number in range(len(names)):
+        columns.append(Column(title=title, text=partial(cell, number=number), gap=3))
+    heads = "".join(f"{name:<{_CHOICE_CELLS + disk_cells}}" for name in names)
     words = dict.fromkeys(cost.verdict.word for cost in costs)
     return [
         Content(" " * (_RANK_CELLS + 1) + heads.rstrip()).stylize("bold"),
