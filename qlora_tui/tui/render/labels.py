@@ -21,7 +21,7 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import Precision
+from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.run_summary import ResultDefect, data_words
@@ -178,6 +178,15 @@ class FitLine:
         drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
         label = f"{self._label} " if self._label else ""
         return Content.assemble(label, (drawn, level_style(share)), f"{figures} ", self._verdict)
+
+
+def recipe_fit(workbench: Workbench, budget: MemoryBudget, *, with_precision: bool) -> FitLine | None:
+    """The memory of the recipe being edited; None where it cannot be estimated."""
+    compared, precision = workbench.comparison(budget.device), precision_of(workbench.recipe)
+    if isinstance(compared, UserError):
+        return None
+    label = PRECISION_NAMES[precision] if with_precision else ""
+    return FitLine(label, compared[precision], budget, can_train=workbench.model_refusal() is None)
 
 
 def error_content(error: UserError, *, step: Content | None = None, is_spaced: bool = False) -> Content:

@@ -24,14 +24,13 @@ from qlora_tui.data.sources import AUTO, is_hub_dataset
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_number, pluralize
-from qlora_tui.memory.estimate import precision_of
 from qlora_tui.recipe.fields import source_fields
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.length_costs import LengthCost, length_costs
 from qlora_tui.runs.row_losses import measure_row_losses, read_row_losses
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.labels import FitLine, error_content
+from qlora_tui.tui.render.labels import error_content, recipe_fit
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data.dialogs import (
     ColumnMappingScreen,
@@ -515,12 +514,8 @@ class DataScreen(WorkScreen):
     @property
     def _fit(self) -> Content | None:
         """The memory of the recipe, if that is known; the header leaves it out."""
-        compared = self.app.workbench.comparison(self.app.memory_budget.device)
-        if isinstance(compared, UserError):
-            return None
-        can_train = self.app.workbench.model_refusal() is None
-        estimate = compared[precision_of(self.app.workbench.recipe)]
-        return FitLine("", estimate, self.app.memory_budget, can_train=can_train).draw(0)
+        fit = recipe_fit(self.app.workbench, self.app.memory_budget, with_precision=False)
+        return None if fit is None else fit.draw(0)
 
     def _clear_figures(self) -> None:
         self._costs, self._costs_key, self._forecast = [], None, None

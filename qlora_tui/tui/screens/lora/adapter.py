@@ -40,13 +40,7 @@ from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import (
-    PRECISION_NAMES,
-    VERDICT_SIGN,
-    FitLine,
-    verdict_legend,
-    verdict_words,
-)
+from qlora_tui.tui.render.labels import VERDICT_SIGN, recipe_fit, verdict_legend, verdict_words
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench
@@ -279,11 +273,9 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
 
 def adapter_title(workbench: Workbench, budget: MemoryBudget, width: int) -> Content:
     """``Adapter  NF4 6.3 of 12.0 GiB fits``: what the recipe needs in all, if its model is known."""
-    compared, precision = workbench.comparison(budget.device), precision_of(workbench.recipe)
-    if isinstance(compared, UserError):
+    fit = recipe_fit(workbench, budget, with_precision=True)
+    if fit is None:
         return Content("Adapter")
-    can_train = workbench.model_refusal() is None
-    fit = FitLine(PRECISION_NAMES[precision], compared[precision], budget, can_train=can_train)
     return Content("Adapter  ") + fit.draw(width, max_bar=0).stylize_before("not bold $foreground")
 
 
