@@ -20,6 +20,7 @@ from textual.color import Color
 from textual.filter import LineFilter
 from textual.theme import Theme
 
+from qlora_tui.tui.themes import HUES
 from qlora_tui.visible import visible
 
 _BLANKS = re.compile(" {2,}$")
@@ -77,7 +78,7 @@ TWO_COLORS = Theme(
     panel=_BACKGROUND,
     boost=_BACKGROUND,
     variables={
-        **dict.fromkeys(("key", "training", "validation", "forgetting", "hardware"), _FOREGROUND),
+        **dict.fromkeys(("key", *HUES), _FOREGROUND),
         "text-muted": _FOREGROUND,
         "text-disabled": _FOREGROUND,
         "block-cursor-foreground": _BACKGROUND,

@@ -22,7 +22,7 @@ from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.base import OnQloraApp
-from qlora_tui.tui.themes import theme_names
+from qlora_tui.tui.themes import HUES, theme_names
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, SettingsForm
 
 _KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
@@ -100,7 +100,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         )
 
 
-_SWATCHES = ("training", "validation", "forgetting", "hardware", "key", "warning", "error")
+_SWATCHES = (*HUES, "key", "warning", "error")
 
 
 def _swatches() -> Content:
