@@ -8,6 +8,7 @@ process that imports the library (:mod:`.described`).
 from __future__ import annotations
 
 import ast
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,7 @@ _GENERATES_TEXT = (
 )
 _MAX_DEPTH = 8
 """Most config classes in a chain of inheritance."""
+_PARSER = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,16 @@ def _text_type(sub_configs: ast.expr, body: list[ast.stmt]) -> str | None:
     return None
 
 
+def parse_source(source: str | bytes) -> ast.Module:
+    """Parse Python source, one thread at a time.
+
+    CPython 3.11 counts the depth of the trees of all threads together, and raises SystemError where a garbage
+    collection lets another thread parse in between.
+    """
+    with _PARSER:
+        return ast.parse(source)
+
+
 @lru_cache(maxsize=16)
 def _body(path: str) -> list[ast.stmt]:
     """Return the statements of a file of transformers; none where it is not installed or of another form."""
@@ -181,6 +193,6 @@ def _body(path: str) -> list[ast.stmt]:
     if spec is None or spec.origin is None:
         return []
     try:
-        return ast.parse((Path(spec.origin).parent / path).read_bytes()).body
+        return parse_source((Path(spec.origin).parent / path).read_bytes()).body
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return []

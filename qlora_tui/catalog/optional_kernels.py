@@ -17,6 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from qlora_tui.catalog.library_types import parse_source
 from qlora_tui.formatting import join_words
 from qlora_tui.installation import install_command
 
@@ -151,7 +152,7 @@ def _of_source(folder: Path) -> tuple[KernelPackage, ...]:
 
 def _packages_in(source: str) -> Iterator[str]:
     """Yield the modules that a class's source imports only if they are installed."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse_source(source)):
         match node:
             case ast.Call(func=ast.Name(id=name), args=[*_, ast.Constant(value=str(package))]) if name in (
                 _DECORATOR,
