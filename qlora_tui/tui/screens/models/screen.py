@@ -315,8 +315,10 @@ class ModelsScreen(WorkScreen):
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
         """What each model on this machine would need, and which models of the Hub to start with."""
+        if self._models.local is None:
+            return  # what there is to list is not known yet, and the scan ends with this
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
-        known = [(m.path, m.architecture) for m in self._models.local or () if m.architecture is not None]
+        known = [(m.path, m.architecture) for m in self._models.local if m.architecture is not None]
         self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
         )
