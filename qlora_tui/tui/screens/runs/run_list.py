@@ -29,6 +29,7 @@ from qlora_tui.formatting import (
     format_percent,
     format_progress,
     format_rate,
+    format_speed,
     pluralize,
     short_model_name,
     truncate_middle,
@@ -122,7 +123,7 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
     ),
     Column(
         title="tok/s",
-        text=lambda s: "" if s.tokens_per_s is None else f"{s.tokens_per_s:,.0f}",
+        text=lambda s: "" if s.tokens_per_s is None else format_speed(s.tokens_per_s),
         right=True,
         shown_from=150,
     ),
