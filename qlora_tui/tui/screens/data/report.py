@@ -328,26 +328,23 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
     line = ["─"] * width
 
     def put(text: str, at: int) -> bool:
-        """Write a text if no other is there."""
-        is_free = 0 <= at <= width - len(text) and set(line[max(0, at - 1) : at + len(text) + 1]) <= {
-            "─",
-            " ",
-        }
+        """Write a text if no other is there, and return whether it was written."""
+        around = line[max(0, at - 1) : at + len(text) + 1]
+        is_free = 0 <= at <= width - len(text) and set(around) <= {"─", " "}
         if is_free:
             line[at : at + len(text)] = text
         return is_free
 
     place = width - len(mark) if cut >= width else min(max(2, cut), width - len(mark))
-    put(mark, place)
+    is_marked = put(mark, place)
     put(f" {end}", width - len(end) - 1 if cut < width else place - len(end) - 1)
     for value, label in ticks(Axis(0, edges[-1]), max(1, width // 10)):
         put(label, _column(edges, round(value), width))
     text = "".join(line)
-    at = text.find(mark) if mark else -1
-    if at < 0:
+    if not is_marked:
         return Content.styled(text, "dim")
     style = "$warning bold" if cut < width else ""
-    return Content.assemble((text[:at], "dim"), (mark, style), (text[at + len(mark) :], "dim"))
+    return Content.assemble((text[:place], "dim"), (mark, style), (text[place + len(mark) :], "dim"))
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:

@@ -144,19 +144,24 @@ class SamplePanel(Panel):
     @property
     def room_beside(self) -> int:
         """How many more rows there is room for."""
-        columns, lines = self.size.width // _ROW_CELLS, self.size.height // _ROW_LINES
-        return min(_MOST_BESIDE, max(1, columns) * max(1, lines) - 1)
+        lines = max(1, self.size.height // _ROW_LINES)
+        return min(_MOST_BESIDE, self._columns * lines - 1)
+
+    @property
+    def _columns(self) -> int:
+        """How many rows there is room for next to each other."""
+        return max(1, self.size.width // _ROW_CELLS)
 
     def show_beside(self, rows: Sequence[Shown], data: Data) -> None:
         """Show the rows that follow next to the first, and below."""
         styles = TokenStyles.of(self.app)
-        self.query_one("#samples").styles.grid_size_columns = max(1, self.size.width // _ROW_CELLS)
+        self.query_one("#samples").styles.grid_size_columns = self._columns
         for number, column in enumerate(self.query(".next-sample").results(Static)):
             column.display = number < len(rows)
             if column.display:
                 row = rows[number]
-                title = Content.styled(f"row {row.row:,}{_learned_words(row, data)}\n", "bold")
-                column.update(title + sample(row, (), data, styles))
+                title = " · ".join(filter(None, (f"row {row.row:,}", _learned_words(row, data))))
+                column.update(Content.styled(f"{title}\n", "bold") + sample(row, (), data, styles))
 
     def show_empty(self) -> None:
         """Say how data is opened."""
@@ -267,7 +272,7 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
         of = f" of {max(row, report.counts.rows):,} or more"
     parts = [f"{name}row {row:,}{of}"]
     if shown and (words := _learned_words(shown, data)):
-        parts.append(words.removeprefix(" · "))
+        parts.append(words)
     if shown:
         parts += shown.notes
     lengths = (count for count in range(len(parts), 1, -1))
@@ -278,12 +283,12 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
 
 
 def _learned_words(shown: Shown, data: Data) -> str:
-    """`` · 43 of 79 tokens to learn``; empty where there are none."""
+    """``43 of 79 tokens to learn``; empty where there are none."""
     if not shown.samples or not shown.token_counts:
         return ""
     most = max(shown.token_counts) if data.overflow == "split" else data.max_length
     rendered_tokens = sum(min(count, most) for count in shown.token_counts)
-    return f" · {sum(shown.trained_counts):,} of {rendered_tokens:,} tokens to learn"
+    return f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens to learn"
 
 
 def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
