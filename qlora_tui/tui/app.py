@@ -1,4 +1,4 @@
-"""The frame of the app: screens, themes, the recipe being edited, and polling once a second."""
+"""The app's frame: screens, themes, the recipe being edited, and a poll once a second."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _SETTLE_S = 0.3
 
 
 def _make_screen(mode: str) -> WorkScreen:
-    """Import the class of a numbered screen, and create the screen."""
+    """Import the class of a numbered screen and create the screen."""
     module = import_module(f"qlora_tui.tui.screens.{mode}.screen")
     screen: WorkScreen = getattr(module, f"{mode.title()}Screen")()
     return screen
@@ -104,7 +104,7 @@ class QloraApp(TerminalApp):
 
     @cached_property
     def workbench(self) -> Workbench:
-        """The recipe being edited, as it was when the app was last closed."""
+        """The recipe being edited, restored from the last time the app was open."""
         from qlora_tui.tui.workbench import open_workbench
 
         workbench = open_workbench(self.draft)
@@ -116,14 +116,16 @@ class QloraApp(TerminalApp):
 
     @cached_property
     def draft(self) -> Draft:
-        """The file that stores the workbench."""
+        """The file that stores the workbench between sessions."""
         from qlora_tui.tui.workbench import Draft
 
         return Draft()
 
     @work(exclusive=True, group="describe")
     async def _describe_model(self, model: str) -> None:
-        """Read the exact architecture of the recipe's model in a process, then show everything by it."""
+        """Read the exact architecture of the recipe's model in a separate process, then refresh everything
+        that depends on it.
+        """
         from qlora_tui.catalog.local_models import describe_model
 
         problem = None
@@ -139,7 +141,9 @@ class QloraApp(TerminalApp):
         self.recipe_changed.publish(self.workbench.recipe)
 
     def count_samples(self) -> None:
-        """Count the samples of the recipe's data in a process, then show everything by them."""
+        """Count the samples in the recipe's data in a separate process, then refresh everything that depends
+        on the count.
+        """
         from qlora_tui.data.sources import every_source, source_stamps
 
         recipe = self.workbench.recipe
@@ -165,7 +169,7 @@ class QloraApp(TerminalApp):
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The device that a run would use, and how much memory it could have."""
+        """The device that a run would use, and how much memory it could have there."""
         from qlora_tui.memory.budget import budget_for
 
         given = self.settings.gpu_memory_gib
@@ -175,9 +179,11 @@ class QloraApp(TerminalApp):
         self.leave()
 
     def leave(self, run: RunDir | None = None) -> None:
-        """Exit at once, since nothing is lost: runs and exports continue, and the terminal then says so.
+        """Exit at once. Nothing is lost: runs and exports continue, and the shell prints how to come back to
+        them.
 
-        ``run``: the one that is watched.
+        Args:
+            run: The run being watched.
         """
         self.farewell = self.system_status.continues_without_app(run)
         self.exit()
@@ -211,7 +217,7 @@ class QloraApp(TerminalApp):
 
     @work
     async def _report_settings(self) -> None:
-        """Report what is wrong in the settings and themes once the first screen can show it."""
+        """Report errors in the settings and themes once the first screen can show them."""
         await self.shown.wait()
         problems = [str(problem) for problem in self._theme_problems]
         if self._wanted_theme not in self.available_themes:
@@ -242,7 +248,7 @@ class QloraApp(TerminalApp):
         return self.console.color_system in (None, "standard")
 
     def on_terminal_color(self, message: TerminalColor) -> None:
-        """Show the terminal's own colors once it has told both."""
+        """Switch to the terminal's own colors once it has reported both foreground and background."""
         self._terminal_colors[message.is_background] = message.color
         if message.is_background:
             self._is_light = message.color.brightness > _HALF
@@ -258,7 +264,7 @@ class QloraApp(TerminalApp):
             self.theme = name
 
     def _load_themes(self) -> None:
-        """Register all themes from their files; a file with an error is reported and skipped."""
+        """Register all themes from their files. A file with an error is reported and skipped."""
         self._loaded_theme_mtimes = themes.user_theme_mtimes()
         loaded, problems = themes.load_themes()
         for theme in (*loaded, TWO_COLORS):
@@ -266,12 +272,12 @@ class QloraApp(TerminalApp):
         self._theme_problems = problems
 
     def watch_theme(self) -> None:
-        """Panels are surfaces where the terminal has colors for them."""
+        """Draw panels as tinted surfaces if the theme has enough colors for them."""
         few = self.no_color or self.current_theme.ansi or self._has_few_colors
         self.set_class(not few, "-surfaces", update=False)
 
     def apply_settings(self, settings: Settings) -> None:
-        """Use settings that were changed while the app runs."""
+        """Apply settings that were changed while the app is running."""
         before, self.settings = self.settings, settings
         self._show_theme(self._wanted_theme)
         if self.wants_terminal_colors() and not self._terminal_colors:
@@ -280,7 +286,10 @@ class QloraApp(TerminalApp):
             self.recipe_changed.publish(self.workbench.recipe)
 
     def edit(self, path: str, value: Any) -> bool:
-        """Change a setting of the recipe; a value that is not allowed is explained. True when it changed."""
+        """Change a setting of the recipe and return True if it changed.
+
+        An error explains a value that is not allowed.
+        """
         try:
             changed = self.workbench.set(path, value)
         except UserError as problem:
@@ -291,7 +300,10 @@ class QloraApp(TerminalApp):
         return changed
 
     def load_recipe(self, recipe: Recipe) -> bool:
-        """Edit another recipe, whose model may have been downloaded since; True when it changed."""
+        """Switch to another recipe and return True if it differs.
+
+        Its model may have been downloaded in the meantime.
+        """
         changed = self.workbench.replace(recipe)
         if changed:
             self.workbench.forget_architecture()
@@ -299,7 +311,7 @@ class QloraApp(TerminalApp):
         return changed
 
     def recipe_edited(self) -> None:
-        """Save and show the workbench's recipe after it changed."""
+        """Save the workbench's recipe and refresh the screens after a change."""
         from qlora_tui.tui.workbench import save_or_ask
 
         try:
@@ -311,17 +323,17 @@ class QloraApp(TerminalApp):
         self.recipe_changed.publish(self.workbench.recipe)
 
     def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:
-        """Show the theme under the cursor of the palette."""
+        """Preview the theme under the palette's cursor."""
         name = previewed_theme(message) if not self.no_color else ""
         self._show_theme(name or self._wanted_theme)
 
     def on_command_palette_closed(self, message: CommandPalette.Closed) -> None:
-        """Back to the theme of the settings, unless another one was chosen."""
+        """Restore the theme in the settings, unless another one was selected."""
         if not message.option_selected:
             self._show_theme(self._wanted_theme)
 
     def copy_to_clipboard(self, text: str) -> None:
-        """Copy in every way the terminal offers, and notify which one worked."""
+        """Copy in every way the terminal offers, and notify the user which one worked."""
         self.remember_copied(text)
         self._copy(text)
 
@@ -330,9 +342,9 @@ class QloraApp(TerminalApp):
         await desktop.copy(self, text)
 
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
-        """Show a notification as plain text: names of runs and files may contain brackets.
+        """Show a notification as plain text, since names of runs and files may contain brackets.
 
-        It replaces earlier ones, except warnings and errors, which stay for their full time.
+        It replaces earlier notifications except warnings and errors, which stay for their full time.
         """
         self.dismiss_information()
         super().notify(message, markup=False, **how)
@@ -347,11 +359,11 @@ class QloraApp(TerminalApp):
         self.push_screen(ErrorScreen(problem))
 
     def notify_error(self, problem: UserError) -> None:
-        """Notify of an error that comes while the user does something else."""
+        """Notify the user of an error that occurs while they are doing something else."""
         self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
 
     def try_or_show_error(self, act: Callable[[], object]) -> bool:
-        """Call ``act``; show an error in a modal and return False if it fails."""
+        """Call ``act``. If it raises UserError, show the error in a modal and return False."""
         try:
             act()
         except UserError as problem:
@@ -360,7 +372,7 @@ class QloraApp(TerminalApp):
         return True
 
     def on_resize(self, event: Resize) -> None:
-        """Cover the screen while the window is too small for it."""
+        """Cover the screen with a message while the window is too small for it."""
         was_small, self._is_small = self._is_small, is_too_small(event.size)
         if self._is_small and not was_small:
             from qlora_tui.tui.screens.modals.dialogs import TooSmallScreen
@@ -373,7 +385,7 @@ class QloraApp(TerminalApp):
         default_namespace: DOMNode | None = None,
         namespaces: Mapping[str, DOMNode] | None = None,
     ) -> bool:
-        """Run an action. It may raise UserError, which is shown."""
+        """Run an action, and show any UserError that it raises."""
         try:
             return await super().run_action(action, default_namespace, namespaces)
         except UserError as problem:
@@ -381,7 +393,7 @@ class QloraApp(TerminalApp):
             return True
 
     def intercept_error(self, error: Exception) -> bool:
-        """Show the UserError of a worker, and report what is wrong with the disk."""
+        """Show a worker's UserError, and report disk errors."""
         cause = error.error if isinstance(error, WorkerFailed) else None
         if isinstance(cause, UserError):
             self.show_error(cause)
@@ -390,7 +402,7 @@ class QloraApp(TerminalApp):
         return self.disk_faults.handle(self, error)
 
     async def action_go(self, mode: str) -> None:
-        """Show a screen by its name."""
+        """Switch to a screen by name."""
         if mode != self.current_mode:
             await self.switch_mode(mode)
 
@@ -407,7 +419,7 @@ class QloraApp(TerminalApp):
         self.push_screen(all_keys_screen())
 
     def action_help_quit(self) -> None:
-        """Notify which key quits the app: Ctrl+C does not."""
+        """Notify the user which key quits the app, since Ctrl+C does not."""
         self.notify(f"Press {key_names('app.quit')} to quit the app. Runs continue without it.")
 
     def action_presets(self) -> None:
@@ -431,7 +443,7 @@ class QloraApp(TerminalApp):
         self.push_screen(MachineReportScreen())
 
     async def action_simulate_key(self, key: str) -> None:
-        """Press a key, for a click on its name."""
+        """Press a key on behalf of a click on its name."""
         # Later, as the app: a key that is sent by the clicked panel does not pass it on its way up.
         self.call_later(self.simulate_key, key)
 

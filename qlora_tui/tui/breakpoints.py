@@ -1,4 +1,4 @@
-"""Sizes of the window, in cells: the smallest, and those from which several screens show more."""
+"""Window sizes, in cells: the smallest usable one, and those at which screens show more."""
 
 from textual.geometry import Size
 
@@ -6,9 +6,9 @@ MIN_SIZE = Size(80, 24)
 WIDE_CELLS = 100
 VERY_WIDE_CELLS = 160
 TALL_CELLS = 30
-"""Rows from which panels have borders, in a wide window."""
+"""Height from which panels have borders, if the window is also wide enough."""
 
 
 def is_too_small(size: Size) -> bool:
-    """Whether parts of the screens would be cut off."""
+    """Return whether parts of the screens would be cut off."""
     return size.width < MIN_SIZE.width or size.height < MIN_SIZE.height

@@ -1,4 +1,4 @@
-"""The current time for all screens: one place, so that a test can stop it."""
+"""The current time for all screens, in one place so that tests can freeze it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The colors of the terminal itself: asked for by OSC 10 and 11, and found among the keys that it sends.
+r"""Asks the terminal for its own colors with OSC 10 and 11, and picks the replies out of the keyboard input.
 
-A reply is text that a terminal types, at once or after a second on a slow link, in one piece or in several:
-``ESC ] 11 ; rgb:1c1c/1c1c/1c1c ESC \\``. Textual would read it as keys, so it is taken out before that.
-Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System Commands".
+A reply arrives as if it were typed, at once or after a second on a slow link, in one piece or several: ``ESC
+] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. Textual would read it as keys, so it is removed before that. Control
+sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System Commands".
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from textual.color import Color
 from textual.message import Message
 
 QUERY = "\x1b]10;?\x1b\\\x1b]11;?\x1b\\"
-"""Asks for foreground and background."""
+"""Asks for the foreground and background colors."""
 _REPLY = re.compile(r"\x1b?\](1[01]);([^\x07\x1b]{1,40})(?:\x07|\x1b\\)")
 _BEGINNING = re.compile(r"(?:\x1b|\x1b?\](?:1(?:[01](?:;[\w:/#]{0,40}\x1b?)?)?)?)\Z")
-"""What may be the first part of a reply, at the end of what was read."""
+"""Matches input that ends with what may be the first part of a reply."""
 _COLOR = re.compile(
     r"rgba?:([0-9a-f]{1,4})/([0-9a-f]{1,4})/([0-9a-f]{1,4})(?:/[0-9a-f]{1,4})?", re.IGNORECASE
 )
 _TYPED = 3
-"""Characters of a beginning that a person may have typed: Escape, ``]`` and ``1``."""
+"""A beginning up to this long may have been typed by a person: Escape, ``]``, ``1``."""
 _TYPED_S = 0.1
-"""Seconds to wait for the rest of such a beginning."""
+"""Seconds to wait for the rest of a beginning that may have been typed."""
 _EXPECTED_S = 3.0
-"""Seconds after the question in which such a beginning is waited for at all."""
+"""Seconds after the query in which a beginning that may have been typed is held back at all."""
 _UNABLE = ("linux", "vt", "dumb")
-"""Beginnings of ``TERM`` of terminals that print what they do not know."""
+"""Prefixes of ``TERM`` for terminals that print sequences they do not recognize."""
 
 
 @dataclass
 class TerminalColor(Message):
-    """The terminal's answer: its color of text or of the background."""
+    """The terminal's reply: its foreground or background color."""
 
     is_background: bool
     color: Color
 
 
 def can_answer(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the question does no harm on this terminal; it may still not answer."""
+    """Return whether the query is safe on this terminal. The terminal may still not reply."""
     return not environment.get("TERM", "dumb").startswith(_UNABLE)
 
 
 def is_light_by_environment(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether ``COLORFGBG``, which some terminals set (``0;15``), says that the background is light."""
+    """Return whether ``COLORFGBG``, which some terminals set (``0;15``), describes a light background."""
     number = environment.get("COLORFGBG", "").rpartition(";")[2]
     return number == "7" or (number.isdecimal() and 9 <= int(number) <= 15)
 
 
 class ReplyReader:
-    """Takes replies out of what is typed, however the pieces are cut, and lets everything else through."""
+    """Removes replies from the input, however they are split, and passes everything else through."""
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
@@ -61,11 +61,11 @@ class ReplyReader:
         self._held, self._held_at = "", 0.0
 
     def expect(self, now: float) -> None:
-        """The question was sent."""
+        """Note that the query was sent at ``now``, in monotonic seconds."""
         self._asked_at, self._awaited = now, 2
 
     def read(self, typed: str, now: float) -> tuple[str, list[TerminalColor]]:
-        """Return what was typed without replies, and the replies. ``now``: monotonic seconds."""
+        """Return the input without replies, and the replies. ``now`` is in monotonic seconds."""
         if not self._awaited:
             return typed, []
         text, self._held = self._held + typed, ""
@@ -78,7 +78,7 @@ class ReplyReader:
         return text, colors
 
     def overdue(self, now: float) -> str:
-        """Return what was held for a reply and is none: a key such as Escape."""
+        """Return input that was held back as a possible reply but is not one, such as the Escape key."""
         if not self._held or len(self._held) > _TYPED or now - self._held_at < _TYPED_S:
             return ""
         held, self._held = self._held, ""

@@ -1,7 +1,7 @@
-"""The command palette: commands that work now, those of other screens, runs, models, presets and themes.
+"""The command palette: commands available now, commands of other screens, runs, models, presets and themes.
 
-What was used last comes first. A command of another screen acts on what is selected there, so the palette
-only opens that screen. A theme is shown while the cursor is on it.
+Recently used entries come first. A command of another screen acts on what is selected there, so the palette
+only opens that screen. Moving the cursor to a theme previews it.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _OTHER_SCREEN_FACTOR = 0.8
-"""Factor on the score of commands of other screens, which are listed after those of the current one."""
+"""Factor on the scores of other screens' commands, so that they rank below those of the current screen."""
 _HELP_SCORE = 0.3
-"""Score of a command whose title does not match, where its help has words that begin like the query's."""
+"""Score of a command whose title does not match but whose help has words that begin like the query's."""
 _SHOWN_RECENT = 5
 _RECENT_BONUS = 0.2
-"""Share by which what was used lately scores higher."""
+"""Bonus for recently used entries, as a fraction of the score."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the palette."""
+    """An entry in the palette."""
 
     key: str
-    """What it is remembered by: ``run:20261130-tickets``, ``command:train.launch``."""
+    """The key under which its use is remembered: ``run:20261130-tickets``, ``command:train.launch``."""
     title: str
     help: str
     use: Callable[[], Awaitable[object] | object]
     theme: str = ""
-    """The theme that it selects, which is shown while the cursor is on it."""
+    """The theme that this entry selects, previewed while the cursor is on it."""
     factor: float = 1.0
     """Factor on its score."""
 
 
 class CommandProvider(Provider):
-    """Runs the same actions as the keys, and opens what has a name."""
+    """Offers the actions that keys run, and opens runs, models, presets and themes by name."""
 
     _objects: list[Entry] | None = None
 
@@ -79,7 +79,7 @@ class CommandProvider(Provider):
         return partial(_use, entry)
 
     def _commands_here(self) -> Iterator[Entry]:
-        """Commands that do something now."""
+        """Yield the commands that would do something now."""
         here = self.screen.SCREEN_COMMANDS if isinstance(self.screen, WorkScreen) else ()
         for command in (*here, *EVERYWHERE):
             if works(self._app, self.screen, command):
@@ -103,7 +103,7 @@ class CommandProvider(Provider):
         return Entry(f"command:{command.id}", title, help_, use, factor=factor)
 
     async def _named(self) -> list[Entry]:
-        """Runs, models, presets and themes, read once for a palette."""
+        """Return entries for runs, models, presets and themes, read once each time the palette opens."""
         if self._objects is None:
             self._objects = await asyncio.to_thread(_named_entries, self._app)
         return self._objects
@@ -114,7 +114,7 @@ class CommandProvider(Provider):
 
 
 def works(app: QloraApp, screen: object, command: Command) -> bool:
-    """Whether a command does something now, on the screen in front."""
+    """Return whether a command would do something now on the current screen."""
     _, name, parameters = parse(command.action)
     owner = app if command.action.startswith("app.") else cast("WorkScreen", screen)
     return owner.check_action(name, parameters) is True
@@ -188,7 +188,7 @@ def _use_theme(app: QloraApp, name: str) -> None:
 
 
 def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
-    """The theme that the line under the cursor selects; empty for other lines."""
+    """Return the theme that the highlighted entry selects; empty for other entries."""
     hit = getattr(message.highlighted_event.option, "hit", None)
     command = getattr(hit, "command", None)
     entry = command.args[0] if isinstance(command, partial) and command.args else None
@@ -196,9 +196,9 @@ def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
 
 
 def _score(matcher: Matcher, query: str, entry: Entry) -> float:
-    """How well an entry matches: letters of its title, or whole beginnings of words in its help.
+    """Score a match: by letters of the entry's title, or by whole beginnings of words in its help.
 
-    Letters of the help, which has many, would match almost anything.
+    The help is too long to match letter by letter: almost any query would match.
     """
     words = entry.help.casefold().split()
     in_help = all(any(word.startswith(part) for word in words) for part in query.casefold().split())

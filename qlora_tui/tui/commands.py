@@ -1,4 +1,4 @@
-"""Every command and every screen, as ``commands.toml`` declares them."""
+"""Every command and screen, as declared in ``commands.toml``."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ class Command:
     """Something the user can do."""
 
     id: str
-    """``train.stop``: unique, and stable for keymaps."""
+    """``train.stop``: unique, and stable because keymaps refer to it."""
     key: str
-    """The key in Textual's notation; several are separated by commas."""
+    """Its key in Textual's notation; several keys are separated by commas."""
     action: str
-    """The Textual action it runs."""
+    """The Textual action that it runs."""
     label: str
-    """The label in the footer: one or two words."""
+    """Label in the footer: one or two words."""
     help: str
-    """A sentence, for the palette and the help screen."""
+    """One sentence for the palette and the help screen."""
     footer: bool = True
     """Whether the footer shows it."""
     cli: str = ""
-    """The command of the command line that does the same, such as ``runs rename``."""
+    """The command-line equivalent, such as ``runs rename``."""
 
     def binding(self) -> Binding:
         """Convert to a Textual binding."""
         return Binding(self.key, self.action, self.label, show=self.footer, tooltip=self.help, id=self.id)
 
     def keys(self, keymap: Mapping[str, str]) -> list[str]:
-        """The keys from the user's keymap, or else the default ones."""
+        """Return its keys from the user's keymap, or else the default keys."""
         return keymap.get(self.id, self.key).split(",")
 
 
 @dataclass(frozen=True)
 class ScreenEntry:
-    """A screen: its class is ``NameScreen`` in ``screens/name/screen.py``."""
+    """A screen. Its class is ``NameScreen`` in ``screens/name/screen.py``."""
 
     name: str
-    """Its package, its mode in the app, and the first part of the ids of its commands."""
+    """Name of its package and of its mode in the app, and prefix of its commands' ids."""
     opened_by: Command
 
     @property
@@ -53,12 +53,12 @@ class ScreenEntry:
 
     @property
     def is_modal(self) -> bool:
-        """Whether it opens over any screen, and has no mode and no digit."""
+        """Whether it opens on top of any screen, and so has no mode and no digit."""
         return self not in NUMBERED_SCREENS
 
 
 def _read() -> dict[str, tuple[Command, ...]]:
-    """The commands of each section."""
+    """Return the commands of each section."""
     sections = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     # The action of a command that does not name one; on a screen it has the command's name.
     actions = {"go": "app.go('{}')", "app": "app.{}"}
@@ -73,25 +73,25 @@ def _read() -> dict[str, tuple[Command, ...]]:
 
 _SECTIONS = _read()
 EVERYWHERE: tuple[Command, ...] = (*_SECTIONS["go"], *_SECTIONS["app"])
-"""Commands of the app itself, on every screen."""
+"""Commands of the app itself, available on every screen."""
 COMMANDS: Mapping[str, Command] = {
     command.id: command for commands in _SECTIONS.values() for command in commands
 }
 """All commands by id."""
 NUMBERED_SCREENS = tuple(ScreenEntry(command.id.removeprefix("go."), command) for command in _SECTIONS["go"])
-"""The numbered screens, in the order of their digits, from 0."""
+"""The numbered screens in the order of their digits, starting at 0."""
 SCREENS = (
     *NUMBERED_SCREENS,
     *(ScreenEntry(name, COMMANDS[f"app.{name}"]) for name in _SECTIONS if f"app.{name}" in COMMANDS),
 )
-"""Every screen; those that open over the others come last."""
+"""All screens; those that open on top of others come last."""
 
 
 def screen_commands(name: str) -> tuple[Command, ...]:
-    """The commands of a screen."""
+    """Return the commands of a screen."""
     return _SECTIONS[name]
 
 
 def commands_by_screen() -> list[tuple[str, tuple[Command, ...]]]:
-    """Headings, and the commands under each: those of the app, then those of each screen."""
+    """Return (heading, commands): first the app's own commands, then those of each screen."""
     return [("Everywhere", EVERYWHERE), *((entry.label, _SECTIONS[entry.name]) for entry in SCREENS)]

@@ -1,8 +1,8 @@
-"""What a terminal and a desktop do besides showing text: clipboard, window title, notifications, folders.
+"""What a terminal and desktop offer besides text: clipboard, window title, notifications, folders.
 
-The person may be far from this machine. Escape sequences pass any link, but the terminal never answers them.
-Inside tmux they are wrapped, and tmux passes them on if its ``allow-passthrough`` is on; a local tool reports
-whether it worked, so it is tried as well.
+The user may be on another machine. Escape sequences travel over any link, but the terminal never acknowledges
+them. Inside tmux they are wrapped, and tmux forwards them only if ``allow-passthrough`` is on. A local
+clipboard tool does report success, so it is tried as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 PUSH_TITLE = "\x1b[22;0t"
-"""Have the terminal remember its title; :data:`POP_TITLE` brings it back."""
+"""Makes the terminal save its title; :data:`POP_TITLE` restores it."""
 POP_TITLE = "\x1b[23;0t"
 _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("TMUX", ("tmux", "load-buffer", "-w", "-")),
@@ -34,25 +34,27 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("DISPLAY", ("xsel", "--clipboard", "--input")),
     ("", ("pbcopy",)),
 )
-"""The variable without which a tool has nowhere to copy to, and its command; the text goes to its stdin."""
+"""(environment variable that the tool needs, command); the command reads the text from stdin."""
 _TIMEOUT_S = 2.0
 _SHOWN = 160
-"""Characters of the copied text that the notification repeats."""
+"""Length of the copied text that the notification repeats, in characters."""
 
 
 def set_clipboard(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return OSC 52; inside tmux a second time, wrapped, since either may be what is allowed there."""
+    """Return the OSC 52 sequence; inside tmux also a wrapped copy, since tmux may accept only one of
+    the two.
+    """
     osc = f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\a"
     return osc + _for_tmux(osc) if environment.get("TMUX") else osc
 
 
 def set_title(text: str) -> str:
-    """Return OSC 2, which tmux knows."""
+    """Return the OSC 2 sequence, which tmux understands."""
     return f"\x1b]2;{_printable(text)}\a"
 
 
 def notification_escape(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return OSC 9: a desktop notification, if the terminal has them."""
+    """Return the OSC 9 sequence: a desktop notification on terminals that support it."""
     osc = f"\x1b]9;{_printable(text)}\a"
     return _for_tmux(osc) if environment.get("TMUX") else osc
 
@@ -66,7 +68,7 @@ def _printable(text: str) -> str:
 
 
 async def copy(app: QloraApp, text: str) -> None:
-    """Copy in every way there is, and notify which one worked."""
+    """Copy in every available way, and notify the user which one worked."""
     app.write_escape(set_clipboard(text))
     if tool := await asyncio.to_thread(copy_locally, text):
         title = f"Copied with {tool}, and sent to the terminal (OSC 52)"
@@ -77,7 +79,10 @@ async def copy(app: QloraApp, text: str) -> None:
 
 
 def copy_locally(text: str) -> str:
-    """Give the text to the tools that are here; the name of the first that took it, or nothing."""
+    """Pass the text to the clipboard tools on this machine.
+
+    Return the name of the first that accepted it, or "".
+    """
     for variable, command in _TOOLS:
         if (variable and not os.environ.get(variable)) or not shutil.which(command[0]):
             continue
@@ -99,7 +104,7 @@ def copy_locally(text: str) -> str:
 
 
 def open_folder(app: QloraApp, folder: Path) -> None:
-    """Open a folder in the file manager; without a desktop, copy the command that goes there and show it."""
+    """Open a folder in the file manager. Without a desktop, copy and show the ``cd`` command instead."""
     # Otherwise a window would not open on the user's own screen.
     has_screen = any(os.environ.get(name) for name in ("WAYLAND_DISPLAY", "DISPLAY"))
     if has_screen and "SSH_CONNECTION" not in os.environ and _open(folder):
@@ -128,7 +133,9 @@ def _open(folder: Path) -> bool:
 
 
 def notify_run_ended(app: QloraApp, notification: RunNotification) -> None:
-    """Notify in the app, and by bell, title and desktop notification if the settings want them."""
+    """Notify the user in the app, and by bell, window title and desktop notification if the settings
+    say so.
+    """
     wanted = app.settings.notify
     app.notify(notification.text, severity="information" if notification.event == "finished" else "error")
     if wanted.title:

@@ -1,7 +1,8 @@
-"""Keys as the user's keymap has them, inside sentences: ``[u]`` for a character, ``Enter`` or ``Ctrl+P``.
+"""Names of keys for use in sentences, from the user's keymap: ``[u]`` for a character, ``Enter`` or
+``Ctrl+P``.
 
-``key_name("app.undo")`` is the key of a command. A constant text names the command instead, as in
-``Press {app.undo} to undo.``, and is passed through ``name_keys`` when it is shown.
+``key_name("app.undo")`` returns the key of a command. Constant texts contain the command's id instead, as in
+``Press {app.undo} to undo.``, and go through ``name_keys`` when they are shown.
 """
 
 from __future__ import annotations
@@ -28,42 +29,43 @@ _KEY_NAMES = frozenset((*(key.value for key in Keys), *KEY_NAME_REPLACEMENTS.val
 
 
 def key_name(command_id: str) -> str:
-    """The first key of a command: ``[u]``, ``Enter``."""
+    """Return the first key of a command: ``[u]``, ``Enter``."""
     return _in_brackets(_keys(command_id)[0])
 
 
 def key_names(command_id: str) -> str:
-    """All keys of a command: ``[z] or Ctrl+O``."""
+    """Return all keys of a command: ``[z] or Ctrl+O``."""
     return " or ".join(map(_in_brackets, _keys(command_id)))
 
 
 def key_while_typing(command_id: str) -> str:
-    """The first key that is no character, since those go into a field that has the focus."""
+    """Return the first key that is not a character, since characters would be typed into a focused field."""
     keys = _keys(command_id)
     return _in_brackets(next((key for key in keys if _character(key) is None), keys[0]))
 
 
 def bare_key(command_id: str) -> str:
-    """The first key without brackets, for a column of keys: ``u``, ``Enter``."""
+    """Return the first key without brackets, for a column of keys: ``u``, ``Enter``."""
     return _bare(_keys(command_id)[0])
 
 
 def short_key(key: str) -> str:
-    """A key in Textual's notation as a footer shows it: ``Enter``, ``F5``, ``^P``, or its character."""
+    """Convert a key from Textual's notation to the footer's: ``Enter``, ``F5``, ``^P``, or the character."""
     return _bare(key).replace("Ctrl+", "^")
 
 
 def short_keys(command_id: str) -> str:
-    """All keys of a command as a footer shows them: ``z ^O``."""
+    """Return all keys of a command in the footer's notation: ``z ^O``."""
     return " ".join(map(short_key, _keys(command_id)))
 
 
 def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
-    """``Enter watch  x cancel  Esc close``: the keys of a dialog, which has no footer; a click presses one.
+    """Return ``Enter watch  x cancel  Esc close``: the keys of a dialog, which has no footer. A click presses
+    a key.
 
     Args:
-        bindings: The dialog's own; those without a description are left out.
-        others: Keys of the fields and lists in it, which come first.
+        bindings: The dialog's own keys; those without a description are left out.
+        others: Keys of the fields and lists in the dialog; they come first.
     """
     hints = [key_hint(*other.split(" ", 1)) for other in others]
     for each in bindings:
@@ -74,18 +76,21 @@ def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
 
 
 def key_hint(shown: str, verb: str, press: str = "") -> Content:
-    """``x cancel`` for the border of a panel or dialog; a click presses ``press``, in Textual's notation."""
+    """Return ``x cancel`` for the border of a panel or dialog.
+
+    A click presses ``press``, in Textual's notation.
+    """
     hint = Content.assemble((shown, "$key bold"), (f" {verb}", "not bold $text-muted"))
     return hint.stylize(_pressing(press)) if press else hint
 
 
 def name_keys(text: str) -> str:
-    """Replace each ``{command.id}`` by the key of that command."""
+    """Replace each ``{command.id}`` with the key of that command."""
     return _COMMAND.sub(lambda match: key_name(match[1]), text)
 
 
 def highlight_keys(text: str, style: str = "") -> Content:
-    """Return ``text`` in ``style`` with its keys in the color of keys; ``[u]`` keeps its brackets."""
+    """Return ``text`` in ``style``, with its keys in the color of keys. ``[u]`` keeps its brackets."""
     content = Content.styled(text, style)
     for match in _KEYS.finditer(text):
         key = match[0].removeprefix("[").removesuffix("]") if match[0] != "[]]" else "]"
@@ -95,33 +100,33 @@ def highlight_keys(text: str, style: str = "") -> Content:
 
 
 def pressable(text: str, key: str) -> Content:
-    """``text`` on which a click presses ``key``, which is in Textual's notation."""
+    """Return ``text`` as a link that presses ``key``, given in Textual's notation, when clicked."""
     return Content.styled(text, _pressing(key))
 
 
 def settings_title(up: tuple[str, str], down: tuple[str, str]) -> Content:
-    """``Settings: s doubles, S halves``, for a panel whose settings all have two such keys.
+    """Return ``Settings: s doubles, S halves``, for a panel whose settings all have two such keys.
 
     Args:
-        up: id of a command of one setting, and what it does.
-        down: the same of its opposite.
+        up: Id of the command that raises one setting, and the verb to show for it.
+        down: The same for the command that lowers it.
     """
     words = ", ".join(f"{bare_key(command_id)} {does}" for command_id, does in (up, down))
     return Content.assemble("Settings", (f": {words}", "$text-muted not bold"))
 
 
 def key_label(command_id: str) -> Content:
-    """The first key for a column of keys, in the color of keys; a click presses it."""
+    """Return the first key in the color of keys, for a column of keys. A click presses it."""
     return pressable(bare_key(command_id), command_key(command_id)).stylize("bold $key")
 
 
 def command_key(command_id: str) -> str:
-    """The first key of a command in Textual's notation."""
+    """Return the first key of a command in Textual's notation."""
     return _keys(command_id)[0]
 
 
 def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
-    """A sentence for each unknown command, each unknown key, and each key that two commands share."""
+    """Return a sentence for each unknown command, each unknown key, and each key that two commands share."""
     problems = [_unknown_command(name) for name in keymap if name not in COMMANDS]
     for name, keys in keymap.items():
         problems += [_invalid_key(name, key) for key in keys.split(",") if not _is_key(key)]
@@ -132,7 +137,7 @@ def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
 
 
 def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Keys that a command of the keymap shares with another command on the same screen."""
+    """Yield keys that a command in the keymap shares with another command on the same screen."""
     everywhere, *screens = commands_by_screen()
     # In a modal, the app's own keys do nothing.
     without_app_keys = {"Everywhere", *(entry.label for entry in SCREENS if entry.is_modal)}
@@ -147,7 +152,7 @@ def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, st
 
 
 def _is_key(key: str) -> bool:
-    """Whether Textual has a key of this name: ``q``, ``ctrl+o``, ``shift+tab``, ``slash``."""
+    """Return whether Textual has a key with this name: ``q``, ``ctrl+o``, ``shift+tab``, ``slash``."""
     *modifiers, base = key.split("+")
     return _MODIFIERS.issuperset(modifiers) and (len(base) == 1 or base in _KEY_NAMES or _is_character(base))
 
@@ -187,7 +192,7 @@ def _pressing(key: str) -> Style:
 
 
 def _textual_key(shown: str) -> str:
-    """``u``, ``Ctrl+P`` or ``?`` in Textual's notation."""
+    """Convert ``u``, ``Ctrl+P`` or ``?`` to Textual's notation."""
     if len(shown) == 1:
         return _character_to_key(shown)
     return "+".join({"esc": "escape"}.get(part, part) for part in shown.lower().split("+"))
@@ -198,7 +203,7 @@ def _keys(command_id: str) -> list[str]:
 
 
 def _keymap() -> Mapping[str, str]:
-    """The keymap of the app that is running; empty where there is none, or one of a single widget."""
+    """Return the running app's keymap; empty if no app is running, or only a test's single widget."""
     settings: Settings = getattr(active_app.get(None), "settings", Settings())
     return settings.keymap
 
@@ -214,7 +219,7 @@ def _bare(key: str) -> str:
 
 
 def _character(key: str) -> str | None:
-    """The character that a key types; None for a named key or a combination."""
+    """Return the character that a key types; None for a named key or a combination."""
     if len(key) == 1:
         return key
     # Arrows and Enter are shown as symbols, none of them ASCII.

@@ -1,8 +1,8 @@
-"""What each painted line passes on its way to the terminal.
+"""Filters that each painted line passes through on its way to the terminal.
 
-:class:`VisibleTextFilter` shows control characters, so that no text can control the terminal;
-:class:`MonochromeFilter` replaces colors where there are none; :func:`fallback_glyphs` are substitutes for
-characters that the Linux console lacks.
+:class:`VisibleTextFilter` makes control characters visible, so that no text can control the terminal.
+:class:`MonochromeFilter` replaces colors with attributes on terminals without color. :func:`fallback_glyphs`
+replaces characters that the Linux console lacks.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _BLANKS = re.compile(" {2,}$")
 
 
 class VisibleTextFilter(LineFilter):
-    """Shows control characters as symbols.
+    """Replaces control characters with visible symbols.
 
-    Textual laid out the line as if these characters had no width. The line keeps its width: what a symbol
-    adds is taken from the spaces after it, or from the end of the line if there are too few.
+    Textual lays out lines as if control characters had no width. To keep the line's width, the cells that a
+    symbol adds are taken from the spaces after it, or from the end of the line if there are too few.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Return the same list if there are no control characters."""
+        """Return the list itself if it contains no control characters."""
         for text, style, control in segments:
             if (not text.isprintable() and _shown(text) != text) or control or (style and style.link):
                 return _of_same_width(segments)
@@ -102,11 +102,14 @@ TWO_COLORS = Theme(
         "scrollbar-background-active": _BACKGROUND,
     },
 )
-"""The theme of two colors."""
+"""A theme with only two colors."""
 
 
 def has_no_colors() -> bool:
-    """Whether the terminal in ``TERM`` has no colors; an unknown terminal has colors."""
+    """Return whether the terminal named by ``TERM`` lacks colors.
+
+    Unknown terminals are assumed to have them.
+    """
     try:
         curses.setupterm(fd=1)
     except (curses.error, OSError):
@@ -115,7 +118,7 @@ def has_no_colors() -> bool:
 
 
 class MonochromeFilter(LineFilter):
-    """Replaces colors by the attributes reverse and dim."""
+    """Replaces colors with the attributes reverse and dim."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         return [
@@ -176,13 +179,15 @@ _FALLBACKS = {
     '"': "“”",
 }
 _CONTROL_PICTURES = range(0x2400, 0x2422)
-"""The symbols that control characters are shown as."""
+"""Code points of the symbols that stand for control characters."""
 _UPPER = 0x01 | 0x02 | 0x08 | 0x10
-"""The dots of a braille cell's upper two rows."""
+"""Dots in the upper two rows of a braille cell."""
 
 
 def fallback_glyphs(terminal: str) -> Mapping[int, str]:
-    """For ``str.translate``: what to send instead; empty where ``TERM`` names a terminal that needs none."""
+    """Return substitutes as a table for ``str.translate``; empty unless ``TERM`` names a terminal that needs
+    them.
+    """
     if terminal != "linux":
         return {}
     return (

@@ -1,4 +1,4 @@
-"""The process of the app: garbage collection, its end, its standard error, full disks."""
+"""The app's process: garbage collection, shutdown, standard error, and full disks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _is_tuned = False
 
 
 def enable_gc() -> None:
-    """Enable garbage collection, once the first frame has been sent."""
+    """Enable garbage collection after the first frame has been sent."""
     global _is_tuned
     if not gc.isenabled():
         _is_tuned = True
@@ -35,14 +35,14 @@ def enable_gc() -> None:
 
 
 def freeze_objects() -> None:
-    """Exempt all current objects from garbage collection: scanning them would delay a key."""
+    """Exempt all current objects from garbage collection, since scanning them would delay a key."""
     if _is_tuned:
         gc.collect()
         gc.freeze()
 
 
 _BY_SIGNAL = 128
-"""Added to its number: the exit code of what a signal ended, as shells have it."""
+"""Added to a signal's number to give the exit code of a process it ended, as shells do."""
 
 
 def install_shutdown_handlers(leave: Callable[[int], object]) -> None:
@@ -82,7 +82,7 @@ def _on_signal(number: signal.Signals, leave: Callable[[int], object]) -> None:
 
 
 class AppThreads(ThreadPoolExecutor):
-    """Threads of ``asyncio.to_thread`` for whose end the event loop does not wait when it closes."""
+    """Runs ``asyncio.to_thread`` calls in threads that the event loop does not wait for when it closes."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=cancel_futures)
@@ -93,7 +93,7 @@ _NATIVE = 2
 
 @contextmanager
 def capture_stderr(log: Path) -> Iterator[None]:
-    """Redirect within the ``with`` block, in which the app runs."""
+    """Redirect standard error to ``log`` while the app runs."""
     before = sys.__stderr__
     terminal = os.dup(_NATIVE)
     with log.open("ab") as file, screen_on(os.dup(terminal)) as screen:
@@ -109,14 +109,18 @@ def capture_stderr(log: Path) -> Iterator[None]:
 
 
 def screen_on(terminal: int) -> io.TextIOWrapper:
-    """Where to paint, given the descriptor of a terminal; closing it closes that."""
+    """Return a stream for painting to the terminal with this file descriptor.
+
+    Closing the stream closes the descriptor.
+    """
     return io.TextIOWrapper(io.BufferedWriter(_Terminal(terminal, "wb")), encoding="utf-8")
 
 
 class _Terminal(io.FileIO):
     """A terminal stream that ignores writes once the terminal is closed.
 
-    Textual's thread that writes would end by the error, and the app wait for ever for its queue to empty.
+    Otherwise the error would end Textual's writer thread, and the app would wait forever for its queue to
+    empty.
     """
 
     def write(self, data: Any, /) -> int:
@@ -127,11 +131,13 @@ class _Terminal(io.FileIO):
 
 
 REPEAT_S = 30.0
-"""Seconds before the same problem is reported again: what is done every second fails every second."""
+"""Seconds before the same problem is reported again, since an action repeated every second fails every
+second.
+"""
 
 
 class DiskFaults:
-    """Handles disk errors, and no others."""
+    """Handles disk errors and no others."""
 
     def __init__(self) -> None:
         self._reported_at: dict[str, float] = {}
@@ -141,7 +147,7 @@ class DiskFaults:
     def handle(self, app: App[Any], error: Exception) -> bool:
         """Report a disk error; return False for any other error.
 
-        An error in a worker becomes a notification; one in a message handler ends the app.
+        A disk error in a worker becomes a notification; one in a message handler ends the app.
         """
         if isinstance(error, WorkerFailed):
             return self.notify(app, error.error)
@@ -152,7 +158,7 @@ class DiskFaults:
         return problem is not None
 
     def notify(self, app: App[Any], error: BaseException) -> bool:
-        """Notify the user of a disk error, not too often; return False for any other error."""
+        """Notify the user of a disk error, but not too often. Return False for any other error."""
         problem = disk_problem(error) if isinstance(error, OSError) else None
         if problem is None:
             return False

@@ -1,4 +1,4 @@
-"""The next value of a setting when a key is pressed: rank, learning rate, and so on."""
+"""The next value of a setting, such as the rank or the learning rate, when its key is pressed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ _POWERS_OF_TWO = frozenset(
         "training.gradient_accumulation",
     )
 )
-"""Settings that go from one power of two to the next."""
+"""Settings that step from one power of two to the next."""
 _BY_ONE = frozenset(
     ("training.keep_checkpoints", "training.early_stopping", "training.seed", "training.lr_cycles")
 )
 _HALVES = frozenset(("training.epochs",))
 _DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-"""Those of the LoRA and QLoRA papers, and a few more."""
+"""Values from the LoRA and QLoRA papers, and a few more."""
 _SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 _ROUND = (1, 2, 3, 5)
-"""First digits of the other numbers: 1, 2, 3, 5, 10, 20…"""
+"""Leading digits for all other numbers: 1, 2, 3, 5, 10, 20…"""
 
 
 def step_value(field: Field, value: Any, direction: int) -> Any:
-    """The next value up (1) or down (-1), within the bounds; the same where there is none or it is a text."""
+    """Return the next value up (1) or down (-1) within the bounds; unchanged if there is none or the value is
+    text.
+    """
     match field.kind:
         case "bool":
             return not value
@@ -91,7 +93,9 @@ def _next_round_number(value: float, direction: int, *, whole: bool) -> float:
 
 
 def _bounded(field: Field, wanted: float, value: float) -> float:
-    """``wanted`` where the bounds allow it, else the bound, else (where that is exclusive) the old value."""
+    """Return ``wanted`` if it is within the bounds, else the bound, or ``value`` if the bound is
+    exclusive.
+    """
     low, high = field.minimum, field.maximum
     if low is not None and (wanted <= low if field.exclusive_minimum else wanted < low):
         return value if field.exclusive_minimum else low

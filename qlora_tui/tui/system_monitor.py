@@ -1,7 +1,7 @@
-"""Polls the GPU and the runs once a second, in a thread.
+"""Polls the GPU and the runs once a second.
 
-``SystemMonitor.poll_and_recover`` runs in a thread; its result is published to all screens. It also starts a
-runner where runs wait without one.
+``SystemMonitor.poll_and_recover`` runs in a thread, and its result is published to all screens. It also
+starts a runner if runs are waiting without one.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.system_status import RunningExport, SystemStatus
 
 _RETRY_S = 10.0
-"""Seconds between two attempts to open the GPU driver, which is slow, after a failure."""
+"""Seconds between attempts to open the GPU driver after a failure, since an attempt is slow."""
 STALLED_S = 5.0
-"""Seconds without an active run before another runner is started: a new runner needs a moment."""
+"""Seconds to wait without an active run before another runner is started; a runner takes a moment to start a
+run.
+"""
 _NOTIFIED: frozenset[State] = frozenset(("finished", "failed"))
 
 
 @dataclass(frozen=True)
 class _Exports:
-    """A run's exports as they were last read."""
+    """Cached result of the last read of a run's exports."""
 
     folder_at: int
-    """When a file in the run's folder was last replaced, in ns."""
+    """When a file in the run's folder was last replaced, in nanoseconds."""
     changed_at: int | None
-    """When an export was last begun or deleted, in ns; None for a run without exports."""
+    """When an export was last started or deleted, in nanoseconds; None for a run without exports."""
     running: tuple[RunningExport, ...]
 
 
 class SystemMonitor:
-    """Looks at the machine; cheap enough for once a second."""
+    """Polls the GPU and the runs; cheap enough for once a second."""
 
     def __init__(self) -> None:
         self._runs: list[RunDir] = []
@@ -63,9 +65,9 @@ class SystemMonitor:
         """Monotonic time since when runs have been waiting while none is active."""
 
     def poll_and_recover(self) -> SystemStatus:
-        """Return the current status, and start a runner for a queue that has none.
+        """Return the current status, and start a runner if the queue has none.
 
-        Never raises for a missing GPU or a damaged run.
+        A missing GPU or a damaged run never raises an exception.
         """
         metrics = self._read_gpu()
         waiting_ids = tuple(run_queue.waiting())
@@ -93,7 +95,7 @@ class SystemMonitor:
         )
 
     def _running_exports(self, run: RunDir) -> tuple[RunningExport, ...]:
-        """The exports of a run that are being written; read only while there may be any."""
+        """Return a run's exports that are being written. Files are read only if there may be any."""
         # A run's first export makes a folder in the run's own, whose time has been read.
         folder_at = self._statuses[run.id][0]
         known = self._exports.get(run.id)
@@ -113,7 +115,7 @@ class SystemMonitor:
         return known.running
 
     def _restart_stalled_runner(self, *, is_stalled: bool) -> None:
-        """A runner that was killed, or went down with the machine, leaves those that wait without one."""
+        """Start a runner if runs are waiting after theirs was killed or the machine went down."""
         now = time.monotonic()
         if not is_stalled:
             self._stalled_since = None
@@ -135,7 +137,7 @@ class SystemMonitor:
         return tuple(news for news in map(notification_for, ended) if news is not None)
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Release the GPU driver."""
         if self._driver is not None:
             self._driver.close()
             self._driver = None

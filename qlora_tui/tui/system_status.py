@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunningExport:
-    """An export that a process of its own writes."""
+    """An export that another process is writing."""
 
     run: str
-    """Name of the run whose adapter it is."""
+    """Name of the run whose adapter is being exported."""
     form: str
-    """What is written, in a few words: ``Q8_0``, ``merged model``."""
+    """What is being written: ``Q8_0``, ``merged model``."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +33,34 @@ class SystemStatus:
     """State of the GPU and the runs."""
 
     is_known: bool = False
-    """False before the first look: then nothing of the rest is known."""
+    """False before the first poll; no other field is meaningful until then."""
     gpu: GpuDevice | None = None
     gpu_metrics: GpuMetrics | None = None
     gpu_choice: str = ""
-    """Why it is this one of several GPUs; empty if there is no other."""
+    """Why this GPU was selected among several; empty if there is only one."""
     no_gpu: GpuUnavailableError | None = None
     """Why there is no GPU, or why it does not respond."""
     gpu_problem: UserError | None = None
     """Why torch cannot use the GPU."""
     active: RunDir | None = None
-    """The run in training."""
+    """The run that is training."""
     active_status: Status | None = None
     active_or_last: RunDir | None = None
     """The active run, or else the one that ended last."""
     active_or_last_status: Status | None = None
     waiting_ids: tuple[str, ...] = ()
-    """Ids in the queue, the next one first."""
+    """Ids in the queue, next one first."""
     exports: tuple[RunningExport, ...] = ()
-    """Exports of any run that are being written."""
+    """Exports of all runs that are being written."""
     ended_runs: tuple[RunNotification, ...] = ()
-    """Notifications of runs that have ended since the last poll."""
+    """Notifications about runs that have ended since the last poll."""
 
     def continues_without_app(self, watched: RunDir | None = None) -> list[str]:
-        """Return a line for all that goes on after the app has ended, and how to come back to it.
+        """Return a line for everything that keeps running after the app exits, with the command to come back
+        to it.
 
         Args:
-            watched: A run that is named rather than the active one, if it is not over either.
+            watched: A run to name instead of the active one, unless it has ended.
         """
         from qlora_tui.runs.status import ACTIVE, read_status  # not needed for the first frame
 
@@ -77,7 +78,7 @@ class SystemStatus:
 
     @property
     def machine(self) -> Machine:
-        """This machine, where a run would start, whichever GPU the estimates assume."""
+        """The machine that a run would start on, regardless of which GPU the estimates assume."""
         # With the checks, which a start does without.
         from qlora_tui.memory.budget import budget_for
         from qlora_tui.runs.doctor import Machine
@@ -95,17 +96,17 @@ class SystemStatus:
 
     @property
     def trains_on(self) -> Literal["cpu", "unknown", "none"]:
-        """Where a run would train, where the driver reports no GPU for it."""
+        """What a run would train on if the driver reports no GPU for it."""
         return "cpu" if self.no_gpu is None else self.no_gpu.reason.device
 
     @property
     def no_gpu_title(self) -> str:
-        """What there is in place of a GPU that the driver reports."""
+        """What to show in place of a GPU if the driver reports none."""
         return {"cpu": "no GPU", "unknown": "unknown GPU", "none": "no usable GPU"}[self.trains_on]
 
     @property
     def no_gpu_reason(self) -> str:
-        """Why there is no GPU, in a sentence; empty where there is one."""
+        """Why there is no GPU, in a sentence; empty if there is one."""
         return self.no_gpu.what if self.no_gpu else ""
 
     @property

@@ -1,8 +1,8 @@
-"""The base of the app: what is sent to the terminal, and when.
+"""Base class of the app: what is sent to the terminal, and when.
 
-Textual sends the whole screen whenever a screen opens, closes or is laid out again: a page of help over a
-terminal of 160×50 is 100 kB, two seconds on a slow link, and most of it is unchanged. Here only the cells of
-a line that differ are sent, without control characters, and without colors if NO_COLOR is set.
+Textual sends the whole screen whenever a screen opens, closes or is laid out again. A page of help on a
+160×50 terminal is 100 kB, which takes two seconds on a slow link, and most of it is unchanged. This class
+sends only the cells of a line that differ, without control characters, and without colors if NO_COLOR is set.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ from qlora_tui.tui.textual_compat import (
 _VISIBLE_TEXT = VisibleTextFilter()
 _MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
-"""Sent by the app itself and by its driver at startup, before anything can have happened to the terminal."""
+"""Resize events that the app and its driver send at startup, before anything else can have written to the
+terminal.
+"""
 
 
 class TerminalApp(HookedApp):
-    """An app for slow links: no animation, each style sheet parsed once, each cell sent once."""
+    """An app for slow links: no animation, each style sheet parsed once, each cell sent only when it
+    changes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,13 +57,13 @@ class TerminalApp(HookedApp):
         self._terminal_contents = TerminalContents(fallback_glyphs(os.environ.get("TERM", "")))
 
     def on_resize(self, event: Resize) -> None:
-        """Also sent when the app comes back from ctrl+z: the terminal may show anything."""
+        """Assume that the terminal may show anything, since resuming after Ctrl+Z also sends this event."""
         self._resizes += 1
         if self._resizes > _RESIZES_AT_START:
             self.action_repaint()
 
     def action_repaint(self) -> None:
-        """Send the whole screen, whatever the terminal showed."""
+        """Send the whole screen, regardless of what the terminal shows."""
         self._terminal_contents.invalidate()
         self.refresh()
 
@@ -76,7 +80,7 @@ class TerminalApp(HookedApp):
             process.enable_gc()
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """The filters that each line passes before it is painted."""
+        """Return the filters that each line passes through before it is painted."""
         return _MONOCHROME_FILTERS if self.no_color else (_VISIBLE_TEXT, *super().get_line_filters())
 
     def pop_screen(self) -> AwaitComplete:
@@ -86,7 +90,7 @@ class TerminalApp(HookedApp):
 
 
 class TerminalContents:
-    """The lines that were sent to the terminal."""
+    """Keeps track of the lines that the terminal shows."""
 
     def __init__(self, fallback_glyphs: Mapping[int, str]) -> None:
         self._lines: list[Strip] = []
@@ -94,7 +98,7 @@ class TerminalContents:
         """Substitutes for characters that the terminal's font lacks, for ``str.translate``."""
 
     def invalidate(self) -> None:
-        """The terminal may show anything: the next update is sent whole."""
+        """Note that the terminal may show anything, so that the next update is sent whole."""
         self._lines = []
 
     @property
@@ -103,7 +107,7 @@ class TerminalContents:
         return not self._lines
 
     def diff(self, update: CompositorUpdate, console: Console) -> str:
-        """Return the escape sequences that apply ``update``, and assume that they are sent."""
+        """Return the escape sequences that apply ``update``, and record its lines as sent."""
         text = self._diff(update, console)
         return text.translate(self._fallback_glyphs) if self._fallback_glyphs else text
 
@@ -120,7 +124,7 @@ class TerminalContents:
         return update.render_segments(console)
 
     def _full_lines(self, update: ChopsUpdate) -> dict[int, Strip]:
-        """Each line that an update of parts touches, whole."""
+        """Return every line that a partial update touches, in full."""
         lines: dict[int, Strip] = {}
         for y, x1, x2 in update.spans:
             line = lines.get(y, self._lines[y])
@@ -143,7 +147,10 @@ class TerminalContents:
 
 
 class ScreenDiff(CompositorUpdate):
-    """An update that sends only differences, computed when it is written: some updates never are."""
+    """An update that sends only differences.
+
+    They are computed when it is written, since some updates never are.
+    """
 
     def __init__(self, update: CompositorUpdate, terminal_contents: TerminalContents) -> None:
         self._update = update
@@ -154,12 +161,12 @@ class ScreenDiff(CompositorUpdate):
 
 
 def _plain(strips: Iterable[Strip]) -> Strip:
-    """A line without metadata such as click actions, so that lines are compared by looks."""
+    """Return the line without metadata such as click actions, so that lines compare by appearance."""
     return Strip.join(strips).discard_meta().simplify()
 
 
 def changed_cells(old: Strip, new: Strip) -> tuple[int, int]:
-    """From the first to behind the last cell that differs; the same number twice where none does."""
+    """Return the range [first, end) of cells that differ; an empty range if none do."""
     before, after = list(old), list(new)
     if before == after:
         return 0, 0

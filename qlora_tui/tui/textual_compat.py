@@ -1,7 +1,7 @@
-"""Every use that this app makes of Textual's private API, and nothing else.
+"""Every use of Textual's private API in this app, and nothing else.
 
-Written against Textual 8.2; source files named here are below ``src/textual/`` of
-https://github.com/Textualize/textual. ``tests/tui/test_textual_compat.py`` fails where a later
+Written against Textual 8.2; the source files named here are in ``src/textual/`` of
+https://github.com/Textualize/textual. ``tests/tui/test_textual_compat.py`` fails if a later version of
 Textual differs, and says what to do.
 """
 
@@ -51,8 +51,11 @@ __all__ = [
 ]
 
 _SHEETS = 1024
-"""Parsed style sheets to cache, more than the app has. Textual caches 64, and parses all in the same order
-each time: of more than 64 none would be found again."""
+"""Number of parsed style sheets to cache, more than the app has.
+
+Textual caches 64 and parses all sheets in the same order each time, so with more than 64 every lookup would
+miss.
+"""
 
 
 _BorderRow: TypeAlias = tuple[str, str, str]
@@ -60,12 +63,12 @@ _BorderRows: TypeAlias = tuple[_BorderRow, _BorderRow, _BorderRow]
 
 
 def add_border(name: str, glyphs: _BorderRows, *, on_parent: tuple[str, ...]) -> None:
-    """Add a border type that style sheets can name (``_border.py``, ``css/constants.py``).
+    """Add a border type that style sheets can refer to (``_border.py``, ``css/constants.py``).
 
     Args:
         name: The name, as in ``border: NAME $color``.
-        glyphs: (left, middle, right) of the top, middle and bottom row.
-        on_parent: Glyphs and whole rows (as ``"bottom"``) whose background is that of the parent.
+        glyphs: (left, middle, right) for the top, middle and bottom rows.
+        on_parent: Glyphs, or whole rows such as ``"bottom"``, that are drawn on the parent's background.
     """
     rows = zip(("top", "middle", "bottom"), glyphs, strict=True)
     places = tuple(tuple(int(row in on_parent or glyph in on_parent) for glyph in line) for row, line in rows)
@@ -78,7 +81,7 @@ def add_border(name: str, glyphs: _BorderRows, *, on_parent: tuple[str, ...]) ->
 class HookedApp(App[None]):
     """An app whose output, errors and notifications can be intercepted.
 
-    ``App`` in ``app.py`` has no public hook for any of them.
+    ``App`` in ``app.py`` has no public hooks for these.
     """
 
     def get_driver_class(self) -> type[Driver]:
@@ -86,36 +89,39 @@ class HookedApp(App[None]):
         return PromptDriver if driver is LinuxDriver else driver
 
     def intercept_update(self, screen: Screen[Any], update: CompositorUpdate) -> CompositorUpdate:
-        """Return what is written to the terminal in place of ``update``."""
+        """Return what to write to the terminal in place of ``update``."""
         return update
 
     def frame_written(self) -> None:
-        """Called after each frame."""
+        """Hook that is called after each frame."""
 
     def intercept_error(self, error: Exception) -> bool:
-        """Return True for an error that was handled; Textual ends the app on any other."""
+        """Return True if the error was handled. Textual ends the app on any other error."""
         return False
 
     def write_escape(self, sequence: str) -> None:
-        """Send an escape sequence to the terminal: its title, a notification."""
+        """Send an escape sequence to the terminal, such as its title or a notification."""
         if self._driver is not None:
             self._driver.write(sequence)
 
     def ask_terminal_colors(self) -> None:
-        """Ask the terminal for its colors; its answers come as ``TerminalColor``, or never."""
+        """Ask the terminal for its colors. Replies, if any, arrive as ``TerminalColor`` messages."""
         if isinstance(self._driver, PromptDriver):
             self._driver.ask_colors()
 
     def wants_terminal_colors(self) -> bool:
-        """Whether to ask the terminal for its colors before the first frame."""
+        """Return whether to ask the terminal for its colors before the first frame."""
         return False
 
     def remember_copied(self, text: str) -> None:
-        """Set what a paste inside the app inserts, without writing to the terminal."""
+        """Set the text that a paste inside the app inserts, without writing to the terminal."""
         self._clipboard = text
 
     def dismiss_information(self) -> None:
-        """Remove notifications but for warnings and errors. The caller's next notification refreshes."""
+        """Remove all notifications except warnings and errors.
+
+        The next notification refreshes the display.
+        """
         for notification in [note for note in self._notifications if note.severity == "information"]:
             self._unnotify(notification, refresh=False)
 
@@ -136,15 +142,15 @@ class HookedApp(App[None]):
 
 
 _REPORTS_S = 0.3
-"""Seconds for which reports of a moving mouse may be on their way, over a slow link."""
+"""Seconds that mouse reports may still be in transit on a slow link after the mouse moves."""
 
 
 class PromptDriver(LinuxDriver):
-    """A driver whose thread that reads keys ends when it is told to, and knows the terminal's replies.
+    """A driver whose reader thread ends promptly, and which recognizes the terminal's replies.
 
-    Textual's looks only every tenth of a second whether it should end, and then waits another tenth
-    (``drivers/linux_driver.py``), while the app that was left still stands on the terminal. So it does here
-    while the mouse moves, whose last reports would otherwise be typed into the shell.
+    Textual's reader checks only every tenth of a second whether it should end, then waits another tenth
+    (``drivers/linux_driver.py``), while the closed app is still on the screen. This driver does so only while
+    the mouse is moving, since the last mouse reports would otherwise be typed into the shell.
     """
 
     def __init__(self, app: App[Any], **options: Any) -> None:
@@ -161,7 +167,7 @@ class PromptDriver(LinuxDriver):
             self.ask_colors()
 
     def ask_colors(self) -> None:
-        """Ask the terminal for its colors, if it can read the question."""
+        """Ask the terminal for its colors, if the query is safe on it."""
         if self.input_tty and can_answer():
             self._replies.expect(monotonic())
             self._report_at = monotonic()
@@ -189,7 +195,7 @@ class PromptDriver(LinuxDriver):
 
 
 class _ReplyParser(XTermParser):
-    """Reads keys, after replies of the terminal were taken out (``_xterm_parser.py``)."""
+    """Parses keys after removing the terminal's replies from the input (``_xterm_parser.py``)."""
 
     def __init__(self, replies: ReplyReader, debug: bool = False) -> None:
         super().__init__(debug)
@@ -208,7 +214,7 @@ class _ReplyParser(XTermParser):
 
 
 class _WokenSelector(selectors.SelectSelector):
-    """Waits for what is registered, or until ``wake_fd`` is readable."""
+    """A selector that also wakes up when ``wake_fd`` becomes readable."""
 
     def __init__(self, wake_fd: int) -> None:
         super().__init__()
@@ -220,15 +226,15 @@ class _WokenSelector(selectors.SelectSelector):
 
 
 def full_update(screen: Screen[Any]) -> CompositorUpdate:
-    """Render the whole screen, whatever has changed (``_compositor.py``)."""
+    """Render the whole screen, regardless of what has changed (``_compositor.py``)."""
     return screen._compositor.render_full_update()
 
 
 def clear_style_caches() -> None:
-    """Drop what Textual caches of widgets that are gone (``_styles_cache.py``).
+    """Clear Textual's cached styles of widgets that no longer exist (``_styles_cache.py``).
 
-    The keys of this cache of colors hold all that a widget had painted: 160 kB for a page of help, of up to a
-    thousand widgets.
+    The keys of its color cache keep everything that a widget has painted alive: 160 kB for a page of help,
+    for up to a thousand widgets.
     """
     clear = getattr(getattr(StylesCache, "get_inner_outer", None), "cache_clear", None)
     if clear is not None:
@@ -236,10 +242,10 @@ def clear_style_caches() -> None:
 
 
 class CachedStylesheet(Stylesheet):
-    """A stylesheet that parses each source once, until a color changes.
+    """A stylesheet that parses each source only once, until a color changes.
 
-    Textual parses every sheet of the app again whenever a screen brings one of its own (PR 2744), while the
-    first key of that screen waits. It clears its parse cache (PR 3575) each time the variables are set.
+    Textual parses all of the app's sheets again whenever a screen adds its own (PR 2744), which delays that
+    screen's first key. It clears its parse cache (PR 3575) each time the variables are set.
     """
 
     def __init__(self, *, variables: dict[str, str] | None = None) -> None:
@@ -255,13 +261,13 @@ class CachedStylesheet(Stylesheet):
 
 
 def bindings_of_widget(widget: Widget, key: str) -> Sequence[Binding]:
-    """The widget's own bindings of a key (``_bindings``, declared in ``dom.py``)."""
+    """Return the widget's own bindings for a key (``_bindings``, declared in ``dom.py``)."""
     return widget._bindings.key_to_bindings.get(key, ())
 
 
 def follow_end(widget: Widget) -> None:
-    """Let an anchored widget follow its end again once it is scrolled there (``widget.py``).
+    """Make an anchored widget follow its end again once the user scrolls back to it (``widget.py``).
 
-    Textual does so for containers; a scroll view without children lets go of its end for good.
+    Textual does this for containers, but a scroll view without children stops following its end for good.
     """
     widget._check_anchor()

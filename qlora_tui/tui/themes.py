@@ -1,9 +1,9 @@
-"""Themes from TOML files: shipped ones, and the user's folder.
+"""Themes from TOML files, both built-in and in the user's folder.
 
-A theme file has ``name``, ``dark``, the colors of a Textual theme (``primary``, ``background``…), of which
-``accent`` is that of keys, optionally those of the four hues (``HUES``), and ``ansi = true`` to use the
-terminal's 16 colors. A file with an error is reported and skipped. ``terminal`` is a theme without a file:
-made of the terminal's own colors once it has told them (``color_query``).
+A theme file has ``name``, ``dark`` and the colors of a Textual theme (``primary``, ``background``…);
+``accent`` is the color of keys. It may also set the four hues (``HUES``), and ``ansi = true`` to use the
+terminal's 16 colors. A file with an error is reported and skipped. ``terminal`` is a theme without a file: it
+is derived from the terminal's own colors once the terminal has reported them (``color_query``).
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 
 MUTED_SHARE = 0.7
-"""How far muted text is from the background, towards the foreground."""
+"""Position of muted text between the background (0) and the foreground (1)."""
 BORDER_SHARE = 0.3
-"""How far the border of a panel without the focus is from the background, towards the foreground."""
+"""Position of an unfocused panel's border between the background (0) and the foreground (1)."""
 SCROLLBAR_SHARE = 0.55
-"""How far the handle of a scroll bar is from the background, towards the foreground."""
+"""Position of a scroll bar's handle between the background (0) and the foreground (1)."""
 SELECTION_SHARE = 0.35
-"""Mix of a field's selection between the background color (0) and the primary color (1)."""
+"""Color of selected text in a field, between the background (0) and the primary color (1)."""
 CHART_FILL_SHARE = 0.14
-"""Mix of the area under a curve between the surface of a panel (0) and the color of training (1)."""
+"""Color of the area under a curve, between the panel's surface (0) and the color of training (1)."""
 AUTO, TERMINAL = "auto", "terminal"
-"""Names that stand for a theme: by the number of colors, and by the terminal's colors."""
+"""Special theme names: chosen by the number of colors, and derived from the terminal's own colors."""
 DEFAULT = "harbour"
 MIN_CONTRAST = 4.5
-"""Of text to its background: WCAG 2.1, 1.4.3."""
+"""Minimum contrast of text with its background (WCAG 2.1, 1.4.3)."""
 _STEPS = {
     "surface": 0.05,
     "panel": 0.1,
     "block-cursor-blurred-background": 0.1,
     "block-cursor-background": 0.16,
 }
-"""How far backgrounds are from that of the terminal, towards its foreground, in the theme ``terminal``."""
+"""Position of each background in the theme ``terminal`` between the terminal's background (0) and foreground
+(1).
+"""
 HUES = ("training", "validation", "forgetting", "hardware")
 _OTHER_HUES = {
     (256, True): ("#d787d7", "#5fd7d7"),
@@ -51,14 +53,14 @@ _OTHER_HUES = {
     (16, True): ("ansi_bright_magenta", "ansi_cyan"),
     (16, False): ("ansi_magenta", "ansi_cyan"),
 }
-"""Forgetting and hardware in a theme that does not name them, by its colors and whether it is dark."""
+"""Default hues for forgetting and hardware, by a theme's number of colors and whether it is dark."""
 ThemeColor = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 _NOT_A_COLOR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
-"""msgspec's message for a value that is not a color."""
+"""Matches msgspec's message for a value that is not a color."""
 
 
 class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The content of ``themes/<name>.toml``."""
+    """Contents of ``themes/<name>.toml``."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9-]+$")]
     dark: bool
@@ -73,23 +75,23 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     surface: ThemeColor
     panel: ThemeColor
     training: ThemeColor | None = None
-    """By default ``primary``."""
+    """Default: ``primary``."""
     validation: ThemeColor | None = None
-    """By default ``success``."""
+    """Default: ``success``."""
     forgetting: ThemeColor | None = None
     hardware: ThemeColor | None = None
     ansi: bool = False
     variables: dict[str, str] = {}
 
     def theme(self) -> Theme:
-        """Convert to a Textual theme, with the variables that its widgets need."""
+        """Convert to a Textual theme with the variables that its widgets need."""
         needed = _sixteen_colors(self) if self.ansi else _blended(self)
         parts = {name: getattr(self, name) for name in self.__struct_fields__ if name not in HUES}
         return Theme(**{**parts, "variables": {**_roles(self), **needed, **self.variables}})
 
 
 def _roles(file: ThemeFile) -> dict[str, str]:
-    """Colors by what they stand for: those of the hues and of keys."""
+    """Return colors by role: those of the four hues and of keys."""
     others = _OTHER_HUES[16 if file.ansi else 256, file.dark]
     return {
         "key": file.accent,
@@ -101,7 +103,9 @@ def _roles(file: ThemeFile) -> dict[str, str]:
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
-    """Variables that Textual makes too faint to read, or does not resolve inside a line (``auto 60%``)."""
+    """Return variables that Textual makes too faint to read, or cannot resolve inside a line (``auto
+    60%``).
+    """
     background, surface, foreground, primary, training = map(
         Color.parse,
         (file.background, file.surface, file.foreground, file.primary, file.training or file.primary),
@@ -157,7 +161,7 @@ def _luminance(color: Color) -> float:
 
 
 def of_terminal(foreground: Color, background: Color) -> Theme:
-    """Return a theme on the terminal's background, with each color as far off as it takes to be read."""
+    """Return a theme on the terminal's background, with each color shifted until it is readable."""
     white, black = Color(255, 255, 255), Color(0, 0, 0)
     dark = contrast(background, white) > contrast(background, black)
     far = white if dark else black
@@ -195,7 +199,10 @@ def of_terminal(foreground: Color, background: Color) -> Theme:
 
 
 def load_themes() -> tuple[list[Theme], list[UserError]]:
-    """Every theme that can be read (the user's replace shipped ones of the same name), and what was wrong."""
+    """Return every theme that can be read, and the errors of the others.
+
+    A user's theme replaces a built-in one of the same name.
+    """
     themes: dict[str, Theme] = {}
     problems = []
     for folder in (paths.shipped_dir("themes"), paths.user_themes_dir()):
@@ -209,12 +216,17 @@ def load_themes() -> tuple[list[Theme], list[UserError]]:
 
 
 def theme_names() -> list[str]:
-    """Names of the themes to choose from; Textual's own do not have the contrast that ours have."""
+    """Return the names of the themes to choose from.
+
+    Textual's own are left out: their contrast is too low.
+    """
     return [AUTO, *sorted((TERMINAL, *(theme.name for theme in load_themes()[0])))]
 
 
 def user_theme_mtimes() -> tuple[tuple[str, int], ...]:
-    """Names and times of the user's theme files: differs when one has come, gone or changed."""
+    """Return names and modification times of the user's theme files, to detect added, changed and removed
+    files.
+    """
     mtimes = []
     for path in sorted(paths.user_themes_dir().glob("*.toml")):
         with suppress(OSError):
@@ -241,7 +253,7 @@ def _file(path: Path) -> ThemeFile:
 
 
 def _check_colors(file: ThemeFile) -> None:
-    """Raise ColorParseError for a text that only looks like a color: Textual would stop the app."""
+    """Raise ColorParseError for text that only looks like a color, since it would crash Textual."""
     for name in file.__struct_fields__:
         value = getattr(file, name)
         if isinstance(value, str) and name != "name":
@@ -252,7 +264,9 @@ def _check_colors(file: ThemeFile) -> None:
 
 
 def is_of_terminal(setting: str, few_colors: bool) -> bool:
-    """Whether the colors are the terminal's: by the setting, or because it has 16 at most."""
+    """Return whether the terminal's own colors are used: because of the setting, or because it has at most
+    16.
+    """
     return setting == TERMINAL or (setting == AUTO and few_colors)
 
 
@@ -260,10 +274,10 @@ def choose(setting: str, *, few_colors: bool, is_light: bool, knows_terminal: bo
     """Return the name of the theme to show.
 
     Args:
-        setting: the user's ``theme``.
-        few_colors: whether the terminal has 16 colors at most.
-        is_light: whether its background is light, as far as that is known.
-        knows_terminal: whether the theme of the terminal's own colors is registered: it has told them.
+        setting: The user's ``theme`` setting.
+        few_colors: Whether the terminal has at most 16 colors.
+        is_light: Whether its background is light, as far as that is known.
+        knows_terminal: Whether the terminal has reported its colors, so that their theme is registered.
     """
     if not is_of_terminal(setting, few_colors):
         return DEFAULT if setting == AUTO else setting

@@ -1,4 +1,4 @@
-"""Long work in a thread that ends with the worker that waits for it, or when a key stops it."""
+"""Long-running work in a thread that ends when its worker is canceled or a key stops it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
-    """Run ``function`` in a thread, and return its result.
+    """Run ``function`` in a thread and return its result.
 
-    Its argument ``should_stop`` returns true once this call is canceled: leaving the app cancels a worker,
-    but not its thread, for whose end the app would wait.
+    Its argument ``should_stop`` returns true once this call is canceled. Leaving the app cancels a worker but
+    not its thread, and the app would wait for that.
     """
     stop = Event()
     try:
@@ -26,17 +26,20 @@ async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
 
 
 class Measurement:
-    """Long work in a thread that a key starts and stops; one at a time."""
+    """Long-running work in a thread that a key starts and stops; one at a time."""
 
     def __init__(self, on_change: Callable[[], object] = lambda: None) -> None:
-        """``on_change``: called in the app's thread when :attr:`progress` has changed."""
+        """Create an idle measurement.
+
+        ``on_change`` is called in the app's thread when :attr:`progress` changes.
+        """
         self.progress = ""
         """How far it is; empty while there is none."""
         self._on_change = on_change
         self._stop: Event | None = None
 
     def stop(self) -> bool:
-        """Stop it. Return whether there was one."""
+        """Stop the measurement. Return whether one was running."""
         if self._stop is None:
             return False
         self._stop.set()
@@ -48,8 +51,9 @@ class Measurement:
         """Return the result of ``measure(say, should_stop)``; None if it was stopped.
 
         Args:
-            measure: Runs in a thread, and says how far it is. It ends by JobStopped once it should stop.
-            start: What is said until then.
+            measure: Runs in a thread and reports its progress through ``say``. Raises JobStopped once it
+                should stop.
+            start: The progress to show until the first report.
         """
         self._stop = stop = Event()
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""What the app remembers between two starts for convenience, in one file: nothing depends on it."""
+"""What the app remembers between sessions for convenience, in one file. Nothing depends on it."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ Kind: TypeAlias = Literal["data", "models", "system_prompts", "palette"]
 
 
 class UiState(Struct, frozen=True, omit_defaults=True):
-    """The content of ``ui_state.json``."""
+    """Contents of ``ui_state.json``."""
 
     recent: Mapping[Kind, tuple[str, ...]] = {}
-    """Paths and texts that were used lately, the newest first."""
+    """Recently used paths and texts, newest first."""
     last_seen: float = 0.0
-    """Unix time when the app was last looked at: what ended later is news at the next start."""
+    """Unix time when the app was last in use. Runs that ended after it are announced at the next start."""
     download_bytes_per_s: float = 0.0
-    """Of the last download that ended well; 0 before the first."""
+    """Speed of the last download that completed; 0 before the first."""
 
 
 _DECODER = msgspec.json.Decoder(UiState)
 
 
 def load_ui_state() -> UiState:
-    """Read the file; the defaults if there is none, or it cannot be read."""
+    """Read the file; return the defaults if it is missing or unreadable."""
     return read_json(_file(), _DECODER) or UiState()
 
 
 def save_ui_state(**changes: Any) -> None:
-    """Change some fields, if the disk allows it."""
+    """Change some fields. Errors while writing are ignored."""
     state = msgspec.structs.replace(load_ui_state(), **changes)
     with suppress(OSError, UnicodeEncodeError):
         atomic_write(_file(), msgspec.json.encode(state))
 
 
 def recent(kind: Kind) -> tuple[str, ...]:
-    """Return the last ones of a kind, the newest first."""
+    """Return the recent entries of a kind, newest first."""
     return load_ui_state().recent.get(kind, ())
 
 
 def recent_paths(kind: Kind) -> list[Path]:
-    """Return the last paths of a kind that are still there, the newest first."""
+    """Return the recent paths of a kind that still exist, newest first."""
     return [path for path in map(Path, recent(kind)) if _exists(path)]
 
 
 def add_recent(kind: Kind, text: str | Path) -> None:
-    """Put one in front."""
+    """Put an entry first in the list of its kind."""
     state, added = load_ui_state().recent, str(text)
     if added:
         texts = (added, *(other for other in state.get(kind, ()) if other != added))

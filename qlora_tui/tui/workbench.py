@@ -1,8 +1,8 @@
-"""The recipe being edited, with undo, what follows from it (architecture, estimates), and its draft.
+"""The recipe being edited, with undo; what follows from it (architecture, estimates); and its draft.
 
-The draft keeps the recipe in a file, so that a closed terminal or a power cut loses no edit. One file
-serves all apps of an account. Each remembers what it last read or wrote there, and so sees whether another
-has changed it since; then it asks whose recipe stays.
+The draft is a file that keeps the recipe, so that neither a closed terminal nor a power cut loses an edit.
+All apps of one account share the file. Each remembers what it last read or wrote there, so it notices when
+another has changed it, and asks whose recipe to keep.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Workbench:
     """The recipe being edited, with undo, redo and cached estimates."""
 
     def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
-        """Raises UserError where there is no such preset, or it is damaged."""
+        """Raise UserError if the preset does not exist or is damaged."""
         preset_recipe = build_recipe(preset=preset) if preset else Recipe()
         self._now = _EditState(recipe or preset_recipe, preset, preset_recipe)
         self.preset_error: UserError | None = None
@@ -85,12 +85,12 @@ class Workbench:
 
     @property
     def preset(self) -> str:
-        """Name of the preset it started as; empty for the defaults."""
+        """Name of the preset it started from; empty for the defaults."""
         return self._now.preset
 
     @property
     def preset_recipe(self) -> Recipe:
-        """The recipe as that preset gives it, with the current name, model and data."""
+        """The recipe as the preset defines it, with the current name, model and data."""
         return _with_own(self._now.preset_recipe, self.recipe)
 
     @property
@@ -99,44 +99,48 @@ class Workbench:
         return self.recipe != self.preset_recipe
 
     def set(self, path: str, value: Any) -> bool:
-        """Change one setting, checked; False when it had that value already. Raises UserError."""
+        """Change one setting after checking it; return False if it already has that value.
+
+        Raises UserError.
+        """
         changed = replace_setting(self.recipe, path, value)
         to_recipe(to_layer(changed), origin="this recipe")
         return self.replace(changed)
 
     def replace(self, recipe: Recipe) -> bool:
-        """Change the whole recipe, undoably; False when nothing changed."""
+        """Replace the whole recipe, with undo; return False if nothing changed."""
         if recipe == self.recipe:
             return False
         self._change_to(_EditState(recipe, self._now.preset, self._now.preset_recipe))
         return True
 
     def adopt(self, other: Workbench) -> None:
-        """Adopt the recipe and preset of another workbench; undo restores the old ones."""
+        """Adopt another workbench's recipe and preset. Undo restores the old ones."""
         self._change_to(other._now)
 
     def open_preset(self, name: str) -> None:
-        """Take a preset's settings, keeping name, model and data. Raises UserError."""
+        """Apply a preset's settings, but keep name, model and data. Raises UserError."""
         preset_recipe = build_recipe(preset=name)
         changed = _with_own(preset_recipe, self.recipe)
         self._change_to(_EditState(changed, name, preset_recipe))
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
-        """Record that the recipe was saved as preset ``name``: no change of the recipe, so nothing to undo.
+        """Record that the recipe was saved as preset ``name``. The recipe does not change, so there is
+        nothing to undo.
 
-        Returns the preset that it started from until now, for :meth:`undo_saved_as`.
+        Returns the preset that it started from before, for :meth:`undo_saved_as`.
         """
         previous_preset = self._now.preset, self._now.preset_recipe
         self._now = _EditState(self.recipe, name, self.recipe)
         return previous_preset
 
     def undo_saved_as(self, name: str, previous_preset: tuple[str, Recipe]) -> None:
-        """Undo :meth:`saved_as`, given what that returned."""
+        """Undo :meth:`saved_as`, given its return value."""
         if self.preset == name:
             self._now = _EditState(self.recipe, *previous_preset)
 
     def undo(self) -> bool:
-        """Back by one change; False at the beginning."""
+        """Go back one change; return False if there is none."""
         if not self._undo:
             return False
         self._redo.append(self._now)
@@ -144,7 +148,7 @@ class Workbench:
         return True
 
     def redo(self) -> bool:
-        """Forward again by one change; False at the end."""
+        """Go forward one change; return False if there is none."""
         if not self._redo:
             return False
         self._undo.append(self._now)
@@ -152,7 +156,7 @@ class Workbench:
         return True
 
     def architecture(self) -> Architecture | UserError:
-        """Architecture of the recipe's model from its ``config.json``; a UserError if there is none."""
+        """Return the model's architecture from its ``config.json``, or a UserError if there is none."""
         return self._architecture_of(self.recipe.model.id)
 
     def _architecture_of(self, model: str) -> Architecture | UserError:
@@ -164,14 +168,14 @@ class Workbench:
         return known[1]
 
     def refuse_outline(self, model: str, problem: UserError) -> None:
-        """Answer with the reason why the exact architecture of a model could not be read."""
+        """Make :meth:`architecture` return the reason why a model's exact architecture could not be read."""
         self._architecture = (model, problem)
         self._compared = None
 
     def model_refusal(self) -> UserError | None:
-        """Why the recipe's model cannot be trained, though it may have an estimate; None if it can.
+        """Return why the recipe's model cannot be trained, even if it has an estimate; None if it can.
 
-        Only that it can is cached: what is missing may be downloaded by another program.
+        Only a success is cached: another program may download missing files at any time.
         """
         model = self.recipe.model.id
         if self._trainable == model:
@@ -185,15 +189,15 @@ class Workbench:
         return refusal
 
     def forget_architecture(self) -> None:
-        """Read the model's files again when they are next needed: it may have been downloaded since."""
+        """Read the model's files again when they are next needed, since it may have been downloaded."""
         self._architecture = None
         self._trainable = None
         self._compared = None
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:
-        """The estimate in every precision; a UserError if there is nothing to estimate.
+        """Return the estimate in every precision, or a UserError if there is nothing to estimate.
 
-        Cached until the recipe changes, since strip and screen both need it.
+        Cached until the recipe changes, since both the strip and the screen need it.
         """
         return self._comparison_of(self.recipe, device)
 
@@ -212,7 +216,7 @@ class Workbench:
         return known[4]
 
     def estimate(self, device: Device) -> Estimate | None:
-        """The estimate in the recipe's precision; None if there is nothing to estimate."""
+        """Return the estimate in the recipe's precision; None if there is nothing to estimate."""
         from qlora_tui.memory.estimate import precision_of
 
         recipe = self.recipe
@@ -224,7 +228,7 @@ class Workbench:
         self._traced = (recipe, device, traced)
 
     def trace_on(self, device: Device) -> StepTrace | None:
-        """The traced step of the recipe as it is now, if there is one."""
+        """Return the traced step of the current recipe, if there is one."""
         return self._trace_of(self.recipe, device)
 
     def _trace_of(self, recipe: Recipe, device: Device) -> StepTrace | None:
@@ -232,7 +236,7 @@ class Workbench:
         return traced[2] if traced is not None and traced[:2] == (recipe, device) else None
 
     def _change_to(self, state: _EditState) -> None:
-        """Make this the current state; undo restores the one before."""
+        """Make this the current state. Undo restores the previous one."""
         self._undo = [*self._undo, self._now][-_UNDO_STEPS:]
         self._redo.clear()
         self._now = state
@@ -254,19 +258,22 @@ def _compare(
 
 
 def undo_recipe(app: QloraApp) -> None:
-    """Undo the last change of the recipe."""
+    """Undo the last change to the recipe."""
     nothing = "Nothing to undo: the recipe was not changed."
     _move(app, app.workbench.undo, "Undone", nothing, f"Press {key_name('app.redo')} to redo.")
 
 
 def redo_recipe(app: QloraApp) -> None:
-    """Redo the change that was undone."""
+    """Redo the change that was undone last."""
     nothing = "Nothing to redo: no change was undone."
     _move(app, app.workbench.redo, "Redone", nothing, f"Press {key_name('app.undo')} to undo.")
 
 
 def open_preset(app: QloraApp, name: str) -> bool:
-    """Open a preset, and say how much it changed; False, and an error on the screen, if it is damaged."""
+    """Open a preset and report how many settings changed.
+
+    If it is damaged, show the error and return False.
+    """
     before = app.workbench.recipe
     if not app.try_or_show_error(lambda: app.workbench.open_preset(name)):
         return False
@@ -319,7 +326,7 @@ _OWN = (
     *("name", "model.id", "model.revision", "lora.init_from"),
     *("data.sources", "data.validation_path"),
 )
-"""Settings of one run, which no preset has."""
+"""Settings that belong to a single run and are never in a preset."""
 
 
 def _with_own(recipe: Recipe, source: Recipe) -> Recipe:
@@ -332,25 +339,25 @@ def _with_own(recipe: Recipe, source: Recipe) -> Recipe:
 
 
 _PRESET_COMMENT = "# began as "
-"""First line of the draft, before the preset's name."""
+"""Start of the draft's first line, before the preset's name."""
 _LOCK_S = 0.5
-"""How long another app may take to write its draft."""
+"""Seconds to wait for another app to finish writing its draft."""
 
 
 @dataclass(frozen=True)
 class SavedDraft:
-    """What the file held."""
+    """Contents of the draft file."""
 
     recipe: Recipe | None = None
-    """None where there is no draft, or it could not be read."""
+    """None if there is no draft or it could not be read."""
     preset: str = ""
-    """Name of the preset that the recipe started as; empty for the defaults."""
+    """Name of the preset that the recipe started from; empty for the defaults."""
     error: UserError | None = None
     """Why the draft could not be read, and where its copy is."""
 
 
 class Draft:
-    """The draft file as one app knows it."""
+    """The draft file, and what this app last read or wrote there."""
 
     def __init__(self) -> None:
         self._known: str | None = None
@@ -365,7 +372,7 @@ class Draft:
         """Whether the draft was written since the last conflict: the next one needs another file."""
 
     def load(self) -> SavedDraft:
-        """Read the draft. One that cannot be read is moved aside, so that a save does not overwrite it."""
+        """Read the draft. If it cannot be read, it is moved aside, so that saving does not overwrite it."""
         with _draft_lock():
             self._known, self._is_loaded = None, True
             try:
@@ -382,10 +389,11 @@ class Draft:
                 return SavedDraft(error=_move_aside(unreadable))
 
     def save(self, workbench: Workbench, *, replace: bool = False) -> bool:
-        """Write the workbench to the disk; False where another app changed the draft, which then stays.
+        """Write the workbench to disk. Return False, and leave the draft alone, if another app has changed
+        it.
 
-        Both are on the disk afterwards: what is not in the draft is in :attr:`aside`, which with ``replace``
-        is the other app's. Raises OSError.
+        Either way both recipes are on disk: the one that is not in the draft is in :attr:`aside`. With
+        ``replace`` that is the other app's. Raises OSError.
         """
         text = f"{_PRESET_COMMENT}{workbench.preset}\n{dump(workbench.recipe)}"
         with _draft_lock():
@@ -403,13 +411,15 @@ class Draft:
 
     @property
     def aside(self) -> Path:
-        """Where the recipe is that lost against another app's."""
+        """Path of the recipe that was not kept when two apps changed the draft."""
         if self._aside is None:
             self._aside = _free_name("other")
         return self._aside
 
     def is_changed_elsewhere(self) -> bool:
-        """Whether another app has changed the draft since the last call, and since this app wrote it."""
+        """Return whether another app has changed the draft since the last call and since this app
+        wrote it.
+        """
         try:
             status = draft_path().stat()
             if not self._is_loaded or self._seen == (status.st_ino, status.st_mtime_ns):
@@ -422,9 +432,9 @@ class Draft:
 
 
 def open_workbench(draft: Draft) -> Workbench:
-    """The workbench as it was left; a fresh one where there is no draft, or it cannot be read.
+    """Restore the workbench from the draft, or create a new one if there is no draft or it cannot be read.
 
-    A preset that was deleted or damaged since takes nothing of the recipe with it.
+    A missing or damaged preset does not affect the recipe.
     """
     saved = draft.load()
     preset_error = None
@@ -442,7 +452,7 @@ def open_workbench(draft: Draft) -> Workbench:
 
 
 def save_or_ask(app: QloraApp) -> None:
-    """Save the workbench as the draft; where another app changed that, ask whose recipe to keep.
+    """Save the workbench as the draft. If another app has changed the draft, ask whose recipe to keep.
 
     Raises OSError.
     """
@@ -468,7 +478,7 @@ def save_or_ask(app: QloraApp) -> None:
 
 
 def reload_recipe(app: QloraApp) -> None:
-    """Load the recipe that another app has changed; undo restores this one's."""
+    """Load the recipe that another app has saved. Undo restores this app's."""
     draft = Draft()
     other = open_workbench(draft)
     if other.draft_error is not None:
@@ -487,7 +497,7 @@ def _adopt(app: QloraApp, draft: Draft, other: Workbench) -> None:
 
 
 def tell_of_change(app: QloraApp) -> None:
-    """Say that another app has changed the draft, which this app does not show until it is reloaded."""
+    """Notify the user that another app has changed the draft, and how to load that recipe."""
     from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 
     # While the app closes it has no screens.
@@ -503,7 +513,7 @@ def tell_of_change(app: QloraApp) -> None:
 
 
 def draft_written_at() -> float:
-    """Unix time of the last change of the recipe; 0 where there was none."""
+    """Return the Unix time of the last change to the recipe; 0 if there is none."""
     try:
         return draft_path().stat().st_mtime
     except OSError:
@@ -515,7 +525,7 @@ def draft_path() -> Path:
 
 
 def _content() -> str | None:
-    """The draft as text, whatever bytes are in it; None where there is none."""
+    """Return the draft as text, whatever bytes it contains; None if there is none."""
     try:
         return read_regular(draft_path()).decode(errors="surrogateescape")
     except FileNotFoundError:
@@ -523,7 +533,7 @@ def _content() -> str | None:
 
 
 def _read_draft() -> tuple[Recipe, str]:
-    """The recipe and the name of the preset it began as. Raises UserError."""
+    """Return the recipe and the name of the preset it started from. Raises UserError."""
     text, origin = read_text(draft_path()), str(draft_path())
     layer = parse(text, origin)
     validate(layer, origin, text)
@@ -531,7 +541,7 @@ def _read_draft() -> tuple[Recipe, str]:
 
 
 def _move_aside(problem: UserError) -> UserError:
-    """Keep a draft that cannot be read under another name; what to say of it."""
+    """Move an unreadable draft aside, and return the error to show."""
     aside = _free_name("damaged")
     try:
         draft_path().rename(aside)
@@ -557,7 +567,7 @@ def _encoded(text: str) -> bytes:
 
 @contextmanager
 def _draft_lock() -> Iterator[None]:
-    """Keep other apps from writing meanwhile, where the file system has locks."""
+    """Keep other apps from writing in the meantime, if the file system supports locks."""
     with ExitStack() as stack:
         with suppress(UserError):
             stack.enter_context(locked(paths.state_dir() / "draft.lock", patience_s=_LOCK_S))

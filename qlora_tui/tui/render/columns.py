@@ -1,4 +1,4 @@
-"""Tables in lines of text, whose columns are cut or left out to fit a width, and lists of labeled facts."""
+"""Tables of text lines, whose columns are cut or left out to fit a width, and lists of labeled facts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from textual.content import Content, Span
 
 Row = TypeVar("Row")
 Fact: TypeAlias = tuple[str, str | Content] | Content
-"""A label and its value, or a text."""
+"""A label and its value, or a text without a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,36 +19,37 @@ class Column(Generic[Row]):
     """One column of a table of ``Row``."""
 
     text: Callable[[Row], str | Content]
-    """The text of a row: as a string in ``style``, as Content in its own."""
+    """Returns the text for a row: a string is shown in ``style``, a Content in its own style."""
     title: str = ""
     width: int | None = None
-    """In cells; None is as wide as its widest text, or as its title."""
+    """Width in cells; None means as wide as its widest text or its title."""
     min_width: int = 1
     max_width: int | None = None
-    """The most cells of a column as wide as its texts."""
+    """Maximum width of a column without a fixed width, in cells."""
     shrinks: bool = False
-    """Whether it gives up cells, down to ``min_width``, where the columns are too wide together."""
+    """Whether the column shrinks, down to ``min_width``, if the columns are too wide together."""
     fills: bool = False
-    """Whether it takes all that the others leave of the line, ``min_width`` at least."""
+    """Whether the column takes the width that the others leave, at least ``min_width``."""
     right: bool = False
-    """Whether its texts are aligned at the right."""
+    """Whether its texts are right-aligned."""
     style: str = ""
     gap: int = 2
     """Spaces before it, unless it is the first."""
     shown_from: int = 0
-    """Cells of the line from which it is shown."""
+    """Width of the line, in cells, from which the column is shown."""
     shown_if_empty: bool = True
-    """Whether it is shown where no row has a text in it."""
+    """Whether the column is shown if it is empty in every row."""
     shorter: Callable[[str], str] = str
-    """Shortens a string that is too long, before it is cut."""
+    """Shortens a string that is too long before it is cut."""
 
 
 def table(
     columns: Sequence[Column[Row]], rows: Sequence[Row], width: int, title_style: str = "dim"
 ) -> list[Content]:
-    """A line of titles, if there are any, and a line for each row, of ``width`` cells at most if that can be.
+    """Return a line of titles, if there are any, and a line for each row, at most ``width`` cells wide if
+    possible.
 
-    Texts that are too long are cut in their middle, since names differ at their ends.
+    Texts that are too long are cut in the middle, since names often differ only at their ends.
     """
     columns = [
         column
@@ -70,7 +71,9 @@ def table(
 
 
 def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
-    """``license  apache-2.0``: the values in one column, in which long ones go on; text is shown as it is."""
+    """Return ``license  apache-2.0`` lines: values are aligned and wrapped in their column; plain texts stay
+    as they are.
+    """
     cells = max((len(fact[0]) for fact in facts if isinstance(fact, tuple)), default=0) + 2
     lines = []
     for fact in facts:
@@ -84,7 +87,7 @@ def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
 
 
 def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[Content]:
-    """``head`` and ``text``, which goes on below itself if it is too long; it has ``least`` cells."""
+    """Return ``head`` and ``text`` with a hanging indent. The text gets at least ``least`` cells per line."""
     cells = head.cell_length
     first, *others = text.wrap(max(least, width - cells)) or [Content("")]
     return [head + first, *(Content(" " * cells) + other for other in others)]
@@ -109,7 +112,10 @@ def _cells(text: str | Content) -> int:
 def _line(
     columns: Sequence[Column[Row]], texts: Sequence[str | Content], widths: Sequence[int], gaps: Sequence[int]
 ) -> Content:
-    """A row: each text cut or padded; styles that a text begins and ends with reach over its padding."""
+    """Return a row with each text cut or padded.
+
+    Styles at the start and end of a text extend over its padding.
+    """
     line, spans, at = "", list[Span](), 0
     for column, text, width, gap in zip(columns, texts, widths, gaps, strict=True):
         if isinstance(text, str) and _cells(text) > width:
@@ -138,7 +144,7 @@ def _line(
 
 
 def _cut(text: Content, width: int) -> Content:
-    """Cut a text to ``width`` cells, in its middle; one with wide characters at its end."""
+    """Cut a text to ``width`` cells in the middle, or at the end if it has wide characters."""
     if text.cell_length != len(text) or width < 3:
         return text.truncate(width, ellipsis=True)
     end = width // 2

@@ -1,4 +1,4 @@
-"""The few figures that a screen is looked at for: bright in a line, or in digits of three rows."""
+"""A screen's few key figures, bright in a line or in digits three rows high."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import zip_longest
 from textual.content import Content
 
 _GAP = 3
-"""Cells between two figures."""
+"""Gap between two figures, in cells."""
 _DIGITS = {
     "0": ("███", "█ █", "█ █", "█ █", "███"),
     "1": ("██ ", " █ ", " █ ", " █ ", "███"),
@@ -27,24 +27,24 @@ _DIGITS = {
     ":": (" ", "█", " ", "█", " "),
     "-": ("  ", "  ", "██", "  ", "  "),
 }
-"""Five rows of dots of each character that can be large."""
+"""Five rows of dots for each character that can be drawn large."""
 _HALVES = {(" ", " "): " ", ("█", " "): "▀", (" ", "█"): "▄", ("█", "█"): "█"}
 _PART = re.compile(r"([\d.,:-]+)|([^\d.,:-]+)")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A value with its units, such as ``3 h 12 min``, and what it is."""
+    """A value with its units, such as ``3 h 12 min``, and its label."""
 
     label: str
     value: str
     style: str = "bold"
     label_first: bool = True
-    """Whether a line reads ``loss 2.56`` rather than ``3 min left``."""
+    """Whether the label comes first in a line: ``loss 2.56`` rather than ``3 min left``."""
 
 
 def figure_line(figures: Iterable[Figure]) -> Content:
-    """``smoothed loss 2.56   3 min left``: values bright, labels dim."""
+    """Return ``smoothed loss 2.56   3 min left``, with bright values and dim labels."""
     lines = []
     for figure in figures:
         parts = [(figure.label, "dim"), (figure.value, figure.style)]
@@ -55,14 +55,14 @@ def figure_line(figures: Iterable[Figure]) -> Content:
 
 
 def large_figures(figures: Iterable[Figure]) -> list[Content]:
-    """Three lines: numbers in large digits, units small at their foot, the label at their head."""
+    """Return three lines: numbers in large digits, small units at the bottom, labels at the top."""
     columns = [_large(figure) for figure in figures]
     gap = Content(" " * _GAP)
     return [gap.join(rows) for rows in zip(*columns, strict=True)]
 
 
 def _large(figure: Figure) -> list[Content]:
-    """Three lines of one width."""
+    """Return a figure as three lines of equal width."""
     rows = ["", "", ""]
     for number, unit in _PART.findall(figure.value):
         if number:
@@ -84,7 +84,7 @@ def _large(figure: Figure) -> list[Content]:
 
 
 def _digit(character: str) -> tuple[str, ...]:
-    """Three rows of a character, two dots a cell."""
+    """Return a character as three rows, with two dots to a cell."""
     dots = _DIGITS[character]
     pairs = zip_longest(dots[::2], dots[1::2], fillvalue=" " * len(dots[0]))
     return tuple("".join(_HALVES[pair] for pair in zip(*rows, strict=True)) for rows in pairs)

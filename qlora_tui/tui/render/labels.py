@@ -1,4 +1,4 @@
-"""How recipes, verdicts, states of runs and errors are said on every screen."""
+"""Wording of recipes, verdicts, run states and errors, shared by all screens."""
 
 from __future__ import annotations
 
@@ -39,16 +39,18 @@ VERDICT_STYLE = {
     "uncertain": "$warning",
     "does not fit": "$error",
 }
-"""Color of each verdict; the word or the sign is always shown too."""
+"""Color of each verdict. The word or sign is always shown too."""
 VERDICT_SIGN = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
-"""Where there is no room for the word."""
+"""Signs that replace the words if there is no room."""
 CANNOT_TRAIN = "✗ cannot train"
-"""Beside an estimate of a model that has no weights here, or that cannot be trained for another reason."""
+"""Shown next to the estimate of a model that cannot be trained, for example because its weights are
+missing.
+"""
 SEPARATOR = " · "
 _MIN_NAME = 9
-"""Cells that a name is not shortened below."""
+"""Length below which names are not shortened, in cells."""
 _MIN_BAR = 4
-"""Cells below which a bar shows nothing."""
+"""Width below which a bar shows nothing, in cells."""
 _ASSUMED = " (assumed)"
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 SIGNS: dict[State, tuple[str, str]] = {
@@ -63,31 +65,31 @@ SIGNS: dict[State, tuple[str, str]] = {
     "unreadable": ("?", "$error"),
     "gone": ("✗", "$error"),
 }
-"""(sign, color) by state; the word is always shown too."""
+"""(sign, color) by run state. The word is always shown too."""
 OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
     "ok": ("✓ ok", "$success"),
     "note": ("· note", "$primary"),
     "warning": ("! warning", "$warning"),
     "error": ("✗ error", "$error"),
 }
-"""(sign and word, color) by the outcome of a check, the best first."""
+"""(sign and word, color) by outcome of a check, best first."""
 SEVERITY_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
-"""(sign, color) by the severity of a problem with data."""
+"""(sign, color) by severity of a data problem."""
 BEST = "★"
-"""The sign of the best evaluation."""
+"""Marks the best evaluation."""
 
 
 def recipe_line(workbench: Workbench, width: int | None = None) -> str:
-    """``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok · batch 2 × 8``."""
+    """Return ``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok · batch 2 × 8``."""
     line = SEPARATOR.join(recipe_parts(workbench, width))
     return line if width is None else cut_cells(line, width)
 
 
 def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
-    """Preset, model, data, adapter and batch of the line of a recipe.
+    """Return preset, model, data, adapter and batch for a recipe's line.
 
-    To fit a ``width`` the batch becomes ``× 2 × 8``, then names are shortened, that of the data first; the
-    numbers stay.
+    To fit ``width``, the batch becomes ``× 2 × 8`` and then names are shortened, starting with the data's.
+    Numbers are never cut.
     """
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
@@ -112,23 +114,23 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
 
 
 def batch_words(recipe: Recipe, *, short: bool = False) -> str:
-    """``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
+    """Return ``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
 
-    ``short``: ``1,024 tok × 1 × 8``, for 80 columns.
+    With ``short``: ``1,024 tok × 1 × 8``, for 80 columns.
     """
     batch = f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
     return f"{recipe.data.max_length:,} tok {'×' if short else '· batch'} {batch}"
 
 
 def targets_words(recipe: Recipe, width: int) -> str:
-    """The target modules, or their number where the names are longer than ``width``."""
+    """Return the target modules, or their number if the names are longer than ``width``."""
     patterns = recipe.lora.target_modules
     names = ",".join(patterns)
     return names if len(names) <= width else f"{len(patterns)} targets"
 
 
 def preference_words(recipe: Recipe) -> str:
-    """``DPO β 0.1``: how preferences are trained on; empty where answers alone are."""
+    """Return ``DPO β 0.1``: the preference method; empty if the recipe trains on answers alone."""
     method, training = recipe.preference_method, recipe.training
     if method is None:
         return ""
@@ -138,12 +140,12 @@ def preference_words(recipe: Recipe) -> str:
 
 
 def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
-    """The verdict with its color: a model that cannot be trained *would* fit."""
+    """Return the verdict and its color. For a model that cannot be trained, the verdict says *would fit*."""
     return ("would fit", "$text-muted") if word == "fits" and not can_train else (word, VERDICT_STYLE[word])
 
 
 def verdict_legend(words: Iterable[str], *, can_train: bool) -> Content:
-    """``✗ does not fit  ! tight``: the signs of these verdicts, but for a tick, which needs no words."""
+    """Return ``✗ does not fit  ! tight``: an explanation of the signs that occur, except the tick."""
     parts = []
     for word in words:
         name, style = verdict_words(word, can_train=can_train)
@@ -153,12 +155,14 @@ def verdict_legend(words: Iterable[str], *, can_train: bool) -> Content:
 
 
 def refusal_words(refusal: UserError) -> str:
-    """``✗ cannot train: this model has no weights``."""
+    """Return ``✗ cannot train: this model has no weights``."""
     return f"{CANNOT_TRAIN}: {uncapitalize(refusal.title)}"
 
 
 class FitLine:
-    """The memory of a recipe, of what there is, with the verdict: ``NF4 ████░░░░ 6.3 of 24.0 GiB fits``."""
+    """A recipe's memory against the available memory, with the verdict: ``NF4 ████░░░░ 6.3 of 24.0 GiB
+    fits``.
+    """
 
     def __init__(self, label: str, estimate: Estimate, budget: MemoryBudget, *, can_train: bool) -> None:
         self._label = label
@@ -169,7 +173,10 @@ class FitLine:
         self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
-        """The line, with a bar and with a note that the memory is assumed as far as there is room."""
+        """Return the line.
+
+        If there is room, it has a bar, and says that the available memory is an assumption.
+        """
         figures, free = self._figures, width - self.least_width - 1
         if self._budget.is_assumed and free >= len(_ASSUMED) + _MIN_BAR:
             figures, free = figures + _ASSUMED, free - len(_ASSUMED)
@@ -181,7 +188,7 @@ class FitLine:
 
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, *, with_precision: bool) -> FitLine | None:
-    """The memory of the recipe being edited; None where it cannot be estimated."""
+    """Return the memory of the recipe being edited; None if it cannot be estimated."""
     compared, precision = workbench.comparison(budget.device), precision_of(workbench.recipe)
     if isinstance(compared, UserError):
         return None
@@ -190,12 +197,12 @@ def recipe_fit(workbench: Workbench, budget: MemoryBudget, *, with_precision: bo
 
 
 def error_content(error: UserError, *, step: Content | None = None, is_spaced: bool = False) -> Content:
-    """An error in place of what could not be shown: its title, what happened, why, and what to do.
+    """Return an error to show in place of content: title, what happened, why, and what to do.
 
     Args:
         error: The error.
-        step: The key that resolves it, in place of what the error says to do.
-        is_spaced: Whether empty lines are around what happened.
+        step: The key that resolves it; replaces the error's own advice.
+        is_spaced: Whether to put empty lines around what happened.
     """
     gap = "\n\n" if is_spaced else "\n"
     fix = Content.styled(f"▸ {abbreviate_home(error.fix)}", "$primary") if error.fix else Content("")
@@ -209,7 +216,7 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
 
 
 def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, str]:
-    """(sign, word, color) of a run's state, or of what is wrong with its result."""
+    """Return (sign, word, color) for a run's state, or for the defect of its result."""
     if defect is not None:
         return "!", defect.word, "$error"
     sign, style = SIGNS[state]
@@ -222,22 +229,24 @@ def state_bar(state: State, defect: ResultDefect | None = None) -> Content:
 
 
 def best_words(loss: float, step: int, loss_to_beat: float | None) -> str:
-    """``★ best 2.78 at 60``: the lowest validation loss and its step."""
+    """Return ``★ best 2.78 at 60``: the lowest validation loss and its step."""
     return f"{BEST} {_best(loss_to_beat)} {format_loss(loss)} at {step:,}"
 
 
 def best_figure(loss: float, loss_to_beat: float | None) -> Figure:
-    """The lowest validation loss of a run."""
+    """Return the lowest validation loss of a run as a figure."""
     return Figure(f"{_best(loss_to_beat)} validation loss", format_loss(loss))
 
 
 def _best(loss_to_beat: float | None) -> str:
-    """What the lowest validation loss is called: not the best if it was no higher before training."""
+    """Return the label of the lowest validation loss, which is not "best" if it was no higher before
+    training.
+    """
     return "best" if loss_to_beat is None else "lowest"
 
 
 def progress_figures(mean_loss: float | None, seconds_left: float | None) -> list[Figure]:
-    """The loss of an active run and the time left, as far as they are known."""
+    """Return the loss of an active run and the time left, as far as they are known."""
     figures = []
     if mean_loss is not None:
         figures.append(Figure("smoothed loss", format_loss(mean_loss)))
@@ -247,17 +256,20 @@ def progress_figures(mean_loss: float | None, seconds_left: float | None) -> lis
 
 
 def no_steps_words(*, is_over: bool) -> str:
-    """What stands in place of a graph of no steps. ``is_over``: whether the run has ended."""
+    """Return the text to show instead of a graph without steps. ``is_over``: whether the run has ended."""
     return "The run ended before its first step." if is_over else "No steps yet."
 
 
 def format_ago(at: float, now: float) -> str:
-    """``at 03:12, 4 h ago``; the day beside it when it was another."""
+    """Return ``at 03:12, 4 h ago``, with the date if it was another day."""
     moment, today = time.localtime(at), time.localtime(now)
     day = "" if moment[:3] == today[:3] else time.strftime("%d %b ", moment)
     return f"at {day}{time.strftime('%H:%M', moment)}, {format_duration(max(0.0, now - at))} ago"
 
 
 def cut_cells(text: str, width: int) -> str:
-    """The beginning of ``text`` that fits ``width`` cells: Chinese characters, for example, take two."""
+    """Return the beginning of ``text`` that fits ``width`` cells.
+
+    Chinese characters, for example, take two cells each.
+    """
     return text if cell_len(text) <= width else set_cell_size(text, width).rstrip()

@@ -1,4 +1,4 @@
-"""The loss of a run: its chart, the same on every screen, and the shapes of its picture."""
+"""The loss of a run: the chart that all screens share, and the shapes for its picture."""
 
 from __future__ import annotations
 
@@ -29,41 +29,43 @@ from qlora_tui.tui.render.series import BiasCorrectedEma, Envelope, smoothing_wi
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
 _MIN_SAMPLES = 2.0
-"""Least samples that the running mean of a summary looks back over."""
+"""Minimum number of samples that the running mean of a summary averages over."""
 _MEAN_WEIGHT = 0.1
 """Weight of the newest step in the running mean."""
 
 
 VALIDATION = "◆"
-"""The sign of an evaluation."""
+"""Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossFacts:
-    """What the chart of a run's loss shows, on every screen."""
+    """What the chart of a run's loss shows."""
 
     x: Axis
     loss: Envelope
-    """Of each step."""
+    """Loss of each step."""
     mean_loss: Envelope
     """Running mean of the loss."""
     last_loss: float | None
     last_mean: float | None
     evaluations: Sequence[tuple[int, float]]
-    """(step, validation loss), in order; one that is no number is left out."""
+    """(step, validation loss) in order, without values that are not finite."""
     best: tuple[int, float] | None
     """The best evaluation after training began."""
     loss_to_beat: float | None = None
-    """Validation loss before training where no later one is lower; None otherwise."""
+    """Validation loss before training, if no later one is lower; otherwise None."""
     more: tuple[tuple[str, str], ...] = ()
-    """Further (text, style) items of the legend."""
+    """Additional (text, style) items for the legend."""
     empty: str = ""
-    """What stands in place of a chart without steps."""
+    """Text to show instead of a chart without steps."""
 
 
 def run_plot(facts: LossFacts) -> Plot:
-    """Return the chart of a run: running mean over a fill, raw losses as points, evaluations joined."""
+    """Return the chart of a run: a filled running mean, raw losses as points, evaluations joined by
+    a line.
+    """
     shown = [(step, loss) for step, loss in facts.evaluations if step >= facts.x.low]
     validation = Envelope.of_points([float(step) for step, _ in shown], [loss for _, loss in shown])
     reach = overall([facts.loss, facts.mean_loss, validation])
@@ -88,7 +90,7 @@ def run_plot(facts: LossFacts) -> Plot:
 
 
 def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
-    """The newest values."""
+    """Return the legend with the newest values."""
     items: list[tuple[str, str]] = []
     if facts.last_loss is not None:
         items.append((f"· {format_loss(facts.last_loss)}", "dim"))
@@ -111,14 +113,14 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
 
 
 def mean_losses(summary: RunSummary) -> Sequence[float]:
-    """The running mean of the losses that a summary has: of a long run, a sample of the steps."""
+    """Return the running mean of a summary's losses, which for a long run are a sample of its steps."""
     stride = max(1.0, summary.steps[-1] / len(summary.steps)) if summary.steps else 1.0
     window = smoothing_window(summary.total_steps) / stride
     return BiasCorrectedEma(max(_MIN_SAMPLES, window)).smooth(summary.losses)
 
 
 def summary_plot(summary: RunSummary | None) -> Plot:
-    """Return the chart of a run as its summary knows it; without steps it says whether there will be any."""
+    """Return the chart of a run's summary. Without steps it says whether any are to come."""
     if summary is None or not summary.losses:
         is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
         return no_plot(no_steps_words(is_over=is_over))
@@ -138,9 +140,9 @@ def summary_plot(summary: RunSummary | None) -> Plot:
 
 
 def loss_svg(view: RunView) -> str:
-    """Return the picture of all recorded steps: losses, their running mean, and evaluations.
+    """Return a picture of all recorded steps: losses, their running mean, and evaluations.
 
-    Colors are readable on white and on black.
+    Colors are readable on both white and black.
     """
     frame = Frame(_LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
     title = view.run.name
@@ -157,7 +159,7 @@ def loss_svg(view: RunView) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """The place of a chart in a picture, without its labels."""
+    """Position and size of a chart in a picture, excluding its labels."""
 
     x: float
     y: float
@@ -175,7 +177,7 @@ class Colors:
     axis: str
     grid: str
     fill: str = ""
-    """Of the area under the running mean; empty for none."""
+    """Color of the area under the running mean; empty for none."""
     grid_opacity: float = 1.0
 
 
@@ -183,7 +185,9 @@ ON_ANY = Colors("#9a9a9a", "#2f7fb5", "#2e8b57", "#777777", "#777777", grid_opac
 
 
 def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) -> list[str]:
-    """Shapes of a run's loss: grid with labels of this size, losses, running mean, evaluations."""
+    """Return the shapes of a run's loss: a grid with labels of this size, losses, running mean,
+    evaluations.
+    """
     steps, losses = list(view.series.step), list(view.series.loss)
     means = running_mean(losses)
     evaluations = finite_losses(view.evaluations)
@@ -222,7 +226,10 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """The mean of the first values, then an exponential mean; one that is not a number does not change it."""
+    """Return the running mean: a plain mean of the first values, then an exponential one.
+
+    Values that are not finite are skipped.
+    """
     means: list[float] = []
     mean, count = math.nan, 0
     for value in values:

@@ -1,7 +1,8 @@
-"""Pictures as SVG files of a few shapes, and the same pictures as PNG files drawn by Pillow.
+"""Pictures made of a few shapes, as SVG files, or as PNG files drawn by Pillow.
 
-Text is in the reader's own fonts, whose widths are unknown: it is cut and broken by estimated ones. The files
-have no script, no font and no link; characters that XML cannot hold or that hide are shown as symbols.
+Text uses the viewer's fonts, whose widths are unknown, so it is cut and wrapped by estimated widths. The
+files contain no scripts, fonts or links. Characters that XML does not allow, and invisible ones, are replaced
+with symbols.
 """
 
 from __future__ import annotations
@@ -21,37 +22,37 @@ from qlora_tui.visible import visible
 _SCALE = 2
 """Pixels of a PNG file per unit of the SVG."""
 _SAMPLES = 2
-"""Samples per pixel, each way, of which the picture is the mean."""
+"""Samples per pixel in each direction; a pixel is their mean."""
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 _BOLD_STROKE = 0.025
-"""Width of the line around a bold letter, as a share of its size, where Pillow has one weight."""
+"""Stroke width of bold letters relative to the font size, for fonts that Pillow has in only one weight."""
 _WIDE, _NARROW, _USUAL = 1.0, 0.34, 0.6
-"""Widths of characters as shares of the size, rather too large than too small."""
+"""Estimated character widths relative to the font size, on the large side."""
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;'|!()[] ")
 _UPPER = 0.75
 
 
 def document(width: int, height: int, parts: Iterable[str]) -> str:
-    """Return the SVG file of these shapes."""
+    """Return an SVG document with these shapes."""
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif">'
     return "\n".join([head, *parts, "</svg>", ""])
 
 
 def rectangle(x: float, y: float, width: float, height: float, color: str, radius: float = 0) -> str:
-    """A filled rectangle, its corners rounded by ``radius``."""
+    """Return a filled rectangle with corners rounded by ``radius``."""
     place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{radius:.1f}"'
     return f'<rect {place} fill="{color}"/>'
 
 
 def straight(x1: float, y1: float, x2: float, y2: float, color: str, opacity: float = 1.0) -> str:
-    """A thin straight line."""
+    """Return a thin straight line."""
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {ends} stroke="{color}" stroke-opacity="{opacity:g}"/>'
 
 
 def curve(points: Iterable[tuple[float, float]], color: str, width: float) -> list[str]:
-    """Lines through the finite points, broken where one is not."""
+    """Return lines through the finite points, with a gap at each point that is not finite."""
     parts = []
     for is_finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
         if is_finite:
@@ -61,23 +62,23 @@ def curve(points: Iterable[tuple[float, float]], color: str, width: float) -> li
 
 
 def area(points: Sequence[tuple[float, float]], color: str) -> str:
-    """A filled shape with these corners."""
+    """Return a filled polygon with these corners."""
     return f'<polygon points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="{color}"/>'
 
 
 def circle(x: float, y: float, radius: float, color: str) -> str:
-    """A filled circle."""
+    """Return a filled circle."""
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{color}"/>'
 
 
 def star(x: float, y: float, radius: float, color: str) -> str:
-    """A star of five points."""
+    """Return a five-pointed star."""
     corners = ((math.pi * number / 5, radius if number % 2 == 0 else radius * 0.42) for number in range(10))
     return area([(x + far * math.sin(turn), y - far * math.cos(turn)) for turn, far in corners], color)
 
 
 def arrow(x: float, y: float, length: float, color: str) -> list[str]:
-    """An arrow to the right that begins at (x, y); not every font has one."""
+    """Return an arrow that starts at (x, y) and points right, since not every font has one."""
     tip, half = x + length, length / 4
     head = area([(tip - 1.6 * half, y - half), (tip, y), (tip - 1.6 * half, y + half)], color)
     return [rectangle(x, y - 1.5, length - half, 3, color), head]
@@ -86,19 +87,19 @@ def arrow(x: float, y: float, length: float, color: str) -> list[str]:
 def text(
     x: float, y: float, words: str, color: str, *, size: float = 13, anchor: str = "start", bold: bool = False
 ) -> str:
-    """A line of text on the base line ``y``."""
+    """Return a line of text on the baseline ``y``."""
     place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" text-anchor="{anchor}"'
     weight = ' font-weight="600"' if bold else ""
     return f'<text {place}{weight} fill="{color}">{escape(printable(words))}</text>'
 
 
 def printable(words: str) -> str:
-    """The words on one line, without characters that a picture cannot show or that hide."""
+    """Return the text on one line, without invisible characters and those that a picture cannot show."""
     return visible(" ".join(words.split()))
 
 
 def text_width(words: str, size: float) -> float:
-    """About how wide a line of text is."""
+    """Return the estimated width of a line of text."""
     return size * sum(map(_character_width, words))
 
 
@@ -111,14 +112,14 @@ def _character_width(character: str) -> float:
 
 
 def cut(words: str, width: float, size: float) -> str:
-    """The beginning of a text that fits, with an ellipsis where it was cut."""
+    """Return the beginning of the text that fits, with an ellipsis if it was cut."""
     return (broken(words, width, size, 1) or [""])[0]
 
 
 def broken(words: str, width: float, size: float, most: int) -> list[str]:
-    """A text in at most ``most`` lines of this width; the last ends in an ellipsis if there is more.
+    """Wrap text into at most ``most`` lines of this width, ending with an ellipsis if it was cut.
 
-    Lines are broken at spaces, or inside of a word that is longer than a line.
+    Lines break at spaces, or within a word that is longer than a line.
     """
     rest = printable(words[: most * 400])
     lines: list[str] = []
@@ -135,7 +136,7 @@ def broken(words: str, width: float, size: float, most: int) -> list[str]:
 
 
 def _fitting(words: str, width: float, size: float) -> int:
-    """How many characters fit, at least one."""
+    """Return how many characters fit, at least one."""
     used = 0.0
     for number, character in enumerate(words):
         used += size * _character_width(character)
@@ -145,12 +146,12 @@ def _fitting(words: str, width: float, size: float) -> int:
 
 
 def picture_file(svg: str, kind: str, background: str = "#ffffff") -> bytes:
-    """Return the content of a file whose name ends in this kind, ``.svg`` or ``.png``."""
+    """Return the contents of a file with this extension, ``.svg`` or ``.png``."""
     return svg.encode() if kind == ".svg" else _png(svg, background)
 
 
 def _png(svg: str, background: str) -> bytes:
-    """Draw the picture as a PNG file. Raises UserError where Pillow is not installed."""
+    """Draw the picture as a PNG file. Raises UserError if Pillow is not installed."""
     import io
     import xml.etree.ElementTree as ET
 

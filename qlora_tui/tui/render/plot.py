@@ -1,4 +1,4 @@
-"""Charts of text: axes with round ranges, curves over a fill, points in braille, bars and blocks."""
+"""Text charts: axes with round ranges, filled curves, points in braille, bars and blocks."""
 
 from __future__ import annotations
 
@@ -15,62 +15,68 @@ from qlora_tui.formatting import format_loss
 from qlora_tui.tui.render.series import Envelope
 
 DOTS_WIDE, DOTS_HIGH = 2, 4
-"""Dots of a braille character, of which points are drawn."""
+"""Dots in a braille character, which points are drawn with."""
 _GRID_PARTS = 4
-"""Most parts that grid lines divide a graph into."""
+"""Maximum number of parts that grid lines divide a graph into."""
 _ROUND = (1.0, 2.0, 5.0)
 _FAR = 1e30
 _EPSILON = 1e-12
-"""An axis goes no further, and no finer, so that its arithmetic stays finite."""
+"""Limit on the size and resolution of an axis, so that its arithmetic stays finite."""
 _LEAST_SPAN = 0.05
-"""Least height of the axis of a loss, as a share of the loss."""
+"""Minimum height of a loss axis relative to the loss."""
 NOT_A_NUMBER = "×"
-"""Drawn at the foot of a chart where a value was NaN or infinite."""
+"""Drawn at the bottom of a chart if a value was NaN or infinite."""
 _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 _COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BROKEN = -1
 _MIN_BAR = 6
-"""Cells below which a bar is left out: it could not be read."""
+"""Width below which a bar is left out as unreadable, in cells."""
 _APART = 3
-"""Cells between two marks of one kind, so that many do not become a line."""
+"""Minimum distance between two marks of a kind, in cells, so that many of them do not merge into a line."""
 _LONG_LOSS = 1000.0
-"""A loss from which labels are short, to leave cells for the chart."""
+"""Loss from which labels are abbreviated, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis from ``low`` to ``high``, both shown, with its ``unit``: ``step``, ``loss``, ``tok/s``."""
+    """An axis from ``low`` to ``high``, inclusive, with its ``unit``: ``step``, ``loss``, ``tok/s``."""
 
     low: float
     high: float
     unit: str = ""
 
     def place(self, value: float, cells: int) -> int:
-        """The cell that a value falls in: 0 is at ``low``; values outside are clamped to the edge."""
+        """Return the cell that a value falls into: 0 is at ``low``.
+
+        Values outside the axis are clamped to its ends.
+        """
         share = (value - self.low) / (self.high - self.low)
         return min(max(round(share * (cells - 1)), 0), cells - 1)
 
     def text(self, value: float, step: float) -> str:
-        """The label of a round value, ``step`` from the next one; of a loss, as losses are formatted."""
+        """Return the label for a tick, given the ``step`` between ticks.
+
+        Losses are formatted as everywhere else.
+        """
         is_short = self.unit == "loss" and max(abs(self.low), abs(self.high)) < _LONG_LOSS
         return format_loss(value) if is_short else label(value, step)
 
 
 def column_of(value: float, x: Axis, columns: int) -> int:
-    """The column, from the left, with the dot of this value of a curve."""
+    """Return the column of a curve's dot for this value, counted from the left."""
     return x.place(value, columns * DOTS_WIDE) // DOTS_WIDE
 
 
 def row_of(value: float, y: Axis, rows: int) -> int:
-    """The row, from the top, with the dot of this value of a curve."""
+    """Return the row of a curve's dot for this value, counted from the top."""
     return rows - 1 - y.place(value, rows * DOTS_HIGH) // DOTS_HIGH
 
 
 def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
-    """The smallest axis around these values that begins and ends at a round number.
+    """Return the smallest axis around these values that begins and ends at a round number.
 
-    It moves only when a value leaves it, so that a graph holds still.
+    It changes only when a value leaves it, so that the graph does not jump.
     """
     low, high = (min(max(value, -_FAR), _FAR) for value in (low, high))
     size = max(abs(low), abs(high))
@@ -84,7 +90,10 @@ def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
 
 
 def loss_axis(low: float, high: float) -> Axis:
-    """The axis of a loss: at least 5 % of its value high, so that 0.004 does not look like a cliff."""
+    """Return the axis for a loss.
+
+    It spans at least 5 % of the loss, so that a change of 0.004 does not look like a cliff.
+    """
     least = _LEAST_SPAN * max(abs(low), abs(high))
     if high - low < least:
         low, high = (low + high - least) / 2, (low + high + least) / 2
@@ -92,9 +101,10 @@ def loss_axis(low: float, high: float) -> Axis:
 
 
 def so_far(done: float, total: float, unit: str = "") -> Axis:
-    """From 0 to the next round number of steps (1, 2, 5, 10…), at most the whole run.
+    """Return an axis from 0 to the next round number of steps (1, 2, 5, 10…), but not beyond the end of the
+    run.
 
-    A run that began shows its first steps wide, and the axis changes a dozen times in its life.
+    A new run shows its first steps wide, and the axis changes only about a dozen times over the whole run.
     """
     reach = 10.0
     while reach < done:
@@ -104,14 +114,14 @@ def so_far(done: float, total: float, unit: str = "") -> Axis:
 
 
 def tick_step(low: float, high: float, max_parts: int) -> float:
-    """The smallest of 1, 2, 5 × 10ⁿ that divides the range into at most ``max_parts`` parts."""
+    """Return the smallest of 1, 2, 5 × 10ⁿ that divides the range into at most ``max_parts`` parts."""
     rough = (high - low) / max(1, max_parts)
     power = 10.0 ** math.floor(math.log10(rough))
     return next(power * r for r in (*_ROUND, 10.0) if power * r >= rough * (1 - 1e-9))
 
 
 def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
-    """(value, label) of the round values of an axis, in order; steps are whole."""
+    """Return (value, label) for the ticks of an axis, in order. Step ticks are whole numbers."""
     step = tick_step(axis.low, axis.high, most)
     if axis.unit == "step":
         step = max(step, 1.0)
@@ -122,7 +132,7 @@ def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
 
 
 def label(value: float, step: float) -> str:
-    """The shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``."""
+    """Return the shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``."""
     if value == 0:
         return "0"
     size = max(abs(value), step)
@@ -147,7 +157,9 @@ _FULL = 0.8
 
 
 def bar(part: float, width: int) -> str:
-    """``part`` (0 to 1, more is cut) of ``width`` cells: full blocks, an eighth, then dots."""
+    """Return a bar filled to ``part`` (0 to 1, clamped above) of ``width`` cells: full blocks, a partial one,
+    then dots.
+    """
     eighths = round(min(max(part, 0.0), 1.0) * width * 8)
     full, rest = divmod(eighths, 8)
     text = "█" * full + (_BAR_EIGHTHS[rest] if rest else "")
@@ -155,7 +167,10 @@ def bar(part: float, width: int) -> str:
 
 
 def blocks(values: Sequence[float | None], low: float, high: float, height: int) -> list[str]:
-    """Rows of block characters from the top; None is an empty column, the lowest value still a line."""
+    """Return rows of block characters, top row first.
+
+    None is an empty column; the lowest value still shows a line.
+    """
     levels = height * 8
     rows = []
     filled = [_level(value, low, high, levels) for value in values]
@@ -180,7 +195,9 @@ def _level(value: float | None, low: float, high: float, levels: int) -> int:
 
 
 def downsample(values: Sequence[float], columns: int) -> list[float | None]:
-    """One mean per column, from first to last; NaN where any was not a number, None where there are fewer."""
+    """Return one mean per column; NaN if the column has a value that is not finite, None for columns beyond
+    the data.
+    """
     if not values:
         return [None] * columns
     count = min(columns, len(values))
@@ -193,7 +210,7 @@ def downsample(values: Sequence[float], columns: int) -> list[float | None]:
 
 
 def sparkline(losses: tuple[float, ...], width: int) -> str:
-    """Draw losses as a sparkline, scaled from the lowest to the highest of this run."""
+    """Return losses as a sparkline, scaled to their own range."""
     means = downsample(losses, width)
     finite = [mean for mean in means if mean is not None and mean == mean]
     if not finite:
@@ -203,17 +220,20 @@ def sparkline(losses: tuple[float, ...], width: int) -> str:
 
 
 def level_style(share: float) -> str:
-    """The color of a share of a limit: a warning from 80 %, an error where the limit is reached."""
+    """Return the color for a fraction of a limit: a warning from 80 %, an error once the limit is reached."""
     return "$success" if share < _FULL else "$warning" if share < 1 else "$error"
 
 
 def labeled(label: str, value: str | Content, cells: int) -> Content:
-    """``model   SmolLM2-135M``: the label is padded to ``cells``."""
+    """Return ``model   SmolLM2-135M``, with the label padded to ``cells``."""
     return Content.assemble((f"{label:<{cells}}", "dim"), value)
 
 
 def meter(label: str, share: float, value: str, cells: int, width: int) -> Content:
-    """``memory  ████░░░░ 18.2 of 24.0 GiB``: the bar takes what label and value leave of ``width``."""
+    """Return ``memory  ████░░░░ 18.2 of 24.0 GiB``.
+
+    The bar takes the cells of ``width`` that label and value leave.
+    """
     of_bar = width - cells - len(value) - 1
     drawn = f"{bar(share, of_bar)} " if of_bar >= _MIN_BAR else ""
     return labeled(label, Content.assemble((drawn, level_style(share)), value), cells)
@@ -221,7 +241,7 @@ def meter(label: str, share: float, value: str, cells: int, width: int) -> Conte
 
 @dataclass(frozen=True)
 class Curve:
-    """An envelope, how it looks, and what it is called in the legend."""
+    """An envelope with its look and its name in the legend."""
 
     envelope: Envelope
     name: str
@@ -229,14 +249,14 @@ class Curve:
     glyph: str = ""
     """A symbol placed along the curve, so that curves differ without color."""
     look: Literal["line", "thin", "points"] = "line"
-    """A line of blocks, a line of dots, or its points alone."""
+    """A line of blocks, a line of dots, or only its points."""
     fill: str = ""
-    """Color of the area under it; empty for none."""
+    """Color of the area under the curve; empty for none."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A symbol at one point of the graph."""
+    """A symbol at a point of the graph."""
 
     x: float
     y: float
@@ -246,39 +266,39 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """Everything a graph shows. Later curves lie over earlier ones, marks over curves."""
+    """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves."""
 
     x: Axis
     y: Axis
     curves: tuple[Curve, ...] = ()
     marks: tuple[Mark, ...] = ()
     legend: tuple[tuple[str, str], ...] = ()
-    """(text, style) items of the line above; the last ones are dropped in a narrow window."""
+    """(text, style) items for the line above the graph. The last ones are dropped if the window is narrow."""
     empty: str = ""
-    """The text shown instead of the graph while there is no curve."""
+    """Text shown instead of the graph if there is no curve."""
     gutter: int = 0
-    """Least cells left of the graph, so that charts below it can share its x axis."""
+    """Minimum number of cells to the left of the graph, so that charts below it can share its x axis."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is only the text to show."""
+        """Whether there is only a text to show."""
         return bool(self.empty) and not self.marks and not any(curve.envelope.xs for curve in self.curves)
 
 
 def no_plot(text: str) -> Plot:
-    """Return a plot with a text and nothing else."""
+    """Return a plot that shows only this text."""
     return Plot(Axis(0, 1), Axis(0, 1), empty=text)
 
 
 @dataclass(frozen=True)
 class _Ink:
-    """Characters that are drawn dot by dot, two dots wide."""
+    """A set of characters for drawing dot by dot, two dots wide."""
 
     dots_high: int
     bits: tuple[tuple[int, ...], tuple[int, ...]]
-    """Bit of each dot of a cell, by column and by row from the top."""
+    """Bit of each dot in a cell, by column, then by row from the top."""
     characters: str
-    """By the bits that are set."""
+    """Characters, indexed by the bits that are set."""
 
 
 _BRAILLE = _Ink(
@@ -287,7 +307,9 @@ _BRAILLE = _Ink(
     "".join(chr(code) for code in range(0x2800, 0x2900)),
 )
 _BLOCKS = _Ink(2, ((1, 4), (2, 8)), " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█")
-"""Half as fine as braille, but a line that is seen; its halves meet the fill below it exactly."""
+"""Half the resolution of braille but easier to see, and its halves align exactly with the fill below the
+line.
+"""
 
 
 @dataclass
@@ -295,12 +317,12 @@ class _Canvas:
     width: int
     height: int
     cells: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
-    """(column, row) to the character and its style."""
+    """(character, style) by (column, row)."""
     filled: dict[tuple[int, int], str] = field(default_factory=dict)
-    """(column, row) to the color behind the character."""
+    """Background color by (column, row)."""
 
     def settle(self, dots: Iterable[tuple[int, int]], ink: _Ink, style: str) -> None:
-        """Turn the dots of one curve, (x, y) from the top left, into characters over those before."""
+        """Draw the dots of one curve, (x, y) from the top left, as characters on top of earlier ones."""
         bits: dict[tuple[int, int], int] = {}
         for x, y in dots:
             cell = (x // DOTS_WIDE, y // ink.dots_high)
@@ -309,7 +331,7 @@ class _Canvas:
             self.cells[cell] = (ink.characters[each], style)
 
     def fill(self, dots: Iterable[tuple[int, int]], ink: _Ink, color: str) -> None:
-        """Color what lies under a line; a cell that the line crosses if more of it is under than above."""
+        """Color the area under a line. A cell on the line is colored if most of it is below the line."""
         tops: dict[int, int] = {}
         for x, y in dots:
             tops[x] = min(y, tops.get(x, y))
@@ -321,7 +343,7 @@ class _Canvas:
                     self.filled[column, row] = color
 
     def line(self, row: int) -> Content:
-        """One row as text."""
+        """Return one row as text."""
         return join_cells(self._cell((column, row)) for column in range(self.width))
 
     def _cell(self, place: tuple[int, int]) -> tuple[str, str]:
@@ -331,9 +353,9 @@ class _Canvas:
 
 
 def plot(what: Plot, width: int, height: int) -> list[Content]:
-    """Draw ``height`` lines: the legend, the graph with its scale at the left, the scale below.
+    """Return ``height`` lines: the legend, the graph with its scale on the left, and the scale below.
 
-    A value that is not a number breaks the curve and is marked below it; a stretch without a value has no
+    A value that is not finite interrupts the curve and is marked below it. A stretch without values has no
     line.
     """
     rows = max(1, height - 2)
@@ -359,14 +381,16 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
 
 
 def _nothing(what: Plot, width: int, height: int) -> list[Content]:
-    """Render only the text, without scales."""
+    """Return only the text, without scales."""
     lines = [Content("")] * height
     lines[height // 2] = Content.styled(what.empty.center(width).rstrip(), "dim")
     return lines
 
 
 def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
-    """Labels about every third row and no more than grid lines; at least two, since one shows no range."""
+    """Return labels for about every third row, no more than there are grid lines, but at least two to show a
+    range.
+    """
     labels: list[tuple[float, str]] = []
     for most in range(min(_GRID_PARTS, max(1, (rows + 1) // 3)), rows + 1):
         labels = ticks(y, most)
@@ -407,7 +431,9 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
 
 
 def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
-    """The dots of a line between two stretches, from where each is nearest to the other's middle."""
+    """Yield the dots of a line between two stretches, starting and ending where each is closest to the
+    other's middle.
+    """
     x0, top0, bottom0 = before
     x1, top1, bottom1 = after
     here = min(max((top1 + bottom1) // 2, top0), bottom0)
@@ -451,7 +477,7 @@ def _set_marks(canvas: _Canvas, what: Plot) -> None:
 
 
 def join_cells(cells: Iterable[tuple[str, str]]) -> Content:
-    """One line of (character, style) cells; neighbors of one style become one span."""
+    """Join (character, style) cells into a line. Adjacent cells with the same style become one span."""
     parts: list[tuple[str, str]] = []
     for text, style in cells:
         if parts and parts[-1][1] == style:
@@ -472,7 +498,7 @@ def _legend(what: Plot, gutter: int, width: int) -> Content:
 
 
 def _foot(x: Axis, gutter: int, columns: int) -> Content:
-    """Render the scale of ``x`` with as many labels as fit."""
+    """Return the scale of ``x`` with as many labels as fit."""
     text = [" "] * (gutter + columns)
     free_from = gutter
     end = gutter + columns - (len(x.unit) + 1)
@@ -487,7 +513,7 @@ def _foot(x: Axis, gutter: int, columns: int) -> Content:
 
 
 def overall(envelopes: Sequence[Envelope]) -> tuple[float, float] | None:
-    """Lowest and highest finite value of several envelopes; None where there is none."""
+    """Return the lowest and highest finite values of several envelopes; None if there are none."""
     lows = [low for envelope in envelopes if (low := envelope.low) is not None]
     highs = [high for envelope in envelopes if (high := envelope.high) is not None]
     return (min(lows), max(highs)) if lows else None

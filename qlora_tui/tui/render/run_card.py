@@ -1,7 +1,7 @@
-"""The card of a run: one picture to show to others, 1200 × 630, as SVG or PNG.
+"""The run card: one picture of a run for sharing, 1200 × 630, as SVG or PNG.
 
-It has the model, the data, the curve, the loss before and after, one question answered both ways, and what
-the run took. Files are named without their folders, and there is nothing of who trained it or where.
+It shows the model, the data, the loss curve, the loss before and after, one question answered by both models,
+and what the run cost. Files appear without their folders, and nothing says who trained the model or where.
 """
 
 from __future__ import annotations
@@ -46,36 +46,36 @@ _BRIGHT, _PLAIN, _DIM = "#f2f5f8", "#c3ced9", "#8797a8"
 _BETTER, _WORSE = "#87d787", "#ffaf5f"
 _CURVE = Colors("#4a5a6b", "#5fafd7", _BETTER, _DIM, "#2b3643", fill="#1d2f3f")
 _EDGE, _GAP, _INSIDE = 40, 16, 24
-"""Left and right of the panels, between two, and inside of one."""
+"""Margin to the left and right of the panels, gap between two panels, and padding inside one."""
 _TOP, _SPLIT, _BOTTOM = 142, 424, 602
-"""Top of the panels, top of the lower one, and the end of all."""
+"""Top of the panels, top of the lower panel, and bottom of all."""
 _LEFT_WIDTH = 650
 _MAX_CHARACTERS = 400
-"""Characters of a name or an answer that are looked at; a hostile file may have millions."""
+"""Maximum length of a name or answer that is processed; a hostile file may have millions of characters."""
 _ANSWER_LINES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunCard:
-    """What a card says, besides the curve."""
+    """What a card says in addition to the curve."""
 
     model: str
     data: str
     setup: str
     """``QLoRA nf4 · r16 all-linear · 384 tokens``."""
     state: str
-    """``81 steps``, or how far a run came that did not end regularly."""
+    """``81 steps``, or how far a run got that did not finish."""
     loss: tuple[float | None, float | None]
-    """Validation loss before and after training; None where it was not measured."""
+    """Validation loss before and after training; None if not measured."""
     facts: tuple[tuple[str, str], ...]
-    """(label, value) of what the run took."""
+    """(label, value) of what the run cost."""
     question: str = ""
     answers: tuple[str, str] = ("", "")
-    """Before and after training."""
+    """The answers before and after training."""
 
 
 def read_card(view: RunView, *, with_answers: bool = True) -> RunCard:
-    """What the card of a run says; without answers, nothing of the content of its data."""
+    """Return what a run's card says. Without answers, it contains nothing from the training data."""
     recipe = view.run.readable_recipe()
     change, best = view.validation_change, view.best
     after = change.after if change is not None else None if best is None else best.loss
@@ -122,7 +122,9 @@ def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
 
 
 def _energy_kwh(view: RunView) -> float | None:
-    """The energy of a run, from its telemetry unless its end says it; None where no power was reported."""
+    """Return the energy of a run, from its final event or else from telemetry; None if no power was
+    reported.
+    """
     if isinstance(view.ending, Finished) and view.ending.energy_kwh is not None:
         return view.ending.energy_kwh
     meter = EnergyMeter(view.run.telemetry_path)
@@ -131,7 +133,9 @@ def _energy_kwh(view: RunView) -> float | None:
 
 
 def _answers(view: RunView) -> tuple[str, str, str]:
-    """The first question with an answer before and one after training; empty where there is none."""
+    """Return the first question answered both before and after training, with the two answers; empty texts if
+    there is none.
+    """
     last = {each.prompt: each.answer for each in view.samples if each.step > 0}
     for before in view.samples:
         if before.step == 0 and before.prompt in last:
@@ -142,7 +146,7 @@ def _answers(view: RunView) -> tuple[str, str, str]:
 
 
 def card_svg(view: RunView, card: RunCard) -> str:
-    """Return the picture."""
+    """Return the picture as SVG."""
     lower = bool(card.question)
     height = (_SPLIT - _GAP if lower else _BOTTOM) - _TOP
     right = _EDGE + _LEFT_WIDTH + _GAP
@@ -184,7 +188,7 @@ def _legend(view: RunView) -> list[str]:
 
 
 def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
-    """The loss before and after as the largest thing of the card, and below it what the run took."""
+    """Return the loss before and after, the largest element of the card, and below it what the run cost."""
     before, after = card.loss
     parts = [text(x, _TOP + 32, "validation loss", _DIM, size=16)]
     if after is None:
@@ -213,7 +217,7 @@ def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
 
 
 def _conversation(card: RunCard) -> list[str]:
-    """The question, and what the model answered before and after, side by side."""
+    """Return the question, with the answers before and after side by side."""
     x, width = _EDGE + _INSIDE, _WIDTH - 2 * _EDGE - 2 * _INSIDE
     column = (width - 2 * _INSIDE) / 2
     parts = [
@@ -238,7 +242,10 @@ def _conversation(card: RunCard) -> list[str]:
 
 
 def save_card(run: RunDir, file: Path, *, with_answers: bool = True) -> None:
-    """Write the card of a run. Raises UserError: no steps yet, another kind of file, it exists, no Pillow."""
+    """Write the card of a run.
+
+    Raises UserError if it has no steps, the file type is unknown, the file exists, or Pillow is missing.
+    """
 
     def content(view: RunView, kind: str) -> bytes:
         svg = card_svg(view, read_card(view, with_answers=with_answers))

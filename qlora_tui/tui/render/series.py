@@ -1,9 +1,9 @@
-"""Columns of numbers, decimated for drawing: minimum and maximum of each stretch, and where it has a NaN.
+"""Columns of numbers, decimated for drawing: minimum and maximum of each stretch, and whether it contains
+NaN.
 
-A graph is a few hundred dots wide, and a run may be weeks long. A :class:`DecimatedSeries` takes values as
-they come and keeps what a graph can show: the last few hundred one by one, earlier ones in
-stretches of two, of four, and so on. What is drawn is an :class:`Envelope`, which holds no more points than a
-wide screen has dots.
+A graph is a few hundred dots wide, but a run may take weeks. A :class:`DecimatedSeries` takes values as they
+arrive and keeps what a graph can show: the last few hundred individually, earlier ones in stretches of two,
+of four, and so on. Graphs draw an :class:`Envelope`, which has no more points than a wide screen has dots.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from dataclasses import dataclass, field
 from operator import or_
 
 MAX_POINTS = 640
-"""Points of an envelope: about as many as a wide terminal has dots across."""
+"""Maximum number of points in an envelope: about the number of dots across a wide terminal."""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A curve ready to be drawn. Each point is one value or a stretch of values."""
+    """A curve ready to draw. Each point is a single value or a stretch of values."""
 
     xs: tuple[float, ...] = ()
     """Where each stretch ends."""
     lows: tuple[float, ...] = ()
-    """Lowest finite value of the stretch; ``inf`` where it has none."""
+    """Lowest finite value of each stretch; ``inf`` if it has none."""
     highs: tuple[float, ...] = ()
-    """Highest finite value of the stretch; ``-inf`` where it has none."""
+    """Highest finite value of each stretch; ``-inf`` if it has none."""
     broken: tuple[bool, ...] = ()
-    """Whether a value of the stretch was NaN or infinite."""
+    """Whether the stretch contains NaN or infinity."""
 
     @classmethod
     def of_points(cls, xs: Sequence[float], values: Sequence[float]) -> Envelope:
-        """A curve through single values; one that is not finite breaks it."""
+        """Return a curve through single values, interrupted at each value that is not finite."""
         broken = tuple(not math.isfinite(value) for value in values)
         lows = tuple(math.inf if bad else value for value, bad in zip(values, broken, strict=True))
         highs = tuple(-math.inf if bad else value for value, bad in zip(values, broken, strict=True))
@@ -42,7 +42,7 @@ class Envelope:
 
     @property
     def low(self) -> float | None:
-        """Over all finite values; None if there are none."""
+        """Lowest finite value; None if there are none."""
         return min((low for low in self.lows if low < math.inf), default=None)
 
     @property
@@ -51,7 +51,7 @@ class Envelope:
 
 
 class DecimatedSeries:
-    """Columns over one x that grow at their end. Memory grows with the logarithm of their length."""
+    """Columns over a common x that grow at the end. Memory grows with the logarithm of their length."""
 
     def __init__(self, columns: int = 1, most: int = MAX_POINTS) -> None:
         self._most = most
@@ -64,7 +64,10 @@ class DecimatedSeries:
         return self._levels[0].count
 
     def extend(self, xs: Sequence[float], *columns: Sequence[float]) -> None:
-        """Append values. ``xs`` ascend and continue from the last; each column has the same length."""
+        """Append values.
+
+        ``xs`` must ascend and continue from the last; all columns must have the same length.
+        """
         if len(xs) and not len(self):
             self._first = xs[0]
         self._levels[0].extend(xs, [_Extremes.of(values) for values in columns])
@@ -77,9 +80,9 @@ class DecimatedSeries:
             level.shorten(self._most)
 
     def envelopes(self, low: float = -math.inf) -> list[Envelope]:
-        """Each column from ``low`` on, in the shortest stretches of which there is room for all.
+        """Return each column from ``low`` on, in the shortest stretches that fit.
 
-        A stretch that may hold values before ``low`` is left out: less than a dot or two.
+        A stretch that may contain values before ``low`` is left out; that is at most a dot or two.
         """
         number, start = self._resolution(low)
         level = self._levels[number]
@@ -100,7 +103,7 @@ class DecimatedSeries:
         return envelopes
 
     def _resolution(self, low: float) -> tuple[int, int]:
-        """The level to draw from, and its first stretch to draw."""
+        """Return the level to draw from, and its first stretch to draw."""
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
             # A level that has dropped some has more than enough: it begins before the first one shown.
@@ -111,7 +114,7 @@ class DecimatedSeries:
 
 @dataclass
 class _Extremes:
-    """A column's stretches of one length."""
+    """A column's stretches of a given length."""
 
     lows: array[float] = field(default_factory=lambda: array("d"))
     highs: array[float] = field(default_factory=lambda: array("d"))
@@ -119,7 +122,7 @@ class _Extremes:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> _Extremes:
-        """Make each value a stretch of one."""
+        """Return each value as a stretch of one."""
         # A sum is finite only where every value is: one pass in C instead of a loop here.
         if math.isfinite(sum(values)):
             return cls(array("d", values), array("d", values), bytearray(len(values)))
@@ -132,7 +135,7 @@ class _Extremes:
 
     @classmethod
     def over(cls, parts: Sequence[_Extremes]) -> _Extremes:
-        """All as one stretch."""
+        """Merge all parts into one stretch."""
         return cls(
             array("d", [min(low for part in parts for low in part.lows)]),
             array("d", [max(high for part in parts for high in part.highs)]),
@@ -161,7 +164,7 @@ class _Extremes:
 
 
 class _Level:
-    """The last stretches of one length, of every column."""
+    """The most recent stretches of a given length, for every column."""
 
     def __init__(self, columns: int) -> None:
         self.xs = array("d")
@@ -181,13 +184,15 @@ class _Level:
             column.extend(more)
 
     def pair_into(self, longer: _Level) -> None:
-        """Give each two that are not there yet to the level of stretches twice as long."""
+        """Pass each new pair of stretches on to the level with stretches twice as long."""
         start = 2 * longer.count - self.dropped
         end = start + (len(self.xs) - start) // 2 * 2
         longer.extend(self.xs[start + 1 : end : 2], [column.pairs(start, end) for column in self.columns])
 
     def shorten(self, most: int) -> None:
-        """Forget the oldest, rarely: only where there are twice as many as are wanted."""
+        """Drop the oldest stretches, but only once there are twice as many as needed, so that this
+        is rare.
+        """
         if len(self.xs) <= 2 * most:
             return
         over = len(self.xs) - (most + 1)
@@ -200,8 +205,8 @@ class _Level:
 class BiasCorrectedEma:
     """An exponential moving average with bias correction.
 
-    The update is ``m += (x - m) · (1 - β) / (1 - βⁿ)``, the bias
-    correction of Adam (Kingma and Ba 2015, section 3). Values that are not finite are skipped.
+    The update is ``m += (x - m) · (1 - β) / (1 - βⁿ)``, the bias correction of Adam (Kingma and Ba 2015,
+    section 3). Values that are not finite are skipped.
     """
 
     def __init__(self, window: float = 20.0) -> None:
@@ -212,7 +217,7 @@ class BiasCorrectedEma:
         self._decay = 1.0
 
     def smooth(self, values: Sequence[float]) -> array[float]:
-        """The mean after each of the next values."""
+        """Return the mean after each of these values."""
         mean, decay, beta = self.mean, self._decay, 1 - 1 / self.window
         smoothed = array("d")
         for value in values:
@@ -228,5 +233,7 @@ _MIN_WINDOW, _MAX_WINDOW = 4, 100
 
 
 def smoothing_window(total_steps: int) -> float:
-    """Steps that the running mean looks back over: a thirtieth of the run, so that its trend shows."""
+    """Return the number of steps that the running mean averages over: a thirtieth of the run, so that its
+    trend shows.
+    """
     return float(min(max(total_steps / 30, _MIN_WINDOW), _MAX_WINDOW))

@@ -1,4 +1,4 @@
-"""The keys of Runs and Train that show a result: answers of adapter and base, and the card of a run."""
+"""Keys of Runs and Train that show results: answers of adapter and base, and the run card."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from qlora_tui.visible import visible
 
 _ROWS_SHOWN = 100
 _WIDE_COLUMNS = 110
-"""Columns of the terminal from which a dialog holds all columns of the table."""
+"""Terminal width, in columns, from which a dialog fits the whole table."""
 
 
 class EvaluationActions(WorkScreen):
-    """A screen with a run whose answers can be measured, one run at a time, and whose card can be saved."""
+    """A screen whose run can have its answers measured, one run at a time, and its card saved."""
 
     ANSWERS_COMMAND: ClassVar[str]
-    """Id of the command that measures, whose key also stops."""
+    """Id of the command that starts measuring; its key also stops it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,16 +45,19 @@ class EvaluationActions(WorkScreen):
         """Id of the run that is measured, or was last."""
 
     def evaluate(self, run: RunDir) -> None:
-        """Show the answers of a run; measure them first where that was not done, or stop measuring."""
+        """Show the answers of a run.
+
+        Measure them first if that has not been done; stop if it is being done.
+        """
         if not self._measurement.stop():
             self._evaluate(run)
 
     def progress_of(self, run_id: str) -> str:
-        """How far the measurement of this run's answers is; empty while there is none."""
+        """Return the progress of measuring this run's answers; empty if it is not being measured."""
         return self._measurement.progress if run_id == self._measured_id else ""
 
     def ask_for_card(self, run: RunDir) -> None:
-        """Save the picture of a run where the user says."""
+        """Ask where to save the picture of a run, and save it."""
         text = (
             "A picture to show to others: model, data, curve, loss, one question answered before and after, "
             "speed and memory. The file ends in .svg or .png."

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 _FREEZE_AFTER_S = 4.0
-"""Seconds after a screen is first shown; by then its long-lived objects exist."""
+"""Seconds after a screen is first shown until its long-lived objects are assumed to exist."""
 
 
 class CancelsWorkersFirst(Widget):
-    """A screen whose workers, and those of its widgets, end before its widgets do.
+    """A screen whose workers, and those of its widgets, end before the widgets are removed.
 
-    Textual cancels workers after it has removed the widgets: a worker that finished as the user quits would
-    query a widget that is gone.
+    Textual cancels workers after removing the widgets, so a worker that finished as the user quits would
+    query a removed widget.
     """
 
     async def on_prune(self, event: Prune) -> None:
@@ -42,18 +42,18 @@ class CancelsWorkersFirst(Widget):
 
 
 class OnQloraApp(Widget):
-    """A screen that knows its app by type."""
+    """A screen whose ``app`` has its real type."""
 
     @property
     def app(self) -> QloraApp:  # type: ignore[override]  # Textual's is any app, whatever it returns
-        """The app, by its type."""
+        """The app, with its real type."""
         return cast("QloraApp", super().app)
 
     def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
-        """Open a dialog, and call ``then`` with its answer; not if it was closed, or answered with no.
+        """Open a dialog, and call ``then`` with its answer unless it was closed or answered with no.
 
-        It is open at once: keys that were typed ahead go into it. ``then`` may be a coroutine function; its
-        UserError is shown.
+        The dialog opens at once, so that keys typed ahead go into it. ``then`` may be a coroutine function. A
+        UserError that it raises is shown.
         """
 
         async def on_result(answer: Answer | None) -> None:
@@ -71,20 +71,20 @@ class OnQloraApp(Widget):
 class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     """A numbered screen. Subclasses define ``MODE`` and ``compose_body``.
 
-    Textual calls the ``on_mount`` and ``on_screen_resume`` of every class of a screen, this one's last: a
-    subclass must not call ``super()``, or they run twice and it is subscribed twice.
+    Textual calls ``on_mount`` and ``on_screen_resume`` of every class in the hierarchy, this one's last. A
+    subclass must not call ``super()``: they would run twice, and the screen would be subscribed twice.
     """
 
     MODE: ClassVar[str]
-    """The name in ``app.MODES``."""
+    """Its name in ``app.MODES``."""
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = ()
-    """What the user can do on this screen, from ``commands.toml``."""
+    """The commands of this screen, from ``commands.toml``."""
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset()
-    """Ids of the app's commands that are useful here, so that the footer shows them."""
+    """Ids of the app's commands that the footer shows on this screen."""
     EDITS_RECIPE: ClassVar[bool] = False
     """Whether the recipe strip is shown below the top bar."""
     SHOWS_MEMORY: ClassVar[bool] = False
-    """Whether a panel of the screen shows the memory of the recipe, so that the strip need not."""
+    """Whether the screen has its own panel for the recipe's memory, so that the strip leaves it out."""
     _strip: RecipeStrip
     # Textual would focus the first field, and a digit typed before a screen has set its focus
     # would be text in it.
@@ -98,11 +98,15 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     @property
     def help_state(self) -> str:
-        """The state that help explains: a table of this screen in ``help.toml``; empty for the usual one."""
+        """The state that help explains: a table of this screen in ``help.toml``; empty for the
+        default one.
+        """
         return ""
 
     def has_command(self, action: str) -> bool:
-        """Whether an action, without parameters, is that of a command of this screen, and not of the app."""
+        """Return whether an action, given without parameters, belongs to a command of this screen rather than
+        of the app.
+        """
         return any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
 
     def compose(self) -> ComposeResult:
@@ -117,7 +121,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         yield CommandFooter(self.FOOTER_APP_COMMANDS)
 
     def compose_body(self) -> Iterable[Widget]:
-        """The screen's own widgets."""
+        """Yield the screen's own widgets."""
         return ()
 
     def on_mount(self) -> None:
@@ -134,7 +138,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self._system_status_changed(self.app.system_status)
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
-        """Give a setting its next value, up (1) or down (-1)."""
+        """Step a setting to its next value, up (1) or down (-1)."""
         from qlora_tui.recipe.fields import fields, get_setting  # Home is painted without the recipe
         from qlora_tui.tui.setting_stepper import step_value
 
@@ -142,14 +146,14 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self.app.edit(path, step_value(fields()[path], value, direction))
 
     def notify_undoable(self, text: str) -> None:
-        """Say what was changed in the recipe, and the key that undoes it."""
+        """Notify the user of a change to the recipe, with the key that undoes it."""
         self.notify(f"{text} Press {key_name('app.undo')} to undo.")
 
     def show_recipe(self, recipe: Recipe) -> None:
-        """Show the recipe after it changed, or when this screen becomes current."""
+        """Show the recipe after it changed or when this screen becomes current."""
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """Show new readings of the GPU and the runs, about once a second while this screen is current."""
+        """Show new GPU and run readings, about once a second while this screen is current."""
 
     def _recipe_changed(self, recipe: Recipe) -> None:
         if self.is_current:

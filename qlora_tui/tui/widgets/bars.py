@@ -1,4 +1,4 @@
-"""The first and the last line of every screen: screens and status above, keys below."""
+"""The first and last lines of every screen: screens and status at the top, keys at the bottom."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from qlora_tui.tui.widgets.controls import Drawing
 
 _MARGIN = 1
 _GAP, _NARROW_GAP = 3, 1
-"""Cells between two keys, where all fit and where not."""
+"""Cells between two keys: if all keys fit, and if they do not."""
 _Items: TypeAlias = list[tuple[Content, ActiveBinding]]
 
 
 class TopBar(Widget):
-    """Never wraps: the status is cut to what fits beside the screens; Home can be a digit only."""
+    """Top line.
+
+    It never wraps: the status is cut to the space left by the screens' names, and Home may shrink to its
+    digit.
+    """
 
     DEFAULT_CSS = """
     TopBar {
@@ -44,7 +48,7 @@ class TopBar(Widget):
         self._status = SystemStatus()
 
     def show_status(self, system_status: SystemStatus) -> None:
-        """Repaint if what is shown has changed."""
+        """Repaint if the visible text has changed."""
         before = self.status_options(self._status)
         self._status = system_status
         if self.status_options(system_status) != before:
@@ -71,7 +75,7 @@ class TopBar(Widget):
 
     @staticmethod
     def status_options(system_status: SystemStatus) -> list[str]:
-        """Possible texts, the longest first."""
+        """Return possible texts, longest first."""
         run = _run_text(system_status)
         gpu = _gpu_text(system_status)
         short_run = run.split(" loss ")[0]
@@ -95,7 +99,7 @@ def _run_text(system_status: SystemStatus) -> str:
 
 
 def _waiting_text(system_status: SystemStatus) -> str:
-    """``2 waiting · exporting Q8_0``: what goes on beside the active run."""
+    """Return ``2 waiting · exporting Q8_0``: what is going on in addition to the active run."""
     parts = []
     if system_status.waiting_ids and system_status.active is not None:
         parts.append(f"{len(system_status.waiting_ids)} waiting")
@@ -119,9 +123,10 @@ def _gpu_text(system_status: SystemStatus) -> str:
 
 
 class CommandFooter(Drawing):
-    """``s Stop   z Pause   ^P Palette``; keys that do not fit are in the help. A click presses a key.
+    """``s Stop   z Pause   ^P Palette``. Keys that do not fit are in the help. A click presses a key.
 
-    Textual's Footer mounts a widget for each key at every change of focus, and its style caches keep them.
+    Textual's Footer mounts a widget for each key whenever the focus changes, and its style caches keep them
+    alive.
     """
 
     DEFAULT_CSS = """
@@ -133,7 +138,7 @@ class CommandFooter(Drawing):
     """
 
     def __init__(self, also: Collection[str] = ()) -> None:
-        """``also``: ids of commands of the app that are shown after the screen's own."""
+        """Create the footer. ``also``: ids of app commands to show after the screen's own."""
         super().__init__(self._lines)
         self._also = also
         self._screen_bindings: list[ActiveBinding] = []
@@ -174,9 +179,9 @@ class CommandFooter(Drawing):
                 x += item.cell_length + gap
 
     def _fitting_items(self, width: int) -> tuple[_Items, _Items, int]:
-        """Items of the screen and of the app that fit ``width``, and the cells between two.
+        """Return the screen's and the app's items that fit ``width``, and the gap between two items in cells.
 
-        The gap becomes narrow before a key is dropped; the screen's last keys are dropped first.
+        The gap shrinks before a key is dropped; the screen's last keys are dropped first.
         """
         own = [(self._item(active), active) for active in self._screen_bindings]
         of_app = [(self._item(active), active) for active in self._app_bindings]

@@ -1,7 +1,7 @@
-"""Panels, lists, scrolled text, text fields, and drawings that are painted only where they changed.
+"""Panels, lists, scrolling text, text fields, and drawings that repaint only what changed.
 
-Lists and text have arrow keys and the keys of vi. A panel is the one kind of frame that every screen is built
-from (``docs/design.md``).
+Lists and text accept arrow keys and vi keys. Every screen is built from one kind of frame, the panel
+(``docs/design.md``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qlora_tui.tui.textual_compat import add_border, bindings_of_widget
 HEADING = "heading:"
 _PAGE_ROWS = 10
 _ALL_ROWS = 100_000
-"""More rows than there are in any list."""
+"""More rows than any list has."""
 ROW_KEYS = (
     Binding("up,k", "move(-1)", show=False),
     Binding("down,j", "move(1)", show=False),
@@ -41,16 +41,16 @@ ROW_KEYS = (
     Binding("g", f"move({-_ALL_ROWS})", show=False),
     Binding("G", f"move({_ALL_ROWS})", show=False),
 )
-"""Keys from row to row, if Home and End have another meaning, of widgets that move a cursor themselves.
+"""Keys that move from row to row, for widgets that move a cursor themselves and use Home and End otherwise.
 
-Such a widget has an ``action_move`` that takes a number of rows and stops at both ends.
+The widget has an ``action_move`` that takes a number of rows and stops at both ends.
 """
 LIST_KEYS = (
     *ROW_KEYS,
     Binding("home", f"move({-_ALL_ROWS})", show=False),
     Binding("end", f"move({_ALL_ROWS})", show=False),
 )
-"""Keys of a list with one item per row."""
+"""Keys for a list with one item per row."""
 SCROLL_KEYS = (
     Binding("j", "scroll_down", show=False),
     Binding("k", "scroll_up", show=False),
@@ -59,15 +59,15 @@ SCROLL_KEYS = (
     Binding("ctrl+d", "page_down", show=False),
     Binding("ctrl+u", "page_up", show=False),
 )
-"""Keys of text that scrolls, in addition to Textual's own."""
+"""Keys for scrolling text, in addition to Textual's own."""
 
 
 WriteList: TypeAlias = Callable[[int], Sequence[tuple[str, Content]]]
-"""Returns (id, line) of a list for so many cells of width."""
+"""Takes a width in cells and returns the (id, line) pairs of a list."""
 
 
 class ViList(OptionList):
-    """Compact, without a border; the cursor stays on its option while the lines around it change."""
+    """A compact list without a border. The cursor stays on its option when the lines around it change."""
 
     DEFAULT_CSS = """
     ViList, ViList:focus {
@@ -93,7 +93,10 @@ class ViList(OptionList):
     _write: WriteList | None = None
 
     def get_visual_style(self, *component_classes: str, partial: bool = False) -> VisualStyle:
-        """The style of lines; Textual leaves ``reverse`` out, which is the cursor where colors are few."""
+        """Return the style of lines.
+
+        Textual omits ``reverse``, which marks the cursor on terminals with few colors.
+        """
         style = super().get_visual_style(*component_classes, partial=partial)
         is_reversed = any(self.get_component_styles(name).text_style.reverse for name in component_classes)
         return style + VisualStyle(reverse=True) if is_reversed else style
@@ -118,9 +121,9 @@ class ViList(OptionList):
         return None if self.highlighted is None else self.options[self.highlighted].id
 
     def show(self, lines: Sequence[tuple[str, Content]] | WriteList, select: str | None = None) -> None:
-        """Show these (id, line); a function is called now, and again for another width.
+        """Show these (id, line) pairs; a function is called now and again for each new width.
 
-        The cursor goes to ``select``, or stays with its option or its place. It passes over a line whose id
+        The cursor goes to ``select``, or stays on its option, or else in its place. It skips lines whose id
         begins with HEADING.
         """
         self._write = lines if callable(lines) else None
@@ -148,17 +151,17 @@ class ViList(OptionList):
 
 
 class ViScroll(VerticalScroll):
-    """Text longer than its window."""
+    """Scrolling text."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*SCROLL_KEYS]
 
 
 class OwnKeysFirst:
-    """Runs a field's own key bindings in the order of the keys.
+    """Runs a field's own key bindings in the order in which the keys arrive.
 
-    Textual inserts a letter at once, but lets backspace and enter bubble up to the app and back as bindings.
-    Of keys that arrive together, as over a slow link, letters would overtake them: what was typed after a
-    backspace would be deleted by it. https://github.com/Textualize/textual/issues/6605
+    Textual inserts a letter at once, but lets Backspace and Enter bubble up to the app and back as bindings.
+    If keys arrive together, as they do over a slow link, letters overtake them: Backspace would delete what
+    was typed after it. https://github.com/Textualize/textual/issues/6605
     """
 
     async def on_key(self, event: events.Key) -> None:
@@ -171,7 +174,10 @@ class OwnKeysFirst:
 
 
 class TextField(OwnKeysFirst, Input):
-    """A line of text. Its cursor does not blink: nothing is sent over a slow link while nothing changes."""
+    """A single-line text field.
+
+    Its cursor does not blink, so that nothing is sent over a slow link while nothing changes.
+    """
 
     def on_mount(self) -> None:
         self.cursor_blink = False
@@ -181,15 +187,15 @@ _PLACE = "offset"
 
 
 Draw: TypeAlias = Callable[[int, int], Sequence[Content]]
-"""Returns the lines for so many cells and rows; lines beyond the last row are not shown."""
+"""Takes a width and height in cells and returns the lines; lines beyond the height are not shown."""
 _UNLIMITED_ROWS = 10_000
 """More rows than any drawing has."""
 
 
 class Drawing(Widget):
-    """Lines that a function draws for the size of the widget; only lines that changed are painted again.
+    """Lines drawn by a function for the widget's size; only lines that changed are repainted.
 
-    It fills its container, or is as high as its lines (``height: auto``).
+    The widget fills its container, or is as high as its lines (``height: auto``).
     """
 
     DEFAULT_CSS = """
@@ -214,13 +220,13 @@ class Drawing(Widget):
         self._drawn_for: object = None
 
     def show(self, draw: Draw) -> None:
-        """Draw by another function; an equal ``partial`` costs nothing."""
+        """Draw with another function. An equal ``partial`` costs nothing."""
         if _parts(draw) != _parts(self._draw):
             self._draw = draw
             self.redraw()
 
     def redraw(self) -> None:
-        """Draw again, and repaint the lines that differ, which costs half of what painting all does."""
+        """Draw again and repaint the lines that differ, which costs half as much as repainting everything."""
         if not self.is_mounted:
             return
         height, width = self.styles.height, self.size.width
@@ -264,12 +270,12 @@ class Drawing(Widget):
 
 
 def _parts(draw: Draw) -> object:
-    """What two equal drawings have in common: the function and its arguments."""
+    """Return what two drawings must share to count as equal: the function and its arguments."""
     return (draw.func, draw.args, draw.keywords) if isinstance(draw, partial) else draw
 
 
 def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
-    """Return the lines with long ones going on in the next, indented; the last says if there is no room."""
+    """Wrap lines to ``width`` with an indent. If ``height`` cuts off some of them, the last line says so."""
     shown: list[Content] = []
     for line in lines:
         first, *rest = line.wrap(max(1, width - 2)) or [Content("")]
@@ -280,7 +286,7 @@ def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
 
 
 class LineView(ScrollView, can_focus=True):
-    """Lines that are cut at the right edge and scroll up and down; a subclass renders them."""
+    """Lines that are cut at the right edge and scroll up and down. Subclasses render them."""
 
     DEFAULT_CSS = """
     LineView {
@@ -294,16 +300,16 @@ class LineView(ScrollView, can_focus=True):
 
 
 Write: TypeAlias = Callable[[int], Content | Sequence[Content]]
-"""Returns a text, or its lines, for so many cells of width."""
+"""Takes a width in cells and returns a text or its lines."""
 
 
 class Lines(Static):
-    """Text, which may be written for its width; it is laid out and painted again only where it changed."""
+    """Text that may depend on the width; only lines that changed are laid out and painted again."""
 
     _write: Write | None = None
 
     def show(self, text: Content | Sequence[Content] | Write) -> None:
-        """Show a text or its lines; a function is called now, and again for another width."""
+        """Show a text or its lines; a function is called now and again for each new width."""
         self._write = text if callable(text) else None
         if not callable(text):
             self._show(text)
@@ -329,8 +335,8 @@ class Lines(Static):
 def render_strips(widget: Widget, content: Content, width: int, height: int) -> list[Strip]:
     """Render content as lines in the widget's style, each ``width`` cells wide.
 
-    The offset that Textual adds to each segment for mouse selection is removed: with it, the same
-    words one cell further on would be another style, and style caches would fill up over hours.
+    Textual adds an offset to each segment for mouse selection. It is removed here: otherwise the same words
+    one cell further right would count as another style, and style caches would grow for hours.
     """
     strips = Visual.to_strips(
         widget, content, width, height, widget.visual_style, pad=True, apply_selection=False
@@ -348,7 +354,9 @@ def render_line(widget: Widget, content: Content, width: int) -> Strip:
 
 
 def cursor_row(widget: Widget, row: Content, width: int) -> Content:
-    """Draw the row under the cursor as ``ViList`` does: on its color, or reversed where colors are few."""
+    """Draw the row under the cursor as ``ViList`` does: in the cursor's color, or reversed if there are few
+    colors.
+    """
     row = row.pad_right(max(0, width - row.cell_length))
     if widget.app.no_color or widget.app.current_theme.ansi:
         return Content(row.plain).stylize("reverse")
@@ -365,13 +373,13 @@ def _placeless(style: Style | None) -> Style | None:
 
 
 def _lines(content: Content, width: int) -> list[int]:
-    """Return the rows that each line takes."""
+    """Return how many rows each line takes."""
     lines = content.split("\n") if width else []
     return [len(line.wrap(width)) if line.cell_length > width else 1 for line in lines]
 
 
 _MIN_FRAME = 3
-"""Cells of a frame with anything between its corners."""
+"""Smallest width of a frame with anything between its corners, in cells."""
 _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
 
 
@@ -380,12 +388,12 @@ add_border("rule", ((" ", "─", " "), (" ", " ", " "), (" ", " ", " ")), on_par
 
 
 class Panel(Vertical):
-    """A part of a screen: its title in the first row, the keys for what it shows in the last one.
+    """A part of a screen, with its title in the first row and its keys in the last.
 
-    Only the panel whose contents have the focus has a frame, a double one without colors. The others are
-    surfaces, or have a rule where there are 16 colors or none (``app.tcss``); contents have the same cells
-    either way. Below 100 × 30 cells (``breakpoints``) a panel has only a rule, in its whole width: panels are
-    then one below the other, and the footer has the keys. A panel that is ``empty`` is one line.
+    Only the panel with the focus has a frame, which is double on terminals without color. Other panels are
+    tinted surfaces, or have a rule if there are 16 colors or none (``app.tcss``); their contents take the
+    same cells either way. Below 100×30 cells (``breakpoints``) panels are stacked and have only a rule across
+    the whole width, and their keys are in the footer. A panel that is ``empty`` takes one line.
     """
 
     DEFAULT_CSS = """
@@ -413,7 +421,10 @@ class Panel(Vertical):
         id: str | None = None,
         classes: str | None = None,
     ) -> None:
-        """``keys``: ids of commands with a verb for each, shown in the lower border: ``x other run``."""
+        """Create the panel.
+
+        ``keys``: (command id, verb) pairs for the lower border, as in ``x other run``.
+        """
         super().__init__(*children, id=id, classes=classes)
         self._keys: tuple[tuple[str, str], ...] = ()
         self._title = Content()
@@ -422,7 +433,7 @@ class Panel(Vertical):
         self.show_keys(keys)
 
     def show_title(self, title: str | Content) -> None:
-        """Change the title; a string is plain text, in which brackets are nothing special."""
+        """Change the title. A string is plain text: brackets in it are not markup."""
         content = title if isinstance(title, Content) else Content(title)
         if not content.is_same(self._title):  # equal text can differ in its style
             self._title = content
@@ -430,7 +441,7 @@ class Panel(Vertical):
 
     @property
     def empty(self) -> str:
-        """Why there is nothing to show; the panel is then one line, such as ``Queue: empty``."""
+        """Why there is nothing to show. The panel then shrinks to one line, such as ``Queue: empty``."""
         return self._empty
 
     @empty.setter
@@ -445,7 +456,7 @@ class Panel(Vertical):
         self.border_title = Content.assemble(self._title, reason)
 
     def render_lines(self, crop: Region) -> list[Strip]:
-        """Put title and keys one cell further out than Textual does, flush with the contents."""
+        """Draw title and keys one cell further out than Textual does, flush with the contents."""
         width, height = self.outer_size
         if not self.styles.border_left[0] or width < _MIN_FRAME:
             return super().render_lines(crop)
@@ -480,13 +491,13 @@ def _joined(line: Strip, *parts: tuple[int, int]) -> Strip:
 
 
 def _hint(command: str, verb: str) -> Content:
-    """``x other run``, on which a click presses the key."""
+    """Return ``x other run``; a click on it presses the key."""
     shown = bare_key(command)
     return pressable(f"{_ARROWS.get(shown, shown)} {verb}", command_key(command))
 
 
 class ModelProblem(Static):
-    """In place of a screen's content: what is wrong with the recipe's model; hidden while nothing is."""
+    """What is wrong with the recipe's model, in place of a screen's content; hidden if nothing is wrong."""
 
     DEFAULT_CSS = """
     ModelProblem {

@@ -1,4 +1,6 @@
-"""Below the top bar: the recipe, and on screens that do not show it themselves its memory on this GPU."""
+"""The recipe in one line below the top bar; a second line shows its memory, except on screens that show it
+anyway.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,11 @@ _GAP = 2
 _NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "Undo")
 _HINTS = ((("app.presets", "Presets"), _UNDO), (_UNDO,))
-"""Commands with a label at the end of the first line, the most first."""
+"""Commands with a label for the end of the first line, the longest variant first."""
 
 
 class RecipeStrip(Widget):
-    """Shown on every screen that edits the recipe."""
+    """The recipe, on every screen that edits it."""
 
     DEFAULT_CSS = """
     RecipeStrip {
@@ -49,7 +51,7 @@ class RecipeStrip(Widget):
     """
 
     def __init__(self, *, with_memory: bool) -> None:
-        """Show the recipe. ``with_memory``: also its memory, in a second line."""
+        """Create the strip. ``with_memory`` adds a second line with the memory."""
         super().__init__(classes="" if with_memory else "-brief")
         # The hints at the end are dim, and not in the color of links.
         self.auto_links = False
@@ -64,7 +66,7 @@ class RecipeStrip(Widget):
         self._is_changed_elsewhere = False
 
     def show_running(self, *, is_running: bool) -> None:
-        """In a wide window, say that the recipe is that of the next run while one is active."""
+        """In a wide window, say that the recipe is for the next run while another run is active."""
         if is_running != self._is_running:
             self._is_running = is_running
             self.refresh()
@@ -72,7 +74,7 @@ class RecipeStrip(Widget):
     def show_recipe(
         self, workbench: Workbench, budget: MemoryBudget, *, is_changed_elsewhere: bool = False
     ) -> None:
-        """Show the current recipe and the available memory, and whether another window has changed it."""
+        """Show the recipe, the available memory, and whether another window has changed the recipe."""
         if is_changed_elsewhere != self._is_changed_elsewhere:
             self._is_changed_elsewhere = is_changed_elsewhere
             self.refresh()
@@ -96,7 +98,7 @@ class RecipeStrip(Widget):
         return Content("\n").join([first, self._cost_line(width)]) if self._with_memory else first
 
     def _problem(self) -> Content:
-        """Why there is no memory to show, for a line without it; empty without a model."""
+        """Return why there is no memory line; empty if there is no model."""
         if self._bench is None or not self._bench.recipe.model.id:
             return Content("")
         if isinstance(self._comparison, UserError):
@@ -104,7 +106,10 @@ class RecipeStrip(Widget):
         return Content("") if self._can_train else Content.styled(f"  {CANNOT_TRAIN}", "$error")
 
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
-        """The recipe, and the longest hint beside it; the last hint may shorten the name of the data."""
+        """Return the recipe and the longest hint that fits next to it.
+
+        The shortest hint may cut the name of the data.
+        """
         if self._bench is None:
             return "", Content("")
         if self._is_changed_elsewhere:
@@ -146,11 +151,11 @@ class RecipeStrip(Widget):
 
 
 def reload_hint() -> Content:
-    """``changed in another window, F7 reload``."""
+    """Return ``changed in another window, F7 reload``."""
     words = Content.styled("changed in another window, ", "$warning")
     return words + _hint("app.reload", "reload")
 
 
 def _hint(command: str, label: str) -> Content:
-    """``[u] Undo``, on which a click presses the key."""
+    """Return ``[u] Undo``; a click on it presses the key."""
     return pressable(f"{key_name(command)} {label}", command_key(command))

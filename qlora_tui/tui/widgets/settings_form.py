@@ -1,7 +1,7 @@
-"""A form over declared settings, of a recipe or of the app: label, value, and help on the selected one.
+"""A form for settings of a recipe or of the app: label, value, and help for the selected one.
 
-The form changes nothing itself: it posts :class:`SettingEdited`, the screen makes the change, and
-:meth:`SettingsForm.show` shows the changed settings.
+The form changes nothing itself. It posts :class:`SettingEdited`, the screen makes the change, and
+:meth:`SettingsForm.show` shows the new values.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, TextField, cursor_row, render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
-"""The home row first."""
+"""Letters of jump labels, home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 80
-"""Width of the list from which a folded group has its values beside its title."""
+"""Width of the list, in cells, from which a folded group shows its values next to its title."""
 _NUMBER_CELLS = 14
-"""Width of the field in which a number is typed."""
+"""Width of the field for typing a number, in cells."""
 _TEXT_SEPARATOR = " | "
-"""Between the items of another list of texts while it is edited."""
+"""Separates the items of a list of texts while it is edited."""
 
 
 @dataclass
 class SettingEdited(Message):
-    """The user chose another value for a setting; it is within its bounds."""
+    """The user chose a new value for a setting. The value is within bounds."""
 
     path: str
     value: Any
@@ -53,12 +53,12 @@ class SettingEdited(Message):
 
 @dataclass(frozen=True)
 class SettingGroup:
-    """Settings under a title, which opens and folds them. Without a title they are always shown."""
+    """Settings under a title that opens and folds them. A group without a title is always open."""
 
     title: str
     fields: tuple[Field, ...]
     is_open: bool = True
-    """Whether all of them are shown at first; folded, only those that were changed are."""
+    """Whether the group starts open. A folded group shows only settings that were changed."""
     applies: Callable[[Struct], bool] = lambda values: True
     """Whether the group is shown for these values."""
 
@@ -76,13 +76,13 @@ class SettingList(LineView):
     ]
 
     class Moved(Message):
-        """The cursor is on another setting or group."""
+        """The cursor has moved to another setting or group."""
 
     class Typing(Message):
-        """The setting under the cursor is to be typed."""
+        """The user wants to type the value of the setting under the cursor."""
 
     def __init__(self, groups: Sequence[SettingGroup], base_name: str) -> None:
-        """``base_name``: what the settings are compared with: ``preset``, or ``default``."""
+        """Create the list. ``base_name``: what the settings are compared with, ``preset`` or ``default``."""
         super().__init__()
         self.cursor = 0
         """The line that it is on."""
@@ -117,14 +117,14 @@ class SettingList(LineView):
 
     @property
     def value(self) -> Any:
-        """Value of the setting under the cursor."""
+        """The value of the setting under the cursor."""
         if self._values is None or self.field is None:
             return None
         return get_setting(self._values, self.field.path)
 
     @property
     def value_column(self) -> int:
-        """Cells before the values."""
+        """Column in which the values start, in cells."""
         return self._label_cells + 4
 
     def on_mount(self) -> None:
@@ -134,14 +134,14 @@ class SettingList(LineView):
         return len(self._lines)
 
     def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
-        """Show these values; those that differ from ``base`` are marked. ``notes``: a remark by path."""
+        """Show these values, and mark those that differ from ``base``. ``notes``: remarks by path."""
         state = (values, base, notes or {})
         if state != (self._values, self._base, self._notes):
             self._values, self._base, self._notes = state
             self._show_lines()
 
     def _show_lines(self) -> None:
-        """Show the lines for the values and for what is open; the cursor stays on its setting."""
+        """Show lines for the values and the open groups. The cursor stays on its setting."""
         before, lines = self.current, self._shown_lines()
         is_as_high, self._lines = len(lines) == len(self._lines), lines
         self.cursor = lines.index(before) if before in lines else min(self.cursor, len(lines) - 1)
@@ -172,18 +172,21 @@ class SettingList(LineView):
         self.post_message(self.Moved())
 
     def action_move(self, places: int) -> None:
-        """Move the cursor; the ends stop it."""
+        """Move the cursor. It stops at either end."""
         self.go_to(self.cursor + places)
 
     def action_jump(self) -> None:
-        """Label each line in view with a letter; the next key goes there, any other leaves it."""
+        """Label each visible line with a letter.
+
+        Pressing the letter moves the cursor there; any other key cancels.
+        """
         top = round(self.scroll_y)
         bottom = min(top + self.scrollable_content_region.height, len(self._lines))
         self._letters = dict(zip(_LETTERS, range(top, bottom), strict=False))
         self.refresh()
 
     def on_key(self, event: Key) -> None:
-        """While letters are shown, any key ends the jump."""
+        """End the jump on any key while letters are shown."""
         if not self._letters:
             return
         event.stop()
@@ -194,7 +197,10 @@ class SettingList(LineView):
         self.go_to(line)
 
     def action_step(self, direction: int) -> None:
-        """Step the setting to its next value; a text is typed. On a title, open the group or fold it."""
+        """Step the setting to its next value, or start typing if it is text.
+
+        On a title, open or fold the group.
+        """
         field = self.field
         if field is None:
             self._set_open(direction > 0)
@@ -204,7 +210,7 @@ class SettingList(LineView):
             self.post_message(SettingEdited(field.path, after))
 
     def action_choose(self) -> None:
-        """Type the setting, or step one that has few values; open or fold a group."""
+        """Start typing the setting, or step one that has few values. On a title, open or fold the group."""
         field = self.field
         if field is None:
             self._set_open(self.group.title not in self._open)
@@ -223,7 +229,7 @@ class SettingList(LineView):
         self.post_message(self.Moved())
 
     def action_reset(self) -> None:
-        """Reset the setting to the value that it is compared with."""
+        """Reset the setting to the value it is compared with."""
         if self._base is not None and self.field is not None:
             path = self.field.path
             self.post_message(SettingEdited(path, get_setting(self._base, path)))
@@ -260,7 +266,7 @@ class SettingList(LineView):
         return render_line(self, row, width)
 
     def _title(self, group: SettingGroup, letter: str) -> Content:
-        """``▸ LoRA  10 settings``: folded, in a wide list with its values; an open one has its title only."""
+        """Return ``▸ LoRA  10 settings``. In a wide list a folded group also shows its values."""
         is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
         if self._values is not None and self.size.width >= _WIDE_CELLS:
             values = [(field.label, get_setting(self._values, field.path)) for field in group.fields]
@@ -292,7 +298,10 @@ class SettingList(LineView):
 
 
 class SettingsForm(Vertical):
-    """The list of settings, below it help on the one under the cursor; what is typed is typed in its row."""
+    """The list of settings, with help on the one under the cursor below it.
+
+    Values are typed in their own row.
+    """
 
     DEFAULT_CSS = """
     SettingsForm {
@@ -328,11 +337,12 @@ class SettingsForm(Vertical):
         validate: Callable[[str, Any], str] = lambda path, value: "",
         id: str | None = None,
     ) -> None:
-        """Show nothing yet.
+        """Create an empty form.
 
         Args:
-            base_name: what the settings are compared with.
-            validate: returns what is wrong with a typed value of a path; empty if nothing is.
+            groups: The settings, in groups.
+            base_name: What the settings are compared with.
+            validate: Returns what is wrong with a typed value for a path; empty if nothing is.
         """
         super().__init__(id=id)
         self.list = SettingList(groups, base_name)
@@ -351,7 +361,7 @@ class SettingsForm(Vertical):
         return self
 
     def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
-        """Show these values; those that differ from ``base`` are marked. ``notes``: a remark by path."""
+        """Show these values, and mark those that differ from ``base``. ``notes``: remarks by path."""
         self._values = values
         self.list.show(values, base, notes)
         self._show_help()
@@ -401,7 +411,7 @@ class SettingsForm(Vertical):
         self.post_message(SettingEdited(field.path, value))
 
     def action_leave_field(self) -> None:
-        """Leave the field without a change."""
+        """Leave the field without changing the value."""
         self.remove_class("-editing")
         self.list.typed_cells, self._wrong = 0, ""
         self.list.refresh_line(self.list.cursor)
@@ -428,7 +438,7 @@ class SettingsForm(Vertical):
 
 
 def _expected(field: Field) -> str:
-    """``a whole number from 1 to 1,024 · Enter apply · Esc cancel``; quotes belong in a file."""
+    """Return ``a whole number from 1 to 1,024 · Enter apply · Esc cancel``. Quotes belong in files only."""
     return f"{field.expected.replace(' in quotes', '')} · Enter apply · Esc cancel"
 
 
@@ -447,7 +457,7 @@ def _as_text(field: Field, value: Any) -> str:
 
 
 def _parsed(field: Field, typed: str) -> Any:
-    """Return the value that was typed. Raises InvalidRecipeError or ValueError."""
+    """Parse the typed value. Raises InvalidRecipeError or ValueError."""
     if field.kind == "texts" and field.path != "lora.target_modules":
         return tuple(part.strip() for part in typed.split(_separator(field).strip()) if part.strip())
     if field.kind == "text":
@@ -462,7 +472,7 @@ def _parsed(field: Field, typed: str) -> Any:
 
 
 def _problem(field: Field, problem: Exception) -> str:
-    """Say what is wrong with a typed value, with the setting's label for its path."""
+    """Return what is wrong with a typed value, with the setting's label instead of its path."""
     if isinstance(problem, InvalidRecipeError):
         return "; ".join(issue.message.replace(issue.path, field.label, 1) for issue in problem.issues)
     return f"{field.label} must be {field.expected}"

@@ -1,5 +1,5 @@
-"""Chat: ``screen`` has the keys; ``conversation`` the engine, its requests and the turns.
+"""Chat: ``screen`` has the keys; ``conversation`` has the engine, its requests, and the turns.
 
-A ``turn`` shows a prompt and its answers, ``panels`` what is around them, ``dialogs`` the prompt field and
-the windows of the screen. ``saved`` writes transcripts and conversations.
+A ``turn`` shows a prompt and its answers, ``panels`` the information around them. ``dialogs`` has the prompt
+field and the screen's dialogs. ``saved`` writes transcripts and conversations.
 """

@@ -1,4 +1,4 @@
-"""A conversation with the engine: which model it has loaded, requests, and where the answers go."""
+"""A conversation through the engine: which model is loaded, the requests, and where the answers go."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ _WARNING_S = 20.0
 
 @dataclass(frozen=True)
 class AdapterPair:
-    """Which adapters of a run answer: two side by side, or one of the two. The base model counts as one."""
+    """Which adapters of a run answer: two side by side, or one of them.
+
+    The base model counts as an adapter.
+    """
 
     adapter_names: tuple[str, ...]
     left: str
@@ -60,7 +63,7 @@ class AdapterPair:
 
     @classmethod
     def of(cls, adapter_names: tuple[str, ...]) -> AdapterPair:
-        """Pair the base with the newest adapter; the base alone without an adapter."""
+        """Return the base with the newest adapter, or the base alone if there is no adapter."""
         adapters = [adapter_name for adapter_name in adapter_names if adapter_name != BASE]
         return cls(adapter_names, BASE, adapters[0]) if adapters else cls(adapter_names, BASE, BASE, "left")
 
@@ -72,23 +75,23 @@ class AdapterPair:
 
     @property
     def single(self) -> bool:
-        """Whether there is only one adapter."""
+        """Whether the run has only one adapter."""
         return self.left == self.right
 
     def split(self) -> AdapterPair:
-        """Toggle between both and the right one alone."""
+        """Toggle between both adapters and the right one alone."""
         if self.single:
             return self
         return replace(self, shown="right" if self.shown == "both" else "both")
 
     def switched(self) -> AdapterPair:
-        """Show one alone: the right one, or the left one if the right one is alone already."""
+        """Switch to one adapter: the right one, or the left one if the right one is already shown alone."""
         if self.single:
             return self
         return replace(self, shown="left" if self.shown == "right" else "right")
 
     def next(self, side: str) -> AdapterPair:
-        """Select the next adapter on one side, skipping the one on the other side."""
+        """Select the next adapter for one side, skipping the one on the other side."""
         own, other = (self.left, self.right) if side == "left" else (self.right, self.left)
         free = [adapter_name for adapter_name in self.adapter_names if adapter_name != other]
         if len(free) < 2:
@@ -98,18 +101,18 @@ class AdapterPair:
 
 
 class Conversation(VerticalScroll, OnQloraApp):
-    """The turns of a conversation, answered by one or two adapters; it owns the engine."""
+    """The turns of a conversation, answered by one or two adapters. Owns the engine."""
 
     @dataclass
     class Changed(message.Message):
-        """The model, what it does, or the turns have changed."""
+        """The model, its activity, or the turns have changed."""
 
         doing: str = ""
-        """The current activity, if it takes a while."""
+        """The current activity if it takes a while, else empty."""
 
     @dataclass
     class EffectChanged(message.Message):
-        """What the adapter changes was measured, or how far that has come."""
+        """The adapter's effect was measured, or the measurement has made progress."""
 
         effect: str | Effect
 
@@ -147,18 +150,18 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
 
     async def on_unmount(self) -> None:
-        """Free the model's memory with the screen."""
+        """Free the model's memory when the screen is removed."""
         # Workers that wait for answers have no widgets left to show them.
         self.workers.cancel_node(self)
         await self.engine.kill()
 
     @property
     def busy(self) -> bool:
-        """Whether a prompt is being answered, or a measurement made."""
+        """Whether a prompt is being answered or a measurement is running."""
         return self._asking is not None and not self._asking.is_finished
 
     async def set_source(self, source: ChatSource | None, run: RunDir | None) -> None:
-        """Talk to another run or model, which is loaded with the first prompt."""
+        """Switch to another run or model, which is loaded when the first prompt is sent."""
         before = self.source
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
         self.source, self.run_dir = source, run
@@ -172,7 +175,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             await self.engine.close()
 
     async def clear(self) -> None:
-        """Begin a new conversation, and end what is under way in this one."""
+        """Start a new conversation, and stop any activity in this one."""
         turns, self.turns, self.path = self.turns, [], None
         for request in self._open_requests:
             request.stop()
@@ -184,7 +187,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.post_message(self.Changed())
 
     async def open_saved(self, path: Path, saved: SavedConversation) -> None:
-        """Show a saved conversation; the next prompt continues it."""
+        """Show a saved conversation. The next prompt continues it."""
         await self.clear()
         self.path, self.system_prompt = path, saved.system_prompt
         for exchange in saved.turns:
@@ -195,38 +198,38 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.post_message(self.Changed())
 
     async def remove_last_turn(self) -> ChatTurn:
-        """Forget the last prompt and its answers."""
+        """Remove the last prompt and its answers, and return them."""
         turn = self.turns.pop()
         await turn.remove()
         return turn
 
     async def unfold(self, unfolded: bool) -> None:
-        """Show every thought, or fold each into a line."""
+        """Unfold all thoughts, or fold each into one line."""
         self.unfolded = unfolded
         for turn in self.turns:
             for answer in turn.answers.values():
                 await answer.unfold(unfolded)
 
     def send(self, prompt: str, cancel: Callable[[], object] = lambda: None) -> None:
-        """Have a prompt answered; ``cancel`` is called if the user does not want the model to be loaded."""
+        """Send a prompt to be answered. ``cancel`` is called if the user decides not to load the model."""
         if self.source is not None:
             self._asking = self._answer(prompt, cancel)
             self.post_message(self.Changed())
 
     def measure(self) -> None:
-        """Measure what the right adapter changes."""
+        """Measure the effect of the right adapter."""
         self._asking = self._measure()
         self.post_message(self.Changed())
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
-        """Show that what was asked for is there."""
+        """Show the result of a worker that has finished."""
         if event.worker is self._asking and event.worker.is_finished:
             if self.engine.pid is None:
                 self.ready = None
             self.post_message(self.Changed())
 
     async def stop(self) -> None:
-        """Stop what is under way."""
+        """Stop the current activity."""
         for request in self._open_requests:
             request.stop()
         if not self._open_requests:
@@ -235,33 +238,36 @@ class Conversation(VerticalScroll, OnQloraApp):
             await self.engine.close()
 
     async def unload(self) -> None:
-        """Unload the model; the next prompt loads it again."""
+        """Unload the model. The next prompt loads it again."""
         await self.engine.close()
         self.ready = None
         self.post_message(self.Changed())
 
     def last_answered(self, answers: int) -> ChatTurn | None:
-        """The last turn if so many of its answers are complete."""
+        """Return the last turn if it has this many complete answers."""
         if not self.turns or self.busy:
             return None
         complete = [answer for answer in self.turns[-1].answers.values() if answer.text.strip()]
         return self.turns[-1] if len(complete) >= answers else None
 
     def record_choice(self, turn: ChatTurn, chosen: AdapterAnswer, rejected: AdapterAnswer) -> None:
-        """Record which answer is better, and count it. Raises UserError."""
+        """Record which answer is better, and count the choice. Raises UserError."""
         names = {"chosen": chosen.adapter_name, "rejected": rejected.adapter_name}
         prompt = self.messages(turn, chosen.adapter_name)
         answers = {"chosen": chosen.text.strip(), "rejected": rejected.text.strip()}
         self.choice_counts["pairs"] = add_choice("pairs", prompt, answers, self._provenance(turn, names))
 
     def record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
-        """Record how an answer should read, and count it. Raises UserError."""
+        """Record how an answer should read, and count the edit. Raises UserError."""
         provenance = self._provenance(turn, {"edited": answer.adapter_name}, original=answer.text)
         prompt = self.messages(turn, answer.adapter_name)
         self.choice_counts["edits"] = add_choice("edits", prompt, {"completion": text}, provenance)
 
     def messages(self, turn: ChatTurn, adapter_name: str) -> tuple[Message, ...]:
-        """The messages that this adapter has seen so far; turns without its answer are left out."""
+        """Return the messages that this adapter has seen so far.
+
+        Turns that it did not answer are left out.
+        """
         messages = [Message("system", self.system_prompt)] if self.system_prompt else []
         earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
         for before in earlier:
@@ -286,7 +292,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Whether to load the model; the user is asked if it may not fit next to a run."""
+        """Return whether to load the model. If it may not fit next to a run, the user is asked."""
         active = self.app.system_status.active
         if (
             self.ready is not None
@@ -314,9 +320,10 @@ class Conversation(VerticalScroll, OnQloraApp):
         return True
 
     async def _fits_beside(self, status: Status, *, is_loaded: bool = False) -> bool:
-        """Whether the free memory is enough for what the chat and the active run have not taken yet.
+        """Return whether the free memory is enough for what the chat and the active run have yet to allocate.
 
-        ``is_loaded``: whether the chat has its memory. A run has it from its first step on.
+        ``is_loaded``: whether the chat's model is already in memory. A run has its memory from its first step
+        on.
         """
         source, machine = self.source, self.app.system_status
         active, device = machine.active, budget_for(machine.gpu).device
@@ -335,7 +342,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         return free_bytes is not None and None not in sizes and sum(filter(None, sizes)) <= free_bytes
 
     def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
-        """Give the memory that the chat holds to a run that begins."""
+        """Give the chat's memory to a run that is starting."""
         active = system_status.active
         if self.ready is not None and active is not None and active.id not in self._shares_with:
             self._shares_with.add(active.id)  # while it is found out whether both fit
@@ -343,7 +350,7 @@ class Conversation(VerticalScroll, OnQloraApp):
 
     @work
     async def _unload_for(self, run: RunDir) -> None:
-        """Unload the model for a run that begins, unless both fit."""
+        """Unload the model for a run that is starting, unless both fit."""
         if not await self._fits_beside(read_status(run), is_loaded=True):
             self._shares_with.discard(run.id)
             self.unloaded_because = f"{run.id} started and needed the memory"
@@ -399,7 +406,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.post_message(self.Changed())
 
     async def _generate(self, turn: ChatTurn, adapter_name: str, sampling: Sampling) -> None:
-        """Stream one adapter's answer; an error is shown in its place."""
+        """Stream one adapter's answer. An error is shown in its place."""
         request = self.engine.ask(
             Generate(
                 messages=self.messages(turn, adapter_name),
@@ -455,7 +462,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """The note under an answer: why the model was unloaded, or ``what`` was stopped."""
+        """Return the note for a stopped answer: why the model was unloaded, or that ``what`` was stopped."""
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")
 
@@ -474,6 +481,6 @@ class Conversation(VerticalScroll, OnQloraApp):
 
 
 def _choice_counts(source: ChatSource) -> dict[ChoiceKind, int]:
-    """How many judgments there are of answers of this model, by kind."""
+    """Return the number of judgments of this model's answers, by kind."""
     kinds: tuple[ChoiceKind, ...] = get_args(ChoiceKind)
     return {kind: count_choices(source.recipe.model.id, kind) for kind in kinds}

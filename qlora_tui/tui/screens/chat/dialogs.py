@@ -1,4 +1,4 @@
-"""Where text is typed and things are chosen in a chat: the prompt field, and the dialogs of the screen."""
+"""The prompt field of the chat, and its dialogs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _HELP = {
 }
 _LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "max tokens"}
 _LINE_WIDTH = 70
-"""Cells of a line in the list of conversations."""
+"""Width of a line in the list of conversations, in cells."""
 
 
 class PromptBox(OwnKeysFirst, TextArea):
-    """Where a prompt is written: Enter sends, Ctrl+J makes a line, and it grows with its text."""
+    """The prompt field. Enter sends, Ctrl+J starts a new line, and the field grows with its text."""
 
     DEFAULT_CSS = """
     PromptBox, PromptBox:focus {
@@ -62,12 +62,12 @@ class PromptBox(OwnKeysFirst, TextArea):
 
     @dataclass
     class Sent(Message):
-        """Enter was pressed on some text."""
+        """Enter was pressed in a field with text."""
 
         text: str
 
     class Recalled(Message):
-        """Up was pressed in the empty box."""
+        """Up was pressed in the empty field."""
 
     def __init__(self, placeholder: str, *, id: str) -> None:
         super().__init__(
@@ -88,11 +88,11 @@ class PromptBox(OwnKeysFirst, TextArea):
             self.post_message(self.Sent(text))
 
     def action_new_line(self) -> None:
-        """Break the line."""
+        """Start a new line."""
         self.insert("\n")
 
     def put(self, text: str) -> None:
-        """Replace the text; the cursor goes to its end."""
+        """Replace the text, and move the cursor to its end."""
         self.text = text
         self.move_cursor(self.document.end)
         self.focus()
@@ -105,13 +105,13 @@ class PromptBox(OwnKeysFirst, TextArea):
 
 
 class AnswerArea(OwnKeysFirst, TextArea):
-    """A text of several lines: Enter makes a line."""
+    """A field of several lines, in which Enter starts a new line."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+s", "screen.save", show=False)]
 
 
 class AnswerEditor(ModalScreen[str | None]):
-    """Returns the edited answer; None if it was cancelled, left as it was, or emptied."""
+    """Returns the edited answer; None if it was canceled, unchanged, or emptied."""
 
     CSS_PATH = "../modals/modal.tcss"
     DEFAULT_CSS = """
@@ -152,7 +152,7 @@ class AnswerEditor(ModalScreen[str | None]):
 
 
 class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
-    """Gives sampling and system prompt; None when closed with Escape."""
+    """Returns sampling settings and system prompt; None if closed with Escape."""
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -187,18 +187,20 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
         self.query_one(Input).focus()
 
     def on_input_submitted(self) -> None:
-        """Enter in any of the figures."""
+        """Apply the settings when Enter is pressed in a number field."""
         self.action_apply()
 
     def action_earlier_prompt(self) -> None:
-        """Put in the next of the system prompts used before, and at last the present one again."""
+        """Insert the next of the previously used system prompts; after the last one, the current one
+        again.
+        """
         if self._earlier_prompts:
             field = self.query_one(TextArea)
             self._earlier_prompts.append(field.text.strip())
             field.text = self._earlier_prompts.pop(0)
 
     def action_apply(self) -> None:
-        """Apply the fields if they are valid, or else show what is wrong."""
+        """Apply the fields if they are valid; otherwise show what is wrong."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         try:
             numbers: dict[str, Any] = {name: _number(name, text) for name, text in given.items()}
@@ -237,7 +239,7 @@ def chat_runs() -> list[RunDir]:
 
 
 def source_picker(runs: list[RunDir], model: str) -> ListPicker[str]:
-    """A dialog that returns the id of the chosen run, or of the recipe's model."""
+    """Return a dialog that returns the id of the selected run, or of the recipe's model."""
     choices = [Choice(run.id, _line(run), run.id) for run in runs]
     if model:
         name = model.rstrip("/").rpartition("/")[2]
@@ -257,7 +259,10 @@ def _line(run: RunDir) -> Content:
 
 
 def conversation_picker(conversations: Sequence[tuple[Path, SavedConversation]]) -> ListPicker[Path]:
-    """A dialog that returns the file of the chosen conversation. Its filter searches what was said, too."""
+    """Return a dialog that returns the file of the selected conversation.
+
+    Its filter also searches the messages.
+    """
     now, choices = clock.now(), []
     for path, saved in conversations:
         answers = (answer.text for turn in saved.turns for answer in turn.answers.values())

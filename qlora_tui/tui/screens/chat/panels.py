@@ -1,4 +1,6 @@
-"""What the Chat screen shows around a conversation: who answers and how, the effect, the column beside."""
+"""What the Chat screen shows around a conversation: who answers with which settings, the effect, the side
+column.
+"""
 
 from __future__ import annotations
 
@@ -49,18 +51,21 @@ START = (
 HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
-"""Least number of columns that the layers are drawn in, however narrow the window."""
+"""Minimum number of columns for drawing the layers, however narrow the window."""
 _LABEL = 12
 _AGE = 10
-"""Cells of the age of a conversation."""
+"""Width of a conversation's age, in cells."""
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
-"""Of English text, roughly."""
+"""Rough value for English text."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
 def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
-    """The run, its adapters (the active ones reversed), and the state; a long name is cut in its middle."""
+    """Return the run, its adapters (active ones reversed), and the state.
+
+    A long name is cut in the middle.
+    """
     parts: list[Content | str | tuple[str, str]] = ["  "]
     for number, adapter_name in enumerate(dict.fromkeys((pair.left, pair.right))):
         if number:
@@ -73,14 +78,14 @@ def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Conten
 
 
 def loaded_text(ready: ChatReady) -> str:
-    """``RTX 4090 bfloat16, 5.2 GiB, context 32,768``."""
+    """Return ``RTX 4090 bfloat16, 5.2 GiB, context 32,768``."""
     return (
         f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, context {ready.context_tokens:,}"
     )
 
 
 def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
-    """``thinking on``; empty where it is not known, or the model cannot think."""
+    """Return ``thinking on``; empty if it is unknown, or if the model cannot think."""
     if ready is None:
         return "" if setting == "auto" else f"thinking {setting}"
     known = ready.thinking
@@ -96,14 +101,17 @@ def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
 
 
 def answering_text(pair: AdapterPair) -> str:
-    """Which adapters answer, in words for terminals without color; empty where there is no choice."""
+    """Return which adapters answer, in words for terminals without color; empty if there is only one."""
     if pair.single:
         return ""
     return "both answer" if pair.shown == "both" else f"only {pair.active[0]} answers"
 
 
 def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
-    """(label, value, in a few words) of who answers and how; in a few words, the usual is left out."""
+    """Return (label, value, short value) rows of who answers with which settings.
+
+    Defaults have no short value.
+    """
     sampling, greedy = chat.sampling, not chat.sampling.temperature
     answering, thinks = answering_text(chat.pair), thinking_text(chat.thinking, chat.ready)
     system_prompt = " ".join(chat.system_prompt.split())
@@ -134,7 +142,7 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
 
 
 def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Content:
-    """Which adapters answer, thinking, sampling settings, and where the conversation is saved."""
+    """Return who answers, thinking, the sampling settings, and where the conversation is saved."""
     parts = [brief for _, _, brief in session_rows(chat) if brief]
     line = " · ".join(parts)
     if transcript is None:
@@ -151,7 +159,7 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
 
 
 def effect_text(measured: Effect, width: int) -> Content:
-    """The verdict, and under it the figures: mean KL, and how far each layer moved, from none to the most."""
+    """Return the verdict, and below it the mean KL and how far each layer moved, from none to the most."""
     figures = f"KL {format_nats(measured.mean_kl)} nats"
     if measured.layers:
         first, last = measured.layers[0].layer, measured.layers[-1].layer
@@ -166,7 +174,7 @@ def effect_text(measured: Effect, width: int) -> Content:
 
 
 class ChatSide(Vertical):
-    """The column beside the conversation: sampling, tokens, saved conversations."""
+    """The column next to the conversation: sampling, tokens, saved conversations."""
 
     def __init__(self) -> None:
         super().__init__(id="chat-side")
@@ -179,7 +187,7 @@ class ChatSide(Vertical):
         yield Panel("Conversations", Lines(id="side-history"), keys=keys, id="history-panel")
 
     def show(self, chat: Conversation, transcript: Path | None) -> None:
-        """Show the state of a conversation, and where its transcript is."""
+        """Show the state of a conversation and the path of its transcript."""
         width = max(20, self.query_one("#side-settings").content_size.width)
         self._update(
             "settings", fact_lines([(label, value) for label, value, _ in session_rows(chat)], width)
@@ -206,7 +214,7 @@ class ChatSide(Vertical):
 
 
 def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, width: int) -> list[Content]:
-    """How full the context of each adapter is after its last answer, and how fast that was."""
+    """Return how full each adapter's context is after its last answer, and the speed of that answer."""
     lines = [
         labeled("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}", _LABEL),
         labeled("context", f"{ready.context_tokens:,} tokens", _LABEL),
@@ -224,7 +232,7 @@ def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, widt
 def history_lines(
     conversations: Sequence[tuple[Path, SavedConversation]], transcript: Path | None, now: float, width: int
 ) -> list[Content]:
-    """Where the transcript is, and the saved conversations with this run, the newest first."""
+    """Return the path of the transcript, and this run's saved conversations, newest first."""
     lines = [conversation_line(saved, now, width) for _, saved in conversations]
     if transcript is not None:
         lines.insert(0, Content.styled(truncate_middle(format_path(transcript), width), "dim"))
@@ -232,7 +240,7 @@ def history_lines(
 
 
 def conversation_line(saved: SavedConversation, now: float, width: int) -> Content:
-    """``4 min ago  Where is my parcel? (3)``: age, first prompt, and the number of prompts."""
+    """Return ``4 min ago  Where is my parcel? (3)``: age, first prompt, number of prompts."""
     seconds = now - saved.at
     age = "just now" if seconds < _NOW_S else f"{format_duration(seconds)} ago"
     prompt = " ".join(saved.turns[0].prompt.split())
@@ -243,7 +251,7 @@ def conversation_line(saved: SavedConversation, now: float, width: int) -> Conte
 
 
 def prompt_title(text: str, tokens: int | None) -> Content:
-    """``Message · 12 tokens``: counted by the tokenizer, or estimated where no model is loaded."""
+    """Return ``Message · 12 tokens``, counted by the tokenizer, or estimated if no model is loaded."""
     if not text:
         return Content("Message")
     estimate = max(1, round(len(text) / _CHARACTERS_PER_TOKEN))

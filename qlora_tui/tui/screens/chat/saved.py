@@ -1,6 +1,6 @@
-"""What is saved of a chat: transcripts as Markdown, and conversations to continue.
+"""What is saved from a chat: transcripts as Markdown, and conversations that can be continued.
 
-The folder is the run's, or beside the runs for a base model alone.
+They are in the run's folder, or next to the runs for a base model alone.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _MAX_BYTES = 1 << 24
 
 
 class SavedAnswer(Struct, frozen=True, omit_defaults=True):
-    """What one adapter answered."""
+    """One adapter's answer."""
 
     text: str
     thought: str = ""
 
 
 class SavedTurn(Struct, frozen=True):
-    """A prompt, and the answers by adapter."""
+    """A prompt and its answers by adapter."""
 
     prompt: str
     answers: dict[str, SavedAnswer]
 
 
 class SavedConversation(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The content of a file."""
+    """Contents of a conversation file."""
 
     at: float
     """Unix time of the last answer."""
@@ -53,14 +53,16 @@ _CONVERSATIONS = msgspec.json.Decoder(SavedConversation)
 
 
 def transcript_path(run: RunDir | None) -> Path:
-    """Today's transcript of a run's chats, or of those with a base alone or a run that was deleted since."""
+    """Return today's transcript file: the run's, or the shared one for a base model alone or a
+    deleted run.
+    """
     home = run.path if run is not None and run.path.exists() else paths.state_dir()
     folder = home / "chats"
     return folder / time.strftime("%Y%m%d.md", time.localtime(clock.now()))
 
 
 def format_setting(value: float) -> str:
-    """Format a setting in full, so that it can be typed again: a seed needs all its digits."""
+    """Format a setting in full so that it can be typed again; a seed needs all of its digits."""
     return str(value) if isinstance(value, int) else format_number(value)
 
 
@@ -72,7 +74,8 @@ def append_exchange(
     system_prompt: str = "",
     thoughts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Append a prompt, its sampling and its answers to today's transcript. Returns its path; raises OSError.
+    """Append a prompt, its sampling settings and its answers to today's transcript. Returns its path; raises
+    OSError.
 
     ``answers`` and ``thoughts`` are by adapter.
     """
@@ -98,7 +101,7 @@ def append_exchange(
 
 
 def new_conversation_path(run: RunDir | None) -> Path:
-    """Return a path that does not exist yet, in the folder of the run's transcripts."""
+    """Return an unused path in the folder of the run's transcripts."""
     folder = transcript_path(run).parent
     stem = time.strftime("%Y%m%d-%H%M%S", time.localtime(clock.now()))
     path, number = folder / f"{stem}.json", 2
@@ -125,7 +128,7 @@ def save_conversation(path: Path, turns: Sequence[ChatTurn], system_prompt: str)
 
 
 def list_conversations(run: RunDir | None) -> list[tuple[Path, SavedConversation]]:
-    """Return the conversations with a run, the newest first; unreadable ones are left out."""
+    """Return the conversations with a run, newest first. Unreadable ones are left out."""
     try:
         paths = sorted(transcript_path(run).parent.glob("*.json"), reverse=True)[:_MAX_LISTED]
     except OSError:

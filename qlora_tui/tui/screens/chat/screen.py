@@ -1,4 +1,4 @@
-"""Chat: base and adapter answering the same prompt, from one copy of the model."""
+"""Chat: base and adapter answer the same prompt from one copy of the model."""
 
 from __future__ import annotations
 
@@ -55,21 +55,24 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
-"""Actions whose keys are no text: the footer shows no others while a prompt is written."""
+"""Actions whose keys do not type text. The footer shows only these while a prompt is written."""
 _SIDE_CELLS = 120
-"""Width from which one answer leaves room for a column beside it; two do in a very wide window."""
+"""Width, in cells, from which a side column fits next to one answer.
+
+Next to two it needs a very wide window.
+"""
 _COUNT_AFTER_S = 0.3
-"""Time without a key before the tokens of a prompt are counted."""
+"""Seconds without a key press before the tokens of a prompt are counted."""
 _MAX_SEARCH = 24
-"""Cells of the text searched for in the title."""
+"""Maximum width of the search text in the title, in cells."""
 _TITLE_FRAME, _FRAME, _SHORT_FRAME = 6, 4, 2
-"""Cells of a panel around its title, and around its contents with and without a border."""
+"""Cells that a panel takes around its title, and around its contents with and without a border."""
 _CHOICES: dict[ChoiceKind, str] = {"edits": "edit", "pairs": "choice"}
-"""What is counted of each kind of judgment, the kind that is trained on first."""
+"""Noun for each kind of judgment; the kind that is trained on comes first."""
 
 
 class ChatScreen(WorkScreen):
-    """One prompt, answered by one or two adapters."""
+    """The Chat screen: one prompt, answered by one or two adapters."""
 
     MODE = "chat"
     CSS_PATH = "chat.tcss"
@@ -105,7 +108,7 @@ class ChatScreen(WorkScreen):
     # Which model
 
     def on_screen_resume(self) -> None:
-        """Talk to the newest run, until another is chosen; and once that one is deleted."""
+        """Select the newest run if none was selected or the selected one was deleted."""
         chat = self.conversation
         deleted = chat.run_dir is not None and not chat.run_dir.path.exists() and not chat.busy
         if deleted:
@@ -118,12 +121,12 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     async def chat_with(self, run: RunDir) -> None:
-        """Switch to a run that the user chose, and go into the field."""
+        """Switch to a run that the user selected, and focus the prompt field."""
         await self._show_run(run)
         self.action_write()
 
     async def _show_run(self, run: RunDir) -> None:
-        """Switch to another run; its model is loaded with the first prompt."""
+        """Switch to another run. Its model is loaded when the first prompt is sent."""
         try:
             source = run_source(run)
         except UserError as problem:
@@ -144,7 +147,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def action_choose_source(self) -> None:
-        """Choose another run, or the recipe's model."""
+        """Select another run, or the recipe's model."""
         recipe = self.app.workbench.recipe
 
         async def chat(chosen: str) -> None:
@@ -166,17 +169,17 @@ class ChatScreen(WorkScreen):
             )
 
     async def action_unload(self) -> None:
-        """Unload the model; the next prompt loads it again."""
+        """Unload the model. The next prompt loads it again."""
         await self.conversation.unload()
 
     # Which adapters, and how they answer
 
     def action_toggle_adapter(self) -> None:
-        """Switch from the adapter to the base and back."""
+        """Switch between the adapter and the base."""
         self._choose(self.conversation.pair.switched())
 
     def action_split(self) -> None:
-        """Show two columns, or one."""
+        """Switch between two columns and one."""
         self._choose(self.conversation.pair.split())
 
     def action_next_adapter(self, side: str) -> None:
@@ -190,7 +193,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def action_thinking(self) -> None:
-        """Turn thinking on or off, or say that the model has no such switch."""
+        """Turn thinking on or off, or notify the user that the model has no such switch."""
         chat = self.conversation
         if chat.source is None:
             return
@@ -205,11 +208,11 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     async def action_unfold(self) -> None:
-        """Show every thought, or fold each into a line."""
+        """Unfold all thoughts, or fold each into one line."""
         await self.conversation.unfold(not self.conversation.unfolded)
 
     def action_settings(self) -> None:
-        """Set sampling and system prompt."""
+        """Ask for the sampling settings and the system prompt."""
 
         def apply(given: tuple[Sampling, str]) -> None:
             self.conversation.sampling, self.conversation.system_prompt = given
@@ -222,7 +225,9 @@ class ChatScreen(WorkScreen):
     # Prompts and answers
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys that would be typed are no commands while the field has the focus; few are without a model."""
+        """Disable keys that would type text while the field has the focus, and most keys if there is no
+        model.
+        """
         is_own = self.has_command(action)
         if self.conversation.source is None and is_own:
             return action in ("choose_source", "settings")
@@ -236,12 +241,12 @@ class ChatScreen(WorkScreen):
         return super().check_action(action, parameters)
 
     def action_write(self) -> None:
-        """Go into the field."""
+        """Focus the prompt field."""
         if self.conversation.source is not None:
             self.query_one(PromptBox).focus()
 
     def action_leave_field(self) -> None:
-        """Leave the field: keys are commands again."""
+        """Leave the field, so that keys are commands again."""
         self.set_focus(None)
 
     async def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
@@ -256,11 +261,11 @@ class ChatScreen(WorkScreen):
         self.conversation.send(event.text, lambda: box.put(event.text))
 
     async def on_prompt_box_recalled(self) -> None:
-        """Put the last prompt back: Up was pressed in the empty field."""
+        """Restore the last prompt when Up is pressed in the empty field."""
         await self.action_edit_last()
 
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
-        """Say how long the prompt is."""
+        """Show how long the prompt is."""
         self._show_prompt_length(None)
         if self.conversation.ready is not None and event.text_area.text:
             self._count_tokens(event.text_area.text)
@@ -284,21 +289,21 @@ class ChatScreen(WorkScreen):
         self.query_one("#prompt-panel", Panel).show_title(title)
 
     async def action_stop(self) -> None:
-        """Stop what is under way."""
+        """Stop the current activity."""
         await self.conversation.stop()
 
     async def action_retry(self) -> None:
-        """Answer the last prompt again with the adapters selected now."""
+        """Answer the last prompt again with the adapters that are selected now."""
         if self.conversation.turns and not self.conversation.busy:
             self.conversation.send((await self.conversation.remove_last_turn()).prompt)
 
     async def action_edit_last(self) -> None:
-        """Put the last prompt back into the field, and forget its answers."""
+        """Put the last prompt back into the field, and remove its answers."""
         if self.conversation.turns and not self.conversation.busy:
             self.query_one(PromptBox).put((await self.conversation.remove_last_turn()).prompt)
 
     def action_copy(self, side: str) -> None:
-        """Copy the last answer of one side."""
+        """Copy one side's last answer."""
         pair = self.conversation.pair
         name = pair.left if side == "left" else pair.right
         answers = [turn.answers[name] for turn in self.conversation.turns if name in turn.answers]
@@ -308,11 +313,11 @@ class ChatScreen(WorkScreen):
         self.app.copy_to_clipboard(answers[-1].text.strip())
 
     def action_scroll_conversation(self, by: int) -> None:
-        """Scroll up or down by some lines."""
+        """Scroll by this many lines, up or down."""
         self.conversation.scroll_relative(y=3 * by, animate=False)
 
     def action_effect(self) -> None:
-        """Measure what the adapter changes."""
+        """Measure the adapter's effect."""
         if self.conversation.pair.single:
             self.notify("This chat has no adapter to measure.")
         elif not self.conversation.busy:
@@ -321,12 +326,12 @@ class ChatScreen(WorkScreen):
     # Earlier exchanges
 
     async def action_clear(self) -> None:
-        """Begin a new conversation."""
+        """Start a new conversation."""
         self.search = ""
         await self.conversation.clear()
 
     def action_history(self) -> None:
-        """Choose a saved conversation to continue."""
+        """Select a saved conversation to continue."""
         conversations = list_conversations(self.conversation.run_dir)
         if not conversations:
             self.notify("No conversation with this run has been saved yet.")
@@ -340,11 +345,11 @@ class ChatScreen(WorkScreen):
         self.ask(conversation_picker(conversations), open_saved)
 
     def action_search(self) -> None:
-        """Ask for a text that exchanges must contain."""
+        """Ask for a text to search the exchanges for."""
         ask_search(self, "exchanges", self.search, self._search_for)
 
     def _search_for(self, text: str) -> None:
-        """Show only exchanges with this text."""
+        """Show only the exchanges that contain this text."""
         self.search = text
         for turn in self.conversation.turns:
             turn.display = turn.contains(text)
@@ -379,7 +384,7 @@ class ChatScreen(WorkScreen):
             rejected.show_judgment("")
 
     def action_edit_answer(self) -> None:
-        """Edit the last answer of the adapter, and record how it should read."""
+        """Edit the adapter's last answer, and record how it should read."""
         turn = self.conversation.last_answered(1)
         if turn is None:
             self.notify("There is no answer to edit yet.")
@@ -394,7 +399,7 @@ class ChatScreen(WorkScreen):
         answer.show_judgment("edited")
 
     def _notify_recorded(self, kind: ChoiceKind, what: str) -> None:
-        """Say how many judgments there are."""
+        """Notify the user how many judgments of this kind have been saved."""
         count = self.conversation.choice_counts[kind]
         if count < ENOUGH:
             self.notify(f"Saved: {what} ({count} of the {ENOUGH} needed to train).")
@@ -404,7 +409,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     async def action_train_on_choices(self) -> None:
-        """Prepare a run on the edits or choices, whichever there are enough of."""
+        """Prepare a run on the saved edits or choices, whichever kind has enough."""
         source, run = self.conversation.source, self.conversation.run_dir
         if source is None:
             return
@@ -435,7 +440,7 @@ class ChatScreen(WorkScreen):
         self.refresh_bindings()
 
     def on_conversation_effect_changed(self, event: Conversation.EffectChanged) -> None:
-        """Say what the adapter changes, or how far that has come."""
+        """Show the adapter's effect, or the progress of measuring it."""
         self.show_effect(event.effect)
 
     def _show_all(self) -> None:
@@ -455,7 +460,7 @@ class ChatScreen(WorkScreen):
 
     @property
     def _room(self) -> int:
-        """Cells of a line in the panel, beside its border."""
+        """Width of a line inside the panel, in cells."""
         has_border = self.has_class("-tall") and not self.has_class("-narrow")
         return self._main_width - (_FRAME if has_border else _SHORT_FRAME)
 
@@ -492,6 +497,6 @@ class ChatScreen(WorkScreen):
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:
-    """Go to the chat and talk to ``run``."""
+    """Switch to the Chat screen with ``run``."""
     await app.switch_mode("chat")
     await cast("ChatScreen", app.screen).chat_with(run)

@@ -23,20 +23,20 @@ from qlora_tui.tui.render.labels import error_content
 from qlora_tui.tui.widgets.controls import Panel
 
 _ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5
-"""Seconds between two paintings of an answer, and of the line of a thought, over a slow link."""
+"""Seconds between repaints of an answer, and of a thought's line, to suit a slow link."""
 _ENDINGS = {
     "most tokens": "Cut off at the token limit. Press {chat.settings} to raise it.",
     "context full": "Cut off: the context is full.",
     "stopped": "Stopped.",
 }
-"""The note under an answer that did not end by itself, by finish reason."""
+"""Note below an answer that did not end by itself, by finish reason."""
 _STILL_THINKING = {
     "most tokens": "Still thinking at the token limit. Press {chat.settings} to raise it, or {chat.thinking} "
     "to turn thinking off.",
     "context full": "Still thinking when the context was full. Press {chat.thinking} to turn thinking off.",
     "stopped": "Stopped while thinking.",
 }
-"""The note if the answer had not started, by finish reason."""
+"""Note if generation ended before the answer began, by finish reason."""
 _LOOP = (
     "Stopped: it kept repeating “{phrase}”. Press {{chat.retry}} for another answer, or {{chat.settings}} to "
     "set a repetition penalty."
@@ -49,7 +49,9 @@ _QUESTION = (
 
 
 class StreamingMarkdown(Markdown):
-    """Markdown that grows piece by piece: :meth:`append_text` each, :meth:`finish` at the end."""
+    """Markdown that grows piece by piece: call :meth:`append_text` for each piece and :meth:`finish` at the
+    end.
+    """
 
     DEFAULT_CSS = """
     StreamingMarkdown {
@@ -69,13 +71,13 @@ class StreamingMarkdown(Markdown):
         self._painted_at = 0.0
 
     async def append_text(self, piece: str) -> None:
-        """Add a piece; it is seen with the next painting, a moment later at most while more come."""
+        """Append a piece. It appears with the next repaint, which is soon even while more pieces arrive."""
         self._waiting += piece
         if time.monotonic() - self._painted_at >= _ANSWER_EVERY_S:
             await self.finish()
 
     async def finish(self) -> None:
-        """Paint what has not been painted."""
+        """Paint the rest."""
         if self._waiting:
             waiting, self._waiting = self._waiting, ""
             await self.append(waiting)
@@ -83,7 +85,7 @@ class StreamingMarkdown(Markdown):
 
 
 def _parser() -> MarkdownIt:
-    """GitHub's Markdown, but a line end stays one: what a model writes in lines is meant in lines."""
+    """Return a parser for GitHub's Markdown that keeps single line breaks, since models mean them."""
     parser = MarkdownIt("gfm-like")
     parser.core.ruler.push("keep_line_ends", _keep_line_ends)
     return parser
@@ -98,10 +100,10 @@ def _keep_line_ends(state: object) -> None:
 
 
 class ThoughtLine(Static):
-    """``Thought for 12 s, 340 tokens``, and the key of all of them. A click unfolds this one."""
+    """``Thought for 12 s, 340 tokens``, and the key that unfolds all thoughts. A click unfolds this one."""
 
     async def on_click(self, event: events.Click) -> None:
-        """Unfold the thought, or fold it again."""
+        """Unfold or fold the thought."""
         event.stop()
         view = self.parent
         assert isinstance(view, ThoughtView)
@@ -109,7 +111,10 @@ class ThoughtLine(Static):
 
 
 class ThoughtView(Vertical):
-    """Hidden until a thought begins. While it is folded, its text is stored but not laid out."""
+    """An answer's thought, hidden until it begins.
+
+    While it is folded, its text is stored but not laid out.
+    """
 
     DEFAULT_CSS = """
     ThoughtView {
@@ -157,7 +162,7 @@ class ThoughtView(Vertical):
         return self.has_class("-unfolded")
 
     async def append_text(self, chunk: TextChunk) -> None:
-        """Add a piece of the thought."""
+        """Append a piece of the thought."""
         now = time.monotonic()
         if not self.text:
             self._began_at = now
@@ -171,7 +176,10 @@ class ThoughtView(Vertical):
             self._show_line()
 
     async def end(self, outcome: GenerationResult | None = None) -> None:
-        """The answer begins, or nothing more comes; ``outcome`` has the exact figures."""
+        """End the thought, because the answer begins or nothing more comes.
+
+        ``outcome`` has the exact figures.
+        """
         if not self.text:
             return
         if not self._is_over:
@@ -186,7 +194,7 @@ class ThoughtView(Vertical):
         self._show_line()
 
     async def unfold(self, unfolded: bool) -> None:
-        """Show the text, or fold it into the line."""
+        """Show the text, or fold it into one line."""
         self.set_class(unfolded, "-unfolded")
         if unfolded:
             await self._append_pending()
@@ -212,7 +220,7 @@ class ThoughtView(Vertical):
 
 
 class AdapterAnswer(Panel):
-    """One adapter's answer, as it is generated."""
+    """One adapter's answer while it is generated and after."""
 
     DEFAULT_CSS = """
     AdapterAnswer {
@@ -241,7 +249,7 @@ class AdapterAnswer(Panel):
 
     @property
     def was_cut(self) -> bool:
-        """Whether it ended for another reason than that the model ended its turn."""
+        """Whether generation stopped before the model ended its turn."""
         return self.outcome is not None and self.outcome.ending in _ENDINGS
 
     @property
@@ -250,7 +258,7 @@ class AdapterAnswer(Panel):
         return self._thought.text.strip()
 
     async def append_text(self, chunk: TextChunk) -> None:
-        """Add a piece, of the thought or of the answer."""
+        """Append a piece of the thought or the answer."""
         if chunk.thought:
             await self._thought.append_text(chunk)
             return
@@ -260,14 +268,14 @@ class AdapterAnswer(Panel):
         await self._answer.append_text(chunk.text)
 
     def notice_loop(self) -> bool:
-        """Whether it has just begun to repeat itself, in the answer or in the thought."""
+        """Return whether the answer or the thought has just started to repeat itself."""
         if not self.loop:
             self.loop = find_loop(self.text or self._thought.text)
             return bool(self.loop)
         return False
 
     async def show_saved(self, text: str, thought: str) -> None:
-        """Show an answer of a saved conversation."""
+        """Show an answer from a saved conversation."""
         if thought:
             await self._thought.append_text(TextChunk(thought, thought=True))
             await self._thought.end()
@@ -277,7 +285,7 @@ class AdapterAnswer(Panel):
         self.show_title(answer_title(self.adapter_name, "saved"))
 
     async def unfold(self, unfolded: bool) -> None:
-        """Show the thought, or fold it into its line."""
+        """Show the thought, or fold it into one line."""
         await self._thought.unfold(unfolded)
 
     @property
@@ -285,7 +293,7 @@ class AdapterAnswer(Panel):
         return self.query_one("#answer", StreamingMarkdown)
 
     async def end(self, outcome: GenerationResult) -> None:
-        """Show how it ended and its speed."""
+        """Show how the answer ended, and its speed."""
         await self._answer.finish()
         await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
@@ -299,20 +307,20 @@ class AdapterAnswer(Panel):
             self._show_note(name_keys(under))
 
     def show_judgment(self, judgment: str) -> None:
-        """Say in the title how the user judged it, ``better`` or ``edited``; empty takes that away."""
+        """Show the user's judgment, ``better`` or ``edited``, in the title; empty removes it."""
         words = "" if self.outcome is None else outcome_words(self.outcome)
         self.set_class(bool(judgment), "-judged")
         self.show_title(answer_title(self.adapter_name, f"✓ {judgment}" if judgment else words))
 
     async def stop(self, words: str) -> None:
-        """Mark the answer as stopped, with a note; the text so far stays."""
+        """Mark the answer as stopped, with a note. The text so far stays."""
         await self._answer.finish()
         await self._thought.end()
         self.show_title(answer_title(self.adapter_name, "stopped"))
         self._show_note(words)
 
     async def fail(self, problem: UserError) -> None:
-        """Show why there is no answer, or no more of it."""
+        """Show why there is no answer, or why it is incomplete."""
         await self._answer.finish()
         await self._thought.end()
         self.show_title(answer_title(self.adapter_name, "no answer"))
@@ -328,12 +336,12 @@ class AdapterAnswer(Panel):
 
 
 def answer_title(adapter_name: str, words: str) -> Content:
-    """The title of an answer: who gave it, and how long it took."""
+    """Return the title of an answer: the adapter, and how long the answer took."""
     return Content.assemble(adapter_name, (f" · {words}", "not bold $text-muted"))
 
 
 def outcome_words(outcome: GenerationResult) -> str:
-    """``34 tok, 12/s, wait 0.4 s``: tokens, their number in a second, time before the first."""
+    """Return ``34 tok, 12/s, wait 0.4 s``: tokens, tokens per second, time to the first token."""
     per_s = outcome.tokens_per_s
     speed = f", {format_speed(per_s)}/s" if per_s else ""
     first = format_wait(outcome.first_token_s)
@@ -374,7 +382,7 @@ class ChatTurn(Vertical):
         }
 
     def contains(self, text: str) -> bool:
-        """Whether the prompt, an answer or a thought has this text, in upper or lower case."""
+        """Return whether the prompt, an answer or a thought contains this text, ignoring case."""
         said = (
             self.prompt,
             *(part for answer in self.answers.values() for part in (answer.text, answer.thought)),
@@ -388,6 +396,6 @@ class ChatTurn(Vertical):
         yield Static(highlight_keys(name_keys(_QUESTION), "dim"), classes="question")
 
     def show_question(self, visible: bool) -> None:
-        """Name the keys that choose one of two answers, or take that away."""
+        """Show the keys that select the better of two answers, or remove them."""
         texts = {answer.text.strip() for answer in self.answers.values()} - {""}
         self.query_one(".question").display = visible and len(texts) > 1

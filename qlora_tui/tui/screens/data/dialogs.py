@@ -1,4 +1,6 @@
-"""Dialogs of the Data screen: files, columns, formats, preferences, and rows by what a run learned."""
+"""Dialogs of the Data screen: files, columns, formats, preferences, and rows by what a run learned
+from them.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,11 @@ _RATED: dict[Preferences, tuple[str, str]] = {
     "kto": ("KTO", "prefer good answers to bad ones, near the base"),
 }
 _LINE_WIDTH = 200
-"""Cells of a line, which the dialog cuts."""
+"""Width of a line, in cells; the dialog cuts it."""
 
 
 class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
-    """A field for each part of a format; returns the mapping, or None when closed with Escape."""
+    """A field for each part of a format. Returns the mapping; None if closed with Escape."""
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
@@ -77,13 +79,13 @@ class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
                     )
 
     def on_input_submitted(self) -> None:
-        """Take what the fields say; an empty one leaves the part out."""
+        """Apply the fields. An empty field leaves its part out."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         self.dismiss({part: column for part, column in given.items() if column})
 
 
 def format_picker(choices: Sequence[FormatChoice], now: str) -> ListPicker[str]:
-    """A dialog that returns the chosen format; ``now`` is the present one."""
+    """Return a dialog that returns the selected format. ``now`` is the current one."""
 
     def name(choice: FormatChoice) -> Content:
         name = f"{AUTO}: {choice.detected}" if choice.detected else choice.format
@@ -111,16 +113,16 @@ def format_picker(choices: Sequence[FormatChoice], now: str) -> ListPicker[str]:
 
 
 def _reads(choice: FormatChoice) -> Content:
-    """Whether a format reads all rows, some or none."""
+    """Return whether a format can read all rows, some, or none."""
     if not choice.read:
         return Content.styled("✗", "$error")
     return Content.styled("✓", "$success") if choice.read == choice.rows else Content.styled("!", "$warning")
 
 
 def preference_picker(*, rated: bool) -> ListPicker[str]:
-    """A dialog that returns a value of ``data.preferences``.
+    """Return a dialog that returns a value for ``data.preferences``.
 
-    ``rated``: the answers are rated, not compared in pairs.
+    ``rated``: the answers are rated individually, not compared in pairs.
     """
     better_only = (
         ("good only", "ignore the bad answers") if rated else ("chosen only", "ignore the rejected answers")
@@ -140,22 +142,22 @@ _ROW_SIGNS: dict[RowClass, tuple[str, str]] = {
     "memorized": ("=", "$primary"),
     "learned": ("✓", "$success"),
 }
-"""Sign and style of each class: the sign says it without color too."""
+"""Sign and style of each class. The sign is there for terminals without color."""
 _MAX_PLACE_WIDTH = 22
-"""Cells of a row's number, with the name of its file if the source has several."""
+"""Maximum width of a row's number with its file's name if the source has several files, in cells."""
 
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """The losses of a run's rows."""
+    """The losses of a run's rows, and the source they are from."""
 
     run: RunDir
     number: int
-    """Number of the source among those of the run."""
+    """Index of the source in the run's recipe."""
     losses: RowLosses
 
     def token_changes(self, place: RowPlace) -> tuple[tuple[float, float], ...]:
-        """Loss before and after of each token in the loss of a row; empty if it was not measured."""
+        """Return (loss before, loss after) for each token in the loss of a row; empty if not measured."""
         row = self.losses.row_of(self.number, place)
         return () if row is None else token_changes(self.run, row)
 
@@ -169,7 +171,7 @@ class MeasuredRows:
 
 
 def newest_run_on(source: Source) -> tuple[RunDir, int] | None:
-    """The newest run with an adapter that trained on a source, and the source's number there."""
+    """Return the newest run with an adapter that trained on a source, and the source's index in that run."""
     path = Path(source.path).expanduser().absolute()
     for run in all_runs():
         if not (run.adapter_dir / "adapter_config.json").is_file():
@@ -185,14 +187,14 @@ def newest_run_on(source: Source) -> tuple[RunDir, int] | None:
 
 
 class RowChoice(NamedTuple):
-    """What was chosen: a row to look at, or rows to train without."""
+    """The selection: a row to look at, or rows to leave out."""
 
     place: RowPlace
     excluded: tuple[RowPlace, ...] = ()
 
 
 class RowLossScreen(ListPicker[RowChoice]):
-    """Returns the row to show, or the rows to leave out; None when closed with Escape."""
+    """Returns the row to show, or the rows to leave out; None if closed with Escape."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "mark", "Mark"),
@@ -200,7 +202,7 @@ class RowLossScreen(ListPicker[RowChoice]):
     ]
 
     def __init__(self, losses: RowLosses, source: int, excluded: Excluded) -> None:
-        """``source``: rows of this source; ``excluded`` are left out already."""
+        """Create the dialog for the rows of ``source``. Rows in ``excluded`` are already left out."""
         self._rows = [row for row in losses.rows if row.source == source]
         self._marked: set[RowPlace] = set()
         self._excluded = excluded
@@ -233,7 +235,7 @@ class RowLossScreen(ListPicker[RowChoice]):
         return [Choice(RowChoice(row.place), line.rstrip()) for row, line in rows]
 
     def action_mark(self) -> None:
-        """Mark the row under the cursor, or take its mark away."""
+        """Mark or unmark the row under the cursor."""
         if self.current is not None:
             self._marked ^= {self.current.place}
             self.choices = self._listed()
@@ -241,7 +243,7 @@ class RowLossScreen(ListPicker[RowChoice]):
             self.query_one(ViList).action_cursor_down()
 
     def action_exclude(self) -> None:
-        """Train without the marked rows; without marks, without the row under the cursor."""
+        """Leave out the marked rows, or the row under the cursor if none is marked."""
         places = self._marked or ({self.current.place} if self.current is not None else set())
         if places:
             self.dismiss(RowChoice(min(places), tuple(sorted(places))))

@@ -1,4 +1,4 @@
-"""What the Data screen shows of a whole source: totals, lengths with what they cost, and problems."""
+"""The Data screen's report on a whole source: totals, lengths with their costs, and problems."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ _LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.t
 _PROBLEM_KEYS = (("data.problem", "next"), ("data.fix", "fix"))
 _ROWS_NAMED = 3
 _LABEL = 10
-"""Cells of the column of labels."""
+"""Width of the column of labels, in cells."""
 _MIN_BAR, _MAX_BAR = 6, 24
 _MAX_HISTOGRAM = 72
-"""Columns beyond which bars only get fatter."""
+"""Maximum number of columns; more would only make the bars wider."""
 _HATCHED = str.maketrans("▄▅▆▇█", "▒▒▒▒▒")
 _TIMED_WIDTH = 46
-"""Least width in cells with a time column; the time at the recipe's length is shown above, too."""
+"""Minimum width of a table with a time column, in cells; the time at the recipe's length is also
+shown above.
+"""
 
 
 class TotalsPanel(Panel):
@@ -52,12 +54,12 @@ class TotalsPanel(Panel):
         brief: bool,
         evidence: bool,
     ) -> None:
-        """Show the totals of a report; see :func:`totals`."""
+        """Show a report's totals; see :func:`totals`."""
         width = self.content_size.width
         self.show_text(totals(report, recipe, width, expected, fit, brief=brief, evidence=evidence))
 
     def show_text(self, text: Content) -> None:
-        """Show a text in place of totals."""
+        """Show a text in place of the totals."""
         self._totals.show(text)
 
 
@@ -69,7 +71,7 @@ class LengthsPanel(Panel):
         super().__init__("Lengths", *self._parts, keys=_LENGTH_KEYS, id="lengths-panel")
 
     def show(self, report: Report | None, data: Data, costs: list[LengthCost], height: int) -> None:
-        """Show a report with a histogram of so many lines, or nothing."""
+        """Show a report with a histogram of this many lines, or nothing without a report."""
         texts = [Content("")] * len(self._parts)
         if report is not None:
             width = self.content_size.width
@@ -84,7 +86,7 @@ class LengthsPanel(Panel):
 
 
 class ProblemsPanel(Panel):
-    """Each kind of problem with what becomes of its rows."""
+    """Each kind of problem, and what happens to its rows."""
 
     def __init__(self) -> None:
         self._list = ViList(id="problems")
@@ -100,15 +102,15 @@ class ProblemsPanel(Panel):
         brief: bool,
         narrow: bool,
     ) -> None:
-        """Show these problems of a report, or nothing without one.
+        """Show a report's problems, or nothing without a report.
 
         Args:
             report: The report.
-            problems: Those that the recipe does not fix already.
+            problems: Those that the recipe does not already fix.
             recipe: What the rows are used for.
-            expected: The length of the run, if it is known.
-            brief: Whether to leave out fixes.
-            narrow: Whether to leave out also what to do about too few steps.
+            expected: The length of the run, if known.
+            brief: Whether to leave out the fixes.
+            narrow: Whether to also leave out the advice about too few steps.
         """
         if report is None:
             self._list.show([])
@@ -139,7 +141,7 @@ class ProblemsPanel(Panel):
 
 
 def bad_row_count(problems: Sequence[DataProblem]) -> int:
-    """Number of rows for which no run can start, and which could be left out."""
+    """Return the number of rows that prevent a run from starting and could be left out."""
     return sum(problem.count for problem in problems if is_bad_row(problem))
 
 
@@ -153,9 +155,9 @@ def totals(
     brief: bool = False,
     evidence: bool = True,
 ) -> Content:
-    """The detected format and the resulting samples and tokens, and length and memory of the run if known.
+    """Return the detected format, the resulting samples and tokens, and the run's length and memory if known.
 
-    ``evidence``: what the format was recognized by. ``brief`` leaves out all sentences on reasoning but the
+    ``evidence``: how the format was recognized. ``brief`` leaves out all sentences about reasoning except the
     first.
     """
     counts, data = report.counts, recipe.data
@@ -209,7 +211,7 @@ def _rules(data: Data, formats: set[str]) -> str:
 
 
 def lengths_line(report: Report, data: Data, width: int) -> Content:
-    """The lines above the histogram: percentiles, and samples that are too long."""
+    """Return the lines above the histogram: percentiles, and samples that are too long."""
     lengths = report.lengths
     points = f"median {lengths.p50:,}  90% ≤{lengths.p90:,}  99% ≤{lengths.p99:,}"
     most = f"  all ≤{lengths.longest:,}"
@@ -231,10 +233,10 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
 def problem_line(
     problem: DataProblem, data: Data, *, brief: bool = False, several: bool = False, bad_rows: int = 0
 ) -> Content:
-    """One kind of problem in the list with what becomes of its rows, and its fix unless ``brief``.
+    """Return one kind of problem, what happens to its rows, and its fix unless ``brief``.
 
-    ``several``: the source has several files, so the problem's file is named. ``bad_rows``: how many rows the
-    fix leaves out, of all problems; 0 where another line says so.
+    ``several``: whether the source has several files, so that the problem's file must be named. ``bad_rows``:
+    the number of rows that the fix leaves out, over all problems; 0 if another line says it.
     """
     sign, style = SEVERITY_SIGNS[problem.severity]
     rows = ", ".join(f"{row:,}" for row in problem.rows[:_ROWS_NAMED])
@@ -253,7 +255,7 @@ def problem_line(
 
 
 def _fix_label(problem: DataProblem, bad_rows: int) -> str:
-    """What the key for fixes does about the problem; empty if nothing."""
+    """Return what the fix key does about the problem; empty if nothing."""
     if is_bad_row(problem):
         return f"leave {pluralize(bad_rows, 'bad row')} out" if bad_rows else ""
     if problem.split_rows:
@@ -262,7 +264,7 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
 
 
 def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) -> Content | None:
-    """The warning that the run has too few steps, if it has; ``brief``: without what to do."""
+    """Return the warning that the run has too few steps, if so. ``brief`` leaves out the advice."""
     if expected is None or not expected.length.is_complete or expected.length.steps >= FEW_STEPS:
         return None
     length = expected.length
@@ -280,7 +282,7 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
 
 
 def _length_words(expected: Forecast | None) -> str:
-    """``57 an epoch, 114 in all, about 25 min``."""
+    """Return ``57 an epoch, 114 in all, about 25 min``."""
     if expected is None:
         return "not known yet"
     length = expected.length
@@ -289,10 +291,10 @@ def _length_words(expected: Forecast | None) -> str:
 
 
 def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
-    """Draw the lengths of samples in ``height`` lines of bars, with the most rows of one, and an axis.
+    """Draw the lengths of samples as bars in ``height`` lines, with the highest count and an axis.
 
-    Bars beyond ``cut_at`` are hatched; the axis labels it in its place, or has an arrow if all
-    samples are shorter. Without ``cut_at`` nothing is marked.
+    Bars beyond ``cut_at`` are hatched. The axis labels it in place, or with an arrow if all samples are
+    shorter. Without ``cut_at`` nothing is marked.
     """
     bins = lengths.histogram
     most = max((bin_.count for bin_ in bins), default=0)
@@ -313,7 +315,10 @@ def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> 
 
 
 def _column(edges: list[int], length: int, width: int) -> int:
-    """Column of a length on the axis, ``width`` if it is beyond the end. All bins are equally wide."""
+    """Return the axis column of a length, or ``width`` if it is beyond the end.
+
+    All bins have the same width.
+    """
     for number, (low, high) in enumerate(pairwise(edges)):
         if length < high:
             return round((number + (length - low) / (high - low)) * width / (len(edges) - 1))
@@ -321,14 +326,14 @@ def _column(edges: list[int], length: int, width: int) -> int:
 
 
 def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content:
-    """``0────500────✂ 1,024──2,300``: round lengths, the longest, and where samples are cut."""
+    """Return ``0────500────✂ 1,024──2,300``: round lengths, the longest, and where samples are cut."""
     tail = len(edges) > 2 and edges[-1] - edges[-2] > edges[1]
     end = f"{'⋯ ' if tail else ''}{edges[-1]:,}"
     mark = "" if cut_at is None else f"✂ {cut_at:,}" if cut < width else f" ✂ max {cut_at:,} →"
     line = ["─"] * width
 
     def put(text: str, at: int) -> bool:
-        """Write a text if no other is there, and return whether it was written."""
+        """Write a label unless it would overlap another, and return whether it was written."""
         around = line[max(0, at - 1) : at + len(text) + 1]
         is_free = 0 <= at <= width - len(text) and set(around) <= {"─", " "}
         if is_free:
@@ -348,7 +353,7 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:
-    """A line for each length; the recipe's own is marked."""
+    """Return a line for each length. The recipe's own is marked."""
     if not costs:
         return Content("")
     timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)

@@ -1,4 +1,6 @@
-"""The engines of the Data screen: one for rows, so that they come at once, one for the whole file."""
+"""The engines of the Data screen: one for single rows, so that they appear at once, and one for the whole
+file.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,21 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """A source and the settings that affect what the model sees of it."""
+    """A source, and the settings that affect what the model sees of it."""
 
     source: Source
     data: Data
     model: str
     template: str
     stamps: tuple[tuple[str, int, int], ...]
-    """State of the files: the source is read again where one changed."""
+    """State of the files; the source is read again if one of them has changed."""
 
     @classmethod
     def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
-        """Source ``number`` of the recipe. Settings that change nothing of it are left out."""
+        """Return the request for source ``number`` of the recipe.
+
+        Settings that do not affect it are left out.
+        """
         data = Data(
             max_length=recipe.data.max_length,
             overflow=recipe.data.overflow,
@@ -44,7 +49,7 @@ class PreviewRequest:
 
 
 class DataPreviews:
-    """Two engines, started one after the other, since together they would be slow. They load no torch."""
+    """Two engines, started one after the other since they would slow each other down. Neither loads torch."""
 
     def __init__(self) -> None:
         self._rows = EngineClient()
@@ -52,13 +57,16 @@ class DataPreviews:
         self._first_row_shown = asyncio.Event()
 
     async def start(self) -> None:
-        """Start the one for rows ahead of need. Raises UserError."""
+        """Start the engine for rows before it is needed. Raises UserError."""
         await self._rows.start()
 
     async def row(
         self, wanted: PreviewRequest, number: int, path: str = ""
     ) -> tuple[Shown, UserError | None]:
-        """The row as the model sees it; as it is in the file, with the reason, if there is no tokenizer."""
+        """Return the row as the model sees it.
+
+        Without a tokenizer, return it as it is in the file, with the reason.
+        """
         request = ShowRow(
             source=wanted.source,
             row=number,
@@ -79,9 +87,9 @@ class DataPreviews:
             self._first_row_shown.set()
 
     async def reports(self, wanted: PreviewRequest) -> AsyncIterator[Report]:
-        """Yield reports on the whole source as it is read; lengths are in characters without a tokenizer.
+        """Yield reports on the whole source as it is read. Without a tokenizer, lengths are in characters.
 
-        Waits for the first row to be shown.
+        Waits until the first row has been shown.
         """
         await self._first_row_shown.wait()
         request = InspectData(
@@ -97,18 +105,23 @@ class DataPreviews:
                 yield report
 
     async def fields(self, source: Source) -> dict[str, str]:
-        """Columns of a file in no known format, with an example each; empty if nothing can be read."""
+        """Return the columns of a file in an unknown format, with an example each; empty if nothing can be
+        read.
+        """
         try:
             return await self._rows.ask(ShowFields(source=source)).result()
         except UserError:  # which the file caused before
             return {}
 
     async def formats(self, source: Source, preferences: str) -> tuple[FormatChoice, ...]:
-        """What each format reads of a source's first file. Raises UserError if it cannot be read."""
+        """Return how many rows of a source's first file each format can read.
+
+        Raises UserError if the file cannot be read.
+        """
         return await self._rows.ask(ShowFormats(source=source, preferences=preferences)).result()
 
     async def kill(self) -> None:
-        """End both at once."""
+        """Kill both engines at once."""
         await asyncio.gather(self._rows.kill(), self._reports.kill())
 
     async def _inspect(self, request: InspectData) -> AsyncIterator[Report]:

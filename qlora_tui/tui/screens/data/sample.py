@@ -1,4 +1,6 @@
-"""One row of the data as the model will see it: its panel, the styles of its tokens, and its neighbors."""
+"""One row of the data as the model will see it: its panel, the styles of its tokens, and how to move to other
+rows.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,9 @@ from qlora_tui.tui.screens.data.row_engines import PreviewRequest
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 
 Place: TypeAlias = tuple[str, int]
-"""A file, and a row of it; an empty path is the first file."""
+"""A file and a row in it; an empty path is the first file."""
 Changes: TypeAlias = Sequence[tuple[float, float]]
-"""Loss of each token in the loss before and after a run, which shades it; empty if not measured."""
+"""(before, after) loss of each token in the loss, which sets its shade; empty if not measured."""
 
 _EMPTY = (
     "No data yet.\n\nPress {data.open} to open a file (JSON, JSONL, CSV, TSV, Parquet or text, also "
@@ -49,28 +51,30 @@ _KEYS = (
     ("data.view", "view"),
 )
 TITLE_FRAME = 6
-"""Cells of a panel's corners and of the spaces around its title."""
+"""Cells for a panel's corners and the spaces around its title."""
 
 _READ = "dim"
 _MOST_BESIDE = 8
 _ROW_CELLS, _ROW_LINES = 62, 16
-"""Cells and lines of a row that has others next to it."""
+"""Width in cells, and height in lines, of a row that has others next to it."""
 
 
 @dataclass(frozen=True)
 class TokenStyles:
-    """How a row's tokens look: tinted what is to learn, dim what is only read, control tokens in italics."""
+    """How a row's tokens look: learned ones tinted, those that are only read dim, control tokens in
+    italics.
+    """
 
     learned: str
 
     @classmethod
     def of(cls, app: App[object]) -> TokenStyles:
-        """Where a background cannot be a tint, underlined."""
+        """Return the app's styles, with an underline if the background cannot be tinted."""
         has_tints = not app.no_color and not app.current_theme.ansi
         return cls("bold on $training 30%" if has_tints else "bold underline")
 
     def of_piece(self, piece: Piece) -> str:
-        """The style of tokens that belong together."""
+        """Return the style of a piece of text, whose tokens all have the same role."""
         style = self.learned if piece.in_loss else _READ
         return f"{style} italic" if piece.special else style
 
@@ -87,9 +91,9 @@ class TokenStyles:
 
 
 _FELL = 2.0
-"""Nats by which the loss of a token falls that was learned."""
+"""A token counts as learned if its loss falls by this many nats."""
 _ROSE = 0.5
-"""Nats by which the loss of a token rises that became less likely."""
+"""A token counts as less likely if its loss rises by this many nats."""
 _FALL_MARK, _RISE_MARK = "▾", "▴"
 _CHANGES_LEGEND = Content.assemble(
     ("Loss in nats: ", "dim"),
@@ -102,7 +106,7 @@ _CHANGES_LEGEND = Content.assemble(
 
 
 class SamplePanel(Panel):
-    """A row, or why there is none, with the legend of its styles."""
+    """A row with the legend of its styles, or the reason why there is none."""
 
     def __init__(self) -> None:
         super().__init__("Sample", keys=_KEYS, id="sample-panel")
@@ -121,7 +125,7 @@ class SamplePanel(Panel):
         changes: Changes,
         no_tokens: UserError | None,
     ) -> None:
-        """Show a row with its legend; without one the text stays.
+        """Show a row with its legend; without a row the text stays.
 
         ``no_tokens``: why the row is shown as it is in the file although a model is selected.
         """
@@ -143,17 +147,17 @@ class SamplePanel(Panel):
 
     @property
     def room_beside(self) -> int:
-        """How many more rows there is room for."""
+        """How many more rows fit."""
         lines = max(1, self.size.height // _ROW_LINES)
         return min(_MOST_BESIDE, self._columns * lines - 1)
 
     @property
     def _columns(self) -> int:
-        """How many rows there is room for next to each other."""
+        """How many rows fit next to each other."""
         return max(1, self.size.width // _ROW_CELLS)
 
     def show_beside(self, rows: Sequence[Shown], data: Data) -> None:
-        """Show the rows that follow next to the first, and below."""
+        """Show the rows that follow, next to the first and below it."""
         styles = TokenStyles.of(self.app)
         self.query_one("#samples").styles.grid_size_columns = self._columns
         for number, column in enumerate(self.query(".next-sample").results(Static)):
@@ -164,11 +168,11 @@ class SamplePanel(Panel):
                 column.update(Content.styled(f"{title}\n", "bold") + sample(row, (), data, styles))
 
     def show_empty(self) -> None:
-        """Say how data is opened."""
+        """Explain how to open data."""
         self.show_text(highlight_keys(name_keys(_EMPTY)))
 
     def show_legend(self, text: Content) -> None:
-        """Say what the styles mean; an empty text hides the line."""
+        """Show what the styles mean. An empty text hides the line."""
         line = self.query_one("#legend", Lines)
         line.display = bool(text)
         line.show(text)
@@ -177,7 +181,7 @@ class SamplePanel(Panel):
 def sample(
     shown: Shown, problems: Sequence[DataProblem], data: Data, styles: TokenStyles, changes: Changes = ()
 ) -> Content:
-    """The row as the model will see it, below its problems."""
+    """Return the row as the model will see it, below its problems."""
     parts: list[Content | str | tuple[str, str]] = []
     found = {kind for kind, _ in shown.findings}
     in_file = (p for p in problems if p.path in ("", shown.path))
@@ -214,14 +218,14 @@ def sample(
 
 
 def legend(shown: Shown | None, changes: Changes, styles: TokenStyles) -> Content:
-    """What the styles of a row's tokens mean; empty without tokens."""
+    """Return what the styles of a row's tokens mean; empty if there are no tokens."""
     if shown is None or shown.refused or not shown.token_counts:
         return Content("")
     return _CHANGES_LEGEND if _shaded_pieces(shown, changes, styles) else styles.legend()
 
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
-    """The error for a file that cannot be read, with its columns and the keys that may help."""
+    """Return the error for a file that cannot be read, with its columns and the keys that may help."""
     keys = [
         (key_name("data.reload"), "read it again"),
         (key_name("data.open"), "open another file"),
@@ -251,12 +255,14 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
 
 
 def refused_preferences(error: UserError) -> Literal["", "pairs", "ratings"]:
-    """The kind of preferences for which a file is refused until the recipe says how to train on them."""
+    """Return the kind of preferences that the recipe must set before the file can be used; empty for another
+    error.
+    """
     return "pairs" if error.code == PAIRS else "ratings" if error.code == RATED else ""
 
 
 def row_title(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
-    """The row number, its tokens to learn, and notes, as far as they fit."""
+    """Return the row number, its tokens to learn, and notes, as far as they fit."""
     path, row = place
     of = name = ""
     if report and len(report.files) > 1:
@@ -283,7 +289,7 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
 
 
 def _learned_words(shown: Shown, data: Data) -> str:
-    """``43 of 79 tokens to learn``; empty where there are none."""
+    """Return ``43 of 79 tokens to learn``; empty if there are none."""
     if not shown.samples or not shown.token_counts:
         return ""
     most = max(shown.token_counts) if data.overflow == "split" else data.max_length
@@ -292,9 +298,9 @@ def _learned_words(shown: Shown, data: Data) -> str:
 
 
 def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
-    """The next or previous row, or the same one at either end.
+    """Return the next or previous row, or the same one at either end.
 
-    The last row of a file is known once it has been read.
+    The last row of a file is known only once the file has been read.
     """
     path, row = place
     number = _file_number(path, files)
@@ -307,7 +313,10 @@ def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
 
 
 def parse_place(text: str, path: str, files: Sequence[FileReport]) -> Place | None:
-    """The place a user names: ``17``, or ``part-2 17``, with a part of a file's name."""
+    """Parse a row number: ``17``, or ``part-2 17`` with part of a file's name.
+
+    Return None if it is neither.
+    """
     name, _, digits = text.strip().rpartition(" ")
     digits = digits.replace(",", "")
     if not digits.isdigit() or int(digits) < 1:
@@ -322,7 +331,9 @@ def parse_place(text: str, path: str, files: Sequence[FileReport]) -> Place | No
 def next_problem(
     problems: Sequence[DataProblem], place: Place, by: int, files: Sequence[FileReport]
 ) -> Place | None:
-    """The next place with one of these problems, after the last the first again; None if none has a row."""
+    """Return the next row with one of these problems, wrapping around after the last; None if no problem has
+    a row.
+    """
     places = sorted({(_file_number(p.path, files), row) for p in problems for row in p.rows})
     if not places:
         return None
@@ -350,7 +361,9 @@ def _styled(piece: Piece, styles: TokenStyles) -> Content:
 
 
 def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[Content | tuple[str, str]]:
-    """The one sample of a row with its tokens shaded; empty if the losses are of other tokens."""
+    """Return the single sample of a row with its tokens shaded; empty if the losses belong to other
+    tokens.
+    """
     if len(shown.samples) != 1 or len(shown.trained_texts) != 1 or not changes:
         return []
     texts = shown.trained_texts[0]
@@ -375,7 +388,7 @@ def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[
 
 
 def _shaded(text: str, change: float) -> Content:
-    """A token in the style of its change, with a mark that says it without color."""
+    """Return a token shaded by its change, with a mark for terminals without color."""
     # The mark is between a space and the word, not before the space.
     word = text.lstrip(" ")
     space = text[: len(text) - len(word)]

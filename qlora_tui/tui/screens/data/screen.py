@@ -59,11 +59,11 @@ from qlora_tui.tui.ui_state import add_recent
 from qlora_tui.tui.widgets.controls import Panel, ViList
 
 _TALL = 50
-"""Height of a terminal, in lines, from which each problem is listed with its fix."""
+"""Terminal height, in lines, from which each problem is listed with its fix."""
 _COSTS_HEIGHT = 36
-"""Height from which there is room for the table of lengths."""
+"""Terminal height, in lines, from which the table of lengths fits."""
 _SETTLE_S = 0.1
-"""Seconds to wait, since a key held down changes the recipe many times."""
+"""Seconds to wait before reacting, since holding a key down changes the recipe many times."""
 _SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
 _VIEWS = ("both", "figures", "sample")
 _DATA_ENDINGS = (
@@ -131,7 +131,7 @@ class DataScreen(WorkScreen):
         self._start()
 
     async def on_unmount(self) -> None:
-        """The engines go with the screen."""
+        """Stop the engines with the screen."""
         await self.previews.kill()
 
     def on_resize(self) -> None:
@@ -170,7 +170,7 @@ class DataScreen(WorkScreen):
         self._update_costs()
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        """Look at another source."""
+        """Show another source."""
         if event.option_list.id == "sources" and event.option_index != self.source_number:
             self.source_number = event.option_index
             self.show_recipe(self.app.workbench.recipe)
@@ -183,13 +183,13 @@ class DataScreen(WorkScreen):
 
     @property
     def _selected(self) -> Source:
-        """The selected source. Without one, the action that asks for it does nothing."""
+        """The selected source. Raises SkipAction if there is none."""
         if self.source is None:
             raise SkipAction
         return self.source
 
     def action_open(self, replaces: bool = False) -> None:
-        """Add a file, a folder or a dataset of the hub to the sources, or train on it alone."""
+        """Add a file, a folder or a Hub dataset to the sources, or replace all sources with it."""
         sources = self.app.workbench.recipe.data.sources
         folder = Path(sources[-1].path).expanduser().parent if sources else None
         start = folder if folder is not None and folder.is_dir() else None
@@ -203,7 +203,7 @@ class DataScreen(WorkScreen):
         self.ask(FilePickerScreen(title, "data", _DATA_ENDINGS, start, is_id=is_hub_dataset), opened)
 
     def _replace_sources(self, path: Path) -> None:
-        """Train on a path, and on nothing else."""
+        """Train on this path and nothing else."""
         sources = self.app.workbench.recipe.data.sources
         self._set_only_source(path)
         if sources:
@@ -213,8 +213,8 @@ class DataScreen(WorkScreen):
     def add_source(self, path: Path) -> None:
         """Add a path to the sources, and select it.
 
-        It replaces a selected source that cannot be read, with which no run could start, and the demo's data
-        if that is the only source.
+        It replaces the selected source if that cannot be read, since no run could start with it. It also
+        replaces the demo's data if that is the only source.
         """
         sources = self.app.workbench.recipe.data.sources
         if [Path(source.path) for source in sources] == [CONVERSATIONS] and path != CONVERSATIONS:
@@ -253,13 +253,13 @@ class DataScreen(WorkScreen):
         self.notify_undoable(f"Removed {Path(source.path).name}.")
 
     def action_reload(self) -> None:
-        """Read the source again, whether it changed or not."""
+        """Read the source again, whether or not it has changed."""
         if self._request is not None:
             self._set_request(self._request)
             self.notify("Reading the data again.")
 
     def action_weight(self) -> None:
-        """Ask how often the rows of the source are seen."""
+        """Ask how often to repeat the rows of the source."""
         source = self._selected
         field = source_fields()["weight"]
 
@@ -278,7 +278,7 @@ class DataScreen(WorkScreen):
 
     @work(exclusive=True, group="formats")
     async def action_format(self) -> None:
-        """Choose the format in which the rows are read, by how many each of them reads."""
+        """Select the format for reading the rows, by how many rows each format can read."""
         source = self._selected
         preferences = self.app.workbench.recipe.data.preferences
         choices = await self.previews.formats(source, preferences)
@@ -304,7 +304,7 @@ class DataScreen(WorkScreen):
         )
 
     def action_validation(self) -> None:
-        """Ask for a share of the rows, or a file, to validate on."""
+        """Ask for a fraction of the rows, or a file, to validate on."""
         data = self.app.workbench.recipe.data
 
         def validate(text: str) -> str:
@@ -349,7 +349,7 @@ class DataScreen(WorkScreen):
         self.ask(TextPromptScreen("Go to a row", help_, "", validate), go)
 
     def action_problem(self, by: int) -> None:
-        """Show the next row with a problem, from the first again after the last."""
+        """Show the next row with a problem, wrapping around after the last."""
         if not any(problem.rows for problem in self.problems):
             complete = self.report is not None and self.report.complete
             self.notify("No row has a problem." if complete else "No problems so far. Still reading.")
@@ -357,7 +357,7 @@ class DataScreen(WorkScreen):
             self._go_to_problem(self.problems, by)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Go to the next row with the problem chosen."""
+        """Show the next row with the selected problem."""
         if event.option_list.id == "problems" and event.option_index < len(self.problems):
             self._go_to_problem([self.problems[event.option_index]], 1)
 
@@ -380,7 +380,7 @@ class DataScreen(WorkScreen):
             await self.previews.start()
 
     def _set_request(self, wanted: PreviewRequest) -> None:
-        """Look at another source, or with other settings."""
+        """Show another source, or the same one with other settings."""
         before, self._request = self._request, wanted
         if before is None or before.source != wanted.source:
             if before is None or before.source.path != wanted.source.path:
@@ -422,7 +422,7 @@ class DataScreen(WorkScreen):
 
     @work(exclusive=True, group="rows beside")
     async def _fetch_beside(self, wanted: PreviewRequest) -> None:
-        """Show the rows that follow where there is room for them."""
+        """Show the rows that follow, if they fit."""
         panel, rows = self.query_one(SamplePanel), list[Shown]()
         place, files = (self.path, self.row), self.report.files if self.report else ()
         with suppress(UserError):
@@ -469,7 +469,7 @@ class DataScreen(WorkScreen):
         self._update_costs()
 
     def _update_costs(self) -> None:
-        """Work out what other lengths would cost, once there is a whole report."""
+        """Estimate the costs of other sequence lengths once the report is complete."""
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         key = (self.report, recipe, budget, self.app.counts)
         if self.report is None or not self.report.complete or key == self._costs_key:
@@ -488,7 +488,7 @@ class DataScreen(WorkScreen):
         self._show_report()
 
     def _show_report(self) -> None:
-        """Show lengths and problems, as far as the source was read."""
+        """Show lengths and problems for the part of the source that has been read."""
         report, recipe = self.report, self.app.workbench.recipe
         body = self.query_one("#data-body")
         alone, is_narrow = body.has_class("-figures"), self.has_class("-narrow")
@@ -513,7 +513,7 @@ class DataScreen(WorkScreen):
 
     @property
     def _fit(self) -> Content | None:
-        """The memory of the recipe, if that is known; the header leaves it out."""
+        """The memory of the recipe, if known, since the header does not show it on this screen."""
         fit = recipe_fit(self.app.workbench, self.app.memory_budget, with_precision=False)
         return None if fit is None else fit.draw(0)
 
@@ -541,20 +541,20 @@ class DataScreen(WorkScreen):
 
     @property
     def problems(self) -> tuple[DataProblem, ...]:
-        """The problems in the report, except those that the recipe already fixes."""
+        """The report's problems, except those that the recipe already fixes."""
         problems = self.report.problems if self.report else ()
         trained = set(self.app.workbench.recipe.lora.trainable_tokens)
         return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
 
     @property
     def _can_fix(self) -> bool:
-        """Whether one setting fixes any of the problems."""
+        """Whether changing a setting fixes any of the problems."""
         problems = self.problems
         can_change = any(problem.split_rows or problem.tokens for problem in problems)
         return bool(self._refused_preferences or bad_row_count(problems) or can_change)
 
     def action_fix(self) -> None:
-        """Change the setting that fixes the first problem which has such a fix."""
+        """Change the setting that fixes the first problem with such a fix."""
         if self._refused_preferences:
             rated = self._refused_preferences == "ratings"
             self.ask(preference_picker(rated=rated), self._set_preferences)
@@ -574,7 +574,7 @@ class DataScreen(WorkScreen):
         self.notify_undoable(chosen if choice == "chosen" else f"Trains with {choice}.")
 
     def action_bad_rows(self) -> None:
-        """Leave rows out that cannot be used, or refuse to train while there are any."""
+        """Leave out unusable rows, or refuse to train while there are any."""
         bad_rows = bad_row_count(self.problems)
         skips = self.app.workbench.recipe.data.bad_rows == "skip"
         self.app.edit("data.bad_rows", "refuse" if skips else "skip")
@@ -588,7 +588,7 @@ class DataScreen(WorkScreen):
     # What a run learned of the rows
 
     def action_row_losses(self) -> None:
-        """List the rows of the source by what the newest run on it learned of them."""
+        """List the rows of the source by what the newest run on it learned from them."""
         if self._measuring:
             self.notify("The rows are still being measured. The list opens when that is done.")
         else:
@@ -645,7 +645,7 @@ class DataScreen(WorkScreen):
         )
 
     def _file_names(self) -> dict[str, str]:
-        """Name in the source of each of its files, by path; empty until a report was read."""
+        """The name of each file of the source, by path; empty until a report has been read."""
         if self.report is None or self.source is None:
             return {}
         paths = [Path(file.path) for file in self.report.files]
@@ -653,7 +653,7 @@ class DataScreen(WorkScreen):
 
 
 def _source_line(source: Source, alone: bool) -> Content:
-    """A source in the list; its weight unless it is 1 and there are no others."""
+    """Return a source's line in the list, with its weight unless that is 1 and there are no other sources."""
     path = Path(source.path)
     weight = "" if alone and source.weight == 1 else f"  weight {format_number(source.weight)}"
     if is_hub_dataset(source.path):

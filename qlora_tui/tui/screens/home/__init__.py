@@ -1,1 +1,1 @@
-"""Home: ``screen``; ``reader`` gathers what it shows and formats it; ``next_step`` suggests what to do."""
+"""Home: ``screen``; ``reader`` gathers and formats what it shows; ``next_step`` suggests what to do."""

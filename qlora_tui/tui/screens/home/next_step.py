@@ -1,4 +1,4 @@
-"""What to do next, as Home suggests it: a pure function of the state of the app and its runs."""
+"""The next step that Home suggests: a pure function of the state of the app and its runs."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ class HomeState:
     local_models: int
     """Number of models on this machine that can be trained."""
     verdict: str = ""
-    """Verdict of the estimate; empty without an estimate."""
+    """Verdict of the estimate; empty if there is none."""
     model_error: str = ""
-    """Why the model cannot be trained, in a few words; empty if it can as far as is known."""
+    """Why the model cannot be trained, in a few words; empty if it can, as far as is known."""
     can_download: bool = False
-    """Whether a download would give the model what it lacks."""
+    """Whether downloading would add what the model lacks."""
     data_error: str = ""
-    """Why the data cannot be trained on, in a few words; empty if it can as far as is known."""
+    """Why the data cannot be used, in a few words; empty if it can, as far as is known."""
     last_run: str = ""
     last_state: State | None = None
     last_is_news: bool = False
-    """Whether it ended since the app was last used."""
+    """Whether the last run ended since the app was last used."""
     last_checkpoint: int = 0
-    """Step of its last intact checkpoint; 0 if there is none."""
+    """Step of the last run's newest intact checkpoint; 0 if there is none."""
     last_total_steps: int = 0
-    """Number of steps; 0 if unknown."""
+    """Number of steps of the last run; 0 if unknown."""
     last_fix: str = ""
-    """The fix that its failure suggests."""
+    """The fix that the last run's failure suggests."""
     edited_since: bool = False
-    """Whether the recipe was changed after it ended: another run is being prepared."""
+    """Whether the recipe was changed after the last run ended, to prepare another one."""
     duration: str = ""
-    """How long a run with the recipe takes, in a few words; empty if it is unknown."""
+    """How long a run with this recipe takes, in a few words; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """A step, the command that does the same, and the reason."""
+    """A suggestion with its reason, and the command that carries it out."""
 
     command: str
-    """Id of a command that does the same as Home's Enter; empty if there is none."""
+    """Id of the command that does the same as Enter on Home; empty if there is none."""
     action: str
     """The Textual action to run."""
     text: str
@@ -86,7 +86,9 @@ def next_step(now: HomeState) -> NextStep:
 
 
 def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
-    """Alternatives for new users, for runs that can be resumed, and for adapters that can be exported."""
+    """Return alternatives for new users, for runs that can be resumed, and for adapters that can be
+    exported.
+    """
     if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
         resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
         return (*resume, *((_prepare(now),) if now.recipe.has_model_and_data else ()))
@@ -100,7 +102,7 @@ def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
 
 
 def _can_resume(now: HomeState) -> bool:
-    """Whether the last run was stopped or lost, rather than failed."""
+    """Return whether the last run was stopped or lost rather than failed."""
     return now.last_state in ("stopped", "lost") and now.last_checkpoint > 0
 
 

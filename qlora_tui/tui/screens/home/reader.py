@@ -1,6 +1,6 @@
-"""Reads the state of the app and its runs, and says it in the lines of Home's panels.
+"""Reads the state of the app and its runs, and formats it as the lines of Home's panels.
 
-Imported and used in a thread: its imports would delay the first frame.
+Imported and used only in a thread, since its imports would delay the first frame.
 """
 
 from __future__ import annotations
@@ -69,35 +69,35 @@ from qlora_tui.tui.workbench import Workbench, draft_written_at
 
 _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _MAX_NAME_WIDTH = 44
-"""Cells of a name or a model in the list of runs."""
+"""Maximum width of a run's or model's name in the list of runs, in cells."""
 _LABEL = 8
-"""Cells of the name before a bar."""
+"""Width of the label before a bar, in cells."""
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
-"""Cells from which the list of runs has curves, and models and settings."""
+"""Widths, in cells, from which the list of runs has curves, and from which it has models and settings."""
 _LEAST_MODEL_CELLS = 40
-"""Cells of a line of the models to choose from, at least."""
+"""Minimum width of a line in the list of models to choose from, in cells."""
 _MAX_RECENT = 40
-"""Runs that are read for the list of recent ones, more than a window of 60 rows shows."""
+"""Maximum number of recent runs to read; a window of 60 rows shows fewer."""
 
 
 @dataclass(frozen=True)
 class HomeLayout:
-    """Room for the text of each panel, in cells."""
+    """Space for the text of each panel, in cells."""
 
     wide: int
-    """Width of the panels that cross the window."""
+    """Width of the panels that span the window."""
     left: int
     right: int
     is_compact: bool
     """Whether panels have no borders and as few lines as possible."""
     is_large: bool = False
-    """Whether there is room for large digits."""
+    """Whether large digits fit."""
 
 
 @dataclass(frozen=True)
 class HomeFacts:
-    """All of Home."""
+    """Everything that Home shows."""
 
     lines: dict[str, tuple[Content, ...]]
     """Lines by panel: next, run, gpu, queue, recipe."""
@@ -105,25 +105,25 @@ class HomeFacts:
     last: RunSummary | None
     """The active or last run."""
     recent: tuple[RunSummary, ...]
-    """The runs before it, the newest first."""
+    """The runs before it, newest first."""
     models: ListedModels | None = None
-    """Models to choose from before there is a run; None once the recipe has one."""
+    """Models to choose from until the recipe has one; then None."""
     is_partial: bool = False
-    """Whether :meth:`HomeReader.look_ahead` would tell more."""
+    """Whether :meth:`HomeReader.look_ahead` would add anything."""
     is_estimate: bool = False
-    """Whether the steps of the next run are estimated, since its samples were not counted."""
+    """Whether the steps of the next run are an estimate because its samples have not been counted."""
 
 
 def gpu_lines(
     system_status: SystemStatus, budget: MemoryBudget, width: int, *, is_compact: bool
 ) -> list[Content]:
-    """The GPU with its utilization, or what is used instead; below it memory and disk of the machine.
+    """Return the GPU's utilization, or what is used instead, and below it the machine's memory and disk.
 
     Args:
         system_status: The latest readings.
         budget: The device that estimates are for.
-        width: Cells of a line.
-        is_compact: Whether the panel has as few lines as possible.
+        width: Width of a line, in cells.
+        is_compact: Whether to use as few lines as possible.
     """
     gpu, metrics = system_status.gpu, system_status.gpu_metrics
     problem = system_status.gpu_problem
@@ -161,7 +161,9 @@ def gpu_lines(
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
-    """The GPU, or what is used instead, with memory and disk: one line, for a window without a run."""
+    """Return the GPU, or what is used instead, with memory and disk, in one line for a window
+    without a run.
+    """
     line = gpu_lines(system_status, budget, width, is_compact=True)[0]
     memory = psutil.virtual_memory()
     free = [f"RAM {format_gib(memory.available)} of {format_gib(memory.total)} GiB free"]
@@ -174,7 +176,7 @@ def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) 
 
 
 def _host_lines(width: int) -> list[Content]:
-    """Memory of the machine, and the disk where runs are stored."""
+    """Return the memory of the machine and the disk that stores the runs."""
     memory = psutil.virtual_memory()
     used = memory.total - memory.available
     try:
@@ -192,14 +194,14 @@ def run_lines(
     layout: HomeLayout,
     waiting: Sequence[str] = (),
 ) -> list[Content]:
-    """The card of the active or last run: name and state, progress or outcome, its two figures, what is next.
+    """Return the active or last run: name and state, progress or outcome, its two figures, and what is next.
 
     Args:
         summary: The run.
         while_away: Whether it ended since the app was last used.
         now: Unix time.
-        layout: Room for the lines; a compact one has no chart below them.
-        waiting: Names of the queued runs, the next one first.
+        layout: Space for the lines; a compact layout has no chart below them.
+        waiting: Names of the queued runs, next one first.
     """
     status, width = summary.status, layout.left
     sign, word, style = result_label(status.state, summary.defect)
@@ -225,7 +227,7 @@ def run_lines(
 
 
 def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[str]) -> list[Content]:
-    """The bar of a run, its loss and the time left, and what happens next."""
+    """Return a run's progress bar, its loss, the time left, and what happens next."""
     means = mean_losses(summary)
     figures = progress_figures(means[-1] if means else None, summary.seconds_left)
     share, steps = 0.0, "preparing"
@@ -246,7 +248,7 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
 
 
 def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """The best loss of a run that has ended, and what it took."""
+    """Return the best loss of a run that has ended, and how far and how long it trained."""
     figures, facts = [], []
     if summary.best is not None:
         loss, step = summary.best
@@ -264,7 +266,10 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
 
 
 def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout) -> list[Content]:
-    """Figures with facts behind them as far as they fit; in a large window large, with the facts below."""
+    """Return figures followed by as many facts as fit.
+
+    In a large window the figures are large, and the facts below them.
+    """
     text = "  ".join(facts)
     if layout.is_large and figures:
         large = large_figures(figures)
@@ -276,7 +281,10 @@ def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout
 
 
 def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
-    """``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12, 4 h ago``: a line for each."""
+    """Return a line for each run: ``✓ finished  qwen2.5-7b-tickets-20261123  best val.
+
+    1.29  at 03:12, 4 h ago``.
+    """
 
     def state(summary: RunSummary) -> Content:
         sign, word, style = result_label(summary.status.state, summary.defect)
@@ -305,7 +313,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
 
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
-    """The queued runs, the next one first."""
+    """Return the queued runs, next one first."""
     named = [RunDir(paths.runs_dir() / id_).name for id_ in waiting[:3]]
     shown = [Content(f"{number}. {name}") for number, name in enumerate(named, 1)]
     if len(waiting) > len(shown):
@@ -322,7 +330,9 @@ def recipe_lines(
     *,
     is_compact: bool,
 ) -> list[Content]:
-    """The recipe being edited, whether it fits and how long it takes: an item a line, or as few as can be."""
+    """Return the recipe being edited, whether it fits, and how long it takes, one item per line, or as few
+    lines as possible.
+    """
     recipe, refusal = workbench.recipe, workbench.model_refusal()
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
     memory: list[Content] = []
@@ -357,14 +367,17 @@ def recipe_lines(
 
 
 def _none_yet(command: str) -> Content:
-    """``none yet  [1]``, with the key that leads to where one is selected."""
+    """Return ``none yet  [1]``, with the key of the screen where one is selected."""
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 
 
 def model_lines(
     models: ListedModels, selected: str | None, key: str, width: int
 ) -> list[tuple[str, Content]]:
-    """(id, line) of each model to choose from; where there is room the selected one has its key beside it."""
+    """Return (id, line) for each model to choose from.
+
+    If there is room, the selected one has its key next to it.
+    """
     if width < _MIN_WIDTH_FOR_CURVES:
         return models.lines("", "", max(_LEAST_MODEL_CELLS, width))
     verb = "select" if (selected or "").startswith(LOCAL) else "download"
@@ -374,7 +387,7 @@ def model_lines(
 
 
 def _time_words(expected: Forecast) -> Content:
-    """``about 25 min   54 steps, judging by vicuna-1``."""
+    """Return ``about 25 min   54 steps, judging by vicuna-1``."""
     if expected.time is None:
         return Content.assemble("unknown until the first steps", (f"   {expected.steps}", "dim"))
     return Content.assemble(expected.duration, (f"   {expected.steps}, {expected.time.source}", "dim"))
@@ -383,7 +396,10 @@ def _time_words(expected: Forecast) -> Content:
 def next_lines(
     step: NextStep, others: tuple[NextStep, ...], width: int, *, is_large: bool = False
 ) -> list[Content]:
-    """The suggested step with its key and reason, and the alternatives; ``is_large``: with air between."""
+    """Return the suggested step with its key and reason, and the alternatives.
+
+    ``is_large`` adds space between them.
+    """
     keys = [key_name("home.next"), *(key_name(other.command) for other in others)]
     column = max(map(len, keys))
     lines = []
@@ -432,7 +448,7 @@ class HomeReader:
         layout: HomeLayout,
         counts: int = 0,
     ) -> HomeFacts:
-        """Read everything, for panels of these widths; ``counts``: how often samples were counted."""
+        """Read everything for panels of these widths. ``counts``: how often samples have been counted."""
         local_models = self._local_models  # the app may invalidate it meanwhile
         if local_models is None:
             local_models = [model for model in list_local_models() if model.refusal is None]
@@ -503,7 +519,10 @@ class HomeReader:
         )
 
     def look_ahead(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> None:
-        """Find out whether the data can be trained on, and how long a run takes: seconds, for large data."""
+        """Find out whether the data can be used, and how long a run takes.
+
+        This takes seconds if the data is large.
+        """
         key, files = self._outlook_key(recipe, system_status, counts), None
         with suppress(UserError):
             files = find_files(recipe.model.id)
@@ -515,7 +534,7 @@ class HomeReader:
         return (recipe, counts, system_status.gpu, last.state if last else None, list(stamps))
 
     def _models(self, recipe: Recipe, budget: MemoryBudget, local: list[LocalModel]) -> ListedModels | None:
-        """Models of this machine and those to start with, while the recipe has none."""
+        """Return this machine's models and good first models while the recipe has none; otherwise None."""
         if recipe.model.id:
             return None
         key = (recipe, budget, id(local))
@@ -530,7 +549,7 @@ class HomeReader:
         return self._to_choose[1]
 
     def _recent(self, system_status: SystemStatus) -> tuple[RunSummary, ...]:
-        """The runs before the last."""
+        """Return the runs before the last one."""
         shown = {
             *system_status.waiting_ids,
             system_status.active_or_last.id if system_status.active_or_last else "",

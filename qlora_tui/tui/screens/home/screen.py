@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 _LAST_SEEN_INTERVAL_S = 30.0
 _SIDE, _WIDE_SIDE = 42, 60
-"""Cells of the column at the right, as in the style sheet."""
+"""Width of the right column, in cells, as in the style sheet."""
 _FRAME = 5
-"""Cells of a panel's border and padding, and of the scroll bar."""
+"""Cells that a panel's border, padding and scroll bar take."""
 _SHORT_FRAME = 3
 
 
@@ -176,7 +176,7 @@ class HomeScreen(WorkScreen):
         self.start_reading()
 
     def start_reading(self) -> None:
-        """Read what is shown, unless that is being done."""
+        """Read what is shown, unless a read is in progress."""
         if not self._reading:
             self._reading = True
             self._read()
@@ -211,7 +211,7 @@ class HomeScreen(WorkScreen):
 
     @property
     def _last_run(self) -> RunDir:
-        """The active or last run. Without one, the action that asks for it does nothing."""
+        """The active or last run. Raises SkipAction if there is none."""
         run = self.app.system_status.active_or_last
         if run is None:
             raise SkipAction
@@ -223,7 +223,7 @@ class HomeScreen(WorkScreen):
             await self.run_action(self.suggestion.action)
 
     async def action_watch(self) -> None:
-        """Watch the active run, or see the last one."""
+        """Watch the active run, or show the last one."""
         from qlora_tui.tui.screens.train.screen import show_run
 
         await show_run(self.app, self._last_run)
@@ -236,13 +236,13 @@ class HomeScreen(WorkScreen):
         await self.action_watch()
 
     async def action_prepare(self) -> None:
-        """Open Train with the recipe and its checks."""
+        """Open Train to check and launch the recipe."""
         from qlora_tui.tui.screens.train.screen import prepare_run
 
         await prepare_run(self.app)
 
     async def action_chat(self) -> None:
-        """Talk to the last run's adapter."""
+        """Chat with the last run's adapter."""
         from qlora_tui.tui.screens.chat.screen import show_chat
 
         await show_chat(self.app, self._last_run)
@@ -254,7 +254,7 @@ class HomeScreen(WorkScreen):
         show_export_dialog(self.app, self._last_run)
 
     def _show_models(self) -> None:
-        """Show the models to choose from, with the key beside the one under the cursor."""
+        """Show the models to choose from, with a key next to the one under the cursor."""
         if self._models is None:
             return
         from qlora_tui.tui.screens.home.reader import model_lines
@@ -277,7 +277,7 @@ class HomeScreen(WorkScreen):
         self._show_models()
 
     async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Select a model of this machine, or download one on the Model screen."""
+        """Select a model on this machine, or open one on the Model screen to download it."""
         from qlora_tui.tui.screens.models.model_list import DEMO_LINE, LOCAL, STARTER
         from qlora_tui.tui.screens.models.screen import show_download
 
@@ -290,7 +290,7 @@ class HomeScreen(WorkScreen):
             await show_download(self.app, chosen.removeprefix(STARTER))
 
     async def action_demo(self) -> None:
-        """Fetch the demo's model, if it is not there, and prepare a run of it."""
+        """Download the demo's model if it is missing, and prepare a run with it."""
         from qlora_tui.demo.demo_model import is_ready, model_folder
         from qlora_tui.tui.screens.models.downloads import ask_for_demo
 
@@ -359,7 +359,7 @@ class HomeScreen(WorkScreen):
         )
 
     def _show_run(self, facts: HomeFacts) -> None:
-        """What of the run and of earlier ones is more than text."""
+        """Show the parts of the runs that are more than text."""
         from qlora_tui.tui.render.loss import summary_plot
         from qlora_tui.tui.render.plot import plot
         from qlora_tui.tui.screens.home.reader import recent_lines
@@ -395,12 +395,12 @@ class HomeScreen(WorkScreen):
         self.query_one("#recent-runs", Drawing).show(recent)
 
     def _show_lines(self, panel: str, lines: tuple[Content, ...]) -> None:
-        """Show the text of a panel if it reads differently than before."""
+        """Show a panel's text if it has changed."""
         if self.downloading_demo and panel == "next":
             return
         self.query_one(f"#{panel}", Lines).show(lines)
 
 
 def _save_last_seen() -> None:
-    """Remember that the app was looked at: what ends later is news at the next start."""
+    """Remember when the app was last in use, so that runs that end later are announced at the next start."""
     save_ui_state(last_seen=clock.now())
