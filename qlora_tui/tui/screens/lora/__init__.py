@@ -1,5 +1,5 @@
 """LoRA: ``screen``, with a check box for each module in its ``module_grid``.
 
-``adapter`` has the settings beside it and what they mean, and what the adapter costs, and what other choices
-would.
+``adapter`` has the settings next to the grid with their explanations, and the costs of the adapter and of
+other choices.
 """

@@ -1,8 +1,9 @@
-"""The adapter's settings with what they mean and advice on each from the papers, and what the adapter costs.
+"""The adapter's settings, with explanations and advice from the papers, and the adapter's costs.
 
 LoRA: Hu et al. 2021, arXiv 2106.09685, section 7.2. QLoRA: Dettmers et al. 2023, arXiv 2305.14314, section 4.
 rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv 2402.09353.
-Costs are parameters, size on disk and memory, also of other ranks and targets.
+
+Costs are parameters, size on disk and memory, also for other ranks and targets.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from qlora_tui.tui.workbench import Workbench
 
 
 class SettingsList(ViList):
-    """Lines with the path of a setting as their id."""
+    """A list of settings. The id of each line is the path of its setting."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("right,l", "step(1)", show=False),
@@ -56,16 +57,16 @@ class SettingsList(ViList):
 
     @dataclass
     class Stepped(Message):
-        """The user wants the next or the previous value of a setting."""
+        """The user asked for the next or previous value of a setting."""
 
         path: str
         direction: int
 
     _clicked: int | None = None
-    """The option that the last click selected; None after the focus has gone elsewhere."""
+    """The option that the last click selected; None once the focus has moved elsewhere."""
 
     def on_click(self, event: Click) -> None:
-        """Select a setting; a click on the one selected so steps it."""
+        """Select a setting. A second click on it steps it."""
         event.prevent_default()  # the list would step it at once
         at = event.style.meta.get("option")
         if at is not None and at == self._clicked:
@@ -88,20 +89,20 @@ class SettingsList(ViList):
             self.action_step(direction)
 
     def on_blur(self, event: Blur) -> None:
-        """Forget what was clicked."""
+        """Forget what was clicked last."""
         self._clicked = None
 
     def action_step(self, direction: int) -> None:
-        """Ask for another value of the setting under the cursor."""
+        """Ask the screen to step the setting under the cursor."""
         if self.current is not None:
             self.post_message(self.Stepped(self.current, direction))
 
     def action_select(self) -> None:
-        """Step it upwards."""
+        """Step the setting up."""
         self.action_step(1)
 
     def select_setting(self, path: str) -> None:
-        """Put the cursor on a setting."""
+        """Move the cursor to a setting."""
         paths = [option.id for option in self.options]
         if path in paths:
             self.highlighted = paths.index(path)
@@ -115,15 +116,18 @@ LORA_CONTROLS: dict[str, tuple[str, ...]] = {
     "lora.use_dora": ("lora.dora",),
     "lora.train_embeddings": ("lora.embeddings",),
 }
-"""The settings on the screen, and the ids of the commands that change each."""
+"""The settings on the screen, and the ids of the commands that change each of them."""
 _TERMS = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA", "lora.train_embeddings": "embed"}
-"""Their words in the glossary, if those are not the settings' own names; the least known ones."""
+"""Glossary terms for settings whose own names are not in the glossary, rarest first."""
 
 
 def setting_lines(
     recipe: Recipe, base: Recipe, dora_cost: str, width: int, *, with_meaning: bool = False
 ) -> list[tuple[str, Content]]:
-    """(path, line) of each setting with its advice; ``with_meaning``: with what it means in a second line."""
+    """Return (path, line) for each setting with its advice.
+
+    ``with_meaning`` adds a second line that explains it.
+    """
     lines = []
     for path in LORA_CONTROLS:
         head = control_line(path, recipe, base)
@@ -137,7 +141,7 @@ def setting_lines(
 
 
 def setting_advice(path: str, recipe: Recipe, base: Recipe, dora_cost: str) -> str:
-    """Advice on a setting of this recipe; ``dora_cost`` is the memory of DoRA if it is known."""
+    """Return advice on a setting of this recipe. ``dora_cost``: the memory that DoRA adds, if known."""
     lora, now, before = recipe.lora, _scale(recipe.lora), _scale(base.lora)
     is_scaled_by_rank = lora.rank != base.lora.rank and lora.alpha == base.lora.alpha and now != before
     if path == "lora.alpha" and is_scaled_by_rank:
@@ -150,12 +154,12 @@ def setting_advice(path: str, recipe: Recipe, base: Recipe, dora_cost: str) -> s
 
 
 def term_of(path: str) -> str:
-    """The setting's word in the glossary."""
+    """Return the setting's term in the glossary."""
     return _TERMS.get(path, fields()[path].key)
 
 
 def control_line(path: str, recipe: Recipe, base: Recipe) -> Content:
-    """``r R rank        16*``: keys, name, value, and a star where it is not the preset's."""
+    """Return ``r R rank        16*``: keys, name, value, and a star if it differs from the preset's value."""
     value = get_setting(recipe, path)
     star = "*" if value != get_setting(base, path) else " "
     keys = " ".join(map(bare_key, LORA_CONTROLS[path]))
@@ -165,12 +169,12 @@ def control_line(path: str, recipe: Recipe, base: Recipe) -> Content:
 
 
 def _scale(lora: Lora) -> float:
-    """The factor of the update B·A: alpha/rank, or alpha/√rank with rsLoRA."""
+    """Return the scale of the update B·A: alpha/rank, or alpha/√rank with rsLoRA."""
     return lora.alpha / (sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 
 def advice(path: str, lora: Lora) -> str:
-    """One line of advice on a setting of this recipe."""
+    """Return one line of advice on a setting of this recipe."""
     match path:
         case "lora.rank" if lora.target_modules == (ALL_LINEAR,):
             return "The QLoRA paper saw no effect of rank with all-linear."
@@ -193,7 +197,9 @@ def advice(path: str, lora: Lora) -> str:
 
 
 def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:
-    """What the kind of these modules is, or what targets are, and if it fits what a paper says of them."""
+    """Describe the kind of these modules, or target modules in general, with a paper's finding if there is
+    room.
+    """
     kinds = {module.kind for module in modules}
     kind = next(iter(kinds)) if len(kinds) == 1 else ""
     fell_short = "In the QLoRA paper, fewer layers did worse than full fine-tuning."
@@ -204,7 +210,7 @@ def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> st
 
 
 def one_line(path: str) -> Content:
-    """A setting explained without a panel."""
+    """Explain a setting in one line."""
     return Content.assemble((f"{term_title(path)}: ", "bold"), explain(term_of(path)))
 
 
@@ -222,28 +228,31 @@ _TARGETS = {
 }
 _RANK_CELLS = 7
 _CHOICE_CELLS, _DISK_CELLS = 22, 9
-"""Cells of a choice of targets with the gap before it, and of its size on disk."""
+"""Width of a choice of targets including the gap before it, and width of its size on disk, in cells."""
 SAVED_BYTES = 4
-"""Bytes of a parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
+"""Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
 _MAX_LINES = 2
-"""Lines for the differences from the preset."""
+"""Maximum number of lines for differences from the preset."""
 _WITH = " with gradients and optimizer"
 
 
 @dataclass(frozen=True)
 class MemoryDeltas:
-    """Memory differences of a training step that need another estimate, in bytes."""
+    """Memory differences, in bytes, that need another estimate."""
 
     dora_bytes: int
-    """DoRA on, compared with off."""
+    """With DoRA compared with without."""
     preset_bytes: int
-    """The recipe's LoRA settings, compared with the preset's."""
+    """The recipe's LoRA settings compared with the preset's."""
 
 
 def memory_deltas(
     recipe: Recipe, base: Recipe, architecture: Architecture, device: Device
 ) -> MemoryDeltas | None:
-    """Compute three estimates, some 20 ms. None if this model lacks the recipe's targets."""
+    """Compute three estimates, which takes about 20 ms.
+
+    Return None if the model lacks the recipe's target modules.
+    """
 
     def total(of: Recipe) -> int:
         return estimate(of, architecture, device=device).step_bytes
@@ -257,7 +266,7 @@ def memory_deltas(
 
 
 def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
-    """Trained parameters of the adapter. Raises UserError for targets that the model does not have."""
+    """Return the number of trained parameters. Raises UserError if the model lacks the target modules."""
     chosen = match_modules(recipe.lora.target_modules, architecture.targets)
     return adapter_parameters(chosen, recipe.lora) + sum(
         map(prod, vocabulary_shapes(recipe.lora, architecture))
@@ -265,14 +274,16 @@ def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
 
 
 def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
-    """Size of the saved adapter. peft saves a trained embedding that is tied to the head under both names."""
+    """Return the size of the saved adapter. peft saves a trained embedding that is tied to the head under
+    both names.
+    """
     twice = recipe.lora.train_embeddings and architecture.head.tied
     saved = trained_parameters(recipe, architecture) + (architecture.head.weight_params if twice else 0)
     return saved * SAVED_BYTES
 
 
 def adapter_title(workbench: Workbench, budget: MemoryBudget, width: int) -> Content:
-    """``Adapter  NF4 6.3 of 12.0 GiB fits``: what the recipe needs in all, if its model is known."""
+    """Return ``Adapter  NF4 6.3 of 12.0 GiB fits``: the recipe's total memory, if its model is known."""
     fit = recipe_fit(workbench, budget, with_precision=True)
     if fit is None:
         return Content("Adapter")
@@ -282,9 +293,10 @@ def adapter_title(workbench: Workbench, budget: MemoryBudget, width: int) -> Con
 def adapter_text(
     workbench: Workbench, budget: MemoryBudget, known: MemoryDeltas | None, width: int
 ) -> Content:
-    """Parameters and sizes of the adapter, if its model is known, over the differences from the preset.
+    """Return the adapter's parameters and sizes, if the model is known, above the differences from the
+    preset.
 
-    In memory is what the Memory screen lists under Adapter: its share of the peak.
+    "In memory" is what the Memory screen lists under Adapter: the adapter's share of the peak.
     """
     differs = difference_text(workbench, known, width)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
@@ -305,7 +317,7 @@ def adapter_text(
 
 
 def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:
-    """The LoRA settings that differ from the preset, and the memory they add; as many as fit."""
+    """Return the LoRA settings that differ from the preset, as many as fit, and the memory they add."""
     changes = [
         c for c in diff_recipes(workbench.preset_recipe, workbench.recipe) if c.path.startswith("lora.")
     ]
@@ -325,7 +337,7 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
 
 
 def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) -> Content:
-    """Describe the modules that the key for toggling would change."""
+    """Describe the modules that the toggle key would change."""
     if not modules:
         return Content.styled("No module here.", "$text-muted")
     trained = f"{format_count(adapter_parameters(modules, lora))} trainable{_own(modules, lora)}"
@@ -340,7 +352,7 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
 
 
 def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
-    """``, rank 32, alpha 16 to 64`` if a pattern sets any of them."""
+    """Return ``, rank 32, alpha 16 to 64`` if a pattern sets a rank or alpha for any of these modules."""
     words = ""
     for name, number_of, own in (
         ("rank", rank_of, lora.rank_pattern),
@@ -356,7 +368,7 @@ def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
 
 @dataclass(frozen=True)
 class ChoiceCost:
-    """The recipe with another rank and other targets."""
+    """The cost of the recipe with another rank and other targets."""
 
     rank: int
     targets: str
@@ -367,7 +379,7 @@ class ChoiceCost:
 
 
 def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> tuple[ChoiceCost, ...]:
-    """Estimate each rank with each choice of targets that the model has, some 10 ms each."""
+    """Estimate each rank with each choice of targets that the model has; about 10 ms each."""
     now = recipe.lora.target_modules
     choices = {
         name: targets
@@ -392,7 +404,7 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
 
 
 def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> list[Content]:
-    """A line for each rank, with parameters, size on disk and memory of each choice of targets."""
+    """Return a line for each rank with parameters, size on disk and memory for each choice of targets."""
     by_rank: dict[int, list[ChoiceCost]] = {}
     for cost in costs:
         by_rank.setdefault(cost.rank, []).append(cost)

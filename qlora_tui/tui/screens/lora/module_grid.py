@@ -1,7 +1,7 @@
-"""A model's linear modules as a table of kinds and layers, and the widget with a check box for each.
+"""A model's linear modules as a table of kinds and layers, and a widget with a check box for each.
 
-The widget changes nothing: it posts :class:`ModuleGrid.Chosen` with what would be chosen, and shows what it
-is given.
+The widget changes nothing itself: it posts :class:`ModuleGrid.Chosen` with the new selection, and shows what
+it is given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ ALL, SOME, NONE = "all", "some", "none"
 
 
 def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
-    """Trained parameters: rank × (in + out) per matrix, and with DoRA one magnitude per output."""
+    """Return the number of trained parameters: rank × (in + out) per matrix; with DoRA also a magnitude per
+    output.
+    """
     return sum(
         rank_of(lora, module) * (module.in_features + module.out_features) * module.copies
         + (module.out_features if lora.use_dora else 0)
@@ -41,7 +43,7 @@ def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
 
 
 def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
-    """Whether a pattern gives any of them a rank or an alpha that differs from the recipe's."""
+    """Return whether a pattern gives any of these modules a rank or alpha that differs from the recipe's."""
     if not (lora.rank_pattern or lora.alpha_pattern):
         return False
     return any((rank_of(lora, m), alpha_of(lora, m)) != (lora.rank, lora.alpha) for m in modules)
@@ -49,19 +51,19 @@ def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One kind, or every kind: its modules by column."""
+    """All modules of one kind, or of all kinds, by column."""
 
     name: str
     cells: tuple[tuple[LinearModule, ...], ...]
 
     @property
     def modules(self) -> list[LinearModule]:
-        """All of them, in the model's order."""
+        """All of its modules, in the model's order."""
         return [module for cell in self.cells for module in cell]
 
     @property
     def shape(self) -> str:
-        """``3584→512``, in → out; the first layer's where layers differ."""
+        """Return ``3584→512``, in → out. If layers differ, this is the first layer's shape."""
         if self.name == "every kind":
             return ""
         first = self.modules[0]
@@ -69,7 +71,10 @@ class ModuleRow:
 
 
 class ModuleTable:
-    """The language model's modules; a vision tower's get no gradient from text and are left out."""
+    """The language model's modules.
+
+    A vision tower gets no gradient from text, so its modules are left out.
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         self.modules: Sequence[LinearModule] = [m for m in architecture.targets if m.part != "vision"]
@@ -89,14 +94,16 @@ class ModuleTable:
         return ModuleRow(name, tuple(tuple(by_layer[column]) for column in self.columns))
 
     def chosen(self, patterns: tuple[str, ...]) -> frozenset[str]:
-        """Names of the modules that these patterns select; none if one of them selects nothing."""
+        """Return the names of the modules that these patterns select; none if any pattern selects nothing."""
         try:
             return frozenset(module.name for module in match_modules(patterns, self.modules))
         except UserError:
             return frozenset()
 
     def within(self, rows: tuple[int, int], columns: tuple[int, int] | None) -> list[LinearModule]:
-        """Modules of a block of rows and columns, both ends included, in any order; None is every column."""
+        """Return the modules in an inclusive range of rows and columns, with ends in any order; None is all
+        columns.
+        """
         top, bottom = sorted(rows)
         first, last = sorted(columns) if columns else (0, len(self.columns) - 1)
         chosen = {
@@ -109,13 +116,13 @@ class ModuleTable:
 
 
 def state(modules: Sequence[LinearModule], chosen: frozenset[str]) -> str:
-    """Whether all, some or none of them are chosen."""
+    """Return whether all, some or none of these modules are selected."""
     count = sum(module.name in chosen for module in modules)
     return ALL if count == len(modules) else SOME if count else NONE
 
 
 def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozenset[str]:
-    """All of them chosen, unless they were: then none."""
+    """Return all of these modules as selected, unless they already are; then none."""
     names = frozenset(module.name for module in modules)
     return chosen - names if state(modules, chosen) == ALL else chosen | names
 
@@ -123,28 +130,28 @@ def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozense
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "▇", SOME: "▒", NONE: "·"}
 CUSTOM = "◆"
-"""Sign of a selected module with a custom rank or alpha."""
+"""Marks a selected module with its own rank or alpha."""
 HEAD = -1
-"""The cursor's column when it is on the name of a kind, and so on all its layers."""
+"""Column of the cursor when it is on a kind's name, and so on all of its layers."""
 LONGEST_KIND = 18
 _BOX_CELLS = 4
-"""``[x] ``, before a kind's name."""
+"""Width of ``[x] `` before a kind's name, in cells."""
 _TRAINED_CELLS = 7
-"""Number of trainable parameters, after a kind's shape."""
+"""Width of the number of trained parameters after a kind's shape, in cells."""
 _GAP_CELLS = 7
-"""Between that and the layers; the word ``layer`` is above it."""
+"""Gap before the layers, in cells; the word ``layer`` is above it."""
 _PALEST, _BRIGHTEST_RANK = 40, 256
-"""Percent of the color of rank 1; from this rank on it is whole."""
+"""Strength of the color at rank 1, in percent, and the rank from which it is 100."""
 
 
 def rank_style(rank: int) -> str:
-    """The color of modules with this rank, brighter with each doubling."""
+    """Return the color for this rank, brighter with each doubling."""
     share = min(1.0, log2(rank) / log2(_BRIGHTEST_RANK))
     return f"$primary {_PALEST + (100 - _PALEST) * share:.0f}%"
 
 
 class ModuleGrid(Widget, can_focus=True):
-    """Arrows or h j k l move, space toggles, x begins and ends a block."""
+    """The grid. Arrow keys or h j k l move, Space toggles, x starts and ends a block."""
 
     DEFAULT_CSS = """
     ModuleGrid {
@@ -163,7 +170,7 @@ class ModuleGrid(Widget, can_focus=True):
 
     @dataclass
     class Chosen(Message):
-        """The user chose other modules."""
+        """The user selected other modules."""
 
         names: frozenset[str]
 
@@ -183,7 +190,7 @@ class ModuleGrid(Widget, can_focus=True):
         """Where each layer in view begins, counted from the first one's cell."""
 
     def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
-        """Show this model with these modules chosen."""
+        """Show this model with these modules selected."""
         if table is not self._table:
             self._row, self._column, self._block_from = 0, HEAD, None
             self.styles.max_height = len(table.rows) + 1
@@ -197,7 +204,7 @@ class ModuleGrid(Widget, can_focus=True):
 
     @property
     def under_cursor(self) -> Sequence[LinearModule]:
-        """The modules that Space would toggle: a cell, a kind, a layer, or the block started with ``x``."""
+        """The modules that Space would toggle: a cell, a kind, a layer, or the block that ``x`` started."""
         if self._table is None:
             return ()
         row, column = self._block_from or (self._row, self._column)
@@ -219,7 +226,7 @@ class ModuleGrid(Widget, can_focus=True):
         self._block_from = None
 
     def toggle_block_selection(self) -> None:
-        """Begin a block at the cursor; the second time, toggle it."""
+        """Start a block at the cursor, or toggle the block that was started."""
         if self._block_from is not None:
             self.toggle()
             return
@@ -234,13 +241,13 @@ class ModuleGrid(Widget, can_focus=True):
         return self._block_from is not None
 
     def action_clear_block(self) -> None:
-        """Cancel the block; its modules stay as they are."""
+        """Cancel the block without changing its modules."""
         self._block_from = None
         self.refresh()
         self.post_message(self.Moved())
 
     def on_click(self, event: Click) -> None:
-        """Put the cursor there; toggle what it was on already, or a kind by its box."""
+        """Move the cursor to the click. A click under the cursor, or on the check box of a kind, toggles."""
         if self._table is None:
             return
         place = event.get_content_offset(self)
@@ -286,11 +293,11 @@ class ModuleGrid(Widget, can_focus=True):
         return _BOX_CELLS + min(names, LONGEST_KIND) + 1 + shapes + 1 + _TRAINED_CELLS + _GAP_CELLS
 
     def _first_row(self) -> int:
-        """The first row to show so that the cursor's is in view."""
+        """Return the first visible row, such that the cursor's row is in view."""
         return max(0, self._row - max(1, self.content_size.height - 1) + 1)
 
     def _axis(self, shown: range) -> Content:
-        """Numbers of layers, one in five, and arrows where there are more of them."""
+        """Return every fifth layer's number, with arrows if more layers are out of view."""
         assert self._table is not None
         text = ""
         for place, column in enumerate(shown):
@@ -328,7 +335,7 @@ class ModuleGrid(Widget, can_focus=True):
         return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>{_TRAINED_CELLS}}"
 
     def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int, width: int) -> tuple[str, str]:
-        """One layer of a kind, in the color of its rank; a rank of its own has a sign too."""
+        """Return one layer of a kind, in the color of its rank, with a sign if it has its own rank."""
         text, style = " " * width, ""
         if cell:
             mark = state(cell, self._chosen)

@@ -47,9 +47,9 @@ from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
-"""Seconds without a key before the memory deltas are computed."""
+"""Seconds without a key press before the memory deltas are computed."""
 _COSTS_HEIGHT, _MEANING_HEIGHT = 37, 50
-"""Rows of the window from which other choices are listed, and from which settings say what they mean."""
+"""Window heights, in rows, from which other choices are listed, and from which settings are explained."""
 
 
 READING = UserError(
@@ -61,7 +61,7 @@ READING = UserError(
 
 
 class LoraScreen(WorkScreen):
-    """The model's own modules with check boxes, beside the settings of the adapter."""
+    """The model's modules with check boxes, next to the adapter's settings."""
 
     MODE = "lora"
     CSS_PATH = "lora.tcss"
@@ -134,18 +134,18 @@ class LoraScreen(WorkScreen):
             self._compute_deltas(*key, architecture)
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
-        """Give a setting its next value, and explain it."""
+        """Step a setting to its next value, and explain it."""
         self._explained = path
         self.query_one(SettingsList).select_setting(path)
         super().action_step_setting(path, direction)
         self._show_cursor()
 
     def on_settings_list_stepped(self, message: SettingsList.Stepped) -> None:
-        """Step the setting under the cursor of the list."""
+        """Step the setting under the list's cursor."""
         self.action_step_setting(message.path, message.direction)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Explain the setting under the cursor, if the cursor is there."""
+        """Explain the setting under the cursor, if the list has the focus."""
         if self.query_one(SettingsList).has_focus:
             self.on_descendant_focus()
 
@@ -170,7 +170,7 @@ class LoraScreen(WorkScreen):
         self.app.edit("lora.target_modules", (ALL_LINEAR,))
 
     def action_set_custom_value(self, name: str) -> None:
-        """Ask for a rank or alpha that only the modules under the cursor have."""
+        """Ask for a rank or alpha for only the modules under the cursor."""
         recipe, modules = self.app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
@@ -197,7 +197,7 @@ class LoraScreen(WorkScreen):
         field.focus()
 
     def on_module_grid_chosen(self, message: ModuleGrid.Chosen) -> None:
-        """Write the choice into the recipe, as short patterns."""
+        """Write the selection into the recipe as short patterns."""
         if self._table is None:
             return
         patterns = to_patterns(message.names, self._table.modules)
@@ -212,7 +212,7 @@ class LoraScreen(WorkScreen):
         self._show_cursor()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Show what the patterns typed so far would choose; the recipe changes on enter."""
+        """Preview what the typed patterns would select. Enter changes the recipe."""
         if not event.input.has_focus or self._table is None:
             return
         try:
@@ -237,7 +237,7 @@ class LoraScreen(WorkScreen):
         self.app.edit("lora.target_modules", patterns)
 
     def key_escape(self) -> None:
-        """Leave the patterns as they were."""
+        """Leave the patterns unchanged."""
         if self.query_one("#targets-input").display:
             self._close_targets_input()
 
@@ -267,7 +267,7 @@ class LoraScreen(WorkScreen):
 
     @property
     def _known_deltas(self) -> MemoryDeltas | None:
-        """The differences in memory of the recipe as it is; None until they are computed."""
+        """The memory deltas of the current recipe; None until they are computed."""
         is_known = self._deltas is not None and self._deltas[0] == self.app.workbench.recipe
         return self._deltas[1] if self._deltas is not None and is_known else None
 
@@ -289,7 +289,9 @@ class LoraScreen(WorkScreen):
             self.query_one(ModuleGrid).show(self._table, self._table.chosen(patterns), recipe.lora)
 
     def _show_cursor(self) -> None:
-        """Explain the setting that was last changed or is under the cursor, or the modules there."""
+        """Explain the setting that was changed last or is under the cursor, or the modules under the
+        cursor.
+        """
         recipe = self.app.workbench.recipe
         if self._table is None:
             return
@@ -309,9 +311,9 @@ class LoraScreen(WorkScreen):
 
 
 def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
-    """Parse typed patterns, each kind written out.
+    """Parse typed patterns, with abbreviated kinds written out.
 
-    Raises UserError for one that is wrong or touches nothing.
+    Raises UserError if a pattern is invalid or matches nothing.
     """
     patterns = tuple(_written_out(pattern, modules) for pattern in split_patterns(text) if pattern)
     if not patterns:
@@ -326,7 +328,7 @@ def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]
 
 
 def validate_number(setting: str, text: str) -> str:
-    """Return what is wrong with a typed number for a setting, or an empty string. Empty is valid."""
+    """Return what is wrong with a typed number, or an empty string. An empty value is valid."""
     field = fields()[setting]
     try:
         if text.strip():

@@ -58,15 +58,15 @@ from qlora_tui.tui.widgets.controls import Drawing, Lines, ModelProblem, Panel
 from qlora_tui.worker import Progress
 
 SETTLED_S = 0.15
-"""Seconds without a key before the slow computations start."""
+"""Seconds without a key press before the slow computations start."""
 TRACE_SETTLED_S = 0.6
-"""Seconds without a key before a step is traced, which takes a second or more."""
+"""Seconds without a key press before a step is traced, which takes a second or more."""
 _FRAME = 4
-"""Cells of a panel's border and padding."""
+"""Cells that a panel's border and padding take."""
 
 
 class QualityDialog(TextDialog[bool]):
-    """The result of a measurement, in sentences. Returns whether to leave the worst layers in 16 bits."""
+    """The result of a measurement, in sentences. Returns whether to keep the worst layers in 16 bits."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("k", "dismiss(True)", "Keep these layers in 16 bits"),
@@ -88,7 +88,7 @@ class MemoryScreen(WorkScreen):
 
     @dataclass
     class Solved(Message):
-        """The slow computations are done."""
+        """The slow computations have finished."""
 
         recipe: Recipe
         solution: Solution
@@ -107,7 +107,7 @@ class MemoryScreen(WorkScreen):
 
     @property
     def precision(self) -> Precision:
-        """The precision whose breakdown is shown: the recipe's until another is selected."""
+        """The precision whose breakdown is shown: the recipe's, unless another is selected."""
         return self._precision or precision_of(self.app.workbench.recipe)
 
     def compose_body(self) -> Iterable[Widget]:
@@ -216,7 +216,7 @@ class MemoryScreen(WorkScreen):
         self._apply(message.number)
 
     def on_memory_screen_solved(self, message: Solved) -> None:
-        """Show what fits, if the recipe has not changed since."""
+        """Show what fits, unless the recipe has changed since."""
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
         self._solution = message.solution
@@ -253,7 +253,7 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Replace the instant estimate by the exact one, once a step of the real model was traced."""
+        """Replace the instant estimate with an exact one once a step of the real model has been traced."""
         execution = self._compared[precision_of(recipe)].execution
         try:
             config = load_model_config(recipe.model.id)
@@ -275,7 +275,9 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="changes")
     async def _trace_changes(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Trace what keys and offered changes do, once they are known and the recipe itself is traced."""
+        """Trace the effects of keys and offered changes once those are known and the recipe itself has been
+        traced.
+        """
         architecture = self._architecture()
         traced = self.app.workbench.trace_on(budget.device)
         if architecture is None or traced is None or not self._solution.fitting or self._solution.is_exact:
@@ -307,7 +309,7 @@ class MemoryScreen(WorkScreen):
         return self._compared[self.precision]
 
     def _exact_words(self) -> str:
-        """What is exact, and by what; empty before the recipe was traced."""
+        """Return what is exact and how it was obtained; empty before the recipe has been traced."""
         workbench = self.app.workbench
         traced = workbench.trace_on(self.app.memory_budget.device)
         if traced is None:
@@ -383,7 +385,7 @@ class MemoryScreen(WorkScreen):
         return check_fit(estimate, self.app.memory_budget.bytes).fits_even_if_tight
 
     def _show_timeline(self) -> None:
-        """Draw the step of the marked precision, if there is room for it."""
+        """Draw the timeline of the marked precision, if there is room for it."""
         panel, estimate, known = (
             self.query_one("#timeline-panel", Panel),
             self._estimate,

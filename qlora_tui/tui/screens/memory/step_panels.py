@@ -1,6 +1,7 @@
-"""The peak of each precision as a bar against the limit, one of them item by item, and the step as a graph.
+"""The peak of each precision as a bar with the limit, one of them item by item, and the step over time.
 
-The parts of a bar have their textures, so that color is not needed; the graph is divided like the bars.
+The parts of a bar have different textures, so that they can be told apart without color. The graph is divided
+in the same way as the bars.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 
 _FRAME = 4
-"""Cells of a panel's border and padding."""
+"""Cells that a panel's border and padding take."""
 _LIMIT_IN_VIEW = 2.5
-"""Times the peak up to which the limit is on an axis: beyond, the peak would be too small to be divided."""
+"""An axis includes the limit up to this multiple of the peak; beyond, the peak's bar would be too short to
+divide.
+"""
 _ABOVE_PEAK = 1.25
 _WORDS = 41
-"""Cells of a line around its bar."""
+"""Cells of a line that are not its bar."""
 _SPARE = 19
 _ITEM_BAR = 24
 _MIN_BAR = 4
 _MIN_EXPLANATION = 60
-"""Cells from which an explanation stands beside its item."""
+"""Width from which an explanation is next to its item, in cells."""
 _TERMS = {
     "weights": "NF4",
     "scales": "double quantization",
@@ -49,19 +52,19 @@ _TERMS = {
     "logits": "logits",
     "fragmentation": "allocator slack",
 }
-"""Word of the glossary that an item is about."""
+"""Glossary term for an item."""
 
 
 @dataclass(frozen=True)
 class BarPart:
-    """Items that belong together, drawn alike."""
+    """Items that belong together and are drawn alike."""
 
     name: str
     glyph: str
     hue: str
     keys: frozenset[str]
     strength: int = 100
-    """Percent of the hue, less for what fills most of a graph."""
+    """Strength of the hue in percent; lower for parts that fill most of a graph."""
 
     @property
     def style(self) -> str:
@@ -70,12 +73,12 @@ class BarPart:
 
     @property
     def even_style(self) -> str:
-        """The color of a cell that the glyph cannot fill in part: as bright as the glyph looks."""
+        """Color of a cell that the glyph cannot fill partially; it is as bright as the glyph looks."""
         return f"{self.hue} {self.strength * _DENSITY[self.glyph] // 100}%"
 
 
 _DENSITY = {"█": 100, "▓": 75, "▒": 50, "▚": 50, "░": 25}
-"""Percent of a cell that a glyph covers."""
+"""Percentage of a cell that each glyph covers."""
 _BASE = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "loading")
 _ACTIVATIONS = (
     "checkpoints",
@@ -96,16 +99,16 @@ PARTS: tuple[BarPart, ...] = (
     BarPart("loss", "▒", "$forgetting", frozenset(("logits",))),
     BarPart("overhead", "░", "$foreground", frozenset()),
 )
-"""In the order they are drawn; the last takes every item that no other names."""
+"""In drawing order. The last part takes every item that no other part lists."""
 
 
 def part_of(key: str) -> BarPart:
-    """The part that an item is drawn as."""
+    """Return the part that an item belongs to."""
     return next((part for part in PARTS if key in part.keys), PARTS[-1])
 
 
 def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
-    """Bytes of each part, in the order they are drawn."""
+    """Return the bytes of each part, in drawing order."""
     sums = dict.fromkeys(PARTS, 0)
     for item in estimate.items:
         sums[part_of(item.key)] += item.bytes
@@ -113,12 +116,15 @@ def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
 
 
 def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
-    """Whether an axis to the limit would leave the peak too small: it ends above the peak then."""
+    """Return whether an axis up to the limit would leave the peak too short.
+
+    The axis then ends just above the peak.
+    """
     return limit_bytes > peak_bytes * _LIMIT_IN_VIEW
 
 
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
-    """Draw ``width`` cells for ``full_bytes``; a longer bar is cut and marked with ▶."""
+    """Draw a bar on a scale of ``full_bytes`` for ``width`` cells. A longer bar is cut and marked with ▶."""
     pieces: list[tuple[str, str]] = []
     drawn = 0
     filled_bytes = 0
@@ -142,10 +148,10 @@ def precision_bars(
     *,
     can_train: bool,
 ) -> list[Content]:
-    """``▸ NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line of ``width`` cells for each precision.
+    """Return ``▸ NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line of ``width`` cells for each precision.
 
-    With room for it, how much is left or missing stands behind the verdict. A limit far above all of them
-    is beyond a break of the axis.
+    If there is room, the verdict is followed by how much is left or missing. A limit far above all peaks is
+    shown beyond a break in the axis.
     """
     has_spare = width >= WIDE_CELLS - _FRAME
     bar_cells = max(10, width - _WORDS - (_SPARE if has_spare else 0))
@@ -178,12 +184,12 @@ def precision_bars(
 
 
 def spare_words(verdict: Verdict) -> str:
-    """``17.0 GiB to spare``, or ``2.1 GiB over``."""
+    """Return ``17.0 GiB to spare``, or ``2.1 GiB over``."""
     return f"{format_bytes(abs(verdict.spare_bytes))} {'over' if verdict.spare_bytes < 0 else 'to spare'}"
 
 
 def verdict_sentence(verdict: Verdict) -> str:
-    """How far the expected memory is from the limit, and where the upper end decides, how far that is."""
+    """Return how far the expected memory is from the limit, or the upper end if that decides the verdict."""
     if verdict.word not in ("tight", "uncertain"):
         return spare_words(verdict)
     upper = replace(verdict, needed_bytes=verdict.high_bytes)
@@ -191,7 +197,7 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 
 def legend(limit_bytes: int, most_bytes: int) -> Content:
-    """Which texture is what, and where the limit is if the axis is broken."""
+    """Explain the textures, and say where the limit is if the axis is broken."""
     words = [Content.assemble((part.glyph * 2, part.style), (f" {part.name}", "dim")) for part in PARTS]
     if is_far_above(limit_bytes, most_bytes):
         words.append(Content.styled(f"╱╱ to {format_bytes(limit_bytes)}", "dim"))
@@ -199,7 +205,9 @@ def legend(limit_bytes: int, most_bytes: int) -> Content:
 
 
 def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
-    """``Peak of a training step``, or which precisions take the most memory before it, while loading."""
+    """Return ``Peak of a training step``, or which precisions need the most memory before it, while
+    loading.
+    """
     loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
     if not loading:
         return "Peak" if short else "Peak of a training step"
@@ -209,7 +217,7 @@ def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
 
 
 def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
-    """``24.0 GiB: RTX 4090, 22.1 free now``: the memory that estimates are compared with."""
+    """Return ``24.0 GiB: RTX 4090, 22.1 free now``: the memory that estimates are compared with."""
     size = format_bytes(budget.bytes)
     gpu, free = system_status.gpu, system_status.free_bytes
     if gpu is not None and budget.name == gpu.short_name:
@@ -220,9 +228,10 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
 
 
 def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
-    """Peak of the process with its uncertainty and phase, and what of it PyTorch holds, with its tensors.
+    """Return the peak of the process with its uncertainty and phase, and how much of it PyTorch and its
+    tensors take.
 
-    ``layers``: how many the model has. ``short``: leave out the tensors, for 76 cells.
+    ``layers``: the model's number of layers. ``short`` leaves out the tensors, to fit 76 cells.
     """
     band = estimate.band
     is_sure = format_bytes(band.low_bytes) == format_bytes(band.high_bytes)
@@ -234,7 +243,7 @@ def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
 
 
 def peak_time(estimate: Estimate, layers: int) -> str:
-    """``while loading``, or the part of the step: ``backward of the last layer``.
+    """Return ``while loading``, or the part of the step: ``backward of the last layer``.
 
     Layers are counted from 0, as on the LoRA screen.
     """
@@ -255,7 +264,9 @@ def peak_lines(
     layers: int,
     can_train: bool,
 ) -> list[Content]:
-    """Bars, their legend, the peak of the marked one in numbers, and why int8 takes more than 16 bits."""
+    """Return the bars, their legend, the marked precision's peak in numbers, and why int8 needs more than 16
+    bits.
+    """
     levels = levels_line(compared[marked], layers, short=width < WIDE_CELLS - _FRAME)
     reason = why_int8_is_larger(compared["int8"], compared["fp16"])
     return [
@@ -266,7 +277,7 @@ def peak_lines(
 
 
 class ItemsPanel(Panel):
-    """The list has the focus of the screen; below it is the explanation."""
+    """The items of a precision. The list has the screen's focus; the explanation is below it."""
 
     def __init__(self) -> None:
         self._list = ViList(id="items")
@@ -295,7 +306,7 @@ class ItemsPanel(Panel):
 
 
 def item_lines(estimate: Estimate, width: int) -> list[tuple[str, Content]]:
-    """(key, line) of each item under its group, the largest first; bars are shares of the peak."""
+    """Return (key, line) for each item under its group, largest first. Bars are shares of the peak."""
     lines = []
     groups = [(part, size) for part, size in parts_of(estimate) if size]
     for part, size in sorted(groups, key=lambda group: -group[1]):
@@ -310,7 +321,7 @@ def item_lines(estimate: Estimate, width: int) -> list[tuple[str, Content]]:
 def _item_line(
     name: str, part: BarPart, size: int, estimate: Estimate, width: int, item: Item | None = None
 ) -> Content:
-    """``  Quantized weights   3.0 GiB  47%  ▇▇▇▇``; in a wide window, with the explanation beside it."""
+    """Return ``  Quantized weights   3.0 GiB  47%  ▇▇▇▇``; in a wide window, followed by the explanation."""
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes
     text = f"{name:<22.22} {format_bytes(size):>9} {format_percent(share):>4} "
@@ -332,7 +343,7 @@ def _item_line(
 
 
 def explanation_lines(item: Item, *, with_term: bool) -> Content:
-    """The item under the cursor: its formula, and ``with_term`` what the glossary says of it."""
+    """Return the formula of the item under the cursor; ``with_term`` adds its entry in the glossary."""
     lines = [Content.assemble((f"{item.label}: ", "bold"), item.explanation)]
     term = _TERMS.get(item.key)
     if with_term and term is not None and not (term == "NF4" and "× 1 byte" in item.explanation):
@@ -342,16 +353,16 @@ def explanation_lines(item: Item, *, with_term: bool) -> Content:
 
 TIMELINE = "Loading and a training step (GiB)"
 _SHARES: dict[Phase, int] = {"loading": 3, "forward": 5, "loss": 2, "backward": 7, "optimizer": 3}
-"""Share of the width that each phase gets; how long it takes is not known."""
+"""Relative width of each phase in the graph. It does not reflect duration, which is unknown."""
 _NAMES: dict[Phase, str] = {"loading": "load"}
 _EIGHTHS = " ▁▂▃▄▅▆▇"
 _FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
-"""Parts that stay the same come first, so that those that change are on top."""
+"""Parts whose size is constant are at the bottom, so that those that vary are on top."""
 
 
 @dataclass(frozen=True)
 class _GraphColumn:
-    """What a column of the graph shows: the fullest of its moments."""
+    """The fullest moment among those that share a column of the graph."""
 
     phase: Phase
     parts: tuple[tuple[BarPart, int], ...]
@@ -359,7 +370,7 @@ class _GraphColumn:
 
 
 def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> Content:
-    """Say when memory is fullest. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
+    """Return when memory is fullest. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
     is_in_step = peak_time != "while loading"
     when = f", fullest {'in ' if is_in_step else ''}{peak_time}"
     if is_far_above(limit_bytes, max(moment.total_bytes for moment in moments)):
@@ -368,7 +379,9 @@ def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str
 
 
 def timeline_lines(moments: tuple[Moment, ...], limit_bytes: int, width: int, height: int) -> list[Content]:
-    """``height`` lines: the graph with its scale in GiB at the left, and the names of the phases below it."""
+    """Return ``height`` lines: the graph with its scale in GiB on the left, and the names of the phases below
+    it.
+    """
     rows = height - 1
     if rows < 2:
         return []
@@ -396,7 +409,7 @@ def timeline_lines(moments: tuple[Moment, ...], limit_bytes: int, width: int, he
 
 
 def _columns(moments: tuple[Moment, ...], width: int) -> list[_GraphColumn]:
-    """Give each phase its share of the columns."""
+    """Return the graph's columns, divided among the phases."""
     total, done = sum(_SHARES.values()), 0
     edges = [0]
     for phase in PHASES:
@@ -422,7 +435,7 @@ def _column(moment: Moment) -> _GraphColumn:
 
 
 def _cell(column: _GraphColumn, row: int, cell_bytes: float, limit_bytes: int) -> tuple[str, str]:
-    """Return the character and its style: the part with the most of the cell, an eighth block at the top."""
+    """Return (character, style): the part that covers most of the cell; at the top, an eighth block."""
     low, high = row * cell_bytes, (row + 1) * cell_bytes
     filled = min(1.0, (column.total_bytes - low) / cell_bytes)
     if filled <= 0:
@@ -441,7 +454,7 @@ def _cell(column: _GraphColumn, row: int, cell_bytes: float, limit_bytes: int) -
 
 
 def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
-    """Draw the limit where the graph is empty, with its name at the left."""
+    """Draw the limit where the graph is empty, with its label on the left."""
     text = f" limit {format_bytes(limit_bytes)} "
     for place, (glyph, _) in enumerate(cells):
         if glyph == " ":
@@ -451,7 +464,7 @@ def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
 
 
 def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
-    """Write the peak over its column."""
+    """Write the peak above its column."""
     text = f" peak {format_bytes(peak)} "
     start = min(max(0, column - len(text) // 2), len(cells) - len(text))
     if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
@@ -459,7 +472,7 @@ def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
 
 
 def _foot(columns: list[_GraphColumn], gutter: int, peak_phase: Phase) -> Content:
-    """Write the names of the phases where they begin, that of the peak in bold."""
+    """Return the names of the phases where they begin, with the peak's in bold."""
     parts: list[tuple[str, str]] = [(f"{'└':>{gutter}}", "dim")]
     for phase in PHASES:
         cells = sum(column.phase == phase for column in columns)

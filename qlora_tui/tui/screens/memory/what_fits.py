@@ -1,7 +1,7 @@
-"""What fits in the memory budget, what would make the recipe fit, and how that is shown.
+"""What fits in the memory budget, what would make the recipe fit, and how both are shown.
 
-:func:`solve` is slow and runs in a thread: it also finds out whether the model is converted first, from
-a header of hundreds of thousands of tokens.
+:func:`solve` is slow and runs in a thread. It also finds out whether the model has to be converted first,
+from a header with hundreds of thousands of tokens.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
-"""Settings that keys of the Memory screen double and halve."""
+"""Settings that the Memory screen's keys double and halve."""
 CYCLED_SETTINGS = ("lora.target_modules", "training.gradient_checkpointing")
-"""Settings of which one key selects the next choice."""
+"""Settings whose key selects the next choice."""
 METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """Value of ``quantization.method`` for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
@@ -55,14 +55,14 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "v_proj"),
 )
-"""The choices of the key ``t``: those of the QLoRA paper, of many recipes, and of the LoRA paper."""
+"""Choices of the key ``t``: those of the QLoRA paper, of many recipes, and of the LoRA paper."""
 _KEYS, _NAME, _NOW, _MAX = 4, 11, 6, 8
-"""Cells of the columns before the change; a long value takes some of the name's."""
+"""Widths of the columns before the change, in cells. A long value takes some of the name's."""
 
 
 @dataclass(frozen=True)
 class KeyEffect:
-    """What a key would do: the setting's next value, and the bytes that it adds, mostly fewer than 0."""
+    """The effect of a key: the setting's next value, and the bytes it adds, usually negative."""
 
     value: Any
     bytes: int
@@ -73,25 +73,27 @@ class Solution:
     """What fits in the memory budget; empty until it is computed."""
 
     fitting: Mapping[Precision, WhatFits] = field(default_factory=dict)
-    """How far each setting could go, by precision."""
+    """How far each setting could be raised, by precision."""
     lowered: Mapping[Precision, Mapping[str, KeyEffect]] = field(default_factory=dict)
-    """What halving a setting, or its next choice, changes, by its path; without those at their least."""
+    """Effect of halving a setting or taking its next choice, by its path; without settings at their
+    minimum.
+    """
     changes: tuple[MemorySaving, ...] = ()
-    """Changes that make the recipe fit, the cheapest first."""
+    """Changes that make the recipe fit, cheapest first."""
     least_bytes: int = 0
-    """What the recipe still needs with every change; 0 if it fits or some change makes it fit."""
+    """What the recipe needs even with every change; 0 if it fits or some change makes it fit."""
     step: StepChoice | None = None
-    """What the run does with free memory; None if the recipe does not fit."""
+    """How the run uses free memory; None if the recipe does not fit."""
     host_memory: str = ""
-    """What the recipe keeps in host memory and its cost, in sentences; empty where it keeps nothing."""
+    """What the recipe keeps in host memory, and what that costs, in sentences; empty if nothing."""
     conversion: Conversion | None = None
     """The conversion that a GGUF file needs before its first run."""
     is_exact: bool = False
-    """Whether ``changes``, and ``lowered`` in the recipe's precision, are of traced steps."""
+    """Whether ``changes``, and ``lowered`` in the recipe's precision, come from traced steps."""
 
 
 def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
-    """Compute it, in a thread. ``fits``: whether the recipe fits as it is."""
+    """Compute the solution in a thread. ``fits``: whether the recipe fits as it is."""
     device, available = budget.device, budget.bytes
     variants = {precision: with_precision(recipe, precision) for precision in PRECISIONS}
     changes = cheapest_changes(recipe, architecture, available, device=device)
@@ -114,9 +116,9 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
 def exact_solution(
     solution: Solution, recipe: Recipe, available_bytes: int, exactly: Callable[[Recipe], Estimate]
 ) -> Solution:
-    """Estimate again what keys and changes do, with steps that ``exactly`` traces, in a thread.
+    """Estimate the effects of keys and changes again in a thread, with steps that ``exactly`` traces.
 
-    Raises what it raises.
+    Raises whatever ``exactly`` raises.
     """
 
     def verdict_of(changed: Recipe) -> Verdict:
@@ -140,14 +142,14 @@ def exact_solution(
 
 
 def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...]:
-    """Return the next choice that a model with these kinds has; all-linear after a custom one."""
+    """Return the next choice among these kinds of modules; all-linear after a custom one."""
     choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
     index = choices.index(now) + 1 if now in choices else 0
     return choices[index % len(choices)]
 
 
 def _lowered(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> dict[str, KeyEffect]:
-    """What each setting's key for less would change, or its only key."""
+    """Return the effect of each setting's key that lowers it, or of its only key."""
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
         value = get_setting(recipe, path)
@@ -179,14 +181,15 @@ def settings_table(
     context_tokens: int | None,
     width: int,
 ) -> Content:
-    """A line for each setting; the others stay as they are for its largest value and its change.
+    """Return a line for each setting. Its largest value and its change assume that the other settings stay as
+    they are.
 
     Args:
-        recipe: The settings as they are.
+        recipe: The current settings.
         fitting: The largest values that fit; None until they are computed.
-        lowered: What the key for less changes, by the setting's path.
-        context_tokens: The length that the model was trained for; None where it is unknown.
-        width: Of the table, in cells; 38 or more.
+        lowered: The effect of the key that lowers a setting, by the setting's path.
+        context_tokens: The length that the model was trained for; None if unknown.
+        width: Width of the table in cells, at least 38.
     """
     training, is_known = recipe.training, fitting is not None
     head = f"{'setting':<{_NAME}}{'now':>{_NOW}}{'max fit':>{_MAX}}"
@@ -234,7 +237,7 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
 
 
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
-    """``-102 MiB``, or that nothing changes."""
+    """Return ``-102 MiB``, or that nothing changes."""
     if change is None:
         return "–" if is_known else "…"
     if not change.bytes:
@@ -244,7 +247,7 @@ def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
 
 
 def _choice_words(value: Any) -> str:
-    """``q,k,v,o`` for modules with long names, of which ``q_proj`` is one."""
+    """Return ``q,k,v,o`` for modules such as ``q_proj`` that have longer names."""
     if isinstance(value, str):
         return value
     names = ",".join(name.removesuffix("_proj") for name in value)
@@ -252,11 +255,11 @@ def _choice_words(value: Any) -> str:
 
 
 class FitPanel(Panel):
-    """The verdict as its title, the changes that make the recipe fit, and notes on the estimate."""
+    """The verdict as the title, the changes that make the recipe fit, and notes on the estimate."""
 
     @dataclass
     class Chosen(Message):
-        """Enter was pressed on a change, or it was clicked."""
+        """Enter was pressed on a change, or the change was clicked."""
 
         number: int
 
@@ -281,7 +284,7 @@ class FitPanel(Panel):
         *,
         is_recipe: bool,
     ) -> None:
-        """Show an estimate of the precision ``name``; ``is_recipe``: it is that of the recipe.
+        """Show an estimate of the precision ``name``. ``is_recipe``: whether it is the recipe's precision.
 
         ``refusal``: why the model cannot be trained.
         """
@@ -301,7 +304,7 @@ class FitPanel(Panel):
         self._notes.show(notes)
 
     def on_option_list_option_selected(self, event: ViList.OptionSelected) -> None:
-        """Say which change it was."""
+        """Post the selected change."""
         event.stop()
         self.post_message(self.Chosen(event.option_index))
 
@@ -340,7 +343,9 @@ def _notes(
 
 
 def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[str, Content]]:
-    """(number, text) of each change that makes it fit, the cheapest first: what it is, memory, and cost."""
+    """Return (number, text) for each change that makes the recipe fit, cheapest first: the change, its
+    memory, its cost.
+    """
     lines = []
     for number, change in enumerate(changes):
         key = bare_key("memory.apply") if not number else ""
@@ -362,9 +367,9 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
 
 
 def _step_text(choice: StepChoice, least_bytes: int) -> Content:
-    """What the run does with free memory, and what that gains.
+    """Return how the run uses free memory, and the benefit.
 
-    ``least_bytes``: the memory that it needs, as the bars show it.
+    ``least_bytes``: the memory that the run needs, as the bars show it.
     """
     chosen = describe_choice(choice)
     if not chosen:

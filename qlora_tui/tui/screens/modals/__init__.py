@@ -1,6 +1,5 @@
-"""Windows over any screen.
+"""Dialogs that open on top of any screen.
 
-``dialogs`` ask yes or no, for a text or for a line of a list, show errors, and test this machine;
-``help`` explains the screen in front.
-``file_picker`` opens data and models.
+``dialogs`` asks yes or no, for a text, or for an item of a list, shows errors, and tests this machine;
+``help`` explains the current screen; ``file_picker`` opens data and models.
 """

@@ -1,4 +1,4 @@
-"""Dialogs over any screen: yes or no, a text, a line of a list, an error, checks of this machine."""
+"""Dialogs on top of any screen: a yes-or-no question, a text, a list, an error, checks of this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 CHECK_INTERVAL_S = 1.0
-"""Seconds between two checks whether a question is outdated."""
+"""Seconds between checks for whether a question is outdated."""
 _YES = Binding("y", "dismiss(True)", "Yes")
 _ENTER = Binding("enter", "confirm", "Yes")
 _NO = Binding("n,escape", "dismiss(False)", "No")
@@ -50,7 +50,10 @@ Picked = TypeVar("Picked")
 
 
 class TextDialog(ModalScreen[Answer | None]):
-    """Paragraphs under a title, with the keys that close it below; returns what the key stands for."""
+    """Paragraphs under a title, with the keys that close the dialog below.
+
+    Returns the answer that the key stands for.
+    """
 
     CSS_PATH = Path(__file__).with_name("modal.tcss")
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
@@ -69,7 +72,7 @@ class TextDialog(ModalScreen[Answer | None]):
 
 
 class ConfirmScreen(ModalScreen[bool | None]):
-    """Returns True for yes. Esc is no; Enter is yes only if ``harmless``."""
+    """Returns True for yes. Escape means no; Enter means yes only if ``harmless``."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [_YES, _ENTER, _NO]
@@ -84,7 +87,10 @@ class ConfirmScreen(ModalScreen[bool | None]):
         harmless: bool = False,
         is_outdated: Callable[[], bool] | None = None,
     ) -> None:
-        """``is_outdated``: called every second in a thread; once it is true, the question closes as no."""
+        """Create the question.
+
+        ``is_outdated`` is called every second in a thread; once it is true, the answer is no.
+        """
         super().__init__()
         self._is_outdated = is_outdated
         self._title = title
@@ -110,15 +116,15 @@ class ConfirmScreen(ModalScreen[bool | None]):
             yield Static(self._text, markup=False)
 
     def action_confirm(self) -> None:
-        """Answer yes by Enter, if nothing can be lost."""
+        """Answer yes on Enter if nothing can be lost."""
         if self._harmless:
             self.dismiss(True)
 
 
 async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
-    """Call ``write(False)``; if it would overwrite something, ask, then call ``write(True)``.
+    """Call ``write(False)``. If it would overwrite something, ask, then call ``write(True)``.
 
-    Raises UserError for other errors. Returns whether it was written. Call it in a worker.
+    Raises UserError for other errors. Returns whether it was written. Must be called in a worker.
     """
     try:
         write(False)
@@ -132,7 +138,7 @@ async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
 
 
 class TextPromptScreen(ModalScreen[str | None]):
-    """Returns the text; None if cancelled. ``validate`` returns what is wrong, or an empty string."""
+    """Returns the text; None if canceled. ``validate`` returns what is wrong, or an empty string."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
@@ -163,20 +169,20 @@ class TextPromptScreen(ModalScreen[str | None]):
 
 
 def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str], None]) -> None:
-    """Ask for a text, and pass it to ``show``: an empty one shows everything again.
+    """Ask for a text and pass it to ``show``; an empty text shows everything again.
 
     Args:
-        screen: Where it is asked.
+        screen: The screen that asks.
         things: What is searched, in the plural: ``lines``.
-        before: The text that was searched for last.
-        show: Called unless the question is cancelled.
+        before: The previous search text.
+        show: Called unless the question is canceled.
     """
     text = f"Show only {things} with this text. Leave empty to show all."
     screen.ask(TextPromptScreen("Search", text, before), show)
 
 
 def ask_gpu_size(app: QloraApp) -> None:
-    """Ask, then show every estimate against the answer."""
+    """Ask for a GPU size, then compare every estimate with it."""
 
     def on_result(text: str | None) -> None:
         if text is None:
@@ -204,7 +210,7 @@ def _gpu_size_error(text: str) -> str:
 
 
 class ErrorScreen(TextDialog[None]):
-    """Closed by any of Escape, Enter and q."""
+    """Shows an error. Escape, Enter or q closes it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss", "Close")]
 
@@ -218,7 +224,7 @@ class ErrorScreen(TextDialog[None]):
 
 
 class DraftChangedScreen(TextDialog[DraftChoice]):
-    """Returns the choice; None if it was postponed, so that the next edit asks again."""
+    """Returns the choice; None if postponed, in which case the next edit asks again."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("m", "dismiss('mine')", "Keep mine"),
@@ -227,7 +233,7 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
     ]
 
     def __init__(self, changes: list[str], aside: Path) -> None:
-        """``aside``: the file with the recipe that is not chosen."""
+        """Create the question. ``aside``: the file with the recipe that was not kept."""
         shown = changes[:_MAX_CHANGES]
         if len(changes) > _MAX_CHANGES:
             shown.append(f"and {len(changes) - _MAX_CHANGES} more")
@@ -255,7 +261,7 @@ class TooSmallScreen(ModalScreen[None]):
             yield Static(dialog_keys(self.BINDINGS), markup=False, classes="fix")
 
     def on_resize(self, event: Resize) -> None:
-        """Show the size."""
+        """Show the current size."""
         size = event.size
         self.query(Static).first().update(
             f"It is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
@@ -264,7 +270,7 @@ class TooSmallScreen(ModalScreen[None]):
         self._leave_if_large()
 
     def on_screen_resume(self) -> None:
-        """Close too if the window grew while a dialog or another screen was in front."""
+        """Close if the window grew while a dialog or another screen was in front."""
         self._leave_if_large()
 
     def _leave_if_large(self) -> None:
@@ -274,17 +280,17 @@ class TooSmallScreen(ModalScreen[None]):
 
 @dataclass(frozen=True)
 class Choice(Generic[Picked]):
-    """A line of a list to pick from."""
+    """An item of a list to pick from."""
 
     value: Picked
-    """What it stands for."""
+    """The value that picking it returns."""
     line: Content
     searched: str = ""
-    """What the filter searches in addition to the line."""
+    """Text that the filter searches in addition to the visible line."""
 
 
 class ListPicker(ModalScreen[Picked | None]):
-    """Returns what the selected line stands for; None when closed with Escape."""
+    """Returns the value of the selected item; None if closed with Escape."""
 
     # Absolute: a subclass in another folder would look for it there.
     CSS_PATH = Path(__file__).with_name("modal.tcss")
@@ -308,10 +314,10 @@ class ListPicker(ModalScreen[Picked | None]):
 
         Args:
             title: The title.
-            enter: What Enter does, in a word.
-            choices: The lines.
-            empty: The text shown without lines.
-            selected: What the line stands for that has the cursor at first; None for the first line.
+            enter: What Enter does, in one word.
+            choices: The items.
+            empty: Text to show if there are no items.
+            selected: Value of the item that has the cursor at first; None for the first item.
             is_wide: Whether the lines are long.
         """
         super().__init__()
@@ -334,7 +340,7 @@ class ListPicker(ModalScreen[Picked | None]):
         self.query_one(ViList).focus()
 
     def show_choices(self, select: int | None = None) -> None:
-        """Show the lines that the filter matches, with the cursor on the one with this number."""
+        """Show the items that match the filter, with the cursor on the item with this index."""
         text = self.query_one(TextField).value.casefold()
         matching = [
             (str(number), choice.line)
@@ -348,17 +354,17 @@ class ListPicker(ModalScreen[Picked | None]):
 
     @property
     def current(self) -> Picked | None:
-        """What the line under the cursor stands for."""
+        """The value of the item under the cursor."""
         current = self.query_one(ViList).current
         return None if current is None else self.choices[int(current)].value
 
     def action_filter(self) -> None:
-        """Type a part of a line."""
+        """Focus the filter field."""
         self.query_one(TextField).display = True
         self.query_one(TextField).focus()
 
     def action_leave(self) -> None:
-        """Show all lines again, or close."""
+        """Show all items again, or close the dialog."""
         field = self.query_one(TextField)
         if not field.display:
             self.dismiss(None)
@@ -372,19 +378,19 @@ class ListPicker(ModalScreen[Picked | None]):
         self.show_choices()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Go from the filter to the list."""
+        """Move the focus from the filter to the list."""
         event.input.display = bool(event.value)
         self.query_one(ViList).focus()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Choose it."""
+        """Return the selected item."""
         self.dismiss(self.choices[int(event.option_id or 0)].value)
 
 
 class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
-    """The answer on the first line, then what is wrong, then the rest.
+    """The result on the first line, then what is wrong, then the rest.
 
-    The quick checks are shown at once, those of the libraries when their process has ended.
+    Quick checks are shown at once, those of the libraries when their process has ended.
     """
 
     def __init__(self) -> None:

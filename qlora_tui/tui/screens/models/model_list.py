@@ -1,4 +1,4 @@
-"""The list of the Model screen: models of this machine, and results of the Hub or models to start with."""
+"""The list on the Model screen: local models, and Hub results or good first models."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
 LOCAL, HUB, STARTER = "local:", "hub:", "starter:"
-"""Prefixes of line ids, before the path or the Hub id."""
+"""Prefixes of line ids, followed by the path or the Hub id."""
 DEMO_LINE = "demo:"
 """Id of the demo model's line."""
 _WIDE = 100
-"""Cells of the list from which it has all columns."""
+"""Width of the list from which it has all columns, in cells."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
 _MAX_STARTERS = 5
 _MAX_STARTER_PARAMETERS_ON_CPU = 2_000_000_000
-"""Above, a step on a processor takes minutes."""
+"""Larger models take minutes per step on a CPU."""
 _BYTES_PER_WEIGHT = 2
-"""Of the files on the Hub, which are in 16 bits."""
+"""Bytes per weight in the files on the Hub, which are in 16 bits."""
 
 
 @dataclass(frozen=True)
 class Starter:
-    """A good first model on the Hub, and what it needs with the recipe as it is."""
+    """A good first model on the Hub, and the memory it needs with the current recipe."""
 
     model: StarterModel
     architecture: Architecture
@@ -50,7 +50,7 @@ class Starter:
 
     @property
     def id(self) -> str:
-        """Its repository on the Hub."""
+        """Its Hub repository."""
         return self.model.id
 
     @property
@@ -60,7 +60,10 @@ class Starter:
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """The largest models of a short list that fit, from small to large; else its smallest. Takes a thread."""
+    """Return the largest models on a short list that fit, smallest first, or else the smallest one.
+
+    Call in a thread.
+    """
     all_models = []
     for model in starter_file().models:
         # One that this version refuses is offered by the next that does not.
@@ -79,30 +82,30 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
 
 @dataclass
 class ListedModels:
-    """Both lists, and what was found out about their models."""
+    """Both lists, and what has been found out about their models."""
 
     local: list[LocalModel] | None = None
-    """None until the machine was searched."""
+    """None until local models have been searched for."""
     hub: list[HubModel] | None = None
-    """None without a search."""
+    """None if there was no search."""
     query: str = ""
-    """What the Hub was searched for."""
+    """The last query to the Hub."""
     hub_facts: dict[str, HubFacts] = field(default_factory=dict)
-    """Details of models on the Hub by id, where they were asked for."""
+    """Details of models on the Hub by id, as far as they were loaded."""
     needs: dict[Path, tuple[int, str]] = field(default_factory=dict)
-    """Bytes and verdict of each model of this machine with the recipe as it is."""
+    """Bytes and verdict of each local model with the current recipe."""
     licenses: dict[Path, str] = field(default_factory=dict)
-    """What the cards of the models of this machine name."""
+    """Licenses named by the cards of local models."""
     starters: tuple[Starter, ...] = ()
-    """Models to start with, listed until the Hub is searched."""
+    """Good first models, listed until the Hub is searched."""
 
     @property
     def lists_starters(self) -> bool:
-        """Whether models to start with take the place of results: until the Hub is searched."""
+        """Whether good first models are listed in place of search results."""
         return self.hub is None and not self.query
 
     def find(self, id_: str | None) -> LocalModel | HubModel | Starter | None:
-        """The model with this id of a line; None for the demo's, a heading, and no line."""
+        """Return the model of a line; None for the demo's line, a heading, or no line."""
         models: dict[str | None, LocalModel | HubModel | Starter] = {
             **{LOCAL + str(model.path): model for model in self.local or ()},
             **{HUB + model.id: model for model in self.hub or ()},
@@ -111,18 +114,18 @@ class ListedModels:
         return models.get(id_)
 
     def copy_here(self, model: HubModel) -> LocalModel | None:
-        """The copy on this machine of a model on the Hub, where it can be trained."""
+        """Return the local copy of a model on the Hub, if it can be trained."""
         return next((m for m in self.local or () if m.id == model.id and m.refusal is None), None)
 
     def lines(self, words: str, chosen: str, width: int) -> list[tuple[str, Content]]:
-        """(id, line) of each model with ``words`` in its name: those of this machine, then those of the Hub.
+        """Return (id, line) for each model with ``words`` in its name: local models, then those on the Hub.
 
-        Until the Hub is searched, models to start with take the place of its results.
+        Until the Hub is searched, good first models take the place of its results.
 
         Args:
-            words: In lower case. Results of the Hub stay whatever is typed after they were searched for.
+            words: Filter text in lower case. It does not affect Hub results, which match the query.
             chosen: The id of the recipe's model.
-            width: Cells of a line.
+            width: Width of a line, in cells.
         """
         local = [model for model in self.local or () if words in model.name.lower()]
         lines = _local_lines(local, chosen, width, self.needs, self.licenses) if self.local else []
@@ -135,7 +138,7 @@ class ListedModels:
 
 @dataclass(frozen=True)
 class _Line:
-    """A model in the list; texts of columns in their order."""
+    """A model in the list, with its texts in column order."""
 
     id: str
     mark: str
@@ -152,7 +155,7 @@ class _Line:
         )
 
     def text(self, number: int) -> str | Content:
-        """The text of a column."""
+        """Return the text of a column."""
         text = self.texts[number]
         return Content.styled(text, "$text-muted") if self.is_refused and isinstance(text, str) else text
 
@@ -164,7 +167,7 @@ def _local_lines(
     needs: Mapping[Path, tuple[int, str]],
     licenses: Mapping[Path, str],
 ) -> list[tuple[str, Content]]:
-    """A heading and a line for each model; ● marks the recipe's, ✗ those that cannot be trained."""
+    """Return a heading and a line for each model. ● marks the recipe's, ✗ those that cannot be trained."""
     rows = []
     for model in models:
         mark = "●" if chosen in (model.id, str(model.path)) else "✗" if model.refusal else " "
@@ -178,9 +181,9 @@ def _local_lines(
 
 
 def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) -> list[tuple[str, Content]]:
-    """A heading and a line for each model to start with, in the columns of the models of this machine.
+    """Return a heading and a line for each good first model, in the same columns as local models.
 
-    ``with_demo``: whether the first is the demo's model, which comes from the Python package index.
+    ``with_demo``: whether the demo's model, from the Python package index, comes first.
     """
     rows = []
     if with_demo:
@@ -198,7 +201,7 @@ def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) ->
 def _hub_lines(
     models: Sequence[HubModel] | None, query: str, width: int, present: frozenset[str]
 ) -> list[tuple[str, Content]]:
-    """A heading and a line for each result; ``models`` is None without a search, or if it failed."""
+    """Return a heading and a line for each result. ``models`` is None if there was no search or it failed."""
     if models is None:
         how = f"press {key_name('models.filter')}, type a name, then Enter"
         text = (
@@ -232,7 +235,7 @@ def _hub_lines(
 
 
 def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, int], ...]:
-    """(title, cells, width from which it is shown) of columns about models whose architecture is known."""
+    """Return (title, cells, width from which it is shown) for the columns that depend on the architecture."""
     return (
         ("params", 7, 0),
         (bytes_title, 10, 0),
@@ -262,7 +265,7 @@ def _need(need: tuple[int, str] | None) -> str | Content:
 def _lines(
     heading: str, columns: Sequence[tuple[str, int, int]], rows: Sequence[_Line], width: int
 ) -> list[tuple[str, Content]]:
-    """(id, line) of a heading with the titles of columns, and of each model."""
+    """Return (id, line) for a heading with column titles, and for each model."""
     names = Column[_Line](title=heading, text=lambda row: row.title, fills=True, min_width=10)
     figures = [
         Column[_Line](

@@ -56,7 +56,7 @@ LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models
 
 
 class ModelsScreen(WorkScreen):
-    """A list with the hub's results under it, beside the facts of the model under the cursor."""
+    """A list of local models with Hub results below, next to the facts of the model under the cursor."""
 
     MODE = "models"
     CSS_PATH = "models.tcss"
@@ -100,13 +100,13 @@ class ModelsScreen(WorkScreen):
         self._estimate_needs()
 
     def action_rescan(self) -> None:
-        """Look for models again, and whether the recipe's can be trained."""
+        """Search for models again, and check again whether the recipe's model can be trained."""
         self.app.workbench.forget_architecture()
         self._show_recipe_strip()
         self._start_scan()
 
     def action_filter(self) -> None:
-        """Type a name."""
+        """Focus the search field."""
         self.query_one(Input).focus()
 
     def action_open_path(self) -> None:
@@ -154,13 +154,13 @@ class ModelsScreen(WorkScreen):
                 self.action_download()
 
     def on_key(self, event: Key) -> None:
-        """Down and escape leave the search field for the list."""
+        """Leave the search field for the list on Down or Escape."""
         if event.key in ("down", "escape") and self.query_one(Input).has_focus:
             self.query_one(ViList).focus()
 
     @property
     def selected_hub_model(self) -> str:
-        """Id of the selected model, if it is a result from the Hub or lacks files of it; else empty."""
+        """Id of the selected model if it is a Hub result, or local with files missing; else empty."""
         match self._models.find(self.query_one(ViList).current):
             case LocalModel() as model:
                 return model.id if can_be_completed(model) else ""
@@ -170,7 +170,7 @@ class ModelsScreen(WorkScreen):
                 return ""
 
     def action_download(self) -> None:
-        """Download the selected model, or the demo model if there is no other."""
+        """Download the selected model, or the demo model if none is selected."""
         panel = self.query_one(DownloadsPanel)
         if self.selected_hub_model:
             panel.start(self.selected_hub_model)
@@ -180,11 +180,11 @@ class ModelsScreen(WorkScreen):
             self.notify("This model is already on this machine. Models to download are under 'On the Hub'.")
 
     def action_cancel(self) -> None:
-        """Stop the newest download; it can be resumed."""
+        """Stop the newest download. It can be resumed."""
         self.query_one(DownloadsPanel).stop_newest()
 
     async def on_downloads_panel_ended(self, event: DownloadsPanel.Ended) -> None:
-        """List a downloaded model and select it, or show why there is none."""
+        """List and select a downloaded model, or show why the download failed."""
         download = event.download
         if download.problem is not None:
             self._models.hub_facts.pop(download.id, None)
@@ -243,7 +243,7 @@ class ModelsScreen(WorkScreen):
         self._describe()
 
     async def _list_local(self) -> list[LocalModel]:
-        """List the models of this machine, and what their cards say."""
+        """Return the local models, and read what their cards say."""
         local = await asyncio.to_thread(list_local_models, self._searched)
         known = [model.path for model in local if model.architecture is not None]
         self._models.licenses = await asyncio.to_thread(lambda: {path: read_license(path) for path in known})
@@ -252,7 +252,7 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
-        """Read the structure of the models that have an outline, then list them by it."""
+        """Read the structure of the models that have an outline, then list them again."""
         if await run_stoppable(describe_models, self._models.local or ()):
             await self._list_local()
             self._show_list()
@@ -314,7 +314,7 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
-        """What each model on this machine would need, and which models of the Hub to start with."""
+        """Estimate what each local model would need, and choose the good first models."""
         if self._models.local is None:
             return  # what there is to list is not known yet, and the scan ends with this
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
@@ -328,7 +328,7 @@ class ModelsScreen(WorkScreen):
 
 
 async def show_download(app: QloraApp, model_id: str) -> None:
-    """Go to the Model screen, and download a model of the Hub there."""
+    """Switch to the Model screen and download a model from the Hub."""
     await app.switch_mode("models")
     if isinstance(app.screen, ModelsScreen):
         app.screen.query_one(DownloadsPanel).start(model_id)

@@ -1,4 +1,4 @@
-"""Presets: browse with what each would change, open, save as, edit, import, export, delete with undo."""
+"""Presets: browse with a preview of the changes; open, save as, edit, import, export, delete with undo."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ from qlora_tui.tui.widgets.controls import Lines, TextField, ViList
 from qlora_tui.tui.workbench import open_preset
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
-"""Tried in this order where neither VISUAL nor EDITOR is set."""
+"""Tried in this order if neither VISUAL nor EDITOR is set."""
 
 
 def save_as(
     name: str, recipe: Recipe, *, note: str = "", own: str = "", overwrite: bool = False
 ) -> PresetSnapshot:
-    """Save as the user's preset ``name``; gives what was there before, for an undo.
+    """Save as the user's preset ``name``. Return what it replaced, for undo.
 
-    Raises OverwriteError where the user has one of that name that is not their ``own``, or was edited.
+    Raises OverwriteError if the user has a preset of that name that is not their ``own`` or was edited.
     """
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
@@ -72,7 +72,7 @@ def save_as(
 
 
 def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
-    """Copy a preset file, with its comments, to the user's presets. Returns what it replaced, for undo.
+    """Copy a preset file, with its comments, to the user's presets. Return what it replaced, for undo.
 
     Raises UserError if it is not a preset, and OverwriteError if an edited preset of that name exists.
     """
@@ -96,7 +96,7 @@ def export_preset(preset: Preset, target: Path, *, overwrite: bool = False) -> N
 
 
 def editor() -> list[str]:
-    """The user's editor as a command. Raises UserError where there is none."""
+    """Return the user's editor as a command. Raises UserError if there is none."""
     variable, wanted = _editor_setting()
     if wanted:
         try:
@@ -111,7 +111,9 @@ def editor() -> list[str]:
 
 
 def _editor_setting() -> tuple[str, str]:
-    """(variable, value) of the setting that names the editor; EDITOR and an empty value if none does."""
+    """Return (variable, value) of the variable that names the editor; EDITOR and an empty value if
+    none does.
+    """
     visual = os.environ.get("VISUAL", "").strip()
     return ("VISUAL", visual) if visual else ("EDITOR", os.environ.get("EDITOR", "").strip())
 
@@ -121,7 +123,7 @@ def _set_editor_hint() -> str:
 
 
 def edit(preset: Preset) -> None:
-    """Open the file in the user's editor and wait. Raises UserError; what was written stays in any case."""
+    """Open the file in the user's editor and wait. What was written stays even if this raises UserError."""
     if preset.shipped:
         raise UserError(
             "Shipped presets cannot be edited",
@@ -147,23 +149,23 @@ def edit(preset: Preset) -> None:
 
 _COMMANDS = screen_commands("presets")
 _SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
-"""Commands named in the lower border: there is no footer in a modal."""
+"""Commands shown in the lower border, since a modal has no footer."""
 _ALWAYS = (
     COMMANDS["presets.filter"].binding(),
     Binding("escape", "leave", "Close"),
     Binding("question_mark", "help", "Help"),
 )
-"""Keys named in the upper border."""
+"""Keys shown in the upper border."""
 _NEED_WIDTH = 30
-"""Cells of the list from which it has the memory."""
+"""Width of the list from which it shows memory, in cells."""
 _LABEL_WIDTH = 80
-"""Cells of the preview from which settings have their labels beside their names."""
+"""Width of the preview from which settings have labels next to their names, in cells."""
 _MIN_BAR, _MAX_BAR = 6, 24
 
 
 @dataclass(frozen=True)
 class _PresetChange:
-    """A change of a user's preset file, for undo."""
+    """A change to a user's preset file, for undo."""
 
     before: PresetSnapshot
     after: PresetSnapshot
@@ -172,7 +174,7 @@ class _PresetChange:
 
 
 class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
-    """Shipped presets and the user's own, beside what opening one would change."""
+    """Built-in presets and the user's own, next to what opening one would change."""
 
     CSS_PATH = "presets.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -216,11 +218,11 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.query_one(ViList).focus()
 
     def on_option_list_option_highlighted(self) -> None:
-        """Show what opening it would change."""
+        """Preview the preset under the cursor."""
         self._show_preview()
 
     def on_option_list_option_selected(self) -> None:
-        """Open it; model and data stay."""
+        """Open the preset; model and data stay."""
         if self.current is not None and open_preset(self.app, self.current.name):
             self.dismiss()
 
@@ -231,7 +233,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
             self._show_list()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Go from the filter to the list, or save the recipe under the name given."""
+        """Move the focus from the filter to the list, or save the recipe under the typed name."""
         if event.input.id == "preset-filter":
             event.input.display = bool(event.value)
             self.query_one(ViList).focus()
@@ -244,7 +246,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.app.push_screen(screen_help(self.app, "presets"))
 
     def action_leave(self) -> None:
-        """Leave the name field first, then the filter, then the screen."""
+        """Leave the name field, the filter, or the screen, in that order."""
         line, field = self.query_one("#save-line"), self.query_one("#preset-filter", Input)
         if line.display:
             line.display = False
@@ -261,7 +263,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         field.focus()
 
     def action_scroll_preview(self, lines: int) -> None:
-        """Scroll what the preset would change."""
+        """Scroll the preview."""
         self.query_one("#preview-side").scroll_relative(y=3 * lines, animate=False)
 
     def action_save_as(self) -> None:
@@ -269,7 +271,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.query_one("#save-name", Input).focus()
 
     def refresh_list(self, select: str | None = None) -> None:
-        """Read the presets, and work out what a run takes with each."""
+        """Read the presets, and compute what a run would need with each."""
         self._presets = list_presets()
         recipe, model = self.app.workbench.recipe, self.app.workbench.architecture()
         opened = {preset.name: preset.recipe(recipe) for preset in self._presets if not preset.problem}
@@ -280,7 +282,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._forecast({"": recipe} | opened)
 
     def _show_list(self, select: str | None = None) -> None:
-        """List the presets that the filter lets through."""
+        """List the presets that match the filter."""
         current, verdicts = self.app.workbench.preset, self._verdicts
         shown = [p for p in self._presets if self._filter in f"{p.name} {p.note}".casefold()]
         self.query_one(ViList).show(
@@ -291,7 +293,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
     @work(exclusive=True, group="forecasts")
     async def _forecast(self, recipes: dict[str, Recipe]) -> None:
-        """Work out how long a run takes with each recipe; data that was not read yet takes a moment."""
+        """Estimate how long a run takes with each recipe. Data that has not been read yet takes a moment."""
         self._forecasts = {}
         for name, recipe in recipes.items():
             self._forecasts[name] = await asyncio.to_thread(forecast, recipe, self.app.system_status.machine)
@@ -379,7 +381,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
     @work
     async def _save(self, name: str, note: str) -> None:
-        """Save the recipe as a preset; ask before another is replaced."""
+        """Save the recipe as a preset. Ask before replacing another one."""
         workbench = self.app.workbench
 
         def write(sure: bool) -> None:
@@ -404,7 +406,9 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
 
 def preset_line(preset: Preset, current: str, verdict: Verdict | None, width: int) -> Content:
-    """Its name, and the memory with it; ● marks the one the recipe started as, ✗ one that cannot be read."""
+    """Return a preset's name and memory. ● marks the preset the recipe started from, ✗ one that cannot be
+    read.
+    """
     mark, style = ("● ", "$primary") if preset.name == current else ("  ", "")
     if preset.problem:
         mark, style = "✗ ", "$error"
@@ -426,7 +430,7 @@ def preview(
     forecasts: tuple[Forecast | None, Forecast | None],
     width: int,
 ) -> Content:
-    """The note, the settings that would change, the memory, and the time now and with the preset."""
+    """Return the note, the settings that would change, and the memory and time now and with the preset."""
     if preset.problem:
         return error_content(preset.problem)
     opened = preset.recipe(recipe)
@@ -456,7 +460,7 @@ def _memory(
     budget: MemoryBudget,
     width: int,
 ) -> list[Content]:
-    """The memory now and with the preset, against the limit."""
+    """Return the memory now and with the preset, compared with the limit."""
     if isinstance(architecture, UserError):
         return []
     lines = []
@@ -479,7 +483,9 @@ def _memory(
 
 
 def _times(forecasts: Sequence[Forecast | None]) -> list[Content]:
-    """``time then   about 25 min   54 steps``, now and with the preset; below it how the time is known."""
+    """Return ``time then   about 25 min   54 steps``, now and with the preset, and the source of the
+    estimate.
+    """
     lines, source = [], ""
     for label, expected in zip(("now", "then"), forecasts, strict=False):
         if expected is not None:

@@ -1,4 +1,6 @@
-"""Up to four runs side by side: their losses over tokens on one graph, and only the settings that differ."""
+"""Up to four runs side by side: their losses by tokens trained in one graph, and only the settings that
+differ.
+"""
 
 from __future__ import annotations
 
@@ -49,27 +51,27 @@ _STYLES = ("$training", "$forgetting", "$validation", "$hardware")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run in one respect."""
+    """The result of a run in one row of the table."""
 
     text: str
-    """Empty where there is nothing."""
+    """Empty if there is none."""
     value: float | None = None
     better: Literal["", "lower", "higher"] = ""
-    """Which values are better; empty where neither is."""
+    """Which values are better; empty if neither."""
     of_data: bool = True
-    """Whether the values of runs on different data say nothing of which run is better."""
+    """Whether comparing the values requires that the runs used the same data."""
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run of the comparison."""
+    """A run in the comparison."""
 
     name: str
     recipe: Recipe | None
     envelope: Envelope
-    """Running mean of the training loss over tokens."""
+    """Running mean of the training loss by tokens trained."""
     outcome: Mapping[str, Outcome]
-    """By the label of the row; what none of the runs has is left out."""
+    """Outcomes by row label. Rows that are empty for all runs are left out."""
 
 
 _GENERAL_ANSWERS = {
@@ -78,16 +80,16 @@ _GENERAL_ANSWERS = {
     "answers refused": "refused",
     "valid JSON": "valid JSON",
 }
-"""Rows of the counts over answers to general prompts: label, and name of the count."""
+"""(label, name of the count) for rows that count answers to general prompts."""
 _DATA_SETTINGS = ("data.sources", "data.validation_path")
 _BETTER = " ✓"
-"""After the better value of a row."""
+"""Marks the better value in a row."""
 _REASON_LINES = 3
 _WIDE_COLUMN = 26
 
 
 def read(run: RunDir) -> ComparedRun:
-    """A run as it is compared. Used in a thread."""
+    """Read a run for comparison. Called in a thread."""
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     mean_losses = DecimatedSeries()
@@ -127,14 +129,14 @@ def _share(part: float | None) -> Outcome:
 
 
 def _reason(view: RunView) -> str:
-    """Why the run failed or was lost, in a sentence; empty for others."""
+    """Return why the run failed or was lost, in a sentence; empty for other runs."""
     if isinstance(view.ending, Failed):
         return f"{view.ending.title}: {view.ending.what}"
     return view.status.detail if view.status.state in ("failed", "lost") else ""
 
 
 def compare_plot(compared: Sequence[ComparedRun]) -> Plot:
-    """One curve for each run, each with its symbol, over trained tokens."""
+    """Return a curve and symbol for each run, by tokens trained."""
     envelopes = [one.envelope for one in compared]
     reach = overall(envelopes)
     most = max((envelope.xs[-1] for envelope in envelopes if envelope.xs), default=1.0)
@@ -151,7 +153,7 @@ def compare_plot(compared: Sequence[ComparedRun]) -> Plot:
 
 
 def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...]]]:
-    """(label, value by run) of every setting that is not the same in all."""
+    """Return (label, value by run) for each setting that differs between runs."""
     recipes = [one.recipe for one in compared]
     rows = []
     for path, field in fields().items():
@@ -167,7 +169,7 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
 
 
 def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
-    """Names, outcomes, and the settings that differ, a column a run."""
+    """Return names, outcomes, and the settings that differ, with one column per run."""
     warning = _incomparable(compared)
     outcomes = [
         (name, texts)
@@ -198,7 +200,7 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
 
 
 def _incomparable(compared: Sequence[ComparedRun]) -> str:
-    """Why their losses are not comparable; empty where they are."""
+    """Return why the losses are not comparable; empty if they are."""
     recipes = [one.recipe for one in compared if one.recipe is not None]
     if len({tuple(str(get_setting(each, path)) for path in _DATA_SETTINGS) for each in recipes}) > 1:
         return "Trained on different data: don't compare the losses."
@@ -208,7 +210,7 @@ def _incomparable(compared: Sequence[ComparedRun]) -> str:
 
 
 def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
-    """The texts of a row, the better ones marked, unless all are equal or they are not comparable."""
+    """Return the texts of a row. The best are marked unless all are equal or they are not comparable."""
     values = [each.value for each in outcomes if each.value is not None and math.isfinite(each.value)]
     better = outcomes[0].better
     if len(set(values)) < 2 or not better or (outcomes[0].of_data and not same_data):
@@ -218,7 +220,10 @@ def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
 
 
 def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]]:
-    """The lines of a row, a text for each run: a reason is wrapped, another value cut in its middle."""
+    """Return the lines of a row, with a text for each run.
+
+    A reason is wrapped; other values are cut in the middle.
+    """
     if name != "reason":
         return [tuple(truncate_middle(value, width) for value in values)]
     lines = _REASON_LINES if width >= _WIDE_COLUMN else _REASON_LINES - 1
@@ -227,7 +232,7 @@ def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]
 
 
 class CompareScreen(ModalScreen[None], CancelsWorkersFirst):
-    """Over the whole window; Escape closes it."""
+    """Covers the whole window. Escape closes it."""
 
     DEFAULT_CSS = """
     CompareScreen {
@@ -273,7 +278,7 @@ class CompareScreen(ModalScreen[None], CancelsWorkersFirst):
         self._show_table()
 
     def action_scroll_table(self, lines: int) -> None:
-        """Scroll the settings."""
+        """Scroll the table."""
         self.query_one("#compare-table-side").scroll_relative(y=lines, animate=False)
 
     @work(exclusive=True)

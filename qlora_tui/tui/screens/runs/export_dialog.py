@@ -1,4 +1,4 @@
-"""The export dialog: what can be written of a run and where to, and how far earlier exports are."""
+"""The export dialog: what can be exported from a run, where to, and the progress of earlier exports."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ _TYPES = ("Q8_0", "F16", AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 _SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
 HUB_FORMS = ("adapter", "merged")
-"""What is uploaded to the Hub, besides GGUF files."""
+"""What can be uploaded to the Hub in addition to GGUF files."""
 _LINE_WIDTH = 66
-"""Cells of an export's line, so that it fits 80 columns."""
+"""Width of an export's line, in cells, to fit 80 columns."""
 
 
 Target: TypeAlias = Literal["File", "Folder", "Name", "Repository"]
@@ -86,7 +86,7 @@ _NAMES: tuple[Target, ...] = ("Name", "Repository")
 
 @dataclass(frozen=True)
 class ExportChoice:
-    """One form to export."""
+    """A format to export to."""
 
     id: str
     label: str
@@ -94,15 +94,15 @@ class ExportChoice:
     note: str
     """What it is for, in a few words."""
     detail: str
-    """What it is, in sentences."""
+    """A description, in sentences."""
     form: Form
     file_type: str = ""
     suffix: str = ""
-    """End of the proposed file name."""
+    """Ending of the proposed file name."""
     target: Target = "File"
-    """What is asked for."""
+    """What kind of target to ask for."""
     types: tuple[str, ...] = ()
-    """What a key changes, in its order: the type of a GGUF file, or what is uploaded; empty for neither."""
+    """Options that a key cycles through: types of a GGUF file, or what to upload; empty if there are none."""
 
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
@@ -127,7 +127,7 @@ def _size(adapter: Path) -> int:
 
 
 class ExportScreen(ModalScreen[None]):
-    """Starts exports in the background and shows how far they are."""
+    """Starts exports in the background and shows their progress."""
 
     CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -146,9 +146,10 @@ class ExportScreen(ModalScreen[None]):
         """Create the dialog.
 
         Args:
-            run: Whose adapter is exported.
-            choices: Returns what can be written: :func:`export_choices` with a model.
-            steps: Of the run's checkpoints, the first to be chosen first; None is the final adapter.
+            run: The run whose adapter is exported.
+            choices: Returns what can be exported: :func:`export_choices` with a model.
+            steps: Steps of the run's checkpoints in the order in which a key selects them; None is the final
+                adapter.
         """
         super().__init__()
         self._run_dir = run
@@ -178,7 +179,7 @@ class ExportScreen(ModalScreen[None]):
         self.set_interval(_READ_INTERVAL_S, self._refresh_exports)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Describe what is under the cursor, and propose a path."""
+        """Describe the line under the cursor, and propose a path."""
         self._show_detail()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
@@ -188,7 +189,7 @@ class ExportScreen(ModalScreen[None]):
         self._start()
 
     def action_type(self) -> None:
-        """Choose the next type of GGUF files, or what is uploaded next."""
+        """Select the next GGUF type, or the next kind of upload."""
         choice = self._current_choice
         if choice is None or not choice.types:
             self.notify("This form has no types.", severity="warning")
@@ -201,7 +202,7 @@ class ExportScreen(ModalScreen[None]):
         self._show_detail()
 
     def action_checkpoint(self) -> None:
-        """Choose the next older checkpoint, and the final adapter after the oldest."""
+        """Select the next older checkpoint; after the oldest, the final adapter."""
         if len(self._steps) == 1:
             self.notify("The run has no other checkpoint.", severity="warning")
             return
@@ -215,26 +216,30 @@ class ExportScreen(ModalScreen[None]):
             self._try(lambda: cancel_export(export))
 
     def action_restart(self) -> None:
-        """Start the export under the cursor again if it failed or was canceled."""
+        """Restart the export under the cursor if it failed or was canceled."""
         export = self._export_in("failed canceled", "Move to a failed or canceled export to start it again.")
         if export is not None:
             self._try(lambda: self._show_started(restart_export(self._run_dir, export)))
 
     def action_delete(self) -> None:
-        """Delete a failed or canceled export from the list, and what a kill left of it."""
+        """Remove a failed or canceled export from the list, and delete what it left behind if it was
+        killed.
+        """
         export = self._export_in("failed canceled", "Move to a failed or canceled export to delete it.")
         if export is not None and self._try(lambda: delete_export(export)):
             self._say("Deleted.")
             self._refresh_exports()
 
     def action_copy(self) -> None:
-        """Copy the command that runs an exported file, or its path."""
+        """Copy the command that runs an exported file, or the file's path."""
         export = self._export_in("finished", "Move to a finished export to copy its command.")
         if export is not None:
             self.app.copy_to_clipboard(export.status.command or shlex.join(export.status.paths))
 
     def _export_in(self, states: str, otherwise: str) -> Export | None:
-        """The export under the cursor if it is in one of these states; else say what to do."""
+        """Return the export under the cursor if it is in one of these states; otherwise show what to do and
+        return None.
+        """
         export = self._current_export
         if export is not None and export.status.state in states.split():
             return export
@@ -314,7 +319,7 @@ class ExportScreen(ModalScreen[None]):
             field.cursor_position = len(self._proposed)
 
     def _keys(self, choice: ExportChoice | None, export: Export | None) -> Content:
-        """Return the keys that do something for the line under the cursor."""
+        """Return the keys that work for the line under the cursor."""
         if choice is None:
             state = export.status.state if export else ""
             keys = {"": [], "running": [_CANCEL], "finished": [_COPY]}.get(state)
@@ -337,10 +342,9 @@ def export_choices(
     file_type: str = _TYPES[0],
     hub_form: str = HUB_FORMS[0],
 ) -> list[ExportChoice]:
-    """Return every choice, the most useful first; sizes need the model's architecture.
+    """Return every choice, most useful first. Sizes need the model's architecture.
 
-    ``file_type`` is that of GGUF files; ``hub_form`` is what is uploaded: one of :data:`HUB_FORMS`, or a
-    type.
+    ``file_type``: the type of GGUF files. ``hub_form``: what is uploaded, one of :data:`HUB_FORMS` or a type.
     """
     types = tuple(kind for kind in _TYPES if is_installed() or kind not in _NEED_LLAMA_CPP)
     adapter_size = format_bytes(adapter_bytes)
@@ -417,14 +421,14 @@ def export_choices(
 
 
 def _size_of_type(kind: str, architecture: Architecture | None) -> str:
-    """Return the approximate size of a GGUF file; empty if it is unknown."""
+    """Return the approximate size of a GGUF file; empty if unknown."""
     if architecture is None or kind == AUTO:
         return ""
     return f"≈ {format_bytes(estimated_bytes(architecture, kind))}"
 
 
 def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
-    """Return where a file of this type runs, and what is special about it; empty if that is unknown."""
+    """Return where a file of this type runs, and what is special about the type; empty if unknown."""
     if kind == AUTO:
         return (
             " auto: the smallest type that still answers like your adapter: the first within a KL divergence "
@@ -443,7 +447,7 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
 
 
 def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
-    """Return a path in the user's home that does not exist yet, or a name."""
+    """Return an unused path in the user's home folder, or a name."""
     stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
     if checkpoint is not None:
         stem += f"-step-{checkpoint}"
@@ -458,14 +462,14 @@ def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None 
 
 
 def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
-    """Return the request for a choice. ``out`` is as typed."""
+    """Return the request for a choice. ``out``: the target as typed."""
     is_name = choice.target in _NAMES
     target = out.strip() if is_name else str(Path(out.strip()).expanduser().absolute())
     return ExportRequest(form=choice.form, out=target, file_type=choice.file_type, checkpoint=checkpoint)
 
 
 def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
-    """Return the line of an export that was started before, in so many cells."""
+    """Return the line of an earlier export, ``width`` cells wide."""
     status = export.status
     sign, style = _SIGNS.get(status.state, ("·", "dim"))
     elapsed = f" · {format_duration(time.time() - status.began)}" if status.began else ""
@@ -482,7 +486,7 @@ def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
 
 
 def export_detail(export: Export) -> str:
-    """Return what is known of an export, in sentences."""
+    """Describe an export in sentences."""
     status = export.status
     match status.state:
         case "finished":

@@ -1,4 +1,4 @@
-"""The list of runs, with as many columns as fit, and what the preview says of the run under the cursor."""
+"""The list of runs, with as many columns as fit, and the preview of the run under the cursor."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 
 MARKS = "ABCD"
-"""Marks of runs selected to compare, unlike any sign of a state; the same letters are on their curves."""
+"""Marks of runs selected for comparison, unlike any state's sign. Their curves have the same letters."""
 _CURVE_WIDTH = 10
 _LOSS_WIDTH = 9
 
 
 def when(summary: RunSummary, now: float) -> str:
-    """``03:12`` today, ``23 Nov 03:12`` before."""
+    """Return ``03:12`` for today, ``23 Nov 03:12`` for earlier days."""
     at = summary.queued_at or summary.status.at
     if not at:
         return "NA"
@@ -74,7 +74,9 @@ def when(summary: RunSummary, now: float) -> str:
 
 
 def best_loss(summary: RunSummary) -> str:
-    """``2.78``, or ``2.63*`` for the last training loss where none was measured, in its column's width."""
+    """Return ``2.78``, or ``2.63*`` for the last training loss if validation loss was not measured,
+    column-aligned.
+    """
     loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], "")
     if loss is None:
         return ""
@@ -82,11 +84,11 @@ def best_loss(summary: RunSummary) -> str:
 
 
 _MIN_ENDING = 24
-"""Cells from which the rest of a wide line says how a run ended."""
+"""Minimum width, in cells, for how a run ended at the end of a line."""
 _TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
-"""Time in a generated name; it is also in the column "queued"."""
+"""Matches the time in a generated name, since the column "queued" shows it too."""
 _HEAD = 15
-"""Cells of the mark and the state before the columns."""
+"""Width of the mark and the state before the columns, in cells."""
 
 
 def _without_time(name: str) -> str:
@@ -134,19 +136,19 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         shown_from=150,
     ),
 )
-"""Columns after the state of a run."""
+"""Columns after a run's state."""
 
 
 class RunTable(LineView):
-    """One line a run, under a line of titles that stays."""
+    """One line per run, below a line of titles that does not scroll."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*LIST_KEYS]
 
     class Moved(Message):
-        """The cursor is on another run."""
+        """The cursor has moved to another run."""
 
     class Opened(Message):
-        """A run was clicked a second time."""
+        """A run was clicked for the second time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,11 +169,11 @@ class RunTable(LineView):
         return self._rows[self._cursor] if self._rows else None
 
     def start_at_top(self) -> None:
-        """Put the cursor on the first run once they are read again, unless the user moved it."""
+        """Move the cursor to the first run after the next read, unless the user has moved it."""
         self.starts_at_top = not self._is_moved
 
     def show(self, rows: Sequence[RunSummary], waiting: tuple[str, ...], marked: tuple[str, ...]) -> None:
-        """Show these; the cursor stays on its run. Only lines that differ are painted."""
+        """Show these runs. The cursor stays on its run, and only lines that differ are repainted."""
         current = self.current
         self._rows, self._waiting, self._marked = tuple(rows), waiting, marked
         names = [row.id for row in self._rows]
@@ -187,11 +189,11 @@ class RunTable(LineView):
         self._redraw()
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        """A line for each run, and the titles: the panel below gets the rest."""
+        """Return a line for each run and the titles, so that the panel below gets the rest."""
         return len(self._rows) + 1
 
     def action_move(self, places: int) -> None:
-        """Move the cursor; the ends stop it."""
+        """Move the cursor. It stops at either end."""
         self._go_to(self._cursor + places)
 
     def on_click(self, event: Click) -> None:
@@ -262,31 +264,31 @@ class RunTable(LineView):
 
 
 _LABEL = 10
-"""Cells of a label."""
+"""Width of a label, in cells."""
 _MAX_EXPORTS = 8
 _MAX_LOG_LINES = 24
 _MAX_EVENTS = 2000
-"""Events that are looked through for the lines of the log, most of them steps."""
+"""Maximum number of events, most of them steps, to search for the lines of the log."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What is read from a run's folder for its preview."""
+    """What the preview reads from a run's folder."""
 
     recipe: Recipe | None
     """None if it cannot be read."""
     exports: tuple[Export, ...]
     checkpoints: tuple[int, ...]
-    """Their steps, oldest first."""
+    """Steps of the checkpoints, oldest first."""
     has_adapter: bool
     bytes: int
-    """Size of everything in the folder."""
+    """Total size of the folder."""
     log: tuple[tuple[float, str], ...]
-    """Unix time and text of the last events but steps, progress and answers, the newest first."""
+    """(Unix time, text) of the last events other than steps, progress and answers, newest first."""
 
     @classmethod
     def read(cls, summary: RunSummary) -> RunFiles:
-        """Read them. Used in a thread."""
+        """Read the folder. Called in a thread."""
         recipe = summary.run.readable_recipe()
         return cls(
             recipe,
@@ -299,9 +301,9 @@ class RunFiles:
 
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
-    """Keys of the panel, each with a verb. Of an active run, chat and export take the last checkpoint.
+    """Return the panel's keys, each with a verb. For an active run, chat and export use the last checkpoint.
 
-    A run that ended before it saved anything has nothing to chat with, nor to export.
+    A run that ended before saving anything cannot be used for chat or export.
     """
     if files is not None and not (files.checkpoints or files.has_adapter):
         return (("runs.open", "open"),)
@@ -313,12 +315,12 @@ def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, st
 
 
 def preview_title(summary: RunSummary) -> str:
-    """The name, and the id where it is another."""
+    """Return the name, and the id if it differs."""
     return summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
 
 
 def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Content]:
-    """Two lines for a window without a preview: the facts, and how it ended."""
+    """Return two lines for a window without a preview: the facts, and how the run ended."""
     facts = [part for part in (summary.model, summary.settings) if part]
     if summary.accuracy is not None:
         facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
@@ -333,9 +335,9 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
 
 
 def ending(summary: RunSummary, *, beside_verdict: bool = False) -> Content:
-    """Why it ended, and what is wrong with its result; empty where there is nothing to say.
+    """Return why the run ended and what is wrong with its result; empty if there is nothing to report.
 
-    ``beside_verdict``: whether the verdict is shown too, which has the losses before and after training.
+    ``beside_verdict``: whether the verdict, which has the losses before and after training, is shown too.
     """
     text = summary.status.detail.replace("\n", " ")
     if summary.defect is not None:
@@ -353,7 +355,7 @@ def ending(summary: RunSummary, *, beside_verdict: bool = False) -> Content:
 
 
 def result_lines(summary: RunSummary, now: float, width: int, answers: str = "") -> list[Content]:
-    """What came of it; ``answers`` is how far the comparison of its answers is, if it is being measured."""
+    """Return the run's results. ``answers``: progress of comparing its answers, if that is being measured."""
     status = summary.status
     sign, word, style = result_label(status.state, summary.defect)
     rows: list[tuple[str, Content | str]] = [("state", Content.styled(f"{sign} {word}", style))]
@@ -392,7 +394,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
 
 
 def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
-    """The settings in which runs most often differ."""
+    """Return the settings that most often differ between runs."""
     if recipe is None:
         return [Content.styled("The recipe cannot be read.", "$error")]
     lora, training = recipe.lora, recipe.training
@@ -414,7 +416,7 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
 
 
 def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Content]:
-    """Checkpoints, size and place of the run, and its exports."""
+    """Return checkpoints, size and location of the run, and its exports."""
     size = f"{format_bytes(files.bytes)}, {pluralize(len(files.checkpoints), 'checkpoint')}"
     rows = _rows([("size", size), ("folder", format_path(summary.run.path))], width)
     if not files.exports and not files.checkpoints and summary.status.state != "finished":
@@ -425,7 +427,7 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
 
 
 def log_lines(files: RunFiles) -> list[Content]:
-    """The last events of the run, the newest first."""
+    """Return the last events of the run, newest first."""
     if not files.log:
         return [Content.styled("Nothing happened yet.", "dim")]
     return [
@@ -435,7 +437,7 @@ def log_lines(files: RunFiles) -> list[Content]:
 
 
 def _rows(rows: list[tuple[str, Content | str]], width: int) -> list[Content]:
-    """A label and a value a line; a long value is shortened in its middle."""
+    """Return a line for each label and value. Long values are cut in the middle."""
     lines = []
     for label, value in rows:
         text = Content(truncate_middle(value, width - _LABEL)) if isinstance(value, str) else value
@@ -444,7 +446,7 @@ def _rows(rows: list[tuple[str, Content | str]], width: int) -> list[Content]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below; those that vanish meanwhile count nothing."""
+    """Return the total size of all files in the folder. Files that vanish in the meantime count as 0."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:

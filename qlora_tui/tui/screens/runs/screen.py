@@ -54,14 +54,14 @@ from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, TextField
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
 _FILES_INTERVAL_S = 5.0
-"""Seconds between two reads of the folder of the run under the cursor."""
+"""Seconds between reads of the folder of the run under the cursor."""
 _READ_BUDGET_S = 0.3
-"""A look takes about so long at most; hundreds of runs are read in several."""
+"""Approximate time limit of one read, in seconds; hundreds of runs take several reads."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """An order, and how the title of the list says it."""
+    """A sort order, and how the list's title describes it."""
 
     label: str
     key: Callable[[RunSummary], Any] | None
@@ -83,7 +83,7 @@ ORDERS = (
 
 
 class RunsScreen(EvaluationActions):
-    """A list with what runs or waits on top, and a preview of the run under the cursor."""
+    """A list with active and queued runs on top, and a preview of the run under the cursor."""
 
     MODE = "runs"
     ANSWERS_COMMAND = "runs.evaluate"
@@ -144,7 +144,7 @@ class RunsScreen(EvaluationActions):
 
     @property
     def _selected(self) -> RunSummary:
-        """The run under the cursor. Without one, the action that asks for it does nothing."""
+        """The run under the cursor. Raises SkipAction if there is none."""
         if self.current is None:
             raise SkipAction
         return self.current
@@ -169,12 +169,12 @@ class RunsScreen(EvaluationActions):
         self.show_listing()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Back to the list."""
+        """Move the focus from the filter to the list."""
         self.set_class(bool(event.value), "-filtering")
         self.query_one(RunTable).focus()
 
     def key_escape(self) -> None:
-        """Show all runs again."""
+        """Clear the filter."""
         self.query_one("#runs-filter", Input).value = ""
         self.remove_class("-filtering")
         self.query_one(RunTable).focus()
@@ -184,19 +184,19 @@ class RunsScreen(EvaluationActions):
         self.call_after_refresh(self._show_detail)
 
     def on_run_table_moved(self) -> None:
-        """Say more of the run under the cursor."""
+        """Show more about the run under the cursor."""
         self._show_detail()
         self._refresh_footer()
 
     async def on_run_table_opened(self) -> None:
-        """Open the run that was clicked, as the key does."""
+        """Open the clicked run, as the key does."""
         await self.action_open()
 
     def on_screen_resume(self) -> None:
         self.query_one(RunTable).start_at_top()
 
     def refresh_runs(self) -> None:
-        """Read the runs again, unless that is being done."""
+        """Read the runs again, unless a read is in progress."""
         if not self._reading and self.is_current:
             self._reading = True
             self._read_runs()
@@ -216,7 +216,7 @@ class RunsScreen(EvaluationActions):
             self.refresh_runs()
 
     def show_listing(self) -> None:
-        """Show what was read, filtered."""
+        """Show the runs that were read, filtered."""
         if self.listing is None:
             return
         # What was read before a run was deleted still lists it.
@@ -234,7 +234,7 @@ class RunsScreen(EvaluationActions):
         self._refresh_footer()
 
     def _refresh_footer(self) -> None:
-        """Change the footer where other keys mean something than before."""
+        """Refresh the footer if the keys that work have changed."""
         current = self.current
         waits = current is not None and self._is_waiting(current)
         if waits != self._footer_key:
@@ -346,7 +346,7 @@ class RunsScreen(EvaluationActions):
         self.ask_for_card(self._selected.run)
 
     def action_move(self, places: int) -> None:
-        """Move the run in the queue."""
+        """Move the run within the queue."""
         run_queue.move(self._selected.run, places)
         self.refresh_runs()
 
@@ -367,7 +367,7 @@ class RunsScreen(EvaluationActions):
         await self._prepare(replace_setting(run.recipe(), "lora.init_from", run.id))
 
     async def _prepare(self, recipe: Recipe) -> None:
-        """Load a recipe, and show the checks before its launch."""
+        """Load a recipe, and show the checks for its launch."""
         if self.app.load_recipe(recipe):
             self.notify_undoable("Loaded the run's recipe.")
         await prepare_run(self.app)
@@ -388,7 +388,7 @@ class RunsScreen(EvaluationActions):
         self.ask(prompt, lambda name: self._act_on(summary.run, lambda run: run_actions.rename(run, name)))
 
     def action_delete(self) -> None:
-        """Move the run to the trash; ask first only if something else uses it."""
+        """Move the run to the trash. Ask first only if something else uses it."""
         summary = self._selected
         if uses := run_actions.uses_of(summary.run):
             text = f"{summary.name} is in use: {'; '.join(uses)}."
@@ -433,7 +433,7 @@ class RunsScreen(EvaluationActions):
 
 
 def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: Order) -> list[RunSummary]:
-    """Sort the runs that ended; the active one and the queue stay above them."""
+    """Sort the runs that have ended. The active run and the queue stay above them."""
     if order.key is None:
         return list(summaries)
     first = [row for row in summaries if row.status.state in ACTIVE or row.id in waiting]

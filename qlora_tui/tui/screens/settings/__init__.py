@@ -1,1 +1,1 @@
-"""Settings of the app: ``screen`` is a form over :class:`qlora_tui.settings.Settings`."""
+"""Settings of the app: ``screen`` is a form for :class:`qlora_tui.settings.Settings`."""

@@ -29,7 +29,7 @@ _KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fiel
 
 
 class SettingsScreen(ModalScreen[None], OnQloraApp):
-    """The form over the settings that have a label."""
+    """A form for the settings that have a label."""
 
     CSS_PATH = "../modals/modal.tcss"
     DEFAULT_CSS = """
@@ -70,7 +70,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         form.list.action_move(1)
 
     def on_setting_edited(self, message: SettingEdited) -> None:
-        """Save the setting; a default is removed from the file."""
+        """Save the setting. A default value is removed from the file."""
         app, path, value = self.app, message.path, message.value
         is_default = value == get_setting(Settings(), path)
         try:
@@ -104,13 +104,13 @@ _SWATCHES = (*HUES, "key", "warning", "error")
 
 
 def _swatches() -> Content:
-    """Return the colors of the theme in use, each with its name; they follow a change of the theme."""
+    """Return the current theme's colors with their names. They change with the theme."""
     shown = [Content.assemble(("███ ", f"${name}"), (name, "$text-muted")) for name in _SWATCHES]
     return Content("  ").join(shown)
 
 
 def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
-    """Return the settings by what they are about."""
+    """Return the settings grouped by topic."""
     titles = {
         "Appearance": ("theme", "mouse"),
         "GPU": ("gpu_memory_gib", "gpu"),
@@ -125,7 +125,7 @@ def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
 
 
 def _missing_folder(path: str, value: Any) -> str:
-    """Return a sentence that names the first of these folders that is not there; empty for none."""
+    """Return a sentence that names the first of these folders that does not exist; empty if all exist."""
     folders = value if path == "model_folders" else ()
     missing = [folder for folder in folders if not Path(folder).expanduser().is_dir()]
     return f"There is no folder {missing[0]}." if missing else ""

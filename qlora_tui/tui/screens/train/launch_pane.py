@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _NOT_IN_FORM = frozenset(("data.sources", "note"))
-"""Sources are chosen on the Data screen, which shows what is in them; notes where a preset is saved."""
+"""Settings that are edited elsewhere: sources on the Data screen, which shows their contents; the note when a
+preset is saved.
+"""
 _MAIN = (
     "training.epochs",
     "training.learning_rate",
@@ -40,8 +42,9 @@ _MAIN = (
     "training.gradient_accumulation",
     "lora.rank",
 )
-"""What decides most of a run and of its time: passes over the data, rate, tokens of a row, rows of a step,
-and size of the adapter."""
+"""The settings that decide most about a run and its duration: epochs, learning rate, sequence length, batch
+size and rank.
+"""
 _PREFERENCES = "Preferences"
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
@@ -72,13 +75,15 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Data", ("data.",)),
     ("Model", ("model.",)),
 )
-"""Settings of each group but the main ones, by path or by the beginning of it; the first group that names one
-has it."""
+"""Paths, or prefixes of paths, of the settings in each group other than the main one.
+
+The first match wins.
+"""
 _LEAST_TEXT = 20
-"""Cells of a text next to a check's sign, word and name, at least."""
+"""Minimum width of the text after a check's sign, word and name, in cells."""
 _SEPARATOR = " · "
 _SHORT_HEAD = 10
-"""Cells of a check's sign and word."""
+"""Width of a check's sign and word, in cells."""
 QUESTIONS: dict[CheckKind, str] = {
     CheckKind.MODEL: "Are the weights on this machine?",
     CheckKind.DATA: "Can every row be trained on?",
@@ -92,7 +97,7 @@ QUESTIONS: dict[CheckKind, str] = {
     CheckKind.DISK: "Is there room for the checkpoints?",
     CheckKind.QUEUE: "Does it start at once?",
 }
-"""What each check finds out."""
+"""The question that each check answers."""
 _PLACES: dict[CheckKind, tuple[str, str]] = {
     CheckKind.MODEL: ("go.models", "choose a model"),
     CheckKind.DATA: ("go.data", "choose or correct the data"),
@@ -100,13 +105,13 @@ _PLACES: dict[CheckKind, tuple[str, str]] = {
     CheckKind.LENGTH: ("go.memory", "choose a shorter length"),
     CheckKind.MEMORY: ("go.memory", "make it fit"),
 }
-"""Command that leads to where an error is resolved, and what is done there."""
+"""(command, action): the command that opens the place where an error is fixed, and what to do there."""
 _CHECK_KEYS = (("train.recheck", "check again"),)
 
 
 @cache
 def form_groups() -> tuple[SettingGroup, ...]:
-    """The main settings, then all others in folded groups."""
+    """Return the main settings, then all others in folded groups."""
     left = {path: field for path, field in fields().items() if path not in _NOT_IN_FORM}
     groups = [SettingGroup("", tuple(left.pop(path) for path in _MAIN))]
     for title, wanted in _GROUPS:
@@ -122,7 +127,7 @@ def _is_in(path: str, section: str) -> bool:
 
 
 def _compares(recipe: Struct) -> bool:
-    """Whether the recipe trains on preferences."""
+    """Return whether the recipe trains on preferences."""
     return isinstance(recipe, Recipe) and recipe.data.preferences != "refuse"
 
 
@@ -131,7 +136,7 @@ def _always(recipe: Struct) -> bool:
 
 
 def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
-    """What a value amounts to, by the path of its setting."""
+    """Return remarks on what values amount to, by the path of their setting."""
     training = recipe.training
     rows = pluralize(recipe.effective_batch, "pair" if recipe.trains_pairs else "sequence")
     notes = {
@@ -145,7 +150,10 @@ def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
 
 
 class LaunchPane(Vertical):
-    """How long the run takes and what to press now; below it the settings, and the checks beside or under."""
+    """How long the run takes and what to press now.
+
+    Below it are the settings, and the checks next to or below them.
+    """
 
     def __init__(self) -> None:
         super().__init__(id="launch")
@@ -167,18 +175,18 @@ class LaunchPane(Vertical):
         self.on_setting_list_moved()
 
     def on_setting_list_moved(self) -> None:
-        """Explain the setting that the cursor is on, and others of its group."""
+        """Explain the setting under the cursor, and others in its group."""
         list_ = self.query_one(SettingsForm).list
         self.query_one("#notes", Drawing).show(partial(note_page, list_.group.fields, list_.field))
 
     def show_checks(self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None) -> None:
-        """The results of the checks, how long the run takes, and whether it can start."""
+        """Show the results of the checks, how long the run takes, and whether it can start."""
         self._checks = checks
         self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe, expected))
         self._show_check_lines()
 
     def toggle_checks(self) -> None:
-        """Show the checks that passed in one line, or in full."""
+        """Toggle between showing passed checks in one line and in full."""
         self._shows_all = not self._shows_all
         self._show_check_lines()
 
@@ -195,9 +203,9 @@ class LaunchPane(Vertical):
 
 
 def note_page(fields: Sequence[Field], selected: Field | None, width: int, height: int) -> list[Content]:
-    """Draw the help of as many settings as there is room for; that of the selected one is marked.
+    """Return help for as many settings as fit, with the selected one marked.
 
-    It turns pages instead of scrolling, so that a step of the cursor changes two notes and not all of them.
+    It turns pages instead of scrolling, so that moving the cursor changes only two entries.
     """
     page: list[Content] = []
     has_selected = selected is None
@@ -213,7 +221,7 @@ def note_page(fields: Sequence[Field], selected: Field | None, width: int, heigh
 
 
 def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
-    """``▸ Epochs  training.epochs``, and below it what the setting does and its effect on memory."""
+    """Return ``▸ Epochs  training.epochs``, and below it what the setting does and its effect on memory."""
     head = Content.assemble(
         ("▸ " if is_selected else "  ", "bold $primary"),
         (field.label, "bold" if is_selected else "$primary"),
@@ -226,7 +234,7 @@ def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
 def verdict_lines(
     checks: tuple[Check, ...], recipe: Recipe | None, expected: Forecast | None, width: int, height: int
 ) -> list[Content]:
-    """Draw how long the run takes, whether it can start and the one thing to do now; then what it does."""
+    """Return how long the run takes, whether it can start, what to do now, and what the run does."""
     if recipe is None:
         return [Content("Checking what the run needs…")]
     parts = _plan(recipe)
@@ -241,7 +249,9 @@ def verdict_lines(
 
 
 def _duration(expected: Forecast | None, width: int) -> list[Content]:
-    """``About 25 min on this machine   54 steps · judging by vicuna-1``; nothing without data to count."""
+    """Return ``About 25 min on this machine   54 steps · judging by vicuna-1``; empty if there is no data to
+    count.
+    """
     if expected is None:
         return []
     if expected.time is None:
@@ -258,7 +268,7 @@ def _duration(expected: Forecast | None, width: int) -> list[Content]:
 def check_lines(
     checks: tuple[Check, ...], width: int, *, with_questions: bool, shows_all: bool
 ) -> list[Content]:
-    """Lines for each check, what is wrong first; checks that passed share one line unless ``shows_all``."""
+    """Return lines for each check, with problems first. Passed checks share one line unless ``shows_all``."""
     lines: list[Content] = []
     offered = first_fix(checks)
     for check in worst_first(checks):
@@ -281,7 +291,7 @@ def check_lines(
 
 
 def _passed(checks: tuple[Check, ...], width: int) -> list[Content]:
-    """``✓ 7 checks ok  model, data, memory, disk, queue``, which goes on below if it is too long."""
+    """Return ``✓ 7 checks ok  model, data, memory, disk, queue``, wrapped if it is too long."""
     names = [check.label for check in checks if check.outcome == "ok"]
     if not names:
         return []
@@ -291,17 +301,17 @@ def _passed(checks: tuple[Check, ...], width: int) -> list[Content]:
 
 
 def worst_first(checks: tuple[Check, ...]) -> list[Check]:
-    """The checks in the order in which they are shown."""
+    """Return the checks in display order, worst first."""
     return sorted(checks, key=lambda check: list(OUTCOME_SIGNS).index(check.outcome), reverse=True)
 
 
 def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
-    """The fix that one key applies: that of the first check shown that has one."""
+    """Return the fix that a single key applies: that of the first displayed check that has one."""
     return next((check.suggested_fix for check in worst_first(checks) if check.suggested_fix), None)
 
 
 def conclusion(checks: tuple[Check, ...]) -> Content:
-    """Say whether the run can start, and name the key for what to do now."""
+    """Return whether the run can start, with the key for what to do now."""
     wrong = errors(checks)
     if wrong:
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
@@ -317,7 +327,7 @@ def conclusion(checks: tuple[Check, ...]) -> Content:
 
 
 def _remedy(checks: tuple[Check, ...]) -> str:
-    """The key that resolves the first error, or leads to where it is resolved."""
+    """Return the key that fixes the first error, or that opens the place where it is fixed."""
     first = worst_first(checks)[0]
     if first.suggested_fix is not None and first.suggested_fix is first_fix(checks):
         return f"▸ {key_name('train.fix')} {first.suggested_fix.label}"
@@ -326,7 +336,7 @@ def _remedy(checks: tuple[Check, ...]) -> str:
 
 
 def _plan(recipe: Recipe) -> list[str]:
-    """What the run does, in a few words each."""
+    """Return what the run does, in short phrases."""
     training, data = recipe.training, recipe.data
     limit = f", at most {pluralize(training.max_steps, 'step')}" if training.max_steps else ""
     batch = pluralize(recipe.effective_batch, "row" if data.packing else "sequence")
@@ -341,7 +351,7 @@ def _plan(recipe: Recipe) -> list[str]:
 
 
 async def launch(app: QloraApp, recipe: Recipe, checks: tuple[Check, ...]) -> RunDir | None:
-    """Queue a recipe after confirming those of its checks that failed. Returns None if the user declines.
+    """Queue a recipe after confirming any failed checks. Return None if the user declines.
 
     Raises UserError if it could not run at all.
     """

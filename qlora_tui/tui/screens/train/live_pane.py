@@ -66,22 +66,22 @@ _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
 _LOG_KEYS = (("train.tab", "next"), ("train.search", "search"), ("train.level", "warnings"))
 _MAX_NAME = 70
-"""Cells of a run's name in a title; a window has at least 80."""
+"""Maximum width of a run's name in a title, in cells; a window has at least 80."""
 _LEAST_TEXT = 8
-"""Cells of an entry after its time, at least."""
+"""Minimum width of an entry after its time, in cells."""
 _TITLE_FRAME = 4
-"""Cells around the title of a panel."""
+"""Cells around a panel's title."""
 _NO_EVENTS = "No events yet."
 _EMPTY = {
     "answers": "No answers yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
     "health": "No warnings.",
 }
-"""Text of a tab without entries; the others show ``_NO_EVENTS``."""
+"""Text of a tab without entries; the tabs not listed here show ``_NO_EVENTS``."""
 _ANSWER_NOW = " Press {train.sample} to answer them now."
 
 
 class LivePane(Vertical):
-    """Panels for one run: header, graph, log, and beside them GPU, health, setup and evaluations."""
+    """Panels for one run: header, graph and log, next to GPU, health, setup and evaluations."""
 
     def __init__(self) -> None:
         super().__init__(id="live")
@@ -114,11 +114,13 @@ class LivePane(Vertical):
     def show(
         self, snapshot: RunSnapshot, from_step: float = 0.0, active: str = "", answers: str = ""
     ) -> None:
-        """Show the snapshot; unchanged parts are not painted again.
+        """Show the snapshot. Unchanged parts are not repainted.
 
         Args:
-            active: the id of another run that is training now.
-            answers: how far the comparison of this run's answers is; empty while they are not measured.
+            snapshot: The run's current state.
+            from_step: The first step to draw.
+            active: Id of another run that is training now.
+            answers: Progress of comparing this run's answers; empty if that is not being measured.
         """
         self._snapshot = snapshot
         self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
@@ -167,7 +169,7 @@ class LivePane(Vertical):
         self.query_one(f"#{name}", Drawing).show(draw)
 
     def show_tab(self, name: str) -> None:
-        """Put one of the texts in front."""
+        """Bring a tab to the front."""
         snapshot = self._snapshot
         if snapshot is None:
             return
@@ -194,17 +196,17 @@ class LivePane(Vertical):
         )
 
     def on_resize(self) -> None:
-        """The title of the log is as long as there is room for."""
+        """Fit the log's title to the new width."""
         self.call_after_refresh(self._show_log_title)
 
     def next_tab(self, places: int) -> None:
-        """Go along the tabs."""
+        """Move along the tabs."""
         if self._snapshot is not None:
             names = _tabs(self._snapshot)
             self.show_tab(names[(names.index(self._front) + places) % len(names)])
 
     def filter_log(self, search: str, level: int) -> None:
-        """Show only lines with this text, of this one of the levels."""
+        """Show only lines that contain this text and have this level."""
         self.query_one(LogTail).filter(search, level)
         self.show_tab(self._front)
 
@@ -228,7 +230,7 @@ class LivePane(Vertical):
 
 
 def _tabs(snapshot: RunSnapshot) -> tuple[str, ...]:
-    """The texts there are: what the trainer itself printed only where it printed something."""
+    """Return the tabs. The trainer's own output has one only if there is any."""
     return _TABS if snapshot.output else _TABS[:-1]
 
 
@@ -251,7 +253,7 @@ def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 
 def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
-    """One entry for consecutive equal warnings."""
+    """Return the warnings, with consecutive equal ones merged into one entry."""
     entries = []
     for _, group in groupby(
         snapshot.health, key=lambda health: (health.kind, health.severity, health.remedy)
@@ -278,7 +280,7 @@ def _health_note(snapshot: RunSnapshot) -> str:
 
 
 class LogTail(LineView):
-    """Follows the end until it is scrolled away from it."""
+    """A log that follows its end until the user scrolls away from it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*SCROLL_KEYS]
 
@@ -295,9 +297,9 @@ class LogTail(LineView):
         """Which of :data:`LEVELS` are shown."""
 
     def show(self, entries: Sequence[LogEntry], empty: str | None = None) -> None:
-        """Show these; a sequence that grew at its end costs only what is new.
+        """Show these entries. If a sequence only grew at its end, only the new entries cost time.
 
-        ``empty`` replaces the text that is shown if there are none.
+        ``empty``: the text to show if there are no entries.
         """
         if empty is not None and empty != self._empty:
             self._empty = empty
@@ -311,7 +313,7 @@ class LogTail(LineView):
             self._append_new()
 
     def filter(self, search: str, level: int) -> None:
-        """Show only lines with this text in them, of this one of the levels."""
+        """Show only lines that contain this text and have this level."""
         self.search, self.level = search, level
         self._rebuild()
 
@@ -377,15 +379,15 @@ class LogTail(LineView):
 def tabs_title(
     names: Sequence[str], front: str, notes: Mapping[str, str], *, filters: str, keys: str, width: int
 ) -> Content:
-    """``log │ answers 12 │ health !2``. A click on a name runs ``screen.show_tab('<name>')``.
+    """Return ``log │ answers 12 │ health !2``. A click on a name runs ``screen.show_tab('<name>')``.
 
     Args:
         names: The tabs.
-        front: The one that is shown.
-        notes: What follows a name.
-        filters: What hides lines now. It is shown even where it has to be shortened.
-        keys: Hints for keys, where they are not in the border below; left out first.
-        width: Cells that there are.
+        front: The tab that is shown.
+        notes: Text that follows a name.
+        filters: What currently hides lines. It is always shown, shortened if necessary.
+        keys: Hints for keys that the border below does not show; the first thing to be left out.
+        width: Available width, in cells.
     """
     parts = []
     for name in names:

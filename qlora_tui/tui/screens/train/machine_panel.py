@@ -1,7 +1,7 @@
-"""The machine of a run: use of the GPU, its memory, power and temperature, and of the processor.
+"""The machine of a run: GPU utilization, memory, power and temperature, and the processor.
 
-Utilization is drawn from 0 to 100 always; memory against the GPU's, with the estimate as a tick. What a GPU
-does not report is NA, never 0.
+Utilization is always drawn from 0 to 100, memory up to the GPU's size, with the estimate as a tick. A value
+that the GPU does not report is NA, never 0.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from qlora_tui.tui.render.plot import bar, blocks
 
 _HOT_C = 83
 _LABEL = 8
-"""Cells of the name before a chart."""
+"""Width of the label before a chart, in cells."""
 _MIN_CHART = 6
 _SHORT_ROWS, _TALL_PANEL_ROWS = 2, 11
-"""Rows up to which there are two lines, and from which charts are two rows high."""
+"""Heights, in rows, up to which there are only two lines, and from which charts are two rows high."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class MachineState:
     device: str = ""
     """``RTX 4090``, or the processor's name."""
     readings: tuple[Reading, ...] = ()
-    """The newest last; charts end at it."""
+    """Newest last; the charts end at it."""
     estimate_bytes: int | None = None
     host_bytes: int | None = None
     """RAM of the machine, which a run without a GPU uses."""
     cores: int = 1
     is_over: bool = False
-    """Whether the run has ended, and these were its last readings."""
+    """Whether the run has ended, and these are its last readings."""
 
     @property
     def has_no_gpu(self) -> bool:
-        """Whether the run is known to use none."""
+        """Whether the run is known not to use a GPU."""
         return bool(self.readings) and self.readings[-1].gpu is None
 
     @property
@@ -55,7 +55,7 @@ class MachineState:
 
 
 def machine_lines(machine: MachineState, width: int, height: int) -> list[Content]:
-    """Draw a line or two for each reading, or two lines in all."""
+    """Return one or two lines for each reading, or two lines in total."""
     if not machine.readings:
         return [Content.styled("No readings yet.", "dim")]
     meters = _meters(machine)
@@ -66,18 +66,18 @@ def machine_lines(machine: MachineState, width: int, height: int) -> list[Conten
 
 @dataclass(frozen=True)
 class _Meter:
-    """One quantity: its value now, and how it is drawn."""
+    """One quantity: its current value, and how to draw it."""
 
     name: str
     value: str | Content
     line: int | None = None
-    """Its line in a small window; None if it is left out there."""
+    """Its line in a small window; None to leave it out there."""
     history: tuple[float | None, ...] = ()
-    """A value for each reading, which makes it a chart."""
+    """A value for each reading; if present, a chart is drawn."""
     top: float = 1.0
-    """The value at the top of the chart."""
+    """Value at the top of the chart."""
     bar: tuple[int | None, int | None] | None = None
-    """Used and total bytes, which make it a bar with the estimate below it."""
+    """(used, total) in bytes; if present, a bar is drawn with the estimate below it."""
 
 
 def _meters(machine: MachineState) -> tuple[_Meter, ...]:
@@ -110,7 +110,10 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
 
 
 def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: int) -> list[Content]:
-    """A line or two for each meter; all charts end in the same column, with their values beside them."""
+    """Return one or two lines for each meter.
+
+    All charts end in the same column, with their values next to them.
+    """
     drawn = [Content.assemble(meter.value) for meter in meters if meter.history or meter.bar]
     cells = width - _LABEL - max(value.cell_length for value in drawn) - 1
     cells = cells if cells >= _MIN_CHART else 0
@@ -137,7 +140,7 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
 
 
 def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) -> list[Content]:
-    """The most important meters in a line or two, the first with a small chart."""
+    """Return the most important meters in one or two lines, the first with a small chart."""
     cells = max(0, min(24, width - 60))
     lines: list[list[Content]] = [[], []]
     for number, meter in enumerate(meters):
@@ -154,7 +157,7 @@ def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) 
 
 
 def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: int) -> list[Content]:
-    """One column a second, the newest at the right end."""
+    """Return a chart with one column per second, newest at the right end."""
     slots: list[float | None] = [None] * width
     end = readings[-1].at
     for value, reading in zip(meter.history, readings, strict=True):

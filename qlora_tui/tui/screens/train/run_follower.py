@@ -1,7 +1,7 @@
 """Follows one run for the screen: each poll reads its files and returns a :class:`RunSnapshot`.
 
-:class:`RunFollower` is used in a thread, one call at a time. Everything of a size that grows with the run
-stays in it; a snapshot holds only what is shown.
+:class:`RunFollower` is used in a thread, one call at a time. Everything that grows with the run stays in it;
+a snapshot holds only what is shown.
 """
 
 from __future__ import annotations
@@ -39,22 +39,25 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope, smoothing_window
 
 LONG_BYTES = 8 << 20
-"""Size of an event log, some 40,000 steps, above which only a sample of the steps is read."""
+"""Size of an event log, about 40,000 steps, above which only a sample of the steps is read."""
 _SAMPLE_STEPS = 10_000
-"""Steps in that sample."""
+"""Number of steps in that sample."""
 _RECENT_STEPS = 100
-"""Steps that the view keeps, more than its pace is computed from. Earlier ones are kept decimated."""
+"""Number of steps that the view keeps, more than its pace is computed from.
+
+Earlier ones are kept decimated.
+"""
 _MAX_READINGS = 240
-"""Telemetry readings for the charts: four minutes."""
+"""Maximum number of telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
 _MAX_STAGES = 12
-"""Phases that are kept of an attempt, more than there are before its first step."""
+"""Maximum number of phases kept per attempt, more than there are before its first step."""
 _MAX_ANSWERS = 60
-"""Answers to the sample prompts that are kept."""
+"""Maximum number of answers to sample prompts that are kept."""
 _OUTPUT_BYTES = 128 << 10
-"""Of the end of the output that a first read takes."""
+"""Bytes at the end of the output that the first read takes."""
 _MAX_CHARACTERS = 10_000
-"""Most of a line of output that is shown."""
+"""Maximum length of a line of output that is shown, in characters."""
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -64,17 +67,17 @@ Level: TypeAlias = Literal["info", "warning", "error"]
 
 @dataclass(frozen=True)
 class LogEntry:
-    """One line."""
+    """A line of the log."""
 
     at: float | None
-    """Unix time, where it is known."""
+    """Unix time, if known."""
     level: Level
     text: str
 
 
 @dataclass(frozen=True)
 class StepEnvelopes:
-    """What is drawn over the steps."""
+    """Curves to draw over the steps."""
 
     loss: Envelope
     mean_loss: Envelope
@@ -90,55 +93,55 @@ class RunSnapshot:
     """The state of a run at one moment, for the live screen."""
 
     view: RunView
-    """Only its single values are for the screen: its columns change in the follower's thread."""
+    """The screen may use only its scalar fields: the follower's thread changes its columns."""
     status: Status
     envelopes: StepEnvelopes
     step: int
     epoch: float
     loss: float | None
-    """Of the last step, like the next five."""
+    """Of the last step, like the next five fields."""
     mean_loss: float | None
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_s: float | None
     reward_margin: float
-    """NaN without a preference method."""
+    """NaN if there is no preference method."""
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     samples: tuple[SampleGenerated, ...]
     health: tuple[Health, ...]
     entries: Sequence[LogEntry]
-    """Log lines so far; only appended to."""
+    """The log so far; only ever appended to."""
     output: Sequence[LogEntry]
     """The end of the trainer's own output."""
     telemetry: tuple[Reading, ...]
-    """The newest last."""
+    """Newest last."""
     energy_kwh: float | None
     seconds_trained: float
-    """Training time of all steps, without evaluations and pauses."""
+    """Training time over all steps, without evaluations and pauses."""
     seconds_left: float | None
     seconds_per_step: float | None
-    """Recently; None until it is known."""
+    """Recent pace; None until it is known."""
     fix: SuggestedFix | None
-    """What one key can do about the latest warning."""
+    """A fix for the latest warning that a single key can apply."""
     step_stride: int
-    """Steps from one drawn step to the next: more than 1 in a very long run."""
+    """Distance between two drawn steps; more than 1 in a very long run."""
     stages: tuple[PhaseChanged, ...] = ()
     """The first phases of this attempt."""
     recipe: Recipe | None = None
     """None if it cannot be read."""
     ending_request: str = ""
-    """The request to end the run that waits or was taken, one of ``control.ENDINGS``; empty without one."""
+    """The pending or accepted request to end the run, one of ``control.ENDINGS``; empty if there is none."""
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the run will stop after the step or evaluation in progress, as requested."""
+        """Whether the run will stop, as requested, after the current step or evaluation."""
         is_asked = self.ending_request in ("stop", "stop_now")
         return is_asked and self.status.state in ACTIVE and self.view.phase in STEP_PHASES
 
     @property
     def is_best_saved(self) -> bool:
-        """Whether there is a checkpoint of the best evaluation's step; the trainer keeps it."""
+        """Whether there is a checkpoint at the best evaluation's step, which the trainer keeps."""
         return self.best is not None and any(saved.step == self.best.step for saved in self.view.checkpoints)
 
     @property
@@ -148,7 +151,7 @@ class RunSnapshot:
 
 
 class _DecimatedRun:
-    """A view with its steps decimated to what a graph can show."""
+    """A view of a run, with its steps decimated to what a graph can show."""
 
     def __init__(self, view: RunView) -> None:
         self.view = view
@@ -165,13 +168,13 @@ class _DecimatedRun:
         self._drawn: tuple[object, StepEnvelopes] | None = None
 
     def read(self) -> list[AnyEvent]:
-        """Read new events; returns them without steps, which are too many to hold."""
+        """Read new events. Return them without steps, which are too many to keep."""
         events = _without_steps(self.view.iter_new())
         self.add_steps()
         return events
 
     def add_steps(self) -> None:
-        """Add the view's new steps, and leave only recent ones in it."""
+        """Add the view's new steps, and drop all but the recent ones from the view."""
         view, series = self.view, self.view.series
         first = bisect_right(series.step, self.last_step)
         self.seconds_trained += series.seconds(first)
@@ -193,7 +196,7 @@ class _DecimatedRun:
         del view.samples[:-_MAX_ANSWERS]
 
     def _select(self, first: int) -> list[int]:
-        """Which of the view's steps, of those from index ``first`` on."""
+        """Return indices of the view's steps, from ``first`` on, that are to be added."""
         series = self.view.series
         taken = []
         for at in range(first, len(series)):
@@ -203,7 +206,7 @@ class _DecimatedRun:
         return taken
 
     def envelopes(self, from_step: float) -> StepEnvelopes:
-        """The envelopes from ``from_step`` on, cached until a step is added."""
+        """Return the envelopes from ``from_step`` on, cached until a step is added."""
         drawn_for = (len(self.steps), from_step)
         if self._drawn is None or self._drawn[0] != drawn_for:
             self._drawn = (drawn_for, StepEnvelopes(*self.steps.envelopes(from_step)))
@@ -211,7 +214,7 @@ class _DecimatedRun:
 
 
 class RunFollower:
-    """Reads a run's files from where the last read ended."""
+    """Reads a run's files, continuing where the last read ended."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
@@ -231,7 +234,7 @@ class RunFollower:
         self._output = OutputTail(run.log_path, _MAX_ENTRIES)
 
     def poll(self) -> RunSnapshot:
-        """The run as it is now."""
+        """Return the run's current state."""
         self._readings.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
@@ -255,7 +258,7 @@ class RunFollower:
         return self._snapshot(decimated_run)
 
     def _read(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
-        """Read the run, and return the new events except steps."""
+        """Read the run. Return it and its new events except steps."""
         if self._decimated_run is None:
             return self._open()
         before = self._decimated_run.last_step
@@ -267,7 +270,7 @@ class RunFollower:
         return self._decimated_run, events
 
     def _open(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
-        """Read the run from its beginning; return it and its events without the steps."""
+        """Read the run from the beginning. Return it and its events except steps."""
         path = self.run.events_path
         if not path.exists() or path.stat().st_size <= LONG_BYTES:
             decimated_run = _DecimatedRun(RunView(self.run))
@@ -318,7 +321,7 @@ def _without_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:
 
 
 def _entries(events: Sequence[AnyEvent], total_steps: int) -> list[LogEntry]:
-    """Lines of the log; samples and progress are shown elsewhere, and so is why the run failed in the end."""
+    """Return log lines. Samples, progress, and the reason for a final failure are shown elsewhere."""
     entries = []
     for event in events:
         if isinstance(event, SampleGenerated | Progress):
@@ -337,7 +340,10 @@ def _level(event: AnyEvent) -> Level:
 
 
 class OutputTail:
-    """Reads a growing text file on from where it stopped; the first look takes only its end."""
+    """Reads a growing text file, continuing where the last read stopped.
+
+    The first read takes only the end.
+    """
 
     def __init__(self, path: Path, max_lines: int) -> None:
         self.entries: list[LogEntry] = []
@@ -346,7 +352,7 @@ class OutputTail:
         self._max_lines = max_lines
 
     def read(self) -> None:
-        """Take in the whole lines that are new."""
+        """Read the complete new lines."""
         lines = self._lines.poll(_OUTPUT_BYTES * 4).decode("utf-8", "replace").split("\n")[:-1]
         self.entries += [LogEntry(None, "info", strip_escapes(line)) for line in lines]
         if len(self.entries) > 2 * self._max_lines:
@@ -354,6 +360,9 @@ class OutputTail:
 
 
 def strip_escapes(line: str) -> str:
-    """Remove colors and cursor moves; a progress bar becomes its last state, a long line its beginning."""
+    """Remove colors and cursor movements.
+
+    A progress bar is reduced to its last state, a long line to its beginning.
+    """
     shown = _ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2]
     return _CONTROLS.sub("", shown[:_MAX_CHARACTERS].expandtabs(4))

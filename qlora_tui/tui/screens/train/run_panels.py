@@ -1,4 +1,4 @@
-"""Panels of the live screen besides graph, log and machine: state, progress and outcome in the header,
+"""Panels of the live screen other than graph, log and machine: the header with state, progress and outcome,
 the stages before the first step, warnings, setup, evaluations and answers.
 """
 
@@ -56,32 +56,32 @@ from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
 _MIN_BAR = 8
 _STEP_BAR = 8
-"""Cells of the bar within a step."""
+"""Width of the progress bar within a step, in cells."""
 _LONG_STEP_S = 5.0
-"""Seconds of a step from which on its micro-batches are shown: in a shorter one they would only flicker."""
+"""Seconds per step from which its micro-batches are shown; in shorter steps they would only flicker."""
 _MAX_DETAIL = 48
-"""Cells of what a phase is about; a model's path may be long."""
+"""Maximum width of a phase's detail, such as a model's path, in cells."""
 _ENDINGS = {
     "stop": ("Stopping", " after this step"),
     "stop_now": ("Stopping now", ""),
     "pause": ("Pausing", " after this step"),
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
-"""(what, when during training) of each request to end the run."""
+"""(verb, timing) for each request to end a run."""
 
 
 _LARGE_ROWS = 3
-"""Lines of the header from which its figures are large."""
+"""Number of header lines from which its figures are large."""
 _GAP = "     "
 """Between the large figures and the rest."""
 _USES = {"chat": "chat with it", "export": "export it", "card": "card"}
-"""What can be done with an adapter: name of the command, and verb."""
+"""Uses of an adapter: name of the command, and verb."""
 _LABEL = 8
-"""Cells of the name before a value."""
+"""Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
-"""Share of the processor that other programs take, from which they slow a run down."""
+"""Fraction of the processor that other programs use from which they are reported to slow a run down."""
 _ROWS_WITH_HEADS = 4
-"""Lines of the evaluations from which there is one for the heads of their columns."""
+"""Number of lines of evaluations from which the columns have titles."""
 _TO_COME: dict[Phase, str] = {
     "loading": "the model's weights",
     "tokenizing": "the rows of the data",
@@ -89,18 +89,18 @@ _TO_COME: dict[Phase, str] = {
     "evaluating": "validation loss before training",
     "training": "the first step",
 }
-"""What each stage is about, in the order in which a run first comes to them."""
+"""What each stage works on, in the order in which a run first reaches them."""
 _STAGE_CELLS = 13
-"""Cells of a sign and the name of a stage."""
+"""Width of a stage's sign and name, in cells."""
 _MAX_BAR = 30
 _MIN_WIDTH_FOR_BAR = 60
 _row = partial(labeled, cells=_LABEL)
 
 
 def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
-    """Draw two lines: state and progress, then the two figures that matter and what else is known.
+    """Return two lines: state and progress, then the two key figures and other facts.
 
-    From three lines on, the figures are large and stand before the rest.
+    From three lines on, the figures are large and come before the rest.
     """
     edge = state_bar(snapshot.status.state, find_defect(snapshot.view)) + " "
     return [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
@@ -120,7 +120,7 @@ def _header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) ->
 
 
 def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
-    """``● training  ██████░░░  86%  step 70/81``."""
+    """Return ``● training  ██████░░░  86%  step 70/81``."""
     first, share = state_line(snapshot), progress_share(snapshot)
     progress = "  ".join(progress_facts(snapshot))
     cells = width - first.cell_length - len(progress) - 4
@@ -129,7 +129,7 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
 
 
 def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
-    """As many of these as fit so many lines, the first ones, with their keys in color."""
+    """Return as many of the first texts as fit this many lines, with their keys in color."""
     lines = [""]
     for text in texts:
         piece = f"  {text}" if lines[-1] else text
@@ -144,7 +144,7 @@ def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
 
 
 def key_figures(snapshot: RunSnapshot) -> list[Figure]:
-    """The numbers that a run is looked at for: its loss, and while it is active the time left."""
+    """Return the key figures of a run: its loss and, while it is active, the time left."""
     if snapshot.status.state in ACTIVE:
         return progress_figures(snapshot.mean_loss, snapshot.seconds_left)
     if snapshot.best is None or snapshot.best.loss is None:
@@ -153,7 +153,7 @@ def key_figures(snapshot: RunSnapshot) -> list[Figure]:
 
 
 def state_line(snapshot: RunSnapshot) -> Content:
-    """``● training  ! 2 warnings  attempt 2``: the state of a run with warnings, attempt and requests."""
+    """Return ``● training  ! 2 warnings  attempt 2``: the run's state with warnings, attempt and requests."""
     status, view = snapshot.status, snapshot.view
     defect = find_defect(view)
     sign, word, style = result_label(status.state, defect)
@@ -180,7 +180,9 @@ def state_line(snapshot: RunSnapshot) -> Content:
 
 
 def progress_share(snapshot: RunSnapshot) -> float | None:
-    """The steps done, from 0 to 1; None where there are none yet: the stages show their own progress."""
+    """Return the fraction of steps done, 0 to 1; None before the first step, since stages show their own
+    progress.
+    """
     if snapshot.status.state in ("finished", "queued") or not snapshot.step:
         return None
     view = snapshot.view
@@ -188,7 +190,7 @@ def progress_share(snapshot: RunSnapshot) -> float | None:
 
 
 def progress_facts(snapshot: RunSnapshot) -> list[str]:
-    """What stands beside the bar: how far the run is."""
+    """Return the texts next to the progress bar."""
     view, state = snapshot.view, snapshot.status.state
     facts = []
     if state in ACTIVE and view.progress is not None and view.phase != "training" and snapshot.step:
@@ -201,7 +203,7 @@ def progress_facts(snapshot: RunSnapshot) -> list[str]:
 
 
 def facts(snapshot: RunSnapshot, now: float) -> list[str]:
-    """Other facts, the most important first; those that do not fit are dropped."""
+    """Return other facts, most important first. Those that do not fit are dropped."""
     state = snapshot.status.state
     if state == "queued":
         return ["waiting in the queue"]
@@ -232,7 +234,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def _checkpoints(snapshot: RunSnapshot) -> str:
-    """``checkpoints at 60 ★, 70``: the best and the newest; empty before the first."""
+    """Return ``checkpoints at 60 ★, 70``: the best and the newest; empty before the first."""
     if not snapshot.view.checkpoints:
         return ""
     newest = snapshot.view.checkpoints[-1].step
@@ -243,7 +245,9 @@ def _checkpoints(snapshot: RunSnapshot) -> str:
 
 
 def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
-    """``running 21 min, 13 min in steps``: the time since the start, and that of all steps."""
+    """Return ``running 21 min, 13 min in steps``: the time since the start, and the total time of
+    the steps.
+    """
     trained = snapshot.seconds_trained
     if not trained:
         return f"running {format_duration(since_start)}"
@@ -255,7 +259,7 @@ def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
 
 
 def step_progress(snapshot: RunSnapshot) -> str:
-    """``this step ███░░░░░ 3 of 8``: its micro-batches, where the step takes long; otherwise empty."""
+    """Return ``this step ███░░░░░ 3 of 8``: its micro-batches if the step is long; otherwise empty."""
     status = snapshot.status
     if snapshot.view.phase != "training" or status.micro_batches < 2:
         return ""
@@ -288,12 +292,12 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> Content | None:
-    """What happened, why, and what to do; None while the run is active.
+    """Return what happened, why, and what to do; None while the run is active.
 
     Args:
         snapshot: The run.
-        active: Id of the run that is training while this one has ended.
-        answers: How far the comparison of this run's answers is; empty while they are not measured.
+        active: Id of the run that is now training.
+        answers: Progress of comparing this run's answers; empty if that is not being measured.
     """
     status, view = snapshot.status, snapshot.view
     is_error = status.state in ("failed", "lost", "unreadable", "gone")
@@ -340,7 +344,7 @@ def _uses_of_adapter() -> list[str]:
 
 
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
-    """The latest warning of each kind, the newest first; none where all is well."""
+    """Return the latest warning of each kind, newest first; empty if there are none."""
     latest = {health.kind: health for health in snapshot.health}
     lines = []
     if isinstance(snapshot.view.ending, Failed):
@@ -356,7 +360,7 @@ def health_lines(snapshot: RunSnapshot) -> list[Content]:
 
 
 def contention(snapshot: RunSnapshot) -> str:
-    """That other programs take the processor from a run without a GPU; empty where they do not."""
+    """Return a warning that other programs slow down a run without a GPU; empty if they do not."""
     last = snapshot.telemetry[-1] if snapshot.telemetry else None
     if last is None or last.gpu is not None or snapshot.status.state not in ACTIVE:
         return ""
@@ -369,7 +373,7 @@ def contention(snapshot: RunSnapshot) -> str:
 
 
 def sample_lines(snapshot: RunSnapshot) -> list[Content]:
-    """The answers to the sample prompts at the last evaluation."""
+    """Return the answers to the sample prompts at the last evaluation."""
     step = _sample_step(snapshot)
     lines: list[Content] = []
     for sample in snapshot.samples:
@@ -380,7 +384,7 @@ def sample_lines(snapshot: RunSnapshot) -> list[Content]:
 
 
 def samples_title(snapshot: RunSnapshot) -> str:
-    """Title of the panel of answers."""
+    """Return the title of the answers panel."""
     step = _sample_step(snapshot)
     return "Answers" if step is None else f"Answers at step {step:,}"
 
@@ -390,7 +394,7 @@ def _sample_step(snapshot: RunSnapshot) -> int | None:
 
 
 def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """What is trained on what, and how it is computed."""
+    """Return what is trained on what data, and how it is computed."""
     view, recipe, lines = snapshot.view, snapshot.recipe, []
     if recipe is not None:
         schedule = f"{format_rate(recipe.training.learning_rate)} {recipe.training.lr_scheduler}"
@@ -428,7 +432,7 @@ def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]
 
 
 def _batch(view: RunView, recipe: Recipe) -> str:
-    """``1,024 tok · batch 2 × 4, chosen``: as the attempt computes it."""
+    """Return ``1,024 tok · batch 2 × 4, chosen``, as in the current attempt."""
     words = batch_words(view.plan.apply_to(recipe))
     chosen = view.step_chosen
     return (
@@ -439,7 +443,7 @@ def _batch(view: RunView, recipe: Recipe) -> str:
 
 
 def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """A line for each evaluation, the newest first: loss, its change, exact or right answers."""
+    """Return a line for each evaluation, newest first: loss, its change, exact or correct answers."""
     evaluations = snapshot.evaluations
     lines: list[Content] = []
     rows = height
@@ -469,12 +473,14 @@ def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Con
 
 
 def is_starting(snapshot: RunSnapshot) -> bool:
-    """Whether the run waits or is active, and has no step to draw yet."""
+    """Return whether the run is queued or active but has no step to draw yet."""
     return snapshot.status.state in (*ACTIVE, "queued") and not snapshot.envelopes.loss.xs
 
 
 def stage_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
-    """``✓ loading    libraries   4 s``: what is done, what is at work with its progress, what comes."""
+    """Return ``✓ loading    libraries   4 s``: finished stages, the current one with its progress, and those
+    to come.
+    """
     stages = snapshot.stages
     if snapshot.status.state == "queued":
         stages = ()

@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 
 _NAME_WIDTH = 38
-"""Cells of a name; together with state and steps as wide as the dialog."""
+"""Width of a name, in cells; with state and steps it fills the dialog."""
 _MAX_LISTED = 30
-"""Number of runs listed; the Runs screen lists all."""
+"""Maximum number of runs listed; the Runs screen lists all."""
 _MAX_ZOOM = 6
 _REQUEST_NOTICES: dict[control.Kind, str] = {
     "checkpoint": "The run will save a checkpoint after this step.",
@@ -79,7 +79,7 @@ _STATES: Mapping[str, Collection[State]] = {
     "card": ("finished", "stopped", "paused", "failed", "lost"),
     "answers": ("finished", "stopped"),
 }
-"""States of the watched run that an action needs; one not listed is available in every state."""
+"""Run states in which each action is available; actions not listed are available in every state."""
 
 
 class TrainScreen(EvaluationActions):
@@ -134,12 +134,12 @@ class TrainScreen(EvaluationActions):
 
     @property
     def run(self) -> RunDir | None:
-        """The run being watched; None while one is prepared."""
+        """The run being watched; None while the next run is prepared."""
         return self._follower.run if self._follower else None
 
     @property
     def _watched(self) -> RunDir:
-        """The run being watched. Without one, the action that asks for it does nothing."""
+        """The run being watched. Raises SkipAction if there is none."""
         if self.run is None:
             raise SkipAction
         return self.run
@@ -177,7 +177,7 @@ class TrainScreen(EvaluationActions):
         self._check()
 
     def _show_last(self, system_status: SystemStatus) -> None:
-        """Show how the last run ended, unless the recipe was edited since."""
+        """Show how the last run ended, unless the recipe has been edited since."""
         run, status = system_status.active_or_last, system_status.active_or_last_status
         if run is None or status is None or status.state not in ("finished", *RESUMABLE):
             return
@@ -203,7 +203,7 @@ class TrainScreen(EvaluationActions):
         self.app.edit(event.path, event.value)
 
     def _stop_watching(self) -> None:
-        """Watch no run until one becomes active."""
+        """Stop watching until a run becomes active."""
         self._follower = self.snapshot = self._ended_at = None
         self._is_pinned = False
         self._show_pane()
@@ -242,7 +242,7 @@ class TrainScreen(EvaluationActions):
             self.refresh_bindings()
 
     def _check(self) -> None:
-        """Run the checks again, if anything they depend on has changed."""
+        """Run the checks again if anything they depend on has changed."""
         if self.run is not None:
             return
         system_status, recipe = self.app.system_status, self.app.workbench.recipe
@@ -319,7 +319,7 @@ class TrainScreen(EvaluationActions):
 
     @property
     def _when_it_ends(self) -> str:
-        """When a run ends that is asked to: after its step, if it has begun one."""
+        """When a run ends after a request: after the current step, if it has started one."""
         has_begun = self.snapshot is None or self.snapshot.view.phase in STEP_PHASES
         return " after this step" if has_begun else ""
 
@@ -408,7 +408,7 @@ class TrainScreen(EvaluationActions):
         self.app.leave(self.run)
 
     def action_next_tab(self, places: int) -> None:
-        """Show the next tab under the graph; before a run, go between recipe and checks."""
+        """Show the next tab below the graph. Before a run, switch between recipe and checks."""
         if self.run is not None:
             self.query_one(LivePane).next_tab(places)
         elif places > 0:
@@ -421,7 +421,7 @@ class TrainScreen(EvaluationActions):
         self.query_one(LivePane).show_tab(name)
 
     def action_zoom(self, direction: int) -> None:
-        """Zoom in to the last half of the steps (1), or out (-1)."""
+        """Zoom in to the last half of the steps (1), or zoom out (-1)."""
         self._zoom = min(max(self._zoom + direction, 0), _MAX_ZOOM)
         self.poll_now()
 
@@ -443,7 +443,7 @@ class TrainScreen(EvaluationActions):
         self.app.copy_to_clipboard(f"qlora-tui attach {shlex.quote(self._watched.id)}")
 
     def _confirm(self, title: str, outcome: str, act: Callable[[RunDir], None], done: str) -> None:
-        """Ask, then act; the question is closed when the run is no longer active."""
+        """Ask, then act. The question closes when the run is no longer active."""
         run = self._watched
         question = ConfirmScreen(
             title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
@@ -457,7 +457,7 @@ class TrainScreen(EvaluationActions):
 
 
 def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
-    """A dialog that returns another run than the one shown now."""
+    """Return a dialog that returns another run than ``now``, the one being shown."""
     choices = []
     for run in [run for run in all_runs() if run != now][:_MAX_LISTED]:
         status = read_status(run)
@@ -470,7 +470,7 @@ def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
 
 
 def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) -> str:
-    """What the question says becomes of the run if it stops or pauses."""
+    """Return what happens to the run if it is stopped or paused, for the question."""
     if snapshot is None or snapshot.view.phase in STEP_PHASES:
         if pauses:
             return "will save a checkpoint after this step and free its memory."
@@ -493,14 +493,14 @@ def _rate_problem(text: str) -> str:
 
 
 async def show_run(app: QloraApp, run: RunDir) -> None:
-    """Go to the Train screen and watch a run there."""
+    """Switch to the Train screen and watch a run."""
     await app.switch_mode("train")
     if isinstance(app.screen, TrainScreen):
         app.screen.attach(run)
 
 
 async def prepare_run(app: QloraApp) -> None:
-    """Go to the Train screen and prepare a run there."""
+    """Switch to the Train screen and prepare a run."""
     await app.switch_mode("train")
     if isinstance(app.screen, TrainScreen):
         app.screen.action_prepare()

@@ -1,7 +1,7 @@
-"""Charts of a run: its loss, and below it its rate, gradients and speed on one x axis.
+"""Charts of a run: its loss, and below it learning rate, gradients and speed on the same x axis.
 
-An event in the graph is followed straight down to the charts. Each chart goes from zero to a round maximum:
-scaled to its own range, a constant 98 % would look like 0 %. A value that is not a number is marked.
+An event in the graph can be followed straight down to the charts. Each chart goes from zero to a round
+maximum: scaled to its own range, a constant 98 % would look like 0 %. Values that are not finite are marked.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
 _MIN_ROWS, _TALL_ROWS = 12, 28
-"""Rows from which there are charts, and from which they are two rows high."""
+"""Heights, in rows, from which there are charts, and from which charts are two rows high."""
 _MIN_VALUE_CELLS = 7
-"""Cells of a value such as ``1.27e-4``: the graph must not move with the number of digits."""
+"""Width of a value such as ``1.27e-4``, in cells, fixed so that the graph does not move with the number of
+digits.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,18 @@ class StepChart:
 
     name: str
     value: str
-    """The last one, as text."""
+    """The latest value as text."""
     envelope: Envelope
     top: float
-    """The value at the top of the chart."""
+    """Value at the top of the chart."""
     style: str = "$secondary"
 
 
 def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: int) -> list[Content]:
-    """Draw the loss and below it the charts; without room for them only their last values."""
+    """Return the loss graph with the charts below it.
+
+    If there is no room for charts, only their latest values are shown.
+    """
     if loss.is_empty or not charts:
         return plot(loss, width, height)
     if height < _MIN_ROWS:
@@ -73,7 +78,7 @@ def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: i
 def _chart_lines(
     chart: StepChart, x: Axis, names: int, gutter: int, columns: int, rows: int
 ) -> list[Content]:
-    """The chart in columns of blocks, with name and value before its last row."""
+    """Return the chart as columns of blocks, with its name and value before the last row."""
     # An eighth of a row stays free, so that charts do not run into each other.
     drawn = blocks(_by_column(chart.envelope, x, columns), 0.0, chart.top * (1 + 1 / (8 * rows - 1)), rows)
     head = Content.assemble((f"{chart.name:<{names}} ", "dim"), f"{chart.value:>{gutter - names - 2}} ")
@@ -84,7 +89,7 @@ def _chart_lines(
 
 
 def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
-    """The value at each column: the middle of what falls in it, or the one before."""
+    """Return the value at each column: the middle one of those in it, or the previous column's."""
     values: list[float | None] = [None] * columns
     for place, low, high, broken in zip(
         envelope.xs, envelope.lows, envelope.highs, envelope.broken, strict=True
@@ -103,7 +108,7 @@ def _values(charts: tuple[StepChart, ...]) -> Content:
 
 
 def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
-    """The chart of a run's loss from a step on."""
+    """Return the chart of a run's loss from a step on."""
     view, best = snapshot.view, snapshot.best
     last = snapshot.evaluations[-1] if snapshot.evaluations else None
     exact = format_exact(None if last is None else last.accuracy, view.base_accuracy)
@@ -128,7 +133,7 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
 
 
 def steps_axis(step: int, total: int, from_step: float = 0.0) -> Axis:
-    """The whole run so far, or its end from a step on."""
+    """Return the axis for the whole run so far, or for its end from a step on."""
     whole = so_far(step, total, "step")
     if from_step <= 0:
         return whole
@@ -137,7 +142,7 @@ def steps_axis(step: int, total: int, from_step: float = 0.0) -> Axis:
 
 
 def zoom_start(step: int, zoom: int) -> float:
-    """Where a graph zoomed to the last half, quarter, eighth… of the steps begins: a round number."""
+    """Return the step, a round number, where a graph zoomed to the last half, quarter, eighth… begins."""
     if zoom <= 0 or step < 4:
         return 0.0
     part: float = step / 2**zoom
@@ -146,7 +151,7 @@ def zoom_start(step: int, zoom: int) -> float:
 
 
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
-    """Each quantity over the steps from zero to a round maximum; those that only some runs have first."""
+    """Return the charts from zero to a round maximum; quantities that only some runs have come first."""
     envelopes = snapshot.envelopes
     points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
     forgetting = Envelope.of_points(tuple(points), tuple(points.values()))
