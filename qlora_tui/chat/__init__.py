@@ -8,6 +8,8 @@ decoding            keys and values of a conversation; on a GPU, a step recorded
 cpu                 faster decoding on a CPU
 logits              the output layer; compares the first logits with those of transformers and peft
 generation          one answer, token by token, with its thoughts separated
+completion_types    what programs ask for, and what they get; no torch
+completion          one completion for a program: stop texts, log probabilities, echo
 effect_measurement  measures an adapter on validation conversations
 task_answers        what base and adapter answer to validation prompts, as a job
 repl                the command line's chat

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -23,6 +23,8 @@ from torch import Tensor
 from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
 from qlora_tui.chat.adapters import AdapterSet, uses_dora
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
+from qlora_tui.chat.completion import CompletionStream
+from qlora_tui.chat.completion_types import Completion
 from qlora_tui.chat.cpu import dequantize_on_cpu, grouped_heads, use_cpu_layout
 from qlora_tui.chat.decoding import (
     DecodeStep,
@@ -80,6 +82,7 @@ class ChatSession:
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
         self._decoder = AnswerDecoder(tokenizer)
         self._model = model
+        self._vocabulary = int(model.get_input_embeddings().num_embeddings)
         self._adapters = AdapterSet(model, source.adapters)
         # The deletion of a run asks first while its adapter is loaded here.
         for run in {run for path in source.adapters.values() if (run := run_of(Path(path))) is not None}:
@@ -133,6 +136,11 @@ class ChatSession:
         )
 
     @property
+    def reads_in_parts(self) -> bool:
+        """Return whether a text may be read in several passes."""
+        return self._in_parts
+
+    @property
     def prefill_tokens(self) -> int:
         """Return the most prompt tokens of one pass."""
         return PREFILL_CHUNK_TOKENS if self._in_parts else self.context_length
@@ -180,6 +188,50 @@ class ChatSession:
     def splitter(self, prompt: list[int]) -> ThoughtSplitter:
         """Return what separates thoughts from the answer to ``prompt``, which may have opened one."""
         return self._decoder.splitter(prompt)
+
+    def complete(self, completion: Completion, stop: Event) -> CompletionStream:
+        """Start a completion, which ``stop`` ends. Any number may be in progress.
+
+        Raises UserError where the adapter cannot be loaded, or the prompt is refused, empty or too long.
+        """
+        prompt = self._completion_prompt(completion)
+        self.ensure_loaded(completion.adapter_name)
+        self.check(completion.adapter_name, prompt)
+        return CompletionStream(self, completion, prompt, self._new_cache(), stop)
+
+    def _completion_prompt(self, completion: Completion) -> list[int]:
+        if completion.messages:
+            return self.prompt(
+                completion.messages, completion.thinking, completion.tools, completion.template_variables
+            )
+        prompt = list(completion.token_ids)
+        if completion.text is not None:
+            with panics_as_errors():
+                prompt = self.tokenizer.encode(completion.text)
+            begin = self.tokenizer.bos_id
+            if begin is not None and self.tokenizer.begins_with_bos and prompt[:1] != [begin]:
+                prompt.insert(0, begin)
+        if not prompt or not all(0 <= token_id < self._vocabulary for token_id in prompt):
+            raise UserError(
+                "The prompt cannot be read",
+                what="It has no token."
+                if not prompt
+                else f"It has a token id outside 0 to {self._vocabulary - 1:,}.",
+                fix="Send a text, or token ids of this model's tokenizer.",
+                exit_code=EXIT_USAGE,
+            )
+        self._check_length(len(prompt) + completion.answers)
+        return prompt
+
+    def _check_length(self, tokens: int) -> None:
+        """Raise UserError where a prompt and the first token of its answer are more than the context."""
+        if tokens > self.context_length:
+            raise UserError(
+                "The conversation is too long",
+                what=f"It is {tokens - 1:,} tokens; this model reads {self.context_length:,} at most.",
+                fix="Start a new conversation, or shorten the question.",
+                exit_code=EXIT_USAGE,
+            )
 
     def ensure_loaded(self, adapter_name: str) -> None:
         """Load ``adapter_name`` unless it is loaded. Raises UserError."""
@@ -314,11 +366,17 @@ class ChatSession:
             output = self._model(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
         return output.logits[0, -2:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
-    def prompt(self, messages: Sequence[Message], thinking: Thinking = "auto") -> list[int]:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        thinking: Thinking = "auto",
+        tools: Sequence[dict[str, Any]] = (),
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Return the conversation's token ids, up to where the answer begins. Raises UserError."""
         wanted = self.source.thinking if thinking == "auto" else thinking
         try:
-            prompt = prompt_ids(messages, self.tokenizer, thinking=wanted)
+            prompt = prompt_ids(messages, self.tokenizer, tools, wanted, template_variables)
         except RowRejectedError as refused:
             raise UserError(
                 "The chat template refuses this conversation",
@@ -326,38 +384,38 @@ class ChatSession:
                 fix="Omit the system prompt, or start over with a question.",
                 exit_code=EXIT_USAGE,
             ) from refused
-        if len(prompt) >= self.context_length:
-            raise UserError(
-                "The conversation is too long",
-                what=f"It is {len(prompt):,} tokens; this model reads {self.context_length:,} at most.",
-                fix="Start a new conversation, or shorten the question.",
-                exit_code=EXIT_USAGE,
-            )
+        self._check_length(len(prompt) + 1)
         return prompt
 
     @torch.inference_mode()
-    def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache) -> Tensor:
-        """Return the logits (1, vocabulary) after ``token_ids``, which are added to the cache."""
+    def next_logits(
+        self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache, *, every: bool = False
+    ) -> Tensor:
+        """Return the logits (1, vocabulary) after ``token_ids``, which are added to the cache.
+
+        With ``every`` the logits (tokens, vocabulary) after each of them.
+        """
+        wanted = len(token_ids) if every else 1
         apart = len(token_ids) > 1 and not self._in_parts
         if apart or prefix_cache.outdated_by(len(token_ids)):
             token_ids = prefix_cache.token_ids + token_ids
             prefix_cache.clear()
         if len(token_ids) == 1 and (step := self._step(adapter_name, prefix_cache)):
             token = torch.tensor([token_ids], device=self.device)
-            if (logits := self._run(step, token, prefix_cache)) is not None:
+            if (after := self._run(step, token, prefix_cache)) is not None:
                 prefix_cache.add_step(token_ids[0])
-                return logits
+                return after
         self._adapters.activate(adapter_name)
         if not self._uses_cache:
             prefix_cache.token_ids += token_ids
             tokens = torch.tensor([prefix_cache.token_ids], device=self.device)
-            every: Tensor = self._compute(input_ids=tokens, use_cache=False).logits
-            return every[:, -1]
+            logits: Tensor = self._compute(input_ids=tokens, use_cache=False).logits
+            return logits[0, -wanted:]
         prefix_cache.reserve(len(token_ids))
         last: int | Tensor = 1
-        if len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys:
+        if wanted > 1 or (len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys):
             # By index: a slice of several is laid out so that a CPU copies the whole head.
-            last = torch.tensor([len(token_ids) - 1])
+            last = torch.arange(len(token_ids) - wanted, len(token_ids), device=self.device)
         try:
             output = self._compute(
                 input_ids=torch.tensor([token_ids], device=self.device),
@@ -370,7 +428,7 @@ class ChatSession:
             prefix_cache.clear()
             raise
         prefix_cache.token_ids += token_ids
-        return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+        return output.logits[0, -wanted:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
     def _compute(self, **arguments: Any) -> Any:
         """Return the model's output."""

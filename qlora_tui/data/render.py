@@ -111,12 +111,14 @@ def prompt_ids(
     tokenizer: ChatTokenizer,
     tools: Sequence[dict[str, Any]] = (),
     thinking: Thinking = "auto",
+    template_variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of the prompt for an answer to ``messages``, the same as in training.
 
-    ``auto`` leaves thinking to the template's default. Raises ``RowRejectedError``.
+    ``auto`` leaves thinking to the template's default, or to its variable among ``template_variables``.
+    Raises ``RowRejectedError``.
     """
-    text = prompt_text(messages, tokenizer, tools, thinking)
+    text = prompt_text(messages, tokenizer, tools, thinking, template_variables)
     return tokenize_by_span(SampleText(text, ()), tokenizer, ()).token_ids
 
 
@@ -125,13 +127,17 @@ def prompt_text(
     tokenizer: ChatTokenizer,
     tools: Sequence[dict[str, Any]] = (),
     thinking: Thinking = "auto",
+    template_variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the text of the prompt for an answer to ``messages``, as ``prompt_ids`` splits it into tokens.
 
     Control tokens inside a message are between private marks. Raises ``RowRejectedError``.
     """
     template, traits = _template_of(tokenizer, bool(tools))
-    template = template.with_variables(variables(traits.switch, thinking))
+    given = dict(template_variables or {})
+    if traits.switch is not None and traits.switch.variable in given:
+        thinking = "off" if given[traits.switch.variable] in traits.switch.off.values() else "on"
+    template = template.with_variables({**variables(traits.switch, thinking), **given})
     conversation = _prepared(Conversation(tuple(messages), tuple(tools)), traits, thinking)
     turns, _, kept_tools, _ = adapt_conversation(conversation, traits)
     turns, _ = _neutral_turns(turns, tokenizer)
@@ -153,7 +159,7 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes)
             and loss_mask[end] == loss_mask[start]
         )
         if not continues:
-            shown.append(Piece(_text_at(tokenizer, token_ids, start, end), bool(loss_mask[start]), special))
+            shown.append(Piece(text_at(tokenizer, token_ids, start, end), bool(loss_mask[start]), special))
             start = end
     return shown
 
@@ -161,13 +167,13 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes)
 def trained_texts(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> tuple[str, ...]:
     """Text of each token in the loss, except the first token of a sample, which is predicted from nothing."""
     return tuple(
-        _text_at(tokenizer, token_ids, place, place + 1)
+        text_at(tokenizer, token_ids, place, place + 1)
         for place in range(1, len(token_ids))
         if loss_mask[place]
     )
 
 
-def _text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int) -> str:
+def text_at(tokenizer: ChatTokenizer, ids: Sequence[int], start: int, end: int) -> str:
     """Decode ``ids[start:end]`` in context: some decoders drop a space at the start of a text."""
     if ids[start] in tokenizer.special_ids or start == 0:
         return tokenizer.decode(ids[start:end])

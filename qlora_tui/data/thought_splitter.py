@@ -7,6 +7,7 @@ chat template, ``ThoughtSplitter`` cuts a stream of text at them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -76,6 +77,11 @@ class ThoughtSplitter:
     def in_thought(self) -> bool:
         return self.state == "thought"
 
+    @property
+    def pending_length(self) -> int:
+        """Return the number of characters that are held back."""
+        return len(self._pending)
+
     def feed(self, text: str) -> list[TextChunk]:
         """Return the chunks that are complete; the beginning of a possible mark is held back."""
         self._pending += text
@@ -127,7 +133,11 @@ class ThoughtSplitter:
             if any(mark.text.startswith(begun) for mark in self._marks if "start" in mark.seen_in):
                 return len(text)
             state = "answer"
-        marks = [mark.text for mark in self._marks if state in mark.seen_in]
-        longest = min(max(map(len, marks), default=1) - 1, len(text))
-        sizes = (n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks))
-        return next(sizes, 0)
+        return begun_length(text, [mark.text for mark in self._marks if state in mark.seen_in])
+
+
+def begun_length(text: str, marks: Sequence[str]) -> int:
+    """Return how many characters at the end of ``text``, which holds none of ``marks``, may begin one."""
+    longest = min(max(map(len, marks), default=1) - 1, len(text))
+    sizes = (n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks))
+    return next(sizes, 0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from threading import Event
 
 from qlora_tui.chat.chat_types import Effect, GenerationResult
+from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
 from qlora_tui.chat.decoding import PrefixCache
 from qlora_tui.chat.generation import AnswerStream
 from qlora_tui.chat.session import ChatSession, load_session, reported_memory
@@ -39,6 +40,7 @@ class ChatService:
             seconds=time.perf_counter() - began,
             memory_bytes=session.memory_bytes,
             thinking=session.thinking,
+            writes_tools=session.tokenizer.tool_traits.tools,
         )
 
     def generate(self, request: Generate, stop: Event) -> Generator[TextChunk, None, GenerationResult]:
@@ -68,6 +70,17 @@ class ChatService:
             # For the engine's log: the user need not act on it.
             print(reply.outcome.note, file=sys.stderr)
         return reply.outcome
+
+    def complete(
+        self, completion: Completion, stop: Event
+    ) -> Generator[CompletionPart | None, None, CompletionResult]:
+        """Yield a completion piece by piece, and return its result. Raises UserError.
+
+        None lets others have their turn.
+        """
+        session = self._loaded()
+        with reported_memory(session.compute_device):
+            return (yield from session.complete(completion, stop).run())
 
     def measure(self, request: MeasureEffect, on_status: Callable[[str], None], stop: Event) -> Effect:
         """Compare an adapter with the base. Raises UserError."""

@@ -2,8 +2,8 @@
 
 A request is sent as :class:`RequestEnvelope` on the engine's stdin; its class names the types of its parts
 and of its result. Each reply is a :data:`Message` with the request's number: any number of status lines and
-parts, then the result or a failure. The engine handles one request at a time, except for chat answers, which
-are generated concurrently.
+parts, then the result or a failure. The engine handles one request at a time, except for chat answers and
+completions, which are generated concurrently.
 
 The engine's log, which both sides name, is here too.
 """
@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.chat.chat_types import ChatSource, Effect, GenerationResult, Sampling, ThinkingSupport
+from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
 from qlora_tui.data.conversation import Message as ChatMessage
 from qlora_tui.data.dataset_report import Report, Shown
 from qlora_tui.data.sources import FormatChoice
@@ -42,6 +43,8 @@ class ChatReady(Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_bytes: int
     """Memory used by the model: of the GPU, or of the host without one."""
     thinking: ThinkingSupport = ThinkingSupport()
+    writes_tools: bool = False
+    """Whether the chat template writes tools; otherwise they are described in the system prompt."""
 
 
 class EngineRequest(
@@ -64,6 +67,12 @@ class Generate(EngineRequest[TextChunk, GenerationResult], frozen=True, kw_only=
     """One of the source's adapters: ``base``, ``adapter``, ``step-120``."""
     sampling: Sampling = Sampling()
     thinking: Thinking = "auto"
+
+
+class Complete(EngineRequest[CompletionPart, CompletionResult], frozen=True, kw_only=True, tag="complete"):
+    """Answer a program. Requests to one adapter are computed together."""
+
+    completion: Completion
 
 
 class MeasureEffect(EngineRequest[Never, Effect], frozen=True, kw_only=True, tag="measure_effect"):
@@ -138,6 +147,7 @@ class Stop(EngineRequest[Never, Never], frozen=True, kw_only=True, tag="stop"):
 AnyRequest: TypeAlias = (
     LoadChat
     | Generate
+    | Complete
     | MeasureEffect
     | CountTokens
     | Unload

@@ -18,6 +18,7 @@ import msgspec
 
 from qlora_tui.engine.data_service import DataService
 from qlora_tui.engine.protocol import (
+    Complete,
     CountTokens,
     Generate,
     InspectData,
@@ -108,7 +109,10 @@ class Server:
         is_gpu_lost = False
         reply: Message
         try:
-            reply = Part(encode_value(next(self._active[number])))
+            value = next(self._active[number])
+            if value is None:  # there is nothing to tell yet
+                return
+            reply = Part(encode_value(value))
         except StopIteration as end:
             reply = Result(encode_value(end.value))
         except UserError as problem:
@@ -131,7 +135,10 @@ class Server:
         self._replies.flush()
 
     def _work(self, envelope: RequestEnvelope) -> Generator[Any, None, Any]:
-        """Yield the parts of the reply to a request, and return its result; each ``next`` does a little."""
+        """Yield the parts of the reply to a request, and return its result; each ``next`` does a little.
+
+        None is no part: the generator only lets others have their turn.
+        """
         number, request = envelope.number, envelope.request
 
         def on_status(words: str) -> None:
@@ -142,6 +149,8 @@ class Server:
                 return self._with_torch(on_status).load(request, on_status)
             case Generate():
                 return (yield from self._with_torch(on_status).generate(request, self._stops[number]))
+            case Complete(completion=completion):
+                return (yield from self._with_torch(on_status).complete(completion, self._stops[number]))
             case InspectData():
                 return (yield from self._data_service.inspect(request, self._stops[number]))
             case ShowRow():

@@ -17,11 +17,13 @@ import pytest
 import pytest_asyncio
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult
+from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.client import EngineClient, EngineClosedError
 from qlora_tui.engine.protocol import (
     ChatReady,
+    Complete,
     CountTokens,
     Generate,
     LoadChat,
@@ -104,6 +106,26 @@ async def test_two_voices_asked_together_grow_side_by_side(engine: EngineClient)
     assert base == (await answer(engine, msgspec.structs.replace(LONG, adapter_name="base"))).text
     assert order != sorted(order)
     assert order != sorted(order, reverse=True)
+
+
+async def test_programs_are_answered_side_by_side_by_one_adapter(engine: EngineClient) -> None:
+    order: list[int] = []
+
+    async def listen(number: int, tokens: int) -> tuple[str, CompletionResult]:
+        sampling = msgspec.structs.replace(GREEDY, max_new_tokens=tokens)
+        asked = Completion(adapter_name="adapter", messages=QUESTION, sampling=sampling)
+        text = ""
+        async for reply in engine.ask(Complete(completion=asked)):
+            if isinstance(reply, CompletionPart):
+                order.append(number)
+                text += reply.text
+        assert isinstance(reply, CompletionResult)
+        return text, reply
+
+    expected = (await answer(engine, LONG)).text
+    told = await asyncio.gather(*(listen(number, 200) for number in range(3)))
+    assert [(text, result.new_tokens) for text, result in told] == [(expected, 200)] * 3
+    assert order != sorted(order)
 
 
 async def test_stop_ends_an_answer_in_the_middle(engine: EngineClient) -> None:

@@ -1,0 +1,284 @@
+"""One completion for a program, token by token: its text, its ends, its log probabilities.
+
+The tokens are selected and decoded as those of the chat (:mod:`qlora_tui.chat.generation`); a completion
+yields to others after each of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from threading import Event
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from qlora_tui.chat.completion_types import (
+    Completion,
+    CompletionEnding,
+    CompletionPart,
+    CompletionResult,
+    LikelyToken,
+    TokenScore,
+)
+from qlora_tui.chat.generation import IncrementalDetokenizer, TokenSampler
+from qlora_tui.data.render import text_at
+from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter, begun_length
+from qlora_tui.data.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from qlora_tui.chat.decoding import PrefixCache
+    from qlora_tui.chat.session import ChatSession
+
+_SCORED_TOKENS = 128
+"""Prompt tokens of one pass if each is scored: all their logits are in memory, in float32 a second time."""
+
+
+def score_tokens(
+    tokenizer: ChatTokenizer, logits: Tensor, token_ids: Sequence[int], start: int, alternatives: int
+) -> list[TokenScore]:
+    """Return the scores of the tokens from ``start`` on, which logits (tokens, vocabulary) predicted.
+
+    ``token_ids`` may hold more tokens, before and after them.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    scored = token_ids[start : start + len(logprobs)]
+    own = [float(row[token_id]) for row, token_id in zip(logprobs, scored, strict=True)]
+    best = logprobs.topk(alternatives, dim=-1) if alternatives else None
+    scores = []
+    for place, (token_id, logprob) in enumerate(zip(scored, own, strict=True), start):
+        context = [*token_ids[max(0, place - 4) : place], token_id]
+        top: list[LikelyToken] = []
+        if best is not None:
+            values, ids = (each[place - start].tolist() for each in best)
+            for likely, value in zip(ids, values, strict=True):
+                text = text_at(tokenizer, [*context[:-1], likely], len(context) - 1, len(context))
+                top.append(LikelyToken(likely, text, value))
+        text = text_at(tokenizer, context, len(context) - 1, len(context))
+        scores.append(TokenScore(token_id, text, logprob, tuple(top)))
+    return scores
+
+
+class StopTexts:
+    """Cuts a text, fed in pieces, before the first of some texts."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self.pending = ""
+        """The end of the text so far, which may begin a stop text; from one on, if there was one."""
+        self.matched = ""
+
+    def feed(self, text: str) -> str:
+        """Return the text that certainly comes before any stop text."""
+        if self.matched:
+            return ""
+        self.pending += text
+        places = [(place, stop) for stop in self._stops if (place := self.pending.find(stop)) >= 0]
+        if places:
+            place, self.matched = min(places)
+        else:
+            place = len(self.pending) - begun_length(self.pending, self._stops)
+        ready, self.pending = self.pending[:place], self.pending[place:]
+        return ready
+
+    def rest(self) -> str:
+        """Return what is still held back at the end of the text."""
+        return "" if self.matched else self.pending
+
+
+@dataclass
+class _PendingScore:
+    """A score whose token is not yet in a part."""
+
+    score: TokenScore
+    begin: int
+    end: int
+    """Characters of the text before the token and with it."""
+
+
+class CompletionText:
+    """The text of a completion, cut into parts, with thoughts separated and stop texts found."""
+
+    def __init__(
+        self, detokenizer: IncrementalDetokenizer, splitter: ThoughtSplitter, stops: Sequence[str]
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._splitter = splitter
+        self._stops = StopTexts(stops)
+        self._characters = 0
+        """Characters decoded so far, with what is held back and what marks a thought."""
+        self._scores: deque[_PendingScore] = deque()
+        self.thought_tokens = 0
+
+    @property
+    def stop_text(self) -> str:
+        """Return the stop text that was found; empty if none was."""
+        return self._stops.matched
+
+    def add(
+        self, token_id: int, score: TokenScore | None = None, *, ends: bool = False
+    ) -> list[CompletionPart]:
+        """Return the parts that a token completes; with ``ends`` it has no text."""
+        text = "" if ends else self._detokenizer.add(token_id)
+        begin = self._characters
+        self._characters += len(text)
+        if score is not None:
+            self._scores.append(_PendingScore(score, begin, self._characters))
+        parts = self._parts(self._splitter.feed(text))
+        self.thought_tokens += self._splitter.in_thought
+        return parts
+
+    def rest(self) -> list[CompletionPart]:
+        """Return the parts that are still held back at the end."""
+        text = "" if self.stop_text else self._detokenizer.rest()
+        self._characters += len(text)
+        parts = self._parts([*self._splitter.feed(text), *self._splitter.rest()])
+        if text := self._stops.rest():
+            parts.append(CompletionPart(text))
+        if self.stop_text:
+            cut = self._characters - len(self._stops.pending)
+            while self._scores and self._scores[-1].begin >= cut:
+                self._scores.pop()
+        if self._scores:
+            parts = parts or [CompletionPart()]
+            parts[-1] = self._with_scores(parts[-1], self._characters)
+        return parts
+
+    def _parts(self, chunks: Sequence[TextChunk]) -> list[CompletionPart]:
+        parts = []
+        for chunk in chunks:
+            if text := chunk.text if chunk.thought else self._stops.feed(chunk.text):
+                parts.append(CompletionPart(text, chunk.thought))
+        if parts and self._scores and not self.stop_text:
+            held_back = len(self._stops.pending) + self._splitter.pending_length
+            parts[-1] = self._with_scores(parts[-1], self._characters - held_back)
+        return parts
+
+    def _with_scores(self, part: CompletionPart, until: int) -> CompletionPart:
+        """Return the part with the scores of the tokens that end before the character ``until``."""
+        tokens = []
+        while self._scores and self._scores[0].end <= until:
+            tokens.append(self._scores.popleft().score)
+        return CompletionPart(part.text, part.thought, tuple(tokens))
+
+
+class CompletionStream:
+    """A completion while it is computed: iterate over :meth:`run`."""
+
+    def __init__(
+        self,
+        session: ChatSession,
+        completion: Completion,
+        prompt: list[int],
+        prefix_cache: PrefixCache,
+        stop: Event,
+    ) -> None:
+        self._session = session
+        self._completion = completion
+        self._prompt = prompt
+        self._prefix_cache = prefix_cache
+        self._stop = stop
+
+    def run(self) -> Generator[CompletionPart | None, None, CompletionResult]:
+        """Yield the parts, and None after each step that completes none; return the result."""
+        completion, session = self._completion, self._session
+        began = time.perf_counter()
+        reused = 0 if self._scores_prompt else self._prefix_cache.reuse(self._prompt)
+        logits = yield from self._read_prompt(reused)
+        text = CompletionText(
+            IncrementalDetokenizer(session.decode), session.splitter(self._prompt), completion.stop
+        )
+        sampler = TokenSampler(completion.sampling, self._prompt, session.device)
+        answer: list[int] = []
+        ending: CompletionEnding = "stopped" if completion.answers else "most tokens"
+        first_at = began
+        limit = self._max_new_tokens
+        while logits is not None and len(answer) < limit:
+            token_id = int(sampler.next(logits))
+            if not answer:
+                first_at = time.perf_counter()
+            answer.append(token_id)
+            is_end = token_id in session.end_ids
+            parts: Sequence[CompletionPart | None] = text.add(
+                token_id, self._score(logits, answer), ends=is_end
+            )
+            yield from parts or (None,)
+            if is_end or text.stop_text:
+                ending = "turn end" if is_end else "stop text"
+                break
+            if self._stop.is_set():
+                break
+            if len(answer) < limit:
+                logits = session.next_logits(completion.adapter_name, [token_id], self._prefix_cache)
+        else:
+            if logits is not None and completion.answers:
+                ending = "context full" if limit < completion.sampling.max_new_tokens else "most tokens"
+        yield from text.rest()
+        ended = time.perf_counter()
+        return CompletionResult(
+            ending=ending,
+            prompt_tokens=len(self._prompt),
+            reused_tokens=reused,
+            new_tokens=len(answer),
+            thought_tokens=text.thought_tokens,
+            first_token_s=first_at - began,
+            tokens_per_s=(len(answer) - 1) / (ended - first_at) if len(answer) > 1 else 0.0,
+            stop_text=text.stop_text,
+            warning=session.warning,
+            note=session.take_note(),
+        )
+
+    @property
+    def _scores_prompt(self) -> bool:
+        return self._completion.echo and self._completion.logprobs is not None
+
+    @property
+    def _max_new_tokens(self) -> int:
+        if not self._completion.answers:
+            return 0
+        return min(self._completion.sampling.max_new_tokens, self._session.context_length - len(self._prompt))
+
+    def _read_prompt(self, reused: int) -> Generator[CompletionPart | None, None, Tensor | None]:
+        """Process the prompt after its first ``reused`` tokens, and yield its echo.
+
+        Returns the logits (1, vocabulary) after it; None after a stop request.
+        """
+        completion, session, prompt = self._completion, self._session, self._prompt
+        if completion.echo:
+            text = completion.text if completion.text is not None else session.tokenizer.decode(prompt)
+            yield CompletionPart(text, is_prompt=True)
+            if not self._scores_prompt and not completion.answers:
+                return None
+        chunk, scores = session.prefill_tokens, self._scores_prompt
+        if scores:
+            chunk = min(chunk, _SCORED_TOKENS) if session.reads_in_parts else chunk
+            first = text_at(session.tokenizer, prompt, 0, 1)
+            yield CompletionPart(tokens=(TokenScore(prompt[0], first),), is_prompt=True)
+        logits = None
+        for start in range(reused, len(prompt), chunk):
+            if self._stop.is_set():
+                return None
+            if start > reused:
+                yield None
+            ids = prompt[start : start + chunk]
+            logits = session.next_logits(completion.adapter_name, ids, self._prefix_cache, every=scores)
+            if scores:
+                # The last row predicts the first token of the answer.
+                known = logits[: len(prompt) - start - 1]
+                if len(known):
+                    tokens = score_tokens(
+                        session.tokenizer, known, prompt, start + 1, completion.logprobs or 0
+                    )
+                    yield CompletionPart(tokens=tuple(tokens), is_prompt=True)
+                logits = logits[-1:]
+        return logits
+
+    def _score(self, logits: Tensor, answer: list[int]) -> TokenScore | None:
+        """Return the score of the answer's last token, if it is asked for."""
+        if self._completion.logprobs is None:
+            return None
+        ids = [*self._prompt[-4:], *answer[-5:]]
+        (score,) = score_tokens(self._session.tokenizer, logits, ids, len(ids) - 1, self._completion.logprobs)
+        return score
