@@ -49,6 +49,27 @@ def no_text_generator(what: str) -> UserError:
     )
 
 
+UNNAMED_METHOD = "an unnamed method"
+"""Stands for how weights are quantized if a config has settings of it and no name."""
+
+
+def stored_as(config: Mapping[str, Any]) -> Any:
+    """Return how a config, or one within it, says that the weights are quantized; None if it does not.
+
+    The name of a method (``awq``), or what stands in its place.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if stored := config.get(key):
+            if not isinstance(stored, Mapping):
+                return stored
+            if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+                return "bitsandbytes"
+            return stored.get("quant_method", UNNAMED_METHOD)
+    # A library reads the weights of a model's parts by the settings of the whole.
+    inner = (stored_as(part) for part in config.values() if isinstance(part, Mapping))
+    return next((f"{method} in one of its parts" for method in inner if method is not None), None)
+
+
 class ConfigFields:
     """One JSON object of a config, and its location in the file."""
 

@@ -20,6 +20,7 @@ from qlora_tui.catalog.config_fields import (
     check_bounds,
     config_problem,
     no_text_generator,
+    stored_as,
 )
 from qlora_tui.catalog.library_types import config_class, config_classes, is_encoder, text_generators
 from qlora_tui.catalog.outline import read_outline
@@ -85,13 +86,9 @@ def _parse(fields: ConfigFields) -> Architecture:
 
 def _check_stored(fields: ConfigFields) -> None:
     """Raise UserError where a config says in an unknown form how its weights are quantized."""
-    key = "quantization_config"
-    stored = fields.values.get(key)
-    if stored is None or stored == {}:
-        return
-    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else None
-    if not isinstance(method, str):
-        raise fields.invalid(key, "an object with quant_method, the name of a method")
+    method = stored_as(fields.values)
+    if method is not None and not isinstance(method, str):
+        raise fields.invalid("quantization_config", "an object with quant_method, the name of a method")
 
 
 def type_problem(fields: ConfigFields) -> UserError | None:

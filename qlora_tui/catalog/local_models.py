@@ -29,8 +29,10 @@ from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.model_validation import (
     CONFIG,
     MissingFilesError,
+    check_config,
     check_folder,
     model_problem,
+    quantized_refusal,
     safetensors_damage,
     weight_files,
 )
@@ -134,6 +136,8 @@ def find_files(model_id: str) -> ModelFiles:
                 "A copy or download that was interrupted is the usual cause.",
                 "Delete the file and download or copy it again.",
             )
+        if not model.architecture.quantized_as and (refusal := quantized_refusal(model.path / file)):
+            raise refusal
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
 
 
@@ -418,18 +422,27 @@ def load_architecture(model_id: str) -> Architecture:
     Of a Hub model whose weights are not here, the config that :func:`fetch_architecture` stored is used. An
     outline stands for one that has to be waited for (:func:`describe_model`).
 
-    Raises UserError where the model is not on this machine or its config cannot be used.
+    Raises UserError where the model is not on this machine, or cannot be trained by its config.
     """
-    return parse_architecture(load_model_config(model_id))
+    return _trainable(load_model_config(model_id), model_id)
+
+
+def _trainable(config: dict[str, Any], model_id: str) -> Architecture:
+    """Return the architecture of a config. Raises UserError where a launch would refuse the model."""
+    architecture, refusal = check_config(config, model_id)
+    if architecture is None or refusal is not None:
+        assert refusal is not None
+        raise refusal
+    return architecture
 
 
 def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: False) -> Architecture:
     """Return the exact architecture of a model, a folder or a file; takes seconds for the first time.
 
-    Raises JobStopped, and UserError where it cannot be found or transformers does not build it.
+    Raises JobStopped, and UserError where it cannot be found or trained, or transformers does not build it.
     """
     config = load_model_config(model_id)
-    architecture = parse_architecture(config)
+    architecture = _trainable(config, model_id)
     return described.describe(config, should_stop) if architecture.is_outline else architecture
 
 
@@ -465,7 +478,7 @@ def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
             fix=f"{problem.fix} An estimate needs only the model's config.json: "
             "copy it into a folder and give that folder as the model.",
         ) from problem
-    architecture = parse_architecture(config)
+    architecture = _trainable(config, model_id)
     with suppress(OSError):
         store_config(model_id, config)
     return architecture

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.config_fields import ConfigFields
+from qlora_tui.catalog.config_fields import ConfigFields, stored_as
 from qlora_tui.catalog.config_parser import load_config, parse_architecture, type_problem
 from qlora_tui.catalog.library_types import config_classes, text_generators
 from qlora_tui.errors import UserError
@@ -116,26 +116,24 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
             "Fine-tuning here needs a causal language model, with its output head.",
             "Choose the model it was made from.",
         )
-    method = _quant_method(config)
+    method = stored_as(config)
     if method is not None and not _is_trainable_as_stored(method, model_type):
-        return model_problem(
-            "This model is already quantized",
-            f"{name} is stored as {method}.",
-            "Weights that are quantized with another method cannot be loaded as NF4.",
-            "Choose the 16-bit version of the model.",
-        )
+        return _already_quantized(f"{name} is stored as {method}.")
     return None
+
+
+def _already_quantized(what: str) -> UserError:
+    return model_problem(
+        "This model is already quantized",
+        what,
+        "Weights that are quantized with another method cannot be loaded as NF4.",
+        "Choose the 16-bit version of the model.",
+    )
 
 
 def is_mxfp4(config: Mapping[str, Any]) -> bool:
     """Return whether a model's experts are stored in MXFP4."""
-    return bool(_quant_method(config) == MXFP4)
-
-
-def _quant_method(config: Mapping[str, Any]) -> Any:
-    """How a config says that the weights are stored, of whatever type it is; None where it does not."""
-    stored = config.get("quantization_config")
-    return stored.get("quant_method") if isinstance(stored, dict) else None
+    return bool(stored_as(config) == MXFP4)
 
 
 def _is_trainable_as_stored(method: Any, model_type: Any) -> bool:
@@ -304,6 +302,25 @@ def safetensors_damage(file: Path) -> str | None:
     except (KeyError, TypeError, IndexError):
         return "its header does not say where its tensors are"
     return "it is not as long as its header says"
+
+
+_MATRIX_DIMENSIONS = (2, 3)
+"""Of weights; masks that some files have (GPT-Neo) have four."""
+_NARROW_DTYPES = ("I8", "U8", "F8", "F6", "F4")
+
+
+def quantized_refusal(file: Path) -> UserError | None:
+    """Return why weights cannot be read of a model whose config says nothing of their quantization.
+
+    Of matrices in 8 bits a library would take the integers for the weights, and leave out their scales.
+
+    Raises OSError where the file cannot be read, and ValueError where its header is damaged.
+    """
+    for entry in read_header(file)[1].values():
+        shape, dtype = entry.get("shape", ()), str(entry.get("dtype"))
+        if len(shape) in _MATRIX_DIMENSIONS and dtype.startswith(_NARROW_DTYPES):
+            return _already_quantized(f"{file} has matrices in {dtype}, without a word in config.json.")
+    return None
 
 
 IMPLEMENTATIONS = frozenset(

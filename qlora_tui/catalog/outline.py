@@ -20,7 +20,7 @@ from qlora_tui.catalog.architecture_types import (
     Parameter,
     Part,
 )
-from qlora_tui.catalog.config_fields import ConfigFields, size_bound
+from qlora_tui.catalog.config_fields import ConfigFields, size_bound, stored_as
 from qlora_tui.catalog.library_types import ConfigClass, config_class, text_generators
 
 NESTED = ("text_config", "language_config", "llm_config", "decoder", "generator")
@@ -144,7 +144,6 @@ class _Outline:
             self.modules.append(projection)
         names = ("dtype", "torch_dtype")
         dtype = self.file.text(names) or ConfigFields(self.outer, "config.json").text(names)
-        stored = self.outer.get("quantization_config")
         return Architecture(
             model_type=self.model_type,
             layers=layers,
@@ -163,7 +162,7 @@ class _Outline:
             final_logit_softcapping=fields.number("final_logit_softcapping"),
             logit_scale=None,
             dtype=dtype.removeprefix("torch.") if dtype else None,
-            quantized_as=(str(stored.get("quant_method")) if isinstance(stored, dict) else None),
+            quantized_as=stored_as(self.outer),
             experts=experts,
             modules=tuple(self.modules),
             embeddings=tuple(embeddings),

@@ -37,7 +37,7 @@ from qlora_tui.catalog.architecture_types import (
     Part,
     Role,
 )
-from qlora_tui.catalog.config_fields import check_bounds
+from qlora_tui.catalog.config_fields import check_bounds, stored_as
 from qlora_tui.catalog.described import Description
 from qlora_tui.data.confined import limit_memory
 from qlora_tui.errors import UserError
@@ -205,7 +205,6 @@ class _Tree:
         layers = len(self.layers) or self._number("num_hidden_layers") or 0
         if not layers or not rows:
             raise unbuildable(self.model.config.model_type, self._lacks(rows))
-        stored = values.get("quantization_config")
         nested = values.get("text_config")
         places = (nested, values) if isinstance(nested, dict) else (values,)
         dtype = next(
@@ -237,8 +236,7 @@ class _Tree:
             final_logit_softcapping=self._value(("final_logit_softcapping",), float),
             logit_scale=self._logit_scale(),
             dtype=str(dtype).removeprefix("torch.") if dtype else None,
-            quantized_as=(stored.get("quant_method") if isinstance(stored, dict) else None)
-            or ("an unnamed method" if stored else None),
+            quantized_as=stored_as(values),
             experts=experts,
             modules=tuple(modules),
             embeddings=tuple(embeddings),

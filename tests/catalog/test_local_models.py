@@ -16,8 +16,11 @@ from qlora_tui.catalog import local_models
 from qlora_tui.catalog.local_models import (
     LocalModel,
     converted_dir,
+    describe_model,
+    find_files,
     hub_cache_dir,
     list_local_models,
+    load_architecture,
     resolve_model,
 )
 from qlora_tui.catalog.model_validation import check_folder
@@ -161,13 +164,35 @@ def test_an_auto_map_beside_a_known_family_does_no_harm(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": ["MistralModel"]}, "MistralModel"),
         ({"quantization_config": {"quant_method": "awq"}}, "stored as awq"),
+        ({"quantization_config": {"bits": 4}}, "stored as an unnamed method"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "stored as compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "stored as fp8 in one"),
     ],
 )
-def test_what_cannot_be_trained_is_listed_with_the_reason(
+def test_what_cannot_be_trained_is_refused_in_lists_and_estimates(
     tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
-    make_model(tmp_path / "m", {**TINY, **changes})
+    folder = make_model(tmp_path / "m", {**TINY, **changes})
     assert named in _refusal(tmp_path).what
+    for refuses in (load_architecture, describe_model):
+        with pytest.raises(UserError) as refused:
+            refuses(str(folder))
+        assert named in refused.value.what
+
+
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3"])
+def test_matrices_of_8_bits_need_a_config_that_says_how(tmp_path: Path, dtype: str) -> None:
+    folder = make_model(tmp_path / "m")
+    entry = {"dtype": dtype, "shape": [4, 2], "data_offsets": [0, 8]}
+    header = json.dumps({"layer.weight": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(8)
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="already quantized") as refused:
+        find_files(str(folder))
+    assert dtype in refused.value.what
+    stored = {**TINY, "quantization_config": {"quant_method": "bitsandbytes"}}
+    (folder / "config.json").write_text(json.dumps(stored))
+    assert find_files(str(folder)).folder == folder
 
 
 def test_weights_stored_by_bitsandbytes_may_be_trained(tmp_path: Path) -> None:
