@@ -149,7 +149,7 @@ def _card(run: RunDir, file: Path, *, with_answers: bool) -> CommandResult:
     from qlora_tui.tui.render.run_card import save_card
 
     save_card(run, file, with_answers=with_answers)
-    return CommandResult(data={"run": run.id, "path": str(file)}, text=f"Saved the card in {file}.")
+    return CommandResult(data={"run": run.id, "path": str(file)}, text=f"Saved the run card as {file}.")
 
 
 def _save(run: RunDir, file: Path) -> CommandResult:

@@ -62,7 +62,7 @@ class ExpectedTime:
             case "measured speed":
                 return "calculated from this card's measured speed"
             case "typical card":
-                return "calculated for a typical card, as nothing was trained here yet"
+                return "calculated for a typical card, since nothing has been trained here yet"
 
 
 @dataclass(frozen=True)

@@ -548,7 +548,7 @@ def _move_aside(problem: UserError) -> UserError:
         sync(aside.parent)
         message = f"It was saved as {aside}: open it in an editor, or with the version that wrote it."
     except OSError as error:
-        message = f"Move {draft_path()} away: that failed here ({error.strerror or error})."
+        message = f"Move {draft_path()} away: qlora-tui could not do it ({error.strerror or error})."
     return UserError(
         "The recipe being edited could not be read", what=problem.what, why=problem.why, fix=message
     )

@@ -152,7 +152,7 @@ async def test_a_second_file_is_announced_and_can_replace_the_first(model: str, 
         await pilot.press("O")
         await wait_for_text(pilot, "Train on other data")
         await pilot.press(*"other", "enter")
-        await wait_for_text(pilot, "Replaced 2 files by other.jsonl")
+        await wait_for_text(pilot, "Replaced 2 files with other.jsonl")
         assert [Path(s.path).name for s in app.workbench.recipe.data.sources] == ["other.jsonl"]
 
 

@@ -164,6 +164,6 @@ async def test_i_saves_the_card_of_an_ended_run() -> None:
         await show_run(app, run)
         await wait_for_text(pilot, "[i] card")
         await pilot.press("i")
-        await wait_for_text(pilot, "Save the run's card", ".svg")
+        await wait_for_text(pilot, "Save the run card", ".svg")
         await pilot.press("enter")
         await wait_until(pilot, Path(f"{run.id}.svg").exists)

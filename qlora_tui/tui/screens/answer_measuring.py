@@ -59,17 +59,17 @@ class EvaluationActions(WorkScreen):
     def ask_for_card(self, run: RunDir) -> None:
         """Ask where to save the picture of a run, and save it."""
         text = (
-            "A picture to show to others: model, data, curve, loss, one question answered before and after, "
+            "A picture to share: model, data, curve, loss, one question answered before and after, "
             "speed and memory. The file ends in .svg or .png."
         )
-        prompt = TextPromptScreen("Save the run's card", text, format_path(Path.cwd() / f"{run.id}.svg"))
+        prompt = TextPromptScreen("Save the run card", text, format_path(Path.cwd() / f"{run.id}.svg"))
         self.ask(prompt, lambda typed: self._save_card(run, Path(typed).expanduser()))
 
     @work(exclusive=True, group="card")
     async def _save_card(self, run: RunDir, file: Path) -> None:
         card = await asyncio.to_thread(import_module, "qlora_tui.tui.render.run_card")
         await asyncio.to_thread(card.save_card, run, file)
-        self.notify(f"Saved the card in {format_path(file)}.")
+        self.notify(f"Saved the run card as {format_path(file)}.")
 
     # Exclusive: a second key while the stored evaluation is read starts no second measurement.
     @work(exclusive=True, group="evaluation")
@@ -87,7 +87,7 @@ class EvaluationActions(WorkScreen):
         self._measured_id = run.id
         self.notify(
             f"Base and adapter of {run.name} answer its validation prompts. "
-            f"Press {key_name(self.ANSWERS_COMMAND)} to stop; the answers so far stay."
+            f"Press {key_name(self.ANSWERS_COMMAND)} to stop and keep the answers so far."
         )
 
         def measure(say: Callable[[str], None], should_stop: Callable[[], bool]) -> TaskEvaluation:

@@ -303,9 +303,9 @@ class Conversation(VerticalScroll, OnQloraApp):
         ):
             return True
         text = (
-            f"{active.id} is training on this machine. The free memory may not be enough "
-            "for it and the chat's model: if you load that, either may run out of memory. If you do not, "
-            "nothing is sent, and your message stays in the field."
+            f"{active.id} is training on this machine, and there may not be enough free "
+            "memory for the chat's model too. If you load it, either may run out of memory. If not, "
+            "nothing is sent and your message stays in the field."
         )
         question = ConfirmScreen(
             "A run is training",

@@ -135,7 +135,7 @@ class AnswerEditor(ModalScreen[str | None]):
         with Vertical(classes="dialog wide") as dialog:
             dialog.border_title = f"Edit the answer of {self._adapter_name}"
             dialog.border_subtitle = dialog_keys(self.BINDINGS)
-            yield Static("Write it as it should have been. It is kept as data to train on.")
+            yield Static("Write the answer as it should have been. It is saved as training data.")
             area = AnswerArea(self._answer, soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
             area.cursor_blink = False
             yield area

@@ -137,7 +137,7 @@ class ChatScreen(WorkScreen):
         await self.set_source(source, run, run.name)
         if not source.adapters:
             self.notify(
-                f"{run.name} has saved no adapter, so only the base model answers.", severity="warning"
+                f"{run.name} has no saved adapter, so only the base model answers.", severity="warning"
             )
 
     async def set_source(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
@@ -361,14 +361,12 @@ class ChatScreen(WorkScreen):
         """Record that the left or right one of the last two answers is better."""
         turn = self.conversation.last_answered(2)
         if turn is None:
-            self.notify(
-                "There are no two answers to choose from. Side by side, base and adapter both answer."
-            )
+            self.notify("There are not two answers to choose from. Show base and adapter side by side first.")
             return
         left, right = list(turn.answers.values())[:2]
         chosen, rejected = (left, right) if side == "left" else (right, left)
         if chosen.text.strip() == rejected.text.strip():
-            self.notify("Both answers are the same: there is nothing to choose.")
+            self.notify("The answers are identical, so there is nothing to choose.")
         elif chosen.was_cut:
             self.notify(
                 f"The better answer was cut off: a model trained on it would stop there too. "

@@ -39,12 +39,12 @@ from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.visible import visible
 
 _PAIRS: dict[Preferences, tuple[str, str]] = {
-    "orpo": ("ORPO", "learn the chosen answers, and to prefer them"),
-    "dpo": ("DPO", "prefer the chosen answers, near the base model"),
+    "orpo": ("ORPO", "learn the chosen answers and prefer them"),
+    "dpo": ("DPO", "prefer the chosen answers, stay close to the base"),
     "simpo": ("SimPO", "like DPO without a reference model: faster steps"),
 }
 _RATED: dict[Preferences, tuple[str, str]] = {
-    "kto": ("KTO", "prefer good answers to bad ones, near the base"),
+    "kto": ("KTO", "prefer good answers to bad ones, stay close to the base"),
 }
 _LINE_WIDTH = 200
 """Width of a line, in cells; the dialog cuts it."""

@@ -34,8 +34,8 @@ Changes: TypeAlias = Sequence[tuple[float, float]]
 """(before, after) loss of each token in the loss, which sets its shade; empty if not measured."""
 
 _EMPTY = (
-    "No data yet.\n\nPress {data.open} to open a file (JSON, JSONL, CSV, TSV, Parquet or text, also "
-    "compressed with gzip or zstd), a folder of such files, or a dataset from the Hub.\n\n"
+    "No data yet.\n\nPress {data.open} to open a file (JSON, JSONL, CSV, TSV, Parquet or text, "
+    "optionally compressed with gzip or zstd), a folder of such files, or a dataset from the Hub.\n\n"
     "The format is detected: conversations (messages, ShareGPT), instructions (Alpaca), prompt and "
     "completion, question and answer, text and label, plain text.\n\n"
     "Every row is then shown here exactly as the model will see it.\n\n"
@@ -43,7 +43,9 @@ _EMPTY = (
     "conversations."
 )
 _PLAIN = Content.styled("The row as it is in the file:\n\n", "dim")
-_NO_MODEL = "Select a model with {go.models} to see tokens, the chat template and what is to learn.\n\n"
+_NO_MODEL = (
+    "Select a model with {go.models} to see tokens, the chat template and which tokens are learned.\n\n"
+)
 _KEYS = (
     ("data.previous", "previous"),
     ("data.next", "next row"),

@@ -208,7 +208,7 @@ class DataScreen(WorkScreen):
         self._set_only_source(path)
         if sources:
             names = Path(sources[0].path).name if len(sources) == 1 else f"{len(sources)} files"
-            self.notify_undoable(f"Replaced {names} by {path.name}.")
+            self.notify_undoable(f"Replaced {names} with {path.name}.")
 
     def add_source(self, path: Path) -> None:
         """Add a path to the sources, and select it.
@@ -345,7 +345,7 @@ class DataScreen(WorkScreen):
 
         help_ = "The row number, from 1."
         if len(files) > 1:
-            help_ += " For a row of another file, type a part of its name before the number."
+            help_ += " For a row of another file, type part of the file's name before the number."
         self.ask(TextPromptScreen("Go to a row", help_, "", validate), go)
 
     def action_problem(self, by: int) -> None:
@@ -579,11 +579,11 @@ class DataScreen(WorkScreen):
         skips = self.app.workbench.recipe.data.bad_rows == "skip"
         self.app.edit("data.bad_rows", "refuse" if skips else "skip")
         if skips:
-            self.notify_undoable("No run starts while the data has bad rows.")
+            self.notify_undoable("No run will start while the data has bad rows.")
         elif bad_rows:
-            self.notify_undoable(f"Runs leave {pluralize(bad_rows, 'bad row')} out.")
+            self.notify_undoable(f"Runs will leave out {pluralize(bad_rows, 'bad row')}.")
         else:
-            self.notify_undoable("Runs leave bad rows out, if there are any.")
+            self.notify_undoable("Runs will leave out bad rows, if there are any.")
 
     # What a run learned of the rows
 
@@ -607,7 +607,7 @@ class DataScreen(WorkScreen):
         if losses is None:
             self._measuring = True
             self.notify(
-                f"Measuring the rows of {run.name}, about as long as training on them once. "
+                f"Measuring the rows of {run.name}, which takes about as long as one epoch. "
                 "The list opens when it is done."
             )
             try:

@@ -304,7 +304,7 @@ class HomeScreen(WorkScreen):
             await self._prepare_demo(model_folder())
             return
         then = (
-            " Then the recipe is set to it and to the 133 conversations that come with the app; "
+            " The recipe is then set to this model and the 133 conversations that come with the app; "
             f"press {key_name('app.undo')} to undo. Training starts only when you launch it."
         )
         ask_for_demo(self, then, download)

@@ -177,13 +177,13 @@ def advice(path: str, lora: Lora) -> str:
     """Return one line of advice on a setting of this recipe."""
     match path:
         case "lora.rank" if lora.target_modules == (ALL_LINEAR,):
-            return "The QLoRA paper saw no effect of rank with all-linear."
+            return "The QLoRA paper found no effect of rank with all-linear."
         case "lora.rank":
             return "On q and v, ranks 1 to 8 did as well as 64 (LoRA paper)."
         case "lora.alpha":
             return f"Scales the update by {format_float(_scale(lora))}, much like the learning rate."
         case "lora.dropout":
-            return "QLoRA paper: 0.1 to 13B, 0.05 above. 0 saves memory."
+            return "QLoRA paper: 0.1 up to 13B, 0.05 above. 0 saves memory."
         case "lora.use_rslora" if lora.use_rslora:
             return "Scales by alpha/√rank, so that high ranks keep learning."
         case "lora.use_rslora":
@@ -191,7 +191,7 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.use_dora":
             return "Better at low ranks, slower at every rank (DoRA paper)."
         case _ if lora.train_embeddings:
-            return "They learn at a tenth of the rate unless another is set."
+            return "They use a tenth of the learning rate unless one is set."
         case _:
             return "Unsloth trains them for continued pretraining."
 

@@ -318,7 +318,9 @@ def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]
     patterns = tuple(_written_out(pattern, modules) for pattern in split_patterns(text) if pattern)
     if not patterns:
         raise UserError(
-            "No target modules", what="LoRA needs at least one module.", fix="Write all-linear, or q,v."
+            "No target modules",
+            what="LoRA needs at least one module.",
+            fix="Type all-linear, or patterns such as q,v.",
         )
     for pattern in patterns:
         if error := syntax_error(pattern):

@@ -316,7 +316,7 @@ class MemoryScreen(WorkScreen):
             return ""
         name = PRECISION_NAMES[precision_of(workbench.recipe)]
         what = f"{name} and its changes" if self._solution.is_exact else name
-        return f"{what} exact: traced with transformers {traced.transformers}, the rest instant"
+        return f"{what} exact (traced with transformers {traced.transformers}), others instant estimates"
 
     def _heading_text(self) -> tuple[str, str]:
         trace_note = self._trace_note or self._exact_words()

@@ -242,7 +242,7 @@ def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
         return "–" if is_known else "…"
     if not change.bytes:
         # Auto needs what on needs; it only takes more where more is free.
-        return "same need"
+        return "no change"
     return format_delta(change.bytes)
 
 
@@ -319,16 +319,16 @@ def _notes(
     is_recipe: bool,
 ) -> Iterator[Content]:
     if refusal is not None:
-        what_to_do = highlight_keys(f"{key_name('go.models')} says what to do.")
+        what_to_do = highlight_keys(f"{key_name('go.models')} shows what to do.")
         yield Content.assemble((f"{refusal_words(refusal)}. ", "$error"), what_to_do)
     if solution.least_bytes:
         yield highlight_keys(
-            "No change makes it fit: with every change that saves memory it still needs "
+            "No change makes it fit: even with every change that saves memory, it needs "
             f"{format_bytes(solution.least_bytes)}. Select a smaller model with {key_name('go.models')}, "
             "or use a larger GPU."
         )
     if solution.changes and not is_recipe:
-        yield Content("The changes are for the precision of the recipe.")
+        yield Content("The changes are for the recipe's precision.")
     if conversion := solution.conversion:
         on_cpu = budget.device.kind == "cpu"
         yield Content(conversion.words(estimate.process_bytes if on_cpu else None))
@@ -376,7 +376,7 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
         why = (
             "Too little memory is left to keep activations"
             if choice.estimate.exact
-            else "How much a step takes is uncertain"
+            else "The memory of a step is uncertain"
         )
         return Content(f"{why}, so all layers recompute their activations.")
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)

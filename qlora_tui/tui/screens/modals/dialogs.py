@@ -177,7 +177,7 @@ def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str
         before: The previous search text.
         show: Called unless the question is canceled.
     """
-    text = f"Show only {things} with this text. Leave empty to show all."
+    text = f"Show only {things} that contain this text. Leave empty to show all."
     screen.ask(TextPromptScreen("Search", text, before), show)
 
 
@@ -238,10 +238,10 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
         if len(changes) > _MAX_CHANGES:
             shown.append(f"and {len(changes) - _MAX_CHANGES} more")
         text = (
-            f"Both stay on the disk: yours is in {format_path(aside)} until you choose, and then "
-            "the one that you did not choose. Changes from yours to theirs:"
+            f"Both recipes stay on disk: yours is in {format_path(aside)} until you choose; after that, "
+            "the one you did not choose is there. Changes from yours to theirs:"
         )
-        listed = "\n".join(shown) or "Only the preset that it started from differs."
+        listed = "\n".join(shown) or "Only the preset it started from differs."
         super().__init__(
             "Another app changed the recipe", Static(text, markup=False), Static(listed, markup=False)
         )
@@ -251,7 +251,7 @@ class TooSmallScreen(ModalScreen[None]):
     """Covers any screen until the window is large enough."""
 
     CSS_PATH = "modal.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it cut off")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it anyway")]
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:

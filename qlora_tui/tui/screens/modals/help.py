@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _KEYMAP_TEXT = (
-    "The name beside each key is the command's. To change a key, add the name to [keymap] in config.toml: "
+    "Next to each key is the name of its command. To change a key, add the name to [keymap] in config.toml: "
     '"train.stop" = "x". Write keys as ctrl+x, escape, enter, slash, f2; several as "x,f2".'
 )
 _KEY_STYLE = "bold $key"

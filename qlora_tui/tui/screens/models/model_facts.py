@@ -141,14 +141,14 @@ def local_facts(model: LocalModel, *, is_current: bool) -> Facts:
         if can_be_completed(model):
             step = _step(key_name("models.download"), "Download the missing files")
         elif isinstance(model.refusal, MissingFilesError):
-            step = _step(key_name("models.filter"), "Find it on the Hub, to download it")
+            step = _step(key_name("models.filter"), "Find it on the Hub to download it")
         lines.append(error_content(model.refusal, step=step))
         if model.architecture and not is_current:
             lines.append(_step("Enter", "Select it for estimates only", mark=" "))
     elif not is_current:
         lines.append(_step("Enter", "Select this model"))
     page = f": huggingface.co/{model.id}" if model.source == "hub cache" else ""
-    lines.append(("license", read_license(model.path) or f"not in its files{page}"))
+    lines.append(("license", read_license(model.path) or f"not stated in its files{page}"))
     if model.architecture:
         lines += _architecture_lines(model.architecture)
         if model.architecture.is_outline and not model.refusal:
@@ -170,7 +170,7 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> F
         took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
         part = f"; {format_bytes(known.done_bytes)} already here" if known.done_bytes else ""
         download = _step(key_name("models.download"), f"Download {format_bytes(missing)}{took}{part}")
-        select = _step("Enter", "Use it for estimates without a download", mark=" ")
+        select = _step("Enter", "Use it for estimates without downloading", mark=" ")
         lines = [download if missing else Content("Already on this machine."), select]
     lines.append(("license", model.license or "NA"))
     if known and known.architecture:

@@ -469,7 +469,9 @@ def _memory(
     for label in variants:
         verdict = verdicts.get(label)
         if verdict is None:
-            lines.append(Content.styled("This model lacks the target modules of the recipe.", "$text-muted"))
+            lines.append(
+                Content.styled("The model does not have the recipe's target modules.", "$text-muted")
+            )
             continue
         word = verdict.word
         figures = f"{format_gib(verdict.needed_bytes)} of {format_gib(budget.bytes)} GiB"

@@ -75,9 +75,9 @@ class ComparedRun:
 
 
 _GENERAL_ANSWERS = {
-    "answers ended": "ended",
-    "answers looping": "looping",
-    "answers refused": "refused",
+    "complete answers": "ended",
+    "looping answers": "looping",
+    "refusals": "refused",
     "valid JSON": "valid JSON",
 }
 """(label, name of the count) for rows that count answers to general prompts."""

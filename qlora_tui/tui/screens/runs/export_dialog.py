@@ -192,7 +192,7 @@ class ExportScreen(ModalScreen[None]):
         """Select the next GGUF type, or the next kind of upload."""
         choice = self._current_choice
         if choice is None or not choice.types:
-            self.notify("This form has no types.", severity="warning")
+            self.notify("This format has no types to choose from.", severity="warning")
             return
         name = "hub_form" if choice.id == "hub" else "file_type"
         current = self._chosen_types.get(name, choice.types[0])
@@ -353,7 +353,9 @@ def export_choices(
     if is_installed():
         checked = "llama.cpp then compares the file with your adapter's answers."
     else:
-        checked = f"Not checked, and smaller types need llama.cpp. {install_hint()}"
+        checked = (
+            f"Without llama.cpp the file is not checked, and smaller types are missing. {install_hint()}"
+        )
     uploads: dict[str, tuple[Form, str, str]] = {
         "adapter": ("hub-adapter", "the adapter", adapter_size),
         "merged": ("hub-merged", "the merged model", merged),
@@ -390,7 +392,7 @@ def export_choices(
             "Merged model, 16-bit",
             merged,
             "transformers, vLLM",
-            "A folder with base and adapter merged into one model, compared with both before it is kept.",
+            "A folder with base and adapter merged into one model, checked against both before it is kept.",
             "merge",
             suffix="-merged",
             target="Folder",
@@ -431,8 +433,8 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
     """Return where a file of this type runs, and what is special about the type; empty if unknown."""
     if kind == AUTO:
         return (
-            " auto: the smallest type that still answers like your adapter: the first within a KL divergence "
-            "of 0.03, as llama.cpp computes it."
+            " auto: the smallest type whose KL divergence from your adapter, as llama.cpp computes it, is at "
+            "most 0.03."
         )
     if architecture is None:
         return ""
@@ -442,7 +444,7 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
     lengths = rows_without_k_blocks(architecture) if kind in K_QUANTS else ()
     if lengths:
         rows = join_words([f"{length:,}" for length in lengths])
-        text += f" llama.cpp stores rows of {rows} weights, not whole blocks of 256, as larger types."
+        text += f" Rows of {rows} weights are not multiples of 256, so llama.cpp stores them as larger types."
     return text
 
 

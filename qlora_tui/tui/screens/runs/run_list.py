@@ -375,7 +375,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         rows.append(("last", f"training {format_loss(summary.loss)}"))
     # The verdict has the loss before training too.
     if summary.loss_to_beat is not None and summary.verdict is None:
-        rows.append(("before", f"{format_loss(summary.loss_to_beat)}, better than after"))
+        rows.append(("before", f"{format_loss(summary.loss_to_beat)}, lower than after training"))
     if summary.accuracy is not None:
         rows.append(("exact", f"{format_percent(summary.accuracy)} of short answers"))
     if summary.seconds is not None:
@@ -429,7 +429,7 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
 def log_lines(files: RunFiles) -> list[Content]:
     """Return the last events of the run, newest first."""
     if not files.log:
-        return [Content.styled("Nothing happened yet.", "dim")]
+        return [Content.styled("Nothing has happened yet.", "dim")]
     return [
         Content.assemble((f"{time.strftime('%H:%M', time.localtime(at))}  ", "dim"), text)
         for at, text in files.log

@@ -402,7 +402,7 @@ class RunsScreen(EvaluationActions):
         self.app.deleted_runs.append(summary.id)
         self.show_listing()
         self.notify(
-            f"{summary.name} stays in the trash for {run_actions.KEPT_DAYS} days, which holds "
+            f"{summary.name} stays in the trash for {run_actions.KEPT_DAYS} days. The trash takes "
             f"{format_bytes(run_actions.trash_bytes())}. Press {key_name('runs.restore')} to restore it."
         )
 

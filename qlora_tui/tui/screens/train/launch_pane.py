@@ -89,13 +89,13 @@ QUESTIONS: dict[CheckKind, str] = {
     CheckKind.DATA: "Can every row be trained on?",
     CheckKind.SETTINGS: "Do the settings make sense together?",
     CheckKind.LORA: "Do the targets exist in this model?",
-    CheckKind.LENGTH: "Does the model take this length?",
+    CheckKind.LENGTH: "Does the model support this length?",
     CheckKind.TIME: "How long will it take?",
     CheckKind.MEMORY: "Does one training step fit?",
-    CheckKind.KERNELS: "Are its kernels installed?",
+    CheckKind.KERNELS: "Are the model's kernels installed?",
     CheckKind.GPU: "Is there a GPU, and is it free?",
     CheckKind.DISK: "Is there room for the checkpoints?",
-    CheckKind.QUEUE: "Does it start at once?",
+    CheckKind.QUEUE: "Will it start at once?",
 }
 """The question that each check answers."""
 _PLACES: dict[CheckKind, tuple[str, str]] = {
@@ -256,7 +256,7 @@ def _duration(expected: Forecast | None, width: int) -> list[Content]:
         return []
     if expected.time is None:
         known = Content.styled("Time unknown until the first steps", "bold")
-        source = "nothing was trained here yet"
+        source = "nothing has been trained here yet"
     else:
         known = Content.assemble((capitalize(expected.duration), "bold"), " on this machine")
         source = expected.time.source
@@ -344,7 +344,7 @@ def _plan(recipe: Recipe) -> list[str]:
     has_validation = bool(data.validation_path or data.validation_fraction)
     return [
         f"{format_number(training.epochs)} {'epoch' if training.epochs == 1 else 'epochs'}{limit}",
-        f"{batch} of up to {data.max_length:,} tokens a step",
+        f"{batch} of up to {data.max_length:,} tokens per step",
         f"validation {evaluations}" if has_validation else "no validation",
         f"keeps {pluralize(training.keep_checkpoints, 'checkpoint')} and the best",
     ]

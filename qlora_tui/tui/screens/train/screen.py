@@ -305,7 +305,7 @@ class TrainScreen(EvaluationActions):
     def action_stop(self) -> None:
         snapshot = self.snapshot
         if snapshot is not None and snapshot.is_stopping:
-            now = "The run stops now. It gives up the step in progress; the steps before it are saved."
+            now = "The run is stopping now. The current step is discarded; earlier steps are saved."
             self._act_on_run(self._watched, partial(run_actions.stop, now=True), now)
         else:
             outcome = _outcome_of_stopping(snapshot)
@@ -352,7 +352,7 @@ class TrainScreen(EvaluationActions):
                 f"The learning rate will change to {format_rate(rate)} after this step.",
             )
 
-        text = "The new peak. The schedule continues from it."
+        text = "The new peak learning rate. The schedule continues from there."
         self.ask(TextPromptScreen("Learning rate", text, proposed, _rate_problem), set_rate)
 
     def action_fix(self) -> None:

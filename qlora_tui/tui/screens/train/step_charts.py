@@ -115,7 +115,7 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
     measured = (exact and f"exact {exact}", format_rewards(last))
     more = [(text, VALIDATION_STYLE) for text in measured if text]
     if snapshot.step_stride > 1:
-        more.append((f"showing 1 of {snapshot.step_stride:,} steps", "dim"))
+        more.append((f"showing 1 in {snapshot.step_stride:,} steps", "dim"))
     return run_plot(
         LossFacts(
             x=steps_axis(snapshot.step, view.total_steps, from_step),
