@@ -25,7 +25,7 @@ def checked_folder(final: Path) -> Iterator[Path]:
     """
     with held_draft(draft_path(final)) as draft:
         if draft is None:
-            raise BlockingIOError(errno.EAGAIN, "Another process writes it", str(final))
+            raise BlockingIOError(errno.EAGAIN, "Another process is writing it", str(final))
         yield draft
         write_checksums(draft)
         publish(draft, final)
@@ -70,7 +70,7 @@ def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] =
             if (folder / name).exists() and not (folder / name).is_file():
                 return f"{name} is not a file"
             if sha256(folder / name) != expected:
-                return f"{name} is not what was written: its checksum differs"
+                return f"{name} has changed since it was written: its checksum differs"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:

@@ -91,5 +91,5 @@ def no_locks(path: Path, error: OSError) -> UserError:
         "File locks do not work",
         what=f"{path} could not be locked: {error.strerror or error}.",
         why="Without locks two processes could write the same files.",
-        fix="Use a local disk, for runs with XDG_STATE_HOME; a network folder needs its lock service.",
+        fix="Use a local disk (for runs, set XDG_STATE_HOME); a network folder needs its lock service.",
     )

@@ -262,8 +262,8 @@ def _hold(stack: ExitStack, draft: Path) -> bool:
                 continue
             raise UserError(
                 "A folder of another program is in the way",
-                what=f"{draft} exists, and nothing in it says that qlora-tui made it.",
-                why="Only what this program can be shown to have made is ever replaced or deleted.",
+                what=f"{draft} exists, but nothing in it shows that qlora-tui made it.",
+                why="qlora-tui replaces or deletes only folders that it can prove to have made.",
                 fix="Move it away, or delete it if you know that you do not need it.",
             )
         try:

@@ -58,8 +58,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         _about(
             "Theme",
-            "Colors of the app. auto: harbour, or on a terminal of 16 colors its own. terminal: made of the "
-            "terminal's own colors. Themes of your own: TOML files in the themes folder.",
+            "Colors of the app. auto: harbour, or the terminal's own if it has only 16. terminal: derived "
+            "from the terminal's own colors. Add themes as TOML files in the themes folder.",
         ),
     ] = "auto"
     mouse: Annotated[
@@ -74,7 +74,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Annotated[float, Meta(gt=0)] | None,
         _about(
             "GPU memory to assume, GiB",
-            "What estimates are for, on every start. Empty: this machine's GPU.",
+            "GPU memory that estimates assume, at every start. Empty: this machine's GPU.",
         ),
     ] = msgspec.field(default=None, name="card_gib")
     model_folders: Annotated[
@@ -88,7 +88,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about(
             "Quantized weights, GiB",
-            "Most of the quantized base weights to keep, so that later runs load faster. 0: none.",
+            "Maximum size of the cache of quantized base weights, from which later runs load faster. 0: no "
+            "cache.",
             ge=0,
         ),
     ] = 30.0
@@ -96,7 +97,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str | Annotated[int, Meta(ge=0)],
         _about(
             "GPU",
-            "Which of several to use: number, UUID or a part of its name. auto: the most memory. cpu: none. "
+            "GPU to use: number, UUID or part of its name. auto: the one with the most memory. cpu: none. "
             "Takes effect at the next start.",
         ),
     ] = "auto"

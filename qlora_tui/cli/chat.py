@@ -72,7 +72,10 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
         "--greedy", action="store_true", help="always take the most likely token: the same answer each time"
     )
     reproducible.add_argument(
-        "--seed", type=_seed, metavar="N", help="draw tokens from this seed: the same answer on one machine"
+        "--seed",
+        type=_seed,
+        metavar="N",
+        help="seed for sampling: on one machine, the same seed gives the same answer",
     )
     parser.add_argument(
         "--thinking",
@@ -141,7 +144,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=positive_int,
         metavar="N",
-        help=f"most validation prompts to answer, spread over the data (default: {DEFAULT_PROMPTS})",
+        help="maximum number of validation prompts to answer, spread over the data (default: "
+        f"{DEFAULT_PROMPTS})",
     )
     parser.add_argument(
         "--rows",
@@ -151,7 +155,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="also print the first N prompts with both answers",
     )
     parser.add_argument(
-        "--again", action="store_true", help="measure again, also where this adapter was measured before"
+        "--again", action="store_true", help="measure again even if this adapter was measured before"
     )
 
 

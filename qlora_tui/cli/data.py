@@ -86,7 +86,7 @@ def _show(args: argparse.Namespace) -> CommandResult | int:
         if side:
             print(f"{side}:")
         _print_marked([(piece.text, piece.in_loss) for piece in pieces])
-        count = f"\n{in_loss:,} of {tokens:,} tokens are to learn: those between "
+        count = f"\n{in_loss:,} of {tokens:,} tokens are in the loss: those between "
         _print_marked([(count, False), ("these marks", True), (".", False)])
     if shown.refused:
         print(shown.refused)
@@ -123,8 +123,8 @@ def _format_losses(losses: RowLosses, count: int) -> str:
     classes = ", ".join(f"{number:,} {name}" for name, number in losses.counts().items())
     return (
         f"{pluralize(len(losses.rows), 'row')} of {losses.run}: {classes}.\n"
-        "Loss in nats per trained token, the most suspicious rows first: those whose answer fits their own "
-        "prompt least better than another's.\n" + format_table(rows, header)
+        "Loss in nats per trained token. The most suspicious rows come first: those whose answer hardly "
+        "fits their own prompt better than another row's.\n" + format_table(rows, header)
     )
 
 
@@ -220,7 +220,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=positive_int, default=30, metavar="N", help="number of rows to print (default: 30)"
     )
     blame_parser.add_argument(
-        "--again", action="store_true", help="measure again, also where the rows were measured before"
+        "--again", action="store_true", help="measure again even if the rows were measured before"
     )
     add_json_argument(blame_parser)
     show_parser = actions.add_parser(
@@ -230,8 +230,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--row", type=positive_int, default=1, metavar="N", help="number of the row (default: 1)"
     )
     for action in (inspect_parser, show_parser):
-        action.add_argument("file", metavar="FILE", help="a data file, a folder of them, or a Hub dataset")
-        action.add_argument("--model", help="count tokens of this model, with its chat template")
+        action.add_argument(
+            "file", metavar="FILE", help="a data file, a folder of data files, or a Hub dataset"
+        )
+        action.add_argument("--model", help="count tokens with this model's tokenizer and chat template")
         action.add_argument(
             "--format", default="auto", help="format of the rows, if detection is wrong, such as alpaca"
         )
@@ -247,7 +249,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             "--reasoning-not-in-loss", action="store_true", help="keep the reasoning out of the loss"
         )
         action.add_argument(
-            "--max-length", type=positive_int, help="sequence length, in tokens (1,024 unless set)"
+            "--max-length", type=positive_int, help="sequence length, in tokens (default: 1,024)"
         )
         action.add_argument(
             "--set",

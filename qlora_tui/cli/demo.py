@@ -73,7 +73,7 @@ def _format_result(result: DemoResult) -> str:
         f"peak memory      {format_bytes(result.measured_peak_bytes)} measured, "
         f"{format_bytes(result.estimated_peak_bytes)} estimated",
         f"speed            {format_speed(result.tokens_per_s)} tok/s",
-        f"time             {format_duration(result.seconds)} in all",
+        f"time             {format_duration(result.seconds)} in total",
         f"adapter          {result.adapter_dir}",
         "",
         f"Talk to it: qlora-tui chat {result.run}        Open the app: qlora-tui",

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         )
     if data["least_bytes"]:
         lines.append(
-            "nothing fits: with every change that saves memory it still takes "
+            "nothing fits: even with every change that saves memory, it takes "
             f"{format_gib(data['least_bytes'])} "
             "GiB. Choose a smaller model or a larger GPU."
         )
@@ -187,14 +187,14 @@ def _what_fits(largest: dict[str, Any], *, is_marked: bool) -> list[str]:
     names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
     limits = ", ".join(f"{name} {largest[key]:,}" for key, name in names.items() if largest[key])
     form = " (instant estimate)" if is_marked else ""
-    return [f"largest values that fit, each alone{form}: {limits}"] if limits else []
+    return [f"largest values that fit, changing one at a time{form}: {limits}"] if limits else []
 
 
 TRACE_LABELS = {
     "frozen": "Frozen weights",
     "adapter": "LoRA weights",
     "gradients": "Gradients",
-    "step": "Peak of the step besides weights and LoRA",
+    "step": "Peak of the step in addition to weights and LoRA",
 }
 
 
@@ -242,7 +242,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quality",
         action="store_true",
-        help="also measure what the quantization changes in the model's predictions for rows of the data, "
+        help="also measure on rows of the data how much quantization changes the model's predictions, "
         "one layer in memory at a time; takes minutes",
     )
     parser.add_argument(

@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> CommandResult:
     """Export a run's adapter in the form asked for."""
     if args.form is None:
         raise UserError(
-            "Which form?",
-            what="`qlora-tui export` needs the form to write.",
-            fix="Choose gguf, ollama, merge, adapter or hub: `qlora-tui export --help` says what each does.",
+            "No format given",
+            what="`qlora-tui export` needs the format to write.",
+            fix="Choose gguf, ollama, merge, adapter or hub: `qlora-tui export --help` explains them.",
             exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
@@ -82,8 +82,8 @@ def _form_request(args: argparse.Namespace) -> ExportRequest:
         case "hub":
             if args.quant and args.what != "gguf":
                 raise UserError(
-                    "No file type for this form",
-                    what=f"--quant is for --form gguf, and --form {args.what} is uploaded.",
+                    "--quant and --form do not go together",
+                    what=f"--quant works only with --form gguf, but --form {args.what} was given.",
                     fix="Leave out one of them, or use --form gguf.",
                     exit_code=EXIT_USAGE,
                 )
@@ -130,8 +130,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         choices=("best", "original", "dequantized"),
         default="best",
-        help="base weights to merge into: the original 16-bit ones, or the 4-bit ones, dequantized; "
-        "best (the default): those whose answers are nearer to the trained model's",
+        help="base weights to merge into: the original 16-bit weights, or the dequantized 4-bit weights; "
+        "best (default): whichever answers more like the trained model",
     )
     gguf.add_argument(
         "--quant",
@@ -139,13 +139,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; with llama.cpp installed also Q6_K, Q5_K_M, Q4_K_M, "
         "Q3_K_M, Q2_K and others; `auto`: the smallest whose answers stay within --within; repeatable "
-        "(Q8_0 unless set)",
+        "(default: Q8_0)",
     )
     gguf.add_argument(
         "--within",
         type=positive_float,
         metavar="KL",
-        help="largest mean KL divergence from the adapter's answers, in nats (0.03 with auto)",
+        help="maximum mean KL divergence from the adapter, in nats (0.03 with auto)",
     )
     ollama.add_argument(
         "name", metavar="NAME", help="the model's name in Ollama, such as tickets or tickets:8b"
@@ -155,26 +155,26 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--dir",
         type=Path,
         metavar="FOLDER",
-        help="where to write the GGUF file and the Modelfile (NAME-ollama here unless set)",
+        help="where to write the GGUF file and the Modelfile (default: NAME-ollama in the current folder)",
     )
     ollama.add_argument(
         "--replace",
         action="store_true",
-        help="replace a model of this name in Ollama; otherwise it is refused",
+        help="replace an existing model of this name in Ollama",
     )
-    hub.add_argument("repo", metavar="REPO", help="owner/name, or a name in the account of the token")
+    hub.add_argument("repo", metavar="REPO", help="owner/name, or a name in the token's account")
     hub.add_argument(
         "--form",
         dest="what",
         choices=("adapter", "merged", "gguf"),
         default="adapter",
-        help="what to upload: the adapter alone (unless set), the merged 16-bit model, or a GGUF file",
+        help="what to upload: the adapter alone (default), the merged 16-bit model, or a GGUF file",
     )
     _add_one_type(hub)
-    hub.add_argument("--public", action="store_true", help="everybody may read it; otherwise only you")
+    hub.add_argument("--public", action="store_true", help="make it public; by default only you can read it")
     for form in all_forms:
         form.add_argument(
-            "--checkpoint", type=int, metavar="STEP", help="a checkpoint, not the final adapter"
+            "--checkpoint", type=int, metavar="STEP", help="export a checkpoint instead of the final adapter"
         )
         form.add_argument(
             "--compare-tokens",
@@ -182,8 +182,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             type=positive_int,
             default=COMPARED_TOKENS,
             metavar="N",
-            help="compare answers at the trained tokens of as many validation rows as have N tokens together "
-            f"({COMPARED_TOKENS:,} unless set)",
+            help="compare answers on as many validation rows as have N trained tokens in total "
+            f"(default: {COMPARED_TOKENS:,})",
         )
         add_json_argument(form)
 
@@ -192,7 +192,7 @@ def _add_one_type(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         metavar="TYPE",
-        help="a type of `export gguf`, or auto: the smallest whose answers stay near (Q8_0 unless set)",
+        help="a type of `export gguf`, or auto: the smallest whose answers stay close (default: Q8_0)",
     )
 
 

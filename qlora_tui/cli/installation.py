@@ -170,7 +170,7 @@ def _cache_table(items: list[CachedItem], total: int) -> str:
     lines = [
         format_table(rows, ["kind", "name", "size", "used"]),
         "",
-        f"{format_bytes(total)} in all",
+        f"{format_bytes(total)} in total",
         "",
     ]
     return "\n".join([*lines, *explained])

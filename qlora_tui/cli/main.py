@@ -42,16 +42,16 @@ SUBCOMMANDS = {
     "train": ("train", "Queue a training run and follow it."),
     "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),
     "attach": ("runs", "Watch a run in the app; into a pipe, or with --log, print its events."),
-    "stop": ("runs", "Save a checkpoint and the adapter, and end a run."),
-    "pause": ("runs", "Save a checkpoint and free the GPU; `resume` continues the run."),
+    "stop": ("runs", "Stop a run after saving a checkpoint and the adapter."),
+    "pause": ("runs", "Pause a run: save a checkpoint and free the GPU; `resume` continues it."),
     "resume": ("runs", "Resume a stopped, paused, failed or lost run from its last checkpoint."),
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
     "evaluate": ("chat", "Compare answers of a run's adapter and its base to validation prompts."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
-    "export": ("export", "Write a run's model or adapter for other programs, or upload it to the Hub."),
+    "export": ("export", "Export a run's model or adapter for other programs, or upload it to the Hub."),
     "doctor": ("installation", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),
-    "cache": ("installation", "List what can be made again, with its size; --clear deletes it."),
+    "cache": ("installation", "List the caches with their sizes; --clear deletes one."),
     "locate": ("installation", "Print where presets, runs and caches are stored."),
     "completion": ("installation", "Print a script that completes commands in bash, zsh or fish."),
 }
@@ -91,7 +91,7 @@ def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | 
             "No terminal",
             what=f"This terminal cannot show the app: TERM is {term or 'empty'}."
             if _is_terminal()
-            else "The app needs a terminal; this is not one.",
+            else "The app needs a terminal, but its input or output is not one.",
             fix="Use a command: `qlora-tui --help` lists them."
             + (" Or set TERM, to xterm-256color for example." if _is_terminal() else ""),
             exit_code=2,
@@ -176,7 +176,7 @@ def _run(argv: list[str]) -> int:
         if odd is None:
             return _report_bug(error)
         print(f"qlora-tui: An argument is not UTF-8: {odd}", file=sys.stderr)
-        print("  It cannot be stored or sent so. Rename the file, or type it again.", file=sys.stderr)
+        print("  It cannot be stored or sent that way. Rename the file, or type it again.", file=sys.stderr)
         return EXIT_USAGE
     except Exception as error:
         unwritable = disk_problem(error) if isinstance(error, OSError) else None

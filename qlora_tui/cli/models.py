@@ -69,7 +69,7 @@ def _hub_table(models: list[HubModel]) -> str:
         ]
         for model in models
     ]
-    return format_table(rows, ["on the hub", "parameters", "downloads", ""])
+    return format_table(rows, ["on the Hub", "parameters", "downloads", ""])
 
 
 def run_download(args: argparse.Namespace) -> CommandResult:

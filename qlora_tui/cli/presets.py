@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> CommandResult:
                 for p in presets
             ]
         },
-        text=format_table(rows, ["preset", "from", "what for"]),
+        text=format_table(rows, ["preset", "from", "purpose"]),
     )
 
 

@@ -110,7 +110,7 @@ def _trash(*, empty: bool) -> CommandResult:
     }
     if empty:
         freed = format_bytes(sum(sizes[path] for path in deleted))
-        text = f"Deleted {pluralize(len(deleted), 'run')} for good, {freed}."
+        text = f"Deleted {pluralize(len(deleted), 'run')} permanently: {freed}."
         if left := len(trashed) - len(deleted):
             text += f" {pluralize(left, 'run')} could not be deleted: check the permissions in the trash."
         return CommandResult(data, text, EXIT_FAILURE if left else 0)
@@ -128,7 +128,7 @@ def _trash(*, empty: bool) -> CommandResult:
     table = format_table(rows, ["run", "size", "deleted", "erased in"])
     total = format_bytes(sum(sizes.values()))
     fix = "`qlora-tui runs restore RUN` brings one back; `qlora-tui runs trash --empty` erases all."
-    return CommandResult(data, f"{table}\n\n{total} in all. {fix}")
+    return CommandResult(data, f"{table}\n\n{total} in total. {fix}")
 
 
 def _content(view: RunView, kind: str) -> bytes:
@@ -297,18 +297,18 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     rename = changes.add_parser("rename", help="rename a run (its id does not change)")
     add_run_argument(rename)
     rename.add_argument("name", metavar="NAME", help="its new name")
-    delete = changes.add_parser("delete", help="delete an ended run for good")
+    delete = changes.add_parser("delete", help="delete a run that has ended, permanently")
     add_run_argument(delete)
     delete.add_argument("--yes", action="store_true", help="confirm: without this, nothing is deleted")
     delete.add_argument(
         "--in-use",
         action="store_true",
-        help="also where a queued run starts from it, or a chat or an export has its adapter loaded",
+        help="even if a queued run starts from it, or a chat or an export has its adapter loaded",
     )
     trashed = changes.add_parser(
         "trash", help="list the runs that the app deleted, with size and age; they can be restored for a week"
     )
-    trashed.add_argument("--empty", action="store_true", help="delete them for good now")
+    trashed.add_argument("--empty", action="store_true", help="delete them permanently now")
     restored = changes.add_parser("restore", help="bring a run back from the trash")
     restored.add_argument("run_id", metavar="RUN", help="its id or name, or the beginning of one")
     save = changes.add_parser(
@@ -319,7 +319,7 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     save.add_argument("file", metavar="FILE", help="the file to write; it must not exist")
     card = changes.add_parser(
         "card",
-        help="save a picture of a run to show to others (.svg, .png): model, curve, loss before and after, "
+        help="save a picture of a run to share (.svg, .png): model, curve, loss before and after, "
         "one question answered both ways, speed and memory",
     )
     add_run_argument(card)
@@ -346,7 +346,9 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
-        "--log", action="store_true", help="print each event as a line, as where the output is not a terminal"
+        "--log",
+        action="store_true",
+        help="print each event as a line; the default if the output is not a terminal",
     )
     instead.add_argument(
         "--plain",
@@ -361,7 +363,7 @@ def _stop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--now",
         action="store_true",
-        help="give up the step in progress instead of finishing it; the steps before it are saved",
+        help="discard the current step instead of finishing it; earlier steps are saved",
     )
 
 

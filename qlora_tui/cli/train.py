@@ -108,7 +108,7 @@ def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:
     if expected is None:
         return outcome
     if expected.time is None:
-        time = "their time is unknown until the first ones ran"
+        time = "their time is unknown until the first ones have run"
     else:
         time = f"{expected.duration} of training, {expected.time.source}"
     return f"{capitalize(expected.steps)}, {time}. {outcome}"

@@ -116,7 +116,7 @@ def _folder_of(init_from: str) -> Path:
     if folder.is_dir():
         run = RunDir(folder.resolve())
         if not run.recipe_path.is_file():
-            raise _missing(init_from, f"{folder} holds no {CONFIG}.")
+            raise _missing(init_from, f"{folder} does not contain {CONFIG}.")
     elif folder.is_absolute():
         raise _missing(init_from, f"{folder} does not exist.")
     else:
@@ -157,7 +157,7 @@ def recipe_of_adapter(folder: Path) -> Recipe | None:
 
 def _missing(init_from: str, what: str) -> UserError:
 
-    fix = "Name a run that has finished, or the folder of an adapter; a checkpoint is one too."
+    fix = "Name a finished run or an adapter's folder, such as a checkpoint."
     for each in trashed_runs():
         if each.run.id in (init_from, *Path(init_from).parts):
             what = f"{what} {each.run.name} is in the trash."
@@ -205,7 +205,9 @@ def validate_name(name: str) -> str:
 
 def _taken(run: RunDir, name: str) -> str:
     others = (other for other in all_runs() if other.id != run.id)
-    return next((f"{other.id} is called so." for other in others if name in (other.id, other.name)), "")
+    return next(
+        (f"{other.id} already has this name." for other in others if name in (other.id, other.name)), ""
+    )
 
 
 def check_deletable(run: RunDir) -> None:
@@ -213,7 +215,7 @@ def check_deletable(run: RunDir) -> None:
     if run.path.is_symlink():
         target = run.path.resolve()
         raise UsageError(
-            "The run is elsewhere",
+            "The run is outside the runs folder",
             what=f"{run.path} is a link to {target}.",
             why="Nothing outside the runs folder is deleted.",
             fix=f"Delete both yourself: `rm -r {shlex.quote(str(target))} {shlex.quote(str(run.path))}`.",
@@ -229,14 +231,14 @@ def check_deletable(run: RunDir) -> None:
         raise UsageError(
             "The run is in use",
             what=f"{run.name} is being measured, or its trainer is still exiting.",
-            fix="Wait until that has ended, and delete it then.",
+            fix="Wait until that has ended, then delete it.",
         )
 
 
 def uses_of(run: RunDir) -> list[str]:
     """Return what uses an ended run, in clauses: who deletes it should say so first."""
     uses = [
-        f"{other.name}, which waits in the queue, starts from its adapter"
+        f"{other.name}, which is queued, starts from its adapter"
         for other in (RunDir(paths.runs_dir() / name) for name in run_queue.waiting())
         if _starts_from(other, run)
     ]
@@ -357,8 +359,12 @@ def _find(run_id: str) -> RunDir:
     matches = match_runs([each.run for each in trashed_runs()], run_id)
     if len(matches) == 1:
         return matches[0]
-    what = f"{len(matches)} deleted runs begin with '{run_id}'." if matches else f"'{run_id}' is not in it."
-    raise UsageError("Not in the trash", what=what, fix="`qlora-tui runs trash` lists what is.")
+    what = (
+        f"{len(matches)} deleted runs begin with '{run_id}'."
+        if matches
+        else f"'{run_id}' is not in the trash."
+    )
+    raise UsageError("Not in the trash", what=what, fix="`qlora-tui runs trash` lists the runs in it.")
 
 
 def _is_run(path: Path) -> bool:

@@ -158,7 +158,7 @@ def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
             raise UserError(
                 "The choice was not saved",
                 what=f"{path} is larger than {format_bytes(_MAX_BYTES)}.",
-                why="What is beyond would be lost, because the file is written again.",
+                why="Saving rewrites the file, and would lose everything beyond that size.",
                 fix="Move it away: the next choice starts another file.",
             )
         lines = _lines(path) if path.exists() else []

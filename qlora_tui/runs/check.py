@@ -104,7 +104,7 @@ def _recipe(run: RunDir) -> Iterator[Defect]:
         what = f"recipe.toml: {problem.what.rstrip('.')}"
     copy = next(_copies_of_recipe(run), None)
     if copy is None:
-        yield Defect(what, "neither adapter nor checkpoint has a copy: start a new run")
+        yield Defect(what, "no adapter or checkpoint has a copy: start a new run")
     else:
         remedy = "a repair restores it from an adapter or checkpoint"
         text, origin = copy
@@ -147,7 +147,7 @@ def _events(run: RunDir) -> Iterator[Defect]:
             f"events.jsonl has {damaged} damaged {'line' if damaged == 1 else 'lines'}",
             "a repair removes them, and keeps a copy of the original file",
             partial(_write_whole_events, run, run.events_path, keep := _place_aside(run.events_path)),
-            f"left them out; the file as it was is {keep.name}",
+            f"removed them; the original file is {keep.name}",
         )
 
 
@@ -181,9 +181,9 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
         return
     whole = [step for step, folder in run.checkpoints() if checkpoint_damage(folder) is None]
     remedy = (
-        f"a repair lets `qlora-tui resume {run.id}` write it again from step {whole[-1]}"
+        f"after a repair, `qlora-tui resume {run.id}` writes it again from step {whole[-1]}"
         if whole
-        else f"a repair lets `qlora-tui resume {run.id}` train it again: no checkpoint is intact"
+        else f"after a repair, `qlora-tui resume {run.id}` trains it again: no checkpoint is intact"
     )
     yield Defect(f"adapter: {damage}", remedy, partial(reopen, run, damage))
 
@@ -195,7 +195,7 @@ def reopen(run: RunDir, damage: str) -> str:
     resume = f"`qlora-tui resume {run.id}`"
     lost = Failed(
         title="The adapter was lost",
-        what=f"After the run had finished, its adapter was found damaged: {damage}.",
+        what=f"The run finished, but its adapter was found damaged later: {damage}.",
         fix=f"{resume} writes it again from the last checkpoint.",
         kind="lost",
     )
@@ -233,7 +233,7 @@ def restore_status(run: RunDir) -> str:
 def _exports(run: RunDir) -> Iterator[Defect]:
     for folder in unreadable_exports(run):
         what = f"exports/{folder.name} cannot be read, so no list shows it"
-        yield Defect(what, f"what it wrote is whole; delete the record: {folder}")
+        yield Defect(what, f"the exported files are intact; delete the record: {folder}")
 
 
 def check_queue() -> CheckResult:
@@ -243,7 +243,7 @@ def check_queue() -> CheckResult:
             f"{name} is queued and does not exist",
             "a repair removes it from the queue",
             partial(run_queue.remove, RunDir(paths.runs_dir() / name)),
-            "taken out",
+            "removed from the queue",
         )
         for name in run_queue.waiting()
         if not (paths.runs_dir() / name).is_dir()

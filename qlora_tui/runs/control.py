@@ -106,7 +106,7 @@ def take_requests(run: RunDir) -> list[ControlRequest]:
             requests.append(request)
         except (OSError, msgspec.MsgspecError) as error:
             # Into the trainer's log: whoever made the request should find why nothing happened.
-            print(f"{path.name}: not a request that this version can take: {error}", file=sys.stderr)
+            print(f"{path.name}: not a request that this version understands: {error}", file=sys.stderr)
             with suppress(OSError):
                 path.unlink()
     return requests

@@ -65,7 +65,7 @@ def checksum_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
     recorded = _recorded_digest(folder)
     try:
         if recorded and checksums.digest(folder) != recorded:
-            return f"{checksums.NAME} is not what was written: its checksum differs"
+            return f"{checksums.NAME} has changed since it was written: its checksum differs"
     except OSError as error:
         return f"{checksums.NAME} cannot be read ({error.strerror or error})"
     if not (folder / checksums.NAME).exists():

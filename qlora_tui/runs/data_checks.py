@@ -135,7 +135,7 @@ def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
     elif not length.is_complete:
         return []
     elif steps < FEW_STEPS:
-        text = f"The run has only {length.about}{pluralize(steps, 'step')}: it will learn hardly anything."
+        text = f"The run has only {length.about}{pluralize(steps, 'step')}: it will hardly learn anything."
         sequences = pluralize(recipe.effective_batch, "sequence")
         fix = f"One step takes {sequences}: raise Epochs, or lower Gradient accumulation or Micro-batch size."
     elif limit > steps * margin:

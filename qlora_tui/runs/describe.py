@@ -63,9 +63,9 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
             return f"{event.device}, {event.compute_dtype}; {computed}"
         case events.DataReady():
             return (
-                f"{event.samples:,} samples, {event.validation_samples:,} to validate on; "
+                f"{event.samples:,} samples, {event.validation_samples:,} for validation; "
                 f"{event.trained_tokens:,} of {event.tokens:,} tokens trained; "
-                + (f"{event.replayed:,} answers of the base replayed; " if event.replayed else "")
+                + (f"{event.replayed:,} answers of the base model replayed; " if event.replayed else "")
                 + f"{event.total_steps:,} steps"
             )
         case events.AdapterReady():
@@ -75,14 +75,16 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
             return _format_verified(event)
         case events.StepChosen():
             split = f"{event.micro_batch_size} × {event.gradient_accumulation}"
-            return f"by the free memory: batch {event.effective_batch} = {split}, optimizer {event.optimizer}"
+            return (
+                f"chosen by free memory: batch {event.effective_batch} = {split}, optimizer {event.optimizer}"
+            )
         case events.LayersKept():
             return _format_kept(event)
         case events.LayersStreamed():
             return (
-                f"streamed layers: {event.streamed_layers} of {event.layers} wait in host memory "
-                f"({format_bytes(event.host_bytes)}) and pass through {format_bytes(event.slot_bytes)} of "
-                "the device"
+                f"streamed layers: {event.streamed_layers} of {event.layers} stay in host memory "
+                f"({format_bytes(event.host_bytes)}) and are streamed through "
+                f"{format_bytes(event.slot_bytes)} on the device"
             )
         case events.MemoryMeasured():
             return (
@@ -240,7 +242,7 @@ def format_exact(accuracy: float | None, base: float | None) -> str:
 def _format_kept(event: events.LayersKept) -> str:
     available = format_bytes(event.available_bytes)
     if not event.kept_layers:
-        return f"gradient checkpointing: every layer, as {available} of memory is available"
+        return f"gradient checkpointing: every layer, since only {available} of memory is available"
     return (
         f"gradient checkpointing: {event.kept_layers} of {event.layers} layers keep their activations "
         f"({format_bytes(event.estimated_bytes)} of {available} available)"
@@ -383,8 +385,8 @@ class _RunnerMonitor:
         if self._tried:
             lines = [line.strip() for line in last_log_lines(runner_log_path()) if line.strip()]
             raise UserError(
-                "No runner takes the run",
-                what=f"{self._run.id} is queued, and the runner ended before it began.",
+                "The run was not started",
+                what=f"{self._run.id} is queued, but the runner ended before it started the run.",
                 why=f"Its log ends: {lines[-1]}" if lines else "",
                 fix=f"{runner_log_path()} has the details; `qlora-tui attach {self._run.id}` tries again.",
             )

@@ -104,7 +104,7 @@ class RunDir:
             return ""
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                "The choice of a GPU cannot be read",
+                "The GPU chosen for the run cannot be read",
                 what=f"{self.gpu_path}: {getattr(error, 'strerror', None) or error}.",
                 fix=f"Choose it again: `qlora-tui --gpu GPU resume {self.id}`.",
             ) from error

@@ -172,7 +172,12 @@ def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
     processes = _gpu_processes(gpu)
     if gpu.compute_mode == "exclusive" and any(process.computes for process in processes):
         text = f"{name} is in exclusive mode, and in use by {_format_processes(processes)}."
-        return Check(CheckKind.GPU, "error", text, "Close that program: one at a time may use this GPU.")
+        return Check(
+            CheckKind.GPU,
+            "error",
+            text,
+            "Close that program: in this mode only one program at a time may use the GPU.",
+        )
     if used is None or used < _NOTABLE_BYTES:
         return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
     text = f"{name}: {format_gib(used)} GiB in use by {_format_processes(processes)}."
@@ -240,9 +245,9 @@ def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> Us
         return None
     return UserError(
         "Host memory is too small",
-        what=f"Streamed layers and offloaded inputs need {format_gib(needed_bytes)} GiB of host memory, and "
-        f"{format_gib(free)} GiB of it are free.",
-        why="1 GiB stays free for other programs.",
+        what=f"Streamed layers and offloaded inputs need {format_gib(needed_bytes)} GiB of host memory, but "
+        f"only {format_gib(free)} GiB are free.",
+        why="1 GiB is left free for other programs.",
         fix="Close other programs, or choose a smaller model, fewer Streamed layers "
         "(quantization.streamed_layers), or Gradient checkpointing (training.gradient_checkpointing) on.",
     )
@@ -263,8 +268,8 @@ def several_gpus_problem(recipe: Recipe, gpus: int) -> UserError | None:
     else:
         return None
     return UsageError(
-        f"{subject} need a run on one GPU",
-        what=f"{setting}, and this run has {gpus} GPUs.",
+        f"{subject} need a single GPU",
+        what=f"{setting}, but this run has {gpus} GPUs.",
         why=why,
         fix=f"Set {change}, or train on one GPU.",
     )

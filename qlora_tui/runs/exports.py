@@ -264,7 +264,7 @@ def _read(folder: Path) -> Export | None:
         # Otherwise it has ended regularly, or has just begun.
         before, status = status, status if is_new else _read_status(folder)
         if status == before and not is_new:
-            problem = f"Its process ended without saying why. Its output: {folder / 'log'}"
+            problem = f"Its process ended without an error message. Its output: {folder / 'log'}"
             status = replace(before, state="failed", problem=problem)
     return None if request is None or status is None else Export(folder, request, status)
 

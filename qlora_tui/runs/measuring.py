@@ -58,7 +58,7 @@ def measure_in_child(
     measured = read(run)
     if measured is None:
         raise UserError(
-            "What was measured is lost",
+            "The measurement is lost",
             what=f"What the process wrote to {run.path} cannot be read.",
             fix="Check the disk that holds it, and try again.",
         )

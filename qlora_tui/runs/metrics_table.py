@@ -77,7 +77,9 @@ def save_run(
     view.refresh()
     if not len(view.series):
         raise UserError(
-            "No steps yet", what=f"{run.name} has recorded no step.", fix="Save it when it has trained."
+            "No steps yet",
+            what=f"{run.name} has recorded no step.",
+            fix="Try again after the run has trained a step.",
         )
     write_new(file, content(view, kind))
     return view

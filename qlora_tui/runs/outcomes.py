@@ -58,7 +58,7 @@ def determine_outcome(
     if exit_code is None and status.process is not None and not status.process.is_from_this_boot:
         return events.Failed(
             title="The machine was restarted",
-            what=f"{run.id} was in training when the machine went down.",
+            what=f"{run.id} was training when the machine went down.",
             fix=resume,
             kind="lost",
         )
@@ -73,7 +73,7 @@ def determine_outcome(
         return events.Failed.from_problem(problem, at=time.time(), exit_code=exit_code)
     if exit_code is None or exit_code < 0:
         by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"
-        what = f"The trainer process was ended{by} before it could save."
+        what = f"The trainer process was terminated{by} before it could save."
         if exit_code == -signal.SIGKILL and host_out_of_memory:
             return _out_of_memory(run, what, _host_memory(run), exit_code)
         return events.Failed(

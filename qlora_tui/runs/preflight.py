@@ -62,8 +62,8 @@ EXACT_WITHIN_S = 20.0
 _UNKNOWN_MEMORY = Check(
     CheckKind.MEMORY,
     "warning",
-    "The memory of the GPU is unknown, so that nothing says whether the run fits.",
-    "Estimate for its size: `qlora-tui estimate --gpu-gib`, or GPU memory to assume in the settings.",
+    "The GPU's memory is unknown, so it is not clear whether the run fits.",
+    "Enter its size: `qlora-tui estimate --gpu-gib`, or GPU memory to assume in the settings.",
 )
 
 
@@ -112,7 +112,7 @@ def missing_tracker(report_to: str) -> UserError | None:
         return None
     return UserError(
         f"{TRACKER_NAMES[report_to]} is not installed",
-        what=f'Report to (training.report_to) is "{report_to}", and its package is not installed.',
+        what=f'Report to (training.report_to) is "{report_to}", but its package is not installed.',
         fix=f'Install it with `{install_command(report_to)}`, or set training.report_to = "none".',
     )
 
@@ -162,7 +162,7 @@ def _reference_point(recipe: Recipe) -> list[Check]:
     """Warn where a step of KTO has a single answer, and so no other to estimate the reference point from."""
     if recipe.data.preferences != "kto" or recipe.data.packing or recipe.effective_batch > 1:
         return []
-    text = "A step has one answer: KTO cannot estimate how far the model has moved from other answers."
+    text = "Each step has only one answer, so KTO has no others to estimate its reference point from."
     fix = "Raise Gradient accumulation (training.gradient_accumulation) to 8 or more."
     more = SuggestedFix("set Gradient accumulation to 8", changes={"training.gradient_accumulation": 8})
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=more)]
@@ -201,7 +201,7 @@ def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
     base = trained_on(folder)
     if not base or short_model_name(base) in (short_model_name(recipe.model.id), files.folder.name):
         return [Check(CheckKind.LORA, "ok", f"Starts from the adapter in {format_path(folder)}.")]
-    text = f"The adapter to start from was trained on {base}, which may be another model than this one."
+    text = f"The adapter to start from was trained on {base}, which may be a different model."
     fix = "Choose that model, or clear Start from (lora.init_from)."
     return [Check(CheckKind.LORA, "warning", text, fix)]
 
@@ -263,7 +263,7 @@ def _memory(
             low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
             fix = (
                 f"It may take {low} to {high} GiB. The Memory screen and `qlora-tui estimate` name the "
-                "cheapest change after which it surely fits."
+                "cheapest change that is sure to make it fit."
             )
             check = Check(CheckKind.MEMORY, "warning", text, fix)
     return check, estimated
@@ -284,7 +284,7 @@ def _time(recipe: Recipe, files: ModelFiles, machine: Machine) -> list[Check]:
     if expected is None:
         return []
     if expected.time is None:
-        text = "Unknown until the first steps: nothing was trained on this machine yet."
+        text = "Unknown until the first steps: nothing has been trained on this machine yet."
     else:
         text = f"{capitalize(expected.duration)} of training, {expected.time.source}."
     return [Check(CheckKind.TIME, "ok", text)]

@@ -157,7 +157,7 @@ def plan_retry(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
                 kind="out_of_memory",
                 severity="warning",
                 evidence=ending.what,
-                remedy=f"Trying again with {describe_plan(plan)}; the effective batch stays.",
+                remedy=f"Trying again with {describe_plan(plan)}; the effective batch stays the same.",
             ),
         )
     return plan

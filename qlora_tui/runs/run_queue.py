@@ -87,7 +87,7 @@ def cancel(run: RunDir) -> bool:
         if run.id in waiting():
             raise
     with suppress(OSError):
-        mark_not_queued(run, "Taken out of the queue.")
+        mark_not_queued(run, "Removed from the queue.")
     return True
 
 

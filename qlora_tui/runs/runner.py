@@ -170,7 +170,7 @@ def _record_and_plan_retry(
 ) -> RetryPlan | None:
     """Record how an attempt ended; return a plan for the next attempt if less memory can help."""
     if run.is_deleted:
-        _log(f"{run.id}: it was deleted while it was in training")
+        _log(f"{run.id}: it was deleted while it was training")
         return None
     ending = determine_outcome(
         run,
@@ -187,7 +187,7 @@ def _record_and_plan_retry(
         plan = plan_retry(run, ending)
     except OSError as error:
         # A full disk must not end the queue; the run then reads as lost, and the next runner records its end.
-        _log(f"{run.id}: its end could not be written: {error}")
+        _log(f"{run.id}: its end could not be recorded: {error}")
         return None
     if plan is None:
         _notify(run)

@@ -141,7 +141,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
         beats: Whether the process writes a heartbeat: the trainer does, the runner that starts it does not.
     """
     if mark is None:
-        return Sighting(False, "Its status has no process.")
+        return Sighting(False, "Its status names no process.")
     if not mark.is_from_this_host:
         is_recent = abs(time.time() - beat_at) < BEAT_S
         if not mark.is_from_this_boot:
@@ -161,7 +161,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
     if state in ("T", "t"):
         return Sighting(True, f"Suspended: `kill -CONT {mark.pid}` continues its process.")
     if beats and abs(time.time() - beat_at) > SILENT_S:
-        waits = " It waits for a disk or a device." if state == "D" else ""
+        waits = " It is waiting for a disk or another device." if state == "D" else ""
         return Sighting(True, f"Not responding: {_silence(beat_at)}{waits}")
     return Sighting(True)
 

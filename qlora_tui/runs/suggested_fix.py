@@ -77,9 +77,9 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
             rate = half["training.learning_rate"]
             return SuggestedFix(f"halve the learning rate of this run, to {format_rate(rate)}", rate=rate)
         case "plateau" if state in ACTIVE:
-            return SuggestedFix("stop this run, its adapter saved", stop=True)
+            return SuggestedFix("save the adapter and stop this run", stop=True)
         case "worse_than_before" if state in ACTIVE:
-            return SuggestedFix("stop this run, its adapter saved", stop=True)
+            return SuggestedFix("save the adapter and stop this run", stop=True)
         case "worse_than_before":
             return _next_run(recipe, {"training.learning_rate": float(f"{training.learning_rate / 10:.3g}")})
         case "nan_loss" | "exploding_gradient" if state not in ACTIVE:

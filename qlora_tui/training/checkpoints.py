@@ -133,7 +133,7 @@ def write(
     run.checkpoints_dir.mkdir(mode=0o700, exist_ok=True)
     with held_draft(draft_path(final)) as draft:
         if draft is None:
-            raise BlockingIOError(errno.EAGAIN, "Another process writes it", str(final))
+            raise BlockingIOError(errno.EAGAIN, "Another process is writing it", str(final))
         dist.barrier()
         save_checkpoint_files(draft)
         dist.barrier()

@@ -16,7 +16,7 @@ async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
     """Run ``function`` in a thread and return its result.
 
     Its argument ``should_stop`` returns true once this call is canceled. Leaving the app cancels a worker but
-    not its thread, and the app would wait for that.
+    not its thread, and the app would have to wait until the thread ends.
     """
     stop = Event()
     try:

@@ -150,4 +150,4 @@ def test_an_adapter_that_changed_since_it_was_written_is_refused(tmp_path: Path)
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(99) + b"\1")
     with pytest.raises(UserError, match="damaged") as caught:
         read_deltas(tmp_path)
-    assert "adapter_model.safetensors is not what was written" in caught.value.what
+    assert "adapter_model.safetensors has changed since it was written" in caught.value.what

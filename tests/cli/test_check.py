@@ -30,7 +30,7 @@ def test_damage_is_an_error_until_it_is_repaired(call: Call, finished: RunDir) -
     flip(finished.checkpoints_dir / "step-2/optimizer.pt", 5)
     said = call("runs", "check", "owls")
     assert said.code == 1
-    assert "optimizer.pt is not what was written" in said.out
+    assert "optimizer.pt has changed since it was written" in said.out
     assert "`qlora-tui runs check --repair`" in said.out
     checked = call("runs", "check", "--json")
     assert checked.code == 1 and checked.json["problems"] == 1

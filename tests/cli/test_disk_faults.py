@@ -148,7 +148,7 @@ def test_a_state_folder_that_is_a_broken_link_is_said(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "link"))
     said = call("runs")
     assert said.code == 1
-    assert "A link leads to nothing" in said.err and str(tmp_path / "nowhere") in said.err
+    assert "Broken symbolic link" in said.err and str(tmp_path / "nowhere") in said.err
 
 
 def test_a_bug_is_shown_once_without_a_writable_log(
@@ -194,7 +194,7 @@ def no_runner(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: list[str]) -> None:
     write_status(run, Status(state="stopped", at=time.time()))
     run_queue.enqueue(run)
-    with pytest.raises(UserError, match="No runner takes the run") as caught:
+    with pytest.raises(UserError, match="The run was not started") as caught:
         list(describe.follow_events(RunView(run)))
     assert no_runner == ["runner"], "one more was tried"
     assert caught.value.why == "Its log ends: File locks do not work."

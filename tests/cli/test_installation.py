@@ -47,7 +47,7 @@ def cached(tmp_path: Path) -> dict[str, Path]:
 def test_the_list_shows_kind_name_size_and_how_to_delete(call: Call, cached: dict[str, Path]) -> None:
     shown = call("cache")
     assert shown.code == 0
-    assert "tiny-nf4-0123" in shown.out and "1 KiB" in shown.out and "6 KiB in all" in shown.out
+    assert "tiny-nf4-0123" in shown.out and "1 KiB" in shown.out and "6 KiB in total" in shown.out
     assert (
         "cache --clear models" in shown.out
         and "qlora-tui cache --clear quantized" in shown.out

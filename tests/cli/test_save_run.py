@@ -123,7 +123,7 @@ def test_a_card_that_cannot_be_saved_is_explained(file: str, words: str, call: C
 def test_the_command_writes_a_card_once(call: Call, tmp_path: Path) -> None:
     recorded_run()
     file = tmp_path / "card.svg"
-    assert "Saved the card" in call("runs", "card", "last", str(file)).out
+    assert "Saved the run card" in call("runs", "card", "last", str(file)).out
     assert "rainy day" in file.read_text()
     assert "exists" in call("runs", "card", "last", str(file)).err
     other = tmp_path / "other.svg"

@@ -116,7 +116,7 @@ def test_neither_paths_nor_the_note_are_uploaded(
     ("arguments", "title"),
     [
         (("--form", "gguf", "--quant", "Q9"), "Unknown file type"),
-        (("--quant", "Q4_K_M"), "No file type for this form"),
+        (("--quant", "Q4_K_M"), "--quant and --form do not go together"),
         (("--form", "gguf"), "This model cannot be exported as GGUF"),
     ],
 )

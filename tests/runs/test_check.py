@@ -217,11 +217,11 @@ def no_recipe(run: RunDir) -> None:
 
 
 DAMAGES: list[tuple[Callable[[RunDir], None], str, str]] = [
-    (damaged_weights, "adapter: adapter_model.safetensors is not what was written", "failed"),
+    (damaged_weights, "adapter: adapter_model.safetensors has changed since it was written", "failed"),
     (no_adapter, "adapter: there is none", "failed"),
     (adapter_moved_aside, "adapter was moved to .adapter.earlier", "finished"),
     (checkpoint_moved_aside, "step-2 was moved to .step-2.earlier", "finished"),
-    (damaged_checkpoint, "checkpoint of step 2: optimizer.pt is not what was written", "finished"),
+    (damaged_checkpoint, "checkpoint of step 2: optimizer.pt has changed since it was written", "finished"),
     (no_status, "status.json is missing", "finished"),
     (empty_status, "status.json cannot be read", "finished"),
     (stranded, "its status is queued, but it is not in the queue", "stopped"),
@@ -370,7 +370,7 @@ def test_a_repair_that_fails_says_why(finished: RunDir, monkeypatch: pytest.Monk
 def test_runs_that_are_gone_are_taken_out_of_the_queue(finished: RunDir) -> None:
     queue_path().write_text('["gone-20260101"]')
     again, done = apply_repairs(check_queue(), check_queue)
-    assert done == ["taken out"] and run_queue.waiting() == [] and again.defects == ()
+    assert done == ["removed from the queue"] and run_queue.waiting() == [] and again.defects == ()
 
 
 def test_leftovers_are_deleted(finished: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -282,5 +282,5 @@ def test_memory_shared_by_layers_stays_on_the_device(folder: Path) -> None:
 def test_too_little_host_memory_is_an_error_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "host_memory_bytes", lambda: 4 << 30)
     host_memory.require_host_memory(3 << 30)
-    with pytest.raises(UserError, match=r"3\.5 GiB of host memory, and 4\.0 GiB of it are free"):
+    with pytest.raises(UserError, match=r"3\.5 GiB of host memory, but only 4\.0 GiB are free"):
         host_memory.require_host_memory(7 << 29)

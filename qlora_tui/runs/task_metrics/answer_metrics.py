@@ -231,7 +231,7 @@ def parse_json(text: str) -> Any:
     if fenced := _FENCE.match(inner):
         inner = fenced[1].strip()
     if not inner.startswith(("{", "[")):
-        raise NotJsonError("It is no object or array.")
+        raise NotJsonError("It is not an object or array.")
     try:
         return json.loads(inner, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -320,7 +320,7 @@ def _functions(text: str) -> list[ToolCall]:
         arguments = {key: _value(value) for key, value in parameters} if parameters else json.loads(inner)
         calls.append(ToolCall(name, arguments))
     if not calls:
-        raise ValueError("A function that is not closed.")
+        raise ValueError("A function is not closed.")
     return calls
 
 
@@ -340,7 +340,7 @@ def _as_calls(value: Any) -> list[ToolCall]:
         function = function if isinstance(function, dict) else named
         key = next((key for key in _ARGUMENTS if key in function), None)
         if key is None or not isinstance(function.get("name"), str):
-            raise ValueError("No name and arguments.")
+            raise ValueError("Name or arguments are missing.")
         arguments = function[key]
         calls.append(
             ToolCall(function["name"], json.loads(arguments) if isinstance(arguments, str) else arguments)

@@ -194,7 +194,7 @@ def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False)
     if evaluation.is_partial:
         lines += [
             "",
-            f"The run measured these at its end, in at most 3% of its time. For up to {DEFAULT_PROMPTS}: "
+            f"Measured at the end of the run, in at most 3% of its time. To measure up to {DEFAULT_PROMPTS}: "
             f"qlora-tui evaluate {evaluation.run} --again",
         ]
     if evaluation.warning:

@@ -33,7 +33,7 @@ _WIDE_COLUMNS = 110
 
 
 class EvaluationActions(WorkScreen):
-    """A screen whose run can have its answers measured, one run at a time, and its card saved."""
+    """A screen that measures answers of its run, one run at a time, and saves the run card."""
 
     ANSWERS_COMMAND: ClassVar[str]
     """Id of the command that starts measuring; its key also stops it."""

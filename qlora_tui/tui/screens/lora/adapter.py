@@ -66,7 +66,7 @@ class SettingsList(ViList):
     """The option that the last click selected; None once the focus has moved elsewhere."""
 
     def on_click(self, event: Click) -> None:
-        """Select a setting. A second click on it steps it."""
+        """Select a setting. A second click on the same setting steps it."""
         event.prevent_default()  # the list would step it at once
         at = event.style.meta.get("option")
         if at is not None and at == self._clicked:

@@ -132,7 +132,7 @@ CELLS = {ALL: "▇", SOME: "▒", NONE: "·"}
 CUSTOM = "◆"
 """Marks a selected module with its own rank or alpha."""
 HEAD = -1
-"""Column of the cursor when it is on a kind's name, and so on all of its layers."""
+"""Column of the cursor on a kind's name, which selects all layers of that kind."""
 LONGEST_KIND = 18
 _BOX_CELLS = 4
 """Width of ``[x] `` before a kind's name, in cells."""
