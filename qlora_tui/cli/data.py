@@ -27,7 +27,8 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.formatting import format_loss, pluralize
 from qlora_tui.recipe.layering import build_recipe
-from qlora_tui.recipe.schema import PAIR_METHODS, Data, Source
+from qlora_tui.recipe.preference_methods import PAIR_METHODS
+from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.recipe.toml import to_recipe
 from qlora_tui.runs.directory import find_run
 from qlora_tui.runs.row_losses import RowLosses, measure_row_losses, read_row_losses

@@ -39,7 +39,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, sync_tree
 from qlora_tui.paths import cache_dir
 from qlora_tui.publishing import abandoned_in, delete_abandoned, discard, new_draft
-from qlora_tui.recipe.schema import PAIR_METHODS, Recipe, Source
+from qlora_tui.recipe.preference_methods import PAIR_METHODS
+from qlora_tui.recipe.schema import Recipe, Source
 
 _MAX_UNUSED_AGE_S = 60 * 24 * 3600
 

@@ -32,7 +32,7 @@ from qlora_tui.data.row import Row
 from qlora_tui.data.unsupported import compared_answers, mapping_hint, single_turns, without_text, written_out
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
-from qlora_tui.recipe.schema import PREFERENCE_METHODS
+from qlora_tui.recipe.preference_methods import PREFERENCE_METHODS
 
 PARTS = {name: format_.required for name, format_ in NAMES.formats.items()} | {
     "preference": preferences.PARTS

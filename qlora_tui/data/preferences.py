@@ -29,7 +29,7 @@ from qlora_tui.data.chat_formats import (
 )
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import PAIR_METHODS, PREFERENCE_METHODS
+from qlora_tui.recipe.preference_methods import PAIR_METHODS, PREFERENCE_METHODS
 
 CHOSEN, REJECTED = NAMES.chosen, NAMES.rejected
 PARTS = {"chosen": (*CHOSEN, *NAMES.better), "rejected": REJECTED}

@@ -32,7 +32,8 @@ from qlora_tui.data.problems import (
     raise_first_error,
 )
 from qlora_tui.data.sources import SourceFile, conversations
-from qlora_tui.recipe.schema import PAIR_METHODS, Data, Source
+from qlora_tui.recipe.preference_methods import PAIR_METHODS
+from qlora_tui.recipe.schema import Data, Source
 
 TIME_LIMIT_S = 2.0
 _TEMPLATE_TOKENS = 5

@@ -23,7 +23,8 @@ from qlora_tui.data.sources import SourceFile, conversation_of
 from qlora_tui.data.split import group_key, minhash_sketch
 from qlora_tui.data.template_capabilities import has_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
-from qlora_tui.recipe.schema import PAIR_METHODS, Data
+from qlora_tui.recipe.preference_methods import PAIR_METHODS
+from qlora_tui.recipe.schema import Data
 
 Finding = tuple[str, str]
 """Kind and example."""

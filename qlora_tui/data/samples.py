@@ -19,7 +19,7 @@ from qlora_tui.data.assistant_spans import PRIVATE, SampleText
 from qlora_tui.data.conversation import Conversation
 from qlora_tui.data.store import BAD, GOOD
 from qlora_tui.data.tokenizer import ChatTokenizer, Marked
-from qlora_tui.recipe.schema import PAIR_METHODS, PreferenceMethod
+from qlora_tui.recipe.preference_methods import PAIR_METHODS, PreferenceMethod
 
 _LITERAL, _END_LITERAL = "\U000f0000", "\U000f0001"
 _LITERALS = re.compile(f"{_LITERAL}(.*?){_END_LITERAL}|[{_LITERAL}{_END_LITERAL}]", re.DOTALL)

@@ -1,6 +1,8 @@
 """Every setting of a run: declared once, read from TOML, checked, and written back.
 
 schema          the settings themselves, as frozen structs with their bounds and help
+preference_methods
+                what each method that learns from preferences needs
 fields          the settings as data, for forms, ``--set``, comparisons and the reference page
 toml            a file or text to a layer (a partial recipe), a layer to a recipe, a recipe to TOML
 validation      every error in a layer, with its line and the closest valid name

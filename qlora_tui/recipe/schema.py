@@ -9,6 +9,13 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from qlora_tui.recipe.preference_methods import (
+    PAIR_METHODS,
+    PREFERENCE_TRAITS,
+    PreferenceMethod,
+    PreferenceTraits,
+)
+
 ALL_LINEAR = "all-linear"
 """Target pattern: every linear module of the language model but the output head. See :mod:`.targets`."""
 
@@ -24,13 +31,8 @@ RecipeOptimizer = Literal[
     "lion_8bit",
     "adafactor",
 ]
-PreferenceMethod = Literal["orpo", "dpo", "simpo", "kto"]
-"""How a run learns from both the better and the worse answers of preference data."""
 Preferences = Literal["refuse", "chosen", PreferenceMethod]
-"""What a run does with preference data; one of the last four trains on it."""
-PAIR_METHODS: tuple[PreferenceMethod, ...] = ("orpo", "dpo", "simpo")
-"""Methods that compare a chosen with a rejected answer to the same prompt."""
-PREFERENCE_METHODS: tuple[PreferenceMethod, ...] = (*PAIR_METHODS, "kto")
+"""What a run does with preference data; a method trains on it."""
 Checkpointing = Literal["auto", "on", "off", "offload"]
 """Gradient checkpointing. ``auto``: only the layers whose activations do not fit in the free memory.
 ``offload``: every layer, whose input waits in host memory."""
@@ -620,17 +622,22 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.data.preferences in PAIR_METHODS
 
     @property
-    def learns_answers(self) -> bool:
-        """Whether the run makes the answers of its data likelier.
+    def preference_traits(self) -> PreferenceTraits | None:
+        """What the preference method needs; None where the run trains on answers alone."""
+        method = self.preference_method
+        return None if method is None else PREFERENCE_TRAITS[method]
 
-        DPO, SimPO and KTO may learn which answers are better while all become less likely.
-        """
-        return self.data.preferences not in ("dpo", "simpo", "kto")
+    @property
+    def learns_answers(self) -> bool:
+        """Whether the run makes the answers of its data likelier."""
+        traits = self.preference_traits
+        return traits is None or traits.learns_answers
 
     @property
     def keeps_starting_adapter(self) -> bool:
         """Whether the run compares its answers with those of an adapter that it trains further."""
-        return bool(self.lora.init_from) and self.data.preferences in ("dpo", "kto")
+        traits = self.preference_traits
+        return bool(self.lora.init_from) and traits is not None and traits.uses_reference
 
     @property
     def rows_per_pass(self) -> int:

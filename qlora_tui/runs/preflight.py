@@ -160,9 +160,10 @@ def _learning_rate(recipe: Recipe) -> list[Check]:
 
 def _reference_point(recipe: Recipe) -> list[Check]:
     """Warn where a step of KTO has a single answer, and so no other to estimate the reference point from."""
-    if recipe.data.preferences != "kto" or recipe.data.packing or recipe.effective_batch > 1:
+    traits = recipe.preference_traits
+    if traits is None or not traits.rates_answers or recipe.data.packing or recipe.effective_batch > 1:
         return []
-    text = "Each step has only one answer, so KTO has no others to estimate its reference point from."
+    text = f"A step has one answer: {traits.label} has no others to estimate its reference point from."
     fix = "Raise Gradient accumulation (training.gradient_accumulation) to 8 or more."
     more = SuggestedFix("set Gradient accumulation to 8", changes={"training.gradient_accumulation": 8})
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=more)]

@@ -383,21 +383,22 @@ def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Re
 
 def _preference_accuracy(view: RunView, recipe: Recipe) -> PreferenceAccuracy | None:
     """How often the better answer wins at the last evaluation; None without what it is compared with."""
-    last = view.trained_evaluation
-    if last is None or view.data is None:
+    last, traits = view.trained_evaluation, recipe.preference_traits
+    if last is None or view.data is None or traits is None:
         return None
     first, rows = view.evaluations[0], view.data.validation_samples
     right = last.reward_accuracy
     start = None if first.step else first.reward_accuracy
     if right is None or not rows:
         return None
-    if recipe.data.preferences == "dpo":
+    begins_at_0 = traits.uses_reference
+    if begins_at_0 and not traits.rates_answers:
         # Before training all rewards are 0, and no pair is right.
         return PreferenceAccuracy(right, rows, "pair", 0.5)
     if start is None:
         return None
-    if recipe.data.preferences == "kto":
-        # Before training all rewards are 0, which is right for bad answers: calling all alike is no learning.
+    if begins_at_0:
+        # A reward of 0 is right for bad answers: calling all alike is no learning.
         return PreferenceAccuracy(right, rows, "answer", max(start, 1 - start))
     return PreferenceAccuracy(right, rows, "pair", start, is_measured=True)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from qlora_tui.data.store import GOOD
-from qlora_tui.recipe.schema import PreferenceMethod, Recipe
+from qlora_tui.recipe.preference_methods import PREFERENCE_TRAITS, PreferenceMethod
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.adapter import StartingAdapter
 from qlora_tui.training.scoring import frozen_eval, no_grad_eval
 
@@ -83,7 +84,6 @@ def score_with_reference(
         return score_answers(peft_model, batch).log_probabilities
 
 
-_DEFAULT_BETA: dict[PreferenceMethod, float] = {"orpo": 0.1, "dpo": 0.1, "simpo": 2.0, "kto": 0.1}
 _LARGEST_LOG_PROBABILITY = -1e-7
 """At 0, a certain answer, the odds would be infinite."""
 
@@ -173,6 +173,7 @@ class PreferenceObjective:
             starting: the adapter that the run started from; None where it started from the base.
         """
         self.method = method
+        self._traits = PREFERENCE_TRAITS[method]
         self._beta = beta
         self._gamma = gamma
         self._starting = starting
@@ -185,13 +186,13 @@ class PreferenceObjective:
         method = recipe.preference_method
         if method is None:
             return None
-        beta = recipe.training.preference_beta or _DEFAULT_BETA[method]
+        beta = recipe.training.preference_beta or PREFERENCE_TRAITS[method].default_beta
         return cls(method, beta, recipe.training.simpo_gamma, starting)
 
     @property
     def needs_divergence(self) -> bool:
         """Whether :meth:`set_divergence` is called before the losses of a step."""
-        return self.method == "kto"
+        return self._traits.rates_answers
 
     def divergence(self, peft_model: Any, batch: dict[str, Any]) -> tuple[float, int]:
         """Sum of the log-ratios of mismatched answers to the base, in nats, and their number."""
@@ -215,14 +216,14 @@ class PreferenceObjective:
                 cross-entropy counts in addition to a pair.
         """
         reference = None
-        if self.method in ("dpo", "kto"):
+        if self._traits.uses_reference:
             reference = score_with_reference(peft_model, batch, self._starting)
         scores = score_answers(model, batch)
         if not batch["sides"]:
             return scores.log_probabilities.sum()
         logs = scores.log_probabilities
         rewards = self._beta * (scores.means if reference is None else logs - reference)
-        if self.method == "kto":
+        if self._traits.rates_answers:
             return self._rated(rewards, batch["sides"])
         chosen, rejected = rewards[0::2], rewards[1::2]
         good, bad, pairs = chosen.detach(), rejected.detach(), torch.tensor(len(chosen))
@@ -231,7 +232,7 @@ class PreferenceObjective:
             means = scores.means
             cross_entropy = -logs[0::2].sum() * token_share
             return cross_entropy + odds_ratio_loss(means[0::2], means[1::2], self._beta).sum()
-        return logistic_loss(chosen, rejected, self._gamma if self.method == "simpo" else 0.0).sum()
+        return logistic_loss(chosen, rejected, self._gamma if self._traits.has_margin else 0.0).sum()
 
     def _rated(self, rewards: Tensor, sides: list[int]) -> Tensor:
         is_good = torch.tensor([side == GOOD for side in sides], device=rewards.device)

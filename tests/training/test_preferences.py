@@ -17,11 +17,8 @@ from torch import nn
 from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.data.step_plan import PlannedStep, StepPlan
 from qlora_tui.data.store import BAD, GOOD
-from qlora_tui.recipe.schema import (
-    PREFERENCE_METHODS,
-    PreferenceMethod,
-    Preferences,
-)
+from qlora_tui.recipe.preference_methods import PREFERENCE_METHODS, PreferenceMethod
+from qlora_tui.recipe.schema import Preferences
 from qlora_tui.training import loss as chunked_loss
 from qlora_tui.training import loss as head_chunks
 from qlora_tui.training.adapter import StartingAdapter

@@ -131,12 +131,12 @@ def targets_words(recipe: Recipe, width: int) -> str:
 
 def preference_words(recipe: Recipe) -> str:
     """Return ``DPO β 0.1``: the preference method; empty if the recipe trains on answers alone."""
-    method, training = recipe.preference_method, recipe.training
-    if method is None:
+    traits, training = recipe.preference_traits, recipe.training
+    if traits is None:
         return ""
     beta = f" β {format_number(training.preference_beta)}" if training.preference_beta else ""
-    gamma = f" γ {format_number(training.simpo_gamma)}" if method == "simpo" else ""
-    return f"{'SimPO' if method == 'simpo' else method.upper()}{beta}{gamma}"
+    gamma = f" γ {format_number(training.simpo_gamma)}" if traits.has_margin else ""
+    return f"{traits.label}{beta}{gamma}"
 
 
 def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:

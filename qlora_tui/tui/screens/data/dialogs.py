@@ -23,7 +23,8 @@ from qlora_tui.data.formats import parts_of
 from qlora_tui.data.sources import AUTO, FormatChoice
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_loss, truncate_middle
-from qlora_tui.recipe.schema import Preferences, Source
+from qlora_tui.recipe.preference_methods import PREFERENCE_TRAITS
+from qlora_tui.recipe.schema import Source
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.row_losses import (
@@ -38,14 +39,6 @@ from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.visible import visible
 
-_PAIRS: dict[Preferences, tuple[str, str]] = {
-    "orpo": ("ORPO", "learn the chosen answers and prefer them"),
-    "dpo": ("DPO", "prefer the chosen answers, stay close to the base"),
-    "simpo": ("SimPO", "like DPO without a reference model: faster steps"),
-}
-_RATED: dict[Preferences, tuple[str, str]] = {
-    "kto": ("KTO", "prefer good answers to bad ones, stay close to the base"),
-}
 _LINE_WIDTH = 200
 """Width of a line, in cells; the dialog cuts it."""
 
@@ -127,10 +120,14 @@ def preference_picker(*, rated: bool) -> ListPicker[str]:
     better_only = (
         ("good only", "ignore the bad answers") if rated else ("chosen only", "ignore the rejected answers")
     )
-    methods: dict[Preferences, tuple[str, str]] = (_RATED if rated else _PAIRS) | {"chosen": better_only}
+    methods = [
+        (method, traits.label, traits.effect)
+        for method, traits in PREFERENCE_TRAITS.items()
+        if traits.rates_answers == rated
+    ]
     choices = [
         Choice[str](method, Content.assemble((f"{name:<12}", "bold"), (text, "dim")))
-        for method, (name, text) in methods.items()
+        for method, name, text in (*methods, ("chosen", *better_only))
     ]
     title = "Good and bad answers" if rated else "Chosen and rejected answers"
     return ListPicker(title, "choose", choices, is_wide=True)
