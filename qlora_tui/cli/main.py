@@ -48,6 +48,7 @@ SUBCOMMANDS = {
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
     "evaluate": ("chat", "Compare answers of a run's adapter and its base to validation prompts."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
+    "serve": ("serve", "Serve runs and their base to other programs, as an OpenAI-compatible HTTP server."),
     "export": ("export", "Export a run's model or adapter for other programs, or upload it to the Hub."),
     "doctor": ("installation", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),

@@ -216,6 +216,11 @@ class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, Resu
         elif not self._over:
             self._client._write(RequestEnvelope(0, Stop(request_number=self._number)))
 
+    def close(self) -> None:
+        """Stop, and drop what still arrives."""
+        self.stop()
+        self._end()
+
     def _end(self) -> None:
         self._over = True
         if self._number is not None:

@@ -30,5 +30,6 @@ task_metrics    what base and adapter answer to validation prompts, and whether 
 metrics_table   the steps of a run as a CSV or Parquet table, and how a table or picture is saved
 length_costs    memory and time at other sequence lengths
 chat_choices    answers that the user chose or edited in the chat, as data to train on
+servers         running servers, as their state files say
 exports         exports of adapters that run in the background
 """

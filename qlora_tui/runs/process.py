@@ -10,7 +10,7 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -131,10 +131,12 @@ def ensure_runner() -> None:
         spawn_detached("qlora_tui.runs.runner", output=log)
 
 
-def spawn_detached(module: str, *arguments: str, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+def spawn_detached(
+    module: str, *arguments: str, output: IO[bytes] | None, environ: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start a module in its own session, so that a signal to this process group does not reach it.
 
-    Without ``output`` it writes to this process's output.
+    Without ``output`` it writes to this process's output. ``environ``: further variables.
     """
     return subprocess.Popen(
         worker.module_argv(module, *arguments),
@@ -143,7 +145,7 @@ def spawn_detached(module: str, *arguments: str, output: IO[bytes] | None) -> su
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
         cwd="/",
-        env=detached_environ(),
+        env=detached_environ() | dict(environ or {}),
     )
 
 

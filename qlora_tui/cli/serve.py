@@ -1,0 +1,198 @@
+"""``serve``: an OpenAI-compatible HTTP server for runs, their checkpoints and their base."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from qlora_tui.cli.subcommand import (
+    CommandResult,
+    Subcommand,
+    positive_float,
+    print_result,
+    whole_number,
+)
+from qlora_tui.errors import UsageError, UserError
+from qlora_tui.runs.directory import RunDir, find_run
+from qlora_tui.runs.exports import read_exports
+from qlora_tui.runs.servers import ServerStatus, running_servers, stop_server
+
+_PORT = 8000
+KEY_VARIABLE = "QLORA_TUI_API_KEY"
+"""Environment variable with the API key: every user of a machine can read arguments."""
+_STOP_S = 10.0
+
+
+def run(args: argparse.Namespace) -> CommandResult | int:
+    """Serve until a signal, or start or stop a server in the background."""
+    if args.stop:
+        return _stop(args.port)
+    try:
+        from qlora_tui.serving.model_names import runs_to_serve
+        from qlora_tui.serving.server import Server, start_in_background
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "The server is not installed",
+            what=f"It needs the package {error.name}.",
+            fix='Install it: `pip install "qlora-tui[serve]"`.',
+        ) from error
+    runs = runs_to_serve([find_run(name) for name in args.runs])
+    if args.print_commands:
+        return _commands_of_others(runs[0])
+    key = args.api_key or os.environ.get(KEY_VARIABLE, "")
+    if args.background:
+        return _start_result(start_in_background(_arguments_of(args, runs), {KEY_VARIABLE: key}), runs[0])
+    server = Server(
+        runs,
+        host=args.host,
+        port=args.port,
+        api_key=key,
+        aliases=dict(args.alias),
+        idle_unload_s=args.idle_unload * 60 if args.idle_unload else None,
+    )
+    print_result(_start_result(server.status, runs[0]), as_json=args.json)
+    server.run((lambda status: None) if args.json else _print_state)
+    return 0
+
+
+def _print_state(status: ServerStatus) -> None:
+    words = {"ready": "The model is loaded.", "unloaded": "The model is unloaded."}
+    print(words.get(status.state) or f"{status.state.capitalize()}: {status.detail}", file=sys.stderr)
+
+
+def _start_result(status: ServerStatus, run: RunDir) -> CommandResult:
+    """Return how clients reach a server that listens. Its key is printed nowhere: output may be a log."""
+    key = f' -H "Authorization: Bearer $(cat {shlex.quote(status.key_file)})"' if status.key_file else ""
+    body = json.dumps({"model": status.default_model, "messages": [{"role": "user", "content": "Hello"}]})
+    lines = [
+        f"Serving {', '.join(status.models)} on {status.address}",
+        f"  curl {status.address}/chat/completions{key} -H 'Content-Type: application/json' \\",
+        f"    -d {shlex.quote(body)}",
+    ]
+    if status.is_local:
+        lines.append(f"  From a laptop: {_ssh_forward(status.port)}, then the same address there.")
+    if status.key_file:
+        lines.append(f"  The API key is in {status.key_file}.")
+    lines.append(f"  For vLLM or llama.cpp: qlora-tui serve {run.id} --print-commands")
+    return CommandResult(msgspec.to_builtins(status), "\n".join(lines))
+
+
+def _ssh_forward(port: int) -> str:
+    # The address by which this session itself was reached, if it was.
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    host = connection[2] if len(connection) == 4 else os.uname().nodename
+    return f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{host}"
+
+
+def _stop(port: int) -> CommandResult:
+    server = next((each for each in running_servers() if each.port == port), None)
+    if server is None:
+        others = ", ".join(f"--port {each.port}" for each in running_servers())
+        raise UsageError(
+            "No such server",
+            what=f"No server of yours runs on port {port}.",
+            fix=f"Running: {others}." if others else "None runs on any other port either.",
+        )
+    stop_server(server)
+    server.process.wait(_STOP_S)
+    if server.process.is_alive():
+        raise UserError(
+            "The server is still running",
+            what=f"PID {server.process.pid} has not ended within {_STOP_S:.0f} s.",
+            fix=f"End it: `kill -9 {server.process.pid}`.",
+        )
+    return CommandResult(msgspec.to_builtins(server), f"The server on port {port} has ended.")
+
+
+def _arguments_of(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]:
+    """Return the arguments with which a process in the background serves the same; without the key."""
+    options = {"--host": args.host, "--port": args.port, "--idle-unload": args.idle_unload, "--gpu": args.gpu}
+    given = [f"{option}={value}" for option, value in options.items() if value is not None]
+    aliases = [f"--alias={alias}={name}" for alias, name in args.alias]
+    return [*(run.id for run in runs), *given, *aliases]
+
+
+def _commands_of_others(run: RunDir) -> CommandResult:
+    """Return the commands with which vLLM and llama.cpp serve a run, or what was exported of it.
+
+    Options as of vLLM's "vllm serve" and llama.cpp's tools/server/README.md, November 2026.
+    """
+    exported = {each.request.form: each.status.paths[0] for each in read_exports(run) if each.status.paths}
+    name = shlex.quote(run.id)
+    where = "--host 127.0.0.1 --port 8000"
+    folder, file = exported.get("merge"), exported.get("gguf")
+    commands = [
+        *([] if folder else [f"qlora-tui export merge {name} MERGED"]),
+        f"vllm serve {shlex.quote(folder or 'MERGED')} --served-model-name {name} {where}",
+        *([] if file else [f"qlora-tui export gguf {name} MODEL.gguf --quant Q4_K_M"]),
+        f"llama-server -m {shlex.quote(file or 'MODEL.gguf')} --alias {name} {where}",
+    ]
+    return CommandResult({"commands": commands}, "\n".join(commands))
+
+
+def _alias(text: str) -> tuple[str, str]:
+    alias, _, name = text.partition("=")
+    if not alias or not name:
+        raise argparse.ArgumentTypeError("it must be NAME=MODEL, as in gpt-4o-mini=my-run")
+    return alias, name
+
+
+def _port(text: str) -> int:
+    port = whole_number(text)
+    if port > 65_535:
+        raise argparse.ArgumentTypeError("it must be at most 65535")
+    return port
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        help="runs of one base model: ids, names, beginnings of one, or `last`; without any, all runs that "
+        "share the base of the newest",
+    )
+    parser.add_argument("--port", type=_port, default=_PORT, help=f"port to listen on (default: {_PORT})")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"key that clients must send; safer in {KEY_VARIABLE}, because other users see arguments; "
+        "made by default where other machines reach the server",
+    )
+    parser.add_argument(
+        "--alias",
+        type=_alias,
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="another name of a model, for programs that insist on one; repeatable",
+    )
+    parser.add_argument(
+        "--idle-unload",
+        type=positive_float,
+        metavar="MINUTES",
+        help="free the memory after so many minutes without a request; the next one loads the model again",
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--background", action="store_true", help="serve in a process that outlives the terminal"
+    )
+    action.add_argument("--stop", action="store_true", help="stop the server on the port")
+    action.add_argument(
+        "--print-commands",
+        action="store_true",
+        help="print the commands with which vLLM and llama.cpp serve the run",
+    )
+
+
+SUBCOMMANDS = {"serve": Subcommand(run, _arguments, uses_gpu=True)}

@@ -1,0 +1,90 @@
+"""Running servers, as their state files say: where they listen, what they serve, and how they are doing.
+
+``servers/8000.json`` in the state folder is replaced about once a second by the server on port 8000, and
+deleted at its end; ``servers/8000.key`` is its API key. :mod:`qlora_tui.serving` writes them.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui import paths
+from qlora_tui.decoding import read_json
+from qlora_tui.files import list_folder, private_dir
+from qlora_tui.runs.process import ProcessIdentity
+
+
+class ServerStatus(Struct, frozen=True, kw_only=True):
+    """The content of a state file."""
+
+    process: ProcessIdentity
+    address: str
+    """``http://127.0.0.1:8000/v1``."""
+    port: int
+    base: str
+    """The model that the adapters are for."""
+    models: tuple[str, ...] = ()
+    state: str = "unloaded"
+    """``unloaded``, ``loading``, ``ready``, ``yielded`` to a run, or ``failed``."""
+    detail: str = ""
+    """What it waits for or why it failed, in a sentence."""
+    engine_pid: int = 0
+    """The process that holds the model; 0 without one."""
+    is_local: bool = True
+    """Whether only programs of this machine reach it."""
+    key_file: str = ""
+    """The file with its API key; empty without one."""
+    requests: int = 0
+    """Requests answered, with or without success."""
+    refused: int = 0
+    """Those answered with an error."""
+    answering: int = 0
+    """Answers computed now."""
+    waiting: int = 0
+    """Requests that wait."""
+    tokens_per_s: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+    @property
+    def default_model(self) -> str:
+        """The first model besides the base, or else the base."""
+        return self.models[1] if len(self.models) > 1 else self.models[0]
+
+
+_DECODER = msgspec.json.Decoder(ServerStatus)
+
+
+def servers_dir() -> Path:
+    """Return the folder of the state files."""
+    return private_dir(paths.state_dir() / "servers")
+
+
+def state_path(port: int) -> Path:
+    """Return the state file of the server on a port."""
+    return servers_dir() / f"{port}.json"
+
+
+def key_path(port: int) -> Path:
+    """Return the file with the key of the server on a port."""
+    return servers_dir() / f"{port}.key"
+
+
+def running_servers() -> list[ServerStatus]:
+    """Return the servers that run, by port."""
+    folder = paths.state_dir() / "servers"
+    statuses = (read_json(path, _DECODER) for path in list_folder(folder) if path.suffix == ".json")
+    running = [status for status in statuses if status is not None and status.process.is_alive()]
+    return sorted(running, key=lambda status: status.port)
+
+
+def stop_server(server: ServerStatus) -> None:
+    """Ask a server to end: it ends its answers and frees the GPU within seconds."""
+    with server.process.opened() as handle, suppress(ProcessLookupError):
+        if handle is not None:
+            signal.pidfd_send_signal(handle, signal.SIGTERM)

@@ -1,0 +1,391 @@
+"""The routes: who may ask, how much and how long, and the clients that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeAlias, TypeVar
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
+from qlora_tui.errors import INTERNAL_ERROR
+from qlora_tui.serving import replies
+from qlora_tui.serving.errors import ApiError
+from qlora_tui.serving.guest import Guest
+from qlora_tui.serving.requests import ChatBody, CompletionBody, decode_body
+
+MOST_BYTES = 10_000_000
+"""Longest body of a request."""
+MOST_ROWS = 32
+"""Answers that the engine computes at a time."""
+MOST_OPEN = 96
+"""Requests that are answered or wait; more are refused."""
+BODY_S = 60.0
+"""Seconds within which a body must arrive."""
+ANSWER_S = 3600.0
+"""Seconds within which an answer must end."""
+_BUSY_RETRY_S = 5
+_RATE_S = 10.0
+"""Seconds over which tokens per second are counted."""
+
+T = TypeVar("T")
+_Arrived: TypeAlias = tuple[replies.Choice, CompletionPart | CompletionResult]
+
+
+class Figures:
+    """What the server has done, for its state file and ``/metrics``."""
+
+    def __init__(self) -> None:
+        self.statuses: Counter[int] = Counter()
+        """Answered requests by HTTP status."""
+        self.open = 0
+        """Requests that are answered or wait."""
+        self.rows = 0
+        """Answers that the engine computes now."""
+        self.prompt_tokens = 0
+        self.new_tokens = 0
+        self._recent: deque[float] = deque()
+
+    def count(self, part: CompletionPart | CompletionResult) -> None:
+        """Count a part of an answer, which is about one token, or its result."""
+        if isinstance(part, CompletionResult):
+            self.prompt_tokens += part.prompt_tokens
+            self.new_tokens += part.new_tokens
+        elif not part.is_prompt:
+            self._recent.append(time.monotonic())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """About how many tokens per second were generated in the last seconds."""
+        while self._recent and self._recent[0] < time.monotonic() - _RATE_S:
+            self._recent.popleft()
+        return len(self._recent) / _RATE_S
+
+    @property
+    def waiting(self) -> int:
+        """Requests of which nothing is computed yet."""
+        return max(self.open - self.rows, 0)
+
+
+class EventStream(StreamingResponse):
+    """Events from an iterator that is closed however the connection ends."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]  # it is a generator
+            await super().__call__(scope, receive, send)
+
+
+class Api:
+    """Handlers of the routes."""
+
+    def __init__(self, guest: Guest, figures: Figures) -> None:
+        self.guest = guest
+        self.figures = figures
+        self._rows = asyncio.Semaphore(MOST_ROWS)
+
+    async def models(self, request: Request) -> Response:
+        """List the models, or show the one named."""
+        name = request.path_params.get("name")
+        models = self.guest.models
+        if name is None:
+            return JSONResponse(
+                {"object": "list", "data": [replies.model(each.name) for each in models.listed]}
+            )
+        if models.find(name) is None:
+            raise self._no_model(name)
+        return JSONResponse(replies.model(name))
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        return await self._respond(request, ChatBody)
+
+    async def complete(self, request: Request) -> Response:
+        """Continue a text or token ids."""
+        return await self._respond(request, CompletionBody)
+
+    async def health(self, request: Request) -> Response:
+        """Say that the server lives, and what the model does."""
+        return JSONResponse({"status": "ok", "model": self.guest.state})
+
+    async def metrics(self, request: Request) -> Response:
+        """Report the figures in Prometheus' text format, version 0.0.4."""
+        figures = self.figures
+        lines = ["# TYPE qlora_tui_requests_total counter"]
+        lines += [
+            f'qlora_tui_requests_total{{status="{s}"}} {n}' for s, n in sorted(figures.statuses.items())
+        ]
+        for name, kind, value in (
+            ("prompt_tokens_total", "counter", figures.prompt_tokens),
+            ("generated_tokens_total", "counter", figures.new_tokens),
+            ("generated_tokens_per_second", "gauge", figures.tokens_per_s),
+            ("answers_in_progress", "gauge", figures.rows),
+            ("requests_waiting", "gauge", figures.waiting),
+            ("model_loaded", "gauge", int(self.guest.state == "ready")),
+        ):
+            lines += [f"# TYPE qlora_tui_{name} {kind}", f"qlora_tui_{name} {value}"]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    async def _respond(self, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+        body = decode_body(await _read(request), kind)
+        if self.guest.models.find(body.model) is None:
+            raise self._no_model(body.model)
+        if not body.stream:
+            return JSONResponse(await _unless_gone(request, self._whole(body)))
+        events = self._events(body)
+        # Until the first event an error still has a status of its own.
+        first = await _unless_gone(request, anext(events))
+        return EventStream(_chained(first, events), media_type="text/event-stream")
+
+    async def _whole(self, body: ChatBody | CompletionBody) -> replies.Json:
+        choices: list[replies.Choice] = []
+        async with aclosing(self._shown(body, choices)) as shown:
+            async for _ in shown:
+                pass
+        return replies.whole(body, choices)
+
+    async def _events(self, body: ChatBody | CompletionBody) -> AsyncGenerator[bytes]:
+        choices: list[replies.Choice] = []
+        answer_id, has_begun = replies.new_id(body), False
+        try:
+            async with aclosing(self._shown(body, choices)) as shown:
+                async for each in shown:
+                    has_begun = True
+                    yield replies.event(replies.chunk(body, answer_id, [each]))
+        except ApiError as error:
+            if not has_begun:
+                raise
+            yield replies.event(error.body())
+            return
+        if replies.includes_usage(body):
+            yield replies.event(replies.chunk(body, answer_id, [], replies.usage(body, choices)))
+        yield replies.DONE
+
+    async def _shown(
+        self, body: ChatBody | CompletionBody, choices: list[replies.Choice]
+    ) -> AsyncGenerator[replies.Json]:
+        """Compute all answers to a request, and yield what a stream shows of them.
+
+        ``choices`` receives them. Raises ApiError.
+        """
+        with self._admitted():
+            ready = await self.guest.loaded()
+            # Found again: the models of a run that has just been trained are others.
+            model = self.guest.models.find(body.model)
+            if model is None:
+                raise self._no_model(body.model)
+            if not self.guest.models.is_there(model):
+                raise self._no_model(body.model, "Its folder was deleted.")
+            completions = body.completions(model, ready.context_tokens)
+            choices += [replies.Choice(index, body) for index in range(len(completions))]
+            arrived: asyncio.Queue[_Arrived | Exception] = asyncio.Queue()
+            tasks = [
+                asyncio.create_task(self._compute(choice, completion, arrived))
+                for choice, completion in zip(choices, completions, strict=True)
+            ]
+            try:
+                unfinished = len(tasks)
+                while unfinished:
+                    reply = await arrived.get()
+                    if isinstance(reply, Exception):
+                        raise reply
+                    choice, part = reply
+                    unfinished -= isinstance(part, CompletionResult)
+                    for each in choice.take(part):
+                        yield each
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _compute(
+        self, choice: replies.Choice, completion: Completion, arrived: asyncio.Queue[_Arrived | Exception]
+    ) -> None:
+        """Put the parts and the result of one answer into a queue, or the exception that ended it."""
+        try:
+            parts = self.guest.complete(completion)
+            async with self._rows, asyncio.timeout(ANSWER_S), aclosing(parts):
+                self.figures.rows += 1
+                try:
+                    async for part in parts:
+                        self.figures.count(part)
+                        arrived.put_nowait((choice, part))
+                finally:
+                    self.figures.rows -= 1
+        except TimeoutError:
+            arrived.put_nowait(ApiError(504, f"The answer took more than {ANSWER_S:,.0f} s.", code="timeout"))
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Count a request as open. Raises ApiError if too many are."""
+        if self.figures.open >= MOST_OPEN:
+            raise ApiError(
+                429,
+                f"{self.figures.open} requests are open, and no more may wait.",
+                code="too_many_requests",
+                retry_after_s=_BUSY_RETRY_S,
+            )
+        self.figures.open += 1
+        try:
+            yield
+        finally:
+            self.figures.open -= 1
+
+    def _no_model(self, name: str, why: str = "") -> ApiError:
+        names = ", ".join(each.name for each in self.guest.models.listed)
+        what = " ".join(f"The model '{name}' does not exist. {why} This server has {names}.".split())
+        return ApiError(404, what, param="model", code="model_not_found")
+
+
+class Guard:
+    """Refuses requests before they are read: of a foreign web page, or without the key."""
+
+    def __init__(self, app: ASGIApp, *, api_key: str, hosts: Sequence[str], figures: Figures) -> None:
+        """``hosts``: names by which this server may be called; none given: any."""
+        self._app = app
+        self._api_key = api_key
+        self._hosts = frozenset(hosts)
+        self._figures = figures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._figures.statuses[message["status"]] += 1
+            await send(message)
+
+        try:
+            self._check(Headers(scope=scope), scope["path"])
+        except ApiError as error:
+            await _error_response(error)(scope, receive, counting)
+            return
+        await self._app(scope, receive, counting)
+
+    def _check(self, headers: Headers, path: str) -> None:
+        """Raise ApiError for a request that is refused."""
+        # A page whose name was made to lead to this machine sends its own name as host.
+        host = _host_name(f"//{headers.get('host', '')}")
+        if self._hosts and host not in self._hosts:
+            raise ApiError(403, f"This server does not answer to the name '{host}'.", code="wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and _host_name(origin) != host:
+            raise ApiError(403, "Web pages of other sites may not use this server.", code="wrong_origin")
+        given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if (
+            self._api_key
+            and path != "/health"
+            and not hmac.compare_digest(given.encode(), self._api_key.encode())
+        ):
+            raise ApiError(
+                401,
+                "Wrong or missing API key: send it as `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+            )
+
+
+def make_app(guest: Guest, figures: Figures, *, api_key: str = "", hosts: Sequence[str] = ()) -> Starlette:
+    """Return the application.
+
+    Args:
+        guest: The engine that answers.
+        figures: Counts what happens.
+        api_key: Key that clients must send; empty: none.
+        hosts: Names by which clients may call this server; none given: any.
+    """
+    api = Api(guest, figures)
+    return Starlette(
+        routes=[
+            Route("/v1/models", api.models),
+            Route("/v1/models/{name:path}", api.models),
+            Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/completions", api.complete, methods=["POST"]),
+            Route("/health", api.health),
+            Route("/metrics", api.metrics),
+        ],
+        middleware=[Middleware(Guard, api_key=api_key, hosts=hosts, figures=figures)],
+        exception_handlers={ApiError: _on_error, HTTPException: _on_error, Exception: _on_error},
+    )
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        what = f"{request.method} {request.url.path}: {error.detail}."
+        return _error_response(ApiError(error.status_code, what), error.headers)
+    if not isinstance(error, ApiError):
+        # Starlette logs its traceback.
+        error = ApiError(500, f"{INTERNAL_ERROR}: {type(error).__name__}.", code="internal_error")
+    return _error_response(error)
+
+
+def _error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(error.body(), error.status, {**error.headers, **(headers or {})})
+
+
+def _host_name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+async def _read(request: Request) -> bytes:
+    """Return the body of a request. Raises ApiError."""
+    too_long = ApiError(413, f"The body is longer than {MOST_BYTES // 1_000_000} MB.", code="body_too_long")
+    if int(request.headers.get("content-length", 0)) > MOST_BYTES:
+        raise too_long
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MOST_BYTES:
+                    raise too_long
+    except TimeoutError:
+        raise ApiError(408, f"The body did not arrive within {BODY_S:.0f} s.", code="timeout") from None
+    return bytes(body)
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+    """Await an answer, which is cancelled when the client goes away. Raises ClientDisconnect then."""
+    answering = asyncio.create_task(answer)
+    leaving = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return answering.result()
+    finally:
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chained(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for each in rest:
+            yield each

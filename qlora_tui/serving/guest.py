@@ -1,0 +1,171 @@
+"""The engine in memory, as a guest on the card: loaded when needed, unloaded when idle, given up to runs.
+
+The process of the engine is ended rather than told to unload, so that the whole card is free: a CUDA context
+takes some of it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal, TypeAlias
+
+from qlora_tui import paths
+from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
+from qlora_tui.engine.client import EngineClient, EngineClosedError
+from qlora_tui.engine.protocol import ChatReady, Complete, LoadChat
+from qlora_tui.errors import UserError
+from qlora_tui.locks import is_locked
+from qlora_tui.runs.directory import waiting
+from qlora_tui.runs.process import runner_lock_path
+from qlora_tui.serving.errors import RETRY_AFTER_S, ApiError, of_user_error
+from qlora_tui.serving.model_names import ServedModels
+from qlora_tui.worker import Progress
+
+POLL_S = 0.5
+"""Seconds between two looks at the queue. A trainer takes longer to begin."""
+
+GuestState: TypeAlias = Literal["unloaded", "loading", "ready", "yielded", "failed"]
+"""``yielded``: a run has the card. ``failed``: the next request tries again."""
+
+
+class Guest:
+    """The one engine of a server."""
+
+    def __init__(self, read_models: Callable[[], ServedModels], idle_unload_s: float | None = None) -> None:
+        """``read_models`` is called before each load: a run has made checkpoints meanwhile.
+
+        ``idle_unload_s``: seconds without a request after which the model is unloaded; None: never.
+        """
+        self._read_models = read_models
+        self._idle_unload_s = idle_unload_s
+        self.models = read_models()
+        self.ready: ChatReady | None = None
+        self.state: GuestState = "unloaded"
+        self.detail = ""
+        """What it waits for or why it failed, in a sentence."""
+        self.problem: UserError | None = None
+        """Why the last load failed."""
+        self.was_ready = False
+        """Whether the model was loaded once."""
+        self._engine = EngineClient()
+        self._loading: asyncio.Task[ChatReady] | None = None
+        self._in_use = 0
+        self._used_at = time.monotonic()
+
+    async def close(self) -> None:
+        """End the engine."""
+        await self._engine.kill()
+
+    async def watch(self) -> None:
+        """Give the card to each run and take it back after it, until cancelled."""
+        if not await asyncio.to_thread(run_with_the_card):
+            self._start_loading()
+        while True:
+            run = await asyncio.to_thread(run_with_the_card)
+            if run and self.state != "yielded":
+                await self._unload("yielded", f"{run} has the card. The model is loaded again after it.")
+            elif not run and self.state == "yielded":
+                self.state, self.detail = "unloaded", ""
+                self._start_loading()
+            elif self._is_idle:
+                await self._unload("unloaded", "")
+            await asyncio.sleep(POLL_S)
+
+    async def loaded(self) -> ChatReady:
+        """Return the model, which is loaded if need be. Raises ApiError: 503 while a run has the card."""
+        self._used_at = time.monotonic()
+        if self.state == "yielded":
+            raise self._unavailable()
+        if self.ready is not None and self._engine.pid is not None:
+            return self.ready
+        try:
+            # A client that goes away does not end it: others wait too.
+            return await asyncio.shield(self._start_loading())
+        except EngineClosedError:
+            raise self._unavailable() from None
+        except UserError as problem:
+            raise of_user_error(problem, is_lost=True) from problem
+
+    def _start_loading(self) -> asyncio.Task[ChatReady]:
+        if self._loading is None or self._loading.done():
+            self._loading = asyncio.create_task(self._load())
+            # Nobody may be waiting for it: ``state`` says how it ended.
+            self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._loading
+
+    async def _load(self) -> ChatReady:
+        """Load the model. Raises UserError."""
+        self.state, self.ready = "loading", None
+        try:
+            self.models = await asyncio.to_thread(self._read_models)
+            async for reply in self._engine.ask(LoadChat(source=self.models.source)):
+                if isinstance(reply, Progress):
+                    self.detail = reply.text
+                else:
+                    self.ready = reply
+        except EngineClosedError:
+            raise
+        except UserError as problem:
+            self._fail(problem)
+            raise
+        assert self.ready is not None
+        self.state, self.detail, self.problem, self.was_ready = "ready", "", None, True
+        return self.ready
+
+    async def complete(self, completion: Completion) -> AsyncGenerator[CompletionPart | CompletionResult]:
+        """Yield the parts of a completion, then its result; closing the iterator stops it.
+
+        Raises ApiError.
+        """
+        request = self._engine.ask(Complete(completion=completion))
+        self._in_use += 1
+        try:
+            async for reply in request:
+                if not isinstance(reply, Progress):
+                    yield reply
+        except EngineClosedError:
+            raise self._unavailable() from None
+        except UserError as problem:
+            if is_lost := self._engine.pid is None:
+                self._fail(problem)
+            raise of_user_error(problem, is_lost=is_lost) from problem
+        finally:
+            request.close()
+            self._in_use -= 1
+            self._used_at = time.monotonic()
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The process that holds the model; None without one."""
+        return self._engine.pid
+
+    def _fail(self, problem: UserError) -> None:
+        self.state, self.ready, self.problem = "failed", None, problem
+        self.detail = " ".join(str(problem).split())
+
+    @property
+    def _is_idle(self) -> bool:
+        return (
+            self._idle_unload_s is not None
+            and self.state == "ready"
+            and not self._in_use
+            and time.monotonic() - self._used_at > self._idle_unload_s
+        )
+
+    async def _unload(self, state: GuestState, detail: str) -> None:
+        self.state, self.ready, self.detail = state, None, detail
+        await self._engine.kill()
+
+    def _unavailable(self) -> ApiError:
+        why = self.detail or "The model was unloaded."
+        return ApiError(503, why, code="gpu_in_use", retry_after_s=RETRY_AFTER_S)
+
+
+def run_with_the_card() -> str:
+    """Return the id of the run that trains, is measured or is about to be trained; empty if there is none."""
+    for lock in paths.runs_dir().glob("*/trainer.lock"):
+        if is_locked(lock):
+            return lock.parent.name
+    return next(iter(waiting()), "A run") if is_locked(runner_lock_path()) else ""

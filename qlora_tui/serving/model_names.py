@@ -1,0 +1,140 @@
+"""Which models a server has, and the adapter of each name. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_tui.chat.chat_sources import run_source
+from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
+from qlora_tui.errors import UsageError
+from qlora_tui.recipe.schema import Recipe, Thinking
+from qlora_tui.runs.directory import LAST, RunDir, all_runs
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model that answers."""
+
+    name: str
+    """``base``, a run's id, or ``id:120`` for the checkpoint of step 120."""
+    adapter_name: str
+    """Its name in the source."""
+    thinking: Thinking = "auto"
+    """Thinking setting of its training."""
+
+
+@dataclass(frozen=True)
+class ServedModels:
+    """The models of a server: one base and adapters for it."""
+
+    source: ChatSource
+    listed: tuple[ServedModel, ...]
+    """The base first, then each run with its checkpoints."""
+    aliases: Mapping[str, str]
+    """Other names of listed models."""
+
+    def find(self, name: str) -> ServedModel | None:
+        """Return the model of that name or alias."""
+        name = self.aliases.get(name, name)
+        return next((model for model in self.listed if model.name == name), None)
+
+    def is_there(self, model: ServedModel) -> bool:
+        """Return whether the files of a model have not been deleted."""
+        folder = self.source.adapters.get(model.adapter_name)
+        return folder is None or Path(folder).is_dir()
+
+
+def runs_to_serve(names: Sequence[RunDir] = ()) -> list[RunDir]:
+    """Return the runs to serve: these, or all with the base of the newest run that has an adapter.
+
+    Raises UsageError where there is none, or two have different bases.
+    """
+    if names:
+        first = names[0].recipe()
+        for other in names[1:]:
+            if _base(recipe := other.recipe()) != _base(first):
+                raise UsageError(
+                    "Two base models",
+                    what=f"{names[0].id} was trained on {_base_text(first)}, {other.id} on "
+                    f"{_base_text(recipe)}.",
+                    why="A server holds one base model in memory.",
+                    fix=f"Leave {other.id} out, and serve it on another port: "
+                    f"`qlora-tui serve {other.id} --port 8001`.",
+                )
+        return list(names)
+    readable = [(run, run.readable_recipe()) for run in all_runs() if _has_adapter(run)]
+    usable = [(run, recipe) for run, recipe in readable if recipe is not None]
+    if not usable:
+        raise UsageError(
+            "No run to serve",
+            what="No run has saved an adapter or a checkpoint.",
+            fix="Train one with `qlora-tui train`, or name a run: its base model can be served.",
+        )
+    return [run for run, recipe in usable if _base(recipe) == _base(usable[0][1])]
+
+
+def served_models(runs: Sequence[RunDir], aliases: Mapping[str, str] | None = None) -> ServedModels:
+    """Return the models of runs that share a base, as they are on the disk now.
+
+    ``aliases`` are the user's own. Raises UserError for an alias of no model, or where no run is left.
+    """
+    there = [run for run in runs if run.recipe_path.is_file()]
+    if not there:
+        raise UsageError(
+            "The runs were deleted",
+            what=f"Nothing is left of {', '.join(run.id for run in runs)}.",
+            fix="Stop this server, and serve another run.",
+        )
+    recipe = there[0].recipe()
+    listed, adapters = [ServedModel(BASE, BASE)], {}
+    automatic = {recipe.model.id: BASE, LAST: there[0].id}
+    for run in there:
+        source = run_source(run)
+        if ADAPTER not in source.adapters and source.adapters:
+            automatic[run.id] = f"{run.id}:{_step(next(iter(source.adapters)))}"
+        for name, folder in source.adapters.items():
+            suffix = "" if name == ADAPTER else f":{_step(name)}"
+            # peft makes attributes of modules of these names, which have no dots.
+            adapter_name = f"{run.id}{suffix}".replace(".", "_")
+            adapters[adapter_name] = folder
+            listed.append(ServedModel(f"{run.id}{suffix}", adapter_name, source.thinking))
+            automatic[f"{run.name}{suffix}"] = f"{run.id}{suffix}"
+    names = {model.name for model in listed}
+    known = {alias: automatic.get(name, name) for alias, name in automatic.items() if alias not in names}
+    own = {alias: known.get(name, name) for alias, name in (aliases or {}).items()}
+    if unknown := next((alias for alias, name in own.items() if name not in names), None):
+        raise UsageError(
+            "No such model",
+            what=f"The alias {unknown} is for {own[unknown]}, which this server does not have.",
+            fix=f"Use one of {', '.join(sorted(names))}.",
+        )
+    own_listed = [
+        ServedModel(alias, model.adapter_name, model.thinking)
+        for alias, name in own.items()
+        for model in listed
+        if model.name == name
+    ]
+    source = ChatSource(recipe=recipe, adapters=adapters)
+    return ServedModels(source, (*listed, *own_listed), known)
+
+
+def _step(checkpoint: str) -> str:
+    return checkpoint.removeprefix("step-")
+
+
+def _has_adapter(run: RunDir) -> bool:
+    return (run.adapter_dir / "adapter_config.json").is_file() or bool(run.checkpoints())
+
+
+def _base(recipe: Recipe) -> tuple[object, ...]:
+    """What two runs must share to be served from one base in memory."""
+    model = recipe.model
+    return model.id, model.revision, model.chat_template, recipe.quantization
+
+
+def _base_text(recipe: Recipe) -> str:
+    model, template = recipe.model, recipe.model.chat_template
+    text = f"{model.id} ({recipe.quantization.method}, {recipe.quantization.compute_dtype})"
+    return text if template == "auto" else f"{text} with the template {template}"

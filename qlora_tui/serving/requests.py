@@ -1,0 +1,310 @@
+"""Bodies of requests, checked, as what the engine is to complete.
+
+Names and meanings are those of OpenAI's API reference for ``/v1/completions`` and ``/v1/chat/completions``,
+with what vLLM and others add: ``top_k``, ``repetition_penalty``, ``chat_template_kwargs``,
+``reasoning_content``. Other parameters are ignored, as by those servers: clients send their own. A known one
+that would change the answer and cannot be followed is refused by name.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from qlora_tui.chat.chat_types import Sampling
+from qlora_tui.chat.completion_types import MAX_ALTERNATIVES, Completion
+from qlora_tui.data.conversation import Message, Role, ToolCall
+from qlora_tui.decoding import try_json
+from qlora_tui.serving.errors import ApiError, unsupported
+from qlora_tui.serving.model_names import ServedModel
+
+MOST_CHOICES = 128
+"""Answers that one request may ask for: prompts times ``n``."""
+_COMPLETION_TOKENS = 16
+"""``max_tokens`` of ``/v1/completions`` where none is given: OpenAI's."""
+_SEEDS = 1 << 32
+
+BodyT = TypeVar("BodyT", bound="Body")
+Tokens: TypeAlias = list[int]
+JsonObject: TypeAlias = dict[str, Any]
+
+
+class StreamOptions(Struct, frozen=True):
+    include_usage: bool | None = None
+
+
+class Body(Struct, frozen=True, kw_only=True):
+    """What both kinds of completion take."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    # Not followed.
+    best_of: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    min_p: float | None = None
+    logit_bias: JsonObject | None = None
+    suffix: str | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """Alternatives to each token that were asked for; None where no log probabilities were."""
+        raise NotImplementedError
+
+    def sampling(self, choice: int, default_tokens: int) -> Sampling:
+        """Return how a choice is drawn; each has a seed of its own. Raises ApiError."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            # -1 is vLLM's way to say all.
+            "top_k": max(self.top_k, 0) if self.top_k is not None else None,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": (self.seed + choice) % _SEEDS if self.seed is not None else None,
+            "max_new_tokens": max(1, default_tokens if self.max_tokens is None else self.max_tokens),
+        }
+        try:
+            return msgspec.convert({k: v for k, v in given.items() if v is not None}, Sampling)
+        except msgspec.ValidationError as error:
+            raise invalid(error) from error
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Return the texts that end an answer."""
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in texts if text)
+
+
+class ContentPart(Struct, frozen=True):
+    type: str
+    text: str = ""
+
+
+class FunctionCall(Struct, frozen=True):
+    name: str
+    arguments: str = ""
+
+
+class SentToolCall(Struct, frozen=True):
+    function: FunctionCall
+    id: str = ""
+
+
+class SentMessage(Struct, frozen=True):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[SentToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class JsonSchema(Struct, frozen=True):
+    schema: JsonObject | None = None
+
+
+class ResponseFormat(Struct, frozen=True):
+    type: str
+    json_schema: JsonSchema | None = None
+
+
+class ChatBody(Body, frozen=True, kw_only=True):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: Annotated[list[SentMessage], Meta(min_length=1)]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: str | JsonObject | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: JsonObject | None = None
+    reasoning_effort: str | None = None
+    functions: list[JsonObject] | None = None
+    modalities: list[str] | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
+        """Return what is to be completed for each choice. Raises ApiError."""
+        _refuse_unsupported(self)
+        if self.max_completion_tokens is not None:
+            self = msgspec.structs.replace(self, max_tokens=self.max_completion_tokens)
+        variables = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
+        tools = () if self.tool_choice == "none" else tuple(self.tools or ())
+        messages = tuple(_message(i, sent) for i, sent in enumerate(self.messages))
+        return [
+            Completion(
+                adapter_name=model.adapter_name,
+                messages=messages,
+                tools=tools,
+                template_variables=variables | (self.chat_template_kwargs or {}),
+                thinking="off" if self.reasoning_effort == "none" else model.thinking,
+                sampling=self.sampling(choice, context_tokens),
+                stop=self.stops,
+                logprobs=self.asked_logprobs,
+                schema=_schema(self.response_format),
+            )
+            for choice in range(self.n or 1)
+        ]
+
+
+class CompletionBody(Body, frozen=True, kw_only=True):
+    """The body of ``/v1/completions``."""
+
+    prompt: str | list[Any]
+    """A text, token ids, or several of either."""
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_ALTERNATIVES)] | None = None
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str] | list[Tokens]:
+        """Return each prompt, as text or as token ids. Raises ApiError."""
+        given = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if given and all(isinstance(each, int) for each in given):
+            given = [given]
+        if not given or not all(given):
+            raise ApiError(400, "prompt is empty: there is nothing to continue.", param="prompt")
+        for kind in (list[str], list[Tokens]):
+            with suppress(msgspec.ValidationError):
+                return msgspec.convert(given, kind)  # type: ignore[return-value]  # one of the kinds
+        raise ApiError(
+            400, "prompt is a text, a list of token ids, or a list of either kind.", param="prompt"
+        )
+
+    def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
+        """Return what is to be completed for each choice. Raises ApiError."""
+        _refuse_unsupported(self)
+        prompts, n = self.prompts(), self.n or 1
+        if len(prompts) * n > MOST_CHOICES:
+            raise ApiError(
+                400, f"{len(prompts) * n} answers are asked for; {MOST_CHOICES} at most.", param="prompt"
+            )
+        return [
+            Completion(
+                adapter_name=model.adapter_name,
+                text=prompt if isinstance(prompt, str) else None,
+                token_ids=() if isinstance(prompt, str) else tuple(prompt),
+                sampling=self.sampling(choice, _COMPLETION_TOKENS),
+                stop=self.stops,
+                logprobs=self.logprobs,
+                echo=bool(self.echo),
+                answers=self.max_tokens != 0,
+            )
+            for prompt in prompts
+            for choice in range(n)
+        ]
+
+
+def decode_body(body: bytes, kind: type[BodyT]) -> BodyT:
+    """Decode a request's body. Raises ApiError."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise invalid(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from error
+
+
+def invalid(error: msgspec.ValidationError) -> ApiError:
+    """Return the error for a value of a wrong type or out of bounds, with its place."""
+    what, _, place = str(error).partition(" - at `$.")
+    param = place.removesuffix("`")
+    if not place and "missing required field" in what:
+        param = what.rpartition("field ")[2].strip("`")
+        return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_parameter")
+    where = f"Invalid '{param}': " if param else ""
+    return ApiError(400, f"{where}{what}.", param=param, code="invalid_value")
+
+
+def _refuse_unsupported(body: Body) -> None:
+    """Raise ApiError for a parameter that would change the answer, unless its value changes nothing."""
+    given: dict[str, object] = {
+        "best_of": (body.best_of or 1) > (body.n or 1),
+        "frequency_penalty": body.frequency_penalty,
+        "presence_penalty": body.presence_penalty,
+        "min_p": body.min_p,
+        "logit_bias": body.logit_bias,
+        "suffix": body.suffix,
+    }
+    if isinstance(body, ChatBody):
+        given |= {
+            "functions": body.functions,
+            "modalities": set(body.modalities or ()) - {"text"},
+            "tool_choice": body.tool_choice not in (None, "auto", "none"),
+        }
+    for param, is_given in given.items():
+        if is_given:
+            raise unsupported(param, f"{param} is not supported by this server; leave it out.")
+    if len(body.stops) > 16:
+        raise ApiError(400, "At most 16 stop texts.", param="stop")
+
+
+def _message(index: int, sent: SentMessage) -> Message:
+    roles: dict[str, Role] = {"developer": "system", "function": "tool"}
+    calls = tuple(
+        ToolCall(call.function.name, _arguments(call.function.arguments), call.id)
+        for call in sent.tool_calls or ()
+    )
+    return Message(
+        roles.get(sent.role, sent.role),  # type: ignore[arg-type]  # the others are the same in both
+        _text(index, sent.content),
+        reasoning=sent.reasoning_content or sent.reasoning or "",
+        tool_calls=calls,
+        tool_call_id=sent.tool_call_id or "",
+        name=sent.name or "",
+    )
+
+
+def _text(index: int, content: str | list[ContentPart] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    for number, part in enumerate(content):
+        if part.type not in ("text", "input_text"):
+            raise unsupported(
+                f"messages[{index}].content[{number}]",
+                f"A part of type {part.type!r} is not supported: this server's models read text only.",
+            )
+    return "".join(part.text for part in content)
+
+
+def _arguments(text: str) -> Any:
+    """Return the parsed arguments of a call; the text itself where it is not JSON."""
+    value = try_json(text.encode(), _JSON)
+    return text if value is None else value
+
+
+def _schema(response_format: ResponseFormat | None) -> JsonObject | None:
+    """Return the JSON schema that the answer must satisfy; None for text. Raises ApiError."""
+    match response_format:
+        case None | ResponseFormat(type="text"):
+            return None
+        case ResponseFormat(type="json_object"):
+            return {"type": "object"}
+        case ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=schema)) if schema is not None:
+            return schema
+    raise ApiError(
+        400,
+        "response_format has type text, json_object, or json_schema with a schema.",
+        param="response_format",
+    )
+
+
+_JSON = msgspec.json.Decoder(Any)

@@ -1,0 +1,209 @@
+"""The process of a server: its socket, its key, its state file; how it is started in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from ipaddress import ip_address
+
+import msgspec
+import uvicorn
+
+from qlora_tui.errors import UsageError, UserError, disk_problems
+from qlora_tui.files import atomic_write, read_regular
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.process import process_identity, spawn_detached
+from qlora_tui.runs.servers import ServerStatus, key_path, running_servers, servers_dir, state_path
+from qlora_tui.serving.app import Figures, make_app
+from qlora_tui.serving.guest import Guest
+from qlora_tui.serving.model_names import served_models
+
+LOOPBACK = "127.0.0.1"
+_STATE_S = 1.0
+_POLL_S = 0.05
+_START_S = 30.0
+"""Seconds that a server in the background may take to listen."""
+_ANY_HOST = ("0.0.0.0", "::")
+
+
+class Server:
+    """A server whose socket listens; ``run`` answers until a signal."""
+
+    def __init__(
+        self,
+        runs: Sequence[RunDir],
+        *,
+        host: str = LOOPBACK,
+        port: int = 8000,
+        api_key: str = "",
+        aliases: Mapping[str, str] | None = None,
+        idle_unload_s: float | None = None,
+    ) -> None:
+        """Open the socket and write the key. Raises UserError."""
+        self._guest = Guest(lambda: served_models(runs, aliases), idle_unload_s)
+        self._figures = Figures()
+        self._socket = _open_socket(host, port)
+        self.host, self.port = host, int(self._socket.getsockname()[1])
+        self.api_key = api_key or ("" if is_loopback(host) else secrets.token_urlsafe(32))
+        with disk_problems():
+            key_path(self.port).unlink(missing_ok=True)
+            if self.api_key:
+                atomic_write(key_path(self.port), self.api_key)
+            self._write(self.status)
+
+    @property
+    def address(self) -> str:
+        """The base URL for clients on this machine, ``http://127.0.0.1:8000/v1``."""
+        host = LOOPBACK if self.host in _ANY_HOST else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
+
+    def run(self, on_change: Callable[[ServerStatus], None] = lambda status: None) -> None:
+        """Answer until SIGINT or SIGTERM; ``on_change`` is called with each new state of the model.
+
+        Raises UserError where the model cannot be loaded at the start.
+        """
+        try:
+            asyncio.run(self._run(on_change))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the port up, and delete state file and key."""
+        self._socket.close()
+        with suppress(OSError):
+            state_path(self.port).unlink(missing_ok=True)
+            key_path(self.port).unlink(missing_ok=True)
+
+    async def _run(self, on_change: Callable[[ServerStatus], None]) -> None:
+        # Called by another name, a loopback server is asked by a web page (DNS rebinding).
+        hosts = ("localhost", LOOPBACK, "::1", self.host) if is_loopback(self.host) else ()
+        app = make_app(self._guest, self._figures, api_key=self.api_key, hosts=hosts)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=512,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        tasks = [
+            asyncio.create_task(self._guest.watch()),
+            asyncio.create_task(self._report(server, on_change)),
+        ]
+        try:
+            await server.serve(sockets=[self._socket])
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            await self._guest.close()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _report(self, server: uvicorn.Server, on_change: Callable[[ServerStatus], None]) -> None:
+        """Keep the state file up to date; end the server if the model cannot be loaded at the start."""
+        shown: ServerStatus | None = None
+        while True:
+            status = self.status
+            if status != shown:
+                with suppress(OSError):
+                    self._write(status)
+            if shown is None or (status.state, status.detail) != (shown.state, shown.detail):
+                on_change(status)
+            if self._guest.problem is not None and not self._guest.was_ready:
+                server.should_exit = True
+                raise self._guest.problem
+            shown = status
+            await asyncio.sleep(_STATE_S)
+
+    def _write(self, status: ServerStatus) -> None:
+        atomic_write(state_path(self.port), msgspec.json.encode(status))
+
+    @property
+    def status(self) -> ServerStatus:
+        """How the server is doing."""
+        guest, figures = self._guest, self._figures
+        return ServerStatus(
+            process=process_identity(),
+            address=self.address,
+            port=self.port,
+            base=guest.models.source.recipe.model.id,
+            models=tuple(model.name for model in guest.models.listed),
+            state=guest.state,
+            detail=guest.detail,
+            engine_pid=guest.engine_pid or 0,
+            is_local=is_loopback(self.host),
+            key_file=str(key_path(self.port)) if self.api_key else "",
+            requests=figures.statuses.total(),
+            refused=sum(count for status, count in figures.statuses.items() if status >= 400),
+            answering=figures.rows,
+            waiting=figures.waiting,
+            tokens_per_s=round(figures.tokens_per_s, 1),
+            prompt_tokens=figures.prompt_tokens,
+            new_tokens=figures.new_tokens,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only programs of this machine reach a server on ``host``."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerStatus:
+    """Start ``qlora-tui serve`` with arguments, as a process that outlives this one; return once it listens.
+
+    Raises UserError where it ends before that.
+    """
+    log_path = servers_dir() / "server.log"
+    with disk_problems(), log_path.open("wb") as log:
+        process = spawn_detached("qlora_tui", "serve", *arguments, output=log, environ=environ or {})
+    deadline = time.monotonic() + _START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        started = next((each for each in running_servers() if each.process.pid == process.pid), None)
+        if started is not None:
+            return started
+        time.sleep(_POLL_S)
+    output = read_regular(log_path).decode(errors="replace").strip().removeprefix("qlora-tui: ")
+    title, _, what = output.partition(": ")
+    if not what or process.poll() is None:
+        title, what = "The server did not start", output or "It said nothing."
+    raise UserError(title, what=" ".join(what.split()), fix=f"Its output is in {log_path}.")
+
+
+def _open_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises UserError, which names the server that has the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            other = next((each for each in running_servers() if each.port == port), None)
+            who = f"A server for {other.base} (PID {other.process.pid})" if other else "Another program"
+            stop = f"stop it with `qlora-tui serve --stop --port {port}`, or " if other else ""
+            fix = f"choose another port: `--port {port + 1}`."
+            raise UsageError(
+                "The port is in use",
+                what=f"{who} listens on port {port}.",
+                fix=(stop + fix)[:1].upper() + (stop + fix)[1:],
+            ) from error
+        raise UsageError(
+            "The address cannot be used",
+            what=f"{host} port {port}: {error.strerror or error}.",
+            fix="Use an address of this machine, and a port above 1023.",
+        ) from error

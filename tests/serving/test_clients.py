@@ -1,0 +1,176 @@
+"""The official client of OpenAI, against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+
+from qlora_tui.chat.chat_types import ChatSource, Sampling
+from qlora_tui.data.conversation import Message
+from qlora_tui.engine.client import EngineClient
+from qlora_tui.engine.protocol import Generate, LoadChat
+from tests.serving.conftest import FIRST, KEY, SECOND, Served
+from tests.support.quick_starts import TRAINING_MODULES
+from tests.support.trainer_processes import Trainers
+
+pytestmark = pytest.mark.slow
+
+QUESTION: Any = [{"role": "user", "content": "what is the colour of the fox"}]
+GREEDY_SHORT: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=served.url, api_key=KEY, max_retries=0)
+
+
+def test_models_are_base_runs_checkpoints_and_aliases(client: openai.OpenAI) -> None:
+    names = [FIRST, f"{FIRST}:2", SECOND, f"{SECOND}:7"]
+    assert [model.id for model in client.models.list()] == ["base", *names, "gpt-4o-mini"]
+    assert client.models.retrieve(f"{FIRST}:2").id == f"{FIRST}:2"
+
+
+def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model=FIRST, **GREEDY_SHORT)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None and whole.usage.completion_tokens == 12
+    chunks = list(
+        client.chat.completions.create(
+            model=FIRST, **GREEDY_SHORT, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_seeds_decide_and_each_of_n_has_its_own(client: openai.OpenAI) -> None:
+    def texts() -> list[str | None]:
+        answer = client.chat.completions.create(
+            model=FIRST, messages=QUESTION, temperature=1.5, seed=7, n=3, max_tokens=12
+        )
+        return [choice.message.content for choice in answer.choices]
+
+    assert texts() == texts()
+    assert len(set(texts())) == 3
+
+
+def test_a_stop_text_ends_the_answer_before_itself(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=FIRST, prompt="the quick", temperature=0, max_tokens=24)
+    text = whole.choices[0].text
+    stop = text[len(text) // 2 :][:2]
+    stopped = client.completions.create(
+        model=FIRST, prompt="the quick", temperature=0, max_tokens=24, stop=[stop, "never"]
+    )
+    assert stopped.choices[0].text == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_prompts_are_scored_in_the_form_of_completions(client: openai.OpenAI) -> None:
+    """What lm-eval asks for: the prompt's own tokens with their log probabilities, and one more."""
+    prompts = ["the quick brown fox", "a wise old owl"]
+    answer = client.completions.create(
+        model="base", prompt=prompts, temperature=0, max_tokens=1, logprobs=1, echo=True
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        scores = choice.logprobs
+        assert scores is not None and scores.tokens and scores.token_logprobs and scores.top_logprobs
+        assert choice.text.startswith(prompt)
+        assert "".join(scores.tokens) == choice.text
+        assert scores.text_offset is not None and scores.text_offset[1] == len(scores.tokens[0])
+        assert scores.token_logprobs[:1] == [None]
+        assert all(score is not None and score <= 0 for score in scores.token_logprobs[1:])
+        # Greedy: the generated one is the most likely.
+        assert scores.token_logprobs[-1] == max(scores.top_logprobs[-1].values())
+    # Read alone, the prompt has the same scores.
+    read = client.completions.create(model="base", prompt=prompts[0], max_tokens=0, logprobs=1, echo=True)
+    first, alone = answer.choices[0].logprobs, read.choices[0].logprobs
+    assert read.choices[0].text == prompts[0]
+    assert first is not None and first.token_logprobs and alone is not None and alone.token_logprobs
+    assert alone.token_logprobs[1:] == pytest.approx(first.token_logprobs[1:-1], abs=1e-4)
+
+
+def test_a_prompt_may_be_token_ids(client: openai.OpenAI) -> None:
+    ids = [[10, 11, 12], [20, 21]]
+    both = client.completions.create(model=FIRST, prompt=ids, temperature=0, max_tokens=5)
+    one = client.completions.create(model=FIRST, prompt=ids[1], temperature=0, max_tokens=5)
+    assert both.choices[1].text == one.choices[0].text
+    assert both.usage is not None and both.usage.prompt_tokens == 5
+
+
+def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=FIRST, **GREEDY_SHORT, logprobs=True, top_logprobs=3)
+    scores = answer.choices[0].logprobs
+    assert scores is not None and scores.content is not None
+    assert len(scores.content) == 12
+    for token in scores.content:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "words"),
+    [
+        ({"model": "gpt-9"}, openai.NotFoundError, FIRST),
+        ({"model": FIRST, "temperature": 9}, openai.BadRequestError, "temperature"),
+        ({"model": FIRST, "n": 1000}, openai.BadRequestError, "n"),
+        ({"model": FIRST, "logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"model": FIRST, "messages": []}, openai.BadRequestError, "messages"),
+        (
+            {"model": FIRST, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            openai.BadRequestError,
+            "image_url",
+        ),
+    ],
+)
+def test_errors_are_the_exceptions_of_the_client(
+    client: openai.OpenAI, body: dict[str, Any], error: type[openai.APIStatusError], words: str
+) -> None:
+    with pytest.raises(error) as raised:
+        client.chat.completions.create(**{"messages": QUESTION, **body})
+    assert words in raised.value.message
+    assert isinstance(raised.value.body, dict) and raised.value.body["type"]
+
+
+def test_a_wrong_key_is_refused(served: Served) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=served.url, api_key="wrong", max_retries=0).models.list()
+
+
+async def test_many_clients_get_the_answers_of_the_chat(
+    served: Served, tiny_source: ChatSource, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 at a time over two adapters and the base: each answer is that of the chat screen."""
+    trainers.server.serve(TRAINING_MODULES, monkeypatch)
+    sampling = Sampling(temperature=0.0, max_new_tokens=16)
+    names = {"base": "base", FIRST: "adapter", SECOND: "step-2"}
+    questions = ["what is red", "who is the owl", "how many are there", "where is the lazy dog and the fox"]
+    expected = {}
+    async with EngineClient() as engine:
+        await engine.ask(LoadChat(source=tiny_source)).result()
+        for name, adapter in names.items():
+            for question in questions:
+                request = Generate(
+                    messages=(Message("user", question),), adapter_name=adapter, sampling=sampling
+                )
+                expected[name, question] = (await engine.ask(request).result()).text
+    assert len(set(expected.values())) > len(questions) * 2
+    async with openai.AsyncOpenAI(base_url=served.url, api_key=KEY, max_retries=0) as client:
+
+        async def answer(name: str, question: str) -> str:
+            messages: Any = [{"role": "user", "content": question}]
+            done = await client.chat.completions.create(
+                model=name, messages=messages, temperature=0, max_tokens=16
+            )
+            return done.choices[0].message.content or ""
+
+        asked = [list(expected)[i % len(expected)] for i in range(32)]
+        answers = await asyncio.gather(*(answer(*each) for each in asked))
+    assert answers == [expected[each] for each in asked]

@@ -1,0 +1,180 @@
+"""Whatever a client sends, it is told in words what was wrong, and the server lives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from qlora_tui.locks import locked
+from tests.serving.conftest import FIRST, KEY, SECOND, Served
+from tests.support.polling import wait_for
+
+pytestmark = pytest.mark.slow
+
+CHAT = "/chat/completions"
+ASK: dict[str, Any] = {
+    "model": FIRST,
+    "messages": [{"role": "user", "content": "what is red"}],
+    "max_tokens": 3,
+    "temperature": 0,
+}
+ENDLESS = {**ASK, "max_tokens": 1500}
+
+
+@pytest.fixture(autouse=True)
+def lives(served: Served) -> Iterator[None]:
+    """After each test the server answers."""
+    yield
+    served.wait_for("ready")
+    assert served.post(CHAT, **ASK).status_code == 200
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["message"] and error["type"]
+    return error  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"model": "\xff"}',
+        b"[" * 100_000,
+        b'{"model": 5, "messages": []}',
+        b'{"model": "base", "messages": [{"role": "king", "content": "x"}]}',
+        b'{"model": "base", "messages": [{"role": "user", "content": 7}]}',
+        b'{"model": "base"}',
+    ],
+)
+def test_a_malformed_body_is_a_400(served: Served, body: bytes) -> None:
+    with served.client() as client:
+        error_of(client.post(CHAT, content=body), 400)
+
+
+def test_a_long_body_is_refused_before_it_is_read(served: Served) -> None:
+    with served.client() as client:
+        error_of(client.post(CHAT, content=b" " * 10_000_001), 413)
+        pieces = (b" " * 1_000_000 for _ in range(11))
+        error_of(client.post(CHAT, content=pieces), 413)
+
+
+def test_a_prompt_beyond_the_context_is_refused_in_words(served: Served) -> None:
+    long = [{"role": "user", "content": "red blue " * 200_000}]
+    assert "tokens" in error_of(served.post(CHAT, **{**ASK, "messages": long}), 400)["message"]
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/models/none", "/../../etc/passwd"])
+def test_what_is_not_there_is_a_404(served: Served, path: str) -> None:
+    with served.client() as client:
+        error_of(client.get(path), 404)
+
+
+def test_a_get_where_a_post_is_meant_is_a_405(served: Served) -> None:
+    with served.client() as client:
+        error_of(client.get(CHAT), 405)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "[::"}],
+)
+def test_a_web_page_of_another_site_is_refused(served: Served, headers: dict[str, str]) -> None:
+    with served.client(**headers) as client:
+        error_of(client.get("/models"), 403)
+
+
+def test_without_a_key_only_health_is_told(served: Served) -> None:
+    root = served.url.removesuffix("/v1")
+    for path in ("/metrics", "/v1/models", "/anything"):
+        error_of(httpx.get(root + path), 401)
+    assert httpx.get(f"{root}/health").json() == {"status": "ok", "model": "ready"}
+
+
+def test_metrics_count_answers_and_tokens(served: Served) -> None:
+    def metrics() -> dict[str, float]:
+        with served.client() as client:
+            text = client.get(served.url.replace("/v1", "/metrics")).text
+        lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    before = metrics()
+    served.post(CHAT, **ASK)
+    after = metrics()
+    assert after["qlora_tui_generated_tokens_total"] - before["qlora_tui_generated_tokens_total"] == 3
+    assert after['qlora_tui_requests_total{status="200"}'] > before['qlora_tui_requests_total{status="200"}']
+    assert after["qlora_tui_answers_in_progress"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_ends_its_answer(served: Served, stream: bool) -> None:
+    # Computed to their end, these take a minute.
+    body = json.dumps({**ENDLESS, "stream": stream, "n": 64}).encode()
+    head = f"POST /v1{CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    with socket.create_connection(("127.0.0.1", served.status["port"])) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: served.state["answering"] == 32)
+    wait_for(lambda: served.state["answering"] == 0 and served.state["waiting"] == 0, seconds=5)
+
+
+def test_a_killed_engine_is_a_503_and_comes_back(served: Served) -> None:
+    with served.client() as client, client.stream("POST", CHAT, json={**ENDLESS, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(served.state["engine_pid"], signal.SIGKILL)
+        *_, last = (line for line in lines if line)
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_ended"
+    assert served.post(CHAT, **ASK).status_code == 200
+
+
+def test_a_run_gets_the_card_and_clients_a_503(served: Served) -> None:
+    with locked(served.state_dir / "runner.lock"):
+        served.wait_for("yielded")
+        # The process that held the GPU is gone.
+        assert served.state["engine_pid"] == 0
+        response = served.post(CHAT, **ASK)
+        assert "card" in error_of(response, 503)["message"]
+        assert int(response.headers["Retry-After"]) > 0
+        assert len(served.client().get("/models").json()["data"]) == 6
+    served.wait_for("ready")
+
+
+def test_a_deleted_checkpoint_is_an_error_in_words(served: Served) -> None:
+    folder = served.run(SECOND).checkpoints_dir / "step-7"
+    aside = folder.rename(folder.with_name("aside"))
+    try:
+        error = error_of(served.post(CHAT, **{**ASK, "model": f"{SECOND}:7"}), 404)
+        assert error["code"] == "model_not_found"
+    finally:
+        aside.rename(folder)
+    assert served.post(CHAT, **{**ASK, "model": f"{SECOND}:7"}).status_code == 200
+
+
+def test_too_many_requests_are_told_to_wait(served: Served) -> None:
+    """The queue has a bound: 96 open requests, of which 32 are computed."""
+    body = json.dumps({**ENDLESS, "n": 2}).encode()
+    head = f"POST /v1{CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    connections = []
+    try:
+        for _ in range(96):
+            connections.append(socket.create_connection(("127.0.0.1", served.status["port"])))
+            connections[-1].sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: served.state["answering"] + served.state["waiting"] == 96)
+        response = served.post(CHAT, **ASK)
+        assert error_of(response, 429)["type"] == "rate_limit_error"
+        assert int(response.headers["Retry-After"]) > 0
+    finally:
+        for connection in connections:
+            connection.close()
+    wait_for(lambda: served.state["answering"] == 0)

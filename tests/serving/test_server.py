@@ -1,0 +1,127 @@
+"""The process of a server: where it listens, what it prints, and how it is found and stopped."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.chat.chat_types import ChatSource
+from qlora_tui.errors import UsageError
+from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.serving.model_names import runs_to_serve, served_models
+from qlora_tui.serving.server import Server, is_loopback
+from tests.cli.conftest import Call, call
+from tests.serving.conftest import write_run
+
+__all__ = ["call"]
+
+BASE = ChatSource(recipe=Recipe(model=Model(id="/models/tiny")))
+
+
+@pytest.fixture
+def runs(private_home: Path, tmp_path: Path) -> list[RunDir]:
+    """Two runs of one base, and one of another."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    source = ChatSource(recipe=BASE.recipe, adapters={"adapter": str(adapter)})
+    other = ChatSource(recipe=Recipe(model=Model(id="/models/other")), adapters=source.adapters)
+    state = private_home / "state"
+    return [
+        write_run(state, "a-1.0", source, {"adapter": "adapter", "step-2": "adapter", "step-4": "adapter"}),
+        write_run(state, "b", source, {"step-7": "adapter"}),
+        write_run(state, "c", other, {"adapter": "adapter"}),
+    ]
+
+
+def test_names_lead_to_adapters(runs: list[RunDir]) -> None:
+    runs[0].name_path.write_text("My run")
+    models = served_models(runs[:2], {"gpt": "My run:4"})
+    assert [model.name for model in models.listed] == ["base", "a-1.0", "a-1.0:4", "a-1.0:2", "b:7", "gpt"]
+
+    def folder(name: str) -> str:
+        model = models.find(name)
+        assert model is not None
+        return models.source.adapters.get(model.adapter_name, "")
+
+    assert folder("/models/tiny") == folder("base") == ""
+    assert folder("My run") == folder("a-1.0") == folder("last") == str(runs[0].adapter_dir)
+    assert folder("gpt") == str(runs[0].checkpoints_dir / "step-4")
+    # Without a final adapter a run's name means its newest checkpoint.
+    assert folder("b") == folder("b:7") == str(runs[1].checkpoints_dir / "step-7")
+    assert models.find("c") is None
+    # peft makes attributes of them.
+    assert not any("." in name for name in models.source.adapters)
+
+
+def test_runs_of_two_bases_are_refused_with_what_to_do(runs: list[RunDir]) -> None:
+    with pytest.raises(UsageError) as refused:
+        runs_to_serve([runs[0], runs[2]])
+    assert "c was trained on" in str(refused.value) or "/models/other" in str(refused.value)
+    assert "qlora-tui serve c --port" in refused.value.fix
+    # Without names: all that share the base of the newest.
+    assert {run.id for run in runs_to_serve()} in ({"a-1.0", "b"}, {"c"})
+
+
+def test_a_second_server_on_a_port_is_refused_by_name(runs: list[RunDir]) -> None:
+    first = Server(runs[:1], port=0)
+    with pytest.raises(UsageError) as refused:
+        Server(runs[:1], port=first.port)
+    first.close()
+    assert "/models/tiny" in refused.value.what
+    assert f"--stop --port {first.port}" in refused.value.fix
+
+
+def test_other_machines_need_a_key_that_is_printed_nowhere(
+    runs: list[RunDir], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Server] = []
+    monkeypatch.setattr(Server, "run", lambda server, on_change: started.append(server))
+    said = call("serve", "a-1.0", "--host", "0.0.0.0", "--port", "0")
+    (server,) = started
+    key_file = Path(server.status.key_file)
+    assert said.code == 0
+    assert key_file.read_text() == server.api_key
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
+    assert len(server.api_key) > 30
+    assert server.api_key not in said.out + said.err + str(server.status)
+    assert f"$(cat {key_file})" in said.out
+    server.close()
+    assert not key_file.exists()
+
+
+def test_a_local_server_needs_no_key_and_says_how_a_laptop_reaches_it(
+    runs: list[RunDir], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Server, "run", lambda server, on_change: server.close())
+    monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.1 22")
+    said = call("serve", "a-1.0", "b", "--port", "0")
+    assert "Authorization" not in said.out
+    assert "@192.0.2.1" in said.out and "ssh -N -L" in said.out
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("10.0.0.1", False)],
+)
+def test_loopback_is_what_only_this_machine_reaches(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
+
+
+def test_the_commands_of_other_servers_name_the_run(runs: list[RunDir], call: Call) -> None:
+    commands = call("serve", "a-1.0", "--print-commands", "--json").json["commands"]
+    assert commands == [
+        "qlora-tui export merge a-1.0 MERGED",
+        "vllm serve MERGED --served-model-name a-1.0 --host 127.0.0.1 --port 8000",
+        "qlora-tui export gguf a-1.0 MODEL.gguf --quant Q4_K_M",
+        "llama-server -m MODEL.gguf --alias a-1.0 --host 127.0.0.1 --port 8000",
+    ]
+
+
+def test_stopping_what_does_not_run_is_a_wrong_call(private_home: Path, call: Call) -> None:
+    said = call("serve", "--stop")
+    assert said.code == 2
+    assert "8000" in said.err
