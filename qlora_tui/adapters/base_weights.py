@@ -169,7 +169,8 @@ def _require_own_weight(layout: StoredLayout, parameter: str) -> None:
     if (other := layout.shared.get(parameter)) is not None:
         raise UserError(
             "The adapter cannot be merged into this base",
-            what=f"The base has one weight for {parameter} and {other}; the adapter changes each use apart.",
+            what=f"The base has one weight for {parameter} and {other}; the adapter changes each use "
+            "separately.",
             why="A merged weight is the same for both.",
             fix="Use the adapter with peft, or in Chat.",
             code=SHARED_WEIGHT,
@@ -201,6 +202,6 @@ def _require_tied(deltas: AdapterDeltas, head: OutputHead) -> None:
     if own is None or not whole or not all(own.equal(weight) for weight in whole.values()):
         raise UserError(
             "The adapter cannot be merged into this base",
-            what="It trained embedding and head apart, and the base has one matrix for both.",
-            fix="Use the adapter with peft, or train one with lora.train_embeddings, which keeps them one.",
+            what="It trained embedding and head separately, but the base has one matrix for both.",
+            fix="Use the adapter with peft, or train one with lora.train_embeddings, which keeps them tied.",
         )

@@ -105,7 +105,7 @@ class StoredLayout:
         }:
             raise UserError(
                 "This base cannot be merged",
-                what=f"{self._folder} stores {first} as {stored[0]} and others, which transformers reads and "
+                what=f"{self._folder} stores {first} as {stored[0]} and others, which transformers reads but "
                 "does not write.",
                 why="A merged model has the tensors of its base.",
                 fix="Use the adapter with peft instead.",

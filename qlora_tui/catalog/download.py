@@ -105,7 +105,7 @@ def check_space(plan: DownloadPlan) -> None:
             "Not enough disk space",
             what=(
                 f"{plan.id} needs {format_bytes(missing)} more, "
-                f"and {existing_parent} has {format_bytes(free)} free."
+                f"but {existing_parent} has {format_bytes(free)} free."
             ),
             fix="Free some space, or set HF_HOME to a folder on a larger disk.",
         )

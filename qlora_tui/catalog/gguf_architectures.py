@@ -64,7 +64,7 @@ def _windows(period: int, window: int | None = None) -> Reader:
         if isinstance(pattern, tuple):
             if len(pattern) < layers or any(each not in (0, 1) for each in pattern):
                 raise data.problem(
-                    f"{data.architecture}.attention.sliding_window_pattern is not a flag a layer"
+                    f"{data.architecture}.attention.sliding_window_pattern is not one flag per layer"
                 )
             sliding = [bool(each) for each in pattern[:layers]]
         elif pattern is not None:
@@ -227,7 +227,7 @@ def _kinds_by_key_heads(without: str) -> Reader:
         layers: int = config["num_hidden_layers"]
         counts = heads[:layers] if isinstance(heads, tuple) else ()
         if len(counts) < layers or not _are_counts(counts) or len({*counts} - {0}) > 1:
-            raise data.problem(f"{data.architecture}.attention.head_count_kv is not a number a layer")
+            raise data.problem(f"{data.architecture}.attention.head_count_kv is not one number per layer")
         config["num_key_value_heads"] = max(counts) or config["num_attention_heads"]
         config["layer_types"] = ["full_attention" if each else without for each in counts]
 
@@ -244,7 +244,7 @@ def _by_layer(data: Metadata, key: str, layers: int) -> tuple[int, ...]:
     value = data.value(key)
     values = value[:layers] if isinstance(value, tuple) else (value,) * layers
     if len(values) < layers or not _are_counts(values):
-        raise data.problem(f"{data.architecture}.{key} is not a number a layer")
+        raise data.problem(f"{data.architecture}.{key} is not one number per layer")
     return values
 
 
@@ -335,7 +335,7 @@ def _proportional(data: Metadata, base: float, width: int) -> Config:
     rotated = sum(factor == 1.0 for factor in factors)
     ends = factors[rotated:]
     if len(factors) != width // 2 or any(f != 1.0 for f in factors[:rotated]) or any(f < 1e20 for f in ends):
-        raise data.problem("rope_freqs.weight is not 1 for the first pairs and endless for the others")
+        raise data.problem("rope_freqs.weight is not 1 for the first pairs and infinite for the others")
     return {"rope_type": "proportional", "rope_theta": base, "partial_rotary_factor": 2 * rotated / width}
 
 

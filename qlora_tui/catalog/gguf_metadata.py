@@ -99,7 +99,7 @@ class Metadata:
         if value is None or any(is_same(value, each) for each in expected):
             return
         raise self.problem(
-            f"{self.architecture}.{key} is {in_words(value)}, and only {in_words(expected[0])} is computed",
+            f"{self.architecture}.{key} is {in_words(value)}, but only {in_words(expected[0])} is supported",
             lost=True,
         )
 
@@ -121,7 +121,7 @@ class Metadata:
 
     def problem(self, what: str, *, lost: bool = False) -> UserError:
         """Build the error; ``lost`` where the model would be computed differently without the value."""
-        why = "Without it, another model would be trained than the file holds." if lost else ""
+        why = "Without it, training would use a different model than the one in the file." if lost else ""
         return gguf_problem(self.path, what, why=why)
 
     def _invalid(self, key: str, value: Any, expected: str) -> UserError:

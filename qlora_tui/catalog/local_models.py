@@ -293,7 +293,7 @@ def _read_converted(folder: Path) -> LocalModel:
     if _UNCHECKED_CONVERSION.fullmatch(folder.name) and model.refusal is None:
         refusal = model_problem(
             "Converted by an earlier version",
-            f"{folder} was made from a GGUF file without a check of what would be lost.",
+            f"{folder} was made from a GGUF file without checking what would be lost.",
             "Such a model may lack a scaling of positions or of attention, or split text differently.",
             "Choose the GGUF file: it is checked, and converted again. Then delete this folder.",
         )

@@ -319,7 +319,7 @@ def quantized_refusal(file: Path) -> UserError | None:
     for entry in read_header(file)[1].values():
         shape, dtype = entry.get("shape", ()), str(entry.get("dtype"))
         if len(shape) in _MATRIX_DIMENSIONS and dtype.startswith(_NARROW_DTYPES):
-            return _already_quantized(f"{file} has matrices in {dtype}, without a word in config.json.")
+            return _already_quantized(f"{file} has matrices in {dtype}, which config.json does not mention.")
     return None
 
 
@@ -441,7 +441,7 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
         raise UserError(
             "Cannot read the adapter",
             what=f"{where}: {not_understood}.",
-            why="The base would be changed, or the adapter compute something else, without a word.",
+            why="It would silently change the base, or compute something else than it should.",
             fix="Convert it to a plain LoRA adapter with peft, or choose another.",
         )
     clean = {key: value for key, value in config.items() if key in _ADAPTER_KEYS}

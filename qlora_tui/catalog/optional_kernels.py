@@ -92,7 +92,8 @@ def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
     text = f"Some layers run as plain PyTorch, much slower: {names} {are} not installed."
     if any(package.module == "fla" for package in packages):
         text += (
-            " With flash-linear-attention a step of Qwen3.5-9B took 0.70 s, not 1.22 (transformers#48718)."
+            " With flash-linear-attention a step of Qwen3.5-9B took 0.70 s instead of 1.22 "
+            "(transformers#48718)."
         )
     wheels, compiled = (
         [

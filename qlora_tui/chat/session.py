@@ -228,7 +228,7 @@ class ChatSession:
         if tokens > self.context_length:
             raise UserError(
                 "The conversation is too long",
-                what=f"It is {tokens - 1:,} tokens; this model reads {self.context_length:,} at most.",
+                what=f"It is {tokens - 1:,} tokens; this model reads at most {self.context_length:,}.",
                 fix="Start a new conversation, or shorten the question.",
                 exit_code=EXIT_USAGE,
             )
@@ -335,8 +335,8 @@ class ChatSession:
         if not self._agrees_without("_uses_cache", adapter_name, compare):
             return False
         self.warning = (
-            "Answers are slower: with a cache of keys and values this model computes other logits than "
-            "transformers and peft without one, so that the conversation is read again for each token."
+            "Answers are slower: with a cache of keys and values this model computes different logits than "
+            "transformers and peft without one, so the conversation is read again for each token."
         )
         return True
 

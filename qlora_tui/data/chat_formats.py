@@ -221,7 +221,7 @@ def _arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
     if not isinstance(arguments, dict):
-        raise RowRejectedError("wrong-format", f"The arguments of {call['name']!r} are no JSON object.")
+        raise RowRejectedError("wrong-format", f"The arguments of {call['name']!r} are not a JSON object.")
     return arguments
 
 
@@ -320,7 +320,8 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         raise RowRejectedError("unknown-role", f"Turn {number} has the role {name!r}.")
     if spans := next((key for key in _SPAN_KEYS if turn.get(key)), ""):
         what = (
-            f"Turn {number} marks parts of its text in {spans!r}: only whole turns can be trained on or not."
+            f"Turn {number} marks parts of its text in {spans!r}: only whole turns can be included or left "
+            "out."
         )
         raise RowRejectedError("wrong-format", what)
     weight = _weight(turn)
@@ -336,7 +337,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         raise RowRejectedError("media", f"Turn {number}: {uncapitalize(medium)}")
     calls = part_calls + _declared_calls(turn, number)
     if calls and role != "assistant":
-        raise RowRejectedError("wrong-format", f"Turn {number} has tool calls, and its role is {name!r}.")
+        raise RowRejectedError("wrong-format", f"Turn {number} has tool calls, but its role is {name!r}.")
     if str(name).strip().lower() in _CALL_ROLES and not calls:
         calls = calls_of(content)
         content = "" if calls else content
@@ -481,7 +482,7 @@ def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
         return answer
     if not 0 <= int(choice) < len(choices):
         raise RowRejectedError(
-            "wrong-format", f"The answer {choice} names none of the {len(choices)} choices, from 0."
+            "wrong-format", f"The answer {choice} is not one of the {len(choices)} choices, counted from 0."
         )
     letter, text = choices[int(choice)]
     return f"{letter}. {text}"
@@ -504,7 +505,8 @@ def _label(value: Any, names: tuple[str, ...]) -> str:
     if names and number is not None:
         if number >= len(names):
             raise RowRejectedError(
-                "wrong-format", f"The label {number} has no name: there are {len(names)} names, from 0."
+                "wrong-format",
+                f"The label {number} has no name: there are {len(names)} names, counted from 0.",
             )
         value = names[number]
     return "" if value is None or value != value else str(value)  # NaN is a missing value

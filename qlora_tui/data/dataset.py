@@ -321,8 +321,8 @@ def _refuse_changed(files: Sequence[SourceFile], versions: Sequence[_FileVersion
         if not is_same:
             raise UserError(
                 "The data changed while it was read",
-                what=f"{file.path} was written to, replaced or deleted meanwhile.",
-                why="The tokens may be of either content, or of a mixture.",
+                what=f"{file.path} was written to, replaced or deleted in the meantime.",
+                why="The tokens may come from the old content, the new content, or a mixture.",
                 fix="Start again once nothing writes to the file.",
             )
 

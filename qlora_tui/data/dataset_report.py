@@ -260,7 +260,7 @@ def _on_switch(
     if switch is None:
         no_effect = data.thinking == "on" or (data.thinking == "off" and not notes.get("reasoning-left-out"))
         return (
-            f"Thinking: {data.thinking} changes nothing, for this template has no switch."
+            f"Thinking: {data.thinking} has no effect, since this template has no switch."
             if no_effect
             else ""
         )
@@ -274,18 +274,18 @@ def _on_switch(
         )
         return f"Thinking: on for every row ({switch.variable}){but}."
     if data.thinking == "off" or (off and not on):
-        why = "" if data.thinking == "off" else ", for none has reasoning"
+        why = "" if data.thinking == "off" else ", since none has reasoning"
         return f"Thinking: off for every row ({switch.variable}){why}."
     if on and off:
         return f"Thinking: on for the {on:,} with reasoning, off for {off:,} ({switch.variable})."
-    return f"Thinking: on for every row ({switch.variable}), for each has reasoning." if on else ""
+    return f"Thinking: on for every row ({switch.variable}), since each has reasoning." if on else ""
 
 
 def _on_effort(switch: Switch, data: Data) -> str:
     name, least = switch.variable, switch.off[switch.variable]
     if data.thinking == "off":
         return f"Thinking: {name} = {least}; this template cannot turn it off."
-    return f"Thinking: {name} as the template has it; it can be lowered, not turned off."
+    return f"Thinking: {name} is the template's default; it can be lowered, not turned off."
 
 
 def prompt_thinking(setting: Thinking, notes: Mapping[str, int]) -> Thinking:

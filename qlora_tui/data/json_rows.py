@@ -188,7 +188,7 @@ class _Values:
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
             raise self._broken(self._at + min(inside, held), reason)
         if sum(map(self._text.count, ",[{")) > MAX_VALUES:
-            raise self._broken(self._at, f"a value holds more than {MAX_VALUES:,} others")
+            raise self._broken(self._at, f"a value contains more than {MAX_VALUES:,} others")
 
     def _next_character(self) -> str:
         while True:

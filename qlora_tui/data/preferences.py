@@ -141,7 +141,7 @@ def sides_problem(
     if "chosen" not in sides:
         return UserError(
             _PAIRS_TITLE + " without a chosen side",
-            what=f"{name} holds rejected answers in {rejected!r}, and no column with chosen ones.",
+            what=f"{name} has rejected answers in {rejected!r}, but no column with chosen ones.",
             why="Rejected answers are never trained on.",
             fix='Say which column is better: columns = { chosen = "…", '
             f'rejected = "{rejected}" }}, or choose another file.',
@@ -167,7 +167,7 @@ def sides_problem(
     example = next(texts, "…")
     return UserError(
         f"{_PAIRS_TITLE} without a prompt",
-        what=f"{name} has answers in {chosen!r} and {rejected!r}, and no column with the question.",
+        what=f"{name} has answers in {chosen!r} and {rejected!r}, but no column with the question.",
         why=f"Its columns are {', '.join(columns.names)}.",
         fix=f'Say which column holds it: columns = {{ prompt = "{example}", chosen = "{chosen}", '
         f'rejected = "{rejected}" }}.',

@@ -126,7 +126,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
             starts_as_json = stream.peek().lstrip()[:1] in (b"[", b"{")
             yield from _READERS[kind or ("json" if starts_as_json else "text")](stream)
     except BrokenFileError as error:
-        why = "Where the next row begins is not known, so no row after it can be read."
+        why = "It is unclear where the next row begins, so no later row can be read."
         raise unreadable(path, error.kind, f"Line {error.line}: {error}", why) from error
     except TooLarge as error:
         raise too_large(path, error) from error
@@ -261,7 +261,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
         warnings: tuple[tuple[str, str], ...] = ()
         if table.line - table.first_line > _LEAST_LINES_INSIDE and _holds_rows(cells, len(header), delimiter):
             taken = f"Row {number} takes lines {table.first_line:,} to {table.line:,}"
-            warnings = (("rows-in-value", f"{taken}, and each of those inside would be a row."),)
+            warnings = (("rows-in-value", f"{taken}, and each line inside it would be a row."),)
         what = ""
         if table.damage:
             table.check_damage()
@@ -272,7 +272,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
         elif any(cell.startswith(' "') for cell in cells):
             what = "a space before an opening quote, so that the quotes are part of the value"
         elif cells[0].strip() == header[0] and [cell.strip() for cell in cells] == header:
-            what = "the header again, as where tables were joined"
+            what = "the header again, as if tables had been joined"
         if what:
             yield Row(number=number, kind="bad-row", error=f"{where}: {what}.", warnings=warnings)
         else:

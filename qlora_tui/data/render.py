@@ -102,7 +102,7 @@ def _render_or_reject(
         return refused
     characters = int(tokenizer.expansion * sum(len(sample.text) for sample in rendered.samples))
     if characters > MAX_CHARACTERS:
-        return RowRejectedError("too-large", f"{characters:,} characters, of {MAX_CHARACTERS:,} at most.")
+        return RowRejectedError("too-large", f"{characters:,} characters; the limit is {MAX_CHARACTERS:,}.")
     return rendered
 
 

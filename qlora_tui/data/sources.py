@@ -189,11 +189,11 @@ def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
     for relative in files_inside(path):
         file = path / relative
         if file.is_dir() and not relative.name.startswith("."):
-            left_out.setdefault("a link to a folder around it", []).append(str(relative))
+            left_out.setdefault("a link to a folder that contains it", []).append(str(relative))
         elif relative.name.startswith("."):
             left_out.setdefault("hidden", []).append(str(relative))
         elif not kind_of(file):
-            left_out.setdefault("of no known kind", []).append(str(relative))
+            left_out.setdefault("of an unknown kind", []).append(str(relative))
         elif _describes_data(file):
             left_out.setdefault("about the data", []).append(str(relative))
         elif os.path.lexists(file):  # else deleted since the search

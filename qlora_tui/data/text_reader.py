@@ -34,7 +34,7 @@ _BINARY = {
     b"SQLite format 3\x00": ("an SQLite database", "Export the table as CSV or JSONL."),
     b"\x80\x04\x95": (
         "a pickle, which can run any code",
-        "Convert it to Parquet or JSONL where you trust it.",
+        "Convert it to Parquet or JSONL in a place where running its code is safe.",
     ),
 }
 """What a file is by its first bytes, and what to do with it."""

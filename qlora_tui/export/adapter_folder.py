@@ -24,7 +24,7 @@ from qlora_tui.training.adapter import MISREAD_REMEDY, misread_by_peft
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's ``--max-lora-rank``."""
 _DEFAULT_RANK = 16
-_MERGE_MEASURES = " `qlora-tui export merge` measures that, and merges it into the nearer weights."
+_MERGE_MEASURES = " `qlora-tui export merge` measures that, and merges it into the weights that are closer."
 
 
 class AdapterFolder(Struct, frozen=True, kw_only=True):
@@ -71,11 +71,11 @@ def _notes(source: ChatSource, adapter: Path) -> tuple[str, ...]:
     if recipe.quantization.method in ("nf4", "fp4"):
         stored, remedy = ("MXFP4", "") if _is_mxfp4(recipe.model.id) else ("16-bit", _MERGE_MEASURES)
         notes.append(
-            f"The command serves it on the stored {stored} base, and it was trained on "
-            f"{recipe.quantization.method.upper()} weights: its answers may differ.{remedy}"
+            f"The command serves the adapter on the stored {stored} base, but it was trained on "
+            f"{recipe.quantization.method.upper()} weights, so its answers may differ.{remedy}"
         )
     if misread := _misread(recipe.model.id, adapter):
-        notes.append(f"Plain peft takes {misread[0]} for a routed expert. {MISREAD_REMEDY}")
+        notes.append(f"Plain peft mistakes {misread[0]} for a routed expert. {MISREAD_REMEDY}")
     return tuple(notes)
 
 
@@ -118,7 +118,7 @@ def _served_rank(adapter: Path) -> int:
     if why is not None:
         raise UserError(
             "vLLM cannot serve this adapter",
-            what=f"In vLLM's format, {why}, which it does not compute.",
+            what=f"vLLM does not support it: {why}.",
             fix="Export the merged model instead: `qlora-tui export merge`, which vLLM serves as a model.",
         )
     return next(rank for rank in _RANKS if rank >= max(ranks))

@@ -46,7 +46,7 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
         """Describe the choice; empty where there was none."""
         if self.unmeasured_because:
             return (
-                "Merged into the 4-bit base weights of the training, dequantized. Not compared with the "
+                "Merged into the dequantized 4-bit base weights of the training. Not compared with the "
                 f"original 16-bit ones: {self.unmeasured_because}."
             )
         if self.original_divergence is None or self.dequantized_divergence is None:
@@ -57,7 +57,7 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
         )
         if self.chosen == "dequantized":
             return (
-                "Merged into the 4-bit base weights of the training, dequantized. KL divergence from the "
+                "Merged into the dequantized 4-bit base weights of the training. KL divergence from the "
                 f"trained model: {dequantized}, against {original} on the original 16-bit weights."
             )
         return (
@@ -139,7 +139,7 @@ def lacking_memory(folder: Path) -> str:
     free = psutil.virtual_memory().available
     if needed <= free:
         return ""
-    return f"it needs {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
+    return f"it needs {format_bytes(needed)} of memory, but only {format_bytes(free)} is free"
 
 
 def base_requantizer(source: ChatSource, choice: BaseChoice) -> Requantizer | None:

@@ -41,7 +41,7 @@ def run_job(folder: Path) -> None:
     """Do the export in a folder and record how it ends."""
     with locked(lock_path(folder), patience_s=PATIENCE_S) as lock:
         if lock is None:
-            print("Another process does this export.")
+            print("Another process is already running this export.")
             return
         request = read_request(folder)
         out = output_path(request)

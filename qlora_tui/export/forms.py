@@ -152,7 +152,7 @@ def export_form(
             return Written(result=uploaded, sizes=sizes, summary=uploaded.summary, command="")
         case "lora":
             raise UserError(
-                "This form is no longer written",
+                "This format is no longer written",
                 what="The adapter as a GGUF file of its own (export lora).",
                 fix="Export the merged GGUF file, or the adapter's folder for vLLM.",
             )

@@ -187,8 +187,8 @@ def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
     known = (*FILE_TYPES, *K_QUANTS)
     if AUTO in kinds:
         raise UserError(
-            "auto and another type?",
-            what="auto chooses the type itself, and other types were requested with it.",
+            "auto cannot be combined with other types",
+            what="auto chooses the type itself, but other types were requested too.",
             fix="Name auto alone, or the types without it.",
             exit_code=EXIT_USAGE,
         )
@@ -218,8 +218,8 @@ def final_paths(
     if out.suffix == ".gguf":
         if len(kinds) > 1 and not is_auto:
             raise UserError(
-                "One file for several types?",
-                what=f"{out} names one file, and {len(kinds)} types are asked for.",
+                "One file cannot hold several types",
+                what=f"{out} names one file, but {len(kinds)} types were requested.",
                 fix="Name a folder; each file in it is named after its type.",
                 exit_code=EXIT_USAGE,
             )
@@ -287,9 +287,9 @@ class _Export:
         if proof is not None and self.within is not None and not proof.divergence <= self.within:
             larger = next_larger(file_type)
             raise _RefusedError(
-                "The GGUF file is outside the bound",
+                "The GGUF file exceeds the bound",
                 what=f"{file_type} has a KL divergence of {format_nats(proof.divergence)} from the adapter, "
-                f"and --within {format_number(self.within)} was asked for.",
+                f"more than --within {format_number(self.within)} allows.",
                 fix=f"Choose a larger type, such as {larger}, or raise --within."
                 if larger
                 else "Raise --within.",
@@ -311,8 +311,8 @@ class _Export:
         assert nearest is not None
         raise UserError(
             "No type is within the bound",
-            what=f"The nearest: {nearest.sentence}; a KL divergence of {format_number(self.within)} was "
-            "asked for, and as many turn ends.",
+            what=f"The closest: {nearest.sentence}. The bound is a KL divergence of "
+            f"{format_number(self.within)} and no fewer ended turns.",
             fix="Raise --within, or export as F16.",
         )
 

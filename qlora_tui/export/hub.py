@@ -79,7 +79,7 @@ class HubExport(Struct, frozen=True, kw_only=True):
         who = "public" if self.is_public else "private"
         lines = [f"Uploaded {len(self.files):,} files, {format_bytes(self.bytes)}; the repository is {who}."]
         if self.stays_private:
-            lines.append("--public changes no existing repository: its settings page does.")
+            lines.append("--public does not change an existing repository; its settings page does.")
         lines += [self.checked, self.effect]
         if self.unmeasured_because:
             lines.append(f"What the adapter changes was not measured: {self.unmeasured_because}.")
@@ -176,7 +176,7 @@ def _require_token() -> None:
     if not get_token():
         raise UserError(
             "No Hugging Face token",
-            what="There is no token on this machine, which uploads need.",
+            what="Uploads need a token, and there is none on this machine.",
             fix="Create one that can write, then log in with: hf auth login",
         )
 

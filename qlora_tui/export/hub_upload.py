@@ -81,7 +81,7 @@ def prepare(repo_name: str, is_public: bool, base: str) -> Prepared:
     if files and TAG not in (info.tags or ()):
         raise UserError(
             "The repository holds something else",
-            what=f"{repo} has {len(files):,} files, and no model card by qlora-tui.",
+            what=f"{repo} has {len(files):,} files, but no model card by qlora-tui.",
             why="Files that this program did not upload are not replaced.",
             fix="Choose another name, or delete the repository on its settings page.",
         )
@@ -140,7 +140,7 @@ def _translated(repo: str) -> Iterator[None]:
             raise UserError(
                 "The upload failed",
                 what=f"The Hub's client ended with {type(cause).__name__}.",
-                why="The Hub answered in a way that it does not know, or refused a file.",
+                why="The Hub gave an answer that the client does not understand, or refused a file.",
                 fix=_AGAIN,
             ) from None
 

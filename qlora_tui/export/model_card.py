@@ -142,7 +142,7 @@ def render_model_card(
         ("Target modules", ", ".join(lora.target_modules)),
         *([("Started from", _adapter_name(lora.init_from))] if lora.init_from else []),
         *([("Token rows", _code(lora.trainable_tokens))] if lora.trainable_tokens else []),
-        *([("Embedding and head", "trained in whole")] if lora.train_embeddings else []),
+        *([("Embedding and head", "trained in full")] if lora.train_embeddings else []),
         ("Data", sources or "not recorded"),
         ("Trained on", _trained_part(recipe)),
         (

@@ -131,7 +131,7 @@ def export_ollama(
         return result
     if not replace_model:
         # It may have appeared while the file was written.
-        _refuse_existing_model(name, why=f"{folder} is complete, and was not given to Ollama.")
+        _refuse_existing_model(name, why=f"{folder} is complete, but was not passed to Ollama.")
     _create(result, on_status)
     return replace(result, created=True)
 
@@ -149,7 +149,7 @@ def check_name(name: str) -> None:
         raise UserError(
             "Invalid name for Ollama",
             what=f"{visible(name[:_MAX_NAME])!r} is not of the form model, model:tag or namespace/model:tag.",
-            why="Names consist of letters, digits, and _ - . inside.",
+            why="Names consist of letters and digits, with _ - . inside.",
             fix="Choose a name such as tickets:8b.",
             exit_code=EXIT_USAGE,
         )
@@ -200,8 +200,8 @@ def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it wi
         raise UserError(
             "Ollama does not answer",
             what=f"`ollama show {name}` did not end in {_SHOW_S} seconds.",
-            why=f"Whether it has a model {name} already, which would be replaced, is not known.",
-            fix="Look whether Ollama is running, or replace it with: qlora-tui export ollama … --replace",
+            why=f"It is not known whether it has a model {name}, which would be replaced.",
+            fix="Check whether Ollama is running, or replace it with: qlora-tui export ollama … --replace",
         ) from error
     except OSError:
         # Then it cannot create a model either, and says so.

@@ -126,7 +126,7 @@ def _derived(plain: str, with_system: str, turn_begin: Callable[[str], str]) -> 
         with_system, (_SYSTEM, _FIRST, _ANSWER, _SECOND, _LATER, _THIRD)
     )
     if (to_answer, after_answer) != (again, after_later):
-        raise _NotExpressible("it writes the first turns otherwise than later ones")
+        raise _NotExpressible("it writes the first turns differently from later ones")
     before_user = turn_begin(_common_suffix(begin, after_answer))
     after_user = _common_prefix(to_answer, end)
     begin = begin.removesuffix(before_user)

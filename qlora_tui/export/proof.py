@@ -91,13 +91,13 @@ class Proof(Struct, frozen=True, kw_only=True):
         if not self.effect_is_measurable:
             text += (
                 f"; the adapter itself changes so little (KL {format_nats(self.effect)}) that a file without "
-                "it could not be told from this one"
+                "it could not be told apart from this one"
             )
         if self.turns_ended != self.turns_ended_by_adapter:
             ends = f"{self.turns_ended} of {self.turns} turns"
             text += f"; it ends {ends}, the adapter {self.turns_ended_by_adapter}"
         if self.different_rows:
-            text += f"; llama.cpp splits {self.different_rows} of {self.rows} rows into other tokens"
+            text += f"; llama.cpp splits {self.different_rows} of {self.rows} rows into different tokens"
         elif not self.rows:
             text += "; how llama.cpp splits the rows into tokens could not be compared"
         return text
@@ -109,7 +109,7 @@ class Proof(Struct, frozen=True, kw_only=True):
             return "llama.cpp's built-in renderer writes prompts as the chat template does"
         if self.prompts == "different":
             return (
-                "llama.cpp's built-in renderer writes other prompts than the chat template: do not use "
+                "llama.cpp's built-in renderer does not write prompts as the chat template does: do not use "
                 "llama-server's --no-jinja"
             )
         return (
@@ -233,16 +233,16 @@ def _wrong_tokens(
         return not any(known.applies_to(text) for known in differences)
 
     if wrong := next(filter(is_unexplained, strange), ""):
-        return f"llama.cpp splits {wrong[:30]!r} into other tokens"
+        return f"llama.cpp splits {wrong[:30]!r} into different tokens"
     if (count := sum(map(is_unexplained, different))) > rows * _DIFFERENT_SHARE:
-        return f"llama.cpp splits {count} of {rows} rows into other tokens"
+        return f"llama.cpp splits {count} of {rows} rows into different tokens"
     return ""
 
 
 def _wrong_vocabulary(reference: Reference, llama: LlamaFile) -> str:
     """Return what is wrong with the file's template and special tokens; empty if nothing is."""
     if llama.call("template") != reference.template:
-        return "llama.cpp reads another chat template from it"
+        return "llama.cpp reads a different chat template from it"
     first_tokens = tuple(llama.call("tokenize", "", True))
     if first_tokens != reference.first_tokens:
         does = "puts" if first_tokens else "does not put"
@@ -272,7 +272,7 @@ def _wrong_answers(proof: Proof, file_type: str) -> str:
     lost = proof.turns_ended_by_adapter - proof.turns_ended
     if lost >= _FEWER_ENDS and 2 * proof.turns_ended < proof.turns_ended_by_adapter:
         return (
-            f"it ends {proof.turns_ended} of {proof.turns} turns, and the adapter "
+            f"it ends {proof.turns_ended} of {proof.turns} turns, the adapter "
             f"{proof.turns_ended_by_adapter}: answers would not stop"
         )
     return ""

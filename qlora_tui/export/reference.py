@@ -245,7 +245,7 @@ def _require_same(computed: Tensor, logits: Tensor) -> None:
     if not float(kl_divergence(expected, computed)) <= _MAX_DIFFERENCE:
         raise UserError(
             "The answers cannot be compared",
-            what="The model computes its logits in another way than from its output layer's matrix.",
+            what="The model does not compute its logits from its output layer's matrix alone.",
             fix="Compare answers in the chat instead, and report the model.",
         )
 

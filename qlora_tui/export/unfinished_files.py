@@ -23,8 +23,8 @@ def refuse_existing(out: Path) -> None:
     """Raise UserError where there is anything under a name."""
     if out.exists() or out.is_symlink():
         raise UserError(
-            "The file exists already",
-            what=f"{out} exists already.",
+            "The file already exists",
+            what=f"{out} already exists.",
             why="Existing files are never overwritten.",
             fix="Choose another name, or remove that file.",
             exit_code=EXIT_USAGE,
@@ -40,7 +40,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     if usage.total and needed > free:
         raise UserError(
             "Not enough disk space",
-            what=f"{what} takes {format_bytes(needed)}, and {parent} has {format_bytes(free)} left.",
+            what=f"{what} takes {format_bytes(needed)}, but {parent} has {format_bytes(free)} left.",
             fix="Free some space, or write to another disk.",
         )
 

@@ -541,7 +541,7 @@ CONVENTIONS: tuple[Convention, ...] = (
 
 
 COMPUTED_OTHERWISE = {
-    "phimoe": "it weighs experts by a sparse mixer, and llama.cpp weighs them by a softmax",
+    "phimoe": "it weighs experts by a sparse mixer, but llama.cpp weighs them by a softmax",
 }
 """Model types that llama.cpp has an architecture for, which computes something else."""
 

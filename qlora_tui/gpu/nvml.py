@@ -217,7 +217,7 @@ def _unavailable(error: Any) -> GpuUnavailableError:
     if unavailable.reason is GpuUnavailableReason.NO_DRIVER and _CONTROL_DEVICE.exists():
         return GpuUnavailableError(GpuUnavailableReason.NO_LIBRARY)
     if unavailable.reason is GpuUnavailableReason.NOT_LOADED and not _has_nvidia_card():
-        why = "A driver is installed, and the machine has no NVIDIA GPU."
+        why = "A driver is installed, but the machine has no NVIDIA GPU."
         return GpuUnavailableError(GpuUnavailableReason.NO_DEVICE, why)
     return unavailable
 

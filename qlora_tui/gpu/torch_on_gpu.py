@@ -87,7 +87,7 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
     if torch.cuda is None:
         built = "AMD GPUs" if torch.platform == "rocm" else "the CPU"
         return _problem(
-            f"This machine has an NVIDIA GPU{f', {gpu.short_name}' if gpu else ''}, and the installed torch "
+            f"This machine has an NVIDIA GPU{f', {gpu.short_name}' if gpu else ''}, but the installed torch "
             f"{torch.version} is built for {built}.",
             "It cannot compute on this GPU, and the CPU is many times slower.",
             install_fix(gpu),
@@ -98,7 +98,7 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
     if driver_cuda is not None and driver_cuda[0] < torch.cuda[0]:
         needed = _DRIVERS.get(torch.cuda[0], "")
         return _problem(
-            f"Driver {gpu.driver or ''} supports CUDA {gpu.cuda_version}, and the installed torch "
+            f"Driver {gpu.driver or ''} supports CUDA {gpu.cuda_version}, but the installed torch "
             f"{torch.version} is built with CUDA {_dotted(torch.cuda)}.",
             f"CUDA {torch.cuda[0]} needs a newer driver{f', {needed} or later' if needed else ''}.",
             f"Update the driver, or: {install_fix(gpu)}",
@@ -109,7 +109,7 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
         return UserError(
             "The GPU is closed to programs",
             what=f"{gpu.short_name} is in compute mode Prohibited.",
-            why="Its administrator lets no program compute on it.",
+            why="The administrator does not allow programs to compute on it.",
             fix=f"Change the mode: `sudo nvidia-smi -i {gpu.index} -c DEFAULT`. {ON_THE_CPU}",
         )
     return None
@@ -148,7 +148,7 @@ def why_on_the_cpu() -> UserError | None:
         gpu = None
     torch = installed_torch()
     return torch_problem(gpu) or _problem(
-        f"The driver reports {gpu.short_name if gpu else 'a GPU'}, and the installed torch "
+        f"The driver reports {gpu.short_name if gpu else 'a GPU'}, but the installed torch "
         f"{torch.version if torch else ''} finds none.",
         "The driver was left broken by a suspend or an update, or a container has no access to the GPU.",
         "After a suspend: `sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm`; otherwise reboot.",

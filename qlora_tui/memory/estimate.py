@@ -288,16 +288,17 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
         notes.append("An outline of the model's layers, until they are read from transformers' class.")
     elif layout.repeats_states:
         notes.append(
-            "Hidden states are repeated in a loop or in parts of a layer, of which shapes say too little."
+            "Hidden states are repeated in a loop or in parts of a layer, which the shapes of weights do "
+            "not show."
         )
     elif layout.computes_more_scores:
         notes.append(
-            "The class computes attention, or which tokens to attend to, in code of its own, whose scores "
+            "The model has its own code for attention, or for choosing the tokens to attend to; its scores "
             "are estimated from the number of heads."
         )
     elif not layout.exact:
         notes.append(
-            "Some layers mix tokens otherwise than by attention: what they save depends on the installed "
+            "Some layers mix tokens without attention: what they save depends on the installed "
             "kernels, and is estimated from the widths of their projections."
         )
     return tuple(notes)

@@ -146,7 +146,7 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
         "optimizer": f"{moments}{paged}.",
         "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter."
         if execution.optimizer == "adamw"
-        else "Copies of one matrix after the other while it is updated.",
+        else "Copies of one matrix at a time while it is updated.",
     }
 
 
@@ -180,7 +180,7 @@ def _activation_sentences(layout: Layout) -> dict[str, str]:
         ),
         "int8_inputs": f"The int8 product keeps its input, which is not recomputed: {tokens} × width.",
         "dropout": (
-            f"Kept of each target's input: {tokens} × width × 1 byte."
+            f"What is kept of each target's input: {tokens} × width × 1 byte."
             if execution.own_fused
             else f"A dropped copy of each target's input, and its mask: {tokens} × width."
         ),
@@ -227,7 +227,7 @@ def _process_sentences(layout: Layout) -> dict[str, str]:
         "unsplit": "Up to 1 MiB per tensor, not split off without expandable segments.",
         "kernels": "Code that oneDNN compiles and caches for each shape of a product.",
         "fragmentation": (
-            "What the allocator holds besides the tensors: free blocks too small for the next tensor, "
+            "What the allocator holds in addition to the tensors: free blocks too small for the next tensor, "
             + (
                 "as left by loading and two steps."
                 if layout.execution.device == "cuda"

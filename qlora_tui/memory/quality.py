@@ -100,8 +100,8 @@ def describe_quality(quality: Quality) -> list[str]:
     whole, kept = quality.all_layers, quality.with_kept
     lines = [
         f"{bits} ({quality.method}) change {format_small_percent(whole.changed)} of the next tokens, KL "
-        f"{format_nats(whole.divergence)} nats per token: {quality.tokens:,} tokens in "
-        f"{quality.rows:,} of your rows, against 16 bits."
+        f"{format_nats(whole.divergence)} nats per token, compared with 16 bits on {quality.tokens:,} "
+        f"tokens in {quality.rows:,} of your rows."
     ]
     errors = sorted(quality.layers, key=lambda each: -each.error)
     worst = ", ".join(f"{each.layer} ({format_small_percent(each.error)})" for each in errors[:4])

@@ -199,7 +199,7 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
         yield _single("", "Double quantization", "quantization.double_quantization", True)
     with_experts = structs.replace(quantization, experts=True)
     if not quantization.experts and quantized_experts(with_experts, architecture) != "none":
-        yield _single("slightly less exact", "Quantize experts", "quantization.experts", True)
+        yield _single("slightly less accurate", "Quantize experts", "quantization.experts", True)
     if same_kind := _SMALLER_STATES.get(training.optimizer):
         yield _single("", f"Optimizer {training.optimizer} → {same_kind}", "training.optimizer", same_kind)
     if training.micro_batch_size > 1:
@@ -211,12 +211,12 @@ def _offers(recipe: Recipe, architecture: Architecture, device: Device) -> Itera
         yield SavingOption(None, (step,))
     if quantization.method in ("none", "int8"):
         label = "16 bits → NF4" if quantization.method == "none" else "int8 → NF4"
-        yield _single("slightly less exact", label, "quantization.method", "nf4")
+        yield _single("slightly less accurate", label, "quantization.method", "nf4")
     if lora.use_dora:
         yield _single("plain LoRA", "DoRA off", "lora.use_dora", False)
     if lora.dropout:
         yield _single(
-            "less regularisation", f"Dropout {format_number(lora.dropout)} → 0", "lora.dropout", 0.0
+            "less regularization", f"Dropout {format_number(lora.dropout)} → 0", "lora.dropout", 0.0
         )
     if steps := tuple(_more_streamed_layers(recipe, architecture, device)):
         yield SavingOption(None, steps)

@@ -41,7 +41,7 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
         (
             training.lr_scheduler == "wsd" and training.warmup_ratio + training.lr_decay_share > 1,
             ("training.warmup_ratio", "training.lr_decay_share"),
-            "training.warmup_ratio and training.lr_decay_share are together more than all steps",
+            "training.warmup_ratio and training.lr_decay_share add up to more than all steps",
             "lower training.warmup_ratio or training.lr_decay_share to a sum of at most 1",
         ),
         (
@@ -62,7 +62,7 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
         (
             streams and lora.use_dora,
             ("quantization.streamed_layers", "lora.use_dora"),
-            "lora.use_dora reads every weight of the model before training, and with "
+            "lora.use_dora reads every weight of the model before training, but with "
             "quantization.streamed_layers most of them are not on the GPU",
             "set lora.use_dora = false or quantization.streamed_layers = 0",
         ),

@@ -54,8 +54,8 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["auto", "sdpa", "flash", "eager"],
         _about(
             "Attention",
-            "Attention kernel. auto: flash, one call for all samples of a packed sequence, where the GPU "
-            "runs it; elsewhere sdpa, sample by sample.",
+            "Attention kernel. auto: flash (one call for all samples of a packed sequence) if the GPU "
+            "supports it, otherwise sdpa (sample by sample).",
             "eager keeps the full score matrix: tokens squared, per layer.",
         ),
     ] = "auto"
@@ -63,8 +63,8 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["auto", "torch"],
         _about(
             "Kernels",
-            "auto: Triton kernels for norms, rotary positions and gated MLPs, on a GPU where they compile "
-            "and compute what torch does. torch: never.",
+            "auto: Triton kernels for norms, rotary positions and gated MLPs, on a GPU if they compile and "
+            "match torch. torch: no Triton kernels.",
             "With Triton, these need no temporary copies.",
         ),
     ] = "auto"
@@ -93,8 +93,9 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         bool,
         _about(
             "Quantize experts",
-            "With nf4 and fp4, quantize the experts of a mixture too. false keeps them in 16 bits.",
-            "Experts are most of a mixture's weights: half a byte each, or two.",
+            "With nf4 and fp4, quantize the experts of a mixture of experts too. false keeps them in 16 "
+            "bits.",
+            "Experts are most of such a model's weights: half a byte per weight, or two bytes in 16 bits.",
         ),
     ] = True
     skip: Annotated[
@@ -102,7 +103,7 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _about(
             "Skip",
             "Linear modules that stay in 16 bits, by target pattern: o_proj, or all of some layers "
-            "(0,29.all-linear). estimate --quality names layers worth it.",
+            "(0,29.all-linear). estimate --quality finds layers worth it.",
             "Two bytes per weight of these modules.",
         ),
     ] = ()
@@ -118,8 +119,8 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         int,
         _about(
             "Streamed layers",
-            "Layers whose frozen weights wait in host memory and are copied to the GPU for each pass: for a "
-            "model that does not fit, at the price of speed. 0: none.",
+            "Layers whose frozen weights stay in host memory and are copied to the GPU for each pass: for a "
+            "model that does not fit, at the cost of speed. 0: none.",
             "Two of them are on the GPU at a time; all of them take host memory.",
             ge=0,
             le=1024,
@@ -210,7 +211,7 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Train embeddings",
             "Train the whole input embedding and output head too, at their own rate (Embedding LR): for a "
             "new language or domain from plain text (continued pretraining).",
-            "4 bytes per weight of both, as much for gradients, and the optimizer's states.",
+            "4 bytes per weight of both, the same for gradients, plus the optimizer's states.",
         ),
     ] = False
 
@@ -247,7 +248,7 @@ class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Excluded rows",
             'Rows that are left out, by number: "3, 17, 40-45". In a folder that means these rows of every '
             'file; "a.jsonl: 3, 17; more/b.jsonl: 40-45" names rows of two of its files. Rows of JSONL and '
-            "text files are called by their first line.",
+            "text files are numbered by their first line.",
         ),
     ] = ""
 
@@ -351,9 +352,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool,
         _about(
             "Auto micro-batch",
-            "On a GPU, take more rows in one pass and accumulate fewer passes, where that is faster and free "
-            "memory allows. The effective batch stays.",
-            "Only memory that is free.",
+            "On a GPU, use a larger micro-batch and less accumulation if that is faster and free memory "
+            "allows. The effective batch stays the same.",
+            "Uses only free memory.",
         ),
     ] = True
     epochs: Annotated[float, _about("Epochs", "Passes over the data.", gt=0, le=1000)] = 2.0
@@ -361,7 +362,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         _about(
             "Max steps",
-            "Stop after this many optimizer steps, if the epochs do not end before. 0: no limit.",
+            "Stop after this many optimizer steps, unless the epochs end first. 0: no limit.",
             ge=0,
             le=_MANY_STEPS,
         ),
@@ -405,7 +406,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Gradient checkpointing",
             "Recompute layers in the backward pass. auto: only those whose activations do not fit in free "
-            "memory. on: every layer, about a third slower. off: none. offload: every layer, whose input is "
+            "memory. on: every layer, about a third slower. off: none. offload: every layer, with its input "
             "kept in host memory, for long sequences on a GPU.",
             "Keeps one hidden state per recomputed layer instead of every activation; with offload, two.",
         ),
@@ -414,8 +415,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["stop", "continue"],
         _about(
             "Step check",
-            "What to do where loss and gradients of the first step differ from those of transformers and "
-            "peft even without any faster code. stop: train nothing. continue: train, with results that may "
+            "What to do if loss and gradients of the first step differ from transformers and peft even "
+            "without qlora-tui's faster code. stop: train nothing. continue: train, with results that may "
             "be wrong.",
         ),
     ] = "stop"
@@ -436,7 +437,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = 0
     keep_checkpoints: Annotated[
-        int, _about("Keep checkpoints", "Number of checkpoints to keep besides the best.", ge=1, le=1000)
+        int,
+        _about("Keep checkpoints", "Checkpoints to keep in addition to the best.", ge=1, le=1000),
     ] = 2
     early_stopping: Annotated[
         int,
@@ -458,10 +460,10 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         _about(
             "General prompts",
-            "General prompts (at most 32) on which each evaluation measures how far the model has moved from "
-            "its base: what it forgets. Each evaluation takes as long as training on 50 tokens for each "
-            "prompt; the base's answers, once, and the model's at the end as long as on 250. 0: none. Use 24 "
-            "for a finer figure.",
+            "Number of general prompts (at most 32) on which each evaluation measures how far the model has "
+            "moved from its base: what it forgets. Each evaluation takes as long as training on 50 tokens "
+            "per prompt; generating the base's answers once, and the model's at the end, as long as on 250 "
+            "each. 0: none. 24 gives a more precise figure.",
             ge=0,
             le=32,
         ),
@@ -470,9 +472,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         _about(
             "Task prompts",
-            "Validation prompts that base and adapter answer at the end, where answers can be right or "
-            "wrong: labels, JSON, tool calls, a few words. Takes at most 3 % of the run's time: prompts that "
-            "are not answered by then are left out. 0: none.",
+            "Validation prompts that base and adapter answer at the end, if answers can be right or wrong: "
+            "labels, JSON, tool calls, a few words. Takes at most 3 % of the run's time: prompts that are "
+            "not answered by then are left out. 0: none.",
             ge=0,
             le=1000,
         ),
@@ -492,8 +494,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Replay share",
             "Share of the training samples that are the base's own answers to general prompts, which keeps "
-            "the model near its base elsewhere. 0: none. Use 0.1 where it forgets too much. The answers "
-            "take, once for a run, as long as training on about 100 tokens for each, at most 48.",
+            "the model close to its base on other topics. 0: none. Use 0.1 if it forgets too much. Once per "
+            "run, generating the answers (at most 48) takes as long as training on about 100 tokens each.",
             ge=0.0,
             le=0.9,
         ),
@@ -502,9 +504,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about(
             "Preference beta",
-            "Strength of a preference method. orpo: weight of the odds ratio added to the loss of the chosen "
-            "answer. dpo and kto: the higher, the nearer the model stays to its base. simpo: scale of the "
-            "reward. 0: as in its paper. That is 0.1, for simpo 2.",
+            "Strength of a preference method. orpo: weight of the odds ratio added to the loss of the "
+            "chosen answer. dpo and kto: the higher, the closer the model stays to its base. simpo: scale "
+            "of the reward. 0: the paper's value, which is 0.1 (simpo: 2).",
             ge=0.0,
             le=100.0,
         ),
@@ -513,8 +515,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about(
             "SimPO gamma",
-            "Margin by which simpo wants the reward of the chosen answer above that of the rejected one; "
-            "about half of beta.",
+            "Margin by which simpo wants the chosen answer's reward to exceed the rejected one's; about "
+            "half of beta.",
             ge=0.0,
             le=100.0,
         ),
@@ -526,8 +528,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about(
             "LoRA+ ratio",
-            "Rate of the B matrices as a multiple of Learning rate (arXiv 2402.12354): up to 16 where a task "
-            "is hard for the base, with half the learning rate. 1: the same.",
+            "Learning rate of the B matrices as a multiple of Learning rate (arXiv 2402.12354): up to 16 if "
+            "the task is hard for the base, with half the learning rate. 1: the same.",
             ge=1,
             le=1000,
         ),
@@ -536,8 +538,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         _about(
             "Embedding LR",
-            "With Train embeddings: the rate of embedding and head, best 2 to 10 times below Learning rate. "
-            "0: a tenth of Learning rate.",
+            "With Train embeddings: the rate of embedding and head, best 2 to 10 times lower than Learning "
+            "rate. 0: a tenth of Learning rate.",
             ge=0,
             le=1,
         ),

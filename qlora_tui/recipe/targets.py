@@ -316,11 +316,11 @@ def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], set
     if pattern.kind not in (ALL_LINEAR, *kinds):
         prefix = text[: len(text) - len(pattern.kind)]
         hint = did_you_mean(pattern.kind, [*kinds, ALL_LINEAR], prefix + "{}")
-        what = f'{setting} has "{text}", and the model has no {pattern.kind}.'
+        what = f'{setting} has "{text}", but the model has no {pattern.kind}.'
         return _problem(title, what, hint, why=f"Its kinds are {', '.join(kinds) or 'none'}.")
     layers = sorted({m.layer for m in language if m.layer is not None and pattern.kind in _kinds_of(m)})
     has = f"{pattern.kind} is in layers {_format_ranges(layers, layers)}."
-    what = f'{setting} has "{text}", and the model has no such layers.'
+    what = f'{setting} has "{text}", but the model has no such layers.'
     return _problem(title, what, _SYNTAX, why=has)
 
 

@@ -132,7 +132,7 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str = ()) -> Ite
         conversion.convert_peft_adapter_state_dict_for_transformers = of_weights
 
 
-MISREAD_REMEDY = "Chat, exports and merges here read it right. Merge it before other programs load it."
+MISREAD_REMEDY = "qlora-tui reads it correctly. Merge it before other programs load it."
 """What to do about an adapter that plain peft misreads."""
 
 
@@ -291,11 +291,13 @@ def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) 
     """
     if trained_weights_digest(model) != initial_weights:
         return
-    overflow = "The gradients overflowed float16, and such a step is skipped."
+    overflow = "The gradients overflowed float16, so those steps were skipped."
     raise UserError(
         "Training changed nothing",
-        what=f"After {pluralize(steps, 'step')} the adapter is the one that training began with.",
-        why=overflow if skipped else "The gradients were 0, or steps smaller than a weight can hold.",
+        what=f"After {pluralize(steps, 'step')} the adapter is unchanged.",
+        why=overflow
+        if skipped
+        else "The gradients were 0, or the updates too small for the weights' precision.",
         fix=OVERFLOW_REMEDY
         if skipped
         else "Check the loss masks on the Data screen, and raise training.learning_rate.",

@@ -252,7 +252,7 @@ def _evaluate(
     later = f"`qlora-tui evaluate {run.directory.id}` measures them"
     if budget_s < _MIN_SECONDS:
         reporter.log(
-            f"the answers were not compared: {RUN_SHARE:.0%} of so short a run is too little; {later}"
+            f"the answers were not compared: {RUN_SHARE:.0%} of such a short run is not enough time; {later}"
         )
         return None
     reporter.phase("evaluating", "answers of base and adapter to validation prompts")

@@ -116,7 +116,7 @@ def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
             "Flash attention is not available",
             what="model.attention is set to flash, which cannot run here.",
             why=why_no_flash(device),
-            fix='Set model.attention to "auto", which uses what runs.',
+            fix='Set model.attention to "auto", which uses what works here.',
         )
     return attention_path(recipe.model.attention, obstacle)
 
@@ -127,8 +127,8 @@ def why_no_flash(device: ComputeDevice) -> str:
         None: "",
         "no GPU": "It needs a CUDA GPU.",
         "float32": "It only computes in 16 bits.",
-        "old GPU": f"It needs a GPU from Ampere on (RTX 30), and this is a {device.name}.",
-        "old torch": f"It needs torch 2.11 or newer, and {torch.__version__} is installed.",
+        "old GPU": f"It needs a GPU from Ampere on (RTX 30), but this is a {device.name}.",
+        "old torch": f"It needs torch 2.11 or newer, but {torch.__version__} is installed.",
     }
     return reasons[_flash_obstacle(device)]
 

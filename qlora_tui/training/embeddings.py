@@ -389,7 +389,7 @@ def _compute_in(module: Any, dtype: torch.dtype) -> None:
 
 def _unsupported_model(why: str) -> UserError:
     return UserError(
-        "Embedding and head of this model cannot be trained",
+        "This model's embedding and head cannot be trained",
         what=f"lora.train_embeddings is on, but {why}.",
         fix="Set lora.train_embeddings = false: LoRA on every linear layer learns from plain text too.",
     )

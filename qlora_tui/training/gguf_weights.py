@@ -108,12 +108,12 @@ def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:
     """Raise ValueError for more layers or experts than the file has tensors of, before they are built."""
     layers = config["num_hidden_layers"]
     if layers > len(header.tensors):
-        raise ValueError(f"it counts {layers:,} layers and has {len(header.tensors):,} tensors")
+        raise ValueError(f"it declares {layers:,} layers but has {len(header.tensors):,} tensors")
     experts = header.values.get(f"{header.architecture}.expert_count") or 0
     stacked = [shape[-1] for name, shape in header.tensors.items() if name.endswith("_exps.weight") and shape]
     if set(stacked) != ({experts} if experts else set()):
         sizes = " and ".join(map(str, sorted(set(stacked)))) or "none"
-        raise ValueError(f"it counts {experts:,} experts and has tensors of {sizes}")
+        raise ValueError(f"it declares {experts:,} experts but has tensors of {sizes}")
 
 
 def weights_of(file: Path, header: GgufHeader, shapes: Mapping[str, Shape], config: Any) -> Iterator[Weight]:
@@ -171,7 +171,7 @@ def _mapped(file: Path, header: GgufHeader, tensor: str, shape: Shape) -> tuple[
     kind = GGMLQuantizationType(header.tensor_types[tensor])
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
-        raise ValueError(f"its tensor {tensor} has rows that are not made of whole blocks of {block}")
+        raise ValueError(f"its tensor {tensor} has rows whose length is not a multiple of {block}")
     rows = (*shape[:-1], shape[-1] // block * block_bytes)
     offset = header.offsets[tensor]
     if offset + math.prod(rows) > file.stat().st_size:

@@ -22,7 +22,7 @@ _EXPLOSION = 20.0
 """Multiple of the median norm that counts as exploding: even clipped, such a step points the wrong way."""
 _SKIPPED_STEPS = 12
 """Steps in a row that fp16 may skip. Each halves the loss scale, which begins at 65,536: these lead to 16."""
-OVERFLOW_REMEDY = 'Set quantization.compute_dtype to "bfloat16" on a GPU from RTX 30 on, else to "float32".'
+OVERFLOW_REMEDY = 'Set quantization.compute_dtype to "bfloat16" on an RTX 30 or newer, else to "float32".'
 _QUIET_STEPS = 20
 """Steps before the same finding is reported again."""
 _PLATEAU_STEPS = 200
@@ -291,7 +291,7 @@ class StepMonitor:
             Finding(
                 "plateau",
                 f"The mean loss of the last {_PLATEAU_STEPS // 2} steps is {later:.4f}, "
-                f"and was {earlier:.4f} in those before.",
+                f"compared with {earlier:.4f} in as many steps before.",
                 "If the validation loss has stopped falling too, more steps will not help.",
             )
         ]

@@ -231,7 +231,8 @@ class Loop:
             run.reporter.health(
                 "not_estimated",
                 f"The memory estimate has no model of this run's code ({replaced or run.base.attention}).",
-                "Every layer is recomputed in the backward pass. gradient_checkpointing = off keeps all.",
+                "Every layer is recomputed in the backward pass. gradient_checkpointing = off keeps all "
+                "activations.",
             )
         if model.apply_kept_layers(run.base.model, plan.kept_layers):
             run.reporter.emit(

@@ -277,15 +277,15 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
     if in_files > expected_layers:
         raise UserError(
             "The model's files do not fit its config",
-            what=f"{folder} has {in_files} layers in its files, and {expected_layers} by config.json.",
-            why="The further layers would be left out, and a model without them answers differently.",
+            what=f"{folder} has {in_files} layers in its files, but {expected_layers} in config.json.",
+            why="The extra layers would be left out, and the model would answer differently without them.",
             fix="Download the model again, or compare config.json with the one published with the model.",
         )
     for name, stored, expected in sorted({*info["mismatched_keys"], *_quantized_mismatches(model)}):
         raise UserError(
             "The model's files do not fit its config",
-            what=f"{folder}: {name} is {_shape(stored)} in the files, and {_shape(expected)} by config.json.",
-            why="Files and config.json are of different models, or a size in it was changed.",
+            what=f"{folder}: {name} is {_shape(stored)} in the files, but {_shape(expected)} in config.json.",
+            why="The files and config.json belong to different models, or a size in it was changed.",
             fix="Download the model again, or compare config.json with the one published with the model.",
         )
 

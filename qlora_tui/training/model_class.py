@@ -138,9 +138,9 @@ def _check_causal(config: Any, model_class: Any) -> None:
     needed = [each.name for each in arguments if each.default is each.empty and each.kind != each.VAR_KEYWORD]
     if unmet := [argument for argument in needed if argument != "input_ids"]:
         raise UserError(
-            "This model does not compute text alone",
+            "This model cannot run on text alone",
             what=f"model_type {model_type!r}: {name} needs {join_words(unmet)}.",
-            why="It is given nothing but the tokens of a text, which is all that fine-tuning here has.",
+            why="It is given only text tokens, the only input that fine-tuning here provides.",
             fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
         )
     if getattr(config, "is_decoder", False):
@@ -149,7 +149,7 @@ def _check_causal(config: Any, model_class: Any) -> None:
         hasattr(config, "is_decoder")
         and _READS_IS_DECODER.search(inspect.getsource(sys.modules[model_class.__module__]))
     ):
-        reason = "without is_decoder in its config, its tokens see those after them"
+        reason = "without is_decoder in its config, its tokens attend to later ones"
         raise no_text_generator(f"model_type {model_type!r}: {reason}")
 
 

@@ -330,7 +330,7 @@ class StreamedModel:
             del vars(self._decoder)["forward"]
         if not math.isfinite(float(logits.sum())):
             raise UserError(
-                "The model's predictions are not numbers",
+                "The model's predictions are NaN or infinite",
                 what="Infinite or undefined logits were computed.",
                 fix='Set quantization.compute_dtype to "float32", and measure again.',
             )

@@ -197,7 +197,7 @@ class Reporter:
 
     def _end_without_run(self) -> None:
         """End this process: there is nothing left to train for, and nowhere to say so but the log."""
-        self.log(f"{self._run.path} was deleted while it was in training: the trainer ends.")
+        self.log(f"{self._run.path} was deleted during training: the trainer exits.")
         # What was written after the recipe had gone kept the folder from being deleted.
         with suppress(OSError):
             for path in (self._run.heartbeat_path, self._run.telemetry_path, self._run.status_path):

@@ -284,8 +284,8 @@ def _add_adapter(run: Run) -> Any:
     if misread := misread_by_peft(base.model.config.model_type, model.peft_config["default"].target_modules):
         run.reporter.health(
             "peft_misreads",
-            f"Plain peft takes {pluralize(len(misread), 'target')} of this adapter for routed experts, "
-            f"{misread[0]} first.",
+            f"Plain peft mistakes {pluralize(len(misread), 'target')} of this adapter for routed experts, "
+            f"such as {misread[0]}.",
             MISREAD_REMEDY,
         )
     if training.gradient_checkpointing != "off" and not checkpoint_activations(base.model):

@@ -126,7 +126,7 @@ def test_what_is_not_answered_in_time_is_left_out(ended: Callable[..., Ended]) -
     assert "0 of 12 prompts were answered within 3% of the training time" in late.lines[0]
     short = ended(*LABELS)
     short.compare(training_seconds=10.0)
-    assert "3% of so short a run is too little" in short.lines[0]
+    assert "3% of such a short run is not enough time" in short.lines[0]
     assert not late.events and not short.events and read_task_evaluation(short.run) is None
 
 

@@ -41,7 +41,7 @@ def rows(path: Path, *conversations: tuple[str, ...]) -> Source:
         ("smollm3", Data(thinking="off"), ("2 of 3 rows, left out",)),
         ("smollm3", Data(thinking="on"), ("an empty thought is learned from 1 row",)),
         ("deepseek-v3.1", Data(), ("drops it from earlier turns: 1 row",)),
-        ("chatml", Data(thinking="on"), ("on changes nothing",)),
+        ("chatml", Data(thinking="on"), ("on has no effect",)),
         ("opens-thinking", Data(), ("always opens a thought", "closed at once in 1 row")),
     ],
 )

@@ -343,7 +343,7 @@ def test_arguments_that_are_no_object_are_refused(arguments: Any, shape: str) ->
     }
     row = Row(1, rows[shape])
     layout = detect([row], "file").layout
-    with pytest.raises(RowRejectedError, match="arguments of 'f' are no JSON object") as caught:
+    with pytest.raises(RowRejectedError, match="arguments of 'f' are not a JSON object") as caught:
         parse(row, layout)
     assert caught.value.kind == "wrong-format"
 

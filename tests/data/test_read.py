@@ -460,7 +460,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         "not read: dev_blog.csv, held-out.jsonl, heldout/rows.jsonl, test.json, test_data/rows.jsonl "
         "and 1 more (named as validation or test); "
         ".git, .hidden.json (hidden); README.md, dataset_info.json, info/dataset_info.json (about the data); "
-        "notes.pdf, rows.jsonl.bz2 (of no known kind); sub/around (a link to a folder around it)"
+        "notes.pdf, rows.jsonl.bz2 (of an unknown kind); sub/around (a link to a folder that contains it)"
     )
 
 

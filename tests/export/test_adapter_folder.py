@@ -49,7 +49,7 @@ def test_what_vllm_cannot_serve_is_refused(tmp_path: Path, adapter: dict[str, An
 def test_a_vllm_folder_says_on_which_base_it_is_served(tmp_path: Path, quantization: str) -> None:
     source = make_source(tmp_path, quantization=quantization)
     summary = export_adapter_folder(source, "adapter", tmp_path / "folder").summary
-    assert ("trained on NF4 weights: its answers may differ" in summary) == (quantization == "nf4")
+    assert ("trained on NF4 weights, so its answers may differ" in summary) == (quantization == "nf4")
     shutil.rmtree(source.recipe.model.id)
     again = export_adapter_folder(source, "adapter", tmp_path / "again")
     assert f"The base {source.recipe.model.id} is missing" in again.summary

@@ -150,7 +150,7 @@ def test_an_existing_private_repository_stays_private(
     assert _export(run, "--public") == 0
     output = capsys.readouterr().out
     assert "the repository is private." in output
-    assert "--public changes no existing repository" in output
+    assert "--public does not change an existing repository" in output
 
 
 def test_the_same_upload_is_refused_while_it_runs(

@@ -157,7 +157,7 @@ def test_a_model_that_appears_meanwhile_is_not_replaced(
 
     with pytest.raises(UserError, match="Ollama has a model of this name") as refused:
         export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "F16", on_status=on_status)
-    assert "is complete, and was not given to Ollama" in refused.value.why
+    assert "is complete, but was not passed to Ollama" in refused.value.why
     assert (tmp_path / "out" / "tickets.gguf").is_file()
 
 

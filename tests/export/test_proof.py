@@ -187,7 +187,7 @@ def test_a_trained_embedding_and_head_are_exported(tmp_path: Path, tied: bool) -
 
 def test_an_embedding_trained_apart_from_a_tied_head_is_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path, adapter={"modules_to_save": ["embed_tokens"]}, tie_word_embeddings=True)
-    with pytest.raises(UserError, match="trained embedding and head apart"):
+    with pytest.raises(UserError, match="trained embedding and head separately"):
         export_gguf(source, "adapter", tmp_path / "out", ["F16"])
 
 
@@ -313,7 +313,7 @@ def test_exact_types_are_within_an_eighth_of_the_effect(file_type: str) -> None:
 def test_an_effect_too_small_to_measure_is_said(file_type: str) -> None:
     small = proof_of(file_type, effect=0.003, divergence=0.0035)
     assert not small.problem
-    assert "a file without it could not be told from this one" in small.sentence
+    assert "a file without it could not be told apart from this one" in small.sentence
     assert "could not be told" not in proof_of(file_type, effect=0.3, divergence=0.003).sentence
 
 
@@ -321,7 +321,7 @@ def test_an_effect_too_small_to_measure_is_said(file_type: str) -> None:
 @pytest.mark.parametrize("ended, by_adapter", [(0, 3), (4, 9), (5, 12), (40, 100)])
 def test_a_file_that_ends_few_turns_is_refused(file_type: str, ended: int, by_adapter: int) -> None:
     proof = proof_of(file_type, 0.3, 0.001, ended, by_adapter)
-    assert f"it ends {ended} of 12 turns, and the adapter {by_adapter}" in proof.problem
+    assert f"it ends {ended} of 12 turns, the adapter {by_adapter}" in proof.problem
 
 
 @pytest.mark.parametrize("ended, by_adapter, loses", [
@@ -363,7 +363,7 @@ def test_a_missed_bound_of_the_user_is_no_defect(
     )
     monkeypatch.setattr(_Export, "_write", lambda export, kind: file)
     content: Any = None
-    with pytest.raises(UserError, match="outside the bound") as missed:
+    with pytest.raises(UserError, match="exceeds the bound") as missed:
         _Export(content, tmp_path, "", 0.001, lambda words: None).write(kind)
     assert "KL divergence of 0.003" in missed.value.what and advice in missed.value.fix
     assert "report" not in missed.value.fix and not path.exists()

@@ -21,13 +21,13 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"intermediate_size": 64}, "down_proj.weight is 64 x 96 in the files, and 64 x 64 by config.json"),
-        ({"vocab_size": 200}, "is 300 x 64 in the files, and 200 x 64 by config.json"),
+        ({"intermediate_size": 64}, "down_proj.weight is 64 x 96 in the files, but 64 x 64 in config.json"),
+        ({"vocab_size": 200}, "is 300 x 64 in the files, but 200 x 64 in config.json"),
         ({"num_hidden_layers": 3}, "has no model.layers.2."),
-        ({"num_hidden_layers": 1}, "has 2 layers in its files, and 1 by config.json"),
+        ({"num_hidden_layers": 1}, "has 2 layers in its files, but 1 in config.json"),
         (
             {"quantization_config": {"load_in_4bit": True}},
-            "weight is .* in the files, and .* x 1 by config.json",
+            "weight is .* in the files, but .* x 1 in config.json",
         ),
     ],
 )

@@ -177,7 +177,7 @@ class AcceleratorError(RuntimeError):
         ),
         (
             RuntimeError("CUDA error: CUDA driver version is insufficient for CUDA runtime version"),
-            "The NVIDIA driver does not fit",
+            "The NVIDIA driver is incompatible",
         ),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), BUG),
         (RuntimeError("CUDA error: device-side assert triggered"), BUG),

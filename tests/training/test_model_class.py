@@ -84,7 +84,7 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
 def test_a_model_that_needs_images_is_refused() -> None:
     model = build("llama")
     model.forward = lambda input_ids, pixel_values, **kwargs: None
-    with pytest.raises(UserError, match="does not compute text alone"):
+    with pytest.raises(UserError, match="cannot run on text alone"):
         require_causal(model, torch.device("cpu"))
 
 

@@ -212,7 +212,7 @@ def test_data_without_reasoning_trains_and_chats_without_thinking(
     assert trainers.run(run) == 0
     assert events_of(run, DataReady)[0].thinking == "off"
     assert (
-        "Thinking: off for every row (enable_thinking), for none has reasoning." in run.log_path.read_text()
+        "Thinking: off for every row (enable_thinking), since none has reasoning." in run.log_path.read_text()
     )
     assert run_source(run).thinking == "off"
     thinking = create_run(recipe({**settings, "data.thinking": "on"}))

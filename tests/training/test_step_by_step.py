@@ -159,7 +159,7 @@ def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
     assert verified.replaced == ("the fused RMSNorm",) and verified.agrees
     (warning,) = [health for health in events_of(run, Health) if health.kind == "step_differs"]
     assert warning.severity == "warning" and warning.evidence.startswith(
-        "The first step differs from that of transformers and peft, because of the fused RMSNorm: loss "
+        "The first step differs from transformers and peft, because of the fused RMSNorm: loss "
     )
     assert warning.remedy.startswith("This run uses their code instead")
     assert len(events_of(run, Step)) == STEPS and isinstance(events(run)[-1], Finished)

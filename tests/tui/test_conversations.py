@@ -172,7 +172,7 @@ async def test_search_shows_only_exchanges_with_the_text() -> None:
         await pilot.press(*["backspace"] * 7, *"monday", "enter", "enter")
         await wait_for_text(pilot, "On Monday.", "In Oslo.")
         await pilot.press("escape", "slash")
-        await wait_for_text(pilot, "Show only exchanges with this text")
+        await wait_for_text(pilot, "Show only exchanges that contain this text")
         await pilot.press(*"oslo", "enter")
         shown = await wait_for_text(pilot, "/oslo in 2 of 3", "In Oslo.", "In oslo too?")
         assert "On Monday." not in shown
@@ -459,7 +459,7 @@ async def test_a_key_says_which_answer_is_better() -> None:
         assert row["provenance"]["run"] == run.id and row["provenance"]["sampling"]["temperature"] == 0.7
         await answered(pilot, chat_of(app), "The same.", "The same.")
         await pilot.press("greater_than_sign")
-        await wait_for_text(pilot, "Both answers are the same")
+        await wait_for_text(pilot, "The answers are identical")
         assert len(rows("pairs")) == 1
 
 

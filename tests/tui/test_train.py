@@ -164,7 +164,7 @@ async def test_a_second_stop_gives_up_the_step() -> None:
         await pilot.press("s", "y")
         await wait_for_text(pilot, "Stopping after this step  [s] now")
         await pilot.press("s")
-        await wait_for_text(pilot, "The run stops now", "training  Stopping now")
+        await wait_for_text(pilot, "The run is stopping now", "training  Stopping now")
     assert ask_key(run) == ["stop", "stop_now"]
 
 
@@ -253,7 +253,7 @@ async def test_a_paused_run_is_queued_again_with_r(monkeypatch: pytest.MonkeyPat
         assert run_queue.waiting() == [run.id]
         assert "w Withdraw" in await wait_for_text(pilot, "waiting in the queue")
         await pilot.press("w")
-        await wait_for_text(pilot, "Taken out of the queue")
+        await wait_for_text(pilot, "Removed from the queue")
 
 
 async def test_tab_switches_log_tabs_and_slash_searches() -> None:
@@ -270,7 +270,7 @@ async def test_tab_switches_log_tabs_and_slash_searches() -> None:
         await pilot.press("tab")
         await wait_for_text(pilot, "Map: 100%")
         await pilot.press("shift+tab", "shift+tab", "shift+tab", "slash")
-        await wait_for_text(pilot, "Show only lines with this text")
+        await wait_for_text(pilot, "Show only lines that contain this text")
         await pilot.press(*"checkpoint", "enter")
         shown = await wait_for_text(pilot, "/checkpoint", "checkpoint at step 400")
         assert "validation loss 2" not in shown

@@ -194,19 +194,19 @@ def _context_length(config: Any, convention: Convention) -> tuple[int, tuple[str
             override = f"--override-kv {convention.architecture}.context_length=int:{whole} -c {whole}"
             notes.append(
                 f"The file's context length is {length:,} tokens: with a longer one, llama.cpp computes "
-                f"short texts otherwise than the training did (longrope). For longer texts, add {override}."
+                f"short texts differently from training (longrope). For longer texts, add {override}."
             )
     if rope.get("truncate") is False:
         notes.append(
-            "llama.cpp rounds the bounds between scaled and unscaled frequencies (YaRN), and the training "
-            "did not: its answers differ by a KL divergence of about 0.00001."
+            "llama.cpp rounds the bounds between scaled and unscaled frequencies (YaRN), but training "
+            "did not, so its answers differ by a KL divergence of about 0.00001."
         )
     window = _window(config)
     if window and not convention.windows and window < length:
         length = window
         notes.append(
-            f"Each token attends to the {window:,} before it, which llama.cpp lacks for this family. "
-            f"The file's context length is {window:,} tokens, so that the answers agree."
+            f"Each token attends to the {window:,} before it, which llama.cpp does not support for this "
+            f"family. The file's context length is {window:,} tokens, so that the answers agree."
         )
     return length, tuple(notes)
 

@@ -183,7 +183,7 @@ def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
         raise _unsupported(f"it is {model.get('type')}, not BPE")
     is_byte_level = _has(content.get("decoder") or {}, "ByteLevel")
     if not is_byte_level and not model.get("byte_fallback"):
-        raise _unsupported("it is neither byte-level nor has it tokens for single bytes")
+        raise _unsupported("it is not byte-level, and has no tokens for single bytes")
     if others := _kinds(content.get("normalizer") or {}) - _NORMALIZERS:
         raise _unsupported(f"it changes texts by {' and '.join(sorted(others))}")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
@@ -228,7 +228,7 @@ def _tokens(
     added = tokenizer.backend.get_added_tokens_decoder()
     last = max([*vocab.values(), *added])
     if last >= rows:
-        raise _unsupported(f"it has tokens up to id {last:,}, and the model {rows:,} embeddings")
+        raise _unsupported(f"it has tokens up to id {last:,}, but the model has {rows:,} embeddings")
     tokens = [f"[PAD{number}]" for number in range(rows)]
     types = [UNUSED] * rows
     for text, number in vocab.items():
@@ -288,13 +288,13 @@ def _prompt_notes(tokenizer: ChatTokenizer) -> Iterator[str]:
     names = tokenizer.template.names
     if "strftime_now" in names:
         yield (
-            f"The chat template prints the date: llama.cpp prints today's, and the training "
+            f"The chat template prints the date: llama.cpp prints today's, training used "
             f"{PINNED_DATE:%d %B %Y}."
         )
     if "bos_token" in names and tokenizer.bos_id is None:
         yield (
             "The chat template writes a begin token that the tokenizer lacks. llama.cpp writes the end token "
-            "in its place, and the training wrote nothing."
+            "in its place; training wrote nothing."
         )
 
 
@@ -302,12 +302,12 @@ def _differences(tokenizer: Mapping[str, Any]) -> Iterator[KnownDifference]:
     if _has(tokenizer.get("normalizer") or {}, "NFC"):
         yield KnownDifference(
             "llama.cpp does not compose characters that are stored as a letter and an accent (Unicode NFC), "
-            "so it splits text with them into other tokens.",
+            "so it splits text with them into different tokens.",
             lambda text: not unicodedata.is_normalized("NFC", text),
         )
     if {TEKKEN_PUBLISHED, GPT4O_PUBLISHED} & set(_rules(tokenizer.get("pre_tokenizer") or {})):
         yield KnownDifference(
-            "llama.cpp splits words with accented capitals or combining marks into other tokens.",
+            "llama.cpp splits words with accented capitals or combining marks into different tokens.",
             is_split_otherwise,
         )
 

@@ -55,7 +55,7 @@ def require_causal(model: Any, device: torch.device) -> None:
     """
     first, _, second = _tokens(model, device)
     end = first.shape[1]
-    with no_grad_eval(model), _refused_by(model, "This model does not compute text alone"):
+    with no_grad_eval(model), _refused_by(model, "This model cannot run on text alone"):
         continued, changed = (
             model(input_ids=torch.cat([first, after], dim=1), use_cache=False).logits
             for after in (second, second.flip(1))
@@ -63,9 +63,9 @@ def require_causal(model: Any, device: torch.device) -> None:
     before, moved = continued[0, :end], continued[0, :end] - changed[0, :end]
     if not bool(before.isfinite().all()):
         raise UserError(
-            "This model does not compute numbers",
+            "This model computes NaN or infinity",
             what=f"{type(model).__name__}: logits are not finite.",
-            why="A value of its config.json or its weights is wrong, or its dtype is too narrow.",
+            why="A value in its config.json or weights is wrong, or its dtype has too small a range.",
             fix="Compare config.json with the one published with the model, or set "
             "quantization.compute_dtype to bfloat16 or float32.",
         )
@@ -91,7 +91,7 @@ def _refused_by(model: Any, title: str) -> Iterator[None]:
         raise UserError(
             title,
             what=f"{type(model).__name__}: {first_line(error)}",
-            why="It was given nothing but the tokens of a text, which is all that fine-tuning here has.",
+            why="It was given only text tokens, the only input that fine-tuning here provides.",
             fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
         ) from error
 
@@ -119,7 +119,7 @@ def prepare_for_text(model: Any, device: torch.device) -> None:
                 if is_out_of_memory(error):
                     raise
                 _give_token_types(model)
-                with _refused_by(model, "This model does not compute in training"):
+                with _refused_by(model, "This model cannot run in training mode"):
                     model(input_ids=tokens, use_cache=False)
     finally:
         hook.remove()

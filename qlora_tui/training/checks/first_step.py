@@ -179,10 +179,10 @@ def verify_first_step(run: Run) -> PreparedBase:
     _report(verified, excerpt.tokens, seconds, reporter)
     if not verified.agrees and run.recipe.training.first_step_differs == "stop":
         raise UserError(
-            "The first step is not that of transformers and peft",
-            what=f"{_difference(verified.comparison)} Without faster code of this program it differs too.",
+            "The first step differs from transformers and peft",
+            what=f"{_difference(verified.comparison)} It also differs without qlora-tui's faster code.",
             why="The results of such a run may be wrong.",
-            fix=f"{_REPORT} `--set training.first_step_differs=continue` trains all the same.",
+            fix=f"{_REPORT} `--set training.first_step_differs=continue` trains anyway.",
         )
     return _base_without(base, verified.replaced)
 
@@ -332,8 +332,7 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
     because = f", because of {join_words(names)}" if verified.agrees and names else ""
     difference = _difference(comparison)
     evidence = (
-        f"The first step differs from that of transformers and peft{because}: "
-        f"{difference[0].lower()}{difference[1:]}"
+        f"The first step differs from transformers and peft{because}: {difference[0].lower()}{difference[1:]}"
     )
     if not verified.agrees:
         remedy = (
@@ -349,7 +348,7 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
 
 def _difference(comparison: StepComparison) -> str:
     if comparison.failure:
-        return f"Ours could not be computed ({comparison.failure})."
+        return f"Our step could not be computed ({comparison.failure})."
     return (
         f"Loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding accounts for "
         f"about {comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2%} "

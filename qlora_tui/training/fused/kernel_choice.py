@@ -73,7 +73,7 @@ def kernel_remedy() -> str:
     missing = [name for name, there in (("gcc", compiler), ("python3-dev", headers)) if not there]
     if missing:
         packages = " ".join(missing)
-        return f"Install what Triton compiles with; on Debian and Ubuntu: `sudo apt install {packages}`."
+        return f"Install the compiler that Triton needs; on Debian and Ubuntu: `sudo apt install {packages}`."
     return "trainer.log has the whole error. model.kernels = torch leaves them off without this warning."
 
 

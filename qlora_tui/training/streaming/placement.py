@@ -171,7 +171,7 @@ def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence
             "Layers do not arrive on the GPU",
             what="A layer that was copied to the GPU differs there from the one in host memory.",
             why="The driver reports no error. Training would use wrong weights.",
-            fix="Update the driver of the GPU, under WSL2 that of Windows, and restart the machine.",
+            fix="Update the GPU driver (under WSL2, the Windows driver), and restart the machine.",
         )
 
 
