@@ -15,7 +15,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases bench-deps lock clean
+.PHONY: real-clients check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -30,6 +30,7 @@ help:
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
 	@echo "make real-exports train the demo, export it as GGUF and LoRA, and compare the files through llama.cpp"
 	@echo "make real-bases   compare two real GGUF files, as bases and after training, with llama.cpp (fetches 0.3 GB)"
+	@echo "make real-clients serve the demo's run to litellm and lm-evaluation-harness (fetches 0.2 GB)"
 	@echo "make lock         update the locked dependencies, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
 
@@ -89,6 +90,11 @@ real-exports: demo
 real-bases: $(INSTALLED)
 	$(BIN)/python -m bench.real_bases
 
+real-clients: demo
+	$(PYTHON) -m venv .clients-venv
+	.clients-venv/bin/python -m pip install --quiet --disable-pip-version-check litellm 'lm_eval[api]' transformers
+	$(BIN)/python -m bench.real_clients --clients .clients-venv/bin/python
+
 bench-deps:
 	$(PYTHON) -m venv .bench-venv
 	.bench-venv/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
@@ -101,4 +107,4 @@ lock:
 		$(addprefix --no-emit-package ,$(NOT_LOCKED)) --output-file $(LOCK)
 
 clean:
-	rm -rf $(VENV) .triton .bench-venv .lock-venv .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .triton .bench-venv .lock-venv .clients-venv .mypy_cache .ruff_cache .pytest_cache build dist

@@ -22,12 +22,11 @@ from qlora_tui.cli.subcommand import (
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.exports import read_exports
-from qlora_tui.runs.servers import ServerStatus, running_servers, stop_server
+from qlora_tui.runs.servers import ServerStatus, running_servers, start_in_background, stop_server
 
 _PORT = 8000
 KEY_VARIABLE = "QLORA_TUI_API_KEY"
 """Environment variable with the API key: every user of a machine can read arguments."""
-_STOP_S = 10.0
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         return _stop(args.port)
     try:
         from qlora_tui.serving.model_names import runs_to_serve
-        from qlora_tui.serving.server import Server, start_in_background
+        from qlora_tui.serving.server import Server
     except ModuleNotFoundError as error:
         raise UsageError(
             "The server is not installed",
@@ -100,12 +99,10 @@ def _stop(port: int) -> CommandResult:
             what=f"No server of yours runs on port {port}.",
             fix=f"Running: {others}." if others else "None runs on any other port either.",
         )
-    stop_server(server)
-    server.process.wait(_STOP_S)
-    if server.process.is_alive():
+    if not stop_server(server):
         raise UserError(
             "The server is still running",
-            what=f"PID {server.process.pid} has not ended within {_STOP_S:.0f} s.",
+            what=f"PID {server.process.pid} has not ended within ten seconds.",
             fix=f"End it: `kill -9 {server.process.pid}`.",
         )
     return CommandResult(msgspec.to_builtins(server), f"The server on port {port} has ended.")

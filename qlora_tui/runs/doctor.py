@@ -30,6 +30,7 @@ from qlora_tui.publishing import new_draft
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
+from qlora_tui.runs.servers import running_servers
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.settings import GPU_VARIABLE
@@ -169,7 +170,12 @@ def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
     name = f"{gpu.short_name} ({machine.gpu_choice})" if machine.gpu_choice else gpu.short_name
     if machine.active or (gpu.compute_mode != "exclusive" and (used is None or used < _NOTABLE_BYTES)):
         return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
-    processes = _gpu_processes(gpu)
+    # A server gives its memory to a run that starts.
+    guests = {server.engine_pid for server in running_servers()}
+    held = _gpu_processes(gpu)
+    processes = tuple(process for process in held if process.pid not in guests)
+    given_up = sum(process.memory_bytes or 0 for process in held if process.pid in guests)
+    free, used = None if free is None else free + given_up, None if used is None else used - given_up
     if gpu.compute_mode == "exclusive" and any(process.computes for process in processes):
         text = f"{name} is in exclusive mode, and in use by {_format_processes(processes)}."
         return Check(

@@ -7,6 +7,8 @@ deleted at its end; ``servers/8000.key`` is its API key. :mod:`qlora_tui.serving
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from msgspec import Struct
 
 from qlora_tui import paths
 from qlora_tui.decoding import read_json
-from qlora_tui.files import list_folder, private_dir
-from qlora_tui.runs.process import ProcessIdentity
+from qlora_tui.errors import UserError, disk_problems
+from qlora_tui.files import list_folder, private_dir, read_regular
+from qlora_tui.runs.process import ProcessIdentity, spawn_detached
 
 
 class ServerStatus(Struct, frozen=True, kw_only=True):
@@ -57,6 +60,10 @@ class ServerStatus(Struct, frozen=True, kw_only=True):
         return self.models[1] if len(self.models) > 1 else self.models[0]
 
 
+_POLL_S = 0.05
+_START_S = 30.0
+"""Seconds that a server in the background may take to listen."""
+_STOP_S = 10.0
 _DECODER = msgspec.json.Decoder(ServerStatus)
 
 
@@ -83,8 +90,31 @@ def running_servers() -> list[ServerStatus]:
     return sorted(running, key=lambda status: status.port)
 
 
-def stop_server(server: ServerStatus) -> None:
-    """Ask a server to end: it ends its answers and frees the GPU within seconds."""
+def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerStatus:
+    """Start ``qlora-tui serve`` with arguments, as a process that outlives this one; return once it listens.
+
+    Raises UserError where it ends before that.
+    """
+    log_path = servers_dir() / "server.log"
+    with disk_problems(), log_path.open("wb") as log:
+        process = spawn_detached("qlora_tui", "serve", *arguments, output=log, environ=environ or {})
+    deadline = time.monotonic() + _START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        started = next((each for each in running_servers() if each.process.pid == process.pid), None)
+        if started is not None:
+            return started
+        time.sleep(_POLL_S)
+    output = read_regular(log_path).decode(errors="replace").strip().removeprefix("qlora-tui: ")
+    title, _, what = output.partition(": ")
+    if not what or process.poll() is None:
+        title, what = "The server did not start", output or "It said nothing."
+    raise UserError(title, what=" ".join(what.split()), fix=f"Its output is in {log_path}.")
+
+
+def stop_server(server: ServerStatus) -> bool:
+    """Let a server end, and return whether it has: it ends its answers and frees the GPU within seconds."""
     with server.process.opened() as handle, suppress(ProcessLookupError):
         if handle is not None:
             signal.pidfd_send_signal(handle, signal.SIGTERM)
+    server.process.wait(_STOP_S)
+    return not server.process.is_alive()

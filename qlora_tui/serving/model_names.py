@@ -47,32 +47,38 @@ class ServedModels:
 
 
 def runs_to_serve(names: Sequence[RunDir] = ()) -> list[RunDir]:
-    """Return the runs to serve: these, or all with the base of the newest run that has an adapter.
+    """Return these runs, or all with the base of the newest run that has an adapter.
 
     Raises UsageError where there is none, or two have different bases.
     """
-    if names:
-        first = names[0].recipe()
-        for other in names[1:]:
-            if _base(recipe := other.recipe()) != _base(first):
-                raise UsageError(
-                    "Two base models",
-                    what=f"{names[0].id} was trained on {_base_text(first)}, {other.id} on "
-                    f"{_base_text(recipe)}.",
-                    why="A server holds one base model in memory.",
-                    fix=f"Leave {other.id} out, and serve it on another port: "
-                    f"`qlora-tui serve {other.id} --port 8001`.",
-                )
-        return list(names)
-    readable = [(run, run.readable_recipe()) for run in all_runs() if _has_adapter(run)]
-    usable = [(run, recipe) for run, recipe in readable if recipe is not None]
-    if not usable:
-        raise UsageError(
-            "No run to serve",
-            what="No run has saved an adapter or a checkpoint.",
-            fix="Train one with `qlora-tui train`, or name a run: its base model can be served.",
-        )
-    return [run for run, recipe in usable if _base(recipe) == _base(usable[0][1])]
+    if not names:
+        newest = next(filter(_has_adapter, all_runs()), None)
+        if newest is None:
+            raise UsageError(
+                "No run to serve",
+                what="No run has saved an adapter or a checkpoint.",
+                fix="Train one with `qlora-tui train`, or name a run: its base model can be served.",
+            )
+        return runs_with_base_of(newest)
+    first = names[0].recipe()
+    for other in names[1:]:
+        if _base(recipe := other.recipe()) != _base(first):
+            raise UsageError(
+                "Two base models",
+                what=f"{names[0].id} was trained on {_base_text(first)}, {other.id} on {_base_text(recipe)}.",
+                why="A server holds one base model in memory.",
+                fix=f"Leave {other.id} out, and serve it on another port: "
+                f"`qlora-tui serve {other.id} --port 8001`.",
+            )
+    return list(names)
+
+
+def runs_with_base_of(run: RunDir) -> list[RunDir]:
+    """Return a run, and every other one with an adapter for the same base. Raises UserError."""
+    base = _base(run.recipe())
+    others = [other for other in all_runs() if other != run and _has_adapter(other)]
+    recipes = [(other, other.readable_recipe()) for other in others]
+    return [run, *(other for other, recipe in recipes if recipe is not None and _base(recipe) == base)]
 
 
 def served_models(runs: Sequence[RunDir], aliases: Mapping[str, str] | None = None) -> ServedModels:

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import secrets
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
@@ -14,20 +13,17 @@ from ipaddress import ip_address
 import msgspec
 import uvicorn
 
-from qlora_tui.errors import UsageError, UserError, disk_problems
-from qlora_tui.files import atomic_write, read_regular
+from qlora_tui.errors import UsageError, disk_problems
+from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.process import process_identity, spawn_detached
-from qlora_tui.runs.servers import ServerStatus, key_path, running_servers, servers_dir, state_path
+from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.servers import ServerStatus, key_path, running_servers, state_path
 from qlora_tui.serving.app import Figures, make_app
 from qlora_tui.serving.guest import Guest
 from qlora_tui.serving.model_names import served_models
 
 LOOPBACK = "127.0.0.1"
 _STATE_S = 1.0
-_POLL_S = 0.05
-_START_S = 30.0
-"""Seconds that a server in the background may take to listen."""
 _ANY_HOST = ("0.0.0.0", "::")
 
 
@@ -163,27 +159,6 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerStatus:
-    """Start ``qlora-tui serve`` with arguments, as a process that outlives this one; return once it listens.
-
-    Raises UserError where it ends before that.
-    """
-    log_path = servers_dir() / "server.log"
-    with disk_problems(), log_path.open("wb") as log:
-        process = spawn_detached("qlora_tui", "serve", *arguments, output=log, environ=environ or {})
-    deadline = time.monotonic() + _START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        started = next((each for each in running_servers() if each.process.pid == process.pid), None)
-        if started is not None:
-            return started
-        time.sleep(_POLL_S)
-    output = read_regular(log_path).decode(errors="replace").strip().removeprefix("qlora-tui: ")
-    title, _, what = output.partition(": ")
-    if not what or process.poll() is None:
-        title, what = "The server did not start", output or "It said nothing."
-    raise UserError(title, what=" ".join(what.split()), fix=f"Its output is in {log_path}.")
 
 
 def _open_socket(host: str, port: int) -> socket.socket:

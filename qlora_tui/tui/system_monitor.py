@@ -22,6 +22,7 @@ from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.exports import exports_dir, read_exports
 from qlora_tui.runs.notify import RunNotification, notification_for
 from qlora_tui.runs.process import ensure_runner
+from qlora_tui.runs.servers import running_servers
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.system_status import RunningExport, SystemStatus
 
@@ -91,6 +92,7 @@ class SystemMonitor:
             active_or_last_status=last[1],
             waiting_ids=waiting_ids,
             exports=tuple(export for run, _ in statuses for export in self._running_exports(run)),
+            servers=tuple(running_servers()),
             ended_runs=self._ended_runs(statuses),
         )
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.runs.doctor import Machine
     from qlora_tui.runs.notify import RunNotification
+    from qlora_tui.runs.servers import ServerStatus
     from qlora_tui.runs.status import Status
 
 
@@ -52,6 +53,8 @@ class SystemStatus:
     """Ids in the queue, next one first."""
     exports: tuple[RunningExport, ...] = ()
     """Exports of all runs that are being written."""
+    servers: tuple[ServerStatus, ...] = ()
+    """Servers that answer other programs."""
     ended_runs: tuple[RunNotification, ...] = ()
     """Notifications about runs that have ended since the last poll."""
 
@@ -74,6 +77,7 @@ class SystemStatus:
             verb = "waits" if len(self.waiting_ids) == 1 else "wait"
             lines.append(f"{pluralize(len(self.waiting_ids), 'run')} {verb} in the queue.")
         lines += [f"The export of {each.run} ({each.form}) continues." for each in self.exports]
+        lines += [f"The server on port {server.port} continues." for server in self.servers]
         return [*lines, f"Come back: {back}"] if lines else []
 
     @property

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
-from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.memory.budget import budget_for
+from qlora_tui.runs import doctor
 from qlora_tui.runs.doctor import Check, Machine, check_disk, check_gpu, check_kernels, read_machine
+from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.servers import ServerStatus
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 
 GIB = 1 << 30
@@ -88,6 +91,17 @@ def test_memory_of_other_programs_is_an_error_where_needed() -> None:
     check = check_gpu(used, 20 * GIB)
     assert check.outcome == "error"
     assert "10.0 GiB in use by other programs" in check.text and "the run needs 20.0 GiB" in check.fix
+
+
+def test_the_memory_of_a_server_is_free_for_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = machine(gpu=GPU, used_bytes=10 * GIB)
+    held = (GpuProcess(pid=7, memory_bytes=10 * GIB),)
+    monkeypatch.setattr(doctor, "_gpu_processes", lambda gpu: held)
+    assert check_gpu(used, 20 * GIB).outcome == "error"
+    server = ServerStatus(process=process_identity(), address="", port=8000, base="", engine_pid=7)
+    monkeypatch.setattr(doctor, "running_servers", lambda: [server])
+    check = check_gpu(used, 20 * GIB)
+    assert check.outcome == "ok" and "24.0 GiB free" in check.text
 
 
 @pytest.mark.slow

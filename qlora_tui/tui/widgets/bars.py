@@ -99,12 +99,14 @@ def _run_text(system_status: SystemStatus) -> str:
 
 
 def _waiting_text(system_status: SystemStatus) -> str:
-    """Return ``2 waiting · exporting Q8_0``: what is going on in addition to the active run."""
+    """Return ``2 waiting · exporting Q8_0 · serving``: what is going on in addition to the active run."""
     parts = []
     if system_status.waiting_ids and system_status.active is not None:
         parts.append(f"{len(system_status.waiting_ids)} waiting")
     if exports := system_status.exports:
         parts.append(f"exporting {exports[0].form if len(exports) == 1 else len(exports)}")
+    if system_status.servers:
+        parts.append("serving")
     return " · ".join(parts)
 
 

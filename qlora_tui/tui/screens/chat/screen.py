@@ -168,6 +168,12 @@ class ChatScreen(WorkScreen):
                 f"Press {key_name('go.models')} to select one."
             )
 
+    def action_serve(self) -> None:
+        """Show the server for other programs, and start or stop it."""
+        from qlora_tui.tui.screens.chat.server_dialog import ServerScreen
+
+        self.app.push_screen(ServerScreen(self.conversation))
+
     async def action_unload(self) -> None:
         """Unload the model. The next prompt loads it again."""
         await self.conversation.unload()
@@ -230,7 +236,7 @@ class ChatScreen(WorkScreen):
         """
         is_own = self.has_command(action)
         if self.conversation.source is None and is_own:
-            return action in ("choose_source", "settings")
+            return action in ("choose_source", "settings", "serve")
         typing = isinstance(self.focused, PromptBox)
         if action == "stop":
             return self.conversation.busy

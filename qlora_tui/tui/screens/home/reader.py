@@ -41,6 +41,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
+from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, table
@@ -185,6 +186,13 @@ def _host_lines(width: int) -> list[Content]:
         disk = "NA"
     text = f"{format_gib(used)} of {format_gib(memory.total)} GiB"
     return [meter("RAM", used / memory.total, text, _LABEL, width), labeled("disk", disk, _LABEL)]
+
+
+def server_line(server: ServerStatus) -> Content:
+    """Return where a server listens, and what it does."""
+    speed = f"{server.tokens_per_s:,.0f} tokens/s" if server.tokens_per_s else server.state
+    address = server.address.removeprefix("http://").removesuffix("/v1")
+    return labeled("server", f"{address} · {speed}", _LABEL)
 
 
 def run_lines(
@@ -492,6 +500,11 @@ class HomeReader:
         else:
             waiting = [RunDir(paths.runs_dir() / id_).name for id_ in system_status.waiting_ids[:1]]
             run = run_lines(summary, while_away, now, layout, waiting)
+        gpu = (
+            [machine_line(system_status, budget, layout.wide)]
+            if summary is None
+            else gpu_lines(system_status, budget, layout.right, is_compact=layout.is_compact)
+        )
         lines = {
             "next": next_lines(
                 step,
@@ -500,9 +513,7 @@ class HomeReader:
                 is_large=summary is None and not layout.is_compact,
             ),
             "run": run,
-            "gpu": [machine_line(system_status, budget, layout.wide)]
-            if summary is None
-            else gpu_lines(system_status, budget, layout.right, is_compact=layout.is_compact),
+            "gpu": [*gpu, *map(server_line, system_status.servers)],
             "queue": queue_lines(system_status.waiting_ids),
             "recipe": recipe_lines(
                 workbench, budget, estimate, expected, layout.wide, is_compact=layout.is_compact
