@@ -1,8 +1,8 @@
 r"""Asks the terminal for its own colors with OSC 10 and 11, and picks the replies out of the keyboard input.
 
-A reply arrives as if it were typed, at once or after a second on a slow link, in one piece or several: ``ESC
-] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. Textual would read it as keys, so it is removed before that. Control
-sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System Commands".
+A reply arrives as if it were typed, at once or after a second on a slow link, in one piece or several:
+``ESC ] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. Textual would read it as keys, so it is removed before that.
+Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System Commands".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TYPED = 3
 _TYPED_S = 0.1
 """Seconds to wait for the rest of a beginning that may have been typed."""
 _EXPECTED_S = 3.0
-"""Seconds after the query in which a beginning that may have been typed is held back at all."""
+"""Seconds after the query during which such a beginning is held back; later, it passes through at once."""
 _UNABLE = ("linux", "vt", "dumb")
 """Prefixes of ``TERM`` for terminals that print sequences they do not recognize."""
 

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 _OTHER_SCREEN_FACTOR = 0.8
 """Factor on the scores of other screens' commands, so that they rank below those of the current screen."""
 _HELP_SCORE = 0.3
-"""Score of a command whose title does not match but whose help has words that begin like the query's."""
+"""Score of a command whose title does not match but whose help has words that start with those of
+the query.
+"""
 _SHOWN_RECENT = 5
 _RECENT_BONUS = 0.2
 """Bonus for recently used entries, as a fraction of the score."""
@@ -196,7 +198,7 @@ def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
 
 
 def _score(matcher: Matcher, query: str, entry: Entry) -> float:
-    """Score a match: by letters of the entry's title, or by whole beginnings of words in its help.
+    """Score a match: by letters of the entry's title, or by prefixes of words in its help.
 
     The help is too long to match letter by letter: almost any query would match.
     """

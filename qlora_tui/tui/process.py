@@ -42,7 +42,7 @@ def freeze_objects() -> None:
 
 
 _BY_SIGNAL = 128
-"""Added to a signal's number to give the exit code of a process it ended, as shells do."""
+"""Added to a signal's number to give the exit code of a process that the signal ended, as shells do."""
 
 
 def install_shutdown_handlers(leave: Callable[[int], object]) -> None:

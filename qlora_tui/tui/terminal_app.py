@@ -36,8 +36,8 @@ from qlora_tui.tui.textual_compat import (
 _VISIBLE_TEXT = VisibleTextFilter()
 _MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
-"""Resize events that the app and its driver send at startup, before anything else can have written to the
-terminal.
+"""Number of resize events that the app and its driver send at startup, before anything else can have written
+to the terminal.
 """
 
 

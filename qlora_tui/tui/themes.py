@@ -264,8 +264,8 @@ def _check_colors(file: ThemeFile) -> None:
 
 
 def is_of_terminal(setting: str, few_colors: bool) -> bool:
-    """Return whether the terminal's own colors are used: because of the setting, or because it has at most
-    16.
+    """Return whether the terminal's own colors are used: because of the setting, or because it has at most 16
+    colors.
     """
     return setting == TERMINAL or (setting == AUTO and few_colors)
 

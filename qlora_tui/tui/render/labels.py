@@ -160,9 +160,7 @@ def refusal_words(refusal: UserError) -> str:
 
 
 class FitLine:
-    """A recipe's memory against the available memory, with the verdict: ``NF4 ████░░░░ 6.3 of 24.0 GiB
-    fits``.
-    """
+    """A recipe's memory next to the available memory: ``NF4 ████░░░░ 6.3 of 24.0 GiB fits``."""
 
     def __init__(self, label: str, estimate: Estimate, budget: MemoryBudget, *, can_train: bool) -> None:
         self._label = label

@@ -48,7 +48,7 @@ _CURVE = Colors("#4a5a6b", "#5fafd7", _BETTER, _DIM, "#2b3643", fill="#1d2f3f")
 _EDGE, _GAP, _INSIDE = 40, 16, 24
 """Margin to the left and right of the panels, gap between two panels, and padding inside one."""
 _TOP, _SPLIT, _BOTTOM = 142, 424, 602
-"""Top of the panels, top of the lower panel, and bottom of all."""
+"""Top of the panels, top of the lower panel, and bottom of the panels."""
 _LEFT_WIDTH = 650
 _MAX_CHARACTERS = 400
 """Maximum length of a name or answer that is processed; a hostile file may have millions of characters."""
@@ -64,7 +64,7 @@ class RunCard:
     setup: str
     """``QLoRA nf4 · r16 all-linear · 384 tokens``."""
     state: str
-    """``81 steps``, or how far a run got that did not finish."""
+    """``81 steps``, or how far an unfinished run got."""
     loss: tuple[float | None, float | None]
     """Validation loss before and after training; None if not measured."""
     facts: tuple[tuple[str, str], ...]

@@ -122,7 +122,7 @@ class _Extremes:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> _Extremes:
-        """Return each value as a stretch of one."""
+        """Return each value as a stretch of its own."""
         # A sum is finite only where every value is: one pass in C instead of a loop here.
         if math.isfinite(sum(values)):
             return cls(array("d", values), array("d", values), bytearray(len(values)))

@@ -42,11 +42,11 @@ class CancelsWorkersFirst(Widget):
 
 
 class OnQloraApp(Widget):
-    """A screen whose ``app`` has its real type."""
+    """A screen whose ``app`` is typed as QloraApp."""
 
     @property
     def app(self) -> QloraApp:  # type: ignore[override]  # Textual's is any app, whatever it returns
-        """The app, with its real type."""
+        """The app, typed as QloraApp."""
         return cast("QloraApp", super().app)
 
     def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:

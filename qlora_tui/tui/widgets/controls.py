@@ -121,7 +121,7 @@ class ViList(OptionList):
         return None if self.highlighted is None else self.options[self.highlighted].id
 
     def show(self, lines: Sequence[tuple[str, Content]] | WriteList, select: str | None = None) -> None:
-        """Show these (id, line) pairs; a function is called now and again for each new width.
+        """Show these (id, line) pairs; a function is called now, and once more for each new width.
 
         The cursor goes to ``select``, or stays on its option, or else in its place. It skips lines whose id
         begins with HEADING.
@@ -309,7 +309,7 @@ class Lines(Static):
     _write: Write | None = None
 
     def show(self, text: Content | Sequence[Content] | Write) -> None:
-        """Show a text or its lines; a function is called now and again for each new width."""
+        """Show a text or its lines; a function is called now, and once more for each new width."""
         self._write = text if callable(text) else None
         if not callable(text):
             self._show(text)

@@ -159,7 +159,7 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
 
 
 def effect_text(measured: Effect, width: int) -> Content:
-    """Return the verdict, and below it the mean KL and how far each layer moved, from none to the most."""
+    """Return the verdict, and below it the mean KL and how far each layer moved, scaled to the largest."""
     figures = f"KL {format_nats(measured.mean_kl)} nats"
     if measured.layers:
         first, last = measured.layers[0].layer, measured.layers[-1].layer

@@ -31,7 +31,7 @@ from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 Place: TypeAlias = tuple[str, int]
 """A file and a row in it; an empty path is the first file."""
 Changes: TypeAlias = Sequence[tuple[float, float]]
-"""(before, after) loss of each token in the loss, which sets its shade; empty if not measured."""
+"""(loss before, loss after) for each token in the loss, which determines its shade; empty if not measured."""
 
 _EMPTY = (
     "No data yet.\n\nPress {data.open} to open a file (JSON, JSONL, CSV, TSV, Parquet or text, "

@@ -289,10 +289,7 @@ def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout
 
 
 def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
-    """Return a line for each run: ``✓ finished  qwen2.5-7b-tickets-20261123  best val.
-
-    1.29  at 03:12, 4 h ago``.
-    """
+    """Return a line per run: ``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12``."""
 
     def state(summary: RunSummary) -> Content:
         sign, word, style = result_label(summary.status.state, summary.defect)

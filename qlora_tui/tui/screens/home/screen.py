@@ -359,7 +359,7 @@ class HomeScreen(WorkScreen):
         )
 
     def _show_run(self, facts: HomeFacts) -> None:
-        """Show the parts of the runs that are more than text."""
+        """Show the parts of the current and earlier runs that are not plain text."""
         from qlora_tui.tui.render.loss import summary_plot
         from qlora_tui.tui.render.plot import plot
         from qlora_tui.tui.screens.home.reader import recent_lines

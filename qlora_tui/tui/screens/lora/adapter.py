@@ -118,7 +118,7 @@ LORA_CONTROLS: dict[str, tuple[str, ...]] = {
 }
 """The settings on the screen, and the ids of the commands that change each of them."""
 _TERMS = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA", "lora.train_embeddings": "embed"}
-"""Glossary terms for settings whose own names are not in the glossary, rarest first."""
+"""Glossary terms for settings that are not in the glossary under their own names; only little-known ones."""
 
 
 def setting_lines(

@@ -122,7 +122,7 @@ def state(modules: Sequence[LinearModule], chosen: frozenset[str]) -> str:
 
 
 def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozenset[str]:
-    """Return all of these modules as selected, unless they already are; then none."""
+    """Return all of these modules, or none if all are already selected."""
     names = frozenset(module.name for module in modules)
     return chosen - names if state(modules, chosen) == ALL else chosen | names
 
@@ -247,7 +247,10 @@ class ModuleGrid(Widget, can_focus=True):
         self.post_message(self.Moved())
 
     def on_click(self, event: Click) -> None:
-        """Move the cursor to the click. A click under the cursor, or on the check box of a kind, toggles."""
+        """Move the cursor to the click.
+
+        A click on the cursor's cell, or on the check box of a kind, toggles it.
+        """
         if self._table is None:
             return
         place = event.get_content_offset(self)

@@ -34,7 +34,7 @@ divide.
 """
 _ABOVE_PEAK = 1.25
 _WORDS = 41
-"""Cells of a line that are not its bar."""
+"""Width of a line excluding its bar, in cells."""
 _SPARE = 19
 _ITEM_BAR = 24
 _MIN_BAR = 4

@@ -247,7 +247,7 @@ def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
 
 
 def _choice_words(value: Any) -> str:
-    """Return ``q,k,v,o`` for modules such as ``q_proj`` that have longer names."""
+    """Return ``q,k,v,o`` as an abbreviation of ``q_proj`` and so on."""
     if isinstance(value, str):
         return value
     names = ",".join(name.removesuffix("_proj") for name in value)

@@ -144,7 +144,7 @@ class DownloadsPanel(Panel):
 
     @dataclass
     class Ended(Message):
-        """A download has ended: with a path, with a problem, or stopped."""
+        """A download has ended with a path or a problem, or because it was stopped."""
 
         download: Download
 

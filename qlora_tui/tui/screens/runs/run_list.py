@@ -84,7 +84,7 @@ def best_loss(summary: RunSummary) -> str:
 
 
 _MIN_ENDING = 24
-"""Minimum width, in cells, for how a run ended at the end of a line."""
+"""Minimum space at the end of a line, in cells, to show how a run ended."""
 _TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
 """Matches the time in a generated name, since the column "queued" shows it too."""
 _HEAD = 15

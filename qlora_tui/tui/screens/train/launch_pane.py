@@ -42,7 +42,7 @@ _MAIN = (
     "training.gradient_accumulation",
     "lora.rank",
 )
-"""The settings that decide most about a run and its duration: epochs, learning rate, sequence length, batch
+"""The settings that matter most for a run and its duration: epochs, learning rate, sequence length, batch
 size and rank.
 """
 _PREFERENCES = "Preferences"
@@ -136,7 +136,9 @@ def _always(recipe: Struct) -> bool:
 
 
 def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
-    """Return remarks on what values amount to, by the path of their setting."""
+    """Return notes that explain values, such as the resulting number of steps, by the path of their
+    setting.
+    """
     training = recipe.training
     rows = pluralize(recipe.effective_batch, "pair" if recipe.trains_pairs else "sequence")
     notes = {

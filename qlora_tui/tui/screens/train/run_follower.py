@@ -43,9 +43,9 @@ LONG_BYTES = 8 << 20
 _SAMPLE_STEPS = 10_000
 """Number of steps in that sample."""
 _RECENT_STEPS = 100
-"""Number of steps that the view keeps, more than its pace is computed from.
+"""Number of steps that the view keeps, more than are needed to compute its pace.
 
-Earlier ones are kept decimated.
+Earlier ones are decimated.
 """
 _MAX_READINGS = 240
 """Maximum number of telemetry readings for the charts: four minutes."""
@@ -99,7 +99,7 @@ class RunSnapshot:
     step: int
     epoch: float
     loss: float | None
-    """Of the last step, like the next five fields."""
+    """Loss of the last step. The next five fields are of the last step too."""
     mean_loss: float | None
     learning_rate: float | None
     grad_norm: float | None

@@ -79,7 +79,7 @@ _USES = {"chat": "chat with it", "export": "export it", "card": "card"}
 _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
-"""Fraction of the processor that other programs use from which they are reported to slow a run down."""
+"""Fraction of the CPU used by other programs from which a slowdown is reported."""
 _ROWS_WITH_HEADS = 4
 """Number of lines of evaluations from which the columns have titles."""
 _TO_COME: dict[Phase, str] = {

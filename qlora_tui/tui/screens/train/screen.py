@@ -457,7 +457,7 @@ class TrainScreen(EvaluationActions):
 
 
 def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
-    """Return a dialog that returns another run than ``now``, the one being shown."""
+    """Return a dialog that returns a run other than ``now``, the one being shown."""
     choices = []
     for run in [run for run in all_runs() if run != now][:_MAX_LISTED]:
         status = read_status(run)
