@@ -29,7 +29,7 @@ from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter, begun_le
 from qlora_tui.data.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    from qlora_tui.chat.decoding import PrefixCache
+    from qlora_tui.chat.batches import Row
     from qlora_tui.chat.session import ChatSession
 
 _SCORED_TOKENS = 128
@@ -172,21 +172,28 @@ class CompletionStream:
         session: ChatSession,
         completion: Completion,
         prompt: list[int],
-        prefix_cache: PrefixCache,
         stop: Event,
     ) -> None:
         self._session = session
         self._completion = completion
         self._prompt = prompt
-        self._prefix_cache = prefix_cache
         self._stop = stop
 
     def run(self) -> Generator[CompletionPart | None, None, CompletionResult]:
         """Yield the parts, and None after each step that completes none; return the result."""
+        row, reused = self._session.batches.row(
+            self._completion.adapter_name, self._prompt, anew=self._scores_prompt
+        )
+        try:
+            return (yield from self._complete(row, reused))
+        finally:
+            row.leave()
+
+    def _complete(self, row: Row, reused: int) -> Generator[CompletionPart | None, None, CompletionResult]:
         completion, session = self._completion, self._session
         began = time.perf_counter()
-        reused = 0 if self._scores_prompt else self._prefix_cache.reuse(self._prompt)
-        logits = yield from self._read_prompt(reused)
+        logits = yield from self._read_prompt(row, reused)
+        row.join()
         text = CompletionText(
             IncrementalDetokenizer(session.decode), session.splitter(self._prompt), completion.stop
         )
@@ -196,14 +203,15 @@ class CompletionStream:
         first_at = began
         limit = self._max_new_tokens
         while logits is not None and len(answer) < limit:
-            token_id = int(sampler.next(logits))
+            token = sampler.next(logits)
+            # Before the token is fed: a recorded step overwrites the logits.
+            score = self._score(logits, answer, token)
+            token_id = row.feed(token) if len(answer) + 1 < limit else int(token)
             if not answer:
                 first_at = time.perf_counter()
             answer.append(token_id)
             is_end = token_id in session.end_ids
-            parts: Sequence[CompletionPart | None] = text.add(
-                token_id, self._score(logits, answer), ends=is_end
-            )
+            parts: Sequence[CompletionPart | None] = text.add(token_id, score, ends=is_end)
             yield from parts or (None,)
             if is_end or text.stop_text:
                 ending = "turn end" if is_end else "stop text"
@@ -211,7 +219,7 @@ class CompletionStream:
             if self._stop.is_set():
                 break
             if len(answer) < limit:
-                logits = session.next_logits(completion.adapter_name, [token_id], self._prefix_cache)
+                logits = row.next_logits()
         else:
             if logits is not None and completion.answers:
                 ending = "context full" if limit < completion.sampling.max_new_tokens else "most tokens"
@@ -226,6 +234,7 @@ class CompletionStream:
             first_token_s=first_at - began,
             tokens_per_s=(len(answer) - 1) / (ended - first_at) if len(answer) > 1 else 0.0,
             stop_text=text.stop_text,
+            most_rows=row.most_rows,
             warning=session.warning,
             note=session.take_note(),
         )
@@ -240,7 +249,7 @@ class CompletionStream:
             return 0
         return min(self._completion.sampling.max_new_tokens, self._session.context_length - len(self._prompt))
 
-    def _read_prompt(self, reused: int) -> Generator[CompletionPart | None, None, Tensor | None]:
+    def _read_prompt(self, row: Row, reused: int) -> Generator[CompletionPart | None, None, Tensor | None]:
         """Process the prompt after its first ``reused`` tokens, and yield its echo.
 
         Returns the logits (1, vocabulary) after it; None after a stop request.
@@ -258,12 +267,12 @@ class CompletionStream:
             yield CompletionPart(tokens=(TokenScore(prompt[0], first),), is_prompt=True)
         logits = None
         for start in range(reused, len(prompt), chunk):
-            if self._stop.is_set():
-                return None
-            if start > reused:
-                yield None
             ids = prompt[start : start + chunk]
-            logits = session.next_logits(completion.adapter_name, ids, self._prefix_cache, every=scores)
+            while not (is_stopped := self._stop.is_set()) and not session.batches.may_read(len(ids)):
+                yield None
+            if is_stopped:
+                return None
+            logits = session.next_logits(completion.adapter_name, ids, row.prefix_cache, every=scores)
             if scores:
                 # The last row predicts the first token of the answer.
                 known = logits[: len(prompt) - start - 1]
@@ -273,12 +282,13 @@ class CompletionStream:
                     )
                     yield CompletionPart(tokens=tuple(tokens), is_prompt=True)
                 logits = logits[-1:]
+            yield None
         return logits
 
-    def _score(self, logits: Tensor, answer: list[int]) -> TokenScore | None:
-        """Return the score of the answer's last token, if it is asked for."""
+    def _score(self, logits: Tensor, answer: list[int], token: Tensor) -> TokenScore | None:
+        """Return the score of a token (1, 1) after ``answer``, if it is asked for."""
         if self._completion.logprobs is None:
             return None
-        ids = [*self._prompt[-4:], *answer[-5:]]
+        ids = [*self._prompt[-4:], *answer[-4:], int(token)]
         (score,) = score_tokens(self._session.tokenizer, logits, ids, len(ids) - 1, self._completion.logprobs)
         return score

@@ -68,22 +68,28 @@ def attend(
 
     _, heads, tokens, width = query.shape
     shared = key.shape[1]
-    if tokens > 1 or heads == shared or attention_mask is not None or "position_bias" in settings:
+    # What a mask of the padding hides is the same for all heads.
+    masks_heads = attention_mask is not None and (
+        attention_mask.dtype != torch.bool or attention_mask.shape[1:3] != (1, 1)
+    )
+    if tokens > 1 or heads == shared or masks_heads or "position_bias" in settings:
         return by_library(query, key, value), None
-    case = (type(module), heads, key.shape[1::2], value.shape[-1], width, query.dtype, scaling, *settings)
+    in_groups = partial(_in_groups, scaling, attention_mask)
+    shapes = (heads, key.shape[1::2], value.shape[-1], width, query.dtype, attention_mask is None)
+    case = (type(module), *shapes, scaling, *settings)
     if case not in _verified and key.shape[2] > 1:  # a single key gets all the weight, grouped or not
-        _verified[case] = attention_matches(
-            partial(_in_groups, scaling), by_library, query, key, value, scaling
-        )
-    in_groups = _verified.get(case, False)
-    return (_in_groups(scaling, query, key, value) if in_groups else by_library(query, key, value)), None
+        _verified[case] = attention_matches(in_groups, by_library, query, key, value, scaling)
+    attention = in_groups if _verified.get(case, False) else by_library
+    return attention(query, key, value), None
 
 
-def _in_groups(scaling: float | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _in_groups(
+    scaling: float | None, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     """Attend with the query heads of a key head as rows; returns (batch, 1, heads, width)."""
     batch, heads, _, width = query.shape
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
-    output = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
+    output = functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(batch, 1, heads, value.shape[-1])
 
 

@@ -43,7 +43,8 @@ from qlora_tui.errors import first_line
 from qlora_tui.formatting import format_bytes
 from qlora_tui.training.length_scaled_rope import frequency_switch
 
-_STRIDE_TOKENS = 256
+STRIDE_TOKENS = 256
+"""Tokens by which buffers grow ahead of need."""
 _SMALLEST_BUCKET_TOKENS = 1024
 _ALIGNED_TOKENS = 64
 """Multiple to which a GPU's buffers are rounded, so that kernels can read masks without copying them."""
@@ -168,6 +169,29 @@ class PrefixCache:
         self._has_steps = False
         """Whether decoding steps have added tokens since the layers' lengths were set."""
 
+    def release(self) -> Any:
+        """Return the cache with the keys and values, and keep only the token ids; see :meth:`restore`."""
+        if self._has_steps:
+            self._set_lengths()
+        cache, token_ids = self.cache, self.token_ids
+        self.clear()
+        self.token_ids = token_ids
+        return cache
+
+    def restore(self, cache: Any, size: BufferSize) -> None:
+        """Use a cache, whose buffers have ``size``, that holds the keys and values of the token ids."""
+        self.cache, self._size, self.step = cache, size, None
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Return whether the keys of a text depend on its length: those of another do not go with it."""
+        return self._switch is not None
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the bytes of the buffers of keys and values."""
+        return bytes_per_token(self.cache) * self._size.tokens
+
     @property
     def growing_layers(self) -> list[GrowingLayer] | None:
         """Return the layers, where all of them are growing buffers; else None."""
@@ -189,16 +213,16 @@ class PrefixCache:
             return
         self.step = None
         if self._free_bytes is None:
-            self._size.tokens = max(tokens + _STRIDE_TOKENS, count * 3 // 2)
+            self._size.tokens = max(tokens + STRIDE_TOKENS, count * 3 // 2)
             return
         bucket = _SMALLEST_BUCKET_TOKENS
         while bucket <= tokens:
             bucket *= 2
         bucket = _aligned(max(tokens, min(bucket, self._max_tokens)))
-        if self._bytes_per_token() * bucket <= self._free_bytes() * _MAX_SHARE_OF_FREE_MEMORY:
+        if bytes_per_token(self.cache) * bucket <= self._free_bytes() * _MAX_SHARE_OF_FREE_MEMORY:
             self._size.tokens = bucket
         else:
-            self._size.tokens = _aligned(tokens + _STRIDE_TOKENS)
+            self._size.tokens = _aligned(tokens + STRIDE_TOKENS)
             self._cut_windows()
 
     def outdated_by(self, new_tokens: int) -> bool:
@@ -234,15 +258,6 @@ class PrefixCache:
             layer.set_length(len(self.token_ids))
         self._has_steps = False
 
-    def _bytes_per_token(self) -> int:
-        """Return the bytes of keys and values of a token; 0 before the first."""
-        return sum(
-            buffer.nbytes // buffer.shape[-2]
-            for layer in self.cache.layers
-            if isinstance(layer, GrowingLayer)
-            for buffer in layer.buffers or ()
-        )
-
     def _cut_windows(self) -> None:
         """Drop what lies before the sliding windows, as transformers does."""
         layers = self.cache.layers
@@ -252,6 +267,16 @@ class PrefixCache:
             layers[index] = DynamicSlidingWindowLayer(sliding_window=layer.window)
             if layer.is_initialized:
                 layers[index].update(layer.keys, layer.values)
+
+
+def bytes_per_token(cache: Any) -> int:
+    """Return the bytes of keys and values of a token of one row; 0 before the first token."""
+    return sum(
+        buffer[0].nbytes // buffer.shape[-2]
+        for layer in cache.layers
+        if isinstance(layer, GrowingLayer)
+        for buffer in layer.buffers or ()
+    )
 
 
 def _aligned(tokens: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
 from qlora_tui.chat.adapters import AdapterSet, uses_dora
+from qlora_tui.chat.batches import Batches
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
 from qlora_tui.chat.completion import CompletionStream
 from qlora_tui.chat.completion_types import Completion
@@ -58,7 +59,7 @@ from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import run_of
 from qlora_tui.training.answers import answer_greedily
 from qlora_tui.training.checks.attention import short_windows
-from qlora_tui.training.compute_device import ComputeDevice, find_device
+from qlora_tui.training.compute_device import ComputeDevice, find_device, free_host_bytes
 from qlora_tui.training.experts.lora import fuse_experts
 from qlora_tui.training.model import load_base
 from qlora_tui.training.streaming.placement import place_streamed
@@ -112,6 +113,7 @@ class ChatSession:
         self._groups_heads = device.kind == "cpu"
         """Whether attention of one token computes the query heads of a key head together."""
         takes = signature(model.forward).parameters
+        self.batches = Batches(self)
         # The name changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._takes_positions = "position_ids" in takes
@@ -134,6 +136,11 @@ class ChatSession:
             off=str(switch.off[switch.variable]),
             default=switch.default,
         )
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Return whether keys and values are kept from one token to the next."""
+        return self._uses_cache
 
     @property
     def reads_in_parts(self) -> bool:
@@ -178,7 +185,7 @@ class ChatSession:
         self.ensure_loaded(adapter_name)
         self.check(adapter_name, prompt)
         if adapter_name not in self._caches or not self._uses_cache:
-            self._caches[adapter_name] = self._new_cache()
+            self._caches[adapter_name] = self.new_cache()
         prefix_cache = self._caches[adapter_name]
         splitter = self.splitter(prompt)
         return AnswerStream(
@@ -197,7 +204,7 @@ class ChatSession:
         prompt = self._completion_prompt(completion)
         self.ensure_loaded(completion.adapter_name)
         self.check(completion.adapter_name, prompt)
-        return CompletionStream(self, completion, prompt, self._new_cache(), stop)
+        return CompletionStream(self, completion, prompt, stop)
 
     def _completion_prompt(self, completion: Completion) -> list[int]:
         if completion.messages:
@@ -239,8 +246,10 @@ class ChatSession:
             # A graph uses addresses of weights, which loading may move.
             for prefix_cache in self._caches.values():
                 prefix_cache.step = None
+            self.batches.forget_steps()
 
-    def _new_cache(self) -> PrefixCache:
+    def new_cache(self) -> PrefixCache:
+        """Return an empty cache for one conversation."""
         free_bytes = self.steps.free_bytes if self.steps else None
         return PrefixCache(self._model.config, free_bytes, self.context_length)
 
@@ -257,7 +266,7 @@ class ChatSession:
             return
 
         def ours() -> Tensor:
-            prefix_cache = self._new_cache()
+            prefix_cache = self.new_cache()
             # With two positions, one that never moves shows.
             read = len(ids) - min(2, len(ids) - 1)
             ends = [read, *range(read + 1, len(ids) + 1)]
@@ -429,6 +438,39 @@ class ChatSession:
             raise
         prefix_cache.token_ids += token_ids
         return output.logits[0, -wanted:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
+    @torch.inference_mode()
+    def batch_logits(
+        self, adapter_name: str, token_ids: list[int], lengths: list[int], longest: int, cache: Any
+    ) -> Tensor:
+        """Return the logits (rows, vocabulary) after one more token of each row, which is added to the cache.
+
+        Args:
+            lengths: tokens of each row so far, which end at the same place of the cache.
+            longest: places of the cache so far; those before a shorter row are padding.
+        """
+        self._adapters.activate(adapter_name)
+        positions = torch.tensor(lengths, device=self.device)[:, None]
+        arguments: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        if min(lengths) < longest:
+            places = torch.arange(longest + 1, device=self.device)
+            arguments["attention_mask"] = (places >= longest - positions).long()
+        output = self._compute(
+            input_ids=torch.tensor(token_ids, device=self.device)[:, None],
+            use_cache=True,
+            logits_to_keep=1,
+            **arguments,
+            **{self._cache_argument: cache},
+        )
+        return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
+
+    def short_windows(self) -> AbstractContextManager[None]:
+        """Cut every sliding window of the model down to a few tokens inside the block."""
+        return short_windows(self._model)
+
+    def free_bytes(self) -> int:
+        """Return the free memory of the device."""
+        return free_host_bytes() if self.device.type == "cpu" else free_gpu_bytes(self.device)
 
     def _compute(self, **arguments: Any) -> Any:
         """Return the model's output."""

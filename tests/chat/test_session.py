@@ -58,7 +58,7 @@ def test_keys_follow_the_frequencies_of_the_whole_conversation(tiny_source: Chat
     model = build("phi3", **LENGTH_SCALED["phi3 longrope"])
     source = msgspec.structs.replace(tiny_source, adapters={})
     chat = ChatSession(source, model, session.tokenizer, session.compute_device)
-    ids, cache = [3 + 7 * n % 250 for n in range(40)], chat._new_cache()
+    ids, cache = [3 + 7 * n % 250 for n in range(40)], chat.new_cache()
 
     def is_that_of_one_pass(count: int) -> bool:
         start = len(cache.token_ids)

@@ -243,17 +243,22 @@ def one_token(dtype: torch.dtype) -> tuple[Any, Tensor, Tensor, Tensor]:
     return module, query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-Grouped = Callable[[float | None, Tensor, Tensor, Tensor], Tensor]
+Grouped = Callable[[float | None, Tensor | None, Tensor, Tensor, Tensor], Tensor]
 grouped: Grouped = cpu._in_groups
 WRONG_GROUPS: dict[str, Grouped] = {
-    "heads transposed": lambda scaling, q, k, v: grouped(scaling, q, k, v)[:, :, [0, 3, 1, 4, 2, 5]],
-    "key heads exchanged": lambda scaling, q, k, v: grouped(scaling, q, k.flip(1), v),
-    "value heads exchanged": lambda scaling, q, k, v: grouped(scaling, q, k, v.flip(1)),
-    "scale dropped": lambda scaling, q, k, v: grouped(None, q, k, v),
-    "scale 3 % too large": lambda scaling, q, k, v: grouped(1.03 * (scaling or 0.25), q, k, v),
-    "the last key left out": lambda scaling, q, k, v: grouped(scaling, q, k[:, :, :-1], v[:, :, :-1]),
-    "output 1 % too large": lambda scaling, q, k, v: 1.01 * grouped(scaling, q, k, v),
+    "heads transposed": lambda scaling, mask, q, k, v: grouped(scaling, mask, q, k, v)[
+        :, :, [0, 3, 1, 4, 2, 5]
+    ],
+    "key heads exchanged": lambda scaling, mask, q, k, v: grouped(scaling, mask, q, k.flip(1), v),
+    "value heads exchanged": lambda scaling, mask, q, k, v: grouped(scaling, mask, q, k, v.flip(1)),
+    "scale dropped": lambda scaling, mask, q, k, v: grouped(None, mask, q, k, v),
+    "scale 3 % too large": lambda scaling, mask, q, k, v: grouped(1.03 * (scaling or 0.25), mask, q, k, v),
+    "the last key left out": lambda scaling, mask, q, k, v: grouped(
+        scaling, None if mask is None else mask[..., :-1], q, k[:, :, :-1], v[:, :, :-1]
+    ),
+    "output 1 % too large": lambda scaling, mask, q, k, v: 1.01 * grouped(scaling, mask, q, k, v),
 }
+PADDING = torch.tensor([[0] * 3 + [1] * 6]).bool()[:, None, None]
 
 
 @pytest.fixture
@@ -264,8 +269,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_in_groups_are_proved_at_the_first_token(dtype: torch.dtype) -> None:
-    cpu.attend(*one_token(dtype), None, scaling=0.3)
-    assert list(cpu._verified.values()) == [True]
+    for mask in (None, PADDING):
+        cpu.attend(*one_token(dtype), mask, scaling=0.3)
+    assert list(cpu._verified.values()) == [True, True]
 
 
 @pytest.mark.usefixtures("fresh")
@@ -276,9 +282,18 @@ def test_heads_grouped_otherwise_give_way_to_the_library(
 ) -> None:
     monkeypatch.setattr(cpu, "_in_groups", WRONG_GROUPS[name])
     module, query, key, value = one_token(dtype)
-    output, _ = cpu.attend(module, query, key, value, None, scaling=0.3)
-    expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3)
-    assert list(cpu._verified.values()) == [False] and torch.equal(output, expected)
+    for mask in (PADDING, None):
+        output, _ = cpu.attend(module, query, key, value, mask, scaling=0.3)
+        expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+        assert torch.equal(output, expected)
+    assert list(cpu._verified.values()) == [False, False]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_padding_that_is_not_hidden_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_in_groups", lambda scaling, mask, q, k, v: grouped(scaling, None, q, k, v))
+    cpu.attend(*one_token(torch.float32), PADDING, scaling=0.3)
+    assert list(cpu._verified.values()) == [False]
 
 
 # The CPU's layout of 4-bit weights
@@ -468,7 +483,7 @@ def test_a_conversation_is_answered_as_transformers_answers(
     session.ensure_loaded(BASE)
     session.check(BASE, prompt)
     assert not session.warning and (session.prefill_tokens == PREFILL_CHUNK_TOKENS) == in_parts
-    cache = session._new_cache()
+    cache = session.new_cache()
     for _ in range(2):
         sampling, splitter = replace(GREEDY, max_new_tokens=12), session.splitter(prompt)
         session.end_ids = frozenset()

@@ -1,0 +1,466 @@
+"""Completions of one adapter, computed together: one pass of the model for the next token of each.
+
+A decoding step reads all weights, for one row as for many. A prompt is read alone, then its row joins those
+that are being generated. The rows of a pass end at the same place of the buffers, and padding precedes the
+shorter ones: so a sliding window reaches back equally far in each, and the model's own masks, given which
+places are padding and the position of each row's token, hold for every kind of layer. Recurrent states have
+no places; they are only stacked. An ended row leaves; its keys and values are kept for the next turn.
+
+Whether a model computes rows together as it computes each alone is compared at the first occasion, with rows
+that join and leave (:meth:`Batches._agrees`). If it does not, the requests take turns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from qlora_tui.chat.decoding import (
+    STRIDE_TOKENS,
+    BufferSize,
+    GrowingLayer,
+    PrefixCache,
+    bytes_per_token,
+    reusable_prefix,
+)
+from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS
+from qlora_tui.chat.logits import TOKENS, LogitsComparison
+from qlora_tui.errors import first_line
+from qlora_tui.gpu.cuda_errors import is_out_of_memory
+
+if TYPE_CHECKING:
+    from qlora_tui.chat.session import ChatSession
+
+_STACKABLE = (
+    GrowingLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+"""Layers that hold nothing but keys and values, whose tokens are the second last dimension, and states of
+constant size."""
+_ROWS_WORTH_LAUNCHING = 4
+"""Fewest rows of a pass on a GPU, where the step of one row can be recorded and that of several is not: fewer
+take turns with recorded steps. A recorded step takes a fraction of the time of a launched one."""
+_SMALLEST_CHECKED = 12
+"""Fewest tokens of the text on which passes of several rows are compared."""
+_CHECKED_STEPS = 3
+"""Decoding steps of each row of that comparison."""
+_MOST_KEPT = 8
+"""Most ended conversations whose keys and values are kept."""
+_MAX_SHARE_OF_FREE_MEMORY = 0.5
+"""Share of the free memory that new buffers of rows may take."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a cache, from one of its tokens on."""
+
+    layers: Sequence[Any]
+    rows: Sequence[int]
+    start: int = 0
+    """Tokens that are left out at the beginning: padding."""
+
+
+def stack(parts: Sequence[Rows], size: BufferSize) -> list[Any]:
+    """Return the layers of one cache with the rows of all parts, which end at the same place."""
+    return [
+        _stack_layers([(part.layers[index], part.rows, part.start) for part in parts], size)
+        for index in range(len(parts[0].layers))
+    ]
+
+
+def _stack_layers(parts: Sequence[tuple[Any, Sequence[int], int]], size: BufferSize) -> Any:
+    first = parts[0][0]
+    stacked = copy.copy(first)
+    if isinstance(first, LinearAttentionCacheLayerMixin):
+        for name in ("conv_states", "recurrent_states"):
+            states = {
+                number: None
+                if state is None
+                else torch.cat([getattr(layer, name)[number][list(rows)] for layer, rows, _ in parts])
+                for number, state in getattr(first, name).items()
+            }
+            setattr(stacked, name, states)
+    if isinstance(first, DynamicLayer) and first.is_initialized:
+        if isinstance(first, DynamicSlidingWindowLayer):
+            stacked.cumulative_length = max(layer.cumulative_length - start for layer, _, start in parts)
+        columns = [_columns(layer, start) for layer, _, start in parts]
+        buffers = tuple(
+            _right_aligned(
+                [
+                    getattr(layer, name)[list(rows), :, -count:]
+                    for (layer, rows, _), count in zip(parts, columns, strict=True)
+                ],
+                size.tokens if isinstance(first, GrowingLayer) else max(columns),
+            )
+            for name in ("keys", "values")
+        )
+        stacked.keys, stacked.values = (buffer[:, :, : max(columns)] for buffer in buffers)
+        if isinstance(first, GrowingLayer):
+            stacked.buffers, stacked.size = buffers, size
+    return stacked
+
+
+def _columns(layer: Any, start: int) -> int:
+    """Return how many tokens a layer holds without its first ``start``."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return min(layer.cumulative_length - start, layer.sliding_window - 1)
+    return int(layer.keys.shape[-2]) - start
+
+
+def _right_aligned(tensors: Sequence[Tensor], tokens: int) -> Tensor:
+    """Return (rows, heads, tokens, width), in which all rows end with the longest; zero elsewhere."""
+    _, heads, _, width = tensors[0].shape
+    longest = max(tensor.shape[-2] for tensor in tensors)
+    result = tensors[0].new_zeros((sum(map(len, tensors)), heads, max(tokens, longest), width))
+    row = 0
+    for tensor in tensors:
+        result[row : row + len(tensor), :, longest - tensor.shape[-2] : longest] = tensor
+        row += len(tensor)
+    return result
+
+
+class Row:
+    """A completion among those of its adapter."""
+
+    def __init__(self, batch: Batch, prefix_cache: PrefixCache) -> None:
+        self._batch = batch
+        self.prefix_cache = prefix_cache
+        """Its processed tokens, and their keys and values unless the batch has them."""
+        self.pending: int | None = None
+        """A token that was fed and is not processed."""
+        self.logits: Tensor | None = None
+        """Logits (1, vocabulary) after the token that was fed last."""
+        self.lost: list[int] = []
+        """Processed tokens whose keys and values were lost in a pass that failed."""
+        self.most_rows = 1
+        """Most rows that were computed in one pass with this one, itself included."""
+
+    def feed(self, token: Tensor) -> int:
+        """Add the next token (1, 1), and return its id."""
+        batch, self.logits = self._batch, None
+        if len(batch.rows) < batch.fewest_rows and self not in batch.together:
+            ahead = batch.session.next_logits_ahead(batch.adapter_name, token, self.prefix_cache)
+            if ahead is not None:
+                token_id, self.logits = ahead
+                return token_id
+        self.pending = int(token)
+        return self.pending
+
+    def next_logits(self) -> Tensor:
+        """Return the logits (1, vocabulary) after the token that was fed last."""
+        self._batch.session.batches.tokens_read = 0
+        if self.logits is None:
+            self._batch.step()
+        if self.logits is None:
+            self.logits = self._alone()
+        return self.logits
+
+    def _alone(self) -> Tensor:
+        assert self.pending is not None
+        session, name = self._batch.session, self._batch.adapter_name
+        lost, self.lost = self.lost, []
+        for start in range(0, len(lost), session.prefill_tokens):
+            session.next_logits(name, lost[start : start + session.prefill_tokens], self.prefix_cache)
+        logits = session.next_logits(name, [self.pending], self.prefix_cache)
+        self.pending = None
+        return logits
+
+    def join(self) -> None:
+        """Let the row be computed with others from now on: its prompt is processed."""
+        self._batch.rows.append(self)
+
+    def leave(self) -> None:
+        """End the row, and keep its keys and values for a prompt that begins with the same tokens."""
+        self._batch.remove(self)
+
+
+def _tokens(row: Row) -> int:
+    return len(row.prefix_cache.token_ids)
+
+
+def _padding(rows: Sequence[Row]) -> int:
+    """Return how many places of the buffers of rows, sorted by length, are padding."""
+    return sum(_tokens(rows[-1]) - _tokens(row) for row in rows)
+
+
+class Batch:
+    """The completions of one adapter."""
+
+    def __init__(self, batches: Batches, adapter_name: str, *, is_trial: bool = False) -> None:
+        self._batches = batches
+        self.session = batches.session
+        self.adapter_name = adapter_name
+        self._is_trial = is_trial
+        """Whether this is the comparison that decides whether there are others."""
+        self.rows: list[Row] = []
+        """Those whose prompts are processed."""
+        self.together: list[Row] = []
+        """Those whose keys and values are in the common cache, in its order; some may have ended."""
+        self._cache: Any = None
+        self._length = 0
+        """Tokens in the common cache, padding included."""
+        self._size = BufferSize()
+        self._most_rows = 1 << 30
+        """Rows that fit into the memory."""
+
+    @property
+    def fewest_rows(self) -> int:
+        """Return with how many rows a common pass is faster than one for each."""
+        steps = self.session.steps
+        return _ROWS_WORTH_LAUNCHING if steps is not None and steps.in_use else 2
+
+    def remove(self, row: Row) -> None:
+        """Remove a row, whether it has joined or not."""
+        if row in self.rows:
+            self.rows.remove(row)
+        row.pending = row.logits = None
+        if row not in self.together:
+            self._batches.keep(self.adapter_name, row.prefix_cache)
+        elif not any(each in self.rows for each in self.together):
+            self._arrange([])
+
+    def step(self) -> None:
+        """Process the pending tokens of the rows that can be computed in one pass."""
+        due = [row for row in self.rows if row.pending is not None]
+        wanted = self._compatible(due) if len(due) >= self.fewest_rows else []
+        if len(wanted) < self.fewest_rows or not (
+            self._is_trial or self._batches.allows(self.adapter_name, wanted[-1].prefix_cache.token_ids)
+        ):
+            wanted = []
+        if set(wanted) != set(self.together):
+            self._arrange(wanted)
+        if self.together:
+            try:
+                self._compute()
+            except Exception as error:  # models raise anything; alone, a request raises what is its own fault
+                self._break_up(error)
+
+    def _compatible(self, due: list[Row]) -> list[Row]:
+        """Return the rows that go into one pass, sorted by length.
+
+        To read the padding must not take longer than to read the weights again.
+        """
+        if set(due) == set(self.together):
+            return due
+        whole = [row for row in due if not row.lost]
+        kinds = {row: self._cache if row in self.together else row.prefix_cache.cache for row in whole}
+        first = [type(layer) for layer in kinds[whole[0]].layers] if whole else []
+        same = [row for row in whole if [type(layer) for layer in kinds[row].layers] == first]
+        if not all(issubclass(kind, _STACKABLE) for kind in first):
+            self._batches.turn_off("it keeps more than keys, values and states")
+            return []
+        rows = sorted(same, key=_tokens)[: self._most_rows]
+        each = bytes_per_token(kinds[rows[0]]) if rows else 0
+        while len(rows) > 1 and _padding(rows) * each > self.session.memory_bytes:
+            rows = min(rows[1:], rows[:-1], key=_padding)
+        room = self.session.free_bytes() * _MAX_SHARE_OF_FREE_MEMORY
+        while len(rows) > 1 and len(rows) * (_tokens(rows[-1]) + STRIDE_TOKENS) * each > room:
+            rows.pop()
+        return rows
+
+    def _arrange(self, wanted: list[Row]) -> None:
+        """Let the rows of the common cache be ``wanted``."""
+        former, cache, length = self.together, self._cache, self._length
+        places = {row: place for place, row in enumerate(former)}
+        staying = [row for row in former if row in wanted]
+        coming = [row for row in wanted if row not in places]
+        parts, caches = [], [row.prefix_cache.release() for row in coming]
+        for row in former:
+            if row not in wanted:
+                size = BufferSize(_tokens(row) + STRIDE_TOKENS)
+                own = Rows(cache.layers, [places[row]], length - _tokens(row))
+                row.prefix_cache.restore(_with_layers(cache, stack([own], size)), size)
+                if row not in self.rows and not self._is_trial:
+                    self._batches.keep(self.adapter_name, row.prefix_cache)
+        self.together = staying + coming
+        self._length = max(map(_tokens, self.together), default=0)
+        self._size = BufferSize(self._length + STRIDE_TOKENS)
+        if staying:
+            start = length - max(map(_tokens, staying))
+            parts.append(Rows(cache.layers, [places[row] for row in staying], start))
+        parts += [Rows(each.layers, [0]) for each in caches]
+        self._cache = _with_layers(cache or caches[0], stack(parts, self._size)) if parts else None
+
+    def _compute(self) -> None:
+        rows = self.together
+        if self._length >= self._size.tokens:
+            self._size.tokens = max(self._length + STRIDE_TOKENS, self._length * 3 // 2)
+        pending = [row.pending for row in rows if row.pending is not None]
+        logits = self.session.batch_logits(
+            self.adapter_name, pending, [_tokens(row) for row in rows], self._length, self._cache
+        )
+        self._length += 1
+        for place, (row, token_id) in enumerate(zip(rows, pending, strict=True)):
+            row.prefix_cache.token_ids.append(token_id)
+            row.pending, row.logits = None, logits[place : place + 1]
+            row.most_rows = max(row.most_rows, len(rows))
+
+    def _break_up(self, error: Exception) -> None:
+        """Let each row be computed alone after a pass failed, in which some layers have processed tokens."""
+        if is_out_of_memory(error):
+            self._most_rows = max(len(self.together) // 2, 1)
+            self._batches.release_kept()
+        else:
+            self._batches.turn_off(f"a pass of {len(self.together)} rows failed: {first_line(error)}")
+        for row in self.together:
+            row.lost = row.prefix_cache.token_ids
+            row.prefix_cache = self.session.new_cache()
+        self.together, self._cache = [], None
+
+
+def _with_layers(cache: Any, layers: list[Any]) -> Any:
+    changed = copy.copy(cache)
+    changed.layers = layers
+    return changed
+
+
+class Batches:
+    """The completions of a session, by adapter."""
+
+    def __init__(self, session: ChatSession) -> None:
+        self.session = session
+        self._batches: dict[str, Batch] = {}
+        self._kept: list[tuple[str, PrefixCache]] = []
+        """Keys and values of ended conversations by adapter, the latest last."""
+        self._agreed = False
+        self.why_not = ""
+        """Why requests take turns; empty while they are computed together."""
+        self.tokens_read = 0
+        """Prompt tokens that were processed since the last token of any answer."""
+
+    def row(self, adapter_name: str, prompt: Sequence[int], *, anew: bool = False) -> tuple[Row, int]:
+        """Return a row for ``prompt``, and how many of its tokens are processed; with ``anew`` none."""
+        batch = self._batches.setdefault(adapter_name, Batch(self, adapter_name))
+        kept = None if anew else self._best(adapter_name, prompt)
+        if kept is None:
+            return Row(batch, self.session.new_cache()), 0
+        self._kept.remove((adapter_name, kept))
+        return Row(batch, kept), kept.reuse(prompt)
+
+    def may_read(self, tokens: int) -> bool:
+        """Return whether a prompt may process so many tokens before the next token of the answers."""
+        is_generating = any(batch.rows for batch in self._batches.values())
+        if is_generating and self.tokens_read and self.tokens_read + tokens > PREFILL_CHUNK_TOKENS:
+            return False
+        self.tokens_read += tokens
+        return True
+
+    def _best(self, adapter_name: str, prompt: Sequence[int]) -> PrefixCache | None:
+        """Return the kept conversation that ``prompt`` continues; None where most of each would be lost."""
+        known = [
+            (reusable_prefix(cache.token_ids, prompt), number)
+            for number, (name, cache) in enumerate(self._kept)
+            if name == adapter_name
+        ]
+        tokens, number = max(known, default=(0, 0))
+        if not tokens or 2 * tokens < len(self._kept[number][1].token_ids):
+            return None
+        return self._kept[number][1]
+
+    def keep(self, adapter_name: str, prefix_cache: PrefixCache) -> None:
+        """Keep the keys and values of an ended conversation while there is room."""
+        if not prefix_cache.token_ids or not self.session.keeps_keys:
+            return
+        self._kept.append((adapter_name, prefix_cache))
+        room = self.session.free_bytes() * _MAX_SHARE_OF_FREE_MEMORY
+        while len(self._kept) > _MOST_KEPT or sum(cache.size_bytes for _, cache in self._kept) > room:
+            del self._kept[0]
+
+    def release_kept(self) -> None:
+        """Free the memory of ended conversations."""
+        self._kept.clear()
+
+    def forget_steps(self) -> None:
+        """Drop recorded steps: weights that they use have moved."""
+        caches = [cache for _, cache in self._kept]
+        caches += [row.prefix_cache for batch in self._batches.values() for row in batch.rows]
+        for cache in caches:
+            cache.step = None
+
+    def turn_off(self, why_not: str) -> None:
+        """Let requests take turns from now on."""
+        self.why_not = f"Requests to this model take turns: {why_not.rstrip('.')}."
+
+    def allows(self, adapter_name: str, token_ids: Sequence[int]) -> bool:
+        """Return whether rows may be computed together, after a comparison on the end of a text."""
+        if self.why_not or self._agreed:
+            return not self.why_not
+        comparison = self.session.checked.get(adapter_name)
+        if not self.session.keeps_keys:
+            self.turn_off("it is asked without a cache of keys and values")
+        elif self.session.new_cache().depends_on_length:
+            self.turn_off("its rotary frequencies depend on the length of the text")
+        elif comparison is None:
+            self.turn_off("its answers could not be checked")
+        elif len(token_ids) < _SMALLEST_CHECKED:
+            return False
+        else:
+            text = list(token_ids[-TOKENS:])
+            try:
+                # In a window that is longer than the rows there is padding, in a shorter one there is none.
+                worst = self._difference(adapter_name, text)
+                if any(
+                    getattr(layer, "is_sliding", False) for layer in self.session.new_cache().cache.layers
+                ):
+                    with self.session.short_windows():
+                        worst = max(worst, self._difference(adapter_name, text))
+            except Exception as error:  # models raise anything
+                self.turn_off(f"several rows cannot be computed together: {first_line(error)}")
+                return False
+            self._agreed = LogitsComparison(worst, comparison.noise).agrees
+            if not self._agreed:
+                self.turn_off(
+                    f"computed together, their logits differed by {worst:.2g} of the logits' standard "
+                    f"deviation, of which rounding accounts for about {comparison.noise:.2g}"
+                )
+        return self._agreed
+
+    def _difference(self, adapter_name: str, token_ids: list[int]) -> float:
+        """Return by how much the logits of any row of a batch differ from those of the row alone.
+
+        Three texts of different lengths and ends join one after another and leave in the same order.
+        """
+        quarter = len(token_ids) // 4
+        texts = [token_ids[quarter:-1], token_ids[quarter + 1 : -2], token_ids]
+        batch = Batch(self, adapter_name, is_trial=True)
+        rows: list[Row] = []
+        logits: list[list[Tensor]] = [[] for _ in texts]
+        for number in range(len(texts) + _CHECKED_STEPS - 1):
+            if number < len(texts):
+                row = Row(batch, self.session.new_cache())
+                self.session.next_logits(adapter_name, texts[number][:-_CHECKED_STEPS], row.prefix_cache)
+                batch.rows.append(row)
+                rows.append(row)
+            taking = [row for row in rows if row in batch.rows]
+            for row in taking:
+                place = len(logits[rows.index(row)]) - _CHECKED_STEPS
+                row.logits, row.pending = None, texts[rows.index(row)][place]
+            for row in taking:
+                logits[rows.index(row)].append(row.next_logits().clone())
+                if len(logits[rows.index(row)]) == _CHECKED_STEPS:
+                    batch.rows.remove(row)
+        worst = 0.0
+        for text, given in zip(texts, logits, strict=True):
+            cache = self.session.new_cache()
+            self.session.next_logits(adapter_name, text[:-_CHECKED_STEPS], cache)
+            for place, row_logits in enumerate(given):
+                token_id = text[place - _CHECKED_STEPS]
+                alone = self.session.next_logits(adapter_name, [token_id], cache)
+                worst = max(worst, LogitsComparison.of(row_logits, alone).difference)
+        return worst
