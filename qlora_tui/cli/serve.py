@@ -7,13 +7,14 @@ import getpass
 import json
 import os
 import shlex
-import sys
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
 from qlora_tui.cli.subcommand import (
     CommandResult,
+    ProgressLine,
     Subcommand,
     positive_float,
     print_result,
@@ -57,13 +58,16 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         idle_unload_s=args.idle_unload * 60 if args.idle_unload else None,
     )
     print_result(_start_result(server.status, runs[0]), as_json=args.json)
-    server.run((lambda status: None) if args.json else _print_state)
+    with ProgressLine() as line:
+        server.run(partial(_show_state, line))
     return 0
 
 
-def _print_state(status: ServerStatus) -> None:
-    words = {"ready": "The model is loaded.", "unloaded": "The model is unloaded."}
-    print(words.get(status.state) or f"{status.state.capitalize()}: {status.detail}", file=sys.stderr)
+def _show_state(line: ProgressLine, status: ServerStatus) -> None:
+    words = {"ready": "The model is loaded.", "unloaded": "The model is not loaded."}
+    text = status.detail or words.get(status.state, "")
+    if text:
+        line.show(text, is_due=status.state != "loading")
 
 
 def _start_result(status: ServerStatus, run: RunDir) -> CommandResult:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import secrets
+import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 
 import msgspec
@@ -79,7 +80,7 @@ class Server:
         # Called by another name, a loopback server is asked by a web page (DNS rebinding).
         hosts = ("localhost", LOOPBACK, "::1", self.host) if is_loopback(self.host) else ()
         app = make_app(self._guest, self._figures, api_key=self.api_key, hosts=hosts)
-        server = uvicorn.Server(
+        server = _Uvicorn(
             uvicorn.Config(
                 app,
                 loop="asyncio",
@@ -94,6 +95,9 @@ class Server:
                 timeout_graceful_shutdown=2,
             )
         )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.handle_exit, number, None)
         tasks = [
             asyncio.create_task(self._guest.watch()),
             asyncio.create_task(self._report(server, on_change)),
@@ -151,6 +155,15 @@ class Server:
             prompt_tokens=figures.prompt_tokens,
             new_tokens=figures.new_tokens,
         )
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends without raising the signal again, which would leave state file and key behind."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the handlers to the caller."""
+        yield
 
 
 def is_loopback(host: str) -> bool:

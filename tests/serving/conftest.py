@@ -98,7 +98,8 @@ def serving(home: Path, *arguments: str) -> Iterator[Served]:
             yield Served(process, home, json.loads(process.stdout.readline()))
         finally:
             process.terminate()
-            process.wait(timeout=20)
+            assert process.wait(timeout=20) == 0
+            assert list((home / "qlora-tui" / "servers").glob("*.json")) == []
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import openai
@@ -174,3 +175,41 @@ async def test_many_clients_get_the_answers_of_the_chat(
         asked = [list(expected)[i % len(expected)] for i in range(32)]
         answers = await asyncio.gather(*(answer(*each) for each in asked))
     assert answers == [expected[each] for each in asked]
+
+
+def test_what_open_webui_sends_is_understood(served: Served) -> None:
+    """Its request as built by apply_model_params_to_body_openai (utils/payload.py) and routers/openai.py.
+
+    open-webui/open-webui, commit 227ce3f63e9eabf4cbdff5f13be7967a869e0d91. Parameters that a user has not set
+    are left out; those set to what changes nothing are sent as they are.
+    """
+    body = {
+        "stream": True,
+        "model": FIRST,
+        "messages": [
+            {"role": "system", "content": "Answer briefly."},
+            {"role": "user", "content": [{"type": "text", "text": "what is red"}]},
+        ],
+        "stream_options": {"include_usage": True},
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "min_p": 0.0,
+        "max_tokens": 8,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "reasoning_effort": "low",
+        "seed": 42,
+        "stop": ["User:"],
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "features": {"web_search": False},
+    }
+    headers = {"X-OpenWebUI-User-Name": "someone", "Accept": "*/*"}
+    with served.client(**headers) as client, client.stream("POST", "/chat/completions", json=body) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = [line for line in answer.iter_lines() if line]
+    assert events[-1] == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+    assert chunks[-1]["usage"]["completion_tokens"] == 8

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.screens.chat.conversation import Conversation
 
 _READ_INTERVAL_S = 1.0
-_TOGGLE = Binding("s", "toggle", "Start")
+_TOGGLE = Binding("s", "start_or_stop", "Start")
 _COPY = Binding("y", "copy", "Copy address")
 _CLOSE = Binding("escape,q", "dismiss", "Close")
 _LABEL_CELLS, _NARROW_CELLS = 10, 66
@@ -76,7 +76,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         """Cells of a line; before the first layout those of a narrow dialog."""
         return self.query_one("#server-status", Lines).content_size.width or _NARROW_CELLS
 
-    def action_toggle(self) -> None:
+    def action_start_or_stop(self) -> None:
         """Stop the server, or start one."""
         run, server = self._conversation.run_dir, self._server
         if server is not None:
