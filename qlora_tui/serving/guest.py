@@ -45,10 +45,6 @@ class Guest:
         self.state: GuestState = "unloaded"
         self.detail = ""
         """What it waits for or why it failed, in a sentence."""
-        self.problem: UserError | None = None
-        """Why the last load failed."""
-        self.was_ready = False
-        """Whether the model was loaded once."""
         self._engine = EngineClient()
         self._loading: asyncio.Task[ChatReady] | None = None
         self._in_use = 0
@@ -111,7 +107,7 @@ class Guest:
             self._fail(problem)
             raise
         assert self.ready is not None
-        self.state, self.detail, self.problem, self.was_ready = "ready", "", None, True
+        self.state, self.detail = "ready", ""
         return self.ready
 
     async def complete(self, completion: Completion) -> AsyncGenerator[CompletionPart | CompletionResult]:
@@ -142,7 +138,7 @@ class Guest:
         return self._engine.pid
 
     def _fail(self, problem: UserError) -> None:
-        self.state, self.ready, self.problem = "failed", None, problem
+        self.state, self.ready = "failed", None
         self.detail = " ".join(str(problem).split())
 
     @property

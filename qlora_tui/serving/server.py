@@ -60,10 +60,7 @@ class Server:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
     def run(self, on_change: Callable[[ServerStatus], None] = lambda status: None) -> None:
-        """Answer until SIGINT or SIGTERM; ``on_change`` is called with each new state of the model.
-
-        Raises UserError where the model cannot be loaded at the start.
-        """
+        """Answer until SIGINT or SIGTERM; ``on_change`` is called with each new state of the model."""
         try:
             asyncio.run(self._run(on_change))
         finally:
@@ -100,7 +97,7 @@ class Server:
             loop.add_signal_handler(number, server.handle_exit, number, None)
         tasks = [
             asyncio.create_task(self._guest.watch()),
-            asyncio.create_task(self._report(server, on_change)),
+            asyncio.create_task(self._report(on_change)),
         ]
         try:
             await server.serve(sockets=[self._socket])
@@ -113,8 +110,8 @@ class Server:
             if isinstance(result, Exception):
                 raise result
 
-    async def _report(self, server: uvicorn.Server, on_change: Callable[[ServerStatus], None]) -> None:
-        """Keep the state file up to date; end the server if the model cannot be loaded at the start."""
+    async def _report(self, on_change: Callable[[ServerStatus], None]) -> None:
+        """Keep the state file up to date."""
         shown: ServerStatus | None = None
         while True:
             status = self.status
@@ -123,9 +120,6 @@ class Server:
                     self._write(status)
             if shown is None or (status.state, status.detail) != (shown.state, shown.detail):
                 on_change(status)
-            if self._guest.problem is not None and not self._guest.was_ready:
-                server.should_exit = True
-                raise self._guest.problem
             shown = status
             await asyncio.sleep(_STATE_S)
 

@@ -63,6 +63,11 @@ def test_a_malformed_body_is_a_400(served: Served, body: bytes) -> None:
         error_of(client.post(CHAT, content=body), 400)
 
 
+@pytest.mark.parametrize("prompt", [[-1], [10**6], [[1, 2], [2**63]], [[]], [], "", [1, "a"], {}, [True]])
+def test_an_impossible_prompt_is_a_400(served: Served, prompt: Any) -> None:
+    error_of(served.post("/completions", model="base", prompt=prompt, max_tokens=1, logprobs=1), 400)
+
+
 def test_a_long_body_is_refused_before_it_is_read(served: Served) -> None:
     with served.client() as client:
         error_of(client.post(CHAT, content=b" " * 10_000_001), 413)

@@ -9,12 +9,16 @@ import pytest
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UsageError
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.serving.model_names import runs_to_serve, served_models
 from qlora_tui.serving.server import Server, is_loopback
 from tests.cli.conftest import Call, call
-from tests.serving.conftest import write_run
+from tests.serving.conftest import serving, write_run
+from tests.support.polling import wait_for
+from tests.support.quick_starts import TRAINING_MODULES
+from tests.support.trainer_processes import Trainers
 
 __all__ = ["call"]
 
@@ -125,3 +129,31 @@ def test_stopping_what_does_not_run_is_a_wrong_call(private_home: Path, call: Ca
     said = call("serve", "--stop")
     assert said.code == 2
     assert "8000" in said.err
+
+
+@pytest.mark.slow
+def test_an_idle_model_is_unloaded_and_comes_back(
+    trainers: Trainers, tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers.server.serve(TRAINING_MODULES, monkeypatch)
+    write_run(tmp_path, "a", tiny_source, {"adapter": "adapter"})
+    with serving(tmp_path, "a", "--idle-unload", "0.001") as server:
+        server.wait_for("unloaded")
+        wait_for(lambda: server.state["engine_pid"] == 0)
+        asked = {"model": "a", "prompt": "the quick", "max_tokens": 2}
+        assert server.post("/completions", **asked).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_a_503_in_words(
+    trainers: Trainers, tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers.server.serve(TRAINING_MODULES, monkeypatch)
+    recipe = replace_setting(tiny_source.recipe, "model.id", str(tmp_path / "gone"))
+    source = ChatSource(recipe=recipe, adapters=tiny_source.adapters)
+    write_run(tmp_path, "a", source, {"adapter": "adapter"})
+    with serving(tmp_path, "a") as server:
+        server.wait_for("failed")
+        response = server.post("/completions", model="a", prompt="the quick")
+        assert response.status_code == 503
+        assert "gone" in response.json()["error"]["message"]

@@ -90,8 +90,9 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         self._doing = doing
         self._show()
         try:
-            # The memory that the chat holds is for the server.
-            await self._conversation.unload()
+            if self._server is None:
+                # The memory that the chat holds is for the server.
+                await self._conversation.unload()
             await asyncio.to_thread(work)
         except UserError as problem:
             self.app.show_error(problem)
