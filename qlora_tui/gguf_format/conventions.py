@@ -31,6 +31,7 @@ from qlora_tui.gguf_format.rewrites import (
     QWEN3_NEXT,
     QWEN35,
     SHARED,
+    SINKS,
     TRANSPOSED_EXPERTS,
     Rewrite,
     falcon_key_heads,
@@ -209,6 +210,27 @@ def _mla(config: Any) -> dict[str, Any]:
     return keys
 
 
+def _temperature(config: Any) -> dict[str, Any]:
+    """Return by how much queries grow with their position beyond the original context."""
+    rope = config.rope_parameters
+    if not (scale := rope.get("llama_4_scaling_beta")):
+        return {}
+    length = rope["original_max_position_embeddings"]
+    return {"attention.temperature_scale": float(scale), "attention.temperature_length": length}
+
+
+def _mimo2(config: Any) -> dict[str, Any]:
+    """Return what MiMo 2 has of its own: layers with a window have twice the key heads."""
+    heads = config.num_key_value_heads
+    return {
+        "attention.head_count_kv": [
+            2 * heads if kind == "sliding_attention" else heads for kind in config.layer_types
+        ],
+        "attention.value_length": config.v_head_dim,
+        "attention.value_scale": float(config.attention_value_scale or 1.0),
+    }
+
+
 def _minicpm3(config: Any) -> dict[str, Any]:
     """Return the sizes of MiniCPM 3's latent attention, which llama.cpp computes with all its heads."""
     return {
@@ -269,7 +291,7 @@ _MAMBA_SETTINGS = frozenset(
 CONVENTIONS: tuple[Convention, ...] = (
     Convention(
         architecture="llama",
-        types=("llama", "mistral", "ministral", "mixtral", "iquestcoder"),
+        types=("llama", "mistral", "ministral", "mixtral", "iquestcoder", "internlm3"),
         rewrites=PAIRS,
     ),
     Convention(architecture="llama", types=("helium",)),
@@ -285,9 +307,15 @@ CONVENTIONS: tuple[Convention, ...] = (
         types=("ministral3",),
         rewrites=PAIRS,
         yarn_multiplier=1.0,
-        keys=lambda config: {
-            "attention.temperature_scale": float(config.rope_parameters.get("llama_4_scaling_beta") or 0.0)
-        },
+        keys=_temperature,
+    ),
+    Convention(
+        architecture="mistral4",
+        rewrites=MLA,
+        reads=_ROUTING | _GROUPS,
+        yarn_multiplier=0.1,
+        dense_layers="first",
+        keys=lambda config: _mla(config) | _temperature(config) | _gating("softmax")(config),
     ),
     Convention(
         architecture="granitehybrid",
@@ -506,6 +534,24 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     Convention(architecture="exaone4", types=("exaone4", "exaone4_5"), fixed={"sliding_window": None}),
     Convention(architecture="exaone"),
+    Convention(
+        architecture="exaone-moe",
+        reads=_ROUTING | _GROUPS,
+        windows=True,
+        dense_layers="first",
+        keys=_gating("sigmoid"),
+    ),
+    Convention(
+        architecture="mimo2",
+        types=("mimo_v2_flash",),
+        rewrites=SINKS,
+        reads=_GROUPS,
+        folded=frozenset({"attention_value_scale"}),
+        fixed={"norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        windows=True,
+        dense_layers="first",
+        keys=lambda config: _mimo2(config) | _gating("sigmoid")(config),
+    ),
     Convention(architecture="jais2"),
     Convention(architecture="bloom", rewrites=NEOX),
     Convention(architecture="minicpm3", keys=_minicpm3),
@@ -517,6 +563,11 @@ CONVENTIONS: tuple[Convention, ...] = (
         keys=lambda config: {"attention.head_count_kv": falcon_key_heads(config)},
     ),
     Convention(architecture="starcoder", types=("gpt_bigcode",)),
+    Convention(
+        architecture="mamba",
+        folded=frozenset({"expand"}),
+        keys=lambda config: {"ssm.time_step_rank": config.time_step_rank},
+    ),
     Convention(
         architecture="mamba2",
         rewrites=MAMBA2,

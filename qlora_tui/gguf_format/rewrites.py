@@ -305,3 +305,4 @@ ALONE = (
 GPT2 = (changed(r"c_(attn|proj|fc)\.weight$", lambda values, config: values.T),)
 FALCON = (changed(r"query_key_value\.(weight|bias)$", _groups_apart),)
 QWEN3_NEXT = (_QWEN_NORMS,)
+SINKS = (renamed(r"attention_sink_bias$", "sinks"),)

@@ -175,7 +175,7 @@ def test_every_claimed_type_is_computed_here() -> None:
 @pytest.mark.parametrize(
     "model_type, settings, why",
     [
-        ("doge", {}, "no architecture of llama.cpp is known"),
+        ("inkling_text", {}, "no architecture of llama.cpp is known"),
         ("mpt", {}, "cannot write"),
         ("phimoe", {}, "sparse mixer"),
         ("gemma2", GEMMA | {"query_pre_attn_scalar": 20}, "scaled by 20"),

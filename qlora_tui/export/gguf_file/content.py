@@ -38,7 +38,7 @@ def text_config(folder: Path) -> Any:
             1.0  # the classes with a vision tower do not scale (Aya Vision, Command A Vision)
         )
     # The class of the whole model ties its head or does not, whatever its text config says.
-    config.tie_word_embeddings = whole.tie_word_embeddings
+    config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)
     # What differs between layers is read for each; elsewhere the value of most layers is meant.
     config.allow_global_per_layer_attribute_access = True
     return config
