@@ -39,6 +39,10 @@ SUBCOMMANDS = {
         "Inspect a data file, show one row as the model sees it, or find the rows that hurt a run.",
     ),
     "presets": ("presets", "List presets, show one, or print every setting."),
+    "import": (
+        "import_recipe",
+        "Read a recipe of axolotl, LLaMA-Factory, TRL, Unsloth or peft.",
+    ),
     "train": ("train", "Queue a training run and follow it."),
     "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),
     "attach": ("runs", "Watch a run in the app; into a pipe, or with --log, print its events."),

@@ -7,6 +7,9 @@ fields          the settings as data, for forms, ``--set``, comparisons and the 
 toml            a file or text to a layer (a partial recipe), a layer to a recipe, a recipe to TOML
 validation      every error in a layer, with its line and the closest valid name
 aliases         other spellings of settings: version 0.1's, other trainers'; what a misspelled one means
+imported        a recipe from axolotl, LLaMA-Factory, TRL, Unsloth or an adapter
+script_arguments
+                the arguments of calls in a Python script, which is never run
 layering        defaults < preset < the user's file < ``--set``; absolute paths
 conflicts       settings that are valid alone and invalid together
 presets         named layers: bundled ones, and the user's to save, delete and restore

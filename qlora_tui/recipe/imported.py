@@ -1,0 +1,599 @@
+"""Recipes of other trainers, read as ours: of axolotl, LLaMA-Factory, TRL, Unsloth, and adapters of peft.
+
+Files are parsed and never run. ``imported.toml`` says what each key means here; this module finds the keys,
+and does what takes more than one of them: the quantization, the data, the steps. What has no counterpart is
+named with its value, and a file that trains something else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.errors import UsageError, UserError
+from qlora_tui.files import read_regular
+from qlora_tui.recipe.fields import fields
+from qlora_tui.recipe.schema import ALL_LINEAR
+from qlora_tui.recipe.script_arguments import Expression, calls_of
+from qlora_tui.recipe.toml import read_text, to_recipe
+from qlora_tui.recipe.validation import find_issues
+
+_MAX_BYTES = 4_000_000
+_SECRET_ENDINGS = ("token", "api_key", "password", "secret", "secrets")
+"""Ends of keys whose values are never shown."""
+_LONGEST_VALUE = 60
+"""Characters of a value in an error."""
+
+
+class Rule(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a key of another trainer means."""
+
+    to: str = ""
+    """The setting it sets, ``section.key``; empty if there is none."""
+    values: dict[str, Any] = {}
+    """Our spelling of their values, each written as text; empty if they are ours."""
+    off: list[Any] = []
+    """Values that mean that the feature is off."""
+    why: str = ""
+    """Why the key, or a value outside ``values``, has no counterpart."""
+    refuse: str = ""
+    """What a file with this key trains instead; such a file is not imported."""
+    same_as: str = ""
+    """Another key whose rule this one has."""
+
+
+class Trainer(Struct, frozen=True, forbid_unknown_fields=True):
+    """Another trainer: its keys, and what it does where a file says nothing."""
+
+    label: str
+    keys: dict[str, str | Rule]
+    required: str
+    """The key without which a file trains every weight, or nothing."""
+    marks: list[str] = []
+    """Keys by which its files are recognized."""
+    alpha_per_rank: float = 0.0
+    """Alpha of a file that names none, for each rank; 0: our default."""
+    defaults: dict[str, Any] = {}
+    """Its defaults, in our settings."""
+    calls: list[str] = []
+    """Functions and classes of a script whose arguments are settings."""
+    classes: dict[str, dict[str, Any]] = {}
+    """Keys that a script sets by calling a class."""
+
+
+class _Datasets(Struct, frozen=True, forbid_unknown_fields=True):
+    loaders: list[str]
+    formats: dict[str, str]
+    unneeded: list[str]
+    fields: dict[str, str]
+    columns: dict[str, str]
+    media: list[str]
+    why: dict[str, str]
+
+
+class _Tables(Struct, frozen=True, forbid_unknown_fields=True):
+    keys: dict[str, str | Rule]
+    unneeded: dict[str, list[str]]
+    trainers: dict[str, Trainer]
+    datasets: _Datasets
+
+
+_TABLES = msgspec.convert(
+    tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")), _Tables
+)
+_DATASETS = _TABLES.datasets
+
+
+class Taken(Struct, frozen=True):
+    """A setting that was read from a key."""
+
+    key: str
+    value: Any
+    setting: str
+    ours: Any
+
+
+class LeftOut(Struct, frozen=True):
+    """A key without a counterpart."""
+
+    key: str
+    value: Any
+    why: str
+    """Empty if the key is not known."""
+
+
+class ImportedRecipe(Struct, frozen=True, kw_only=True):
+    """A recipe read from another trainer's file."""
+
+    trainer: str
+    """``axolotl``."""
+    layer: dict[str, Any]
+    """The settings of the file and the trainer's defaults, as a layer."""
+    taken: tuple[Taken, ...]
+    left_out: tuple[LeftOut, ...]
+    unneeded: tuple[str, ...]
+    """Keys that change nothing of what is learned."""
+
+
+def import_recipe(path: Path) -> ImportedRecipe:
+    """Read a recipe from a YAML file, a Python script, or an adapter's folder or ``adapter_config.json``.
+
+    Raises UserError if the file cannot be read, is not of a known trainer, or trains something that a recipe
+    cannot describe.
+    """
+    if path.is_dir():
+        path = path / "adapter_config.json"
+    text = read_text(path)
+    if path.suffix == ".py":
+        return _Import(_TABLES.trainers["script"], _script_keys(text, path), path).result()
+    keys = dict(_flattened(_mapping(text, path)))
+    marked = {name: sum(mark in keys for mark in trainer.marks) for name, trainer in _TABLES.trainers.items()}
+    name = max(marked, key=lambda name: marked[name])
+    if marked[name] < 2:
+        raise _unknown_file(path, "it has no settings of axolotl, LLaMA-Factory or peft")
+    if name == "peft":
+        keys |= _trainer_state(path.parent)
+    return _Import(_TABLES.trainers[name], keys, path).result()
+
+
+def _mapping(text: str, path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".json":
+            value = json.loads(text)
+        else:
+            import yaml  # a tenth of a second
+
+            # A few lines of aliases of aliases can stand for more than fits in memory.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+                raise ValueError("YAML aliases (*name) are not read")
+            value = yaml.safe_load(text)
+    except RecursionError:
+        raise _unknown_file(path, "it is nested too deeply") from None
+    except Exception as error:  # YAML's errors are of several classes
+        place = getattr(error, "problem_mark", None)
+        line = f"line {place.line + 1}: " if place is not None else ""
+        raise _unknown_file(path, f"{line}{getattr(error, 'problem', None) or error}") from None
+    if not isinstance(value, dict):
+        raise _unknown_file(path, "it holds no settings")
+    return {str(key): item for key, item in value.items()}
+
+
+def _flattened(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys that are set; of a table whose keys have rules, each as ``table.key``."""
+    for key, value in mapping.items():
+        if value is None:
+            continue
+        dotted = any(f"{key}." in name for trainer in _TABLES.trainers.values() for name in trainer.keys)
+        if isinstance(value, dict) and dotted:
+            yield from ((f"{key}.{inner}", item) for inner, item in value.items() if item is not None)
+        else:
+            yield key, value
+
+
+def _trainer_state(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of its training. ``training_args.bin`` is a pickle, and never read."""
+    state = _json_table(folder / "trainer_state.json")
+    return {name: state[name] for name in ("num_train_epochs", "train_batch_size") if state.get(name)}
+
+
+def _json_table(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one if there is none."""
+    try:
+        table = json.loads(read_regular(path, _MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _script_keys(text: str, path: Path) -> dict[str, Any]:
+    """Read the arguments of the calls that configure a training."""
+    script = _TABLES.trainers["script"]
+    keys: dict[str, Any] = {}
+    implied: dict[str, Any] = {}
+    try:
+        calls = list(calls_of(text, script.calls))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _unknown_file(path, f"it is not Python: {error}") from None
+    for call in calls:
+        loads_data = call.name == "load_dataset"
+        if call.name == "from_pretrained" and "Model" not in call.owner:
+            continue
+        implied |= script.classes.get(call.name, {})
+        if call.positional and (loads_data or call.name == "from_pretrained"):
+            keys["load_dataset" if loads_data else "model"] = call.positional[0]
+        for name, value in call.keywords.items():
+            # Objects are passed from call to call: model=model, args=config, peft_config=peft_config.
+            is_object = call.name.endswith("Trainer") and isinstance(value, Expression)
+            if value is not None and not is_object:
+                keys[f"load_dataset.{name}" if loads_data else name] = value
+    return implied | keys
+
+
+class _Import:
+    """One file on its way to a recipe: keys are taken one by one, what is left has no counterpart."""
+
+    def __init__(self, trainer: Trainer, keys: dict[str, Any], path: Path) -> None:
+        self._trainer = trainer
+        self._keys = keys
+        self._path = path
+        self._rules = _TABLES.keys | trainer.keys
+        self._settings: dict[str, Any] = {}
+        self._taken: list[Taken] = []
+        self._left_out: list[LeftOut] = []
+        self._unneeded: list[str] = []
+
+    def result(self) -> ImportedRecipe:
+        if self._trainer.required not in self._keys:
+            raise self._refused(f"it has no {self._trainer.required}, so it trains every weight, or nothing.")
+        self._read_quantization()
+        self._read_targets()
+        self._read_data()
+        self._read_steps()
+        for key in list(self._keys):
+            self._read(key)
+        self._add_defaults()
+        layer: dict[str, Any] = {}
+        for setting, value in self._settings.items():
+            section, _, key = setting.rpartition(".")
+            layer.setdefault(section, {})[key] = value
+        to_recipe(layer, str(self._path))
+        return ImportedRecipe(
+            trainer=self._trainer.label,
+            layer=layer,
+            taken=tuple(self._taken),
+            left_out=tuple(self._left_out),
+            unneeded=tuple(self._unneeded),
+        )
+
+    # -- keys one by one
+
+    def _read(self, key: str) -> None:
+        rule = self._rule(key)
+        value = self._keys.pop(key)
+        if rule is None:
+            if any(fnmatchcase(key, pattern) for pattern in _TABLES.unneeded["patterns"]):
+                self._unneeded.append(key)
+            else:
+                self._leave_out(key, value, "")
+        elif (written := _written(value)) in map(_written, rule.off):
+            self._unneeded.append(key)
+        elif isinstance(value, Expression) and written not in rule.values:
+            self._leave_out(key, value, "only running the script would give its value")
+        elif rule.to and not rule.values:
+            self._take(key, value, rule.to, _as_kind(value, rule.to))
+        elif written in rule.values and rule.to:
+            self._take(key, value, rule.to, rule.values[written])
+        elif rule.refuse:
+            raise self._refused(f"{key} is {_shown(value)}: it trains {rule.refuse}.")
+        elif written in rule.values or not (rule.to or rule.why):
+            self._unneeded.append(key)
+        else:
+            why = rule.why or f"{rule.to} has no such value"
+            self._leave_out(key, value, why)
+
+    def _rule(self, key: str) -> Rule | None:
+        rule = self._rules.get(key)
+        if rule is None:
+            rule = next(
+                (rule for name, rule in self._rules.items() if "*" in name and fnmatchcase(key, name)), None
+            )
+        if isinstance(rule, str):
+            return Rule(to=rule)
+        if rule is not None and rule.same_as:
+            return self._rule(rule.same_as)
+        return rule
+
+    def _take(self, key: str, value: Any, setting: str, ours: Any) -> None:
+        """Set a setting, unless it cannot have the value."""
+        section, _, name = setting.rpartition(".")
+        if find_issues({section: {name: ours}}, ""):
+            self._leave_out(key, value, f"{setting} cannot have this value")
+            return
+        self._settings[setting] = ours
+        self._taken.append(Taken(key, _plain(value), setting, ours))
+
+    def _leave_out(self, key: str, value: Any, why: str) -> None:
+        shown = "(not shown)" if key.endswith(_SECRET_ENDINGS) else _plain(value)
+        self._left_out.append(LeftOut(key, shown, why))
+
+    def _pop(self, key: str) -> Any:
+        return self._keys.pop(key, None)
+
+    # -- what takes several keys
+
+    def _read_quantization(self) -> None:
+        """Find the storage of the base: the keys say 4 or 8 bits; without one, 16."""
+        method = "none"
+        for key, bits in (
+            ("load_in_8bit", 8),
+            ("load_in_4bit", 4),
+            ("quantization_bit", 0),
+            ("quant_config.quantization_bit", 0),
+        ):
+            value = self._pop(key)
+            if not value:
+                continue
+            found = {4: "nf4", 8: "int8"}.get(bits or value)
+            if found is None:
+                self._leave_out(key, value, "a base is stored in 4, 8 or 16 bits")
+                continue
+            method = found
+            self._take(key, value, "quantization.method", method)
+        for key in ("bnb_4bit_quant_type", "quantization_type"):
+            value = self._pop(key)
+            if value in ("nf4", "fp4") and method == "nf4":
+                self._take(key, value, "quantization.method", value)
+        self._pop("quant_config.name")
+        other = self._pop("quantization_method")
+        if other not in (None, "bnb", "bitsandbytes"):
+            self._leave_out("quantization_method", other, "only bitsandbytes quantizes here")
+        # An adapter does not say how its base was stored.
+        if self._trainer.label != _TABLES.trainers["peft"].label:
+            self._settings.setdefault("quantization.method", method)
+
+    def _read_targets(self) -> None:
+        """Find what LoRA adapts: names of modules; a regular expression has no counterpart."""
+        if self._pop("lora_target_linear"):
+            self._take("lora_target_linear", True, "lora.target_modules", [ALL_LINEAR])
+        for key in ("lora_target_modules", "lora_target", "target_modules", "peft_config.target_modules"):
+            value = self._pop(key)
+            if not value:
+                continue
+            names = value.split(",") if isinstance(value, str) else value
+            if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+                self._leave_out(key, value, "it is not a list of names")
+                continue
+            names = [{"all": ALL_LINEAR}.get(name.strip(), name.strip()) for name in names]
+            if not all(name.replace("_", "").replace("-", "").replace(".", "").isalnum() for name in names):
+                why = "a regular expression: name modules in lora.target_modules"
+                self._leave_out(key, value, why)
+                continue
+            self._take(key, value, "lora.target_modules", sorted(names) if isinstance(value, set) else names)
+        for key in ("lora_modules_to_save", "modules_to_save", "additional_target"):
+            value = self._pop(key)
+            if not value:
+                continue
+            names = value.split(",") if isinstance(value, str) else value
+            if isinstance(names, list | tuple) and {"embed_tokens", "lm_head"} >= set(names):
+                self._take(key, value, "lora.train_embeddings", True)
+            else:
+                why = "only embedding and head are trained in whole, by lora.train_embeddings"
+                self._leave_out(key, value, why)
+        for key in ("lora_target_parameters", "target_parameters"):
+            if value := self._pop(key):
+                why = "name the projections of experts in lora.target_modules; all-linear adapts them too"
+                self._leave_out(key, value, why)
+
+    def _read_steps(self) -> None:
+        """Find batch, warmup and intervals, some of which are counted in another unit."""
+        if (total := self._pop("batch_size")) and (rows := self._keys.get("micro_batch_size")):
+            self._take("batch_size", total, "training.gradient_accumulation", max(1, total // rows))
+        steps = self._pop("warmup_steps")
+        most = self._keys.get("max_steps")
+        if isinstance(steps, int | float) and steps:
+            if steps < 1:
+                self._take("warmup_steps", steps, "training.warmup_ratio", steps)
+            elif isinstance(most, int) and most > steps:
+                self._take("warmup_steps", steps, "training.warmup_ratio", round(steps / most, 4))
+            else:
+                why = "warmup is a share of the steps: set training.warmup_ratio"
+                self._leave_out("warmup_steps", steps, why)
+        for strategy, interval, setting in (
+            ("save_strategy", "save_steps", "training.checkpoint_every"),
+            ("eval_strategy", "eval_steps", "training.eval_every"),
+            ("evaluation_strategy", "eval_steps", "training.eval_every"),
+        ):
+            how, every = self._pop(strategy), self._keys.get(interval)
+            if how == "epoch":
+                self._pop(interval)
+                self._take(strategy, how, setting, 0)
+            elif how == "no":
+                self._pop(interval)
+                why = "one is always done at the end of each epoch"
+                self._leave_out(strategy, how, why)
+            elif isinstance(every, int) and every:
+                self._take(interval, self._pop(interval), setting, every)
+            elif every is not None:
+                why = f"{setting} is a number of steps"
+                self._leave_out(interval, self._pop(interval), why)
+        for key in ("val_set_size", "val_size"):
+            rows = self._keys.get(key)
+            if isinstance(rows, int | float) and rows >= 1:
+                why = "data.validation_fraction is a share of the rows, not a number"
+                self._leave_out(key, self._pop(key), why)
+            elif key == "val_set_size" and rows is not None:
+                self._take(key, rows, "data.validation_fraction", float(self._pop(key)))
+
+    def _read_data(self) -> None:
+        """Find the data: axolotl's list, the registry of LLaMA-Factory, what a script loads."""
+        sources: list[dict[str, Any]] = []
+        datasets = self._pop("datasets")
+        if datasets is not None:
+            sources = [s for d in _list(datasets) if isinstance(d, dict) and (s := self._axolotl_source(d))]
+        if value := self._pop("test_datasets"):
+            self._leave_out("test_datasets", value, "name a file in data.validation_path")
+        for key in ("dataset", "eval_dataset"):
+            if isinstance(names := self._keys.get(key), str):
+                found = self._registered(self._pop(key), self._keys.get("dataset_dir", "data"), key)
+                if key == "dataset":
+                    sources = found
+                elif found:
+                    self._take(key, names, "data.validation_path", found[0]["path"])
+        if path := self._pop("train_dataset"):
+            why = "name the files in data.sources"
+            self._leave_out("train_dataset", path, why)
+        if (path := self._pop("load_dataset")) is not None:
+            sources = self._script_source(path)
+        if sources:
+            self._settings["data.sources"] = sources
+            for source in sources:
+                self._taken.append(Taken("dataset", source["path"], "data.sources", source["path"]))
+        self._read_objective()
+
+    def _read_objective(self) -> None:
+        """Find what is learned of the data, where a stage or a loss says it."""
+        stage, loss = self._pop("stage"), self._pop("pref_loss")
+        if stage in ("rm", "ppo"):
+            raise self._refused(
+                f"stage is {stage}: it trains {'a reward model' if stage == 'rm' else 'a policy by PPO'}."
+            )
+        if stage == "pt":
+            self._take("stage", stage, "data.train_on", "everything")
+        elif stage == "kto":
+            self._take("stage", stage, "data.preferences", "kto")
+        elif stage == "dpo":
+            method = {None: "dpo", "sigmoid": "dpo", "orpo": "orpo", "simpo": "simpo"}.get(loss)
+            if method is None:
+                raise self._refused(f"pref_loss is {loss}: the methods here are dpo, orpo, simpo and kto.")
+            self._take("stage", stage, "data.preferences", method)
+        if self._keys.get("loss_type") == "simpo":
+            self._take("loss_type", self._pop("loss_type"), "data.preferences", "simpo")
+
+    def _axolotl_source(self, dataset: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the source of one dataset of axolotl; None if it names no path."""
+        given = {key: value for key, value in dataset.items() if value is not None}
+        path = self._path_of(given.pop("path", None), given)
+        if path is None:
+            return None
+        source: dict[str, Any] = {"path": path}
+        kind = given.pop("type", "")
+        if isinstance(kind, dict):
+            given |= {key: value for key, value in kind.items() if value is not None}
+        elif format_ := _DATASETS.formats.get(re.split("[.:_]", str(kind))[0]):
+            source["format"] = format_
+        columns = {part: given.pop(key) for key, part in _DATASETS.fields.items() if key in given}
+        if columns:
+            source["columns"] = columns
+        if "messages" in columns:
+            source.setdefault("format", "messages")
+        if "chosen" in columns or "rejected" in columns:
+            source.pop("format", None)
+        self._leave_out_of_data("datasets", given)
+        return source
+
+    def _registered(self, names: str, folder: Any, key: str) -> list[dict[str, Any]]:
+        """Return the sources that LLaMA-Factory's ``dataset_info.json`` has under these names."""
+        folders = [base / str(folder) for base in (Path.cwd(), *self._path.resolve().parents)]
+        found = next((f for f in folders if (f / "dataset_info.json").is_file()), folders[0])
+        registry = _json_table(found / "dataset_info.json")
+        sources = []
+        for name in (name.strip() for name in names.split(",")):
+            entry = registry.get(name)
+            if not isinstance(entry, dict):
+                self._leave_out(key, name, "no dataset_info.json has this name: name a file in data.sources")
+                continue
+            file = entry.get("file_name")
+            path = str(found / file) if isinstance(file, str) else entry.get("hf_hub_url")
+            if not isinstance(path, str):
+                self._leave_out(key, name, "it is neither a file nor on the Hub")
+                continue
+            columns = entry.get("columns") or {}
+            for part in _DATASETS.media:
+                if part in columns:
+                    self._leave_out(f"{key}.{part}", name, "only text is trained")
+            source: dict[str, Any] = {"path": path}
+            mapped = {_DATASETS.columns[part]: c for part, c in columns.items() if part in _DATASETS.columns}
+            if not entry.get("ranking"):
+                source["format"] = _DATASETS.formats.get(entry.get("formatting", "alpaca"), "auto")
+            elif "instruction" in mapped:
+                mapped["prompt"] = mapped.pop("instruction")
+            if mapped:
+                source["columns"] = mapped
+            sources.append(source)
+        return sources
+
+    def _script_source(self, path: Any) -> list[dict[str, Any]]:
+        """Return the source that a script loads; none if it is not a plain value."""
+        prefix = "load_dataset."
+        keys = [key for key in self._keys if key.startswith(prefix)]
+        given = {key.removeprefix(prefix): self._pop(key) for key in keys}
+        source = self._path_of(path, given)
+        self._leave_out_of_data("load_dataset", given)
+        if source is None:
+            self._leave_out("load_dataset", path, "it is not a plain value")
+            return []
+        return [{"path": source}]
+
+    def _path_of(self, path: Any, given: dict[str, Any]) -> str | None:
+        """Return the path of a dataset, or of the file that a loader reads; None if it is not a text."""
+        if path in _DATASETS.loaders and (files := given.get("data_files")):
+            while isinstance(files, dict | list) and files:
+                files = next(iter(files.values() if isinstance(files, dict) else files))
+            del given["data_files"]
+            path = files
+        if not isinstance(path, str) or isinstance(path, Expression):
+            return None
+        beside = self._path.resolve().parent / path
+        return str(beside) if not Path(path).exists() and beside.exists() else path
+
+    def _leave_out_of_data(self, where: str, given: dict[str, Any]) -> None:
+        for key, value in given.items():
+            if key not in _DATASETS.unneeded and (key, value) != ("split", "train"):
+                self._leave_out(f"{where}.{key}", value, _DATASETS.why.get(key, ""))
+
+    # -- the whole
+
+    def _add_defaults(self) -> None:
+        for setting, value in self._trainer.defaults.items():
+            self._settings.setdefault(setting, value)
+        if self._trainer.alpha_per_rank and "lora.alpha" not in self._settings:
+            self._settings["lora.alpha"] = self._settings["lora.rank"] * self._trainer.alpha_per_rank
+
+    def _refused(self, what: str) -> UserError:
+        return UsageError(
+            "Not a LoRA training",
+            what=f"{self._path.name}: {what}",
+            fix="Import a recipe that trains a LoRA adapter on one GPU, or train this one with "
+            f"{self._trainer.label}.",
+        )
+
+
+def _unknown_file(path: Path, why: str) -> UserError:
+    return UsageError(
+        "Cannot import",
+        what=f"{path}: {why}.",
+        fix="Name a YAML file of axolotl or LLaMA-Factory, a script with TRL or Unsloth, or an adapter.",
+    )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _written(value: Any) -> str:
+    """Return a value as the table writes it: ``true``, ``adamw_torch``."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it; one of another kind as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(_plain(value), ensure_ascii=False)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+
+
+def _as_kind(value: Any, setting: str) -> Any:
+    """Return a number as the setting's kind of number. YAML reads ``2e-5`` as text."""
+    kind = fields()[setting].kind
+    if kind in ("int", "float") and isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if kind == "int" and number.is_integer() else number
+    return value
