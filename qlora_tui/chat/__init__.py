@@ -11,6 +11,7 @@ generation          one answer, token by token, with its thoughts separated
 completion_types    what programs ask for, and what they get; no torch
 completion          one completion for a program: stop texts, log probabilities, echo
 batches             completions of one adapter, computed together
+constraints         answers that satisfy a JSON schema
 effect_measurement  measures an adapter on validation conversations
 task_answers        what base and adapter answer to validation prompts, as a job
 repl                the command line's chat

@@ -30,6 +30,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     from qlora_tui.chat.batches import Row
+    from qlora_tui.chat.constraints import Constraint
     from qlora_tui.chat.session import ChatSession
 
 _SCORED_TOKENS = 128
@@ -113,6 +114,11 @@ class CompletionText:
         self.thought_tokens = 0
 
     @property
+    def is_outside(self) -> bool:
+        """Return whether the text so far ends in a thought, or in the beginning of one of its marks."""
+        return self._splitter.in_thought or self._splitter.pending_length > 0
+
+    @property
     def stop_text(self) -> str:
         """Return the stop text that was found; empty if none was."""
         return self._stops.matched
@@ -172,11 +178,13 @@ class CompletionStream:
         session: ChatSession,
         completion: Completion,
         prompt: list[int],
+        constraint: Constraint | None,
         stop: Event,
     ) -> None:
         self._session = session
         self._completion = completion
         self._prompt = prompt
+        self._constraint = constraint
         self._stop = stop
 
     def run(self) -> Generator[CompletionPart | None, None, CompletionResult]:
@@ -198,23 +206,30 @@ class CompletionStream:
             IncrementalDetokenizer(session.decode), session.splitter(self._prompt), completion.stop
         )
         sampler = TokenSampler(completion.sampling, self._prompt, session.device)
+        constraint = self._constraint
         answer: list[int] = []
         ending: CompletionEnding = "stopped" if completion.answers else "most tokens"
         first_at = began
         limit = self._max_new_tokens
         while logits is not None and len(answer) < limit:
-            token = sampler.next(logits)
+            is_constrained = constraint is not None and constraint.applies(is_outside=text.is_outside)
+            token = sampler.next(constraint.mask(logits) if constraint and is_constrained else logits)
             # Before the token is fed: a recorded step overwrites the logits.
             score = self._score(logits, answer, token)
             token_id = row.feed(token) if len(answer) + 1 < limit else int(token)
             if not answer:
                 first_at = time.perf_counter()
             answer.append(token_id)
+            if constraint and is_constrained:
+                constraint.add(token_id)
             is_end = token_id in session.end_ids
             parts: Sequence[CompletionPart | None] = text.add(token_id, score, ends=is_end)
             yield from parts or (None,)
             if is_end or text.stop_text:
                 ending = "turn end" if is_end else "stop text"
+                break
+            if constraint and constraint.is_satisfied:
+                ending = "schema satisfied"
                 break
             if self._stop.is_set():
                 break

@@ -26,6 +26,7 @@ from qlora_tui.chat.batches import Batches
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
 from qlora_tui.chat.completion import CompletionStream
 from qlora_tui.chat.completion_types import Completion
+from qlora_tui.chat.constraints import Grammars
 from qlora_tui.chat.cpu import dequantize_on_cpu, grouped_heads, use_cpu_layout
 from qlora_tui.chat.decoding import (
     DecodeStep,
@@ -114,6 +115,7 @@ class ChatSession:
         """Whether attention of one token computes the query heads of a key head together."""
         takes = signature(model.forward).parameters
         self.batches = Batches(self)
+        self._grammars: Grammars | None = None
         # The name changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._takes_positions = "position_ids" in takes
@@ -199,12 +201,18 @@ class ChatSession:
     def complete(self, completion: Completion, stop: Event) -> CompletionStream:
         """Start a completion, which ``stop`` ends. Any number may be in progress.
 
-        Raises UserError where the adapter cannot be loaded, or the prompt is refused, empty or too long.
+        Raises UserError where the adapter cannot be loaded, the prompt is refused, empty or too long, or the
+        schema cannot be used.
         """
         prompt = self._completion_prompt(completion)
+        constraint = None
+        if completion.schema is not None:
+            self._grammars = self._grammars or Grammars(self.tokenizer, self._vocabulary, self.end_ids)
+            marks = () if completion.thinking == "off" else self._decoder.mark_tokens
+            constraint = self._grammars.constraint(completion.schema, marks)
         self.ensure_loaded(completion.adapter_name)
         self.check(completion.adapter_name, prompt)
-        return CompletionStream(self, completion, prompt, stop)
+        return CompletionStream(self, completion, prompt, constraint, stop)
 
     def _completion_prompt(self, completion: Completion) -> list[int]:
         if completion.messages:

@@ -304,6 +304,12 @@ class AnswerDecoder:
             if any((tokenizer.backend.id_to_token(token_id) or "\0") in mark.text for mark in self._marks)
         )
 
+    @property
+    def mark_tokens(self) -> frozenset[int]:
+        """Return the added tokens, special or not, that are part of a mark of a thought."""
+        tokens = self._tokenizer.added_tokens
+        return frozenset(tokens[text] for text in tokens if any(text in mark.text for mark in self._marks))
+
     def splitter(self, prompt: Sequence[int]) -> ThoughtSplitter:
         """Return what separates thoughts from the answer to ``prompt``, which may have opened one."""
         opened = bool(OPENED.search(self._tokenizer.decode(prompt[-_OPENING_TOKENS:])))

@@ -1,0 +1,191 @@
+"""Answers that must satisfy a JSON schema do, with tokenizers of different kinds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from qlora_tui import paths
+from qlora_tui.chat import completion, generation
+from qlora_tui.chat.chat_types import GREEDY, ChatSource, Sampling
+from qlora_tui.chat.completion_types import Completion
+from qlora_tui.chat.constraints import Grammars
+from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.data.conversation import Message
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "label": {"enum": ["good", "bad", "schön"]},
+        "score": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "minItems": 1, "maxItems": 2},
+        "sure": {"type": "boolean"},
+    },
+    "required": ["label", "score", "tags", "sure"],
+    "additionalProperties": False,
+}
+QUESTION = (Message("user", "what is the colour of the fox"),)
+
+
+def assert_satisfied(text: str) -> None:
+    value = json.loads(text)
+    assert list(value) == ["label", "score", "tags", "sure"]
+    assert value["label"] in SCHEMA["properties"]["label"]["enum"] and isinstance(value["sure"], bool)
+    assert 0 <= value["score"] <= 99
+    assert 1 <= len(value["tags"]) <= 2 and all(len(tag) <= 3 for tag in value["tags"])
+
+
+@pytest.fixture(scope="module")
+def session(tiny_source: ChatSource) -> ChatSession:
+    return load_session(tiny_source)
+
+
+def answered(session: ChatSession, **settings: Any) -> tuple[str, str, str]:
+    """Thought, answer, ending."""
+    asked: dict[str, Any] = {"adapter_name": "base", "sampling": GREEDY, "schema": SCHEMA, **settings}
+    steps = session.complete(Completion(**asked), Event()).run()
+    texts = {True: "", False: ""}
+    while True:
+        try:
+            part = next(steps)
+        except StopIteration as end:
+            return texts[True], texts[False], end.value.ending
+        if part is not None:
+            texts[part.thought] += part.text
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_an_answer_satisfies_its_schema(session: ChatSession, seed: int | None) -> None:
+    sampling = GREEDY if seed is None else Sampling(seed=seed, temperature=2.0, top_p=1, top_k=0)
+    _, text, ending = answered(session, messages=QUESTION, sampling=sampling)
+    assert_satisfied(text)
+    assert ending == "schema satisfied"
+
+
+def test_a_number_ends_where_the_model_ends_its_turn(session: ChatSession) -> None:
+    sampling = Sampling(seed=1, temperature=3.0, top_p=1, top_k=0)
+    _, text, ending = answered(session, messages=QUESTION, sampling=sampling, schema={"type": "integer"})
+    assert isinstance(json.loads(text), int) and ending == "turn end"
+
+
+def test_a_thought_is_free_and_the_answer_after_it_is_not(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = session.tokenizer.encode("is it {red}?</think>")
+
+    class Scripted(generation.TokenSampler):
+        def next(self, logits: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[said.pop(0)]]) if said else super().next(logits)
+
+    monkeypatch.setattr(completion, "TokenSampler", Scripted)
+    thought, text, _ = answered(session, text="<|im_start|>assistant\n<think>\n")
+    assert thought == "is it {red}?"
+    assert_satisfied(text)
+
+
+def metaspace_tokenizer() -> str:
+    """A tokenizer in the manner of SentencePiece, with bytes for what it does not know."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ['{"label": "good", "score": 12, "tags": ["a"], "sure": true}', "bad false words of all kinds"]
+    tokenizer.train_from_iterator(
+        words * 4, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
+    )
+    content = json.loads(tokenizer.to_str())
+    # As in converted tokenizers, where bytes are ordinary tokens.
+    content["added_tokens"] = content["added_tokens"][:3]
+    return json.dumps(content)
+
+
+def tokenizers() -> dict[str, ChatTokenizer]:
+    given = {"metaspace": ChatTokenizer(metaspace_tokenizer(), {"eos_token": "</s>", "bos_token": "<s>"}, "")}
+    for folder in (Path.home() / ".cache/qlora-tui/models", paths.cache_dir() / "models"):
+        given |= {
+            path.parent.name: ChatTokenizer.from_folder(path.parent)
+            for path in folder.glob("*/tokenizer.json")
+        }
+    return given
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_choice_of_allowed_tokens_satisfies_the_schema(seed: int) -> None:
+    for name, tokenizer in tokenizers().items():
+        vocabulary = tokenizer.backend.get_vocab_size() + 60
+        grammars = Grammars(tokenizer, vocabulary, tokenizer.turn_end_ids)
+        constraint = grammars.constraint(SCHEMA)
+        generator = torch.Generator().manual_seed(seed)
+        ids: list[int] = []
+        while not constraint.is_satisfied:
+            logits = constraint.mask(torch.randn(1, vocabulary, generator=generator))
+            ids.append(int(logits.argmax()))
+            constraint.add(ids[-1])
+            assert len(ids) < 2000, name
+        assert_satisfied(tokenizer.backend.decode(ids))
+
+
+def test_marks_of_a_thought_may_come_before_the_answer_only(session: ChatSession) -> None:
+    grammars = Grammars(session.tokenizer, 384, session.end_ids)
+    constraint = grammars.constraint({"type": "boolean"}, [7])
+    logits = torch.zeros(1, 384)
+    assert constraint.mask(logits)[0, 7] == 0
+    constraint.add(7)
+    assert not constraint.applies(is_outside=True) and constraint.applies(is_outside=False)
+    constraint.add(session.tokenizer.encode("t")[0])
+    assert constraint.mask(logits)[0, 7] == -torch.inf and constraint.applies(is_outside=True)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "nonsense"}, {"$ref": "#/no"}, {"type": "string", "pattern": "("}, {"not": {}}]
+)
+def test_a_schema_that_cannot_be_used_is_an_error_in_words(session: ChatSession, schema: Any) -> None:
+    with pytest.raises(UserError) as refused:
+        answered(session, messages=QUESTION, schema=schema)
+    assert refused.value.exit_code == 2 and "llguidance" in refused.value.what
+
+
+def test_without_the_library_its_installation_is_named(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setattr(session, "_grammars", None)
+    with pytest.raises(UserError) as refused:
+        answered(session, messages=QUESTION)
+    assert "qlora-tui[serve]" in refused.value.fix
+
+
+def test_a_schema_of_one_request_does_not_bind_another(session: ChatSession) -> None:
+    sampling = replace(GREEDY, max_new_tokens=30)
+    free = Completion(adapter_name="base", messages=QUESTION, sampling=sampling)
+    expected = answered(session, messages=QUESTION, sampling=sampling, schema=None)[1]
+    steps = [session.complete(each, Event()).run() for each in (free, replace(free, schema=SCHEMA))]
+    texts = ["", ""]
+    while steps:
+        for number, each in reversed(list(enumerate(steps))):
+            try:
+                part = next(each)
+                texts[number] += part.text if part else ""
+            except StopIteration:
+                steps = steps[:number] + steps[number + 1 :] if number else []
+    assert texts[0] == expected
