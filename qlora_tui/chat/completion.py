@@ -27,6 +27,7 @@ from qlora_tui.chat.generation import IncrementalDetokenizer, TokenSampler
 from qlora_tui.data.render import text_at
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter, begun_length
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.tool_calls import CallFormat, CallText
 
 if TYPE_CHECKING:
     from qlora_tui.chat.batches import Row
@@ -103,11 +104,16 @@ class CompletionText:
     """The text of a completion, cut into parts, with thoughts separated and stop texts found."""
 
     def __init__(
-        self, detokenizer: IncrementalDetokenizer, splitter: ThoughtSplitter, stops: Sequence[str]
+        self,
+        detokenizer: IncrementalDetokenizer,
+        splitter: ThoughtSplitter,
+        stops: Sequence[str],
+        calls: CallText | None = None,
     ) -> None:
         self._detokenizer = detokenizer
         self._splitter = splitter
         self._stops = StopTexts(stops)
+        self._calls = calls
         self._characters = 0
         """Characters decoded so far, with what is held back and what marks a thought."""
         self._scores: deque[_PendingScore] = deque()
@@ -141,7 +147,10 @@ class CompletionText:
         text = "" if self.stop_text else self._detokenizer.rest()
         self._characters += len(text)
         parts = self._parts([*self._splitter.feed(text), *self._splitter.rest()])
-        if text := self._stops.rest():
+        text = self._stops.rest()
+        if self._calls is not None:
+            text = self._calls.feed(text) + self._calls.rest()
+        if text:
             parts.append(CompletionPart(text))
         if self.stop_text:
             cut = self._characters - len(self._stops.pending)
@@ -155,12 +164,18 @@ class CompletionText:
     def _parts(self, chunks: Sequence[TextChunk]) -> list[CompletionPart]:
         parts = []
         for chunk in chunks:
-            if text := chunk.text if chunk.thought else self._stops.feed(chunk.text):
+            if text := chunk.text if chunk.thought else self._answer(chunk.text):
                 parts.append(CompletionPart(text, chunk.thought))
         if parts and self._scores and not self.stop_text:
             held_back = len(self._stops.pending) + self._splitter.pending_length
+            held_back += len(self._calls.pending) if self._calls is not None else 0
             parts[-1] = self._with_scores(parts[-1], self._characters - held_back)
         return parts
+
+    def _answer(self, text: str) -> str:
+        """Return the text of the answer that is certainly neither a stop text nor a call."""
+        text = self._stops.feed(text)
+        return text if self._calls is None else self._calls.feed(text)
 
     def _with_scores(self, part: CompletionPart, until: int) -> CompletionPart:
         """Return the part with the scores of the tokens that end before the character ``until``."""
@@ -179,12 +194,14 @@ class CompletionStream:
         completion: Completion,
         prompt: list[int],
         constraint: Constraint | None,
+        call_format: CallFormat | None,
         stop: Event,
     ) -> None:
         self._session = session
         self._completion = completion
         self._prompt = prompt
         self._constraint = constraint
+        self._call_format = call_format
         self._stop = stop
 
     def run(self) -> Generator[CompletionPart | None, None, CompletionResult]:
@@ -202,9 +219,12 @@ class CompletionStream:
         began = time.perf_counter()
         logits = yield from self._read_prompt(row, reused)
         row.join()
-        text = CompletionText(
-            IncrementalDetokenizer(session.decode), session.splitter(self._prompt), completion.stop
-        )
+        decode, calls = session.decode, None
+        if self._call_format is not None:
+            decode = session.decoder_of(self._call_format).decode
+            calls = CallText(self._call_format, completion.tools)
+        splitter = session.splitter(self._prompt)
+        text = CompletionText(IncrementalDetokenizer(decode), splitter, completion.stop, calls)
         sampler = TokenSampler(completion.sampling, self._prompt, session.device)
         constraint = self._constraint
         answer: list[int] = []
@@ -248,6 +268,7 @@ class CompletionStream:
             thought_tokens=text.thought_tokens,
             first_token_s=first_at - began,
             tokens_per_s=(len(answer) - 1) / (ended - first_at) if len(answer) > 1 else 0.0,
+            tool_calls=calls.calls if calls is not None else (),
             stop_text=text.stop_text,
             most_rows=row.most_rows,
             warning=session.warning,

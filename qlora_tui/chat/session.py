@@ -10,7 +10,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +51,7 @@ from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thought_splitter import ThoughtSplitter
 from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
 from qlora_tui.data.tokenizer_files import panics_as_errors
+from qlora_tui.data.tool_calls import CallFormat, call_format
 from qlora_tui.errors import EXIT_USAGE, UserError, first_line
 from qlora_tui.formatting import short_model_name
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
@@ -212,7 +213,16 @@ class ChatSession:
             constraint = self._grammars.constraint(completion.schema, marks)
         self.ensure_loaded(completion.adapter_name)
         self.check(completion.adapter_name, prompt)
-        return CompletionStream(self, completion, prompt, constraint, stop)
+        calls = self._call_format if completion.tools else None
+        return CompletionStream(self, completion, prompt, constraint, calls, stop)
+
+    @cached_property
+    def _call_format(self) -> CallFormat | None:
+        return call_format(self.tokenizer)
+
+    def decoder_of(self, calls: CallFormat) -> AnswerDecoder:
+        """Return what decodes answers with calls, whose marks may be special tokens."""
+        return self._decoder.keeping(calls.literals)
 
     def _completion_prompt(self, completion: Completion) -> list[int]:
         if completion.messages:

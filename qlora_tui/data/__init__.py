@@ -10,7 +10,8 @@ From the file to the report:
   ``chat_formats`` and, of rows that compare or rate answers, ``preferences``; ``formats.toml`` has the names
   that they know. ``unsupported``: recognized formats that cannot be trained on.
 * ``tokenizer`` (from ``tokenizer_files``), ``chat_template``, ``template_capabilities``: a model's tokenizer
-  and chat template, without transformers. ``thought_splitter``: thoughts in a stream of text.
+  and chat template, without transformers. ``thought_splitter``: thoughts in a stream of text;
+  ``tool_calls``: calls in an answer.
 * ``assistant_spans``: which text is trained. ``samples``: token ids and loss mask within the length limit.
   ``render``: both for a conversation.
 * ``row_result``: one row rendered, truncated and checked. ``dataset_scan``: all rows in order, by several

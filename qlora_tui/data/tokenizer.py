@@ -8,6 +8,7 @@ gives the same tokens anywhere: a table lookup instead of a search.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -314,6 +315,16 @@ class AnswerDecoder:
         """Return what separates thoughts from the answer to ``prompt``, which may have opened one."""
         opened = bool(OPENED.search(self._tokenizer.decode(prompt[-_OPENING_TOKENS:])))
         return ThoughtSplitter(self._marks, in_thought=opened)
+
+    def keeping(self, literals: str) -> AnswerDecoder:
+        """Return a decoder that also leaves in the text the special tokens that ``literals`` hold."""
+        other = copy.copy(self)
+        names = {
+            token_id: self._tokenizer.backend.id_to_token(token_id)
+            for token_id in self._tokenizer.special_ids
+        }
+        other._mark_ids |= {token_id for token_id, name in names.items() if name and name in literals}
+        return other
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the ids, without special tokens except those that mark a thought."""

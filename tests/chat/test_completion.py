@@ -10,7 +10,7 @@ import pytest
 
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, Sampling
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult, TokenScore
-from qlora_tui.data.conversation import Message
+from qlora_tui.data.conversation import Message, ToolCall
 from qlora_tui.data.thought_splitter import ThoughtSplitter, marks_in_template
 from qlora_tui.errors import UserError
 
@@ -177,3 +177,29 @@ def test_a_stop_request_ends_prompt_and_answer(session: Any) -> None:
         while True:
             next(steps)
     assert (ended.value.value.ending, ended.value.value.new_tokens) == ("stopped", 1)
+
+
+def test_calls_are_told_apart_from_the_answer(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from qlora_tui.chat import completion, generation
+
+    said: list[int] = []
+
+    class Scripted(generation.TokenSampler):
+        def next(self, logits: Any) -> Any:
+            return torch.tensor([[said.pop(0)]])
+
+    monkeypatch.setattr(completion, "TokenSampler", Scripted)
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    call = '<tool_call>\n{"name": "look", "arguments": {"at": "fox"}}\n</tool_call>'
+    for text, calls in ((call, (ToolCall("look", {"at": "fox"}),)), (call[:-20], ())):
+        said[:] = [*session.tokenizer.encode(f"the fox {text}"), *session.end_ids]
+        sampling = msgspec.structs.replace(GREEDY, max_new_tokens=200)
+        parts, result = completed(session, messages=QUESTION, tools=(tool,), sampling=sampling, logprobs=0)
+        assert result.tool_calls == calls
+        assert text_of(parts) == ("the fox " if calls else f"the fox {text}")
+        assert len(scores_of(parts)) == result.new_tokens
+    said[:] = [*session.tokenizer.encode(call), *session.end_ids]
+    parts, result = completed(session, messages=QUESTION, sampling=sampling)
+    assert (text_of(parts), result.tool_calls) == (call, ())
