@@ -13,6 +13,8 @@ completion          one completion for a program: stop texts, log probabilities,
 batches             completions of one adapter, computed together
 constraints         answers that satisfy a JSON schema
 effect_measurement  measures an adapter on validation conversations
+decide              how probable each option is as the answer to a conversation
+prediction          decisions on every row of a file, as a job
 task_answers        what base and adapter answer to validation prompts, as a job
 repl                the command line's chat
 """

@@ -96,6 +96,29 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     """False if the model was still thinking when it stopped."""
 
 
+class OptionProbability(Struct, frozen=True):
+    """An option, and how probable it is."""
+
+    option: str
+    probability: float
+
+
+class Decided(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A decision between options."""
+
+    options: tuple[OptionProbability, ...]
+    """All of them, the most probable first."""
+    fields: dict[str, tuple[OptionProbability, ...]] = {}
+    """Where the options are objects: the values of each field, the most probable first."""
+    is_calibrated: bool = False
+    """Whether the probabilities were fitted to validation rows."""
+
+    @property
+    def best(self) -> OptionProbability:
+        """Return the option that is decided for."""
+        return self.options[0]
+
+
 class AnswerComparison(Struct, frozen=True, kw_only=True):
     """Answers of base and adapter to the same question."""
 

@@ -17,7 +17,7 @@ from qlora_tui.adapters.base_weights import PlacedDeltas, model_folder, placed_u
 from qlora_tui.adapters.deltas import EmbeddingRowDelta
 from qlora_tui.chat.chat_types import BASE, Effect, LayerChange
 from qlora_tui.chat.session import ChatSession
-from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.dataset import PreparedDataset, prepare_dataset
 from qlora_tui.data.store import GOOD, Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -50,7 +50,7 @@ def measure_effect(
             exit_code=EXIT_USAGE,
         )
     session.ensure_loaded(adapter_name)
-    validation = validation_samples(session).spread(_MAX_SAMPLES)
+    validation = validation_samples(session_data(session)).spread(_MAX_SAMPLES)
     sums = _EffectSums(session.end_ids)
     for i in range(len(validation)):
         if stop is not None and stop.is_set():
@@ -133,14 +133,17 @@ class _EffectSums:
             self.turns_ended_by_base += int((at_end & torch.isin(base_choice, ends)).sum())
 
 
-def validation_samples(session: ChatSession) -> Samples:
-    """Return the validation samples of the session's recipe, of pairs the chosen side.
-
-    Raises UserError where there are none.
-    """
+def session_data(session: ChatSession) -> PreparedDataset:
+    """Return the data of the session's recipe. Raises UserError where they cannot be read."""
     recipe = session.source.recipe
-    tokenizer = ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
-    samples = prepare_dataset(recipe, tokenizer).validation.of_side(GOOD)
+    return prepare_dataset(
+        recipe, ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
+    )
+
+
+def validation_samples(data: PreparedDataset) -> Samples:
+    """Return the validation samples, of pairs the chosen side. Raises UserError where there are none."""
+    samples = data.validation.of_side(GOOD)
     if not len(samples):
         raise UserError(
             "No validation conversations",

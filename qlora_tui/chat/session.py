@@ -64,6 +64,7 @@ from qlora_tui.training.checks.attention import short_windows
 from qlora_tui.training.compute_device import ComputeDevice, find_device, free_host_bytes
 from qlora_tui.training.experts.lora import fuse_experts
 from qlora_tui.training.model import load_base
+from qlora_tui.training.option_scores import Choice, OptionScorer, Scores
 from qlora_tui.training.streaming.placement import place_streamed
 
 
@@ -92,6 +93,7 @@ class ChatSession:
             if (handle := hold_folder(run.path)) is not None:
                 weakref.finalize(self, os.close, handle)
         self.head = ModelHead(model)
+        self._scorer = OptionScorer(model, device.dtype, device.torch_device)
         self._caches: dict[str, PrefixCache] = {}
         self.steps: DecodeSteps | None = None
         """Decoding steps in fixed shapes; None on a CPU."""
@@ -583,6 +585,22 @@ class ChatSession:
         self._adapters.activate(adapter_name)
         with reported_memory(self.compute_device), self._attention():
             return answer_greedily(self._model, prompts, self.tokenizer, self.device, max_new_tokens)
+
+    def score_options(
+        self,
+        adapter_name: str,
+        choices: Sequence[Choice],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Scores]:
+        """Return the log probabilities of the options of each choice, in order.
+
+        ``progress`` is called with the number of choices done. Raises UserError where the adapter cannot be
+        loaded, and where the memory is full.
+        """
+        self.ensure_loaded(adapter_name)
+        self._adapters.activate(adapter_name)
+        with reported_memory(self.compute_device):
+            return self._scorer.score(choices, progress)
 
     def answer_batch(
         self, adapter_name: str, conversations: Sequence[Sequence[Message]], max_new_tokens: int

@@ -28,11 +28,21 @@ from qlora_tui.files import open_append, read_regular
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measuring
+from qlora_tui.runs.task_metrics.decisions import MOST_DECISIONS, write_decider
+from qlora_tui.runs.task_metrics.task_evaluation import (
+    DEFAULT_PROMPTS,
+    LossChange,
+    TaskEvaluation,
+    adapter_hash,
+    write_task_evaluation,
+)
 from qlora_tui.worker import Report
 
 if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
-    from qlora_tui.training.answer_comparison import TaskPrompt
+    from qlora_tui.data.store import Samples
+    from qlora_tui.training.decisions import DecisionTask
+    from qlora_tui.training.task_prompts import TaskPrompt, TaskRows
 
 
 BATCH_ROWS = 16
@@ -134,8 +144,10 @@ _HEAD_ROWS = 256
 """Vocabulary-wide rows computed at a time."""
 
 
-def evaluate(folder: Path, most_prompts: int, report: Report) -> None:
+def evaluate(folder: Path, most_prompts: int | None, report: Report) -> None:
     """Let base and adapter answer up to ``most_prompts`` validation prompts, and write the result.
+
+    None: as many as usual.
 
     Raises:
         UserError: the run has no adapter, no validation data or no prompts, is in use, or cannot be read.
@@ -146,23 +158,17 @@ def evaluate(folder: Path, most_prompts: int, report: Report) -> None:
 
 
 def answer_prompts(
-    run: RunDir, most_prompts: int, report: Report = lambda done, total, text="": None
+    run: RunDir, most_prompts: int | None, report: Report = lambda done, total, text="": None
 ) -> None:
     """Do the job of :func:`evaluate` in this process, on a run that nothing else changes."""
     with faster_imports():
         from qlora_tui.chat.chat_sources import run_source
-        from qlora_tui.chat.chat_types import ADAPTER, BASE
-        from qlora_tui.chat.effect_measurement import validation_samples
+        from qlora_tui.chat.chat_types import ADAPTER
+        from qlora_tui.chat.effect_measurement import session_data, validation_samples
         from qlora_tui.chat.session import load_session
-        from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
-        from qlora_tui.runs.task_metrics.task_evaluation import (
-            LossChange,
-            TaskEvaluation,
-            adapter_hash,
-            write_task_evaluation,
-        )
-        from qlora_tui.training.answer_comparison import TaskRows, answer_limit, task_prompts
+        from qlora_tui.training.decisions import find_decisions
         from qlora_tui.training.host import lower_priority
+        from qlora_tui.training.task_prompts import TaskRows
 
     started = time.monotonic()
     source = run_source(run)
@@ -170,9 +176,11 @@ def answer_prompts(
     if session.compute_device.kind == "cpu":
         lower_priority()
     session.ensure_loaded(ADAPTER)
-    samples = validation_samples(session)
-    ends = frozenset(session.tokenizer.turn_end_ids)
-    prompts = task_prompts(samples, ends, most_prompts)
+    data = session_data(session)
+    samples = validation_samples(data)
+    texts = TaskRows(session.source.recipe.data, session.tokenizer)
+    task = find_decisions(source.recipe, data, session.tokenizer, most_prompts or MOST_DECISIONS)
+    prompts = task.prompts if task is not None else _prompts(session, samples, most_prompts)
     if not prompts:
         raise UserError(
             "No prompts to answer",
@@ -181,6 +189,60 @@ def answer_prompts(
             fix="Raise data.max_length, or compare the validation loss in Runs.",
             exit_code=EXIT_USAGE,
         )
+    if task is not None:
+        measured = _decide(session, task, texts, run, report)
+    else:
+        measured = _answer(session, prompts, texts, run, report)
+    evaluation = TaskEvaluation(
+        run=run.id,
+        adapter=adapter_hash(run),
+        validation_rows=len(samples),
+        seconds=time.monotonic() - started,
+        warning=session.warning,
+        **measured,
+    )
+    write_task_evaluation(run, evaluation)
+
+
+def _prompts(session: ChatSession, samples: Samples, most: int | None) -> Sequence[TaskPrompt]:
+    from qlora_tui.training.task_prompts import task_prompts
+
+    return task_prompts(samples, frozenset(session.tokenizer.turn_end_ids), most or DEFAULT_PROMPTS)
+
+
+def _decide(
+    session: ChatSession, task: DecisionTask, texts: TaskRows, run: RunDir, report: Report
+) -> dict[str, Any]:
+    """Score the options of each prompt with both models, and write the calibration beside the adapter."""
+    from qlora_tui.chat.chat_types import ADAPTER, BASE
+    from qlora_tui.training.decisions import judge
+
+    numbers = range(len(task.prompts))
+    choices = [task.choice(number, session.context_length) for number in numbers]
+    total = 2 * len(choices)
+    before, after = (
+        session.score_options(name, choices, partial(_report_done, report, number * len(choices), total))
+        for number, name in enumerate((BASE, ADAPTER))
+    )
+    judged = judge(task, numbers, before, after, texts)
+    write_decider(run.adapter_dir, judged.decider)
+    return {
+        "max_new_tokens": max(map(len, task.option_ids)),
+        "metrics": judged.metrics,
+        "decisions": judged.report,
+        "loss": judged.loss,
+        "rows": judged.rows,
+    }
+
+
+def _answer(
+    session: ChatSession, prompts: Sequence[TaskPrompt], texts: TaskRows, run: RunDir, report: Report
+) -> dict[str, Any]:
+    """Let both models answer each prompt."""
+    from qlora_tui.chat.chat_types import ADAPTER, BASE
+    from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
+    from qlora_tui.training.task_prompts import answer_limit
+
     for name in (BASE, ADAPTER):
         session.check(name, list(prompts[0].ids))
     total = 2 * len(prompts)
@@ -201,22 +263,13 @@ def answer_prompts(
         )
         for number, name in enumerate((BASE, ADAPTER))
     ]
-    texts = TaskRows(session.source.recipe.data, session.tokenizer)
     rows = [texts.row(prompt, *both) for prompt, *both in zip(prompts, *answers, strict=True)]
-    metrics, labels = measure_answers(rows)
-    evaluation = TaskEvaluation(
-        run=run.id,
-        adapter=adapter,
-        max_new_tokens=limit,
-        validation_rows=len(samples),
-        metrics=metrics,
-        labels=labels,
-        loss=LossChange.of(before, after, [len(prompt.reference) for prompt in prompts]),
-        rows=tuple(rows),
-        seconds=time.monotonic() - started,
-        warning=session.warning,
-    )
-    write_task_evaluation(run, evaluation)
+    return {
+        "max_new_tokens": limit,
+        "metrics": measure_answers(rows),
+        "loss": LossChange.of(before, after, [len(prompt.reference) for prompt in prompts]),
+        "rows": tuple(rows),
+    }
 
 
 def _report_done(report: Report, before: int, total: int, done: int) -> None:

@@ -20,6 +20,7 @@ from qlora_tui.cli.subcommand import (
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.formatting import format_progress
 from qlora_tui.runs.directory import RunDir, find_run
+from qlora_tui.runs.task_metrics.decisions import MOST_DECISIONS
 from qlora_tui.runs.task_metrics.task_evaluation import (
     DEFAULT_PROMPTS,
     TaskEvaluation,
@@ -101,7 +102,7 @@ def run_evaluate(args: argparse.Namespace) -> CommandResult:
         with ProgressLine() as line:
             evaluation = evaluate_task(
                 run,
-                args.prompts or DEFAULT_PROMPTS,
+                args.prompts,
                 lambda done, total: line.show(
                     f"{format_progress(done, total)} answers", is_due=done == total
                 ),
@@ -145,7 +146,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="N",
         help="maximum number of validation prompts to answer, spread over the data (default: "
-        f"{DEFAULT_PROMPTS})",
+        f"{DEFAULT_PROMPTS}; {MOST_DECISIONS:,} if the answers are labels)",
     )
     parser.add_argument(
         "--rows",

@@ -51,6 +51,7 @@ SUBCOMMANDS = {
     "resume": ("runs", "Resume a stopped, paused, failed or lost run from its last checkpoint."),
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
     "evaluate": ("chat", "Compare answers of a run's adapter and its base to validation prompts."),
+    "predict": ("predict", "Write a run's decision on each row of a file, with its probability."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
     "serve": ("serve", "Serve runs and their base to other programs, as an OpenAI-compatible HTTP server."),
     "export": ("export", "Export a run's model or adapter for other programs, or upload it to the Hub."),

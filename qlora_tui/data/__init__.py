@@ -7,8 +7,9 @@ From the file to the report:
   TSV, text, Parquet and Arrow, plain or compressed, within bounds.
 * ``confined``: the child processes with limits in which foreign input is worked on.
 * ``formats``: detects the format of rows and builds conversations (``conversation``) from them with
-  ``chat_formats`` and, of rows that compare or rate answers, ``preferences``; ``formats.toml`` has the names
-  that they know. ``unsupported``: recognized formats that cannot be trained on.
+  ``chat_formats`` and, for rows that compare or rate answers, ``preferences``; ``formats.toml`` has the names
+  that they know. ``decisions``: whether answers are one of a few options. ``unsupported``: recognized formats
+  that cannot be trained on.
 * ``tokenizer`` (from ``tokenizer_files``), ``chat_template``, ``template_capabilities``: a model's tokenizer
   and chat template, without transformers. ``thought_splitter``: thoughts in a stream of text;
   ``tool_calls``: calls in an answer.
@@ -22,7 +23,7 @@ From the file to the report:
 * ``inspection`` (with ``dataset_report``): the report on a file before a run. ``quick_check``: a two-second
   search for rows that block a run, and how much data there is. ``excluded_rows``: rows that are left out, as
   text. ``trainable_tokens``: tokens that a model has never learned. ``repetition``: answers that repeat
-  themselves or contradict each other.
+  themselves or contradict each other. ``row_writers``: rows written to files.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what the
 screen shows is what is trained.

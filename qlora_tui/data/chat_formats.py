@@ -91,7 +91,7 @@ class Cell(Struct, frozen=True):
     is_object: bool
     """Whether it is an object, or a list of objects that are neither turns nor typed parts."""
     is_label: bool
-    """Whether it is a label or a list of labels rather than of objects."""
+    """Whether it is a label, a list of labels, or an object of them."""
     has_several_texts: bool
 
     @classmethod
@@ -105,7 +105,7 @@ class Cell(Struct, frozen=True):
         is_object = isinstance(whole, dict)
         if isinstance(whole, list) and whole and isinstance(whole[0], dict):
             is_object = not keys and "type" not in whole[0] and "text" not in whole[0]
-        labels = value if isinstance(value, list) else [value]
+        labels = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
         is_label = not any(isinstance(one, dict | list) for one in labels)
         return cls(turns, is_object, is_label, count_texts(value) > 1)
 
@@ -488,10 +488,13 @@ def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
     return f"{letter}. {text}"
 
 
-def label(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
-    """Convert a text and its class, or its classes separated by commas."""
+def decision(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
+    """Convert a text and its class, its classes separated by commas, or its object of fields as JSON."""
     value = cells.get("label")
-    answer = ", ".join(_label(one, names) for one in (value if isinstance(value, list) else [value]))
+    if isinstance(value, dict):
+        answer = json.dumps(value, ensure_ascii=False)
+    else:
+        answer = ", ".join(_label(one, names) for one in (value if isinstance(value, list) else [value]))
     return with_system(cells, _pair(_text(cells, "text"), answer, "text", "label"))
 
 

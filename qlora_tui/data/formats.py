@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from qlora_tui.data import chat_formats, preferences
@@ -26,6 +29,7 @@ from qlora_tui.data.chat_formats import (
     turn_keys,
 )
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, media_column, placeholder
+from qlora_tui.data.decisions import decision_of
 from qlora_tui.data.preferences import RATING, compared, preferred, rated
 from qlora_tui.data.problems import CHECKS
 from qlora_tui.data.row import Row
@@ -47,6 +51,8 @@ _PROSE = ("text", "instruction", "prompt", "question")
 """Parts that are texts, or typed parts of text, and never an object."""
 _ANSWERS = ("output", "completion")
 """Parts that are one answer, as a text or turns, and never a list of alternative answers."""
+_ANSWER_PARTS = ("label", "completion", "output", "answer")
+"""Parts that a row to be answered does not need."""
 _PAIRED = frozenset(
     name
     for format_ in ("alpaca", "prompt-completion", "question-answer")
@@ -71,6 +77,11 @@ def detect_columns(
     detected = _named(format_, columns, mapping, by_hand)
     if mapping or (by_hand and detected is not None):
         return detected
+    if format_ == "decision" and detected is not None:
+        labels = [value.get(detected["label"]) for value in columns.values]
+        has_objects = any(isinstance(label, dict) for label in labels)
+        if has_objects and not by_hand and decision_of(Counter(map(json.dumps, labels))) is None:
+            return None
     if format_ == "sharegpt" and detected is not None:
         others = ("alpaca", "prompt-completion", "question-answer")
         if columns.mostly(detected["messages"], lambda cell: cell.turns == "texts") and any(
@@ -203,7 +214,7 @@ def parts_of(format_: str) -> tuple[str, ...]:
     parts = (*PARTS[format_], *OPTIONAL[format_])
     if format_ in preferences.RATABLE:
         return (*parts, RATING)
-    return (*parts, LABEL_NAMES) if format_ == "label" else parts
+    return (*parts, LABEL_NAMES) if format_ == "decision" else parts
 
 
 def detect(
@@ -220,13 +231,14 @@ def detect(
     without opt-in.
     """
     seen_rows = [row for row in rows if not row.error]
-    columns = Columns([_as_fields(row.value) for row in seen_rows])
+    columns = Columns([as_fields(row.value) for row in seen_rows])
     mapping = dict(mapping or {})
     _check_mapping(mapping, wanted, columns.names, name)
     layout = _layout_of(columns, name, wanted, mapping, preference_choice)
     if isinstance(layout, UserError):
         raise _media_problem(seen_rows, columns.values, name) or layout
-    return Detection(layout, tuple(_evidence(layout, columns.values, wanted)), columns.names)
+    evidence = (*_evidence(layout, columns.values, wanted), *_decided(layout, seen_rows))
+    return Detection(layout, evidence, columns.names)
 
 
 def _layout_of(
@@ -250,7 +262,7 @@ def _layout_of(
         if parts is None:
             continue
         if (
-            format_ in ("label", "text")
+            format_ in ("decision", "text")
             and not by_hand
             and (why := single_turns(columns.values, columns.names))
         ):
@@ -266,7 +278,7 @@ def parse(row: Row, layout: RowFormat, source: int = 0) -> Conversation:
     """Convert one row to a conversation. Raises ``RowRejectedError`` with kind and reason."""
     if row.error:
         raise RowRejectedError(row.kind, row.error)
-    fields = _as_fields(row.value)
+    fields = as_fields(row.value)
     if not fields:
         what = "is empty" if row.value in ({}, [], "", None) else f"is a {type(row.value).__name__}"
         raise RowRejectedError("bad-row", f"Row {row.number} {what}.")
@@ -284,6 +296,29 @@ def parse(row: Row, layout: RowFormat, source: int = 0) -> Conversation:
         if tag := placeholder(one.messages):
             raise RowRejectedError("media", tag)
     return conversation
+
+
+def question_parts(layout: RowFormat) -> tuple[str, ...]:
+    """Return the required parts of a format that are not its answer."""
+    return tuple(part for part in PARTS[layout.format] if part not in _ANSWER_PARTS)
+
+
+def parse_question(row: Row, layout: RowFormat, answer: str) -> Conversation:
+    """Convert one row, with or without an answer, to the conversation before it.
+
+    ``answer`` stands in for the answer of layouts that need one. Raises ``RowRejectedError``.
+    """
+    fields = as_fields(row.value)
+    answers = {layout.columns[part]: answer for part in PARTS[layout.format] if part in _ANSWER_PARTS}
+    conversation = parse(
+        msgspec.structs.replace(row, value=fields | answers if fields else row.value), layout
+    )
+    turns = conversation.messages
+    while turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise RowRejectedError("empty-row", "The row asks nothing.")
+    return Conversation(turns, conversation.tools, source=conversation.source, row=conversation.row)
 
 
 def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], layout: RowFormat) -> None:
@@ -339,11 +374,11 @@ _READERS: dict[str, Callable[[Mapping[str, Any], RowFormat], tuple[Message, ...]
     "alpaca": lambda cells, layout: chat_formats.alpaca(cells),
     "prompt-completion": lambda cells, layout: chat_formats.prompt_completion(cells),
     "question-answer": lambda cells, layout: chat_formats.question_answer(cells),
-    "label": lambda cells, layout: chat_formats.label(cells, layout.label_names),
+    "decision": lambda cells, layout: chat_formats.decision(cells, layout.label_names),
 }
 
 
-def _as_fields(value: Any) -> dict[str, Any]:
+def as_fields(value: Any) -> dict[str, Any]:
     """Return a row as fields: a bare list of turns becomes ``messages``, a bare string ``text``."""
     if isinstance(value, dict):
         return value
@@ -394,10 +429,23 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
             f"the first {len(values)} rows; "
             + (f"{layout.method} learns from both" if layout.method else "only good ones are trained on")
         )
-    if layout.format == "label" and not layout.label_names and values:
+    if layout.format == "decision" and not layout.label_names and values:
         numbers = all(isinstance(v.get(layout.columns["label"]), int) for v in values)
         if numbers:
             yield f"labels are numbers without names: set columns.{LABEL_NAMES} to name them"
+
+
+def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
+    """Say what the answers decide, if they do."""
+    answers: Counter[str] = Counter()
+    for row in () if layout.method else rows:
+        with suppress(RowRejectedError):
+            last = parse(row, layout).messages[-1:]
+            answers.update(message.content.strip() for message in last if message.role == "assistant")
+    if (decision := decision_of(answers)) is not None:
+        yield f"the answers decide between {decision.describe()}; their probabilities are evaluated"
+    elif layout.format == "decision" and answers:
+        yield f"{len(answers):,} different answers in {answers.total():,} rows: trained and judged as texts"
 
 
 def _several_answers(values: list[dict[str, Any]], columns: Mapping[str, str]) -> int:

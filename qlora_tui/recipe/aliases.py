@@ -1,7 +1,7 @@
 """Names that are not those of a setting: other spellings, which are read, and misspellings, for hints.
 
 ``aliases.toml`` has the tables: ``RENAMED``, ``ALIASES``, ``RELATED`` and ``REMOVED``. ``VALUES`` are other
-spellings of a value: those of version 0.2 and of other trainers.
+spellings of a value: those of earlier versions and of other trainers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ RENAMED: dict[str, str] = _TABLES["renamed"]
 ALIASES: dict[str, str] = _TABLES["aliases"]
 RELATED: dict[str, str] = _TABLES["related"]
 REMOVED: dict[str, dict[str, str]] = _TABLES["removed"]
-VALUES: dict[str, dict[Any, str]] = {"training.gradient_checkpointing": {True: "on", False: "off"}}
+VALUES: dict[str, dict[Any, str]] = {
+    "training.gradient_checkpointing": {True: "on", False: "off"},
+    "format": {"label": "decision"},
+}
+"""Settings by path, and those of a source by name."""
 
 
 def resolve(section: str, key: str) -> str | None:
@@ -34,8 +38,14 @@ def resolve(section: str, key: str) -> str | None:
 
 def canonical_value(path: str, value: Any) -> Any:
     """Return our spelling of the value of a setting, ``section.key``; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return [_canonical_table(each) if isinstance(each, Mapping) else each for each in value]
     spellings = VALUES.get(path, {})
-    return spellings.get(value, value) if isinstance(value, bool) else value
+    return spellings.get(value, value) if isinstance(value, bool | str) else value
+
+
+def _canonical_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: canonical_value(key, value) for key, value in table.items()}
 
 
 def is_ignored(path: str, value: Any) -> bool:

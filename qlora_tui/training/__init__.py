@@ -34,7 +34,10 @@ What the model computes with:
 What is measured on the way:
 
 ``evaluation``       validation, and what training changed of it; ``scoring``: losses and logits of samples
+``task_prompts``     prompts of validation rows, with their references
 ``answers``          greedy ones; ``answer_comparison``: of base and adapter to validation prompts
+``decisions``        answers that are one of a few options, and what models decide on validation rows
+``option_scores``    log probabilities of all options in one forward; ``calibration``: temperature and bias
 ``forgetting``       how far the model has moved from its base; ``replay``: the base's answers as samples
 ``row_losses``       loss of each training row, before and after a run
 ``health``           what goes wrong in a step or on the GPU: warnings, and the NaN that ends a run

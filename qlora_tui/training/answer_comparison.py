@@ -2,13 +2,7 @@
 
 They cost at most :data:`RUN_SHARE` of the time that the run has trained: batches are answered by both until
 that is over, and a batch that is cut off counts nothing. ``qlora-tui evaluate`` measures more, or later.
-
-A prompt is what the model read in training before the last answer of a row that is in the loss::
-
-    ids        <user> how are you <end> <assistant> fine <end>
-    mask         0     0   0   0    0        0        1    1
-    prompt     ------------------------------------
-    reference                                         ----------
+Where answers are decisions, both score their options instead.
 """
 
 from __future__ import annotations
@@ -16,19 +10,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
-from qlora_tui.data.conversation import Conversation
-from qlora_tui.data.excluded_rows import file_names
-from qlora_tui.data.read import row_at
-from qlora_tui.data.sources import conversation_of, every_source, open_file_of, paths_of
-from qlora_tui.data.store import GOOD, Samples
-from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
-from qlora_tui.recipe.schema import Data
+from qlora_tui.data.store import GOOD
 from qlora_tui.runs.events import AnswersCompared
-from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, measure_answers, read_calls
+from qlora_tui.runs.task_metrics.answer_metrics import measure_answers
+from qlora_tui.runs.task_metrics.decisions import write_decider
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
 from qlora_tui.runs.task_metrics.task_evaluation import (
     LossChange,
@@ -37,130 +26,18 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     write_task_evaluation,
 )
 from qlora_tui.training.answers import answer_greedily
+from qlora_tui.training.decisions import DecisionTask, find_decisions, judge
 from qlora_tui.training.host import release_gpu_memory
+from qlora_tui.training.option_scores import OptionScorer, Scores
 from qlora_tui.training.run import Run
-
-_MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
-_STEP_TOKENS = 32
-"""The limit of an answer is a multiple of this, so that answers to other rows are stored in the same file."""
-
-
-class TaskPrompt(NamedTuple):
-    """One prompt with its reference."""
-
-    source: int
-    row: int
-    file: str
-    """Name of the row's file in the source; empty where the source is one file."""
-    ids: tuple[int, ...]
-    """Token ids of the prompt."""
-    reference: tuple[int, ...]
-    """Token ids of the reference answer, without what follows its turn end."""
-    sample: int
-    """Number of its sample in the validation data."""
-
-
-def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list[TaskPrompt]:
-    """Up to ``most`` prompts, spread evenly over the rows.
-
-    Rows that were cut before the end of their answer, and rows without a prompt, have none.
-
-    Args:
-        samples: the validation data.
-        turn_ends: token ids that end a turn.
-        most: at least 1.
-    """
-    prompts = []
-    for i in range(len(samples)):
-        place = *samples.origin(i), samples.file_name(i)
-        if i + 1 < len(samples) and (*samples.origin(i + 1), samples.file_name(i + 1)) == place:
-            # With this template, each turn of this row is a separate sample.
-            continue
-        ids, mask = tuple(samples.token_ids(i)), tuple(samples.loss_mask(i))
-        bounds = last_answer(ids, mask, turn_ends)
-        if bounds is not None:
-            start, end = bounds
-            prompts.append(TaskPrompt(*place, ids[:start], ids[start:end], i))
-    count = min(len(prompts), most)
-    return [prompts[number * len(prompts) // count] for number in range(count)]
-
-
-def answer_limit(longest_reference: int, context_length: int) -> int:
-    """Most tokens of an answer: half as many again as the longest reference, in steps, within the context."""
-    wanted = -(-longest_reference * 3 // (2 * _STEP_TOKENS)) * _STEP_TOKENS
-    return min(max(_MIN_NEW_TOKENS, wanted), _MAX_NEW_TOKENS, max(1, context_length // 2))
-
-
-def last_answer(ids: Sequence[int], mask: Sequence[int], turn_ends: frozenset[int]) -> tuple[int, int] | None:
-    """Start and end of the last stretch in the loss, up to its turn end; None where it is cut, or is all."""
-    stop = next((place + 1 for place in range(len(mask) - 1, -1, -1) if mask[place]), 0)
-    start = stop
-    while start and mask[start - 1]:
-        start -= 1
-    end = next((place + 1 for place in range(stop - 1, start - 1, -1) if ids[place] in turn_ends), 0)
-    return (start, end) if start > 0 and end > start + 1 else None
-
-
-_PROMPT_TOKENS_SHOWN = 200
-
-
-class TaskRows:
-    """Turns prompts and answers of one recipe's data from token ids into text."""
-
-    def __init__(self, data: Data, tokenizer: ChatTokenizer) -> None:
-        self._data = data
-        self._tokenizer = tokenizer
-        self._decoder = AnswerDecoder(tokenizer)
-        self._ends = frozenset(tokenizer.turn_end_ids)
-
-    def row(self, prompt: TaskPrompt, base: Sequence[int], adapter: Sequence[int]) -> TaskRow:
-        """The record of a prompt.
-
-        Args:
-            prompt: with its reference.
-            base: token ids of the base's answer, with its turn end.
-            adapter: those of the adapter's.
-
-        Raises:
-            UserError: the row offers tools and cannot be read again.
-        """
-        reference = self._raw(prompt.reference)
-        tools = self._tools(prompt) if read_calls(reference) else ()
-        return TaskRow(
-            source=prompt.source,
-            row=prompt.row,
-            file=prompt.file,
-            prompt=self._tokenizer.decode(prompt.ids[-_PROMPT_TOKENS_SHOWN:]),
-            reference=self._decoder.answer(prompt.ids, prompt.reference),
-            base=self._decoder.answer(prompt.ids, base),
-            adapter=self._decoder.answer(prompt.ids, adapter),
-            base_ended=base[-1] in self._ends,
-            adapter_ended=adapter[-1] in self._ends,
-            tools=tools,
-            reference_raw=reference if tools else "",
-            base_raw=self._raw(base) if tools else "",
-            adapter_raw=self._raw(adapter) if tools else "",
-        )
-
-    def _raw(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([i for i in ids if i not in self._ends])
-
-    def _tools(self, prompt: TaskPrompt) -> tuple[dict[str, Any], ...]:
-        """The tools that a row offers."""
-        source = every_source(self._data)[prompt.source]
-        paths, _ = paths_of(source)
-        path = paths[file_names(source.path, paths).index(prompt.file)]
-        row = row_at(path, prompt.row)
-        file = open_file_of(source, self._data.preferences, str(path))
-        conversation = conversation_of(row, file) if row is not None else None
-        return conversation.tools if isinstance(conversation, Conversation) else ()
-
+from qlora_tui.training.task_prompts import TaskPrompt, TaskRows, answer_limit, task_prompts
 
 RUN_SHARE = 0.03
 """Most of the training time that the answers may take."""
 _MIN_SECONDS = 1.0
 """Less time than this is not worth beginning."""
 _BATCH_ROWS = 8
+_DECIDED_ROWS = 32
 _SEED = 0
 
 
@@ -187,11 +64,14 @@ def answer_validation(
     if not most or not len(samples) or run.dist.world_size > 1:
         return None
     try:
-        prompts = task_prompts(samples, frozenset(run.tokenizer.turn_end_ids), most)
+        budget_s = RUN_SHARE * training_seconds
         texts = TaskRows(run.recipe.data, run.tokenizer)
+        if (task := find_decisions(run.recipe, run.data, run.tokenizer)) is not None:
+            return _decide(run, task, texts, len(samples), budget_s, clock)
+        prompts = task_prompts(samples, frozenset(run.tokenizer.turn_end_ids), most)
         if not _can_be_right(prompts, texts):
             return None
-        return _evaluate(run, prompts, texts, len(samples), RUN_SHARE * training_seconds, clock)
+        return _evaluate(run, prompts, texts, len(samples), budget_s, clock)
     except Exception as error:
         _log_error(run, error)
     release_gpu_memory()
@@ -233,11 +113,85 @@ def _log_error(run: Run, error: Exception) -> None:
 
 
 def _can_be_right(prompts: Sequence[TaskPrompt], texts: TaskRows) -> bool:
-    """Whether the references are labels, JSON, tool calls or a few words."""
+    """Whether the references are JSON, tool calls or a few words."""
     if len(prompts) < MIN_ROWS:
         return False
-    metrics, _ = measure_answers([texts.row(each, each.reference, each.reference) for each in prompts])
+    metrics = measure_answers([texts.row(each, each.reference, each.reference) for each in prompts])
     return metrics[0].name != "token F1"
+
+
+def _decide(
+    run: Run,
+    task: DecisionTask,
+    texts: TaskRows,
+    validation_rows: int,
+    budget_s: float,
+    clock: Callable[[], float],
+) -> TaskEvaluation | None:
+    """Judge the decisions of base and adapter, and write the calibration beside the adapter."""
+    if len(task.prompts) < MIN_ROWS or not _is_enough(run, budget_s):
+        return None
+    run.reporter.phase("evaluating", "decisions of base and adapter on validation rows")
+    started = clock()
+    model = run.model
+    scorer = OptionScorer(model, run.device.dtype, run.device.torch_device)
+    context = _context(model)
+    order = random.Random(_SEED).sample(range(len(task.prompts)), len(task.prompts))
+    scored: dict[int, tuple[Scores, Scores]] = {}
+    for start in range(0, len(order), _DECIDED_ROWS):
+        batch = order[start : start + _DECIDED_ROWS]
+        choices = [task.choice(number, context) for number in batch]
+        adapter = scorer.score(choices)
+        with model.disable_adapter():
+            base = scorer.score(choices)
+        if clock() - started >= budget_s:
+            break
+        scored |= dict(zip(batch, zip(base, adapter, strict=True), strict=True))
+        run.reporter.progress("evaluating", len(scored), len(order))
+    if len(scored) < MIN_ROWS:
+        _log_too_few(run, len(scored), len(order))
+        return None
+    numbers = sorted(scored)
+    before, after = ([scored[number][side] for number in numbers] for side in (0, 1))
+    judged = judge(task, numbers, before, after, texts)
+    write_decider(run.directory.adapter_dir, judged.decider)
+    return TaskEvaluation(
+        run=run.directory.id,
+        adapter=adapter_hash(run.directory),
+        max_new_tokens=max(map(len, task.option_ids)),
+        validation_rows=validation_rows,
+        metrics=judged.metrics,
+        decisions=judged.report,
+        loss=judged.loss,
+        rows=judged.rows,
+        seconds=clock() - started,
+        is_partial=len(numbers) < len(order),
+    )
+
+
+def _is_enough(run: Run, budget_s: float) -> bool:
+    if budget_s >= _MIN_SECONDS:
+        return True
+    run.reporter.log(
+        f"the answers were not compared: {RUN_SHARE:.0%} of such a short run is not enough time; "
+        f"{_later(run)}"
+    )
+    return False
+
+
+def _log_too_few(run: Run, answered: int, prompts: int) -> None:
+    run.reporter.log(
+        f"the answers were not compared: {answered} of {prompts} prompts were answered within "
+        f"{RUN_SHARE:.0%} of the training time; {_later(run)}"
+    )
+
+
+def _later(run: Run) -> str:
+    return f"`qlora-tui evaluate {run.directory.id}` measures them"
+
+
+def _context(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
 
 def _evaluate(
@@ -248,31 +202,21 @@ def _evaluate(
     budget_s: float,
     clock: Callable[[], float],
 ) -> TaskEvaluation | None:
-    reporter = run.reporter
-    later = f"`qlora-tui evaluate {run.directory.id}` measures them"
-    if budget_s < _MIN_SECONDS:
-        reporter.log(
-            f"the answers were not compared: {RUN_SHARE:.0%} of such a short run is not enough time; {later}"
-        )
+    if not _is_enough(run, budget_s):
         return None
-    reporter.phase("evaluating", "answers of base and adapter to validation prompts")
+    run.reporter.phase("evaluating", "answers of base and adapter to validation prompts")
     started = clock()
     answered, limit = _answer(run, prompts, started + budget_s, clock)
     if len(answered) < MIN_ROWS:
-        reporter.log(
-            f"the answers were not compared: {len(answered)} of {len(prompts)} prompts were answered within "
-            f"{RUN_SHARE:.0%} of the training time; {later}"
-        )
+        _log_too_few(run, len(answered), len(prompts))
         return None
     rows = [texts.row(prompts[number], *answered[number]) for number in sorted(answered)]
-    metrics, labels = measure_answers(rows)
     return TaskEvaluation(
         run=run.directory.id,
         adapter=adapter_hash(run.directory),
         max_new_tokens=limit,
         validation_rows=validation_rows,
-        metrics=metrics,
-        labels=labels,
+        metrics=measure_answers(rows),
         loss=LossChange.of([], [], []),
         rows=tuple(rows),
         seconds=clock() - started,
@@ -288,7 +232,7 @@ def _answer(
 ) -> tuple[dict[int, tuple[tuple[int, ...], tuple[int, ...]]], int]:
     """Answers of base and adapter by the number of the prompt, and their most tokens."""
     model = run.model
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    context = _context(model)
     limit = answer_limit(max(len(prompt.reference) for prompt in prompts), context)
     # What is answered in time is then spread over the data.
     order = random.Random(_SEED).sample(range(len(prompts)), len(prompts))

@@ -25,6 +25,7 @@ from qlora_tui.recipe.schema import Data, Quantization, Source
 from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import AnswersCompared
+from qlora_tui.runs.task_metrics.decisions import read_decider
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, read_task_evaluation, report_lines
 from qlora_tui.training.answer_comparison import answer_validation, report_answers
 
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.slow
 
 LOSS = LossChange.of([2.0] * 6, [1.0] * 6, [1] * 6)
 LABELS = tuple("red" if number % 2 else "blue" for number in range(12))
+TOWNS = tuple(f"town {number}" for number in range(12))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ class Ended:
             data=prepare_dataset(recipe, tokenizer),
             recipe=msgspec.structs.replace(recipe, training=training),
             tokenizer=tokenizer,
-            device=SimpleNamespace(torch_device=torch.device("cpu")),
+            device=SimpleNamespace(torch_device=torch.device("cpu"), dtype=torch.float32),
             dist=SimpleNamespace(world_size=1),
             reporter=SimpleNamespace(
                 phase=lambda phase, detail: None,
@@ -95,8 +97,11 @@ class Ended:
         report_answers(self.context, answers, LOSS)
 
 
-def test_answers_at_the_end_are_those_of_evaluate(ended: Callable[..., Ended]) -> None:
-    end = ended(*LABELS)
+@pytest.mark.parametrize(("answers", "metric"), [(LABELS, "accuracy"), (TOWNS, "exact match")])
+def test_answers_at_the_end_are_those_of_evaluate(
+    ended: Callable[..., Ended], answers: tuple[str, ...], metric: str
+) -> None:
+    end = ended(*answers)
     weights = {name: each.clone() for name, each in end.model.named_parameters() if "lora" in name}
     random_state = torch.get_rng_state()
     end.compare()
@@ -111,20 +116,22 @@ def test_answers_at_the_end_are_those_of_evaluate(ended: Callable[..., Ended]) -
     assert at_end.rows == later.rows and at_end.metrics == later.metrics and not at_end.is_partial
     assert at_end.loss == LOSS and at_end.is_of_run
     assert any("Validation loss" in line for line in report_lines(at_end, 0))
-    assert isinstance(event, AnswersCompared) and event.metric == "accuracy" and event.prompts == 12
-    assert describe(event, 1).startswith("answers to 12 validation prompts: accuracy 0% versus the base's 0%")
+    assert isinstance(event, AnswersCompared) and event.metric == metric and event.prompts == 12
+    assert describe(event, 1).startswith(f"answers to 12 validation prompts: {metric} ")
+    assert (read_decider(end.run.adapter_dir) is not None) == (at_end.decisions is not None)
+    assert (at_end.decisions is not None) == (answers == LABELS)
 
 
 def test_what_is_not_answered_in_time_is_left_out(ended: Callable[..., Ended]) -> None:
-    end = ended(*LABELS)
+    end = ended(*TOWNS)
     # Seven looks at the clock are within 3 %: both answers to the first eight prompts take five.
     end.compare(training_seconds=7 / 0.03, tick=1.0)
     partial = read_task_evaluation(end.run)
     assert partial is not None and partial.is_partial and len(partial.rows) == 8
-    late = ended(*LABELS)
+    late = ended(*TOWNS)
     late.compare(training_seconds=3 / 0.03, tick=1.0)
     assert "0 of 12 prompts were answered within 3% of the training time" in late.lines[0]
-    short = ended(*LABELS)
+    short = ended(*TOWNS)
     short.compare(training_seconds=10.0)
     assert "3% of such a short run is not enough time" in short.lines[0]
     assert not late.events and not short.events and read_task_evaluation(short.run) is None

@@ -17,8 +17,9 @@ from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.task_metrics.decisions import read_decider
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
-from qlora_tui.training.answer_comparison import answer_limit, last_answer, task_prompts
+from qlora_tui.training.task_prompts import answer_limit, last_answer, task_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -159,16 +160,18 @@ def test_evaluate_compares_a_run_with_its_base(
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     assert main(["evaluate", run.id, "--json"]) == 0
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert [metric["name"] for metric in printed["metrics"]] == ["accuracy", "ended"]
-    assert [label["label"] for label in printed["labels"]] == ["blue", "red"]
+    assert [metric["name"] for metric in printed["metrics"]] == ["accuracy"]
+    assert sorted(printed["decisions"]["options"]) == ["blue", "red"]
+    assert read_decider(run.adapter_dir) is not None
     evaluation = read_task_evaluation(run)
     assert evaluation is not None and len(evaluation.rows) == evaluation.validation_rows == 8
     assert {row.reference for row in evaluation.rows} == {"red", "blue"}
-    assert all(row.base != row.adapter for row in evaluation.rows)
+    assert {row.base for row in evaluation.rows} | {row.adapter for row in evaluation.rows} <= {"red", "blue"}
     assert evaluation.loss.rows == 8 and evaluation.loss.before != evaluation.loss.after
     assert main(["evaluate", run.id, "--rows", "1"]) == 0
     out = capsys.readouterr().out
-    assert "8 validation prompts" in out and "row 1" in out and "red" in out
+    assert "8 validation prompts" in out and "row 1" in out and "each decided between 2 options" in out
+    assert "too few to calibrate" in out
 
 
 def test_a_run_without_prompts_is_refused(tiny_source: ChatSource, tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def read(value: Any, wanted: str = "auto", columns: dict[str, str] | None = None
         ({"text": "Hi", "summary": "Hello", "title": "x"}, "prompt-completion"),
         ({"text": "Hi", "summary": ["Hello"], "title": "x"}, "prompt-completion"),
         ({"question": "Hi", "answers": [{"text": "Hello", "score": 3}]}, "question-answer"),
-        ({"text": "Hi", "label": "Hello"}, "label"),
-        ({"sentence": "Hi", "label": 1, "label_text": "Hello"}, "label"),
+        ({"text": "Hi", "label": "Hello"}, "decision"),
+        ({"sentence": "Hi", "label": 1, "label_text": "Hello"}, "decision"),
     ],
 )  # fmt: skip
 def test_common_formats_are_found_and_read(value: Any, format_: str) -> None:
@@ -75,10 +75,10 @@ def test_common_formats_are_found_and_read(value: Any, format_: str) -> None:
     ("value", "format_", "columns"),
     [
         ({"question": "Q", "answers": ["a", "b"]}, "question-answer", ("question", "answers")),
-        ({"text": "T", "labels": ["sport", "news"]}, "label", ("text", "labels")),
+        ({"text": "T", "labels": ["sport", "news"]}, "decision", ("text", "labels")),
         ({"source": "web", "question": "Q", "answer": "A"}, "question-answer", ("question", "answer")),
         ({"source": "S", "target": "T"}, "prompt-completion", ("source", "target")),
-        ({"source": "web", "target": "T", "text": "x"}, "label", ("text", "target")),
+        ({"source": "web", "target": "T", "text": "x"}, "decision", ("text", "target")),
         ({"article": "a", "summary": "s", "question": "Q", "answer": "A"}, "question-answer",
          ("question", "answer", "article")),
         ({"prompt": "P", "completion": "C", "text": "t", "summary": "s"}, "prompt-completion",

@@ -48,7 +48,7 @@ def answers(base: int, adapter: int, rows: int = 20) -> list[TaskRow]:
 
 def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
     """Accuracy of a base and an adapter that answer so many of the rows rightly."""
-    return measure_answers(answers(base, adapter, rows))[0][0]
+    return measure_answers(answers(base, adapter, rows))[0]
 
 
 def data_ready(validation_samples: int) -> DataReady:
@@ -72,7 +72,7 @@ def data_ready(validation_samples: int) -> DataReady:
             RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
             "better",
             "It learned: validation loss 2.000 → 1.200; forgot little (0.31 nats); "
-            "answers better: accuracy 90%, base 30%.",
+            "answers better: exact match 90%, base 30%.",
         ),
         (
             RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
@@ -94,12 +94,12 @@ def data_ready(validation_samples: int) -> DataReady:
             RunEvidence(loss=loss(-0.8), metric=accuracy(9, 10)),
             "better",
             "It learned: validation loss 2.000 → 1.200; "
-            "answers not clearly better: accuracy 50%, base 45% on 20 prompts.",
+            "answers not clearly better: exact match 50%, base 45% on 20 prompts.",
         ),
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(18, 6)),
             "worse",
-            "It learned: validation loss 2.000 → 1.200; answers worse: accuracy 30%, base 90%.",
+            "It learned: validation loss 2.000 → 1.200; answers worse: exact match 30%, base 90%.",
         ),
         (
             RunEvidence(preferences=PreferenceAccuracy(0.9, 20, "pair", 0.5), loss=loss(0.5)),
@@ -158,7 +158,7 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
     assert verdict.sentence == "It learned: validation loss 2.000 → 1.000; forgot much (2.5 nats)."
     put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict
-    assert verdict is not None and verdict.sentence.endswith("answers better: accuracy 90%, base 30%.")
+    assert verdict is not None and verdict.sentence.endswith("answers better: exact match 90%, base 30%.")
 
 
 @pytest.mark.parametrize(

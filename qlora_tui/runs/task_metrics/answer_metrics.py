@@ -3,9 +3,8 @@
 The first metric is the one that a verdict names:
 
 * tool calls, where rows offer tools and the reference calls one: whether the call is valid;
-* labels, where a few short answers return again and again: accuracy;
 * JSON, where the references are JSON: whether the answer is;
-* short references: exact match;
+* short references: exact match (answers of a few options are decisions: :mod:`.decisions`);
 * anything else: the words shared with the reference (token F1).
 
 Chat templates write tool calls in different ways: ``<tool_call>{…}</tool_call>`` (Hermes, Qwen),
@@ -44,9 +43,6 @@ _BARE = re.compile(r"\A\s*(?:<\|python_tag\|>)?\s*([\[{].*)\Z", re.DOTALL)
 _ARGUMENTS = ("arguments", "parameters")
 Comparison: TypeAlias = Literal["better", "worse", "unclear"]
 SIGNIFICANCE = 0.05
-_MAX_LABELS = 20
-_MAX_LABEL_WORDS = 4
-_ROWS_PER_LABEL = 3
 _SHORT_WORDS = 8
 """Words of a reference up to which an answer is expected to match it exactly."""
 _MOST = 0.9
@@ -115,28 +111,14 @@ class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return "better" if self.difference > 0 else "worse"
 
 
-class LabelCount(Struct, frozen=True):
-    """How often one label was answered rightly."""
-
-    label: str
-    rows: int
-    """Prompts whose reference is this label."""
-    base: int
-    adapter: int
-
-
-def measure_answers(rows: Sequence[TaskRow]) -> tuple[tuple[Metric, ...], tuple[LabelCount, ...]]:
-    """The metrics that suit the references, the most telling first, and the counts of labels if these are."""
+def measure_answers(rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
+    """The metrics that suit the references, the most telling first."""
     metrics: list[Metric] = []
-    labels: tuple[LabelCount, ...] = ()
     calling = [row for row in rows if row.tools and read_calls(row.reference_raw)]
     plain = [row for row in rows if not row.reference_raw]
     if calling:
         metrics.append(_share("valid tool calls", calling, _valid_call))
         metrics.append(_share("exact match", calling, _same_call))
-    elif names := label_names([row.reference for row in plain]):
-        metrics.append(_share("accuracy", plain, _same_words))
-        labels = _count_labels(plain, names)
     elif plain and sum(is_json(row.reference) for row in plain) >= _MOST * len(plain):
         metrics.append(_share("valid JSON", plain, lambda row, answer, raw: is_json(answer)))
         metrics.append(
@@ -150,22 +132,7 @@ def measure_answers(rows: Sequence[TaskRow]) -> tuple[tuple[Metric, ...], tuple[
         metrics.append(
             compare_shares("ended", [row.base_ended for row in rows], [row.adapter_ended for row in rows])
         )
-    return tuple(metrics), labels
-
-
-def label_names(references: Sequence[str]) -> tuple[str, ...]:
-    """The labels, most frequent first, where references are few short answers that return; else none."""
-    counts: Counter[tuple[str, ...]] = Counter()
-    spelled: dict[tuple[str, ...], str] = {}
-    for reference in references:
-        key = tuple(words(reference))
-        if not 0 < len(key) <= _MAX_LABEL_WORDS:
-            return ()
-        counts[key] += 1
-        spelled.setdefault(key, reference.strip())
-    if not 2 <= len(counts) <= min(_MAX_LABELS, len(references) // _ROWS_PER_LABEL):
-        return ()
-    return tuple(spelled[key] for key, _ in counts.most_common())
+    return tuple(metrics)
 
 
 def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> Metric:
@@ -380,18 +347,3 @@ def _valid_call(row: TaskRow, answer: str, raw: str) -> bool:
 def _same_call(row: TaskRow, answer: str, raw: str) -> bool:
     made, wanted = ([(c.name, c.arguments) for c in read_calls(text)] for text in (raw, row.reference_raw))
     return made == wanted
-
-
-def _count_labels(rows: Sequence[TaskRow], names: Sequence[str]) -> tuple[LabelCount, ...]:
-    counts = []
-    for name in names:
-        of_label = [row for row in rows if same_words(row.reference, name)]
-        counts.append(
-            LabelCount(
-                name,
-                len(of_label),
-                sum(same_words(row.base, name) for row in of_label),
-                sum(same_words(row.adapter, name) for row in of_label),
-            )
-        )
-    return tuple(counts)

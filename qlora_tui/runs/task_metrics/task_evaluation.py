@@ -26,12 +26,13 @@ from qlora_tui.formatting import (
 from qlora_tui.runs.damage import WEIGHTS
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measure_in_child
-from qlora_tui.runs.task_metrics.answer_metrics import LabelCount, Metric, TaskRow
+from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow
+from qlora_tui.runs.task_metrics.decisions import MOST_DECISIONS, DecisionReport, decision_lines
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, mean_interval
 
 _JOB = "qlora_tui.chat.task_answers:evaluate"
 DEFAULT_PROMPTS = 100
-"""Validation prompts that are answered unless another number is asked for."""
+"""Validation prompts that are answered unless another number is asked for; of decisions more."""
 _MAX_BYTES = 1 << 26
 _SHOWN_CHARACTERS = 300
 _OF_SIDES = (2, 4)
@@ -90,7 +91,8 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     metrics: tuple[Metric, ...]
     loss: LossChange
     rows: tuple[TaskRow, ...]
-    labels: tuple[LabelCount, ...] = ()
+    decisions: DecisionReport | None = None
+    """Where the answers are decisions, which are scored instead of generated."""
     seconds: float = 0.0
     is_of_run: bool = False
     """Whether the loss is that of validation rows at the end of the run, not of the references alone."""
@@ -105,7 +107,7 @@ _EVALUATIONS = msgspec.json.Decoder(TaskEvaluation)
 
 def evaluate_task(
     run: RunDir,
-    prompts: int = DEFAULT_PROMPTS,
+    prompts: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TaskEvaluation:
@@ -113,7 +115,7 @@ def evaluate_task(
 
     Args:
         run: it has ended with an adapter.
-        prompts: most prompts, spread evenly over the validation data.
+        prompts: most prompts, spread evenly over the validation data; None for the default.
         progress: called with the number of answers there are, and of all.
         should_stop: ends it within a second; the answers so far stay.
 
@@ -177,24 +179,26 @@ def describe_loss(loss: LossChange, name: str) -> str:
 def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False) -> list[str]:
     """The report, with the answers to the first ``rows`` prompts; ``narrow`` is that of the table."""
     loss_name = "validation loss" if evaluation.is_of_run else "loss of the references"
+    decisions = evaluation.decisions
+    how = (
+        f"with greedy answers of up to {evaluation.max_new_tokens:,} tokens"
+        if decisions is None
+        else f"each decided between {len(decisions.options):,} options"
+    )
     lines = [
-        f"{pluralize(len(evaluation.rows), 'validation prompt')} of {evaluation.run}, with greedy answers of "
-        f"up to {evaluation.max_new_tokens:,} tokens.",
+        f"{pluralize(len(evaluation.rows), 'validation prompt')} of {evaluation.run}, {how}.",
         *(f"{capitalize(describe_metric(metric))}." for metric in evaluation.metrics[:1]),
         *([f"{capitalize(describe_loss(evaluation.loss, loss_name))}."] if evaluation.loss.rows else []),
         "",
         *metric_table(evaluation.metrics, narrow=narrow),
     ]
-    if evaluation.labels:
-        counts = [
-            (count.label, f"{count.rows:,}", f"{count.base:,}", f"{count.adapter:,}")
-            for count in evaluation.labels
-        ]
-        lines += ["", *align_columns([("label", "rows", "base right", "adapter right"), *counts])]
+    if decisions is not None:
+        lines += ["", *decision_lines(decisions)]
     if evaluation.is_partial:
+        most = DEFAULT_PROMPTS if decisions is None else MOST_DECISIONS
         lines += [
             "",
-            f"Measured at the end of the run, in at most 3% of its time. To measure up to {DEFAULT_PROMPTS}: "
+            f"Measured at the end of the run, in at most 3% of its time. To measure up to {most:,}: "
             f"qlora-tui evaluate {evaluation.run} --again",
         ]
     if evaluation.warning:

@@ -1,0 +1,314 @@
+"""Decisions on every row of a file, written into a copy of it: ``qlora-tui predict``, as a job.
+
+Decisions are appended to a hidden file beside the output, a batch at a time and in the order of the rows.
+After a kill, the whole lines in it are kept, and the rows after them follow. When all rows are decided the
+file is read once more and copied row by row, each with its decision, under another hidden name, which then
+takes the place of the output. Memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.data.conversation import Conversation, RowRejectedError
+from qlora_tui.data.formats import RowFormat, as_fields, parse_question, question_parts
+from qlora_tui.data.read import first_rows, rows
+from qlora_tui.data.row import Row
+from qlora_tui.data.row_writers import WRITERS, write_rows
+from qlora_tui.data.text_reader import Position
+from qlora_tui.decoding import try_json
+from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
+from qlora_tui.files import open_append
+from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
+from qlora_tui.locks import locked
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.task_metrics.decisions import Decider, read_decider
+from qlora_tui.runs.task_metrics.task_evaluation import adapter_hash
+from qlora_tui.worker import Report
+
+if TYPE_CHECKING:
+    from qlora_tui.chat.session import ChatSession
+
+_BATCH_ROWS = 64
+_SNIFFED_ROWS = 20
+PREFIX = "predicted_"
+"""Begins the names of the columns that are added: label, probability, abstain, probabilities, problem."""
+
+
+class Prediction(Struct, frozen=True, kw_only=True):
+    """What to decide, and where to write it."""
+
+    run: str
+    """Folder of the run."""
+    file: str
+    out: str
+    columns: dict[str, str] = {}
+    """Columns of parts, where the file names them otherwise than the training data."""
+    threshold: float | None = None
+    """Probability below which a row is left to a person; None: each is decided."""
+    probabilities: bool = False
+    """Whether to write the probability of every option."""
+    replaces: bool = False
+    """Whether the output, and what an unfinished prediction of something else left, may be replaced."""
+
+
+class Predicted(Struct, frozen=True, kw_only=True):
+    """What was written."""
+
+    out: str
+    rows: int
+    decided: int
+    abstained: int
+    """Rows left to a person, because no option reaches the threshold."""
+    undecided: int
+    """Rows that could not be read."""
+    resumed: int
+    """Rows that an earlier call had decided."""
+
+
+class _Header(Struct, frozen=True):
+    """First line of the hidden file."""
+
+    fingerprint: str
+    """Of what its decisions belong to."""
+
+
+class _Line(Struct, frozen=True, omit_defaults=True):
+    """The decision on one row."""
+
+    label: str | None = None
+    probability: float | None = None
+    probabilities: dict[str, float] | None = None
+    problem: str = ""
+
+
+_HEADERS = msgspec.json.Decoder(_Header)
+_LINES = msgspec.json.Decoder(_Line)
+
+
+def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
+    """Return what decides, and how rows are read, before a model is loaded.
+
+    Raises UserError where the run decides nothing, the file lacks a column, or the output must not be
+    written.
+    """
+    run, file, out = RunDir(Path(request.run)), Path(request.file), Path(request.out)
+    decider = read_decider(run.adapter_dir)
+    if decider is None:
+        raise UserError(
+            "The run makes no decisions",
+            what=f"{run.id} has no decisions that were measured.",
+            why="Its answers must be labels or objects of enumerated fields, and it needs validation rows.",
+            fix=f"Measure them with `qlora-tui evaluate {run.id} --again`, or choose another run.",
+            exit_code=EXIT_USAGE,
+        )
+    if out.suffix not in WRITERS:
+        raise UserError(
+            "Unknown output format",
+            what=f"{out} ends in {out.suffix or 'nothing'}.",
+            fix=f"End it in {', '.join(WRITERS)}.",
+            exit_code=EXIT_USAGE,
+        )
+    if out.exists() and (out.samefile(file) or not request.replaces):
+        raise UserError(
+            "The output exists",
+            what=f"{out} is there already.",
+            fix="Choose another name."
+            if out.samefile(file)
+            else "Choose another name, or replace it with --replace.",
+            exit_code=EXIT_USAGE,
+        )
+    layout = msgspec.structs.replace(decider.layout, columns=decider.layout.columns | request.columns)
+    seen = [row.value for row in first_rows(file, _SNIFFED_ROWS) if isinstance(row.value, dict)]
+    columns = list(dict.fromkeys(column for value in seen for column in value))
+    for part in question_parts(layout):
+        if seen and layout.columns[part] not in columns:
+            raise UserError(
+                "No such column",
+                what=f"{file} has no column {layout.columns[part]!r}, which held the {part} in training.",
+                why=f"Its columns are {', '.join(columns)}.",
+                fix=f"Name it: --column {part}=COLUMN.",
+                exit_code=EXIT_USAGE,
+            )
+    if taken := [column for column in columns if column.startswith(PREFIX)]:
+        raise UserError(
+            "The file has predictions",
+            what=f"{file} has the column {taken[0]!r}, which would be overwritten.",
+            fix="Rename or delete it.",
+            exit_code=EXIT_USAGE,
+        )
+    return decider, layout
+
+
+def predict(request: Prediction, report: Report) -> Predicted:
+    """Decide every row of a file, continuing what an earlier call began.
+
+    Raises:
+        UserError: the run decides nothing, a file cannot be read or written, the output exists, or another
+            process writes it.
+    """
+    decider, layout = check_prediction(request)
+    file, out = Path(request.file), Path(request.out)
+    log = out.with_name(f".{out.name}.decisions")
+    with disk_problems("The predictions cannot be written", out), locked(log) as held:
+        if held is None:
+            raise UserError(
+                "The output is in use",
+                what=f"Another process writes {out}.",
+                fix="Wait for its end, or choose another name.",
+            )
+        fingerprint = _fingerprint(request, decider)
+        resumed = _resume(log, fingerprint, replaces=request.replaces)
+        _decide_rest(request, decider, layout, log, resumed, report)
+        if _fingerprint(request, decider) != fingerprint:
+            raise UserError(
+                "The file has changed",
+                what=f"{file} was changed while its rows were decided.",
+                fix="Predict it again with --replace.",
+            )
+        draft = out.with_name(f".{out.name}.draft")
+        write_rows(draft, out.suffix, lambda: _with_decisions(request, log))
+        counts = [0, 0, 0]
+        for line in _logged(log):
+            counts[2 if line.label is None else int(_abstains(line, request.threshold))] += 1
+        draft.replace(out)
+        log.unlink()
+    decided, abstained, undecided = counts
+    return Predicted(
+        out=str(out),
+        rows=sum(counts),
+        decided=decided,
+        abstained=abstained,
+        undecided=undecided,
+        resumed=resumed,
+    )
+
+
+def _fingerprint(request: Prediction, decider: Decider) -> str:
+    state = Path(request.file).stat()
+    whole = {
+        "file": (str(Path(request.file).absolute()), state.st_size, state.st_mtime_ns),
+        "adapter": adapter_hash(RunDir(Path(request.run))),
+        "decider": decider,
+        "columns": request.columns,
+        "probabilities": request.probabilities,
+    }
+    return hashlib.blake2b(msgspec.json.encode(whole), digest_size=16).hexdigest()
+
+
+def _resume(log: Path, fingerprint: str, *, replaces: bool) -> int:
+    """Cut what is torn off the log, and return the number of rows in it.
+
+    Raises UserError for decisions on something else, unless they may be replaced.
+    """
+    with log.open("rb+") as file:
+        first = file.readline()
+        header = try_json(first, _HEADERS)
+        if header is not None and header.fingerprint == fingerprint:
+            count, end = 0, file.tell()
+            for line in file:
+                if not line.endswith(b"\n") or try_json(line, _LINES) is None:
+                    break
+                count, end = count + 1, end + len(line)
+            file.truncate(end)
+            return count
+        if first and not replaces:
+            raise UserError(
+                "Another prediction is unfinished",
+                what=f"{log} holds decisions on other data, or by another adapter.",
+                fix="Start over with --replace, or choose another name.",
+                exit_code=EXIT_USAGE,
+            )
+        file.seek(0)
+        file.truncate()
+        file.write(msgspec.json.encode(_Header(fingerprint)) + b"\n")
+    return 0
+
+
+def _decide_rest(
+    request: Prediction, decider: Decider, layout: RowFormat, log: Path, done: int, report: Report
+) -> None:
+    """Append the decision on each row after the first ``done`` ones."""
+    position = Position()
+    total = Path(request.file).stat().st_size
+    rest = islice(rows(Path(request.file), position), done, None)
+    session: ChatSession | None = None
+    with open_append(log) as file:
+        while batch := list(islice(rest, _BATCH_ROWS)):
+            if session is None:
+                session = _session(request)
+            for line in _decided(session, decider, layout, batch, request):
+                file.write(msgspec.json.encode(line) + b"\n")
+            file.flush()
+            done += len(batch)
+            report(min(position.bytes, total), total, f"{done:,} rows")
+
+
+def _session(request: Prediction) -> ChatSession:
+    configure_torch_env()
+    with faster_imports():
+        from qlora_tui.chat.chat_sources import run_source
+        from qlora_tui.chat.session import load_session
+        from qlora_tui.training.host import lower_priority
+
+    session = load_session(run_source(RunDir(Path(request.run))), streams=True)
+    if session.compute_device.kind == "cpu":
+        lower_priority()
+    return session
+
+
+def _decided(
+    session: ChatSession, decider: Decider, layout: RowFormat, batch: list[Row], request: Prediction
+) -> Iterator[_Line]:
+    from qlora_tui.chat.decide import decide
+
+    asked: list[Conversation | str] = []
+    for row in batch:
+        try:
+            asked.append(parse_question(row, layout, decider.decision.options[0]))
+        except RowRejectedError as refused:
+            asked.append(refused.reason)
+    conversations = [each for each in asked if isinstance(each, Conversation)]
+    decisions = iter(decide(session, decider, conversations))
+    for each in asked:
+        decided = None if isinstance(each, str) else next(decisions)
+        if decided is None:
+            yield _Line(problem=each if isinstance(each, str) else "The chat template refuses the row.")
+            continue
+        every = {option.option: option.probability for option in decided.options}
+        yield _Line(
+            label=decided.best.option,
+            probability=decided.best.probability,
+            probabilities=every if request.probabilities else None,
+        )
+
+
+def _logged(log: Path) -> Iterator[_Line]:
+    with log.open("rb") as file:
+        file.readline()
+        for line in file:
+            yield _LINES.decode(line)
+
+
+def _abstains(line: _Line, threshold: float | None) -> bool:
+    return threshold is not None and (line.probability or 0.0) < threshold
+
+
+def _with_decisions(request: Prediction, log: Path) -> Iterator[dict[str, Any]]:
+    """Yield every row of the file with the columns of its decision."""
+    for row, line in zip(rows(Path(request.file)), _logged(log), strict=True):
+        added: dict[str, Any] = {"label": line.label, "probability": line.probability}
+        if request.threshold is not None:
+            added["abstain"] = _abstains(line, request.threshold)
+        if request.probabilities:
+            added["probabilities"] = line.probabilities
+        if line.problem:
+            added["problem"] = line.problem
+        yield as_fields(row.value) | {f"{PREFIX}{name}": value for name, value in added.items()}

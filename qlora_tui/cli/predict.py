@@ -1,0 +1,109 @@
+"""``predict``: write a run's decision on each row of a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from qlora_tui.chat.prediction import Predicted, Prediction, check_prediction
+from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand
+from qlora_tui.formatting import format_path, format_progress, pluralize
+from qlora_tui.runs.directory import find_run
+from qlora_tui.worker import run_job
+
+
+def run_predict(args: argparse.Namespace) -> CommandResult:
+    """Decide each row of a file in a process of its own, showing how far it is."""
+    request = Prediction(
+        run=str(find_run(args.run_id).path),
+        file=str(args.file.absolute()),
+        out=str(args.out.absolute()),
+        columns=dict(args.column),
+        threshold=args.threshold,
+        probabilities=args.probabilities,
+        replaces=args.replace,
+    )
+    check_prediction(request)
+    with ProgressLine() as line:
+        line.show("loading the model", is_due=True)
+        predicted = run_job(
+            "qlora_tui.chat.prediction:predict",
+            request,
+            result=Predicted,
+            title="The prediction failed",
+            subject="The process that decides the rows",
+            fix="Give the same command again: it continues with the rows that are left.",
+            on_progress=lambda progress: line.show(
+                f"{format_progress(progress.done, progress.total)} {progress.text}"
+            ),
+        )
+    return CommandResult(msgspec.to_builtins(predicted), "\n".join(_lines(predicted)))
+
+
+def _lines(predicted: Predicted) -> list[str]:
+    lines = [f"{pluralize(predicted.rows, 'row')} written to {format_path(Path(predicted.out))}."]
+    if predicted.resumed:
+        lines.append(f"{pluralize(predicted.resumed, 'row')} had been decided before.")
+    if predicted.abstained:
+        lines.append(f"{pluralize(predicted.abstained, 'row')} left to a person: below the threshold.")
+    if predicted.undecided:
+        lines.append(
+            f"{pluralize(predicted.undecided, 'row')} could not be read: predicted_problem says why."
+        )
+    return lines
+
+
+def _column(text: str) -> tuple[str, str]:
+    part, equals, column = text.partition("=")
+    if not equals or not part or not column:
+        raise argparse.ArgumentTypeError("it must be PART=COLUMN, as in text=body")
+    return part, column
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("it must be a probability from 0 to 1")
+    return value
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSON, JSONL, Parquet or Arrow")
+    parser.add_argument(
+        "--run",
+        required=True,
+        dest="run_id",
+        metavar="RUN",
+        help="whose adapter decides: an id or name, the beginning of one, or `last`",
+    )
+    parser.add_argument(
+        "-o", "--out", required=True, type=Path, metavar="OUT", help="a .csv, .jsonl or .parquet file"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=_share,
+        metavar="P",
+        help="mark rows whose label is less probable than this for a person (`evaluate` lists thresholds)",
+    )
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also write the probability of every label"
+    )
+    parser.add_argument(
+        "--column",
+        type=_column,
+        action="append",
+        default=[],
+        metavar="PART=COLUMN",
+        help="name the column of a part, where it is another than in training, as in text=body; repeatable",
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="replace OUT, and start an unfinished prediction over"
+    )
+
+
+SUBCOMMANDS = {"predict": Subcommand(run_predict, _predict_arguments, uses_gpu=True)}

@@ -1,0 +1,204 @@
+"""What decisions of a run are worth, and the file beside its adapter with which others decide.
+
+``decision.json`` in the adapter's folder holds the options and the calibration of their probabilities; chat,
+server and ``predict`` read it. The report is part of the run's evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui.data.decisions import Decision
+from qlora_tui.data.formats import RowFormat
+from qlora_tui.decoding import read_json
+from qlora_tui.files import atomic_write
+from qlora_tui.formatting import align_columns, format_float, format_percent, pluralize
+from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
+
+FILE = "decision.json"
+MOST_DECISIONS = 1000
+"""Validation rows that are decided unless another number is asked for: more hardly change a calibration."""
+_VERSION = 1
+_MAX_BYTES = 1 << 24
+_SHOWN_CONFUSIONS = 10
+_WIDEST_MATRIX = 8
+"""Options up to which the confusion matrix is shown whole; of more, the most frequent confusions."""
+
+
+class Calibration(Struct, frozen=True, kw_only=True):
+    """How scores become probabilities: ``softmax(scores / temperature + bias)``."""
+
+    temperature: float = 1.0
+    bias: tuple[float, ...] = ()
+    """Of each option; empty where it does not lower the log loss of rows that it was not fitted on."""
+    rows: int = 0
+    """Validation rows that it was fitted on; 0 where they were too few."""
+
+    def probabilities(self, scores: Sequence[float]) -> list[float]:
+        """Return the probability of each option from its log probability, in nats."""
+        bias = self.bias or (0.0,) * len(scores)
+        logits = [score / self.temperature + each for score, each in zip(scores, bias, strict=True)]
+        highest = max(logits)
+        weights = [math.exp(logit - highest) for logit in logits]
+        total = sum(weights)
+        return [weight / total for weight in weights]
+
+
+class Decider(Struct, frozen=True, kw_only=True):
+    """The content of ``decision.json``."""
+
+    decision: Decision
+    option_ids: tuple[tuple[int, ...], ...]
+    """Token ids of each option, with its turn end."""
+    calibration: Calibration
+    layout: RowFormat
+    """How rows of the training data are read, and so those to be decided."""
+    versions: dict[str, str] = {}
+    """Of the libraries with which it was fitted."""
+    version: int = _VERSION
+
+
+_DECIDERS = msgspec.json.Decoder(Decider)
+
+
+def write_decider(adapter: Path, decider: Decider) -> None:
+    """Write the file into an adapter's folder. Raises OSError."""
+    atomic_write(adapter / FILE, msgspec.json.format(msgspec.json.encode(decider)))
+
+
+def read_decider(adapter: Path) -> Decider | None:
+    """Read the file from an adapter's folder; None where it is missing, damaged, or of a later version."""
+    decider = read_json(adapter / FILE, _DECIDERS, _MAX_BYTES)
+    return decider if decider is not None and decider.version <= _VERSION else None
+
+
+class Measured(Struct, frozen=True):
+    """A value with its 95 % interval."""
+
+    value: float
+    interval: Interval
+
+
+class Quality(Struct, frozen=True, kw_only=True):
+    """What the decisions of one model are worth."""
+
+    accuracy: Measured
+    macro_f1: Measured
+    """Mean F1 of the options."""
+    log_loss: Measured
+    """Mean of minus the log probability of the right option, in nats."""
+    calibration_error: Measured
+    """Expected calibration error in 15 bins, 0 to 1."""
+
+
+class Threshold(Struct, frozen=True):
+    """A confidence from which on decisions need no person."""
+
+    target: float
+    """Share of right decisions that it was chosen for."""
+    confidence: float
+    """0 where every row may be decided."""
+    rows: int
+    """Rows that are decided, where the threshold was chosen on others."""
+    right: int
+
+
+class FieldAccuracy(Struct, frozen=True):
+    """How often one field of an object is right."""
+
+    field: str
+    accuracy: Measured
+
+
+class DecisionReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The decisions of base and adapter on validation rows."""
+
+    options: tuple[str, ...]
+    rows: int
+    calibration: Calibration
+    base: Quality
+    before: Quality
+    """The adapter's without a calibration."""
+    after: Quality
+    """The adapter's calibrated, each row by a fit to other rows."""
+    confusion: tuple[tuple[int, ...], ...]
+    """Rows by their right option and the option that was chosen."""
+    thresholds: tuple[Threshold, ...] = ()
+    fields: tuple[FieldAccuracy, ...] = ()
+
+
+def decision_lines(report: DecisionReport) -> Iterator[str]:
+    """Yield the report of decisions in lines."""
+    calibration = report.calibration
+    if calibration.rows:
+        bias = " and a bias for each label" if calibration.bias else ""
+        yield (
+            f"Probabilities are calibrated by a temperature of {format_float(calibration.temperature, 2)}"
+            f"{bias}, fitted on {pluralize(calibration.rows, 'validation row')}."
+        )
+        yield "Below, each row is judged by a fit to the others (5 folds)."
+    else:
+        yield f"{pluralize(report.rows, 'row')} are too few to calibrate probabilities."
+    columns = (("base", report.base), ("adapter", report.before), ("calibrated", report.after))
+    rows = [
+        ("accuracy", *(_percent(each.accuracy) for _, each in columns)),
+        ("macro F1", *(_percent(each.macro_f1) for _, each in columns)),
+        ("log loss", *(_float(each.log_loss) for _, each in columns)),
+        ("calibration error", *(_percent(each.calibration_error) for _, each in columns)),
+        *((f"{each.field} right", "", "", _percent(each.accuracy)) for each in report.fields),
+    ]
+    yield ""
+    yield from align_columns([("", *(name for name, _ in columns)), *rows])
+    yield ""
+    yield from map(threshold_sentence, report.thresholds, [report.rows] * len(report.thresholds))
+    yield ""
+    yield from _confusion_lines(report)
+
+
+def threshold_sentence(threshold: Threshold, rows: int) -> str:
+    """``Decide alone above 0.83: 71% of rows, 98.4% right (97 to 99); the rest to a person.``"""
+    low, high = share_interval(threshold.right, threshold.rows)
+    share = 100 * threshold.right / threshold.rows
+    right = (
+        f"{format_percent(threshold.rows / rows)} of rows, {share:.1f}% right "
+        f"({100 * low:.0f} to {100 * high:.0f})"
+    )
+    if not threshold.confidence:
+        return f"Decide every row alone: {right}."
+    return f"Decide alone above {format_float(threshold.confidence, 2)}: {right}; the rest to a person."
+
+
+def _confusion_lines(report: DecisionReport) -> Iterator[str]:
+    options = report.options
+    if len(options) <= _WIDEST_MATRIX and not report.fields:
+        header = ("right, then chosen", *options)
+        counts = [(option, *map(str, row)) for option, row in zip(options, report.confusion, strict=True)]
+        yield from align_columns([header, *counts])
+        return
+    wrong = sorted(
+        (-count, right, chosen)
+        for right, row in enumerate(report.confusion)
+        for chosen, count in enumerate(row)
+        if count and right != chosen
+    )
+    if wrong:
+        shown = [
+            (options[right], options[chosen], f"{-count:,}")
+            for count, right, chosen in wrong[:_SHOWN_CONFUSIONS]
+        ]
+        yield from align_columns([("right", "chosen instead", "rows"), *shown])
+
+
+def _percent(measured: Measured) -> str:
+    low, high = measured.interval
+    return f"{100 * measured.value:.1f}% ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _float(measured: Measured) -> str:
+    low, high = (format_float(edge, 2) for edge in measured.interval)
+    return f"{format_float(measured.value, 2)} ({low} to {high})"

@@ -1,0 +1,259 @@
+"""Temperature and label bias that make the probabilities of decisions honest, and what decisions are worth.
+
+Nothing is judged by the rows that it was fitted on: rows are in five folds, those of each are judged with
+what the other four give, and what is stored is fitted on all of them. A temperature divides the log
+probabilities of whole options (Guo et al. 2017, "On Calibration of Modern Neural Networks"); a bias for each
+option is added only where that lowers the log loss of rows it has not seen by more than chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qlora_tui.data.decisions import Decision
+from qlora_tui.runs.task_metrics.decisions import (
+    Calibration,
+    DecisionReport,
+    FieldAccuracy,
+    Measured,
+    Quality,
+    Threshold,
+)
+from qlora_tui.runs.task_metrics.intervals import Interval, mean_interval, share_interval
+
+FOLDS = 5
+MIN_FITTED_ROWS = 20
+"""Rows below which nothing is fitted: the temperature stays 1."""
+TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
+"""Shares of right decisions for which a threshold is looked for."""
+_MIN_DECIDED = 10
+"""Rows above a threshold below which it says nothing."""
+_BINS = 15
+"""Bins of confidence of the calibration error, equally wide, as in Guo et al. 2017."""
+_LOG_RANGE = (math.log(0.05), math.log(50.0))
+"""Of the temperature."""
+_SEARCHES = 60
+_RIDGE = 1.0
+"""Weight of the squared biases, in rows."""
+_RESAMPLES = 1000
+
+
+class _Fit(NamedTuple):
+    """What is fitted: log probabilities are divided by the temperature, then the bias is added."""
+
+    temperature: float
+    bias: Tensor
+    """(options,)"""
+
+    def logs(self, scores: Tensor) -> Tensor:
+        """Return the log probabilities (rows, options) of options with these scores (rows, options)."""
+        return (scores / self.temperature + self.bias).log_softmax(-1)
+
+
+_Fitter = Callable[[Tensor, Tensor], _Fit]
+
+
+def calibrate(
+    decision: Decision, base: Sequence[Sequence[float]], adapter: Sequence[Sequence[float]], truth: list[int]
+) -> tuple[DecisionReport, list[int]]:
+    """Fit a calibration of the adapter's scores, and judge both models' decisions.
+
+    Returns the report, and the option that the adapter chooses for each row.
+
+    Args:
+        decision: with its options.
+        base: log probabilities of the options by row, in nats.
+        adapter: those of the adapter, in the same order.
+        truth: the right option of each row, by its number.
+    """
+    scores = torch.tensor(adapter, dtype=torch.float64)
+    wanted = torch.tensor(truth)
+    plain = scores.log_softmax(-1)
+    fit, judged = _Fit(1.0, torch.zeros(scores.shape[1], dtype=torch.float64)), plain
+    fitted_rows = 0
+    if len(truth) >= MIN_FITTED_ROWS:
+        fitted_rows = len(truth)
+        judged = _cross_fitted(_fit_temperature, scores, wanted)
+        biased = _cross_fitted(_fit_bias, scores, wanted)
+        gain = _losses(biased, wanted) - _losses(judged, wanted)
+        has_bias = mean_interval(gain.tolist()).high < 0
+        judged = biased if has_bias else judged
+        fit = (_fit_bias if has_bias else _fit_temperature)(scores, wanted)
+    before = torch.tensor(base, dtype=torch.float64).log_softmax(-1)
+    chosen = judged.argmax(-1)
+    confusion = torch.zeros(len(decision.options), len(decision.options), dtype=torch.int64)
+    confusion.index_put_((wanted, chosen), torch.ones_like(wanted), accumulate=True)
+    report = DecisionReport(
+        options=decision.options,
+        rows=len(truth),
+        calibration=Calibration(
+            temperature=fit.temperature,
+            bias=tuple(fit.bias.tolist()) if bool(fit.bias.any()) else (),
+            rows=fitted_rows,
+        ),
+        base=_quality(before, wanted),
+        before=_quality(plain, wanted),
+        after=_quality(judged, wanted),
+        confusion=tuple(map(tuple, confusion.tolist())),
+        thresholds=_thresholds(judged, wanted),
+        fields=tuple(_field_accuracy(decision, field, chosen, wanted) for field in decision.fields),
+    )
+    return report, chosen.tolist()
+
+
+def _cross_fitted(fitter: _Fitter, scores: Tensor, truth: Tensor) -> Tensor:
+    """Return log probabilities (rows, options), each row's by a fit to the rows of the other folds."""
+    logs = torch.empty_like(scores)
+    folds = torch.arange(len(truth)) % FOLDS
+    for fold in range(FOLDS):
+        inside = folds == fold
+        logs[inside] = fitter(scores[~inside], truth[~inside]).logs(scores[inside])
+    return logs
+
+
+def _fit_temperature(scores: Tensor, truth: Tensor) -> _Fit:
+    """Return the temperature with the least log loss, by golden section: the loss has one minimum."""
+    bias = torch.zeros(scores.shape[1], dtype=scores.dtype)
+    loss = partial(_smooth_loss, truth=truth)
+    low, high = _LOG_RANGE
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(_SEARCHES):
+        first, second = high - golden * (high - low), low + golden * (high - low)
+        if loss(_Fit(math.exp(first), bias).logs(scores)) <= loss(_Fit(math.exp(second), bias).logs(scores)):
+            high = second
+        else:
+            low = first
+    return _Fit(math.exp((low + high) / 2), bias)
+
+
+def _fit_bias(scores: Tensor, truth: Tensor) -> _Fit:
+    """Return temperature and biases with the least log loss and squared biases."""
+    start = _fit_temperature(scores, truth)
+    log_temperature = torch.tensor(math.log(start.temperature), dtype=scores.dtype, requires_grad=True)
+    bias = torch.zeros(scores.shape[1], dtype=scores.dtype, requires_grad=True)
+    search = torch.optim.LBFGS([log_temperature, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        search.zero_grad()
+        logs = (scores / log_temperature.exp() + bias).log_softmax(-1)
+        loss = _smooth_loss(logs, truth) + _RIDGE * bias.square().sum() / len(truth)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        return loss
+
+    with torch.enable_grad():
+        search.step(step)  # type: ignore[no-untyped-call]  # torch's own
+    low, high = _LOG_RANGE
+    temperature = math.exp(min(max(float(log_temperature.detach()), low), high))
+    return _Fit(temperature, (bias - bias.mean()).detach())
+
+
+def _smooth_loss(logs: Tensor, truth: Tensor) -> Tensor:
+    """Return the mean log loss as if one more row had been undecided.
+
+    So a few rows that are all right do not ask for certainty (Platt 1999, "Probabilistic Outputs for Support
+    Vector Machines", section 2.2).
+    """
+    undecided = 1 / (len(truth) + 2)
+    return functional.nll_loss(logs, truth) * (1 - undecided) - undecided * logs.mean()
+
+
+def _losses(logs: Tensor, truth: Tensor) -> Tensor:
+    return -logs[torch.arange(len(truth)), truth]
+
+
+def _quality(logs: Tensor, truth: Tensor) -> Quality:
+    """Judge log probabilities (rows, options) by the right options (rows,)."""
+    options = logs.shape[1]
+    confidence, chosen = logs.exp().max(-1)
+    right = chosen == truth
+    count = int(right.sum())
+    losses = _losses(logs, truth)
+    draw = torch.Generator().manual_seed(0)
+    resamples = [torch.randint(len(truth), (len(truth),), generator=draw) for _ in range(_RESAMPLES)]
+
+    def bootstrapped(measure: Callable[[Tensor], float]) -> Measured:
+        values = sorted(measure(rows) for rows in resamples)
+        edge = round(0.025 * _RESAMPLES)
+        return Measured(measure(torch.arange(len(truth))), Interval(values[edge], values[-1 - edge]))
+
+    return Quality(
+        accuracy=Measured(count / len(truth), share_interval(count, len(truth))),
+        macro_f1=bootstrapped(lambda rows: _macro_f1(chosen[rows], truth[rows], options)),
+        log_loss=Measured(float(losses.mean()), mean_interval(losses.tolist())),
+        calibration_error=bootstrapped(lambda rows: calibration_error(confidence[rows], right[rows])),
+    )
+
+
+def _macro_f1(chosen: Tensor, truth: Tensor, options: int) -> float:
+    """Return the mean F1 of the options that are chosen or right in some row."""
+    right = torch.bincount(truth[chosen == truth], minlength=options)
+    both = torch.bincount(chosen, minlength=options) + torch.bincount(truth, minlength=options)
+    occur = both > 0
+    return float((2 * right[occur] / both[occur]).mean())
+
+
+def calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Return the expected calibration error: how far confidence is from the share right, mean over rows.
+
+    Args:
+        confidence: probability of the chosen option (rows,).
+        right: whether it is the right one (rows,).
+    """
+    bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
+    gaps = torch.zeros(_BINS, dtype=torch.float64)
+    gaps.index_add_(0, bins, confidence.double() - right.double())
+    return float(gaps.abs().sum() / len(right))
+
+
+def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
+    """Return for each target the threshold, and how many rows it decides how well.
+
+    The threshold is that of all rows; rows are judged by those of the other folds, as everything is.
+    """
+    confidence, chosen = logs.exp().max(-1)
+    right = chosen == truth
+    folds = torch.arange(len(truth)) % FOLDS
+    found = []
+    for target in TARGETS:
+        threshold = _threshold(confidence, right, target)
+        if threshold is None:
+            continue
+        decided = torch.zeros_like(right)
+        for fold in range(FOLDS):
+            inside = folds == fold
+            others = _threshold(confidence[~inside], right[~inside], target)
+            if others is not None:
+                decided |= inside & (confidence >= others)
+        count = int(decided.sum())
+        if count >= _MIN_DECIDED:
+            found.append(Threshold(target, threshold, count, int((decided & right).sum())))
+        if not threshold:
+            # Every row may be decided: lower targets say the same.
+            found = found[-1:]
+    return tuple(found)
+
+
+def _threshold(confidence: Tensor, right: Tensor, target: float) -> float | None:
+    """Return the lowest confidence above which a share ``target`` is right; 0 for all rows, None for none."""
+    order = confidence.argsort(descending=True)
+    shares = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    enough = (shares >= target) & (torch.arange(1, len(order) + 1) >= min(_MIN_DECIDED, len(order)))
+    if not bool(enough.any()):
+        return None
+    last = int(enough.nonzero()[-1])
+    return 0.0 if last == len(order) - 1 else float(confidence[order][last])
+
+
+def _field_accuracy(decision: Decision, field: str, chosen: Tensor, truth: Tensor) -> FieldAccuracy:
+    values = [decision.value(option, field) for option in range(len(decision.options))]
+    count = sum(
+        values[one] == values[other] for one, other in zip(chosen.tolist(), truth.tolist(), strict=True)
+    )
+    return FieldAccuracy(field, Measured(count / len(truth), share_interval(count, len(truth))))

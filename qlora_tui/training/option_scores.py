@@ -1,0 +1,277 @@
+"""Log probabilities of whole answers after a prompt: all options of several prompts in one forward.
+
+The options of a prompt are a tree: what they begin with alike is computed once, and each token attends to the
+prompt and to its own branch. Trees lie end to end in one sequence. For the prompt ``p q`` with the options
+``a x``, ``a y`` and ``b``, each with its turn end ``.``::
+
+    sequence   p q a x y b      targets of q: a b   of a: x y   of x, y and b: the end
+    position   0 1 2 3 3 2
+    attends    p
+               p q
+               p q a
+               p q a x
+               p q a . y
+               p q . . . b
+
+A sequence can be as wrong as it is fast: with a recurrent state, with positions that are no arguments, or
+where a window is shorter than a row, a token sees what it must not see, or not what it must. So the scores of
+a row are compared with those of each option by itself, and a row that is longer than all compared before is
+compared again. What differs by more than rounding is computed with one row for each option, padded at the
+end, where no token of a causal model sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_error_of, rounding_errors
+from qlora_tui.training.scoring import no_grad_eval
+
+PACKED_TOKENS = 512
+"""Tokens of a sequence of several trees."""
+_BATCH_TOKENS = 4096
+"""Tokens of a batch with one row for each option."""
+_BATCH_LOGITS = 1 << 26
+_MULTIPLE = 64
+"""Lengths are multiples of this: a CPU's kernels are made once for each length."""
+_HEAD_ROWS = 128
+"""Vocabulary-wide rows in float32 at a time."""
+_MAX_DRAWS = 4
+_COMPARED = 6
+"""Options of a row that are compared."""
+
+Scores = tuple[float, ...]
+"""Log probability of each option, its turn end included, in nats."""
+
+
+class Choice(NamedTuple):
+    """A prompt and the answers to choose from, as token ids; each answer with its turn end."""
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt with the longest option."""
+        return len(self.prompt) + max(map(len, self.options))
+
+
+class OptionScorer:
+    """Scores options with a model as it is; whoever calls it chooses the adapter."""
+
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._device = device
+        self.packed_tokens = 0
+        """Rows up to this long have been packed with the right scores."""
+        self.failed_tokens = 1 << 62
+        """Rows from this length on are not packed: the scores were others."""
+
+    def score(
+        self, choices: Sequence[Choice], progress: Callable[[int], None] = lambda done: None
+    ) -> list[Scores]:
+        """Return the scores of each choice's options, in order.
+
+        ``progress`` is called with the number of choices done.
+        """
+        order = sorted(range(len(choices)), key=lambda number: -choices[number].tokens)
+        scores: list[Scores] = [()] * len(choices)
+        done = 0
+        with no_grad_eval(self._model):
+            for batch in _batches(order, choices):
+                rows = [choices[number] for number in batch]
+                if self._may_pack(rows[0]):
+                    found = self._packed(rows)
+                else:
+                    found = [self._each_apart(row, _BATCH_TOKENS) for row in rows]
+                for number, values in zip(batch, found, strict=True):
+                    scores[number] = tuple(values.tolist())
+                done += len(batch)
+                progress(done)
+        return scores
+
+    def _may_pack(self, longest: Choice) -> bool:
+        """Whether rows up to this one may be packed; compares it where it is longer than those before."""
+        if longest.tokens <= self.packed_tokens:
+            return True
+        if longest.tokens >= self.failed_tokens:
+            return False
+        if self._agrees(longest):
+            self.packed_tokens = longest.tokens
+            return True
+        self.failed_tokens = longest.tokens
+        return False
+
+    def _agrees(self, row: Choice) -> bool:
+        """Whether rounding explains how the packed scores differ from those of each option by itself."""
+        # Of many options some, spread: each costs several forwards.
+        count = min(len(row.options), _COMPARED)
+        numbers = [number * len(row.options) // count for number in range(count)]
+        some = Choice(row.prompt, tuple(row.options[number] for number in numbers))
+        expected = self._each_apart(some, 0)
+        try:
+            # Beside another row, as it will be.
+            difference = _largest_difference(self._packed([row, row])[1][numbers], expected)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        noise = 0.0
+        for draw in range(_MAX_DRAWS):
+            with rounding_errors(self._model, rounding_error_of(self._dtype), seed=draw):
+                noise = max(noise, _largest_difference(self._each_apart(some, 0), expected))
+            if difference <= NOISE_FACTOR * noise:
+                return True
+        return False
+
+    def _packed(self, rows: Sequence[Choice]) -> list[Tensor]:
+        """Return the scores (options,) of each row, from one forward."""
+        forest = Forest.of(rows)
+        length = -(-len(forest.tokens) // _MULTIPLE) * _MULTIPLE
+        allowed = torch.eye(length, dtype=torch.bool)
+        allowed[: len(forest.tokens), : len(forest.tokens)] = forest.attends()
+        mask = torch.zeros(length, length, dtype=self._dtype)
+        mask.masked_fill_(~allowed, torch.finfo(self._dtype).min)
+        padding = [0] * (length - len(forest.tokens))
+        places = list(forest.targets)
+        logits = self._model(
+            input_ids=self._tensor([forest.tokens + padding]),
+            attention_mask=mask[None, None].to(self._device),
+            position_ids=self._tensor([forest.positions + padding]),
+            logits_to_keep=self._tensor(places + places[-1:] * (-len(places) % _MULTIPLE)),
+            use_cache=False,
+        ).logits[0]
+        read = {
+            (place, target): value
+            for place, targets, values in zip(
+                places, forest.targets.values(), _log_probabilities(logits, forest.targets), strict=False
+            )
+            for target, value in zip(targets, values, strict=True)
+        }
+        return [
+            torch.tensor([sum(read[step] for step in path) for path in paths], dtype=torch.float64)
+            for paths in forest.paths
+        ]
+
+    def _each_apart(self, row: Choice, batch_tokens: int) -> Tensor:
+        """Return the scores (options,) of a row, each option by itself after the prompt.
+
+        Those whose tokens are up to ``batch_tokens`` together are computed at once.
+        """
+        start, longest = len(row.prompt), max(map(len, row.options))
+        length = row.tokens - 1
+        vocabulary = self._model.config.get_text_config().vocab_size
+        count = max(1, min(batch_tokens // length, _BATCH_LOGITS // (longest * vocabulary)))
+        scores: list[float] = []
+        for first in range(0, len(row.options), count):
+            options = row.options[first : first + count]
+            ids = [[*row.prompt, *option[:-1]] for option in options]
+            length = max(map(len, ids))
+            places = range(start - 1, length)
+            logits = self._model(
+                input_ids=self._tensor([each + [0] * (length - len(each)) for each in ids]),
+                logits_to_keep=self._tensor(list(places)),
+                use_cache=False,
+            ).logits
+            for option, rows in zip(options, logits, strict=True):
+                targets = {place: [token] for place, token in enumerate(option)}
+                scores.append(sum(value for (value,) in _log_probabilities(rows, targets)))
+        return torch.tensor(scores, dtype=torch.float64)
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
+
+@dataclass
+class Forest:
+    """The trees of several rows, end to end."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    """Place of the token before each; -1 for the first of a prompt."""
+    positions: list[int] = field(default_factory=list)
+    targets: dict[int, list[int]] = field(default_factory=dict)
+    """Tokens whose probability is read at a place, by the place."""
+    paths: list[list[list[tuple[int, int]]]] = field(default_factory=list)
+    """Place and target of each token of each option of each row."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Choice]) -> Forest:
+        """Return the trees of rows; the last token of an option is a target only."""
+        forest = cls()
+        for row in rows:
+            last = -1
+            for token in row.prompt:
+                last = forest._add(token, last)
+            places: dict[tuple[int, int], int] = {}
+            paths = []
+            for option in row.options:
+                place, path = last, []
+                for number, token in enumerate(option):
+                    step = place, token
+                    path.append(step)
+                    targets = forest.targets.setdefault(place, [])
+                    if token not in targets:
+                        targets.append(token)
+                    if number < len(option) - 1:
+                        if step not in places:
+                            places[step] = forest._add(token, place)
+                        place = places[step]
+                paths.append(path)
+            forest.paths.append(paths)
+        return forest
+
+    def _add(self, token: int, parent: int) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.positions.append(0 if parent < 0 else self.positions[parent] + 1)
+        return len(self.tokens) - 1
+
+    def attends(self) -> Tensor:
+        """Return a mask (tokens, tokens), True where a token sees another: itself and what it follows."""
+        mask = torch.eye(len(self.tokens), dtype=torch.bool)
+        for place, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[place] |= mask[parent]
+        return mask
+
+
+def _batches(order: Sequence[int], choices: Sequence[Choice]) -> Iterator[list[int]]:
+    """Choices by number, as many together as fit into a sequence."""
+    batch: list[int] = []
+    tokens = 0
+    for number in order:
+        # At most: what options share is counted for each.
+        size = len(choices[number].prompt) + sum(len(option) - 1 for option in choices[number].options)
+        if batch and tokens + size > PACKED_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(number)
+        tokens += size
+    if batch:
+        yield batch
+
+
+def _log_probabilities(logits: Tensor, targets: dict[int, list[int]]) -> Iterator[list[float]]:
+    """Yield the log probabilities of the targets of each row of logits (places, vocabulary), in order."""
+    wanted = list(targets.values())
+    for start in range(0, len(wanted), _HEAD_ROWS):
+        part = wanted[start : start + _HEAD_ROWS]
+        logs = logits[start : start + len(part)].float().log_softmax(-1)
+        rows = torch.tensor([row for row, each in enumerate(part) for _ in each], device=logits.device)
+        columns = torch.tensor([token for each in part for token in each], device=logits.device)
+        values = iter(logs[rows, columns].tolist())
+        for each in part:
+            yield [next(values) for _ in each]
+
+
+def _largest_difference(scores: Tensor, expected: Tensor) -> float:
+    """The largest difference of log probabilities over whole options; infinite where one is not a number."""
+    difference = float((scores.log_softmax(0) - expected.log_softmax(0)).abs().max())
+    return difference if difference == difference else float("inf")

@@ -1,0 +1,138 @@
+"""Prompts of validation rows with their references, as token ids and as text.
+
+A prompt is what the model read in training before the last answer of a row that is in the loss::
+
+    ids        <user> how are you <end> <assistant> fine <end>
+    mask         0     0   0   0    0        0        1    1
+    prompt     ------------------------------------
+    reference                                         ----------
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from qlora_tui.data.conversation import Conversation
+from qlora_tui.data.excluded_rows import file_names
+from qlora_tui.data.read import row_at
+from qlora_tui.data.sources import conversation_of, every_source, open_file_of, paths_of
+from qlora_tui.data.store import Samples
+from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
+from qlora_tui.recipe.schema import Data
+from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, read_calls
+
+_MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
+_STEP_TOKENS = 32
+"""The limit of an answer is a multiple of this, so that answers to other rows are stored in the same file."""
+
+
+class TaskPrompt(NamedTuple):
+    """One prompt with its reference."""
+
+    source: int
+    row: int
+    file: str
+    """Name of the row's file in the source; empty where the source is one file."""
+    ids: tuple[int, ...]
+    """Token ids of the prompt."""
+    reference: tuple[int, ...]
+    """Token ids of the reference answer, without what follows its turn end."""
+    sample: int
+    """Number of its sample in the validation data."""
+
+
+def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list[TaskPrompt]:
+    """Up to ``most`` prompts, spread evenly over the rows.
+
+    Rows that were cut before the end of their answer, and rows without a prompt, have none.
+
+    Args:
+        samples: the validation data.
+        turn_ends: token ids that end a turn.
+        most: at least 1.
+    """
+    prompts = []
+    for i in range(len(samples)):
+        place = *samples.origin(i), samples.file_name(i)
+        if i + 1 < len(samples) and (*samples.origin(i + 1), samples.file_name(i + 1)) == place:
+            # With this template, each turn of this row is a separate sample.
+            continue
+        ids, mask = tuple(samples.token_ids(i)), tuple(samples.loss_mask(i))
+        bounds = last_answer(ids, mask, turn_ends)
+        if bounds is not None:
+            start, end = bounds
+            prompts.append(TaskPrompt(*place, ids[:start], ids[start:end], i))
+    count = min(len(prompts), most)
+    return [prompts[number * len(prompts) // count] for number in range(count)]
+
+
+def answer_limit(longest_reference: int, context_length: int) -> int:
+    """Most tokens of an answer: half as many again as the longest reference, in steps, within the context."""
+    wanted = -(-longest_reference * 3 // (2 * _STEP_TOKENS)) * _STEP_TOKENS
+    return min(max(_MIN_NEW_TOKENS, wanted), _MAX_NEW_TOKENS, max(1, context_length // 2))
+
+
+def last_answer(ids: Sequence[int], mask: Sequence[int], turn_ends: frozenset[int]) -> tuple[int, int] | None:
+    """Start and end of the last stretch in the loss, up to its turn end; None where it is cut, or is all."""
+    stop = next((place + 1 for place in range(len(mask) - 1, -1, -1) if mask[place]), 0)
+    start = stop
+    while start and mask[start - 1]:
+        start -= 1
+    end = next((place + 1 for place in range(stop - 1, start - 1, -1) if ids[place] in turn_ends), 0)
+    return (start, end) if start > 0 and end > start + 1 else None
+
+
+_PROMPT_TOKENS_SHOWN = 200
+
+
+class TaskRows:
+    """Turns prompts and answers of one recipe's data from token ids into text."""
+
+    def __init__(self, data: Data, tokenizer: ChatTokenizer) -> None:
+        self._data = data
+        self._tokenizer = tokenizer
+        self._decoder = AnswerDecoder(tokenizer)
+        self._ends = frozenset(tokenizer.turn_end_ids)
+
+    def row(self, prompt: TaskPrompt, base: Sequence[int], adapter: Sequence[int]) -> TaskRow:
+        """The record of a prompt.
+
+        Args:
+            prompt: with its reference.
+            base: token ids of the base's answer, with its turn end.
+            adapter: those of the adapter's.
+
+        Raises:
+            UserError: the row offers tools and cannot be read again.
+        """
+        reference = self._raw(prompt.reference)
+        tools = self._tools(prompt) if read_calls(reference) else ()
+        return TaskRow(
+            source=prompt.source,
+            row=prompt.row,
+            file=prompt.file,
+            prompt=self._tokenizer.decode(prompt.ids[-_PROMPT_TOKENS_SHOWN:]),
+            reference=self._decoder.answer(prompt.ids, prompt.reference),
+            base=self._decoder.answer(prompt.ids, base),
+            adapter=self._decoder.answer(prompt.ids, adapter),
+            base_ended=base[-1] in self._ends,
+            adapter_ended=adapter[-1] in self._ends,
+            tools=tools,
+            reference_raw=reference if tools else "",
+            base_raw=self._raw(base) if tools else "",
+            adapter_raw=self._raw(adapter) if tools else "",
+        )
+
+    def _raw(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([i for i in ids if i not in self._ends])
+
+    def _tools(self, prompt: TaskPrompt) -> tuple[dict[str, Any], ...]:
+        """The tools that a row offers."""
+        source = every_source(self._data)[prompt.source]
+        paths, _ = paths_of(source)
+        path = paths[file_names(source.path, paths).index(prompt.file)]
+        row = row_at(path, prompt.row)
+        file = open_file_of(source, self._data.preferences, str(path))
+        conversation = conversation_of(row, file) if row is not None else None
+        return conversation.tools if isinstance(conversation, Conversation) else ()

@@ -1,0 +1,61 @@
+"""Whether answers decide between a few options."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from qlora_tui.data.decisions import MOST_OPTIONS, decision_of
+from qlora_tui.data.formats import detect
+from qlora_tui.data.row import Row
+from qlora_tui.recipe.toml import to_recipe
+
+
+@pytest.mark.parametrize(
+    ("answers", "options"),
+    [
+        (["no", "yes"] * 3 + ["no"], ("no", "yes")),
+        (["no", "yes"], None),  # too few rows for two labels
+        (["no"] * 9, None),
+        ([f"town {number}" for number in range(9)], None),
+        (["the same long answer, which returns, with nine words or more", "no"] * 9, None),
+        ([str(number % (MOST_OPTIONS + 1)) for number in range(2000)], None),
+    ],
+)
+def test_a_few_short_answers_that_return_are_options(
+    answers: list[str], options: tuple[str, ...] | None
+) -> None:
+    decision = decision_of(Counter(answers))
+    assert (decision and decision.options) == options
+
+
+def test_objects_have_every_combination_of_their_values() -> None:
+    rows = [{"kind": "bug", "urgent": True}, {"kind": "wish", "urgent": False}] * 6
+    decision = decision_of(Counter(map(json.dumps, rows)))
+    assert decision is not None and decision.fields == ("kind", "urgent")
+    assert len(decision.options) == 4 and '{"kind": "bug", "urgent": false}' in decision.options
+    assert decision.values("kind") == {"bug": [0, 2], "wish": [1, 3]}
+    # Written in different ways: which one an unseen combination has is unknown.
+    mixed = [json.dumps(rows[0]), json.dumps(rows[1], separators=(",", ":"))] * 6
+    seen = decision_of(Counter(mixed))
+    assert seen is not None and len(seen.options) == 2
+    assert decision_of(Counter(json.dumps({"id": number}) for number in range(20))) is None
+
+
+def test_a_file_of_decisions_says_so() -> None:
+    labels = [{"kind": "ab"[number % 2], "urgent": number % 3 == 0} for number in range(30)]
+    rows = [Row(number, {"text": f"t{number}", "label": label}) for number, label in enumerate(labels)]
+    detection = detect(rows, "f")
+    assert detection.layout.format == "decision"
+    assert "2 enumerated fields: kind, urgent" in detection.evidence[-1]
+    alpaca = [Row(number, {"instruction": f"t{number}", "output": "yn"[number % 2]}) for number in range(9)]
+    assert "2 labels: y, n" in detect(alpaca, "f").evidence[-1]
+    texts = [Row(number, {"text": "t", "label": {"name": f"n{number}"}}) for number in range(30)]
+    assert detect(texts, "f").layout.format == "text"
+
+
+def test_the_earlier_name_of_the_format_is_read() -> None:
+    recipe = to_recipe({"data": {"sources": [{"path": "a.jsonl", "format": "label"}]}})
+    assert recipe.data.sources[0].format == "decision"
