@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.chat.completion_types import MAX_ALTERNATIVES, Completion
 from qlora_tui.data.conversation import Message, Role, ToolCall
-from qlora_tui.decoding import try_json
+from qlora_tui.decoding import decode_json, try_json
 from qlora_tui.serving.errors import ApiError, unsupported
 from qlora_tui.serving.model_names import ServedModel
 
@@ -26,6 +26,18 @@ MOST_CHOICES = 128
 _COMPLETION_TOKENS = 16
 """``max_tokens`` of ``/v1/completions`` where none is given: OpenAI's."""
 _SEEDS = 1 << 32
+_MOST_STOPS = 16
+_NOT_FOLLOWED: dict[str, Any] = {
+    "best_of": 1,
+    "frequency_penalty": 0,
+    "functions": [],
+    "logit_bias": {},
+    "min_p": 0,
+    "modalities": ["text"],
+    "presence_penalty": 0,
+    "suffix": "",
+}
+"""Parameters that would change the answer and are refused, with the value of each that changes nothing."""
 
 BodyT = TypeVar("BodyT", bound="Body")
 Tokens: TypeAlias = list[int]
@@ -49,14 +61,7 @@ class Body(Struct, frozen=True, kw_only=True):
     top_k: int | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    # Not followed.
-    best_of: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    min_p: float | None = None
-    logit_bias: JsonObject | None = None
-    suffix: str | None = None
+    stop: str | Annotated[list[str], Meta(max_length=_MOST_STOPS)] | None = None
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -128,12 +133,10 @@ class ChatBody(Body, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_ALTERNATIVES)] | None = None
     tools: list[JsonObject] | None = None
-    tool_choice: str | JsonObject | None = None
+    tool_choice: Literal["auto", "none"] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: JsonObject | None = None
     reasoning_effort: str | None = None
-    functions: list[JsonObject] | None = None
-    modalities: list[str] | None = None
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -141,7 +144,6 @@ class ChatBody(Body, frozen=True, kw_only=True):
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
         """Return what is to be completed for each choice. Raises ApiError."""
-        _refuse_unsupported(self)
         if self.max_completion_tokens is not None:
             self = msgspec.structs.replace(self, max_tokens=self.max_completion_tokens)
         variables = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
@@ -191,7 +193,6 @@ class CompletionBody(Body, frozen=True, kw_only=True):
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
         """Return what is to be completed for each choice. Raises ApiError."""
-        _refuse_unsupported(self)
         prompts, n = self.prompts(), self.n or 1
         if len(prompts) * n > MOST_CHOICES:
             raise ApiError(
@@ -216,10 +217,14 @@ class CompletionBody(Body, frozen=True, kw_only=True):
 def decode_body(body: bytes, kind: type[BodyT]) -> BodyT:
     """Decode a request's body. Raises ApiError."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        given = decode_json(body, _OBJECT)
+        for param, neutral in _NOT_FOLLOWED.items():
+            if given.get(param) not in (None, neutral):
+                raise unsupported(param, f"{param} is not supported by this server; leave it out.")
+        return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         raise invalid(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except msgspec.DecodeError as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from error
 
 
@@ -232,29 +237,6 @@ def invalid(error: msgspec.ValidationError) -> ApiError:
         return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_parameter")
     where = f"Invalid '{param}': " if param else ""
     return ApiError(400, f"{where}{what}.", param=param, code="invalid_value")
-
-
-def _refuse_unsupported(body: Body) -> None:
-    """Raise ApiError for a parameter that would change the answer, unless its value changes nothing."""
-    given: dict[str, object] = {
-        "best_of": (body.best_of or 1) > (body.n or 1),
-        "frequency_penalty": body.frequency_penalty,
-        "presence_penalty": body.presence_penalty,
-        "min_p": body.min_p,
-        "logit_bias": body.logit_bias,
-        "suffix": body.suffix,
-    }
-    if isinstance(body, ChatBody):
-        given |= {
-            "functions": body.functions,
-            "modalities": set(body.modalities or ()) - {"text"},
-            "tool_choice": body.tool_choice not in (None, "auto", "none"),
-        }
-    for param, is_given in given.items():
-        if is_given:
-            raise unsupported(param, f"{param} is not supported by this server; leave it out.")
-    if len(body.stops) > 16:
-        raise ApiError(400, "At most 16 stop texts.", param="stop")
 
 
 def _message(index: int, sent: SentMessage) -> Message:
@@ -308,3 +290,4 @@ def _schema(response_format: ResponseFormat | None) -> JsonObject | None:
 
 
 _JSON = msgspec.json.Decoder(Any)
+_OBJECT = msgspec.json.Decoder(JsonObject)
