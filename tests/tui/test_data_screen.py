@@ -368,7 +368,7 @@ async def test_a_key_leaves_bad_rows_out_and_takes_it_back(model: str, here: Pat
             pilot, "✗ Not valid JSON: 1 row, run blocked", "▸ [m] leave 1 bad row out", "d skip bad rows"
         )
         await pilot.press("d")
-        await wait_for_text(pilot, "⚠ Not valid JSON: 1 row, left out", "Runs leave 1 bad row out.")
+        await wait_for_text(pilot, "⚠ Not valid JSON: 1 row, left out", "Runs will leave out 1 bad row.")
         app.clear_notifications()
         await wait_for_text(pilot, "d refuse bad rows")
         assert app.workbench.recipe.data.bad_rows == "skip"
