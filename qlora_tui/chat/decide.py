@@ -5,53 +5,82 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_tui.chat.chat_types import ADAPTER, Decided, OptionProbability
+import msgspec
+
+from qlora_tui.chat.chat_types import ChatSource, Decided, OptionProbability
 from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Conversation, Message
 from qlora_tui.data.render import RenderOptions
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.runs.directory import run_of
 from qlora_tui.runs.task_metrics.decisions import Calibration, Decider, read_decider
 from qlora_tui.training.decisions import answer_prompt, choice_of
 
 
-def decider_of(session: ChatSession) -> Decider:
-    """Return what the session's final adapter decides. Raises UserError where it decides nothing."""
-    folder = session.source.adapters.get(ADAPTER, "")
-    decider = read_decider(Path(folder)) if folder else None
+def decider_of(source: ChatSource, adapter_name: str) -> Decider | None:
+    """Return what an adapter decides; None where that is unknown.
+
+    A checkpoint has the options of its run's final adapter, the base those of all its adapters if they have
+    the same. Only probabilities of the adapter that was measured are calibrated.
+    """
+    folder = source.adapters.get(adapter_name, "")
+    if folder and (own := read_decider(Path(folder))) is not None:
+        return own
+    run = run_of(Path(folder)) if folder else None
+    folders = [run.adapter_dir] if run is not None else [Path(each) for each in source.adapters.values()]
+    found = [decider for each in folders if (decider := read_decider(each)) is not None]
+    if len({decider.option_ids for decider in found}) != 1:
+        return None
+    return msgspec.structs.replace(found[0], calibration=Calibration())
+
+
+def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Message]) -> Decided:
+    """Return the decision of an adapter on one conversation.
+
+    Raises UserError where it decides nothing, the adapter cannot be loaded, or the template rejects the
+    conversation.
+    """
+    decider = decider_of(session.source, adapter_name)
     if decider is None:
         raise UserError(
             "No decisions",
-            what="This adapter has no decision.json, which names the options and calibrates them.",
-            why="It is written where the answers of a run are labels or objects of enumerated fields, and "
-            "it has validation rows.",
-            fix="Measure it with `qlora-tui evaluate RUN --again`, or choose another run.",
+            what=f"No decisions were measured of {adapter_name}.",
+            why="The answers of its run must be labels or objects of enumerated fields, and the run needs "
+            "validation rows.",
+            fix="Measure them with `qlora-tui evaluate RUN --again`, or choose another run.",
             exit_code=EXIT_USAGE,
         )
-    return decider
+    (decision,) = decide(session, decider, adapter_name, [Conversation(tuple(messages))])
+    if decision is None:
+        raise UserError(
+            "The chat template refuses this conversation",
+            what="It ends in an answer, or has a turn that the template does not know.",
+            fix="End it with the user's turn, or omit the system prompt.",
+            exit_code=EXIT_USAGE,
+        )
+    return decision
 
 
 def decide(
     session: ChatSession,
     decider: Decider,
+    adapter_name: str,
     conversations: Sequence[Conversation],
-    adapter_name: str = ADAPTER,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Decided | None]:
     """Return the decision on each conversation; None where the chat template rejects it.
 
-    Only the final adapter's probabilities are calibrated.
-
     Args:
         session: with the model.
-        decider: of its final adapter.
-        conversations: each ends before the answer.
+        decider: of the adapter.
         adapter_name: who decides.
+        conversations: each ends before the answer.
         progress: called with the number of conversations done.
 
     Raises:
         UserError: The adapter cannot be loaded, or the memory is full.
     """
-    options = RenderOptions.of(session.source.recipe.data)
+    options = RenderOptions(thinking=decider.thinking)
     answer = Message("assistant", decider.decision.options[0])
     prompts = [
         answer_prompt(Conversation((*each.messages, answer), each.tools), session.tokenizer, options)
@@ -63,14 +92,13 @@ def decide(
         if prompt is not None
     ]
     scores = iter(session.score_options(adapter_name, choices, progress))
-    calibration = decider.calibration if adapter_name == ADAPTER else Calibration()
     return [
-        None if prompt is None else decided(decider, calibration.probabilities(next(scores)), calibration)
+        None if prompt is None else decided(decider, decider.calibration.probabilities(next(scores)))
         for prompt in prompts
     ]
 
 
-def decided(decider: Decider, probabilities: Sequence[float], calibration: Calibration) -> Decided:
+def decided(decider: Decider, probabilities: Sequence[float]) -> Decided:
     """Return a decision with its probabilities, for an object those of each field too."""
     decision = decider.decision
     fields = {
@@ -85,7 +113,7 @@ def decided(decider: Decider, probabilities: Sequence[float], calibration: Calib
     return Decided(
         options=_ranked(dict(zip(decision.options, probabilities, strict=True))),
         fields=fields,
-        is_calibrated=calibration.rows > 0,
+        is_calibrated=decider.calibration.rows > 0,
     )
 
 

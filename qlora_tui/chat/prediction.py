@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
+from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.data.conversation import Conversation, RowRejectedError
 from qlora_tui.data.formats import RowFormat, as_fields, parse_question, question_parts
 from qlora_tui.data.read import first_rows, rows
@@ -276,7 +277,7 @@ def _decided(
         except RowRejectedError as refused:
             asked.append(refused.reason)
     conversations = [each for each in asked if isinstance(each, Conversation)]
-    decisions = iter(decide(session, decider, conversations))
+    decisions = iter(decide(session, decider, ADAPTER, conversations))
     for each in asked:
         decided = None if isinstance(each, str) else next(decisions)
         if decided is None:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Generator
 from threading import Event
 
-from qlora_tui.chat.chat_types import Effect, GenerationResult
+from qlora_tui.chat.chat_types import BASE, Decided, Effect, GenerationResult
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
+from qlora_tui.chat.decide import decide_one, decider_of
 from qlora_tui.chat.decoding import PrefixCache
 from qlora_tui.chat.generation import AnswerStream
 from qlora_tui.chat.session import ChatSession, load_session, reported_memory
 from qlora_tui.data.thought_splitter import TextChunk
-from qlora_tui.engine.protocol import ChatReady, CountTokens, Generate, LoadChat, MeasureEffect
+from qlora_tui.engine.protocol import ChatReady, CountTokens, Decide, Generate, LoadChat, MeasureEffect
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.gguf_chat import GgufDecoder
 from qlora_tui.training.host import release_gpu_memory
@@ -40,6 +41,7 @@ class ChatService:
             seconds=time.perf_counter() - began,
             memory_bytes=session.memory_bytes,
             thinking=session.thinking,
+            decides=decider_of(session.source, BASE) is not None,
             writes_tools=session.tokenizer.tool_traits.tools,
         )
 
@@ -81,6 +83,10 @@ class ChatService:
         session = self._loaded()
         with reported_memory(session.compute_device):
             return (yield from session.complete(completion, stop).run())
+
+    def decide(self, request: Decide) -> Decided:
+        """Say how probable each option is. Raises UserError."""
+        return decide_one(self._loaded(), request.adapter_name, request.messages)
 
     def measure(self, request: MeasureEffect, on_status: Callable[[str], None], stop: Event) -> Effect:
         """Compare an adapter with the base. Raises UserError."""

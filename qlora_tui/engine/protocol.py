@@ -17,7 +17,7 @@ from typing import IO, Any, Generic, Never, TypeAlias, TypeVar, get_args
 import msgspec
 from msgspec import Struct
 
-from qlora_tui.chat.chat_types import ChatSource, Effect, GenerationResult, Sampling, ThinkingSupport
+from qlora_tui.chat.chat_types import ChatSource, Decided, Effect, GenerationResult, Sampling, ThinkingSupport
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
 from qlora_tui.data.conversation import Message as ChatMessage
 from qlora_tui.data.dataset_report import Report, Shown
@@ -43,6 +43,8 @@ class ChatReady(Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_bytes: int
     """Memory used by the model: of the GPU, or of the host without one."""
     thinking: ThinkingSupport = ThinkingSupport()
+    decides: bool = False
+    """Whether answers of its adapters are decisions."""
     writes_tools: bool = False
     """Whether the chat template writes tools; otherwise they are described in the system prompt."""
 
@@ -73,6 +75,13 @@ class Complete(EngineRequest[CompletionPart, CompletionResult], frozen=True, kw_
     """Answer a program. Requests to one adapter are computed together."""
 
     completion: Completion
+
+
+class Decide(EngineRequest[Never, Decided], frozen=True, kw_only=True, tag="decide"):
+    """Say how probable each option is as the answer to a conversation, where answers are decisions."""
+
+    messages: tuple[ChatMessage, ...]
+    adapter_name: str
 
 
 class MeasureEffect(EngineRequest[Never, Effect], frozen=True, kw_only=True, tag="measure_effect"):
@@ -148,6 +157,7 @@ AnyRequest: TypeAlias = (
     LoadChat
     | Generate
     | Complete
+    | Decide
     | MeasureEffect
     | CountTokens
     | Unload

@@ -20,6 +20,7 @@ from qlora_tui.engine.data_service import DataService
 from qlora_tui.engine.protocol import (
     Complete,
     CountTokens,
+    Decide,
     Generate,
     InspectData,
     LoadChat,
@@ -159,6 +160,8 @@ class Server:
                 return self._data_service.fields(request)
             case ShowFormats():
                 return self._data_service.formats(request)
+            case Decide():
+                return self._with_torch(on_status).decide(request)
             case MeasureEffect():
                 return self._with_torch(on_status).measure(request, on_status, self._stops[number])
             case CountTokens():

@@ -21,11 +21,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
+from qlora_tui.engine.protocol import Decide
 from qlora_tui.errors import INTERNAL_ERROR
 from qlora_tui.serving import replies
 from qlora_tui.serving.errors import ApiError
 from qlora_tui.serving.guest import Guest
-from qlora_tui.serving.requests import ChatBody, CompletionBody, decode_body
+from qlora_tui.serving.model_names import ServedModel
+from qlora_tui.serving.requests import ChatBody, CompletionBody, DecideBody, decode_body
 
 MOST_BYTES = 10_000_000
 """Longest body of a request."""
@@ -117,6 +119,18 @@ class Api:
         """Continue a text or token ids."""
         return await self._respond(request, CompletionBody)
 
+    async def decide(self, request: Request) -> Response:
+        """Decide between the labels that a run was trained on."""
+        body = decode_body(await _read(request), DecideBody)
+        messages = body.conversation
+        with self._admitted():
+            await self.guest.loaded()
+            model = self._there(body.model)
+            asked = Decide(messages=messages, adapter_name=model.adapter_name)
+            async with self._rows:
+                decided = await _unless_gone(request, self.guest.decide(asked))
+        return JSONResponse(replies.decision(body, decided))
+
     async def health(self, request: Request) -> Response:
         """Say that the server lives, and what the model does."""
         return JSONResponse({"status": "ok", "model": self.guest.state})
@@ -184,11 +198,7 @@ class Api:
         with self._admitted():
             ready = await self.guest.loaded()
             # Found again: the models of a run that has just been trained are others.
-            model = self.guest.models.find(body.model)
-            if model is None:
-                raise self._no_model(body.model)
-            if not self.guest.models.is_there(model):
-                raise self._no_model(body.model, "Its folder was deleted.")
+            model = self._there(body.model)
             completions = body.completions(model, ready.context_tokens)
             choices += [replies.Choice(index, body) for index in range(len(completions))]
             arrived: asyncio.Queue[_Arrived | Exception] = asyncio.Queue()
@@ -245,6 +255,15 @@ class Api:
             yield
         finally:
             self.figures.open -= 1
+
+    def _there(self, name: str) -> ServedModel:
+        """Return a model whose files are there. Raises ApiError."""
+        model = self.guest.models.find(name)
+        if model is None:
+            raise self._no_model(name)
+        if not self.guest.models.is_there(model):
+            raise self._no_model(name, "Its folder was deleted.")
+        return model
 
     def _no_model(self, name: str, why: str = "") -> ApiError:
         names = ", ".join(each.name for each in self.guest.models.listed)
@@ -318,6 +337,7 @@ def make_app(guest: Guest, figures: Figures, *, api_key: str = "", hosts: Sequen
             Route("/v1/models/{name:path}", api.models),
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
             Route("/v1/completions", api.complete, methods=["POST"]),
+            Route("/v1/decide", api.decide, methods=["POST"]),
             Route("/health", api.health),
             Route("/metrics", api.metrics),
         ],

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from typing import Literal, TypeAlias
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
 
 from qlora_tui import paths
+from qlora_tui.chat.chat_types import Decided
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
-from qlora_tui.engine.client import EngineClient, EngineClosedError
-from qlora_tui.engine.protocol import ChatReady, Complete, LoadChat
+from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
+from qlora_tui.engine.protocol import ChatReady, Complete, Decide, LoadChat
 from qlora_tui.errors import UserError
 from qlora_tui.locks import is_locked
 from qlora_tui.runs.directory import waiting
@@ -116,11 +118,23 @@ class Guest:
         Raises ApiError.
         """
         request = self._engine.ask(Complete(completion=completion))
-        self._in_use += 1
-        try:
+        with self._using(request):
             async for reply in request:
                 if not isinstance(reply, Progress):
                     yield reply
+
+    async def decide(self, decide: Decide) -> Decided:
+        """Return a decision. Raises ApiError."""
+        request = self._engine.ask(decide)
+        with self._using(request):
+            return await request.result()
+
+    @contextmanager
+    def _using(self, request: ReplyStream[Any, Any]) -> Iterator[None]:
+        """Keep the model while a request is answered, and turn errors into those of the API."""
+        self._in_use += 1
+        try:
+            yield
         except EngineClosedError:
             raise self._unavailable() from None
         except UserError as problem:

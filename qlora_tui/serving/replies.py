@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
+from qlora_tui.chat.chat_types import Decided
 from qlora_tui.chat.completion_types import CompletionPart, CompletionResult, TokenScore
 from qlora_tui.data.conversation import ToolCall
-from qlora_tui.serving.requests import Body, ChatBody
+from qlora_tui.serving.requests import Body, ChatBody, DecideBody
 
 DONE = b"data: [DONE]\n\n"
 _REASONS = {"most tokens": "length", "context full": "length"}
@@ -147,6 +148,23 @@ def usage(body: Body, choices: Sequence[Choice]) -> Json:
 def model(name: str) -> Json:
     """Return the object of a model."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "qlora-tui"}
+
+
+def decision(body: DecideBody, decided: Decided) -> Json:
+    """Return a decision, the most probable label first."""
+    return {
+        "object": "decision",
+        "model": body.model,
+        "label": decided.best.option,
+        "probability": decided.best.probability,
+        "abstain": decided.best.probability < body.threshold,
+        "calibrated": decided.is_calibrated,
+        "probabilities": {each.option: each.probability for each in decided.options},
+        "fields": {
+            field: {each.option: each.probability for each in values}
+            for field, values in decided.fields.items()
+        },
+    }
 
 
 def new_id(body: Body) -> str:

@@ -39,7 +39,7 @@ _NOT_FOLLOWED: dict[str, Any] = {
 }
 """Parameters that would change the answer and are refused, with the value of each that changes nothing."""
 
-BodyT = TypeVar("BodyT", bound="Body")
+BodyT = TypeVar("BodyT", bound=Struct)
 Tokens: TypeAlias = list[int]
 JsonObject: TypeAlias = dict[str, Any]
 
@@ -212,6 +212,25 @@ class CompletionBody(Body, frozen=True, kw_only=True):
             for prompt in prompts
             for choice in range(n)
         ]
+
+
+class DecideBody(Struct, frozen=True, kw_only=True):
+    """What ``/v1/decide`` takes: a conversation, or one text to decide on."""
+
+    model: str
+    messages: list[SentMessage] | None = None
+    input: str | None = None
+    threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Probability below which the decision is left to a person."""
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """Return the conversation. Raises ApiError."""
+        if (self.messages is None) == (self.input is None):
+            raise ApiError(400, "Send either 'messages' or 'input'.", param="messages")
+        if self.input is not None:
+            return (Message("user", self.input),)
+        return tuple(_message(index, message) for index, message in enumerate(self.messages or ()))
 
 
 def decode_body(body: bytes, kind: type[BodyT]) -> BodyT:

@@ -18,7 +18,7 @@ from qlora_tui.data.render import RenderOptions, render
 from qlora_tui.data.sources import open_file_of
 from qlora_tui.data.store import GOOD, Samples
 from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
-from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, compare_shares
 from qlora_tui.runs.task_metrics.decisions import MOST_DECISIONS, Decider, DecisionReport
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
@@ -42,6 +42,7 @@ class DecisionTask(NamedTuple):
     """Number of the right option of each prompt."""
     layout: RowFormat
     """How rows of the first source are read."""
+    thinking: Thinking
 
     def choice(self, number: int, most_tokens: int) -> Choice:
         """Return what is scored for a prompt, without the beginning of one that is too long."""
@@ -101,7 +102,7 @@ def find_decisions(
     prompts = task_prompts(data.validation.of_side(GOOD), ends, most)
     truth = tuple(numbers[texts[prompt.reference]] for prompt in prompts)
     layout = open_file_of(recipe.data.sources[0], recipe.data.preferences).detection.layout
-    return DecisionTask(decision, option_ids, tuple(prompts), truth, layout)
+    return DecisionTask(decision, option_ids, tuple(prompts), truth, layout, recipe.data.thinking)
 
 
 def _answer(samples: Samples, i: int, ends: frozenset[int]) -> tuple[int, ...]:
@@ -190,6 +191,7 @@ def judge(
             option_ids=task.option_ids,
             calibration=report.calibration,
             layout=task.layout,
+            thinking=task.thinking,
             versions=versions(),
         ),
         report=report,

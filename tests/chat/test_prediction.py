@@ -14,7 +14,7 @@ import pytest
 from qlora_tui.chat import prediction
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
-from qlora_tui.chat.decide import decide, decider_of
+from qlora_tui.chat.decide import decide, decide_one
 from qlora_tui.chat.prediction import Prediction, predict
 from qlora_tui.chat.session import load_session
 from qlora_tui.chat.task_answers import answer_prompts
@@ -124,12 +124,10 @@ def test_only_the_adapter_that_was_measured_is_calibrated(run: RunDir) -> None:
     cold: Any = msgspec.structs.replace(decider, calibration=Calibration(temperature=0.05, rows=ROWS))
     write_decider(run.adapter_dir, cold)
     session = load_session(run_source(run))
-    asked = [Conversation((Message("user", "what is fox 1"),))]
-    (warm,) = decide(session, decider, asked)
-    (sharp,) = decide(session, decider_of(session), asked)
-    (base,) = decide(session, decider_of(session), asked, BASE)
-    assert warm is not None and sharp is not None and base is not None
+    asked = (Message("user", "what is fox 1"),)
+    (warm,) = decide(session, decider, ADAPTER, [Conversation(asked)])
+    sharp, base = (decide_one(session, name, asked) for name in (ADAPTER, BASE))
+    assert warm is not None
     assert sharp.best.option == warm.best.option and sharp.best.probability > warm.best.probability
     assert sharp.is_calibrated and not base.is_calibrated
     assert sum(option.probability for option in base.options) == pytest.approx(1)
-    assert ADAPTER in session.adapter_names

@@ -27,6 +27,7 @@ from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import append_exchange, transcript_path
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.turn import ChatTurn
+from tests.support.deciders import put_decider
 from tests.tui.chat_screen import chat_of, finished, rest, with_adapters
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
@@ -309,3 +310,17 @@ async def test_base_and_adapter_answer_side_by_side(
         write_status(run, msgspec.structs.replace(read_status(run), phase="loading"))
         await wait_for_text(pilot, "not loaded yet")
         await wait_until(pilot, lambda: screen.conversation.engine.pid is None)
+
+
+@pytest.mark.usefixtures("quick_trainers")
+async def test_a_run_of_decisions_shows_how_probable_each_label_is(tiny: tuple[Path, Path]) -> None:
+    async with talking(tiny) as (pilot, screen):
+        assert screen.conversation.run_dir is not None
+        put_decider(tiny[0], screen.conversation.run_dir.adapter_dir, "red", "blue")
+        await pilot.press(*"what is the fox", "enter")
+        await wait_for_text(pilot, "▸ what is the fox")
+        await rest(pilot, screen)
+        shown = await wait_for_text(pilot, "not calibrated")
+        bars = re.findall(r"(red|blue) +([█▏▎▍▌▋▊▉░]+) +(\d+)%", shown)
+        assert sorted(label for label, _, _ in bars) == ["blue", "blue", "red", "red"]
+        assert sum(int(percent) for _, _, percent in bars) in range(198, 203)

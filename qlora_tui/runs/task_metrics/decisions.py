@@ -18,6 +18,7 @@ from qlora_tui.data.formats import RowFormat
 from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write
 from qlora_tui.formatting import align_columns, format_float, format_percent, pluralize
+from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
 
 FILE = "decision.json"
@@ -58,6 +59,8 @@ class Decider(Struct, frozen=True, kw_only=True):
     calibration: Calibration
     layout: RowFormat
     """How rows of the training data are read, and so those to be decided."""
+    thinking: Thinking = "auto"
+    """Thinking setting of the training."""
     versions: dict[str, str] = {}
     """Of the libraries with which it was fitted."""
     version: int = _VERSION

@@ -22,7 +22,7 @@ from qlora_tui.chat.chat_types import BASE, ChatSource, Effect, GenerationResult
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
-from qlora_tui.engine.protocol import ChatReady, Generate, LoadChat, MeasureEffect
+from qlora_tui.engine.protocol import ChatReady, Decide, Generate, LoadChat, MeasureEffect
 from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Thinking
@@ -425,6 +425,8 @@ class Conversation(VerticalScroll, OnQloraApp):
                         request.stop()
                 elif isinstance(reply, GenerationResult):
                     await answer.end(reply)
+                    if self.ready is not None and self.ready.decides and reply.ending != "stopped":
+                        await self._decide(turn, answer)
                     warning = reply.warning
                     if warning and warning != self._last_warning:
                         self._last_warning = warning
@@ -435,6 +437,14 @@ class Conversation(VerticalScroll, OnQloraApp):
             await answer.fail(problem)
         finally:
             self._open_requests.remove(request)
+
+    async def _decide(self, turn: ChatTurn, answer: AdapterAnswer) -> None:
+        """Show how probable each label is, if the adapter decides between some."""
+        name = answer.adapter_name
+        if self.source is None or name not in self.source.adapter_names:
+            return  # llama.cpp answers
+        asked = Decide(messages=self.messages(turn, name), adapter_name=name)
+        answer.show_decision(await self.engine.ask(asked).result())
 
     @work(group="answers")
     async def _measure(self) -> None:

@@ -7,19 +7,21 @@ from uuid import uuid4
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from rich.cells import cell_len
 from textual import events
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Markdown, Static
 
-from qlora_tui.chat.chat_types import GenerationResult
+from qlora_tui.chat.chat_types import Decided, GenerationResult
 from qlora_tui.data.repetition import find_loop
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_speed, format_wait, pluralize, truncate_middle
+from qlora_tui.formatting import format_percent, format_speed, format_wait, pluralize, truncate_middle
 from qlora_tui.tui.key_names import highlight_keys, key_while_typing, name_keys
 from qlora_tui.tui.render.labels import error_content
+from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.widgets.controls import Panel
 
 _ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5
@@ -42,6 +44,10 @@ _LOOP = (
     "set a repetition penalty."
 )
 _MAX_PHRASE = 60
+_MOST_BARS, _MAX_BAR, _MAX_OPTION = 6, 30, 28
+"""Options that have a bar, and the cells of a bar and of an option's name, at most."""
+_LEAST_SHOWN = 0.005
+"""Probability of an option from which it has a bar, beside the first two."""
 _QUESTION = (
     "Which answer is better? Esc, then {chat.prefer_left} left or {chat.prefer_right} right; "
     "{chat.edit_answer} edits the adapter's."
@@ -243,6 +249,9 @@ class AdapterAnswer(Panel):
     def compose(self) -> ComposeResult:
         yield self._thought
         yield StreamingMarkdown(id="answer")
+        bars = Static("", classes="answer-decision")
+        bars.display = False
+        yield bars
         note = Static("", classes="answer-note")
         note.display = False
         yield note
@@ -306,6 +315,12 @@ class AdapterAnswer(Panel):
         if under:
             self._show_note(name_keys(under))
 
+    def show_decision(self, decided: Decided) -> None:
+        """Show how probable the options are, under the answer."""
+        bars = self.query_one(".answer-decision", Static)
+        bars.update(decision_content(decided, bars.container_size.width or self.size.width))
+        bars.display = True
+
     def show_judgment(self, judgment: str) -> None:
         """Show the user's judgment, ``better`` or ``edited``, in the title; empty removes it."""
         words = "" if self.outcome is None else outcome_words(self.outcome)
@@ -333,6 +348,30 @@ class AdapterAnswer(Panel):
         note = self.query_one(".answer-note", Static)
         note.update(text)
         note.display = True
+
+
+def decision_content(decided: Decided, width: int) -> Content:
+    """Return a bar for each probable option, or for each probable value of each field, of ``width`` cells."""
+    groups = decided.fields or {"": decided.options}
+    shown = [
+        (field, each)
+        for field, options in groups.items()
+        for place, each in enumerate(options[:_MOST_BARS])
+        if place < 2 or each.probability >= _LEAST_SHOWN
+    ]
+    names = [truncate_middle(f"{field} {each.option}".strip(), _MAX_OPTION) for field, each in shown]
+    cells = max(map(cell_len, names)) + 2
+    of_bar = max(1, min(_MAX_BAR, width - cells - len("100% ")))
+    lines = [
+        Content.assemble(
+            f"{name}{' ' * (cells - cell_len(name))}",
+            (bar(each.probability, of_bar), "$success" if each is groups[field][0] else "dim"),
+            f" {format_percent(each.probability):>4}",
+        )
+        for name, (field, each) in zip(names, shown, strict=True)
+    ]
+    note = [] if decided.is_calibrated else [Content.styled("These probabilities are not calibrated.", "dim")]
+    return Content("\n").join([*lines, *note])
 
 
 def answer_title(adapter_name: str, words: str) -> Content:
