@@ -62,9 +62,11 @@ class Guest:
             self._start_loading()
         while True:
             run = await asyncio.to_thread(run_with_the_card)
-            if run and self.state != "yielded":
-                await self._unload("yielded", f"{run} has the card. The model is loaded again after it.")
-            elif not run and self.state == "yielded":
+            if run:
+                if not self._is_yielded:
+                    await self._unload("yielded", "")
+                self.detail = f"{run} needs the memory. The model is loaded again after it."
+            elif self._is_yielded:
                 self.state, self.detail = "unloaded", ""
                 self._start_loading()
             elif self._is_idle:
@@ -74,7 +76,7 @@ class Guest:
     async def loaded(self) -> ChatReady:
         """Return the model, which is loaded if need be. Raises ApiError: 503 while a run has the card."""
         self._used_at = time.monotonic()
-        if self.state == "yielded":
+        if self._is_yielded:
             raise self._unavailable()
         if self.ready is not None and self._engine.pid is not None:
             return self.ready
@@ -98,6 +100,9 @@ class Guest:
         self.state, self.ready = "loading", None
         try:
             self.models = await asyncio.to_thread(self._read_models)
+            if self._is_yielded:
+                # A run began meanwhile, when there was no process yet to end.
+                raise EngineClosedError
             async for reply in self._engine.ask(LoadChat(source=self.models.source)):
                 if isinstance(reply, Progress):
                     self.detail = reply.text
@@ -154,6 +159,10 @@ class Guest:
     def _fail(self, problem: UserError) -> None:
         self.state, self.ready = "failed", None
         self.detail = " ".join(str(problem).split())
+
+    @property
+    def _is_yielded(self) -> bool:
+        return self.state == "yielded"
 
     @property
     def _is_idle(self) -> bool:
