@@ -18,7 +18,7 @@ import msgspec
 
 from bench.model_types.outcome import VERDICTS, Outcome
 from qlora_tui import __version__
-from qlora_tui.cli.main import SUBCOMMANDS, _parser
+from qlora_tui.cli.main import SUBCOMMANDS, command_parser
 from qlora_tui.formatting import capitalize
 from qlora_tui.glossary import GLOSSARY
 from qlora_tui.recipe.fields import Field, fields, source_fields
@@ -177,7 +177,7 @@ def presets_page() -> str:
 
 def parser_of(verb: str | None) -> argparse.ArgumentParser:
     """The parser of one command with all its arguments, or of ``qlora-tui`` itself."""
-    top = _parser(verb)
+    top = command_parser(verb)
     return top if verb is None else subparsers(top)[verb]
 
 

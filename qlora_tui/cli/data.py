@@ -263,4 +263,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         add_json_argument(action)
 
 
-SUBCOMMANDS = {"data": Subcommand(run, _arguments, uses_gpu=True)}
+SUBCOMMANDS = {"data": Subcommand(run, _arguments, uses_gpu=True, changes=("blame",))}

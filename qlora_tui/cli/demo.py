@@ -81,4 +81,4 @@ def _format_result(result: DemoResult) -> str:
     return "\n".join(lines)
 
 
-SUBCOMMANDS = {"demo": Subcommand(run, uses_gpu=True)}
+SUBCOMMANDS = {"demo": Subcommand(run, uses_gpu=True, for_programs=False)}

@@ -253,4 +253,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-SUBCOMMANDS = {"estimate": Subcommand(run, _arguments, uses_gpu=True)}
+SUBCOMMANDS = {"estimate": Subcommand(run, _arguments, uses_gpu=True, changes=())}

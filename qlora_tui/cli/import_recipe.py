@@ -68,4 +68,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="RECIPE.toml", help="write the recipe to a new file")
 
 
-SUBCOMMANDS = {"import": Subcommand(run, _arguments)}
+SUBCOMMANDS = {"import": Subcommand(run, _arguments, changes=("output",))}

@@ -262,18 +262,20 @@ class _Completer:
 
 
 SUBCOMMANDS = {
-    "doctor": Subcommand(run_doctor, uses_gpu=True),
-    "locate": Subcommand(run_locate),
+    "doctor": Subcommand(run_doctor, uses_gpu=True, changes=()),
+    "locate": Subcommand(run_locate, changes=()),
     "cache": Subcommand(
         run_cache,
         lambda parser: parser.add_argument(
             "--clear", choices=list(KINDS), help="delete everything of this kind"
         ),
+        changes=("clear",),
     ),
     "completion": Subcommand(
         run_completion,
         lambda parser: parser.add_argument(
             "shell", choices=SHELLS, help="the shell that will read the script"
         ),
+        for_programs=False,
     ),
 }

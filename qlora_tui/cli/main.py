@@ -54,6 +54,7 @@ SUBCOMMANDS = {
     "predict": ("predict", "Write a run's decision on each row of a file, with its probability."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
     "serve": ("serve", "Serve runs and their base to other programs, as an OpenAI-compatible HTTP server."),
+    "mcp": ("mcp_server", "Offer these commands as tools to AI assistants (Model Context Protocol)."),
     "export": ("export", "Export a run's model or adapter for other programs, or upload it to the Hub."),
     "doctor": ("installation", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),
@@ -159,7 +160,7 @@ def _run(argv: list[str]) -> int:
             return open_app()
         _check_command(argv)
         verb = next((word for word in argv if word in SUBCOMMANDS), None)
-        args = _parser(verb).parse_args(_with_action(argv, verb))
+        args = command_parser(verb).parse_args(_with_action(argv, verb))
         if args.gpu:
             from qlora_tui.settings import GPU_VARIABLE
 
@@ -232,7 +233,14 @@ def _check_command(argv: Sequence[str]) -> None:
             )
 
 
-def _parser(name_called: str | None) -> argparse.ArgumentParser:
+def subcommand(name: str) -> Subcommand:
+    """Load the implementation of a command."""
+    command: Subcommand = import_module(f"qlora_tui.cli.{SUBCOMMANDS[name][0]}").SUBCOMMANDS[name]
+    return command
+
+
+def command_parser(name_called: str | None) -> argparse.ArgumentParser:
+    """Return the parser of all commands, of which only the one called knows its arguments."""
     parser = argparse.ArgumentParser(
         prog="qlora-tui",
         description="Fine-tune language models with QLoRA on one GPU. Without a command it opens the app.",
@@ -243,13 +251,13 @@ def _parser(name_called: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
-    for name, (module, help_) in SUBCOMMANDS.items():
+    for name, (_, help_) in SUBCOMMANDS.items():
         sub = verbs.add_parser(name, help=help_, description=help_)
         if name == name_called:
             from qlora_tui.cli.subcommand import JSON_HELP
 
             sub.add_argument("--json", action="store_true", help=JSON_HELP)
-            verb: Subcommand = import_module(f"qlora_tui.cli.{module}").SUBCOMMANDS[name]
+            verb = subcommand(name)
             verb.arguments(sub)
             if verb.uses_gpu:
                 sub.add_argument("--gpu", metavar="GPU", default=argparse.SUPPRESS, help=GPU_HELP)
@@ -262,7 +270,7 @@ def _complete() -> NoReturn:
     from qlora_tui.cli.installation import answer
 
     words = os.environ.get("COMP_LINE", "").split()
-    answer(_parser(next((word for word in words if word in SUBCOMMANDS), None)))
+    answer(command_parser(next((word for word in words if word in SUBCOMMANDS), None)))
 
 
 def _report_bug(error: Exception) -> int:

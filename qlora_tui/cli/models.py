@@ -119,6 +119,7 @@ SUBCOMMANDS = {
         lambda parser: parser.add_argument(
             "query", nargs="?", help="search terms, for this machine and the Hub"
         ),
+        changes=(),
     ),
     "download": Subcommand(run_download, _download_arguments),
 }

@@ -62,4 +62,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         add_json_argument(action)
 
 
-SUBCOMMANDS = {"presets": Subcommand(run, _arguments)}
+SUBCOMMANDS = {"presets": Subcommand(run, _arguments, changes=())}

@@ -384,8 +384,12 @@ def _request_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 SUBCOMMANDS = {
-    "runs": Subcommand(runs, _runs_arguments),
-    "attach": Subcommand(attach, _attach_arguments),
+    "runs": Subcommand(
+        runs,
+        _runs_arguments,
+        changes=("rename", "delete", "restore", "save", "card", "empty", "repair"),
+    ),
+    "attach": Subcommand(attach, _attach_arguments, changes=()),
     "stop": Subcommand(stop, _stop_arguments),
     "pause": Subcommand(pause, add_run_argument),
     "resume": Subcommand(resume, _resume_arguments, uses_gpu=True),

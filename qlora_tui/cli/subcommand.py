@@ -58,6 +58,10 @@ class Subcommand:
     arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     uses_gpu: bool = False
     """Whether it has the option ``--gpu``."""
+    changes: tuple[str, ...] | None = None
+    """Actions and options with which a call starts, writes or deletes something; None: every call does."""
+    for_programs: bool = True
+    """Whether it is of use without a person at a terminal."""
 
 
 def note_description(architecture: Architecture) -> None:
