@@ -105,7 +105,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
     if decider is None:
         raise UserError(
             "The run makes no decisions",
-            what=f"{run.id} has no decisions that were measured.",
+            what=f"{run.id} has no measured decisions.",
             why="Its answers must be labels or objects of enumerated fields, and it needs validation rows.",
             fix=f"Measure them with `qlora-tui evaluate {run.id} --again`, or choose another run.",
             exit_code=EXIT_USAGE,
@@ -114,13 +114,13 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
         raise UserError(
             "Unknown output format",
             what=f"{out} ends in {out.suffix or 'nothing'}.",
-            fix=f"End it in {', '.join(WRITERS)}.",
+            fix=f"Use a name that ends in {', '.join(WRITERS)}.",
             exit_code=EXIT_USAGE,
         )
     if out.exists() and (out.samefile(file) or not request.replaces):
         raise UserError(
-            "The output exists",
-            what=f"{out} is there already.",
+            "The output already exists",
+            what=f"{out} already exists.",
             fix="Choose another name."
             if out.samefile(file)
             else "Choose another name, or replace it with --replace.",
@@ -140,7 +140,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
             )
     if taken := [column for column in columns if column.startswith(PREFIX)]:
         raise UserError(
-            "The file has predictions",
+            "The file already has predictions",
             what=f"{file} has the column {taken[0]!r}, which would be overwritten.",
             fix="Rename or delete it.",
             exit_code=EXIT_USAGE,
@@ -162,8 +162,8 @@ def predict(request: Prediction, report: Report) -> Predicted:
         if held is None:
             raise UserError(
                 "The output is in use",
-                what=f"Another process writes {out}.",
-                fix="Wait for its end, or choose another name.",
+                what=f"Another process is writing {out}.",
+                fix="Wait until it has ended, or choose another name.",
             )
         fingerprint = _fingerprint(request, decider)
         resumed = _resume(log, fingerprint, replaces=request.replaces)
@@ -223,7 +223,7 @@ def _resume(log: Path, fingerprint: str, *, replaces: bool) -> int:
         if first and not replaces:
             raise UserError(
                 "Another prediction is unfinished",
-                what=f"{log} holds decisions on other data, or by another adapter.",
+                what=f"{log} contains decisions on other data or by another adapter.",
                 fix="Start over with --replace, or choose another name.",
                 exit_code=EXIT_USAGE,
             )

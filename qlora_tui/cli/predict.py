@@ -34,7 +34,7 @@ def run_predict(args: argparse.Namespace) -> CommandResult:
             result=Predicted,
             title="The prediction failed",
             subject="The process that decides the rows",
-            fix="Give the same command again: it continues with the rows that are left.",
+            fix="Run the same command again: it continues with the remaining rows.",
             on_progress=lambda progress: line.show(
                 f"{format_progress(progress.done, progress.total)} {progress.text}"
             ),
@@ -45,7 +45,7 @@ def run_predict(args: argparse.Namespace) -> CommandResult:
 def _lines(predicted: Predicted) -> list[str]:
     lines = [f"{pluralize(predicted.rows, 'row')} written to {format_path(Path(predicted.out))}."]
     if predicted.resumed:
-        lines.append(f"{pluralize(predicted.resumed, 'row')} had been decided before.")
+        lines.append(f"{pluralize(predicted.resumed, 'row')} had already been decided.")
     if predicted.abstained:
         lines.append(f"{pluralize(predicted.abstained, 'row')} left to a person: below the threshold.")
     if predicted.undecided:
@@ -79,7 +79,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         dest="run_id",
         metavar="RUN",
-        help="whose adapter decides: an id or name, the beginning of one, or `last`",
+        help="run whose adapter decides: an id or name, the beginning of one, or `last`",
     )
     parser.add_argument(
         "-o", "--out", required=True, type=Path, metavar="OUT", help="a .csv, .jsonl or .parquet file"
@@ -88,7 +88,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=_share,
         metavar="P",
-        help="mark rows whose label is less probable than this for a person (`evaluate` lists thresholds)",
+        help="leave rows whose label is less probable than this to a person (`evaluate` lists thresholds)",
     )
     parser.add_argument(
         "--probabilities", action="store_true", help="also write the probability of every label"
@@ -99,10 +99,10 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PART=COLUMN",
-        help="name the column of a part, where it is another than in training, as in text=body; repeatable",
+        help="name the column for a part if it differs from training, as in text=body; repeatable",
     )
     parser.add_argument(
-        "--replace", action="store_true", help="replace OUT, and start an unfinished prediction over"
+        "--replace", action="store_true", help="replace OUT, and restart an unfinished prediction"
     )
 
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     except ModuleNotFoundError as error:
         raise UsageError(
             "The server is not installed",
-            what=f"It needs the package {error.name}.",
+            what=f"`qlora-tui serve` needs the package {error.name}.",
             fix='Install it: `pip install "qlora-tui[serve]"`.',
         ) from error
     runs = runs_to_serve([find_run(name) for name in args.runs])
@@ -100,13 +100,13 @@ def _stop(port: int) -> CommandResult:
         others = ", ".join(f"--port {each.port}" for each in running_servers())
         raise UsageError(
             "No such server",
-            what=f"No server of yours runs on port {port}.",
-            fix=f"Running: {others}." if others else "None runs on any other port either.",
+            what=f"None of your servers is running on port {port}.",
+            fix=f"Running: {others}." if others else "None is running on any other port either.",
         )
     if not stop_server(server):
         raise UserError(
             "The server is still running",
-            what=f"PID {server.process.pid} has not ended within ten seconds.",
+            what=f"PID {server.process.pid} did not end within ten seconds.",
             fix=f"End it: `kill -9 {server.process.pid}`.",
         )
     return CommandResult(msgspec.to_builtins(server), f"The server on port {port} has ended.")
@@ -167,8 +167,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"key that clients must send; safer in {KEY_VARIABLE}, because other users see arguments; "
-        "made by default where other machines reach the server",
+        help=f"key that clients must send; safer in {KEY_VARIABLE}, because other users can see arguments; "
+        "by default, one is generated if other machines can reach the server",
     )
     parser.add_argument(
         "--alias",
@@ -176,23 +176,23 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=MODEL",
-        help="another name of a model, for programs that insist on one; repeatable",
+        help="another name for a model, for programs that insist on one; repeatable",
     )
     parser.add_argument(
         "--idle-unload",
         type=positive_float,
         metavar="MINUTES",
-        help="free the memory after so many minutes without a request; the next one loads the model again",
+        help="unload the model after this many minutes without a request; the next request loads it again",
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
-        "--background", action="store_true", help="serve in a process that outlives the terminal"
+        "--background", action="store_true", help="serve in a background process that outlives the terminal"
     )
     action.add_argument("--stop", action="store_true", help="stop the server on the port")
     action.add_argument(
         "--print-commands",
         action="store_true",
-        help="print the commands with which vLLM and llama.cpp serve the run",
+        help="print the commands that serve the run with vLLM and llama.cpp",
     )
 
 

@@ -162,7 +162,7 @@ def _mapping(text: str, path: Path) -> dict[str, Any]:
         line = f"line {place.line + 1}: " if place is not None else ""
         raise _unknown_file(path, f"{line}{getattr(error, 'problem', None) or error}") from None
     if not isinstance(value, dict):
-        raise _unknown_file(path, "it holds no settings")
+        raise _unknown_file(path, "it contains no settings")
     return {str(key): item for key, item in value.items()}
 
 
@@ -365,7 +365,7 @@ class _Import:
             if isinstance(names, list | tuple) and {"embed_tokens", "lm_head"} >= set(names):
                 self._take(key, value, "lora.train_embeddings", True)
             else:
-                why = "only embedding and head are trained in whole, by lora.train_embeddings"
+                why = "only embedding and head are trained in full, with lora.train_embeddings"
                 self._leave_out(key, value, why)
         for key in ("lora_target_parameters", "target_parameters"):
             if value := self._pop(key):

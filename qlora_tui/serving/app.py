@@ -236,7 +236,9 @@ class Api:
                 finally:
                     self.figures.rows -= 1
         except TimeoutError:
-            arrived.put_nowait(ApiError(504, f"The answer took more than {ANSWER_S:,.0f} s.", code="timeout"))
+            arrived.put_nowait(
+                ApiError(504, f"The answer took longer than {ANSWER_S:,.0f} s.", code="timeout")
+            )
         except Exception as error:
             arrived.put_nowait(error)
 
@@ -246,7 +248,7 @@ class Api:
         if self.figures.open >= MOST_OPEN:
             raise ApiError(
                 429,
-                f"{self.figures.open} requests are open, and no more may wait.",
+                f"Too many requests: {self.figures.open} are already open.",
                 code="too_many_requests",
                 retry_after_s=_BUSY_RETRY_S,
             )
@@ -369,7 +371,7 @@ def _host_name(url: str) -> str:
 
 async def _read(request: Request) -> bytes:
     """Return the body of a request. Raises ApiError."""
-    too_long = ApiError(413, f"The body is longer than {MOST_BYTES // 1_000_000} MB.", code="body_too_long")
+    too_long = ApiError(413, f"The body is larger than {MOST_BYTES // 1_000_000} MB.", code="body_too_long")
     if int(request.headers.get("content-length", 0)) > MOST_BYTES:
         raise too_long
     body = bytearray()

@@ -65,7 +65,7 @@ class Guest:
             if run:
                 if not self._is_yielded:
                     await self._unload("yielded", "")
-                self.detail = f"{run} needs the memory. The model is loaded again after it."
+                self.detail = f"{run} needs the memory. The model is loaded again after the run."
             elif self._is_yielded:
                 self.state, self.detail = "unloaded", ""
                 self._start_loading()

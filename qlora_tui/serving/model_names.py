@@ -90,7 +90,7 @@ def served_models(runs: Sequence[RunDir], aliases: Mapping[str, str] | None = No
     if not there:
         raise UsageError(
             "The runs were deleted",
-            what=f"Nothing is left of {', '.join(run.id for run in runs)}.",
+            what=f"{', '.join(run.id for run in runs)} no longer exist.",
             fix="Stop this server, and serve another run.",
         )
     recipe = there[0].recipe()
@@ -113,7 +113,7 @@ def served_models(runs: Sequence[RunDir], aliases: Mapping[str, str] | None = No
     if unknown := next((alias for alias, name in own.items() if name not in names), None):
         raise UsageError(
             "No such model",
-            what=f"The alias {unknown} is for {own[unknown]}, which this server does not have.",
+            what=f"The alias {unknown} refers to {own[unknown]}, which this server does not have.",
             fix=f"Use one of {', '.join(sorted(names))}.",
         )
     own_listed = [

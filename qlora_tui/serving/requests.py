@@ -188,7 +188,7 @@ class CompletionBody(Body, frozen=True, kw_only=True):
             with suppress(msgspec.ValidationError):
                 return msgspec.convert(given, kind)  # type: ignore[return-value]  # one of the kinds
         raise ApiError(
-            400, "prompt is a text, a list of token ids, or a list of either kind.", param="prompt"
+            400, "prompt must be a text, a list of token ids, or a list of either.", param="prompt"
         )
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
@@ -196,7 +196,9 @@ class CompletionBody(Body, frozen=True, kw_only=True):
         prompts, n = self.prompts(), self.n or 1
         if len(prompts) * n > MOST_CHOICES:
             raise ApiError(
-                400, f"{len(prompts) * n} answers are asked for; {MOST_CHOICES} at most.", param="prompt"
+                400,
+                f"{len(prompts) * n} answers were requested; the limit is {MOST_CHOICES}.",
+                param="prompt",
             )
         return [
             Completion(
@@ -303,7 +305,7 @@ def _schema(response_format: ResponseFormat | None) -> JsonObject | None:
             return schema
     raise ApiError(
         400,
-        "response_format has type text, json_object, or json_schema with a schema.",
+        "response_format must have type text, json_object, or json_schema with a schema.",
         param="response_format",
     )
 

@@ -83,7 +83,7 @@ def test_a_killed_prediction_goes_on_without_a_lost_or_doubled_row(
     assert {row["predicted_label"] for row in rows} <= set(LABELS)
     assert all(row["predicted_abstain"] == (row["predicted_probability"] < 0.5) for row in rows)
     assert not list(tmp_path.glob(".out.jsonl.*"))
-    with pytest.raises(UserError, match="The output exists"):
+    with pytest.raises(UserError, match="The output already exists"):
         predict(request, silent)
 
 

@@ -67,7 +67,7 @@ async def test_a_key_starts_and_stops_a_server(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("width", [34, 66])
 def test_lines_keep_to_their_width_and_say_what_a_server_waits_for(width: int) -> None:
-    detail = "tickets-20261123-0212 needs the memory. The model is loaded again after it."
+    detail = "tickets-20261123-0212 needs the memory. The model is loaded again after the run."
     models = tuple(f"m{i}" for i in range(12))
     lines = server_lines(write_server(state="yielded", detail=detail, models=models), width)
     assert all(line.cell_length <= width for line in lines)

@@ -1,4 +1,4 @@
-"""The dialog of the server: starts and stops it, and shows where it listens and what it does."""
+"""The server dialog: starts and stops the server, and shows its address and activity."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _COPY = Binding("y", "copy", "Copy address")
 _CLOSE = Binding("escape,q", "dismiss", "Close")
 _LABEL_CELLS, _NARROW_CELLS = 10, 66
 _NAMES = 6
-"""Models named; the others are counted."""
+"""Maximum number of models to name; the rest are counted."""
 _WHAT = (
-    "A server lets other programs use base, runs and checkpoints as they use OpenAI's API: scripts, editors, "
-    "Open WebUI. It outlives this app, and gives the GPU to each run that starts."
+    "A server lets other programs use base, runs and checkpoints through an OpenAI-compatible API: scripts, "
+    "editors, Open WebUI. It outlives this app, and gives the GPU to each run that starts."
 )
 _NOTHING = "No run has an adapter to serve yet."
 
 
 class ServerScreen(TextDialog[None], OnQloraApp):
-    """Shows the running server, or offers to start one for the runs that share the base of the chat."""
+    """Shows the running server, or offers to start one for the runs with the same base as the chat."""
 
     BINDINGS: ClassVar[list[BindingType]] = [_TOGGLE, _COPY, _CLOSE]
 
@@ -73,11 +73,11 @@ class ServerScreen(TextDialog[None], OnQloraApp):
 
     @property
     def _width(self) -> int:
-        """Cells of a line; before the first layout those of a narrow dialog."""
+        """Width of a line in cells; before the first layout, that of a narrow dialog."""
         return self.query_one("#server-status", Lines).content_size.width or _NARROW_CELLS
 
     def action_start_or_stop(self) -> None:
-        """Stop the server, or start one."""
+        """Start or stop the server."""
         run, server = self._conversation.run_dir, self._server
         if server is not None:
             self._do("Stopping…", partial(stop_server, server))
@@ -86,12 +86,12 @@ class ServerScreen(TextDialog[None], OnQloraApp):
 
     @work(exclusive=True)
     async def _do(self, doing: str, work: Callable[[], object]) -> None:
-        """Work in a thread, and say so meanwhile."""
+        """Run ``work`` in a thread, and show ``doing`` meanwhile."""
         self._doing = doing
         self._show()
         try:
             if self._server is None:
-                # The memory that the chat holds is for the server.
+                # Leave the chat's memory to the server.
                 await self._conversation.unload()
             await asyncio.to_thread(work)
         except UserError as problem:
@@ -100,7 +100,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         self._show()
 
     def action_copy(self) -> None:
-        """Copy the address for other programs."""
+        """Copy the server's address."""
         if self._server is not None:
             self.app.copy_to_clipboard(self._server.address)
 
@@ -110,7 +110,7 @@ def _start(run: RunDir) -> None:
 
 
 def server_lines(server: ServerStatus, width: int) -> list[Content]:
-    """Return what a server is doing: facts with a label, in lines of ``width`` cells."""
+    """Return a server's state as labeled facts, in lines of ``width`` cells."""
     names, more = server.models[:_NAMES], len(server.models) - _NAMES
     speed = f" · {server.tokens_per_s:,.0f} tokens/s" if server.tokens_per_s else ""
     states = {"ready": "ready", "loading": "loading", "unloaded": "unloaded: the next request loads it"}
@@ -122,7 +122,7 @@ def server_lines(server: ServerStatus, width: int) -> list[Content]:
         ("state", (server.detail or states.get(server.state, ""),), styles.get(server.state, "$warning")),
         (
             "requests",
-            (f"{server.requests:,} · {server.answering} answered now · {server.waiting} waiting{speed}",),
+            (f"{server.requests:,} · {server.answering} being answered · {server.waiting} waiting{speed}",),
             "",
         ),
         ("key", (abbreviate_home(server.key_file) or "none needed on this machine",), ""),
