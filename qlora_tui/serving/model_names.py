@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_tui.chat.chat_sources import run_source
@@ -31,14 +31,14 @@ class ServedModels:
 
     source: ChatSource
     listed: tuple[ServedModel, ...]
-    """The base first, then each run with its checkpoints."""
+    """The base first, then each run with its checkpoints, then the user's own aliases."""
     aliases: Mapping[str, str]
-    """Other names of listed models."""
+    """Other names, not listed, and what each stands for."""
 
     def find(self, name: str) -> ServedModel | None:
         """Return the model of that name or alias."""
-        name = self.aliases.get(name, name)
-        return next((model for model in self.listed if model.name == name), None)
+        model = next((model for model in self.listed if model.name == name), None)
+        return self.find(self.aliases[name]) if model is None and name in self.aliases else model
 
     def is_there(self, model: ServedModel) -> bool:
         """Return whether the files of a model have not been deleted."""
@@ -93,8 +93,9 @@ def served_models(runs: Sequence[RunDir], aliases: Mapping[str, str] | None = No
             what=f"{', '.join(run.id for run in runs)} no longer exist.",
             fix="Stop this server, and serve another run.",
         )
-    recipe = there[0].recipe()
-    listed, adapters = [ServedModel(BASE, BASE)], {}
+    recipe, base = there[0].recipe(), run_source(there[0])
+    # As in the chat of the first run.
+    listed, adapters = [ServedModel(BASE, BASE, base.thinking)], {}
     automatic = {recipe.model.id: BASE, LAST: there[0].id}
     for run in there:
         source = run_source(run)
@@ -107,23 +108,17 @@ def served_models(runs: Sequence[RunDir], aliases: Mapping[str, str] | None = No
             adapters[adapter_name] = folder
             listed.append(ServedModel(f"{run.id}{suffix}", adapter_name, source.thinking))
             automatic[f"{run.name}{suffix}"] = f"{run.id}{suffix}"
-    names = {model.name for model in listed}
-    known = {alias: automatic.get(name, name) for alias, name in automatic.items() if alias not in names}
-    own = {alias: known.get(name, name) for alias, name in (aliases or {}).items()}
-    if unknown := next((alias for alias, name in own.items() if name not in names), None):
-        raise UsageError(
-            "No such model",
-            what=f"The alias {unknown} refers to {own[unknown]}, which this server does not have.",
-            fix=f"Use one of {', '.join(sorted(names))}.",
-        )
-    own_listed = [
-        ServedModel(alias, model.adapter_name, model.thinking)
-        for alias, name in own.items()
-        for model in listed
-        if model.name == name
-    ]
-    source = ChatSource(recipe=recipe, adapters=adapters)
-    return ServedModels(source, (*listed, *own_listed), known)
+    models = ServedModels(ChatSource(recipe=recipe, adapters=adapters), tuple(listed), automatic)
+    for alias, name in (aliases or {}).items():
+        model = models.find(name)
+        if model is None:
+            raise UsageError(
+                "No such model",
+                what=f"The alias {alias} refers to {name}, which this server does not have.",
+                fix=f"Use one of {', '.join(each.name for each in listed)}.",
+            )
+        listed.append(replace(model, name=alias))
+    return replace(models, listed=tuple(listed))
 
 
 def _step(checkpoint: str) -> str:
