@@ -11,7 +11,9 @@ GIB = 1 << 30
 MIB = 1 << 20
 _GGUF_ENDING = re.compile(r"(?:[.-](?:i?q\d\w*|b?f\d+))?(?:-[0-9a-f]{12}|\.gguf)$", re.IGNORECASE)
 """What the name of a GGUF file or of its conversion has after the model's: precision, hash or suffix."""
-
+_NAME_PARTS = re.compile(r"[^\W_]+(?:\.\d[^\W_]*)*|.", re.DOTALL)
+"""Words and numbers, such as ``Qwen2.5`` and ``14B``, and single characters between them."""
+_MODEL_SIZE = re.compile(r"\d.*[BMKbmk]")
 _CODE_NAME = re.compile(r"[a-z]\w*[._]\w")
 _NAME = re.compile(r"\w+[A-Z0-9]")
 """A first word that has a capital or a digit after its first letter."""
@@ -178,6 +180,44 @@ def abbreviate_home(text: str) -> str:
 def short_model_name(model_id: str) -> str:
     """The last part of a model's id or path; of a GGUF file or its conversion, the model's name alone."""
     return _GGUF_ENDING.sub("", model_id.rstrip("/").rpartition("/")[2])
+
+
+def cut_range(name: str, length: int) -> tuple[int, int]:
+    """Return the range that ``…`` replaces to leave ``length`` characters: what tells names apart least.
+
+    That is the owner of a model and the ending of a file, then letters within words. A number goes as a
+    whole, and the size of a model, such as ``14B``, last.
+    """
+    weights: list[int] = []
+    owner, ending = name.rfind("/"), name.rfind(".")
+    whole = list[tuple[int, int]]()
+    for part in _NAME_PARTS.finditer(name):
+        start, stop = part.span()
+        has_digit = any(map(str.isdigit, part[0]))
+        if stop <= owner or (0 < ending < start and not has_digit):
+            weights += [1] * (stop - start)
+        elif has_digit:
+            weights += [20 if _MODEL_SIZE.fullmatch(part[0]) else 6] * (stop - start)
+            whole.append((start, stop))
+        else:
+            weights += [3] + [2] * (stop - start - 1)
+    cells = len(name) - length + 1
+
+    def loss(start: int) -> tuple[int, int]:
+        stop = start + cells
+        halved = sum(start < b and a < stop and not (start <= a and b <= stop) for a, b in whole)
+        return sum(weights[start:stop]) + 100 * halved, -start
+
+    start = min(range(length), key=loss)
+    return start, start + cells
+
+
+def shorten_name(name: str, length: int) -> str:
+    """``Ministral-3-14B-I…2512``: the name in at most ``length`` characters."""
+    if len(name) <= length or length < 2:
+        return name[:length]
+    start, stop = cut_range(name, length)
+    return f"{name[:start]}…{name[stop:]}"
 
 
 def capitalize(text: str) -> str:

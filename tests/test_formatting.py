@@ -25,6 +25,7 @@ from qlora_tui.formatting import (
     format_speed,
     format_wait,
     short_model_name,
+    shorten_name,
     uncapitalize,
 )
 
@@ -162,3 +163,18 @@ def _formatted_floats(source: str) -> list[int]:
             for part in node.format_spec.values
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "shown"),
+    [
+        ("mistralai/Ministral-3-14B-Instruct-2512-BF16", 36, "…/Ministral-3-14B-Instruct-2512-BF16"),
+        ("mistralai/Ministral-3-14B-Instruct-2512-BF16", 30, "…tral-3-14B-Instruct-2512-BF16"),
+        ("SmolLM2-135M-Instruct", 15, "SmolLM2-135M-I…"),
+        ("smollm2-135m-demo-20261130-0606", 18, "smollm2-135m-…0606"),
+        ("tickets.jsonl", 10, "tickets.j…"),
+        ("ab", 2, "ab"),
+    ],
+)
+def test_a_name_is_cut_where_that_tells_the_least(name: str, length: int, shown: str) -> None:
+    assert shorten_name(name, length) == shown and len(shown) <= length

@@ -231,10 +231,14 @@ class QloraApp(TerminalApp):
 
     @property
     def _wanted_theme(self) -> str:
+        return self._theme_for(self.settings.theme)
+
+    def _theme_for(self, setting: str) -> str:
+        """Return the theme that a value of the setting stands for in this terminal."""
         if self.no_color:
             return TWO_COLORS.name
         return themes.choose(
-            self.settings.theme,
+            setting,
             few_colors=self._has_few_colors,
             is_light=self._is_light,
             knows_terminal=themes.TERMINAL in self.available_themes,
@@ -322,15 +326,18 @@ class QloraApp(TerminalApp):
                 raise
         self.recipe_changed.publish(self.workbench.recipe)
 
+    def preview_theme(self, setting: str) -> None:
+        """Show a value of the theme setting without saving it; empty shows the saved one again."""
+        self._show_theme(self._theme_for(setting or self.settings.theme))
+
     def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:
         """Preview the theme under the palette's cursor."""
-        name = previewed_theme(message) if not self.no_color else ""
-        self._show_theme(name or self._wanted_theme)
+        self.preview_theme(previewed_theme(message))
 
     def on_command_palette_closed(self, message: CommandPalette.Closed) -> None:
         """Restore the theme in the settings, unless another one was selected."""
         if not message.option_selected:
-            self._show_theme(self._wanted_theme)
+            self.preview_theme("")
 
     def copy_to_clipboard(self, text: str) -> None:
         """Copy in every way the terminal offers, and notify the user which one worked."""

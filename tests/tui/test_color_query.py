@@ -92,7 +92,7 @@ def test_a_terminal_gets_its_own_colors(
         def grounds() -> set[str]:
             terminal.read(0)
             screen = TerminalScreen(bytes(terminal.painted))
-            return {screen.style_of(text).bg for text in ("Next step", "Recipe of the next run")}
+            return {screen.style_of(text).bg for text in ("Next step", "Next run")}
 
         wait_for(lambda: grounds() == {background})
         # No answer is taken for keys: this is still Home.

@@ -358,6 +358,17 @@ async def test_the_fix_key_splits_a_long_text(model: str, here: Path) -> None:
         assert "Long text" not in text_of(app)
 
 
+async def test_rows_are_not_left_out_where_none_would_remain(model: str, here: Path) -> None:
+    image = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": image}, {"role": "assistant", "content": "A cat."}]
+    write_rows(here / "cats.jsonl", [{"messages": messages}] * 3)
+    app = data_app(model, "cats.jsonl")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_until(pilot, lambda: text_of(app).count("No row can be used") == 2)
+        text = text_of(app).lower()
+        assert "3 rows, run blocked" in text and "leave" not in text and "bad rows" not in text
+
+
 async def test_a_key_leaves_bad_rows_out_and_takes_it_back(model: str, here: Path) -> None:
     rows: list[Any] = [ticket(n) for n in range(1, 21)]
     rows[6] = '{"messages": oops'

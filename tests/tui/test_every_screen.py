@@ -63,6 +63,15 @@ async def test_a_click_on_a_key_anywhere_presses_it(private_home: Path, words: s
         await wait_for_text(pilot, shown)
 
 
+async def test_the_footer_leaves_out_keys_that_a_panel_names(private_home: Path) -> None:
+    app = open_on("models", model=readable_model(private_home))
+    async with app.run_test(size=(120, 40)) as pilot:
+        footer = (await wait_for_text(pilot, "/ search", *WAY_OUT)).splitlines()[-1]
+        assert "d Download" in footer and "Search" not in footer
+        await pilot.resize_terminal(80, 24)
+        await wait_for_text(pilot, "/ Search")
+
+
 async def test_closed_screens_are_freed(private_home: Path) -> None:
     """Textual keeps the keys of every footer and what a thousand closed widgets had painted."""
     app = open_on("home", model=readable_model(private_home))
@@ -132,7 +141,7 @@ async def test_texts_name_the_keys_of_the_users_keymap() -> None:
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(pilot, "No runs yet. Press F7 to launch one.")
         await app.action_go("models")
-        await wait_for_text(pilot, "Ctrl+F type a name", "[z] Undo", "F7 Train")
+        await wait_for_text(pilot, "Ctrl+F name; Enter", "[z] Undo", "F7 Train")
         await app.action_go("memory")
         await pilot.press("question_mark")
         await wait_for_text(pilot, "F2 shows everything")

@@ -67,7 +67,7 @@ def test_a_download_that_ends_during_a_reading_leaves_its_count(monkeypatch: pyt
     monkeypatch.setattr(home_reader, "queue_lines", queue_lines)
     layout = HomeLayout(80, 40, 40, is_compact=False)
     facts = reader.read(Workbench(), budget_for(None), SystemStatus(), 0.0, layout)
-    assert facts.suggestion.why == "1 model is on this machine"
+    assert facts.steps[0].why == "1 model is on this machine"
 
 
 def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> None:
@@ -162,12 +162,16 @@ async def test_a_first_model_is_downloaded_from_home(monkeypatch: pytest.MonkeyP
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(
-            pilot, "Good first models", "Tab, Enter download", "none yet  [1]", "none yet  [2]"
+            pilot, "▸ Enter", "Tab to choose one", "Good first models", "none yet  [1]", "none yet  [2]"
         )
         assert "Queue" not in text_of(app) and "No runs" not in text_of(app)
-        await pilot.press("tab", "down", "enter")
+        await pilot.press("tab", "down")
+        # Only one thing says that Enter does it.
+        text = await wait_for_text(pilot, "Enter to download it", f"[d]  {DEMO.text}")
+        assert "▸ Enter" not in text
+        await pilot.press("enter")
         await wait_until(pilot, lambda: began)
-        assert app.current_mode == "models" and began == ["Qwen/Qwen3-0.6B"]
+        assert app.current_mode == "models" and began == ["LiquidAI/LFM2.5-1.2B-Instruct"]
 
 
 async def test_home_says_how_long_the_next_run_takes(private_home: Path) -> None:

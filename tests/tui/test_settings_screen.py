@@ -70,6 +70,21 @@ async def test_the_theme_changes_at_once_and_is_saved() -> None:
         assert app.theme == "harbour" and "theme" not in config_path().read_text()
 
 
+async def test_the_theme_under_the_cursor_is_shown_until_one_is_chosen() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("f6", "enter")
+        await wait_for_text(pilot, "Enter apply", "by what the terminal shows")
+        chosen = theme_names()[1]
+        await pilot.press("down")
+        await wait_until(pilot, lambda: app.theme == chosen)
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: app.theme == "harbour")
+        assert not config_path().exists()
+        await pilot.press("enter", "down", "enter")
+        await wait_until(pilot, lambda: load_settings().theme == chosen == app.theme)
+
+
 async def test_a_typed_number_is_checked_and_saved() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:

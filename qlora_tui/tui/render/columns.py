@@ -9,6 +9,8 @@ from typing import Generic, TypeAlias, TypeVar
 from rich.cells import cell_len
 from textual.content import Content, Span
 
+from qlora_tui.formatting import cut_range
+
 Row = TypeVar("Row")
 Fact: TypeAlias = tuple[str, str | Content] | Content
 """A label and its value, or a text without a label."""
@@ -49,7 +51,7 @@ def table(
     """Return a line of titles, if there are any, and a line for each row, at most ``width`` cells wide if
     possible.
 
-    Texts that are too long are cut in the middle, since names often differ only at their ends.
+    Texts that are too long are cut where they tell the least (``cut_range``).
     """
     columns = [
         column
@@ -144,8 +146,8 @@ def _line(
 
 
 def _cut(text: Content, width: int) -> Content:
-    """Cut a text to ``width`` cells in the middle, or at the end if it has wide characters."""
+    """Cut a text to ``width`` cells by ``cut_range``, or at the end if it has wide characters."""
     if text.cell_length != len(text) or width < 3:
         return text.truncate(width, ellipsis=True)
-    end = width // 2
-    return text[: width - end - 1] + "…" + text[len(text) - end :]
+    start, stop = cut_range(text.plain, width)
+    return text[:start] + "…" + text[stop:]

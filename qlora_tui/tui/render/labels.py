@@ -12,11 +12,13 @@ from textual.content import Content
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     abbreviate_home,
+    format_bytes,
     format_duration,
     format_loss,
     format_number,
     format_sizes,
     short_model_name,
+    shorten_name,
     uncapitalize,
 )
 from qlora_tui.memory import Estimate, check_fit
@@ -108,8 +110,7 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
         over = cell_len(SEPARATOR.join(parts)) - width
         cells = cell_len(parts[place])
         if over > 0 and cells > _MIN_NAME + 1:
-            name = cut_cells(parts[place], max(_MIN_NAME, cells - over - 1))
-            parts[place] = name.rstrip(".-_ ") + "…"
+            parts[place] = shorten_name(parts[place], max(_MIN_NAME, cells - over))
     return parts
 
 
@@ -142,6 +143,13 @@ def preference_words(recipe: Recipe) -> str:
 def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
     """Return the verdict and its color. For a model that cannot be trained, the verdict says *would fit*."""
     return ("would fit", "$text-muted") if word == "fits" and not can_train else (word, VERDICT_STYLE[word])
+
+
+def fit_figure(bytes_: int, word: str, *, can_train: bool, is_current: bool = False) -> Content:
+    """Return ``13.1 GiB ✗`` for a table: only what may not fit has a sign and a color."""
+    style = "" if word == "fits" else verdict_words(word, can_train=can_train)[1]
+    sign = " " if word == "fits" else VERDICT_SIGN[word]
+    return Content.styled(f"{format_bytes(bytes_)} {sign}", f"bold {style}" if is_current else style)
 
 
 def verdict_legend(words: Iterable[str], *, can_train: bool) -> Content:

@@ -17,7 +17,7 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.controls import Drawing
+from qlora_tui.tui.widgets.controls import Drawing, Panel
 
 _MARGIN = 1
 _GAP, _NARROW_GAP = 3, 1
@@ -127,8 +127,9 @@ def _gpu_text(system_status: SystemStatus) -> str:
 class CommandFooter(Drawing):
     """``s Stop   z Pause   ^P Palette``. Keys that do not fit are in the help. A click presses a key.
 
-    Textual's Footer mounts a widget for each key whenever the focus changes, and its style caches keep them
-    alive.
+    Keys that a panel names in its border are not named again.
+
+    Textual's Footer mounts a widget for each key at every change of focus, and its style caches keep them.
     """
 
     DEFAULT_CSS = """
@@ -143,22 +144,32 @@ class CommandFooter(Drawing):
         """Create the footer. ``also``: ids of app commands to show after the screen's own."""
         super().__init__(self._lines)
         self._also = also
+        self._shown: list[ActiveBinding] = []
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
 
     def on_mount(self) -> None:
         self.screen.bindings_updated_signal.subscribe(self, self._bindings_changed, immediate=True)
+        self.screen.screen_layout_refresh_signal.subscribe(self, self._choose, immediate=True)
 
     def on_unmount(self) -> None:
         self.screen.bindings_updated_signal.unsubscribe(self)
+        self.screen.screen_layout_refresh_signal.unsubscribe(self)
 
     def _bindings_changed(self, screen: Screen[object]) -> None:
         shown: dict[str, ActiveBinding] = {}
         for active in screen.active_bindings.values():
             if active.binding.show or active.binding.id in self._also:
                 shown.setdefault(active.binding.action, active)
-        own = [active for active in shown.values() if not isinstance(active.node, App)]
-        of_app = [active for active in shown.values() if isinstance(active.node, App)]
+        self._shown = list(shown.values())
+        self._choose(screen)
+
+    def _choose(self, screen: Screen[object]) -> None:
+        """Leave out what panels name."""
+        named = set[str]().union(*(panel.named_commands for panel in screen.query(Panel)))
+        shown = [active for active in self._shown if active.binding.id not in named]
+        own = [active for active in shown if not isinstance(active.node, App)]
+        of_app = [active for active in shown if isinstance(active.node, App)]
         also = [active for active in of_app if active.binding.id in self._also]
         self._screen_bindings = [*own, *also]
         self._app_bindings = [active for active in of_app if active not in also]

@@ -75,10 +75,15 @@ class ViList(OptionList):
         padding: 0;
         background: transparent;
         background-tint: transparent;
-        scrollbar-size-vertical: 1;
+        scrollbar-size: 0 1;
     }
     ViList > .option-list--option-disabled {
         color: $text-muted;
+    }
+    /* Beside what has the focus at first, a second cursor would look like a choice that was made. */
+    ViList.quiet:blur > .option-list--option-highlighted {
+        background: transparent;
+        text-style: none;
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -358,9 +363,15 @@ def cursor_row(widget: Widget, row: Content, width: int) -> Content:
     colors.
     """
     row = row.pad_right(max(0, width - row.cell_length))
+    style = cursor_style(widget)
+    return Content(row.plain).stylize(style) if style == "reverse" else row.stylize_before(style)
+
+
+def cursor_style(widget: Widget) -> str:
+    """Return the style of what is under a cursor: its color, or reversed where colors are few."""
     if widget.app.no_color or widget.app.current_theme.ansi:
-        return Content(row.plain).stylize("reverse")
-    return row.stylize_before("bold $block-cursor-foreground on $block-cursor-background")
+        return "reverse"
+    return "bold $block-cursor-foreground on $block-cursor-background"
 
 
 def _placeless(style: Style | None) -> Style | None:
@@ -384,6 +395,7 @@ _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
 
 
 add_border("surface", (("▐", " ", "▌"), ("▐", " ", "▌"), (" ", " ", " ")), on_parent=("▐", "▌", "bottom"))
+add_border("surface-keys", (("▐", " ", "▌"),) * 3, on_parent=("▐", "▌"))
 add_border("rule", ((" ", "─", " "), (" ", " ", " "), (" ", " ", " ")), on_parent=())
 
 
@@ -427,6 +439,7 @@ class Panel(Vertical):
         """
         super().__init__(*children, id=id, classes=classes)
         self._keys: tuple[tuple[str, str], ...] = ()
+        self._keys_cells = 0
         self._title = Content()
         self._empty = ""
         self.show_title(title)
@@ -483,7 +496,17 @@ class Panel(Vertical):
             hint.stylize("$key bold", 0, hint.plain.index(" "))
             for hint in (_hint(command, verb) for command, verb in self._keys)
         ]
-        self.border_subtitle = Content("  ").join(hints) if hints else None
+        shown = Content("  ").join(hints)
+        self._keys_cells = shown.cell_length
+        self.border_subtitle = shown if hints else None
+        self.set_class(bool(hints), "-keys")
+
+    @property
+    def named_commands(self) -> set[str]:
+        """Ids of the commands whose keys are in view in the lower border, unless some were cut off."""
+        is_shown = self.styles.border_bottom[0] and all(node.display for node in self.ancestors_with_self)
+        has_room = self._keys_cells <= self.outer_size.width - _MIN_FRAME - 1
+        return {id_ for id_, _ in self._keys} if is_shown and has_room and not self._empty else set()
 
 
 def _joined(line: Strip, *parts: tuple[int, int]) -> Strip:

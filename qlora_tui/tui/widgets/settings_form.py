@@ -6,7 +6,7 @@ The form changes nothing itself. It posts :class:`SettingEdited`, the screen mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,6 +51,14 @@ class SettingEdited(Message):
     value: Any
 
 
+@dataclass
+class SettingPicked(Message):
+    """The user wants to pick a value of a setting from a list."""
+
+    field: Field
+    value: Any
+
+
 @dataclass(frozen=True)
 class SettingGroup:
     """Settings under a title that opens and folds them. A group without a title is always open."""
@@ -81,8 +89,14 @@ class SettingList(LineView):
     class Typing(Message):
         """The user wants to type the value of the setting under the cursor."""
 
-    def __init__(self, groups: Sequence[SettingGroup], base_name: str) -> None:
-        """Create the list. ``base_name``: what the settings are compared with, ``preset`` or ``default``."""
+    def __init__(self, groups: Sequence[SettingGroup], base_name: str, picked: Collection[str] = ()) -> None:
+        """Create the list.
+
+        Args:
+            groups: The settings, in groups.
+            base_name: What the settings are compared with, ``preset`` or ``default``.
+            picked: Paths of settings whose values the screen lists when Enter is pressed.
+        """
         super().__init__()
         self.cursor = 0
         """The line that it is on."""
@@ -91,6 +105,7 @@ class SettingList(LineView):
         self._groups = groups
         self._open = {group.title for group in groups if group.is_open}
         self._base_name = base_name
+        self._picked = picked
         self._letters: dict[str, int] = {}
         """The line that each letter jumps to; empty unless a jump was started."""
         self._values: Struct | None = None
@@ -214,6 +229,8 @@ class SettingList(LineView):
         field = self.field
         if field is None:
             self._set_open(self.group.title not in self._open)
+        elif field.path in self._picked:
+            self.post_message(SettingPicked(field, self.value))
         elif field.kind in ("bool", "choice"):
             self.action_step(1)
         else:
@@ -335,6 +352,7 @@ class SettingsForm(Vertical):
         base_name: str = "preset",
         *,
         validate: Callable[[str, Any], str] = lambda path, value: "",
+        picked: Collection[str] = (),
         id: str | None = None,
     ) -> None:
         """Create an empty form.
@@ -343,9 +361,10 @@ class SettingsForm(Vertical):
             groups: The settings, in groups.
             base_name: What the settings are compared with.
             validate: Returns what is wrong with a typed value for a path; empty if nothing is.
+            picked: Paths of settings whose values the screen lists when Enter is pressed.
         """
         super().__init__(id=id)
-        self.list = SettingList(groups, base_name)
+        self.list = SettingList(groups, base_name, picked)
         self._validate = validate
         self._values: Struct | None = None
         self._wrong = ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from msgspec.structs import replace
 from textual.content import Content
 
 from qlora_tui.data.dataset_report import Lengths, Report
@@ -23,7 +24,7 @@ from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 _TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
 _LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
-_PROBLEM_KEYS = (("data.problem", "next"), ("data.fix", "fix"))
+_NOTHING_LEFT = "No row can be used. Choose other data, or map its columns."
 _ROWS_NAMED = 3
 _LABEL = 10
 """Width of the column of labels, in cells."""
@@ -89,8 +90,8 @@ class ProblemsPanel(Panel):
     """Each kind of problem, and what happens to its rows."""
 
     def __init__(self) -> None:
-        self._list = ViList(id="problems")
-        super().__init__("Problems", self._list, keys=_PROBLEM_KEYS, id="problems-panel")
+        self._list = ViList(id="problems", classes="quiet")
+        super().__init__("Problems", self._list, id="problems-panel")
 
     def show(
         self,
@@ -100,7 +101,6 @@ class ProblemsPanel(Panel):
         expected: Forecast | None,
         *,
         brief: bool,
-        narrow: bool,
     ) -> None:
         """Show a report's problems, or nothing without a report.
 
@@ -110,14 +110,13 @@ class ProblemsPanel(Panel):
             recipe: What the rows are used for.
             expected: The length of the run, if known.
             brief: Whether to leave out the fixes.
-            narrow: Whether to also leave out the advice about too few steps.
         """
         if report is None:
             self._list.show([])
             self.show_title("Problems")
             self.empty = "none yet"
             return
-        bad_rows = bad_row_count(problems)
+        bad_rows = skippable_rows(report, problems)
         lines, unsaid = [], bad_rows
         for problem in problems:
             # Only the first problem with bad rows says that one key leaves all of them out.
@@ -125,23 +124,45 @@ class ProblemsPanel(Panel):
             several = len(report.files) > 1
             line = problem_line(problem, recipe.data, brief=brief, several=several, bad_rows=skipped)
             lines.append((f"{problem.kind} {problem.path}", line))
-        if few_steps := few_steps_line(expected, recipe, brief=narrow or (brief and bool(lines))):
+        if few_steps := few_steps_line(expected, recipe, brief=brief):
             lines.append(("steps", few_steps))
         # Errors found later come before what the cursor was on.
         select = lines[0][0] if lines and not self._list.has_focus else None
         self._list.show(lines, select)
         self.show_title(f"Problems ({len(lines)})" if lines else "Problems")
-        keys = _PROBLEM_KEYS if problems else ()
+        keys = [("data.problem", "next")] if problems else []
+        if bad_rows or any(problem.split_rows or problem.tokens for problem in problems):
+            keys.append(("data.fix", "fix"))
         if recipe.data.bad_rows == "skip":
-            keys = (*keys, ("data.bad_rows", "refuse bad rows"))
+            keys.append(("data.bad_rows", "refuse bad rows"))
         elif bad_rows:
-            keys = (*keys, ("data.bad_rows", "skip bad rows"))
+            keys.append(("data.bad_rows", "skip bad rows"))
         self.show_keys(keys)
         self.empty = "" if lines else "none found" if report.complete else "none so far"
 
 
-def bad_row_count(problems: Sequence[DataProblem]) -> int:
-    """Return the number of rows that prevent a run from starting and could be left out."""
+def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> tuple[DataProblem, ...]:
+    """Return the report's problems, except those that the recipe's trained tokens fix."""
+    if report is None:
+        return ()
+    problems = [p for p in report.problems if not p.tokens or not set(trained_tokens).issuperset(p.tokens)]
+    if _has_usable_rows(report):
+        return tuple(problems)
+    return tuple(replace(p, fix=_NOTHING_LEFT) if is_bad_row(p) else p for p in problems)
+
+
+def _has_usable_rows(report: Report) -> bool:
+    """Whether rows remain without the bad ones, as far as the source was read."""
+    return bool(report.counts.conversations) or not report.complete
+
+
+def skippable_rows(report: Report | None, problems: Sequence[DataProblem]) -> int:
+    """Return the number of rows that prevent a run from starting and could be left out.
+
+    It is 0 if no row would remain.
+    """
+    if report is None or not _has_usable_rows(report):
+        return 0
     return sum(problem.count for problem in problems if is_bad_row(problem))
 
 
@@ -359,7 +380,7 @@ def cost_table(costs: list[LengthCost], width: int) -> Content:
     timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)
 
     def verdict(cost: LengthCost) -> Content:
-        if cost.verdict is None:
+        if cost.verdict is None or cost.verdict.word == "fits":
             return Content("")
         word = cost.verdict.word
         room = width - (45 if timed else 33)

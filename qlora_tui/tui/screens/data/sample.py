@@ -56,8 +56,8 @@ TITLE_FRAME = 6
 """Cells for a panel's corners and the spaces around its title."""
 
 _READ = "dim"
-_MOST_BESIDE = 8
-_ROW_CELLS, _ROW_LINES = 62, 16
+_MOST_BESIDE = 9
+_ROW_CELLS, _ROW_LINES = 62, 12
 """Width in cells, and height in lines, of a row that has others next to it."""
 
 
@@ -186,14 +186,16 @@ def sample(
     """Return the row as the model will see it, below its problems."""
     parts: list[Content | str | tuple[str, str]] = []
     found = {kind for kind, _ in shown.findings}
-    in_file = (p for p in problems if p.path in ("", shown.path))
+    in_file = [p for p in problems if p.path in ("", shown.path)]
+    fixes = {p.kind: p.fix for p in in_file}
     others = [(p.kind, "") for p in in_file if shown.row in p.rows and p.kind not in found]
     for kind, example in (*shown.findings, *others):
         check = check_of(kind, skips_bad_rows=data.bad_rows == "skip") if kind in CHECKS else None
         sign, style = SEVERITY_SIGNS[check.severity if check else "warning"]
         parts.append((f"{sign} {check.title if check else kind}", f"{style} bold"))
         parts.append((f"  {example}" if example else "", "dim"))
-        parts += [("\n  ▸ ", "$primary"), (check.fix, "dim")] if check and check.fix else []
+        fix = fixes.get(kind) or (check.fix if check else "")
+        parts += [("\n  ▸ ", "$primary"), (fix, "dim")] if fix else []
         parts.append("\n")
     if parts:
         parts.append("\n")

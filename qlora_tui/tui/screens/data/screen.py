@@ -40,7 +40,13 @@ from qlora_tui.tui.screens.data.dialogs import (
     newest_run_on,
     preference_picker,
 )
-from qlora_tui.tui.screens.data.report import LengthsPanel, ProblemsPanel, TotalsPanel, bad_row_count
+from qlora_tui.tui.screens.data.report import (
+    LengthsPanel,
+    ProblemsPanel,
+    TotalsPanel,
+    skippable_rows,
+    unfixed_problems,
+)
 from qlora_tui.tui.screens.data.row_engines import DataPreviews, PreviewRequest
 from qlora_tui.tui.screens.data.sample import (
     TITLE_FRAME,
@@ -59,7 +65,7 @@ from qlora_tui.tui.ui_state import add_recent
 from qlora_tui.tui.widgets.controls import Panel, ViList
 
 _TALL = 50
-"""Terminal height, in lines, from which each problem is listed with its fix."""
+"""Terminal height, in lines, from which the histogram is higher."""
 _COSTS_HEIGHT = 36
 """Terminal height, in lines, from which the table of lengths fits."""
 _SETTLE_S = 0.1
@@ -116,6 +122,7 @@ class DataScreen(WorkScreen):
         return "empty" if not self.app.workbench.recipe.data.sources else ""
 
     def compose_body(self) -> Iterable[Widget]:
+        yield ProblemsPanel()
         with Horizontal(id="data-body"):
             yield SamplePanel()
             with VerticalScroll(id="data-side", can_focus=False):
@@ -124,7 +131,6 @@ class DataScreen(WorkScreen):
                     yield TotalsPanel()
                 with Vertical(id="length-facts"):
                     yield LengthsPanel()
-                    yield ProblemsPanel()
 
     def on_mount(self) -> None:
         self.query_one("#sample-scroll").focus()
@@ -157,6 +163,7 @@ class DataScreen(WorkScreen):
         title = f"Mix of {len(sources)} files" if len(sources) > 1 else "Source"
         self.query_one("#sources-panel", Panel).show_title(title)
         self.query_one("#data-body").set_class(not sources, "-empty")
+        self.query_one(ProblemsPanel).display = bool(sources)
         self.refresh_bindings()
         if not sources:
             self._request = self.report = self.shown = None
@@ -454,10 +461,10 @@ class DataScreen(WorkScreen):
         await asyncio.sleep(_SETTLE_S)
         try:
             async for report in self.previews.reports(wanted):
-                has_news = self.report is None or report.problems != self.report.problems
+                before, is_first = self.problems, self.report is None
                 self.report = report
                 self._show_report()
-                if has_news:
+                if is_first or self.problems != before:
                     self._show_row()
         except UserError as error:
             self.report = None
@@ -504,11 +511,8 @@ class DataScreen(WorkScreen):
         totals.show(report, recipe, self._forecast, self._fit, brief=narrow, evidence=evidence)
         name = Path(self._request.source.path).name if self._request else ""
         totals.show_title(f"Tokens of {name}" if len(recipe.data.sources) > 1 else "Tokens")
-        # In a short window, the fix is shown above a row that has the problem.
-        brief = narrow or (self.size.height < _TALL and not alone)
-        self.query_one(ProblemsPanel).show(
-            report, self.problems, recipe, self._forecast, brief=brief, narrow=narrow
-        )
+        # In a narrow window, the fix is shown above a row that has the problem.
+        self.query_one(ProblemsPanel).show(report, self.problems, recipe, self._forecast, brief=narrow)
         self._show_place()
 
     @property
@@ -523,7 +527,7 @@ class DataScreen(WorkScreen):
         recipe = self.app.workbench.recipe
         self.query_one(TotalsPanel).show_text(Content(""))
         self.query_one(LengthsPanel).show(None, recipe.data, [], 0)
-        self.query_one(ProblemsPanel).show(None, (), recipe, None, brief=True, narrow=True)
+        self.query_one(ProblemsPanel).show(None, (), recipe, None, brief=True)
         if self.shown is None:  # else a row is still shown, though not all of them can be read
             panel = self.query_one(SamplePanel)
             panel.show_legend(Content(""))
@@ -542,23 +546,21 @@ class DataScreen(WorkScreen):
     @property
     def problems(self) -> tuple[DataProblem, ...]:
         """The report's problems, except those that the recipe already fixes."""
-        problems = self.report.problems if self.report else ()
-        trained = set(self.app.workbench.recipe.lora.trainable_tokens)
-        return tuple(p for p in problems if not p.tokens or not trained.issuperset(p.tokens))
+        return unfixed_problems(self.report, self.app.workbench.recipe.lora.trainable_tokens)
 
     @property
     def _can_fix(self) -> bool:
         """Whether changing a setting fixes any of the problems."""
         problems = self.problems
         can_change = any(problem.split_rows or problem.tokens for problem in problems)
-        return bool(self._refused_preferences or bad_row_count(problems) or can_change)
+        return bool(self._refused_preferences or skippable_rows(self.report, problems) or can_change)
 
     def action_fix(self) -> None:
         """Change the setting that fixes the first problem with such a fix."""
         if self._refused_preferences:
             rated = self._refused_preferences == "ratings"
             self.ask(preference_picker(rated=rated), self._set_preferences)
-        elif bad_row_count(self.problems):
+        elif skippable_rows(self.report, self.problems):
             self.action_bad_rows()
         elif any(problem.split_rows for problem in self.problems):
             self.app.edit("data.overflow", "split")
@@ -575,7 +577,7 @@ class DataScreen(WorkScreen):
 
     def action_bad_rows(self) -> None:
         """Leave out unusable rows, or refuse to train while there are any."""
-        bad_rows = bad_row_count(self.problems)
+        bad_rows = skippable_rows(self.report, self.problems)
         skips = self.app.workbench.recipe.data.bad_rows == "skip"
         self.app.edit("data.bad_rows", "refuse" if skips else "skip")
         if skips:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
+from typing import TypeAlias
 
 import psutil
 from textual.content import Content
@@ -21,6 +23,7 @@ from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
     capitalize,
+    format_bytes,
     format_count,
     format_duration,
     format_gib,
@@ -30,6 +33,7 @@ from qlora_tui.formatting import (
     format_power,
     format_progress,
     format_rate,
+    format_speed,
     short_model_name,
 )
 from qlora_tui.memory import Estimate, check_fit
@@ -43,15 +47,16 @@ from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
+from qlora_tui.tui.commands import COMMANDS
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
+    BEST,
     CANNOT_TRAIN,
     FitLine,
     batch_words,
     best_figure,
-    best_words,
     cut_cells,
     format_ago,
     progress_figures,
@@ -78,8 +83,22 @@ _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Widths, in cells, from which the list of runs has curves, and from which it has models and settings."""
 _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
+_BESIDE_FRAME = 2
+"""Cells between half of the window and the text of a panel in it."""
+_MAX_EVALUATIONS = 16
+_WAY = (
+    ("go.models", "pick a base model that fits this machine"),
+    ("go.data", "open your data; see what will be learned"),
+    ("go.memory", "see what fills the GPU, and what would fit"),
+    ("go.train", "launch; the run goes on when you leave"),
+    ("go.chat", "ask base and adapter, side by side"),
+)
 _MAX_RECENT = 40
 """Maximum number of recent runs to read; a window of 60 rows shows fewer."""
+
+
+Steps: TypeAlias = tuple[NextStep, tuple[NextStep, ...]]
+"""The suggested step, and the alternatives."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +120,8 @@ class HomeFacts:
     """Everything that Home shows."""
 
     lines: dict[str, tuple[Content, ...]]
-    """Lines by panel: next, run, gpu, queue, recipe."""
-    suggestion: NextStep
+    """Lines by panel: run, gpu, queue, recipe, way, numbers."""
+    steps: Steps
     last: RunSummary | None
     """The active or last run."""
     recent: tuple[RunSummary, ...]
@@ -162,15 +181,13 @@ def gpu_lines(
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
-    """Return the GPU, or what is used instead, with memory and disk, in one line for a window
-    without a run.
-    """
-    line = gpu_lines(system_status, budget, width, is_compact=True)[0]
+    """Return the GPU, or what is used instead, with memory and disk, in one line."""
+    lines = gpu_lines(system_status, budget, width, is_compact=True)
     memory = psutil.virtual_memory()
     free = [f"RAM {format_gib(memory.available)} of {format_gib(memory.total)} GiB free"]
     with suppress(OSError):
         free.append(f"disk {format_gib(shutil.disk_usage(paths.state_dir()).free)} GiB free")
-    parts = [line, *(Content.styled(text, "dim") for text in free)]
+    parts = [*lines, *(Content.styled(text, "dim") for text in free)]
     while len(parts) > 1 and sum(part.cell_length + 3 for part in parts) > width:
         parts.pop()
     return Content("   ").join(parts)
@@ -208,8 +225,8 @@ def run_lines(
         summary: The run.
         while_away: Whether it ended since the app was last used.
         now: Unix time.
-        layout: Space for the lines; a compact layout has no chart below them.
-        waiting: Names of the queued runs, next one first.
+        layout: Space for the lines.
+        waiting: Names of the queued runs, the next one first.
     """
     status, width = summary.status, layout.left
     sign, word, style = result_label(status.state, summary.defect)
@@ -244,9 +261,6 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
         steps = f"{format_percent(share)}  step {format_progress(summary.step, summary.total_steps)}"
     drawn = bar(share, max(0, layout.left - len(steps) - 2))
     facts = []
-    if layout.is_compact and summary.best is not None:
-        # A chart names its star itself.
-        facts.append(best_words(*summary.best, summary.loss_to_beat))
     if summary.next_evaluation:
         facts.append(f"next evaluation at {summary.next_evaluation:,}")
     if waiting:
@@ -352,23 +366,84 @@ def recipe_lines(
         memory = [line]
     elif isinstance(compared, UserError) and recipe.model.id:
         memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]
-    time = [] if expected is None else [_time_words(expected)]
+    time = []
+    if expected is not None:
+        duration, note = _time_words(expected)
+        time = [Content.assemble(duration, (f"   {note}", "dim"))]
     if is_compact:
-        return [Content(recipe_line(workbench)), *memory, *time]
+        line = Content("   ").join([*memory, *time])
+        return [
+            Content(recipe_line(workbench, width)),
+            *([line] if line.cell_length <= width else [*memory, *time]),
+        ]
     size = ""
     if not isinstance(architecture, UserError):
-        size = f"   {format_count(architecture.total_params)} parameters, {architecture.layers} layers"
+        size = f"{format_count(architecture.total_params)} parameters, {architecture.layers} layers"
     lora = recipe.lora
     targets = f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, 40)}"
-    rate = f"   learning rate {format_rate(recipe.training.learning_rate)}"
+    rate = f"learning rate {format_rate(recipe.training.learning_rate)}"
     rows = [
         ("model", short_model_name(recipe.model.id) or _none_yet("go.models"), size),
         ("data", data_words(recipe) if recipe.data.sources else _none_yet("go.data"), ""),
         ("LoRA", targets, ""),
         ("length", batch_words(recipe), rate),
     ]
-    lines = [labeled(name, Content.assemble(value, (note, "dim")), _LABEL) for name, value, note in rows]
-    return [*lines, *memory, *(labeled("time", words, _LABEL) for words in time)]
+    lines = [line for row in rows for line in _with_note(*row, width)]
+    return [*lines, *memory, *(_with_note("time", *_time_words(expected), width) if expected else [])]
+
+
+def _with_note(label: str, value: str | Content, note: str, width: int) -> list[Content]:
+    """Return ``model   SmolLM2-135M   135M parameters``, with the note on its own line if needed."""
+    line = labeled(label, Content.assemble(value, (f"   {note}" if note else "", "dim")), _LABEL)
+    if line.cell_length <= width:
+        return [line]
+    room = max(1, width - _LABEL)
+    parts = [Content(value) if isinstance(value, str) else value, Content.styled(note, "dim")]
+    return [
+        labeled("" if number else label, part.truncate(room, ellipsis=True), _LABEL)
+        for number, part in enumerate(parts)
+        if part
+    ]
+
+
+def way_lines() -> list[Content]:
+    """Return a line for each screen on the way from a model to an answer."""
+    lines = []
+    for command, what in _WAY:
+        lines.append(
+            Content.assemble(
+                highlight_keys(key_name(command)), f" {COMMANDS[command].label:<8}", (what, "dim")
+            )
+        )
+    return lines
+
+
+def numbers_lines(summary: RunSummary, width: int) -> list[Content]:
+    """Return facts about a run, and its validation losses, each with a bar."""
+    facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", summary.settings)]
+    if summary.tokens_per_s is not None:
+        facts.append(("speed", f"{format_speed(summary.tokens_per_s)} tok/s"))
+    if summary.peak_bytes is not None:
+        facts.append(("memory", f"{format_bytes(summary.peak_bytes)} at the peak"))
+    if summary.energy:
+        facts.append(("energy", summary.energy))
+    lines = fact_lines([fact for fact in facts if fact[1]], width)
+    if not summary.evaluations:
+        return lines
+    most = max((loss for _, loss in summary.evaluations if isfinite(loss)), default=1.0)
+    lines += [Content(""), Content.styled("validation loss", "dim")]
+    for step, loss in summary.evaluations[-_MAX_EVALUATIONS:]:
+        best = summary.best is not None and step == summary.best[1]
+        head = Content.assemble(
+            (f"{f'step {step:,}':<10}", "dim"), (f"{format_loss(loss):>7} ", "bold" if best else "")
+        )
+        cells = round(loss / most * max(0, width - head.cell_length - 2)) if isfinite(loss) else 0
+        lines.append(
+            Content.assemble(
+                head, (BEST if best else " ", "$validation bold"), " ", ("▄" * cells, "$validation")
+            )
+        )
+    return lines
 
 
 def _none_yet(command: str) -> Content:
@@ -376,49 +451,54 @@ def _none_yet(command: str) -> Content:
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 
 
-def model_lines(
-    models: ListedModels, selected: str | None, key: str, width: int
-) -> list[tuple[str, Content]]:
-    """Return (id, line) for each model to choose from.
-
-    If there is room, the selected one has its key next to it.
-    """
-    if width < _MIN_WIDTH_FOR_CURVES:
-        return models.lines("", "", max(_LEAST_MODEL_CELLS, width))
-    verb = "select" if (selected or "").startswith(LOCAL) else "download"
-    hint = Content.assemble("  ", (key, "bold $key"), f" {verb}")
-    lines = models.lines("", "", width - len(f"  {key} download"))
-    return [(id_, line + hint if id_ == selected else line) for id_, line in lines]
+def models_title(selected: str | None, has_focus: bool) -> Content:
+    """Return ``Models  Tab to choose one``, and in the list ``Enter to download it``."""
+    local = (selected or "").startswith(LOCAL)
+    key, what = (
+        ("Enter", f"to {'select' if local else 'download'} it") if has_focus else ("Tab", "to choose one")
+    )
+    return Content.assemble("Models  ", (key, "bold $key"), (f" {what}", "not bold $text-muted"))
 
 
-def _time_words(expected: Forecast) -> Content:
-    """Return ``about 25 min   54 steps, judging by vicuna-1``."""
+def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, Content]]:
+    """Return (id, line) for each model to choose from, at most ``most`` of the good first ones."""
+    return models.lines("", "", max(_LEAST_MODEL_CELLS, width), most)
+
+
+def _time_words(expected: Forecast) -> tuple[str, str]:
+    """Return ``about 25 min`` and ``54 steps, judging by vicuna-1``."""
     if expected.time is None:
-        return Content.assemble("unknown until the first steps", (f"   {expected.steps}", "dim"))
-    return Content.assemble(expected.duration, (f"   {expected.steps}, {expected.time.source}", "dim"))
+        return "unknown until the first steps", str(expected.steps)
+    return expected.duration, f"{expected.steps}, {expected.time.source}"
 
 
-def next_lines(
-    step: NextStep, others: tuple[NextStep, ...], width: int, *, is_large: bool = False
-) -> list[Content]:
+def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:
     """Return the suggested step with its key and reason, and the alternatives.
 
-    ``is_large`` adds space between them.
+    Args:
+        steps: The step and the alternatives.
+        width: Cells of a line.
+        is_large: Whether to add space between them.
+        has_enter: Whether Enter does the step now; otherwise the key of its command is shown.
     """
-    keys = [key_name("home.next"), *(key_name(other.command) for other in others)]
+    step, others = steps
+    first_key = key_name("home.next" if has_enter or not step.command else step.command)
+    keys = [first_key, *(key_name(other.command) for other in others)]
     column = max(map(len, keys))
     lines = []
     for number, (key, each) in enumerate(zip(keys, (step, *others), strict=True)):
-        also = "" if number or each.command in ("home.demo", "") else f" (or {key_name(each.command)})"
+        is_next = not number and has_enter
+        also = "" if not is_next or each.command in ("home.demo", "") else f" (or {key_name(each.command)})"
         first = Content.assemble(
-            ("▸ " if not number else "  ", "bold $primary"),
+            ("▸ " if is_next else "  ", "bold $primary"),
             (f"{key:<{column}}  ", "bold $key"),
-            (each.text, "bold" if not number else ""),
+            (each.text, "bold" if is_next else ""),
             (also, "dim"),
         )
         why = Content.styled(each.why, "dim")
         if is_large:
-            lines += [Content(""), first, Content(" " * (column + 4)) + why]
+            lines += [Content("")] if number else []
+            lines += [first, Content(" " * (column + 4)) + why]
         elif first.cell_length + 2 + why.cell_length <= width:
             lines.append(Content.assemble(first, "  ", why))
         else:
@@ -497,28 +577,30 @@ class HomeReader:
         else:
             waiting = [RunDir(paths.runs_dir() / id_).name for id_ in system_status.waiting_ids[:1]]
             run = run_lines(summary, while_away, now, layout, waiting)
+        beside = layout.right if summary is not None else layout.wide // 2 - _BESIDE_FRAME
         gpu = (
             [machine_line(system_status, budget, layout.wide)]
-            if summary is None
-            else gpu_lines(system_status, budget, layout.right, is_compact=layout.is_compact)
+            if summary is None or layout.is_compact
+            else gpu_lines(system_status, budget, layout.right, is_compact=False)
         )
         lines = {
-            "next": next_lines(
-                step,
-                other_steps(state, step),
-                layout.wide,
-                is_large=summary is None and not layout.is_compact,
-            ),
             "run": run,
             "gpu": [*gpu, *map(server_line, system_status.servers)],
             "queue": queue_lines(system_status.waiting_ids),
             "recipe": recipe_lines(
-                workbench, budget, estimate, expected, layout.wide, is_compact=layout.is_compact
+                workbench,
+                budget,
+                estimate,
+                expected,
+                layout.wide if layout.is_compact else beside,
+                is_compact=layout.is_compact,
             ),
+            "way": way_lines(),
+            "numbers": numbers_lines(summary, layout.right) if summary is not None else [],
         }
         return HomeFacts(
             {name: tuple(texts) for name, texts in lines.items()},
-            step,
+            (step, other_steps(state, step)),
             summary,
             self._recent(system_status),
             None if summary else self._models(workbench.recipe, budget, local_models),

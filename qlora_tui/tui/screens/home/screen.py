@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.tui.screens.home.next_step import NextStep
     from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader
-    from qlora_tui.tui.screens.models.model_list import ListedModels
     from qlora_tui.tui.workbench import Workbench
 
 _LAST_SEEN_INTERVAL_S = 30.0
@@ -39,6 +38,8 @@ _SIDE, _WIDE_SIDE = 42, 60
 _FRAME = 5
 """Cells that a panel's border, padding and scroll bar take."""
 _SHORT_FRAME = 3
+_LEAST_MODELS, _ROWS_BESIDE_MODELS = 5, 32
+"""Models to start with that are listed at least, and rows of the window for everything else."""
 
 
 class HomeScreen(WorkScreen):
@@ -52,65 +53,86 @@ class HomeScreen(WorkScreen):
             height: 1fr;
             scrollbar-size-vertical: 1;
         }
-        #home-top {
+        #home-parts {
             height: 1fr;
-            min-height: 12;
+            min-height: 20;
+        }
+        #home-main {
+            width: 1fr;
+        }
+        #home-side {
+            width: 42;
         }
         #run-panel {
-            width: 1fr;
             height: 1fr;
         }
         #run-graph {
             margin-top: 1;
         }
-        #home-side {
-            width: 42;
-        }
-        #queue-panel {
-            height: 1fr;
-        }
-        #recent-panel {
-            height: 1fr;
-            min-height: 3;
-        }
-              &.-very-wide #home-side {
-            width: 60;
-        }
-        #models-panel, #models-to-choose {
+        #recent-runs {
             height: auto;
         }
+        #recent-panel {
+            max-height: 12;
+        }
+        #home-next {
+            height: auto;
+        }
+        #way {
+            text-wrap: nowrap;
+            text-overflow: ellipsis;
+        }
+        #way-panel, &.-first #home-main {
+            display: none;
+        }
+        &.-very-wide #home-side {
+            width: 60;
+        }
+        /* Without a run: the machine over the recipe and the way to a run. */
         &.-first {
-            #home-top {
-                layout: vertical;
+            #home-parts, #home-side {
                 height: auto;
                 min-height: 0;
             }
             #home-side {
                 width: 100%;
-                height: auto;
             }
-            #run-panel {
-                display: none;
+            #home-next {
+                layout: horizontal;
             }
-            #queue-panel {
-                height: auto;
+            #recipe-panel, #way-panel {
+                width: 1fr;
+                display: block;
             }
         }
         &.-narrow, &.-short {
-            #home-top {
+            #home-parts {
                 layout: vertical;
-                height: auto;
-                min-height: 0;
+                min-height: 14;
             }
-            #run-panel, #queue-panel {
-                height: auto;
+            #home-main {
+                width: 100%;
+                height: 1fr;
             }
             #home-side {
                 width: 100%;
                 height: auto;
             }
             #run-graph {
-                display: none;
+                margin-top: 0;
+                min-height: 5;
+            }
+            #recent-panel {
+                max-height: 4;
+            }
+            &.-first #home-parts {
+                min-height: 0;
+            }
+            &.-first #home-next {
+                layout: vertical;
+            }
+            &.-first #recipe-panel, &.-first #way-panel {
+                width: 100%;
             }
         }
     }
@@ -119,42 +141,38 @@ class HomeScreen(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.suggestion: NextStep | None = None
+        self._facts_shown: HomeFacts | None = None
         self.downloading_demo = False
         """Whether the demo model is being downloaded; the next step shows its progress."""
         self._reader: HomeReader | None = None
         self._started_at = clock.now()
         self._seen_at = load_ui_state().last_seen or self._started_at
         self._reading = False
-        self._models: ListedModels | None = None
-        """Models to choose from before there is a run."""
 
     def compose_body(self) -> Iterable[Widget]:
         with ViScroll(id="home"):
             yield Panel("Next step", Lines(id="next"), id="next-panel")
-            yield Panel("Good first models", ViList(id="models-to-choose"), id="models-panel")
-            with Horizontal(id="home-top"):
-                yield Panel(
-                    "Run",
-                    Lines(id="run"),
-                    Drawing(id="run-graph", classes="graph"),
-                    keys=(("go.train", "open"), ("home.export", "export")),
-                    id="run-panel",
-                )
-                with Vertical(id="home-side"):
+            yield Panel("Models", ViList(id="models-to-choose", classes="quiet"), id="models-panel")
+            with Horizontal(id="home-parts"):
+                with Vertical(id="home-main"):
                     yield Panel(
-                        "Machine", Lines(id="gpu"), keys=(("app.check_machine", "check this machine"),)
+                        "Run",
+                        Lines(id="run"),
+                        Drawing(id="run-graph", classes="graph"),
+                        keys=(("go.train", "open"), ("home.export", "export")),
+                        id="run-panel",
                     )
+                    keys = (("go.runs", "all runs"),)
+                    yield Panel("Earlier runs", Drawing(id="recent-runs"), keys=keys, id="recent-panel")
+                with Vertical(id="home-side"):
+                    keys = (("app.check_machine", "check this machine"),)
+                    yield Panel("Machine", Lines(id="gpu"), keys=keys, id="machine-panel")
                     yield Panel("Queue", Lines(id="queue"), id="queue-panel")
-            yield Panel(
-                "Recipe of the next run",
-                Lines(id="recipe"),
-                keys=(("app.presets", "presets"),),
-                id="recipe-panel",
-            )
-            yield Panel(
-                "Earlier runs", Drawing(id="recent-runs"), keys=(("go.runs", "all runs"),), id="recent-panel"
-            )
+                    with Vertical(id="home-next"):
+                        keys = (("app.presets", "presets"),)
+                        yield Panel("Next run", Lines(id="recipe"), keys=keys, id="recipe-panel")
+                        yield Panel("From a model to your adapter", Lines(id="way"), id="way-panel")
+                    yield Panel("The run in numbers", Lines(id="numbers"), id="numbers-panel")
 
     def on_mount(self) -> None:
         self.query_one("#models-panel").display = False
@@ -188,7 +206,7 @@ class HomeScreen(WorkScreen):
             await app.shown.wait()
             if not app.system_status.is_known:
                 # Before the first poll the suggestion could be wrong, and Enter would do it.
-                self._show_lines("gpu", (Content.styled("looking…", "dim"),))
+                self.query_one("#gpu", Lines).show(Content.styled("looking…", "dim"))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
             facts = await asyncio.to_thread(self._facts, app.workbench, app.system_status, self.size)
@@ -204,9 +222,10 @@ class HomeScreen(WorkScreen):
             app.count_samples()
 
     def _show_facts(self, facts: HomeFacts) -> None:
-        self.suggestion = facts.suggestion
+        self._facts_shown = facts
         for panel, lines in facts.lines.items():
-            self._show_lines(panel, lines)
+            self.query_one(f"#{panel}", Lines).show(lines)
+        self._show_next()
         self._show_run(facts)
 
     @property
@@ -253,28 +272,44 @@ class HomeScreen(WorkScreen):
 
         show_export_dialog(self.app, self._last_run)
 
-    def _show_models(self) -> None:
-        """Show the models to choose from, with a key next to the one under the cursor."""
-        if self._models is None:
+    @property
+    def suggestion(self) -> NextStep | None:
+        """The suggested step, or None until everything was read."""
+        return None if self._facts_shown is None else self._facts_shown.steps[0]
+
+    def _show_next(self) -> None:
+        """Show the next steps; Enter is marked unless it would select a model in the list."""
+        facts = self._facts_shown
+        if facts is None or self.downloading_demo:
             return
-        from qlora_tui.tui.screens.home.reader import model_lines
+        from qlora_tui.tui.screens.home.reader import next_lines
+
+        is_first = facts.last is None and not self._layout(self.size).is_compact
+        has_enter = not self.query_one("#models-to-choose").has_focus
+        lines = partial(next_lines, facts.steps, is_large=is_first, has_enter=has_enter)
+        self.query_one("#next", Lines).show(lines)
+
+    def _show_models(self) -> None:
+        """Show the models to choose from, and the keys for that."""
+        facts = self._facts_shown
+        if facts is None or facts.models is None:
+            return
+        from qlora_tui.tui.screens.home.reader import model_lines, models_title
 
         list_ = self.query_one("#models-to-choose", ViList)
-        key = "Enter" if list_.has_focus else "Tab, Enter"
-        # In a narrow window the rows have no room for the key.
-        title = "Good first models"
-        title += f": {key}" if self.has_class("-narrow") else ""
-        self.query_one("#models-panel", Panel).show_title(title)
-        list_.show(partial(model_lines, self._models, list_.current, key))
+        self.query_one("#models-panel", Panel).show_title(models_title(list_.current, list_.has_focus))
+        most = max(_LEAST_MODELS, self.size.height - _ROWS_BESIDE_MODELS)
+        list_.show(partial(model_lines, facts.models, most))
 
     def on_option_list_option_highlighted(self) -> None:
         self._show_models()
 
     def on_descendant_focus(self) -> None:
         self._show_models()
+        self._show_next()
 
     def on_descendant_blur(self) -> None:
-        self._show_models()
+        self.on_descendant_focus()
 
     async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Select a model on this machine, or open one on the Model screen to download it."""
@@ -369,7 +404,6 @@ class HomeScreen(WorkScreen):
         self.query_one("#models-panel").display = facts.models is not None
         # Tab goes to the models, if there are any to choose from.
         self.query_one("#home").can_focus = facts.models is None
-        self._models = facts.models
         self._show_models()
         panel = self.query_one("#run-panel", Panel)
         panel.show_title("Run" if is_new or is_active else "Last run")
@@ -378,13 +412,12 @@ class HomeScreen(WorkScreen):
         graph = self.query_one("#run-graph", Drawing)
         graph.visible = not is_new
         graph.show(partial(plot, summary_plot(facts.last)))
-        is_compact = self._layout(self.size).is_compact
-        queue, is_waiting = self.query_one("#queue-panel", Panel), bool(self.app.system_status.waiting_ids)
-        queue.display = is_waiting or not (is_compact or is_new)
-        queue.empty = "" if is_waiting else "empty"
+        self.query_one("#queue-panel").display = bool(self.app.system_status.waiting_ids)
+        has_room = self.has_class("-very-wide") and self.has_class("-tall")
+        self.query_one("#numbers-panel").display = has_room and not is_new
         workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
-        title = Content(f"Recipe of the next run · {preset}")
+        title = Content(f"Next run · {preset}")
         if self.app.draft.is_newer:
             from qlora_tui.tui.widgets.recipe_strip import reload_hint
 
@@ -393,12 +426,6 @@ class HomeScreen(WorkScreen):
         self.query_one("#recent-panel").display = bool(facts.recent)
         recent = partial(recent_lines, facts.recent, clock.now())
         self.query_one("#recent-runs", Drawing).show(recent)
-
-    def _show_lines(self, panel: str, lines: tuple[Content, ...]) -> None:
-        """Show a panel's text if it has changed."""
-        if self.downloading_demo and panel == "next":
-            return
-        self.query_one(f"#{panel}", Lines).show(lines)
 
 
 def _save_last_seen() -> None:

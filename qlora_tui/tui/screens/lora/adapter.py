@@ -41,7 +41,8 @@ from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import VERDICT_SIGN, recipe_fit, verdict_legend, verdict_words
+from qlora_tui.tui.render.labels import VERDICT_STYLE, fit_figure, recipe_fit, verdict_legend
+from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench
@@ -227,7 +228,7 @@ _TARGETS = {
     "q, v": ("q_proj", "v_proj"),
 }
 _RANK_CELLS = 7
-_CHOICE_CELLS, _DISK_CELLS = 22, 9
+_CHOICE_CELLS, _DISK_CELLS, _CHOICE_BAR_CELLS = 22, 9, 12
 """Width of a choice of targets including the gap before it, and width of its size on disk, in cells."""
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
@@ -411,24 +412,35 @@ def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> 
     rows = list(by_rank.values())
     names = [cost.targets for cost in rows[0]] if rows else []
     with_disk = width >= _RANK_CELLS + len(names) * (_CHOICE_CELLS + _DISK_CELLS)
+    bar_cells = _CHOICE_BAR_CELLS + 1
+    with_bar = width >= _RANK_CELLS + len(names) * (_CHOICE_CELLS + _DISK_CELLS + bar_cells)
 
     def cell(row: list[ChoiceCost], number: int) -> Content:
         cost = row[number]
         mark, weight = ("▸", "bold") if cost.is_current else (" ", "")
         disk = f"{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}" if with_disk else ""
-        style = verdict_words(cost.verdict.word, can_train=can_train)[1]
+        verdict = cost.verdict
+        memory = fit_figure(
+            verdict.needed_bytes, verdict.word, can_train=can_train, is_current=cost.is_current
+        )
+        share = verdict.needed_bytes / (verdict.needed_bytes + verdict.spare_bytes)
+        style = "$hardware 55%" if verdict.word == "fits" else VERDICT_STYLE[verdict.word]
+        drawn = (f" {bar(share, _CHOICE_BAR_CELLS)}", style) if with_bar else ""
         return Content.assemble(
             (mark, "bold $primary"),
-            (f"{format_count(cost.trained):>6}{disk}{format_bytes(cost.verdict.needed_bytes):>10} ", weight),
-            (VERDICT_SIGN[cost.verdict.word], style),
+            (f"{format_count(cost.trained):>6}{disk}", weight),
+            " " * (12 - memory.cell_length),
+            memory,
+            drawn,
         )
 
     disk_cells = _DISK_CELLS if with_disk else 0
+    more_cells = disk_cells + (bar_cells if with_bar else 0)
     title = f" {'params':>6}{'disk' if with_disk else '':>{disk_cells}}{'memory':>10}"
     columns = [Column[list[ChoiceCost]](title="rank", text=lambda row: f"{row[0].rank}", width=4, right=True)]
     for number in range(len(names)):
         columns.append(Column(title=title, text=partial(cell, number=number), gap=3))
-    heads = "".join(f"{name:<{_CHOICE_CELLS + disk_cells}}" for name in names)
+    heads = "".join(f"{name:<{_CHOICE_CELLS + more_cells}}" for name in names)
     words = dict.fromkeys(cost.verdict.word for cost in costs)
     return [
         Content(" " * (_RANK_CELLS + 1) + heads.rstrip()).stylize("bold"),

@@ -22,11 +22,11 @@ from textual.widget import Widget
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_count
+from qlora_tui.formatting import format_count, shorten_name
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.render.plot import join_cells
-from qlora_tui.tui.widgets.controls import ROW_KEYS
+from qlora_tui.tui.widgets.controls import ROW_KEYS, cursor_style
 
 ALL, SOME, NONE = "all", "some", "none"
 
@@ -129,6 +129,7 @@ def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozense
 
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "▇", SOME: "▒", NONE: "·"}
+_LEVELS = "▁▂▃▄▅▆▇"
 CUSTOM = "◆"
 """Marks a selected module with its own rank or alpha."""
 HEAD = -1
@@ -182,6 +183,8 @@ class ModuleGrid(Widget, can_focus=True):
         self._table: ModuleTable | None = None
         self._chosen: frozenset[str] = frozenset()
         self._lora = Lora()
+        self._most: int | None = None
+        """The most parameters that a layer of a kind trains; None until they are counted."""
         self._row = 0
         self._column = HEAD
         self._block_from: tuple[int, int] | None = None
@@ -196,7 +199,7 @@ class ModuleGrid(Widget, can_focus=True):
             self.styles.max_height = len(table.rows) + 1
             self.refresh(layout=True)
         if (table, chosen, lora) != (self._table, self._chosen, self._lora):
-            self._table, self._chosen, self._lora = table, chosen, lora
+            self._table, self._chosen, self._lora, self._most = table, chosen, lora, None
             self.refresh()
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
@@ -320,7 +323,8 @@ class ModuleGrid(Widget, can_focus=True):
         row = self._table.rows[index]
         here = index == self._row
         head = self._head(row)
-        head_style = "reverse" if here and self._column == HEAD and self.has_focus else "bold" if here else ""
+        is_under_cursor = here and self._column == HEAD and self.has_focus
+        head_style = cursor_style(self) if is_under_cursor else "bold" if here else ""
         pieces: list[tuple[str, str]] = [(head, head_style), (" " * _GAP_CELLS, "")]
         for place, column in enumerate(shown):
             width = self._starts[place + 1] - self._starts[place]
@@ -332,7 +336,7 @@ class ModuleGrid(Widget, can_focus=True):
         chosen = [module for module in row.modules if module.name in self._chosen]
         trained = format_count(adapter_parameters(chosen, self._lora)) if chosen else "–"
         names = min(max(len(row.name) for row in self._table.rows), LONGEST_KIND)
-        name = row.name if len(row.name) <= names else row.name[: names - 1] + "…"
+        name = shorten_name(row.name, names)
         shapes = max(len(row.shape) for row in self._table.rows)
         box = BOXES[state(row.modules, self._chosen)]
         return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>{_TRAINED_CELLS}}"
@@ -343,11 +347,22 @@ class ModuleGrid(Widget, can_focus=True):
         if cell:
             mark = state(cell, self._chosen)
             text, style = CELLS[mark] * width, "$text-muted"
+            if mark == ALL:
+                text = self._level(cell) * width
             if mark != NONE:
                 style = rank_style(max(rank_of(self._lora, module) for module in cell))
             if mark == ALL and has_custom_rank(cell, self._lora):
                 text = CUSTOM + text[1:]
         return text, self._cursor_style(row, column) or style
+
+    def _level(self, cell: tuple[LinearModule, ...]) -> str:
+        """Return a block as high as the cell's share of the most parameters that a layer of a kind trains."""
+        assert self._table is not None
+        if self._most is None:
+            cells = [cell for row in self._table.rows[1:] for cell in row.cells]
+            self._most = max((adapter_parameters(cell, self._lora) for cell in cells), default=1)
+        share = adapter_parameters(cell, self._lora) / max(1, self._most)
+        return _LEVELS[min(len(_LEVELS) - 1, int(share * len(_LEVELS)))]
 
     def _cursor_style(self, row: int, column: int) -> str:
         if not self.has_focus or self._column == HEAD:
@@ -355,4 +370,4 @@ class ModuleGrid(Widget, can_focus=True):
         from_row, from_column = self._block_from or (self._row, self._column)
         top, bottom = sorted((from_row, self._row))
         first, last = sorted((from_column, self._column))
-        return "reverse" if top <= row <= bottom and first <= column <= last else ""
+        return cursor_style(self) if top <= row <= bottom and first <= column <= last else ""

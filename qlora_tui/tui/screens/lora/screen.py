@@ -48,8 +48,9 @@ from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
 """Seconds without a key press before the memory deltas are computed."""
-_COSTS_HEIGHT, _MEANING_HEIGHT = 37, 50
-"""Window heights, in rows, from which other choices are listed, and from which settings are explained."""
+_COSTS_HEIGHT, _MEANING_HEIGHT = 32, 50
+"""Window heights, in rows: from which other choices are listed, without the rows of the modules, and from
+which settings are explained."""
 
 
 READING = UserError(
@@ -94,9 +95,8 @@ class LoraScreen(WorkScreen):
             keys=keys,
             id="modules-panel",
         )
-        yield Panel("Settings", SettingsList(id="lora-settings"), id="lora-settings-panel")
-        rank_keys = (("lora.rank_up", "rank ×2"), ("lora.rank_down", "rank ÷2"))
-        yield Panel("What other choices would cost", Lines(id="choices"), keys=rank_keys, id="choices-panel")
+        yield Panel("Settings", SettingsList(id="lora-settings", classes="quiet"), id="lora-settings-panel")
+        yield Panel("What other choices would cost", Lines(id="choices"), id="choices-panel")
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
@@ -105,13 +105,18 @@ class LoraScreen(WorkScreen):
         self.query_one("#modules").focus()
 
     def on_resize(self) -> None:
-        has_costs = self.size.height >= _COSTS_HEIGHT and self.size.width >= WIDE_CELLS
+        self._lay_out()
+        self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
+
+    def _lay_out(self) -> None:
+        """Make room for what other choices cost, below all modules."""
+        rows = len(self._table.rows) if self._table is not None else 0
+        has_costs = self.size.height >= _COSTS_HEIGHT + rows and self.size.width >= WIDE_CELLS
         self.set_class(has_costs, "-costs")
         # Without costs below them, the modules have what the others leave. A class would change that only
         # after the texts were written, and Textual would not lay the panel out again.
         for part in ("#modules-panel", "#modules"):
             self.query_one(part).styles.height = "auto" if has_costs else "1fr"
-        self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def show_recipe(self, recipe: Recipe) -> None:
         architecture = self.app.workbench.architecture()
@@ -121,10 +126,14 @@ class LoraScreen(WorkScreen):
         if self._table_of is not architecture:
             self._table_of = architecture
             self._table = None if isinstance(architecture, UserError) else ModuleTable(architecture)
+            self._lay_out()
         self.query_one(ModelProblem).show(missing)
         self.set_class(missing is not None, "-no-model")
         text = ", ".join(recipe.lora.target_modules)
-        title = Content.assemble("Target modules", (f": {text}", "$foreground not bold"))
+        legend = "   bars: parameters in each layer" if self.size.width >= WIDE_CELLS else ""
+        title = Content.assemble(
+            "Target modules", (f": {text}", "$foreground not bold"), (legend, "$text-muted not bold")
+        )
         self.query_one("#modules-panel", Panel).show_title(title)
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_controls_and_totals(recipe)

@@ -61,6 +61,8 @@ SETTLED_S = 0.15
 """Seconds without a key press before the slow computations start."""
 TRACE_SETTLED_S = 0.6
 """Seconds without a key press before a step is traced, which takes a second or more."""
+_ROOMY = 50
+"""Rows of the window from which all items are in view."""
 _FRAME = 4
 """Cells that a panel's border and padding take."""
 
@@ -164,6 +166,7 @@ class MemoryScreen(WorkScreen):
         return super().check_action(action, parameters)
 
     def on_resize(self) -> None:
+        self.set_class(self.size.height >= _ROOMY, "-roomy")
         # The lists know their new width only after the layout.
         self.call_after_refresh(self._show_all)
 
@@ -316,6 +319,8 @@ class MemoryScreen(WorkScreen):
             return ""
         name = PRECISION_NAMES[precision_of(workbench.recipe)]
         what = f"{name} and its changes" if self._solution.is_exact else name
+        if not self.has_class("-very-wide"):
+            return f"{what} exact (traced)"
         return f"{what} exact (traced with transformers {traced.transformers}), others instant estimates"
 
     def _heading_text(self) -> tuple[str, str]:

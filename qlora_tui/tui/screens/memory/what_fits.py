@@ -264,7 +264,7 @@ class FitPanel(Panel):
         number: int
 
     def __init__(self) -> None:
-        self.choices = ViList(id="choices")
+        self.choices = ViList(id="choices", classes="quiet")
         self._notes = Lines(id="fit-notes")
         self._needed = Lines(id="fit-needed")
         super().__init__("Fit", self._needed, self.choices, self._notes, id="fit-panel")

@@ -41,11 +41,11 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.labels import (
     PRECISION_NAMES,
-    VERDICT_SIGN,
     error_content,
+    fit_figure,
     verdict_legend,
-    verdict_words,
 )
+from qlora_tui.tui.screens.memory.step_panels import is_far_above, legend, stacked_bar
 from qlora_tui.tui.widgets.controls import Lines, Panel
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
@@ -61,6 +61,11 @@ Facts: TypeAlias = Sequence[Fact]
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _VALUE_CELLS, _FIGURE_CELLS = 8, 12
+_PARTS_HEIGHT = 38
+"""Rows of the window from which the memory is divided."""
+_BATCHES_HEIGHT = 50
+"""Rows from which it is also divided for each micro-batch."""
+_NAME_CELLS = 13
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class SettingFit:
     is_current: bool
     """Whether it is the recipe's current value."""
     needs: Mapping[Precision, tuple[int, str]]
+    estimate: Estimate
+    """In the recipe's precision."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,26 @@ class ModelFit:
     """Sentences that explain the figures, and kernels that are not installed."""
 
 
+class PartsPanel(Panel):
+    """What the memory of a model is made of, in the recipe's precision."""
+
+    def __init__(self) -> None:
+        self._lines = Lines(id="parts")
+        super().__init__("Memory", self._lines, id="parts-panel")
+
+    def show(self, fit: ModelFit) -> None:
+        """Show a bar for each length and micro-batch."""
+        self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
+        self._lines.show(partial(parts_lines, fit, self.screen.size.height >= _BATCHES_HEIGHT))
+
+
 class ModelSide(Vertical):
     """Shows one model. Its memory is estimated in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: PartsPanel) -> None:
+        """Create the panels. ``parts``: the panel elsewhere that divides the memory."""
         super().__init__(id="model-side")
+        self._parts = parts
 
     def compose(self) -> Iterable[Widget]:
         with Panel("Model", id="model-panel"), VerticalScroll(id="model-scroll", can_focus=False):
@@ -110,7 +132,7 @@ class ModelSide(Vertical):
             yield Lines(id="fit")
 
     def on_mount(self) -> None:
-        self.query_one("#fit-panel").display = False
+        self.query_one("#fit-panel").display = self._parts.display = False
 
     def show(self, title: str, facts: Facts) -> None:
         """Show these facts."""
@@ -125,7 +147,9 @@ class ModelSide(Vertical):
         fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget)
         panel = self.query_one("#fit-panel", Panel)
         panel.display = fit is not None
+        self._parts.display = fit is not None and self.screen.size.height >= _PARTS_HEIGHT
         if fit is not None:
+            self._parts.show(fit)
             assumed = " (assumed)" if budget.is_assumed else ""
             panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
             self.query_one("#fit", Lines).show(partial(fit_lines, fit, can_train))
@@ -221,6 +245,31 @@ def storage_title(models: Sequence[LocalModel]) -> Content:
     return Content.assemble("Models", (room, "not bold $text-muted"))
 
 
+def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
+    """Return a bar for each length, divided as on the Memory screen, for each micro-batch, and a legend."""
+    groups = [("length", fit.lengths), *([("micro-batch", fit.batches)] if with_batches else [])]
+    most = max(row.estimate.total_bytes for row in fit.lengths)
+    limit = fit.budget.bytes
+    full_bytes = most if is_far_above(limit, most) else limit
+    bar_cells = max(10, width - _NAME_CELLS - _FIGURE_CELLS)
+    lines = []
+    for title, rows in groups:
+        lines.append(Content.styled(f"{title:>{_NAME_CELLS - 1}}", "dim"))
+        for row in rows:
+            figure = fit_figure(*row.needs[fit.precisions[0]], can_train=True, is_current=row.is_current)
+            name = f"{row.value:>{_NAME_CELLS - 2},} "
+            lines.append(
+                Content.assemble(
+                    ("▸" if row.is_current else " ", "bold $primary"),
+                    (name, "bold" if row.is_current else ""),
+                    stacked_bar(row.estimate, full_bytes, bar_cells),
+                    " " * (_FIGURE_CELLS - figure.cell_length),
+                    figure,
+                )
+            )
+    return [*lines, legend(full_bytes, most)]
+
+
 def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
     """Return a line for each length and, if all precisions fit, for each micro-batch size. Signs are
     explained below.
@@ -233,11 +282,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
         return Content.assemble(mark, (f"{row.value:>{_VALUE_CELLS - 1},}", "bold" if row.is_current else ""))
 
     def figure(row: SettingFit, precision: Precision) -> Content:
-        bytes_, word = row.needs[precision]
-        style = verdict_words(word, can_train=can_train)[1]
-        return Content.assemble(
-            (f"{format_bytes(bytes_)} ", "bold" if row.is_current else ""), (VERDICT_SIGN[word], style)
-        )
+        return fit_figure(*row.needs[precision], can_train=can_train, is_current=row.is_current)
 
     has_all = width >= _VALUE_CELLS + len(PRECISIONS) * _FIGURE_CELLS
     shown = PRECISIONS if has_all else fit.precisions
@@ -279,7 +324,7 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
                 each: (one.total_bytes, check_fit(one, budget.bytes).word)
                 for each, one in by_precision.items()
             }
-            yield SettingFit(value, value == get_setting(recipe, path), needs)
+            yield SettingFit(value, value == get_setting(recipe, path), needs, by_precision[precision])
 
     lengths = [length for length in _LENGTHS if length <= (model.max_positions or length)]
     by_length = compared("data.max_length", lengths)

@@ -31,8 +31,9 @@ DEMO_LINE = "demo:"
 """Id of the demo model's line."""
 _WIDE = 100
 """Width of the list from which it has all columns, in cells."""
+_WITH_NOTES = 170
+"""Width from which it says what good first models are good for, in cells."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
-_MAX_STARTERS = 5
 _MAX_STARTER_PARAMETERS_ON_CPU = 2_000_000_000
 """Larger models take minutes per step on a CPU."""
 _BYTES_PER_WEIGHT = 2
@@ -60,7 +61,7 @@ class Starter:
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """Return the largest models on a short list that fit, smallest first, or else the smallest one.
+    """Return the models on a short list that fit, largest first, or else the smallest one.
 
     Call in a thread.
     """
@@ -77,7 +78,7 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
         if starter.verdict == "fits"
         and not (on_cpu and starter.architecture.total_params > _MAX_STARTER_PARAMETERS_ON_CPU)
     ]
-    return tuple(fitting[-_MAX_STARTERS:] or all_models[:1])
+    return tuple(fitting[::-1] or all_models[:1])
 
 
 @dataclass
@@ -117,7 +118,9 @@ class ListedModels:
         """Return the local copy of a model on the Hub, if it can be trained."""
         return next((m for m in self.local or () if m.id == model.id and m.refusal is None), None)
 
-    def lines(self, words: str, chosen: str, width: int) -> list[tuple[str, Content]]:
+    def lines(
+        self, words: str, chosen: str, width: int, most: int | None = None
+    ) -> list[tuple[str, Content]]:
         """Return (id, line) for each model with ``words`` in its name: local models, then those on the Hub.
 
         Until the Hub is searched, good first models take the place of its results.
@@ -126,11 +129,12 @@ class ListedModels:
             words: Filter text in lower case. It does not affect Hub results, which match the query.
             chosen: The id of the recipe's model.
             width: Width of a line, in cells.
+            most: Maximum number of good first models; None lists all.
         """
         local = [model for model in self.local or () if words in model.name.lower()]
         lines = _local_lines(local, chosen, width, self.needs, self.licenses) if self.local else []
         here = frozenset(model.id for model in self.local or () if model.refusal is None)
-        to_start = [m for m in self.starters if m.id not in here and words in m.id.lower()]
+        to_start = [m for m in self.starters if m.id not in here and words in m.id.lower()][:most]
         if to_start and self.lists_starters:
             return [*lines, *_starter_lines(to_start, width, with_demo=not self.local and not words)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
@@ -145,6 +149,8 @@ class _Line:
     name: str
     texts: tuple[str | Content, ...]
     is_refused: bool = False
+    note: str = ""
+    """What it is good for."""
 
     @property
     def title(self) -> Content:
@@ -188,12 +194,14 @@ def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) ->
     rows = []
     if with_demo:
         demo = ("135M", format_bytes(SMOLLM2.download_bytes), "", "8,192", "apache-2.0", "free")
-        rows.append(_Line(DEMO_LINE, " ", f"{SMOLLM2.name} (demo)", demo))
+        note = "a first run in minutes, also on a processor"
+        rows.append(_Line(DEMO_LINE, " ", f"{SMOLLM2.name} (demo)", demo, note=note))
     for model in models:
         needed = _need((model.needs_bytes, model.verdict))
         texts = _architecture_texts(model.architecture, format_bytes(model.download_bytes), needed)
-        access = "NA" if model.model.gated is None else "gated" if model.model.gated else "free"
-        rows.append(_Line(STARTER + model.id, " ", model.id, (*texts, model.model.license, access)))
+        access = {None: "", True: "gated", False: "free"}[model.model.gated]
+        texts = (*texts, model.model.license, access)
+        rows.append(_Line(STARTER + model.id, " ", model.id, texts, note=model.model.good_for))
     columns = _architecture_columns("download", "access")
     return _lines("Good first models for this machine", columns, rows, width)
 
@@ -266,7 +274,11 @@ def _lines(
     heading: str, columns: Sequence[tuple[str, int, int]], rows: Sequence[_Line], width: int
 ) -> list[tuple[str, Content]]:
     """Return (id, line) for a heading with column titles, and for each model."""
-    names = Column[_Line](title=heading, text=lambda row: row.title, fills=True, min_width=10)
+    has_notes = width >= _WITH_NOTES and any(row.note for row in rows)
+    names = Column[_Line](title=heading, text=lambda row: row.title, fills=not has_notes, min_width=10)
+    notes = [
+        Column[_Line](title="good for", text=lambda row: row.note, style="$text-muted", fills=True, gap=3)
+    ]
     figures = [
         Column[_Line](
             title=title,
@@ -279,4 +291,5 @@ def _lines(
         for number, (title, cells, shown_from) in enumerate(columns)
     ]
     ids = (f"{HEADING}{heading}", *(row.id for row in rows))
-    return list(zip(ids, table([names, *figures], rows, width, title_style=""), strict=True))
+    columns_shown = [names, *figures, *(notes if has_notes else ())]
+    return list(zip(ids, table(columns_shown, rows, width, title_style=""), strict=True))

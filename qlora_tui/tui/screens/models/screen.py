@@ -28,6 +28,7 @@ from qlora_tui.tui.screens.models.downloads import DEMO, DownloadsPanel
 from qlora_tui.tui.screens.models.model_facts import (
     Facts,
     ModelSide,
+    PartsPanel,
     can_be_completed,
     demo_facts,
     fetch_hub_facts,
@@ -51,7 +52,7 @@ EMPTY = (
     "No models on this machine yet. Press {models.download} to download one of these, or {models.filter} to "
     "search the Hub by name."
 )
-SEARCH = "{models.filter} type a name; Enter also searches the Hub"
+SEARCH = "name; Enter searches the Hub too"
 LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
 
 
@@ -78,16 +79,14 @@ class ModelsScreen(WorkScreen):
             with Vertical(id="models-main"):
                 with Panel("Models", keys=LIST_KEYS, id="models-panel"):
                     with Horizontal(id="models-filter-line"):
-                        yield Static("search ", id="models-filter-label")
-                        yield TextField(
-                            placeholder=name_keys(SEARCH),
-                            compact=True,
-                            id="models-filter",
-                        )
+                        yield Static(highlight_keys(name_keys("{models.filter} ")), id="models-filter-label")
+                        yield TextField(placeholder=SEARCH, compact=True, id="models-filter")
                     yield Static(highlight_keys(name_keys(EMPTY)), id="models-empty")
                     yield ViList(id="models-list")
                 yield DownloadsPanel()
-            yield ModelSide()
+                parts = PartsPanel()
+                yield parts
+            yield ModelSide(parts)
 
     def on_mount(self) -> None:
         self.query_one("#models-empty").display = False

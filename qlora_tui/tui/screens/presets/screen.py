@@ -29,7 +29,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict
 from qlora_tui.memory.solver import what_if
 from qlora_tui.recipe import toml
-from qlora_tui.recipe.fields import DESCRIPTIVE, diff_recipes, fields
+from qlora_tui.recipe.fields import DESCRIPTIVE, diff_recipes, fields, format_value, get_setting
 from qlora_tui.recipe.presets import (
     OverwriteError,
     Preset,
@@ -44,9 +44,9 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import COMMANDS, screen_commands
 from qlora_tui.tui.key_names import dialog_keys, key_name
-from qlora_tui.tui.render.columns import hanging
+from qlora_tui.tui.render.columns import fact_lines, hanging
 from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
-from qlora_tui.tui.render.plot import bar
+from qlora_tui.tui.render.plot import bar, level_style
 from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
@@ -161,6 +161,18 @@ _NEED_WIDTH = 30
 _LABEL_WIDTH = 80
 """Width of the preview from which settings have labels next to their names, in cells."""
 _MIN_BAR, _MAX_BAR = 6, 24
+_MAIN = (
+    "quantization.method",
+    "lora.rank",
+    "lora.alpha",
+    "lora.target_modules",
+    "data.max_length",
+    "training.micro_batch_size",
+    "training.gradient_accumulation",
+    "training.learning_rate",
+    "training.epochs",
+)
+"""The settings that tell presets apart first, shown for the one that the recipe matches."""
 
 
 @dataclass(frozen=True)
@@ -440,7 +452,9 @@ def preview(
     lines += _times(forecasts if changes else forecasts[:1])
     lines.append(Content(""))
     if not changes:
-        return Content("\n").join([*lines, Content("The recipe already matches this preset.")])
+        lines.append(Content("The recipe already matches this preset."))
+        rows = [(fields()[path].label, format_value(get_setting(opened, path))) for path in _MAIN]
+        return Content("\n").join([*lines, Content(""), *fact_lines(rows, width)])
     number = pluralize(len(changes), "setting")
     lines.append(Content.styled(f"Opening it changes {number}; model and data stay.", "$text-muted"))
     names = {change.path: fields()[change.path].label for change in changes}
@@ -476,10 +490,11 @@ def _memory(
         word = verdict.word
         figures = f"{format_gib(verdict.needed_bytes)} of {format_gib(budget.bytes)} GiB"
         cells = min(_MAX_BAR, width - 16 - len(figures) - len(word))
-        drawn = bar(verdict.needed_bytes / budget.bytes, cells) + " " if cells >= _MIN_BAR else ""
+        share = verdict.needed_bytes / budget.bytes
+        drawn = bar(share, cells) + " " if cells >= _MIN_BAR else ""
         head = (f"{f'memory {label}':<12} ", "$text-muted")
         lines.append(
-            Content.assemble(head, (drawn, "$secondary"), figures, "  ", (word, VERDICT_STYLE[word]))
+            Content.assemble(head, (drawn, level_style(share)), figures, "  ", (word, VERDICT_STYLE[word]))
         )
     return lines
 

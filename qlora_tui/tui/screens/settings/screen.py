@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import msgspec
 from textual.app import ComposeResult
@@ -11,6 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
+from textual.theme import Theme
 from textual.widgets import Static
 
 from qlora_tui.errors import UserError
@@ -22,8 +23,12 @@ from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.base import OnQloraApp
-from qlora_tui.tui.themes import HUES, theme_names
-from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, SettingsForm
+from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
+from qlora_tui.tui.themes import AUTO, HUES, TERMINAL, theme_names
+from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, SettingPicked, SettingsForm
+
+if TYPE_CHECKING:
+    from qlora_tui.tui.app import QloraApp
 
 _KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
 
@@ -54,10 +59,13 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         fields = fields_of(Settings)
         theme = msgspec.structs.replace(fields["theme"], kind="choice", choices=tuple(theme_names()))
         with Vertical(classes="dialog wide") as dialog:
-            dialog.border_title = "Settings"
+            dialog.border_title = Content.styled("Settings", "bold")
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter change")
             yield SettingsForm(
-                _groups({**fields, "theme": theme}), base_name="default", validate=_missing_folder
+                _groups({**fields, "theme": theme}),
+                base_name="default",
+                validate=_missing_folder,
+                picked=("theme",),
             )
             yield Static(_swatches())
             yield Static(f"Saved in {format_path(config_path())}.", classes="muted", markup=False)
@@ -67,7 +75,20 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         form.show(self.app.settings, Settings())
         form.focus()
         # Past the title of the first group.
-        form.list.action_move(1)
+        self.call_after_refresh(form.list.action_move, 1)
+
+    def on_setting_picked(self, message: SettingPicked) -> None:
+        """List the themes, each in its own colors."""
+        names = message.field.choices
+        choices = [Choice(name, _theme_line(name, self.app.available_themes.get(name))) for name in names]
+
+        def on_result(name: str | None) -> None:
+            if name is None:
+                self.app.preview_theme("")
+            else:
+                self.post_message(SettingEdited(message.field.path, name))
+
+        self.app.push_screen(ThemePicker("Theme", "apply", choices, selected=message.value), on_result)
 
     def on_setting_edited(self, message: SettingEdited) -> None:
         """Save the setting. A default value is removed from the file."""
@@ -98,6 +119,22 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
                 event="finished", run="test", name="test", text=text, step=1, total_steps=1, best_loss=None
             ),
         )
+
+
+class ThemePicker(ListPicker[str]):
+    """The app has the theme under the cursor until the dialog is closed."""
+
+    def on_option_list_option_highlighted(self) -> None:
+        """Show the theme."""
+        cast("QloraApp", self.app).preview_theme(self.current or "")
+
+
+def _theme_line(name: str, theme: Theme | None) -> Content:
+    """Return the name of a theme and its colors, or in words where they come from."""
+    colors = [theme.variables.get(hue) for hue in (*HUES, "key")] if theme is not None else []
+    words = {AUTO: "by what the terminal shows", TERMINAL: "made of the terminal's colors"}.get(name, "")
+    swatches = [("██ ", color) for color in colors if color]
+    return Content.assemble((f"{name:<16}", "bold"), *swatches, (words, "$text-muted"))
 
 
 _SWATCHES = (*HUES, "key", "warning", "error")
