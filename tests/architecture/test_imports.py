@@ -27,6 +27,7 @@ LIGHT_MODULES = (
     "runs.actions",
     "runs.runner",
     "engine.client",
+    "serving.server",
     "cli.main",
 )
 SCREENS = ("home", "models", "data", "memory", "lora", "train", "runs", "chat", "presets")
