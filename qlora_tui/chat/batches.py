@@ -341,6 +341,7 @@ class Batches:
         self._agreed = False
         self.why_not = ""
         """Why requests take turns; empty while they are computed together."""
+        self._is_noted = False
         self.tokens_read = 0
         """Prompt tokens that were processed since the last token of any answer."""
 
@@ -396,6 +397,12 @@ class Batches:
     def turn_off(self, why_not: str) -> None:
         """Let requests take turns from now on."""
         self.why_not = f"Requests to this model take turns: {why_not.rstrip('.')}."
+
+    def take_note(self) -> str:
+        """Return, once, why requests take turns; else an empty text."""
+        note = "" if self._is_noted else self.why_not
+        self._is_noted = bool(self.why_not)
+        return note
 
     def allows(self, adapter_name: str, token_ids: Sequence[int]) -> bool:
         """Return whether rows may be computed together, after a comparison on the end of a text."""

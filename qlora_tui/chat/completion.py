@@ -272,7 +272,7 @@ class CompletionStream:
             stop_text=text.stop_text,
             most_rows=row.most_rows,
             warning=session.warning,
-            note=session.take_note(),
+            note=" ".join(filter(None, (session.take_note(), session.batches.take_note()))),
         )
 
     @property

@@ -82,7 +82,10 @@ class ChatService:
         """
         session = self._loaded()
         with reported_memory(session.compute_device):
-            return (yield from session.complete(completion, stop).run())
+            result = yield from session.complete(completion, stop).run()
+        if result.note:
+            print(result.note, file=sys.stderr)
+        return result
 
     def decide(self, request: Decide) -> Decided:
         """Say how probable each option is. Raises UserError."""

@@ -19,6 +19,7 @@ from qlora_tui.chat.completion_types import Completion, CompletionResult
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
+from tests.chat.test_decoding import loaded as like_a_gpu
 from tests.training.families import build
 from tests.training.tiny_model import make_tiny_model
 
@@ -303,3 +304,21 @@ def test_rows_that_change_each_other_are_found_and_take_turns(
     assert bool(session.batches.why_not) != together
     assert_same(alone, at_once)
     assert [result.most_rows for _, _, result in at_once] == ([3] * 3 if together else [1] * 3)
+    assert sum("take turns" in result.note for _, _, result in at_once) == (not together)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_few_requests_take_turns_with_recorded_steps(family: str, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model")
+    build(family, vocab_size=384, max_position_embeddings=4096).save_pretrained(tmp_path / "model")
+    quantization = Quantization(method="none", compute_dtype="float32")
+    source = ChatSource(recipe=Recipe(model=Model(id=str(tmp_path / "model")), quantization=quantization))
+    session = like_a_gpu(source)
+    few, many = requests(3, (20, 9), (14,)), requests(6, (20, 9, 31), (25, 14, 20))
+    alone = [told(session, asked, at_once=False) for asked in (few, many)]
+    session.batches.release_kept()
+    for asked, expected, rows in ((few, alone[0], 1), (many, alone[1], 6)):
+        together = told(session, asked)
+        assert_same(expected, together)
+        assert max(result.most_rows for _, _, result in together) == rows
+    assert session.steps is not None and not session.steps.why_not and not session.batches.why_not
