@@ -29,7 +29,7 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed() -> None:
         await pilot.press("l")
         training = app.workbench.recipe.training
         assert training.gradient_accumulation == 16
-        await wait_for_text(pilot, "* preset: 8", "= 16 sequences a step")
+        await wait_for_text(pilot, "* preset: 8", "= 16 sequences per step")
         await pilot.press("backspace")
         assert app.workbench.recipe.training.gradient_accumulation == 8
         await pilot.press("enter", "ctrl+u", *"many", "enter")

@@ -142,7 +142,7 @@ def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
     training = recipe.training
     rows = pluralize(recipe.effective_batch, "pair" if recipe.trains_pairs else "sequence")
     notes = {
-        "training.gradient_accumulation": f"× {training.micro_batch_size} = {rows} a step",
+        "training.gradient_accumulation": f"× {training.micro_batch_size} = {rows} per step",
         "lora.rank": f"alpha {format_number(recipe.lora.alpha)}",
     }
     if expected is not None and expected.length.is_complete:
