@@ -72,6 +72,8 @@ IMPORTS = {
         "qlora_tui.training.description",
         "transformers.models.llama.modeling_llama",
         "transformers.models.lfm2.modeling_lfm2",  # and what it takes from torch's compiler
+        "peft",  # asked for models with convolutions; more than a second in each fork
+        "bitsandbytes",
     ),
     "trainers": TRAINING_IMPORTS,
     "workers": WORKER_IMPORTS,
