@@ -19,8 +19,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, settings
 
+from qlora_tui.catalog import described
 from qlora_tui.gpu import torch_env
-from tests.support.descriptions import descriptions, quick_descriptions
+from tests.support.descriptions import Descriptions, descriptions, quick_descriptions
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.quick_starts import IMPORTS, SHARED, quick_workers, started, worker_server
 from tests.support.trainer_processes import quick_trainers, trainers
@@ -176,13 +177,19 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
 
 
 @pytest.fixture(scope="session", autouse=True)
-def environment_of_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep fixtures of modules from the user's folders, from a GPU, and from a stub loaded earlier."""
+def environment_of_modules(
+    tmp_path_factory: pytest.TempPathFactory, descriptions: Descriptions
+) -> Iterator[None]:
+    """Keep fixtures of modules from the user's folders, from a GPU, and from a stub loaded earlier.
+
+    They describe models as tests do, once in a session.
+    """
     home = tmp_path_factory.mktemp("modules")
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("CONFIG", "STATE", "CACHE"):
             patch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
         install_nvml_stub(patch, "no_driver")
+        patch.setattr(described, "run_job", lambda job, configs, **how: descriptions.run(configs, how))
         yield
 
 

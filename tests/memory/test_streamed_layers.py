@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.described import describe
+from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.memory import Device, cheapest_changes, estimate, plan_kept_layers, trainer_execution
 from qlora_tui.memory.calibration import TransferSpeed, measured_speed, record_speed, speed_file
 from qlora_tui.memory.estimate import step_timeline
@@ -25,7 +25,7 @@ WEIGHTS = ("weights", "scales", "slots")
 
 @pytest.fixture(scope="module")
 def llama() -> Architecture:
-    return describe(config("meta-llama/Llama-3.1-8B"))
+    return parse_architecture(config("meta-llama/Llama-3.1-8B"))
 
 
 def streaming(count: int, recipe: Recipe = RECIPE) -> Recipe:
