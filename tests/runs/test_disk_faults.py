@@ -23,8 +23,6 @@ from tests.support.power import FaultyDisk
 
 pytestmark = pytest.mark.slow
 
-CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
-
 
 @pytest.fixture(autouse=True)
 def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,11 +38,11 @@ def fault(monkeypatch: pytest.MonkeyPatch, at: int, code: int, *, lasting: bool)
         yield FaultyDisk(faulty, at, code, lasting=lasting)
 
 
-each_fault = pytest.mark.parametrize("code", CODES)
-for_a_while_or_for_good = pytest.mark.parametrize("lasting", [False, True])
+for_a_while_or_for_good = pytest.mark.parametrize(
+    ("code", "lasting"), [(errno.ENOSPC, True), (errno.EIO, False)]
+)
 
 
-@each_fault
 @for_a_while_or_for_good
 def test_a_run_is_created_whole_or_not_at_all(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, code: int, lasting: bool
@@ -61,7 +59,6 @@ def test_a_run_is_created_whole_or_not_at_all(
             return
 
 
-@each_fault
 @for_a_while_or_for_good
 def test_a_run_that_cannot_be_queued_can_be_queued_later(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, code: int, lasting: bool
@@ -93,7 +90,6 @@ def assert_waits_after_resume(run: RunDir) -> None:
     run_queue.remove(run)
 
 
-@each_fault
 @for_a_while_or_for_good
 def test_a_paused_run_can_be_resumed_after_a_failed_resume(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, code: int, lasting: bool
@@ -110,7 +106,7 @@ def test_a_paused_run_can_be_resumed_after_a_failed_resume(
             return
 
 
-@each_fault
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_fault_in_training_costs_at_most_its_checkpoint(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
@@ -138,7 +134,6 @@ def test_a_fault_in_training_costs_at_most_its_checkpoint(
             return
 
 
-@each_fault
 @for_a_while_or_for_good
 def test_a_fault_at_the_end_leaves_a_usable_run(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, code: int, lasting: bool

@@ -37,11 +37,6 @@ def running(process_id: int | None = None) -> Status:
     )
 
 
-def test_a_run_whose_process_lives_is_running(run: RunDir) -> None:
-    write_status(run, running())
-    assert read_status(run).state == "running"
-
-
 def test_a_run_whose_process_was_killed_is_lost(run: RunDir) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     write_status(run, running(child.pid))
@@ -54,21 +49,6 @@ def test_a_run_whose_process_was_killed_is_lost(run: RunDir) -> None:
     assert status.state == "lost"
     assert status.step == 7
     assert "killed" in status.detail
-
-
-def test_a_reused_pid_is_not_the_run(run: RunDir) -> None:
-    ours = process_identity()
-    stranger = type(ours)(pid=ours.pid, start_ticks=1, boot_id=ours.boot_id)
-    write_status(run, Status(state="running", at=time.time(), process=stranger))
-    assert read_status(run).state == "lost"
-
-
-def test_a_restarted_machine_is_told_apart(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_status(run, running())
-    monkeypatch.setenv("QLORA_TUI_BOOT_ID", "another-boot")
-    status = read_status(run)
-    assert status.state == "lost"
-    assert "restarted" in status.detail
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"state": "run', b"\xff", b"[" * 10_000])
