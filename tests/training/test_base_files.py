@@ -17,15 +17,18 @@ from tests.training.families import build
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", ["none", "nf4", "int8"])
+OTHER_WORDS = ({"vocab_size": 200}, "is 300 x 64 in the files, but 200 x 64 in config.json")
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("method", "changes", "reason"),
     [
-        ({"intermediate_size": 64}, "down_proj.weight is 64 x 96 in the files, but 64 x 64 in config.json"),
-        ({"vocab_size": 200}, "is 300 x 64 in the files, but 200 x 64 in config.json"),
-        ({"num_hidden_layers": 3}, "has no model.layers.2."),
-        ({"num_hidden_layers": 1}, "has 2 layers in its files, but 1 in config.json"),
+        *((method, *OTHER_WORDS) for method in ("none", "nf4", "int8")),
+        ("nf4", {"intermediate_size": 64}, "down_proj.weight is 64 x 96 in the files, but 64 x 64 in"),
+        ("nf4", {"num_hidden_layers": 3}, "has no model.layers.2."),
+        ("nf4", {"num_hidden_layers": 1}, "has 2 layers in its files, but 1 in config.json"),
         (
+            "none",
             {"quantization_config": {"load_in_4bit": True}},
             "weight is .* in the files, but .* x 1 in config.json",
         ),

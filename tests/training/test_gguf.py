@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +111,10 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here a limit on the size of a file, which the weights are the first to reach."""
-    monkeypatch.setenv("FORK_SERVERS", "")  # its children would not have this limit
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, before[1]))
-    try:
-        with pytest.raises(UserError, match="too large"):
-            convert_in_child(file, tmp_path / "folder")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, resource.RLIM_INFINITY))"
+    monkeypatch.setenv("BEFORE_TRAINER", f"import resource; {limit}")
+    with pytest.raises(UserError, match="too large"):
+        convert_in_child(file, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
 
 

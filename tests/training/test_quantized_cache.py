@@ -79,8 +79,7 @@ def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return shapes
 
 
-@pytest.mark.parametrize("method", ["nf4", "fp4"])
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("method", "double"), [("nf4", True), ("fp4", False)])
 def test_a_second_load_quantizes_nothing_and_is_the_same(
     folder: Path, method: str, double: bool, quantizations: list[torch.Size]
 ) -> None:

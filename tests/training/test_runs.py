@@ -158,9 +158,9 @@ def test_a_run_from_before_this_setting_keeps_16_bits(recipe: MakeRecipe, mixtur
 
 STREAMED: dict[str, Any] = {
     "training.gradient_checkpointing": "on",
-    "training.checkpoint_every": 5,
-    "training.max_steps": 24,
-    "training.eval_every": 24,
+    "training.checkpoint_every": 3,
+    "training.max_steps": 16,
+    "training.eval_every": 16,
     "training.sample_prompts": ("what is 3",),
 }
 
@@ -189,11 +189,11 @@ def test_a_streamed_run_killed_and_resumed_is_the_resident_run(
     assert trainers.run(resident) == 0
     run = create_run(recipe({**settings, "quantization.streamed_layers": 3}))
     trainer = trainers.start(run)
-    wait_for(lambda: any(event.step >= 7 for event in events_of(run, Step)), seconds=60)
+    wait_for(lambda: any(event.step >= 4 for event in events_of(run, Step)), seconds=60)
     os.kill(trainer.pid, signal.SIGKILL)
     assert trainer.wait() == -signal.SIGKILL
     assert trainers.run(run) == 0, run.log_path.read_text()
-    assert events_of(run, Started)[-1].resumed_from_step >= 5
+    assert events_of(run, Started)[-1].resumed_from_step >= 3
     assert results(run) == results(resident)
     placed = events_of(run, LayersStreamed)[-1]
     assert (placed.streamed_layers, placed.layers) == (3, 4)

@@ -17,17 +17,13 @@ _TEXT = (
 )
 
 
-def make_tiny_model(folder: Path, **config: Any) -> Path:
-    """Write a random Llama of two layers that trains in milliseconds a step; returns ``folder``.
-
-    ``config`` overrides fields of ``LlamaConfig``.
-    """
+def _settings(folder: Path) -> dict[str, Any]:
+    """Write a tokenizer; return what the configs of tiny models have in common."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = write_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
     torch.manual_seed(0)
-    settings: dict[str, Any] = {
+    return {
         "vocab_size": 384,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -40,8 +36,16 @@ def make_tiny_model(folder: Path, **config: Any) -> Path:
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
         "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     }
-    model = LlamaForCausalLM(LlamaConfig(**settings | config))
-    model.save_pretrained(folder)
+
+
+def make_tiny_model(folder: Path, **config: Any) -> Path:
+    """Write a random Llama of two layers that trains in milliseconds a step; returns ``folder``.
+
+    ``config`` overrides fields of ``LlamaConfig``.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**_settings(folder) | config)).save_pretrained(folder)
     return folder
 
 
@@ -53,26 +57,15 @@ def make_tiny_gemma(folder: Path) -> Path:
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    tokenizer = write_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        max_position_embeddings=2048,
-        sliding_window=16,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        initializer_range=0.08,
-        bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-    )
-    model = Gemma3ForCausalLM(config)
+    config: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**_settings(folder) | config))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "layernorm" in name:
@@ -84,27 +77,14 @@ def make_tiny_gemma(folder: Path) -> Path:
 
 def make_tiny_mixture(folder: Path) -> Path:
     """Write a random Qwen3-MoE of two layers with four experts each; returns ``folder``."""
-    import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    tokenizer = write_tokenizer(folder, [_TEXT], CHAT_TEMPLATE, vocab_size=384)
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=64,
-        num_experts=4,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.08,
-        bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    config: dict[str, Any] = {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**_settings(folder) | config)).save_pretrained(folder)
     return folder
