@@ -116,6 +116,48 @@ def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
         assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
 
 
+def test_an_answer_can_be_made_to_follow_a_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 9}},
+        "required": ["colour", "count"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=FIRST,
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=64,
+        response_format={"type": "json_schema", "json_schema": {"name": "fox", "schema": schema}},
+    )
+    value = json.loads(answer.choices[0].message.content or "")
+    assert value["colour"] in ("red", "blue")
+    assert value.keys() == {"colour", "count"}
+
+
+def test_a_json_object_and_an_impossible_schema(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="base",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=200,
+        response_format={"type": "json_object"},
+    )
+    text = answer.choices[0].message.content or ""
+    assert text.lstrip().startswith("{")
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(
+            model="base",
+            messages=QUESTION,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "odd", "schema": {"type": "no such type"}},
+            },
+        )
+
+
 @pytest.mark.parametrize(
     ("body", "error", "words"),
     [
