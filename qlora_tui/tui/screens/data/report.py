@@ -129,7 +129,13 @@ class ProblemsPanel(Panel):
         # Errors found later come before what the cursor was on.
         select = lines[0][0] if lines and not self._list.has_focus else None
         self._list.show(lines, select)
-        self.show_title(f"Problems ({len(lines)})" if lines else "Problems")
+        # A single one without a key is in the title where rows are few.
+        is_title = brief and len(lines) == 1 and "\n" not in lines[0][1].plain
+        self._list.display = not is_title
+        if is_title:
+            self.show_title(Content("Problem: ") + lines[0][1].stylize_before("not bold"))
+        else:
+            self.show_title(f"Problems ({len(lines)})" if lines else "Problems")
         keys = [("data.problem", "next")] if problems else []
         if bad_rows or any(problem.split_rows or problem.tokens for problem in problems):
             keys.append(("data.fix", "fix"))
