@@ -172,8 +172,8 @@ class Architecture(Struct, frozen=True):
     attention_softcap: bool = False
     """Whether attention scores are capped before the softmax, which no fused kernel does (Gemma 2)."""
     own_attention: bool = False
-    """Whether the class has attention code of its own, not transformers' interface for it, so that all scores
-    are computed (Falcon, Bloom)."""
+    """Whether the class does not call transformers' interface for attention: it computes all scores in its
+    own code (Falcon, Bloom), or has no attention."""
     index_heads: int = 0
     """Heads with which each token chooses those that it attends to (DeepSeek V3.2); 0 where it sees all."""
     own_norms: bool = False
@@ -187,6 +187,9 @@ class Architecture(Struct, frozen=True):
     """Tokens that its recurrent layers compute at a time; 0 where that is unknown."""
     layer_runs: tuple[int, ...] = ()
     """How often a forward runs each layer and keeps it for the backward, if some run in a loop (HRM)."""
+    own_code: bool = False
+    """Whether the class gives attention tensors of its own (Inkling: a bias for each pair of tokens), or
+    cannot be tried without values of tensors (DBRX)."""
 
     @property
     def expert_modules(self) -> tuple[LinearModule, ...]:

@@ -296,6 +296,11 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
             "The model has its own code for attention, or for choosing the tokens to attend to; its scores "
             "are estimated from the number of heads."
         )
+    elif layout.architecture.own_code:
+        notes.append(
+            "The class has code of its own around attention, or cannot be tried without weights: what it "
+            "computes besides the products of its modules is unknown."
+        )
     elif not layout.exact:
         notes.append(
             "Some layers mix tokens without attention: what they save depends on the installed "

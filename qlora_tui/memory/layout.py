@@ -19,6 +19,10 @@ from qlora_tui.recipe.targets import rank_of, resolve_targets
 
 USUAL_MLPS = 3
 """Most parts of a layer that transform each token: an MLP, shared experts, and their gate."""
+USUAL_ACTIVATIONS = frozenset(
+    ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "xielu")
+)
+"""Activations of which is known how many tensors they save."""
 USUAL_CHUNK = 64
 """Tokens that gated delta rules compute at a time (``chunk_size`` of ``torch_chunk_gated_delta_rule``)."""
 FUSED_HALVES = 2
@@ -216,8 +220,28 @@ class Layout:
         """Return whether what a step saves follows from shapes that are known: not in an outline of a model,
         nor if hidden states are repeated or scores computed by other code, nor if something else than
         attention mixes tokens, where it depends on the kernels."""
-        known = not (self.architecture.is_outline or self.repeats_states or self.computes_more_scores)
+        architecture = self.architecture
+        known = not (architecture.is_outline or architecture.own_code)
+        known = known and not (self.repeats_states or self.computes_more_scores)
         return known and all(layer.mixer is None for layer in self.layers)
+
+    @property
+    def hides_tensors(self) -> bool:
+        """Return whether the class has code whose tensors the shapes of its modules do not show."""
+        architecture = self.architecture
+        own = architecture.own_code or (architecture.own_attention and any(e.attention for e in self.layers))
+        return own or self.repeats_states or self.computes_more_scores
+
+    @property
+    def is_unusual(self) -> bool:
+        """Return whether layers have parts that were seen in few families: another activation, modules next
+        to attention and MLP (Gemma 4), or on a CPU sinks, which its kernel lacks."""
+        if self.architecture.activation not in USUAL_ACTIVATIONS:
+            return True
+        sinks = any(layer.heads is not None and layer.heads.sinks for layer in self.layers)
+        if sinks and self.execution.device == "cpu":
+            return True
+        return any(m.part == "other" and m.layer is not None for m in self.architecture.modules)
 
 
 def build_layout(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Layout:
@@ -328,7 +352,7 @@ def _layer(
     attention, mixer = block("attention"), block("mixer")
     heads = None
     if attention:
-        learned = {parameter.shape for parameter in parameters if parameter.role == "other"}
+        learned = {p.shape for p in parameters if f".{attention.modules[0].owner}." in p.name}
         heads = _heads(attention, architecture, learned)
     norms = tuple(_norm_widths(parameters, heads, mixer, hidden))
     convolved = sum(p.shape[0] for p in parameters if p.role == "conv" and len(p.shape) > 1)

@@ -52,11 +52,6 @@ A freed block serves another tensor only if it is large enough, so what one of t
 in part; blocks of segments that grow are cut to size. Fitted to 1,050 steps of 30 families replayed on a
 model of the allocator (``allocator.py``): within 1.3 % of all bytes on average with segments that grow, and
 3.9 % with others."""
-TRACED_SLACK_UNCERTAINTY = 0.5
-"""Uncertainty of the slack of a traced step, as a share; of another, it is all of it. The order in which
-weights are read and the addresses of segments differ between runs, and with them which free block a tensor
-gets: of 27 runs on a T4 with a quantized base, 24 had at most this much more slack than replayed, and three
-had 54 to 302 MiB more. Without quantization 19 runs were within 8 MiB."""
 STATIC_UNCERTAINTY = 0.01
 """Uncertainty of the tensors that are there through a step: sums of shapes that are known."""
 STEP_UNCERTAINTY = 0.08
@@ -64,10 +59,11 @@ STEP_UNCERTAINTY = 0.08
 hundred within this."""
 MIXER_UNCERTAINTY = 0.35
 """As ``STEP_UNCERTAINTY`` for models in which something else than attention mixes tokens, which saves what
-its kernels or their fallback need."""
-REPEATED_UNCERTAINTY = 1.5
-"""As ``STEP_UNCERTAINTY`` for models that repeat hidden states or compute further scores, of which the shapes
-of modules say nothing: steps of Dory, AXK2 and, on a CPU, CPM-Ant take 2.1 to 2.5 times what they give."""
+its kernels or their fallback need, and for those with other unusual layers (Gemma 4 up to 1.11, BitNet 1.26
+times what shapes give)."""
+OWN_CODE_UNCERTAINTY = 4.0
+"""As ``STEP_UNCERTAINTY`` for models with code of their own, of which the shapes of modules say nothing: of
+225 types, a traced step takes up to 4.1 times what they give (AXK2), and one cannot be traced (DBRX, 1.6)."""
 TRACED_UNCERTAINTY = 0.02
 """Uncertainty of a traced step: what kernels take that a trace imitates."""
 
@@ -91,12 +87,13 @@ class _Doubt:
         return f"{format_percent(self.share)} of a step's tensors"
 
 
-def _step_uncertainty(layout: Layout, *, traced: bool) -> float:
+def step_uncertainty(layout: Layout, *, traced: bool) -> float:
+    """Return the uncertainty of a step's tensors, by what is known of the model's class, as a share."""
     if traced:
         return TRACED_UNCERTAINTY
-    if layout.repeats_states or layout.computes_more_scores:
-        return REPEATED_UNCERTAINTY
-    return STEP_UNCERTAINTY if layout.exact else MIXER_UNCERTAINTY
+    if layout.hides_tensors:
+        return OWN_CODE_UNCERTAINTY
+    return STEP_UNCERTAINTY if layout.exact and not layout.is_unusual else MIXER_UNCERTAINTY
 
 
 def expected_pool(
@@ -139,7 +136,7 @@ def tiers(
     """
     execution = layout.execution
     allocated = sum(items.values())
-    doubt = _Doubt(moving_bytes, _step_uncertainty(layout, traced=traced))
+    doubt = _Doubt(moving_bytes, step_uncertainty(layout, traced=traced))
     if pool is None:
         checkpoint_bytes = items.get("checkpoints", 0)
         return _on_cpu(allocated, doubt, checkpoint_bytes, layout)
@@ -152,7 +149,6 @@ def tiers(
     context_low, context, context_high = context_range(execution)
     process = reserved + context + paged
     doubt_bytes = doubt.of(allocated)
-    more_slack = int(slack * (TRACED_SLACK_UNCERTAINTY if traced else 1))
     added = {"unsplit": unsplit, "fragmentation": slack, "context": context}
     if paged:
         added["optimizer"] = paged
@@ -163,7 +159,7 @@ def tiers(
         added,
         UncertaintyBand(
             process - doubt_bytes - slack - (context - context_low),
-            process + doubt_bytes + more_slack + (context_high - context),
+            process + doubt_bytes + slack + (context_high - context),
             f"{doubt.words}, the allocator's slack, and a CUDA context of {context_low // MIB} to "
             f"{context_high // MIB} MiB",
         ),
@@ -333,7 +329,7 @@ def corrected(
     if correction.outside_bytes is not None:
         added["runtime" if "runtime" in added else "context"] = correction.outside_bytes
     process = allocated + sum(added.values())
-    doubt = _Doubt(moving_bytes, _step_uncertainty(layout, traced=traced))
+    doubt = _Doubt(moving_bytes, step_uncertainty(layout, traced=traced))
     doubt_bytes = doubt.of(allocated)
     return MemoryLevels(
         allocated,

@@ -8,19 +8,18 @@ libraries say what is tied and what bitsandbytes replaces. :func:`describe_all` 
 from __future__ import annotations
 
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -45,7 +44,7 @@ from qlora_tui.formatting import join_words
 from qlora_tui.training.direct_reads import DirectReads, direct_reads
 from qlora_tui.training.loss import chunks_obstacle
 from qlora_tui.training.model_class import MissingPackageError, build_on_meta, reason_of, unbuildable
-from qlora_tui.training.packed_attention import use_packed_attention
+from qlora_tui.training.packed_attention import segment_attention, set_attention
 from qlora_tui.worker import Failure
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -74,7 +73,9 @@ CPU_S = 20.0
 
 _LARGEST_TRIAL = 1 << 28
 """Most weights of a module that is tried: 1 GiB."""
-_TRIAL_TOKENS = 8
+_TRIAL, _TRIAL_TOKENS = "qlora_tui_trial", 8
+_USUAL_TENSORS = {"position_ids", "s_aux", "sinks"}
+"""What attention is given besides a mask that this program makes: positions, and logits of sinks."""
 
 
 def describe_all(configs: list[dict[str, Any]]) -> list[Description]:
@@ -114,6 +115,18 @@ def describe(values: Mapping[str, Any]) -> Architecture:
     """
     check_bounds(values)
     return _Tree(build_on_meta(values)).architecture(values)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a forward of a model on ``meta`` has shown."""
+
+    layer_runs: tuple[int, ...]
+    """How often it ran each layer; empty where every layer ran once, or it needs values."""
+    attends: bool
+    """Whether it called transformers' interface for attention."""
+    own_code: bool
+    """Whether it gave attention tensors of its own, or needs values of tensors."""
 
 
 class _Tree:
@@ -244,14 +257,13 @@ class _Tree:
             parameters=tuple(parameters),
             attention_softcap=bool(self._value(("attn_logit_softcapping",), float)),
             own_norms=any(_is_own_layer_norm(module) for module in self.modules.values()),
-            own_attention=not (
-                hasattr(self._decoder_source, "ALL_ATTENTION_FUNCTIONS") and use_packed_attention(self.model)
-            ),
+            own_attention=not self._trial.attends,
             index_heads=self._value(("index_n_heads",), int) or 0,
             whole_logits=bool(chunks_obstacle(self.model)),
             state_size=_first_int(recurrent, "ssm_state_size") or 0,
             chunk_size=_first_int(recurrent, "chunk_size") or 0,
-            layer_runs=self._layer_runs(),
+            layer_runs=self._trial.layer_runs,
+            own_code=self._trial.own_code,
         )
 
     def _lacks(self, rows: int) -> str:
@@ -263,32 +275,47 @@ class _Tree:
         where = count or f"its layers are spread over {join_words(parts)}" if parts else count
         return f"{type(self.model).__name__} has no decoder with layers" + (f": {where}" if where else "")
 
-    @property
-    def _decoder_source(self) -> ModuleType:
-        """Return the Python module of the decoder's class, which may be another model's (DeepSeek-VL)."""
-        return sys.modules[type(self.modules[self.decoder]).__module__]
-
-    def _layer_runs(self) -> tuple[int, ...]:
-        """Return how often a forward with gradients runs each layer.
-
-        Empty where every layer runs once, or a forward needs values.
-        """
+    @cached_property
+    def _trial(self) -> _Trial:
+        """Run a forward with gradients, with an attention function that only this calls."""
         runs: Counter[str] = Counter()
+        given: list[set[str]] = []
+        """Names of the tensors that each call was given besides queries, keys and values."""
 
         def count(name: str) -> None:
             runs[name] += torch.is_grad_enabled()
 
+        def attend(module: Any, query: Any, key: Any, value: Any, *mask: Any, **kwargs: Any) -> Any:
+            tensors = {"attention_mask": mask[0] if mask else None, **kwargs}
+            given.append({name for name, each in tensors.items() if isinstance(each, Tensor)})
+            return segment_attention(module, query, key, value, *mask, **kwargs)
+
+        AttentionInterface.register(_TRIAL, attend)
+        AttentionMaskInterface.register(_TRIAL, lambda *args, **kwargs: None)  # type: ignore[no-untyped-call]
+        set_attention(self.model, _TRIAL)
         hooks = [
             self.modules[name].register_forward_pre_hook(lambda *_, name=name: count(name))
             for name in self.layers
         ]
-        try:
-            self.model(input_ids=torch.zeros(1, _TRIAL_TOKENS, dtype=torch.long, device="meta"))
-        except Exception:
+        ids = torch.zeros(1, _TRIAL_TOKENS, dtype=torch.long, device="meta")
+        # A mask with values, in which nothing is masked, for classes that look; without one for others.
+        mask = {"attention_mask": torch.ones(1, _TRIAL_TOKENS, dtype=torch.long)}
+        fails = True
+        for arguments in ({**mask, "use_cache": False}, {"use_cache": False}, {}):
             runs.clear()
+            given.clear()
+            try:
+                self.model(input_ids=ids, **arguments)
+            except Exception:
+                continue
+            fails = False
+            break
         for hook in hooks:
             hook.remove()
-        return tuple(runs[name] for name in self.layers) if max(runs.values(), default=0) > 1 else ()
+        by_layer = tuple(runs[name] for name in self.layers)
+        repeats = not fails and max(by_layer, default=0) > 1
+        own_code = fails or any(names - _USUAL_TENSORS for names in given)
+        return _Trial(by_layer if repeats else (), bool(given), own_code)
 
     def _linear(self, name: str, module: Any) -> LinearModule:
         shape = tuple(map(int, module.weight.shape))

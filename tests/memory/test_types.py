@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Literal
 
 import pytest
 
@@ -10,6 +11,12 @@ from bench.model_types.tiny_config import settings_of
 from qlora_tui.memory import Device, trainer_execution
 from qlora_tui.memory.estimate import closed_form, estimate
 from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.levels import (
+    MIXER_UNCERTAINTY,
+    OWN_CODE_UNCERTAINTY,
+    STEP_UNCERTAINTY,
+    step_uncertainty,
+)
 from qlora_tui.recipe.schema import Data, Quantization, Recipe, Training
 from qlora_tui.training.description import architecture_of
 from tests.memory.step_cases import traced_step
@@ -66,6 +73,34 @@ def test_a_step_of_any_type_is_within_its_uncertainty(model_type: str, checkpoin
     layout = build_layout(recipe, architecture, execution)
     assert any("own code" in note for note in exactly.notes) == bool(traced.uncertain)
     assert bool(traced.uncertain) == any(layer.mixer is not None for layer in layout.layers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "device", "share"),
+    [
+        ("git", "cuda", OWN_CODE_UNCERTAINTY),  # all scores, in code of its own
+        ("inkling_text", "cuda", OWN_CODE_UNCERTAINTY),  # a bias for each pair of tokens
+        ("doge", "cpu", OWN_CODE_UNCERTAINTY),  # a mask for each head
+        ("dbrx", "cuda", OWN_CODE_UNCERTAINTY),  # needs values
+        ("arcee", "cuda", MIXER_UNCERTAINTY),  # another activation
+        ("gpt_oss", "cpu", MIXER_UNCERTAINTY),  # sinks
+        ("gpt_oss", "cuda", STEP_UNCERTAINTY),
+        ("afmoe", "cuda", STEP_UNCERTAINTY),  # as many heads as experts, and no sinks
+        ("apertus1p5_text", "cuda", STEP_UNCERTAINTY),
+    ],
+)
+def test_what_is_known_of_a_class_decides_how_sure_its_estimate_is(
+    model_type: str, device: Literal["cuda", "cpu"], share: float
+) -> None:
+    from transformers import AutoConfig
+
+    architecture = architecture_of(AutoConfig.for_model(model_type, **settings_of(model_type)).to_dict())
+    execution = trainer_execution(Recipe(), Device(kind=device), architecture)
+    layout = build_layout(Recipe(), architecture, execution)
+    assert step_uncertainty(layout, traced=False) == share
+    assert step_uncertainty(layout, traced=True) < STEP_UNCERTAINTY
+    if model_type == "afmoe":
+        assert not any(layer.heads.sinks for layer in layout.layers if layer.heads)
 
 
 def test_layers_in_a_loop_count_as_often_as_they_run() -> None:
