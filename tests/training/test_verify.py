@@ -26,6 +26,7 @@ from qlora_tui.recipe.schema import Lora, Model, Quantization, Recipe
 from qlora_tui.training import loss, packed_attention
 from qlora_tui.training.adapter import add_lora
 from qlora_tui.training.checks import first_step
+from qlora_tui.training.checks.base import packing_is_isolated
 from qlora_tui.training.checks.first_step import (
     FastPaths,
     StepNotComputedError,
@@ -131,6 +132,9 @@ def test_every_family_with_heavy_tails_keeps_its_fast_paths(
     name = "float32" if model_type in _SATURATED else str(dtype).removeprefix("torch.")
     model, base, device = adapted(tmp_path, model_type, name, dropout=0.1)
     assert base.loss == "chunked" and base.padding_free == (model_type not in ACROSS_SAMPLES)
+    if not base.padding_free:
+        # Also of a family whose attention would not be replaced.
+        assert not packing_is_isolated(base.model, device.torch_device)
     verified = verify_step(model, base, excerpt(), device, 0, DistributedContext())
     assert isinstance(verified, VerificationResult), verified
     assert verified.agrees and verified.replaced == (), verified.comparison
