@@ -5,7 +5,7 @@
 Reads the questions of TREC (Li and Roth 2002, a line ``CLASS:fine question``) or a CSV file of text and label
 such as BANKING77's (PolyAI, CC BY 4.0). Draws training, validation and test rows, gives a share of the
 training rows another label, and trains SmolLM2-135M-Instruct on them as a user would: ``train``,
-``evaluate``, ``predict`` and ``data rows``. scikit-learn's logistic regression on TF-IDF gets the same
+``evaluate``, ``predict`` and ``data blame``. scikit-learn's logistic regression on TF-IDF gets the same
 training rows and picks its strength on the same validation rows. Both are judged on the same test rows.
 
 With ``--state`` runs stay in a folder, and what is there already is not done again.
@@ -119,7 +119,7 @@ def measured(args: argparse.Namespace, state: Path) -> dict[str, Any]:
     baseline, suspected = by_regression(given, validation, test, labels)
     report |= {f"TF-IDF, {name}": value for name, value in judged(baseline, wanted).items()}
     say("the loss of each training row")
-    losses = json.loads(command(state, "data", "rows", run, "--json"))
+    losses = json.loads(command(state, "data", "blame", run, "--json"))
     ranked = [row["row"] - 1 for row in losses["rows"]]
     for share in (0.1, 0.2):
         first = round(share * count)

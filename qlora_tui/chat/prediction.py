@@ -23,7 +23,6 @@ from qlora_tui.data.formats import RowFormat, as_fields, parse_question, questio
 from qlora_tui.data.read import first_rows, rows
 from qlora_tui.data.row import Row
 from qlora_tui.data.row_writers import WRITERS, write_rows
-from qlora_tui.data.text_reader import Position
 from qlora_tui.decoding import try_json
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
 from qlora_tui.files import open_append
@@ -237,19 +236,20 @@ def _decide_rest(
     request: Prediction, decider: Decider, layout: RowFormat, log: Path, done: int, report: Report
 ) -> None:
     """Append the decision on each row after the first ``done`` ones."""
-    position = Position()
-    total = Path(request.file).stat().st_size
-    rest = islice(rows(Path(request.file), position), done, None)
+    file = Path(request.file)
+    # Reading is quick beside deciding, and a damaged file is noticed before the model is loaded.
+    total = sum(1 for _ in rows(file))
+    rest = islice(rows(file), done, None)
     session: ChatSession | None = None
-    with open_append(log) as file:
+    with open_append(log) as lines:
         while batch := list(islice(rest, _BATCH_ROWS)):
             if session is None:
                 session = _session(request)
             for line in _decided(session, decider, layout, batch, request):
-                file.write(msgspec.json.encode(line) + b"\n")
-            file.flush()
+                lines.write(msgspec.json.encode(line) + b"\n")
+            lines.flush()
             done += len(batch)
-            report(min(position.bytes, total), total, f"{done:,} rows")
+            report(done, total)
 
 
 def _session(request: Prediction) -> ChatSession:

@@ -36,7 +36,8 @@ def run_predict(args: argparse.Namespace) -> CommandResult:
             subject="The process that decides the rows",
             fix="Run the same command again: it continues with the remaining rows.",
             on_progress=lambda progress: line.show(
-                f"{format_progress(progress.done, progress.total)} {progress.text}"
+                f"{format_progress(progress.done, progress.total)} rows",
+                is_due=progress.done == progress.total,
             ),
         )
     return CommandResult(msgspec.to_builtins(predicted), "\n".join(_lines(predicted)))

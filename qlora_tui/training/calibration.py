@@ -225,18 +225,19 @@ def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
         threshold = _threshold(confidence, right, target)
         if threshold is None:
             continue
-        decided = torch.zeros_like(right)
-        for fold in range(FOLDS):
+        decided = confidence >= threshold
+        # Where every row may be decided, nothing is chosen.
+        for fold in range(FOLDS) if threshold else ():
             inside = folds == fold
             others = _threshold(confidence[~inside], right[~inside], target)
-            if others is not None:
-                decided |= inside & (confidence >= others)
-        count = int(decided.sum())
-        if count >= _MIN_DECIDED:
-            found.append(Threshold(target, threshold, count, int((decided & right).sum())))
-        if not threshold:
-            # Every row may be decided: lower targets say the same.
-            found = found[-1:]
+            decided[inside] = False if others is None else confidence[inside] >= others
+        count, of_these = int(decided.sum()), int((decided & right).sum())
+        if count < _MIN_DECIDED:
+            continue
+        if found and (not threshold or (found[-1].rows, found[-1].right) == (count, of_these)):
+            # A lower target says the same.
+            found.pop()
+        found.append(Threshold(target, threshold, count, of_these))
     return tuple(found)
 
 

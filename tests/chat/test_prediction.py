@@ -63,7 +63,7 @@ def test_a_killed_prediction_goes_on_without_a_lost_or_doubled_row(
     request = msgspec.structs.replace(whole, out=str(tmp_path / "out.jsonl"))
 
     def killed(done: int, total: int, text: str = "") -> None:
-        if text == "16 rows":
+        if done == 16:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -144,7 +144,10 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
             f"Probabilities are calibrated by a temperature of {format_float(calibration.temperature, 2)}"
             f"{bias}, fitted on {pluralize(calibration.rows, 'validation row')}."
         )
-        yield "Below, each row is judged by a calibration fitted on other rows (5 folds)."
+        yield (
+            "Below, each row is judged by a calibration fitted on other rows (5 folds); 95% intervals are in "
+            "parentheses."
+        )
     else:
         yield f"{pluralize(report.rows, 'row')} are too few to calibrate probabilities."
     columns = (("base", report.base), ("adapter", report.before), ("calibrated", report.after))

@@ -44,8 +44,8 @@ _LOOP = (
     "set a repetition penalty."
 )
 _MAX_PHRASE = 60
-_MOST_BARS, _MAX_BAR, _MAX_OPTION = 6, 30, 28
-"""Options that have a bar, and the cells of a bar and of an option's name, at most."""
+_MOST_BARS, _MAX_BAR = 6, 30
+"""Options that have a bar, and cells of a bar, at most."""
 _LEAST_SHOWN = 0.005
 """Probability of an option from which it has a bar, beside the first two."""
 _QUESTION = (
@@ -225,6 +225,57 @@ class ThoughtView(Vertical):
         )
 
 
+def decision_content(decided: Decided, width: int) -> Content:
+    """Return a bar for each probable option, or for each probable value of each field, of ``width`` cells."""
+    groups = decided.fields or {"": decided.options}
+    shown = [
+        (field, each)
+        for field, options in groups.items()
+        for place, each in enumerate(options[:_MOST_BARS])
+        if place < 2 or each.probability >= _LEAST_SHOWN
+    ]
+    names = [truncate_middle(f"{field} {each.option}".strip(), max(8, width // 2)) for field, each in shown]
+    cells = max(map(cell_len, names)) + 2
+    of_bar = max(1, min(_MAX_BAR, width - cells - len(" 100%")))
+    lines = [
+        Content.assemble(
+            f"{name}{' ' * (cells - cell_len(name))}",
+            (bar(each.probability, of_bar), "$success" if each is groups[field][0] else "dim"),
+            f" {format_percent(each.probability):>4}",
+        )
+        for name, (field, each) in zip(names, shown, strict=True)
+    ]
+    note = [] if decided.is_calibrated else [Content.styled("not calibrated", "dim")]
+    return Content("\n").join([*lines, *note])
+
+
+class DecisionBars(Static):
+    """How probable each label is; hidden until that is known."""
+
+    DEFAULT_CSS = """
+    DecisionBars {
+        height: auto;
+        display: none;
+        text-wrap: nowrap;
+    }
+    """
+    _decided: Decided | None = None
+
+    def show(self, decided: Decided) -> None:
+        """Show the bars of a decision."""
+        self._decided = decided
+        self.display = True
+        self._draw()
+
+    def on_resize(self) -> None:
+        """Draw the bars as wide as there is room."""
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._decided is not None and (width := self.content_size.width):
+            self.update(decision_content(self._decided, width))
+
+
 class AdapterAnswer(Panel):
     """One adapter's answer while it is generated and after."""
 
@@ -249,9 +300,7 @@ class AdapterAnswer(Panel):
     def compose(self) -> ComposeResult:
         yield self._thought
         yield StreamingMarkdown(id="answer")
-        bars = Static("", classes="answer-decision")
-        bars.display = False
-        yield bars
+        yield DecisionBars()
         note = Static("", classes="answer-note")
         note.display = False
         yield note
@@ -317,9 +366,7 @@ class AdapterAnswer(Panel):
 
     def show_decision(self, decided: Decided) -> None:
         """Show how probable the options are, under the answer."""
-        bars = self.query_one(".answer-decision", Static)
-        bars.update(decision_content(decided, bars.container_size.width or self.size.width))
-        bars.display = True
+        self.query_one(DecisionBars).show(decided)
 
     def show_judgment(self, judgment: str) -> None:
         """Show the user's judgment, ``better`` or ``edited``, in the title; empty removes it."""
@@ -348,30 +395,6 @@ class AdapterAnswer(Panel):
         note = self.query_one(".answer-note", Static)
         note.update(text)
         note.display = True
-
-
-def decision_content(decided: Decided, width: int) -> Content:
-    """Return a bar for each probable option, or for each probable value of each field, of ``width`` cells."""
-    groups = decided.fields or {"": decided.options}
-    shown = [
-        (field, each)
-        for field, options in groups.items()
-        for place, each in enumerate(options[:_MOST_BARS])
-        if place < 2 or each.probability >= _LEAST_SHOWN
-    ]
-    names = [truncate_middle(f"{field} {each.option}".strip(), _MAX_OPTION) for field, each in shown]
-    cells = max(map(cell_len, names)) + 2
-    of_bar = max(1, min(_MAX_BAR, width - cells - len("100% ")))
-    lines = [
-        Content.assemble(
-            f"{name}{' ' * (cells - cell_len(name))}",
-            (bar(each.probability, of_bar), "$success" if each is groups[field][0] else "dim"),
-            f" {format_percent(each.probability):>4}",
-        )
-        for name, (field, each) in zip(names, shown, strict=True)
-    ]
-    note = [] if decided.is_calibrated else [Content.styled("These probabilities are not calibrated.", "dim")]
-    return Content("\n").join([*lines, *note])
 
 
 def answer_title(adapter_name: str, words: str) -> Content:
