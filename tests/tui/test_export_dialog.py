@@ -108,7 +108,7 @@ async def test_without_llama_cpp_only_its_types_are_missing(
     monkeypatch.setattr(export_dialog, "is_installed", lambda: False)
     async with QloraApp().run_test(size=(100, 30)) as pilot:
         await open_dialog(pilot)
-        await wait_for_text(pilot, "GGUF Q8_0", "smaller types are missing. Install it with", "[export]")
+        await wait_for_text(pilot, "GGUF Q8_0", "Without llama.cpp", "[export]")
         await pilot.press("t")
         await wait_for_text(pilot, "GGUF F16")
         await pilot.press("t")

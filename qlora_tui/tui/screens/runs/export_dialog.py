@@ -353,9 +353,7 @@ def export_choices(
     if is_installed():
         checked = "llama.cpp then compares the file with your adapter's answers."
     else:
-        checked = (
-            f"Without llama.cpp the file is not checked, and smaller types are missing. {install_hint()}"
-        )
+        checked = f"Without llama.cpp, files are not checked and smaller types are missing. {install_hint()}"
     uploads: dict[str, tuple[Form, str, str]] = {
         "adapter": ("hub-adapter", "the adapter", adapter_size),
         "merged": ("hub-merged", "the merged model", merged),
