@@ -73,7 +73,9 @@ LAYERS = 8
 
 def shortened(values: dict[str, Any]) -> dict[str, Any]:
     """The config of a model with the first layers only, in each of its parts."""
-    cut = {key: shortened(value) if isinstance(value, dict) else value for key, value in values.items()}
+    cut: dict[str, Any] = {
+        key: shortened(value) if isinstance(value, dict) else value for key, value in values.items()
+    }
     for key in {"num_hidden_layers", "n_layer", "depth"} & cut.keys():
         cut[key] = min(cut[key], LAYERS)
     if cut.get("layer_types"):
