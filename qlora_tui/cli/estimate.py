@@ -34,13 +34,13 @@ from qlora_tui.formatting import GIB, format_bytes, format_gib
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.visible_devices import choose_gpu
 from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
-from qlora_tui.memory.budget import MemoryBudget, local_budget
-from qlora_tui.memory.estimate import Precision, precision_of, with_precision
-from qlora_tui.memory.execution import trainer_execution
+from qlora_tui.memory.budget import local_budget
+from qlora_tui.memory.estimate import precision_of, with_precision
+from qlora_tui.memory.execution import Device
 from qlora_tui.memory.explain import describe_speedup
 from qlora_tui.memory.levels import Conversion
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
-from qlora_tui.memory.recording import StepTrace
+from qlora_tui.memory.traces import known_traces
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.worker import Progress
 
@@ -67,9 +67,11 @@ def run(args: argparse.Namespace) -> CommandResult:
     if args.gpu_gib is None:
         _require_chosen_gpu()
     budget = local_budget(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
-    traces = _traced_steps(recipe, architecture, budget) if args.exact else {}
-    data = as_json(recipe, architecture, budget.bytes, device=budget.device, traced=traces)
-    compared = compare(recipe, architecture, device=budget.device, traced=traces)
+    if args.exact:
+        _trace_steps(recipe, architecture, budget.device)
+        budget = budget.with_traces(known_traces())
+    data = as_json(recipe, architecture, budget.bytes, device=budget.device)
+    compared = compare(recipe, architecture, device=budget.device)
     # The name of a GPU given only by its size is that size.
     compared_with = budget.name if args.gpu_gib else f"{budget.name} ({format_gib(budget.bytes)} GiB)"
     lines = [f"{recipe.model.id} against {compared_with}", ""]
@@ -110,7 +112,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         lines.append(f"with {free} GiB free: takes {total} GiB, about {faster}: {step['description']}")
     for change in data["cheapest_changes"]:
         cost = f"; {change['cost']}" if change["cost"] else ""
-        cost += "; instant estimate" if args.exact else ""
+        cost += "; instant estimate" if args.exact and not change["traced"] else ""
         lines.append(
             f"cheapest change that fits: {change['label']} ({format_gib(change['total_bytes'])} GiB, "
             f"{change['verdict']}{cost})"
@@ -198,26 +200,22 @@ TRACE_LABELS = {
 }
 
 
-def _traced_steps(
-    recipe: Recipe, architecture: Architecture, budget: MemoryBudget
-) -> dict[Precision, StepTrace]:
-    """Return traces of the recipe's step in every precision in which there is one.
+def _trace_steps(recipe: Recipe, architecture: Architecture, device: Device) -> None:
+    """Trace the recipe's step in every precision in which that is possible.
 
-    Raises UserError where there is none in the recipe's.
+    Raises UserError where it is not in the recipe's.
     """
-    from qlora_tui.runs.exact_memory import trace_step
+    from qlora_tui.runs.exact_memory import trace_all
 
     config, own = load_model_config(recipe.model.id), precision_of(recipe)
-    traces: dict[Precision, StepTrace] = {}
     for precision in (own, *(each for each in PRECISIONS if each != own)):
         print(f"tracing a step in {precision}", file=sys.stderr)
         one = with_precision(recipe, precision) if precision != own else recipe
         try:
-            traces[precision] = trace_step(config, one, trainer_execution(one, budget.device, architecture))
+            trace_all(config, [one], architecture, device)
         except UserError:
             if precision == own:
                 raise
-    return traces
 
 
 def _trace_table(trace: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from qlora_tui.gpu.torch_on_gpu import installed_torch
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory.calibration import correction_for, measured_speed
 from qlora_tui.memory.execution import Device
+from qlora_tui.memory.traces import KnownTraces, known_traces
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,16 @@ class MemoryBudget:
     is_assumed: bool = False
     """Whether the user gave the size, instead of this machine's."""
 
+    def with_traces(self, traces: KnownTraces) -> MemoryBudget:
+        """Return the same with these steps traced."""
+        return replace(self, device=replace(self.device, traces=traces))
+
 
 def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
     """Return the budget of this GPU, of an assumed size, or of the machine's memory without either."""
+    traces = known_traces()
     cuda = Device(
+        traces=traces,
         liger=liger_is_installed(),
         triton=triton_is_installed(),
         varlen=torch_has_varlen(),
@@ -59,6 +66,7 @@ def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> Memor
     return MemoryBudget(
         Device(
             kind="cpu",
+            traces=traces,
             native_bfloat16=cpu.native_bfloat16,
             cuda_libraries=torch_is_for_cuda(),
             correction=correction_for(cpu.name),

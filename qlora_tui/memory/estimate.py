@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -32,6 +31,7 @@ from qlora_tui.memory.step import (
     profile_step,
     step_moments,
 )
+from qlora_tui.memory.traces import NO_TRACES
 from qlora_tui.memory.weights import StreamedWeights, streamed_weights
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
@@ -139,20 +139,22 @@ def estimate(
 ) -> Estimate:
     """Predict the memory of ``recipe`` on the model described by ``architecture``.
 
-    ``execution`` defaults to this project's trainer on ``device`` (default: an Ampere GPU). With ``traced``,
-    a trace of this exact recipe, the step is taken from it instead of being replayed. With
-    ``capacity_bytes``, the GPU's memory, the allocator releases free segments before it exceeds that. Raises
-    UserError for target modules that the model does not have.
+    ``execution`` defaults to this project's trainer on ``device`` (default: an Ampere GPU). The step is taken
+    from ``traced``, a trace of this exact recipe, or from one that ``device`` has, instead of being replayed.
+    With ``capacity_bytes``, the GPU's memory, the allocator releases free segments before it exceeds that.
+    Raises UserError for target modules that the model does not have.
 
     Results are cached: a solver asks for the same recipes after each change of another setting, and several
     screens for the one that is edited.
     """
     device = device or Device()
     execution = execution or trainer_execution(recipe, device, architecture)
+    traced = traced or device.traces.find(recipe, architecture, execution)
+    bare = replace(device, traces=NO_TRACES)
     if traced is not None:
-        return _calculate(recipe, architecture, execution, device, traced, capacity_bytes)
+        return _calculate(recipe, architecture, execution, bare, traced, capacity_bytes)
     key = _RecipeKey(recipe, _encode(recipe))
-    return cached_estimate(key, architecture, execution, device, capacity_bytes)
+    return cached_estimate(key, architecture, execution, bare, capacity_bytes)
 
 
 @dataclass(frozen=True)
@@ -335,16 +337,11 @@ def compare(
     *,
     device: Device | None = None,
     execution: ExecutionConfig | None = None,
-    traced: Mapping[Precision, StepTrace] = MappingProxyType({}),
 ) -> dict[Precision, Estimate]:
-    """Estimate the recipe in NF4, int8 and 16 bits, with the traces that there are."""
+    """Estimate the recipe in NF4, int8 and 16 bits."""
     return {
         precision: estimate(
-            with_precision(recipe, precision),
-            architecture,
-            device=device,
-            execution=execution,
-            traced=traced.get(precision),
+            with_precision(recipe, precision), architecture, device=device, execution=execution
         )
         for precision in PRECISIONS
     }
@@ -373,6 +370,8 @@ class Verdict:
     available_bytes: int
     reason: str
     """Reason for the width of the uncertainty range."""
+    is_exact: bool = False
+    """Whether the step was traced, rather than calculated at once."""
 
     @property
     def spare_bytes(self) -> int:
@@ -407,7 +406,13 @@ def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
     else:
         word = "fits"
     return Verdict(
-        word, estimated.process_bytes, band.low_bytes, band.high_bytes, available_bytes, band.reason
+        word,
+        needed_bytes=estimated.process_bytes,
+        low_bytes=band.low_bytes,
+        high_bytes=band.high_bytes,
+        available_bytes=available_bytes,
+        reason=band.reason,
+        is_exact=estimated.traced,
     )
 
 

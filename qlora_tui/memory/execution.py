@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qlora_tui.memory.calibration import Correction, TransferSpeed
+from qlora_tui.memory.traces import NO_TRACES, KnownTraces
 from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ class Device:
     """Measured speed of copies and of computing, on a GPU; None where nothing was measured."""
     host_bytes: int | None = None
     """Host memory of a GPU's machine; None where it is unknown."""
+    traces: KnownTraces = NO_TRACES
+    """Steps that were traced, whose estimates are exact."""
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
 from qlora_tui.formatting import join_words
 from qlora_tui.memory.estimate import (
     Estimate,
-    Precision,
     check_fit,
     closed_form,
     compare,
@@ -31,14 +28,13 @@ def as_json(
     available_bytes: int | None,
     *,
     device: Device | None = None,
-    traced: Mapping[Precision, StepTrace] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return ``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
     Without ``available_bytes`` verdicts and ``largest_settings`` are null. ``minimum_bytes`` is the result of
     all changes together, where even that does not fit.
     """
-    compared = compare(recipe, architecture, device=device, traced=traced)
+    compared = compare(recipe, architecture, device=device)
     fitting: dict[str, Any] | None = None
     changes: list[dict[str, Any]] = []
     least: int | None = None
@@ -57,12 +53,13 @@ def as_json(
                 "settings": change.settings,
                 "total_bytes": change.estimate.total_bytes,
                 "verdict": change.verdict.word,
+                "traced": change.verdict.is_exact,
             }
             for change in cheapest_changes(recipe, architecture, available_bytes, device=device)
         ]
         if not changes and not check_fit(compared[precision_of(recipe)], available_bytes).fits_even_if_tight:
             least = minimum_bytes(recipe, architecture, device=device)
-    own = traced.get(precision_of(recipe))
+    own = (device or Device()).traces.find(recipe, architecture, compared[precision_of(recipe)].execution)
     choice = (
         None if available_bytes is None else choose_step(recipe, architecture, available_bytes, device=device)
     )

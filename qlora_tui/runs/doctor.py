@@ -25,6 +25,7 @@ from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
 from qlora_tui.gpu.visible_devices import CPU, choose_gpu
 from qlora_tui.installation import PROGRAM, install_command
+from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget, budget_for, this_processor
 from qlora_tui.publishing import new_draft
 from qlora_tui.recipe.schema import Recipe
@@ -83,6 +84,8 @@ class Check:
     """Changes of the recipe that resolve it, for one key of the Train screen."""
     name: str = ""
     """Replaces the kind's name if there are several of a kind: ``disk for runs``."""
+    verdict: Verdict | None = None
+    """On the memory of the run, if that is what was checked."""
 
     @classmethod
     def blocked(cls, kind: CheckKind, problem: UserError, suggested_fix: SuggestedFix | None = None) -> Check:

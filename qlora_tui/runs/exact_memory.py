@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from threading import Lock, Thread
 from typing import Any
 
 import msgspec
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from qlora_tui import __version__
 from qlora_tui.answer_cache import AnswerCache
 from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.data.confined import Confined, KilledError
 from qlora_tui.errors import UserError
-from qlora_tui.memory.estimate import Estimate, estimate
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.recording import StepTrace
+from qlora_tui.memory.traces import remember, traced_execution, traced_settings
 from qlora_tui.recipe.schema import Recipe
 
 KIND = "traces"
@@ -95,17 +95,24 @@ def trace_step(
     return traced
 
 
-def estimate_exactly(
+def trace_all(
     config: dict[str, Any],
-    recipe: Recipe,
+    recipes: Iterable[Recipe],
     architecture: Architecture,
     device: Device,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Estimate:
-    """Return the exact form of a recipe's estimate. Raises like :func:`trace_step`."""
-    execution = trainer_execution(recipe, device, architecture)
-    traced = trace_step(config, recipe, execution, should_stop)
-    return estimate(recipe, architecture, device=device, traced=traced)
+) -> bool:
+    """Trace the steps of these recipes that ``device`` has no trace of, for all estimates from now on.
+
+    Returns whether there was one. Raises like :func:`trace_step`.
+    """
+    is_news = False
+    for recipe in recipes:
+        execution = trainer_execution(recipe, device, architecture)
+        if device.traces.find(recipe, architecture, execution) is None:
+            remember(recipe, architecture, execution, trace_step(config, recipe, execution, should_stop))
+            is_news = True
+    return is_news
 
 
 def trace_soon(
@@ -130,6 +137,19 @@ def trace_soon(
     return found[0] if found else None
 
 
+def recall_trace(recipe: Recipe, architecture: Architecture, device: Device) -> bool:
+    """Use a trace of this recipe that the cache has in all estimates; return whether it was not used yet."""
+    execution = trainer_execution(recipe, device, architecture)
+    if device.traces.find(recipe, architecture, execution) is not None:
+        return False
+    with suppress(UserError):
+        stored = stored_trace(load_model_config(recipe.model.id), recipe, execution)
+        if stored is not None:
+            remember(recipe, architecture, execution, stored)
+            return True
+    return False
+
+
 def stored_trace(config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig) -> StepTrace | None:
     """Return the traced step of a recipe, if the cache has it."""
     return _cache.find(_key(trace_request(config, recipe, execution)))
@@ -137,27 +157,7 @@ def stored_trace(config: dict[str, Any], recipe: Recipe, execution: ExecutionCon
 
 def trace_request(config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig) -> TraceRequest:
     """Build the request, with the settings that change memory and no others."""
-    plain, data, training, lora = Recipe(), recipe.data, recipe.training, recipe.lora
-    relevant = Recipe(
-        model=structs.replace(plain.model, attention=recipe.model.attention, kernels=recipe.model.kernels),
-        quantization=recipe.quantization,
-        lora=structs.replace(
-            lora, alpha=plain.lora.alpha, alpha_pattern={}, init_from="adapter" if lora.init_from else ""
-        ),
-        data=structs.replace(
-            plain.data, max_length=data.max_length, packing=data.packing, preferences=data.preferences
-        ),
-        training=structs.replace(
-            plain.training,
-            micro_batch_size=training.micro_batch_size,
-            gradient_accumulation=min(training.gradient_accumulation, 2),
-            gradient_checkpointing=training.gradient_checkpointing,
-            optimizer=training.optimizer,
-        ),
-    )
-    # Of the process, not of its tensors.
-    of_tensors = replace(execution, general_prompts=0, multiprocessors=None, cuda_libraries=False)
-    return TraceRequest(config=config, recipe=relevant, execution=of_tensors)
+    return TraceRequest(config=config, recipe=traced_settings(recipe), execution=traced_execution(execution))
 
 
 def _trace(request: TraceRequest) -> StepTrace:

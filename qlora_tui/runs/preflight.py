@@ -28,6 +28,7 @@ from qlora_tui.formatting import (
 from qlora_tui.installation import install_command
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
 from qlora_tui.memory.explain import describe_choice
+from qlora_tui.memory.traces import known_traces, remember
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.schema import Lora, Recipe, Training
@@ -44,7 +45,7 @@ from qlora_tui.runs.doctor import (
     check_queue,
 )
 from qlora_tui.runs.exact_memory import trace_soon
-from qlora_tui.runs.expected_time import forecast
+from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.suggested_fix import SuggestedFix
 
 TRACKER_NAMES = {
@@ -242,7 +243,9 @@ def _memory(
     config = load_model_config(recipe.model.id)
     traced = trace_soon(config, recipe, estimated.execution, waits)
     if traced is not None:
-        estimated = estimate(recipe, files.architecture, device=budget.device, traced=traced)
+        remember(recipe, files.architecture, estimated.execution, traced)
+        budget = budget.with_traces(known_traces())
+        estimated = estimate(recipe, files.architecture, device=budget.device)
         verdict = check_fit(estimated, budget.bytes)
     needed, available = format_gib(verdict.needed_bytes), format_gib(budget.bytes)
     text = f"{verdict.word}: {needed} of {available} GiB of {budget.name}."
@@ -254,19 +257,19 @@ def _memory(
         text += f" It will use {format_gib(choice.estimate.total_bytes)} to be faster: {chosen}."
     match verdict.word:
         case "fits":
-            check = Check(CheckKind.MEMORY, "ok", text)
+            check = Check(CheckKind.MEMORY, "ok", text, verdict=verdict)
         case "does not fit":
             fix = "See the Memory screen for the cheapest fix, or run `qlora-tui estimate`."
             changes = cheapest_changes(recipe, files.architecture, budget.bytes, device=budget.device)
             cheapest = SuggestedFix(changes[0].label, changes=changes[0].settings) if changes else None
-            check = Check(CheckKind.MEMORY, "error", text, fix, suggested_fix=cheapest)
+            check = Check(CheckKind.MEMORY, "error", text, fix, suggested_fix=cheapest, verdict=verdict)
         case _:
             low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
             fix = (
                 f"It may take {low} to {high} GiB. The Memory screen and `qlora-tui estimate` name the "
                 "cheapest change that is sure to make it fit."
             )
-            check = Check(CheckKind.MEMORY, "warning", text, fix)
+            check = Check(CheckKind.MEMORY, "warning", text, fix, verdict=verdict)
     return check, estimated
 
 
@@ -280,15 +283,17 @@ def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
 
 
 def _time(recipe: Recipe, files: ModelFiles, machine: Machine) -> list[Check]:
-    """Say how long the steps take, and how that is known."""
     expected = forecast(recipe, machine, files)
-    if expected is None:
-        return []
+    return [] if expected is None else [check_time(expected)]
+
+
+def check_time(expected: Forecast) -> Check:
+    """Say how long the steps take, and how that is known."""
     if expected.time is None:
-        text = "Unknown until the first steps: nothing has been trained on this machine yet."
-    else:
-        text = f"{capitalize(expected.duration)} of training, {expected.time.source}."
-    return [Check(CheckKind.TIME, "ok", text)]
+        text = "Unknown until the first steps: nothing was trained on this machine yet."
+        return Check(CheckKind.TIME, "note", text)
+    text = f"{capitalize(expected.duration)} of training, {expected.time.source}."
+    return Check(CheckKind.TIME, "ok", text)
 
 
 def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:

@@ -167,6 +167,24 @@ class QloraApp(TerminalApp):
             self.counts += 1
             self.recipe_changed.publish(self.workbench.recipe)
 
+    def recall_trace(self) -> bool:
+        """Use the trace of the recipe's step that an earlier app has made; True if it was not used yet.
+
+        Reads files, in a thread.
+        """
+        from qlora_tui.runs.exact_memory import recall_trace
+
+        recipe, architecture = self.workbench.recipe, self.workbench.architecture()
+        if isinstance(architecture, UserError):
+            return False
+        return recall_trace(recipe, architecture, self.memory_budget.device)
+
+    @work(exclusive=True, group="recall")
+    async def show_exact_memory(self) -> None:
+        """Show the exact memory of the recipe on every screen, if its step was ever traced."""
+        if await asyncio.to_thread(self.recall_trace):
+            self.recipe_changed.publish(self.workbench.recipe)
+
     @property
     def memory_budget(self) -> MemoryBudget:
         """The device that a run would use, and how much memory it could have there."""

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
     from qlora_tui.memory import Device, Estimate
     from qlora_tui.memory.estimate import Precision
-    from qlora_tui.memory.recording import StepTrace
     from qlora_tui.tui.app import QloraApp
     from qlora_tui.tui.screens.modals.dialogs import DraftChoice
 
@@ -67,16 +66,8 @@ class Workbench:
         self._trainable: str | None = None
         """A model that can be trained."""
         self._compared: (
-            tuple[
-                Architecture | UserError,
-                StepTrace | None,
-                Recipe,
-                Device,
-                dict[Precision, Estimate] | UserError,
-            ]
-            | None
+            tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError] | None
         ) = None
-        self._traced: tuple[Recipe, Device, StepTrace] | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -202,18 +193,12 @@ class Workbench:
         return self._comparison_of(self.recipe, device)
 
     def _comparison_of(self, recipe: Recipe, device: Device) -> dict[Precision, Estimate] | UserError:
-        # A thread may ask while the user edits the recipe, or a trace of it comes.
-        architecture, traced = self._architecture_of(recipe.model.id), self._trace_of(recipe, device)
-        known = self._compared
-        if (
-            known is None
-            or known[0] is not architecture
-            or known[1] is not traced
-            or known[2:4] != (recipe, device)
-        ):
-            compared = _compare(recipe, architecture, device, traced)
-            known = self._compared = (architecture, traced, recipe, device, compared)
-        return known[4]
+        # A thread may ask while the user edits the recipe.
+        architecture, known = self._architecture_of(recipe.model.id), self._compared
+        if known is None or known[0] is not architecture or known[1:3] != (recipe, device):
+            compared = _compare(recipe, architecture, device)
+            known = self._compared = (architecture, recipe, device, compared)
+        return known[3]
 
     def estimate(self, device: Device) -> Estimate | None:
         """Return the estimate in the recipe's precision; None if there is nothing to estimate."""
@@ -223,18 +208,6 @@ class Workbench:
         compared = self._comparison_of(recipe, device)
         return None if isinstance(compared, UserError) else compared[precision_of(recipe)]
 
-    def use_trace(self, recipe: Recipe, device: Device, traced: StepTrace) -> None:
-        """Use a traced step instead of the formula until the recipe changes."""
-        self._traced = (recipe, device, traced)
-
-    def trace_on(self, device: Device) -> StepTrace | None:
-        """Return the traced step of the current recipe, if there is one."""
-        return self._trace_of(self.recipe, device)
-
-    def _trace_of(self, recipe: Recipe, device: Device) -> StepTrace | None:
-        traced = self._traced
-        return traced[2] if traced is not None and traced[:2] == (recipe, device) else None
-
     def _change_to(self, state: _EditState) -> None:
         """Make this the current state. Undo restores the previous one."""
         self._undo = [*self._undo, self._now][-_UNDO_STEPS:]
@@ -243,16 +216,14 @@ class Workbench:
 
 
 def _compare(
-    recipe: Recipe, architecture: Architecture | UserError, device: Device, traced: StepTrace | None
+    recipe: Recipe, architecture: Architecture | UserError, device: Device
 ) -> dict[Precision, Estimate] | UserError:
     from qlora_tui.memory import compare
-    from qlora_tui.memory.estimate import precision_of
 
     if isinstance(architecture, UserError):
         return architecture
-    traces = {} if traced is None else {precision_of(recipe): traced}
     try:
-        return compare(recipe, architecture, device=device, traced=traces)
+        return compare(recipe, architecture, device=device)
     except UserError as problem:
         return problem
 

@@ -28,7 +28,7 @@ from qlora_tui.memory import budget
 from qlora_tui.memory.budget import Processor
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.runs import status
+from qlora_tui.runs import exact_memory, status
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exact_memory import TraceStopped
 from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation
@@ -67,7 +67,7 @@ def no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: object, **options: object) -> StepTrace:
         raise TraceStopped
 
-    monkeypatch.setattr(memory, "trace_step", stop)
+    monkeypatch.setattr(exact_memory, "trace_step", stop)
     monkeypatch.setattr(memory, "TRACE_SETTLED_S", 0.0)
 
 

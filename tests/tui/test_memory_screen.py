@@ -13,8 +13,9 @@ from qlora_tui.catalog import described
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.described import describe
+from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_delta
-from qlora_tui.memory import estimate
+from qlora_tui.memory import estimate, traces, trainer_execution
 from qlora_tui.memory.estimate import PRECISIONS, with_precision
 from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.recording import StepTrace
@@ -178,7 +179,6 @@ async def test_the_exact_form_follows_the_instant_one(
         assert ready.wait(20)
         return traced_peaks(forward_bytes=2 << 30, backward_bytes=recipe.data.max_length * (15 << 20))
 
-    monkeypatch.setattr(memory, "trace_step", trace)
     monkeypatch.setattr(exact_memory, "trace_step", trace)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -199,9 +199,13 @@ def test_a_traced_step_stands_in_for_the_formula(private_home: Path) -> None:
     app = open_on("memory", model=str(config_folder(private_home, "LiquidAI__LFM2-350M")))
     workbench, device = app.workbench, app.memory_budget.device
     traced = traced_peaks(forward_bytes=2 << 30, backward_bytes=3 << 30)
-    workbench.use_trace(workbench.recipe, device, traced)
+    architecture = workbench.architecture()
+    assert not isinstance(architecture, UserError)
+    execution = trainer_execution(workbench.recipe, device, architecture)
+    traces.remember(workbench.recipe, architecture, execution, traced)
+    device = app.memory_budget.device
     estimates = workbench.comparison(device)
-    assert isinstance(estimates, dict) and estimates["nf4"].exact and not estimates["fp16"].exact
+    assert isinstance(estimates, dict) and estimates["nf4"].traced and not estimates["fp16"].traced
     assert estimates["nf4"].bytes_of("activations") == 3 << 30
     workbench.set("lora.rank", 32)
     estimates = workbench.comparison(device)

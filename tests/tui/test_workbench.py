@@ -144,18 +144,3 @@ def test_an_estimate_is_of_the_recipe_it_is_cached_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(Workbench, "recipe", Recipe(name=asked))
     compared: Any = workbench.comparison(device)
     assert compared == asked
-
-
-@pytest.mark.usefixtures("instant_models")
-def test_a_trace_that_comes_during_an_estimate_is_used_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    workbench, device = Workbench(), Device()
-    trace: Any = object()
-
-    def compare(*_: object, traced: object, **__: object) -> object:
-        workbench.use_trace(workbench.recipe, device, trace)
-        return traced
-
-    monkeypatch.setattr(memory, "compare", compare)
-    assert workbench.comparison(device) == {}
-    compared: Any = workbench.comparison(device)
-    assert list(compared.values()) == [trace]

@@ -21,7 +21,7 @@ from qlora_tui.formatting import (
     shorten_name,
     uncapitalize,
 )
-from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory import Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
@@ -35,15 +35,15 @@ from qlora_tui.tui.workbench import Workbench
 if TYPE_CHECKING:
     from qlora_tui.runs.doctor import Outcome
 
-VERDICT_STYLE = {
-    "fits": "$success",
-    "tight": "$warning",
-    "uncertain": "$warning",
-    "does not fit": "$error",
+_VERDICTS = {
+    "fits": ("✓", "$success"),
+    "tight": ("!", "$warning"),
+    "uncertain": ("?", "$warning"),
+    "does not fit": ("✗", "$error"),
 }
-"""Color of each verdict. The word or sign is always shown too."""
-VERDICT_SIGN = {"fits": "✓", "tight": "!", "uncertain": "?", "does not fit": "✗"}
-"""Signs that replace the words if there is no room."""
+"""(sign, color) of each verdict on memory; the word or the sign is always shown too."""
+INSTANT = "~"
+"""Before an estimate that was calculated at once. One of a traced step has nothing before it."""
 CANNOT_TRAIN = "✗ cannot train"
 """Shown next to the estimate of a model that cannot be trained, for example because its weights are
 missing.
@@ -140,26 +140,42 @@ def preference_words(recipe: Recipe) -> str:
     return f"{traits.label}{beta}{gamma}"
 
 
-def verdict_words(word: str, *, can_train: bool) -> tuple[str, str]:
-    """Return the verdict and its color. For a model that cannot be trained, the verdict says *would fit*."""
-    return ("would fit", "$text-muted") if word == "fits" and not can_train else (word, VERDICT_STYLE[word])
+def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str]:
+    """The verdict with its color: a model that cannot be trained *would* fit."""
+    if verdict.word == "fits" and not can_train:
+        return "would fit", "$text-muted"
+    return verdict.word, _VERDICTS[verdict.word][1]
 
 
-def fit_figure(bytes_: int, word: str, *, can_train: bool, is_current: bool = False) -> Content:
-    """Return ``13.1 GiB ✗`` for a table: only what may not fit has a sign and a color."""
-    style = "" if word == "fits" else verdict_words(word, can_train=can_train)[1]
-    sign = " " if word == "fits" else VERDICT_SIGN[word]
-    return Content.styled(f"{format_bytes(bytes_)} {sign}", f"bold {style}" if is_current else style)
+def verdict_sign(verdict: Verdict, *, can_train: bool = True) -> Content:
+    """Return ``✓``: the verdict where there is no room for the word."""
+    return Content.styled(_VERDICTS[verdict.word][0], verdict_words(verdict, can_train=can_train)[1])
 
 
-def verdict_legend(words: Iterable[str], *, can_train: bool) -> Content:
-    """Return ``✗ does not fit  ! tight``: an explanation of the signs that occur, except the tick."""
-    parts = []
-    for word in words:
-        name, style = verdict_words(word, can_train=can_train)
-        if name != "fits":
-            parts.append(Content.assemble((VERDICT_SIGN[word], style), (f" {name}", "dim")))
-    return Content("  ").join(parts)
+def needed_words(verdict: Verdict) -> str:
+    """Return ``~9.9 GiB``: the memory that is needed."""
+    return f"{'' if verdict.is_exact else INSTANT}{format_bytes(verdict.needed_bytes)}"
+
+
+def fit_figure(verdict: Verdict, *, can_train: bool = True, is_current: bool = False) -> Content:
+    """Return ``~13.1 GiB ✗`` for a table: only what may not fit has a sign and a color."""
+    fits = verdict.word == "fits"
+    style = "" if fits else verdict_words(verdict, can_train=can_train)[1]
+    figure = f"{needed_words(verdict)} {' ' if fits else _VERDICTS[verdict.word][0]}"
+    return Content.styled(figure, f"bold {style}" if is_current else style)
+
+
+def verdict_legend(verdicts: Iterable[Verdict], *, can_train: bool = True) -> Content:
+    """Return ``✗ does not fit  ! tight  ~ instant estimate``: the signs that occur, except the tick."""
+    parts: dict[str, Content] = {}
+    for verdict in verdicts:
+        if verdict.word != "fits":
+            name = Content.styled(f" {verdict.word}", "dim")
+            parts[verdict.word] = verdict_sign(verdict, can_train=can_train) + name
+        if not verdict.is_exact:
+            parts[INSTANT] = Content.styled(f"{INSTANT} instant estimate", "dim")
+    instant = [parts.pop(INSTANT)] if INSTANT in parts else []
+    return Content("  ").join([*parts.values(), *instant])
 
 
 def refusal_words(refusal: UserError) -> str:
@@ -168,14 +184,20 @@ def refusal_words(refusal: UserError) -> str:
 
 
 class FitLine:
-    """A recipe's memory next to the available memory: ``NF4 ████░░░░ 6.3 of 24.0 GiB fits``."""
+    """The memory of a recipe, of what there is, with the verdict: ``NF4 ████░░░░ ~6.3 of 24.0 GiB fits``.
 
-    def __init__(self, label: str, estimate: Estimate, budget: MemoryBudget, *, can_train: bool) -> None:
+    ``is_assumed``: whether the memory is what the user gave.
+    """
+
+    def __init__(
+        self, label: str, verdict: Verdict, *, is_assumed: bool = False, can_train: bool = True
+    ) -> None:
         self._label = label
-        self._budget = budget
-        self._needed_bytes = estimate.total_bytes
-        self._figures = format_sizes(estimate.total_bytes, "of", budget.bytes)
-        self._verdict = verdict_words(check_fit(estimate, budget.bytes).word, can_train=can_train)
+        self._is_assumed = is_assumed
+        self._share = verdict.needed_bytes / verdict.available_bytes
+        sizes = format_sizes(verdict.needed_bytes, "of", verdict.available_bytes)
+        self._figures = f"{'' if verdict.is_exact else INSTANT}{sizes}"
+        self._verdict = verdict_words(verdict, can_train=can_train)
         self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
@@ -184,13 +206,12 @@ class FitLine:
         If there is room, it has a bar, and says that the available memory is an assumption.
         """
         figures, free = self._figures, width - self.least_width - 1
-        if self._budget.is_assumed and free >= len(_ASSUMED) + _MIN_BAR:
+        if self._is_assumed and free >= len(_ASSUMED) + _MIN_BAR:
             figures, free = figures + _ASSUMED, free - len(_ASSUMED)
         cells = free if max_bar is None else min(free, max_bar)
-        share = self._needed_bytes / self._budget.bytes
-        drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
+        drawn = f"{bar(self._share, cells)} " if cells >= _MIN_BAR else ""
         label = f"{self._label} " if self._label else ""
-        return Content.assemble(label, (drawn, level_style(share)), f"{figures} ", self._verdict)
+        return Content.assemble(label, (drawn, level_style(self._share)), f"{figures} ", self._verdict)
 
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, *, with_precision: bool) -> FitLine | None:
@@ -199,7 +220,12 @@ def recipe_fit(workbench: Workbench, budget: MemoryBudget, *, with_precision: bo
     if isinstance(compared, UserError):
         return None
     label = PRECISION_NAMES[precision] if with_precision else ""
-    return FitLine(label, compared[precision], budget, can_train=workbench.model_refusal() is None)
+    return FitLine(
+        label,
+        check_fit(compared[precision], budget.bytes),
+        is_assumed=budget.is_assumed,
+        can_train=workbench.model_refusal() is None,
+    )
 
 
 def error_content(error: UserError, *, step: Content | None = None, is_spaced: bool = False) -> Content:
@@ -235,8 +261,8 @@ def state_bar(state: State, defect: ResultDefect | None = None) -> Content:
 
 
 def best_words(loss: float, step: int, loss_to_beat: float | None) -> str:
-    """Return ``★ best 2.78 at 60``: the lowest validation loss and its step."""
-    return f"{BEST} {_best(loss_to_beat)} {format_loss(loss)} at {step:,}"
+    """``★ best validation 2.78 at 60``: the lowest validation loss and its step."""
+    return f"{BEST} {_best(loss_to_beat)} validation {format_loss(loss)} at {step:,}"
 
 
 def best_figure(loss: float, loss_to_beat: float | None) -> Figure:

@@ -11,7 +11,7 @@ from textual.widget import Widget
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import uncapitalize
-from qlora_tui.memory import Estimate
+from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.tui.breakpoints import WIDE_CELLS
@@ -136,7 +136,12 @@ class RecipeStrip(Widget):
             return Content.styled(cut_cells(message, width), "dim")
         head = () if self._can_train else (Content.styled(CANNOT_TRAIN, "$error"),)
         costs = [
-            FitLine(PRECISION_NAMES[key], self._comparison[key], self._budget, can_train=self._can_train)
+            FitLine(
+                PRECISION_NAMES[key],
+                check_fit(self._comparison[key], self._budget.bytes),
+                is_assumed=self._budget.is_assumed,
+                can_train=self._can_train,
+            )
             for key in self._shown
         ]
         room = width - sum(part.cell_length + _GAP for part in head)

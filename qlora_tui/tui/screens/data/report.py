@@ -11,14 +11,14 @@ from textual.content import Content
 
 from qlora_tui.data.dataset_report import Lengths, Report
 from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, row_outcome
-from qlora_tui.formatting import format_bytes, format_duration, format_percent, pluralize
+from qlora_tui.formatting import format_duration, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
-from qlora_tui.tui.render.labels import SEVERITY_SIGNS, VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.render.labels import SEVERITY_SIGNS, needed_words, verdict_sign, verdict_words
 from qlora_tui.tui.render.plot import Axis, bar, blocks, ticks
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
@@ -388,9 +388,9 @@ def cost_table(costs: list[LengthCost], width: int) -> Content:
     def verdict(cost: LengthCost) -> Content:
         if cost.verdict is None or cost.verdict.word == "fits":
             return Content("")
-        word = cost.verdict.word
-        room = width - (45 if timed else 33)
-        return Content.styled(word if len(word) <= room else VERDICT_SIGN[word], VERDICT_STYLE[word])
+        word, style = verdict_words(cost.verdict)
+        room = width - (46 if timed else 34)
+        return Content.styled(word, style) if len(word) <= room else verdict_sign(cost.verdict)
 
     def in_weight(text: Callable[[LengthCost], str]) -> Callable[[LengthCost], Content]:
         return lambda cost: Content.styled(text(cost), "bold" if cost.name == "now" else "")
@@ -405,8 +405,8 @@ def cost_table(costs: list[LengthCost], width: int) -> Content:
         ),
         Column(
             title="memory",
-            text=in_weight(lambda cost: format_bytes(cost.verdict.needed_bytes) if cost.verdict else "NA"),
-            width=8,
+            text=in_weight(lambda cost: needed_words(cost.verdict) if cost.verdict else "NA"),
+            width=9,
             right=True,
         ),
         Column(text=verdict),

@@ -357,7 +357,12 @@ def recipe_lines(
     memory: list[Content] = []
     if estimate is not None:
         head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
-        fit = FitLine("", estimate, budget, can_train=refusal is None)
+        fit = FitLine(
+            "",
+            check_fit(estimate, budget.bytes),
+            is_assumed=budget.is_assumed,
+            can_train=refusal is None,
+        )
         line = head + fit.draw(width - head.cell_length, _CURVE_WIDTH)
         if refusal is not None:
             reason = f"  {refusal_words(refusal)}"

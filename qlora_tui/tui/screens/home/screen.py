@@ -375,6 +375,7 @@ class HomeScreen(WorkScreen):
 
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
+        self.app.recall_trace()
         budget, now = self.app.memory_budget, clock.now()
         return self._reader.read(workbench, budget, system_status, now, self._layout(size), self.app.counts)
 

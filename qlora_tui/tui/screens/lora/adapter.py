@@ -41,7 +41,7 @@ from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.key_names import bare_key, key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import VERDICT_STYLE, fit_figure, recipe_fit, verdict_legend
+from qlora_tui.tui.render.labels import fit_figure, recipe_fit, verdict_legend, verdict_words
 from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
 from qlora_tui.tui.widgets.controls import ViList
@@ -420,11 +420,9 @@ def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> 
         mark, weight = ("▸", "bold") if cost.is_current else (" ", "")
         disk = f"{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}" if with_disk else ""
         verdict = cost.verdict
-        memory = fit_figure(
-            verdict.needed_bytes, verdict.word, can_train=can_train, is_current=cost.is_current
-        )
-        share = verdict.needed_bytes / (verdict.needed_bytes + verdict.spare_bytes)
-        style = "$hardware 55%" if verdict.word == "fits" else VERDICT_STYLE[verdict.word]
+        memory = fit_figure(verdict, can_train=can_train, is_current=cost.is_current)
+        share = verdict.needed_bytes / verdict.available_bytes
+        style = "$hardware 55%" if verdict.word == "fits" else verdict_words(verdict)[1]
         drawn = (f" {bar(share, _CHOICE_BAR_CELLS)}", style) if with_bar else ""
         return Content.assemble(
             (mark, "bold $primary"),
@@ -441,9 +439,8 @@ def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> 
     for number in range(len(names)):
         columns.append(Column(title=title, text=partial(cell, number=number), gap=3))
     heads = "".join(f"{name:<{_CHOICE_CELLS + more_cells}}" for name in names)
-    words = dict.fromkeys(cost.verdict.word for cost in costs)
     return [
         Content(" " * (_RANK_CELLS + 1) + heads.rstrip()).stylize("bold"),
         *table(columns, rows, width),
-        verdict_legend(words, can_train=can_train),
+        verdict_legend((cost.verdict for cost in costs), can_train=can_train),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,10 @@ from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
+from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.exact_memory import TraceStopped, estimate_exactly, stored_trace, trace_step
+from qlora_tui.runs.exact_memory import TraceStopped, trace_all
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
@@ -46,7 +47,6 @@ from qlora_tui.tui.screens.memory.what_fits import (
     METHOD_OF_PRECISION,
     FitPanel,
     Solution,
-    exact_solution,
     next_targets,
     settings_table,
     solve,
@@ -146,8 +146,11 @@ class MemoryScreen(WorkScreen):
             return
         self._solution = Solution()
         self.workers.cancel_group(self, "changes")
-        self._trace_note = "instant estimate; tracing…"
-        self._trace(recipe, budget)
+        if self._trace_of(precision_of(recipe)) is None:
+            self._trace_note = "instant estimate; tracing…"
+            self._trace(recipe, budget)
+        else:
+            self._trace_note = ""
         self._show_all()
         self._solve(recipe, budget)
 
@@ -256,48 +259,30 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Replace the instant estimate with an exact one once a step of the real model has been traced."""
-        execution = self._compared[precision_of(recipe)].execution
+        """Replace the instant estimate by the exact one, once a step of the real model was traced."""
+        await asyncio.sleep(TRACE_SETTLED_S)
         try:
-            config = load_model_config(recipe.model.id)
-            traced = stored_trace(config, recipe, execution)
-            if traced is None:
-                await asyncio.sleep(TRACE_SETTLED_S)
-                traced = await run_stoppable(trace_step, config, recipe, execution)
+            await self._trace_steps([recipe], recipe, budget)
         except TraceStopped:
             return
         except UserError as problem:
             self._trace_note = f"instant estimate; not traced: {problem.what}"
-        else:
-            self._trace_note = ""
-            self.app.workbench.use_trace(recipe, budget.device, traced)
-            compared = self.app.workbench.comparison(budget.device)
-            self._compared = self._compared if isinstance(compared, UserError) else compared
-            self._trace_changes(recipe, budget)
-        self._show_all()
+            self._show_all()
 
     @work(exclusive=True, group="changes")
     async def _trace_changes(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Trace the effects of keys and offered changes once those are known and the recipe itself has been
-        traced.
-        """
-        architecture = self._architecture()
-        traced = self.app.workbench.trace_on(budget.device)
-        if architecture is None or traced is None or not self._solution.fitting or self._solution.is_exact:
-            return
-        config = load_model_config(recipe.model.id)
-        known = self._solution
+        """Trace what keys and offered changes do, once they are known and the recipe itself is traced."""
+        if self._trace_of(precision_of(recipe)) is not None and not self._solution.is_exact:
+            with suppress(UserError, TraceStopped):
+                await self._trace_steps(self._solution.recipes, recipe, budget)
 
-        def exact(should_stop: Callable[[], bool]) -> Solution:
-            return exact_solution(
-                known,
-                recipe,
-                budget.bytes,
-                lambda changed: estimate_exactly(config, changed, architecture, budget.device, should_stop),
-            )
-
-        with suppress(UserError, TraceStopped):
-            self.post_message(self.Solved(recipe, await run_stoppable(exact)))
+    async def _trace_steps(self, recipes: Collection[Recipe], recipe: Recipe, budget: MemoryBudget) -> None:
+        """Trace these steps, then show every figure by them. Raises TraceStopped, UserError."""
+        architecture, config = self._architecture(), load_model_config(recipe.model.id)
+        if architecture is not None and await run_stoppable(
+            trace_all, config, recipes, architecture, budget.device
+        ):
+            self.app.recipe_changed.publish(self.app.workbench.recipe)
 
     def _show_all(self) -> None:
         if self._compared:
@@ -312,12 +297,11 @@ class MemoryScreen(WorkScreen):
         return self._compared[self.precision]
 
     def _exact_words(self) -> str:
-        """Return what is exact and how it was obtained; empty before the recipe has been traced."""
-        workbench = self.app.workbench
-        traced = workbench.trace_on(self.app.memory_budget.device)
+        """What is exact, and by what; empty before the recipe was traced."""
+        own = precision_of(self.app.workbench.recipe)
+        traced, name = self._trace_of(own), PRECISION_NAMES[own]
         if traced is None:
             return ""
-        name = PRECISION_NAMES[precision_of(workbench.recipe)]
         what = f"{name} and its changes" if self._solution.is_exact else name
         if not self.has_class("-very-wide"):
             return f"{what} exact (traced)"
@@ -380,6 +364,15 @@ class MemoryScreen(WorkScreen):
         architecture = self.app.workbench.architecture()
         return None if isinstance(architecture, UserError) else architecture
 
+    def _trace_of(self, precision: Precision) -> StepTrace | None:
+        """The traced step of the recipe in a precision, if there is one."""
+        recipe, architecture = self.app.workbench.recipe, self._architecture()
+        if architecture is None or not self._compared:
+            return None
+        one = recipe if precision == precision_of(recipe) else with_precision(recipe, precision)
+        traces = self.app.memory_budget.device.traces
+        return traces.find(one, architecture, self._compared[precision].execution)
+
     @property
     def _layers(self) -> int:
         known = self._architecture()
@@ -398,11 +391,10 @@ class MemoryScreen(WorkScreen):
         )
         if known is None or not panel.display:
             return
-        budget, workbench = self.app.memory_budget, self.app.workbench
+        budget = self.app.memory_budget
         if self._timeline is None or self._timeline[0] is not estimate:
-            recipe = workbench.recipe
-            traced = workbench.trace_on(budget.device) if self.precision == precision_of(recipe) else None
-            moments = step_timeline(with_precision(recipe, self.precision), known, estimate, traced)
+            recipe = with_precision(self.app.workbench.recipe, self.precision)
+            moments = step_timeline(recipe, known, estimate, self._trace_of(self.precision))
             self._timeline = (estimate, moments)
         moments, when = self._timeline[1], peak_time(estimate, self._layers)
         panel.show_title(timeline_title(moments, budget.bytes, when))

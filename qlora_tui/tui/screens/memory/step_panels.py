@@ -21,7 +21,7 @@ from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, PRECISIONS, Precis
 from qlora_tui.memory.step import PHASES, Moment, Phase
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.labels import PRECISION_NAMES, verdict_words
+from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, verdict_words
 from qlora_tui.tui.render.plot import Axis, bar, join_cells, ticks
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
@@ -162,7 +162,7 @@ def precision_bars(
     for precision in PRECISIONS:
         estimate = compared[precision]
         verdict = check_fit(estimate, budget_bytes)
-        word, style = verdict_words(verdict.word, can_train=can_train)
+        word, style = verdict_words(verdict, can_train=can_train)
         spare = f"{spare_words(verdict):>{_SPARE}}" if has_spare else ""
         drawn = stacked_bar(estimate, full_bytes, bar_cells - len(broken))
         is_selected = precision == selected
@@ -174,7 +174,7 @@ def precision_bars(
                 ),
                 drawn,
                 (broken, "dim"),
-                f" {format_bytes(estimate.total_bytes):>10} ",
+                f" {needed_words(verdict):>10} ",
                 (f"{word:<12}", style),
                 (spare, "$text-muted"),
                 (" ◂ recipe" if precision == recipe_precision else "", "$primary"),

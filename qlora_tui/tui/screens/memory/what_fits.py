@@ -7,8 +7,8 @@ from a header with hundreds of thousands of tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,20 +26,22 @@ from qlora_tui.memory import (
     cheapest_changes,
     check_fit,
     choose_step,
+    estimate,
     largest_settings,
     minimum_bytes,
 )
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import PRECISIONS, Precision, Verdict, precision_of, with_precision
+from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, with_precision
 from qlora_tui.memory.explain import describe_choice, describe_speedup
 from qlora_tui.memory.levels import Conversion
 from qlora_tui.memory.solver import what_if
 from qlora_tui.memory.step_choice import describe_host_memory
+from qlora_tui.memory.traces import NO_TRACES
 from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import VERDICT_STYLE, refusal_words, verdict_words
+from qlora_tui.tui.render.labels import needed_words, refusal_words, verdict_words
 from qlora_tui.tui.screens.memory.step_panels import verdict_sentence
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
@@ -88,56 +90,36 @@ class Solution:
     """What the recipe keeps in host memory, and what that costs, in sentences; empty if nothing."""
     conversion: Conversion | None = None
     """The conversion that a GGUF file needs before its first run."""
+    recipes: tuple[Recipe, ...] = ()
+    """Those of ``changes``, and of ``lowered`` in the recipe's precision."""
     is_exact: bool = False
-    """Whether ``changes``, and ``lowered`` in the recipe's precision, come from traced steps."""
+    """Whether the steps of all these are traced."""
 
 
 def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
     """Compute the solution in a thread. ``fits``: whether the recipe fits as it is."""
     device, available = budget.device, budget.bytes
     variants = {precision: with_precision(recipe, precision) for precision in PRECISIONS}
+    lowered = {precision: _lowered(variant, architecture) for precision, variant in variants.items()}
     changes = cheapest_changes(recipe, architecture, available, device=device)
+    halved = (replace_setting(recipe, *change) for change in lowered[precision_of(recipe)].items())
+    recipes = (*halved, *(change.recipe for change in changes))
     return Solution(
         fitting={
             precision: largest_settings(variant, architecture, available, device=device)
             for precision, variant in variants.items()
         },
         lowered={
-            precision: _lowered(variant, architecture, budget) for precision, variant in variants.items()
+            precision: _effects(variants[precision], values, architecture, budget)
+            for precision, values in lowered.items()
         },
         changes=changes,
         least_bytes=0 if fits or changes else minimum_bytes(recipe, architecture, device=device),
         step=choose_step(recipe, architecture, available, device=device) if fits else None,
         host_memory=describe_host_memory(recipe, architecture, device),
         conversion=_conversion(recipe.model.id),
-    )
-
-
-def exact_solution(
-    solution: Solution, recipe: Recipe, available_bytes: int, exactly: Callable[[Recipe], Estimate]
-) -> Solution:
-    """Estimate the effects of keys and changes again in a thread, with steps that ``exactly`` traces.
-
-    Raises whatever ``exactly`` raises.
-    """
-
-    def verdict_of(changed: Recipe) -> Verdict:
-        return check_fit(exactly(changed), available_bytes)
-
-    precision = precision_of(recipe)
-    now = verdict_of(recipe).needed_bytes
-    lowered = {
-        path: KeyEffect(
-            effect.value, verdict_of(replace_setting(recipe, path, effect.value)).needed_bytes - now
-        )
-        for path, effect in solution.lowered[precision].items()
-    }
-    changes = []
-    for change in solution.changes:
-        estimated = exactly(change.recipe)
-        changes.append(replace(change, estimate=estimated, verdict=check_fit(estimated, available_bytes)))
-    return replace(
-        solution, lowered={**solution.lowered, precision: lowered}, changes=tuple(changes), is_exact=True
+        recipes=recipes,
+        is_exact=all(estimate(each, architecture, device=device).traced for each in recipes),
     )
 
 
@@ -148,8 +130,8 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
     return choices[index % len(choices)]
 
 
-def _lowered(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> dict[str, KeyEffect]:
-    """Return the effect of each setting's key that lowers it, or of its only key."""
+def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
+    """The value that each setting's key for less would give it, or its only key."""
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
         value = get_setting(recipe, path)
@@ -159,11 +141,19 @@ def _lowered(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -
             lower[path] = step_value(fields()[path], value, -1 if path in HALVED_SETTINGS else 1)
         if lower[path] == value:
             del lower[path]
-    changed = {path: replace_setting(recipe, path, value) for path, value in lower.items()}
-    variants = {"": recipe, **changed}.items()
-    needed = {path: verdict.needed_bytes for path, verdict in what_if(variants, architecture, budget).items()}
-    now = needed.pop("")
-    return {path: KeyEffect(lower[path], bytes_ - now) for path, bytes_ in needed.items()}
+    return lower
+
+
+def _effects(
+    recipe: Recipe, values: Mapping[str, Any], architecture: Architecture, budget: MemoryBudget
+) -> dict[str, KeyEffect]:
+    """What each of these values changes: all by traced steps, or all by the formula."""
+    variants = {"": recipe, **{path: replace_setting(recipe, path, value) for path, value in values.items()}}
+    verdicts = what_if(variants.items(), architecture, budget)
+    if not all(verdict.is_exact for verdict in verdicts.values()):
+        verdicts = what_if(variants.items(), architecture, budget.with_traces(NO_TRACES))
+    now = verdicts.pop("").needed_bytes
+    return {path: KeyEffect(values[path], each.needed_bytes - now) for path, each in verdicts.items()}
 
 
 def _conversion(model_id: str) -> Conversion | None:
@@ -289,10 +279,12 @@ class FitPanel(Panel):
         ``refusal``: why the model cannot be trained.
         """
         verdict = check_fit(estimate, budget.bytes)
-        word, style = verdict_words(verdict.word, can_train=refusal is None)
+        word, style = verdict_words(verdict, can_train=refusal is None)
         self.show_title(Content.styled(f"{name} {word}, {verdict_sentence(verdict)}", style))
         figure = Figure(
-            f"of {format_bytes(budget.bytes)}", format_bytes(verdict.needed_bytes), f"bold {style}"
+            f"of {format_bytes(budget.bytes)}, {'exact' if verdict.is_exact else 'instant estimate'}",
+            format_bytes(verdict.needed_bytes),
+            f"bold {style}",
         )
         self._needed.show([*large_figures([figure]), Content("")])
         self.choices.display = bool(solution.changes)
@@ -353,10 +345,9 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
             (f"{'▸' if not number else ' '} {key:<2}", "$key bold"),
             (change.label, "bold" if not number else ""),
         )
-        word = change.verdict.word
         details = Content.assemble(
-            f"{format_bytes(change.estimate.total_bytes)} ",
-            (word, VERDICT_STYLE[word]),
+            f"{needed_words(change.verdict)} ",
+            verdict_words(change.verdict),
             (f", {change.cost}" if change.cost else "", "$text-muted"),
         )
         # The first four cells are a mark, under which the rest is indented.

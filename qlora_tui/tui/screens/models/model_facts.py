@@ -32,7 +32,7 @@ from qlora_tui.formatting import (
     format_gib,
     format_path,
 )
-from qlora_tui.memory import Device, Estimate, check_fit, compare, estimate
+from qlora_tui.memory import Device, Estimate, Verdict, check_fit, compare, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, why_int8_is_larger
 from qlora_tui.recipe.fields import get_setting, replace_setting
@@ -81,12 +81,12 @@ class HubFacts:
 
 @dataclass(frozen=True)
 class SettingFit:
-    """Memory with one value of a setting: bytes and verdict in each precision."""
+    """The memory with one value of a setting, in each precision."""
 
     value: int
     is_current: bool
     """Whether it is the recipe's current value."""
-    needs: Mapping[Precision, tuple[int, str]]
+    needs: Mapping[Precision, Verdict]
     estimate: Estimate
     """In the recipe's precision."""
 
@@ -256,7 +256,7 @@ def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
     for title, rows in groups:
         lines.append(Content.styled(f"{title:>{_NAME_CELLS - 1}}", "dim"))
         for row in rows:
-            figure = fit_figure(*row.needs[fit.precisions[0]], can_train=True, is_current=row.is_current)
+            figure = fit_figure(row.needs[fit.precisions[0]], can_train=True, is_current=row.is_current)
             name = f"{row.value:>{_NAME_CELLS - 2},} "
             lines.append(
                 Content.assemble(
@@ -282,7 +282,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
         return Content.assemble(mark, (f"{row.value:>{_VALUE_CELLS - 1},}", "bold" if row.is_current else ""))
 
     def figure(row: SettingFit, precision: Precision) -> Content:
-        return fit_figure(*row.needs[precision], can_train=can_train, is_current=row.is_current)
+        return fit_figure(row.needs[precision], can_train=can_train, is_current=row.is_current)
 
     has_all = width >= _VALUE_CELLS + len(PRECISIONS) * _FIGURE_CELLS
     shown = PRECISIONS if has_all else fit.precisions
@@ -301,9 +301,9 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
         named = Column[SettingFit](title=f"{title:>{_VALUE_CELLS}}", text=value, width=_VALUE_CELLS)
         lines += [Content("")] if lines and rows else []
         lines += table([named, *figures], rows, width) if rows else []
-    words = dict.fromkeys(row.needs[each][1] for row in fit.lengths for each in shown)
+    verdicts = [row.needs[each] for row in fit.lengths for each in shown]
     notes = [Content.styled(note, "dim") for note in fit.notes]
-    return [*lines, verdict_legend(words, can_train=can_train), *notes]
+    return [*lines, verdict_legend(verdicts, can_train=can_train), *notes]
 
 
 def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
@@ -320,10 +320,7 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
 
     def rows(path: str, estimates: Mapping[int, Mapping[Precision, Estimate]]) -> Iterator[SettingFit]:
         for value, by_precision in estimates.items():
-            needs = {
-                each: (one.total_bytes, check_fit(one, budget.bytes).word)
-                for each, one in by_precision.items()
-            }
+            needs = {each: check_fit(one, budget.bytes) for each, one in by_precision.items()}
             yield SettingFit(value, value == get_setting(recipe, path), needs, by_precision[precision])
 
     lengths = [length for length in _LENGTHS if length <= (model.max_positions or length)]
@@ -341,10 +338,10 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
     )
 
 
-def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> tuple[int, str]:
-    """Return the bytes and verdict of a model with the current recipe."""
+def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Verdict:
+    """The memory of a model with the recipe as it is."""
     estimated = estimate(_with_targets(model, recipe, budget.device), model, device=budget.device)
-    return estimated.total_bytes, check_fit(estimated, budget.bytes).word
+    return check_fit(estimated, budget.bytes)
 
 
 def fetch_hub_facts(model_id: str) -> HubFacts:

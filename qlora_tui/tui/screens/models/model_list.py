@@ -17,11 +17,12 @@ from qlora_tui.catalog.starter_models import StarterModel, starter_file
 from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_count
+from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE
+from qlora_tui.tui.render.labels import fit_figure
 from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
@@ -46,8 +47,7 @@ class Starter:
 
     model: StarterModel
     architecture: Architecture
-    needs_bytes: int
-    verdict: str
+    verdict: Verdict
 
     @property
     def id(self) -> str:
@@ -70,12 +70,12 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
         # One that this version refuses is offered by the next that does not.
         with suppress(UserError):
             architecture = model.architecture()
-            all_models.append(Starter(model, architecture, *need(architecture, recipe, budget)))
+            all_models.append(Starter(model, architecture, need(architecture, recipe, budget)))
     on_cpu = budget.device.kind == "cpu"
     fitting = [
         starter
         for starter in all_models
-        if starter.verdict == "fits"
+        if starter.verdict.fits_with_margin
         and not (on_cpu and starter.architecture.total_params > _MAX_STARTER_PARAMETERS_ON_CPU)
     ]
     return tuple(fitting[::-1] or all_models[:1])
@@ -92,9 +92,9 @@ class ListedModels:
     query: str = ""
     """The last query to the Hub."""
     hub_facts: dict[str, HubFacts] = field(default_factory=dict)
-    """Details of models on the Hub by id, as far as they were loaded."""
-    needs: dict[Path, tuple[int, str]] = field(default_factory=dict)
-    """Bytes and verdict of each local model with the current recipe."""
+    """Details of models on the Hub by id, where they were asked for."""
+    needs: dict[Path, Verdict] = field(default_factory=dict)
+    """Memory of each model of this machine with the recipe as it is."""
     licenses: dict[Path, str] = field(default_factory=dict)
     """Licenses named by the cards of local models."""
     starters: tuple[Starter, ...] = ()
@@ -170,14 +170,17 @@ def _local_lines(
     models: Sequence[LocalModel],
     chosen: str,
     width: int,
-    needs: Mapping[Path, tuple[int, str]],
+    needs: Mapping[Path, Verdict],
     licenses: Mapping[Path, str],
 ) -> list[tuple[str, Content]]:
     """Return a heading and a line for each model. ● marks the recipe's, ✗ those that cannot be trained."""
     rows = []
     for model in models:
         mark = "●" if chosen in (model.id, str(model.path)) else "✗" if model.refusal else " "
-        needed = Content.styled("cannot train", "$error") if model.refusal else _need(needs.get(model.path))
+        verdict = needs.get(model.path)
+        needed: str | Content = "" if verdict is None else fit_figure(verdict)
+        if model.refusal:
+            needed = Content.styled("cannot train", "$error")
         texts = _architecture_texts(model.architecture, format_bytes(model.size_bytes), needed)
         more = (licenses.get(model.path, ""), _SOURCES[model.source])
         rows.append(
@@ -197,7 +200,7 @@ def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) ->
         note = "a first run in minutes, also on a processor"
         rows.append(_Line(DEMO_LINE, " ", f"{SMOLLM2.name} (demo)", demo, note=note))
     for model in models:
-        needed = _need((model.needs_bytes, model.verdict))
+        needed = fit_figure(model.verdict)
         texts = _architecture_texts(model.architecture, format_bytes(model.download_bytes), needed)
         access = {None: "", True: "gated", False: "free"}[model.model.gated]
         texts = (*texts, model.model.license, access)
@@ -261,13 +264,6 @@ def _architecture_texts(
         return ("NA", bytes_, needed, "NA")
     context = "NA" if model.max_positions is None else f"{model.max_positions:,}"
     return (format_count(model.total_params), bytes_, needed, context)
-
-
-def _need(need: tuple[int, str] | None) -> str | Content:
-    if need is None:
-        return ""
-    bytes_, word = need
-    return Content.assemble(f"{format_bytes(bytes_)} ", (VERDICT_SIGN[word], VERDICT_STYLE[word]))
 
 
 def _lines(

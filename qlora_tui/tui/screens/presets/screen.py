@@ -24,7 +24,7 @@ from textual.widgets import Input, Static
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write
-from qlora_tui.formatting import format_bytes, format_gib, format_path, pluralize
+from qlora_tui.formatting import format_path, pluralize
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict
 from qlora_tui.memory.solver import what_if
@@ -45,8 +45,7 @@ from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import COMMANDS, screen_commands
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import fact_lines, hanging
-from qlora_tui.tui.render.labels import VERDICT_SIGN, VERDICT_STYLE, error_content
-from qlora_tui.tui.render.plot import bar, level_style
+from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure
 from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
@@ -427,9 +426,7 @@ def preset_line(preset: Preset, current: str, verdict: Verdict | None, width: in
     line = Content.assemble((mark, style), preset.name, ("" if preset.shipped else "  yours", "$text-muted"))
     if verdict is None or width < _NEED_WIDTH:
         return line
-    word = verdict.word
-    needed = f"{format_bytes(verdict.needed_bytes)} "
-    figures = Content.assemble(needed, (VERDICT_SIGN[word], VERDICT_STYLE[word]))
+    figures = fit_figure(verdict)
     space = max(1, width - line.cell_length - figures.cell_length)
     return Content.assemble(line, " " * space, figures)
 
@@ -487,15 +484,8 @@ def _memory(
                 Content.styled("The model does not have the recipe's target modules.", "$text-muted")
             )
             continue
-        word = verdict.word
-        figures = f"{format_gib(verdict.needed_bytes)} of {format_gib(budget.bytes)} GiB"
-        cells = min(_MAX_BAR, width - 16 - len(figures) - len(word))
-        share = verdict.needed_bytes / budget.bytes
-        drawn = bar(share, cells) + " " if cells >= _MIN_BAR else ""
-        head = (f"{f'memory {label}':<12} ", "$text-muted")
-        lines.append(
-            Content.assemble(head, (drawn, level_style(share)), figures, "  ", (word, VERDICT_STYLE[word]))
-        )
+        head = Content.styled(f"{f'memory {label}':<12} ", "$text-muted")
+        lines.append(head + FitLine("", verdict).draw(width - head.cell_length, _MAX_BAR))
     return lines
 
 
