@@ -33,8 +33,10 @@ from qlora_tui.recipe.toml import to_layer, to_recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.doctor import Check, CheckKind, read_machine, several_gpus_problem
-from qlora_tui.runs.expected_time import Forecast, count_data, forecast
+from qlora_tui.runs.expected_time import Forecast, count_data, forecast, measured_forecast
 from qlora_tui.runs.preflight import errors, preflight, with_count
+from qlora_tui.runs.step_probe import probe_steps
+from qlora_tui.worker import Progress
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
     with suppress(UserError):  # what is wrong is reported by the checks
         note_description(find_files(recipe.model.id).architecture)
+    if args.probe:
+        return _probe(recipe)
     if args.dry_run:
         return _dry_run(recipe)
     if not _confirm(preflight(recipe, read_machine())):
@@ -100,6 +104,31 @@ def _dry_run(recipe: Recipe) -> CommandResult:
         text="\n".join([*format_checks(checks), "", _plan_sentence(expected, failed=failed)]),
         exit_code=EXIT_FAILURE if failed else 0,
     )
+
+
+def _probe(recipe: Recipe) -> CommandResult:
+    """Train three steps, discard them, and say how long the run would be."""
+    machine = read_machine()
+    _report_checks(preflight(recipe, machine))
+    with ProgressLine() as line:
+        probe = probe_steps(recipe, machine, lambda progress: line.show(_progress_text(progress)))
+    expected = forecast(recipe, machine)
+    known = None if expected is None else measured_forecast(expected, probe)
+    return CommandResult(
+        data={
+            "steps_measured": probe.steps,
+            "seconds_per_step": probe.seconds / probe.steps,
+            "tokens_per_s": probe.tokens / probe.seconds,
+            "peak_bytes": probe.peak_bytes,
+            "steps": known.length.steps if known else None,
+            "seconds": known.time.seconds if known and known.time else None,
+        },
+        text=_plan_sentence(known, failed=False) if known else f"{capitalize(probe.words)}.",
+    )
+
+
+def _progress_text(progress: Progress) -> str:
+    return f"{progress.text}: step {progress.done} of {progress.total}" if progress.done else progress.text
 
 
 def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:
@@ -203,6 +232,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="only check the recipe, count its steps and say how long they take",
+    )
+    instead.add_argument(
+        "--probe",
+        action="store_true",
+        help="train three steps, discard them, and say what they took in time and memory",
     )
     parser.add_argument(
         "--gpus", type=positive_int, metavar="N", help="with --print-command: number of GPUs (default: all)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from statistics import median
@@ -28,6 +28,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import RunLength, run_length
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.doctor import Machine
+from qlora_tui.runs.step_probe import StepProbe
 from qlora_tui.runs.view import RunView
 from qlora_tui.worker import Progress, run_job
 
@@ -38,8 +39,9 @@ _MOST_COUNTED_BYTES = 256 << 20
 """Size of data above which nothing is counted ahead: it takes a minute of a core and more."""
 _LEAST_STEPS = 3
 """Of a run whose speed counts. The first step is left out: it compiles, and memory grows."""
-TimeBasis: TypeAlias = Literal["run", "another model", "measured speed", "typical card"]
-"""What a time follows from: a run, one of another model, the speed that ``doctor`` measured, or neither."""
+TimeBasis: TypeAlias = Literal["probe", "run", "another model", "measured speed", "typical card"]
+"""What a time follows from: steps of this recipe, a run, one of another model, the speed that ``doctor``
+measured, or none of these."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,15 @@ class ExpectedTime:
     basis: TimeBasis
     run: str = ""
     """Name of the run whose speed it follows."""
+    probe: str = ""
+    """What was measured, as a clause, where steps of this recipe were."""
 
     @property
     def source(self) -> str:
         """How it is known, as a clause: ``judging by vicuna-1``."""
         match self.basis:
+            case "probe":
+                return self.probe
             case "run":
                 return f"judging by {self.run}"
             case "another model":
@@ -101,6 +107,12 @@ def forecast(recipe: Recipe, machine: Machine, model: ModelFiles | None = None) 
         if length is not None:
             return Forecast(length, expected_time(recipe, architecture, machine, length.tokens))
     return None
+
+
+def measured_forecast(expected: Forecast, probe: StepProbe) -> Forecast:
+    """Return a forecast with the speed of steps that were trained to measure it."""
+    seconds = expected.length.tokens * probe.seconds / max(1, probe.tokens)
+    return replace(expected, time=ExpectedTime(seconds, "probe", probe=probe.words))
 
 
 def count_data(

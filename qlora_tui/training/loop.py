@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -154,6 +155,25 @@ class Loop:
             is_abandoned = True
         if is_abandoned:
             self._abandon_step()
+
+    def time_steps(self, count: int, after_step: Callable[[int, int], None]) -> tuple[int, float]:
+        """Train the first steps after the memory probe, and save, evaluate and report nothing.
+
+        Args:
+            count: how many, at most all.
+            after_step: called with the steps done and to do.
+
+        Returns:
+            How many were trained, and the seconds of all.
+        """
+        self._probe_memory()
+        self._take_rewards()
+        count = min(count, self._total_steps)
+        started_at = time.perf_counter()
+        for number in range(count):
+            self.trainer.train_step(self._steps[number])
+            after_step(number + 1, count)
+        return count, time.perf_counter() - started_at
 
     def training_seconds(self) -> float:
         """Seconds since the first step, without evaluating, sampling and saving."""

@@ -209,6 +209,17 @@ class Reporter:
 PERIOD_S = 1.0
 
 
+class QuietReporter(Reporter):
+    """Writes nothing, and says what goes on."""
+
+    def __init__(self, run: RunDir, say: Callable[[str], object]) -> None:
+        super().__init__(run, mute=True)
+        self._say = say
+
+    def phase(self, phase: Phase, detail: str = "") -> None:
+        self._say(f"{phase_label(phase)}{': ' if detail else ''}{detail}")
+
+
 class TelemetryRecorder:
     """Records from ``start`` to ``stop`` in a separate thread. A full disk costs samples and nothing else."""
 

@@ -39,6 +39,8 @@ class Run:
     """The most layers that may keep their activations; a retry after running out of memory lowers it."""
     has_run_out: bool = False
     """Whether an earlier attempt ran out of memory."""
+    keeps_files: bool = True
+    """Whether anything is written to ``directory``, which otherwise need not exist."""
 
     device: ComputeDevice = field(init=False)
     files: ModelFiles = field(init=False)

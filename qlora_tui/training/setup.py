@@ -324,7 +324,7 @@ def _starting_adapter(run: Run) -> StartingAdapter | None:
     if run.checkpoint is not None:
         return StartingAdapter.read(path, run.model)
     starting = StartingAdapter.of(run.model)
-    if run.dist.is_main_process:
+    if run.dist.is_main_process and run.keeps_files:
         starting.write(path)
     return starting
 

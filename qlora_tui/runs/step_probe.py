@@ -1,0 +1,73 @@
+"""Three real steps of a recipe before its launch, in a child process: how long they take, and the memory.
+
+The child trains in memory and writes no run, so that nothing is left however it ends; what it converts or
+quantizes on the way is in the caches that the launch uses too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes, format_duration
+from qlora_tui.recipe.conflicts import require_runnable
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.doctor import Machine
+from qlora_tui.worker import Progress, run_job
+
+STEPS = 3
+"""Optimizer steps of a probe, after one on the longest batch that is not timed."""
+
+
+class StepProbe(Struct, frozen=True, kw_only=True):
+    """What was measured."""
+
+    steps: int
+    seconds: float
+    """Of all these steps."""
+    tokens: int
+    """Real tokens of all these steps."""
+    peak_bytes: int
+    """Peak memory of the process: on a GPU what its driver reports."""
+
+    @property
+    def words(self) -> str:
+        """``measured in three steps: 1.2 s a step, peak 1.3 GiB``."""
+        count = "three steps" if self.steps == STEPS else "one step" if self.steps == 1 else "two steps"
+        each = format_duration(self.seconds / self.steps)
+        return f"measured in {count}: {each} a step, peak {format_bytes(self.peak_bytes)}"
+
+
+def probe_steps(
+    recipe: Recipe,
+    machine: Machine,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> StepProbe:
+    """Train three steps of a recipe, forget them, and return what they took. Takes as long as a start.
+
+    Raises:
+        JobStopped: ``should_stop`` returned true.
+        UserError: another run has the device, or the recipe cannot be trained here.
+    """
+    require_runnable(recipe)
+    if machine.active:
+        raise UserError(
+            "Another run is training",
+            what=f"{machine.active} uses the device.",
+            why="Both would be slower, and may run out of memory.",
+            fix="Wait until it has ended, or pause it.",
+        )
+    return run_job(
+        "qlora_tui.training.probe:probe",
+        recipe,
+        STEPS,
+        result=StepProbe,
+        title="The steps could not be measured",
+        subject="The process that trained three steps",
+        fix="Launch the run to see where it fails.",
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
