@@ -21,9 +21,8 @@ from hypothesis import HealthCheck, settings
 
 from qlora_tui.catalog import described
 from qlora_tui.gpu import torch_env
-from tests.support.descriptions import Descriptions, descriptions, quick_descriptions
 from qlora_tui.memory import traces
-from tests.support.descriptions import descriptions, quick_descriptions
+from tests.support.descriptions import Descriptions, descriptions, quick_descriptions
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.quick_starts import IMPORTS, SHARED, quick_workers, started, worker_server
 from tests.support.trainer_processes import quick_trainers, trainers

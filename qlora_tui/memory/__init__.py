@@ -13,6 +13,7 @@ available memory, and call :func:`largest_settings` or :func:`cheapest_changes`;
 ``step``           one training step: each kind of layer once, the loss, and the moments of both
 ``loading``        what loading a base allocates, in the order of the version that loads
 ``recording``      the exact form: loading and two traced steps on the model of CUDA's ``allocator``
+``traces``         the steps that this process has traced, in every estimate of them
 ``levels``         from tensors to what the GPU sees, or the system of a CPU; converting a GGUF file
 ``calibration``    measurements of past runs and of copies on this machine, and the correction from them
 ``explain``        a sentence for each item; ``report``: the JSON output

@@ -290,7 +290,7 @@ def _time(recipe: Recipe, files: ModelFiles, machine: Machine) -> list[Check]:
 def check_time(expected: Forecast) -> Check:
     """Say how long the steps take, and how that is known."""
     if expected.time is None:
-        text = "Unknown until the first steps: nothing was trained on this machine yet."
+        text = "Unknown until the first steps: nothing has been trained on this machine yet."
         return Check(CheckKind.TIME, "note", text)
     text = f"{capitalize(expected.duration)} of training, {expected.time.source}."
     return Check(CheckKind.TIME, "ok", text)

@@ -228,7 +228,7 @@ def summarize(run: RunDir) -> RunSummary:
         energy=format_energy(ending) if isinstance(ending, Finished) else "",
         fix=ending.fix if isinstance(ending, Failed) else "",
         defect=find_defect(view),
-        verdict=_verdict(view, recipe),
+        verdict=find_verdict(view, recipe),
     )
 
 
@@ -254,7 +254,8 @@ def outline(run: RunDir) -> RunSummary:
     )
 
 
-def _verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
+def find_verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
+    """Return whether an ended run has learned; None for one that has not ended or trained no step."""
     if not isinstance(view.ending, Finished | Stopped) or not view.step:
         return None
     return judge_run(gather_evidence(view, read_task_evaluation(view.run), recipe))

@@ -53,6 +53,7 @@ Around it:
 ``clean_files``      the files of a folder that libraries may read; ``quantized_cache``: earlier weights
 ``gguf_conversion``  converts a GGUF file once, in a process: ``gguf_weights``, ``gguf_tokenizer``
 ``library_names``    what is needed of transformers, peft, accelerate and bitsandbytes
+``probe``            three steps of a recipe before its launch, with nothing written
 ``selftest``         trains a random model of two layers for ``qlora-tui doctor``
 
 ``__main__``, ``supervisor`` and what they import load no torch, so the run shows as started at once.

@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.segment import Segment
 from rich.style import Style
+from textual.geometry import Region
 from textual.pilot import Pilot
+from textual.strip import Strip
 
 DEADLINE_S = 120.0
 """A guard against waiting for ever, not a budget."""
@@ -33,6 +35,15 @@ def style_of(app: Any, text: str) -> Style:
 def segments_of(app: Any) -> list[list[Segment]]:
     """What the screen paints, line by line."""
     return [_flat(strip) for strip in app.screen._compositor.render_update(full=True).strips]
+
+
+def segments_in_front(app: Any) -> list[list[Segment]]:
+    """What the screen paints; of a dialog its own cells, without what is dim behind it."""
+    lines = segments_of(app)
+    if not app.screen.is_modal:
+        return lines
+    front = Region.from_union([child.region for child in app.screen.children if child.display])
+    return [list(Strip(line).crop(front.x, front.right)) for line in lines[front.y : front.bottom]]
 
 
 async def wait_for_text(pilot: Pilot[Any], *texts: str) -> str:

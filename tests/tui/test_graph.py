@@ -6,6 +6,7 @@ import math
 import random
 import re
 from array import array
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from qlora_tui.tui.render.plot import (
     Axis,
     Curve,
     Plot,
+    loss_axis,
     plot,
     rounded,
     so_far,
@@ -255,3 +257,11 @@ def test_names_are_cut_in_their_middle_and_columns_without_room_are_left_out() -
     narrow = _plain(20)
     assert max(map(len, narrow)) == 20
     assert narrow[1].startswith("qwen2") and "…" in narrow[1] and narrow[1].split("…")[1].startswith("kets-1")
+
+
+@pytest.mark.parametrize("height", range(8, 40))
+def test_labels_of_a_chart_have_the_same_rows_between_them(height: int) -> None:
+    curve = Curve(Envelope.of_points([0.0, 50.0], [2.1, 5.9]), "loss", "")
+    lines = plot(Plot(so_far(50, 81, "step"), loss_axis(2.1, 5.9), (curve,)), 80, height)
+    rows = [row for row, line in enumerate(lines[1:-1]) if line.plain[:5].strip()]
+    assert len(rows) > 1 and len({after - before for before, after in pairwise(rows)}) == 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 
@@ -11,9 +14,11 @@ from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.doctor import Check, CheckKind
+from qlora_tui.runs.step_probe import StepProbe
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import screen as train_module
 from qlora_tui.tui.widgets.settings_form import SettingsForm
+from qlora_tui.worker import JobStopped, Progress
 from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on
@@ -207,3 +212,47 @@ async def test_the_checks_ignore_an_assumed_gpu(private_home: Path) -> None:
         await wait_for_text(pilot, "checks ok  model, memory", "No GPU: runs train on the CPU")
         await pilot.press("v")
         await wait_for_text(pilot, "of 32.0 GiB of this")
+
+
+async def test_a_key_measures_three_steps_until_it_is_pressed_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, private_home: Path
+) -> None:
+    rows = tmp_path / "tickets.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 40)
+    ready = Event()
+
+    def probe(recipe: Recipe, machine: object, say: Any, should_stop: Callable[[], bool]) -> StepProbe:
+        say(Progress(1, 3, "training"))
+        while not ready.wait(0.01):
+            if should_stop():
+                raise JobStopped
+        return StepProbe(steps=3, seconds=6.0, tokens=300, peak_bytes=1 << 30)
+
+    monkeypatch.setattr(train_module, "probe_steps", probe)
+    app = open_on("train", model=readable_model(private_home))
+    app.workbench.set("data.sources", (Source(path=str(rows)),))
+    async with app.run_test(size=(160, 40)) as pilot:
+        await wait_for_text(pilot, "[b] measures it in three steps", "· note    time")
+        for end in ("b", ""):
+            await pilot.press("b")
+            await wait_for_text(pilot, "measuring three steps: training step 1 of 3", "[b] stop")
+            await pilot.press(*filter(None, [end]))
+            ready.set() if not end else None
+            await wait_until(pilot, lambda: "measuring" not in text_of(app))
+        await wait_for_text(pilot, "measured in three steps: 2 s a step, peak 1.0 GiB", "on this machine")
+        app.edit("lora.rank", 8)
+        await wait_until(pilot, lambda: "measured in three steps" not in text_of(app))
+
+
+async def test_the_footer_says_queue_where_a_launch_would_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    app = app_with_checks(monkeypatch, tmp_path, Check(CheckKind.MODEL, "ok", "there"))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "t Launch")
+        run = actions.submit(app.workbench.recipe)
+        await wait_for_text(pilot, "t Queue")
+        # The footer has these keys, the panels the others.
+        assert text_of(app).count("Check again") + text_of(app).count("check again") == 1
+        run_queue.remove(run)

@@ -16,7 +16,7 @@ from textual.theme import Theme
 from qlora_tui import paths
 from qlora_tui.tui.themes import DEFAULT, HUES, MIN_CONTRAST, contrast, load_themes, of_terminal
 from qlora_tui.tui.widgets.controls import ViList
-from tests.tui.screen_assertions import segments_of, wait_for_text, wait_until
+from tests.tui.screen_assertions import segments_in_front, segments_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
 MIN_GRAPHIC = 3.0
@@ -27,7 +27,7 @@ def illegible(app: Any) -> set[str]:
     """Words with low contrast to their background. What is drawn, bars and lines, is not looked at."""
     return {
         f"{one.text.strip()!r} {ratio:.2f}"
-        for line in segments_of(app)
+        for line in segments_in_front(app)
         for one in line
         if any(character.isalnum() for character in one.text)
         for ratio in _contrast_of(_seen(one.style))

@@ -74,7 +74,7 @@ async def test_an_active_run_is_shown_from_its_files_and_followed(set_clock: Set
         with EventWriter(run.events_path) as log:
             log.append(step_event(101))
             log.append(Evaluated(at=BEGAN + 191, step=101, loss=0.5, best=True))
-        await wait_for_text(pilot, "step 101 of 3,000", "★ best 0.500 at 101")
+        await wait_for_text(pilot, "step 101 of 3,000", "★ best validation 0.500 at 101")
 
 
 async def test_answers_of_an_ended_run_are_shown() -> None:
@@ -273,7 +273,7 @@ async def test_tab_switches_log_tabs_and_slash_searches() -> None:
         await wait_for_text(pilot, "Show only lines that contain this text")
         await pilot.press(*"checkpoint", "enter")
         shown = await wait_for_text(pilot, "/checkpoint", "checkpoint at step 400")
-        assert "validation loss 2" not in shown
+        assert "step 200: validation" not in shown
         await pilot.press("v")
         await wait_for_text(pilot, "warnings only", "No line matches")
 

@@ -44,6 +44,8 @@ _VERDICTS = {
 """(sign, color) of each verdict on memory; the word or the sign is always shown too."""
 INSTANT = "~"
 """Before an estimate that was calculated at once. One of a traced step has nothing before it."""
+OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
+"""Color of what became of a run, by :attr:`.RunVerdict.outcome`."""
 CANNOT_TRAIN = "✗ cannot train"
 """Shown next to the estimate of a model that cannot be trained, for example because its weights are
 missing.
@@ -141,7 +143,7 @@ def preference_words(recipe: Recipe) -> str:
 
 
 def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str]:
-    """The verdict with its color: a model that cannot be trained *would* fit."""
+    """Return the verdict and its color. A model that cannot be trained *would* fit."""
     if verdict.word == "fits" and not can_train:
         return "would fit", "$text-muted"
     return verdict.word, _VERDICTS[verdict.word][1]
@@ -184,7 +186,7 @@ def refusal_words(refusal: UserError) -> str:
 
 
 class FitLine:
-    """The memory of a recipe, of what there is, with the verdict: ``NF4 ████░░░░ ~6.3 of 24.0 GiB fits``.
+    """A recipe's memory against what is available: ``NF4 ████░░░░ ~6.3 of 24.0 GiB fits``.
 
     ``is_assumed``: whether the memory is what the user gave.
     """
@@ -261,7 +263,7 @@ def state_bar(state: State, defect: ResultDefect | None = None) -> Content:
 
 
 def best_words(loss: float, step: int, loss_to_beat: float | None) -> str:
-    """``★ best validation 2.78 at 60``: the lowest validation loss and its step."""
+    """Return ``★ best validation 2.78 at 60``: the lowest validation loss and its step."""
     return f"{BEST} {_best(loss_to_beat)} validation {format_loss(loss)} at {step:,}"
 
 

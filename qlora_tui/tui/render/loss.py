@@ -93,9 +93,11 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
     """Return the legend with the newest values."""
     items: list[tuple[str, str]] = []
     if facts.last_loss is not None:
-        items.append((f"· {format_loss(facts.last_loss)}", "dim"))
+        items.append((f"· step {format_loss(facts.last_loss)}", "dim"))
     if facts.last_mean is not None:
         items.append((f"━ smoothed {format_loss(facts.last_mean)}", f"{TRAINING_STYLE} bold"))
+    if any(facts.loss.broken):
+        items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
     last = facts.evaluations[-1] if facts.evaluations else None
     if last is not None and last != facts.best:
         items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
@@ -106,10 +108,7 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
             items.append((words, f"{VALIDATION_STYLE} bold"))
         else:
             items.append((f"{words}, {format_loss(before)} before training", "$warning bold"))
-    items += facts.more
-    if any(facts.loss.broken):
-        items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
-    return tuple(items)
+    return (*items, *facts.more)
 
 
 def mean_losses(summary: RunSummary) -> Sequence[float]:

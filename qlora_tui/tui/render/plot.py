@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -361,7 +361,8 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     rows = max(1, height - 2)
     if what.is_empty:
         return _nothing(what, width, height)
-    scale = _scale(what.y, rows)
+    y, scale = _even(what.y, rows)
+    what = replace(what, y=y)
     labels_end = max((len(text) for _, text in scale), default=0) + 1
     gutter = max(what.gutter, labels_end)
     columns = max(2, width - gutter)
@@ -385,6 +386,23 @@ def _nothing(what: Plot, width: int, height: int) -> list[Content]:
     lines = [Content("")] * height
     lines[height // 2] = Content.styled(what.empty.center(width).rstrip(), "dim")
     return lines
+
+
+def _even(y: Axis, rows: int) -> tuple[Axis, list[tuple[float, str]]]:
+    """Return the axis, a little longer, and its labels with the same number of rows between all of them."""
+    scale = _scale(y, rows)
+    if len(scale) < 2:
+        return y, scale
+    first, step = scale[0][0], scale[1][0] - scale[0][0]
+    for each in range(int((rows - 1) * step / (y.high - y.low) + 1e-9), 0, -1):
+        below = math.ceil((first - y.low) / step * each - 1e-9)
+        low = first - below * step / each
+        high = low + (rows - 1) * step / each
+        if high >= y.high - step * 1e-9:
+            count = (rows - 1 - below) // each + 1
+            values = [_clean(first + number * step) for number in range(count)]
+            return replace(y, low=low, high=high), [(value, y.text(value, step)) for value in values]
+    return y, scale
 
 
 def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:

@@ -103,6 +103,10 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         """
         return ""
 
+    def command_label(self, command_id: str) -> str:
+        """Return what the footer calls a command of this screen now; empty for its usual name."""
+        return ""
+
     def has_command(self, action: str) -> bool:
         """Return whether an action, given without parameters, belongs to a command of this screen rather than
         of the app.
@@ -118,7 +122,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
             self._strip = RecipeStrip(with_memory=not self.SHOWS_MEMORY)
             yield self._strip
         yield from self.compose_body()
-        yield CommandFooter(self.FOOTER_APP_COMMANDS)
+        yield CommandFooter(self.FOOTER_APP_COMMANDS, self.command_label)
 
     def compose_body(self) -> Iterable[Widget]:
         """Yield the screen's own widgets."""
@@ -164,6 +168,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         if self.EDITS_RECIPE:
             app = self.app
             is_newer = app.draft.is_newer
+            app.show_exact_memory()
             self._strip.show_recipe(app.workbench, app.memory_budget, is_changed_elsewhere=is_newer)
 
     def _system_status_changed(self, system_status: SystemStatus) -> None:

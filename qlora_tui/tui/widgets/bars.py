@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TypeAlias
 
 from textual.app import App, RenderResult
@@ -78,7 +78,7 @@ class TopBar(Widget):
         """Return possible texts, longest first."""
         run = _run_text(system_status)
         gpu = _gpu_text(system_status)
-        short_run = run.split(" loss ")[0]
+        short_run = run.split(" · step loss ")[0]
         more = _waiting_text(system_status)
         with_more = [" · ".join(filter(None, (text, more))) for text in (run, short_run)] if more else []
         options = [f"{text}   {gpu}" for text in (*with_more, run, short_run)] + [run, short_run, gpu, ""]
@@ -94,7 +94,7 @@ def _run_text(system_status: SystemStatus) -> str:
     # An attempt that has just started shows its phase.
     if not status.step or status.phase not in STEP_PHASES:
         return f"● {phase_label(status.phase or status.state)}"
-    loss = f" loss {format_loss(status.loss)}" if status.loss is not None else ""
+    loss = f" · step loss {format_loss(status.loss)}" if status.loss is not None else ""
     return f"● {format_progress(status.step, status.total_steps)}{loss}"
 
 
@@ -140,10 +140,16 @@ class CommandFooter(Drawing):
     }
     """
 
-    def __init__(self, also: Collection[str] = ()) -> None:
-        """Create the footer. ``also``: ids of app commands to show after the screen's own."""
+    def __init__(
+        self, also: Collection[str] = (), label_of: Callable[[str], str] = lambda command_id: ""
+    ) -> None:
+        """Create the footer. ``also``: ids of app commands to show after the screen's own.
+
+        ``label_of`` returns what a command is called now, by its id; empty for its usual name.
+        """
         super().__init__(self._lines)
         self._also = also
+        self._label_of = label_of
         self._shown: list[ActiveBinding] = []
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
@@ -208,7 +214,8 @@ class CommandFooter(Drawing):
 
     def _item(self, active: ActiveBinding) -> Content:
         dim = "" if active.enabled else " dim"
+        label = self._label_of(active.binding.id or "") or active.binding.description
         return Content.assemble(
             (short_key(active.binding.key), f"$key bold{dim}"),
-            (f" {active.binding.description}", f"$footer-description-foreground{dim}"),
+            (f" {label}", f"$footer-description-foreground{dim}"),
         )

@@ -36,7 +36,11 @@ _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """Letters of jump labels, home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 80
-"""Width of the list, in cells, from which a folded group shows its values next to its title."""
+"""Width of the list from which a folded group has its values beside its title."""
+_LIST_SHARE = 0.85
+"""Most of a form's height that the list takes; below it is the help."""
+_ROOMY_ROWS = 34
+"""Rows from which folded groups are opened as far as there is room."""
 _NUMBER_CELLS = 14
 """Width of the field for typing a number, in cells."""
 _TEXT_SEPARATOR = " | "
@@ -104,6 +108,8 @@ class SettingList(LineView):
         """Width of the field over the value under the cursor; 0 unless it is typed."""
         self._groups = groups
         self._open = {group.title for group in groups if group.is_open}
+        self._is_arranged = False
+        """Whether the user has opened or folded a group."""
         self._base_name = base_name
         self._picked = picked
         self._letters: dict[str, int] = {}
@@ -236,7 +242,20 @@ class SettingList(LineView):
         else:
             self.post_message(self.Typing())
 
+    def open_what_fits(self, rows: int) -> None:
+        """Open folded groups as far as all lines fit ``rows``, unless the user has opened or folded any."""
+        if self._is_arranged or rows < _ROOMY_ROWS:
+            return
+        opened = {group.title for group in self._groups if group.is_open}
+        for group in self._groups:
+            self._open = opened | {group.title}
+            if len(self._shown_lines()) <= rows:
+                opened = self._open
+        self._open = opened
+        self._show_lines()
+
     def _set_open(self, is_open: bool) -> None:
+        self._is_arranged = True
         self._open = self._open | {self.group.title} if is_open else self._open - {self.group.title}
         self._show_lines()
         # What was opened comes into view, below its title.
@@ -327,7 +346,7 @@ class SettingsForm(Vertical):
     }
     SettingsForm > SettingList {
         height: auto;
-        max-height: 75%;
+        max-height: 85%;
     }
     SettingsForm > #setting-help {
         height: auto;
@@ -380,10 +399,16 @@ class SettingsForm(Vertical):
         return self
 
     def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
-        """Show these values, and mark those that differ from ``base``. ``notes``: remarks by path."""
-        self._values = values
+        """Show these values; those that differ from ``base`` are marked. ``notes``: a remark by path."""
+        is_first, self._values = self._values is None, values
         self.list.show(values, base, notes)
+        if is_first:
+            self.on_resize()
         self._show_help()
+
+    def on_resize(self) -> None:
+        """Open folded groups if there is much room."""
+        self.list.open_what_fits(round(self.size.height * _LIST_SHARE))
 
     @property
     def field(self) -> Field | None:

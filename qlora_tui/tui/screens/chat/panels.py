@@ -30,11 +30,12 @@ from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.key_names import highlight_keys, name_keys
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.plot import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
+from qlora_tui.tui.screens.chat.turn import adapter_style
 from qlora_tui.tui.widgets.controls import Lines, Panel
 
 NOTHING_TO_CHAT_WITH = (
@@ -58,7 +59,20 @@ _AGE = 10
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Rough value for English text."""
+_MAX_PROMPTS = 8
+"""Sample prompts that are shown before the first message."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
+
+
+def start_text(prompts: Sequence[str]) -> Content:
+    """Return what to do first. ``prompts``: the sample prompts that the run was trained with."""
+    text = highlight_keys(name_keys(START))
+    if not prompts:
+        return text
+    listed = [
+        Content.assemble(("  ▸ ", "$primary"), (prompt, "$foreground")) for prompt in prompts[:_MAX_PROMPTS]
+    ]
+    return Content("\n").join([text, Content(""), Content("The run's sample prompts:"), *listed])
 
 
 def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
@@ -71,7 +85,8 @@ def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Conten
         if number:
             parts.append(" ")
         on = adapter_name in pair.active
-        parts.append((f" {adapter_name} ", "reverse" if on else "not bold $text-muted"))
+        style = f"reverse {adapter_style(adapter_name)}" if on else "not bold $text-muted"
+        parts.append((f" {adapter_name} ", style))
     rest = Content.assemble(*parts, (f"  {state}", "not bold $text-muted"))
     name = truncate_middle(name, max(_MIN_NAME_WIDTH, width - rest.cell_length))
     return Content.styled(name, "bold") + rest

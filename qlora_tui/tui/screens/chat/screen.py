@@ -36,13 +36,13 @@ from qlora_tui.tui.screens.chat.dialogs import (
 from qlora_tui.tui.screens.chat.panels import (
     HINT,
     NOTHING_TO_CHAT_WITH,
-    START,
     ChatSide,
     effect_text,
     loaded_text,
     prompt_title,
     sampling_line,
     session_line,
+    start_text,
 )
 from qlora_tui.tui.screens.chat.saved import list_conversations, transcript_path
 from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
@@ -81,7 +81,7 @@ class ChatScreen(WorkScreen):
         super().__init__()
         self.conversation = Conversation(
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
-            Static(highlight_keys(name_keys(START)), id="chat-start"),
+            Lines(id="chat-start"),
             # As high as the view: Textual would move what is shorter to its bottom.
             Static(id="chat-floor"),
         )
@@ -475,7 +475,10 @@ class ChatScreen(WorkScreen):
         side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
-        self.query_one("#chat-start").display = has_source and not chat.turns
+        start = self.query_one("#chat-start", Lines)
+        start.display = has_source and not chat.turns
+        if chat.source is not None:
+            start.show(start_text(chat.source.recipe.training.sample_prompts))
         self.query_one("#prompt-panel").display = has_source
         self.query_one(ChatSide).display = has_source and has_side
         self.query_one("#sampling-line").display = has_source and not has_side

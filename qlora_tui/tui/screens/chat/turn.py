@@ -14,7 +14,7 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Markdown, Static
 
-from qlora_tui.chat.chat_types import Decided, GenerationResult
+from qlora_tui.chat.chat_types import BASE, Decided, GenerationResult
 from qlora_tui.data.repetition import find_loop
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.errors import UserError
@@ -399,7 +399,14 @@ class AdapterAnswer(Panel):
 
 def answer_title(adapter_name: str, words: str) -> Content:
     """Return the title of an answer: the adapter, and how long the answer took."""
-    return Content.assemble(adapter_name, (f" · {words}", "not bold $text-muted"))
+    return Content.assemble(
+        (adapter_name, adapter_style(adapter_name)), (f" · {words}", "not bold $text-muted")
+    )
+
+
+def adapter_style(adapter_name: str) -> str:
+    """Return the color of who answers: what was trained has the hue of training, the base has none."""
+    return "$foreground" if adapter_name == BASE else "$training"
 
 
 def outcome_words(outcome: GenerationResult) -> str:

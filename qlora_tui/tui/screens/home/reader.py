@@ -54,6 +54,7 @@ from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
     CANNOT_TRAIN,
+    OUTCOME_STYLE,
     FitLine,
     batch_words,
     best_figure,
@@ -78,7 +79,6 @@ _MAX_NAME_WIDTH = 44
 """Maximum width of a run's or model's name in the list of runs, in cells."""
 _LABEL = 8
 """Width of the label before a bar, in cells."""
-_OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Widths, in cells, from which the list of runs has curves, and from which it has models and settings."""
 _LEAST_MODEL_CELLS = 40
@@ -245,7 +245,7 @@ def run_lines(
         lines = [Content("  ").join(lines)]
     lines += _outcome_lines(summary, layout)
     if summary.verdict is not None:
-        lines.append(Content.styled(summary.verdict.sentence, _OUTCOME_STYLE[summary.verdict.outcome]))
+        lines.append(Content.styled(summary.verdict.sentence, OUTCOME_STYLE[summary.verdict.outcome]))
     if status.state in ("failed", "lost", "unreadable") and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines

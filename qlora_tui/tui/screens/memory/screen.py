@@ -259,7 +259,7 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Replace the instant estimate by the exact one, once a step of the real model was traced."""
+        """Replace the instant estimate with an exact one once a step of the real model has been traced."""
         await asyncio.sleep(TRACE_SETTLED_S)
         try:
             await self._trace_steps([recipe], recipe, budget)
@@ -271,7 +271,7 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="changes")
     async def _trace_changes(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Trace what keys and offered changes do, once they are known and the recipe itself is traced."""
+        """Trace the effects of keys and offered changes once the recipe itself has been traced."""
         if self._trace_of(precision_of(recipe)) is not None and not self._solution.is_exact:
             with suppress(UserError, TraceStopped):
                 await self._trace_steps(self._solution.recipes, recipe, budget)
@@ -297,7 +297,7 @@ class MemoryScreen(WorkScreen):
         return self._compared[self.precision]
 
     def _exact_words(self) -> str:
-        """What is exact, and by what; empty before the recipe was traced."""
+        """Return what is exact and how it was obtained; empty before the recipe has been traced."""
         own = precision_of(self.app.workbench.recipe)
         traced, name = self._trace_of(own), PRECISION_NAMES[own]
         if traced is None:
@@ -365,7 +365,7 @@ class MemoryScreen(WorkScreen):
         return None if isinstance(architecture, UserError) else architecture
 
     def _trace_of(self, precision: Precision) -> StepTrace | None:
-        """The traced step of the recipe in a precision, if there is one."""
+        """Return the traced step of the recipe in a precision, if there is one."""
         recipe, architecture = self.app.workbench.recipe, self._architecture()
         if architecture is None or not self._compared:
             return None

@@ -131,7 +131,7 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
 
 
 def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """The value that each setting's key for less would give it, or its only key."""
+    """Return the value that each setting's lowering key, or its only key, would give it."""
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
         value = get_setting(recipe, path)
@@ -147,7 +147,7 @@ def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
 def _effects(
     recipe: Recipe, values: Mapping[str, Any], architecture: Architecture, budget: MemoryBudget
 ) -> dict[str, KeyEffect]:
-    """What each of these values changes: all by traced steps, or all by the formula."""
+    """Return the effect of each of these values: all from traced steps, or all from the formula."""
     variants = {"": recipe, **{path: replace_setting(recipe, path, value) for path, value in values.items()}}
     verdicts = what_if(variants.items(), architecture, budget)
     if not all(verdict.is_exact for verdict in verdicts.values()):

@@ -81,7 +81,7 @@ class HubFacts:
 
 @dataclass(frozen=True)
 class SettingFit:
-    """The memory with one value of a setting, in each precision."""
+    """Memory with one value of a setting, in each precision."""
 
     value: int
     is_current: bool
@@ -339,7 +339,7 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Verdict:
-    """The memory of a model with the recipe as it is."""
+    """Return the memory of a model with the current recipe."""
     estimated = estimate(_with_targets(model, recipe, budget.device), model, device=budget.device)
     return check_fit(estimated, budget.bytes)
 

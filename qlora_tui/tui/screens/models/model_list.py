@@ -92,9 +92,9 @@ class ListedModels:
     query: str = ""
     """The last query to the Hub."""
     hub_facts: dict[str, HubFacts] = field(default_factory=dict)
-    """Details of models on the Hub by id, where they were asked for."""
+    """Details of models on the Hub by id, as far as they were loaded."""
     needs: dict[Path, Verdict] = field(default_factory=dict)
-    """Memory of each model of this machine with the recipe as it is."""
+    """Memory of each local model with the current recipe."""
     licenses: dict[Path, str] = field(default_factory=dict)
     """Licenses named by the cards of local models."""
     starters: tuple[Starter, ...] = ()

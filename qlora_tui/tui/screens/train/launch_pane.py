@@ -11,7 +11,15 @@ from textual.app import ComposeResult
 from textual.containers import Container, Vertical
 from textual.content import Content
 
-from qlora_tui.formatting import abbreviate_home, capitalize, format_number, pluralize
+from qlora_tui.formatting import (
+    abbreviate_home,
+    capitalize,
+    format_bytes,
+    format_duration,
+    format_number,
+    pluralize,
+)
+from qlora_tui.memory import Verdict
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import Field, fields
 from qlora_tui.recipe.schema import Recipe
@@ -23,7 +31,8 @@ from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import hanging
-from qlora_tui.tui.render.labels import OUTCOME_SIGNS
+from qlora_tui.tui.render.figures import Figure, large_figures
+from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine, verdict_words
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
 from qlora_tui.tui.widgets.settings_form import SettingGroup, SettingsForm
@@ -79,6 +88,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 The first match wins.
 """
+_LARGE_HEIGHT = 5
+"""Lines of the first panel from which its figures are large."""
 _LEAST_TEXT = 20
 """Minimum width of the text after a check's sign, word and name, in cells."""
 _SEPARATOR = " · "
@@ -164,7 +175,7 @@ class LaunchPane(Vertical):
         """Whether checks that passed are shown in full, unlike at first in a window of this width."""
 
     def compose(self) -> ComposeResult:
-        verdict = Drawing(partial(verdict_lines, (), None, None), id="verdict")
+        verdict = Drawing(partial(verdict_lines, (), None, None, ""), id="verdict")
         yield Panel("Launch", verdict, id="verdict-panel")
         with Container(id="launch-body"):
             yield Panel("Recipe", SettingsForm(form_groups(), id="recipe-form"), id="recipe-panel")
@@ -179,12 +190,21 @@ class LaunchPane(Vertical):
     def on_setting_list_moved(self) -> None:
         """Explain the setting under the cursor, and others in its group."""
         list_ = self.query_one(SettingsForm).list
-        self.query_one("#notes", Drawing).show(partial(note_page, list_.group.fields, list_.field))
+        groups = form_groups()
+        # On the title of a group its own settings come first.
+        first = 0 if list_.field is not None else groups.index(list_.group)
+        fields = [field for group in groups[first:] for field in group.fields]
+        self.query_one("#notes", Drawing).show(partial(note_page, fields, list_.field))
 
-    def show_checks(self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None) -> None:
-        """Show the results of the checks, how long the run takes, and whether it can start."""
+    def show_checks(
+        self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None, probing: str = ""
+    ) -> None:
+        """Show the results of the checks, how long the run takes, and whether it can start.
+
+        ``probing``: how far the measurement of steps is; empty while there is none.
+        """
         self._checks = checks
-        self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe, expected))
+        self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe, expected, probing))
         self._show_check_lines()
 
     def toggle_checks(self) -> None:
@@ -234,37 +254,69 @@ def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
 
 
 def verdict_lines(
-    checks: tuple[Check, ...], recipe: Recipe | None, expected: Forecast | None, width: int, height: int
+    checks: tuple[Check, ...],
+    recipe: Recipe | None,
+    expected: Forecast | None,
+    probing: str,
+    width: int,
+    height: int,
 ) -> list[Content]:
-    """Return how long the run takes, whether it can start, what to do now, and what the run does."""
+    """Return time, steps and memory of the run, whether it can start, what to do now, and what it does.
+
+    With five lines the three figures are large. ``probing``: how far the measurement of steps is.
+    """
     if recipe is None:
         return [Content("Checking what the run needs…")]
     parts = _plan(recipe)
     while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
         parts.pop()
-    lines = [
-        *_duration(expected, width),
-        conclusion(checks),
-        Content.styled(_SEPARATOR.join(parts), "dim"),
-    ]
-    return lines[:height]
+    verdict = next((check.verdict for check in checks if check.verdict is not None), None)
+    plan = Content.styled(_SEPARATOR.join(parts), "dim")
+    if height < _LARGE_HEIGHT:
+        return [*_headline(expected, verdict, probing, width), conclusion(checks), plan][:height]
+    source = Content.assemble(*_source(expected, probing)) if expected or probing else Content("")
+    return [*large_figures(_figures(expected, verdict)), source, conclusion(checks), plan][:height]
 
 
-def _duration(expected: Forecast | None, width: int) -> list[Content]:
-    """Return ``About 25 min on this machine   54 steps · judging by vicuna-1``; empty if there is no data to
-    count.
-    """
-    if expected is None:
-        return []
-    if expected.time is None:
-        known = Content.styled("Time unknown until the first steps", "bold")
-        source = "nothing has been trained here yet"
-    else:
-        known = Content.assemble((capitalize(expected.duration), "bold"), " on this machine")
-        source = expected.time.source
-    line = Content.assemble(known, "   ", expected.steps)
-    full = line + Content.styled(f"{_SEPARATOR}{source}", "dim")
-    return [full if full.cell_length <= width else line]
+def _figures(expected: Forecast | None, verdict: Verdict | None) -> list[Figure]:
+    """Return time, steps and memory as far as they are known."""
+    figures = []
+    if expected is not None and expected.time is not None:
+        figures.append(Figure("on this machine", format_duration(expected.time.seconds)))
+    if expected is not None:
+        about = "" if expected.length.is_exact else "about "
+        figures.append(Figure(f"{about}steps", f"{expected.length.steps:,}"))
+    if verdict is not None:
+        word, style = verdict_words(verdict)
+        of = f"{'' if verdict.is_exact else 'about, '}of {format_bytes(verdict.available_bytes)}, {word}"
+        figures.append(Figure(of, format_bytes(verdict.needed_bytes), f"bold {style}"))
+    return figures
+
+
+def _headline(expected: Forecast | None, verdict: Verdict | None, probing: str, width: int) -> list[Content]:
+    """Return ``About 25 min   54 steps   memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``, cut to fit."""
+    parts = []
+    if expected is not None:
+        known = capitalize(expected.duration) if expected.time else "Time unknown"
+        parts += [Content.styled(known, "bold"), Content(expected.steps)]
+    if verdict is not None:
+        parts.append(FitLine("memory", verdict).draw(0))
+    if expected is not None or probing:
+        parts.append(Content.assemble(*_source(expected, probing)))
+    while len(parts) > 1 and Content("   ").join(parts).cell_length > width:
+        parts.pop()
+    return [Content("   ").join(parts)] if parts else []
+
+
+def _source(expected: Forecast | None, probing: str) -> list[Content]:
+    """Return how the time is known, or the key that measures it."""
+    key = key_name("train.probe")
+    if probing:
+        measuring = Content.styled(f"measuring three steps: {probing}   ", "$primary")
+        return [measuring, highlight_keys(f"{key} stop", "dim")]
+    if expected is None or expected.time is None:
+        return [highlight_keys(f"{key} measures it in three steps", "dim")]
+    return [Content.styled(expected.time.source, "dim")]
 
 
 def check_lines(

@@ -32,6 +32,7 @@ from qlora_tui.runs.events import (
     Started,
     Step,
 )
+from qlora_tui.runs.run_summary import RunVerdict, find_verdict
 from qlora_tui.runs.status import ACTIVE, Status
 from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.telemetry import EnergyMeter, Reading, TelemetryTail
@@ -132,6 +133,8 @@ class RunSnapshot:
     """None if it cannot be read."""
     ending_request: str = ""
     """The pending or accepted request to end the run, one of ``control.ENDINGS``; empty if there is none."""
+    verdict: RunVerdict | None = None
+    """Whether an ended run has learned."""
 
     @property
     def is_stopping(self) -> bool:
@@ -313,6 +316,7 @@ class RunFollower:
             stages=tuple(self._stages),
             recipe=self._recipe,
             ending_request=control.pending_ending(self.run) or view.requested_ending,
+            verdict=find_verdict(view, self._recipe),
         )
 
 

@@ -42,6 +42,7 @@ from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
+    OUTCOME_STYLE,
     batch_words,
     best_figure,
     format_ago,
@@ -328,6 +329,8 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     offers.append(f"{key_name('train.prepare')} new run")
     first, *others = text.splitlines() or [""]
     lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
+    if (verdict := snapshot.verdict) is not None and not is_error:
+        lines.insert(0, Content.styled(verdict.sentence, f"bold {OUTCOME_STYLE[verdict.outcome]}"))
     lines.append(highlight_keys(f"▸ {'   '.join(offers)}"))
     for note, command, verb in (
         (active and f"{active} is running now.", "train.another", "watch it"),
@@ -373,12 +376,17 @@ def contention(snapshot: RunSnapshot) -> str:
 
 
 def sample_lines(snapshot: RunSnapshot) -> list[Content]:
-    """Return the answers to the sample prompts at the last evaluation."""
+    """Return the last answers to the sample prompts, each below the first one, which was mostly untrained."""
     step = _sample_step(snapshot)
+    first = {sample.prompt: sample for sample in reversed(snapshot.samples)}
     lines: list[Content] = []
     for sample in snapshot.samples:
         if sample.step == step:
+            before = first[sample.prompt]
             lines.append(Content.styled(f"▸ {sample.prompt}", "bold"))
+            if before.step != step:
+                answer = " ".join(before.answer.split())
+                lines.append(Content.styled(f"  at step {before.step:,}: {answer}", "dim"))
             lines += [Content(f"  {line}") for line in sample.answer.splitlines()]
     return lines
 

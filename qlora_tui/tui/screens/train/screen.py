@@ -14,16 +14,18 @@ from textual.content import Content
 from textual.widget import Widget
 
 from qlora_tui.data.sources import every_source, source_stamps
+from qlora_tui.errors import UserError
 from qlora_tui.formatting import capitalize, format_progress, format_rate, truncate_middle
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.doctor import Check, Machine
+from qlora_tui.runs.doctor import Check, CheckKind, Machine
 from qlora_tui.runs.events import STEP_PHASES
-from qlora_tui.runs.expected_time import Forecast, forecast
-from qlora_tui.runs.preflight import EXACT_WITHIN_S, preflight, with_count
+from qlora_tui.runs.expected_time import Forecast, forecast, measured_forecast
+from qlora_tui.runs.preflight import EXACT_WITHIN_S, check_time, errors, preflight, with_count
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
+from qlora_tui.runs.step_probe import StepProbe, probe_steps
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import key_name
@@ -42,8 +44,10 @@ from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.step_charts import zoom_start
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.threads import Measurement
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
 from qlora_tui.tui.workbench import draft_written_at
+from qlora_tui.worker import Progress
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -64,9 +68,9 @@ _REQUEST_NOTICES: dict[control.Kind, str] = {
 
 
 RUN_POLL_INTERVAL_S = 1.0
-_PREPARING = frozenset(("launch", "recheck", "watch_another", "next_tab", "level"))
+_PREPARING = frozenset(("launch", "probe", "recheck", "watch_another", "next_tab", "level"))
 """Actions available while a run is prepared; all others need a run to watch."""
-_PREPARING_ONLY = frozenset(("launch", "recheck"))
+_PREPARING_ONLY = frozenset(("launch", "probe", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {
     "pause": ACTIVE,
     "request": ACTIVE,
@@ -89,9 +93,13 @@ class TrainScreen(EvaluationActions):
     ANSWERS_COMMAND = "train.answers"
     CSS_PATH = "train.tcss"
     EDITS_RECIPE = True
+    SHOWS_MEMORY = True
 
     def __init__(self) -> None:
         super().__init__()
+        self._probing = Measurement(self._show_launch)
+        self._probed: tuple[Recipe, StepProbe] | None = None
+        """The recipe of which steps were measured last, and what they took."""
         self.checks: tuple[Check, ...] = ()
         """What the last checks of the recipe found."""
         self._expected: Forecast | None = None
@@ -186,6 +194,8 @@ class TrainScreen(EvaluationActions):
             self._follow(run)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "probe" and (self.app.system_status.active is not None or errors(self.checks)):
+            return False
         if action == "fix" and self.run is None:
             return first_fix(self.checks) is not None
         if action == "fix":
@@ -197,6 +207,10 @@ class TrainScreen(EvaluationActions):
         if action in _PREPARING_ONLY:
             return False
         return action not in _STATES or self.state in _STATES[action]
+
+    def command_label(self, command_id: str) -> str:
+        waits = self.app.system_status.active is not None or bool(self.app.system_status.waiting_ids)
+        return "Queue" if command_id == "train.launch" and waits else ""
 
     def on_setting_edited(self, event: SettingEdited) -> None:
         """Change the recipe."""
@@ -264,17 +278,27 @@ class TrainScreen(EvaluationActions):
 
     @work(exclusive=True, group="checks")
     async def _start_checks(self, recipe: Recipe, machine: Machine) -> None:
-        self._expected = await asyncio.to_thread(forecast, recipe, machine)
+        expected = await asyncio.to_thread(forecast, recipe, machine)
+        if expected is not None and self._probed is not None and self._probed[0] == recipe:
+            expected = measured_forecast(expected, self._probed[1])
+        self._expected = expected
         # Without waiting for an exact estimate of the memory at first.
         for exact_within_s in (0.0, EXACT_WITHIN_S):
             checks = await asyncio.to_thread(preflight, recipe, machine, exact_within_s)
             self._show_checks(recipe, with_count(checks, self.app.count_problem))
 
     def _show_checks(self, recipe: Recipe, checks: tuple[Check, ...]) -> None:
+        if self._expected is not None:
+            time = check_time(self._expected)
+            checks = tuple(time if check.kind is CheckKind.TIME else check for check in checks)
         self.checks = checks
-        self.query_one(LaunchPane).show_checks(checks, recipe, self._expected)
+        self._show_launch()
         self._show_form(recipe)
         self.refresh_bindings()
+
+    def _show_launch(self) -> None:
+        recipe, probing = self.app.workbench.recipe, self._probing.progress
+        self.query_one(LaunchPane).show_checks(self.checks, recipe, self._expected, probing)
 
     def _show_form(self, recipe: Recipe) -> None:
         notes = setting_notes(recipe, self._expected)
@@ -283,8 +307,33 @@ class TrainScreen(EvaluationActions):
     def action_answers(self) -> None:
         self.evaluate(self._watched)
 
+    def action_probe(self) -> None:
+        """Measure three steps of the recipe, or stop measuring."""
+        if not self._probing.stop():
+            self._probe(self.app.workbench.recipe, self.app.system_status.machine)
+
+    @work(exclusive=True, group="probe")
+    async def _probe(self, recipe: Recipe, machine: Machine) -> None:
+        def measure(say: Callable[[str], None], should_stop: Callable[[], bool]) -> StepProbe:
+            def on_progress(progress: Progress) -> None:
+                done = f" step {progress.done} of {progress.total}" if progress.done else ""
+                say(f"{progress.text}{done}")
+
+            return probe_steps(recipe, machine, on_progress, should_stop)
+
+        try:
+            probe = await self._probing.run(measure, "starting")
+        except UserError as problem:
+            self.app.show_error(problem)
+            return
+        if probe is not None:
+            self._probed, self._checks_key = (recipe, probe), None
+            self._check()
+
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
+        # Both would need the memory.
+        self._probing.stop()
         recipe = self.app.workbench.recipe
         checks = await asyncio.to_thread(preflight, recipe, self.app.system_status.machine)
         if recipe == self.app.workbench.recipe:

@@ -1,0 +1,66 @@
+"""Three steps before a launch: measured in a child that writes no run, and refused beside an active run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.errors import UserError
+from qlora_tui.memory.budget import budget_for
+from qlora_tui.runs.doctor import Machine
+from qlora_tui.runs.expected_time import forecast, measured_forecast
+from qlora_tui.runs.step_probe import StepProbe, probe_steps
+from qlora_tui.worker import JobStopped, Progress
+from tests.training.conftest import MakeRecipe
+
+HERE = Machine(budget_for(None))
+
+
+def files_of_runs() -> list[Path]:
+    """Everything where runs are kept."""
+    return list(paths.runs_dir().rglob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, 3),
+        ({"training.max_steps": 2}, 2),
+        ({"data.preferences": "refuse", "training.replay_share": 0.2}, 3),
+    ],
+)
+def test_a_probe_measures_steps_and_leaves_no_files(
+    private_home: Path, recipe: MakeRecipe, settings: dict[str, object], steps: int
+) -> None:
+    asked, said = recipe(settings), list[Progress]()
+    probe = probe_steps(asked, HERE, said.append)
+    assert probe.steps == steps and probe.seconds > 0 and probe.tokens > 100 * steps
+    assert probe.peak_bytes > 100 << 20
+    assert files_of_runs() == []
+    assert said[-1].done == steps and any("tokenizer" in each.text for each in said)
+
+
+@pytest.mark.slow
+def test_a_stopped_probe_leaves_no_files(private_home: Path, recipe: MakeRecipe) -> None:
+    said = list[Progress]()
+    with pytest.raises(JobStopped):
+        probe_steps(recipe(), HERE, said.append, lambda: any("tokenizer" in each.text for each in said))
+    assert files_of_runs() == []
+
+
+def test_no_probe_runs_beside_a_run(private_home: Path, recipe: MakeRecipe) -> None:
+    with pytest.raises(UserError, match="Another run is training"):
+        probe_steps(recipe(), Machine(budget_for(None), active="vicuna-1"))
+
+
+def test_what_was_measured_decides_the_time(private_home: Path, recipe: MakeRecipe) -> None:
+    asked = recipe({"training.epochs": 4})
+    expected = forecast(asked, HERE)
+    assert expected is not None and expected.time is None
+    probe = StepProbe(steps=3, seconds=6.0, tokens=3_000, peak_bytes=1 << 30)
+    known = measured_forecast(expected, probe)
+    assert known.time is not None and known.time.seconds == pytest.approx(expected.length.tokens / 500)
+    assert known.time.source == "measured in three steps: 2 s a step, peak 1.0 GiB"
