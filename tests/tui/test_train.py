@@ -437,7 +437,7 @@ async def test_m_halves_the_learning_rate_where_the_gradient_explodes() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "m Apply fix")
+        await wait_for_text(pilot, "m apply fix")
         await pilot.press("tab", "tab")
         await wait_for_text(pilot, "▸ [m] halve the learning rate of this run, to 0.0001")
         await pilot.press("m", "enter")
@@ -451,7 +451,7 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         before = app.workbench.recipe
         await watching(app, run)
-        await wait_for_text(pilot, "m Apply fix", "Out of GPU memory")
+        await wait_for_text(pilot, "m apply fix", "Out of GPU memory")
         await pilot.press("m")
         await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")
