@@ -220,7 +220,7 @@ def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
     confidence, chosen = logs.exp().max(-1)
     right = chosen == truth
     folds = torch.arange(len(truth)) % FOLDS
-    found = []
+    found: list[Threshold] = []
     for target in TARGETS:
         threshold = _threshold(confidence, right, target)
         if threshold is None:
