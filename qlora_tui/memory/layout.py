@@ -25,6 +25,8 @@ USUAL_ACTIVATIONS = frozenset(
 """Activations of which is known how many tensors they save."""
 USUAL_CHUNK = 64
 """Tokens that gated delta rules compute at a time (``chunk_size`` of ``torch_chunk_gated_delta_rule``)."""
+QKV = 3
+"""Most projections of an attention that read the hidden states."""
 FUSED_HALVES = 2
 """Outputs of a gated MLP's first projections, in widths of its last one's inputs: gate and up."""
 
@@ -231,6 +233,22 @@ class Layout:
         architecture = self.architecture
         own = architecture.own_code or (architecture.own_attention and any(e.attention for e in self.layers))
         return own or self.repeats_states or self.computes_more_scores
+
+    @property
+    def has_unknown_parts(self) -> bool:
+        """Return whether layers have parameters, or projections of attention, of unknown use: gates (Laguna),
+        learned vectors (DiffLlama); not sinks, nor a bias for each expert, nor what recurrent layers have."""
+        architecture = self.architecture
+        experts = architecture.experts
+        known = {(architecture.heads,), (experts.count if experts else 0,)}
+        mixes = any(layer.mixer for layer in self.layers)
+        if not mixes and any(
+            p.role == "other" and p.layer is not None and p.params > 1 and p.shape not in known
+            for p in architecture.parameters
+        ):
+            return True
+        blocks = [layer.attention for layer in self.layers if layer.attention]
+        return any(len(block.first) > QKV and not block.middle for block in blocks)
 
     @property
     def is_unusual(self) -> bool:

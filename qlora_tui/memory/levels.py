@@ -61,6 +61,9 @@ MIXER_UNCERTAINTY = 0.35
 """As ``STEP_UNCERTAINTY`` for models in which something else than attention mixes tokens, which saves what
 its kernels or their fallback need, and for those with other unusual layers (Gemma 4 up to 1.11, BitNet 1.26
 times what shapes give)."""
+UNKNOWN_PARTS_UNCERTAINTY = 0.8
+"""As ``STEP_UNCERTAINTY`` for layers with parts of unknown use: steps take up to 1.75 times what shapes give
+(Muse Spark)."""
 OWN_CODE_UNCERTAINTY = 4.0
 """As ``STEP_UNCERTAINTY`` for models with code of their own, of which the shapes of modules say nothing: of
 225 types, a traced step takes up to 4.1 times what they give (AXK2), and one cannot be traced (DBRX, 1.6)."""
@@ -93,6 +96,8 @@ def step_uncertainty(layout: Layout, *, traced: bool) -> float:
         return TRACED_UNCERTAINTY
     if layout.hides_tensors:
         return OWN_CODE_UNCERTAINTY
+    if layout.has_unknown_parts:
+        return UNKNOWN_PARTS_UNCERTAINTY
     return STEP_UNCERTAINTY if layout.exact and not layout.is_unusual else MIXER_UNCERTAINTY
 
 

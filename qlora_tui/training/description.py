@@ -291,7 +291,7 @@ class _Tree:
             return segment_attention(module, query, key, value, *mask, **kwargs)
 
         AttentionInterface.register(_TRIAL, attend)
-        AttentionMaskInterface.register(_TRIAL, lambda *args, **kwargs: None)  # type: ignore[no-untyped-call]
+        AttentionMaskInterface.register(_TRIAL, lambda *args, **kwargs: None)
         set_attention(self.model, _TRIAL)
         hooks = [
             self.modules[name].register_forward_pre_hook(lambda *_, name=name: count(name))
