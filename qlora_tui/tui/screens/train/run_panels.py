@@ -376,7 +376,7 @@ def contention(snapshot: RunSnapshot) -> str:
 
 
 def sample_lines(snapshot: RunSnapshot) -> list[Content]:
-    """Return the last answers to the sample prompts, each below the first one, which was mostly untrained."""
+    """Return the last answers to the sample prompts, each above the first one, which was mostly untrained."""
     step = _sample_step(snapshot)
     first = {sample.prompt: sample for sample in reversed(snapshot.samples)}
     lines: list[Content] = []
@@ -384,10 +384,10 @@ def sample_lines(snapshot: RunSnapshot) -> list[Content]:
         if sample.step == step:
             before = first[sample.prompt]
             lines.append(Content.styled(f"▸ {sample.prompt}", "bold"))
+            lines += [Content(f"  {line}") for line in sample.answer.splitlines()]
             if before.step != step:
                 answer = " ".join(before.answer.split())
                 lines.append(Content.styled(f"  at step {before.step:,}: {answer}", "dim"))
-            lines += [Content(f"  {line}") for line in sample.answer.splitlines()]
     return lines
 
 
