@@ -274,7 +274,8 @@ def verdict_lines(
     plan = Content.styled(_SEPARATOR.join(parts), "dim")
     if height < _LARGE_HEIGHT:
         return [*_headline(expected, verdict, probing, width), conclusion(checks), plan][:height]
-    source = Content.assemble(*_source(expected, probing)) if expected or probing else Content("")
+    unknown = "Time unknown: " if expected is not None and expected.time is None and not probing else ""
+    source = Content.assemble(unknown, *_source(expected, probing)) if expected or probing else Content("")
     return [*large_figures(_figures(expected, verdict)), source, conclusion(checks), plan][:height]
 
 
