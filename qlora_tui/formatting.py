@@ -149,9 +149,9 @@ def format_power(watts: float | None) -> str:
     return "NA" if watts is None else f"{watts:.0f}"
 
 
-def format_percent(part: float | None) -> str:
-    """Format a share between 0 and 1 in whole percent: ``97%``."""
-    return "NA" if part is None else f"{part * 100:.0f}%"
+def format_percent(part: float | None, decimals: int = 0) -> str:
+    """Format a share between 0 and 1 in whole percent, or with decimals: ``97%``, ``98.4%``."""
+    return "NA" if part is None else f"{part * 100:.{decimals}f}%"
 
 
 def format_small_percent(part: float) -> str:

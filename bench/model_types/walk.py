@@ -335,7 +335,7 @@ def _compare_answers(run: Any, model_folder: Path, walked: Walked, *, compared: 
             plain = _with_adapter(plain, run.adapter_dir)
         session.ensure_loaded(name)
         session.check(name, question)
-        cache, prompt = session._new_cache(), question
+        cache, prompt = session.new_cache(), question
         for _ in range(_TURNS):
             alone = _greedy(plain, prompt, _ANSWER_TOKENS)
             cached = _generated(plain, prompt, _ANSWER_TOKENS)

@@ -306,7 +306,7 @@ def safetensors_damage(file: Path) -> str | None:
 
 _MATRIX_DIMENSIONS = (2, 3)
 """Of weights; masks that some files have (GPT-Neo) have four."""
-_NARROW_DTYPES = ("I8", "U8", "F8", "F6", "F4")
+_NARROW_DTYPES = ("I8", "U8", "F8", "F6_", "F4")
 
 
 def quantized_refusal(file: Path) -> UserError | None:

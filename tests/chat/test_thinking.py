@@ -248,6 +248,6 @@ def test_the_command_line_says_what_a_setting_does_not_do(
 
     run = create_run(tiny_source.recipe)
     list(generate_once(run, QUESTION.content, base=True, sampling=SHORT, thinking="off"))
-    assert "Thinking off changes nothing" in capsys.readouterr().err
+    assert "Thinking off has no effect" in capsys.readouterr().err
     list(generate_once(run, QUESTION.content, base=True, sampling=SHORT))
     assert "Thinking" not in capsys.readouterr().err

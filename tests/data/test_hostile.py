@@ -199,7 +199,7 @@ def normalizers(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 BOMB = [replace("e", "e" * 1000)] * 3
-EXPANDS = "more than 16 characters of one"
+EXPANDS = "one character into more than 16"
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "normalizer": (normalizers(*BOMB), EXPANDS),
     "normalizer in words": (normalizers(*[replace("e", "ee")] * 30), EXPANDS),
@@ -493,7 +493,7 @@ def test_only_a_row_too_long_for_tokenizing_is_dropped(tmp_path: Path) -> None:
     report = inspect(Source(path=str(path)), family("chatml"))
     (problem,) = (problem for problem in report.problems if problem.kind == "too-large")
     assert problem.rows == (1,)
-    assert "2,000,000 at most" in problem.example
+    assert "the limit is 2,000,000" in problem.example
     assert report.counts.samples == 1
 
 

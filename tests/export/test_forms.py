@@ -48,7 +48,7 @@ def test_merging_a_run_twice_is_a_usage_error(
         "unchecked_because": "",
     }
     assert main(["export", "merge", run.id, str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bound", ["-1", "0", "nan", "inf", "near"])

@@ -334,7 +334,7 @@ def test_an_existing_file_is_never_replaced(
     out = tmp_path / "model.gguf"
     out.write_text("mine")
     assert main(["export", "gguf", run.id, str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert out.read_text() == "mine"
 
 
@@ -352,7 +352,7 @@ def test_a_folder_that_appeared_meanwhile_is_left_alone(tmp_path: Path) -> None:
     draft.mkdir()
     final.mkdir()
     (final / "mine").write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         publish_new(draft, final)
     assert (final / "mine").read_text() == "mine"
 
@@ -362,7 +362,7 @@ def test_of_several_files_all_or_none_get_their_names(tmp_path: Path) -> None:
     for draft in finals:
         draft.write_text("new")
     (tmp_path / "final-1").write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         publish_files(finals)
     assert (tmp_path / "final-1").read_text() == "mine"
     assert not (tmp_path / "final-0").exists() and not (tmp_path / "final-2").exists()

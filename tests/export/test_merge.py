@@ -230,7 +230,7 @@ def test_too_little_memory_leaves_the_merge_unchecked(
         available = 1 << 20
 
     monkeypatch.setattr(psutil, "virtual_memory", Full)
-    assert "1 MiB are free" in str(verify_merge(tiny_source, "adapter", Path(tiny_source.recipe.model.id)))
+    assert "1 MiB is free" in str(verify_merge(tiny_source, "adapter", Path(tiny_source.recipe.model.id)))
 
 
 def with_adapter(source: ChatSource, folder: Path, dtype: str, **config: Any) -> ChatSource:

@@ -133,16 +133,16 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         changed_vocabulary(lambda v: {"special_ids": v.special_ids | {"bos": v.special_ids["eos"]}}),
         "begin token",
     ),
-    "pre-tokenizer of Qwen": ("llama-3", changed_vocabulary(lambda v: {"pre": "qwen2"}), "other tokens"),
-    "pre-tokenizer of GPT-2": ("llama-3", changed_vocabulary(lambda v: {"pre": "gpt-2"}), "other tokens"),
+    "pre-tokenizer of Qwen": ("llama-3", changed_vocabulary(lambda v: {"pre": "qwen2"}), "different tokens"),
+    "pre-tokenizer of GPT-2": ("llama-3", changed_vocabulary(lambda v: {"pre": "gpt-2"}), "different tokens"),
     "merges": (
-        "smollm2", changed_vocabulary(lambda v: {"merges": (v.merges or [])[::-1]}), "other tokens"
+        "smollm2", changed_vocabulary(lambda v: {"merges": (v.merges or [])[::-1]}), "different tokens"
     ),
     "scores": (
-        "gemma", changed_vocabulary(lambda v: {"scores": [-s for s in v.scores or ()]}), "other tokens"
+        "gemma", changed_vocabulary(lambda v: {"scores": [-s for s in v.scores or ()]}), "different tokens"
     ),
     "space before words": (
-        "llama-2", changed_vocabulary(lambda v: {"adds_space": not v.adds_space}), "other tokens"
+        "llama-2", changed_vocabulary(lambda v: {"adds_space": not v.adds_space}), "different tokens"
     ),
     "special tokens": (
         "llama-3",
@@ -226,7 +226,7 @@ def test_a_bound_that_no_type_is_within_leaves_nothing(
 ) -> None:
     with pytest.raises(UserError, match="No type is within the bound") as refused:
         export_gguf(source_of("smollm2"), "adapter", tmp_path / "out", ["auto"], within=0.0)
-    assert "The nearest: Q8_0: same top token" in refused.value.what
+    assert "The closest: Q8_0: same top token" in refused.value.what
     assert not (tmp_path / "out").exists()
 
 

@@ -88,7 +88,7 @@ def test_an_export_survives_kill_and_cancel_and_is_written(run: RunDir, tmp_path
     os.kill(process.pid, signal.SIGKILL)
     export = wait_while_running(run)
     assert export.status.state == "failed"
-    assert "ended without saying why" in export.status.problem
+    assert "ended without an error message" in export.status.problem
     assert "tiny.gguf" not in left_behind(out)
 
     start_export(run, request)
@@ -118,7 +118,7 @@ def test_an_export_that_fails_says_why(run: RunDir, tmp_path: Path, monkeypatch:
         cancel_export(export)
     export_job.run_job(export.folder)
     assert newest(run).status.state == "failed"
-    assert "exists already" in newest(run).status.problem
+    assert "already exists" in newest(run).status.problem
     assert out.read_text() == "mine"
 
 

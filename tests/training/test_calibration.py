@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor
 
@@ -15,6 +12,8 @@ from qlora_tui.data.decisions import Decision
 from qlora_tui.runs.task_metrics.decisions import Calibration, DecisionReport, decision_lines
 from qlora_tui.training import calibration
 from qlora_tui.training.calibration import MIN_FITTED_ROWS, calibrate, calibration_error
+
+pytestmark = pytest.mark.slow
 
 LABELS = Decision(options=("a", "b", "c"))
 

@@ -103,7 +103,7 @@ def test_nothing_foreign_leaves_the_app_raw_on_any_screen(private_home: Path) ->
             ("7", "to chat with"),
             ("?", "Esc close"),
             ("q", "to chat with"),
-            ("0", "Recipe"),
+            ("0", "Next run"),
         ]:
             before = len(terminal.painted)
             terminal.press(key)

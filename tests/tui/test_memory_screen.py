@@ -184,13 +184,13 @@ async def test_the_exact_form_follows_the_instant_one(
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "instant estimate; tracing…", "6.3 GiB")
         ready.set()
-        await wait_for_text(pilot, "exact (traced with", " 17.2 GiB")
+        await wait_for_text(pilot, "changes exact (traced)", " 17.2 GiB")
         # What halving the length saves, and the change that fits, follow.
         await wait_for_text(pilot, "NF4 and its changes exact", "-7.5 GiB")
         asked.clear()
         await pilot.press("r")
         await wait_until(pilot, lambda: asked)
-        await wait_for_text(pilot, "exact (traced with")
+        await wait_for_text(pilot, "exact (traced")
         assert asked[0].lora.rank == 32
 
 

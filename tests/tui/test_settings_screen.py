@@ -73,7 +73,9 @@ async def test_the_theme_changes_at_once_and_is_saved() -> None:
 async def test_the_theme_under_the_cursor_is_shown_until_one_is_chosen() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f6", "enter")
+        await pilot.press("f6")
+        await wait_for_text(pilot, "Colors of the app")
+        await pilot.press("enter")
         await wait_for_text(pilot, "Enter apply", "by what the terminal shows")
         chosen = theme_names()[1]
         await pilot.press("down")
@@ -88,7 +90,9 @@ async def test_the_theme_under_the_cursor_is_shown_until_one_is_chosen() -> None
 async def test_a_typed_number_is_checked_and_saved() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f6", *"jjj", "enter", "x", "enter")
+        await pilot.press("f6")
+        await wait_for_text(pilot, "Colors of the app")
+        await pilot.press(*"jjj", "enter", "x", "enter")
         await wait_for_text(pilot, "must be a number above 0")
         await pilot.press("backspace", "1", "2", "enter")
         await wait_for_text(pilot, "12  * default: none")

@@ -167,13 +167,10 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
 
 
 def threshold_sentence(threshold: Threshold, rows: int) -> str:
-    """``Decide alone above 0.83: 71% of rows, 98.4% right (97 to 99); the rest to a person.``"""
-    low, high = share_interval(threshold.right, threshold.rows)
-    share = 100 * threshold.right / threshold.rows
-    right = (
-        f"{format_percent(threshold.rows / rows)} of rows, {share:.1f}% right "
-        f"({100 * low:.0f} to {100 * high:.0f})"
-    )
+    """``Decide alone above 0.83: 71% of rows, 98.4% right (97% to 99%); the rest to a person.``"""
+    low, high = map(format_percent, share_interval(threshold.right, threshold.rows))
+    share = format_percent(threshold.right / threshold.rows, 1)
+    right = f"{format_percent(threshold.rows / rows)} of rows, {share} right ({low} to {high})"
     if not threshold.confidence:
         return f"Decide every row alone: {right}."
     return f"Decide alone above {format_float(threshold.confidence, 2)}: {right}; the rest to a person."
@@ -201,8 +198,8 @@ def _confusion_lines(report: DecisionReport) -> Iterator[str]:
 
 
 def _percent(measured: Measured) -> str:
-    low, high = measured.interval
-    return f"{100 * measured.value:.1f}% ({100 * low:.0f} to {100 * high:.0f})"
+    low, high = map(format_percent, measured.interval)
+    return f"{format_percent(measured.value, 1)} ({low} to {high})"
 
 
 def _float(measured: Measured) -> str:
