@@ -61,7 +61,7 @@ OUTER_TYPES = {
 }
 """Types that are computed as another one is."""
 
-NOT_READ = {"bamba": "rope.dimension_count is 8, and only 16 is computed"}
+NOT_READ = {"bamba": "rope.dimension_count is 8, but only 16 is supported"}
 """Types whose files are those of another type with something that its class does not compute."""
 
 
