@@ -113,8 +113,8 @@ def format_loss(loss: float | None) -> str:
 
 
 def format_loss_change(change: float) -> str:
-    """Format the difference of two losses with its sign: ``-0.023``."""
-    return f"{change:+.3f}"
+    """Format the difference of two losses with its sign: ``-0.023``; ``0.000`` has none."""
+    return _signed(change, 3)
 
 
 def format_nats(nats: float | None) -> str:
@@ -161,8 +161,13 @@ def format_small_percent(part: float) -> str:
 
 
 def format_points(change: float) -> str:
-    """Format the difference of two shares in percentage points, with its sign: ``+12``."""
-    return f"{100 * change:+.0f}"
+    """Format the difference of two shares in percentage points, with its sign: ``+12``; ``0`` has none."""
+    return _signed(100 * change, 0)
+
+
+def _signed(value: float, decimals: int) -> str:
+    text = f"{value:+z.{decimals}f}"
+    return text.removeprefix("+") if float(text) == 0 else text
 
 
 def format_path(path: Path) -> str:

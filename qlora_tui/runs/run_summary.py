@@ -304,6 +304,10 @@ class RunVerdict:
     sentence: str
     has_answers: bool
     """Whether answers were measured."""
+    has_improved: bool = False
+    """Whether what the sentence begins with moved the right way, if only by chance."""
+    lacks_rows: bool = False
+    """Whether only the mean loss is known: a comparison of the rows would say more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +326,14 @@ class RunEvidence:
     """Whether the run was warned of that."""
     metric: Metric | None = None
     """The first metric of the answers; None where they were not measured."""
+
+    @property
+    def change(self) -> tuple[float, float] | None:
+        """Validation loss before and after training; None where it was not measured."""
+        if self.loss is not None and self.loss.rows:
+            return self.loss.before, self.loss.after
+        before, after = self.losses or (0.0, None)
+        return None if after is None else (before, after)
 
 
 @dataclass(frozen=True)
@@ -407,6 +419,7 @@ def _preference_accuracy(view: RunView, recipe: Recipe) -> PreferenceAccuracy | 
 def judge_run(evidence: RunEvidence) -> RunVerdict:
     """The verdict. Answers count more than the loss; without either there is not enough evidence."""
     metric, preferences, loss = evidence.metric, evidence.preferences, evidence.loss
+    change = evidence.change
     outcome: Comparison = "unclear"
     if metric is not None and metric.comparison != "unclear":
         outcome = metric.comparison
@@ -416,7 +429,17 @@ def judge_run(evidence: RunEvidence) -> RunVerdict:
         outcome = "better" if loss.is_lower else "worse"
     learned = _loss_words(evidence) if preferences is None else _preference_words(preferences)
     parts = [learned, _forgetting_words(evidence), _metric_words(metric)]
-    return RunVerdict(outcome, f"{'; '.join(filter(None, parts))}.", metric is not None)
+    return RunVerdict(
+        outcome,
+        f"{'; '.join(filter(None, parts))}.",
+        has_answers=metric is not None,
+        has_improved=(
+            preferences.right > preferences.expected
+            if preferences is not None
+            else change is not None and change[1] < change[0]
+        ),
+        lacks_rows=preferences is None and change is not None and not (loss and loss.rows),
+    )
 
 
 def _preference_words(preferences: PreferenceAccuracy) -> str:
@@ -435,6 +458,9 @@ def _loss_words(evidence: RunEvidence) -> str:
         before, after = evidence.losses
         if after is None:
             return "Too early to tell: validation was measured only before training"
+        if after < before:
+            fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)}"
+            return f"{fell}, but its rows were not compared"
         return f"{_LEARNED['unclear']}: {_loss_values(before, after)}, rows not compared"
     values = _loss_values(loss.before, loss.after)
     if loss.is_lower:

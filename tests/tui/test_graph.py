@@ -6,6 +6,7 @@ import math
 import random
 import re
 from array import array
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -214,6 +215,24 @@ def test_a_small_change_of_the_loss_is_no_cliff_and_all_its_numbers_have_the_sam
     assert shown.y.high - shown.y.low >= 0.05 * 6.26
     text = "\n".join(line.plain for line in plot(shown, 70, 16)[:-1])
     assert {len(number.partition(".")[2]) for number in re.findall(r"\d+\.\d+", text)} == {3}
+
+
+def test_the_axis_fits_the_mean_and_leaves_out_a_spike_of_one_step() -> None:
+    steps = [0.0, 1.0, 2.0]
+    facts = LossFacts(
+        x=Axis(0, 2, "step"),
+        loss=Envelope.of_points(steps, [2.0, 90.0, 2.0]),
+        mean_loss=Envelope.of_points(steps, [2.0, 2.5, 2.2]),
+        last_loss=2.0,
+        last_mean=2.2,
+        evaluations=((0, 3.0),),
+        best=None,
+    )
+    shown = run_plot(facts)
+    assert 3.0 <= shown.y.high < 4
+    points = replace(shown, curves=shown.curves[:1], marks=())
+    drawn = "".join(line.plain for line in plot(points, 40, 12)[1:])
+    assert sum("⠀" < each <= "⣿" for each in drawn) == 2
 
 
 def test_the_fill_is_all_that_is_under_the_line() -> None:

@@ -32,7 +32,7 @@ from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.render.plot import downsample
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
-from qlora_tui.tui.screens.runs.run_list import RunFiles, run_keys
+from qlora_tui.tui.screens.runs.run_list import RunFiles, run_keys, short_name
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
@@ -64,6 +64,13 @@ def test_hundreds_of_runs_are_listed_at_once_and_read_gradually() -> None:
     while not listing.complete:
         listing = summaries.read_all(0.2)
     assert all(summary.losses for summary in listing.summaries)
+
+
+@pytest.mark.parametrize("width", range(10, 32, 3))
+def test_names_that_differ_in_their_time_stay_distinct(width: int) -> None:
+    names = [f"smollm2-135m-demo-20261130-{time}" for time in ("0752", "0635", "0635-2")]
+    cut = {short_name(name, width) for name in names}
+    assert len(cut) == 3 and max(map(len, cut)) <= width
 
 
 @pytest.mark.parametrize("state", ["paused", "lost"])

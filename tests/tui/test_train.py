@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,15 +26,18 @@ from qlora_tui.runs.events import (
     Progress,
     Queued,
     RequestReceived,
+    SampleGenerated,
     Started,
 )
 from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.run_summary import RunEvidence, judge_run
 from qlora_tui.runs.status import State, read_status, write_status
 from qlora_tui.runs.suggested_fix import suggest_fix
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.runs.telemetry import Reading, encode
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.render.labels import verdict_style
 from qlora_tui.tui.screens.modals import dialogs
 from qlora_tui.tui.screens.train import screen as train_screen
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
@@ -42,6 +46,8 @@ from qlora_tui.tui.screens.train.run_panels import (
     header_lines,
     health_lines,
     key_figures,
+    outcome_text,
+    sample_lines,
     state_line,
 )
 from qlora_tui.tui.screens.train.screen import TrainScreen, show_run
@@ -372,6 +378,40 @@ def test_loss_and_time_left_are_large_in_a_large_window(set_clock: SetClock) -> 
     loss, left = key_figures(snapshot)
     assert f"{loss.value}   {left.value} left" in small[1].plain
     assert len(large) == 3 and large[0].plain[2] in "█▀▄" and loss.value not in large[1].plain
+
+
+def test_an_improvement_that_may_be_chance_has_no_color_and_names_the_key_that_compares_rows() -> None:
+    snapshot = RunFollower(write_fake_run(FakeRun(state="finished", steps=60, total=60))).poll()
+    for losses, style in (((2.5, 1.5), ""), ((2.5, 2.5), "$warning")):
+        verdict = judge_run(RunEvidence(losses=losses))
+        text = outcome_text(replace(snapshot, verdict=verdict))
+        assert verdict_style(verdict) == style
+        assert text is not None and "[a] compare rows" in text.plain
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+@pytest.mark.parametrize(("state", "is_shown"), [("finished", False), ("failed", True)])
+async def test_the_machine_of_a_run_that_ended_well_gives_its_rows_to_the_others(
+    state: State, is_shown: bool, size: tuple[int, int]
+) -> None:
+    run = write_fake_run(FakeRun(state=state, steps=60, total=60))
+    app = QloraApp()
+    async with app.run_test(size=size) as pilot:
+        screen = await watching(app, run)
+        await wait_for_text(pilot, state, "Loss and pace")
+        assert bool(screen.query_one("#gpu-panel").region) is is_shown
+
+
+def test_the_last_answer_comes_before_the_start_of_the_first_one() -> None:
+    snapshot = RunFollower(write_fake_run(FakeRun(steps=60))).poll()
+    samples = tuple(
+        SampleGenerated(at=BEGAN, step=step, prompt="Where is it?", answer=f"{word} " * 40)
+        for step, word in ((0, "before"), (50, "now"))
+    )
+    lines = [line.plain for line in sample_lines(replace(snapshot, samples=samples), 40, 24)]
+    assert max(map(len, lines)) <= 40
+    first = next(number for number, line in enumerate(lines) if "at step 0: before" in line)
+    assert lines[1].startswith("  now") and len(lines) == first + 2 and lines[-1].endswith("…")
 
 
 async def test_the_last_run_is_shown_until_the_recipe_is_edited() -> None:

@@ -41,8 +41,8 @@ class Column(Generic[Row]):
     """Width of the line, in cells, from which the column is shown."""
     shown_if_empty: bool = True
     """Whether the column is shown if it is empty in every row."""
-    shorter: Callable[[str], str] = str
-    """Shortens a string that is too long before it is cut."""
+    shorter: Callable[[str, int], str] | None = None
+    """Shortens a string to a width, in characters, instead of ``cut_range``."""
 
 
 def table(
@@ -120,8 +120,8 @@ def _line(
     """
     line, spans, at = "", list[Span](), 0
     for column, text, width, gap in zip(columns, texts, widths, gaps, strict=True):
-        if isinstance(text, str) and _cells(text) > width:
-            text = column.shorter(text)
+        if column.shorter and isinstance(text, str) and _cells(text) > width:
+            text = column.shorter(text, width)
         if _cells(text) > width:
             text = _cut(Content.styled(text, column.style) if isinstance(text, str) else text, width)
         plain, styles = (text, None) if isinstance(text, str) else (text.plain, text.spans)

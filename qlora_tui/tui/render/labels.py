@@ -26,7 +26,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.run_summary import ResultDefect, data_words
+from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words
 from qlora_tui.runs.status import State
 from qlora_tui.tui.render.figures import Figure
 from qlora_tui.tui.render.plot import bar, level_style
@@ -44,8 +44,7 @@ _VERDICTS = {
 """(sign, color) of each verdict on memory; the word or the sign is always shown too."""
 INSTANT = "~"
 """Before an estimate that was calculated at once. One of a traced step has nothing before it."""
-OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
-"""Color of what became of a run, by :attr:`.RunVerdict.outcome`."""
+_OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 CANNOT_TRAIN = "✗ cannot train"
 """Shown next to the estimate of a model that cannot be trained, for example because its weights are
 missing.
@@ -255,6 +254,12 @@ def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, s
         return "!", defect.word, "$error"
     sign, style = SIGNS[state]
     return sign, state, style
+
+
+def verdict_style(verdict: RunVerdict) -> str:
+    """Return the color of a verdict. An improvement that may be chance has none: nothing is wrong with it."""
+    may_be_chance = verdict.outcome == "unclear" and verdict.has_improved
+    return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
 
 
 def state_bar(state: State, defect: ResultDefect | None = None) -> Content:

@@ -65,10 +65,12 @@ class LossFacts:
 def run_plot(facts: LossFacts) -> Plot:
     """Return the chart of a run: a filled running mean, raw losses as points, evaluations joined by
     a line.
+
+    The axis fits the mean and the evaluations; points beyond it are left out.
     """
     shown = [(step, loss) for step, loss in facts.evaluations if step >= facts.x.low]
     validation = Envelope.of_points([float(step) for step, _ in shown], [loss for _, loss in shown])
-    reach = overall([facts.loss, facts.mean_loss, validation])
+    reach = overall([facts.mean_loss, validation]) or overall([facts.loss])
     y = loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss")
     marks = [
         Mark(step, loss, VALIDATION, VALIDATION_STYLE) for step, loss in shown if (step, loss) != facts.best

@@ -166,12 +166,15 @@ def bar(part: float, width: int) -> str:
     return text + "░" * (width - len(text))
 
 
-def blocks(values: Sequence[float | None], low: float, high: float, height: int) -> list[str]:
+def blocks(
+    values: Sequence[float | None], low: float, high: float, height: int, *, is_apart: bool = False
+) -> list[str]:
     """Return rows of block characters, top row first.
 
-    None is an empty column; the lowest value still shows a line.
+    None is an empty column; the lowest value still shows a line. With ``is_apart`` the top eighth of a row
+    stays free, so that charts above each other do not run together.
     """
-    levels = height * 8
+    levels = height * 8 - is_apart
     rows = []
     filled = [_level(value, low, high, levels) for value in values]
     for row in range(height - 1, -1, -1):
@@ -216,7 +219,7 @@ def sparkline(losses: tuple[float, ...], width: int) -> str:
     if not finite:
         return blocks(means, 0.0, 1.0, 1)[0]
     axis = rounded(min(finite), max(finite))
-    return blocks(means, axis.low, axis.high, 1)[0]
+    return blocks(means, axis.low, axis.high, 1, is_apart=True)[0]
 
 
 def level_style(share: float) -> str:
@@ -433,7 +436,7 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
         column = x.place(value, dots_wide)
         if broken:
             broken_columns.add(column // DOTS_WIDE)
-        if low > high:
+        if low > high or (curve.look == "points" and (low > y.high or high < y.low)):
             before = None
             continue
         top, bottom = dots_high - 1 - y.place(high, dots_high), dots_high - 1 - y.place(low, dots_high)

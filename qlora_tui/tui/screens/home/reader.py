@@ -54,7 +54,6 @@ from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
     CANNOT_TRAIN,
-    OUTCOME_STYLE,
     FitLine,
     batch_words,
     best_figure,
@@ -65,6 +64,7 @@ from qlora_tui.tui.render.labels import (
     refusal_words,
     result_label,
     targets_words,
+    verdict_style,
 )
 from qlora_tui.tui.render.loss import mean_losses
 from qlora_tui.tui.render.plot import bar, labeled, meter, sparkline
@@ -245,7 +245,7 @@ def run_lines(
         lines = [Content("  ").join(lines)]
     lines += _outcome_lines(summary, layout)
     if summary.verdict is not None:
-        lines.append(Content.styled(summary.verdict.sentence, OUTCOME_STYLE[summary.verdict.outcome]))
+        lines.append(Content.styled(summary.verdict.sentence, verdict_style(summary.verdict)))
     if status.state in ("failed", "lost", "unreadable") and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines
@@ -427,7 +427,7 @@ def numbers_lines(summary: RunSummary, width: int) -> list[Content]:
     """Return facts about a run, and its validation losses, each with a bar."""
     facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", summary.settings)]
     if summary.tokens_per_s is not None:
-        facts.append(("speed", f"{format_speed(summary.tokens_per_s)} tok/s"))
+        facts.append(("speed", f"mean {format_speed(summary.tokens_per_s)} tok/s"))
     if summary.peak_bytes is not None:
         facts.append(("memory", f"{format_bytes(summary.peak_bytes)} at the peak"))
     if summary.energy:

@@ -32,6 +32,7 @@ from qlora_tui.formatting import (
     format_speed,
     pluralize,
     short_model_name,
+    shorten_name,
     truncate_middle,
 )
 from qlora_tui.recipe.schema import Recipe
@@ -85,19 +86,22 @@ def best_loss(summary: RunSummary) -> str:
 
 _MIN_ENDING = 24
 """Minimum space at the end of a line, in cells, to show how a run ended."""
-_TIME_OF_NAME = re.compile(r"-\d{8}-\d{4}(?=(-\d+)?$)")
-"""Matches the time in a generated name, since the column "queued" shows it too."""
+_TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
+"""Matches the end of a generated name such as ``owls-20261130-0752-2``."""
 _HEAD = 15
 """Width of the mark and the state before the columns, in cells."""
 
 
-def _without_time(name: str) -> str:
-    return _TIME_OF_NAME.sub("", name)
+def short_name(name: str, width: int) -> str:
+    """Return the name with the time at its end: runs of a day often differ in nothing else."""
+    time_of_day = _TIME_OF_DAY.search(name)
+    kept = time_of_day[0] if time_of_day else ""
+    return shorten_name(name.removesuffix(kept), width - len(kept)) + kept
 
 
 _COLUMNS: tuple[Column[RunSummary], ...] = (
     Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
-    Column(title="run", text=lambda s: s.name, shrinks=True, min_width=10, shorter=_without_time),
+    Column(title="run", text=lambda s: s.name, shrinks=True, min_width=10, shorter=short_name),
     Column(title="model", text=lambda s: s.model, max_width=24, shown_from=112),
     Column(title="data", text=lambda s: s.data, max_width=24, shown_from=180),
     Column(title="settings", text=lambda s: s.settings, max_width=22, shown_from=112),
@@ -124,7 +128,7 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         shown_from=WIDE_CELLS,
     ),
     Column(
-        title="tok/s",
+        title="mean tok/s",
         text=lambda s: "" if s.tokens_per_s is None else format_speed(s.tokens_per_s),
         right=True,
         shown_from=150,

@@ -61,6 +61,8 @@ LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("warnings only", frozenset(("warning", "error"))),
     ("errors only", frozenset(("error",))),
 )
+_ENDED_WELL = ("finished", "stopped", "paused")
+"""States in which the last readings of the machine explain nothing."""
 _TABS = ("log", "answers", "health", "output")
 _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
@@ -159,10 +161,13 @@ class LivePane(Vertical):
         self._draw("setup", partial(setup_lines, snapshot))
         self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
         # What has nothing to say gives its lines to the others.
-        for name, lines in (("health", health_lines(snapshot)), ("samples", sample_lines(snapshot))):
-            self.set_class(bool(lines), f"-{name}")
-            self._draw(name, partial(wrapped, lines))
+        health = health_lines(snapshot)
+        self._draw("health", partial(wrapped, health))
+        self._draw("samples", partial(sample_lines, snapshot))
+        self.set_class(bool(health), "-health")
+        self.set_class(bool(snapshot.samples), "-samples")
         self.set_class(bool(snapshot.evaluations), "-evaluations")
+        self.set_class(snapshot.status.state in _ENDED_WELL, "-ended")
         self._draw("evaluations", partial(evaluation_lines, snapshot))
 
     def _draw(self, name: str, draw: Draw) -> None:

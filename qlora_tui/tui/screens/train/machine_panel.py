@@ -90,8 +90,8 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
         percent = f"{format_percent(last.cpu_percent / 100)} of {machine.cores} cores"
         history = tuple(reading.cpu_percent for reading in readings)
         return (
-            _Meter("CPU", percent, 0, history, 100.0 * machine.cores),
             _Meter("memory", memory, 0, bar=(last.rss_bytes, machine.host_bytes)),
+            _Meter("CPU", percent, 0, history, 100.0 * machine.cores),
         )
     memory = f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB"
     powers = tuple(None if each is None else each.power_w for each in gpus)
@@ -99,8 +99,8 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
     utilizations = tuple(None if each is None else each.utilization_percent for each in gpus)
     clock = "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
     return (
-        _Meter("util", _percent(gpu.utilization_percent), 0, utilizations, 100.0),
         _Meter("memory", memory, 0, bar=(gpu.memory_used_bytes, gpu.memory_total_bytes)),
+        _Meter("util", _percent(gpu.utilization_percent), 0, utilizations, 100.0),
         _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w or 1.0),
         _Meter("temp", _temperature(gpu), 1, degrees, 100.0),
         _Meter("clock", f"{clock}   fan {_percent(gpu.fan_percent)}"),
@@ -140,15 +140,15 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
 
 
 def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) -> list[Content]:
-    """Return the most important meters in one or two lines, the first with a small chart."""
+    """Return the most important meters in one or two lines, the first of them with a small chart."""
     cells = max(0, min(24, width - 60))
     lines: list[list[Content]] = [[], []]
-    for number, meter in enumerate(meters):
+    for meter in meters:
         if meter.line is None:
             continue
         gap = "  " if lines[meter.line] else ""
         part = Content.assemble((f"{gap}{meter.name} ", "dim"), meter.value)
-        if not number:
+        if meter.history and not meter.line:
             part = Content.assemble(part, " ", _meter_chart(meter, machine.readings, cells, 1)[0])
         if meter.bar and machine.estimate_bytes is not None:
             part += Content.styled(f"  estimate {format_gib(machine.estimate_bytes)}", "dim")
@@ -168,7 +168,7 @@ def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: i
         # A single second that fell between two readings.
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
-    return [Content.styled(row, "$hardware") for row in blocks(slots, 0.0, meter.top, rows)]
+    return [Content.styled(row, "$hardware") for row in blocks(slots, 0.0, meter.top, rows, is_apart=True)]
 
 
 def _percent(value: int | None) -> str:

@@ -42,7 +42,6 @@ from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
-    OUTCOME_STYLE,
     batch_words,
     best_figure,
     format_ago,
@@ -51,9 +50,11 @@ from qlora_tui.tui.render.labels import (
     result_label,
     state_bar,
     targets_words,
+    verdict_style,
 )
 from qlora_tui.tui.render.plot import bar, labeled
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
+from qlora_tui.tui.widgets.controls import wrapped
 
 _MIN_BAR = 8
 _STEP_BAR = 8
@@ -73,6 +74,10 @@ _ENDINGS = {
 
 _LARGE_ROWS = 3
 """Number of header lines from which its figures are large."""
+_INDENT = 2
+"""Before an answer, and by :func:`.wrapped` before what continues a line, in cells."""
+_ROWS_OF_FIRST = 2
+"""Maximum number of lines of the answer that a trained one is compared with."""
 _GAP = "     "
 """Between the large figures and the rest."""
 _USES = {"chat": "chat with it", "export": "export it", "card": "card"}
@@ -217,7 +222,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view = snapshot.view
     facts = [within] if (within := step_progress(snapshot)) else []
     if snapshot.tokens_per_s is not None:
-        facts.append(f"{format_speed(snapshot.tokens_per_s)} tok/s")
+        facts.append(f"{format_speed(snapshot.tokens_per_s)} tok/s now")
     if snapshot.step and view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
         facts.append(f"epoch {_epochs(snapshot.epoch)} of {_epochs(all_epochs)}")
@@ -235,14 +240,14 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def _checkpoints(snapshot: RunSnapshot) -> str:
-    """Return ``checkpoints at 60 ★, 70``: the best and the newest; empty before the first."""
+    """Return ``checkpoints 60 ★, 70``: the best and the newest; empty before the first."""
     if not snapshot.view.checkpoints:
         return ""
     newest = snapshot.view.checkpoints[-1].step
     if snapshot.best is None or not snapshot.is_best_saved:
-        return f"checkpoint at {newest:,}"
+        return f"checkpoint {newest:,}"
     best = f"{snapshot.best.step:,} {BEST}"
-    return f"checkpoint at {best}" if snapshot.best.step == newest else f"checkpoints at {best}, {newest:,}"
+    return f"checkpoint {best}" if snapshot.best.step == newest else f"checkpoints {best}, {newest:,}"
 
 
 def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
@@ -285,6 +290,8 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
         facts.insert(0, f"last loss {format_loss(snapshot.loss)}, not validated")
     if isinstance(view.ending, Finished):
         facts.append(f"trained {format_duration(view.ending.seconds)}")
+        if view.ending.tokens_per_s:
+            facts.append(f"mean {format_speed(view.ending.tokens_per_s)} tok/s")
         if energy := format_energy(view.ending):
             facts.append(energy)
     if view.run.adapter_dir.is_dir():
@@ -326,11 +333,14 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
             pass
         case _:
             return None
+    verdict = snapshot.verdict
+    if verdict is not None and verdict.lacks_rows and status.state in ("finished", "stopped") and not answers:
+        offers.append(f"{key_name('train.answers')} compare rows")
     offers.append(f"{key_name('train.prepare')} new run")
     first, *others = text.splitlines() or [""]
     lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
-    if (verdict := snapshot.verdict) is not None and not is_error:
-        lines.insert(0, Content.styled(verdict.sentence, f"bold {OUTCOME_STYLE[verdict.outcome]}"))
+    if verdict is not None and not is_error:
+        lines.insert(0, Content.styled(verdict.sentence, verdict_style(verdict)))
     lines.append(highlight_keys(f"▸ {'   '.join(offers)}"))
     for note, command, verb in (
         (active and f"{active} is running now.", "train.another", "watch it"),
@@ -375,8 +385,10 @@ def contention(snapshot: RunSnapshot) -> str:
     return f"Other programs use {others} of the CPU, and this run gets {format_percent(own)}."
 
 
-def sample_lines(snapshot: RunSnapshot) -> list[Content]:
-    """Return the last answers to the sample prompts, each above the first one, which was mostly untrained."""
+def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
+    """Return the last answers to the sample prompts, each above the start of the first one, which was mostly
+    untrained.
+    """
     step = _sample_step(snapshot)
     first = {sample.prompt: sample for sample in reversed(snapshot.samples)}
     lines: list[Content] = []
@@ -387,8 +399,16 @@ def sample_lines(snapshot: RunSnapshot) -> list[Content]:
             lines += [Content(f"  {line}") for line in sample.answer.splitlines()]
             if before.step != step:
                 answer = " ".join(before.answer.split())
-                lines.append(Content.styled(f"  at step {before.step:,}: {answer}", "dim"))
-    return lines
+                lines += _start(f"at step {before.step:,}: {answer}", width - 2 * _INDENT, _ROWS_OF_FIRST)
+    return wrapped(lines, width, height)
+
+
+def _start(text: str, width: int, rows: int) -> list[Content]:
+    """Return the first lines of a text, indented and dim."""
+    lines = Content(text).wrap(max(1, width))
+    if len(lines) > rows:
+        lines = [*lines[: rows - 1], Content(f"{lines[rows - 1].plain[: width - 1].rstrip()}…")]
+    return [(Content(" " * _INDENT) + line).stylize("dim") for line in lines]
 
 
 def samples_title(snapshot: RunSnapshot) -> str:

@@ -79,8 +79,7 @@ def _chart_lines(
     chart: StepChart, x: Axis, names: int, gutter: int, columns: int, rows: int
 ) -> list[Content]:
     """Return the chart as columns of blocks, with its name and value before the last row."""
-    # An eighth of a row stays free, so that charts do not run into each other.
-    drawn = blocks(_by_column(chart.envelope, x, columns), 0.0, chart.top * (1 + 1 / (8 * rows - 1)), rows)
+    drawn = blocks(_by_column(chart.envelope, x, columns), 0.0, chart.top, rows, is_apart=True)
     head = Content.assemble((f"{chart.name:<{names}} ", "dim"), f"{chart.value:>{gutter - names - 2}} ")
     heads = [Content(" " * gutter)] * (rows - 1) + [head]
     return [
