@@ -37,7 +37,7 @@ _RUNS = 20
 _STEPS = 64
 _MOST_COUNTED_BYTES = 256 << 20
 """Size of data above which nothing is counted ahead: it takes a minute of a core and more."""
-_LEAST_STEPS = 3
+LEAST_STEPS = 3
 """Of a run whose speed counts. The first step is left out: it compiles, and memory grows."""
 TimeBasis: TypeAlias = Literal["probe", "run", "another model", "measured speed", "typical card"]
 """What a time follows from: steps of this recipe, a run, one of another model, the speed that ``doctor``
@@ -193,7 +193,7 @@ def _measured(run: RunDir, _changed: int, device: Device, device_name: str) -> _
         return None
     recipe = run.readable_recipe()
     speeds = [speed for speed in view.series.tokens_per_s[1:] if speed > 0]
-    if recipe is None or len(speeds) < _LEAST_STEPS - 1:
+    if recipe is None or len(speeds) < LEAST_STEPS - 1:
         return None
     cost = _seconds_per_token(recipe, load_architecture(recipe.model.id), device)
     return _Measured(run.name, recipe.model.id, median(speeds), cost)

@@ -177,7 +177,9 @@ class QloraApp(TerminalApp):
         recipe, architecture = self.workbench.recipe, self.workbench.architecture()
         if isinstance(architecture, UserError):
             return False
-        return recall_trace(recipe, architecture, self.memory_budget.device)
+        devices = {budget.device for budget in (self.memory_budget, self.run_budget)}
+        found = [recall_trace(recipe, architecture, device) for device in devices]
+        return any(found)
 
     @work(exclusive=True, group="recall")
     async def show_exact_memory(self) -> None:
@@ -187,11 +189,27 @@ class QloraApp(TerminalApp):
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The device that a run would use, and how much memory it could have there."""
+        """The device to plan for, and its memory: a GPU of the size that the user gave, or this machine."""
         from qlora_tui.memory.budget import budget_for
 
         given = self.settings.gpu_memory_gib
         return budget_for(self.system_status.gpu, None if given is None else round(given * GIB))
+
+    @property
+    def run_budget(self) -> MemoryBudget:
+        """The device that a run here would use, whatever the user plans for.
+
+        Of a GPU that the driver reports nothing of, the size is what the user gave.
+        """
+        status = self.system_status
+        is_reported = status.gpu is not None or status.trains_on == "cpu"
+        return status.run_budget if is_reported else self.memory_budget
+
+    @property
+    def cpu_budget(self) -> MemoryBudget | None:
+        """The CPU of this machine where a run here would use it, though the user plans for a GPU."""
+        here = self.run_budget
+        return here if here.device.kind == "cpu" and self.memory_budget.is_assumed else None
 
     async def action_quit(self) -> None:
         self.leave()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qlora_tui.errors import UserError
     from qlora_tui.gpu.errors import GpuUnavailableError
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
+    from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.runs.doctor import Machine
     from qlora_tui.runs.notify import RunNotification
@@ -83,12 +84,10 @@ class SystemStatus:
     @property
     def machine(self) -> Machine:
         """The machine that a run would start on, regardless of which GPU the estimates assume."""
-        # With the checks, which a start does without.
-        from qlora_tui.memory.budget import budget_for
-        from qlora_tui.runs.doctor import Machine
+        from qlora_tui.runs.doctor import Machine  # with the checks, which a start does without
 
         return Machine(
-            budget=budget_for(self.gpu),
+            budget=self.run_budget,
             gpu=self.gpu,
             used_bytes=self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None,
             gpu_choice=self.gpu_choice,
@@ -97,6 +96,13 @@ class SystemStatus:
             active=self.active.id if self.active else "",
             waiting=self.waiting_ids,
         )
+
+    @property
+    def run_budget(self) -> MemoryBudget:
+        """The memory of the GPU, or of the machine without one."""
+        from qlora_tui.memory.budget import budget_for
+
+        return budget_for(self.gpu)
 
     @property
     def trains_on(self) -> Literal["cpu", "unknown", "none"]:

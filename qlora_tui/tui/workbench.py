@@ -65,9 +65,9 @@ class Workbench:
         """Called, in any thread, with the id of a model when only its outline was read."""
         self._trainable: str | None = None
         """A model that can be trained."""
-        self._compared: (
-            tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError] | None
-        ) = None
+        self._compared: tuple[
+            tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError], ...
+        ] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -161,7 +161,7 @@ class Workbench:
     def refuse_outline(self, model: str, problem: UserError) -> None:
         """Make :meth:`architecture` return the reason why a model's exact architecture could not be read."""
         self._architecture = (model, problem)
-        self._compared = None
+        self._compared = ()
 
     def model_refusal(self) -> UserError | None:
         """Return why the recipe's model cannot be trained, even if it has an estimate; None if it can.
@@ -183,7 +183,7 @@ class Workbench:
         """Read the model's files again when they are next needed, since it may have been downloaded."""
         self._architecture = None
         self._trainable = None
-        self._compared = None
+        self._compared = ()
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:
         """Return the estimate in every precision, or a UserError if there is nothing to estimate.
@@ -195,10 +195,13 @@ class Workbench:
     def _comparison_of(self, recipe: Recipe, device: Device) -> dict[Precision, Estimate] | UserError:
         # A thread may ask while the user edits the recipe.
         architecture, known = self._architecture_of(recipe.model.id), self._compared
-        if known is None or known[0] is not architecture or known[1:3] != (recipe, device):
-            compared = _compare(recipe, architecture, device)
-            known = self._compared = (architecture, recipe, device, compared)
-        return known[3]
+        for of_architecture, of_recipe, of_device, compared in known:
+            if of_architecture is architecture and (of_recipe, of_device) == (recipe, device):
+                return compared
+        compared = _compare(recipe, architecture, device)
+        # Of two devices: the one of a run here, and the one that the user plans for.
+        self._compared = ((architecture, recipe, device, compared), *known[:1])
+        return compared
 
     def estimate(self, device: Device) -> Estimate | None:
         """Return the estimate in the recipe's precision; None if there is nothing to estimate."""

@@ -178,7 +178,7 @@ async def test_home_says_how_long_the_next_run_takes(private_home: Path) -> None
     app = QloraApp()
     app.workbench.replace(_ready(private_home))
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Check the recipe", "time    unknown until the first steps")
+        await wait_for_text(pilot, "Check the recipe", "time    no run like this one yet")
 
 
 async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(

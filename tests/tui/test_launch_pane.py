@@ -57,7 +57,7 @@ async def test_groups_fold_and_what_was_changed_stays_in_view() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
         await wait_for_text(pilot, "Memory and speed", "LoRA")
-        assert "Dropout" not in text_of(app) and "Preference data" not in text_of(app)
+        assert "rsLoRA" not in text_of(app) and "Preference data" not in text_of(app)
         list_ = app.screen.query_one(SettingsForm).list
         while list_.field is not None or list_.group.title != "LoRA":
             await pilot.press("j")

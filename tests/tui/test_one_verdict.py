@@ -12,6 +12,7 @@ from textual.pilot import Pilot
 from qlora_tui.errors import UserError
 from qlora_tui.memory import traces, trainer_execution
 from qlora_tui.recipe.schema import Source
+from qlora_tui.runs import preflight
 from qlora_tui.tui.app import QloraApp
 from tests.memory.models import traced_peaks
 from tests.tui.sample_data import readable_model, tickets
@@ -19,22 +20,29 @@ from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import open_on, settle
 
 _OF_16 = r"(~?[\d.]+) of 16\.0 GiB (?:\(assumed\) )?(\w+)"
+_OF_32 = r"(~?[\d.]+) of 32\.0 GiB (\w+)"
 PLACES = {
     "1": (r"● Qwen2\.5-7B .*?(~?[\d.]+) GiB ([!?✗ ])", r"▸ +1,024 +(~?[\d.]+) GiB ([!?✗ ])"),
-    "2": (r"▸ now +1,024 +\d+% +(~?[\d.]+) GiB +(tight|does)?",),
     "3": (r"▸ NF4 .*?(~?[\d.]+) GiB (\w+)", "NF4 (fits|tight|does)"),
     "4": (r"▸ *[\d.]+M .*?(~?[\d.]+) GiB ([!?✗ ])",),
     "p": (r"● balanced +(~?[\d.]+) GiB ([!?✗ ])", "memory now .*?" + _OF_16),
-    "0": ("memory .*?" + _OF_16,),
 }
-"""Key of a screen, and where it shows the memory of the recipe as it is."""
+"""Key of a screen, and where it shows the memory of the recipe as it is, on the assumed GPU."""
+HERE = {
+    "0": ("memory .*?" + _OF_32,),
+    "1": ("This CPU: " + _OF_32,),
+    "2": ("memory .*?" + _OF_32, r"▸ now +1,024 +\d+% +(~?[\d.]+) GiB +(tight|does)?"),
+    "3": ("This CPU: " + _OF_32,),
+    "5": (r"of 32\.0 GiB: (\w+)",),
+}
+"""The same on this machine, which a run would use."""
 _WORDS = {" ": "✓", "fits": "✓", "tight": "!", "uncertain": "?", "does": "✗"}
 
 
-async def figures(pilot: Pilot[Any]) -> dict[str, list[tuple[str, ...]]]:
+async def figures(pilot: Pilot[Any], places: dict[str, tuple[str, ...]]) -> dict[str, list[tuple[str, ...]]]:
     """By screen: (figure, sign of the verdict) from each place, or the sign alone."""
     found = {}
-    for key, patterns in PLACES.items():
+    for key, patterns in places.items():
         await pilot.press(key)
         await settle(pilot)
         text = text_of(pilot.app)
@@ -46,23 +54,34 @@ async def figures(pilot: Pilot[Any]) -> dict[str, list[tuple[str, ...]]]:
 
 
 def trace(app: QloraApp, backward_bytes: int) -> None:
-    """Let the recipe's step be traced, with this peak."""
+    """Let the recipe's step be traced, with this peak, on both devices."""
     recipe, architecture = app.workbench.recipe, app.workbench.architecture()
     assert not isinstance(architecture, UserError)
-    execution = trainer_execution(recipe, app.memory_budget.device, architecture)
-    traces.remember(recipe, architecture, execution, traced_peaks(2 << 30, backward_bytes))
+    for budget in (app.memory_budget, app.run_budget):
+        execution = trainer_execution(recipe, budget.device, architecture)
+        traces.remember(recipe, architecture, execution, traced_peaks(2 << 30, backward_bytes))
 
 
 @pytest.mark.slow
-async def test_every_screen_has_one_verdict_on_the_recipe(private_home: Path) -> None:
+@pytest.mark.usefixtures("same_machine")
+async def test_every_screen_has_one_verdict_on_the_recipe(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "trace_soon", lambda *args: None)
     model = Path(readable_model(private_home, "Qwen__Qwen2.5-7B"))
     app = open_on("home", model=str(model), gpu_gib=16, model_folders=(str(model.parent),))
     app.workbench.set("data.sources", (Source(path=str(tickets(private_home / "tickets.jsonl"))),))
     async with app.run_test(size=(160, 50)) as pilot:
-        await wait_for_text(pilot, "Qwen2.5-7B", " of 16.0 GiB")
+        await wait_for_text(pilot, "Qwen2.5-7B", " of 32.0 GiB")
         for backward_gib, figure, sign in ((0, "~6.3", "✓"), (12, "14.2", "!"), (20, "22.2", "✗")):
             if backward_gib:
                 trace(app, backward_gib << 30)
-            for screen, shown in (await figures(pilot)).items():
+            for screen, shown in (await figures(pilot, PLACES)).items():
+                for each in shown:
+                    assert each in ((figure, sign), (sign,)), (screen, shown, text_of(app))
+            here = await figures(pilot, HERE)
+            figure, sign = here["0"][0]
+            assert figure.startswith("~") == (not backward_gib)
+            for screen, shown in here.items():
                 for each in shown:
                     assert each in ((figure, sign), (sign,)), (screen, shown, text_of(app))

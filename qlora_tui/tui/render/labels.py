@@ -166,8 +166,11 @@ def fit_figure(verdict: Verdict, *, can_train: bool = True, is_current: bool = F
     return Content.styled(figure, f"bold {style}" if is_current else style)
 
 
-def verdict_legend(verdicts: Iterable[Verdict], *, can_train: bool = True) -> Content:
-    """Return ``✗ does not fit  ! tight  ~ instant estimate``: the signs that occur, except the tick."""
+def verdict_legend(verdicts: Iterable[Verdict], width: int, *, can_train: bool = True) -> Content:
+    """Return ``✗ does not fit  ! tight  ~ instant estimate``: the signs that occur, except the tick.
+
+    A sign that does not fit ``width`` with its word is on the next line.
+    """
     parts: dict[str, Content] = {}
     for verdict in verdicts:
         if verdict.word != "fits":
@@ -176,7 +179,13 @@ def verdict_legend(verdicts: Iterable[Verdict], *, can_train: bool = True) -> Co
         if not verdict.is_exact:
             parts[INSTANT] = Content.styled(f"{INSTANT} instant estimate", "dim")
     instant = [parts.pop(INSTANT)] if INSTANT in parts else []
-    return Content("  ").join([*parts.values(), *instant])
+    lines = [Content("")]
+    for part in (*parts.values(), *instant):
+        if lines[-1] and lines[-1].cell_length + 2 + part.cell_length > width:
+            lines.append(part)
+        else:
+            lines[-1] = Content("  ").join([lines[-1], part] if lines[-1] else [part])
+    return Content("\n").join(lines)
 
 
 def refusal_words(refusal: UserError) -> str:
@@ -213,6 +222,11 @@ class FitLine:
         drawn = f"{bar(self._share, cells)} " if cells >= _MIN_BAR else ""
         label = f"{self._label} " if self._label else ""
         return Content.assemble(label, (drawn, level_style(self._share)), f"{figures} ", self._verdict)
+
+
+def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:
+    """Return ``This CPU: ~1.0 of 23.5 GiB fits``, beside estimates for a GPU that is not here."""
+    return FitLine("This CPU:", verdict, can_train=can_train)
 
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, *, with_precision: bool) -> FitLine | None:

@@ -22,7 +22,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widgets import Input, Static
 
-from qlora_tui.formatting import format_number
+from qlora_tui.formatting import abbreviate_home, format_number
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.fields import Field, format_value, get_setting
 from qlora_tui.recipe.layering import parse_override
@@ -35,7 +35,7 @@ from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, TextField, curso
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """Letters of jump labels, home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
-_WIDE_CELLS = 80
+_WIDE_CELLS = 50
 """Width of the list from which a folded group has its values beside its title."""
 _LIST_SHARE = 0.85
 """Most of a form's height that the list takes; below it is the help."""
@@ -306,7 +306,8 @@ class SettingList(LineView):
         is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
         if self._values is not None and self.size.width >= _WIDE_CELLS:
             values = [(field.label, get_setting(self._values, field.path)) for field in group.fields]
-            remark = SEPARATOR.join(f"{label} {format_value(value)}" for label, value in values)
+            texts = (f"{label} {abbreviate_home(format_value(value))}" for label, value in values)
+            remark = SEPARATOR.join(texts)
         return Content.assemble(
             (letter, "bold reverse $key") if letter else ("▾" if is_open else "▸", "$primary"),
             (f" {group.title}", "bold $primary"),

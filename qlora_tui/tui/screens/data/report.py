@@ -356,7 +356,9 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
     """Return ``0────500────✂ 1,024──2,300``: round lengths, the longest, and where samples are cut."""
     tail = len(edges) > 2 and edges[-1] - edges[-2] > edges[1]
     end = f"{'⋯ ' if tail else ''}{edges[-1]:,}"
-    mark = "" if cut_at is None else f"✂ {cut_at:,}" if cut < width else f" ✂ max {cut_at:,} →"
+    mark = "" if cut_at is None else f"✂ {cut_at:,}" if cut < width else f" limit {cut_at:,} is off the chart"
+    if len(end) + len(mark) + 2 > width:
+        mark = mark.replace("is off the chart", "→")
     line = ["─"] * width
 
     def put(text: str, at: int) -> bool:

@@ -477,7 +477,7 @@ class DataScreen(WorkScreen):
 
     def _update_costs(self) -> None:
         """Estimate the costs of other sequence lengths once the report is complete."""
-        recipe, budget = self.app.workbench.recipe, self.app.memory_budget
+        recipe, budget = self.app.workbench.recipe, self.app.run_budget
         key = (self.report, recipe, budget, self.app.counts)
         if self.report is None or not self.report.complete or key == self._costs_key:
             return
@@ -490,7 +490,7 @@ class DataScreen(WorkScreen):
         architecture, machine = self.app.workbench.architecture(), self.app.system_status.machine
         self._forecast = await asyncio.to_thread(forecast, recipe, machine)
         self._costs = await asyncio.to_thread(
-            length_costs, report, recipe, architecture, self.app.memory_budget, machine
+            length_costs, report, recipe, architecture, self.app.run_budget, machine
         )
         self._show_report()
 
@@ -518,7 +518,7 @@ class DataScreen(WorkScreen):
     @property
     def _fit(self) -> Content | None:
         """The memory of the recipe, if known, since the header does not show it on this screen."""
-        fit = recipe_fit(self.app.workbench, self.app.memory_budget, with_precision=False)
+        fit = recipe_fit(self.app.workbench, self.app.run_budget, with_precision=False)
         return None if fit is None else fit.draw(0)
 
     def _clear_figures(self) -> None:

@@ -43,7 +43,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
-from qlora_tui.runs.expected_time import Forecast, forecast
+from qlora_tui.runs.expected_time import LEAST_STEPS, Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
@@ -374,7 +374,7 @@ def recipe_lines(
     time = []
     if expected is not None:
         duration, note = _time_words(expected)
-        time = [Content.assemble(duration, (f"   {note}", "dim"))]
+        time = [Content.assemble(duration, (f"   {note}" if note else "", "dim"))]
     if is_compact:
         line = Content("   ").join([*memory, *time])
         return [
@@ -471,10 +471,10 @@ def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, 
 
 
 def _time_words(expected: Forecast) -> tuple[str, str]:
-    """Return ``about 25 min`` and ``54 steps, judging by vicuna-1``."""
-    if expected.time is None:
-        return "unknown until the first steps", str(expected.steps)
-    return expected.duration, f"{expected.steps}, {expected.time.source}"
+    """Return ``about 25 min`` and ``54 steps, judging by vicuna-1``; steps once the samples are counted."""
+    source = expected.time.source if expected.time else ""
+    note = ", ".join(filter(None, (expected.steps if expected.length.is_exact else "", source)))
+    return expected.duration or "no run like this one yet", note
 
 
 def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:
@@ -626,7 +626,9 @@ class HomeReader:
 
     def _outlook_key(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> object:
         last, stamps = system_status.active_or_last_status, map(source_stamps, every_source(recipe.data))
-        return (recipe, counts, system_status.gpu, last.state if last else None, list(stamps))
+        # The first steps of a run tell the time of the next one.
+        now = (last.state, min(last.step, LEAST_STEPS)) if last else None
+        return (recipe, counts, system_status.gpu, now, list(stamps))
 
     def _models(self, recipe: Recipe, budget: MemoryBudget, local: list[LocalModel]) -> ListedModels | None:
         """Return this machine's models and good first models while the recipe has none; otherwise None."""

@@ -131,8 +131,12 @@ class HomeScreen(WorkScreen):
             &.-first #home-next {
                 layout: vertical;
             }
-            &.-first #recipe-panel, &.-first #way-panel {
+            &.-first #recipe-panel {
                 width: 100%;
+            }
+            /* The tab bar names the same screens. */
+            &.-first #way-panel {
+                display: none;
             }
         }
     }
@@ -376,7 +380,7 @@ class HomeScreen(WorkScreen):
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
         self.app.recall_trace()
-        budget, now = self.app.memory_budget, clock.now()
+        budget, now = self.app.run_budget, clock.now()
         return self._reader.read(workbench, budget, system_status, now, self._layout(size), self.app.counts)
 
     def _layout(self, size: Size) -> HomeLayout:

@@ -442,5 +442,5 @@ def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> 
     return [
         Content(" " * (_RANK_CELLS + 1) + heads.rstrip()).stylize("bold"),
         *table(columns, rows, width),
-        verdict_legend((cost.verdict for cost in costs), can_train=can_train),
+        verdict_legend((cost.verdict for cost in costs), width, can_train=can_train),
     ]

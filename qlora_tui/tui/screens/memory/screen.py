@@ -21,17 +21,18 @@ from qlora_tui.catalog.architecture_types import Architecture, context_length_wa
 from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_percent
-from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory import Estimate, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
 from qlora_tui.memory.recording import StepTrace
+from qlora_tui.memory.solver import what_if
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, trace_all
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name, settings_title
-from qlora_tui.tui.render.labels import PRECISION_NAMES
+from qlora_tui.tui.render.labels import PRECISION_NAMES, fit_here
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.step_panels import (
     TIMELINE,
@@ -99,6 +100,8 @@ class MemoryScreen(WorkScreen):
         super().__init__()
         self._precision: Precision | None = None
         self._compared: dict[Precision, Estimate] = {}
+        self._here: Verdict | None = None
+        """On the recipe as it is on this machine, where it has no GPU and one is assumed."""
         self._solution = Solution()
         self._shown_for: tuple[Recipe, MemoryBudget, Architecture | None] | None = None
         self._heading = ("", "")
@@ -144,6 +147,8 @@ class MemoryScreen(WorkScreen):
         self._compared = {} if isinstance(compared, UserError) else compared
         if problem is not None:
             return
+        here, architecture = self.app.cpu_budget, self._architecture()
+        self._here = what_if([("", recipe)], architecture, here).get("") if here and architecture else None
         self._solution = Solution()
         self.workers.cancel_group(self, "changes")
         if self._trace_of(precision_of(recipe)) is None:
@@ -321,7 +326,7 @@ class MemoryScreen(WorkScreen):
         self._heading = self._heading_text()
         title = Content.assemble(self._heading[0], (self._heading[1], "$text-muted not bold"))
         self.query_one("#peak-panel", Panel).show_title(title)
-        lines = peak_lines(
+        lines = self._here_lines() + peak_lines(
             self._compared,
             self.precision,
             precision_of(self.app.workbench.recipe),
@@ -331,6 +336,13 @@ class MemoryScreen(WorkScreen):
             can_train=self.app.workbench.model_refusal() is None,
         )
         self.query_one("#bars", Lines).show(lines)
+
+    def _here_lines(self) -> list[Content]:
+        """Return what the recipe needs on this machine, where it has no GPU and one is assumed."""
+        if self._here is None:
+            return []
+        can_train = self.app.workbench.model_refusal() is None
+        return [fit_here(self._here, can_train=can_train).draw(0)]
 
     def _refresh_offered_keys(self) -> None:
         offered = [self.check_action(action, ()) for action in ("use", "apply", "timeline")]

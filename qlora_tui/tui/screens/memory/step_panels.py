@@ -36,7 +36,7 @@ _ABOVE_PEAK = 1.25
 _WORDS = 41
 """Width of a line excluding its bar, in cells."""
 _SPARE = 19
-_ITEM_BAR = 24
+_MIN_ITEM_NAME, _ITEM_NAME, _ITEM_BAR = 22, 24, 24
 _MIN_BAR = 4
 _MIN_EXPLANATION = 60
 """Width from which an explanation is next to its item, in cells."""
@@ -324,7 +324,9 @@ def _item_line(
     """Return ``  Quantized weights   3.0 GiB  47%  ▇▇▇▇``; in a wide window, followed by the explanation."""
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes
-    text = f"{name:<22.22} {format_bytes(size):>9} {format_percent(share):>4} "
+    figures = f" {format_bytes(size):>9} {format_percent(share):>4} "
+    cells = min(_ITEM_NAME, max(_MIN_ITEM_NAME, width - len(figures)))
+    text = Content(name).truncate(cells, ellipsis=True).plain.ljust(cells) + figures
     left = width - len(text)
     cells = min(left, _ITEM_BAR)
     text_of_bar = bar(share, cells).replace("░", " ") if cells >= _MIN_BAR else ""

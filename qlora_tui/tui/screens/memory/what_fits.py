@@ -41,7 +41,7 @@ from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import needed_words, refusal_words, verdict_words
+from qlora_tui.tui.render.labels import INSTANT, needed_words, refusal_words, verdict_words
 from qlora_tui.tui.screens.memory.step_panels import verdict_sentence
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
@@ -58,7 +58,7 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "v_proj"),
 )
 """Choices of the key ``t``: those of the QLoRA paper, of many recipes, and of the LoRA paper."""
-_KEYS, _NAME, _NOW, _MAX = 4, 11, 6, 8
+_KEYS, _NAME, _NOW, _MAX = 4, 10, 6, 8
 """Widths of the columns before the change, in cells. A long value takes some of the name's."""
 
 
@@ -68,6 +68,8 @@ class KeyEffect:
 
     value: Any
     bytes: int
+    is_exact: bool = True
+    """Whether it is the difference of two traced steps."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,10 @@ def _effects(
     if not all(verdict.is_exact for verdict in verdicts.values()):
         verdicts = what_if(variants.items(), architecture, budget.with_traces(NO_TRACES))
     now = verdicts.pop("").needed_bytes
-    return {path: KeyEffect(values[path], each.needed_bytes - now) for path, each in verdicts.items()}
+    return {
+        path: KeyEffect(values[path], each.needed_bytes - now, each.is_exact)
+        for path, each in verdicts.items()
+    }
 
 
 def _conversion(model_id: str) -> Conversion | None:
@@ -204,7 +209,7 @@ def settings_table(
     for path, (command, name, choice) in zip(CYCLED_SETTINGS, chosen, strict=True):
         after = lowered.get(path)
         arrow = "" if after is None else f" → {_choice_words(after.value)}"
-        text = f"{name:<{_NAME - 1}}{_choice_words(choice)}{arrow}"
+        text = f"{name:<{_NAME}}{_choice_words(choice)}{arrow}"
         change = _change_words(after, is_known=is_known)
         lines.append(_line(key_label(f"memory.{command}"), text, change, width))
     return Content("\n").join(lines)
@@ -227,13 +232,13 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
 
 
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
-    """Return ``-102 MiB``, or that nothing changes."""
+    """Return ``-102 MiB``, after ``~`` if it is an instant estimate, or that nothing changes."""
     if change is None:
         return "–" if is_known else "…"
     if not change.bytes:
         # Auto needs what on needs; it only takes more where more is free.
         return "no change"
-    return format_delta(change.bytes)
+    return f"{'' if change.is_exact else INSTANT}{format_delta(change.bytes)}"
 
 
 def _choice_words(value: Any) -> str:

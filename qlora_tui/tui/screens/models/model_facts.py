@@ -43,6 +43,7 @@ from qlora_tui.tui.render.labels import (
     PRECISION_NAMES,
     error_content,
     fit_figure,
+    fit_here,
     verdict_legend,
 )
 from qlora_tui.tui.screens.memory.step_panels import is_far_above, legend, stacked_bar
@@ -102,6 +103,8 @@ class ModelFit:
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
     """Sentences that explain the figures, and kernels that are not installed."""
+    here: Verdict | None = None
+    """With the recipe as it is on this machine, where ``budget`` is that of a GPU that it lacks."""
 
 
 class PartsPanel(Panel):
@@ -141,10 +144,19 @@ class ModelSide(Vertical):
 
     @work(exclusive=True, group="fit")
     async def estimate(
-        self, model: Architecture | None, recipe: Recipe, budget: MemoryBudget, *, can_train: bool
+        self,
+        model: Architecture | None,
+        recipe: Recipe,
+        budget: MemoryBudget,
+        here: MemoryBudget | None,
+        *,
+        can_train: bool,
     ) -> None:
-        """Estimate and show the memory of a model. Without a model, hide the panel."""
-        fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget)
+        """Estimate and show the memory of a model. Without a model, hide the panel.
+
+        ``here``: this machine's, where ``budget`` is that of a GPU that it lacks.
+        """
+        fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget, here)
         panel = self.query_one("#fit-panel", Panel)
         panel.display = fit is not None
         self._parts.display = fit is not None and self.screen.size.height >= _PARTS_HEIGHT
@@ -296,17 +308,19 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
         )
         for precision in shown
     ]
-    lines: list[Content] = []
+    lines = [] if fit.here is None else [fit_here(fit.here, can_train=can_train).draw(0)]
     for title, rows in (("length", fit.lengths), ("batch", fit.batches if has_all else ())):
         named = Column[SettingFit](title=f"{title:>{_VALUE_CELLS}}", text=value, width=_VALUE_CELLS)
-        lines += [Content("")] if lines and rows else []
+        lines += [Content("")] if title == "batch" and rows else []
         lines += table([named, *figures], rows, width) if rows else []
     verdicts = [row.needs[each] for row in fit.lengths for each in shown]
     notes = [Content.styled(note, "dim") for note in fit.notes]
-    return [*lines, verdict_legend(verdicts, can_train=can_train), *notes]
+    return [*lines, verdict_legend(verdicts, width, can_train=can_train), *notes]
 
 
-def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
+def model_fit(
+    model: Architecture, recipe: Recipe, budget: MemoryBudget, here: MemoryBudget | None = None
+) -> ModelFit:
     """Estimate lengths up to the model's context, and micro-batch sizes; a few milliseconds each."""
     usable = _with_targets(model, recipe, budget.device)
     note = "" if usable is recipe else "with all-linear, because it lacks the recipe's targets"
@@ -335,6 +349,7 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
         tuple(rows("training.micro_batch_size", compared("training.micro_batch_size", _BATCHES))),
         budget,
         tuple(filter(None, (note, reason, *kernels))),
+        None if here is None else need(model, recipe, here),
     )
 
 

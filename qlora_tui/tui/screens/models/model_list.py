@@ -39,6 +39,8 @@ _MAX_STARTER_PARAMETERS_ON_CPU = 2_000_000_000
 """Larger models take minutes per step on a CPU."""
 _BYTES_PER_WEIGHT = 2
 """Bytes per weight in the files on the Hub, which are in 16 bits."""
+_UNKNOWN = "–"
+"""In place of what is not known of a model."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _local_lines(
         if model.refusal:
             needed = Content.styled("cannot train", "$error")
         texts = _architecture_texts(model.architecture, format_bytes(model.size_bytes), needed)
-        more = (licenses.get(model.path, ""), _SOURCES[model.source])
+        more = (licenses.get(model.path) or _UNKNOWN, _SOURCES[model.source])
         rows.append(
             _Line(LOCAL + str(model.path), mark, model.name, (*texts, *more), model.refusal is not None)
         )
@@ -196,13 +198,13 @@ def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) ->
     """
     rows = []
     if with_demo:
-        demo = ("135M", format_bytes(SMOLLM2.download_bytes), "", "8,192", "apache-2.0", "free")
+        demo = ("135M", format_bytes(SMOLLM2.download_bytes), f"{_UNKNOWN}  ", "8,192", "apache-2.0", "free")
         note = "a first run in minutes, also on a processor"
         rows.append(_Line(DEMO_LINE, " ", f"{SMOLLM2.name} (demo)", demo, note=note))
     for model in models:
         needed = fit_figure(model.verdict)
         texts = _architecture_texts(model.architecture, format_bytes(model.download_bytes), needed)
-        access = {None: "", True: "gated", False: "free"}[model.model.gated]
+        access = {None: _UNKNOWN, True: "gated", False: "free"}[model.model.gated]
         texts = (*texts, model.model.license, access)
         rows.append(_Line(STARTER + model.id, " ", model.id, texts, note=model.model.good_for))
     columns = _architecture_columns("download", "access")
@@ -249,7 +251,7 @@ def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, 
     """Return (title, cells, width from which it is shown) for the columns that depend on the architecture."""
     return (
         ("params", 7, 0),
-        (bytes_title, 10, 0),
+        (bytes_title, 9, 0),
         ("needs", 13, 0),
         ("context", 9, _WIDE),
         ("license", 12, _WIDE),

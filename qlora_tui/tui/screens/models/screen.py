@@ -309,7 +309,7 @@ class ModelsScreen(WorkScreen):
                 title, lines = SMOLLM2.name, demo_facts()
         side = self.query_one(ModelSide)
         side.show(title, lines)
-        side.estimate(architecture, recipe, budget, can_train=can_train)
+        side.estimate(architecture, recipe, budget, self.app.cpu_budget, can_train=can_train)
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:

@@ -289,7 +289,8 @@ def _figures(expected: Forecast | None, verdict: Verdict | None) -> list[Figure]
         figures.append(Figure(f"{about}steps", f"{expected.length.steps:,}"))
     if verdict is not None:
         word, style = verdict_words(verdict)
-        of = f"{'' if verdict.is_exact else 'about, '}of {format_bytes(verdict.available_bytes)}, {word}"
+        doubt = "" if verdict.is_exact else " (instant estimate)"
+        of = f"of {format_bytes(verdict.available_bytes)}: {word}{doubt}"
         figures.append(Figure(of, format_bytes(verdict.needed_bytes), f"bold {style}"))
     return figures
 
