@@ -93,6 +93,24 @@ def paths_of(source: Source) -> tuple[list[Path], str]:
     return files_of(Path(source.path).expanduser(), validation=isinstance(source, ValidationSource))
 
 
+def first_prompt(data: Data) -> str:
+    """Return the first user turn of the validation file, or else of the last source; empty if there is none.
+
+    Nothing is downloaded.
+    """
+    sources = every_source(data)
+    if not sources or is_hub_dataset(sources[-1].path):
+        return ""
+    try:
+        file = open_file_of(sources[-1], data.preferences)
+        readable = [row for row in first_rows(file.path, 1) if not row.error]
+    except (UserError, OSError):
+        return ""
+    turns = (conversation_of(row, file) for row in readable)
+    messages = (message for each in turns if isinstance(each, Conversation) for message in each.messages)
+    return next((message.content.strip() for message in messages if message.role == "user"), "")
+
+
 def is_hub_dataset(name: str) -> bool:
     """Return whether a source's path is a Hub dataset id rather than a file or folder."""
     path = Path(name).expanduser()

@@ -25,7 +25,7 @@ from qlora_tui.settings import Settings
 from qlora_tui.tui import desktop, themes
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
 from qlora_tui.tui.color_query import TerminalColor, is_light_by_environment
-from qlora_tui.tui.command_palette import CommandProvider, previewed_theme
+from qlora_tui.tui.command_palette import CommandProvider, Palette, previewed_theme
 from qlora_tui.tui.commands import EVERYWHERE, NUMBERED_SCREENS
 from qlora_tui.tui.key_names import key_names
 from qlora_tui.tui.line_filters import TWO_COLORS
@@ -365,6 +365,11 @@ class QloraApp(TerminalApp):
     def preview_theme(self, setting: str) -> None:
         """Show a value of the theme setting without saving it; empty shows the saved one again."""
         self._show_theme(self._theme_for(setting or self.settings.theme))
+
+    def action_command_palette(self) -> None:
+        """Show the palette."""
+        if self.use_command_palette and not CommandPalette.is_open(self):
+            self.push_screen(Palette())
 
     def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:
         """Preview the theme under the palette's cursor."""

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from textual.actions import parse
+from textual.binding import Binding
 from textual.command import CommandPalette, DiscoveryHit, Hit, Hits, Provider
 from textual.content import Content
 from textual.fuzzy import Matcher
-from textual.markup import escape
+from textual.widget import Widget
 
 from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, screen_commands
-from qlora_tui.tui.key_names import bare_key
+from qlora_tui.tui.key_names import bare_key, dialog_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.themes import theme_names
 from qlora_tui.tui.ui_state import add_recent, recent, recent_paths
@@ -34,6 +35,10 @@ _HELP_SCORE = 0.3
 """Score of a command whose title does not match but whose help has words that start with those of
 the query.
 """
+_WIDTH, _FRAME = 90, 5
+"""Width of the palette, and the cells of it that its lines do not have."""
+_NAME_CELLS = 20
+"""Width of the column of names; a longer name moves its description to the right."""
 _SHOWN_RECENT = 5
 _RECENT_BONUS = 0.2
 """Bonus for recently used entries, as a fraction of the score."""
@@ -48,10 +53,24 @@ class Entry:
     title: str
     help: str
     use: Callable[[], Awaitable[object] | object]
+    shortcut: str = ""
+    """The key that does the same on its screen."""
+    ends: bool = False
+    """Whether it ends or removes something (``Command.ends``)."""
     theme: str = ""
     """The theme that this entry selects, previewed while the cursor is on it."""
     factor: float = 1.0
     """Factor on its score."""
+
+
+class Palette(CommandPalette):
+    """Textual's palette in the frame of a dialog."""
+
+    def on_mount(self) -> None:
+        frame = self.query_one("#--container", Widget)
+        frame.styles.width = _WIDTH
+        frame.border_title = "Commands"
+        frame.border_subtitle = dialog_keys([Binding("escape", "escape", "Close")], "Enter run")
 
 
 class CommandProvider(Provider):
@@ -65,9 +84,9 @@ class CommandProvider(Provider):
         known = dict(commands)
         if any(key not in known for key in keys):
             known |= {entry.key: entry for entry in (*self._commands_elsewhere(), *await self._named())}
-        first = {key: known[key] for key in keys if key in known}
+        first = {key: known[key] for key in keys if key in known and not known[key].ends}
         for entry in (first | commands).values():
-            yield DiscoveryHit(Content(entry.title), self._use(entry), help=escape(entry.help))
+            yield DiscoveryHit(self._line(Content(entry.title), entry), self._use(entry), entry.title)
 
     async def search(self, query: str) -> Hits:
         matcher, lately = self.matcher(query), recent("palette")
@@ -75,15 +94,27 @@ class CommandProvider(Provider):
             score = _score(matcher, query, entry)
             if score > 0:
                 score *= entry.factor * (1 + _RECENT_BONUS * (entry.key in lately))
-                yield Hit(score, matcher.highlight(entry.title), self._use(entry), help=escape(entry.help))
+                line = self._line(matcher.highlight(entry.title), entry)
+                yield Hit(score, line, self._use(entry), entry.title)
+
+    def _line(self, title: Content, entry: Entry) -> Content:
+        """Return name, description and key in one line, which is as wide as the palette."""
+        title = title.pad_right(max(0, _NAME_CELLS - title.cell_length))
+        room = min(_WIDTH, self._app.size.width) - _FRAME - title.cell_length - len(entry.shortcut) - 4
+        help_ = Content(entry.help).truncate(max(0, room), ellipsis=True, pad=True)
+        return Content.assemble(
+            title, "  ", help_.stylize("not bold dim"), "  ", (entry.shortcut, "bold $key")
+        )
 
     def _use(self, entry: Entry) -> Callable[[], Awaitable[object]]:
         return partial(_use, entry)
 
     def _commands_here(self) -> Iterator[Entry]:
-        """Yield the commands that would do something now."""
+        """Yield the commands that would do something now; Enter must not end anything by chance, so those
+        of the screen that do come after its others.
+        """
         here = self.screen.SCREEN_COMMANDS if isinstance(self.screen, WorkScreen) else ()
-        for command in (*here, *EVERYWHERE):
+        for command in (*sorted(here, key=lambda command: command.ends), *EVERYWHERE):
             if works(self._app, self.screen, command):
                 yield self._entry(command, command, command.help)
 
@@ -92,17 +123,20 @@ class CommandProvider(Provider):
         for screen in SCREENS:
             for command in screen_commands(screen.name) if screen.name != mode else ():
                 help_ = f"Opens {screen.label}. {command.help}"
-                yield self._entry(
-                    command, screen.opened_by, help_, f" on {screen.label}", _OTHER_SCREEN_FACTOR
-                )
+                yield self._entry(command, screen.opened_by, help_, _OTHER_SCREEN_FACTOR)
 
-    def _entry(
-        self, command: Command, runs: Command, help_: str, where: str = "", factor: float = 1
-    ) -> Entry:
-        title = f"{command.label} ({bare_key(command.id)}{where})"
+    def _entry(self, command: Command, runs: Command, help_: str, factor: float = 1) -> Entry:
         screen = cast("WorkScreen", self.screen)
         use = partial(self._app.run_action, runs.action, default_namespace=screen)
-        return Entry(f"command:{command.id}", title, help_, use, factor=factor)
+        return Entry(
+            f"command:{command.id}",
+            command.label,
+            help_,
+            use,
+            shortcut=bare_key(command.id),
+            ends=command.ends and runs is command,
+            factor=factor,
+        )
 
     async def _named(self) -> list[Entry]:
         """Return entries for runs, models, presets and themes, read once each time the palette opens."""
@@ -169,7 +203,7 @@ def _named_entries(app: QloraApp) -> list[Entry]:
             f"Theme: {name}",
             "Use this theme from now on.",
             partial(_use_theme, app, name),
-            name,
+            theme=name,
         )
         for name in theme_names()
     ]

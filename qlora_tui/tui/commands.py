@@ -26,6 +26,8 @@ class Command:
     """One sentence for the palette and the help screen."""
     footer: bool = True
     """Whether the footer shows it."""
+    ends: bool = False
+    """Whether it stops, removes or closes something, so that Enter in the palette must not meet it first."""
     cli: str = ""
     """The command-line equivalent, such as ``runs rename``."""
 

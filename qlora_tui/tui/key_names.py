@@ -105,14 +105,14 @@ def pressable(text: str, key: str) -> Content:
 
 
 def settings_title(up: tuple[str, str], down: tuple[str, str]) -> Content:
-    """Return ``Settings: s doubles, S halves``, for a panel whose settings all have two such keys.
+    """Return ``Settings: s doubles  S halves``, for a panel whose settings all have two such keys.
 
     Args:
         up: Id of the command that raises one setting, and the verb to show for it.
         down: The same for the command that lowers it.
     """
-    words = ", ".join(f"{bare_key(command_id)} {does}" for command_id, does in (up, down))
-    return Content.assemble("Settings", (f": {words}", "$text-muted not bold"))
+    hints = [key_hint(bare_key(command_id), does) for command_id, does in (up, down)]
+    return Content.assemble("Settings: ", Content("  ").join(hints))
 
 
 def key_label(command_id: str) -> Content:

@@ -20,10 +20,12 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import ChatReady
-from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source, Training
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.tui.screens.chat import conversation, turn
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
+from qlora_tui.tui.screens.chat.dialogs import PromptBox
+from qlora_tui.tui.screens.chat.panels import Starters
 from qlora_tui.tui.screens.chat.saved import append_exchange, transcript_path
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.turn import ChatTurn
@@ -69,7 +71,7 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Enter: send")
         screen = chat_of(app)
-        assert screen.focused is None, "digits go to other screens"
+        assert not isinstance(screen.focused, PromptBox), "digits go to other screens"
         await pilot.press("ctrl+t")
         assert ask_prompt(screen) == [ADAPTER]
         await pilot.press("escape", "v", "s")
@@ -206,9 +208,41 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         await screen.query_one("#conversation").mount(turn)
         await wait_for_text(pilot, "▸ one")
         await pilot.press("i", "up")
-        text = await wait_for_text(pilot, "one", "two")
-        assert "▸ one" not in text
+        await wait_until(pilot, lambda: "▸ one" not in text_of(app))
         assert not screen.conversation.turns
+        assert screen.query_one(PromptBox).text == "one\ntwo"
+
+
+async def test_a_prompt_to_begin_with_is_asked_with_enter(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+
+    async def load(chat: Conversation) -> None:
+        sent.append(chat.turns[-1].prompt)
+        raise EngineClosedError
+
+    monkeypatch.setattr(Conversation, "_load", load)
+    rows = private_home / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Where is\nmy parcel?", "completion": "On the road."}) + "\n")
+    recipe = Recipe(
+        model=Model(id="org/model"),
+        data=Data(sources=(Source(path=str(rows)),)),
+        training=Training(sample_prompts=("What is red?",)),
+    )
+    with_adapters(write_fake_run(FakeRun(state="finished", steps=9, total=9, recipe=recipe)), ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_for_text(pilot, "What is red?", "sample prompt", "Where is my parcel?", "unrelated")
+        screen = chat_of(app)
+        assert isinstance(screen.focused, Starters)
+        await pilot.press("i", "up", "down", "enter")
+        await wait_until(pilot, lambda: sent == ["Where is\nmy parcel?"])
+        assert isinstance(screen.focused, PromptBox)
+        assert not screen.query_one(Starters).display
+        await rest(pilot, screen)
+        await pilot.press("escape", "x")
+        await wait_until(pilot, lambda: isinstance(screen.focused, Starters))
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from textual.command import CommandList
+from textual.command import Command, CommandList
 from textual.pilot import Pilot
 
 from qlora_tui.settings import Settings, load_settings
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.ui_state import add_recent
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder
@@ -30,7 +31,7 @@ async def use(pilot: Pilot[None], query: str, title: str) -> None:
 def lines_of(pilot: Pilot[None]) -> list[str]:
     """The titles of the palette's lines."""
     options = pilot.app.screen.query_one(CommandList).options
-    return [str(option.prompt).partition("\n")[0] for option in options]
+    return [option.hit.text or "" for option in options if isinstance(option, Command)]
 
 
 async def test_a_run_a_model_and_a_preset_are_found_by_name_and_come_first_afterwards(
@@ -68,18 +69,32 @@ async def test_a_command_that_does_nothing_now_is_not_offered() -> None:
     app = QloraApp()
     async with app.run_test(size=(100, 40)) as pilot:
         await pilot.press("5", "ctrl+p")
-        await wait_for_text(pilot, "Launch (t)")
+        await wait_until(pilot, lambda: "Launch" in lines_of(pilot))
         assert "Stop and save" not in text_of(app)
         await pilot.press("escape")
         write_fake_run(FakeRun(name="tickets", steps=10))
         await wait_for_text(pilot, "training")
         await pilot.press("ctrl+p")
-        await wait_for_text(pilot, "Stop and save (s)")
-        assert "Launch (t)" not in lines_of(pilot)
+        await wait_for_text(pilot, "Stop and save")
+        assert "Launch" not in lines_of(pilot)
+
+
+async def test_what_ends_a_run_is_not_first_even_if_it_was_used_last() -> None:
+    write_fake_run(FakeRun(name="tickets", steps=10))
+    add_recent("palette", "command:train.stop")
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "training")
+        await pilot.press("ctrl+p")
+        await wait_until(pilot, lambda: "Stop and save" in lines_of(pilot))
+        assert lines_of(pilot)[0] == "Checkpoint"
+        row = next(line for line in text_of(app).splitlines() if "Checkpoint" in line)
+        assert row.rstrip("│ ").endswith("K") and "Save a checkpoint now." in row
 
 
 async def test_the_palette_opens_the_screen_of_another_screens_command() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await use(pilot, "rerun", "Rerun (R on Runs)")
+        await use(pilot, "rerun", "Rerun")
         await wait_until(pilot, lambda: app.current_mode == "runs")

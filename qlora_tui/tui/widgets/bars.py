@@ -20,7 +20,7 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import Drawing, Panel
 
 _MARGIN = 1
-_GAP, _NARROW_GAP = 3, 1
+_GAP, _NARROW_GAP = 3, 2
 """Cells between two keys: if all keys fit, and if they do not."""
 _Items: TypeAlias = list[tuple[Content, ActiveBinding]]
 

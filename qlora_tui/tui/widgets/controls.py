@@ -158,6 +158,11 @@ class ViList(OptionList):
 class ViScroll(VerticalScroll):
     """Scrolling text."""
 
+    DEFAULT_CSS = """
+    ViScroll {
+        scrollbar-size-vertical: 1;
+    }
+    """
     BINDINGS: ClassVar[list[BindingType]] = [*SCROLL_KEYS]
 
 

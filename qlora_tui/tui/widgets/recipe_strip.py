@@ -15,7 +15,7 @@ from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.key_names import command_key, key_name, pressable
+from qlora_tui.tui.key_names import bare_key, command_key, key_hint
 from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
     PRECISION_NAMES,
@@ -29,9 +29,9 @@ from qlora_tui.tui.workbench import Workbench
 
 _GAP = 2
 _NEXT_RUN = "next run: "
-_UNDO = ("app.undo", "Undo")
-_HINTS = ((("app.presets", "Presets"), _UNDO), (_UNDO,))
-"""Commands with a label for the end of the first line, the longest variant first."""
+_UNDO = ("app.undo", "undo")
+_HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
+"""Commands with a verb for the end of the first line, the longest variant first."""
 
 
 class RecipeStrip(Widget):
@@ -117,7 +117,7 @@ class RecipeStrip(Widget):
             return recipe_line(self._bench, width - hint.cell_length - 2), hint
         widest = recipe_parts(self._bench, width)
         for commands in _HINTS:
-            hint = Content("  ").join(_hint(*command) for command in commands).stylize("dim")
+            hint = Content("  ").join(_hint(*command) for command in commands)
             room = width - hint.cell_length - 2
             parts = recipe_parts(self._bench, room)
             shortened = {place for place, part in enumerate(parts) if part != widest[place]}
@@ -162,5 +162,5 @@ def reload_hint() -> Content:
 
 
 def _hint(command: str, label: str) -> Content:
-    """Return ``[u] Undo``; a click on it presses the key."""
-    return pressable(f"{key_name(command)} {label}", command_key(command))
+    """Return ``u undo``; a click on it presses the key."""
+    return key_hint(bare_key(command), label, command_key(command))

@@ -12,8 +12,10 @@ from textual import work
 from textual.containers import Vertical
 from textual.content import Content
 from textual.widget import Widget
+from textual.widgets.option_list import Option
 
 from qlora_tui.chat.chat_types import Effect, GenerationResult
+from qlora_tui.data.sources import first_prompt
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import (
     format_bytes,
@@ -26,29 +28,24 @@ from qlora_tui.formatting import (
     pluralize,
     truncate_middle,
 )
-from qlora_tui.recipe.schema import Thinking
+from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import highlight_keys, name_keys
+from qlora_tui.tui.key_names import key_label
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.plot import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
 from qlora_tui.tui.screens.chat.turn import adapter_style
-from qlora_tui.tui.widgets.controls import Lines, Panel
+from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 NOTHING_TO_CHAT_WITH = (
     "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
     "Press {go.train} to launch one.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
     "before any training."
 )
-START = (
-    "Press {chat.write} and ask something from your data, then something unrelated. "
-    "Both answer with the same seed.\n\n"
-    "{chat.history} continues a saved conversation, {chat.settings} sets sampling and system prompt, and "
-    "{chat.source} selects another run or model. While you write, {chat.leave} leaves the field."
-)
+START = "Ask something from your data, then something unrelated to it."
 HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
@@ -59,20 +56,53 @@ _AGE = 10
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Rough value for English text."""
-_MAX_PROMPTS = 8
-"""Sample prompts that are shown before the first message."""
+_MAX_SAMPLE_PROMPTS, _MAX_PROMPTS = 2, 4
+"""Sample prompts of the run, and prompts in all, that are offered before the first message."""
+_UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
+"""Prompts that few data sets are about, to see whether the adapter changes other answers too."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
-def start_text(prompts: Sequence[str]) -> Content:
-    """Return what to do first. ``prompts``: the sample prompts that the run was trained with."""
-    text = highlight_keys(name_keys(START))
-    if not prompts:
-        return text
-    listed = [
-        Content.assemble(("  ▸ ", "$primary"), (prompt, "$foreground")) for prompt in prompts[:_MAX_PROMPTS]
-    ]
-    return Content("\n").join([text, Content(""), Content("The run's sample prompts:"), *listed])
+class Starters(ViList):
+    """Prompts to begin with: some of the run's sample prompts, one of its data, and unrelated ones."""
+
+    def __init__(self) -> None:
+        super().__init__(id="starters")
+        self._recipe: Recipe | None = None
+        self._prompts: list[str] = []
+
+    def offer(self, recipe: Recipe) -> None:
+        """Show the prompts of a recipe."""
+        if recipe != self._recipe:
+            self._recipe = recipe
+            self._show_prompts(recipe, "")
+            self._add_data_prompt(recipe)
+
+    def prompt(self, option: Option) -> str:
+        """Return the whole prompt of an option."""
+        return self._prompts[int(option.id or 0)]
+
+    @work(exclusive=True)
+    async def _add_data_prompt(self, recipe: Recipe) -> None:
+        self._show_prompts(recipe, await asyncio.to_thread(first_prompt, recipe.data))
+
+    def _show_prompts(self, recipe: Recipe, data_prompt: str) -> None:
+        kinds = dict.fromkeys(recipe.training.sample_prompts[:_MAX_SAMPLE_PROMPTS], "sample prompt")
+        if data_prompt:
+            kinds.setdefault(data_prompt, "from the data")
+        offered = list((kinds | dict.fromkeys(_UNRELATED, "unrelated")).items())[:_MAX_PROMPTS]
+        self._prompts = [prompt for prompt, _ in offered]
+        self.show(lambda width: _starter_lines(offered, width))
+
+
+def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple[str, Content]]:
+    """Return a line for each (prompt, kind), with the kind at the right."""
+    lines = []
+    for number, (prompt, kind) in enumerate(offered):
+        room = max(0, width - len(kind) - 4)
+        shown = Content(" ".join(prompt.split())).truncate(room, ellipsis=True, pad=True)
+        lines.append((str(number), Content.assemble("▸ ", shown, "  ", (kind, "dim"))))
+    return lines
 
 
 def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
@@ -161,8 +191,8 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
     parts = [brief for _, _, brief in session_rows(chat) if brief]
     line = " · ".join(parts)
     if transcript is None:
-        key = name_keys("   {chat.settings} change")
-        return Content(line + key if len(line + key) <= width else line[:width])
+        key = Content.assemble("   ", key_label("chat.settings"), " change")
+        return Content(line) + key if len(line) + key.cell_length <= width else Content(line[:width])
     place = f"saved in {format_path(transcript)}"
     space_left = width - len(line)
     if len(place) + 2 > space_left:

@@ -36,13 +36,14 @@ from qlora_tui.tui.screens.chat.dialogs import (
 from qlora_tui.tui.screens.chat.panels import (
     HINT,
     NOTHING_TO_CHAT_WITH,
+    START,
     ChatSide,
+    Starters,
     effect_text,
     loaded_text,
     prompt_title,
     sampling_line,
     session_line,
-    start_text,
 )
 from qlora_tui.tui.screens.chat.saved import list_conversations, transcript_path
 from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
@@ -81,7 +82,7 @@ class ChatScreen(WorkScreen):
         super().__init__()
         self.conversation = Conversation(
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
-            Lines(id="chat-start"),
+            Static(START, id="chat-start"),
             # As high as the view: Textual would move what is shorter to its bottom.
             Static(id="chat-floor"),
         )
@@ -102,7 +103,7 @@ class ChatScreen(WorkScreen):
                     yield Lines(id="effect")
                     yield self.conversation
                     yield Lines(id="unloaded")
-                yield Panel("Message", PromptBox(name_keys(HINT), id="prompt"), id="prompt-panel")
+                yield Panel("Message", Starters(), PromptBox(name_keys(HINT), id="prompt"), id="prompt-panel")
             yield ChatSide()
 
     # Which model
@@ -254,6 +255,19 @@ class ChatScreen(WorkScreen):
     def action_leave_field(self) -> None:
         """Leave the field, so that keys are commands again."""
         self.set_focus(None)
+        self._focus_starters()
+
+    def _focus_starters(self) -> None:
+        """Put the cursor on the prompts to begin with, if they are shown and nothing else has the focus."""
+        starters = self.query_one(Starters)
+        if starters.display and self.is_current and self.focused is None:
+            starters.focus()
+
+    def on_option_list_option_selected(self, event: Starters.OptionSelected) -> None:
+        """Send one of the prompts to begin with."""
+        box = self.query_one(PromptBox)
+        box.focus()
+        box.post_message(PromptBox.Sent(self.query_one(Starters).prompt(event.option)))
 
     async def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
         """Send the prompt."""
@@ -267,8 +281,11 @@ class ChatScreen(WorkScreen):
         self.conversation.send(event.text, lambda: box.put(event.text))
 
     async def on_prompt_box_recalled(self) -> None:
-        """Restore the last prompt when Up is pressed in the empty field."""
-        await self.action_edit_last()
+        """Restore the last prompt when Up is pressed in the empty field, or go to those to begin with."""
+        if self.conversation.turns:
+            await self.action_edit_last()
+        else:
+            self.query_one(Starters).focus()
 
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
         """Show how long the prompt is."""
@@ -475,10 +492,13 @@ class ChatScreen(WorkScreen):
         side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
-        start = self.query_one("#chat-start", Lines)
-        start.display = has_source and not chat.turns
+        starters, is_start = self.query_one(Starters), not chat.turns and not chat.busy
+        if starters.has_focus and not is_start:
+            # Textual would focus the field, and keys would be text in it.
+            self.set_focus(None)
+        self.query_one("#chat-start").display = starters.display = has_source and is_start
         if chat.source is not None:
-            start.show(start_text(chat.source.recipe.training.sample_prompts))
+            starters.offer(chat.source.recipe)
         self.query_one("#prompt-panel").display = has_source
         self.query_one(ChatSide).display = has_source and has_side
         self.query_one("#sampling-line").display = has_source and not has_side
@@ -501,6 +521,7 @@ class ChatScreen(WorkScreen):
         self.query_one("#sampling-line", Lines).show(sampling_line(chat, path, self._room))
         if has_side:
             self.query_one(ChatSide).show(chat, path)
+        self._focus_starters()
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:

@@ -16,7 +16,7 @@ from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.runs.suggested_fix import FEW_STEPS
-from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, needed_words, verdict_sign, verdict_words
 from qlora_tui.tui.render.plot import Axis, bar, blocks, ticks
@@ -276,7 +276,9 @@ def problem_line(
         (f": {pluralize(problem.count, 'row')}", "bold"),
         row_outcome(problem, data),
         (where, "dim"),
-        (f"\n  ▸ {key_name('data.fix')} {fix}" if (fix := _fix_label(problem, bad_rows)) else "", "$primary"),
+        highlight_keys(f"\n  ▸ {key_name('data.fix')} {fix}", "$primary")
+        if (fix := _fix_label(problem, bad_rows))
+        else "",
         ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
     )
 
@@ -305,7 +307,7 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
     less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
     # Where Max steps ends the run, neither more epochs nor smaller steps make it longer.
     change = "raise Max steps" if length.steps < length.all_steps else f"raise Epochs{less}"
-    return warning + Content.styled(f"\n  ▸ On {key_name('go.train')} Train, {change}.", "dim")
+    return warning + highlight_keys(f"\n  ▸ On {key_name('go.train')} Train, {change}.", "dim")
 
 
 def _length_words(expected: Forecast | None) -> str:

@@ -39,7 +39,7 @@ from qlora_tui.memory.solver import what_if
 from qlora_tui.recipe.fields import diff_recipes, fields, format_value, get_setting, replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
-from qlora_tui.tui.key_names import bare_key, key_name
+from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import fit_figure, recipe_fit, verdict_legend, verdict_words
 from qlora_tui.tui.render.plot import bar
@@ -349,7 +349,7 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
     block = "Block: " if in_block else ""
     end = f" · {key_name('lora.block')} toggle · Esc cancel" if in_block else ""
     weights = format_count(sum(module.weight_params for module in modules))
-    return Content.styled(f"{block}{len(modules)} modules, {weights} weights, {trained}{end}", "$text-muted")
+    return highlight_keys(f"{block}{len(modules)} modules, {weights} weights, {trained}{end}", "$text-muted")
 
 
 def _own(modules: Sequence[LinearModule], lora: Lora) -> str:

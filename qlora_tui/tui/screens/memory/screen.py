@@ -31,7 +31,7 @@ from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, trace_all
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.key_names import key_name, settings_title
+from qlora_tui.tui.key_names import highlight_keys, key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES, fit_here
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.step_panels import (
@@ -324,7 +324,7 @@ class MemoryScreen(WorkScreen):
     def _show_bars(self) -> None:
         self._refresh_offered_keys()
         self._heading = self._heading_text()
-        title = Content.assemble(self._heading[0], (self._heading[1], "$text-muted not bold"))
+        title = Content.assemble(self._heading[0], highlight_keys(self._heading[1], "$text-muted not bold"))
         self.query_one("#peak-panel", Panel).show_title(title)
         lines = self._here_lines() + peak_lines(
             self._compared,

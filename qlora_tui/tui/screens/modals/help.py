@@ -49,7 +49,7 @@ class HelpScreen(ModalScreen[None]):
         self._columns = [column for column in columns if column]
 
     def compose(self) -> ComposeResult:
-        with ViScroll(classes="dialog help" if len(self._columns) > 1 else "dialog") as dialog:
+        with ViScroll(classes=f"dialog help-page {'help' if len(self._columns) > 1 else ''}") as dialog:
             dialog.border_title = f"Help: {self._title}"
             dialog.border_subtitle = dialog_keys(self.BINDINGS)
             with Container(id="help-columns"):

@@ -24,7 +24,7 @@ from qlora_tui.catalog.download import start_download
 from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_duration
-from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
@@ -188,7 +188,7 @@ class DownloadsPanel(Panel):
 
 def _line(download: Download, width: int) -> Content:
     head = f"↓ {download.name} "
-    stop = (f"  {key_name('models.cancel')} stop", "$text-muted")
+    stop = highlight_keys(f"  {key_name('models.cancel')} stop", "$text-muted")
     if download.status_text:
         return Content.assemble((head, "bold"), f"{download.status_text}…", stop).truncate(
             width, ellipsis=True

@@ -393,7 +393,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
     if summary.verdict is not None:
         lines += [Content(line) for line in wrap(summary.verdict.sentence, width)]
         if not summary.verdict.has_answers and not answers:
-            lines.append(Content.styled(name_keys("{runs.evaluate} compares its answers."), "dim"))
+            lines.append(highlight_keys(name_keys("{runs.evaluate} compares its answers."), "dim"))
     return lines
 
 
@@ -426,7 +426,7 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
     if not files.exports and not files.checkpoints and summary.status.state != "finished":
         return rows
     if not files.exports:
-        return [*rows, Content.styled(name_keys("Not exported yet: {runs.export} writes a GGUF."), "dim")]
+        return [*rows, highlight_keys(name_keys("Not exported yet: {runs.export} writes a GGUF."), "dim")]
     return rows + [export_line(export, width) for export in files.exports[:_MAX_EXPORTS]]
 
 

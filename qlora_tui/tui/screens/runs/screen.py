@@ -28,7 +28,7 @@ from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.desktop import open_folder
-from qlora_tui.tui.key_names import key_name, name_keys
+from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.render.plot import plot
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
@@ -115,7 +115,7 @@ class RunsScreen(EvaluationActions):
                 placeholder="Part of a name, model, setting or state", id="runs-filter", compact=True
             )
             yield RunTable()
-            yield Static(name_keys(_NO_RUNS), id="runs-empty", markup=False)
+            yield Static(highlight_keys(name_keys(_NO_RUNS)), id="runs-empty", markup=False)
         with Horizontal(id="preview"):
             yield Panel(
                 "Run",
@@ -228,7 +228,7 @@ class RunsScreen(EvaluationActions):
         self.set_class(not rows, "-empty")
         if not rows:
             text = "No run matches. Press Esc to show all." if summaries else _NO_RUNS
-            self.query_one("#runs-empty", Static).update(name_keys(text))
+            self.query_one("#runs-empty", Static).update(highlight_keys(name_keys(text)))
         self.query_one(RunTable).show(rows, self.listing.waiting, self.marked)
         self._show_detail()
         self._refresh_footer()

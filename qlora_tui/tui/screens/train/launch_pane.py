@@ -333,16 +333,16 @@ def check_lines(
         sign, style = OUTCOME_SIGNS[check.outcome]
         head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
         if offered is not None and check.suggested_fix is offered:
-            fix = f"▸ {key_name('train.fix')} {offered.label}"
+            remedy = highlight_keys(f"▸ {key_name('train.fix')} {offered.label}", "$primary")
         else:
-            fix = f"▸ {abbreviate_home(check.fix)}" if check.fix else ""
-        text, remedy = Content(abbreviate_home(check.text)), Content.styled(fix, "$primary")
+            remedy = Content.styled(f"▸ {abbreviate_home(check.fix)}" if check.fix else "", "$primary")
+        text = Content(abbreviate_home(check.text))
         if with_questions:
             lines.append(head + Content.styled(QUESTIONS.get(check.kind, ""), "dim"))
             pieces = [piece for part in (text, remedy) if part for piece in part.wrap(width - _SHORT_HEAD)]
             lines += [Content(" " * _SHORT_HEAD) + piece for piece in pieces]
         else:
-            lines += hanging(head, text + " " + remedy if fix else text, width, _LEAST_TEXT)
+            lines += hanging(head, text + " " + remedy if remedy else text, width, _LEAST_TEXT)
     return lines if shows_all else [*lines, *_passed(checks, width)]
 
 

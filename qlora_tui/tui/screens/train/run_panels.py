@@ -167,7 +167,7 @@ def state_line(snapshot: RunSnapshot) -> Content:
         word = phase_label(view.phase or status.state)
     elif defect is not None:
         word = f"{status.state}, {word}"
-    parts: list[str | tuple[str, str]] = [(f"{sign} ", style), (word, f"bold {style}")]
+    parts: list[Content | str | tuple[str, str]] = [(f"{sign} ", style), (word, f"bold {style}")]
     if count := len({health.kind for health in snapshot.health if health.severity == "warning"}):
         parts.append((f"  ! {count} warning{'s' if count > 1 else ''}", "$warning"))
     if view.attempt > 1:
@@ -176,7 +176,7 @@ def state_line(snapshot: RunSnapshot) -> Content:
         when = ending[1] if view.phase == "training" else ""
         parts.append((f"  {ending[0]}{when}", "bold $warning"))
         if snapshot.is_stopping and snapshot.ending_request == "stop":
-            parts.append((f"  {key_name('train.stop')} now", "$key"))
+            parts.append(highlight_keys(f"  {key_name('train.stop')} now", "dim"))
     if (status.state == "queued" or status.state in ACTIVE) and status.detail:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
