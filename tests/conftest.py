@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 from qlora_tui.catalog import described
 from qlora_tui.gpu import torch_env
 from qlora_tui.memory import traces
+from qlora_tui.settings import GPU_VARIABLE
 from tests.support.descriptions import Descriptions, descriptions, quick_descriptions
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.quick_starts import IMPORTS, SHARED, quick_workers, started, worker_server
@@ -160,6 +161,9 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
         monkeypatch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for variable in (GPU_VARIABLE, "CUDA_VISIBLE_DEVICES"):
+        # Commands and jobs set these for their whole process, which here runs other tests next.
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     for variable in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES", "QLORA_TUI_GPU"):
         # Set first, so that what the program sets in this process is undone after the test.

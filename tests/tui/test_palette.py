@@ -73,9 +73,9 @@ async def test_a_command_that_does_nothing_now_is_not_offered() -> None:
         assert "Stop and save" not in text_of(app)
         await pilot.press("escape")
         write_fake_run(FakeRun(name="tickets", steps=10))
-        await wait_for_text(pilot, "training")
+        await wait_for_text(pilot, "z Pause")
         await pilot.press("ctrl+p")
-        await wait_for_text(pilot, "Stop and save")
+        await wait_until(pilot, lambda: "Stop and save" in lines_of(pilot))
         assert "Launch" not in lines_of(pilot)
 
 
@@ -85,10 +85,11 @@ async def test_what_ends_a_run_is_not_first_even_if_it_was_used_last() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "training")
+        await wait_for_text(pilot, "z Pause")
         await pilot.press("ctrl+p")
         await wait_until(pilot, lambda: "Stop and save" in lines_of(pilot))
         assert lines_of(pilot)[0] == "Checkpoint"
+        await wait_for_text(pilot, "Save a checkpoint now.")
         row = next(line for line in text_of(app).splitlines() if "Checkpoint" in line)
         assert row.rstrip("│ ").endswith("K") and "Save a checkpoint now." in row
 

@@ -52,7 +52,7 @@ async def test_marked_rows_are_left_out_and_the_run_queued(
         await pilot.press("B")
         await wait_for_text(pilot, "never learned")
         await pilot.press("space", "space", "x")
-        await wait_for_text(pilot, "1 waiting", "Undo")
+        await wait_for_text(pilot, "1 waiting", "undo")
         queued = next(run for run in all_runs() if run.id != "tickets-1")
         assert queued.recipe().data.sources[0].excluded_rows == "7, 9"
         assert app.workbench.recipe.data.sources[0].excluded_rows == "7, 9"
@@ -79,7 +79,7 @@ async def test_rows_of_a_folder_are_left_out_of_their_file(
         await pilot.press("B")
         await wait_for_text(pilot, "b.jsonl:7")
         await pilot.press("x")
-        await wait_for_text(pilot, "1 waiting", "Undo")
+        await wait_for_text(pilot, "1 waiting", "undo")
         assert app.workbench.recipe.data.sources[0].excluded_rows == "b.jsonl: 7"
 
 

@@ -103,7 +103,9 @@ async def test_a_typed_number_is_checked_and_saved() -> None:
 async def test_a_folder_that_is_not_there_stays_in_its_field() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("f6", *"jjjjjj", "enter", *"/nope", "enter")
+        await pilot.press("f6")
+        await wait_for_text(pilot, "Colors of the app")
+        await pilot.press(*"jjjjjj", "enter", *"/nope", "enter")
         await wait_for_text(pilot, "There is no folder /nope.")
         assert app.screen.query_one(Input).value == "/nope"
         await pilot.press(*["backspace"] * 5, *"/tmp", "enter")
