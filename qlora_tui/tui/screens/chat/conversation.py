@@ -239,8 +239,9 @@ class Conversation(VerticalScroll, OnQloraApp):
 
     async def unload(self) -> None:
         """Unload the model. The next prompt loads it again."""
-        await self.engine.close()
+        # First: whoever asks a model that is ready while it is closed would start the engine again.
         self.ready = None
+        await self.engine.close()
         self.post_message(self.Changed())
 
     def last_answered(self, answers: int) -> ChatTurn | None:
