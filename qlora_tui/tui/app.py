@@ -368,7 +368,7 @@ class QloraApp(TerminalApp):
 
     def action_command_palette(self) -> None:
         """Show the palette."""
-        if self.use_command_palette and not CommandPalette.is_open(self):
+        if self.use_command_palette and not isinstance(self.screen, Palette):
             self.push_screen(Palette())
 
     def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:

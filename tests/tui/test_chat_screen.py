@@ -235,7 +235,7 @@ async def test_a_prompt_to_begin_with_is_asked_with_enter(
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "What is red?", "sample prompt", "Where is my parcel?", "unrelated")
         screen = chat_of(app)
-        assert isinstance(screen.focused, Starters)
+        await wait_until(pilot, lambda: isinstance(screen.focused, Starters))
         await pilot.press("i", "up", "down", "enter")
         await wait_until(pilot, lambda: sent == ["Where is\nmy parcel?"])
         assert isinstance(screen.focused, PromptBox)
