@@ -387,13 +387,6 @@ class Batches:
         """Free the memory of ended conversations."""
         self._kept.clear()
 
-    def forget_steps(self) -> None:
-        """Drop recorded steps: weights that they use have moved."""
-        caches = [cache for _, cache in self._kept]
-        caches += [row.prefix_cache for batch in self._batches.values() for row in batch.rows]
-        for cache in caches:
-            cache.step = None
-
     def turn_off(self, why_not: str) -> None:
         """Let requests take turns from now on."""
         self.why_not = f"Requests to this model take turns: {why_not.rstrip('.')}."

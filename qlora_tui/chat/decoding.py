@@ -26,6 +26,7 @@ On a CPU there is no such step: it would attend to the whole buffer, and gain no
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -432,6 +433,14 @@ class DecodeSteps:
         """Whether steps are computed in fixed shapes."""
         self.why_not = ""
         """Why steps are not recorded, as a sentence; empty while they are."""
+        self._with_steps: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
+        """Caches that have, or had, a step."""
+
+    def forget(self) -> None:
+        """Drop all steps: weights that recorded ones use have moved."""
+        for prefix_cache in self._with_steps:
+            prefix_cache.step = None
+        self._with_steps.clear()
 
     def turn_off(self, why_not: str) -> None:
         """Compute no more steps in fixed shapes."""
@@ -453,6 +462,7 @@ class DecodeSteps:
             prefix_cache.step = DecodeStep(
                 layers, prefix_cache.cache, self._forward(adapter_name), self._device
             )
+            self._with_steps.add(prefix_cache)
         return prefix_cache.step
 
     def record_if_due(self, step: DecodeStep, comparison: LogitsComparison | None) -> bool:

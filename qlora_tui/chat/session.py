@@ -262,11 +262,9 @@ class ChatSession:
 
     def ensure_loaded(self, adapter_name: str) -> None:
         """Load ``adapter_name`` unless it is loaded. Raises UserError."""
-        if self._adapters.ensure_loaded(adapter_name):
+        if self._adapters.ensure_loaded(adapter_name) and self.steps is not None:
             # A graph uses addresses of weights, which loading may move.
-            for prefix_cache in self._caches.values():
-                prefix_cache.step = None
-            self.batches.forget_steps()
+            self.steps.forget()
 
     def new_cache(self) -> PrefixCache:
         """Return an empty cache for one conversation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from inspect import getclosurevars
+from threading import Event
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from qlora_tui.chat import decoding
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GREEDY, ChatSource, GenerationResult, Sampling
+from qlora_tui.chat.completion_types import Completion
 from qlora_tui.chat.decoding import DecodeSteps, Function, GrowingLayer, Record
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
@@ -279,6 +281,20 @@ def test_loading_another_adapter_drops_the_records(tiny_source: ChatSource) -> N
     assert session._caches[ADAPTER].step is not None
     session.ensure_loaded("step-2")
     assert session._caches[ADAPTER].step is None
+
+
+def test_loading_another_adapter_drops_the_record_under_a_prompt(tiny_source: ChatSource) -> None:
+    session = loaded(tiny_source, lambda function: function)
+    sampling = msgspec.structs.replace(GREEDY, max_new_tokens=TOKENS)
+    first = Completion(adapter_name=ADAPTER, messages=QUESTION, sampling=sampling)
+    list(session.complete(first, Event()).run())
+    ((_, prefix_cache),) = session.batches._kept
+    further = Completion(adapter_name=ADAPTER, token_ids=(*prefix_cache.token_ids, 7, 8, 9))
+    reading = session.complete(further, Event()).run()
+    next(reading)
+    assert prefix_cache.step is not None and not session.batches._kept
+    session.ensure_loaded("step-2")
+    assert prefix_cache.step is None
 
 
 @pytest.mark.parametrize("tokens", [3, TOKENS])
