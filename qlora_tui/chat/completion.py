@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from qlora_tui.chat.completion_types import (
@@ -47,20 +48,23 @@ def score_tokens(
     """
     logprobs = logits.float().log_softmax(-1)
     scored = token_ids[start : start + len(logprobs)]
-    own = [float(row[token_id]) for row, token_id in zip(logprobs, scored, strict=True)]
-    best = logprobs.topk(alternatives, dim=-1) if alternatives else None
+    own = logprobs.gather(-1, torch.tensor(scored, device=logprobs.device)[:, None])[:, 0]
+    best = logprobs.topk(alternatives, dim=-1)
+    # Each read waits for a GPU: one for all tokens.
+    rows = zip(scored, own.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     scores = []
-    for place, (token_id, logprob) in enumerate(zip(scored, own, strict=True), start):
-        context = [*token_ids[max(0, place - 4) : place], token_id]
-        top: list[LikelyToken] = []
-        if best is not None:
-            values, ids = (each[place - start].tolist() for each in best)
-            for likely, value in zip(ids, values, strict=True):
-                text = text_at(tokenizer, [*context[:-1], likely], len(context) - 1, len(context))
-                top.append(LikelyToken(likely, text, value))
-        text = text_at(tokenizer, context, len(context) - 1, len(context))
-        scores.append(TokenScore(token_id, text, logprob, tuple(top)))
+    for place, (token_id, logprob, likely_ids, likely_logprobs) in enumerate(rows, start):
+        before = token_ids[max(0, place - 4) : place]
+        top = tuple(
+            LikelyToken(likely, _text_after(tokenizer, before, likely), value)
+            for likely, value in zip(likely_ids, likely_logprobs, strict=True)
+        )
+        scores.append(TokenScore(token_id, _text_after(tokenizer, before, token_id), logprob, top))
     return scores
+
+
+def _text_after(tokenizer: ChatTokenizer, before: Sequence[int], token_id: int) -> str:
+    return text_at(tokenizer, [*before, token_id], len(before), len(before) + 1)
 
 
 class StopTexts:
