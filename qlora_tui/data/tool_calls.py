@@ -152,11 +152,9 @@ def _written(tokenizer: ChatTokenizer, *calls: ToolCall) -> str:
 
 def _objects(one: str, several: str) -> CallFormat | None:
     """Return the format of calls that are JSON objects."""
-    for match in re.finditer(r"\{", one[: one.find(_NAME)]):
-        try:
-            value, end = _DECODER.raw_decode(one, match.start())
-        except ValueError:
-            continue
+    for start, value, end in _json_objects(one):
+        if start > one.find(_NAME):
+            break
         holder = next((each for each in _dicts(value) if _NAME in each.values()), None)
         if holder is None:
             continue
@@ -164,9 +162,9 @@ def _objects(one: str, several: str) -> CallFormat | None:
         argument_keys = [key for key, item in holder.items() if _as_object(item) == _ARGUMENTS]
         if not argument_keys:
             continue
-        around = [one[: match.start()], one[end:], _between_objects(several)]
+        around = [one[:start], one[end:], _between_objects(several)]
         literals = {part for text in around for part in re.split(r"[\s\[\],]+", text) if part}
-        opening = one[: match.start()].strip().rstrip("[").strip()
+        opening = one[:start].strip().rstrip("[").strip()
         skip = re.compile(
             "|".join([r"[\s\[\],;]+", *map(re.escape, sorted(literals, key=len, reverse=True))])
         )
@@ -178,15 +176,22 @@ def _objects(one: str, several: str) -> CallFormat | None:
     return None
 
 
+def _json_objects(text: str, place: int = 0) -> Iterator[tuple[int, Any, int]]:
+    """Yield beginning, value and end of each JSON object from ``place`` on; of those inside others too."""
+    for match in re.compile(r"\{").finditer(text, place):
+        try:
+            value, end = _DECODER.raw_decode(text, match.start())
+        except ValueError:
+            continue
+        yield match.start(), value, end
+
+
 def _between_objects(several: str) -> str:
     """Return what stands between the JSON objects of two calls; nothing if there is one."""
     ends = [0]
-    for match in re.finditer(r"\{", several):
-        if match.start() >= ends[-1] and _NAME in several:
-            try:
-                ends.append(_DECODER.raw_decode(several, match.start())[1])
-            except ValueError:
-                continue
+    for start, _, end in _json_objects(several):
+        if start >= ends[-1]:
+            ends.append(end)
     if len(ends) < 3:
         return ""
     return several[ends[-2] : several.find("{", ends[-2])]
@@ -235,26 +240,20 @@ def _loose(text: str) -> str:
 def _names_and_objects(one: str, several: str) -> CallFormat | None:
     """Return the format of calls with a JSON object of arguments after the name."""
     name_end = one.find(_NAME) + len(_NAME)
-    for match in re.finditer(r"\{", one[name_end:]):
-        start = name_end + match.start()
-        try:
-            value, end = _DECODER.raw_decode(one, start)
-        except ValueError:
-            continue
-        if value != _ARGUMENTS:
-            return None
-        opening, middle, closing = one[: name_end - len(_NAME)], one[name_end:start], one[end:]
-        between = several[: several.find(_OTHER)].rpartition("}")[2]
-        last = several[several.find(_OTHER) :].rpartition("}")[2]
-        begin = re.compile(rf"\s*(?:{_loose(opening.strip())}|{_loose(between.strip())})\s*")
-        head = re.compile(rf"([^\s{{}}<\[(|｜]+?)\s*{_loose(middle.strip())}\s*")
-        tail = re.compile(rf"\s*(?:{_loose(closing.strip())}|{_loose(last.strip())})?\s*\Z")
-        return CallFormat(
-            mark=opening.split()[0] if opening.strip() else "",
-            literals=opening + middle + between + closing,
-            parse=_parse_names(begin, head, tail),
-        )
-    return None
+    start, value, end = next(_json_objects(one, name_end), (0, None, 0))
+    if value != _ARGUMENTS:
+        return None
+    opening, middle, closing = one[: name_end - len(_NAME)], one[name_end:start], one[end:]
+    between = several[: several.find(_OTHER)].rpartition("}")[2]
+    last = several[several.find(_OTHER) :].rpartition("}")[2]
+    begin = re.compile(rf"\s*(?:{_loose(opening.strip())}|{_loose(between.strip())})\s*")
+    head = re.compile(rf"([^\s{{}}<\[(|｜]+?)\s*{_loose(middle.strip())}\s*")
+    tail = re.compile(rf"\s*(?:{_loose(closing.strip())}|{_loose(last.strip())})?\s*\Z")
+    return CallFormat(
+        mark=opening.split()[0] if opening.strip() else "",
+        literals=opening + middle + between + closing,
+        parse=_parse_names(begin, head, tail),
+    )
 
 
 def _parse_names(begin: re.Pattern[str], head: re.Pattern[str], tail: re.Pattern[str]) -> Parse:
