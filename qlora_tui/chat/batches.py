@@ -7,7 +7,7 @@ places are padding and the position of each row's token, hold for every kind of 
 no places; they are only stacked. An ended row leaves; its keys and values are kept for the next turn.
 
 Whether a model computes rows together as it computes each alone is compared at the first occasion, with rows
-that join and leave (:meth:`Batches._agrees`). If it does not, the requests take turns.
+that join and leave (:meth:`Batches.allows`). If it does not, the requests take turns.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 )
 
 from qlora_tui.chat.decoding import (
+    MAX_SHARE_OF_FREE_MEMORY,
     STRIDE_TOKENS,
     BufferSize,
     GrowingLayer,
@@ -62,8 +63,6 @@ _CHECKED_STEPS = 3
 """Decoding steps of each row of that comparison."""
 _MOST_KEPT = 8
 """Most ended conversations whose keys and values are kept."""
-_MAX_SHARE_OF_FREE_MEMORY = 0.5
-"""Share of the free memory that new buffers of rows may take."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,9 @@ class Batch:
     def step(self) -> None:
         """Process the pending tokens of the rows that can be computed in one pass."""
         due = [row for row in self.rows if row.pending is not None]
-        wanted = self._compatible(due) if len(due) >= self.fewest_rows else []
+        wanted: list[Row] = []
+        if len(due) >= self.fewest_rows and not self._batches.why_not:
+            wanted = self._compatible(due)
         if len(wanted) < self.fewest_rows or not (
             self._is_trial or self._batches.allows(self.adapter_name, wanted[-1].prefix_cache.token_ids)
         ):
@@ -269,7 +270,7 @@ class Batch:
         each = bytes_per_token(kinds[rows[0]]) if rows else 0
         while len(rows) > 1 and _padding(rows) * each > self.session.memory_bytes:
             rows = min(rows[1:], rows[:-1], key=_padding)
-        room = self.session.free_bytes() * _MAX_SHARE_OF_FREE_MEMORY
+        room = self.session.free_bytes() * MAX_SHARE_OF_FREE_MEMORY
         while len(rows) > 1 and len(rows) * (_tokens(rows[-1]) + STRIDE_TOKENS) * each > room:
             rows.pop()
         return rows
@@ -379,7 +380,7 @@ class Batches:
         if not prefix_cache.token_ids or not self.session.keeps_keys:
             return
         self._kept.append((adapter_name, prefix_cache))
-        room = self.session.free_bytes() * _MAX_SHARE_OF_FREE_MEMORY
+        room = self.session.free_bytes() * MAX_SHARE_OF_FREE_MEMORY
         while len(self._kept) > _MOST_KEPT or sum(cache.size_bytes for _, cache in self._kept) > room:
             del self._kept[0]
 

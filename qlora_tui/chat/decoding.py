@@ -49,7 +49,7 @@ STRIDE_TOKENS = 256
 _SMALLEST_BUCKET_TOKENS = 1024
 _ALIGNED_TOKENS = 64
 """Multiple to which a GPU's buffers are rounded, so that kernels can read masks without copying them."""
-_MAX_SHARE_OF_FREE_MEMORY = 0.5
+MAX_SHARE_OF_FREE_MEMORY = 0.5
 """Share of the free memory that larger buffers may take: prefill and other programs need some too."""
 
 FreeBytesFn = Callable[[], int]
@@ -220,7 +220,7 @@ class PrefixCache:
         while bucket <= tokens:
             bucket *= 2
         bucket = _aligned(max(tokens, min(bucket, self._max_tokens)))
-        if bytes_per_token(self.cache) * bucket <= self._free_bytes() * _MAX_SHARE_OF_FREE_MEMORY:
+        if bytes_per_token(self.cache) * bucket <= self._free_bytes() * MAX_SHARE_OF_FREE_MEMORY:
             self._size.tokens = bucket
         else:
             self._size.tokens = _aligned(tokens + STRIDE_TOKENS)
