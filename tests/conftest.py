@@ -161,11 +161,8 @@ def private_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
         monkeypatch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for variable in (GPU_VARIABLE, "CUDA_VISIBLE_DEVICES"):
-        # Commands and jobs set these for their whole process, which here runs other tests next.
-        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    for variable in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES", "QLORA_TUI_GPU"):
+    for variable in ("TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES", GPU_VARIABLE):
         # Set first, so that what the program sets in this process is undone after the test.
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
