@@ -58,16 +58,24 @@ def stored_as(config: Mapping[str, Any]) -> Any:
 
     The name of a method (``awq``), or what stands in its place.
     """
-    for key in ("quantization_config", "compression_config"):
-        if stored := config.get(key):
-            if not isinstance(stored, Mapping):
-                return stored
-            if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
-                return "bitsandbytes"
-            return stored.get("quant_method", UNNAMED_METHOD)
-    # A library reads the weights of a model's parts by the settings of the whole.
-    inner = (stored_as(part) for part in config.values() if isinstance(part, Mapping))
-    return next((f"{method} in one of its parts" for method in inner if method is not None), None)
+    # Within it too: a library reads the weights of a model's parts by the settings of the whole.
+    places = [config]
+    while places:
+        place = places.pop()
+        if stored := place.get("quantization_config") or place.get("compression_config"):
+            method = _method_of(stored)
+            return method if place is config else f"{method} in one of its parts"
+        places += [part for part in place.values() if isinstance(part, Mapping)]
+    return None
+
+
+def _method_of(stored: Any) -> Any:
+    if not isinstance(stored, Mapping):
+        return stored
+    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = stored.get("quant_method")
+    return UNNAMED_METHOD if method is None else method
 
 
 class ConfigFields:

@@ -33,7 +33,7 @@ from qlora_tui.catalog.model_validation import (
     check_folder,
     model_problem,
     quantized_refusal,
-    safetensors_damage,
+    tensor_entries,
     weight_files,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -128,15 +128,17 @@ def find_files(model_id: str) -> ModelFiles:
     assert model.architecture is not None  # a model without an architecture is rejected
     if model.source == "gguf":
         return ModelFiles(model.id, model.path.parent, model.path.name, "gguf", model.architecture)
-    for file in weight_files(model.path):
-        if damage := safetensors_damage(model.path / file):
+    for file in (model.path / name for name in weight_files(model.path)):
+        try:
+            entries = tensor_entries(file)
+        except ValueError as damage:
             raise model_problem(
                 "Damaged weights",
-                f"{model.path / file}: {damage}.",
+                f"{file}: {damage}.",
                 "A copy or download that was interrupted is the usual cause.",
                 "Delete the file and download or copy it again.",
-            )
-        if not model.architecture.quantized_as and (refusal := quantized_refusal(model.path / file)):
+            ) from None
+        if not model.architecture.quantized_as and (refusal := quantized_refusal(file, entries)):
             raise refusal
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
 

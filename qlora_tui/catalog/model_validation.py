@@ -286,22 +286,33 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return 8 + size, entries
 
 
+def tensor_entries(file: Path) -> dict[str, dict[str, Any]]:
+    """Return each tensor's entry in the header of a file that is as long as the header says.
+
+    Raises OSError where the file cannot be read, and ValueError, with the reason, where it is damaged.
+    """
+    size_bytes = file.stat().st_size
+    start, entries = read_header(file)
+    entries.pop("__metadata__", None)
+    try:
+        end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (KeyError, TypeError, IndexError):
+        raise ValueError("its header does not say where its tensors are") from None
+    if end != size_bytes:
+        raise ValueError("it is not as long as its header says")
+    return entries
+
+
 def safetensors_damage(file: Path) -> str | None:
     """Return why a file is damaged, by its header and its length; None where it is not.
 
     Raises OSError where the file cannot be read.
     """
-    size_bytes = file.stat().st_size
     try:
-        start, entries = read_header(file)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        if start + max(ends, default=0) == size_bytes:
-            return None
+        tensor_entries(file)
     except ValueError as error:
         return str(error)
-    except (KeyError, TypeError, IndexError):
-        return "its header does not say where its tensors are"
-    return "it is not as long as its header says"
+    return None
 
 
 _MATRIX_DIMENSIONS = (2, 3)
@@ -309,16 +320,15 @@ _MATRIX_DIMENSIONS = (2, 3)
 _NARROW_DTYPES = ("I8", "U8", "F8", "F6_", "F4")
 
 
-def quantized_refusal(file: Path) -> UserError | None:
+def quantized_refusal(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> UserError | None:
     """Return why weights cannot be read of a model whose config says nothing of their quantization.
 
     Of matrices in 8 bits a library would take the integers for the weights, and leave out their scales.
-
-    Raises OSError where the file cannot be read, and ValueError where its header is damaged.
     """
-    for entry in read_header(file)[1].values():
-        shape, dtype = entry.get("shape", ()), str(entry.get("dtype"))
-        if len(shape) in _MATRIX_DIMENSIONS and dtype.startswith(_NARROW_DTYPES):
+    for entry in entries.values():
+        shape, dtype = entry.get("shape"), str(entry.get("dtype"))
+        is_matrix = isinstance(shape, list) and len(shape) in _MATRIX_DIMENSIONS
+        if is_matrix and dtype.startswith(_NARROW_DTYPES):
             return _already_quantized(f"{file} has matrices in {dtype}, which config.json does not mention.")
     return None
 

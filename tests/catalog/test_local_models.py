@@ -166,6 +166,7 @@ def test_an_auto_map_beside_a_known_family_does_no_harm(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "awq"}}, "stored as awq"),
         ({"quantization_config": {"bits": 4}}, "stored as an unnamed method"),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "stored as compressed-tensors"),
+        ({"quantization_config": {"quant_method": None, "bits": 4}}, "stored as an unnamed method"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "stored as fp8 in one"),
     ],
 )
@@ -192,6 +193,22 @@ def test_matrices_of_8_bits_need_a_config_that_says_how(tmp_path: Path, dtype: s
     assert dtype in refused.value.what
     stored = {**TINY, "quantization_config": {"quant_method": "bitsandbytes"}}
     (folder / "config.json").write_text(json.dumps(stored))
+    assert find_files(str(folder)).folder == folder
+
+
+def test_a_shape_that_is_no_list_is_no_matrix(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    entry = {"dtype": "I8", "shape": 4, "data_offsets": [0, 8]}
+    header = json.dumps({"layer.weight": entry}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    assert find_files(str(folder)).folder == folder
+
+
+def test_a_config_of_many_levels_is_listed(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    levels = 400
+    nested = '{"part": ' * levels + "{}" + "}" * levels
+    (folder / "config.json").write_text(f'{json.dumps(TINY)[:-1]}, "vision_config": {nested}}}')
     assert find_files(str(folder)).folder == folder
 
 
