@@ -1,8 +1,8 @@
 """Recipes of other trainers, read as ours: of axolotl, LLaMA-Factory, TRL, Unsloth, and adapters of peft.
 
-Files are parsed and never run. ``imported.toml`` says what each key means here; this module finds the keys,
-and does what takes more than one of them: the quantization, the data, the steps. What has no counterpart is
-named with its value, and a file that trains something else is refused.
+Files are parsed and never run. ``aliases.toml`` and ``imported.toml`` say what each key means here; this
+module finds the keys, and does what takes more than one of them: the quantization, the data, the steps. What
+has no counterpart is named with its value, and a file that trains something else is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.files import read_regular
+from qlora_tui.recipe.aliases import ALIASES
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import ALL_LINEAR
 from qlora_tui.recipe.script_arguments import Expression, calls_of
@@ -259,7 +260,7 @@ class _Import:
         rule = self._rule(key)
         value = self._keys.pop(key)
         if rule is None:
-            if any(fnmatchcase(key, pattern) for pattern in _TABLES.unneeded["patterns"]):
+            if _is_unneeded(key):
                 self._unneeded.append(key)
             else:
                 self._leave_out(key, value, "")
@@ -285,6 +286,8 @@ class _Import:
             rule = next(
                 (rule for name, rule in self._rules.items() if "*" in name and fnmatchcase(key, name)), None
             )
+        if rule is None and not _is_unneeded(key):
+            rule = ALIASES.get(key)
         if isinstance(rule, str):
             return Rule(to=rule)
         if rule is not None and rule.same_as:
@@ -409,8 +412,6 @@ class _Import:
             if isinstance(rows, int | float) and rows >= 1:
                 why = "data.validation_fraction is a share of the rows, not a number"
                 self._leave_out(key, self._pop(key), why)
-            elif key == "val_set_size" and rows is not None:
-                self._take(key, rows, "data.validation_fraction", float(self._pop(key)))
 
     def _read_data(self) -> None:
         """Find the data: axolotl's list, the registry of LLaMA-Factory, what a script loads."""
@@ -562,6 +563,10 @@ def _unknown_file(path: Path, why: str) -> UserError:
         what=f"{path}: {why}.",
         fix="Name a YAML file of axolotl or LLaMA-Factory, a script with TRL or Unsloth, or an adapter.",
     )
+
+
+def _is_unneeded(key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in _TABLES.unneeded["patterns"])
 
 
 def _list(value: Any) -> list[Any]:
