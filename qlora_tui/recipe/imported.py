@@ -584,7 +584,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    if isinstance(value, str):
+        return str(value)  # of an expression too, which msgspec does not encode
+    return value if isinstance(value, int | float | bool | None) else repr(value)
 
 
 def _shown(value: Any) -> str:

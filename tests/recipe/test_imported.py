@@ -178,3 +178,20 @@ def test_the_command_writes_a_recipe_and_overwrites_none(
     capsys.readouterr()
     assert main(["import", "qlora.yml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"]["lora"]["rank"] == 32
+
+
+def test_the_command_names_what_only_the_script_knows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train.py").write_text(UNSLOTH)
+    assert main(["import", "train.py"]) == 0
+    assert 'learning_rate = "rate()"' in capsys.readouterr().err
+    assert main(["import", "train.py", "--json"]) == 0
+    left = json.loads(capsys.readouterr().out)["left_out"]
+    assert {each["key"]: each["value"] for each in left}["learning_rate"] == "rate()"
+
+
+def test_a_share_that_is_no_number_is_left_out(folder: Path) -> None:
+    imported, recipe = read(folder, "a.yml", AXOLOTL + "val_set_size: much\n")
+    assert left_out(imported)["val_set_size"] == "much"
+    assert recipe.data.validation_fraction == 0
