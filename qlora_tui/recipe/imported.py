@@ -32,6 +32,8 @@ _SECRET_ENDINGS = ("token", "api_key", "password", "secret", "secrets")
 """Ends of keys whose values are never shown."""
 _LONGEST_VALUE = 60
 """Characters of a value in an error."""
+_BITS = ("load_in_8bit", "load_in_4bit", "quantization_bit", "quant_config.quantization_bit")
+_FOUR_BIT_TYPES = ("bnb_4bit_quant_type", "quantization_type")
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
@@ -274,11 +276,13 @@ class _Import:
             self._take(key, value, rule.to, rule.values[written])
         elif rule.refuse:
             raise self._refused(f"{key} is {_shown(value)}: it trains {rule.refuse}.")
-        elif written in rule.values or not (rule.to or rule.why):
-            self._unneeded.append(key)
         else:
             why = rule.why or f"{rule.to} has no such value"
             self._leave_out(key, value, why)
+
+    def _read_if_set(self, key: str) -> None:
+        if key in self._keys:
+            self._read(key)
 
     def _rule(self, key: str) -> Rule | None:
         rule = self._rules.get(key)
@@ -313,66 +317,38 @@ class _Import:
     # -- what takes several keys
 
     def _read_quantization(self) -> None:
-        """Find the storage of the base: the keys say 4 or 8 bits; without one, 16."""
-        method = "none"
-        for key, bits in (
-            ("load_in_8bit", 8),
-            ("load_in_4bit", 4),
-            ("quantization_bit", 0),
-            ("quant_config.quantization_bit", 0),
-        ):
-            value = self._pop(key)
-            if not value:
-                continue
-            found = {4: "nf4", 8: "int8"}.get(bits or value)
-            if found is None:
-                self._leave_out(key, value, "a base is stored in 4, 8 or 16 bits")
-                continue
-            method = found
-            self._take(key, value, "quantization.method", method)
-        for key in ("bnb_4bit_quant_type", "quantization_type"):
-            value = self._pop(key)
-            if value in ("nf4", "fp4") and method == "nf4":
-                self._take(key, value, "quantization.method", value)
-        self._pop("quant_config.name")
-        other = self._pop("quantization_method")
-        if other not in (None, "bnb", "bitsandbytes"):
-            self._leave_out("quantization_method", other, "only bitsandbytes quantizes here")
-        # An adapter does not say how its base was stored.
-        if self._trainer.label != _TABLES.trainers["peft"].label:
-            self._settings.setdefault("quantization.method", method)
+        """Find the storage of the base: the keys say 4 or 8 bits, and of 4 bits which."""
+        for key in _BITS:
+            self._read_if_set(key)
+        for key in _FOUR_BIT_TYPES:
+            if self._settings.get("quantization.method") == "nf4":
+                self._read_if_set(key)
+            self._pop(key)
 
     def _read_targets(self) -> None:
         """Find what LoRA adapts: names of modules; a regular expression has no counterpart."""
-        if self._pop("lora_target_linear"):
-            self._take("lora_target_linear", True, "lora.target_modules", [ALL_LINEAR])
+        self._read_if_set("lora_target_linear")
         for key in ("lora_target_modules", "lora_target", "target_modules", "peft_config.target_modules"):
-            value = self._pop(key)
-            if not value:
+            if not (value := self._pop(key)):
                 continue
-            names = value.split(",") if isinstance(value, str) else value
-            if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+            names = _names(value)
+            if names is None:
                 self._leave_out(key, value, "it is not a list of names")
                 continue
-            names = [{"all": ALL_LINEAR}.get(name.strip(), name.strip()) for name in names]
+            names = [{"all": ALL_LINEAR}.get(name, name) for name in names]
             if not all(name.replace("_", "").replace("-", "").replace(".", "").isalnum() for name in names):
                 why = "a regular expression: name modules in lora.target_modules"
                 self._leave_out(key, value, why)
                 continue
-            self._take(key, value, "lora.target_modules", sorted(names) if isinstance(value, set) else names)
+            self._take(key, value, "lora.target_modules", names)
         for key in ("lora_modules_to_save", "modules_to_save", "additional_target"):
-            value = self._pop(key)
-            if not value:
+            if not (value := self._pop(key)):
                 continue
-            names = value.split(",") if isinstance(value, str) else value
-            if isinstance(names, list | tuple) and {"embed_tokens", "lm_head"} >= set(names):
+            names = _names(value)
+            if names is not None and {"embed_tokens", "lm_head"} >= set(names):
                 self._take(key, value, "lora.train_embeddings", True)
             else:
                 why = "only embedding and head are trained in full, with lora.train_embeddings"
-                self._leave_out(key, value, why)
-        for key in ("lora_target_parameters", "target_parameters"):
-            if value := self._pop(key):
-                why = "name the projections of experts in lora.target_modules; all-linear adapts them too"
                 self._leave_out(key, value, why)
 
     def _read_steps(self) -> None:
@@ -567,6 +543,15 @@ def _unknown_file(path: Path, why: str) -> UserError:
 
 def _is_unneeded(key: str) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in _TABLES.unneeded["patterns"])
+
+
+def _names(value: Any) -> list[str] | None:
+    """Return the names in a list, or between commas; None of anything else."""
+    names = value.split(",") if isinstance(value, str) and not isinstance(value, Expression) else value
+    if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+        return None
+    stripped = [name.strip() for name in names]
+    return sorted(stripped) if isinstance(value, set) else stripped
 
 
 def _list(value: Any) -> list[Any]:

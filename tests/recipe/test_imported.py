@@ -51,6 +51,13 @@ dataset: mine, other
 learning_rate: 1.0e-4
 hf_hub_token: hf_planted
 """
+FACTORY_V1 = """
+model: Qwen/Qwen3-4B
+model_class: llm
+peft_config: {name: lora, r: 16, target_modules: all}
+quant_config: {name: bnb, quantization_bit: 4}
+cutoff_len: 2048
+"""
 UNSLOTH = """
 max_seq_length = 512
 model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Qwen3-4B", max_seq_length=max_seq_length,
@@ -123,6 +130,36 @@ def test_llama_factory_with_its_registry(folder: Path) -> None:
     (source,) = recipe.data.sources
     assert (Path(source.path), source.columns) == (folder / "data/rows.jsonl", {"prompt": "instruction"})
     assert left_out(imported) == {"dataset": "other", "hf_hub_token": "(not shown)"}
+
+
+def test_tables_of_llama_factory_v1(folder: Path) -> None:
+    imported, recipe = read(folder, "v1.yaml", FACTORY_V1)
+    assert (recipe.lora.rank, recipe.quantization.method) == (16, "nf4")
+    assert recipe.lora.target_modules == ("all-linear",)
+    assert left_out(imported) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "method", "left"),
+    [
+        ("load_in_4bit: false\n", "none", {}),
+        ("load_in_4bit: false\nload_in_8bit: true\n", "int8", {}),
+        ("bnb_4bit_quant_type: fp4\n", "fp4", {}),
+        ("load_in_4bit: false\nbnb_4bit_quant_type: fp4\n", "none", {}),
+        ("load_in_4bit: [1]\nquantization_bit: 3\n", "none", {"load_in_4bit": [1], "quantization_bit": 3}),
+    ],
+)
+def test_the_storage_of_the_base(folder: Path, changes: str, method: str, left: dict[str, Any]) -> None:
+    plain, _ = read(folder, "plain.yml", AXOLOTL)
+    imported, recipe = read(folder, "a.yml", AXOLOTL + changes)
+    assert recipe.quantization.method == method
+    assert left_out(imported) == left_out(plain) | left
+
+
+def test_modules_that_only_a_run_knows_are_left_out(folder: Path) -> None:
+    imported, recipe = read(folder, "a.py", UNSLOTH.replace('["q_proj"]', "modules"))
+    assert left_out(imported)["target_modules"] == "modules"
+    assert recipe.lora.target_modules == Recipe().lora.target_modules
 
 
 def test_a_script_is_read_and_not_run(folder: Path) -> None:
