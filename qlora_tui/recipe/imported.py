@@ -353,14 +353,17 @@ class _Import:
 
     def _read_steps(self) -> None:
         """Find batch, warmup and intervals, some of which are counted in another unit."""
-        if (total := self._pop("batch_size")) and (rows := self._keys.get("micro_batch_size")):
-            self._take("batch_size", total, "training.gradient_accumulation", max(1, total // rows))
-        steps = self._pop("warmup_steps")
-        most = self._keys.get("max_steps")
-        if isinstance(steps, int | float) and steps:
-            if steps < 1:
+        if total := self._pop("batch_size"):
+            rows = self._keys.get("micro_batch_size")
+            if isinstance(total, int) and isinstance(rows, int) and rows > 0:
+                self._take("batch_size", total, "training.gradient_accumulation", max(1, total // rows))
+            else:
+                self._leave_out("batch_size", total, "it is not a multiple of micro_batch_size")
+        if steps := self._pop("warmup_steps"):
+            most = self._keys.get("max_steps")
+            if isinstance(steps, int | float) and steps < 1:
                 self._take("warmup_steps", steps, "training.warmup_ratio", steps)
-            elif isinstance(most, int) and most > steps:
+            elif isinstance(steps, int | float) and isinstance(most, int) and most > steps:
                 self._take("warmup_steps", steps, "training.warmup_ratio", round(steps / most, 4))
             else:
                 why = "warmup is a share of the steps: set training.warmup_ratio"
@@ -417,7 +420,7 @@ class _Import:
 
     def _read_objective(self) -> None:
         """Find what is learned of the data, where a stage or a loss says it."""
-        stage, loss = self._pop("stage"), self._pop("pref_loss")
+        stage, loss = self._pop("stage"), self._pop("pref_loss") or "sigmoid"
         if stage in ("rm", "ppo"):
             raise self._refused(
                 f"stage is {stage}: it trains {'a reward model' if stage == 'rm' else 'a policy by PPO'}."
@@ -427,7 +430,7 @@ class _Import:
         elif stage == "kto":
             self._take("stage", stage, "data.preferences", "kto")
         elif stage == "dpo":
-            method = {None: "dpo", "sigmoid": "dpo", "orpo": "orpo", "simpo": "simpo"}.get(loss)
+            method = {"sigmoid": "dpo", "orpo": "orpo", "simpo": "simpo"}.get(_written(loss))
             if method is None:
                 raise self._refused(f"pref_loss is {loss}: the methods here are dpo, orpo, simpo and kto.")
             self._take("stage", stage, "data.preferences", method)
@@ -472,14 +475,15 @@ class _Import:
             if not isinstance(path, str):
                 self._leave_out(key, name, "it is neither a file nor on the Hub")
                 continue
-            columns = entry.get("columns") or {}
+            columns = entry.get("columns")
+            columns = columns if isinstance(columns, dict) else {}
             for part in _DATASETS.media:
                 if part in columns:
                     self._leave_out(f"{key}.{part}", name, "only text is trained")
             source: dict[str, Any] = {"path": path}
             mapped = {_DATASETS.columns[part]: c for part, c in columns.items() if part in _DATASETS.columns}
             if not entry.get("ranking"):
-                source["format"] = _DATASETS.formats.get(entry.get("formatting", "alpaca"), "auto")
+                source["format"] = _DATASETS.formats.get(_written(entry.get("formatting", "alpaca")), "auto")
             elif "instruction" in mapped:
                 mapped["prompt"] = mapped.pop("instruction")
             if mapped:

@@ -190,6 +190,7 @@ def test_an_adapter(folder: Path) -> None:
         ("a.yml", AXOLOTL + "reward_model: true\n", "reward_model"),
         ("a.yaml", FACTORY.replace("finetuning_type: lora", "finetuning_type: full"), "finetuning_type"),
         ("a.yaml", FACTORY.replace("stage: dpo", "stage: rm"), "stage"),
+        ("a.yaml", FACTORY.replace("pref_loss: simpo", "pref_loss: [simpo]"), "pref_loss"),
         ("a.py", UNSLOTH.replace("get_peft_model", "other"), "adapter"),
         ("adapter_config.json", json.dumps(PEFT | {"peft_type": "IA3"}), "peft_type"),
         ("a.yml", "a: &x [1]\nb: *x\n", "aliases"),
@@ -228,7 +229,17 @@ def test_the_command_names_what_only_the_script_knows(
     assert {each["key"]: each["value"] for each in left}["learning_rate"] == "rate()"
 
 
-def test_a_share_that_is_no_number_is_left_out(folder: Path) -> None:
-    imported, recipe = read(folder, "a.yml", AXOLOTL + "val_set_size: much\n")
-    assert left_out(imported)["val_set_size"] == "much"
-    assert recipe.data.validation_fraction == 0
+def test_counts_that_are_no_numbers_are_left_out(folder: Path) -> None:
+    changes = {"val_set_size": "much", "warmup_steps": "few", "batch_size": "many"}
+    text = AXOLOTL + "".join(f"{key}: {value}\n" for key, value in changes.items())
+    imported, recipe = read(folder, "a.yml", text)
+    assert changes.items() <= left_out(imported).items()
+    assert (recipe.data.validation_fraction, recipe.training.warmup_ratio) == (0, 0.03)
+
+
+def test_a_registry_with_values_of_other_kinds_is_read(folder: Path) -> None:
+    info = {"mine": {"file_name": "rows.jsonl", "formatting": ["alpaca"], "columns": ["prompt"]}}
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
+    _, recipe = read(folder, "a.yaml", FACTORY)
+    (source,) = recipe.data.sources
+    assert (Path(source.path), source.format, source.columns) == (folder / "data/rows.jsonl", "auto", {})
