@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qlora_tui.chat.adapters import LoraForward, TokenRowsForward, WholeModuleForward
 from qlora_tui.chat.cpu import SingleTokenForward
-from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_error_of, rounding_errors
+from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_noise
 from qlora_tui.training.fused.patching import PatchedForwards
 
 _BLOCK = 256
@@ -89,7 +89,6 @@ class ModelHead:
 
 TOKENS = 16
 """Tokens of the prompt's end: a forward pass over these costs little more than one token of the answer."""
-_MAX_DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -125,13 +124,13 @@ def compare_logits(
     """
     expected = library()
     comparison = LogitsComparison.of(ours(), expected)
-    for draw in range(_MAX_DRAWS):
-        with rounding_errors(model, rounding_error_of(dtype), seed=draw):
-            noise = LogitsComparison.of(library(), expected).difference
-        comparison = replace(comparison, noise=max(noise, comparison.noise))
-        if comparison.agrees:
-            break
-    return comparison
+    noise = rounding_noise(
+        model,
+        dtype,
+        lambda: LogitsComparison.of(library(), expected).difference,
+        comparison.difference,
+    )
+    return replace(comparison, noise=noise)
 
 
 @contextmanager

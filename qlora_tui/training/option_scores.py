@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_error_of, rounding_errors
+from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_noise
 from qlora_tui.training.scoring import no_grad_eval
 
 PACKED_TOKENS = 512
@@ -41,7 +41,6 @@ _MULTIPLE = 64
 """Lengths are multiples of this: a CPU's kernels are made once for each length."""
 _HEAD_ROWS = 128
 """Vocabulary-wide rows in float32 at a time."""
-_MAX_DRAWS = 4
 _COMPARED = 6
 """Options of a row that are compared."""
 
@@ -122,13 +121,13 @@ class OptionScorer:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return False
-        noise = 0.0
-        for draw in range(_MAX_DRAWS):
-            with rounding_errors(self._model, rounding_error_of(self._dtype), seed=draw):
-                noise = max(noise, _largest_difference(self._each_apart(some, 0), expected))
-            if difference <= NOISE_FACTOR * noise:
-                return True
-        return False
+        noise = rounding_noise(
+            self._model,
+            self._dtype,
+            lambda: _largest_difference(self._each_apart(some, 0), expected),
+            difference,
+        )
+        return difference <= NOISE_FACTOR * noise
 
     def _packed(self, rows: Sequence[Choice]) -> list[Tensor]:
         """Return the scores (options,) of each row, from one forward."""
