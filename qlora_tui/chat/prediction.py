@@ -116,6 +116,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
             fix=f"Use a name that ends in {', '.join(WRITERS)}.",
             exit_code=EXIT_USAGE,
         )
+    seen = [row.value for row in first_rows(file, _SNIFFED_ROWS) if isinstance(row.value, dict)]
     if out.exists() and (out.samefile(file) or not request.replaces):
         raise UserError(
             "The output already exists",
@@ -126,7 +127,6 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
             exit_code=EXIT_USAGE,
         )
     layout = msgspec.structs.replace(decider.layout, columns=decider.layout.columns | request.columns)
-    seen = [row.value for row in first_rows(file, _SNIFFED_ROWS) if isinstance(row.value, dict)]
     columns = list(dict.fromkeys(column for value in seen for column in value))
     for part in question_parts(layout):
         if seen and layout.columns[part] not in columns:

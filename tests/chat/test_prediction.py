@@ -20,7 +20,7 @@ from qlora_tui.chat.session import load_session
 from qlora_tui.chat.task_answers import answer_prompts
 from qlora_tui.cli import main
 from qlora_tui.data.conversation import Conversation, Message
-from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.task_metrics.decisions import Calibration, read_decider, write_decider
@@ -116,6 +116,8 @@ def test_the_command_writes_what_its_output_is_named(
     ):
         assert main(wrong) == EXIT_USAGE
     assert "mails.csv" in capsys.readouterr().err and file.read_text().startswith("body")
+    assert main(["predict", str(tmp_path / "gone.csv"), *command[2:], "-o", str(table)]) == EXIT_FAILURE
+    assert "Cannot read the data" in capsys.readouterr().err
 
 
 def test_only_the_adapter_that_was_measured_is_calibrated(run: RunDir) -> None:
