@@ -25,7 +25,7 @@ from qlora_tui.data.row import Row
 from qlora_tui.data.row_writers import WRITERS, write_rows
 from qlora_tui.decoding import try_json
 from qlora_tui.errors import EXIT_USAGE, UserError, disk_problems
-from qlora_tui.files import open_append
+from qlora_tui.files import open_append, sync
 from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
 from qlora_tui.locks import locked
 from qlora_tui.runs.directory import RunDir
@@ -178,7 +178,9 @@ def predict(request: Prediction, report: Report) -> Predicted:
         counts = [0, 0, 0]
         for line in _logged(log):
             counts[2 if line.label is None else int(_abstains(line, request.threshold))] += 1
+        sync(draft)
         draft.replace(out)
+        sync(out.parent)
         log.unlink()
     decided, abstained, undecided = counts
     return Predicted(

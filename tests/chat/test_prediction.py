@@ -21,9 +21,11 @@ from qlora_tui.chat.task_answers import answer_prompts
 from qlora_tui.cli import main
 from qlora_tui.data.conversation import Conversation, Message
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.task_metrics.decisions import Calibration, read_decider, write_decider
+from tests.support.power import Disk
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +87,24 @@ def test_a_killed_prediction_goes_on_without_a_lost_or_doubled_row(
     assert not list(tmp_path.glob(".out.jsonl.*"))
     with pytest.raises(UserError, match="The output already exists"):
         predict(request, silent)
+
+
+def test_after_a_power_cut_the_output_is_whole_or_missing(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = private_dir(tmp_path / "out") / "out.jsonl"
+    request = Prediction(run=str(run.path), file=str(a_file(tmp_path / "new.jsonl", 3)), out=str(out))
+    disk = Disk(out.parent)
+    with monkeypatch.context() as watched:
+        disk.watch(watched)
+        predict(request, silent)
+    last = {}
+    for _, mode in disk.cuts(tmp_path / "after"):
+        after = tmp_path / "after" / out.name
+        last[mode] = after.read_text() if after.exists() else None
+        assert last[mode] in (None, out.read_text())
+    assert set(last.values()) == {out.read_text()}, "it is on the disk on return"
+    disk.close()
 
 
 @pytest.mark.usefixtures("quick_trainers")
