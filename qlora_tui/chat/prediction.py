@@ -9,10 +9,11 @@ takes the place of the output. Memory does not grow with the file.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -175,20 +176,17 @@ def predict(request: Prediction, report: Report) -> Predicted:
             )
         draft = out.with_name(f".{out.name}.draft")
         write_rows(draft, out.suffix, lambda: _with_decisions(request, log))
-        counts = [0, 0, 0]
-        for line in _logged(log):
-            counts[2 if line.label is None else int(_abstains(line, request.threshold))] += 1
+        counts = Counter(_outcome(line, request.threshold) for line in _logged(log))
         sync(draft)
         draft.replace(out)
         sync(out.parent)
         log.unlink()
-    decided, abstained, undecided = counts
     return Predicted(
         out=str(out),
-        rows=sum(counts),
-        decided=decided,
-        abstained=abstained,
-        undecided=undecided,
+        rows=counts.total(),
+        decided=counts["decided"],
+        abstained=counts["abstained"],
+        undecided=counts["undecided"],
         resumed=resumed,
     )
 
@@ -298,6 +296,12 @@ def _logged(log: Path) -> Iterator[_Line]:
         file.readline()
         for line in file:
             yield _LINES.decode(line)
+
+
+def _outcome(line: _Line, threshold: float | None) -> Literal["decided", "abstained", "undecided"]:
+    if line.label is None:
+        return "undecided"
+    return "abstained" if _abstains(line, threshold) else "decided"
 
 
 def _abstains(line: _Line, threshold: float | None) -> bool:
