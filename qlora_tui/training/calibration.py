@@ -175,6 +175,7 @@ def _quality(logs: Tensor, truth: Tensor) -> Quality:
     right = chosen == truth
     count = int(right.sum())
     losses = _losses(logs, truth)
+    of_loss = mean_interval(losses.tolist())
     draw = torch.Generator().manual_seed(0)
     resamples = [torch.randint(len(truth), (len(truth),), generator=draw) for _ in range(_RESAMPLES)]
 
@@ -186,7 +187,7 @@ def _quality(logs: Tensor, truth: Tensor) -> Quality:
     return Quality(
         accuracy=Measured(count / len(truth), share_interval(count, len(truth))),
         macro_f1=bootstrapped(lambda rows: _macro_f1(chosen[rows], truth[rows], options)),
-        log_loss=Measured(float(losses.mean()), mean_interval(losses.tolist())),
+        log_loss=Measured(float(losses.mean()), of_loss if math.isfinite(of_loss.low) else None),
         calibration_error=bootstrapped(lambda rows: calibration_error(confidence[rows], right[rows])),
     )
 

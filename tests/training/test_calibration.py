@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def test_a_temperature_makes_an_overconfident_model_honest() -> None:
     assert report.calibration.temperature == pytest.approx(3.0, rel=0.15)
     assert not report.calibration.bias and report.calibration.rows == 800
     assert 2 * report.after.calibration_error.value < report.before.calibration_error.value
-    assert report.after.log_loss.interval.high < report.before.log_loss.interval.low
+    before, after = (each.log_loss.interval for each in (report.before, report.after))
+    assert before is not None and after is not None and after.high < before.low
     assert report.after.accuracy == report.before.accuracy
     lines = "\n".join(decision_lines(report))
     assert "temperature of 3" in lines and "Decide alone above 0." in lines and "to a person" in lines
@@ -63,6 +65,12 @@ def test_few_rows_are_not_fitted_and_right_ones_make_nothing_certain() -> None:
     probabilities = sure.calibration.probabilities(right[0].tolist())
     assert 0.9 < max(probabilities) < 0.995
     assert [each.confidence for each in sure.thresholds] == [0.0]
+
+
+def test_the_report_of_one_row_can_be_stored() -> None:
+    one = judged(*decided(1, sharpness=1.0))
+    assert msgspec.json.decode(msgspec.json.encode(one), type=DecisionReport) == one
+    assert "inf" not in "\n".join(decision_lines(one))
 
 
 def test_rows_are_judged_by_fits_to_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ server and ``predict`` read it. The report is part of the run's evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -84,7 +84,8 @@ class Measured(Struct, frozen=True):
     """A value with its 95 % interval."""
 
     value: float
-    interval: Interval
+    interval: Interval | None
+    """None for a mean of fewer than two rows."""
 
 
 class Quality(Struct, frozen=True, kw_only=True):
@@ -198,10 +199,17 @@ def _confusion_lines(report: DecisionReport) -> Iterator[str]:
 
 
 def _percent(measured: Measured) -> str:
-    low, high = map(format_percent, measured.interval)
-    return f"{format_percent(measured.value, 1)} ({low} to {high})"
+    return _with_interval(format_percent(measured.value, 1), measured.interval, format_percent)
 
 
 def _float(measured: Measured) -> str:
-    low, high = (format_float(edge, 2) for edge in measured.interval)
-    return f"{format_float(measured.value, 2)} ({low} to {high})"
+    return _with_interval(
+        format_float(measured.value, 2), measured.interval, lambda edge: format_float(edge, 2)
+    )
+
+
+def _with_interval(value: str, interval: Interval | None, formatted: Callable[[float], str]) -> str:
+    if interval is None:
+        return value
+    low, high = map(formatted, interval)
+    return f"{value} ({low} to {high})"
