@@ -162,7 +162,8 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
     yield ""
     yield from align_columns([("", *(name for name, _ in columns)), *rows])
     yield ""
-    yield from map(threshold_sentence, report.thresholds, [report.rows] * len(report.thresholds))
+    for threshold in report.thresholds:
+        yield threshold_sentence(threshold, report.rows)
     yield ""
     yield from _confusion_lines(report)
 
