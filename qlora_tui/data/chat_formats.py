@@ -265,6 +265,11 @@ def count_texts(value: Any) -> int:
     return sum(isinstance(one, str) or (isinstance(one, Mapping) and "type" not in one) for one in value)
 
 
+def json_text(value: Any) -> str:
+    """Return a value as JSON; what JSON lacks, such as the dates of a Parquet file, as a text in it."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...]]:
     """Return text, reasoning and tool calls of a content, over all parts. Raises ``RowRejectedError``."""
     if content is None or content != content:  # NaN is a missing value in tables of pandas
@@ -272,7 +277,7 @@ def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...
     if isinstance(content, str):
         return content, "", ()
     if isinstance(content, bool | int | float | dict):
-        return json.dumps(content, ensure_ascii=False), "", ()
+        return json_text(content), "", ()
     if not isinstance(content, list):
         raise RowRejectedError("wrong-format", f"The content of {where} is not text.")
     texts: list[str] = []
@@ -492,7 +497,7 @@ def decision(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
     """Convert a text and its class, its classes separated by commas, or its object of fields as JSON."""
     value = cells.get("label")
     if isinstance(value, dict):
-        answer = json.dumps(value, ensure_ascii=False)
+        answer = json_text(value)
     else:
         answer = ", ".join(_label(one, names) for one in (value if isinstance(value, list) else [value]))
     return with_system(cells, _pair(_text(cells, "text"), answer, "text", "label"))

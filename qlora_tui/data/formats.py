@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from qlora_tui.data.chat_formats import (
     Columns,
     are_calls,
     decoded,
+    json_text,
     messages_of,
     text_of,
     tools_of,
@@ -80,7 +80,7 @@ def detect_columns(
     if format_ == "decision" and detected is not None:
         labels = [value.get(detected["label"]) for value in columns.values]
         has_objects = any(isinstance(label, dict) for label in labels)
-        if has_objects and not by_hand and decision_of(Counter(map(json.dumps, labels))) is None:
+        if has_objects and not by_hand and decision_of(Counter(map(json_text, labels))) is None:
             return None
     if format_ == "sharegpt" and detected is not None:
         others = ("alpaca", "prompt-completion", "question-answer")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from datetime import date
 
 import pytest
 
 from qlora_tui.data.decisions import MOST_OPTIONS, decision_of
-from qlora_tui.data.formats import detect
+from qlora_tui.data.formats import detect, parse
 from qlora_tui.data.row import Row
 from qlora_tui.recipe.toml import to_recipe
 
@@ -54,6 +55,17 @@ def test_a_file_of_decisions_says_so() -> None:
     assert "2 labels: y, n" in detect(alpaca, "f").evidence[-1]
     texts = [Row(number, {"text": "t", "label": {"name": f"n{number}"}}) for number in range(30)]
     assert detect(texts, "f").layout.format == "text"
+
+
+def test_dates_in_objects_are_texts() -> None:
+    """JSON has none, but a Parquet file may."""
+    labels = [{"day": date(2026, 1, 1 + number % 3), "kind": "ab"[number % 2]} for number in range(30)]
+    rows = [Row(number, {"text": f"t{number}", "label": label}) for number, label in enumerate(labels)]
+    layout = detect(rows, "f").layout
+    assert layout.format == "decision"
+    assert parse(rows[0], layout).messages[-1].content == '{"day": "2026-01-01", "kind": "a"}'
+    pairs = [Row(number, {"prompt": "t", "completion": label}) for number, label in enumerate(labels)]
+    assert '"2026-01-02"' in parse(pairs[1], detect(pairs, "f").layout).messages[-1].content
 
 
 def test_the_earlier_name_of_the_format_is_read() -> None:
