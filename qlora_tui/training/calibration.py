@@ -9,7 +9,7 @@ option is added only where that lowers the log loss of rows it has not seen by m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -111,11 +111,15 @@ def calibrate(
 def _cross_fitted(fitter: _Fitter, scores: Tensor, truth: Tensor) -> Tensor:
     """Return log probabilities (rows, options), each row's by a fit to the rows of the other folds."""
     logs = torch.empty_like(scores)
-    folds = torch.arange(len(truth)) % FOLDS
-    for fold in range(FOLDS):
-        inside = folds == fold
+    for inside in _folds(len(truth)):
         logs[inside] = fitter(scores[~inside], truth[~inside]).logs(scores[inside])
     return logs
+
+
+def _folds(rows: int) -> Iterator[Tensor]:
+    """Yield for each fold whether a row is in it (rows,)."""
+    for fold in range(FOLDS):
+        yield torch.arange(rows) % FOLDS == fold
 
 
 def _fit_temperature(scores: Tensor, truth: Tensor) -> _Fit:
@@ -220,7 +224,6 @@ def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
     """
     confidence, chosen = logs.exp().max(-1)
     right = chosen == truth
-    folds = torch.arange(len(truth)) % FOLDS
     found: list[Threshold] = []
     for target in TARGETS:
         threshold = _threshold(confidence, right, target)
@@ -228,8 +231,7 @@ def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
             continue
         decided = confidence >= threshold
         # Where every row may be decided, nothing is chosen.
-        for fold in range(FOLDS) if threshold else ():
-            inside = folds == fold
+        for inside in _folds(len(truth)) if threshold else ():
             others = _threshold(confidence[~inside], right[~inside], target)
             decided[inside] = False if others is None else confidence[inside] >= others
         count, of_these = int(decided.sum()), int((decided & right).sum())
@@ -245,8 +247,9 @@ def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
 def _threshold(confidence: Tensor, right: Tensor, target: float) -> float | None:
     """Return the lowest confidence above which a share ``target`` is right; 0 for all rows, None for none."""
     order = confidence.argsort(descending=True)
-    shares = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
-    enough = (shares >= target) & (torch.arange(1, len(order) + 1) >= min(_MIN_DECIDED, len(order)))
+    counts = torch.arange(1, len(order) + 1)
+    shares = right[order].double().cumsum(0) / counts
+    enough = (shares >= target) & (counts >= min(_MIN_DECIDED, len(order)))
     if not bool(enough.any()):
         return None
     last = int(enough.nonzero()[-1])
