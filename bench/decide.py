@@ -1,4 +1,4 @@
-"""Decisions on public labeled text, with wrong labels planted, beside logistic regression on TF-IDF.
+"""Decisions on public labeled text, with wrong labels planted, next to logistic regression on TF-IDF.
 
     python -m bench.decide --train train_5500.label --test TREC_10.label [--state FOLDER] [--json]
 

@@ -1,6 +1,6 @@
 """Decisions on every row of a file, written into a copy of it: ``qlora-tui predict``, as a job.
 
-Decisions are appended to a hidden file beside the output, a batch at a time and in the order of the rows.
+Decisions are appended to a hidden file next to the output, a batch at a time and in the order of the rows.
 After a kill, the whole lines in it are kept, and the rows after them follow. When all rows are decided the
 file is read once more and copied row by row, each with its decision, under another hidden name, which then
 takes the place of the output. Memory does not grow with the file.
@@ -237,7 +237,7 @@ def _decide_rest(
 ) -> None:
     """Append the decision on each row after the first ``done`` ones."""
     file = Path(request.file)
-    # Reading is quick beside deciding, and a damaged file is noticed before the model is loaded.
+    # Reading takes little time next to deciding, and a damaged file is noticed before the model is loaded.
     total = sum(1 for _ in rows(file))
     rest = islice(rows(file), done, None)
     session: ChatSession | None = None

@@ -213,7 +213,7 @@ def _prompts(session: ChatSession, samples: Samples, most: int | None) -> Sequen
 def _decide(
     session: ChatSession, task: DecisionTask, texts: TaskRows, run: RunDir, report: Report
 ) -> dict[str, Any]:
-    """Score the options of each prompt with both models, and write the calibration beside the adapter."""
+    """Score the options of each prompt with both models, and write the calibration next to the adapter."""
     from qlora_tui.chat.chat_types import ADAPTER, BASE
     from qlora_tui.training.decisions import judge
 

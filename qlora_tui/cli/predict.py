@@ -15,7 +15,7 @@ from qlora_tui.worker import run_job
 
 
 def run_predict(args: argparse.Namespace) -> CommandResult:
-    """Decide each row of a file in a process of its own, showing how far it is."""
+    """Decide each row of a file in a separate process, and show the progress."""
     request = Prediction(
         run=str(find_run(args.run_id).path),
         file=str(args.file.absolute()),

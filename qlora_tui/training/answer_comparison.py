@@ -128,7 +128,7 @@ def _decide(
     budget_s: float,
     clock: Callable[[], float],
 ) -> TaskEvaluation | None:
-    """Judge the decisions of base and adapter, and write the calibration beside the adapter."""
+    """Judge the decisions of base and adapter, and write the calibration next to the adapter."""
     if len(task.prompts) < MIN_ROWS or not _is_enough(run, budget_s):
         return None
     run.reporter.phase("evaluating", "decisions of base and adapter on validation rows")

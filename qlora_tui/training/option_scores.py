@@ -13,11 +13,11 @@ prompt and to its own branch. Trees lie end to end in one sequence. For the prom
                p q a . y
                p q . . . b
 
-A sequence can be as wrong as it is fast: with a recurrent state, with positions that are no arguments, or
-where a window is shorter than a row, a token sees what it must not see, or not what it must. So the scores of
-a row are compared with those of each option by itself, and a row that is longer than all compared before is
-compared again. What differs by more than rounding is computed with one row for each option, padded at the
-end, where no token of a causal model sees it.
+Not every model can compute such a sequence: with a recurrent state, with positions that are not taken from
+the arguments, or with a window shorter than a row, a token sees what it must not see, or misses what it must
+see. So the scores of a row are compared with those of each option by itself, and a row that is longer than
+all compared before is compared again. What differs by more than rounding is computed with one row for each
+option, padded at the end, where no token of a causal model sees it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class OptionScorer:
         self.packed_tokens = 0
         """Rows up to this long have been packed with the right scores."""
         self.failed_tokens = 1 << 62
-        """Rows from this length on are not packed: the scores were others."""
+        """Rows from this length on are not packed: their scores were wrong."""
 
     def score(
         self, choices: Sequence[Choice], progress: Callable[[int], None] = lambda done: None
@@ -115,7 +115,7 @@ class OptionScorer:
         some = Choice(row.prompt, tuple(row.options[number] for number in numbers))
         expected = self._each_apart(some, 0)
         try:
-            # Beside another row, as it will be.
+            # After another row, as in a sequence of several.
             difference = _largest_difference(self._packed([row, row])[1][numbers], expected)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""What decisions of a run are worth, and the file beside its adapter with which others decide.
+"""What decisions of a run are worth, and the file next to its adapter with which others decide.
 
 ``decision.json`` in the adapter's folder holds the options and the calibration of their probabilities; chat,
 server and ``predict`` read it. The report is part of the run's evaluation.
