@@ -23,6 +23,7 @@ from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS, AnswerStream
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
+from qlora_tui.training.checks import rounding
 from tests.chat.adapters import make_adapter
 from tests.training.families import FAMILIES, build
 from tests.training.tiny_model import make_tiny_model
@@ -113,7 +114,7 @@ def test_a_check_that_fails_costs_no_answer(tiny_source: ChatSource, monkeypatch
         calls.append(model)
         raise RuntimeError("a shape that nobody expected\nat line 3")
 
-    monkeypatch.setattr(logits, "rounding_errors", fails)
+    monkeypatch.setattr(rounding, "rounding_errors", fails)
     session, answer = answered(tiny_source, "adapter")
     assert answer == expected
     assert session.warning.endswith("peft: RuntimeError: a shape that nobody expected.")
