@@ -76,7 +76,7 @@ def describe_here(configs: Sequence[Any], should_stop: Any) -> list[Any]:
 
 
 def _walk_in(model_type: str, method: Any, connection: Connection) -> None:
-    """Walk one type with folders of its own."""
+    """Walk one type in its own folders."""
     import torch
     from transformers.utils import logging
 

@@ -91,7 +91,7 @@ def walk(model_type: str, folder: Path, method: Literal["none", "nf4"] = "none")
 def write_model(model_type: str, folder: Path, walked: Walked) -> None:
     """Write a random model with its tokenizer. Raises UserError where transformers builds none.
 
-    A type with parts is written whole, as it is published, if the part that is trained is a class of its own.
+    A type with parts is written whole, as it is published, even if the trained part has its own class.
     """
     import transformers
     from transformers import AutoConfig

@@ -188,7 +188,7 @@ class Architecture(Struct, frozen=True):
     layer_runs: tuple[int, ...] = ()
     """How often a forward runs each layer and keeps it for the backward, if some run in a loop (HRM)."""
     own_code: bool = False
-    """Whether the class gives attention tensors of its own (Inkling: a bias for each pair of tokens), or
+    """Whether the class passes more tensors to attention (Inkling: a bias for each pair of tokens), or
     cannot be tried without values of tensors (DBRX)."""
 
     @property

@@ -220,7 +220,7 @@ def _temperature(config: Any) -> dict[str, Any]:
 
 
 def _mimo2(config: Any) -> dict[str, Any]:
-    """Return what MiMo 2 has of its own: layers with a window have twice the key heads."""
+    """Return what only MiMo 2 has: layers with a window have twice the key heads."""
     heads = config.num_key_value_heads
     return {
         "attention.head_count_kv": [

@@ -95,8 +95,8 @@ class Estimate:
     loading_process_bytes: int = 0
     """Peak of the process while the model is loaded."""
     host_bytes: int = 0
-    """Host memory beside that of a GPU: a base with streamed layers, which is loaded there as a whole, and
-    offloaded inputs of layers; mostly 0."""
+    """Host memory in addition to that of a GPU: a base with streamed layers, which is loaded there as a
+    whole, and offloaded inputs of layers; mostly 0."""
 
     @property
     def total_bytes(self) -> int:
@@ -300,8 +300,8 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
         )
     elif layout.architecture.own_code:
         notes.append(
-            "The class has code of its own around attention, or cannot be tried without weights: what it "
-            "computes besides the products of its modules is unknown."
+            "The class adds its own code to attention, or cannot be tried without weights: what it computes "
+            "in addition to the products of its modules is unknown."
         )
     elif not layout.exact:
         notes.append(

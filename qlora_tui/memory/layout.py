@@ -144,7 +144,7 @@ class Layer:
     attention: Block | None
     heads: Heads | None
     mixer: Block | None
-    """What replaces attention in the other layers of a hybrid, or runs beside it."""
+    """What replaces attention in the other layers of a hybrid, or runs next to it."""
     mlps: tuple[Block, ...]
     """The MLP, the shared expert, and others that transform each token."""
     mixture: Mixture | None

@@ -65,7 +65,7 @@ UNKNOWN_PARTS_UNCERTAINTY = 0.8
 """As ``STEP_UNCERTAINTY`` for layers with parts of unknown use: steps take up to 1.75 times what shapes give
 (Muse Spark)."""
 OWN_CODE_UNCERTAINTY = 4.0
-"""As ``STEP_UNCERTAINTY`` for models with code of their own, of which the shapes of modules say nothing: of
+"""As ``STEP_UNCERTAINTY`` for models whose own code computes what the shapes of modules do not show: of
 225 types, a traced step takes up to 4.1 times what they give (AXK2), and one cannot be traced (DBRX, 1.6)."""
 TRACED_UNCERTAINTY = 0.02
 """Uncertainty of a traced step: what kernels take that a trace imitates."""

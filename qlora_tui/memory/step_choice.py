@@ -13,7 +13,7 @@ All three compete for the same memory, so the fastest combination is chosen by t
 The trainer chooses rows and optimizer before it loads the model, and layers for its longest batch. After an
 out-of-memory error ``runs.retry`` lowers both.
 
-How much slower streamed layers or offloaded inputs make a run follows from the same times: copies run beside
+How much slower streamed layers or offloaded inputs make a run follows from the same times: copies run during
 the computation, so a step takes the longer of the two. Of S streamed layers, a micro-batch
 copies each twice, forward and backward, but for the two that are still in the buffers at either turn:
 2 (S - 2) copies.
@@ -329,7 +329,7 @@ def describe_slowdown(recipe: Recipe, architecture: Architecture, device: Device
 
 
 def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Device) -> str:
-    """Describe what a recipe keeps in host memory beside a GPU, and its cost; empty where it keeps nothing.
+    """Describe what a recipe keeps in host memory next to a GPU, and its cost; empty where it keeps nothing.
 
     ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6× slower.``
     """

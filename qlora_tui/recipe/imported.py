@@ -512,8 +512,8 @@ class _Import:
             path = files
         if not isinstance(path, str) or isinstance(path, Expression):
             return None
-        beside = self._path.resolve().parent / path
-        return str(beside) if not Path(path).exists() and beside.exists() else path
+        next_to_file = self._path.resolve().parent / path
+        return str(next_to_file) if not Path(path).exists() and next_to_file.exists() else path
 
     def _leave_out_of_data(self, where: str, given: dict[str, Any]) -> None:
         for key, value in given.items():

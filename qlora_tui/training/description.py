@@ -75,7 +75,7 @@ _LARGEST_TRIAL = 1 << 28
 """Most weights of a module that is tried: 1 GiB."""
 _TRIAL, _TRIAL_TOKENS = "qlora_tui_trial", 8
 _USUAL_TENSORS = {"position_ids", "s_aux", "sinks"}
-"""What attention is given besides a mask that this program makes: positions, and logits of sinks."""
+"""What models pass to attention next to queries, keys, values and a mask: positions, and logits of sinks."""
 
 
 def describe_all(configs: list[dict[str, Any]]) -> list[Description]:
@@ -126,7 +126,7 @@ class _Trial:
     attends: bool
     """Whether it called transformers' interface for attention."""
     own_code: bool
-    """Whether it gave attention tensors of its own, or needs values of tensors."""
+    """Whether it passed more tensors to attention than usual, or needs values of tensors."""
 
 
 class _Tree:
@@ -280,7 +280,7 @@ class _Tree:
         """Run a forward with gradients, with an attention function that only this calls."""
         runs: Counter[str] = Counter()
         given: list[set[str]] = []
-        """Names of the tensors that each call was given besides queries, keys and values."""
+        """Names of the tensors that each call was given in addition to queries, keys and values."""
 
         def count(name: str) -> None:
             runs[name] += torch.is_grad_enabled()
