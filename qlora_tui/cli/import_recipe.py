@@ -13,7 +13,7 @@ import tomli_w
 from qlora_tui.cli.subcommand import CommandResult, Subcommand
 from qlora_tui.files import write_new
 from qlora_tui.formatting import align_columns, pluralize
-from qlora_tui.recipe.imported import ImportedRecipe, import_recipe
+from qlora_tui.recipe.imported import ImportedRecipe, import_recipe, shown
 
 _LONGEST_VALUE = 40
 """Characters of a value in the list of what has no counterpart."""
@@ -39,23 +39,18 @@ def _account(imported: ImportedRecipe) -> str:
     """Return what was read and what was not, for people."""
     lines = [
         f"{imported.trainer}: {pluralize(len(imported.taken), 'setting')} read; "
-        f"{pluralize(len(imported.unneeded), 'key')} that change nothing here."
+        f"{pluralize(len(imported.unneeded), 'key')} without effect here."
     ]
     if imported.left_out:
         lines.append(f"Without a counterpart ({len(imported.left_out)}):")
         rows = [
-            [f"  {left.key} = {_short(left.value)}", left.why or "not understood"]
+            [f"  {left.key} = {shown(left.value, _LONGEST_VALUE)}", left.why or "not understood"]
             for left in imported.left_out
         ]
         lines += align_columns(rows)
     if not imported.layer.get("data", {}).get("sources"):
         lines.append("No data was found: name it with --data, or in data.sources.")
     return "\n".join(lines)
-
-
-def _short(value: object) -> str:
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

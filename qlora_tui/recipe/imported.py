@@ -275,7 +275,7 @@ class _Import:
         elif written in rule.values and rule.to:
             self._take(key, value, rule.to, rule.values[written])
         elif rule.refuse:
-            raise self._refused(f"{key} is {_shown(value)}: it trains {rule.refuse}.")
+            raise self._refused(f"{key} is {shown(value)}: it trains {rule.refuse}.")
         else:
             why = rule.why or f"{rule.to} has no such value"
             self._leave_out(key, value, why)
@@ -578,9 +578,10 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | bool | None) else repr(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any, longest: int = _LONGEST_VALUE) -> str:
+    """Return a value as JSON of at most so many characters, for people."""
     text = json.dumps(_plain(value), ensure_ascii=False)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _as_kind(value: Any, setting: str) -> Any:
