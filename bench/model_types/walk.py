@@ -341,7 +341,7 @@ def _compare_answers(run: Any, model_folder: Path, walked: Walked, *, compared: 
             cached = _generated(plain, prompt, _ANSWER_TOKENS)
             if cached and cached != alone:
                 # Which of equal scores count may depend on the tokens of a pass: read as ``generate`` reads.
-                session._in_parts = False
+                session.reads_in_parts = False
                 walked.chat = "as transformers with a cache, not as without one"
             splitter = session.splitter(prompt)
             reply = generation.AnswerStream(session, name, prompt, cache, sampling, Event(), splitter)
@@ -351,9 +351,9 @@ def _compare_answers(run: Any, model_folder: Path, walked: Walked, *, compared: 
             if compared and ours not in (cached[: len(ours)], alone[: len(ours)]):
                 raise WalkError(f"{name} answers {ours}, not {cached} or {alone}")
             prompt = [*cache.token_ids, *question[-_READ_TOKENS:]]
-    if session.warning and session._uses_cache:
+    if session.warning and session.keeps_keys:
         raise WalkError(session.warning)
-    if not session._uses_cache:
+    if not session.keeps_keys:
         walked.chat = "without a cache"
 
 

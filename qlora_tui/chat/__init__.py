@@ -7,6 +7,7 @@ adapters            loads adapters, and computes them in place of peft
 decoding            keys and values of a conversation; on a GPU, a step recorded as a CUDA graph
 cpu                 faster decoding on a CPU
 logits              the output layer; compares the first logits with those of transformers and peft
+session_check       turns off what makes a session's logits differ from the libraries'
 generation          one answer, token by token, with its thoughts separated
 completion_types    what programs ask for, and what they get; no torch
 completion          one completion for a program: stop texts, log probabilities, echo

@@ -12,7 +12,7 @@ holds, and returns its whole buffer, of which the model's mask hides the rest.
 
 The first tokens of an answer are computed by the same step before it is recorded, so that an answer does not
 depend on when that happens. The check of the first prompt compares this step with transformers
-(:meth:`qlora_tui.chat.session.ChatSession.check`), and a recorded step must give the logits of the steps
+(:mod:`qlora_tui.chat.session_check`), and a recorded step must give the logits of the steps
 before it. Where a step cannot be computed or recorded (a recurrent state, a layer that waits for the GPU),
 tokens are decoded as on a CPU, and ``DecodeSteps.why_not`` has the reason.
 

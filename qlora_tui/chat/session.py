@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +37,8 @@ from qlora_tui.chat.decoding import (
     record_cuda_graph,
 )
 from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS, AnswerStream
-from qlora_tui.chat.logits import (
-    TOKENS,
-    LogitsComparison,
-    ModelHead,
-    compare_logits,
-    library_code,
-    use_library_code,
-)
+from qlora_tui.chat.logits import LogitsComparison, ModelHead, library_code, use_library_code
+from qlora_tui.chat.session_check import SessionCheck
 from qlora_tui.data.conversation import Message, RowRejectedError
 from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thought_splitter import ThoughtSplitter
@@ -105,11 +98,9 @@ class ChatSession:
         self._reader = TokenReader(self.device)
         self.checked: dict[str, LogitsComparison] = {}
         """Comparison with the library's logits by adapter name, after its first answer."""
-        self._not_checkable: set[str] = set()
-        """Adapters whose logits could not be compared."""
-        self._uses_cache = True
+        self.keeps_keys = True
         """Whether keys and values are kept from one token to the next."""
-        self._in_parts = True
+        self.reads_in_parts = True
         """Whether a text may be read in several passes. Some recurrent layers begin again in each pass of
         several tokens, and some caches treat the tokens of the first pass as the prompt."""
         self.warning = ""
@@ -118,6 +109,7 @@ class ChatSession:
         """Whether attention of one token computes the query heads of a key head together."""
         takes = signature(model.forward).parameters
         self.batches = Batches(self)
+        self._check = SessionCheck(self, model)
         self._grammars: Grammars | None = None
         # The name changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
@@ -143,19 +135,9 @@ class ChatSession:
         )
 
     @property
-    def keeps_keys(self) -> bool:
-        """Return whether keys and values are kept from one token to the next."""
-        return self._uses_cache
-
-    @property
-    def reads_in_parts(self) -> bool:
-        """Return whether a text may be read in several passes."""
-        return self._in_parts
-
-    @property
     def prefill_tokens(self) -> int:
         """Return the most prompt tokens of one pass."""
-        return PREFILL_CHUNK_TOKENS if self._in_parts else self.context_length
+        return PREFILL_CHUNK_TOKENS if self.reads_in_parts else self.context_length
 
     def take_note(self) -> str:
         """Return, once, why answers are generated without a CUDA graph on a GPU; else an empty text."""
@@ -189,7 +171,7 @@ class ChatSession:
         prompt = self.prompt(messages, thinking)
         self.ensure_loaded(adapter_name)
         self.check(adapter_name, prompt)
-        if adapter_name not in self._caches or not self._uses_cache:
+        if adapter_name not in self._caches or not self.keeps_keys:
             self._caches[adapter_name] = self.new_cache()
         prefix_cache = self._caches[adapter_name]
         splitter = self.splitter(prompt)
@@ -272,122 +254,22 @@ class ChatSession:
         return PrefixCache(self._model.config, free_bytes, self.context_length)
 
     def check(self, adapter_name: str, prompt: list[int]) -> None:
-        """Compare the logits of a loaded adapter with the library's, once.
+        """Compare the logits of a loaded adapter with the library's, once; see :class:`SessionCheck`."""
+        self._check.run(adapter_name, prompt)
 
-        The end of the prompt is read in two passes, as a conversation of two turns is, with sliding windows
-        that are shorter than it. If the logits differ, the session reads prompts in one pass, or uses
-        transformers and peft alone from then on, and ``warning`` says so. If they cannot be compared,
-        ``warning`` says why, and nothing else changes.
-        """
-        ids = prompt[-TOKENS:]
-        if adapter_name in self.checked or adapter_name in self._not_checkable or len(ids) < 2:
-            return
-
-        def ours() -> Tensor:
-            prefix_cache = self.new_cache()
-            # With two positions, one that never moves shows.
-            read = len(ids) - min(2, len(ids) - 1)
-            ends = [read, *range(read + 1, len(ids) + 1)]
-            if self._in_parts and read > 1:
-                ends.insert(0, read // 2)
-            return torch.cat(
-                [
-                    self.next_logits(adapter_name, ids[start:end], prefix_cache).clone()
-                    for start, end in pairwise([0, *ends])
-                ][-2:]
-            )
-
-        def compare() -> LogitsComparison:
-            with short_windows(self._model):
-                return compare_logits(
-                    self._model,
-                    self.compute_device.dtype,
-                    ours,
-                    lambda: self._library_logits(adapter_name, ids),
-                )
-
-        try:
-            comparison = self.checked[adapter_name] = compare()
-            if not comparison.agrees and self._agrees_without("_in_parts", adapter_name, compare):
-                return
-            if not comparison.agrees and self.steps is not None and self.steps.in_use:
-                self.steps.turn_off(
-                    "In fixed shapes the logits differed from those of transformers and peft by "
-                    f"{comparison.difference:.2g} of the logits' standard deviation, of which rounding "
-                    f"accounts for about {comparison.noise:.2g}."
-                )
-                self._caches.clear()
-                comparison = self.checked[adapter_name] = compare()
-            if comparison.agrees:
-                return
-            use_library_code(self._model)
-            self._groups_heads = False
-            self._adapters.use_peft()
-            self._caches.clear()
-            again = compare()
-            if not again.agrees and self._agrees_without_cache(adapter_name, compare):
-                return
-        except Exception as error:
-            if self._agrees_without_cache(adapter_name, compare):
-                return
-            # An answer without a check is better than none.
-            self._not_checkable.add(adapter_name)
-            lines = str(error).strip().splitlines() or [""]
-            self.warning = (
-                "These answers could not be checked against transformers and peft: "
-                f"{type(error).__name__}: {lines[0]}."
-            )
-            if self.steps is not None:
-                self.steps.turn_off("They could not be checked against transformers and peft.")
-            return
-        how = (
-            f"the logits of the next token differed from those of transformers and peft by "
-            f"{comparison.difference:.2g} of the logits' standard deviation, of which rounding accounts for "
-            f"about {comparison.noise:.2g}"
-        )
-        self.warning = (
-            f"Answers are slower: {how}. This chat now uses their code, and agrees with it."
-            if again.agrees
-            else f"Do not rely on these answers: {how}, and they still differ by {again.difference:.2g} "
-            "with their own layers. Please report the model and the version of transformers."
-        )
-
-    def _agrees_without_cache(self, adapter_name: str, compare: Callable[[], LogitsComparison]) -> bool:
-        """Stop keeping keys and values, if the logits then are the library's, and say so.
-
-        Some classes have a cache of their own, or none, or count positions in one of its layers.
-        """
-        if self.steps is not None:
-            self.steps.turn_off("This model is asked without a cache of keys and values.")
-        if not self._agrees_without("_uses_cache", adapter_name, compare):
-            return False
-        self.warning = (
-            "Answers are slower: with a cache of keys and values this model computes different logits than "
-            "transformers and peft without one, so the conversation is read again for each token."
-        )
-        return True
-
-    def _agrees_without(
-        self,
-        setting: Literal["_in_parts", "_uses_cache"],
-        adapter_name: str,
-        compare: Callable[[], LogitsComparison],
-    ) -> bool:
-        """Turn a setting off if the logits then are the library's; return whether they are."""
-        setattr(self, setting, False)
+    def forget_conversations(self) -> None:
+        """Drop the keys and values of the chat's conversations, which are read again."""
         self._caches.clear()
-        try:
-            comparison = compare()
-        except Exception:  # whatever a model raises
-            comparison = None
-        if comparison is None or not comparison.agrees:
-            setattr(self, setting, True)
-            return False
-        self.checked[adapter_name] = comparison
-        return True
+
+    def use_library_code(self) -> None:
+        """Compute with transformers and peft alone from now on."""
+        use_library_code(self._model)
+        self._groups_heads = False
+        self._adapters.use_peft()
+        self.forget_conversations()
 
     @torch.inference_mode()
-    def _library_logits(self, adapter_name: str, token_ids: list[int]) -> Tensor:
+    def library_logits(self, adapter_name: str, token_ids: list[int]) -> Tensor:
         """Return the logits (2, vocabulary) after the last two of ``token_ids``, without this chat's code."""
         with library_code(self._model), self._adapters.through_peft(adapter_name):
             output = self._model(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
@@ -423,7 +305,7 @@ class ChatSession:
         With ``every`` the logits (tokens, vocabulary) after each of them.
         """
         wanted = len(token_ids) if every else 1
-        apart = len(token_ids) > 1 and not self._in_parts
+        apart = len(token_ids) > 1 and not self.reads_in_parts
         if apart or prefix_cache.outdated_by(len(token_ids)):
             token_ids = prefix_cache.token_ids + token_ids
             prefix_cache.clear()
@@ -433,7 +315,7 @@ class ChatSession:
                 prefix_cache.add_step(token_ids[0])
                 return after
         self._adapters.activate(adapter_name)
-        if not self._uses_cache:
+        if not self.keeps_keys:
             prefix_cache.token_ids += token_ids
             tokens = torch.tensor([prefix_cache.token_ids], device=self.device)
             logits: Tensor = self._compute(input_ids=tokens, use_cache=False).logits

@@ -137,12 +137,12 @@ def test_library_code_gives_the_model_back_after_an_error(tiny_source: ChatSourc
 def test_library_scores_leave_no_trace(tiny_source: ChatSource) -> None:
     session, answer = answered(tiny_source, "adapter")
     before = {m: vars(m).get("forward") for m in session._model.modules()}
-    session._library_logits("adapter", [5, 6, 7])
+    session.library_logits("adapter", [5, 6, 7])
     assert {m: vars(m).get("forward") for m in session._model.modules()} == before
     reply = session.ask(QUESTION, adapter_name="adapter", sampling=replace(GREEDY, max_new_tokens=6))
     assert "".join(said.text for said in reply) == answer
     assert torch.equal(
-        session._library_logits("adapter", [5, 6, 7]), session._library_logits("adapter", [5, 6, 7])
+        session.library_logits("adapter", [5, 6, 7]), session.library_logits("adapter", [5, 6, 7])
     )
 
 

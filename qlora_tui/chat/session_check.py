@@ -1,0 +1,149 @@
+"""Compares a session's logits with the libraries', and turns off what makes them differ.
+
+A session reads a prompt in parts, keeps keys and values, decodes in fixed shapes on a GPU, and has its own
+code for adapters and attention. Not every model allows all of it: the first prompt of each adapter shows what
+(:mod:`qlora_tui.chat.logits` compares), and the session goes on without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from qlora_tui.chat.logits import TOKENS, LogitsComparison, compare_logits
+
+if TYPE_CHECKING:
+    from qlora_tui.chat.session import ChatSession
+
+
+class SessionCheck:
+    """Compares the logits of each adapter once."""
+
+    def __init__(self, session: ChatSession, model: Any) -> None:
+        self._session = session
+        self._model = model
+        self._not_checkable: set[str] = set()
+        """Adapters whose logits could not be compared."""
+
+    def run(self, adapter_name: str, prompt: list[int]) -> None:
+        """Compare the logits of a loaded adapter with the library's, unless that is done.
+
+        The end of the prompt is read in two passes, as a conversation of two turns is, with sliding windows
+        that are shorter than it. If the logits differ, the session reads prompts in one pass, or uses
+        transformers and peft alone from then on, and its ``warning`` says so. If they cannot be compared,
+        ``warning`` says why, and nothing else changes.
+        """
+        session = self._session
+        ids = prompt[-TOKENS:]
+        if adapter_name in session.checked or adapter_name in self._not_checkable or len(ids) < 2:
+            return
+        compare = partial(self._compare, adapter_name, ids)
+        try:
+            comparison = session.checked[adapter_name] = compare()
+            if not comparison.agrees and self._agrees_without("reads_in_parts", adapter_name, compare):
+                return
+            if not comparison.agrees and session.steps is not None and session.steps.in_use:
+                session.steps.turn_off(
+                    "In fixed shapes the logits differed from those of transformers and peft by "
+                    f"{comparison.difference:.2g} of the logits' standard deviation, of which rounding "
+                    f"accounts for about {comparison.noise:.2g}."
+                )
+                session.forget_conversations()
+                comparison = session.checked[adapter_name] = compare()
+            if comparison.agrees:
+                return
+            session.use_library_code()
+            again = compare()
+            if not again.agrees and self._agrees_without_cache(adapter_name, compare):
+                return
+        except Exception as error:
+            if self._agrees_without_cache(adapter_name, compare):
+                return
+            # An answer without a check is better than none.
+            self._not_checkable.add(adapter_name)
+            lines = str(error).strip().splitlines() or [""]
+            session.warning = (
+                "These answers could not be checked against transformers and peft: "
+                f"{type(error).__name__}: {lines[0]}."
+            )
+            if session.steps is not None:
+                session.steps.turn_off("They could not be checked against transformers and peft.")
+            return
+        how = (
+            f"the logits of the next token differed from those of transformers and peft by "
+            f"{comparison.difference:.2g} of the logits' standard deviation, of which rounding accounts for "
+            f"about {comparison.noise:.2g}"
+        )
+        session.warning = (
+            f"Answers are slower: {how}. This chat now uses their code, and agrees with it."
+            if again.agrees
+            else f"Do not rely on these answers: {how}, and they still differ by {again.difference:.2g} "
+            "with their own layers. Please report the model and the version of transformers."
+        )
+
+    def _compare(self, adapter_name: str, ids: list[int]) -> LogitsComparison:
+        session = self._session
+        with session.short_windows():
+            return compare_logits(
+                self._model,
+                session.compute_device.dtype,
+                lambda: self._logits(adapter_name, ids),
+                lambda: session.library_logits(adapter_name, ids),
+            )
+
+    def _logits(self, adapter_name: str, ids: list[int]) -> Tensor:
+        """Return the session's logits (2, vocabulary) after the last two of ``ids``."""
+        session = self._session
+        prefix_cache = session.new_cache()
+        # With two positions, one that never moves shows.
+        read = len(ids) - min(2, len(ids) - 1)
+        ends = [read, *range(read + 1, len(ids) + 1)]
+        if session.reads_in_parts and read > 1:
+            ends.insert(0, read // 2)
+        return torch.cat(
+            [
+                session.next_logits(adapter_name, ids[start:end], prefix_cache).clone()
+                for start, end in pairwise([0, *ends])
+            ][-2:]
+        )
+
+    def _agrees_without_cache(self, adapter_name: str, compare: Callable[[], LogitsComparison]) -> bool:
+        """Stop keeping keys and values, if the logits then are the library's, and say so.
+
+        Some classes have a cache of their own, or none, or count positions in one of its layers.
+        """
+        session = self._session
+        if session.steps is not None:
+            session.steps.turn_off("This model is asked without a cache of keys and values.")
+        if not self._agrees_without("keeps_keys", adapter_name, compare):
+            return False
+        session.warning = (
+            "Answers are slower: with a cache of keys and values this model computes different logits than "
+            "transformers and peft without one, so the conversation is read again for each token."
+        )
+        return True
+
+    def _agrees_without(
+        self,
+        setting: Literal["reads_in_parts", "keeps_keys"],
+        adapter_name: str,
+        compare: Callable[[], LogitsComparison],
+    ) -> bool:
+        """Turn a setting off if the logits then are the library's; return whether they are."""
+        session = self._session
+        setattr(session, setting, False)
+        session.forget_conversations()
+        try:
+            comparison = compare()
+        except Exception:  # whatever a model raises
+            comparison = None
+        if comparison is None or not comparison.agrees:
+            setattr(session, setting, True)
+            return False
+        session.checked[adapter_name] = comparison
+        return True
