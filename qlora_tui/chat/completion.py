@@ -28,7 +28,9 @@ from qlora_tui.chat.generation import IncrementalDetokenizer, TokenSampler
 from qlora_tui.data.render import text_at
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter, begun_length
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.tokenizer_files import panics_as_errors
 from qlora_tui.data.tool_calls import CallFormat, CallText
+from qlora_tui.errors import EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     from qlora_tui.chat.batches import Row
@@ -37,6 +39,33 @@ if TYPE_CHECKING:
 
 _SCORED_TOKENS = 128
 """Prompt tokens of one pass if each is scored: all their logits are in memory, in float32 a second time."""
+
+
+def completion_prompt(session: ChatSession, completion: Completion) -> list[int]:
+    """Return the token ids that are to be completed. Raises UserError."""
+    if completion.messages:
+        return session.prompt(
+            completion.messages, completion.thinking, completion.tools, completion.template_variables
+        )
+    prompt = list(completion.token_ids)
+    if completion.text is not None:
+        tokenizer = session.tokenizer
+        with panics_as_errors():
+            prompt = tokenizer.encode(completion.text)
+        begin = tokenizer.bos_id
+        if begin is not None and tokenizer.begins_with_bos and prompt[:1] != [begin]:
+            prompt.insert(0, begin)
+    if not prompt or not all(0 <= token_id < session.vocabulary for token_id in prompt):
+        raise UserError(
+            "The prompt cannot be read",
+            what="It has no token."
+            if not prompt
+            else f"It has a token id outside 0 to {session.vocabulary - 1:,}.",
+            fix="Send a text, or token ids of this model's tokenizer.",
+            exit_code=EXIT_USAGE,
+        )
+    session.check_length(len(prompt) + completion.answers)
+    return prompt
 
 
 def score_tokens(

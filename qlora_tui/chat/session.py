@@ -23,7 +23,7 @@ from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
 from qlora_tui.chat.adapters import AdapterSet, uses_dora
 from qlora_tui.chat.batches import Batches
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
-from qlora_tui.chat.completion import CompletionStream
+from qlora_tui.chat.completion import CompletionStream, completion_prompt
 from qlora_tui.chat.completion_types import Completion
 from qlora_tui.chat.constraints import Grammars
 from qlora_tui.chat.cpu import dequantize_on_cpu, grouped_heads, use_cpu_layout
@@ -79,7 +79,8 @@ class ChatSession:
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
         self._decoder = AnswerDecoder(tokenizer)
         self._model = model
-        self._vocabulary = int(model.get_input_embeddings().num_embeddings)
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
+        """Number of tokens that the model knows."""
         self._adapters = AdapterSet(model, source.adapters)
         # The deletion of a run asks first while its adapter is loaded here.
         for run in {run for path in source.adapters.values() if (run := run_of(Path(path))) is not None}:
@@ -189,10 +190,10 @@ class ChatSession:
         Raises UserError where the adapter cannot be loaded, the prompt is refused, empty or too long, or the
         schema cannot be used.
         """
-        prompt = self._completion_prompt(completion)
+        prompt = completion_prompt(self, completion)
         constraint = None
         if completion.schema is not None:
-            self._grammars = self._grammars or Grammars(self.tokenizer, self._vocabulary, self.end_ids)
+            self._grammars = self._grammars or Grammars(self.tokenizer, self.vocabulary, self.end_ids)
             marks = () if completion.thinking == "off" else self._decoder.mark_tokens
             constraint = self._grammars.constraint(completion.schema, marks)
         self.ensure_loaded(completion.adapter_name)
@@ -208,31 +209,7 @@ class ChatSession:
         """Return what decodes answers with calls, whose marks may be special tokens."""
         return self._decoder.keeping(calls.literals)
 
-    def _completion_prompt(self, completion: Completion) -> list[int]:
-        if completion.messages:
-            return self.prompt(
-                completion.messages, completion.thinking, completion.tools, completion.template_variables
-            )
-        prompt = list(completion.token_ids)
-        if completion.text is not None:
-            with panics_as_errors():
-                prompt = self.tokenizer.encode(completion.text)
-            begin = self.tokenizer.bos_id
-            if begin is not None and self.tokenizer.begins_with_bos and prompt[:1] != [begin]:
-                prompt.insert(0, begin)
-        if not prompt or not all(0 <= token_id < self._vocabulary for token_id in prompt):
-            raise UserError(
-                "The prompt cannot be read",
-                what="It has no token."
-                if not prompt
-                else f"It has a token id outside 0 to {self._vocabulary - 1:,}.",
-                fix="Send a text, or token ids of this model's tokenizer.",
-                exit_code=EXIT_USAGE,
-            )
-        self._check_length(len(prompt) + completion.answers)
-        return prompt
-
-    def _check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int) -> None:
         """Raise UserError where a prompt and the first token of its answer are more than the context."""
         if tokens > self.context_length:
             raise UserError(
@@ -293,7 +270,7 @@ class ChatSession:
                 fix="Omit the system prompt, or start over with a question.",
                 exit_code=EXIT_USAGE,
             ) from refused
-        self._check_length(len(prompt) + 1)
+        self.check_length(len(prompt) + 1)
         return prompt
 
     @torch.inference_mode()
