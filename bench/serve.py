@@ -1,9 +1,9 @@
-"""Tokens per second of the server for one client and for eight, beside the chat and other ways.
+"""Tokens per second of the server for one client and for eight, next to the chat and other ways.
 
     python -m bench.serve [RUN] [--tokens 48] [--rounds 3] [--transformers PYTHON] [--json]
 
 Serves a run, by default the last. Plain ``generate`` (eager, peft's adapter unmerged) and the chat's session
-are those of ``bench.chat``, each in a process of its own. A server that takes one request after another gives
+are those of ``bench.chat``, each in its own process. A server that takes one request after another gives
 the speed of plain ``generate`` to all its clients together. All take turns, whose order is reversed every
 round. Medians count, of the tokens after the first; those of eight clients are added up.
 
@@ -50,7 +50,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     run = find_run(args.run)
-    command = [sys.executable, "-m", "bench.chat", run.recipe().model.id, "--adapter", str(run.adapter_dir)]
+    recipe = run.recipe()
+    command = [sys.executable, "-m", "bench.chat", recipe.model.id, "--adapter", str(run.adapter_dir)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with ExitStack() as ends:
         ways: dict[str, Callable[[], float]] = {}
@@ -63,7 +64,6 @@ def main() -> int:
         for count in (1, CLIENTS):
             ways[f"server, {count} clients"] = partial(by_clients, url, run.id, count, args.tokens)
         if args.transformers:
-            recipe = run.recipe()
             model = str(model_folder(recipe))
             other = ends.enter_context(
                 _transformers(args.transformers, model, find_device(recipe).dtype_name)

@@ -22,6 +22,7 @@ from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
+from tests.chat.test_completion import completed, text_of
 
 pytestmark = pytest.mark.slow
 
@@ -55,15 +56,9 @@ def session(tiny_source: ChatSource) -> ChatSession:
 def answered(session: ChatSession, **settings: Any) -> tuple[str, str, str]:
     """Thought, answer, ending."""
     asked: dict[str, Any] = {"adapter_name": "base", "sampling": GREEDY, "schema": SCHEMA, **settings}
-    steps = session.complete(Completion(**asked), Event()).run()
-    texts = {True: "", False: ""}
-    while True:
-        try:
-            part = next(steps)
-        except StopIteration as end:
-            return texts[True], texts[False], end.value.ending
-        if part is not None:
-            texts[part.thought] += part.text
+    parts, result = completed(session, **asked)
+    thought, answer = (text_of([part for part in parts if part.thought == kind]) for kind in (True, False))
+    return thought, answer, result.ending
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
