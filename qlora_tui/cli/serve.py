@@ -20,7 +20,7 @@ from qlora_tui.cli.subcommand import (
     print_result,
     whole_number,
 )
-from qlora_tui.errors import UsageError, UserError
+from qlora_tui.errors import UsageError
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.exports import read_exports
 from qlora_tui.runs.servers import ServerStatus, running_servers, start_in_background, stop_server
@@ -103,12 +103,7 @@ def _stop(port: int) -> CommandResult:
             what=f"None of your servers is running on port {port}.",
             fix=f"Running: {others}." if others else "None is running on any other port either.",
         )
-    if not stop_server(server):
-        raise UserError(
-            "The server is still running",
-            what=f"PID {server.process.pid} did not end within ten seconds.",
-            fix=f"End it: `kill -9 {server.process.pid}`.",
-        )
+    stop_server(server)
     return CommandResult(msgspec.to_builtins(server), f"The server on port {port} has ended.")
 
 

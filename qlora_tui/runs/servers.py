@@ -6,10 +6,8 @@ deleted at its end; ``servers/8000.key`` is its API key. :mod:`qlora_tui.serving
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -19,6 +17,7 @@ from qlora_tui import paths
 from qlora_tui.decoding import read_json
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import list_folder, private_dir, read_regular
+from qlora_tui.runs.control import terminate
 from qlora_tui.runs.process import ProcessIdentity, spawn_detached
 
 
@@ -111,10 +110,13 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
     raise UserError(title, what=" ".join(what.split()), fix=f"Its output is in {log_path}.")
 
 
-def stop_server(server: ServerStatus) -> bool:
-    """Let a server end, and return whether it has: it ends its answers and frees the GPU within seconds."""
-    with server.process.opened() as handle, suppress(ProcessLookupError):
-        if handle is not None:
-            signal.pidfd_send_signal(handle, signal.SIGTERM)
-    server.process.wait(_STOP_S)
-    return not server.process.is_alive()
+def stop_server(server: ServerStatus) -> None:
+    """End a server: it ends its answers and frees the GPU within seconds. Raises UserError where it stays."""
+    if terminate(server.process):
+        server.process.wait(_STOP_S)
+    if server.process.is_alive():
+        raise UserError(
+            "The server is still running",
+            what=f"PID {server.process.pid} did not end within ten seconds.",
+            fix=f"End it: `kill -9 {server.process.pid}`.",
+        )
