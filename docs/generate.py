@@ -18,7 +18,8 @@ import msgspec
 
 from bench.model_types.outcome import VERDICTS, Outcome
 from qlora_tui import __version__
-from qlora_tui.cli.main import SUBCOMMANDS, command_parser
+from qlora_tui.cli.command_tree import arguments_of, command_tree, subparsers
+from qlora_tui.cli.main import command_parser
 from qlora_tui.formatting import capitalize
 from qlora_tui.glossary import GLOSSARY
 from qlora_tui.recipe.fields import Field, fields, source_fields
@@ -175,32 +176,6 @@ def presets_page() -> str:
 # The command line
 
 
-def parser_of(verb: str | None) -> argparse.ArgumentParser:
-    """The parser of one command with all its arguments, or of ``qlora-tui`` itself."""
-    top = command_parser(verb)
-    return top if verb is None else subparsers(top)[verb]
-
-
-def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The commands below a parser, by name."""
-    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(actions[0].choices) if actions else {}
-
-
-def help_of(parser: argparse.ArgumentParser, name: str) -> str:
-    """The line of a command in its parent's help."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return next((str(one.help) for one in action._choices_actions if one.dest == name), "")
-    return ""
-
-
-def arguments_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """What a command takes, without ``--help`` and its own commands."""
-    left_out = (argparse._HelpAction, argparse._SubParsersAction)
-    return [action for action in parser._actions if not isinstance(action, left_out)]
-
-
 def metavar_of(action: argparse.Action) -> str:
     """What stands for the value of an argument: ``RUN``, ``stop|pause``, or nothing for a flag."""
     if action.nargs == 0:
@@ -234,22 +209,13 @@ def usage_of(parser: argparse.ArgumentParser, words: str) -> str:
     return " ".join(parts)
 
 
-def command_tree() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
-    """Every command with its description, each followed by the commands below it."""
-    for verb in SUBCOMMANDS:
-        parser = parser_of(verb)
-        yield verb, SUBCOMMANDS[verb][1], parser
-        for name, below in subparsers(parser).items():
-            yield f"{verb} {name}", _sentence(help_of(parser, name)), below
-
-
 def _sentence(text: str) -> str:
     return capitalize(text) + ("" if text.endswith(".") else ".") if text else ""
 
 
 def cli_page() -> str:
     """Every command, with its arguments."""
-    top = parser_of(None)
+    top = command_parser(None)
     lines = [
         _NOTICE,
         "# Command line reference",
@@ -260,7 +226,7 @@ def cli_page() -> str:
     ]
     for words, description, parser in command_tree():
         level = "##" if " " not in words else "###"
-        lines += ["", f"{level} {words}", "", description, ""]
+        lines += ["", f"{level} {words}", "", _sentence(description), ""]
         lines += ["```", usage_of(parser, f"qlora-tui {words}"), "```"]
         if arguments := list(_arguments(parser)):
             lines += ["", *arguments]
@@ -338,11 +304,15 @@ def manual_page() -> str:
         "Without a command it opens the app. A run is a background process and a folder of files: it does",
         "not end with the terminal that started it.",
         ".SH OPTIONS",
-        *_roff_arguments(parser_of(None)),
+        *_roff_arguments(command_parser(None)),
         ".SH COMMANDS",
     ]
     for words, description, parser in command_tree():
-        lines += [f".SS {_roff(usage_of(parser, words))}", _roff(description), *_roff_arguments(parser)]
+        lines += [
+            f".SS {_roff(usage_of(parser, words))}",
+            _roff(_sentence(description)),
+            *_roff_arguments(parser),
+        ]
     lines += [
         ".SH EXIT STATUS",
         "0 done, 1 failed, 2 wrong call, 130 interrupted.",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qlora_tui import paths
+from qlora_tui.cli.command_tree import arguments_of, subparsers
 from qlora_tui.cli.subcommand import CommandResult, Subcommand, checks_as_data, format_checks, format_table
 from qlora_tui.errors import EXIT_FAILURE, UserError
 from qlora_tui.files import size_of
@@ -243,11 +244,10 @@ _VALUES: dict[str, Callable[[], Iterable[str]]] = {
 
 def _set_completers(parser: argparse.ArgumentParser) -> None:
     command = parser.prog.partition(" ")[2]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                _set_completers(below)
-        elif values := _VALUES.get(f"{command} {action.dest}") or _VALUES.get(action.dest):
+    for below in subparsers(parser).values():
+        _set_completers(below)
+    for action in arguments_of(parser):
+        if values := _VALUES.get(f"{command} {action.dest}") or _VALUES.get(action.dest):
             action.completer = _Completer(values)  # type: ignore[attr-defined]  # argcomplete reads it here
 
 

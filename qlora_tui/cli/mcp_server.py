@@ -21,8 +21,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui import __version__, worker
-from qlora_tui.cli.main import SUBCOMMANDS as COMMANDS
-from qlora_tui.cli.main import command_parser, subcommand
+from qlora_tui.cli.command_tree import arguments_of, command_tree, is_list
+from qlora_tui.cli.main import subcommand
 from qlora_tui.cli.subcommand import Subcommand
 from qlora_tui.errors import UsageError
 
@@ -59,13 +59,12 @@ class CommandTool:
     @cached_property
     def _actions(self) -> dict[str, argparse.Action]:
         """The arguments by the name of their property."""
-        hidden = (argparse._HelpAction, argparse._SubParsersAction)
         return {
             action.option_strings[-1].lstrip("-").replace("-", "_")
             if action.option_strings
             else action.dest: action
-            for action in self.parser._actions
-            if not isinstance(action, hidden) and action.dest != "json" and action.help != argparse.SUPPRESS
+            for action in arguments_of(self.parser)
+            if action.dest != "json" and action.help != argparse.SUPPRESS
         }
 
     @property
@@ -131,30 +130,18 @@ def _property(action: argparse.Action) -> dict[str, Any]:
         single = {"type": "boolean"}
     elif action.type is not None:
         single = {"type": ["string", "number"]}
-    if isinstance(action, argparse._AppendAction) or action.nargs in ("*", "+"):
+    if is_list(action):
         single = {"type": "array", "items": single}
     return {**single, "description": text}
 
 
 def command_tools() -> Iterator[CommandTool]:
     """Yield each command for programs, and each of its actions."""
-    for name, (_, help_) in COMMANDS.items():
-        command = subcommand(name)
-        if not command.for_programs:
-            continue
-        parsers = next(
-            action
-            for action in command_parser(name)._actions
-            if isinstance(action, argparse._SubParsersAction)
-        )
-        parser = parsers.choices[name]
-        inner = next((each for each in parser._actions if isinstance(each, argparse._SubParsersAction)), None)
-        if inner is None or not inner.required:
-            yield CommandTool((name,), help_, parser, command.changes)
-        if inner is not None:
-            helps = {each.dest: each.help or "" for each in inner._choices_actions}
-            for action, action_parser in inner.choices.items():
-                yield CommandTool((name, action), helps.get(action, help_), action_parser, command.changes)
+    for name, help_, parser in command_tree():
+        words = tuple(name.split())
+        command = subcommand(words[0])
+        if command.for_programs:
+            yield CommandTool(words, help_, parser, command.changes)
 
 
 class ToolServer:

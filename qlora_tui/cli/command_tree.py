@@ -1,0 +1,45 @@
+"""The commands as their parsers declare them: for the reference, the tools of assistants, and completion.
+
+argparse has no public access to what a parser declares; only this module reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from qlora_tui.cli.main import SUBCOMMANDS, command_parser
+
+
+def command_tree() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
+    """Yield each command with its help and its parser, followed by those of its actions: ``runs delete``."""
+    for name, (_, help_) in SUBCOMMANDS.items():
+        parser = subparsers(command_parser(name))[name]
+        yield name, help_, parser
+        for action, action_parser in subparsers(parser).items():
+            yield f"{name} {action}", help_of(parser, action), action_parser
+
+
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the commands below a parser, by name."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
+
+
+def help_of(parser: argparse.ArgumentParser, name: str) -> str:
+    """Return the help of a command below a parser."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return next((str(one.help) for one in action._choices_actions if one.dest == name), "")
+    return ""
+
+
+def arguments_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return what a command takes, without ``--help`` and its own commands."""
+    left_out = (argparse._HelpAction, argparse._SubParsersAction)
+    return [action for action in parser._actions if not isinstance(action, left_out)]
+
+
+def is_list(action: argparse.Action) -> bool:
+    """Return whether an argument has several values: it may be repeated, or takes all that follow."""
+    return isinstance(action, argparse._AppendAction) or action.nargs in ("*", "+")
