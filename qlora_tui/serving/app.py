@@ -27,7 +27,7 @@ from qlora_tui.serving import replies
 from qlora_tui.serving.errors import ApiError
 from qlora_tui.serving.guest import Guest
 from qlora_tui.serving.model_names import ServedModel
-from qlora_tui.serving.requests import ChatBody, CompletionBody, DecideBody, decode_body
+from qlora_tui.serving.requests import Body, ChatBody, CompletionBody, DecideBody, decode_body
 
 MOST_BYTES = 10_000_000
 """Longest body of a request."""
@@ -153,7 +153,7 @@ class Api:
             lines += [f"# TYPE qlora_tui_{name} {kind}", f"qlora_tui_{name} {value}"]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
-    async def _respond(self, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+    async def _respond(self, request: Request, kind: type[Body]) -> Response:
         body = decode_body(await _read(request), kind)
         if self.guest.models.find(body.model) is None:
             raise self._no_model(body.model)
@@ -164,14 +164,14 @@ class Api:
         first = await _unless_gone(request, anext(events))
         return EventStream(_chained(first, events), media_type="text/event-stream")
 
-    async def _whole(self, body: ChatBody | CompletionBody) -> replies.Json:
+    async def _whole(self, body: Body) -> replies.Json:
         choices: list[replies.Choice] = []
         async with aclosing(self._shown(body, choices)) as shown:
             async for _ in shown:
                 pass
         return replies.whole(body, choices)
 
-    async def _events(self, body: ChatBody | CompletionBody) -> AsyncGenerator[bytes]:
+    async def _events(self, body: Body) -> AsyncGenerator[bytes]:
         choices: list[replies.Choice] = []
         answer_id, has_begun = replies.new_id(body), False
         try:
@@ -188,9 +188,7 @@ class Api:
             yield replies.event(replies.chunk(body, answer_id, [], replies.usage(body, choices)))
         yield replies.DONE
 
-    async def _shown(
-        self, body: ChatBody | CompletionBody, choices: list[replies.Choice]
-    ) -> AsyncGenerator[replies.Json]:
+    async def _shown(self, body: Body, choices: list[replies.Choice]) -> AsyncGenerator[replies.Json]:
         """Compute all answers to a request, and yield what a stream shows of them.
 
         ``choices`` receives them. Raises ApiError.

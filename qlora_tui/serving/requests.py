@@ -48,8 +48,8 @@ class StreamOptions(Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class Body(Struct, frozen=True, kw_only=True):
-    """What both kinds of completion take."""
+class _CommonBody(Struct, frozen=True, kw_only=True):
+    """Parameters that both kinds of completion have."""
 
     model: str
     stream: bool | None = None
@@ -63,13 +63,8 @@ class Body(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop: str | Annotated[list[str], Meta(max_length=_MOST_STOPS)] | None = None
 
-    @property
-    def asked_logprobs(self) -> int | None:
-        """Alternatives to each token that were asked for; None where no log probabilities were."""
-        raise NotImplementedError
-
     def sampling(self, choice: int, default_tokens: int) -> Sampling:
-        """Return how a choice is drawn; each has a seed of its own. Raises ApiError."""
+        """Return how a choice is drawn; each has its own seed. Raises ApiError."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -125,7 +120,7 @@ class ResponseFormat(Struct, frozen=True):
     json_schema: JsonSchema | None = None
 
 
-class ChatBody(Body, frozen=True, kw_only=True):
+class ChatBody(_CommonBody, frozen=True, kw_only=True):
     """The body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[SentMessage], Meta(min_length=1)]
@@ -140,6 +135,7 @@ class ChatBody(Body, frozen=True, kw_only=True):
 
     @property
     def asked_logprobs(self) -> int | None:
+        """Alternatives to each token that were asked for; None where no log probabilities were."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
@@ -165,7 +161,7 @@ class ChatBody(Body, frozen=True, kw_only=True):
         ]
 
 
-class CompletionBody(Body, frozen=True, kw_only=True):
+class CompletionBody(_CommonBody, frozen=True, kw_only=True):
     """The body of ``/v1/completions``."""
 
     prompt: str | list[Any]
@@ -175,6 +171,7 @@ class CompletionBody(Body, frozen=True, kw_only=True):
 
     @property
     def asked_logprobs(self) -> int | None:
+        """Alternatives to each token that were asked for; None where no log probabilities were."""
         return self.logprobs
 
     def prompts(self) -> list[str] | list[Tokens]:
@@ -214,6 +211,10 @@ class CompletionBody(Body, frozen=True, kw_only=True):
             for prompt in prompts
             for choice in range(n)
         ]
+
+
+Body: TypeAlias = ChatBody | CompletionBody
+"""A request for completions."""
 
 
 class DecideBody(Struct, frozen=True, kw_only=True):
