@@ -32,37 +32,37 @@ class Choice:
         self.index = index
         self._body = body
         self._parts: list[CompletionPart] = []
-        self._has_begun = False
         self._text_length = 0
         self.result: CompletionResult | None = None
 
     def take(self, reply: CompletionPart | CompletionResult) -> Iterator[Json]:
-        """Take a part of the answer or its result; yield what a stream shows of it."""
-        is_chat = isinstance(self._body, ChatBody)
-        if is_chat and not self._has_begun:
-            yield self._streamed({"delta": {"role": "assistant", "content": ""}, "logprobs": None})
-        self._has_begun = True
+        """Take a part of the answer or its result; yield what is streamed of it, if the request asks so."""
+        begins = not self._parts
         if isinstance(reply, CompletionPart):
             self._parts.append(reply)
-            if is_chat:
-                delta = {"reasoning_content" if reply.thought else "content": reply.text}
-                yield self._streamed({"delta": delta, "logprobs": self._chat_logprobs([reply])})
-            else:
-                yield self._streamed({"text": reply.text, "logprobs": self._logprobs([reply])})
+        else:
+            self.result = reply
+        if not self._body.stream:
             return
-        self.result = reply
-        last: Json = {"text": ""}
-        if is_chat:
-            # Calls are sent whole.
-            last = {"delta": {"tool_calls": _calls(reply.tool_calls)} if reply.tool_calls else {}}
-        yield self._streamed({**last, "logprobs": None}, self._finish_reason)
+        is_chat = isinstance(self._body, ChatBody)
+        if is_chat and begins:
+            yield self._streamed({"delta": {"role": "assistant", "content": ""}, "logprobs": None})
+        if isinstance(reply, CompletionResult):
+            last: Json = {"text": ""}
+            if is_chat:
+                # Calls are sent whole.
+                last = {"delta": {"tool_calls": _calls(reply.tool_calls)} if reply.tool_calls else {}}
+            yield self._streamed({**last, "logprobs": None}, self._finish_reason)
+        elif is_chat:
+            delta = {"reasoning_content" if reply.thought else "content": reply.text}
+            yield self._streamed({"delta": delta, "logprobs": self._chat_logprobs([reply])})
+        else:
+            yield self._streamed({"text": reply.text, "logprobs": self._logprobs([reply])})
 
     def whole(self) -> Json:
         """Return the choice of an answer that is not streamed."""
         assert self.result is not None
-        self._text_length = 0
         text = "".join(part.text for part in self._parts if not part.thought)
-        shown: Json = {"text": text, "logprobs": self._logprobs(self._parts)}
         if isinstance(self._body, ChatBody):
             calls = self.result.tool_calls
             message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
@@ -70,7 +70,9 @@ class Choice:
                 message["reasoning_content"] = thought
             if calls:
                 message["tool_calls"] = _calls(calls)
-            shown = {"message": message, "logprobs": self._chat_logprobs(self._parts)}
+            shown: Json = {"message": message, "logprobs": self._chat_logprobs(self._parts)}
+        else:
+            shown = {"text": text, "logprobs": self._logprobs(self._parts)}
         return {"index": self.index, **shown, "finish_reason": self._finish_reason}
 
     @property

@@ -86,7 +86,7 @@ def test_a_conversation_with_tools_reaches_the_engine() -> None:
 
 
 def test_thoughts_and_calls_are_apart_from_the_answer() -> None:
-    body = chat(stream_options={"include_usage": True})
+    body = chat(stream=True, stream_options={"include_usage": True})
     choice = replies.Choice(0, body)
     calls = (ToolCall("weather", {"city": "Oslo"}), ToolCall("time", "not JSON", "c2"))
     parts = (
@@ -120,7 +120,7 @@ def test_thoughts_and_calls_are_apart_from_the_answer() -> None:
     [("turn end", "stop"), ("stop text", "stop"), ("most tokens", "length"), ("context full", "length")],
 )
 def test_why_an_answer_ended(ending: str, reason: str) -> None:
-    choice = replies.Choice(0, chat())
+    choice = replies.Choice(0, chat(stream=True))
     *_, last = choice.take(result(ending=ending))
     assert last["finish_reason"] == reason
 
