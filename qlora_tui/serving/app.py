@@ -7,7 +7,7 @@ import hmac
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
@@ -127,7 +127,7 @@ class Api:
             await self.guest.loaded()
             model = self._there(body.model)
             asked = Decide(messages=messages, adapter_name=model.adapter_name)
-            async with self._rows:
+            async with self._row():
                 decided = await _unless_gone(request, self.guest.decide(asked))
         return JSONResponse(replies.decision(body, decided))
 
@@ -225,20 +225,26 @@ class Api:
         """Put the parts and the result of one answer into a queue, or the exception that ended it."""
         try:
             parts = self.guest.complete(completion)
-            async with self._rows, asyncio.timeout(ANSWER_S), aclosing(parts):
-                self.figures.rows += 1
-                try:
-                    async for part in parts:
-                        self.figures.count(part)
-                        arrived.put_nowait((choice, part))
-                finally:
-                    self.figures.rows -= 1
+            async with self._row(), asyncio.timeout(ANSWER_S), aclosing(parts):
+                async for part in parts:
+                    self.figures.count(part)
+                    arrived.put_nowait((choice, part))
         except TimeoutError:
             arrived.put_nowait(
                 ApiError(504, f"The answer took longer than {ANSWER_S:,.0f} s.", code="timeout")
             )
         except Exception as error:
             arrived.put_nowait(error)
+
+    @asynccontextmanager
+    async def _row(self) -> AsyncGenerator[None]:
+        """Wait until the engine may compute another answer, and count it."""
+        async with self._rows:
+            self.figures.rows += 1
+            try:
+                yield
+            finally:
+                self.figures.rows -= 1
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
