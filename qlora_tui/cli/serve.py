@@ -23,7 +23,13 @@ from qlora_tui.cli.subcommand import (
 from qlora_tui.errors import UsageError
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.exports import read_exports
-from qlora_tui.runs.servers import ServerStatus, running_servers, start_in_background, stop_server
+from qlora_tui.runs.servers import (
+    ServerStatus,
+    running_servers,
+    server_on,
+    start_in_background,
+    stop_server,
+)
 
 _PORT = 8000
 KEY_VARIABLE = "QLORA_TUI_API_KEY"
@@ -95,7 +101,7 @@ def _ssh_forward(port: int) -> str:
 
 
 def _stop(port: int) -> CommandResult:
-    server = next((each for each in running_servers() if each.port == port), None)
+    server = server_on(port)
     if server is None:
         others = ", ".join(f"--port {each.port}" for each in running_servers())
         raise UsageError(

@@ -89,6 +89,11 @@ def running_servers() -> list[ServerStatus]:
     return sorted(running, key=lambda status: status.port)
 
 
+def server_on(port: int) -> ServerStatus | None:
+    """Return the server that runs on a port; None if none does."""
+    return next((server for server in running_servers() if server.port == port), None)
+
+
 def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerStatus:
     """Start ``qlora-tui serve`` with arguments, as a process that outlives this one; return once it listens.
 
@@ -96,7 +101,7 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
     """
     log_path = servers_dir() / "server.log"
     with disk_problems(), log_path.open("wb") as log:
-        process = spawn_detached("qlora_tui", "serve", *arguments, output=log, environ=environ or {})
+        process = spawn_detached("qlora_tui", "serve", *arguments, output=log, environ=environ)
     deadline = time.monotonic() + _START_S
     while process.poll() is None and time.monotonic() < deadline:
         started = next((each for each in running_servers() if each.process.pid == process.pid), None)

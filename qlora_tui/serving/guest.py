@@ -64,13 +64,13 @@ class Guest:
             run = await asyncio.to_thread(run_with_the_card)
             if run:
                 if not self._is_yielded:
-                    await self._unload("yielded", "")
+                    await self._unload("yielded")
                 self.detail = f"{run} needs the memory. The model is loaded again after the run."
             elif self._is_yielded:
                 self.state, self.detail = "unloaded", ""
                 self._start_loading()
             elif self._is_idle:
-                await self._unload("unloaded", "")
+                await self._unload("unloaded")
             await asyncio.sleep(POLL_S)
 
     async def loaded(self) -> ChatReady:
@@ -173,8 +173,8 @@ class Guest:
             and time.monotonic() - self._used_at > self._idle_unload_s
         )
 
-    async def _unload(self, state: GuestState, detail: str) -> None:
-        self.state, self.ready, self.detail = state, None, detail
+    async def _unload(self, state: GuestState) -> None:
+        self.state, self.ready, self.detail = state, None, ""
         await self._engine.kill()
 
     def _unavailable(self) -> ApiError:

@@ -18,7 +18,7 @@ from qlora_tui.errors import UsageError, disk_problems
 from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.servers import ServerStatus, key_path, running_servers, state_path
+from qlora_tui.runs.servers import ServerStatus, key_path, server_on, state_path
 from qlora_tui.serving.app import Figures, make_app
 from qlora_tui.serving.guest import Guest
 from qlora_tui.serving.model_names import served_models
@@ -175,7 +175,7 @@ def _open_socket(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            other = next((each for each in running_servers() if each.port == port), None)
+            other = server_on(port)
             who = f"A server for {other.base} (PID {other.process.pid})" if other else "Another program"
             stop = f"stop it with `qlora-tui serve --stop --port {port}`, or " if other else ""
             fix = f"choose another port: `--port {port + 1}`."
