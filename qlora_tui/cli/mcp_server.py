@@ -25,6 +25,7 @@ from qlora_tui.cli.command_tree import arguments_of, command_tree, is_list
 from qlora_tui.cli.main import subcommand
 from qlora_tui.cli.subcommand import Subcommand
 from qlora_tui.errors import UsageError
+from qlora_tui.installation import install_command
 
 if TYPE_CHECKING:
     import mcp_types as types
@@ -230,7 +231,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "The tool server is not installed",
             what=f"It needs the package {error.name}.",
-            fix='Install it: `pip install "qlora-tui[mcp]"`.',
+            fix=f"Install it with `{install_command('qlora-tui[mcp]')}`.",
         ) from error
     tools = ToolServer()
     server: Any = Server(

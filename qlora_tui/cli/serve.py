@@ -21,6 +21,7 @@ from qlora_tui.cli.subcommand import (
     whole_number,
 )
 from qlora_tui.errors import UsageError
+from qlora_tui.installation import install_command
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.exports import read_exports
 from qlora_tui.runs.servers import (
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         raise UsageError(
             "The server is not installed",
             what=f"`qlora-tui serve` needs the package {error.name}.",
-            fix='Install it: `pip install "qlora-tui[serve]"`.',
+            fix=f"Install it with `{install_command('qlora-tui[serve]')}`.",
         ) from error
     runs = runs_to_serve([find_run(name) for name in args.runs])
     if args.print_commands:

@@ -17,6 +17,7 @@ from mcp.client.stdio import StdioServerParameters, stdio_client
 from qlora_tui.cli.main import SUBCOMMANDS
 from qlora_tui.cli.main import main as run_command
 from qlora_tui.cli.mcp_server import command_tools
+from qlora_tui.installation import install_command
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import create_run
 
@@ -114,4 +115,4 @@ def test_without_the_library_its_installation_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "mcp.server", None)
     assert run_command(["mcp"]) == 2
-    assert "qlora-tui[mcp]" in capsys.readouterr().err
+    assert install_command("qlora-tui[mcp]") in capsys.readouterr().err
