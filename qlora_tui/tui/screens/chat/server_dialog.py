@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from textwrap import wrap
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
@@ -19,18 +18,19 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.servers import ServerStatus, running_servers, start_in_background, stop_server
 from qlora_tui.serving.model_names import runs_with_base_of
 from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.render.columns import Fact, fact_lines
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextDialog
 from qlora_tui.tui.widgets.controls import Lines
 
 if TYPE_CHECKING:
     from qlora_tui.tui.screens.chat.conversation import Conversation
+    from qlora_tui.tui.system_status import SystemStatus
 
-_READ_INTERVAL_S = 1.0
 _TOGGLE = Binding("s", "start_or_stop", "Start")
 _COPY = Binding("y", "copy", "Copy address")
 _CLOSE = Binding("escape,q", "dismiss", "Close")
-_LABEL_CELLS, _NARROW_CELLS = 10, 66
+_NARROW_CELLS = 66
 _NAMES = 6
 """Maximum number of models to name; the rest are counted."""
 _WHAT = (
@@ -52,24 +52,37 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         self._doing = ""
 
     def on_mount(self) -> None:
+        self.app.system_status_changed.subscribe(self, self._system_status_changed, immediate=True)
+        self._system_status_changed(self.app.system_status)
+
+    def _system_status_changed(self, system_status: SystemStatus) -> None:
+        self._show_servers(system_status.servers)
+
+    def _show_servers(self, servers: Sequence[ServerStatus]) -> None:
+        self._server = next(iter(servers), None)
         self._show()
-        self.set_interval(_READ_INTERVAL_S, self._show)
 
     def _show(self) -> None:
-        self._server = next(iter(running_servers()), None)
-        if self._server is not None:
-            keys, lines = (
-                [replace(_TOGGLE, description="Stop"), _COPY],
-                server_lines(self._server, self._width),
-            )
-        elif self._conversation.run_dir is not None:
-            keys, lines = [_TOGGLE], [Content(_WHAT)]
-        else:
-            keys, lines = [], [Content(_WHAT), Content(""), Content(_NOTHING)]
+        self.query_one(".dialog").border_subtitle = dialog_keys([*self._keys, _CLOSE])
+        self.query_one("#server-status", Lines).show(self._lines())
+
+    @property
+    def _keys(self) -> list[Binding]:
+        """Keys that do something now, besides the one that closes the dialog."""
         if self._doing:
-            keys, lines = [], [*lines, Content(""), Content.styled(self._doing, "$primary")]
-        self.query_one(".dialog").border_subtitle = dialog_keys([*keys, _CLOSE])
-        self.query_one("#server-status", Lines).show(lines)
+            return []
+        if self._server is not None:
+            return [replace(_TOGGLE, description="Stop"), _COPY]
+        return [_TOGGLE] if self._conversation.run_dir is not None else []
+
+    def _lines(self) -> list[Content]:
+        if self._server is not None:
+            lines = server_lines(self._server, self._width)
+        elif self._conversation.run_dir is not None:
+            lines = [Content(_WHAT)]
+        else:
+            lines = [Content(_WHAT), Content(""), Content(_NOTHING)]
+        return [*lines, Content(""), Content.styled(self._doing, "$primary")] if self._doing else lines
 
     @property
     def _width(self) -> int:
@@ -80,24 +93,26 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         """Start or stop the server."""
         run, server = self._conversation.run_dir, self._server
         if server is not None:
-            self._do("Stopping…", partial(stop_server, server))
+            self._do("Stopping…", partial(asyncio.to_thread, stop_server, server))
         elif run is not None:
-            self._do("Starting…", partial(_start, run))
+            self._do("Starting…", partial(self._start, run))
+
+    async def _start(self, run: RunDir) -> None:
+        # Leave the chat's memory to the server.
+        await self._conversation.unload()
+        await asyncio.to_thread(_start_server, run)
 
     @work(exclusive=True)
-    async def _do(self, doing: str, work: Callable[[], object]) -> None:
-        """Run ``work`` in a thread, and show ``doing`` meanwhile."""
+    async def _do(self, doing: str, work: Callable[[], Awaitable[object]]) -> None:
+        """Await ``work``, and show ``doing`` meanwhile."""
         self._doing = doing
         self._show()
         try:
-            if self._server is None:
-                # Leave the chat's memory to the server.
-                await self._conversation.unload()
-            await asyncio.to_thread(work)
+            await work()
         except UserError as problem:
             self.app.show_error(problem)
         self._doing = ""
-        self._show()
+        self._show_servers(await asyncio.to_thread(running_servers))
 
     def action_copy(self) -> None:
         """Copy the server's address."""
@@ -105,7 +120,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
             self.app.copy_to_clipboard(self._server.address)
 
 
-def _start(run: RunDir) -> None:
+def _start_server(run: RunDir) -> None:
     start_in_background([each.id for each in runs_with_base_of(run)])
 
 
@@ -115,22 +130,16 @@ def server_lines(server: ServerStatus, width: int) -> list[Content]:
     speed = f" · {server.tokens_per_s:,.0f} tokens/s" if server.tokens_per_s else ""
     states = {"ready": "ready", "loading": "loading", "unloaded": "unloaded: the next request loads it"}
     styles = {"ready": "$success", "failed": "$error"}
-    facts = (
-        ("address", (server.address,), "bold"),
-        ("models", (*names, f"and {more} more") if more > 0 else names, ""),
-        ("base", (abbreviate_home(server.base),), ""),
-        ("state", (server.detail or states.get(server.state, ""),), styles.get(server.state, "$warning")),
+    state = server.detail or states.get(server.state, "")
+    facts: list[Fact] = [
+        ("address", Content.styled(server.address, "bold")),
+        ("models", "\n".join((*names, f"and {more} more") if more > 0 else names)),
+        ("base", abbreviate_home(server.base)),
+        ("state", Content.styled(state, styles.get(server.state, "$warning"))),
         (
             "requests",
-            (f"{server.requests:,} · {server.answering} being answered · {server.waiting} waiting{speed}",),
-            "",
+            f"{server.requests:,} · {server.answering} being answered · {server.waiting} waiting{speed}",
         ),
-        ("key", (abbreviate_home(server.key_file) or "none needed on this machine",), ""),
-    )
-    lines = []
-    for label, texts, style in facts:
-        for text in texts:
-            for line in wrap(text, max(width - _LABEL_CELLS, 1), break_on_hyphens=False):
-                lines.append(Content.assemble((f"{label:<{_LABEL_CELLS}}", "dim"), (line, style)))
-                label = ""
-    return lines
+        ("key", abbreviate_home(server.key_file) or "none needed on this machine"),
+    ]
+    return fact_lines(facts, width)
