@@ -148,9 +148,9 @@ def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str
     return verdict.word, _VERDICTS[verdict.word][1]
 
 
-def verdict_sign(verdict: Verdict, *, can_train: bool = True) -> Content:
-    """Return ``✓``: the verdict where there is no room for the word."""
-    return Content.styled(_VERDICTS[verdict.word][0], verdict_words(verdict, can_train=can_train)[1])
+def verdict_sign(verdict: Verdict) -> Content:
+    """Return ``✗``: the verdict where there is no room for the word."""
+    return Content.styled(*_VERDICTS[verdict.word])
 
 
 def needed_words(verdict: Verdict) -> str:
@@ -158,15 +158,13 @@ def needed_words(verdict: Verdict) -> str:
     return f"{'' if verdict.is_exact else INSTANT}{format_bytes(verdict.needed_bytes)}"
 
 
-def fit_figure(verdict: Verdict, *, can_train: bool = True, is_current: bool = False) -> Content:
+def fit_figure(verdict: Verdict, *, is_current: bool = False) -> Content:
     """Return ``~13.1 GiB ✗`` for a table: only what may not fit has a sign and a color."""
-    fits = verdict.word == "fits"
-    style = "" if fits else verdict_words(verdict, can_train=can_train)[1]
-    figure = f"{needed_words(verdict)} {' ' if fits else _VERDICTS[verdict.word][0]}"
-    return Content.styled(figure, f"bold {style}" if is_current else style)
+    sign, style = (" ", "") if verdict.word == "fits" else _VERDICTS[verdict.word]
+    return Content.styled(f"{needed_words(verdict)} {sign}", f"bold {style}" if is_current else style)
 
 
-def verdict_legend(verdicts: Iterable[Verdict], width: int, *, can_train: bool = True) -> Content:
+def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
     """Return ``✗ does not fit  ! tight  ~ instant estimate``: the signs that occur, except the tick.
 
     A sign that does not fit ``width`` with its word is on the next line.
@@ -174,8 +172,7 @@ def verdict_legend(verdicts: Iterable[Verdict], width: int, *, can_train: bool =
     parts: dict[str, Content] = {}
     for verdict in verdicts:
         if verdict.word != "fits":
-            name = Content.styled(f" {verdict.word}", "dim")
-            parts[verdict.word] = verdict_sign(verdict, can_train=can_train) + name
+            parts[verdict.word] = verdict_sign(verdict) + Content.styled(f" {verdict.word}", "dim")
         if not verdict.is_exact:
             parts[INSTANT] = Content.styled(f"{INSTANT} instant estimate", "dim")
     instant = [parts.pop(INSTANT)] if INSTANT in parts else []

@@ -404,7 +404,7 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
     return tuple(costs)
 
 
-def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> list[Content]:
+def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
     """Return a line for each rank with parameters, size on disk and memory for each choice of targets."""
     by_rank: dict[int, list[ChoiceCost]] = {}
     for cost in costs:
@@ -420,7 +420,7 @@ def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> 
         mark, weight = ("▸", "bold") if cost.is_current else (" ", "")
         disk = f"{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}" if with_disk else ""
         verdict = cost.verdict
-        memory = fit_figure(verdict, can_train=can_train, is_current=cost.is_current)
+        memory = fit_figure(verdict, is_current=cost.is_current)
         share = verdict.needed_bytes / verdict.available_bytes
         style = "$hardware 55%" if verdict.word == "fits" else verdict_words(verdict)[1]
         drawn = (f" {bar(share, _CHOICE_BAR_CELLS)}", style) if with_bar else ""
@@ -442,5 +442,5 @@ def choice_lines(costs: tuple[ChoiceCost, ...], can_train: bool, width: int) -> 
     return [
         Content(" " * (_RANK_CELLS + 1) + heads.rstrip()).stylize("bold"),
         *table(columns, rows, width),
-        verdict_legend((cost.verdict for cost in costs), width, can_train=can_train),
+        verdict_legend((cost.verdict for cost in costs), width),
     ]

@@ -260,8 +260,7 @@ class LoraScreen(WorkScreen):
         self._show_controls_and_totals(recipe)
         if self.query_one("#choices-panel").display:
             costs = await asyncio.to_thread(choice_costs, recipe, architecture, budget)
-            can_train = self.app.workbench.model_refusal() is None
-            self.query_one("#choices", Lines).show(partial(choice_lines, costs, can_train))
+            self.query_one("#choices", Lines).show(partial(choice_lines, costs))
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
         app, base, width = self.app, self.app.workbench.preset_recipe, max(20, self.size.width - 4)

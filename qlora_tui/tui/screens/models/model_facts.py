@@ -268,7 +268,7 @@ def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
     for title, rows in groups:
         lines.append(Content.styled(f"{title:>{_NAME_CELLS - 1}}", "dim"))
         for row in rows:
-            figure = fit_figure(row.needs[fit.precisions[0]], can_train=True, is_current=row.is_current)
+            figure = fit_figure(row.needs[fit.precisions[0]], is_current=row.is_current)
             name = f"{row.value:>{_NAME_CELLS - 2},} "
             lines.append(
                 Content.assemble(
@@ -294,7 +294,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
         return Content.assemble(mark, (f"{row.value:>{_VALUE_CELLS - 1},}", "bold" if row.is_current else ""))
 
     def figure(row: SettingFit, precision: Precision) -> Content:
-        return fit_figure(row.needs[precision], can_train=can_train, is_current=row.is_current)
+        return fit_figure(row.needs[precision], is_current=row.is_current)
 
     has_all = width >= _VALUE_CELLS + len(PRECISIONS) * _FIGURE_CELLS
     shown = PRECISIONS if has_all else fit.precisions
@@ -315,7 +315,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
         lines += table([named, *figures], rows, width) if rows else []
     verdicts = [row.needs[each] for row in fit.lengths for each in shown]
     notes = [Content.styled(note, "dim") for note in fit.notes]
-    return [*lines, verdict_legend(verdicts, width, can_train=can_train), *notes]
+    return [*lines, verdict_legend(verdicts, width), *notes]
 
 
 def model_fit(
