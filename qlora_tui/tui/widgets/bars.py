@@ -151,12 +151,14 @@ class CommandFooter(Drawing):
         self._also = also
         self._label_of = label_of
         self._shown: list[ActiveBinding] = []
+        self._named: set[str] = set()
+        """Ids of the commands that panels name."""
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
 
     def on_mount(self) -> None:
         self.screen.bindings_updated_signal.subscribe(self, self._bindings_changed, immediate=True)
-        self.screen.screen_layout_refresh_signal.subscribe(self, self._choose, immediate=True)
+        self.screen.screen_layout_refresh_signal.subscribe(self, self._laid_out, immediate=True)
 
     def on_unmount(self) -> None:
         self.screen.bindings_updated_signal.unsubscribe(self)
@@ -167,13 +169,19 @@ class CommandFooter(Drawing):
         for active in screen.active_bindings.values():
             if active.binding.show or active.binding.id in self._also:
                 shown.setdefault(active.binding.action, active)
-        self._shown = list(shown.values())
-        self._choose(screen)
+        self._shown, self._named = list(shown.values()), _named_commands(screen)
+        self._choose()
 
-    def _choose(self, screen: Screen[object]) -> None:
+    def _laid_out(self, screen: Screen[object]) -> None:
+        """Choose again if panels have more or less room for their keys. Most layouts change none."""
+        named = _named_commands(screen)
+        if named != self._named:
+            self._named = named
+            self._choose()
+
+    def _choose(self) -> None:
         """Leave out what panels name."""
-        named = set[str]().union(*(panel.named_commands for panel in screen.query(Panel)))
-        shown = [active for active in self._shown if active.binding.id not in named]
+        shown = [active for active in self._shown if active.binding.id not in self._named]
         own = [active for active in shown if not isinstance(active.node, App)]
         of_app = [active for active in shown if isinstance(active.node, App)]
         also = [active for active in of_app if active.binding.id in self._also]
@@ -219,3 +227,7 @@ class CommandFooter(Drawing):
             (short_key(active.binding.key), f"$key bold{dim}"),
             (f" {label}", f"$footer-description-foreground{dim}"),
         )
+
+
+def _named_commands(screen: Screen[object]) -> set[str]:
+    return set[str]().union(*(panel.named_commands for panel in screen.query(Panel)))
