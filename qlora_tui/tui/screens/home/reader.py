@@ -36,7 +36,7 @@ from qlora_tui.formatting import (
     format_speed,
     short_model_name,
 )
-from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
@@ -48,18 +48,18 @@ from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.commands import COMMANDS
-from qlora_tui.tui.key_names import highlight_keys, key_name
+from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
     CANNOT_TRAIN,
-    FitLine,
     batch_words,
     best_figure,
     cut_cells,
     format_ago,
     progress_figures,
+    recipe_fit,
     recipe_line,
     refusal_words,
     result_label,
@@ -343,7 +343,7 @@ def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
 def recipe_lines(
     workbench: Workbench,
     budget: MemoryBudget,
-    estimate: Estimate | None,
+    refusal: UserError | None,
     expected: Forecast | None,
     width: int,
     *,
@@ -351,18 +351,14 @@ def recipe_lines(
 ) -> list[Content]:
     """Return the recipe being edited, whether it fits, and how long it takes, one item per line, or as few
     lines as possible.
+
+    ``refusal``: why the model cannot be trained.
     """
-    recipe, refusal = workbench.recipe, workbench.model_refusal()
+    recipe, fit = workbench.recipe, recipe_fit(workbench, budget, with_precision=False)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
     memory: list[Content] = []
-    if estimate is not None:
+    if fit is not None:
         head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
-        fit = FitLine(
-            "",
-            check_fit(estimate, budget.bytes),
-            is_assumed=budget.is_assumed,
-            can_train=refusal is None,
-        )
         line = head + fit.draw(width - head.cell_length, _CURVE_WIDTH)
         if refusal is not None:
             reason = f"  {refusal_words(refusal)}"
@@ -413,14 +409,10 @@ def _with_note(label: str, value: str | Content, note: str, width: int) -> list[
 
 def way_lines() -> list[Content]:
     """Return a line for each screen on the way from a model to an answer."""
-    lines = []
-    for command, what in _WAY:
-        lines.append(
-            Content.assemble(
-                highlight_keys(key_name(command)), f" {COMMANDS[command].label:<8}", (what, "dim")
-            )
-        )
-    return lines
+    return [
+        Content.assemble(highlight_keys(key_name(command)), f" {COMMANDS[command].label:<8}", (what, "dim"))
+        for command, what in _WAY
+    ]
 
 
 def numbers_lines(summary: RunSummary, width: int) -> list[Content]:
@@ -458,11 +450,9 @@ def _none_yet(command: str) -> Content:
 
 def models_title(selected: str | None, has_focus: bool) -> Content:
     """Return ``Models  Tab to choose one``, and in the list ``Enter to download it``."""
-    local = (selected or "").startswith(LOCAL)
-    key, what = (
-        ("Enter", f"to {'select' if local else 'download'} it") if has_focus else ("Tab", "to choose one")
-    )
-    return Content.assemble("Models  ", (key, "bold $key"), (f" {what}", "not bold $text-muted"))
+    verb = "select" if (selected or "").startswith(LOCAL) else "download"
+    hint = key_hint("Enter", f"to {verb} it") if has_focus else key_hint("Tab", "to choose one")
+    return Content("Models  ") + hint
 
 
 def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, Content]]:
@@ -595,7 +585,7 @@ class HomeReader:
             "recipe": recipe_lines(
                 workbench,
                 budget,
-                estimate,
+                refusal,
                 expected,
                 layout.wide if layout.is_compact else beside,
                 is_compact=layout.is_compact,
