@@ -19,7 +19,7 @@ from qlora_tui.memory.budget import budget_for
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.commands import SCREENS, ScreenEntry, screen_commands
 from qlora_tui.tui.key_names import validate_keymap
-from qlora_tui.tui.screens.home.reader import gpu_lines
+from qlora_tui.tui.screens.home.panel_lines import gpu_lines
 from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.bars import TopBar

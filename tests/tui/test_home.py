@@ -31,7 +31,8 @@ from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import reader as home_reader
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
-from qlora_tui.tui.screens.home.reader import HomeLayout, HomeReader, run_lines
+from qlora_tui.tui.screens.home.panel_lines import HomeLayout, run_lines
+from qlora_tui.tui.screens.home.reader import HomeReader
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.train.screen import TrainScreen

@@ -1,1 +1,4 @@
-"""Home: ``screen``; ``reader`` gathers and formats what it shows; ``next_step`` suggests what to do."""
+"""Home: ``screen``; ``reader`` gathers what it shows, and ``panel_lines`` formats it.
+
+``next_step`` suggests what to do.
+"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.status import ACTIVE, State
@@ -50,6 +51,9 @@ class NextStep:
     text: str
     why: str
 
+
+Steps: TypeAlias = tuple[NextStep, tuple[NextStep, ...]]
+"""The suggested step, and the alternatives."""
 
 DEMO = NextStep(
     "home.demo",

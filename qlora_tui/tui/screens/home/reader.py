@@ -1,19 +1,14 @@
-"""Reads the state of the app and its runs, and formats it as the lines of Home's panels.
+"""Reads the state of the app and its runs for Home.
 
 Imported and used only in a thread, since its imports would delay the first frame.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from math import isfinite
-from typing import TypeAlias
 
-import psutil
 from textual.content import Content
 
 from qlora_tui import paths
@@ -21,98 +16,35 @@ from qlora_tui.catalog.local_models import LocalModel, ModelNotFoundError, find_
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import (
-    capitalize,
-    format_bytes,
-    format_count,
-    format_duration,
-    format_gib,
-    format_loss,
-    format_number,
-    format_percent,
-    format_power,
-    format_progress,
-    format_rate,
-    format_speed,
-    short_model_name,
-)
 from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import LEAST_STEPS, Forecast, forecast
-from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
-from qlora_tui.runs.servers import ServerStatus
+from qlora_tui.runs.run_summary import RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
-from qlora_tui.tui.commands import COMMANDS
-from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
-from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
-from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
-from qlora_tui.tui.render.labels import (
-    BEST,
-    CANNOT_TRAIN,
-    batch_words,
-    best_figure,
-    cut_cells,
-    format_ago,
-    progress_figures,
-    recipe_fit,
-    recipe_line,
-    refusal_words,
-    result_label,
-    targets_words,
-    verdict_style,
+from qlora_tui.tui.screens.home.next_step import HomeState, Steps, next_step, other_steps
+from qlora_tui.tui.screens.home.panel_lines import (
+    HomeLayout,
+    gpu_lines,
+    machine_line,
+    numbers_lines,
+    queue_lines,
+    recipe_lines,
+    run_lines,
+    server_line,
+    way_lines,
 )
-from qlora_tui.tui.render.loss import mean_losses
-from qlora_tui.tui.render.plot import bar, labeled, meter, sparkline
-from qlora_tui.tui.screens.home.next_step import HomeState, NextStep, next_step, other_steps
 from qlora_tui.tui.screens.models.model_facts import need
-from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, starters
+from qlora_tui.tui.screens.models.model_list import ListedModels, starters
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
-_CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
-_MAX_NAME_WIDTH = 44
-"""Maximum width of a run's or model's name in the list of runs, in cells."""
-_LABEL = 8
-"""Width of the label before a bar, in cells."""
-_MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
-"""Widths, in cells, from which the list of runs has curves, and from which it has models and settings."""
-_LEAST_MODEL_CELLS = 40
-"""Minimum width of a line in the list of models to choose from, in cells."""
 _BESIDE_FRAME = 2
 """Cells between half of the window and the text of a panel in it."""
-_MAX_EVALUATIONS = 16
-_WAY = (
-    ("go.models", "pick a base model that fits this machine"),
-    ("go.data", "open your data; see what will be learned"),
-    ("go.memory", "see what fills the GPU, and what would fit"),
-    ("go.train", "launch; the run goes on when you leave"),
-    ("go.chat", "ask base and adapter, side by side"),
-)
 _MAX_RECENT = 40
 """Maximum number of recent runs to read; a window of 60 rows shows fewer."""
-
-
-Steps: TypeAlias = tuple[NextStep, tuple[NextStep, ...]]
-"""The suggested step, and the alternatives."""
-
-
-@dataclass(frozen=True)
-class HomeLayout:
-    """Space for the text of each panel, in cells."""
-
-    wide: int
-    """Width of the panels that span the window."""
-    left: int
-    right: int
-    is_compact: bool
-    """Whether panels have no borders and as few lines as possible."""
-    is_large: bool = False
-    """Whether large digits fit."""
 
 
 @dataclass(frozen=True)
@@ -132,374 +64,6 @@ class HomeFacts:
     """Whether :meth:`HomeReader.look_ahead` would add anything."""
     is_estimate: bool = False
     """Whether the steps of the next run are an estimate because its samples have not been counted."""
-
-
-def gpu_lines(
-    system_status: SystemStatus, budget: MemoryBudget, width: int, *, is_compact: bool
-) -> list[Content]:
-    """Return the GPU's utilization, or what is used instead, and below it the machine's memory and disk.
-
-    Args:
-        system_status: The latest readings.
-        budget: The device that estimates are for.
-        width: Width of a line, in cells.
-        is_compact: Whether to use as few lines as possible.
-    """
-    gpu, metrics = system_status.gpu, system_status.gpu_metrics
-    problem = system_status.gpu_problem
-    if gpu is None:
-        title = capitalize(system_status.no_gpu_title)
-        where = f"Estimates: {budget.name}."
-        if system_status.trains_on == budget.device.kind:
-            where = "Training runs on the CPU, slowly."
-        lines = [Content.assemble((title, "bold"), (f"   {where}" if is_compact else "", "dim"))]
-        reasons = [] if is_compact else [where]
-        lines += [Content.styled(text, "dim") for text in (*reasons, system_status.no_gpu_reason) if text]
-    elif metrics is None or problem is not None:
-        title, reason = "does not respond", system_status.no_gpu_reason
-        if metrics is not None and problem is not None:
-            title, reason = problem.title, problem.what
-        head = Content.assemble((gpu.short_name, "bold"), (f"   {title}", "$warning"))
-        lines = [head, Content.styled(reason, "dim")]
-    else:
-        use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
-        temperature = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
-        power = "" if metrics.power_w is None else f"   {format_power(metrics.power_w)} W"
-        used, total = metrics.memory_used_bytes, metrics.memory_total_bytes
-        memory = f"{format_gib(used)} of {format_gib(total)} GiB"
-        share = used / total if used is not None and total else None
-        if is_compact:
-            drawn = "" if share is None else f"{bar(share, 16)} "
-            text = f"   util {use}   {drawn}{memory}   {temperature}"
-            return [Content.assemble((gpu.short_name, "bold"), text)]
-        lines = [
-            Content.assemble((gpu.short_name, "bold"), (f"   {temperature}{power}", "dim")),
-            meter("util", (metrics.utilization_percent or 0) / 100, use, _LABEL, width),
-            meter("memory", share or 0.0, memory, _LABEL, width),
-        ]
-    return lines if is_compact else [*lines, *_host_lines(width)]
-
-
-def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
-    """Return the GPU, or what is used instead, with memory and disk, in one line."""
-    lines = gpu_lines(system_status, budget, width, is_compact=True)
-    memory = psutil.virtual_memory()
-    free = [f"RAM {format_gib(memory.available)} of {format_gib(memory.total)} GiB free"]
-    with suppress(OSError):
-        free.append(f"disk {format_gib(shutil.disk_usage(paths.state_dir()).free)} GiB free")
-    parts = [*lines, *(Content.styled(text, "dim") for text in free)]
-    while len(parts) > 1 and sum(part.cell_length + 3 for part in parts) > width:
-        parts.pop()
-    return Content("   ").join(parts)
-
-
-def _host_lines(width: int) -> list[Content]:
-    """Return the memory of the machine and the disk that stores the runs."""
-    memory = psutil.virtual_memory()
-    used = memory.total - memory.available
-    try:
-        disk = f"{format_gib(shutil.disk_usage(paths.runs_dir()).free)} GiB free"
-    except OSError:
-        disk = "NA"
-    text = f"{format_gib(used)} of {format_gib(memory.total)} GiB"
-    return [meter("RAM", used / memory.total, text, _LABEL, width), labeled("disk", disk, _LABEL)]
-
-
-def server_line(server: ServerStatus) -> Content:
-    """Return where a server listens, and what it does."""
-    speed = f"{server.tokens_per_s:,.0f} tokens/s" if server.tokens_per_s else server.state
-    address = server.address.removeprefix("http://").removesuffix("/v1")
-    return labeled("server", f"{address} · {speed}", _LABEL)
-
-
-def run_lines(
-    summary: RunSummary,
-    while_away: bool,
-    now: float,
-    layout: HomeLayout,
-    waiting: Sequence[str] = (),
-) -> list[Content]:
-    """Return the active or last run: name and state, progress or outcome, its two figures, and what is next.
-
-    Args:
-        summary: The run.
-        while_away: Whether it ended since the app was last used.
-        now: Unix time.
-        layout: Space for the lines.
-        waiting: Names of the queued runs, the next one first.
-    """
-    status, width = summary.status, layout.left
-    sign, word, style = result_label(status.state, summary.defect)
-    if status.state in ACTIVE:
-        word = phase_label(status.phase or status.state)
-    elif summary.defect is not None:
-        word = f"{status.state}, {word}"
-    head = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
-    if status.state in ACTIVE:
-        return [head, *_progress_lines(summary, layout, waiting)]
-    lines = [head]
-    if status.at:
-        away = "  while you were away" if while_away else ""
-        lines.append(Content.assemble((format_ago(status.at, now), "dim"), (away, "$primary")))
-    if sum(line.cell_length for line in lines) + 2 <= width:
-        lines = [Content("  ").join(lines)]
-    lines += _outcome_lines(summary, layout)
-    if summary.verdict is not None:
-        lines.append(Content.styled(summary.verdict.sentence, verdict_style(summary.verdict)))
-    if status.state in ("failed", "lost", "unreadable") and status.detail:
-        lines.append(Content.styled(status.detail, "$error"))
-    return lines
-
-
-def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[str]) -> list[Content]:
-    """Return a run's progress bar, its loss, the time left, and what happens next."""
-    means = mean_losses(summary)
-    figures = progress_figures(means[-1] if means else None, summary.seconds_left)
-    share, steps = 0.0, "preparing"
-    if summary.total_steps:
-        share = summary.step / summary.total_steps
-        steps = f"{format_percent(share)}  step {format_progress(summary.step, summary.total_steps)}"
-    drawn = bar(share, max(0, layout.left - len(steps) - 2))
-    facts = []
-    if summary.next_evaluation:
-        facts.append(f"next evaluation at {summary.next_evaluation:,}")
-    if waiting:
-        facts.append(f"then {waiting[0]}")
-    lines = [Content.assemble((drawn, "$training"), f"  {steps}")]
-    return lines + _figures(figures, facts, layout)
-
-
-def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """Return the best loss of a run that has ended, and how far and how long it trained."""
-    figures, facts = [], []
-    if summary.best is not None:
-        loss, step = summary.best
-        figures.append(best_figure(loss, summary.loss_to_beat))
-        facts.append(f"at step {step:,}")
-    elif summary.loss is not None:
-        figures.append(Figure("last training loss", format_loss(summary.loss)))
-    if summary.loss_to_beat is not None:
-        facts.append(f"worse than before training ({format_loss(summary.loss_to_beat)})")
-    if summary.step < summary.total_steps:
-        facts.append(f"step {format_progress(summary.step, summary.total_steps)}")
-    if summary.seconds is not None:
-        facts.append(f"trained {format_duration(summary.seconds)}")
-    return _figures(figures, facts, layout) if figures or facts else []
-
-
-def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout) -> list[Content]:
-    """Return figures followed by as many facts as fit.
-
-    In a large window the figures are large, and the facts below them.
-    """
-    text = "  ".join(facts)
-    if layout.is_large and figures:
-        large = large_figures(figures)
-        room = layout.left - large[1].cell_length - 4
-        return [*large[:2], Content.assemble(large[2], "    ", (cut_cells(text, max(0, room)), "dim"))]
-    line = figure_line(figures)
-    room = layout.left - line.cell_length - 3
-    return [Content.assemble(line, "   " if figures else "", (cut_cells(text, max(0, room)), "dim"))]
-
-
-def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
-    """Return a line per run: ``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12``."""
-
-    def state(summary: RunSummary) -> Content:
-        sign, word, style = result_label(summary.status.state, summary.defect)
-        return Content.styled(f"{sign} {word}", style)
-
-    def when(summary: RunSummary) -> str:
-        at = summary.status.at
-        if at and width < _MIN_WIDTH_FOR_CURVES:
-            return f"{format_duration(max(0.0, now - at))} ago"
-        return format_ago(at, now) if at else ""
-
-    columns: tuple[Column[RunSummary], ...] = (
-        Column(text=state, width=13),
-        Column(text=lambda s: s.name, shrinks=True, min_width=14, max_width=_MAX_NAME_WIDTH, gap=0),
-        Column(text=lambda s: s.model, max_width=_MAX_NAME_WIDTH, shown_from=_MIN_WIDTH_FOR_MODELS),
-        Column(text=lambda s: s.settings, max_width=_MAX_NAME_WIDTH, shown_from=_MIN_WIDTH_FOR_MODELS),
-        Column(text=lambda s: "" if s.best is None else f"best val. {format_loss(s.best[0])}"),
-        Column(
-            text=lambda s: sparkline(s.losses, _SHORT_CURVE_WIDTH) if s.losses else "",
-            style="$primary",
-            shown_from=_MIN_WIDTH_FOR_CURVES,
-        ),
-        Column(text=when, style="dim"),
-    )
-    return table(columns, summaries[:height], width)
-
-
-def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
-    """Return the queued runs, next one first."""
-    named = [RunDir(paths.runs_dir() / id_).name for id_ in waiting[:3]]
-    shown = [Content(f"{number}. {name}") for number, name in enumerate(named, 1)]
-    if len(waiting) > len(shown):
-        shown.append(Content.styled(f"and {len(waiting) - len(shown)} more", "dim"))
-    return shown
-
-
-def recipe_lines(
-    workbench: Workbench,
-    budget: MemoryBudget,
-    refusal: UserError | None,
-    expected: Forecast | None,
-    width: int,
-    *,
-    is_compact: bool,
-) -> list[Content]:
-    """Return the recipe being edited, whether it fits, and how long it takes, one item per line, or as few
-    lines as possible.
-
-    ``refusal``: why the model cannot be trained.
-    """
-    recipe, fit = workbench.recipe, recipe_fit(workbench, budget, with_precision=False)
-    compared, architecture = workbench.comparison(budget.device), workbench.architecture()
-    memory: list[Content] = []
-    if fit is not None:
-        head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
-        line = head + fit.draw(width - head.cell_length, _CURVE_WIDTH)
-        if refusal is not None:
-            reason = f"  {refusal_words(refusal)}"
-            has_room = line.cell_length + len(reason) <= width
-            line += Content.styled(reason if has_room else f"  {CANNOT_TRAIN}", "$error")
-        memory = [line]
-    elif isinstance(compared, UserError) and recipe.model.id:
-        memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]
-    time = []
-    if expected is not None:
-        duration, note = _time_words(expected)
-        time = [Content.assemble(duration, (f"   {note}" if note else "", "dim"))]
-    if is_compact:
-        line = Content("   ").join([*memory, *time])
-        return [
-            Content(recipe_line(workbench, width)),
-            *([line] if line.cell_length <= width else [*memory, *time]),
-        ]
-    size = ""
-    if not isinstance(architecture, UserError):
-        size = f"{format_count(architecture.total_params)} parameters, {architecture.layers} layers"
-    lora = recipe.lora
-    targets = f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, 40)}"
-    rate = f"learning rate {format_rate(recipe.training.learning_rate)}"
-    rows = [
-        ("model", short_model_name(recipe.model.id) or _none_yet("go.models"), size),
-        ("data", data_words(recipe) if recipe.data.sources else _none_yet("go.data"), ""),
-        ("LoRA", targets, ""),
-        ("length", batch_words(recipe), rate),
-    ]
-    lines = [line for row in rows for line in _with_note(*row, width)]
-    return [*lines, *memory, *(_with_note("time", *_time_words(expected), width) if expected else [])]
-
-
-def _with_note(label: str, value: str | Content, note: str, width: int) -> list[Content]:
-    """Return ``model   SmolLM2-135M   135M parameters``, with the note on its own line if needed."""
-    line = labeled(label, Content.assemble(value, (f"   {note}" if note else "", "dim")), _LABEL)
-    if line.cell_length <= width:
-        return [line]
-    room = max(1, width - _LABEL)
-    parts = [Content(value) if isinstance(value, str) else value, Content.styled(note, "dim")]
-    return [
-        labeled("" if number else label, part.truncate(room, ellipsis=True), _LABEL)
-        for number, part in enumerate(parts)
-        if part
-    ]
-
-
-def way_lines() -> list[Content]:
-    """Return a line for each screen on the way from a model to an answer."""
-    return [
-        Content.assemble(highlight_keys(key_name(command)), f" {COMMANDS[command].label:<8}", (what, "dim"))
-        for command, what in _WAY
-    ]
-
-
-def numbers_lines(summary: RunSummary, width: int) -> list[Content]:
-    """Return facts about a run, and its validation losses, each with a bar."""
-    facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", summary.settings)]
-    if summary.tokens_per_s is not None:
-        facts.append(("speed", f"mean {format_speed(summary.tokens_per_s)} tok/s"))
-    if summary.peak_bytes is not None:
-        facts.append(("memory", f"{format_bytes(summary.peak_bytes)} at the peak"))
-    if summary.energy:
-        facts.append(("energy", summary.energy))
-    lines = fact_lines([fact for fact in facts if fact[1]], width)
-    if not summary.evaluations:
-        return lines
-    most = max((loss for _, loss in summary.evaluations if isfinite(loss)), default=1.0)
-    lines += [Content(""), Content.styled("validation loss", "dim")]
-    for step, loss in summary.evaluations[-_MAX_EVALUATIONS:]:
-        best = summary.best is not None and step == summary.best[1]
-        head = Content.assemble(
-            (f"{f'step {step:,}':<10}", "dim"), (f"{format_loss(loss):>7} ", "bold" if best else "")
-        )
-        cells = round(loss / most * max(0, width - head.cell_length - 2)) if isfinite(loss) else 0
-        lines.append(
-            Content.assemble(
-                head, (BEST if best else " ", "$validation bold"), " ", ("▄" * cells, "$validation")
-            )
-        )
-    return lines
-
-
-def _none_yet(command: str) -> Content:
-    """Return ``none yet  [1]``, with the key of the screen where one is selected."""
-    return Content.assemble("none yet  ", highlight_keys(key_name(command)))
-
-
-def models_title(selected: str | None, has_focus: bool) -> Content:
-    """Return ``Models  Tab to choose one``, and in the list ``Enter to download it``."""
-    verb = "select" if (selected or "").startswith(LOCAL) else "download"
-    hint = key_hint("Enter", f"to {verb} it") if has_focus else key_hint("Tab", "to choose one")
-    return Content("Models  ") + hint
-
-
-def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, Content]]:
-    """Return (id, line) for each model to choose from, at most ``most`` of the good first ones."""
-    return models.lines("", "", max(_LEAST_MODEL_CELLS, width), most)
-
-
-def _time_words(expected: Forecast) -> tuple[str, str]:
-    """Return ``about 25 min`` and ``54 steps, judging by vicuna-1``; steps once the samples are counted."""
-    source = expected.time.source if expected.time else ""
-    note = ", ".join(filter(None, (expected.steps if expected.length.is_exact else "", source)))
-    return expected.duration or "no run like this one yet", note
-
-
-def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:
-    """Return the suggested step with its key and reason, and the alternatives.
-
-    Args:
-        steps: The step and the alternatives.
-        width: Cells of a line.
-        is_large: Whether to add space between them.
-        has_enter: Whether Enter does the step now; otherwise the key of its command is shown.
-    """
-    step, others = steps
-    first_key = key_name("home.next" if has_enter or not step.command else step.command)
-    keys = [first_key, *(key_name(other.command) for other in others)]
-    column = max(map(len, keys))
-    lines = []
-    for number, (key, each) in enumerate(zip(keys, (step, *others), strict=True)):
-        is_next = not number and has_enter
-        also = "" if not is_next or each.command in ("home.demo", "") else f" (or {key_name(each.command)})"
-        first = Content.assemble(
-            ("▸ " if is_next else "  ", "bold $primary"),
-            (f"{key:<{column}}  ", "bold $key"),
-            (each.text, "bold" if is_next else ""),
-            (also, "dim"),
-        )
-        why = Content.styled(each.why, "dim")
-        if is_large:
-            lines += [Content("")] if number else []
-            lines += [first, Content(" " * (column + 4)) + why]
-        elif first.cell_length + 2 + why.cell_length <= width:
-            lines.append(Content.assemble(first, "  ", why))
-        else:
-            indent = column + 4
-            lines += [first, *(Content(" " * indent) + part for part in why.wrap(max(20, width - indent)))]
-    return lines
 
 
 class HomeReader:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.tui.screens.home.next_step import NextStep
-    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeLayout, HomeReader
+    from qlora_tui.tui.screens.home.panel_lines import HomeLayout
+    from qlora_tui.tui.screens.home.reader import HomeFacts, HomeReader
     from qlora_tui.tui.workbench import Workbench
 
 _LAST_SEEN_INTERVAL_S = 30.0
@@ -286,7 +287,7 @@ class HomeScreen(WorkScreen):
         facts = self._facts_shown
         if facts is None or self.downloading_demo:
             return
-        from qlora_tui.tui.screens.home.reader import next_lines
+        from qlora_tui.tui.screens.home.panel_lines import next_lines
 
         is_first = facts.last is None and not self._layout(self.size).is_compact
         has_enter = not self.query_one("#models-to-choose").has_focus
@@ -298,7 +299,7 @@ class HomeScreen(WorkScreen):
         facts = self._facts_shown
         if facts is None or facts.models is None:
             return
-        from qlora_tui.tui.screens.home.reader import model_lines, models_title
+        from qlora_tui.tui.screens.home.panel_lines import model_lines, models_title
 
         list_ = self.query_one("#models-to-choose", ViList)
         self.query_one("#models-panel", Panel).show_title(models_title(list_.current, list_.has_focus))
@@ -384,7 +385,7 @@ class HomeScreen(WorkScreen):
         return self._reader.read(workbench, budget, system_status, now, self._layout(size), self.app.counts)
 
     def _layout(self, size: Size) -> HomeLayout:
-        from qlora_tui.tui.screens.home.reader import HomeLayout
+        from qlora_tui.tui.screens.home.panel_lines import HomeLayout
 
         if not (self.has_class("-tall") and not self.has_class("-narrow")):
             width = size.width - _SHORT_FRAME
@@ -402,7 +403,7 @@ class HomeScreen(WorkScreen):
         """Show the parts of the current and earlier runs that are not plain text."""
         from qlora_tui.tui.render.loss import summary_plot
         from qlora_tui.tui.render.plot import plot
-        from qlora_tui.tui.screens.home.reader import recent_lines
+        from qlora_tui.tui.screens.home.panel_lines import recent_lines
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None
         self.set_class(is_new, "-first")
