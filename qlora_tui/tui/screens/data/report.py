@@ -137,7 +137,7 @@ class ProblemsPanel(Panel):
         else:
             self.show_title(f"Problems ({len(lines)})" if lines else "Problems")
         keys = [("data.problem", "next")] if problems else []
-        if bad_rows or any(problem.split_rows or problem.tokens for problem in problems):
+        if has_fix(report, problems):
             keys.append(("data.fix", "fix"))
         if recipe.data.bad_rows == "skip":
             keys.append(("data.bad_rows", "refuse bad rows"))
@@ -151,14 +151,15 @@ def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> 
     """Return the report's problems, except those that the recipe's trained tokens fix."""
     if report is None:
         return ()
-    problems = [p for p in report.problems if not p.tokens or not set(trained_tokens).issuperset(p.tokens)]
+    trained = set(trained_tokens)
+    problems = [p for p in report.problems if not p.tokens or not trained.issuperset(p.tokens)]
     if _has_usable_rows(report):
         return tuple(problems)
     return tuple(replace(p, fix=_NOTHING_LEFT) if is_bad_row(p) else p for p in problems)
 
 
 def _has_usable_rows(report: Report) -> bool:
-    """Whether rows remain without the bad ones, as far as the source was read."""
+    """Return whether rows remain without the bad ones, as far as the source was read."""
     return bool(report.counts.conversations) or not report.complete
 
 
@@ -170,6 +171,12 @@ def skippable_rows(report: Report | None, problems: Sequence[DataProblem]) -> in
     if report is None or not _has_usable_rows(report):
         return 0
     return sum(problem.count for problem in problems if is_bad_row(problem))
+
+
+def has_fix(report: Report | None, problems: Sequence[DataProblem]) -> bool:
+    """Return whether changing a setting fixes any of these problems."""
+    can_change = any(problem.split_rows or problem.tokens for problem in problems)
+    return can_change or skippable_rows(report, problems) > 0
 
 
 def totals(

@@ -44,6 +44,7 @@ from qlora_tui.tui.screens.data.report import (
     LengthsPanel,
     ProblemsPanel,
     TotalsPanel,
+    has_fix,
     skippable_rows,
     unfixed_problems,
 )
@@ -551,9 +552,7 @@ class DataScreen(WorkScreen):
     @property
     def _can_fix(self) -> bool:
         """Whether changing a setting fixes any of the problems."""
-        problems = self.problems
-        can_change = any(problem.split_rows or problem.tokens for problem in problems)
-        return bool(self._refused_preferences or skippable_rows(self.report, problems) or can_change)
+        return bool(self._refused_preferences) or has_fix(self.report, self.problems)
 
     def action_fix(self) -> None:
         """Change the setting that fixes the first problem with such a fix."""
