@@ -7,14 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from qlora_tui import memory, paths
 from qlora_tui.catalog.local_models import ModelNotFoundError
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui import workbench as workbench_module
+from qlora_tui.tui.render.labels import recipe_line
 from qlora_tui.tui.workbench import Draft, Workbench, open_workbench
 from tests.tui.workstation import CONFIGS, config_folder
 
@@ -63,6 +66,16 @@ def test_a_users_broken_default_preset_does_not_block_the_start(drafted: bool) -
     assert open_workbench(Draft()).recipe == again.recipe
     (paths.user_presets_dir() / "balanced.toml").unlink()
     assert open_workbench(Draft()).preset == "balanced"
+
+
+def test_names_with_wide_characters_are_shortened_before_numbers_are_cut() -> None:
+    workbench = Workbench()
+    recipe = replace_setting(workbench.recipe, "model.id", "Qwen/Qwen2.5-7B-Instruct")
+    source = Source(path="/data/客户支持工单训练数据集第二版本.jsonl")
+    workbench.replace(replace_setting(recipe, "data.sources", (source,)))
+    for width in range(76, 120):
+        line = recipe_line(workbench, width)
+        assert cell_len(line) <= width and line.endswith(" 1 × 8"), line
 
 
 def test_undo_and_redo_walk_the_changes() -> None:

@@ -123,7 +123,7 @@ def _line(
         if column.shorter and isinstance(text, str) and _cells(text) > width:
             text = column.shorter(text, width)
         if _cells(text) > width:
-            text = _cut(Content.styled(text, column.style) if isinstance(text, str) else text, width)
+            text = cut_name(Content.styled(text, column.style) if isinstance(text, str) else text, width)
         plain, styles = (text, None) if isinstance(text, str) else (text.plain, text.spans)
         missing = width - _cells(text)
         left, right = (gap + missing, 0) if column.right else (0, missing)
@@ -145,7 +145,7 @@ def _line(
     return Content(line, spans)
 
 
-def _cut(text: Content, width: int) -> Content:
+def cut_name(text: Content, width: int) -> Content:
     """Cut a text to ``width`` cells by ``cut_range``, or at the end if it has wide characters."""
     if text.cell_length != len(text) or width < 3:
         return text.truncate(width, ellipsis=True)

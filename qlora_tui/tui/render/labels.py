@@ -18,7 +18,6 @@ from qlora_tui.formatting import (
     format_number,
     format_sizes,
     short_model_name,
-    shorten_name,
     uncapitalize,
 )
 from qlora_tui.memory import Verdict, check_fit
@@ -28,6 +27,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words
 from qlora_tui.runs.status import State
+from qlora_tui.tui.render.columns import cut_name
 from qlora_tui.tui.render.figures import Figure
 from qlora_tui.tui.render.plot import bar, level_style
 from qlora_tui.tui.workbench import Workbench
@@ -111,7 +111,7 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
         over = cell_len(SEPARATOR.join(parts)) - width
         cells = cell_len(parts[place])
         if over > 0 and cells > _MIN_NAME + 1:
-            parts[place] = shorten_name(parts[place], max(_MIN_NAME, cells - over))
+            parts[place] = cut_name(Content(parts[place]), max(_MIN_NAME, cells - over)).plain
     return parts
 
 
