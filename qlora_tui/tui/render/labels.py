@@ -222,7 +222,7 @@ class FitLine:
 
 
 def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:
-    """Return ``This CPU: ~1.0 of 23.5 GiB fits``, beside estimates for a GPU that is not here."""
+    """Return ``This CPU: ~1.0 of 23.5 GiB fits``, next to estimates for a GPU that is not here."""
     return FitLine("This CPU:", verdict, can_train=can_train)
 
 

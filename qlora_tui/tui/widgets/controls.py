@@ -80,7 +80,7 @@ class ViList(OptionList):
     ViList > .option-list--option-disabled {
         color: $text-muted;
     }
-    /* Beside what has the focus at first, a second cursor would look like a choice that was made. */
+    /* Next to what has the focus at first, a second cursor would look like a choice that was made. */
     ViList.quiet:blur > .option-list--option-highlighted {
         background: transparent;
         text-style: none;

@@ -36,7 +36,7 @@ _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """Letters of jump labels, home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 50
-"""Width of the list from which a folded group has its values beside its title."""
+"""Width of the list from which a folded group has its values next to its title."""
 _LIST_SHARE = 0.85
 """Most of a form's height that the list takes; below it is the help."""
 _ROOMY_ROWS = 34

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import msgspec
 from textual.app import ComposeResult
@@ -26,9 +26,6 @@ from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.themes import AUTO, HUES, TERMINAL, theme_names
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, SettingPicked, SettingsForm
-
-if TYPE_CHECKING:
-    from qlora_tui.tui.app import QloraApp
 
 _KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
 
@@ -121,12 +118,12 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         )
 
 
-class ThemePicker(ListPicker[str]):
+class ThemePicker(ListPicker[str], OnQloraApp):
     """The app has the theme under the cursor until the dialog is closed."""
 
     def on_option_list_option_highlighted(self) -> None:
         """Show the theme."""
-        cast("QloraApp", self.app).preview_theme(self.current or "")
+        self.app.preview_theme(self.current or "")
 
 
 def _theme_line(name: str, theme: Theme | None) -> Content:
