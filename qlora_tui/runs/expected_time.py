@@ -24,6 +24,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_duration, pluralize
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.step_choice import step_seconds
+from qlora_tui.memory.traces import NO_TRACES
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import RunLength, run_length
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -153,7 +154,8 @@ def expected_time(
 
     None on a processor on which nothing was trained yet.
     """
-    device = machine.budget.device
+    # Traces change no time, and each new one would have the runs read again.
+    device = replace(machine.budget.device, traces=NO_TRACES)
     cost = _seconds_per_token(recipe, architecture, device)
     measured = list(_measured_runs(device, machine.device_name)) if machine.device_name else []
     if measured:

@@ -17,6 +17,7 @@ from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for, this_processor
+from qlora_tui.memory.traces import KnownTraces
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source, Training
 from qlora_tui.runs.data_checks import RunLength, run_length
@@ -25,6 +26,7 @@ from qlora_tui.runs.doctor import CheckKind, Machine
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.expected_time import Forecast, count_data, expected_time, forecast
 from qlora_tui.runs.preflight import preflight
+from qlora_tui.runs.view import RunView
 from tests.support.step_events import a_step, an_environment
 from tests.tui.sample_data import readable_model, write_rows
 
@@ -178,3 +180,13 @@ def test_the_time_is_by_the_nearest_run_on_this_device(tmp_path: Path, model: st
     assert f"judging by {name}." in check.text
     limited = structs.replace(small, training=Training(epochs=4, max_steps=1))
     assert known_length(limited).tokens < tokens / 2
+
+
+def test_a_new_trace_has_no_run_read_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
+) -> None:
+    recipe, budget = recipe_of("no validation", tmp_path, model), budget_for(None)
+    trained(recipe, this_processor().name, 100.0)
+    time = known_forecast(recipe, Machine(budget)).time
+    monkeypatch.setattr(RunView, "from_sample", lambda run, steps: pytest.fail("A run was read again."))
+    assert known_forecast(recipe, Machine(budget.with_traces(KnownTraces()))).time == time
