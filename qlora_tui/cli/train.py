@@ -88,7 +88,8 @@ def _dry_run(recipe: Recipe) -> CommandResult:
         except UserError as error:
             problem = error
     machine = read_machine()
-    checks, expected = with_count(preflight(recipe, machine), problem), forecast(recipe, machine)
+    expected = forecast(recipe, machine)
+    checks = with_count(preflight(recipe, machine, expected=expected), problem)
     failed = bool(errors(checks))
     time = expected.time if expected else None
     length = expected.length if expected else None

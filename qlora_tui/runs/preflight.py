@@ -68,13 +68,19 @@ _UNKNOWN_MEMORY = Check(
 )
 
 
-def preflight(recipe: Recipe, machine: Machine, exact_within_s: float = EXACT_WITHIN_S) -> tuple[Check, ...]:
+def preflight(
+    recipe: Recipe,
+    machine: Machine,
+    exact_within_s: float = EXACT_WITHIN_S,
+    expected: Forecast | None = None,
+) -> tuple[Check, ...]:
     """Run every check of a recipe on a machine, in the order of what to fix first.
 
     Never raises: a run that cannot start has a check with a ``problem``.
 
     Args:
         exact_within_s: how long to wait for an exact estimate of memory that the instant one cannot decide.
+        expected: how long the run will be, if that is known already.
     """
     model, files = _model(recipe)
     checks = [model, *check_data(recipe, files), *_settings(recipe)]
@@ -83,7 +89,7 @@ def preflight(recipe: Recipe, machine: Machine, exact_within_s: float = EXACT_WI
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
         memory, estimated = _memory(recipe, files, machine, exact_within_s)
         checks.append(_UNKNOWN_MEMORY if machine.trains_on_unknown_gpu else memory)
-        checks += [*_kernels(files, machine), *_time(recipe, files, machine)]
+        checks += [*_kernels(files, machine), *_time(expected or forecast(recipe, machine, files))]
         # An assumed GPU is in another machine.
         if estimated is not None and estimated.host_bytes and not machine.budget.is_assumed:
             checks.append(check_host_memory(estimated.host_bytes))
@@ -282,18 +288,15 @@ def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
     return [Check(CheckKind.KERNELS, "warning", text, fix)]
 
 
-def _time(recipe: Recipe, files: ModelFiles, machine: Machine) -> list[Check]:
-    expected = forecast(recipe, machine, files)
-    return [] if expected is None else [check_time(expected)]
-
-
-def check_time(expected: Forecast) -> Check:
+def _time(expected: Forecast | None) -> list[Check]:
     """Say how long the steps take, and how that is known."""
+    if expected is None:
+        return []
     if expected.time is None:
         text = "Unknown until the first steps: nothing has been trained on this machine yet."
-        return Check(CheckKind.TIME, "note", text)
+        return [Check(CheckKind.TIME, "note", text)]
     text = f"{capitalize(expected.duration)} of training, {expected.time.source}."
-    return Check(CheckKind.TIME, "ok", text)
+    return [Check(CheckKind.TIME, "ok", text)]
 
 
 def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:

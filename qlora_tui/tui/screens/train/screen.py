@@ -20,10 +20,10 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
 from qlora_tui.runs.directory import RunDir, all_runs
-from qlora_tui.runs.doctor import Check, CheckKind, Machine
+from qlora_tui.runs.doctor import Check, Machine
 from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.expected_time import Forecast, forecast, measured_forecast
-from qlora_tui.runs.preflight import EXACT_WITHIN_S, check_time, errors, preflight, with_count
+from qlora_tui.runs.preflight import EXACT_WITHIN_S, errors, preflight, with_count
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.step_probe import StepProbe, probe_steps
 from qlora_tui.runs.suggested_fix import SuggestedFix
@@ -284,13 +284,10 @@ class TrainScreen(EvaluationActions):
         self._expected = expected
         # Without waiting for an exact estimate of the memory at first.
         for exact_within_s in (0.0, EXACT_WITHIN_S):
-            checks = await asyncio.to_thread(preflight, recipe, machine, exact_within_s)
+            checks = await asyncio.to_thread(preflight, recipe, machine, exact_within_s, expected)
             self._show_checks(recipe, with_count(checks, self.app.count_problem))
 
     def _show_checks(self, recipe: Recipe, checks: tuple[Check, ...]) -> None:
-        if self._expected is not None:
-            time = check_time(self._expected)
-            checks = tuple(time if check.kind is CheckKind.TIME else check for check in checks)
         self.checks = checks
         self._show_launch()
         self._show_form(recipe)
@@ -334,8 +331,8 @@ class TrainScreen(EvaluationActions):
     async def action_launch(self) -> None:
         # Both would need the memory.
         self._probing.stop()
-        recipe = self.app.workbench.recipe
-        checks = await asyncio.to_thread(preflight, recipe, self.app.system_status.machine)
+        recipe, machine = self.app.workbench.recipe, self.app.system_status.machine
+        checks = await asyncio.to_thread(preflight, recipe, machine, EXACT_WITHIN_S, self._expected)
         if recipe == self.app.workbench.recipe:
             self._show_checks(recipe, checks)
         run = await launch(self.app, recipe, checks)
