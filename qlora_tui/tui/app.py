@@ -201,9 +201,11 @@ class QloraApp(TerminalApp):
 
         Of a GPU that the driver reports nothing of, the size is what the user gave.
         """
+        from qlora_tui.memory.budget import budget_for
+
         status = self.system_status
         is_reported = status.gpu is not None or status.trains_on == "cpu"
-        return status.run_budget if is_reported else self.memory_budget
+        return budget_for(status.gpu) if is_reported else self.memory_budget
 
     @property
     def cpu_budget(self) -> MemoryBudget | None:

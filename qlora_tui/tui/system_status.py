@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from qlora_tui.errors import UserError
     from qlora_tui.gpu.errors import GpuUnavailableError
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
-    from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.runs.directory import RunDir
     from qlora_tui.runs.doctor import Machine
     from qlora_tui.runs.notify import RunNotification
@@ -84,10 +83,11 @@ class SystemStatus:
     @property
     def machine(self) -> Machine:
         """The machine that a run would start on, regardless of which GPU the estimates assume."""
+        from qlora_tui.memory.budget import budget_for
         from qlora_tui.runs.doctor import Machine  # with the checks, which a start does without
 
         return Machine(
-            budget=self.run_budget,
+            budget=budget_for(self.gpu),
             gpu=self.gpu,
             used_bytes=self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None,
             gpu_choice=self.gpu_choice,
@@ -96,13 +96,6 @@ class SystemStatus:
             active=self.active.id if self.active else "",
             waiting=self.waiting_ids,
         )
-
-    @property
-    def run_budget(self) -> MemoryBudget:
-        """The memory of the GPU, or of the machine without one."""
-        from qlora_tui.memory.budget import budget_for
-
-        return budget_for(self.gpu)
 
     @property
     def trains_on(self) -> Literal["cpu", "unknown", "none"]:
