@@ -35,8 +35,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.doctor import Check, CheckKind, read_machine, several_gpus_problem
 from qlora_tui.runs.expected_time import Forecast, count_data, forecast, measured_forecast
 from qlora_tui.runs.preflight import errors, preflight, with_count
-from qlora_tui.runs.step_probe import probe_steps
-from qlora_tui.worker import Progress
+from qlora_tui.runs.step_probe import probe_steps, progress_words
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
@@ -112,7 +111,7 @@ def _probe(recipe: Recipe) -> CommandResult:
     machine = read_machine()
     _report_checks(preflight(recipe, machine))
     with ProgressLine() as line:
-        probe = probe_steps(recipe, machine, lambda progress: line.show(_progress_text(progress)))
+        probe = probe_steps(recipe, machine, lambda progress: line.show(progress_words(progress)))
     expected = forecast(recipe, machine)
     known = None if expected is None else measured_forecast(expected, probe)
     return CommandResult(
@@ -126,10 +125,6 @@ def _probe(recipe: Recipe) -> CommandResult:
         },
         text=_plan_sentence(known, failed=False) if known else f"{capitalize(probe.words)}.",
     )
-
-
-def _progress_text(progress: Progress) -> str:
-    return f"{progress.text}: step {progress.done} of {progress.total}" if progress.done else progress.text
 
 
 def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:

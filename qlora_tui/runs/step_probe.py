@@ -71,3 +71,9 @@ def probe_steps(
         on_progress=on_progress,
         should_stop=should_stop,
     )
+
+
+def progress_words(progress: Progress) -> str:
+    """Return ``training step 1 of 3``, or what a probe does before its first step."""
+    done = f" step {progress.done} of {progress.total}" if progress.done else ""
+    return f"{progress.text}{done}"

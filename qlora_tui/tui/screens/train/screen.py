@@ -25,7 +25,7 @@ from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.expected_time import Forecast, forecast, measured_forecast
 from qlora_tui.runs.preflight import EXACT_WITHIN_S, errors, preflight, with_count
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
-from qlora_tui.runs.step_probe import StepProbe, probe_steps
+from qlora_tui.runs.step_probe import StepProbe, probe_steps, progress_words
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import key_name
@@ -47,7 +47,6 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.threads import Measurement
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
 from qlora_tui.tui.workbench import draft_written_at
-from qlora_tui.worker import Progress
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -312,11 +311,7 @@ class TrainScreen(EvaluationActions):
     @work(exclusive=True, group="probe")
     async def _probe(self, recipe: Recipe, machine: Machine) -> None:
         def measure(say: Callable[[str], None], should_stop: Callable[[], bool]) -> StepProbe:
-            def on_progress(progress: Progress) -> None:
-                done = f" step {progress.done} of {progress.total}" if progress.done else ""
-                say(f"{progress.text}{done}")
-
-            return probe_steps(recipe, machine, on_progress, should_stop)
+            return probe_steps(recipe, machine, lambda progress: say(progress_words(progress)), should_stop)
 
         try:
             probe = await self._probing.run(measure, "starting")
