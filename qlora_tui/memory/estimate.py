@@ -134,22 +134,21 @@ def estimate(
     *,
     execution: ExecutionConfig | None = None,
     device: Device | None = None,
-    traced: StepTrace | None = None,
     capacity_bytes: int | None = None,
 ) -> Estimate:
     """Predict the memory of ``recipe`` on the model described by ``architecture``.
 
-    ``execution`` defaults to this project's trainer on ``device`` (default: an Ampere GPU). The step is taken
-    from ``traced``, a trace of this exact recipe, or from one that ``device`` has, instead of being replayed.
-    With ``capacity_bytes``, the GPU's memory, the allocator releases free segments before it exceeds that.
-    Raises UserError for target modules that the model does not have.
+    ``execution`` defaults to this project's trainer on ``device`` (default: an Ampere GPU). A step of which
+    ``device`` has a trace is taken from there instead of being replayed. With ``capacity_bytes``, the GPU's
+    memory, the allocator releases free segments before it exceeds that. Raises UserError for target modules
+    that the model does not have.
 
     Results are cached: a solver asks for the same recipes after each change of another setting, and several
     screens for the one that is edited.
     """
     device = device or Device()
     execution = execution or trainer_execution(recipe, device, architecture)
-    traced = traced or device.traces.find(recipe, architecture, execution)
+    traced = device.traces.find(recipe, architecture, execution)
     bare = replace(device, traces=NO_TRACES)
     if traced is not None:
         return _calculate(recipe, architecture, execution, bare, traced, capacity_bytes)

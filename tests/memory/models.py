@@ -5,8 +5,11 @@ from __future__ import annotations
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.described import describe
 from qlora_tui.memory.allocator import Pool
+from qlora_tui.memory.execution import Device, ExecutionConfig
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.step import Moment
+from qlora_tui.memory.traces import NO_TRACES
+from qlora_tui.recipe.schema import Recipe
 from tests.catalog.configs import config
 
 
@@ -31,3 +34,10 @@ def traced_peaks(forward_bytes: int, backward_bytes: int) -> StepTrace:
         ),
         pool=Pool(peak, peak + (1 << 30)),
     )
+
+
+def device_with_trace(
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, traced: StepTrace
+) -> Device:
+    """Return a device for which this step was traced."""
+    return Device(traces=NO_TRACES.with_step(recipe, architecture, execution, traced))

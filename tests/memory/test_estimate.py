@@ -35,7 +35,7 @@ from qlora_tui.memory.step import PHASES
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, RecipeOptimizer, Training
 from tests.catalog.configs import config
-from tests.memory.models import qwen_7b, tinyllama, traced_peaks
+from tests.memory.models import device_with_trace, qwen_7b, tinyllama, traced_peaks
 from tests.support.counting import count_estimates
 
 pytestmark = pytest.mark.slow
@@ -468,11 +468,14 @@ def test_kept_activations_rise_in_forward_and_fall_in_backward() -> None:
 
 
 def test_a_traced_step_has_the_traced_peak() -> None:
+    recipe, architecture = Recipe(), qwen_7b()
     traced = traced_peaks(forward_bytes=2 << 30, backward_bytes=3 << 30)
-    estimated = estimate(Recipe(), qwen_7b(), traced=traced)
+    execution = trainer_execution(recipe, Device(), architecture)
+    device = device_with_trace(recipe, architecture, execution, traced)
+    estimated = estimate(recipe, architecture, device=device)
     assert estimated.peak_phase == "backward of layer 0"
     assert (estimated.allocated_bytes, estimated.reserved_bytes) == (4 << 30, 5 << 30)
-    moments = step_timeline(Recipe(), qwen_7b(), estimated, traced)
+    moments = step_timeline(recipe, architecture, estimated, traced)
     assert max(moment.total_bytes for moment in moments) == estimated.process_bytes
     forward, backward = (next(m for m in moments if m.phase == p) for p in ("forward", "backward"))
     assert backward.total_bytes - forward.total_bytes == 1 << 30

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from qlora_tui.catalog.described import describe
-from qlora_tui.memory import Estimate, ExecutionConfig, estimate
+from qlora_tui.memory import Device, Estimate, ExecutionConfig, estimate
 from qlora_tui.memory.levels import context_range
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from tests.catalog.configs import CONFIGS
+from tests.memory.models import device_with_trace
 from tests.memory.step_cases import traced_step
 
 pytestmark = pytest.mark.slow
@@ -55,11 +56,12 @@ def read(entry: dict[str, Any], *, exactly: bool = False) -> Published:
     config = json.loads((CONFIGS / f"{entry['config']}.json").read_text())
     architecture = describe(config)
     capacity = CAPACITY[entry["gpu"]]
-    execution, traced = ExecutionConfig(**facts), None
+    execution, device = ExecutionConfig(**facts), Device()
     if exactly:
         room = capacity - context_range(execution)[1]
         traced = traced_step(config, recipe, execution, room_bytes=room)
-    estimated = estimate(recipe, architecture, execution=execution, capacity_bytes=capacity, traced=traced)
+        device = device_with_trace(recipe, architecture, execution, traced)
+    estimated = estimate(recipe, architecture, execution=execution, device=device, capacity_bytes=capacity)
     unquantized = recipe.quantization.method == "none"
     return Published(entry["id"], unquantized, capacity, entry["measured_bytes"], estimated)
 

@@ -20,6 +20,7 @@ from qlora_tui.memory.levels import (
 )
 from qlora_tui.recipe.schema import Data, Quantization, Recipe, Training
 from qlora_tui.training.description import architecture_of
+from tests.memory.models import device_with_trace
 from tests.memory.step_cases import traced_step
 
 pytestmark = pytest.mark.slow
@@ -69,7 +70,8 @@ def test_a_step_of_any_type_is_within_its_uncertainty(model_type: str, checkpoin
     traced = traced_step(config, recipe, execution)
     closed = closed_form(recipe, architecture, execution)
     assert closed["step"] == pytest.approx(traced.step_bytes, rel=TYPES[model_type])
-    exactly = estimate(recipe, architecture, execution=execution, traced=traced)
+    device = device_with_trace(recipe, architecture, execution, traced)
+    exactly = estimate(recipe, architecture, execution=execution, device=device)
     assert exactly.process_bytes <= estimate(recipe, architecture, execution=execution).band.high_bytes
     layout = build_layout(recipe, architecture, execution)
     assert any("own code" in note for note in exactly.notes) == bool(traced.uncertain)
