@@ -33,7 +33,7 @@ class MemoryBudget:
     """Whether the user gave the size, instead of this machine's."""
 
     def with_traces(self, traces: KnownTraces) -> MemoryBudget:
-        """Return the same with these steps traced."""
+        """Return this budget for a device with these traces."""
         return replace(self, device=replace(self.device, traces=traces))
 
 

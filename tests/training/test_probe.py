@@ -1,4 +1,4 @@
-"""Three steps before a launch: measured in a child that writes no run, and refused beside an active run."""
+"""Three steps before a launch: measured in a child that writes no run, and refused while a run is active."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_stopped_probe_leaves_no_files(private_home: Path, recipe: MakeRecipe)
     assert files_of_runs() == []
 
 
-def test_no_probe_runs_beside_a_run(private_home: Path, recipe: MakeRecipe) -> None:
+def test_no_probe_runs_while_a_run_is_active(private_home: Path, recipe: MakeRecipe) -> None:
     with pytest.raises(UserError, match="Another run is training"):
         probe_steps(recipe(), Machine(budget_for(None), active="vicuna-1"))
 

@@ -47,7 +47,7 @@ _MAX_PHRASE = 60
 _MOST_BARS, _MAX_BAR = 6, 30
 """Options that have a bar, and cells of a bar, at most."""
 _LEAST_SHOWN = 0.005
-"""Probability of an option from which it has a bar, beside the first two."""
+"""Probability of an option from which it has a bar; the first two always have one."""
 _QUESTION = (
     "Which answer is better? Esc, then {chat.prefer_left} left or {chat.prefer_right} right; "
     "{chat.edit_answer} edits the adapter's."
