@@ -58,7 +58,8 @@ async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> 
 async def test_a_click_on_a_key_anywhere_presses_it(private_home: Path, words: str, shown: str) -> None:
     app = open_on("models", model=readable_model(private_home))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        lines = (await wait_for_text(pilot, words)).splitlines()
+        # Its panel grows with the list of models.
+        lines = (await wait_for_text(pilot, words, "Good first models")).splitlines()
         y = next(number for number, line in enumerate(lines) if words in line)
         await pilot.click(offset=(lines[y].index(words), y))
         await wait_for_text(pilot, shown)
