@@ -37,6 +37,7 @@ PACKED_TOKENS = 512
 _BATCH_TOKENS = 4096
 """Tokens of a batch with one row for each option."""
 _BATCH_LOGITS = 1 << 26
+"""Logits of a forward: 256 MiB in float32. With 256k tokens in the vocabulary, those of 256 places."""
 _MULTIPLE = 64
 """Lengths are multiples of this: a CPU's kernels are made once for each length."""
 _HEAD_ROWS = 128
@@ -60,6 +61,23 @@ class Choice(NamedTuple):
         return len(self.prompt) + max(map(len, self.options))
 
 
+class _Part(NamedTuple):
+    """Some options of one of several choices."""
+
+    number: int
+    """Of the choice."""
+    options: tuple[int, ...]
+    """Numbers of the options in the choice."""
+    choice: Choice
+    """The prompt with these options."""
+
+    @classmethod
+    def of(cls, number: int, choice: Choice, options: Sequence[int]) -> _Part:
+        """Return these options of a choice."""
+        some = Choice(choice.prompt, tuple(choice.options[option] for option in options))
+        return cls(number, tuple(options), some)
+
+
 class OptionScorer:
     """Scores options with a model as it is; whoever calls it chooses the adapter."""
 
@@ -79,21 +97,58 @@ class OptionScorer:
 
         ``progress`` is called with the number of choices done.
         """
-        order = sorted(range(len(choices)), key=lambda number: -choices[number].tokens)
-        scores: list[Scores] = [()] * len(choices)
+        scores = [[0.0] * len(choice.options) for choice in choices]
+        parts = [part for number, choice in enumerate(choices) for part in self._parts(number, choice)]
+        parts.sort(key=lambda part: -part.choice.tokens)
         done = 0
         with no_grad_eval(self._model):
-            for batch in _batches(order, choices):
-                rows = [choices[number] for number in batch]
+            for batch in self._batches(parts):
+                rows = [part.choice for part in batch]
                 if self._may_pack(rows[0]):
                     found = self._packed(rows)
                 else:
                     found = [self._each_apart(row, _BATCH_TOKENS) for row in rows]
-                for number, values in zip(batch, found, strict=True):
-                    scores[number] = tuple(values.tolist())
+                for part, values in zip(batch, found, strict=True):
+                    for option, value in zip(part.options, values.tolist(), strict=True):
+                        scores[part.number][option] = value
                 done += len(batch)
-                progress(done)
-        return scores
+                progress(len(choices) * done // len(parts))
+        return [tuple(each) for each in scores]
+
+    @property
+    def _most_places(self) -> int:
+        """Places of one forward whose logits fit into the memory meant for them."""
+        return max(1, _BATCH_LOGITS // int(self._model.config.get_text_config().vocab_size))
+
+    def _parts(self, number: int, choice: Choice) -> Iterator[_Part]:
+        """Yield the options of a choice in parts of at most so many places, similar options together."""
+        part: list[int] = []
+        places = 0
+        for option in sorted(range(len(choice.options)), key=choice.options.__getitem__):
+            size = len(choice.options[option])
+            if part and places + size > self._most_places:
+                yield _Part.of(number, choice, part)
+                part, places = [], 0
+            part.append(option)
+            places += size
+        yield _Part.of(number, choice, part)
+
+    def _batches(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+        """Yield as many parts together as fit into a sequence, in order."""
+        batch: list[_Part] = []
+        tokens = places = 0
+        for part in parts:
+            # At most: what options share is counted for each.
+            answers = sum(map(len, part.choice.options))
+            size = len(part.choice.prompt) + answers
+            if batch and (tokens + size > PACKED_TOKENS or places + answers > self._most_places):
+                yield batch
+                batch, tokens, places = [], 0, 0
+            batch.append(part)
+            tokens += size
+            places += answers
+        if batch:
+            yield batch
 
     def _may_pack(self, longest: Choice) -> bool:
         """Whether rows up to this one may be packed; compares it where it is longer than those before."""
@@ -116,7 +171,7 @@ class OptionScorer:
         expected = self._each_apart(some, 0)
         try:
             # After another row, as in a sequence of several.
-            difference = _largest_difference(self._packed([row, row])[1][numbers], expected)
+            difference = _largest_difference(self._packed([some, row])[1][numbers], expected)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -165,8 +220,7 @@ class OptionScorer:
         """
         start, longest = len(row.prompt), max(map(len, row.options))
         length = row.tokens - 1
-        vocabulary = self._model.config.get_text_config().vocab_size
-        count = max(1, min(batch_tokens // length, _BATCH_LOGITS // (longest * vocabulary)))
+        count = max(1, min(batch_tokens // length, self._most_places // longest))
         scores: list[float] = []
         for first in range(0, len(row.options), count):
             options = row.options[first : first + count]
@@ -239,22 +293,6 @@ class Forest:
             if parent >= 0:
                 mask[place] |= mask[parent]
         return mask
-
-
-def _batches(order: Sequence[int], choices: Sequence[Choice]) -> Iterator[list[int]]:
-    """Choices by number, as many together as fit into a sequence."""
-    batch: list[int] = []
-    tokens = 0
-    for number in order:
-        # At most: what options share is counted for each.
-        size = len(choices[number].prompt) + sum(len(option) - 1 for option in choices[number].options)
-        if batch and tokens + size > PACKED_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(number)
-        tokens += size
-    if batch:
-        yield batch
 
 
 def _log_probabilities(logits: Tensor, targets: dict[int, list[int]]) -> Iterator[list[float]]:

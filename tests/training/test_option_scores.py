@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 import torch
 from torch.nn import functional
 
+from qlora_tui.training import option_scores
 from qlora_tui.training.option_scores import PACKED_TOKENS, Choice, Forest, OptionScorer
 
 pytestmark = pytest.mark.slow
@@ -87,6 +88,25 @@ def test_long_rows_are_in_several_sequences() -> None:
     hook.remove()
     assert len(passes) == 2
     assert scores[3] == pytest.approx(by_itself(model, rows[3]), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "recurrent"])
+def test_the_logits_of_many_options_are_computed_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 places of this vocabulary, which are the fewest that a sequence is padded to."""
+    monkeypatch.setattr(option_scores, "_BATCH_LOGITS", 64 * 64)
+    model = a_model(kind)
+    (row,) = choices(9)
+    row = Choice(
+        row.prompt, tuple((first, second, END) for first in range(10, 18) for second in range(10, 20))
+    )
+    sizes: list[int] = []
+    hook = model.register_forward_hook(lambda module, inputs, output: sizes.append(output.logits.numel()))
+    done: list[int] = []
+    (scores,) = OptionScorer(model, torch.float32, torch.device("cpu")).score([row], done.append)
+    hook.remove()
+    assert scores == pytest.approx(by_itself(model, row), abs=1e-3)
+    assert max(sizes) <= 64 * 64
+    assert done == sorted(done) and done[-1] == 1
 
 
 def _sees_everything(self: Forest) -> torch.Tensor:
