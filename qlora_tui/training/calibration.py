@@ -43,6 +43,7 @@ _SEARCHES = 60
 _RIDGE = 1.0
 """Weight of the squared biases, in rows."""
 _RESAMPLES = 1000
+_HONEST_DRAWS = 200
 
 
 class _Fit(NamedTuple):
@@ -188,11 +189,14 @@ def _quality(logs: Tensor, truth: Tensor) -> Quality:
         edge = round(0.025 * _RESAMPLES)
         return Measured(measure(torch.arange(len(truth))), Interval(values[edge], values[-1 - edge]))
 
+    honest = honest_errors(confidence)
+    error = bootstrapped(lambda rows: calibration_error(confidence[rows], right[rows]))
     return Quality(
         accuracy=Measured(count / len(truth), share_interval(count, len(truth))),
         macro_f1=bootstrapped(lambda rows: _macro_f1(chosen[rows], truth[rows], options)),
         log_loss=Measured(float(losses.mean()), of_loss if math.isfinite(of_loss.low) else None),
-        calibration_error=bootstrapped(lambda rows: calibration_error(confidence[rows], right[rows])),
+        calibration_error=_error_interval(error, honest),
+        honest_error=float(honest.mean()),
     )
 
 
@@ -215,6 +219,36 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
     gaps = torch.zeros(_BINS, dtype=torch.float64)
     gaps.index_add_(0, bins, confidence.double() - right.double())
     return float(gaps.abs().sum() / len(right))
+
+
+def honest_errors(confidence: Tensor) -> Tensor:
+    """Return calibration errors that honest probabilities show on as many rows by chance, ascending (draws,).
+
+    Rows of a bin are right more or less often than they should be (Bröcker and Smith 2007, "Increasing the
+    Reliability of Reliability Diagrams").
+
+    Args:
+        confidence: probability of the chosen option (rows,).
+    """
+    draw = torch.Generator().manual_seed(0)
+    chances = torch.rand(_HONEST_DRAWS, len(confidence), generator=draw)
+    errors = [calibration_error(confidence, row < confidence) for row in chances]
+    return torch.tensor(errors, dtype=torch.float64).sort().values
+
+
+def _error_interval(measured: Measured, honest: Tensor) -> Measured:
+    """Return a calibration error with an interval that allows for its bias.
+
+    Chance only adds to the error, and resampled rows have it twice: the bootstrap's interval is reflected at
+    the value (Davison and Hinkley 1997, section 5.2). It reaches to 0 where honest probabilities show an
+    error as large in more than 2.5 % of draws.
+    """
+    value, interval = measured.value, measured.interval
+    if interval is None:
+        return measured
+    is_honest = value <= float(honest[round(0.975 * len(honest)) - 1])
+    low = 0.0 if is_honest else max(0.0, 2 * value - interval.high)
+    return Measured(value, Interval(low, max(value, 2 * value - interval.low)))
 
 
 def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:

@@ -32,10 +32,13 @@ def judged(scores: Tensor, truth: list[int]) -> DecisionReport:
 
 
 def test_a_temperature_makes_an_overconfident_model_honest() -> None:
-    report = judged(*decided(800, sharpness=3.0))
+    report = judged(*decided(800, sharpness=3.0, seed=1))
     assert report.calibration.temperature == pytest.approx(3.0, rel=0.15)
     assert not report.calibration.bias and report.calibration.rows == 800
     assert 2 * report.after.calibration_error.value < report.before.calibration_error.value
+    sure, honest = (each.calibration_error.interval for each in (report.before, report.after))
+    assert sure is not None and honest is not None and sure.low > 0.1 and honest.low == 0 < honest.high
+    assert report.after.honest_error == pytest.approx(report.after.calibration_error.value, abs=0.02)
     before, after = (each.log_loss.interval for each in (report.before, report.after))
     assert before is not None and after is not None and after.high < before.low
     assert report.after.accuracy == report.before.accuracy

@@ -98,6 +98,8 @@ class Quality(Struct, frozen=True, kw_only=True):
     """Mean of minus the log probability of the right option, in nats."""
     calibration_error: Measured
     """Expected calibration error in 15 bins, 0 to 1."""
+    honest_error: float | None = None
+    """Calibration error that honest probabilities show on as many rows by chance; None in earlier files."""
 
 
 class Threshold(Struct, frozen=True):
@@ -157,10 +159,18 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
         ("macro F1", *(_percent(each.macro_f1) for _, each in columns)),
         ("log loss", *(_float(each.log_loss) for _, each in columns)),
         ("calibration error", *(_percent(each.calibration_error) for _, each in columns)),
+        (
+            "  if honest",
+            *(
+                "" if each.honest_error is None else format_percent(each.honest_error, 1)
+                for _, each in columns
+            ),
+        ),
         *((f"{each.field} right", "", "", _percent(each.accuracy)) for each in report.fields),
     ]
     yield ""
     yield from align_columns([("", *(name for name, _ in columns)), *rows])
+    yield "If honest: the calibration error that right probabilities would show on these rows by chance."
     yield ""
     for threshold in report.thresholds:
         yield threshold_sentence(threshold, report.rows)
