@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from qlora_tui.catalog.local_models import find_files
 from qlora_tui.cli.follow import follow
@@ -22,35 +22,29 @@ from qlora_tui.cli.subcommand import (
     recipe_from_args,
 )
 from qlora_tui.data.sources import every_source, paths_of
-from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.errors import EXIT_FAILURE, UserError
 from qlora_tui.formatting import capitalize
-from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.visible_devices import visible_gpus
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import to_layer, to_recipe
 from qlora_tui.runs import actions
-from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.doctor import Check, CheckKind, read_machine, several_gpus_problem
+from qlora_tui.runs.devices import wanted_devices
+from qlora_tui.runs.doctor import Check, CheckKind, read_machine
 from qlora_tui.runs.expected_time import Forecast, count_data, forecast, measured_forecast
 from qlora_tui.runs.preflight import errors, preflight, with_count
+from qlora_tui.runs.process import threads_variable, trainer_command
 from qlora_tui.runs.step_probe import probe_steps, progress_words
+from qlora_tui.worker import module_argv
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
     """Check and queue the run, and start a runner if none is active."""
-    if args.gpus is not None and not args.print_command:
-        raise UserError(
-            "One GPU per run",
-            what="A queued run trains on one GPU.",
-            fix="Add --print-command to get the command that trains on several.",
-            exit_code=EXIT_USAGE,
-        )
     recipe = recipe_from_args(args)
     for option, path, value in (
         ("--name", "name", args.name),
         ("--init-from", "lora.init_from", args.init_from),
+        ("--gpus", "training.gpus", args.gpus),
     ):
         if value is not None:
             changed = replace_setting(recipe, path, value)
@@ -67,7 +61,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     if not _confirm(preflight(recipe, read_machine())):
         return CommandResult(data={"run": None}, text="Not queued.", exit_code=EXIT_FAILURE)
     if args.print_command:
-        return _print_command(recipe, args.gpus)
+        return _print_command(recipe)
     new = actions.submit(recipe)
     if args.detach:
         return CommandResult(
@@ -161,49 +155,25 @@ def _confirm(checks: tuple[Check, ...]) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _print_command(recipe: Recipe, requested: int | None) -> CommandResult:
+def _print_command(recipe: Recipe) -> CommandResult:
     """Create the run and print the command that trains it with one process per GPU."""
-    available = _visible_gpu_count()
-    gpus = requested or available or 1
-    if available and gpus > available:
-        raise UserError(
-            "Not enough GPUs",
-            what=f"--gpus {gpus} was requested, but torch sees {available}.",
-            fix="Omit --gpus to use all of them.",
-            exit_code=EXIT_USAGE,
-        )
-    if problem := several_gpus_problem(recipe, gpus):
-        raise problem
+    processes = wanted_devices(recipe, os.environ).processes
     run = actions.prepare(recipe)
-    command = shlex.join(_launch(run, gpus))
+    threads = [f"{name}={value}" for name, value in threads_variable(processes).items()]
+    command = shlex.join(
+        [*(["env", *threads] if threads else []), *module_argv(*trainer_command(run.path, processes))]
+    )
     print(
         f"{run.id} is not queued. This command trains it, or resumes it from its last checkpoint:",
         file=sys.stderr,
     )
-    if (shares := recipe.training.gradient_accumulation) % gpus:
-        print(
-            f"note: {shares} micro-batches per step leave some of {gpus} GPUs idle. Set "
-            f"training.gradient_accumulation to a multiple of {gpus}.",
-            file=sys.stderr,
-        )
     return CommandResult(
-        data={"run": run.id, "path": str(run.path), "gpus": gpus, "command": command}, text=command
+        data={"run": run.id, "path": str(run.path), "gpus": processes, "command": command}, text=command
     )
 
 
-def _launch(run: RunDir, gpus: int) -> list[str]:
-    torchrun = Path(sys.executable).with_name("torchrun")
-    launcher = [str(torchrun)] if torchrun.exists() else [sys.executable, "-m", "torch.distributed.run"]
-    processes = ["--standalone", "--nproc-per-node", str(gpus)]
-    return [*launcher, *processes, "-m", "qlora_tui.training", str(run.path)]
-
-
-def _visible_gpu_count() -> int:
-    """Number of GPUs that torch will see."""
-    try:
-        return len(visible_gpus())
-    except GpuUnavailableError:
-        return 0
+def _number_of_gpus(text: str) -> int:
+    return 0 if text == "all" else positive_int(text)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +192,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--print-command",
         action="store_true",
-        help="create the run without queueing it, and print the torchrun command that trains it",
+        help="create the run without queueing it, and print the command that trains it",
     )
     instead.add_argument(
         "--dry-run",
@@ -235,7 +205,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="train three steps, discard them, and say what they took in time and memory",
     )
     parser.add_argument(
-        "--gpus", type=positive_int, metavar="N", help="with --print-command: number of GPUs (default: all)"
+        "--gpus", type=_number_of_gpus, metavar="N|all", help="number of GPUs to train on (training.gpus)"
     )
 
 

@@ -1,9 +1,10 @@
 """Which GPU torch will use, without importing torch.
 
 Of several GPUs it is the one that the user names (``--gpu``, CUDA_VISIBLE_DEVICES, or ``gpu`` in
-``config.toml``, in this order), or else the one with the most memory that is new enough. Every process that
-loads torch must run with ``PCI_BUS_ORDER_ENV`` and :func:`device_variables` in its environment: by default
-CUDA numbers the fastest GPU first, so its device 0 may differ from NVML's.
+``config.toml``, in this order), or else the one with the most memory that is new enough. Several may be
+named, separated by commas: for a run on all of them, or on one of them (:mod:`qlora_tui.runs.devices`).
+Every process that loads torch must run with ``PCI_BUS_ORDER_ENV`` and :func:`device_variables` in its
+environment: by default CUDA numbers the fastest GPU first, so its device 0 may differ from NVML's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _variables_before: dict[str, str | None] = {}
 
 @dataclass(frozen=True)
 class GpuChoice:
-    """The GPU that torch calls ``cuda:0``."""
+    """The GPU that this process computes on: ``cuda:0`` of torch, unless it is one of several of a run."""
 
     gpu: GpuDevice
     why: str = ""
@@ -49,7 +50,8 @@ def choose_gpu(environ: Mapping[str, str] = os.environ) -> GpuChoice:
     if choice == CPU:
         raise GpuUnavailableError(GpuUnavailableReason.CPU_CHOSEN, f"{source} is {CPU}.")
     devices = _present(environ)
-    gpu = _usable(devices, environ)[0]
+    usable = _usable(devices, environ)
+    gpu = usable[min(int(environ.get(_LOCAL_RANK, 0)), len(usable) - 1)]
     if gpu.is_sliced:
         raise GpuUnavailableError(GpuUnavailableReason.MIG, f"{gpu.short_name} is divided into slices.")
     if len(devices) == 1:
@@ -59,13 +61,36 @@ def choose_gpu(environ: Mapping[str, str] = os.environ) -> GpuChoice:
 
 
 def default_cuda_device(environ: Mapping[str, str] = os.environ) -> GpuDevice:
-    """Return the GPU that torch calls ``cuda:0``. Raises ``GpuUnavailableError``."""
+    """Return the GPU that this process computes on. Raises ``GpuUnavailableError``."""
     return choose_gpu(environ).gpu
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[GpuDevice]:
-    """Return the GPUs for one run on several, in torch's order. Raises ``GpuUnavailableError``."""
-    return _usable(_present(environ), environ)
+    """Return the GPUs that a run may use, in torch's order. Raises ``GpuUnavailableError``."""
+    choice, source = _requested(environ)
+    if choice == CPU:
+        raise GpuUnavailableError(GpuUnavailableReason.CPU_CHOSEN, f"{source} is {CPU}.")
+    gpus = _usable(_present(environ), environ)
+    if gpus[0].is_sliced:
+        raise GpuUnavailableError(GpuUnavailableReason.MIG, f"{gpus[0].short_name} is divided into slices.")
+    return gpus
+
+
+def requested_gpus(environ: Mapping[str, str] = os.environ) -> str:
+    """Return which GPUs the user chose by ``--gpu`` or CUDA_VISIBLE_DEVICES, for a process that runs later.
+
+    Returns:
+        A choice as ``--gpu`` takes it; empty where there is none, or where torch decides.
+    """
+    if choice := environ.get(GPU_VARIABLE, ""):
+        return choice
+    environ = without_choice(environ)
+    if _VARIABLE not in environ:
+        return ""
+    try:
+        return ",".join(gpu.uuid or str(gpu.index) for gpu in visible_gpus(environ))
+    except GpuUnavailableError:
+        return ""
 
 
 def device_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -100,6 +125,12 @@ def without_choice(environ: Mapping[str, str]) -> dict[str, str]:
     """Return variables as they were before this process chose: for a process that chooses for itself."""
     before = {name: value for name, value in _variables_before.items() if value is not None}
     return {name: value for name, value in environ.items() if name not in _variables_before} | before
+
+
+def release_choice() -> None:
+    """Forget CUDA_VISIBLE_DEVICES in a process that starts others, each of which has its own choice."""
+    if _VARIABLE in os.environ and requested_gpus({_VARIABLE: os.environ[_VARIABLE]}):
+        del os.environ[_VARIABLE]
 
 
 def cuda_device_order(
@@ -176,10 +207,13 @@ def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[Gp
     if not visible:
         raise _none_visible(environ[_VARIABLE], devices)
     if choice:
-        matches = _matches(choice, visible)
-        if len(matches) != 1:
-            raise _not_present(source, choice, visible, matches)
-        return matches
+        chosen: list[GpuDevice] = []
+        for part in choice.split(","):
+            matches = _matches(part.strip(), visible)
+            if len(matches) != 1 or matches[0] in chosen:
+                raise _not_present(source, choice, visible, matches)
+            chosen += matches
+        return chosen
     if _VARIABLE in environ:
         return visible  # in the order that the user gave
     most_suitable = min(map(_suitability, visible))

@@ -101,7 +101,6 @@ def choose_step(
     free_bytes: int,
     *,
     device: Device | None = None,
-    processes: int = 1,
 ) -> StepChoice:
     """Return the fastest of what the recipe leaves open and the memory allows.
 
@@ -111,7 +110,6 @@ def choose_step(
 
     Args:
         free_bytes: memory of the device that nothing else uses, what this run already holds included.
-        processes: processes of the run, with a GPU each, which share the passes of a step.
 
     Raises:
         UserError: the estimate does not support the model.
@@ -119,13 +117,13 @@ def choose_step(
     device = device or Device()
     least = with_optimizer(recipe, LEAN_OPTIMIZER)
     available = _available(free_bytes, device)
-    before = step_seconds(least, architecture, device, processes=processes)
+    before = step_seconds(least, architecture, device)
 
     def chosen(candidate: Recipe) -> StepChoice:
         kept = plan_kept_layers(candidate, architecture, free_bytes, device=device)
         result = kept.estimate if kept else estimate(candidate, architecture, device=device)
         layers = kept.kept_layers if kept else 0
-        after = step_seconds(candidate, architecture, device, layers, processes=processes)
+        after = step_seconds(candidate, architecture, device, layers)
         return StepChoice(recipe, candidate, kept, result, before / after)
 
     best = chosen(least)
@@ -224,13 +222,11 @@ def plan_kept_layers(
     return KeptLayersPlan(low, architecture.layers, available_bytes, best)
 
 
-def step_seconds(
-    recipe: Recipe, architecture: Architecture, device: Device, kept_layers: int = 0, *, processes: int = 1
-) -> float:
+def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kept_layers: int = 0) -> float:
     """Return the predicted time of an optimizer step, to compare settings of one recipe with each other.
 
     On a GPU a micro-batch takes the longer of computing and of launching its kernels; 4-bit weights are
-    dequantized in each pass. On a CPU only the products count.
+    dequantized in each pass. On a CPU only the products count. Several GPUs share the passes.
     """
     training, layers = recipe.training, architecture.layers
     recomputed = 0 if training.gradient_checkpointing == "off" else layers - kept_layers
@@ -238,7 +234,7 @@ def step_seconds(
     rate = device.speed.flops_per_s / 2 if device.speed else _MULTIPLICATIONS_PER_S
     tokens = recipe.rows_per_pass * recipe.data.max_length
     seconds = tokens * (once + recomputed * again) / rate
-    count = -(-training.gradient_accumulation // processes)
+    count = -(-training.gradient_accumulation // max(1, training.gpus))
     if device.kind == "cpu":
         return count * seconds
     modules = [module for module in architecture.modules if module.layer is not None]

@@ -18,8 +18,9 @@ RENAMED: dict[str, str] = _TABLES["renamed"]
 ALIASES: dict[str, str] = _TABLES["aliases"]
 RELATED: dict[str, str] = _TABLES["related"]
 REMOVED: dict[str, dict[str, str]] = _TABLES["removed"]
-VALUES: dict[str, dict[Any, str]] = {
+VALUES: dict[str, dict[Any, Any]] = {
     "training.gradient_checkpointing": {True: "on", False: "off"},
+    "training.gpus": {"all": 0},
     "format": {"label": "decision"},
 }
 """Settings by path, and those of a source by name."""

@@ -66,6 +66,20 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
             "quantization.streamed_layers most of them are not on the GPU",
             "set lora.use_dora = false or quantization.streamed_layers = 0",
         ),
+        (
+            streams and training.gpus != 1,
+            ("quantization.streamed_layers", "training.gpus"),
+            "quantization.streamed_layers needs a single GPU: each process would hold the streamed layers in "
+            "host memory and copy them over the same bus",
+            "set training.gpus = 1 or quantization.streamed_layers = 0",
+        ),
+        (
+            lora.train_embeddings and training.gpus != 1,
+            ("lora.train_embeddings", "training.gpus"),
+            "lora.train_embeddings needs a single GPU: the gradients of embedding and head are not summed "
+            "over several",
+            "set training.gpus = 1 or lora.train_embeddings = false",
+        ),
     )
     return [Conflict(paths, what, fix) for applies, paths, what, fix in declared if applies]
 

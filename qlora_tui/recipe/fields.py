@@ -33,6 +33,7 @@ WITHOUT_EFFECT_ON_WEIGHTS = (
     "training.forgetting_weight",
     "training.gradient_checkpointing",
     "quantization.streamed_layers",
+    "training.gpus",
 )
 """Settings that change no trained step: what a run reports and saves, and how it uses memory."""
 DESCRIPTIVE = frozenset(("name", "note"))

@@ -357,6 +357,17 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Uses only free memory.",
         ),
     ] = True
+    gpus: Annotated[
+        int,
+        _about(
+            "GPUs",
+            "GPUs of this machine that share the micro-batches of each step; what is learned stays the same. "
+            "Each holds the whole model. 0: all of them.",
+            "None: the same on each GPU as on one.",
+            ge=0,
+            le=64,
+        ),
+    ] = 1
     epochs: Annotated[float, _about("Epochs", "Passes over the data.", gt=0, le=1000)] = 2.0
     max_steps: Annotated[
         int,

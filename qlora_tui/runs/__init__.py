@@ -1,4 +1,4 @@
-"""Runs: their directories and events, the queue, and the process that trains them one after another.
+"""Runs: their directories and events, the queue, and the process that trains them.
 
 directory       a run's folder, its name, and how to find it again
 events          the events of a run, one JSON line each
@@ -18,7 +18,8 @@ step_probe      what three steps of a recipe take, trained in a child and discar
 doctor          checks GPU, memory, disks, queue and libraries
 suggested_fix   a fix for a warning that one key applies
 run_queue       the waiting runs
-runner          starts the trainers, one at a time
+devices         which devices runs may use and have, and their locks
+runner          starts each run's trainer when its devices are free
 outcomes        how an attempt ended
 retry           what the next attempt changes after memory ran out, and what the user can change
 notify          reports a run's end to a command or a webhook

@@ -21,6 +21,7 @@ from qlora_tui import paths
 from qlora_tui.catalog.adapters import CONFIG
 from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular, sync
+from qlora_tui.gpu.visible_devices import requested_gpus
 from qlora_tui.locks import is_held, is_locked
 from qlora_tui.publishing import discard
 from qlora_tui.recipe.layering import with_absolute_paths
@@ -32,7 +33,6 @@ from qlora_tui.runs.directory import LAST, TRASH, RunDir, all_runs, create_run, 
 from qlora_tui.runs.exports import is_exported
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status, refuse_other_machines
-from qlora_tui.settings import GPU_VARIABLE
 
 LONGEST_NAME = 60
 KEPT_DAYS = 7
@@ -46,7 +46,7 @@ _CHECK_PERMISSION = "Check that you have write permission there."
 def submit(recipe: Recipe) -> RunDir:
     """Queue a new run and make sure a runner is active. The recipe should be ready to run."""
     refuse_other_machines()
-    run = create_run(with_initial_adapter(with_absolute_paths(recipe)), _gpu())
+    run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
     run_queue.enqueue(run)
     ensure_runner()
     return run
@@ -55,7 +55,7 @@ def submit(recipe: Recipe) -> RunDir:
 @disk_problems()
 def prepare(recipe: Recipe) -> RunDir:
     """Create a run without queueing it, for trainers that the user starts."""
-    run = create_run(with_initial_adapter(with_absolute_paths(recipe)), _gpu())
+    run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
     run_queue.mark_not_queued(run, "Not queued: start it with the printed command.")
     return run
 
@@ -71,15 +71,10 @@ def resume(run: RunDir) -> None:
             fix=_instead_of_resuming(run, status.state),
         )
     refuse_other_machines()
-    if gpu := _gpu():
+    if gpu := requested_gpus():
         atomic_write(run.gpu_path, f"{gpu}\n", durable=True)
     run_queue.requeue(run)
     ensure_runner()
-
-
-def _gpu() -> str:
-    """The GPU that the user chose for what this process does (``--gpu``); empty if none was chosen."""
-    return os.environ.get(GPU_VARIABLE, "")
 
 
 def _instead_of_resuming(run: RunDir, state: State) -> str:

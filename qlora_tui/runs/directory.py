@@ -7,7 +7,8 @@ runs/<id>/
   status.json      the current state (:mod:`qlora_tui.runs.status`)
   heartbeat.json   the trainer's progress, once a second
   name             the run's name, if the user renamed it
-  gpu              the GPU that the user chose for this run, if any
+  gpu              the GPUs that the user chose for this run, if any
+  devices.json     the devices that it has, or had last (:mod:`qlora_tui.runs.devices`)
   trainer.log      the trainer's output
   trainer.lock     locked by the trainer as long as it runs
   untold           present until the runner has handled the run's end
@@ -59,6 +60,7 @@ class RunDir:
 
     name_path = _Inside("name")
     gpu_path = _Inside("gpu")
+    devices_path = _Inside("devices.json")
     recipe_path = _Inside("recipe.toml")
     events_path = _Inside("events.jsonl")
     telemetry_path = _Inside("telemetry.jsonl")

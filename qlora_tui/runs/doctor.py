@@ -17,7 +17,7 @@ import psutil
 from qlora_tui import paths, worker
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.catalog.optional_kernels import describe_missing, types_by_kernel
-from qlora_tui.errors import UsageError, UserError, disk_problem
+from qlora_tui.errors import UserError, disk_problem
 from qlora_tui.formatting import format_bytes, format_gib, format_path, uncapitalize
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
@@ -28,7 +28,6 @@ from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget, budget_for, this_processor
 from qlora_tui.publishing import new_draft
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.servers import running_servers
@@ -259,28 +258,6 @@ def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> Us
         why="1 GiB is left free for other programs.",
         fix="Close other programs, or choose a smaller model, fewer Streamed layers "
         "(quantization.streamed_layers), or Gradient checkpointing (training.gradient_checkpointing) on.",
-    )
-
-
-def several_gpus_problem(recipe: Recipe, gpus: int) -> UserError | None:
-    """Return the error for a recipe that trains on one GPU only, and is to train on ``gpus``."""
-    if gpus == 1:
-        return None
-    if recipe.lora.train_embeddings:
-        subject, setting = "Trained embeddings", "lora.train_embeddings is on"
-        why = "The gradients of embedding and head are not summed over several GPUs."
-        change = "lora.train_embeddings = false"
-    elif recipe.quantization.streamed_layers:
-        subject, setting = "Streamed layers", "quantization.streamed_layers is set"
-        why = "Each process would hold the streamed layers in host memory, and copy them on the same bus."
-        change = "quantization.streamed_layers to 0"
-    else:
-        return None
-    return UsageError(
-        f"{subject} need a single GPU",
-        what=f"{setting}, but this run has {gpus} GPUs.",
-        why=why,
-        fix=f"Set {change}, or train on one GPU.",
     )
 
 

@@ -25,8 +25,10 @@ from qlora_tui.formatting import format_duration, pluralize
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.step_choice import step_seconds
 from qlora_tui.memory.traces import NO_TRACES
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import RunLength, run_length
+from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.step_probe import StepProbe
@@ -193,7 +195,9 @@ def _measured(run: RunDir, _changed: int, device: Device, device_name: str) -> _
     view, _ = RunView.from_sample(run, _STEPS)
     if view.environment is None or view.environment.device != device_name:
         return None
-    recipe = run.readable_recipe()
+    recipe, devices = run.readable_recipe(), devices_of(run)
+    if recipe is not None and devices is not None:
+        recipe = replace_setting(recipe, "training.gpus", devices.processes)
     speeds = [speed for speed in view.series.tokens_per_s[1:] if speed > 0]
     if recipe is None or len(speeds) < LEAST_STEPS - 1:
         return None

@@ -5,6 +5,9 @@ They read the model's files and the data, for a few seconds at most.
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,18 +26,25 @@ from qlora_tui.formatting import (
     format_gib,
     format_path,
     format_rate,
+    join_words,
+    pluralize,
     short_model_name,
 )
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.installation import install_command
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.explain import describe_choice
 from qlora_tui.memory.traces import known_traces, remember
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import SKIP, match_modules, resolve_targets
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.data_checks import check_data
+from qlora_tui.runs.devices import wanted_devices
 from qlora_tui.runs.doctor import (
     Check,
     CheckKind,
@@ -83,7 +93,8 @@ def preflight(
         expected: how long the run will be, if that is known already.
     """
     model, files = _model(recipe)
-    checks = [model, *check_data(recipe, files), *_settings(recipe)]
+    several, recipe, machine = _several_gpus(recipe, machine)
+    checks = [model, *check_data(recipe, files), *_settings(recipe), *several]
     estimated = None
     if files is not None:
         checks += [*_stored_experts(recipe, files), *_lora(recipe, files), *_length(recipe, files)]
@@ -174,6 +185,44 @@ def _reference_point(recipe: Recipe) -> list[Check]:
     fix = "Raise Gradient accumulation (training.gradient_accumulation) to 8 or more."
     more = SuggestedFix("set Gradient accumulation to 8", changes={"training.gradient_accumulation": 8})
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=more)]
+
+
+def _several_gpus(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Machine]:
+    """Check the GPUs of a run on several; return recipe and machine for the other checks.
+
+    Those are made for the GPU with the least memory: each holds the whole model and the same micro-batch.
+    """
+    if recipe.training.gpus == 1:
+        return [], recipe, machine
+    try:
+        wanted = wanted_devices(recipe, os.environ)
+    except UserError as problem:
+        return [Check.blocked(CheckKind.GPU, problem)], recipe, machine
+    gpus = wanted.gpus[: wanted.count]
+    recipe = replace_setting(recipe, "training.gpus", wanted.processes)
+    if len(gpus) < 2:
+        return [], recipe, machine
+    count = len(gpus)
+    names = join_words([str(device) for device in wanted.devices[:count]])
+    checks = [Check(CheckKind.GPU, "ok", f"It trains on {names}.", name="GPUs")]
+    if len({(gpu.name, gpu.usable_bytes) for gpu in gpus}) > 1:
+        text = f"{names} differ: a step is as fast as the slowest, and has room for what the smallest holds."
+        checks = [Check(CheckKind.GPU, "note", text, name="GPUs")]
+    if (shares := recipe.training.gradient_accumulation) % count:
+        text = f"{pluralize(shares, 'micro-batch')} per step leave some of {count} GPUs idle."
+        fix = f"Set Gradient accumulation (training.gradient_accumulation) to a multiple of {count}."
+        more = -(-shares // count) * count
+        rounded = SuggestedFix(
+            f"set Gradient accumulation to {more}", changes={"training.gradient_accumulation": more}
+        )
+        checks.append(Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=rounded))
+    smallest = min(gpus, key=lambda gpu: gpu.usable_bytes or 0)
+    used = None
+    with suppress(GpuUnavailableError), Nvml() as driver:
+        used = driver.read(smallest.index).memory_used_bytes
+    budget = machine.budget if machine.budget.is_assumed else budget_for(smallest)
+    choice = f"GPU {smallest.index}, the smallest of {count}"
+    return checks, recipe, replace(machine, gpu=smallest, budget=budget, used_bytes=used, gpu_choice=choice)
 
 
 def _stored_experts(recipe: Recipe, files: ModelFiles) -> list[Check]:

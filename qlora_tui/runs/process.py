@@ -10,7 +10,7 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -131,12 +131,32 @@ def ensure_runner() -> None:
         spawn_detached("qlora_tui.runs.runner", output=log)
 
 
+def trainer_command(run: Path, processes: int, *arguments: str) -> tuple[str, ...]:
+    """Return module and arguments that train a run: the trainer, or torchrun with several of them."""
+    trainer = ("qlora_tui.training", str(run), *arguments)
+    if processes == 1:
+        return trainer
+    return ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", *trainer)
+
+
+def threads_variable(processes: int) -> dict[str, str]:
+    """Return the variable with which processes share the processor's cores: torchrun gives each only one."""
+    if processes == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
+
+
 def spawn_detached(
-    module: str, *arguments: str, output: IO[bytes] | None, environ: Mapping[str, str] | None = None
+    module: str,
+    *arguments: str,
+    output: IO[bytes] | None,
+    environ: Mapping[str, str] | None = None,
+    inherited: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a module in its own session, so that a signal to this process group does not reach it.
 
-    Without ``output`` it writes to this process's output. ``environ``: further variables.
+    Without ``output`` it writes to this process's output. ``environ``: further variables. ``inherited``:
+    descriptors that it keeps open.
     """
     return subprocess.Popen(
         worker.module_argv(module, *arguments),
@@ -146,6 +166,7 @@ def spawn_detached(
         start_new_session=True,
         cwd="/",
         env=detached_environ() | dict(environ or {}),
+        pass_fds=inherited,
     )
 
 

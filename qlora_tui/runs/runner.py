@@ -1,8 +1,8 @@
-"""The runner: takes queued runs one at a time and supervises each one's trainer.
+"""The runner: takes queued runs when their devices are free, and supervises each one's trainer in a thread.
 
 ``python -m qlora_tui.runs.runner`` is started whenever a run is queued. A lock ensures one runner per user
-and machine; it exits when the queue is empty. All of its state can be read from files again: if it is
-killed, the trainer continues, and the next runner takes over.
+and machine; it exits when the queue is empty and nothing trains. All of its state can be read from files
+again: if it is killed, the trainers continue, and the next runner takes over.
 """
 
 from __future__ import annotations
@@ -12,26 +12,48 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.files import open_append
+from qlora_tui.gpu.visible_devices import release_choice
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
 from qlora_tui.runs import actions, run_queue
-from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.devices import (
+    Devices,
+    Wanted,
+    choose,
+    claimed,
+    devices_of,
+    record_devices,
+    wanted_devices,
+)
+from qlora_tui.runs.directory import RunDir, all_runs, queue_path
+from qlora_tui.runs.events import Failed
 from qlora_tui.runs.leftovers import sweep
 from qlora_tui.runs.outcomes import determine_outcome, log_size, record_outcome
-from qlora_tui.runs.process import process_identity, runner_lock_path, spawn_detached
+from qlora_tui.runs.process import (
+    process_identity,
+    runner_lock_path,
+    spawn_detached,
+    threads_variable,
+    trainer_command,
+)
 from qlora_tui.runs.retry import RetryPlan, host_oom_kills, plan_resume, plan_retry
 from qlora_tui.runs.status import ACTIVE, read_status, refuse_other_machines
+from qlora_tui.settings import GPU_VARIABLE
 from qlora_tui.worker import start_detached
 
 POLL_S = 0.5
-"""Seconds between checks of a run that another process trains."""
+"""Seconds between checks of a run that another process trains, and of the queue."""
+LOOK_S = 5.0
+"""Seconds after which a waiting run's devices are looked at again, if nothing that is known has changed."""
 EXITING_S = 60.0
 """Seconds that a trainer may take to exit after recording its run's end."""
 _RELEASE_S = 2.0
@@ -41,7 +63,8 @@ _RELEASE_S = 2.0
 def main() -> int:
     """Work until the queue is empty; return the exit code, 0 also if another runner is active."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    skipped: set[str] = set()
+    release_choice()
+    queue = _Queue()
     try:
         # A run is queued before a runner is started for it, so a runner that finds the queue empty with
         # the lock released can exit: a later entry starts its own runner.
@@ -55,8 +78,8 @@ def main() -> int:
                     os.write(lock.fileno(), f"{os.getpid()}\n".encode())
                 refuse_other_machines()
                 with _awake():
-                    _run_queue(skipped)
-            if _next(skipped) is None:
+                    queue.work()
+            if not queue.waiting():
                 return 0
     except UserError as problem:
         _log(problem)
@@ -92,22 +115,101 @@ def _awake() -> Iterator[None]:
                 holder.communicate(timeout=_RELEASE_S)
 
 
-def _run_queue(skipped: set[str]) -> None:
-    # What stays takes room, and keeps no run waiting.
-    with suppress(OSError, UserError):
-        sweep()
-        actions.empty_trash(actions.KEPT_S)
-    for run in all_runs():
-        _guarded(run, _take_over)
-    while (next_run := _next(skipped)) is not None:
-        if not _guarded(next_run, _begin):
-            # It stays in the queue: the next runner tries again.
-            skipped.add(next_run.id)
+class _Queue:
+    """Starts each run as soon as its devices are free, in the order of the queue."""
+
+    def __init__(self) -> None:
+        self._skipped: set[str] = set()
+        """Ids of runs that could not be started: the next runner tries them again."""
+        self._training: dict[str, tuple[threading.Thread, Devices]] = {}
+        """The threads at work, and the devices of their runs, by the id of the run."""
+        self._has_ended = threading.Event()
+        """Set when a thread has ended since the last look at the queue."""
+
+    def work(self) -> None:
+        """Work until no run waits or trains."""
+        # What stays takes room, and keeps no run waiting.
+        with suppress(OSError, UserError):
+            sweep()
+            actions.empty_trash(actions.KEPT_S)
+        for run in all_runs():
+            if not _is_unsettled(run):
+                continue
+            devices = devices_of(run)
+            self._start(run, devices or Devices(()), _take_over)
+            if devices is None:
+                # An earlier version started it, and which device it has is not known.
+                self._training[run.id][0].join()
+        looked_at, seen = -LOOK_S, None
+        while self.waiting() or self._training:
+            changed = _queue_version()
+            if self._has_ended.is_set() or changed != seen or time.monotonic() - looked_at > LOOK_S:
+                self._has_ended.clear()
+                self._training = {
+                    name: (thread, devices)
+                    for name, (thread, devices) in self._training.items()
+                    if thread.is_alive()
+                }
+                self._start_runs()
+                looked_at, seen = time.monotonic(), changed
+            self._has_ended.wait(POLL_S)
+
+    def waiting(self) -> list[RunDir]:
+        """Return the runs to start, the next one first."""
+        return [RunDir(paths.runs_dir() / name) for name in run_queue.waiting() if name not in self._skipped]
+
+    def _start_runs(self) -> None:
+        """Start the runs whose devices are free. What a run waits for is not given to those behind it."""
+        reserved = {key for _, devices in self._training.values() for key in devices.keys}
+        for run in self.waiting():
+            if run.id not in self._training and not _guarded(run, partial(self._start_run, reserved)):
+                self._skipped.add(run.id)
+
+    def _start_run(self, reserved: set[str], run: RunDir) -> None:
+        """Start a run, unless it has to wait. One whose files are gone leaves the queue."""
+        if not run.recipe_path.exists():
+            run_queue.remove(run)
+            return
+        try:
+            devices = choose(_wanted(run), reserved)
+        except UserError as problem:
+            _refuse(run, problem)
+            return
+        if devices is not None:
+            reserved |= devices.keys
+            self._start(run, devices, _begin)
+
+    def _start(self, run: RunDir, devices: Devices, work: Callable[[RunDir, Devices], None]) -> None:
+        def guarded() -> None:
+            if not _guarded(run, lambda each: work(each, devices)):
+                self._skipped.add(run.id)
+            self._has_ended.set()
+
+        # A daemon: however the runner ends, trainers continue.
+        thread = threading.Thread(target=guarded, name=run.id, daemon=True)
+        self._training[run.id] = thread, devices
+        thread.start()
 
 
-def _next(skipped: set[str]) -> RunDir | None:
-    name = next((name for name in run_queue.waiting() if name not in skipped), None)
-    return None if name is None else RunDir(paths.runs_dir() / name)
+def _queue_version() -> int | None:
+    try:
+        return queue_path().stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _wanted(run: RunDir) -> Wanted:
+    environ = dict(os.environ) | ({GPU_VARIABLE: run.gpu} if run.gpu else {})
+    before = devices_of(run)
+    processes = before.processes if before is not None and run.checkpoints() else 0
+    return wanted_devices(run.recipe(), environ, processes)
+
+
+def _refuse(run: RunDir, problem: UserError) -> None:
+    """Record that a run failed before it was started."""
+    run_queue.take(run, process_identity())
+    record_outcome(run, Failed.from_problem(problem, at=time.time(), exit_code=problem.exit_code))
+    _notify(run)
 
 
 def _log(message: object) -> None:
@@ -129,7 +231,14 @@ def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
     return True
 
 
-def _take_over(run: RunDir) -> None:
+def _is_unsettled(run: RunDir) -> bool:
+    """Whether a runner that was killed left a run in training, or without a record of its end."""
+    state = read_status(run).state
+    is_over = state not in ("queued", "unreadable", "gone", *ACTIVE)
+    return state in ("lost", *ACTIVE) or (is_over and run.unreported_path.exists())
+
+
+def _take_over(run: RunDir, devices: Devices) -> None:
     """Wait for the trainer of a runner that was killed, and record how the run ended."""
     while (status := read_status(run)).state in ACTIVE or (
         # That runner was killed before its trainer wrote a status.
@@ -139,16 +248,11 @@ def _take_over(run: RunDir) -> None:
             time.sleep(POLL_S)
         else:
             status.process.wait(POLL_S)
-    if status.state == "lost" or (
-        status.state not in ("queued", "unreadable", "gone") and run.unreported_path.exists()
-    ):
-        _supervise(run, _record_and_plan_retry(run, exit_code=None))
+    if _is_unsettled(run):
+        _supervise(run, _record_and_plan_retry(run, exit_code=None), devices)
 
 
-def _begin(run: RunDir) -> None:
-    if not run.recipe_path.exists():
-        run_queue.remove(run)
-        return
+def _begin(run: RunDir, devices: Devices) -> None:
     deadline = time.monotonic() + EXITING_S
     # Its last trainer may still be exiting, and may have no parent that waits for it.
     while is_locked(run.trainer_lock_path):
@@ -157,7 +261,7 @@ def _begin(run: RunDir) -> None:
                 "The run is already training", what=f"Another trainer holds {run.trainer_lock_path}."
             )
         time.sleep(POLL_S)
-    _supervise(run, plan_resume(run))
+    _supervise(run, plan_resume(run), devices)
 
 
 def _record_and_plan_retry(
@@ -203,24 +307,36 @@ def _notify(run: RunDir) -> None:
         _log(f"{run.id}: the notification failed: {error}")
 
 
-def _supervise(run: RunDir, plan: RetryPlan | None) -> None:
+def _supervise(run: RunDir, plan: RetryPlan | None, devices: Devices) -> None:
     """Train a run to its end, retrying with less memory if it runs out."""
-    while plan is not None:
-        kills_before = host_oom_kills()
-        events_from, log_from = run.events_path.stat().st_size, log_size(run)
-        exit_code = _train(run, plan)
-        plan = _record_and_plan_retry(
-            run, exit_code, events_from, log_from, host_out_of_memory=host_oom_kills() > kills_before
-        )
+    if plan is None:
+        return
+    with claimed(devices) as handles:
+        if handles is None:
+            raise UserError("The device is in use", what=f"Another process holds {devices}.")
+        while plan is not None:
+            kills_before = host_oom_kills()
+            events_from, log_from = run.events_path.stat().st_size, log_size(run)
+            exit_code = _train(run, plan, devices, handles)
+            plan = _record_and_plan_retry(
+                run, exit_code, events_from, log_from, host_out_of_memory=host_oom_kills() > kills_before
+            )
 
 
-def _train(run: RunDir, plan: RetryPlan) -> int:
+def _train(run: RunDir, plan: RetryPlan, devices: Devices, handles: tuple[int, ...]) -> int:
     """Run one trainer to its end; return its exit code. Raises OSError if the run cannot be taken."""
+    arguments = [*plan.to_arguments(), *devices.to_arguments()]
     with open_append(run.log_path) as log:
         run.unreported_path.touch(mode=0o600)
+        record_devices(run, devices)
         run_queue.take(run, process_identity())
         try:
-            trainer = spawn_detached("qlora_tui.training", str(run.path), *plan.to_arguments(), output=log)
+            trainer = spawn_detached(
+                *trainer_command(run.path, devices.processes, *arguments),
+                output=log,
+                environ=threads_variable(devices.processes),
+                inherited=handles,
+            )
         except OSError as error:
             log.write(f"The trainer could not be started: {error}\n".encode())
             return EXIT_FAILURE

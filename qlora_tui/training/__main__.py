@@ -25,14 +25,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m qlora_tui.training", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--plan", metavar="JSON", help="settings of [training] that override the recipe")
+    parser.add_argument("--gpu", help="the GPUs that the runner took for it, instead of the user's choice")
     arguments = parser.parse_args()
     run = RunDir(arguments.run.absolute())
     try:
         plan = RetryPlan() if arguments.plan is None else parse_plan(arguments.plan)
         if not run.path.is_dir():
             raise UserError("No such run", what=f"{run.path} is not a run directory.", exit_code=EXIT_USAGE)
-        if run.gpu:
-            os.environ[GPU_VARIABLE] = run.gpu
+        if gpus := arguments.gpu or run.gpu:
+            os.environ[GPU_VARIABLE] = gpus
         else:  # That of the command that started the runner is for another run.
             os.environ.pop(GPU_VARIABLE, None)
         configure_torch_env({**allocator_variables(os.environ), **_ENVIRONMENT})

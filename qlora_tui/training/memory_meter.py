@@ -101,7 +101,7 @@ class MemoryMeter:
         self.estimate = self._estimate(recipe, corrected=True)
 
     def choose_step(
-        self, recipe: Recipe, longest: int, free_bytes: int, *, after_running_out: bool, processes: int
+        self, recipe: Recipe, longest: int, free_bytes: int, *, after_running_out: bool
     ) -> Recipe:
         """Return the recipe with the optimizer and the rows at a time for which memory is free.
 
@@ -109,7 +109,6 @@ class MemoryMeter:
             longest: tokens of the longest sequence.
             free_bytes: see :meth:`free_bytes`; with several processes, the least.
             after_running_out: choose the least instead.
-            processes: processes of the run, which share the passes of a step.
         """
         least = with_optimizer(recipe, LEAN_OPTIMIZER)
         if after_running_out:
@@ -117,7 +116,7 @@ class MemoryMeter:
         measured = structs.replace(recipe, data=structs.replace(recipe.data, max_length=max(1, longest)))
         device = self._corrected_device()
         try:
-            choice = choose_step(measured, self._architecture, free_bytes, device=device, processes=processes)
+            choice = choose_step(measured, self._architecture, free_bytes, device=device)
         except UserError:
             return least
         return structs.replace(recipe, training=choice.recipe.training)

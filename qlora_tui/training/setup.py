@@ -19,7 +19,6 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
 from qlora_tui.runs.actions import initial_adapter
-from qlora_tui.runs.doctor import several_gpus_problem
 from qlora_tui.runs.events import AdapterReady, DataReady, Environment, LayersStreamed, StepChosen
 from qlora_tui.training import quantized_cache, replay
 from qlora_tui.training.adapter import (
@@ -167,13 +166,7 @@ def _choose_step(run: Run) -> None:
     free_bytes = min(run.dist.all_gather(run.meter.free_bytes()))
     # Unlike GPUs would choose differently, and processes with unlike optimizers drift apart.
     run.recipe = run.dist.broadcast(
-        run.meter.choose_step(
-            recipe,
-            longest,
-            free_bytes,
-            after_running_out=run.has_run_out,
-            processes=run.dist.world_size,
-        )
+        run.meter.choose_step(recipe, longest, free_bytes, after_running_out=run.has_run_out)
     )
     training = run.recipe.training
     run.meter.set_recipe(run.recipe)
@@ -188,9 +181,7 @@ def _choose_step(run: Run) -> None:
 
 
 def _check_streaming(run: Run) -> None:
-    """Raise UserError where layers cannot be streamed, or inputs offloaded, on this machine."""
-    if problem := several_gpus_problem(run.recipe, run.dist.world_size):
-        raise problem
+    """Raise UserError where the machine lacks the memory for streamed layers or offloaded inputs."""
     if run.meter.estimate is not None and run.meter.estimate.host_bytes:
         require_host_memory(run.meter.estimate.host_bytes)
 

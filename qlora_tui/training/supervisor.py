@@ -16,6 +16,7 @@ from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.locks import PATIENCE_S, locked
 from qlora_tui.memory import Estimate
 from qlora_tui.recipe.conflicts import require_runnable
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import leftovers
 from qlora_tui.runs.directory import RunDir
@@ -74,6 +75,9 @@ def _run_attempts(
     try:
         try:
             recipe = plan.apply_to(run.recipe())
+            if dist.world_size > 1:
+                # However it was launched: not every setting is possible with several processes.
+                recipe = replace_setting(recipe, "training.gpus", dist.world_size)
             if dist.is_main_process:
                 leftovers.restore(run)
                 leftovers.sweep_own(run)

@@ -18,7 +18,10 @@ _POWERS_OF_TWO = frozenset(
 )
 """Settings that step from one power of two to the next."""
 _BY_ONE = frozenset(
-    ("training.keep_checkpoints", "training.early_stopping", "training.seed", "training.lr_cycles")
+    (
+        *("training.keep_checkpoints", "training.early_stopping", "training.seed", "training.lr_cycles"),
+        "training.gpus",
+    )
 )
 _HALVES = frozenset(("training.epochs",))
 _DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)

@@ -25,10 +25,15 @@ def train(qwen: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_printed_command_starts_one_trainer_per_gpu(call: Call, train: list[str]) -> None:
+def test_the_printed_command_starts_one_trainer_per_gpu(
+    call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_TUI_CPU_PROCESSES", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     said = call(*train, "--print-command", "--gpus", "4", "--json").json
     run = find_run("last")
-    launcher, *words = shlex.split(said["command"])
+    env, threads, launcher, *words = shlex.split(said["command"])
+    assert env == "env" and threads.startswith("OMP_NUM_THREADS=")
     assert Path(launcher).exists()
     assert words[-3:] == ["-m", "qlora_tui.training", str(run.path)]
     assert words[words.index("--nproc-per-node") + 1] == "4"
@@ -43,8 +48,8 @@ def test_the_printed_command_starts_one_trainer_per_gpu(call: Call, train: list[
 @pytest.mark.parametrize(
     ("setting", "fix"),
     [
-        ("quantization.streamed_layers=2", "streamed_layers to 0, or train on one GPU"),
-        ("lora.train_embeddings=true", "train_embeddings = false, or train on one GPU"),
+        ("quantization.streamed_layers=2", "training.gpus = 1 or quantization.streamed_layers = 0"),
+        ("lora.train_embeddings=true", "training.gpus = 1 or lora.train_embeddings = false"),
     ],
 )
 def test_settings_for_one_gpu_are_refused_with_several(
@@ -52,7 +57,7 @@ def test_settings_for_one_gpu_are_refused_with_several(
 ) -> None:
     streamed = [*train, "--print-command", "--set", setting]
     refused = call(*streamed, "--gpus", "2")
-    assert refused.code == 2 and "this run has 2 GPUs" in refused.err
+    assert refused.code == 2 and "needs a single GPU" in refused.err
     assert fix in refused.err
     assert all_runs() == []
     assert call(*streamed, "--gpus", "1").code == 0
@@ -62,13 +67,16 @@ def test_settings_for_one_gpu_are_refused_with_several(
 def test_every_gpu_is_used_unless_told_and_no_more(
     call: Call, train: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call(*train, "--print-command", "--json").json["gpus"] == 1
+    everything = [*train, "--print-command", "--gpus", "all", "--json"]
+    assert call(*everything).json["gpus"] == 1
     install_nvml_stub(monkeypatch, "two_gpus")
     install_torch(monkeypatch, "12.4")
-    assert call(*train, "--print-command", "--json").json["gpus"] == 2
+    told = call(*everything)
+    assert told.json["gpus"] == 2 and "RTX 4090) and GPU 1 (RTX 3060) differ" in told.err
     runs = len(all_runs())
-    refused = call(*train, "--print-command", "--gpus", "3")
-    assert refused.code == 2 and "Not enough GPUs" in refused.err
+    for words in (["--gpus", "3"], ["--gpus", "2", "--gpu", "1"], ["--gpus", "2", "--gpu", "cpu"]):
+        refused = call(*train, *words)
+        assert refused.code == 2 and "Not enough GPUs" in refused.err
     assert len(all_runs()) == runs
 
 
@@ -100,8 +108,8 @@ def test_the_chosen_gpu_is_stored_with_the_run(
     assert call("resume", run.id).code == 0 and run.gpu == "0"
 
 
-def test_a_number_of_gpus_is_for_the_printed_command(call: Call, train: list[str]) -> None:
-    for words in (["--gpus", "2"], ["--gpus", "0", "--print-command"], ["--detach", "--print-command"]):
+def test_wrong_numbers_of_gpus_are_refused(call: Call, train: list[str]) -> None:
+    for words in (["--gpus", "two"], ["--gpus", "0", "--print-command"], ["--detach", "--print-command"]):
         assert call(*train, *words).code == 2
     assert all_runs() == []
 

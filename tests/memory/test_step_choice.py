@@ -148,8 +148,8 @@ def test_otherwise_a_step_stays_as_the_recipe_has_it(gib: float, settings: dict[
 @pytest.mark.parametrize("processes", [2, 4, 8])
 @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-1.5B", "meta-llama/Llama-3.1-8B"])
 def test_no_process_waits_for_the_others(model: str, processes: int) -> None:
-    recipe = Recipe(data=Data(max_length=1024))
-    choice = choose_step(recipe, describe(config(model)), 80 * GIB, processes=processes)
+    recipe = Recipe(data=Data(max_length=1024), training=Training(gpus=processes))
+    choice = choose_step(recipe, describe(config(model)), 80 * GIB)
     assert choice.recipe.training.gradient_accumulation % processes == 0
 
 

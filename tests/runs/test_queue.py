@@ -15,6 +15,7 @@ from qlora_tui.files import private_dir
 from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue, runner
+from qlora_tui.runs.devices import Devices
 from qlora_tui.runs.directory import RunDir, create_run, queue_path
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Stopped
@@ -172,5 +173,5 @@ def test_a_trainer_without_a_status_is_waited_for(run: RunDir, monkeypatch: pyte
             trainer.close()
 
         while_it_sleeps(monkeypatch, end)
-        runner._take_over(run)
+        runner._take_over(run, Devices(()))
     assert read_status(run).state == "finished"

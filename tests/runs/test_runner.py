@@ -21,6 +21,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, run_queue, runner
 from qlora_tui.runs.describe import follow_events
+from qlora_tui.runs.devices import CPU, devices_of, is_free
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
@@ -28,6 +29,7 @@ from qlora_tui.runs.process import process_identity, runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from tests.runs.conftest import let_go
+from tests.support.nvml_stub import install_nvml_stub
 from tests.support.polling import wait_for
 from tests.support.power import refuse_locks
 
@@ -51,6 +53,36 @@ def test_queued_runs_are_taken_one_after_the_other(recipe: Recipe) -> None:
     wait_for(lambda: is_(second, "finished"))
     assert read_status(first).state == "finished"
     assert run_queue.waiting() == []
+
+
+def test_runs_on_two_gpus_train_at_once_and_one_on_both_waits_for_both(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    waits = named(recipe, "waits")
+    first, second = actions.submit(waits), actions.submit(waits)
+    wait_for(lambda: is_(first, "running") and is_(second, "running"))
+    # The one with the most free memory first.
+    assert [str(devices_of(run)) for run in (first, second)] == ["GPU 0 (RTX 4090)", "GPU 1 (RTX 3060)"]
+    both, behind = actions.submit(replace_setting(waits, "training.gpus", 2)), actions.submit(waits)
+    runner_pid = int((paths.state_dir() / "runner.lock").read_text())
+    os.kill(runner_pid, signal.SIGKILL)
+    # The trainers hold their GPUs, and the next runner gives the free one to no run that came later.
+    let_go(second)
+    wait_for(lambda: is_(second, "finished"))
+    elsewhere = actions.submit(replace_setting(waits, "training.gpus", 3))
+    wait_for(lambda: is_(elsewhere, "failed"))
+    assert "Not enough GPUs" in read_status(elsewhere).detail
+    assert run_queue.waiting() == [both.id, behind.id] and is_(first, "running")
+    let_go(first)
+    wait_for(lambda: is_(both, "running"))
+    assert str(devices_of(both)) == "GPU 0 (RTX 4090), GPU 1 (RTX 3060)"
+    assert read_status(behind).state == "queued"
+    let_go(both)
+    wait_for(lambda: is_(behind, "running"))
+    let_go(behind)
+    wait_for(lambda: is_(behind, "finished"))
+    assert (first.log_path.read_text(), is_free(CPU)) == ("", True)
 
 
 @pytest.mark.parametrize("is_allowed", [True, False])

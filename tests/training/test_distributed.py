@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qlora_tui import cli
 from qlora_tui.recipe.schema import Recipe, Training
-from qlora_tui.recipe.toml import dump
+from qlora_tui.runs import actions
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, Finished
-from qlora_tui.runs.status import read_status
+from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.training import setup
+from tests.support.polling import wait_for
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of, losses
@@ -26,34 +21,29 @@ from tests.training.event_helpers import events, events_of, losses
 pytestmark = pytest.mark.slow
 
 
-def run_with_two(recipe: Recipe, folder: Path, capsys: pytest.CaptureFixture[str]) -> RunDir:
-    """As a user would: by the command that is printed, here with gloo."""
-    (folder / "recipe.toml").write_text(dump(recipe))
-    argv = ["train", str(folder / "recipe.toml"), "--print-command", "--gpus", "2", "--json"]
-    assert cli.main(argv) == 0
-    printed = json.loads(capsys.readouterr().out)
-    launched = subprocess.run(
-        shlex.split(printed["command"]),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert launched.returncode == 0, launched.stderr
-    return RunDir(Path(printed["path"]))
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with ``training.gpus = 2`` has two processes on the CPU."""
+    monkeypatch.setenv("QLORA_TUI_CPU_PROCESSES", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.usefixtures("quick_trainers")
-def test_two_processes_give_the_losses_of_one(
-    recipe: MakeRecipe, trainers: Trainers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def finished(recipe: Recipe) -> RunDir:
+    """Train a run by the queue."""
+    run = actions.submit(recipe)
+    wait_for(lambda: read_status(run).state not in ("queued", *ACTIVE), seconds=180)
+    assert read_status(run).state == "finished", run.log_path.read_text()
+    return run
+
+
+@pytest.mark.usefixtures("quick_trainers", "two_processes")
+def test_two_processes_give_the_losses_of_one(recipe: MakeRecipe, trainers: Trainers) -> None:
     # Three micro-batches a step: one process always has one fewer, and in the last step none.
     settings = {"training.gradient_accumulation": 3, "training.checkpoint_every": 2}
     alone = create_run(recipe(settings))
     assert trainers.run(alone) == 0
-    together = run_with_two(recipe(settings), tmp_path, capsys)
+    together = finished(recipe({**settings, "training.gpus": 2}))
     assert isinstance(events(together)[-1], Finished)
-    assert read_status(together).state == "finished"
     expected = losses(alone)
     assert losses(together) == pytest.approx(expected, abs=1e-5)
     assert [e.loss for e in events_of(together, Evaluated)] == pytest.approx(
@@ -71,11 +61,11 @@ def ignore(*_: object) -> None:
 
 
 def test_every_process_takes_what_the_first_chose_from_the_least_memory() -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[int] = []
     first = Recipe(training=Training(micro_batch_size=4, gradient_accumulation=2, optimizer="adamw"))
 
     def choose(recipe: Recipe, longest: int, free_bytes: int, **settings: Any) -> Recipe:
-        asked.append((free_bytes, settings["processes"]))
+        asked.append(free_bytes)
         return recipe
 
     run: Any = SimpleNamespace(
@@ -90,4 +80,4 @@ def test_every_process_takes_what_the_first_chose_from_the_least_memory() -> Non
     )
     setup._choose_step(run)
     assert run.recipe.training == first.training
-    assert asked == [(12, 2)]
+    assert asked == [12]

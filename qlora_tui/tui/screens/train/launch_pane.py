@@ -75,7 +75,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "Memory and speed",
         (
             *("training.micro_batch_size", "training.auto_micro_batch", "training.gradient_checkpointing"),
-            *("training.optimizer", "quantization.", "model.attention", "model.kernels"),
+            *("training.optimizer", "training.gpus", "quantization.", "model.attention", "model.kernels"),
         ),
     ),
     (_PREFERENCES, ("data.preferences", "training.preference_beta", "training.simpo_gamma")),
