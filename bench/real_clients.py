@@ -2,10 +2,10 @@
 
     python -m bench.real_clients [RUN] --clients .clients-venv/bin/python      (make real-clients)
 
-Serves a run, by default the last, lets litellm chat with it, streaming and not, and lets lm-eval score and
-generate for base and run: two tasks of its own, which need no network. The exit code is 1 where a client
-fails, a stream differs from the whole answer, or the base knows fewer than half of eight capitals
-(SmolLM2-135M knows all).
+Serves a run, by default the last that has an adapter, lets litellm chat with it, streaming and not, and lets
+lm-eval score and generate for base and run: two tasks of its own, which need no network. The exit code is 1
+where a client fails, a stream differs from the whole answer, or the base knows fewer than half of eight
+capitals (SmolLM2-135M knows all).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tui.runs.directory import find_run
+from qlora_tui.runs.directory import RunDir, find_run
+from qlora_tui.serving.model_names import RunsToServe
 
 _CAPITALS = {
     "France": "Paris",
@@ -77,10 +78,10 @@ print(json.dumps({"whole": whole.choices[0].message.content, "streamed": "".join
 def main() -> int:
     """Run both clients, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", nargs="?", default="last")
+    parser.add_argument("run", nargs="?")
     parser.add_argument("--clients", required=True, help="Python with litellm, lm-eval and transformers")
     args = parser.parse_args()
-    run = find_run(args.run)
+    run = run_to_serve(args.run)
     scores = {}
     with served(run.id) as url, tempfile.TemporaryDirectory() as folder:
         chat = json.loads(_output(args.clients, "-c", _LITELLM, url, run.id).splitlines()[-1])
@@ -94,6 +95,11 @@ def main() -> int:
     return 0 if good else 1
 
 
+def run_to_serve(name: str | None) -> RunDir:
+    """Return the run of that name, or the newest one that has an adapter. Raises UserError."""
+    return find_run(name) if name else RunsToServe().now()[0]
+
+
 @contextmanager
 def served(run: str) -> Iterator[str]:
     """Serve a run meanwhile; the address of the server."""
@@ -101,7 +107,9 @@ def served(run: str) -> Iterator[str]:
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            yield json.loads(server.stdout.readline())["address"]
+            if not (line := server.stdout.readline()):
+                raise SystemExit("The server ended; the reason is above.")
+            yield json.loads(line)["address"]
         finally:
             server.terminate()
 

@@ -2,10 +2,10 @@
 
     python -m bench.serve [RUN] [--tokens 48] [--rounds 3] [--transformers PYTHON] [--json]
 
-Serves a run, by default the last. Plain ``generate`` (eager, peft's adapter unmerged) and the chat's session
-are those of ``bench.chat``, each in its own process. A server that takes one request after another gives
-the speed of plain ``generate`` to all its clients together. All take turns, whose order is reversed every
-round. Medians count, of the tokens after the first; those of eight clients are added up.
+Serves a run, by default the last that has an adapter. Plain ``generate`` (eager, peft's adapter unmerged) and
+the chat's session are those of ``bench.chat``, each in its own process. A server that takes one request after
+another gives the speed of plain ``generate`` to all its clients together. All take turns, whose order is
+reversed every round. Medians count, of the tokens after the first; those of eight clients are added up.
 
 With the Python of an environment that has fastapi, ``transformers serve`` is asked as the server is. It knows
 no adapters on a base that is quantized while it is read: it serves the base alone, in the dtype of the run.
@@ -31,9 +31,8 @@ import openai
 
 from bench.baselines.runner import in_turn
 from bench.chat import QUESTION
-from bench.real_clients import served
+from bench.real_clients import run_to_serve, served
 from qlora_tui.adapters.base_weights import model_folder
-from qlora_tui.runs.directory import find_run
 from qlora_tui.training.compute_device import find_device
 
 CLIENTS = 8
@@ -43,13 +42,13 @@ TOPICS = ("Paris", "Rome", "the Moon", "bread", "trains", "rivers", "music", "ch
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", nargs="?", default="last")
+    parser.add_argument("run", nargs="?")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transformers", metavar="PYTHON")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    run = find_run(args.run)
+    run = run_to_serve(args.run)
     recipe = run.recipe()
     command = [sys.executable, "-m", "bench.chat", recipe.model.id, "--adapter", str(run.adapter_dir)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -246,7 +246,8 @@ class AdapterSet:
 
     def __init__(self, model: Any, folders: Mapping[str, str]) -> None:
         self._model = model
-        self._folders = folders
+        self.folders = folders
+        """Folder of each adapter that can be asked for."""
         self._peft_model: Any = None
         self._loaded: set[str] = set()
         self._active = ActiveAdapter(BASE)
@@ -258,11 +259,11 @@ class AdapterSet:
         """Load ``adapter_name`` unless it is loaded; return whether it was loaded now. Raises UserError."""
         if adapter_name == BASE or adapter_name in self._loaded:
             return False
-        folder = self._folders.get(adapter_name)
+        folder = self.folders.get(adapter_name)
         if folder is None:
             raise UserError(
                 "No such adapter",
-                what=f"{adapter_name!r} is not available. Choose one of {', '.join((BASE, *self._folders))}.",
+                what=f"{adapter_name!r} is not available. Choose one of {', '.join((BASE, *self.folders))}.",
                 fix="Use one of these names.",
                 exit_code=EXIT_USAGE,
             )
@@ -327,6 +328,14 @@ class AdapterSet:
         from peft import PeftModel
 
         _check(folder)
+        if uses_dora(str(folder)) and any(
+            getattr(layer, "support_avx512bf16_for_cpu", False) for layer in self._model.modules()
+        ):
+            raise UserError(
+                "The model must be loaded again",
+                what="A DoRA adapter needs base weights in their usual layout; these are in a faster one.",
+                fix="Start the chat or the server again: it then keeps the usual layout.",
+            )
         check_unchanged(folder)
         _check_fits(folder, self._model)
         # In the model's compute dtype: conversions would cost time at every token.

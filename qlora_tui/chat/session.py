@@ -17,6 +17,7 @@ from threading import Event
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
@@ -82,10 +83,8 @@ class ChatSession:
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         """Number of tokens that the model knows."""
         self._adapters = AdapterSet(model, source.adapters)
-        # The deletion of a run asks first while its adapter is loaded here.
-        for run in {run for path in source.adapters.values() if (run := run_of(Path(path))) is not None}:
-            if (handle := hold_folder(run.path)) is not None:
-                weakref.finalize(self, os.close, handle)
+        self._held: set[Path] = set()
+        self.offer(source.adapters)
         self.head = ModelHead(model)
         self._scorer = OptionScorer(model, device.dtype, device.torch_device)
         self._caches: dict[str, PrefixCache] = {}
@@ -115,6 +114,17 @@ class ChatSession:
         # The name changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._takes_positions = "position_ids" in takes
+
+    def offer(self, adapters: Mapping[str, str]) -> None:
+        """Replace the list of adapters, each with its folder; those that are loaded stay."""
+        self.source = replace(self.source, adapters=dict(adapters))
+        self._adapters.folders = adapters
+        # The deletion of a run asks first while its adapter can be loaded here.
+        runs = {run.path for path in adapters.values() if (run := run_of(Path(path))) is not None}
+        for folder in runs - self._held:
+            if (handle := hold_folder(folder)) is not None:
+                weakref.finalize(self, os.close, handle)
+        self._held |= runs
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ import getpass
 import json
 import os
 import shlex
-from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -27,7 +26,6 @@ from qlora_tui.runs.exports import read_exports
 from qlora_tui.runs.servers import (
     ServerStatus,
     running_servers,
-    server_on,
     start_in_background,
     stop_server,
 )
@@ -42,7 +40,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     if args.stop:
         return _stop(args.port)
     try:
-        from qlora_tui.serving.model_names import runs_to_serve
+        from qlora_tui.serving.model_names import RunsToServe
         from qlora_tui.serving.server import Server
     except ModuleNotFoundError as error:
         raise UsageError(
@@ -50,21 +48,22 @@ def run(args: argparse.Namespace) -> CommandResult | int:
             what=f"`qlora-tui serve` needs the package {error.name}.",
             fix=f"Install it with `{install_command('qlora-tui[serve]')}`.",
         ) from error
-    runs = runs_to_serve([find_run(name) for name in args.runs])
+    runs = RunsToServe([find_run(name) for name in args.runs], with_others=args.all)
+    first = runs.now()[0]
     if args.print_commands:
-        return _commands_of_others(runs[0])
+        return _commands_of_others(first)
     key = args.api_key or os.environ.get(KEY_VARIABLE, "")
     if args.background:
-        return _start_result(start_in_background(_arguments_of(args, runs), {KEY_VARIABLE: key}), runs[0])
+        return _start_result(start_in_background(_arguments_of(args), {KEY_VARIABLE: key}), first)
     server = Server(
         runs,
         host=args.host,
-        port=args.port,
+        port=_PORT if args.port is None else args.port,
         api_key=key,
         aliases=dict(args.alias),
         idle_unload_s=args.idle_unload * 60 if args.idle_unload else None,
     )
-    print_result(_start_result(server.status, runs[0]), as_json=args.json)
+    print_result(_start_result(server.status, first), as_json=args.json)
     with ProgressLine() as line:
         server.run(partial(_show_state, line))
     return 0
@@ -83,6 +82,7 @@ def _start_result(status: ServerStatus, run: RunDir) -> CommandResult:
     body = json.dumps({"model": status.default_model, "messages": [{"role": "user", "content": "Hello"}]})
     lines = [
         f"Serving {', '.join(status.models)} on {status.address}",
+        *([f"  {run.id} has no adapter yet: only its base answers."] if len(status.models) == 1 else []),
         f"  curl {status.address}/chat/completions{key} -H 'Content-Type: application/json' \\",
         f"    -d {shlex.quote(body)}",
     ]
@@ -101,31 +101,37 @@ def _ssh_forward(port: int) -> str:
     return f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{host}"
 
 
-def _stop(port: int) -> CommandResult:
-    server = server_on(port)
+def _stop(port: int | None) -> CommandResult:
+    """Stop the server on a port, or the only one."""
+    running = running_servers()
+    others = "\n".join(f"  --port {each.port}: {', '.join(each.models)}" for each in running)
+    if port is None and len(running) > 1:
+        raise UsageError("Which server?", what=f"{len(running)} are running:\n{others}", fix="Name its port.")
+    server = next((each for each in running if port in (None, each.port)), None)
     if server is None:
-        others = ", ".join(f"--port {each.port}" for each in running_servers())
+        where = "" if port is None else f" on port {port}"
         raise UsageError(
             "No such server",
-            what=f"None of your servers is running on port {port}.",
-            fix=f"Running: {others}." if others else "None is running on any other port either.",
+            what=f"None of your servers is running{where}.",
+            fix=f"Running:\n{others}" if others else "`qlora-tui serve` starts one.",
         )
     stop_server(server)
-    return CommandResult(msgspec.to_builtins(server), f"The server on port {port} has ended.")
+    return CommandResult(msgspec.to_builtins(server), f"The server on port {server.port} has ended.")
 
 
-def _arguments_of(args: argparse.Namespace, runs: Sequence[RunDir]) -> list[str]:
+def _arguments_of(args: argparse.Namespace) -> list[str]:
     """Return the arguments with which a process in the background serves the same; without the key."""
     options = {"--host": args.host, "--port": args.port, "--idle-unload": args.idle_unload, "--gpu": args.gpu}
     given = [f"{option}={value}" for option, value in options.items() if value is not None]
     aliases = [f"--alias={alias}={name}" for alias, name in args.alias]
-    return [*(run.id for run in runs), *given, *aliases]
+    return [*(find_run(name).id for name in args.runs), *given, *aliases, *(["--all"] if args.all else [])]
 
 
 def _commands_of_others(run: RunDir) -> CommandResult:
     """Return the commands with which vLLM and llama.cpp serve a run, or what was exported of it.
 
-    Options as of vLLM's "vllm serve" and llama.cpp's tools/server/README.md, November 2026.
+    Options as of November 2026 in vLLM's vllm/entrypoints/openai/cli_args.py and llama.cpp's
+    tools/server/README.md.
     """
     exported = {each.request.form: each.status.paths[0] for each in read_exports(run) if each.status.paths}
     name = shlex.quote(run.id)
@@ -160,9 +166,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         nargs="*",
         help="runs of one base model: ids, names, beginnings of one, or `last`; without any, all runs that "
-        "share the base of the newest",
+        "share the base of the newest, later ones too",
     )
-    parser.add_argument("--port", type=_port, default=_PORT, help=f"port to listen on (default: {_PORT})")
+    parser.add_argument(
+        "--all", action="store_true", help="in addition to RUN, serve every run of its base, later ones too"
+    )
+    parser.add_argument("--port", type=_port, help=f"port to listen on (default: {_PORT})")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
@@ -190,7 +199,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument(
         "--background", action="store_true", help="serve in a background process that outlives the terminal"
     )
-    action.add_argument("--stop", action="store_true", help="stop the server on the port")
+    action.add_argument("--stop", action="store_true", help="stop the server, or the one on --port")
     action.add_argument(
         "--print-commands",
         action="store_true",

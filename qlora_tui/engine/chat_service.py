@@ -45,6 +45,10 @@ class ChatService:
             writes_tools=session.tokenizer.tool_traits.tools,
         )
 
+    def offer(self, adapters: dict[str, str]) -> None:
+        """Replace the list of adapters. Raises UserError where no model is loaded."""
+        self._loaded().offer(adapters)
+
     def generate(self, request: Generate, stop: Event) -> Generator[TextChunk, None, GenerationResult]:
         """Yield an answer piece by piece, and return it. Raises UserError."""
         session = self._loaded()

@@ -61,6 +61,13 @@ class LoadChat(EngineRequest[Never, ChatReady], frozen=True, kw_only=True, tag="
     source: ChatSource
 
 
+class OfferAdapters(EngineRequest[Never, None], frozen=True, kw_only=True, tag="offer_adapters"):
+    """Replace the list of adapters that the loaded model can be asked with."""
+
+    adapters: dict[str, str]
+    """Folder of each by name."""
+
+
 class Generate(EngineRequest[TextChunk, GenerationResult], frozen=True, kw_only=True, tag="generate"):
     """Answer a conversation with the loaded model, piece by piece."""
 
@@ -155,6 +162,7 @@ class Stop(EngineRequest[Never, Never], frozen=True, kw_only=True, tag="stop"):
 
 AnyRequest: TypeAlias = (
     LoadChat
+    | OfferAdapters
     | Generate
     | Complete
     | Decide

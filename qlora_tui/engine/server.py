@@ -26,6 +26,7 @@ from qlora_tui.engine.protocol import (
     LoadChat,
     MeasureEffect,
     Message,
+    OfferAdapters,
     Part,
     ReplyEnvelope,
     RequestEnvelope,
@@ -148,6 +149,8 @@ class Server:
         match request:
             case LoadChat():
                 return self._with_torch(on_status).load(request, on_status)
+            case OfferAdapters(adapters=adapters):
+                self._with_torch(on_status).offer(adapters)
             case Generate():
                 return (yield from self._with_torch(on_status).generate(request, self._stops[number]))
             case Complete(completion=completion):

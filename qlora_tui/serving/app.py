@@ -26,7 +26,7 @@ from qlora_tui.errors import INTERNAL_ERROR
 from qlora_tui.serving import replies
 from qlora_tui.serving.errors import ApiError
 from qlora_tui.serving.guest import Guest
-from qlora_tui.serving.model_names import ServedModel
+from qlora_tui.serving.model_names import ServedModel, ServedModels
 from qlora_tui.serving.requests import Body, ChatBody, CompletionBody, DecideBody, decode_body
 
 MOST_BYTES = 10_000_000
@@ -102,13 +102,13 @@ class Api:
     async def models(self, request: Request) -> Response:
         """List the models, or show the one named."""
         name = request.path_params.get("name")
-        models = self.guest.models
+        models = await self.guest.models_now()
         if name is None:
             return JSONResponse(
                 {"object": "list", "data": [replies.model(each.name) for each in models.listed]}
             )
         if models.find(name) is None:
-            raise self._no_model(name)
+            raise _no_model(name, models)
         return JSONResponse(replies.model(name))
 
     async def chat(self, request: Request) -> Response:
@@ -124,8 +124,8 @@ class Api:
         body = decode_body(await _read(request), DecideBody)
         messages = body.conversation
         with self._admitted():
+            model = await self._model(body.model)
             await self.guest.loaded()
-            model = self._there(body.model)
             asked = Decide(messages=messages, adapter_name=model.adapter_name)
             async with self._row():
                 decided = await _unless_gone(request, self.guest.decide(asked))
@@ -155,8 +155,7 @@ class Api:
 
     async def _respond(self, request: Request, kind: type[Body]) -> Response:
         body = decode_body(await _read(request), kind)
-        if self.guest.models.find(body.model) is None:
-            raise self._no_model(body.model)
+        await self._model(body.model)
         if not body.stream:
             return JSONResponse(await _unless_gone(request, self._whole(body)))
         events = self._events(body)
@@ -194,9 +193,8 @@ class Api:
         ``choices`` receives them. Raises ApiError.
         """
         with self._admitted():
+            model = await self._model(body.model)
             ready = await self.guest.loaded()
-            # Found again: the models of a run that has just been trained are others.
-            model = self._there(body.model)
             completions = body.completions(model, ready.context_tokens)
             choices += [replies.Choice(index, body) for index in range(len(completions))]
             arrived: asyncio.Queue[_Arrived | Exception] = asyncio.Queue()
@@ -262,19 +260,19 @@ class Api:
         finally:
             self.figures.open -= 1
 
-    def _there(self, name: str) -> ServedModel:
-        """Return a model whose files are there. Raises ApiError."""
-        model = self.guest.models.find(name)
+    async def _model(self, name: str) -> ServedModel:
+        """Return the model of a name. Raises ApiError."""
+        models = await self.guest.models_now()
+        model = models.find(name)
         if model is None:
-            raise self._no_model(name)
-        if not self.guest.models.is_there(model):
-            raise self._no_model(name, "Its folder was deleted.")
+            raise _no_model(name, models)
         return model
 
-    def _no_model(self, name: str, why: str = "") -> ApiError:
-        names = ", ".join(each.name for each in self.guest.models.listed)
-        what = " ".join(f"The model '{name}' does not exist. {why} This server has {names}.".split())
-        return ApiError(404, what, param="model", code="model_not_found")
+
+def _no_model(name: str, models: ServedModels) -> ApiError:
+    names = ", ".join(each.name for each in models.listed)
+    what = f"The model '{name}' does not exist. This server has {names}."
+    return ApiError(404, what, param="model", code="model_not_found")
 
 
 class Guard:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -16,13 +16,13 @@ from qlora_tui import paths
 from qlora_tui.chat.chat_types import Decided
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
 from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
-from qlora_tui.engine.protocol import ChatReady, Complete, Decide, LoadChat
+from qlora_tui.engine.protocol import ChatReady, Complete, Decide, LoadChat, OfferAdapters
 from qlora_tui.errors import UserError
 from qlora_tui.locks import is_locked
 from qlora_tui.runs.directory import waiting
 from qlora_tui.runs.process import runner_lock_path
 from qlora_tui.serving.errors import RETRY_AFTER_S, ApiError, of_user_error
-from qlora_tui.serving.model_names import ServedModels
+from qlora_tui.serving.model_names import RunsToServe, ServedModels, served_models
 from qlora_tui.worker import Progress
 
 POLL_S = 0.5
@@ -35,14 +35,21 @@ GuestState: TypeAlias = Literal["unloaded", "loading", "ready", "yielded", "fail
 class Guest:
     """The one engine of a server."""
 
-    def __init__(self, read_models: Callable[[], ServedModels], idle_unload_s: float | None = None) -> None:
-        """``read_models`` is called before each load: a run has made checkpoints meanwhile.
+    def __init__(
+        self, runs: RunsToServe, aliases: Mapping[str, str] | None = None, idle_unload_s: float | None = None
+    ) -> None:
+        """Raise UserError for an alias of no model.
 
         ``idle_unload_s``: seconds without a request after which the model is unloaded; None: never.
         """
-        self._read_models = read_models
+        self._runs = runs
+        self._aliases = aliases
         self._idle_unload_s = idle_unload_s
-        self.models = read_models()
+        self._stamp = runs.stamp()
+        self.models = served_models(runs, aliases)
+        """The models when they were asked for last."""
+        self._offered: Mapping[str, str] = {}
+        """Adapters that the engine knows of."""
         self.ready: ChatReady | None = None
         self.state: GuestState = "unloaded"
         self.detail = ""
@@ -73,12 +80,33 @@ class Guest:
                 await self._unload("unloaded")
             await asyncio.sleep(POLL_S)
 
+    async def models_now(self) -> ServedModels:
+        """Return the models with what has been trained, saved or deleted since. Raises ApiError."""
+        try:
+            return await asyncio.to_thread(self._read_models)
+        except UserError as problem:
+            raise of_user_error(problem, is_lost=False) from problem
+
+    def _read_models(self) -> ServedModels:
+        stamp = self._runs.stamp()
+        if stamp != self._stamp:
+            self.models, self._stamp = served_models(self._runs, self._aliases), stamp
+        return self.models
+
     async def loaded(self) -> ChatReady:
-        """Return the model, which is loaded if need be. Raises ApiError: 503 while a run has the card."""
+        """Return the model, which is loaded if need be, and knows all adapters.
+
+        Raises ApiError: 503 while a run has the card.
+        """
         self._used_at = time.monotonic()
         if self._is_yielded:
             raise self._unavailable()
         if self.ready is not None and self._engine.pid is not None:
+            adapters = self.models.source.adapters
+            if self._offered != adapters:
+                with self._using(request := self._engine.ask(OfferAdapters(adapters=adapters))):
+                    await request.result()
+                self._offered = adapters
             return self.ready
         try:
             # A client that goes away does not end it: others wait too.
@@ -99,10 +127,11 @@ class Guest:
         """Load the model. Raises UserError."""
         self.state, self.ready = "loading", None
         try:
-            self.models = await asyncio.to_thread(self._read_models)
+            await asyncio.to_thread(self._read_models)
             if self._is_yielded:
                 # A run began meanwhile, when there was no process yet to end.
                 raise EngineClosedError
+            self._offered = self.models.source.adapters
             async for reply in self._engine.ask(LoadChat(source=self.models.source)):
                 if isinstance(reply, Progress):
                     self.detail = reply.text

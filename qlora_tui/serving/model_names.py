@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qlora_tui.catalog.adapters import CONFIG
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import UsageError
@@ -40,63 +42,73 @@ class ServedModels:
         model = next((model for model in self.listed if model.name == name), None)
         return self.find(self.aliases[name]) if model is None and name in self.aliases else model
 
-    def is_there(self, model: ServedModel) -> bool:
-        """Return whether the files of a model have not been deleted."""
-        folder = self.source.adapters.get(model.adapter_name)
-        return folder is None or Path(folder).is_dir()
 
+class RunsToServe:
+    """Which runs a server has: some, and all others of their base if it was asked for them."""
 
-def runs_to_serve(names: Sequence[RunDir] = ()) -> list[RunDir]:
-    """Return these runs, or all with the base of the newest run that has an adapter.
+    def __init__(self, named: Sequence[RunDir] = (), *, with_others: bool = False) -> None:
+        """``named`` come first; without any, all runs with the base of the newest that has an adapter.
 
-    Raises UsageError where there is none, or two have different bases.
-    """
-    if not names:
+        Raises UserError where there is none, or two have different bases.
+        """
         newest = next(filter(_has_adapter, all_runs()), None)
-        if newest is None:
+        if not named and newest is None:
             raise UsageError(
                 "No run to serve",
                 what="No run has saved an adapter or a checkpoint.",
                 fix="Train one with `qlora-tui train`, or name a run: its base model can be served.",
             )
-        return runs_with_base_of(newest)
-    first = names[0].recipe()
-    for other in names[1:]:
-        if _base(recipe := other.recipe()) != _base(first):
-            raise UsageError(
-                "Two base models",
-                what=f"{names[0].id} was trained on {_base_text(first)}, {other.id} on {_base_text(recipe)}.",
-                why="A server holds one base model in memory.",
-                fix=f"Leave {other.id} out, and serve it on another port: "
-                f"`qlora-tui serve {other.id} --port 8001`.",
-            )
-    return list(names)
+        self.named = tuple(named)
+        self.with_others = with_others or not named
+        first, *rest = named or [newest]  # type: ignore[list-item]  # there is one
+        self._recipe = first.recipe()
+        for other in rest:
+            if _base(recipe := other.recipe()) != _base(self._recipe):
+                raise UsageError(
+                    "Two base models",
+                    what=f"{first.id} was trained on {_base_text(self._recipe)}, {other.id} on "
+                    f"{_base_text(recipe)}.",
+                    why="A server holds one base model in memory.",
+                    fix=f"Leave {other.id} out, and serve it on another port: "
+                    f"`qlora-tui serve {other.id} --port 8001`.",
+                )
+
+    def now(self) -> list[RunDir]:
+        """Return the runs that are there now, the named ones first, then the newest."""
+        named = [run for run in self.named if run.recipe_path.is_file()]
+        if not self.with_others:
+            return named
+        others = [run for run in all_runs() if run not in named and _has_adapter(run)]
+        recipes = [(run, run.readable_recipe()) for run in others]
+        base = _base(self._recipe)
+        return [*named, *(run for run, recipe in recipes if recipe is not None and _base(recipe) == base)]
+
+    @staticmethod
+    def stamp() -> tuple[object, ...]:
+        """Return what changes when a run, a checkpoint, an adapter or a name comes or goes."""
+        return tuple(
+            (run.id, *map(_modified_ns, (run.adapter_dir / CONFIG, run.checkpoints_dir, run.name_path)))
+            for run in all_runs()
+        )
 
 
-def runs_with_base_of(run: RunDir) -> list[RunDir]:
-    """Return a run, and every other one with an adapter for the same base. Raises UserError."""
-    base = _base(run.recipe())
-    others = [other for other in all_runs() if other != run and _has_adapter(other)]
-    recipes = [(other, other.readable_recipe()) for other in others]
-    return [run, *(other for other, recipe in recipes if recipe is not None and _base(recipe) == base)]
-
-
-def served_models(runs: Sequence[RunDir], aliases: Mapping[str, str] | None = None) -> ServedModels:
+def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -> ServedModels:
     """Return the models of runs that share a base, as they are on the disk now.
 
     ``aliases`` are the user's own. Raises UserError for an alias of no model, or where no run is left.
     """
-    there = [run for run in runs if run.recipe_path.is_file()]
+    there = runs.now()
     if not there:
         raise UsageError(
             "The runs were deleted",
-            what=f"{', '.join(run.id for run in runs)} no longer exist.",
+            what=f"{', '.join(run.id for run in runs.named) or 'All runs of this base'} no longer exist.",
             fix="Stop this server, and serve another run.",
         )
     recipe, base = there[0].recipe(), run_source(there[0])
     # As in the chat of the first run.
     listed, adapters = [ServedModel(BASE, BASE, base.thinking)], {}
-    automatic = {recipe.model.id: BASE, LAST: there[0].id}
+    newest = next((run for run in all_runs() if run in there and _has_adapter(run)), there[0])
+    automatic = {recipe.model.id: BASE, LAST: newest.id}
     for run in there:
         source = run_source(run)
         if ADAPTER not in source.adapters and source.adapters:
@@ -126,7 +138,13 @@ def _step(checkpoint: str) -> str:
 
 
 def _has_adapter(run: RunDir) -> bool:
-    return (run.adapter_dir / "adapter_config.json").is_file() or bool(run.checkpoints())
+    return (run.adapter_dir / CONFIG).is_file() or bool(run.checkpoints())
+
+
+def _modified_ns(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def _base(recipe: Recipe) -> tuple[object, ...]:

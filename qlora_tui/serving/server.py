@@ -7,7 +7,7 @@ import errno
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 
@@ -16,12 +16,11 @@ import uvicorn
 
 from qlora_tui.errors import UsageError, disk_problems
 from qlora_tui.files import atomic_write
-from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.servers import ServerStatus, key_path, server_on, state_path
 from qlora_tui.serving.app import Figures, make_app
 from qlora_tui.serving.guest import Guest
-from qlora_tui.serving.model_names import served_models
+from qlora_tui.serving.model_names import RunsToServe
 
 LOOPBACK = "127.0.0.1"
 _STATE_S = 1.0
@@ -33,7 +32,7 @@ class Server:
 
     def __init__(
         self,
-        runs: Sequence[RunDir],
+        runs: RunsToServe,
         *,
         host: str = LOOPBACK,
         port: int = 8000,
@@ -42,7 +41,7 @@ class Server:
         idle_unload_s: float | None = None,
     ) -> None:
         """Open the socket and write the key. Raises UserError."""
-        self._guest = Guest(lambda: served_models(runs, aliases), idle_unload_s)
+        self._guest = Guest(runs, aliases, idle_unload_s)
         self._figures = Figures()
         self._socket = _open_socket(host, port)
         self.host, self.port = host, int(self._socket.getsockname()[1])

@@ -12,7 +12,7 @@ from qlora_tui.errors import UsageError
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.serving.model_names import runs_to_serve, served_models
+from qlora_tui.serving.model_names import RunsToServe, served_models
 from qlora_tui.serving.server import Server, is_loopback
 from tests.cli.conftest import Call, call
 from tests.serving.conftest import serving, write_run
@@ -43,7 +43,7 @@ def runs(private_home: Path, tmp_path: Path) -> list[RunDir]:
 
 def test_names_lead_to_adapters(runs: list[RunDir]) -> None:
     runs[0].name_path.write_text("My run")
-    models = served_models(runs[:2], {"gpt": "My run:4"})
+    models = served_models(RunsToServe(runs[:2]), {"gpt": "My run:4"})
     assert [model.name for model in models.listed] == ["base", "a-1.0", "a-1.0:4", "a-1.0:2", "b:7", "gpt"]
 
     def folder(name: str) -> str:
@@ -52,10 +52,10 @@ def test_names_lead_to_adapters(runs: list[RunDir]) -> None:
         return models.source.adapters.get(model.adapter_name, "")
 
     assert folder("/models/tiny") == folder("base") == ""
-    assert folder("My run") == folder("a-1.0") == folder("last") == str(runs[0].adapter_dir)
+    assert folder("My run") == folder("a-1.0") == str(runs[0].adapter_dir)
     assert folder("gpt") == str(runs[0].checkpoints_dir / "step-4")
     # Without a final adapter a run's name means its newest checkpoint.
-    assert folder("b") == folder("b:7") == str(runs[1].checkpoints_dir / "step-7")
+    assert folder("b") == folder("last") == folder("b:7") == str(runs[1].checkpoints_dir / "step-7")
     assert models.find("c") is None
     # peft makes attributes of them.
     assert not any("." in name for name in models.source.adapters)
@@ -63,17 +63,18 @@ def test_names_lead_to_adapters(runs: list[RunDir]) -> None:
 
 def test_runs_of_two_bases_are_refused_with_what_to_do(runs: list[RunDir]) -> None:
     with pytest.raises(UsageError) as refused:
-        runs_to_serve([runs[0], runs[2]])
+        RunsToServe([runs[0], runs[2]])
     assert "c was trained on" in str(refused.value) or "/models/other" in str(refused.value)
     assert "qlora-tui serve c --port" in refused.value.fix
     # Without names: all that share the base of the newest.
-    assert {run.id for run in runs_to_serve()} in ({"a-1.0", "b"}, {"c"})
+    assert {run.id for run in RunsToServe().now()} in ({"a-1.0", "b"}, {"c"})
+    assert [run.id for run in RunsToServe([runs[1]], with_others=True).now()] == ["b", "a-1.0"]
 
 
 def test_a_second_server_on_a_port_is_refused_by_name(runs: list[RunDir]) -> None:
-    first = Server(runs[:1], port=0)
+    first = Server(RunsToServe(runs[:1]), port=0)
     with pytest.raises(UsageError) as refused:
-        Server(runs[:1], port=first.port)
+        Server(RunsToServe(runs[:1]), port=first.port)
     first.close()
     assert "/models/tiny" in refused.value.what
     assert f"--stop --port {first.port}" in refused.value.fix
@@ -125,10 +126,25 @@ def test_the_commands_of_other_servers_name_the_run(runs: list[RunDir], call: Ca
     ]
 
 
-def test_stopping_what_does_not_run_is_a_wrong_call(private_home: Path, call: Call) -> None:
-    said = call("serve", "--stop")
-    assert said.code == 2
-    assert "8000" in said.err
+def test_stop_ends_the_only_server_and_asks_which_of_several(
+    runs: list[RunDir], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*arguments: str) -> str:
+        said = call("serve", "--stop", *arguments)
+        assert said.code == 2
+        return said.err
+
+    stopped: list[int] = []
+    monkeypatch.setattr("qlora_tui.cli.serve.stop_server", lambda server: stopped.append(server.port))
+    assert "`qlora-tui serve`" in asked()
+    first, second = (Server(RunsToServe([run]), port=0) for run in runs[:2])
+    assert f"--port {first.port}: base, a-1.0" in asked() and f"--port {second.port}: base, b" in asked()
+    assert f"--port {first.port}" in asked("--port", "1")
+    assert call("serve", "--stop", f"--port={second.port}").code == 0
+    first.close()
+    assert call("serve", "--stop").code == 0
+    assert stopped == [second.port] * 2
+    second.close()
 
 
 @pytest.mark.slow
@@ -142,6 +158,36 @@ def test_an_idle_model_is_unloaded_and_comes_back(
         wait_for(lambda: server.state["engine_pid"] == 0)
         asked = {"model": "a", "prompt": "the quick", "max_tokens": 2}
         assert server.post("/completions", **asked).status_code == 200
+
+
+@pytest.mark.slow
+def test_what_is_trained_saved_or_deleted_later_needs_no_restart(
+    trainers: Trainers, tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers.server.serve(TRAINING_MODULES, monkeypatch)
+    first = write_run(tmp_path, "a", tiny_source, {"adapter": "adapter"})
+    with serving(tmp_path) as server:
+        server.wait_for("ready")
+        engine = server.state["engine_pid"]
+
+        def texts(*names: str) -> list[str]:
+            answers = [
+                server.post("/completions", model=name, prompt="the quick", temperature=0, max_tokens=8)
+                for name in names
+            ]
+            return [each.json()["choices"][0]["text"] if each.is_success else "" for each in answers]
+
+        base, other, absent = texts("base", "a", "b")
+        assert base != other and not absent
+        write_run(tmp_path, "b", tiny_source, {"step-5": "adapter"})
+        assert texts("b", "b:5", "b:6") == [other, other, ""]
+        write_run(tmp_path, "c", tiny_source, {"adapter": "step-2"})
+        with server.client() as client:
+            assert {each["id"] for each in client.get("/models").json()["data"]} == {"base", "a", "b:5", "c"}
+        assert texts("last") == texts("c") != [other]
+        first.path.rename(tmp_path / "deleted")
+        assert texts("a", "b") == ["", other]
+        assert server.state["engine_pid"] == engine
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ async def test_a_key_starts_and_stops_a_server(monkeypatch: pytest.MonkeyPatch) 
         await wait_for_text(pilot, "s start")
         await pilot.press("s")
         await wait_for_text(pilot, "http://127.0.0.1:8000/v1", "a:120", "1,284", "182 tokens/s", "s stop")
-        assert asked == [[run.id]] * 2
+        assert asked == [[run.id, "--all"]] * 2
         # Other screens, and the shell after the app, say that it runs.
         await wait_until(pilot, lambda: bool(app.system_status.servers))
         assert "The server on port 8000 continues." in app.system_status.continues_without_app()

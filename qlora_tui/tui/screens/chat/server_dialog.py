@@ -16,7 +16,6 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.servers import ServerStatus, running_servers, start_in_background, stop_server
-from qlora_tui.serving.model_names import runs_with_base_of
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.columns import Fact, fact_lines
 from qlora_tui.tui.screens.base import OnQloraApp
@@ -100,7 +99,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
     async def _start(self, run: RunDir) -> None:
         # Leave the chat's memory to the server.
         await self._conversation.unload()
-        await asyncio.to_thread(_start_server, run)
+        await asyncio.to_thread(start_in_background, [run.id, "--all"])
 
     @work(exclusive=True)
     async def _do(self, doing: str, work: Callable[[], Awaitable[object]]) -> None:
@@ -118,10 +117,6 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         """Copy the server's address."""
         if self._server is not None:
             self.app.copy_to_clipboard(self._server.address)
-
-
-def _start_server(run: RunDir) -> None:
-    start_in_background([each.id for each in runs_with_base_of(run)])
 
 
 def server_lines(server: ServerStatus, width: int) -> list[Content]:
