@@ -4,9 +4,10 @@ It loads the run's base with its final adapter, measures the loss of each refere
 answer greedily in batches, and writes the file of :mod:`qlora_tui.runs.task_metrics.task_evaluation`, which
 starts it.
 
-Answers are stored as they come. A file of answers belongs to one base, adapter and number of tokens; its
-lines hold the hash of a prompt and the token ids of its answer. An interrupted evaluation continues with what
-is there, and runs on the same base and data share the base's answers.
+Answers are stored as they come. A file of answers belongs to one base, adapter and number of tokens, or set
+of options; its lines hold the hash of a prompt, and the token ids of its answer or the scores of the options.
+An interrupted evaluation continues with what is there, and runs on the same base and data share the base's
+answers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
     from qlora_tui.data.store import Samples
     from qlora_tui.training.decisions import DecisionTask
+    from qlora_tui.training.option_scores import Scores
     from qlora_tui.training.task_prompts import TaskPrompt, TaskRows
 
 
@@ -50,39 +52,40 @@ _BATCH_TOKENS = 8192
 """Most tokens of a batch, prompts and answers together."""
 _MAX_BYTES = 1 << 28
 
-AnswerBatch = Callable[[list[tuple[int, ...]]], list[tuple[int, ...]]]
-"""Answers prompts of token ids with token ids."""
+T = TypeVar("T", int, float)
+"""Of an answer: its token ids, or scores of options."""
+
+AnswerBatch = Callable[[list[tuple[int, ...]]], Sequence[tuple[T, ...]]]
+"""Answers prompts of token ids."""
 
 
-class _Line(Struct, frozen=True):
+class _Line(Struct, Generic[T], frozen=True):
     prompt: str
-    answer: tuple[int, ...]
+    answer: tuple[T, ...]
 
 
-_LINES = msgspec.json.Decoder(_Line)
-
-
-class AnswerStore:
+class AnswerStore(Generic[T]):
     """Answers in a file, by prompt."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[T]) -> None:
         self._path = path
-        self._answers: dict[str, tuple[int, ...]] = {}
+        self._answers: dict[str, tuple[T, ...]] = {}
+        lines = msgspec.json.Decoder(_Line[kind])  # type: ignore[valid-type]  # msgspec reads the type at run time
         try:
             content = read_regular(path, _MAX_BYTES)
         except OSError:
             content = b""
         for line in content.splitlines():
             # The last line of a process that was killed is torn.
-            if (stored := try_json(line, _LINES)) is not None:
+            if (stored := try_json(line, lines)) is not None:
                 self._answers[stored.prompt] = stored.answer
         self._is_torn = bool(content) and not content.endswith(b"\n")
 
-    def get(self, prompt: Sequence[int]) -> tuple[int, ...] | None:
+    def get(self, prompt: Sequence[int]) -> tuple[T, ...] | None:
         """The answer to a prompt; None where there is none."""
         return self._answers.get(_hash(prompt))
 
-    def add(self, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[int, ...]]) -> None:
+    def add(self, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[T, ...]]) -> None:
         """Store answers. Raises OSError."""
         lines = [_Line(_hash(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
         with open_append(self._path) as file:
@@ -94,17 +97,17 @@ class AnswerStore:
 
 def answer_all(
     prompts: Sequence[tuple[int, ...]],
-    stored: AnswerStore,
+    stored: AnswerStore[T],
     max_new_tokens: int,
-    answer: AnswerBatch,
+    answer: AnswerBatch[T],
     progress: Callable[[int], None],
-) -> list[tuple[int, ...]]:
+) -> list[tuple[T, ...]]:
     """The answers to all prompts, in order; only those that are not stored are computed.
 
     Args:
         prompts: token ids.
         stored: holds earlier answers, and takes the others.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer, or of all options.
         answer: answers one batch.
         progress: called with the number of answers there are.
     """
@@ -214,15 +217,24 @@ def _decide(
     session: ChatSession, task: DecisionTask, texts: TaskRows, run: RunDir, report: Report
 ) -> dict[str, Any]:
     """Score the options of each prompt with both models, and write the calibration next to the adapter."""
-    from qlora_tui.chat.chat_types import ADAPTER, BASE
     from qlora_tui.training.decisions import judge
+    from qlora_tui.training.option_scores import Choice
 
     numbers = range(len(task.prompts))
-    choices = [task.choice(number, session.context_length) for number in numbers]
-    total = 2 * len(choices)
-    before, after = (
-        session.score_options(name, choices, partial(_report_done, report, number * len(choices), total))
-        for number, name in enumerate((BASE, ADAPTER))
+    prompts = [task.choice(number, session.context_length).prompt for number in numbers]
+
+    def score(name: str, batch: list[tuple[int, ...]]) -> list[Scores]:
+        return session.score_options(name, [Choice(prompt, task.option_ids) for prompt in batch])
+
+    before, after = _by_both(
+        session,
+        run,
+        prompts,
+        {"options": task.option_ids},
+        float,
+        sum(map(len, task.option_ids)),
+        score,
+        report,
     )
     judged = judge(task, numbers, before, after, texts)
     write_decider(run.adapter_dir, judged.decider)
@@ -252,17 +264,8 @@ def _answer(
     )
     limit = answer_limit(max(len(prompt.reference) for prompt in prompts), session.context_length)
     ids = [prompt.ids[-(session.context_length - limit) :] for prompt in prompts]
-    adapter = adapter_hash(run)
-    answers = [
-        answer_all(
-            ids,
-            _answer_store(session, "" if name == BASE else adapter, limit),
-            limit,
-            partial(session.greedy_batch, name, max_new_tokens=limit),
-            partial(_report_done, report, number * len(prompts), total),
-        )
-        for number, name in enumerate((BASE, ADAPTER))
-    ]
+    answer = partial(session.greedy_batch, max_new_tokens=limit)
+    answers = _by_both(session, run, ids, {"limit": limit}, int, limit, answer, report)
     rows = [texts.row(prompt, *both) for prompt, *both in zip(prompts, *answers, strict=True)]
     return {
         "max_new_tokens": limit,
@@ -272,12 +275,48 @@ def _answer(
     }
 
 
+def _by_both(
+    session: ChatSession,
+    run: RunDir,
+    prompts: Sequence[tuple[int, ...]],
+    state: dict[str, Any],
+    kind: type[T],
+    most_tokens: int,
+    answer: Callable[[str, list[tuple[int, ...]]], Sequence[tuple[T, ...]]],
+    report: Report,
+) -> list[list[tuple[T, ...]]]:
+    """Return the answers of base and adapter to prompts, in order, with what is stored of earlier tries.
+
+    Args:
+        session: with the model.
+        run: whose adapter it is.
+        prompts: token ids.
+        state: what else the answers depend on.
+        kind: of an answer's items.
+        most_tokens: of an answer, or of all options.
+        answer: answers a batch with the base or the adapter, by its name.
+        report: called with the number of answers.
+    """
+    from qlora_tui.chat.chat_types import ADAPTER, BASE
+
+    return [
+        answer_all(
+            prompts,
+            AnswerStore(_answers_path(session, adapter, state), kind),
+            most_tokens,
+            partial(answer, name),
+            partial(_report_done, report, number * len(prompts), 2 * len(prompts)),
+        )
+        for number, (name, adapter) in enumerate(((BASE, ""), (ADAPTER, adapter_hash(run))))
+    ]
+
+
 def _report_done(report: Report, before: int, total: int, done: int) -> None:
     report(before + done, total)
 
 
-def _answer_store(session: ChatSession, adapter: str, limit: int) -> Any:
-    """The file of answers of this base and adapter; ``adapter`` is its hash, empty for the base."""
+def _answers_path(session: ChatSession, adapter: str, more: dict[str, Any]) -> Path:
+    """Return the file of answers of this base and adapter; ``adapter`` is its hash, empty for the base."""
     from qlora_tui import paths
     from qlora_tui.adapters.base_weights import model_folder
     from qlora_tui.files import private_dir
@@ -287,12 +326,12 @@ def _answer_store(session: ChatSession, adapter: str, limit: int) -> Any:
     recipe = session.source.recipe
     state = base_state(_FORMAT, model_folder(recipe), recipe, session.compute_device) | {
         "adapter": adapter,
-        "limit": limit,
         "ends": sorted(session.tokenizer.turn_end_ids),
         "versions": versions(),
+        **more,
     }
     name = cache_name(recipe, state, "adapter" if adapter else "base")
-    return AnswerStore(private_dir(paths.cache_dir() / "task-answers") / f"{name}.jsonl")
+    return private_dir(paths.cache_dir() / "task-answers") / f"{name}.jsonl"
 
 
 def _reference_loss(session: ChatSession, adapter_name: str, prompt: TaskPrompt) -> float:

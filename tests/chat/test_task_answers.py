@@ -89,14 +89,16 @@ def test_stored_answers_are_not_computed_again(tmp_path: Path) -> None:
         return [(prompt[0], 9) for prompt in batch]
 
     with pytest.raises(KeyboardInterrupt):
-        answer_all(prompts, AnswerStore(file), 32, answer, done.append)
+        answer_all(prompts, AnswerStore(file, int), 32, answer, done.append)
     with file.open("ab") as torn:
         torn.write(b'{"prompt": "cut')
-    answers = answer_all(prompts, AnswerStore(file), 32, answer, done.append)
+    answers = answer_all(prompts, AnswerStore(file, int), 32, answer, done.append)
     assert answers == [(prompt[0], 9) for prompt in prompts]
     assert batches == [BATCH_ROWS, BATCH_ROWS, BATCH_ROWS, 40 - 2 * BATCH_ROWS]
     assert done == [0, 16, 16, 32, 40]
-    assert answer_all(prompts, AnswerStore(file), 32, answer, done.append) == answers and len(batches) == 4
+    assert (
+        answer_all(prompts, AnswerStore(file, int), 32, answer, done.append) == answers and len(batches) == 4
+    )
 
 
 def test_long_prompts_are_answered_in_small_batches(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_long_prompts_are_answered_in_small_batches(tmp_path: Path) -> None:
         sizes.append(len(batch))
         return [(9,) for _ in batch]
 
-    answer_all(prompts, AnswerStore(tmp_path / "answers.jsonl"), 512, answer, lambda done: None)
+    answer_all(prompts, AnswerStore(tmp_path / "answers.jsonl", int), 512, answer, lambda done: None)
     assert sizes == [3, 3]
 
 
@@ -147,7 +149,10 @@ def test_batched_answers_are_those_of_the_chat(
 
 @pytest.mark.usefixtures("quick_trainers")
 def test_evaluate_compares_a_run_with_its_base(
-    tiny_source: ChatSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_source: ChatSource,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [
         {"instruction": f"what is fox {number}", "output": "red" if number % 2 else "blue"}
@@ -172,6 +177,12 @@ def test_evaluate_compares_a_run_with_its_base(
     out = capsys.readouterr().out
     assert "8 validation prompts" in out and "row 1" in out and "each decided between 2 options" in out
     assert "too few to calibrate" in out
+    # An evaluation that was killed goes on with the scores that it has.
+    with monkeypatch.context() as patched:
+        patched.setattr("qlora_tui.chat.session.ChatSession.score_options", None)
+        answer_prompts(run, None)
+    again = read_task_evaluation(run)
+    assert again is not None and again.decisions == evaluation.decisions
 
 
 def test_a_run_without_prompts_is_refused(tiny_source: ChatSource, tmp_path: Path) -> None:
