@@ -32,6 +32,7 @@ from qlora_tui.data.conversation import Conversation, Message, RowRejectedError,
 from qlora_tui.data.decisions import decision_of
 from qlora_tui.data.preferences import RATING, compared, preferred, rated
 from qlora_tui.data.problems import CHECKS
+from qlora_tui.data.repetition import words
 from qlora_tui.data.row import Row
 from qlora_tui.data.unsupported import compared_answers, mapping_hint, single_turns, without_text, written_out
 from qlora_tui.errors import UserError
@@ -60,6 +61,8 @@ _PAIRED = frozenset(
     for name in names
 )
 """Columns that hold the last question or its answer, next to a history."""
+_PROSE_WORDS = 3
+"""Words that tell a text from a name, a date or a number."""
 _HALVES = ("prompt", "completion", "history", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
 
@@ -102,6 +105,8 @@ def _named(
     parts: dict[str, str] = {}
     for part in PARTS[format_]:
         column = mapping.get(part) or _pick(format_, part, columns, parts.values(), by_hand)
+        if not column and (format_, part) == ("decision", "text"):
+            column = _only_prose(columns)
         if not column:
             return None
         parts[part] = column
@@ -161,6 +166,20 @@ def _pick(format_: str, part: str, columns: Columns, taken: Iterable[str], by_ha
         if column not in taken and columns.mostly(column, fits):
             return column
     return ""
+
+
+def _only_prose(columns: Columns) -> str:
+    """Return the column next to a label that holds texts of several words, if it is the only one."""
+    label = columns.first(PARTS["decision"]["label"])
+    if not label or decision_of(Counter(json_text(value.get(label)) for value in columns.values)) is None:
+        return ""
+
+    def is_prose(column: str) -> bool:
+        texts = [value[column] for value in columns.values if isinstance(value.get(column), str)]
+        return 2 * sum(len(words(text)) >= _PROSE_WORDS for text in texts) >= len(columns.values)
+
+    prose = [column for column in columns.names if column != label and is_prose(column)]
+    return prose[0] if len(prose) == 1 else ""
 
 
 def _may_be(part: str, cell: Cell) -> bool:
@@ -445,7 +464,11 @@ def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
     if (decision := decision_of(answers)) is not None:
         yield f"the answers decide between {decision.describe()}; their probabilities are evaluated"
     elif layout.format == "decision" and answers:
-        yield f"{len(answers):,} different answers in {answers.total():,} rows: trained and judged as texts"
+        seen = f"{len(answers):,} different answers in "
+        if answers.total() < SNIFFED_ROWS:
+            yield f"{seen}{answers.total():,} rows: trained and judged as texts"
+        else:
+            yield f"{seen}the first {answers.total():,} rows: judged as texts unless all rows repeat them"
 
 
 def _several_answers(values: list[dict[str, Any]], columns: Mapping[str, str]) -> int:

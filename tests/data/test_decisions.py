@@ -11,6 +11,7 @@ import pytest
 from qlora_tui.data.decisions import MOST_OPTIONS, decision_of
 from qlora_tui.data.formats import detect, parse
 from qlora_tui.data.row import Row
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.toml import to_recipe
 
 
@@ -55,6 +56,21 @@ def test_a_file_of_decisions_says_so() -> None:
     assert "2 labels: y, n" in detect(alpaca, "f").evidence[-1]
     texts = [Row(number, {"text": "t", "label": {"name": f"n{number}"}}) for number in range(30)]
     assert detect(texts, "f").layout.format == "text"
+
+
+def test_the_only_column_of_texts_next_to_labels_is_what_is_decided() -> None:
+    def columns(**more: str) -> dict[str, str] | None:
+        values = [
+            {"id": number, "mail": f"where is parcel {number}", "label": "yn"[number % 2], **more}
+            for number in range(9)
+        ]
+        try:
+            return detect([Row(number, value) for number, value in enumerate(values)], "f").layout.columns
+        except UserError:
+            return None
+
+    assert columns(sent="2026-01-01") == {"text": "mail", "label": "label"}
+    assert columns(reply="it is on its way") is None
 
 
 def test_dates_in_objects_are_texts() -> None:
