@@ -97,7 +97,8 @@ def main() -> int:
 
 def run_to_serve(name: str | None) -> RunDir:
     """Return the run of that name, or the newest one that has an adapter. Raises UserError."""
-    return find_run(name) if name else RunsToServe().now()[0]
+    runs = [find_run(name)] if name else RunsToServe().now()
+    return next((run for run in runs if run.adapter_dir.is_dir()), runs[0])
 
 
 @contextmanager

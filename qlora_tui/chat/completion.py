@@ -301,7 +301,7 @@ class CompletionStream:
             thought_tokens=text.thought_tokens,
             first_token_s=first_at - began,
             tokens_per_s=(len(answer) - 1) / (ended - first_at) if len(answer) > 1 else 0.0,
-            tool_calls=calls.calls if calls is not None else (),
+            tool_calls=calls.calls[: 1 if completion.single_call else None] if calls is not None else (),
             stop_text=text.stop_text,
             most_rows=row.most_rows,
             warning=session.warning,

@@ -18,7 +18,7 @@ MAX_ALTERNATIVES = 20
 """Most alternatives to a token; OpenAI's API has the same limit."""
 
 CompletionEnding: TypeAlias = FinishReason | Literal["stop text", "schema satisfied"]
-"""Why a completion ended; also by one of its stop texts, or because its JSON value was complete."""
+"""Why a completion ended; also by one of its stop texts, or because its JSON value or call was complete."""
 
 
 class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -34,6 +34,10 @@ class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens to continue, as they are."""
     tools: tuple[dict[str, Any], ...] = ()
     """Functions that may be called, as JSON schemas in OpenAI's wrapping; for a conversation."""
+    must_call: tuple[str, ...] = ()
+    """Names of the functions of which one must be called; none: the model decides."""
+    single_call: bool = False
+    """Whether more than one call is too many."""
     thinking: Thinking = "auto"
     template_variables: dict[str, Any] = {}
     """Further variables of the chat template. Its own switch of thinking overrides ``thinking``."""
@@ -48,7 +52,7 @@ class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
     answers: bool = True
     """Whether anything is generated; False only reads the prompt, to echo it."""
     schema: dict[str, Any] | None = None
-    """JSON schema that the answer, a single JSON value, must satisfy; ``{}`` is any value."""
+    """JSON schema that the answer, one JSON value, must satisfy unless it is a call; ``{}`` is any value."""
 
 
 class LikelyToken(Struct, frozen=True):

@@ -1,23 +1,28 @@
-"""Answers that satisfy a JSON schema: tokens that would break it are not selected.
+"""Answers that satisfy a JSON schema or call a function: tokens that would break it are not selected.
 
-llguidance reads the schema and the tokenizer, and says which tokens may come next. A thought before the
-answer is free, and so are the marks around it.
+llguidance reads a grammar and the tokenizer, and says which tokens may come next. A thought before the answer
+is free, and so are the marks around it. Calls are written as the chat template writes them
+(:mod:`qlora_tui.data.tool_calls`), in llguidance's variant of Lark (docs/syntax.md of its repository).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.tool_calls import CallShape, Fields, named
 from qlora_tui.errors import EXIT_USAGE, UserError
 
-_OPTIONS = {"whitespace_pattern": r"(\n[ \t]{0,16}|[ ])?"}
+_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\n[ \t]{0,16}|[ ])?"}}
 """Compact, or in lines with an indent. Without a bound a model may write blanks until it is cut off."""
+
+_BLANK = r"/[ \n]{0,2}/"
 
 
 class Grammars:
@@ -33,30 +38,187 @@ class Grammars:
         except ImportError as error:
             raise UserError(
                 "A library is missing",
-                what="Answers by a JSON schema need llguidance, which is not installed.",
+                what="Answers by a JSON schema, and calls that must be made, need llguidance.",
                 fix="Install it: pip install 'qlora-tui[serve]'",
             ) from error
+        added = tokenizer.backend.get_added_tokens_decoder()
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
         # The text of the tokenizer is compiled once, which takes a second.
         self._tokenizer = self._library.LLTokenizer(
             tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=sorted(end_ids)
         )
 
-    def constraint(self, schema: Mapping[str, Any], mark_ids: Collection[int] = ()) -> Constraint:
-        """Return what keeps one answer within ``schema``.
+    def constraint(
+        self,
+        schema: Mapping[str, Any] | None = None,
+        calls: Calls | None = None,
+        mark_ids: Collection[int] = (),
+    ) -> Constraint:
+        """Return what keeps one answer within ``schema``, or to ``calls``; given both, to one of them.
 
         Args:
             schema: JSON schema.
+            calls: Functions, of which one must be called.
             mark_ids: Tokens that mark thoughts and may precede the answer.
 
         Raises:
             UserError: the schema is wrong, or uses what the library does not know.
         """
+        rules = _Rules(self._special)
+        wanted = [] if schema is None else [rules.json(schema)]
+        if calls is not None:
+            # After a thought there is often an empty line.
+            wanted.append(f"{_BLANK if mark_ids else ''} {rules.calls(calls)}")
         matcher_class = self._library.LLMatcher
-        grammar = matcher_class.grammar_from_json_schema(dict(schema), overrides=_OPTIONS)
+        grammar = matcher_class.grammar_from_lark(rules.grammar(" | ".join(wanted)))
         matcher = matcher_class(self._tokenizer, grammar)
         if matcher.is_error():
-            raise _unusable(matcher)
+            raise _unusable(_error_of(matcher))
         return Constraint(matcher, mark_ids)
+
+
+class Calls(NamedTuple):
+    """Functions that may be called, and how."""
+
+    shape: CallShape
+    functions: Mapping[str, Mapping[str, Any]]
+    """JSON schema of the arguments by name."""
+    single: bool = False
+    """Whether exactly one call is made."""
+
+
+class _Rules:
+    """Rules of a grammar as they are added; each method returns what refers to them."""
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        """``special``: ids of tokens that stand for themselves, not for their text."""
+        self._special = special
+        self._rules: list[str] = []
+
+    def grammar(self, start: str) -> str:
+        """Return the whole grammar."""
+        return "\n".join(["%llguidance {}", f"start: {start}", *self._rules])
+
+    def rule(self, body: str, options: str = "") -> str:
+        """Add a rule."""
+        name = f"r{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {body}")
+        return name
+
+    def json(self, schema: Mapping[str, Any]) -> str:
+        """Add JSON that satisfies a schema."""
+        return self.rule(f"%json {json.dumps({**schema, **_OPTIONS})}")
+
+    def text(self, text: str) -> str:
+        """Return a text that is written as it is, special tokens in it as such."""
+        places = [(place, word) for word in self._special if (place := text.find(word)) >= 0]
+        if not places:
+            return json.dumps(text, ensure_ascii=False) if text else ""
+        place, word = min(places, key=lambda found: (found[0], -len(found[1])))
+        before, after = self.text(text[:place]), self.text(text[place + len(word) :])
+        return f"{before} <[{self._special[word]}]> {after}"
+
+    def calls(self, calls: Calls) -> str:
+        """Add one call or, unless it is single, several."""
+        shape = calls.shape
+        arguments = {
+            name: self.json(schema) if shape.fields is None else self.fields(schema, shape.fields, schema)
+            for name, schema in calls.functions.items()
+        }
+
+        def one_of(before: str) -> str:
+            written = (f"{self.text(named(before, name))} {each}" for name, each in arguments.items())
+            return self.rule(" | ".join(written))
+
+        further = f"{one_of(shape.further)}*" if shape.further and not calls.single else ""
+        return self.rule(f"{one_of(shape.first)} {further} {self.text(shape.last)}")
+
+    def fields(self, schema: Mapping[str, Any], fields: Fields, root: Mapping[str, Any]) -> str:
+        """Add arguments, or an object in them, in the order of its properties."""
+        properties, required = dict(schema.get("properties") or {}), schema.get("required") or ()
+        if fields.is_sorted:
+            properties = dict(sorted(properties.items()))
+        separator = self.text(fields.separator)
+        # From the last on: what follows where something precedes, and where nothing does.
+        later = first = self.rule('""')
+        for key, value in reversed(properties.items()):
+            before = self.text(f"{fields.before_key}{key}{fields.after_key}")
+            one = self.rule(f"{before} {self.value(value, fields, root)}")
+            skipped = ("", "") if key in required else (f" | {later}", f" | {first}")
+            later, first = (
+                self.rule(f"{separator} {one} {later}{skipped[0]}"),
+                self.rule(f"{one} {later}{skipped[1]}"),
+            )
+        return self.rule(f"{self.text(fields.begin)} {first} {self.text(fields.end)}")
+
+    def value(self, schema: Any, fields: Fields, root: Mapping[str, Any]) -> str:
+        """Add a value of a field, with what ends it. Raises UserError for a schema that is not supported."""
+        schema = schema if isinstance(schema, dict) else {}
+        if choices := schema.get("anyOf") or schema.get("oneOf"):
+            return self.rule(" | ".join(self.value(each, fields, root) for each in choices))
+        kinds = schema.get("type") or _kinds(schema)
+        options = [
+            option
+            for kind in ([kinds] if isinstance(kinds, str) else kinds)
+            for option in self._values(kind, schema, fields, root)
+        ]
+        if not options:
+            raise _unusable(f"The arguments of this model's calls cannot be written for {json.dumps(schema)}")
+        return self.rule(" | ".join(options))
+
+    def _values(
+        self, kind: str, schema: Mapping[str, Any], fields: Fields, root: Mapping[str, Any]
+    ) -> Iterator[str]:
+        end, quote = self.text(fields.after_value), self.text(fields.quote)
+        match kind:
+            case "string" if "enum" in schema or "const" in schema:
+                texts = [each for each in _constants(schema) if isinstance(each, str)]
+                yield from (f"{quote} {self.text(each)} {quote} {end}" for each in texts)
+            case "string" if fields.is_python:
+                yield rf"{quote} /([^{fields.quote}\\\n]|\\[{fields.quote}\\n])*/ {quote}"
+            case "string":
+                closing = f"{quote} {end}".strip()
+                # A special token is in no text; another end is the first one.
+                is_special = closing.startswith("<[")
+                yield f"{quote} {self.rule(f'/(?s:.*)/ {closing}', '' if is_special else '[lazy]')}"
+            case "boolean":
+                yield from (f'"{word}" {end}' for word in fields.constants[:2])
+            case "null":
+                yield f'"{fields.constants[2]}" {end}'
+            case "integer" | "number":
+                yield f"{self.json(_only(schema, kind))} {end}"
+            case "array" | "object" if not fields.quote:
+                # Next to fields that are texts these are JSON.
+                yield f"{self.json({**_only(schema, kind), **_definitions(root)})} {end}"
+            case "array":
+                yield f'"[" {self._list(self.value(schema.get("items"), fields, root), fields)} "]"'
+            case "object" if schema.get("properties") and not fields.is_python:
+                yield self.fields(schema, fields, root)
+            case "object" if not fields.is_python:
+                key = f"/[^:,{{}}\\[\\]]+/ {self.text(fields.after_key)}"
+                yield f'"{{" {self._list(f"{key} {self.value({}, fields, root)}", fields)} "}}"'
+
+    def _list(self, item: str, fields: Fields) -> str:
+        return f"({item} ({self.text(fields.separator)} {item})*)?"
+
+
+def _constants(schema: Mapping[str, Any]) -> list[Any]:
+    return list(schema.get("enum") or ([schema["const"]] if "const" in schema else []))
+
+
+def _kinds(schema: Mapping[str, Any]) -> list[str]:
+    """Return the types of a schema that names none: those of its constants, or all that are no container."""
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+    constants = [kinds[type(each)] for each in _constants(schema) if type(each) in kinds]
+    return list(dict.fromkeys(constants or ([] if "$ref" in schema else kinds.values())))
+
+
+def _only(schema: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {**schema, "type": kind}
+
+
+def _definitions(root: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: root[name] for name in ("$defs", "definitions") if name in root}
 
 
 class Constraint:
@@ -91,14 +253,18 @@ class Constraint:
     def is_satisfied(self) -> bool:
         """Return whether the value is complete, and nothing may follow. Raises UserError."""
         if self._matcher.is_error():
-            raise _unusable(self._matcher)
+            raise _unusable(_error_of(self._matcher))
         return bool(self._matcher.is_stopped())
 
 
-def _unusable(matcher: Any) -> UserError:
+def _error_of(matcher: Any) -> str:
+    return f"llguidance says: {matcher.get_error().strip().splitlines()[0].rstrip('.')}"
+
+
+def _unusable(what: str) -> UserError:
     return UserError(
         "The JSON schema cannot be used",
-        what=f"llguidance says: {matcher.get_error().strip().splitlines()[0].rstrip('.')}.",
+        what=f"{what}.",
         fix="Correct the schema, or leave out what is not supported.",
         exit_code=EXIT_USAGE,
     )

@@ -1,10 +1,11 @@
 """Function calls in a model's answer, read in the way its chat template writes them.
 
 The template is asked: it renders an answer with known calls, and what stands around their names and arguments
-is the format. So what training taught a model to write is what is read here. There are four kinds: a JSON
+is the format. So what training taught a model to write is what is read here. There are five kinds: a JSON
 object with name and arguments (Qwen, Hermes, Llama 3, Granite), a name before a JSON object of arguments
-(DeepSeek, Mistral), a list of calls in Python (LFM2), and a name before single arguments (Qwen3-Coder, GLM).
-A format of another kind is not read: such a call stays text.
+(DeepSeek, Mistral), a list of calls in Python (LFM2), a name before single arguments (Qwen3-Coder, GLM), and
+one before an object with bare keys and marked strings (Gemma 4). A format of another kind is not read: such a
+call stays text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
 from qlora_tui.data.render import render_text
@@ -31,6 +33,48 @@ _TWO_ARGUMENTS = {"qvzkey": "qvzvalue", "qvzkeyb": "qvzvalueb"}
 _DECODER = json.JSONDecoder()
 
 
+class Fields(Struct, frozen=True):
+    """How arguments are written that are no JSON object."""
+
+    begin: str = ""
+    before_key: str = ""
+    after_key: str = ""
+    after_value: str = ""
+    separator: str = ""
+    end: str = ""
+    quote: str = ""
+    """What stands around a text; empty: a text is written as it is, and other values as JSON."""
+    is_python: bool = False
+    """Whether texts are written as in Python, with escapes."""
+    constants: tuple[str, str, str] = ("true", "false", "null")
+    is_sorted: bool = False
+    """Whether keys are in alphabetical order."""
+
+
+class CallShape(Struct, frozen=True):
+    """What a template writes around names and arguments of calls, from the first to the last character."""
+
+    first: str
+    """Before the arguments of the first call; :func:`named` puts in its name."""
+    further: str
+    """Between the arguments of two calls, with the name of the second; empty where one call is all."""
+    last: str
+    """After the arguments of the last call."""
+    fields: Fields | None = None
+    """How arguments are written; None: as a JSON object."""
+
+
+def argument_schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the JSON schema of the arguments of each function, by its name."""
+    functions = [tool["function"] for tool in tools if "function" in tool]
+    return {function["name"]: function.get("parameters") or {"type": "object"} for function in functions}
+
+
+def named(text: str, name: str) -> str:
+    """Return a text of a :class:`CallShape` with the name of a function."""
+    return text.replace(_NAME, name)
+
+
 class CallFormat(Struct, frozen=True):
     """How one chat template writes calls."""
 
@@ -39,14 +83,15 @@ class CallFormat(Struct, frozen=True):
     literals: str
     """All that stands around names and arguments."""
     parse: Parse
+    shape: CallShape | None = None
+    """What to write for calls; None where they can only be read."""
 
     def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
         """Return the calls that ``text``, from the mark on, consists of; none if it cannot be understood.
 
         ``tools``: the functions offered, as JSON schemas in OpenAI's wrapping; another one is not called.
         """
-        functions = {tool["function"]["name"]: tool["function"] for tool in tools if "function" in tool}
-        schemas = {name: function.get("parameters") or {} for name, function in functions.items()}
+        schemas = argument_schemas(tools)
         try:
             calls = self.parse(text, schemas) or []
         except (ValueError, TypeError, RecursionError):
@@ -120,14 +165,31 @@ def call_format(tokenizer: ChatTokenizer) -> CallFormat | None:
             return None
         # Some templates write only one call.
         several = f"{one}{one.replace(_NAME, _OTHER)}"
+        single = True
+    else:
+        single = False
     if _NAME not in one or "qvzvalue" not in one:
         return None
-    return (
+    written = (
         _objects(one, several)
         or _names_and_objects(one, several)
-        or _python_calls(one)
+        or _python_calls(one, several)
+        or _marked_texts(one, several)
         or _single_arguments(two, several)
     )
+    if written is None or (shape := written.shape) is None:
+        return written
+    if shape.fields is not None:
+        shape = replace(shape, fields=_observed(shape.fields, tokenizer))
+    return replace(written, shape=replace(shape, further="") if single else shape)
+
+
+def _observed(fields: Fields, tokenizer: ChatTokenizer) -> Fields:
+    """Return fields with how the template writes constants, and in which order keys."""
+    text = _written(tokenizer, ToolCall(_NAME, {"qvz3": True, "qvz2": False, "qvz1": None}))
+    found = [re.search(word, text) for word in ("[Tt]rue", "[Ff]alse", "null|None")]
+    words = [match[0] if match else "" for match in found]
+    return replace(fields, constants=tuple(words), is_sorted=text.find("qvz1") < text.find("qvz3"))
 
 
 def _written(tokenizer: ChatTokenizer, *calls: ToolCall) -> str:
@@ -148,6 +210,22 @@ def _written(tokenizer: ChatTokenizer, *calls: ToolCall) -> str:
     text = text[: min(places, default=len(text))].strip()
     # An empty thought before the calls is none of them.
     return re.sub(r"\A(<think>\s*)?</think>\s*", "", text)
+
+
+def _shape(one: str, several: str, arguments: str, fields: Fields | None = None) -> CallShape | None:
+    """Return the shape of calls whose ``arguments`` stand after the name."""
+    first, found, last = one.partition(arguments)
+    if not found or _NAME not in first or _NAME in last:
+        return None
+    between, _, behind = several.partition(arguments)[2].partition(arguments)
+    further = between.replace(_OTHER, _NAME) if _OTHER in between and _OTHER not in behind else ""
+    return CallShape(first, further, last, fields)
+
+
+def _json_shape(one: str, several: str) -> CallShape | None:
+    objects = (one[start:end] for start, value, end in _json_objects(one) if value == _ARGUMENTS)
+    written = next(objects, "")
+    return _shape(one, several, written) if written else None
 
 
 def _objects(one: str, several: str) -> CallFormat | None:
@@ -172,6 +250,7 @@ def _objects(one: str, several: str) -> CallFormat | None:
             mark=opening.split()[0] if opening else "",
             literals=" ".join(around),
             parse=_parse_objects(skip, name_key, argument_keys[0]),
+            shape=_json_shape(one, several),
         )
     return None
 
@@ -253,6 +332,7 @@ def _names_and_objects(one: str, several: str) -> CallFormat | None:
         mark=opening.split()[0] if opening.strip() else "",
         literals=opening + middle + between + closing,
         parse=_parse_names(begin, head, tail),
+        shape=_json_shape(one, several),
     )
 
 
@@ -272,9 +352,9 @@ def _parse_names(begin: re.Pattern[str], head: re.Pattern[str], tail: re.Pattern
     return parse
 
 
-def _python_calls(one: str) -> CallFormat | None:
+def _python_calls(one: str, several: str) -> CallFormat | None:
     """Return the format of calls in a list as Python writes it."""
-    match = re.search(r"\[qvzcall\(qvzkey=(['\"])qvzvalue\1\)\]", one)
+    match = re.search(r"\[qvzcall(\(qvzkey=(['\"])qvzvalue\2\))\]", one)
     if match is None or not (opening := one[: match.start()].strip()):
         return None
     closing = one[match.end() :].strip()
@@ -294,7 +374,74 @@ def _python_calls(one: str) -> CallFormat | None:
             calls.append(ToolCall(each.func.id, arguments))
         return calls
 
-    return CallFormat(mark=opening.split()[0], literals=opening + closing, parse=parse)
+    fields = Fields(begin="(", after_key="=", separator=", ", end=")", quote=match[2], is_python=True)
+    return CallFormat(
+        mark=opening.split()[0],
+        literals=opening + closing,
+        parse=parse,
+        shape=_shape(one, several, match[1], fields),
+    )
+
+
+def _marked_texts(one: str, several: str) -> CallFormat | None:
+    """Return the format of calls with an object whose keys are bare, and whose texts stand between marks."""
+    match = re.fullmatch(r"(.*?)qvzcall(\{qvzkey:(\S+?)qvzvalue\3\})(.*)", one, re.DOTALL)
+    if match is None or not match[1].strip() or not match[4].strip():
+        return None
+    opening, arguments, quote, closing = match.groups()
+    # What follows the last call is not always there.
+    end = several.partition(arguments)[2].partition(opening)[0].strip() or closing.strip()
+    head = re.compile(rf"\s*{_loose(opening.strip())}\s*([^\s{{}}]+?)\s*(?=\{{)")
+    rest = _loose(closing.strip().removeprefix(end).strip())
+    tail = re.compile(rf"\s*{_loose(end)}\s*(?:{rest})?\s*")
+
+    def parse(text: str, schemas: Mapping[str, Any]) -> list[ToolCall] | None:
+        calls: list[ToolCall] = []
+        place = 0
+        while place < len(text):
+            named = head.match(text, place)
+            if not named:
+                return None
+            value, place = _marked_value(text, named.end(), quote)
+            ended = tail.match(text, place)
+            if not ended:
+                return None
+            place = ended.end()
+            calls.append(ToolCall(named[1], value))
+        return calls
+
+    fields = Fields(begin="{", after_key=":", separator=",", end="}", quote=quote)
+    return CallFormat(
+        mark=opening.split()[0],
+        literals=one,
+        parse=parse,
+        shape=_shape(one, several, arguments, fields),
+    )
+
+
+def _marked_value(text: str, place: int, quote: str) -> tuple[Any, int]:
+    """Return a value whose texts stand between ``quote``, and where it ends. Raises ValueError."""
+    if text.startswith(quote, place):
+        begin = place + len(quote)
+        end = text.index(quote, begin)
+        return text[begin:end], end + len(quote)
+    opening = text[place : place + 1]
+    if opening not in ("{", "["):
+        scalar = re.compile(r"[^,\]}]+").match(text, place)
+        return _scalar(scalar[0].strip() if scalar else ""), scalar.end() if scalar else place
+    closing, place, items = "}" if opening == "{" else "]", place + 1, []
+    while text[place : place + 1] != closing:
+        key = ""
+        if opening == "{":
+            colon = text.index(":", place)
+            key, place = text[place:colon].strip().removeprefix(quote).removesuffix(quote), colon + 1
+        value, place = _marked_value(text, place, quote)
+        items.append((key, value))
+        if text[place : place + 1] == ",":
+            place += 1
+        elif text[place : place + 1] != closing:
+            raise ValueError("neither a separator nor an end")
+    return (dict(items) if opening == "{" else [value for _, value in items]), place + 1
 
 
 def _single_arguments(two: str, several: str) -> CallFormat | None:
@@ -339,7 +486,14 @@ def _single_arguments(two: str, several: str) -> CallFormat | None:
             calls.append(ToolCall(named["name"], arguments))
         return calls
 
-    return CallFormat(mark=opening.split()[0], literals=two + several, parse=parse)
+    single = f"{before_key}qvzkey{between}qvzvalue{after_value}"
+    fields = Fields(before_key=before_key, after_key=between, after_value=after_value)
+    return CallFormat(
+        mark=opening.split()[0],
+        literals=two + several,
+        parse=parse,
+        shape=_shape(f"{opening}{_NAME}{after_name}{single}{end}", several, single, fields),
+    )
 
 
 def _typed(text: str, schema: Mapping[str, Any]) -> Any:
@@ -347,6 +501,12 @@ def _typed(text: str, schema: Mapping[str, Any]) -> Any:
     if schema.get("type") == "string":
         return text
     try:
-        return json.loads(text)
+        return _scalar(text)
     except ValueError:
         return text
+
+
+def _scalar(text: str) -> Any:
+    """Return a value that is written as JSON, or a constant as Python writes it. Raises ValueError."""
+    constants = {"True": True, "False": False, "None": None}
+    return constants[text] if text in constants else json.loads(text)

@@ -120,6 +120,23 @@ class ResponseFormat(Struct, frozen=True):
     json_schema: JsonSchema | None = None
 
 
+class NamedFunction(Struct, frozen=True):
+    name: str
+
+
+class NamedChoice(Struct, frozen=True, tag_field="type", tag="function"):
+    function: NamedFunction
+
+
+class Function(Struct, frozen=True):
+    name: str
+    parameters: JsonObject | None = None
+
+
+class Tool(Struct, frozen=True):
+    function: Function
+
+
 class ChatBody(_CommonBody, frozen=True, kw_only=True):
     """The body of ``/v1/chat/completions``."""
 
@@ -128,7 +145,8 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_ALTERNATIVES)] | None = None
     tools: list[JsonObject] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: JsonObject | None = None
     reasoning_effort: str | None = None
@@ -143,13 +161,16 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
         if self.max_completion_tokens is not None:
             self = msgspec.structs.replace(self, max_tokens=self.max_completion_tokens)
         variables = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
-        tools = () if self.tool_choice == "none" else tuple(self.tools or ())
+        tools, must_call = self._tools()
         messages = tuple(_message(i, sent) for i, sent in enumerate(self.messages))
         return [
             Completion(
                 adapter_name=model.adapter_name,
                 messages=messages,
                 tools=tools,
+                must_call=must_call,
+                # As OpenAI, one call of a function that the client chose.
+                single_call=self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedChoice),
                 template_variables=variables | (self.chat_template_kwargs or {}),
                 thinking="off" if self.reasoning_effort == "none" else model.thinking,
                 sampling=self.sampling(choice, context_tokens),
@@ -159,6 +180,22 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
             )
             for choice in range(self.n or 1)
         ]
+
+    def _tools(self) -> tuple[tuple[JsonObject, ...], tuple[str, ...]]:
+        """Return the functions offered, and the names of which one must be called. Raises ApiError."""
+        tools, choice = tuple(self.tools or ()), self.tool_choice
+        try:
+            names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]
+        except msgspec.ValidationError as error:
+            raise ApiError(400, f"Invalid 'tools': {error}.", param="tools", code="invalid_value") from error
+        if choice in (None, "auto", "none"):
+            return () if choice == "none" else tools, ()
+        wanted = [choice.function.name] if isinstance(choice, NamedChoice) else names
+        if not wanted or not set(wanted) <= set(names):
+            what = f"has no function '{wanted[0]}'" if wanted else "is empty"
+            what = f"tool_choice asks for a call, and tools {what}."
+            raise ApiError(400, what, param="tool_choice", code="invalid_value")
+        return tools, tuple(wanted)
 
 
 class CompletionBody(_CommonBody, frozen=True, kw_only=True):

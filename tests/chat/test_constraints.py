@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -17,12 +18,17 @@ from qlora_tui import paths
 from qlora_tui.chat import completion, generation
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, Sampling
 from qlora_tui.chat.completion_types import Completion
-from qlora_tui.chat.constraints import Grammars
+from qlora_tui.chat.constraints import Calls, Grammars
 from qlora_tui.chat.session import ChatSession, load_session
-from qlora_tui.data.conversation import Message
+from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
+from qlora_tui.data.render import render_text
 from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.tool_calls import call_format
 from qlora_tui.errors import UserError
 from tests.chat.test_completion import completed, text_of
+from tests.data.test_published_templates import TEMPLATES
+from tests.data.test_published_templates import _tokenizer as template_tokenizer
+from tests.data.test_tool_calls import answer_text
 
 pytestmark = pytest.mark.slow
 
@@ -142,13 +148,85 @@ def test_any_choice_of_allowed_tokens_satisfies_the_schema(seed: int) -> None:
 
 def test_marks_of_a_thought_may_come_before_the_answer_only(session: ChatSession) -> None:
     grammars = Grammars(session.tokenizer, 384, session.end_ids)
-    constraint = grammars.constraint({"type": "boolean"}, [7])
+    constraint = grammars.constraint({"type": "boolean"}, mark_ids=[7])
     logits = torch.zeros(1, 384)
     assert constraint.mask(logits)[0, 7] == 0
     constraint.add(7)
     assert not constraint.applies(is_outside=True) and constraint.applies(is_outside=False)
     constraint.add(session.tokenizer.encode("t")[0])
     assert constraint.mask(logits)[0, 7] == -torch.inf and constraint.applies(is_outside=True)
+
+
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "days": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "place": {"type": "string"},
+        "unit": {"enum": ["celsius", "kelvin"]},
+        "sure": {"type": "boolean"},
+        "near": {"type": "array", "items": {"type": "integer"}},
+    },
+    "required": ["place"],
+}
+FUNCTIONS: dict[str, Any] = {"get_weather": PARAMETERS, "get_time": {"type": "object", "properties": {}}}
+TOOLS = tuple(
+    {"type": "function", "function": {"name": n, "description": "d", "parameters": p}}
+    for n, p in FUNCTIONS.items()
+)
+ARGUMENTS = {"days": 3, "place": "a <b> c", "unit": "kelvin", "sure": True, "near": [1, 2]}
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "muse_glimmer"])
+def test_calls_are_written_as_the_template_writes_them(name: str) -> None:
+    tokenizer = template_tokenizer(name)
+    written = call_format(tokenizer)
+    assert written is not None and written.shape is not None
+    grammars = Grammars(tokenizer, tokenizer.backend.get_vocab_size(), tokenizer.turn_end_ids)
+
+    def text_of_calls(*calls: ToolCall) -> str:
+        turns = (Message("user", "q"), Message("assistant", "", tool_calls=calls))
+        text = answer_text(render_text(Conversation(turns, TOOLS), tokenizer).samples[-1], tokenizer)
+        return text[text.index(written.mark or "{") :].strip()
+
+    def fits(text: str, *, single: bool = False, **functions: Any) -> bool:
+        matcher = grammars.constraint(None, Calls(written.shape, functions, single))._matcher  # type: ignore[arg-type]
+        ids = tokenizer.encode(text)
+        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+    weather = ToolCall("get_weather", ARGUMENTS)
+    one, least = text_of_calls(weather), text_of_calls(ToolCall("get_weather", {"place": "x"}))
+    assert (
+        fits(one, **FUNCTIONS) and fits(least, **FUNCTIONS) and fits(one, get_weather=PARAMETERS, single=True)
+    )
+    assert not fits(one, get_time={"type": "object"})
+    assert not fits(text_of_calls(ToolCall("get_weather", {"days": 3})), **FUNCTIONS)
+    assert not fits("It rains.", **FUNCTIONS)
+    if name == "deepseek_r1_distill":
+        return  # it closes the list of several calls only
+    with suppress(RowRejectedError):  # some templates write a single call
+        two = text_of_calls(weather, ToolCall("get_time", {}))
+        assert "get_time" not in two or (fits(two, **FUNCTIONS) and not fits(two, single=True, **FUNCTIONS))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_choice_of_allowed_tokens_is_a_call_that_is_read(session: ChatSession, seed: int) -> None:
+    functions = {"label": SCHEMA, "other": SCHEMA}
+    tools = tuple(
+        {"type": "function", "function": {"name": n, "parameters": p}} for n, p in functions.items()
+    )
+    asked: dict[str, Any] = {
+        "messages": QUESTION,
+        "sampling": Sampling(seed=seed, temperature=2.0, top_p=1, top_k=0, max_new_tokens=600),
+        "tools": tools,
+        "single_call": True,
+    }
+    parts, result = completed(session, adapter_name="base", must_call=("label", "other"), **asked)
+    (call,) = result.tool_calls
+    assert_satisfied(json.dumps(call.arguments))
+    assert text_of(parts) == "" and result.ending == "schema satisfied"
+    # An answer by a schema may be a call instead; the functions may be called, and need not.
+    parts, result = completed(session, adapter_name="base", schema={"type": "boolean"}, **asked)
+    assert result.tool_calls or json.loads(text_of(parts)) in (True, False)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qlora_tui.data.assistant_spans import SampleText
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
 from qlora_tui.data.render import render_text
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -14,8 +15,8 @@ from tests.data.families import tokenizer_json
 from tests.data.test_published_templates import TEMPLATES, _tokenizer
 
 PLAIN = ChatTokenizer(tokenizer_json(), {"eos_token": "</s>"}, "")
-UNREAD = ("diffusion_gemma", "gemma4", "muse_glimmer")
-"""Their formats are of other kinds."""
+UNREAD = ("muse_glimmer",)
+"""Its format is of another kind."""
 
 
 def function(name: str) -> dict[str, Any]:
@@ -34,6 +35,15 @@ CALLS = {
 }
 
 
+def answer_text(sample: SampleText, tokenizer: ChatTokenizer) -> str:
+    """Return what the model writes, without the end of its turn."""
+    text = sample.text[sample.spans[0][0] : sample.spans[-1][1]]
+    ends = [tokenizer.backend.id_to_token(each) for each in tokenizer.turn_end_ids]
+    for token in ("<|END_OF_TURN_TOKEN|>", *ends):
+        text = text.strip().removesuffix(token or "")
+    return text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("shape", CALLS)
@@ -49,14 +59,13 @@ def test_what_a_template_writes_is_read(name: str, shape: str) -> None:
     except RowRejectedError:
         assert shape == "two"  # some templates write a single call
         return
-    text = sample.text[sample.spans[0][0] : sample.spans[-1][1]]
-    ends = [tokenizer.backend.id_to_token(each) for each in tokenizer.turn_end_ids]
-    for token in ("<|END_OF_TURN_TOKEN|>", *ends):
-        text = text.strip().removesuffix(token or "")
+    text = answer_text(sample, tokenizer)
     if shape == "two" and "get_time" not in text:
         calls = calls[:1]
     if name.startswith("lfm2_") and shape == "one":
         calls = ()  # it writes line ends into Python's strings, which is no Python
+    if text.find("Let me look.") > text.find("get_time") > 0:
+        calls = ()  # no model writes after its calls
     # Empty thoughts are separated before.
     text = text.removeprefix("<think>").lstrip().removeprefix("</think>").lstrip()
     for size in (1, 5, len(text)):

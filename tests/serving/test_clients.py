@@ -20,6 +20,27 @@ from tests.support.trainer_processes import Trainers
 pytestmark = pytest.mark.slow
 
 QUESTION: Any = [{"role": "user", "content": "what is the colour of the fox"}]
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": p,
+                "required": list(p),
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name, p in {
+        "get_weather": {
+            "unit": {"enum": ["c", "k"]},
+            "days": {"type": "integer", "minimum": 0, "maximum": 9},
+        },
+        "get_time": {"zone": {"const": "utc"}},
+    }.items()
+]
 GREEDY_SHORT: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "max_tokens": 12}
 
 
@@ -133,6 +154,34 @@ def test_an_answer_can_be_made_to_follow_a_schema(client: openai.OpenAI) -> None
     value = json.loads(answer.choices[0].message.content or "")
     assert value["colour"] in ("red", "blue")
     assert value.keys() == {"colour", "count"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_functions_are_called_as_the_client_chose(client: openai.OpenAI, stream: bool) -> None:
+    def ask(choice: Any, **settings: Any) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+        asked = {"model": FIRST, "messages": QUESTION, "tools": TOOLS, "tool_choice": choice, **settings}
+        given: Any = client.chat.completions.create(temperature=0, max_tokens=300, stream=stream, **asked)
+        chunks = list(given) if stream else [given]
+        said = [chunk.choices[0].delta if stream else chunk.choices[0].message for chunk in chunks]
+        calls = [call for each in said for call in each.tool_calls or ()]
+        assert (chunks[-1].choices[0].finish_reason == "tool_calls") == bool(calls)
+        named = [(call.function.name, json.loads(call.function.arguments)) for call in calls]
+        return named, "".join(each.content or "" for each in said)
+
+    first, *_ = calls = ask("required", parallel_tool_calls=False)[0]
+    assert len(calls) == 1 and first[1].keys() == {"unit", "days"}
+    chosen, text = ask({"type": "function", "function": {"name": "get_time"}})
+    assert chosen == [("get_time", {"zone": "utc"})] and not text
+    # A model that was never trained to calls none.
+    assert ask("none")[1] and not ask("auto")[0]
+    for wrong, tools in (
+        ("must", TOOLS),
+        ("required", []),
+        ({"type": "function", "function": {"name": "none"}}, TOOLS),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(wrong, tools=tools)
+        assert "tool_choice" in str(refused.value)
 
 
 def test_a_json_object_and_an_impossible_schema(client: openai.OpenAI) -> None:
