@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from msgspec import structs
 
-from qlora_tui.errors import EXIT_DISK, UserError
+from qlora_tui.errors import EXIT_DISK, EXIT_FAILURE, UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.cuda_errors import CudaError, describe, error_in_log, says_out_of_memory, sentence_in_log
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
@@ -40,6 +40,7 @@ def determine_outcome(
     events_from: int | None = None,
     log_from: int | None = None,
     host_out_of_memory: bool = False,
+    processes: int = 1,
 ) -> events.RunEnded:
     """Return the ending that the trainer recorded, or one derived from the exit code.
 
@@ -49,6 +50,7 @@ def determine_outcome(
         events_from: Size of the event file when the trainer was started; None if unknown.
         log_from: Size of the log at that moment; None if unknown.
         host_out_of_memory: Whether the kernel's out-of-memory killer acted while the trainer ran.
+        processes: Processes of the trainer; several are torchrun's, whose exit code says that one failed.
     """
     recorded = _terminal_event(run, events_from)
     if recorded is not None:
@@ -71,10 +73,13 @@ def determine_outcome(
     problem = gpu_problem(run, error_in_log(cuda_line)) if exit_code != 0 else None
     if problem is not None:
         return events.Failed.from_problem(problem, at=time.time(), exit_code=exit_code)
-    if exit_code is None or exit_code < 0:
-        by = "" if exit_code is None else f" by {_signal_name(-exit_code)}"
-        what = f"The trainer process was terminated{by} before it could save."
-        if exit_code == -signal.SIGKILL and host_out_of_memory:
+    # Each says why it ended, unless it is killed.
+    is_one_killed = processes > 1 and exit_code == EXIT_FAILURE
+    if exit_code is None or exit_code < 0 or is_one_killed:
+        by = f" by {_signal_name(-exit_code)}" if exit_code is not None and exit_code < 0 else ""
+        subject = f"One of the trainer's {processes} processes" if is_one_killed else "The trainer process"
+        what = f"{subject} was terminated{by} before it could save."
+        if host_out_of_memory and (is_one_killed or exit_code == -signal.SIGKILL):
             return _out_of_memory(run, what, _host_memory(run), exit_code)
         return events.Failed(
             title="The trainer was killed",

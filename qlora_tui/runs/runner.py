@@ -8,6 +8,7 @@ again: if it is killed, the trainers continue, and the next runner takes over.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,10 @@ class _Queue:
         try:
             devices = choose(_wanted(run), reserved)
         except UserError as problem:
+            if checkpoints := run.checkpoints():
+                recipe, last = (shlex.quote(str(path)) for path in (run.recipe_path, checkpoints[-1][1]))
+                fix = f"To train its last checkpoint further: `qlora-tui train {recipe} --init-from {last}`"
+                problem = problem.replace(fix=f"{problem.fix} {fix}, with `--gpus`.")
             _refuse(run, problem)
             return
         if devices is not None:
@@ -249,7 +254,7 @@ def _take_over(run: RunDir, devices: Devices) -> None:
         else:
             status.process.wait(POLL_S)
     if _is_unsettled(run):
-        _supervise(run, _record_and_plan_retry(run, exit_code=None), devices)
+        _supervise(run, _record_and_plan_retry(run, devices, exit_code=None), devices)
 
 
 def _begin(run: RunDir, devices: Devices) -> None:
@@ -266,6 +271,7 @@ def _begin(run: RunDir, devices: Devices) -> None:
 
 def _record_and_plan_retry(
     run: RunDir,
+    devices: Devices,
     exit_code: int | None,
     events_from: int | None = None,
     log_from: int | None = None,
@@ -282,6 +288,7 @@ def _record_and_plan_retry(
         events_from=events_from,
         log_from=log_from,
         host_out_of_memory=host_out_of_memory,
+        processes=devices.processes,
     )
     try:
         record_outcome(run, ending, events_from=events_from)
@@ -319,7 +326,12 @@ def _supervise(run: RunDir, plan: RetryPlan | None, devices: Devices) -> None:
             events_from, log_from = run.events_path.stat().st_size, log_size(run)
             exit_code = _train(run, plan, devices, handles)
             plan = _record_and_plan_retry(
-                run, exit_code, events_from, log_from, host_out_of_memory=host_oom_kills() > kills_before
+                run,
+                devices,
+                exit_code,
+                events_from,
+                log_from,
+                host_out_of_memory=host_oom_kills() > kills_before,
             )
 
 

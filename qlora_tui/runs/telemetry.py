@@ -34,6 +34,13 @@ class Reading(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """CPU usage of all programs, in percent of one core; None in files of earlier versions."""
     gpu: GpuMetrics | None = None
     """GPU metrics; None on a machine without a GPU."""
+    other_gpus: tuple[GpuMetrics, ...] = ()
+    """Metrics of the other GPUs of a run on several."""
+
+    @property
+    def gpus(self) -> tuple[GpuMetrics, ...]:
+        """Metrics of every GPU of the run that reports them."""
+        return self.other_gpus if self.gpu is None else (self.gpu, *self.other_gpus)
 
 
 _READINGS = msgspec.json.Decoder(Reading)
@@ -60,13 +67,14 @@ class _Sample(Struct):
 
     at: UnixTime
     gpu: _Power | None = None
+    other_gpus: tuple[_Power, ...] = ()
 
 
 _SAMPLES = msgspec.json.Decoder(_Sample)
 
 
 class EnergyMeter:
-    """The energy that a run has used so far: the power in its telemetry, integrated over time."""
+    """The energy that a run's GPUs have used so far: the power in its telemetry, integrated over time."""
 
     def __init__(self, path: Path) -> None:
         self._tail = JsonLinesTail(path, partial(try_json, decoder=_SAMPLES))
@@ -96,10 +104,10 @@ class EnergyMeter:
             self.read()
 
     def _add(self, sample: _Sample) -> None:
-        power = sample.gpu.power_w if sample.gpu else None
-        if power is None:
+        if sample.gpu is None or sample.gpu.power_w is None:
             self._before = None
             return
+        power = sample.gpu.power_w + sum(gpu.power_w or 0.0 for gpu in sample.other_gpus)
         if self._before is not None and 0 < sample.at - self._before[0] <= MAX_SAMPLE_GAP_S:
             # Trapezoid rule between two readings.
             self._joules += (sample.at - self._before[0]) * (power + self._before[1]) / 2

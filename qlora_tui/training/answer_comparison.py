@@ -56,12 +56,12 @@ def answer_validation(
         clock: seconds that only grow.
 
     Returns:
-        The answers without losses; None where references are free text, on several GPUs, without validation
-        data, and where there is not enough time.
+        The answers without losses; None where references are free text, without validation data, and where
+        there is not enough time.
     """
     samples = run.data.validation.of_side(GOOD)
     most = run.recipe.training.task_prompts
-    if not most or not len(samples) or run.dist.world_size > 1:
+    if not most or not len(samples):
         return None
     try:
         budget_s = RUN_SHARE * training_seconds

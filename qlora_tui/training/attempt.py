@@ -16,6 +16,7 @@ from qlora_tui.training.control_requests import StopRequested
 from qlora_tui.training.evaluation import compare_validation
 from qlora_tui.training.host import lower_priority
 from qlora_tui.training.loop import Loop
+from qlora_tui.training.memory_meter import largest
 from qlora_tui.training.reporter import TelemetryRecorder
 from qlora_tui.training.run import Run
 from qlora_tui.training.setup import setup
@@ -40,7 +41,7 @@ def run_attempt(run: Run) -> RunEnded:
         run.requests.raise_if_stop_requested()
         with _tracking(run):
             if run.dist.is_main_process:
-                telemetry.start(on_gpu=not on_cpu)
+                telemetry.start(gpus=0 if on_cpu else run.dist.world_size)
             setup(run)
             if not on_cpu and not managed_memory_is_safe():
                 run.reporter.log("WSL2: optimizer states are not paged; they stay in the GPU's memory.")
@@ -86,7 +87,7 @@ def _finish(run: Run, loop: Loop, telemetry: TelemetryRecorder) -> RunEnded:
     """Write the adapter, and compare it with its base."""
     directory, recipe, reporter, model = run.directory, run.recipe, run.reporter, run.model
     step, seconds = loop.trainer.step, loop.training_seconds()
-    reporter.emit(run.meter.measure("end"))
+    reporter.emit(largest(run.dist.all_gather(run.meter.measure("end"))))
     if run.dist.world_size == 1:
         run.meter.record()
     if loop.outcome == "paused":
@@ -109,20 +110,24 @@ def _finish(run: Run, loop: Loop, telemetry: TelemetryRecorder) -> RunEnded:
         )
     if loop.outcome == "stopped":
         return Stopped(step=step, checksums=checksums)
+    # The others have nothing left to do, and end.
+    is_main = run.dist.is_main_process
+    run.dist = run.dist.disband()
+    if not is_main:
+        return Stopped(step=step)
     # Before the next, which may put the weights of the start into the model.
     answers = answer_validation(run, seconds)
     report_answers(run, answers, compare_validation(run))
     telemetry.stop()
     energy = EnergyMeter(directory.telemetry_path)
     energy.read_all()
-    # The energy is that of one GPU, so with several it cannot be divided by all tokens.
-    kwh = energy.kwh if run.dist.world_size == 1 else None
+    kwh = energy.kwh
     return Finished(
         step=step,
         seconds=seconds,
         tokens_per_s=loop.trained_tokens / max(seconds, 1e-9),
         reason=reason,
-        energy_kwh=energy.kwh,
+        energy_kwh=kwh,
         tokens_per_joule=loop.trainer.tokens / (kwh * JOULES_PER_KWH) if kwh else None,
         checksums=checksums,
     )

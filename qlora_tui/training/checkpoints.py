@@ -33,6 +33,7 @@ from qlora_tui.checksums import write_checksums
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.files import atomic_write, open_to_read, read_regular
+from qlora_tui.formatting import pluralize
 from qlora_tui.publishing import discard, draft_files, draft_path, held_draft, publish
 from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, diff_recipes
 from qlora_tui.recipe.schema import Recipe
@@ -168,6 +169,20 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
                 problem = f"{_STATE} cannot be read ({error})"
         damage.append(f"{folder.name}: {problem}")
     return None, damage
+
+
+def require_same_processes(checkpoint: Checkpoint, processes: int) -> None:
+    """Raise UserError where a checkpoint is of another number of processes, whose random numbers differ."""
+    saved = len(list(checkpoint.folder.glob("rng_state*.pth")))
+    if saved not in (0, processes):
+        raise UserError(
+            "The run has another number of GPUs",
+            what=f"{checkpoint.folder.name} was trained on {pluralize(saved, 'GPU')}, and this attempt has "
+            f"{processes}.",
+            why="Each process draws its own random numbers for dropout, so a resume would not be exact.",
+            fix=f"Resume it on {pluralize(saved, 'GPU')}, or train the checkpoint further in a new run: "
+            f"`--init-from {checkpoint.folder}`.",
+        )
 
 
 def intact_folder(run: RunDir, step: int) -> Path | None:

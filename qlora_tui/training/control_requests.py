@@ -21,6 +21,8 @@ class ControlRequests:
         self._reporter = reporter
         self._pending: list[ControlRequest] = []
         self._terminated = False
+        self.is_terminated = False
+        """Whether a signal to end has come, taken as a request or not."""
 
     def listen_to_signals(self) -> None:
         """Treat SIGTERM and SIGINT as a request to stop; a second one ends the process at once."""
@@ -75,7 +77,7 @@ class ControlRequests:
         return requests
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._terminated = True
+        self._terminated = self.is_terminated = True
         signal.signal(number, signal.SIG_DFL)
 
 

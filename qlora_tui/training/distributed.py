@@ -1,17 +1,38 @@
 """One run in several processes with one GPU each, started by ``torchrun`` or ``accelerate launch``.
 
 Each process plans the whole run and computes its share of the micro-batches of every step. The main process
-writes events and files and reads requests for all. Importing this loads no torch.
+writes events and files and reads requests for all. All end with the first one that fails, and with torchrun.
+Importing this loads no torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 from msgspec import Struct
 
+from qlora_tui.decoding import read_json
+from qlora_tui.errors import EXIT_FAILURE
+from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import Failed
+
 T = TypeVar("T")
+_LAUNCH_ID = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun, the same in all processes that it starts."""
+_PR_SET_PDEATHSIG = 1
+_WATCH_S = 0.5
+_EXPLAIN_S = 5.0
+"""Seconds in which another process may say why it ended, once the connection to it is lost."""
 
 
 class DistributedContext(Struct, frozen=True):
@@ -33,6 +54,19 @@ class DistributedContext(Struct, frozen=True):
             from accelerate import PartialState
 
             PartialState(cpu=on_cpu)
+            from torch import distributed
+
+            # A launcher that spreads one model over the GPUs would leave each process alone.
+            assert distributed.get_world_size() == self.world_size
+
+    def disband(self) -> DistributedContext:
+        """Disconnect the processes, once all of them are here; return what the main process goes on as."""
+        if self.world_size > 1:
+            from torch import distributed
+
+            self.barrier()
+            distributed.destroy_process_group()
+        return DistributedContext()
 
     def barrier(self) -> None:
         """Wait until all processes have reached this call."""
@@ -74,3 +108,75 @@ def distributed_context() -> DistributedContext:
         local_rank=int(environ.get("LOCAL_RANK", 0)),
         world_size=int(environ.get("WORLD_SIZE", 1)),
     )
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this process when torchrun ends, which cannot end it if it is killed itself.
+
+    torchrun starts each process in a session of its own, which a signal to its process group does not reach.
+    """
+    if _LAUNCH_ID in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class ProcessFailures:
+    """Failures of the processes of a run, as files: what connects the processes may hang after one fails."""
+
+    def __init__(self, run: RunDir, dist: DistributedContext) -> None:
+        self._dist = dist
+        # Without --standalone, torchrun calls every launch "none".
+        self._launch = os.environ.get(_LAUNCH_ID, "none")
+        self._folder = run.path / "failures"
+        self._ending = threading.Lock()
+        """Held by the thread that records how the run ended."""
+        if dist.world_size == 1:
+            return
+        with suppress(OSError):
+            private_dir(self._folder)
+            if dist.is_main_process:
+                for path in self._folder.iterdir():
+                    if self._launch == "none" or not path.name.startswith(self._launch):
+                        path.unlink(missing_ok=True)
+
+    def watch(self, on_failure: Callable[[Failed], object]) -> None:
+        """End this process when another one fails, after calling ``on_failure``."""
+        if self._dist.world_size > 1:
+            threading.Thread(target=self._watch, args=(on_failure,), name="failures", daemon=True).start()
+
+    def stop(self) -> None:
+        """Watch no longer: this process records how the run ended."""
+        self._ending.acquire()
+
+    def report(self, failure: Failed) -> Failed:
+        """Say how this process failed, which ends the others; return what made it fail.
+
+        An error of one process may follow from that of another, which it then has a moment to say.
+        """
+        if self._dist.world_size == 1:
+            return failure
+        deadline = time.monotonic() + (_EXPLAIN_S if failure.kind == "bug" else 0.0)
+        while (other := self._first_of_others()) is None and time.monotonic() < deadline:
+            time.sleep(_WATCH_S)
+        # On a full disk torchrun ends the others, if later.
+        with suppress(OSError):
+            atomic_write(self._path(self._dist.rank), msgspec.json.encode(failure))
+        return other if other is not None and failure.kind == "bug" else failure
+
+    def _watch(self, on_failure: Callable[[Failed], object]) -> None:
+        while (failure := self._first_of_others()) is None:
+            time.sleep(_WATCH_S)
+        if self._ending.acquire(blocking=False):
+            on_failure(failure)
+            os._exit(EXIT_FAILURE)
+
+    def _first_of_others(self) -> Failed | None:
+        """Return the failure of another process; the earliest that need not follow from an earlier one."""
+        ranks = (rank for rank in range(self._dist.world_size) if rank != self._dist.rank)
+        failures = [found for rank in ranks if (found := read_json(self._path(rank), _DECODER)) is not None]
+        return min(failures, key=lambda each: (each.kind == "bug", each.at), default=None)
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"{self._launch}-{rank}.json"
+
+
+_DECODER = msgspec.json.Decoder(Failed)

@@ -199,8 +199,8 @@ def exact_answers(
 def compare_validation(run: Run) -> LossChange | None:
     """Report the loss of up to 128 validation rows before and after training; of pairs the chosen side.
 
-    Before training the model is its base, or has the adapter that the run started from. Left out with several
-    GPUs, and for methods that do not make answers likelier. An error, such as too little memory, costs the
+    Before training the model is its base, or has the adapter that the run started from. Left out for
+    methods that do not make answers likelier. An error, such as too little memory, costs the
     comparison and not the run, whose adapter is on the disk by now.
 
     ``run.model`` has the final adapter; afterwards it may have that of the start.
@@ -210,7 +210,7 @@ def compare_validation(run: Run) -> LossChange | None:
     """
     samples = run.data.validation.of_side(GOOD).spread(_MAX_ROWS)
     reporter = run.reporter
-    if not len(samples) or run.dist.world_size > 1 or not run.recipe.learns_answers:
+    if not len(samples) or not run.recipe.learns_answers:
         return None
     reporter.phase("evaluating", "validation rows, as before training and now")
 

@@ -188,9 +188,11 @@ def check_general_answers(answers: GeneralAnswers) -> Finding | None:
 
 
 class GpuMonitor:
-    """Checks each reading of the GPU during training."""
+    """Checks each reading of a GPU during training."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "The GPU") -> None:
+        """``name`` is what findings call it."""
+        self._name = name
         self._idle_since: float | None = None
         self._hot_since: float | None = None
         self._reported: set[str] = set()
@@ -214,7 +216,7 @@ class GpuMonitor:
             now - self._idle_since >= _IDLE_S,
             Finding(
                 "gpu_idle",
-                f"The GPU has been idle for {_IDLE_S:.0f} s with "
+                f"{self._name} has been idle for {_IDLE_S:.0f} s with "
                 f"{used_bytes / 2**30:.1f} GiB of its memory in use.",
                 "Check whether the machine is swapping or another process is using the CPU.",
             ),
@@ -232,7 +234,7 @@ class GpuMonitor:
             now - self._hot_since >= _THROTTLED_S,
             Finding(
                 "throttled",
-                f"The GPU has been throttled for {_THROTTLED_S:.0f} s{degrees}: "
+                f"{self._name} has been throttled for {_THROTTLED_S:.0f} s{degrees}: "
                 f"{', '.join(sorted(reasons))}.",
                 "Improve its cooling (clean the fans), or lower its power limit (nvidia-smi -pl).",
             ),

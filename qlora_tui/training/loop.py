@@ -44,6 +44,7 @@ from qlora_tui.training.health import (
     find_non_finite,
     too_few_steps,
 )
+from qlora_tui.training.memory_meter import largest
 from qlora_tui.training.preferences import PreferenceObjective, RewardSums
 from qlora_tui.training.run import Run
 from qlora_tui.training.trainer import StepResult, Trainer
@@ -237,13 +238,15 @@ class Loop:
         run.meter.set_longest_batch(len(sequences), tokens, samples=sum(map(len, sequences)))
         self._keep_layers()
         self.trainer.try_step(self._steps.collate(sequences), fresh=run.checkpoint is None)
-        run.reporter.emit(run.meter.measure("probe"))
+        run.reporter.emit(largest(run.dist.all_gather(run.meter.measure("probe"))))
         run.requests.raise_if_stop_requested()
 
     def _keep_layers(self) -> None:
         """Exempt layers from checkpointing as memory allows, if ``gradient_checkpointing`` is ``auto``."""
         run = self._run
-        plan = run.meter.plan_kept_layers(run.max_kept_layers)
+        plan = run.meter.plan_kept_layers(
+            run.max_kept_layers, lambda free_bytes: min(run.dist.all_gather(free_bytes))
+        )
         if plan is None:
             return
         if not run.meter.is_modelled:

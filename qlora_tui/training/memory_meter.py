@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -121,10 +122,16 @@ class MemoryMeter:
             return least
         return structs.replace(recipe, training=choice.recipe.training)
 
-    def plan_kept_layers(self, limit: int | None) -> KeptLayersPlan | None:
+    def plan_kept_layers(
+        self, limit: int | None, least: Callable[[int], int] = lambda free_bytes: free_bytes
+    ) -> KeptLayersPlan | None:
         """How many layers can keep their activations for the longest batch; all estimates then include them.
 
         Call :meth:`set_longest_batch` first. None are kept without a model of the run's code.
+
+        Args:
+            limit: the most; None for any number.
+            least: returns the least free memory of all processes, given that of this one.
 
         Returns:
             None where the recipe does not leave it open, or the model is not supported by the estimate.
@@ -135,7 +142,7 @@ class MemoryMeter:
         plan = plan_kept_layers(
             recipe,
             self._architecture,
-            self.free_bytes(),
+            least(self.free_bytes()),
             device=self._corrected_device(),
             execution=self.execution,
             limit=limit if self.is_modelled else 0,
@@ -210,6 +217,11 @@ class MemoryMeter:
         if gpu_bytes is None:
             return self.estimate.bytes_of("context") if self.estimate else 0
         return max(0, gpu_bytes - torch.cuda.memory_reserved(self._device.torch_device))
+
+
+def largest(measured: list[MemoryMeasured]) -> MemoryMeasured:
+    """Return the measurement of the process with the highest peak."""
+    return max(measured, key=lambda each: each.measured_bytes)
 
 
 def _as_estimated(device: ComputeDevice) -> EstimatedDevice:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from functools import partial
 
 import msgspec
 import psutil
@@ -20,9 +20,10 @@ import psutil
 from qlora_tui.errors import EXIT_FAILURE
 from qlora_tui.files import open_append
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
-from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
 from qlora_tui.gpu.nvml import MetricsSampler
-from qlora_tui.gpu.visible_devices import default_cuda_device
+from qlora_tui.gpu.visible_devices import visible_gpus
+from qlora_tui.runs.devices import RunDevice
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import GPU_LOST, AnyEvent, Health, Phase, PhaseChanged, Progress, phase_label
@@ -43,7 +44,7 @@ class Reporter:
 
     def __init__(self, run: RunDir, *, mute: bool = False) -> None:
         self._run = run
-        self._mute = mute
+        self.is_mute = mute
         self._lock = threading.Lock()
         self.observer: Callable[[AnyEvent], None] = lambda event: None
         """Called with each event, after it was written, in the thread that reports it."""
@@ -61,7 +62,7 @@ class Reporter:
     def start(self) -> None:
         """Write the status, and a heartbeat every second from now on."""
         self.write_heartbeat()
-        if not self._mute:
+        if not self.is_mute:
             self._heartbeat_thread.start()
 
     def stop(self) -> None:
@@ -76,7 +77,7 @@ class Reporter:
 
     def emit(self, event: AnyEvent) -> None:
         """Write an event; an event that ends the run is on the disk on return."""
-        if self._mute:
+        if self.is_mute:
             return
         with self._lock:
             self._unwritten.append(event)
@@ -144,7 +145,7 @@ class Reporter:
 
     def log(self, line: str) -> None:
         """Write a line to the trainer's log."""
-        if not self._mute:
+        if not self.is_mute:
             # The log may be on a full disk too.
             with suppress(OSError):
                 print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)
@@ -168,7 +169,7 @@ class Reporter:
 
         What a full disk rejects is written with the next heartbeat.
         """
-        if self._mute:
+        if self.is_mute:
             return
         with self._lock:
             status = msgspec.structs.replace(self._status, at=time.time())
@@ -221,33 +222,37 @@ class QuietReporter(Reporter):
 
 
 class TelemetryRecorder:
-    """Records from ``start`` to ``stop`` in a separate thread. A full disk costs samples and nothing else."""
+    """Records from ``start`` to ``stop`` in separate threads. A full disk costs samples and nothing else."""
 
     def __init__(self, run: RunDir, reporter: Reporter) -> None:
         self._reporter = reporter
-        self._watch = GpuMonitor()
         self._path = run.telemetry_path
         self._process = psutil.Process()
         self._stopping = threading.Event()
-        self._gpu: MetricsSampler | None = None
+        self._gpus: list[MetricsSampler] = []
         self._thread = threading.Thread(target=self._sample_host, name="telemetry", daemon=True)
 
-    def start(self, *, on_gpu: bool) -> None:
-        """Start recording; with ``on_gpu`` the GPU too."""
+    def start(self, *, gpus: int) -> None:
+        """Start recording, with as many GPUs: those of the run."""
         self._process.cpu_percent()
         psutil.cpu_percent()
-        if on_gpu:
-            with suppress(GpuUnavailableError):
-                self._gpu = MetricsSampler(default_cuda_device().index, self._on_reading, period_s=PERIOD_S)
-                self._gpu.start()
-                return
-        self._thread.start()
+        devices: list[GpuDevice] = []
+        with suppress(GpuUnavailableError):
+            devices = visible_gpus()[:gpus] if gpus else []
+        for device in devices:
+            name = str(RunDevice.of_gpu(device)) if len(devices) > 1 else "The GPU"
+            on_reading = partial(self._on_reading, GpuMonitor(name), is_first=not self._gpus)
+            self._gpus.append(MetricsSampler(device.index, on_reading, period_s=PERIOD_S))
+        for sampler in reversed(self._gpus):
+            sampler.start()
+        if not devices:
+            self._thread.start()
 
     def stop(self) -> None:
         """Stop recording; no sample is written after this."""
         self._stopping.set()
-        if self._gpu is not None:
-            self._gpu.stop()
+        for sampler in self._gpus:
+            sampler.stop()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -256,24 +261,28 @@ class TelemetryRecorder:
         while not self._stopping.wait(PERIOD_S):
             self._write(None)
 
-    def _on_reading(self, reading: GpuMetrics | GpuUnavailableError) -> None:
+    def _on_reading(
+        self, monitor: GpuMonitor, reading: GpuMetrics | GpuUnavailableError, *, is_first: bool
+    ) -> None:
+        """Check a reading. Those of the first GPU are written, with the last of the others."""
         if isinstance(reading, GpuUnavailableError):
             if reading.reason is GpuUnavailableReason.LOST:
                 self._reporter.health(GPU_LOST, f"{reading.what} {reading.why}", reading.fix, error=True)
-            self._write(None)
-            return
-        for finding in self._watch.check(reading, time.monotonic()):
-            self._reporter.health(finding.kind, finding.evidence, finding.remedy)
-        self._write(reading)
+        else:
+            for finding in monitor.check(reading, time.monotonic()):
+                self._reporter.health(finding.kind, finding.evidence, finding.remedy)
+        if is_first:
+            self._write(None if isinstance(reading, GpuUnavailableError) else reading)
 
     def _write(self, reading: GpuMetrics | None) -> None:
-        extra: dict[str, Any] = {"gpu": reading} if reading is not None else {}
+        others = [sampler.latest for sampler in self._gpus[1:]]
         sample = Reading(
             at=time.time(),
             rss_bytes=self._process.memory_info().rss,
             cpu_percent=self._process.cpu_percent(),
             machine_cpu_percent=psutil.cpu_percent() * (os.cpu_count() or 1),
-            **extra,
+            gpu=reading,
+            other_gpus=tuple(each for each in others if isinstance(each, GpuMetrics)),
         )
         with suppress(OSError), open_append(self._path) as file:
             file.write(encode(sample))

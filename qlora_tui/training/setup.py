@@ -29,7 +29,12 @@ from qlora_tui.training.adapter import (
     misread_by_peft,
     trained_parameters,
 )
-from qlora_tui.training.checkpoints import require_same_base, require_unchanged, weights_identity
+from qlora_tui.training.checkpoints import (
+    require_same_base,
+    require_same_processes,
+    require_unchanged,
+    weights_identity,
+)
 from qlora_tui.training.checks.first_step import require_text_model, verify_first_step
 from qlora_tui.training.compute_device import choose_attention, versions
 from qlora_tui.training.fused.kernel_choice import find_kernels, kernel_remedy, refusal_of_kernels
@@ -92,6 +97,7 @@ def _check_inputs(run: Run) -> None:
     run.base_hash = weights_identity(run.files)
     if run.checkpoint is not None:
         require_same_base(run.checkpoint.state, run.files, run.base_hash)
+        require_same_processes(run.checkpoint, run.dist.world_size)
 
 
 def _model_folder(run: Run) -> Path:

@@ -28,7 +28,12 @@ from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.training import checkpoints
 from qlora_tui.training.checkpoints import Checkpoint, UnloadableCheckpoint
 from qlora_tui.training.control_requests import ControlRequests
-from qlora_tui.training.distributed import DistributedContext, distributed_context
+from qlora_tui.training.distributed import (
+    DistributedContext,
+    ProcessFailures,
+    distributed_context,
+    end_with_launcher,
+)
 from qlora_tui.training.failures import failure_event
 from qlora_tui.training.host import release_gpu_memory
 from qlora_tui.training.reporter import Reporter
@@ -44,25 +49,40 @@ def run_trainer(run: RunDir, plan: RetryPlan) -> int:
         UserError: another trainer is working on the run.
     """
     dist = distributed_context()
+    end_with_launcher()
     # The main process holds the lock for all processes of the run.
     with _run_lock(run) if dist.is_main_process else nullcontext():
         reporter = Reporter(run, mute=not dist.is_main_process)
         requests = ControlRequests(run, reporter, dist)
         requests.listen_to_signals()
+        failures = ProcessFailures(run, dist)
+        failures.watch(lambda failure: _record_end(run, reporter, failure))
         reporter.start()
         end_event = _run_attempts(run, plan, reporter, requests, dist)
-        reason = f": {end_event.what}" if isinstance(end_event, Failed) else ""
-        reporter.log(f"{type(end_event).__name__.lower()}{reason}")
-        reporter.emit(end_event)
-        reporter.stop()
-        if dist.is_main_process:
-            # On a full disk the status stays as the last heartbeat left it, and reads as lost.
-            with suppress(OSError):
-                record_outcome(run, end_event)
-                if run.unreported_path.exists():
-                    # The runner may have been killed: another one notifies and continues the queue.
-                    ensure_runner()
+        failures.stop()
+        if isinstance(end_event, Failed):
+            end_event = failures.report(end_event)
+            if dist.world_size > 1 and end_event.kind == "bug" and requests.is_terminated:
+                # torchrun ends this process because another one was killed: the runner records that.
+                return EXIT_FAILURE
+        _record_end(run, reporter, end_event)
     return (end_event.exit_code or EXIT_FAILURE) if isinstance(end_event, Failed) else 0
+
+
+def _record_end(run: RunDir, reporter: Reporter, end_event: RunEnded) -> None:
+    """Report how a run ended, in the main process."""
+    reason = f": {end_event.what}" if isinstance(end_event, Failed) else ""
+    reporter.log(f"{type(end_event).__name__.lower()}{reason}")
+    reporter.emit(end_event)
+    reporter.stop()
+    if reporter.is_mute:
+        return
+    # On a full disk the status stays as the last heartbeat left it, and reads as lost.
+    with suppress(OSError):
+        record_outcome(run, end_event)
+        if run.unreported_path.exists():
+            # The runner may have been killed: another one notifies and continues the queue.
+            ensure_runner()
 
 
 def _run_attempts(

@@ -77,7 +77,13 @@ class Trainer:
         self._accelerator = Accelerator(
             mixed_precision="fp16" if self.uses_fp16 else "no",
             cpu=device.kind == "cpu",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=False,
+                    # Gradients take no memory twice.
+                    gradient_as_bucket_view=True,
+                )
+            ],
         )
         self.wrapped, self.optimizer = self._accelerator.prepare(model, create_optimizer(model, training))
         """The model as it is called in a step, in DDP's wrapper where there are several processes."""

@@ -81,7 +81,6 @@ class Ended:
             recipe=msgspec.structs.replace(recipe, training=training),
             tokenizer=tokenizer,
             device=SimpleNamespace(torch_device=torch.device("cpu"), dtype=torch.float32),
-            dist=SimpleNamespace(world_size=1),
             reporter=SimpleNamespace(
                 phase=lambda phase, detail: None,
                 progress=lambda phase, done, total: None,

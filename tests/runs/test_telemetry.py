@@ -67,10 +67,13 @@ def test_energy_is_summed_over_readings_and_not_over_pauses() -> None:
     meter = EnergyMeter(run.telemetry_path)
     meter.read()
     assert meter.kwh == pytest.approx(2 * 99 * 360 / 3.6e6)
+    two = sample(5100.0, power_w=360.0)
+    assert two.gpu is not None
     with run.telemetry_path.open("ab") as file:
-        file.write(b"\n" + encode(sample(5100.0, power_w=360.0)))
+        file.write(b"\n" + encode(msgspec.structs.replace(two, other_gpus=(two.gpu,))))
     meter.read()
-    assert meter.kwh == pytest.approx((2 * 99 + 1) * 360 / 3.6e6)
+    # A second GPU begins to report: from 360 to 720 W within the second.
+    assert meter.kwh == pytest.approx((2 * 99 + 1.5) * 360 / 3.6e6)
 
 
 def test_a_weeks_energy_is_shown_once_read_without_delay(

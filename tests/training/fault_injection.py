@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,12 @@ def inject_oom(fits: dict[int, float]) -> None:
         return train(self, *arguments)
 
     Trainer.train_step = step  # type: ignore[method-assign, assignment]
+
+
+def inject_oom_in_process(rank: str, fits: dict[int, float]) -> None:
+    """:func:`inject_oom` in one of several processes."""
+    if os.environ.get("RANK") == rank:
+        inject_oom(fits)
 
 
 def request_within_step(folder: str, step: int, kind: Kind) -> None:

@@ -102,7 +102,7 @@ class Unselected(SampleList):
         return self
 
 
-def reported(model: Any, samples: int = 1, world_size: int = 1) -> list[str]:
+def reported(model: Any, samples: int = 1) -> list[str]:
     """Names and texts that the reporter gets."""
     lines: list[str] = []
     run: Any = SimpleNamespace(
@@ -111,7 +111,6 @@ def reported(model: Any, samples: int = 1, world_size: int = 1) -> list[str]:
         model=model,
         shape=RowShape(packed=True, max_length=64),
         device=SimpleNamespace(torch_device="cpu"),
-        dist=SimpleNamespace(world_size=world_size),
         reporter=SimpleNamespace(phase=lambda phase, detail: lines.append(phase), log=lines.append),
     )
     compare_validation(run)
@@ -128,6 +127,5 @@ def test_an_error_costs_the_comparison_and_not_the_run() -> None:
     assert reported(FailingModel()) == lines
 
 
-@pytest.mark.parametrize("settings", [{"world_size": 2}, {"samples": 0}])
-def test_nothing_is_compared_without_rows_or_across_processes(settings: dict[str, int]) -> None:
-    assert reported(None, **settings) == []
+def test_nothing_is_compared_without_rows() -> None:
+    assert reported(None, samples=0) == []

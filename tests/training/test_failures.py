@@ -20,6 +20,7 @@ from qlora_tui.runs.damage import checkpoint_damage
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, EventWriter
 from qlora_tui.runs.events import Health, PhaseChanged
+from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.training import checkpoints
 from qlora_tui.training.checkpoints import CheckpointState, save_with_torch
 from qlora_tui.training.distributed import DistributedContext
@@ -201,11 +202,21 @@ def test_a_gpu_that_the_driver_loses_is_recorded(tmp_path: Path, monkeypatch: py
     run = RunDir(tmp_path)
     reporter = Reporter(run)
     recorder = TelemetryRecorder(run, reporter)
-    recorder.start(on_gpu=True)
+    recorder.start(gpus=1)
     wait_for(lambda: any(isinstance(event, Health) for event in EventTail(run.events_path).drain()))
     recorder.stop()
     ending = failure_event(RuntimeError("whatever follows"), run, None, None)
     assert (ending.title, ending.kind) == ("GPU lost", "problem")
+
+
+def test_every_gpu_of_a_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    run = RunDir(tmp_path)
+    recorder = TelemetryRecorder(run, Reporter(run))
+    recorder.start(gpus=2)
+    tail = TelemetryTail(run.telemetry_path)
+    wait_for(lambda: any([gpu.index for gpu in reading.gpus] == [0, 1] for reading in tail.poll()))
+    recorder.stop()
 
 
 def test_what_onednn_cannot_do_is_no_lack_of_memory(tmp_path: Path) -> None:
