@@ -24,12 +24,12 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.nvml import Nvml, list_gpus
-from qlora_tui.gpu.visible_devices import visible_gpus
+from qlora_tui.gpu.visible_devices import default_cuda_device, visible_gpus
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
 from qlora_tui.memory import check_fit, estimate
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.directory import RunDir, waiting
 
 CPU = "cpu"
 UNKNOWN_GPU = "gpu"
@@ -128,8 +128,7 @@ def wanted_devices(recipe: Recipe, environ: Mapping[str, str], processes: int = 
         is_cpu = error.reason.device == "cpu"
         if count > 1 and not (is_cpu and os.environ.get(_TEST_PROCESSES)):
             raise _too_few(count, 0, f"{error.what} {error.why}".strip()) from error
-        device = RunDevice(CPU, name="the CPU") if is_cpu else RunDevice(UNKNOWN_GPU, name="the GPU")
-        return Wanted((device,), processes=count or 1)
+        return Wanted((_unnamed(error),), processes=count or 1)
     if count > len(gpus):
         names = ", ".join(str(RunDevice.of_gpu(gpu)) for gpu in gpus)
         raise _too_few(count, len(gpus), f"A run may use {names}.")
@@ -138,6 +137,19 @@ def wanted_devices(recipe: Recipe, environ: Mapping[str, str], processes: int = 
         gpus = sorted(_large_enough(recipe, gpus, count), key=_free_bytes, reverse=True)
     devices = tuple(map(RunDevice.of_gpu, gpus))
     return Wanted(devices, tuple(gpus), count, count, is_choice=len(present) > 1)
+
+
+def own_device(environ: Mapping[str, str] = os.environ) -> RunDevice:
+    """Return the device that torch chooses in a process with these variables."""
+    try:
+        return RunDevice.of_gpu(default_cuda_device(environ))
+    except GpuUnavailableError as error:
+        return _unnamed(error)
+
+
+def _unnamed(error: GpuUnavailableError) -> RunDevice:
+    is_cpu = error.reason.device == "cpu"
+    return RunDevice(CPU, name="the CPU") if is_cpu else RunDevice(UNKNOWN_GPU, name="the GPU")
 
 
 def _too_few(count: int, there: int, why: str) -> UsageError:
@@ -177,6 +189,16 @@ def _free_bytes(gpu: GpuDevice) -> int:
 def is_free(key: str) -> bool:
     """Whether no run has the device with this key; also where the file system cannot tell."""
     return not is_locked(_lock_path(key))
+
+
+def run_on(key: str) -> str:
+    """Return the id of the run that trains or is measured on a device, or is about to; empty if none is."""
+    for lock in paths.runs_dir().glob("*/trainer.lock"):
+        if is_locked(lock):
+            devices = devices_of(RunDir(lock.parent))
+            if devices is None or not devices.devices or key in devices.keys:
+                return lock.parent.name
+    return "" if is_free(key) else next(iter(waiting()), "A run")
 
 
 @contextmanager

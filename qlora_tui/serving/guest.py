@@ -1,4 +1,4 @@
-"""The engine in memory, as a guest on the card: loaded when needed, unloaded when idle, given up to runs.
+"""The engine in memory, as a guest on its device: loaded when needed, unloaded when idle, given up to runs.
 
 The process of the engine is ended rather than told to unload, so that the whole card is free: a CUDA context
 takes some of it too.
@@ -12,15 +12,12 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
-from qlora_tui import paths
 from qlora_tui.chat.chat_types import Decided
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
 from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
 from qlora_tui.engine.protocol import ChatReady, Complete, Decide, LoadChat, OfferAdapters
 from qlora_tui.errors import UserError
-from qlora_tui.locks import is_locked
-from qlora_tui.runs.directory import waiting
-from qlora_tui.runs.process import runner_lock_path
+from qlora_tui.runs.devices import own_device, run_on
 from qlora_tui.serving.errors import RETRY_AFTER_S, ApiError, of_user_error
 from qlora_tui.serving.model_names import RunsToServe, ServedModels, served_models
 from qlora_tui.worker import Progress
@@ -45,6 +42,7 @@ class Guest:
         self._runs = runs
         self._aliases = aliases
         self._idle_unload_s = idle_unload_s
+        self._device = own_device()
         self._stamp = runs.stamp()
         self.models = served_models(runs, aliases)
         """The models when they were asked for last."""
@@ -64,15 +62,15 @@ class Guest:
         await self._engine.kill()
 
     async def watch(self) -> None:
-        """Give the card to each run and take it back after it, until cancelled."""
-        if not await asyncio.to_thread(run_with_the_card):
+        """Give the device to each run on it and take it back after it, until cancelled."""
+        if not await asyncio.to_thread(run_on, self._device.key):
             self._start_loading()
         while True:
-            run = await asyncio.to_thread(run_with_the_card)
+            run = await asyncio.to_thread(run_on, self._device.key)
             if run:
                 if not self._is_yielded:
                     await self._unload("yielded")
-                self.detail = f"{run} needs the memory. The model is loaded again after the run."
+                self.detail = f"{run} needs the memory of {self._device}. After it the model is loaded again."
             elif self._is_yielded:
                 self.state, self.detail = "unloaded", ""
                 self._start_loading()
@@ -209,11 +207,3 @@ class Guest:
     def _unavailable(self) -> ApiError:
         why = self.detail or "The model was unloaded."
         return ApiError(503, why, code="gpu_in_use", retry_after_s=RETRY_AFTER_S)
-
-
-def run_with_the_card() -> str:
-    """Return the id of the run that trains, is measured or is about to be trained; empty if there is none."""
-    for lock in paths.runs_dir().glob("*/trainer.lock"):
-        if is_locked(lock):
-            return lock.parent.name
-    return next(iter(waiting()), "A run") if is_locked(runner_lock_path()) else ""

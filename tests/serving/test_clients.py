@@ -20,26 +20,24 @@ from tests.support.trainer_processes import Trainers
 pytestmark = pytest.mark.slow
 
 QUESTION: Any = [{"role": "user", "content": "what is the colour of the fox"}]
+PROPERTIES: dict[str, dict[str, Any]] = {
+    "get_weather": {"unit": {"enum": ["c", "k"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "get_time": {"zone": {"const": "utc"}},
+}
 TOOLS: list[Any] = [
     {
         "type": "function",
         "function": {
             "name": name,
             "parameters": {
-                "type": "object",
                 "properties": p,
-                "required": list(p),
+                "type": "object",
                 "additionalProperties": False,
+                "required": list(p),
             },
         },
     }
-    for name, p in {
-        "get_weather": {
-            "unit": {"enum": ["c", "k"]},
-            "days": {"type": "integer", "minimum": 0, "maximum": 9},
-        },
-        "get_time": {"zone": {"const": "utc"}},
-    }.items()
+    for name, p in PROPERTIES.items()
 ]
 GREEDY_SHORT: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "max_tokens": 12}
 

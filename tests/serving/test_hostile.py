@@ -144,12 +144,13 @@ def test_a_killed_engine_is_a_503_and_comes_back(served: Served) -> None:
 
 
 def test_a_run_gets_the_card_and_clients_a_503(served: Served) -> None:
-    with locked(served.state_dir / "runner.lock"):
+    (served.state_dir / "devices").mkdir(exist_ok=True)
+    with locked(served.state_dir / "devices" / "cpu.lock"):
         served.wait_for("yielded")
         # The process that held the GPU is gone.
         assert served.state["engine_pid"] == 0
         response = served.post(CHAT, **ASK)
-        assert "needs the memory" in error_of(response, 503)["message"]
+        assert "needs the memory of the CPU" in error_of(response, 503)["message"]
         assert int(response.headers["Retry-After"]) > 0
         assert len(served.client().get("/models").json()["data"]) == 6
     served.wait_for("ready")

@@ -9,8 +9,10 @@ import pytest
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UsageError
+from qlora_tui.locks import locked
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.runs.devices import CPU, Devices, RunDevice, claimed, record_devices, run_on
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.serving.model_names import RunsToServe, served_models
 from qlora_tui.serving.server import Server, is_loopback
@@ -145,6 +147,19 @@ def test_stop_ends_the_only_server_and_asks_which_of_several(
     assert call("serve", "--stop").code == 0
     assert stopped == [second.port] * 2
     second.close()
+
+
+def test_only_a_run_on_its_device_takes_the_model(runs: list[RunDir]) -> None:
+    gpu = RunDevice("GPU-1", 1, "RTX 4090")
+    record_devices(runs[0], Devices((gpu,)))
+    with locked(runs[0].trainer_lock_path):
+        assert run_on("GPU-1") == "a-1.0"
+        assert run_on("GPU-0") == run_on(CPU) == ""
+        runs[0].devices_path.unlink()
+        assert run_on("GPU-0") == "a-1.0"  # started by an earlier version
+    with claimed(Devices((gpu,))):  # its trainer does not run yet
+        assert run_on("GPU-1") and not run_on(CPU)
+    assert not run_on("GPU-1")
 
 
 @pytest.mark.slow
