@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from qlora_tui.catalog.gguf import spelled
+from qlora_tui.cli import export_recipe
 from qlora_tui.cli.subcommand import (
     CommandResult,
     ProgressLine,
@@ -27,7 +28,7 @@ from qlora_tui.runs.directory import find_run
 if TYPE_CHECKING:
     from qlora_tui.runs.exports import ExportRequest
 
-_FORMS = "gguf|ollama|merge|adapter|hub"
+_FORMS = "gguf|ollama|merge|adapter|hub|recipe"
 _DEFAULT_TYPE = "Q8_0"
 
 
@@ -37,9 +38,11 @@ def run(args: argparse.Namespace) -> CommandResult:
         raise UserError(
             "No format given",
             what="`qlora-tui export` needs the format to write.",
-            fix="Choose gguf, ollama, merge, adapter or hub: `qlora-tui export --help` explains them.",
+            fix="Choose one of those that `qlora-tui export --help` explains.",
             exit_code=EXIT_USAGE,
         )
+    if args.form == "recipe":
+        return export_recipe.run(args)
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.export.unfinished_files import export_problems
     from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
@@ -117,6 +120,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
     adapter = forms.add_parser("adapter", help="the adapter alone, checked for vLLM")
     hub = forms.add_parser("hub", help="a private repository on the Hub, with a model card")
+    recipe = "the recipe and its rows for axolotl, or as a script of transformers, peft and trl"
+    export_recipe.add_arguments(forms.add_parser("recipe", help=recipe))
     all_forms = (gguf, ollama, merge, adapter, hub)
     for form in all_forms:
         add_run_argument(form)

@@ -23,7 +23,8 @@ From the file to the report:
 * ``inspection`` (with ``dataset_report``): the report on a file before a run. ``quick_check``: a two-second
   search for rows that block a run, and how much data there is. ``excluded_rows``: rows that are left out, as
   text. ``trainable_tokens``: tokens that a model has never learned. ``repetition``: answers that repeat
-  themselves or contradict each other. ``row_writers``: rows written to files.
+  themselves or contradict each other. ``row_writers``: rows written to files. ``written_rows``:
+  samples written for other trainers.
 
 Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what the
 screen shows is what is trained.

@@ -8,6 +8,7 @@ toml            a file or text to a layer (a partial recipe), a layer to a recip
 validation      every error in a layer, with its line and the closest valid name
 aliases         other spellings of settings: version 0.1's, other trainers'; what a misspelled one means
 imported        a recipe from axolotl, LLaMA-Factory, TRL, Unsloth or an adapter
+exported        a recipe for axolotl, or as a script of transformers, peft and trl
 script_arguments
                 the arguments of calls in a Python script, which is never run
 layering        defaults < preset < the user's file < ``--set``; absolute paths

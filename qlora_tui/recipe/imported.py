@@ -33,7 +33,11 @@ _SECRET_ENDINGS = ("token", "api_key", "password", "secret", "secrets")
 _LONGEST_VALUE = 60
 """Characters of a value in an error."""
 _BITS = ("load_in_8bit", "load_in_4bit", "quantization_bit", "quant_config.quantization_bit")
-_FOUR_BIT_TYPES = ("bnb_4bit_quant_type", "quantization_type")
+_FOUR_BIT_TYPES = (
+    "bnb_4bit_quant_type",
+    "bnb_config_kwargs.bnb_4bit_quant_type",
+    "quantization_type",
+)
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +74,9 @@ class Trainer(Struct, frozen=True, forbid_unknown_fields=True):
     """Functions and classes of a script whose arguments are settings."""
     classes: dict[str, dict[str, Any]] = {}
     """Keys that a script sets by calling a class."""
+    writes: dict[str, list[str]] = {}
+    """Keys with which a recipe is written for it, by the call whose arguments they are (see
+    :mod:`.exported`)."""
 
 
 class _Datasets(Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,10 +96,11 @@ class _Tables(Struct, frozen=True, forbid_unknown_fields=True):
     datasets: _Datasets
 
 
-_TABLES = msgspec.convert(
+TABLES = msgspec.convert(
     tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")), _Tables
 )
-_DATASETS = _TABLES.datasets
+"""What the keys of other trainers mean: ``imported.toml``."""
+_DATASETS = TABLES.datasets
 
 
 class Taken(Struct, frozen=True):
@@ -126,6 +134,21 @@ class ImportedRecipe(Struct, frozen=True, kw_only=True):
     """Keys that change nothing of what is learned."""
 
 
+def rule_of(trainer: Trainer, key: str) -> Rule | None:
+    """Return what a key means to a trainer; None if it is not known."""
+    rules = TABLES.keys | trainer.keys
+    rule = rules.get(key)
+    if rule is None:
+        rule = next((rule for name, rule in rules.items() if "*" in name and fnmatchcase(key, name)), None)
+    if rule is None and not _is_unneeded(key):
+        rule = ALIASES.get(key)
+    if isinstance(rule, str):
+        return Rule(to=rule)
+    if rule is not None and rule.same_as:
+        return rule_of(trainer, rule.same_as)
+    return rule
+
+
 def import_recipe(path: Path) -> ImportedRecipe:
     """Read a recipe from a YAML file, a Python script, or an adapter's folder or ``adapter_config.json``.
 
@@ -136,15 +159,15 @@ def import_recipe(path: Path) -> ImportedRecipe:
         path = path / "adapter_config.json"
     text = read_text(path)
     if path.suffix == ".py":
-        return _Import(_TABLES.trainers["script"], _script_keys(text, path), path).result()
+        return _Import(TABLES.trainers["script"], _script_keys(text, path), path).result()
     keys = dict(_flattened(_mapping(text, path)))
-    marked = {name: sum(mark in keys for mark in trainer.marks) for name, trainer in _TABLES.trainers.items()}
+    marked = {name: sum(mark in keys for mark in trainer.marks) for name, trainer in TABLES.trainers.items()}
     name = max(marked, key=lambda name: marked[name])
     if marked[name] < 2:
         raise _unknown_file(path, "it has no settings of axolotl, LLaMA-Factory or peft")
     if name == "peft":
         keys |= _trainer_state(path.parent)
-    return _Import(_TABLES.trainers[name], keys, path).result()
+    return _Import(TABLES.trainers[name], keys, path).result()
 
 
 def _mapping(text: str, path: Path) -> dict[str, Any]:
@@ -174,7 +197,7 @@ def _flattened(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in mapping.items():
         if value is None:
             continue
-        dotted = any(f"{key}." in name for trainer in _TABLES.trainers.values() for name in trainer.keys)
+        dotted = any(f"{key}." in name for trainer in TABLES.trainers.values() for name in trainer.keys)
         if isinstance(value, dict) and dotted:
             yield from ((f"{key}.{inner}", item) for inner, item in value.items() if item is not None)
         else:
@@ -198,7 +221,7 @@ def _json_table(path: Path) -> dict[str, Any]:
 
 def _script_keys(text: str, path: Path) -> dict[str, Any]:
     """Read the arguments of the calls that configure a training."""
-    script = _TABLES.trainers["script"]
+    script = TABLES.trainers["script"]
     keys: dict[str, Any] = {}
     implied: dict[str, Any] = {}
     try:
@@ -227,7 +250,6 @@ class _Import:
         self._trainer = trainer
         self._keys = keys
         self._path = path
-        self._rules = _TABLES.keys | trainer.keys
         self._settings: dict[str, Any] = {}
         self._taken: list[Taken] = []
         self._left_out: list[LeftOut] = []
@@ -259,7 +281,7 @@ class _Import:
     # -- keys one by one
 
     def _read(self, key: str) -> None:
-        rule = self._rule(key)
+        rule = rule_of(self._trainer, key)
         value = self._keys.pop(key)
         if rule is None:
             if _is_unneeded(key):
@@ -283,20 +305,6 @@ class _Import:
     def _read_if_set(self, key: str) -> None:
         if key in self._keys:
             self._read(key)
-
-    def _rule(self, key: str) -> Rule | None:
-        rule = self._rules.get(key)
-        if rule is None:
-            rule = next(
-                (rule for name, rule in self._rules.items() if "*" in name and fnmatchcase(key, name)), None
-            )
-        if rule is None and not _is_unneeded(key):
-            rule = ALIASES.get(key)
-        if isinstance(rule, str):
-            return Rule(to=rule)
-        if rule is not None and rule.same_as:
-            return self._rule(rule.same_as)
-        return rule
 
     def _take(self, key: str, value: Any, setting: str, ours: Any) -> None:
         """Set a setting, unless it cannot have the value."""
@@ -546,7 +554,7 @@ def _unknown_file(path: Path, why: str) -> UserError:
 
 
 def _is_unneeded(key: str) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in _TABLES.unneeded["patterns"])
+    return any(fnmatchcase(key, pattern) for pattern in TABLES.unneeded["patterns"])
 
 
 def _names(value: Any) -> list[str] | None:

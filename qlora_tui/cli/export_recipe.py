@@ -1,0 +1,76 @@
+"""``export recipe``: a recipe and its rows for another trainer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.cli.subcommand import CommandResult, ProgressLine, add_json_argument
+from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.written_rows import TRAIN, VALIDATION, WrittenRows, write_rows
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import align_columns
+from qlora_tui.publishing import new_draft, publish
+from qlora_tui.recipe.exported import ExportedRecipe, export_recipe
+from qlora_tui.recipe.fields import format_value
+from qlora_tui.recipe.layering import build_recipe
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import find_run
+
+_NEXT = {"axolotl": "axolotl train axolotl.yml", "script": "python train.py"}
+
+
+def run(args: argparse.Namespace) -> CommandResult:
+    """Write the folder, and say on stderr what it leaves out."""
+    out: Path = args.out.expanduser().absolute()
+    if out.exists():
+        raise UserError("Folder exists", what=f"{out} exists.", fix="Choose a new name.")
+    recipe = _recipe(args.recipe)
+    tokenizer = ChatTokenizer.from_folder(resolve_model(recipe.model.id).folder, recipe.model.chat_template)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ProgressLine() as line:
+        prepared = prepare_dataset(recipe, tokenizer, lambda done: line.show(f"reading rows: {done.rows:,}"))
+    with new_draft(out.parent) as draft:
+        rows = write_rows(recipe, prepared, tokenizer.traits, draft)
+        exported = export_recipe(recipe, args.target, (TRAIN, VALIDATION) if rows.validation else (TRAIN,))
+        (draft / exported.name).write_text(exported.text, encoding="utf-8")
+        publish(draft, out)
+    if not args.json:
+        print(_account(rows, exported), file=sys.stderr)
+    data = {"path": str(out), **msgspec.to_builtins(rows), "left_out": msgspec.to_builtins(exported.left_out)}
+    return CommandResult(data, f"Wrote {out}. Train there: {_NEXT[args.target]}")
+
+
+def add_arguments(form: argparse.ArgumentParser) -> None:
+    """Add what `export recipe` takes."""
+    form.add_argument("recipe", metavar="RECIPE", help="a recipe.toml, or a run")
+    form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
+    form.add_argument(
+        "--as",
+        dest="target",
+        choices=tuple(_NEXT),
+        default="script",
+        help="script (default): a Python script with transformers, peft and trl; axolotl: its YAML",
+    )
+    add_json_argument(form)
+
+
+def _recipe(name: str) -> Recipe:
+    path = Path(name)
+    return build_recipe(file=path) if path.suffix == ".toml" else find_run(name).recipe()
+
+
+def _account(rows: WrittenRows, exported: ExportedRecipe) -> str:
+    """Return what was written and what was not, for people."""
+    lines = [f"{rows.train:,} samples to train on, {rows.validation:,} for validation."]
+    if rows.weighted:
+        lines.append("The weights of answers in the loss have no counterpart.")
+    if exported.left_out:
+        lines.append(f"Without a counterpart ({len(exported.left_out)}):")
+        lines += align_columns([[f"  {one.key}", format_value(one.value)] for one in exported.left_out])
+    return "\n".join(lines)
