@@ -89,21 +89,32 @@ def test_a_killed_prediction_goes_on_without_a_lost_or_doubled_row(
         predict(request, silent)
 
 
-def test_after_a_power_cut_the_output_is_whole_or_missing(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_after_a_cut_at_any_moment_the_same_command_ends_with_the_same_output(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    out = private_dir(tmp_path / "out") / "out.jsonl"
-    request = Prediction(run=str(run.path), file=str(a_file(tmp_path / "new.jsonl", 3)), out=str(out))
+    """Until it returns the output is whole or missing; then it is on the disk."""
+    monkeypatch.setattr(prediction, "_BATCH_ROWS", 2)
+    session = load_session(run_source(run))
+    monkeypatch.setattr(prediction, "_session", lambda request: session)
+    out = private_dir(tmp_path / "out") / f"out{suffix}"
+    request = Prediction(run=str(run.path), file=str(a_file(tmp_path / "new.jsonl", 5)), out=str(out))
     disk = Disk(out.parent)
     with monkeypatch.context() as watched:
         disk.watch(watched)
         predict(request, silent)
-    last = {}
+    last, resumed = {}, set()
     for _, mode in disk.cuts(tmp_path / "after"):
         after = tmp_path / "after" / out.name
-        last[mode] = after.read_text() if after.exists() else None
-        assert last[mode] in (None, out.read_text())
-    assert set(last.values()) == {out.read_text()}, "it is on the disk on return"
+        last[mode] = after.read_bytes() if after.exists() else None
+        assert last[mode] in (None, out.read_bytes())
+        if last[mode] is None:
+            private_dir(after.parent)
+            predicted = predict(msgspec.structs.replace(request, out=str(after)), silent)
+            resumed.add(predicted.resumed)
+            assert after.read_bytes() == out.read_bytes()
+    assert set(last.values()) == {out.read_bytes()}
+    assert {0, 5} <= resumed
     disk.close()
 
 
