@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from qlora_tui.data.decisions import Decision
 from qlora_tui.runs.task_metrics.decisions import (
+    MIN_FITTED_ROWS,
     Calibration,
     DecisionReport,
     FieldAccuracy,
@@ -29,8 +30,6 @@ from qlora_tui.runs.task_metrics.decisions import (
 from qlora_tui.runs.task_metrics.intervals import Interval, mean_interval, share_interval
 
 FOLDS = 5
-MIN_FITTED_ROWS = 20
-"""Rows below which nothing is fitted: the temperature stays 1."""
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Shares of right decisions for which a threshold is looked for."""
 _MIN_DECIDED = 10

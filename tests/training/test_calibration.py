@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from qlora_tui.data.decisions import Decision
-from qlora_tui.runs.task_metrics.decisions import Calibration, DecisionReport, decision_lines
+from qlora_tui.runs.task_metrics.decisions import (
+    MIN_FITTED_ROWS,
+    Calibration,
+    DecisionReport,
+    decision_lines,
+)
 from qlora_tui.training import calibration
-from qlora_tui.training.calibration import MIN_FITTED_ROWS, calibrate, calibration_error
+from qlora_tui.training.calibration import calibrate, calibration_error
 
 pytestmark = pytest.mark.slow
 

@@ -24,6 +24,8 @@ from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
 FILE = "decision.json"
 MOST_DECISIONS = 1000
 """Validation rows that are decided unless another number is asked for: more hardly change a calibration."""
+MIN_FITTED_ROWS = 20
+"""Rows below which no calibration is fitted: the temperature stays 1."""
 _VERSION = 1
 _MAX_BYTES = 1 << 24
 _SHOWN_CONFUSIONS = 10
@@ -152,7 +154,10 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
             "parentheses."
         )
     else:
-        yield f"{pluralize(report.rows, 'row')} are too few to calibrate probabilities."
+        yield (
+            f"{pluralize(report.rows, 'validation row')} are too few to calibrate probabilities: it takes "
+            f"{MIN_FITTED_ROWS}. Train with a larger data.validation_fraction."
+        )
     columns = (("base", report.base), ("adapter", report.before), ("calibrated", report.after))
     rows = [
         ("accuracy", *(_percent(each.accuracy) for _, each in columns)),
