@@ -214,16 +214,12 @@ class QloraApp(TerminalApp):
         return here if here.device.kind == "cpu" and self.memory_budget.is_assumed else None
 
     async def action_quit(self) -> None:
-        self.leave()
-
-    def leave(self, run: RunDir | None = None) -> None:
         """Exit at once. Nothing is lost: runs and exports continue, and the shell prints how to come back to
         them.
-
-        Args:
-            run: The run being watched.
         """
-        self.farewell = self.system_status.continues_without_app(run)
+        screen = self.screen_stack[0]
+        watched = screen.watched_run if isinstance(screen, WorkScreen) else None
+        self.farewell = self.system_status.continues_without_app(watched)
         self.exit()
 
     def on_load(self) -> None:

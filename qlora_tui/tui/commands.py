@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ class Command:
     """Label in the footer: one or two words."""
     help: str
     """One sentence for the palette and the help screen."""
+    group: str = ""
+    """Its heading in the help of its screen; empty if the screen has no groups."""
     footer: bool = True
     """Whether the footer shows it."""
     ends: bool = False
@@ -64,13 +66,15 @@ def _read() -> dict[str, tuple[Command, ...]]:
     sections = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     # The action of a command that does not name one; on a screen it has the command's name.
     actions = {"go": "app.go('{}')", "app": "app.{}"}
-    return {
-        section: tuple(
-            Command(**{"id": f"{section}.{name}", "action": actions.get(section, "{}").format(name), **row})
-            for name, row in rows.items()
-        )
-        for section, rows in sections.items()
-    }
+    commands: dict[str, tuple[Command, ...]] = {}
+    for section, rows in sections.items():
+        group, action = "", actions.get(section, "{}")
+        commands[section] = ()
+        for name, row in rows.items():
+            group = row.get("group", group)
+            usual = {"id": f"{section}.{name}", "action": action.format(name)}
+            commands[section] += (Command(**{**usual, **row, "group": group}),)
+    return commands
 
 
 _SECTIONS = _read()
@@ -92,6 +96,14 @@ SCREENS = (
 def screen_commands(name: str) -> tuple[Command, ...]:
     """Return the commands of a screen."""
     return _SECTIONS[name]
+
+
+def by_group(commands: Iterable[Command]) -> list[tuple[str, list[Command]]]:
+    """Return (group, commands) in the order in which the groups first occur."""
+    groups: dict[str, list[Command]] = {}
+    for command in commands:
+        groups.setdefault(command.group, []).append(command)
+    return list(groups.items())
 
 
 def commands_by_screen() -> list[tuple[str, tuple[Command, ...]]]:

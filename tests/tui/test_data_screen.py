@@ -376,12 +376,12 @@ async def test_a_key_leaves_bad_rows_out_and_takes_it_back(model: str, here: Pat
     app = data_app(model, "tickets.jsonl")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(
-            pilot, "✗ Not valid JSON: 1 row, run blocked", "▸ [m] leave 1 bad row out", "d skip bad rows"
+            pilot, "✗ Not valid JSON: 1 row, run blocked", "▸ [m] leave 1 bad row out", "X skip bad rows"
         )
-        await pilot.press("d")
+        await pilot.press("X")
         await wait_for_text(pilot, "⚠ Not valid JSON: 1 row, left out", "Runs will leave out 1 bad row.")
         app.clear_notifications()
-        await wait_for_text(pilot, "d refuse bad rows")
+        await wait_for_text(pilot, "X refuse bad rows")
         assert app.workbench.recipe.data.bad_rows == "skip"
         await pilot.press("n")
         await wait_for_text(pilot, "This row is left out.", "⚠ Not valid JSON")

@@ -20,6 +20,7 @@ from qlora_tui.tui.widgets.bars import CommandFooter, TopBar
 
 if TYPE_CHECKING:
     from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.runs.directory import RunDir
     from qlora_tui.tui.app import QloraApp
     from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
@@ -102,6 +103,11 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         default one.
         """
         return ""
+
+    @property
+    def watched_run(self) -> RunDir | None:
+        """The run that the screen watches, if it watches one."""
+        return None
 
     def command_label(self, command_id: str) -> str:
         """Return what the footer calls a command of this screen now; empty for its usual name."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -18,7 +18,15 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from qlora_tui.tui.command_palette import works
-from qlora_tui.tui.commands import COMMANDS, EVERYWHERE, SCREENS, Command, commands_by_screen, screen_commands
+from qlora_tui.tui.commands import (
+    COMMANDS,
+    EVERYWHERE,
+    SCREENS,
+    Command,
+    by_group,
+    commands_by_screen,
+    screen_commands,
+)
 from qlora_tui.tui.key_names import bare_key, dialog_keys, highlight_keys, name_keys, short_keys
 from qlora_tui.tui.widgets.controls import Drawing, ViScroll
 
@@ -32,9 +40,12 @@ _KEYMAP_TEXT = (
 _KEY_STYLE = "bold $key"
 _BRIEF = ("palette", "keys", "presets", "undo", "redo", "settings", "check_machine", "quit")
 """The app's own commands that a screen's help lists; F1 shows the others."""
+_Row: TypeAlias = tuple[tuple[str, ...], str]
+"""The cells before a sentence, and the sentence."""
+_Groups: TypeAlias = Sequence[tuple[str, Sequence[Command]]]
 _LEAST_SENTENCE = 16
-_MOST_KEYS = 15
-"""Maximum number of commands in a column; the next column takes the rest."""
+_COLUMN_CELLS = 50
+"""Approximate width of one of two columns, in cells."""
 
 
 class HelpScreen(ModalScreen[None]):
@@ -70,18 +81,30 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
     """
     entry = next(entry for entry in SCREENS if entry.name == name)
     offered = [each for each in screen_commands(name) if entry.is_modal or works(app, app.screen, each)]
-    words = _text(partial(_sentences, "On the screen", words_of(name, state)))
-    parts = [offered[start : start + _MOST_KEYS] for start in range(0, len(offered), _MOST_KEYS)]
-    headings = ("Keys", *["More keys"] * len(parts))
-    keys = [_text(partial(_key_sentences, *each)) for each in zip(headings, parts, strict=False)]
+    terms = words_of(name, state)
+    words = _text(partial(_sentences, "On the screen", terms))
+    groups = [(heading or "Keys", commands) for heading, commands in by_group(offered)]
     if entry.is_modal:
-        return HelpScreen(entry.label, [*keys, words])
-    return HelpScreen(entry.label, keys[:1], [*keys[1:], words, _text(_everywhere)])
+        return HelpScreen(entry.label, [_text(partial(_key_sentences, groups)), words])
+
+    # Each of the three parts of the second column has an empty line below it.
+    below = len(_sentences("", terms, _COLUMN_CELLS)) + len(_everywhere(_COLUMN_CELLS)) + 2
+
+    def height(first: int) -> int:
+        """Return about how many lines the higher column has, if it begins with this many groups."""
+        left, right = (len(_key_sentences(part, _COLUMN_CELLS)) for part in (groups[:first], groups[first:]))
+        return max(left, right + below)
+
+    first = min(range(1, len(groups) + 1), key=height)
+    parts = [
+        [_text(partial(_key_sentences, part))] if part else [] for part in (groups[:first], groups[first:])
+    ]
+    return HelpScreen(entry.label, parts[0], [*parts[1], words, _text(_everywhere)])
 
 
 def all_keys_screen() -> HelpScreen:
     """Return every key of every screen, with the names of the commands."""
-    tables = [partial(_key_sentences, *each, with_names=True) for each in commands_by_screen()]
+    tables = [partial(_key_sentences, [each], with_names=True) for each in commands_by_screen()]
     return HelpScreen("all keys", [Static(highlight_keys(_KEYMAP_TEXT)), *map(_text, tables)])
 
 
@@ -100,14 +123,18 @@ def words_of(name: str, state: str) -> dict[str, str]:
 
 
 def _sentences(heading: str, words: dict[str, str], width: int) -> list[Content]:
-    return _table(heading, [(word,) for word in words], "bold", list(map(name_keys, words.values())), width)
+    rows = [((word,), name_keys(sentence)) for word, sentence in words.items()]
+    return _tables([(heading, rows)], "bold", width)
 
 
-def _key_sentences(
-    heading: str, commands: Sequence[Command], width: int, *, with_names: bool = False
-) -> list[Content]:
-    rows = [(short_keys(each.id), each.id) if with_names else (short_keys(each.id),) for each in commands]
-    return _table(heading, rows, _KEY_STYLE, [command.help for command in commands], width)
+def _key_sentences(groups: _Groups, width: int, *, with_names: bool = False) -> list[Content]:
+    """Return the commands of each group below its heading, with the name of each or without."""
+
+    def row(command: Command) -> _Row:
+        names = (command.id,) if with_names else ()
+        return (short_keys(command.id), *names), command.help
+
+    return _tables([(heading, list(map(row, commands))) for heading, commands in groups], _KEY_STYLE, width)
 
 
 def _everywhere(width: int) -> list[Content]:
@@ -125,21 +152,27 @@ def _everywhere(width: int) -> list[Content]:
     return [*lines, line]
 
 
-def _table(
-    heading: str, rows: Sequence[tuple[str, ...]], style: str, sentences: Sequence[str], width: int
-) -> list[Content]:
-    """Return rows of cells. The first is styled, and each row has a sentence that wraps below itself.
+def _tables(tables: Sequence[tuple[str, Sequence[_Row]]], style: str, width: int) -> list[Content]:
+    """Return rows of cells below headings. The first cell is styled, and each row has a sentence that wraps
+    below itself. The cells of all tables are aligned.
 
     Written by hand: a Rich table takes longer to draw than the rest of the page takes to open.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [Content.styled(heading, "bold")]
-    for cells, sentence in zip(rows, sentences, strict=True):
-        first, *others = (f"{cell:<{cell_width}}  " for cell, cell_width in zip(cells, widths, strict=True))
-        head = Content.assemble((first, style), *others)
-        indent = " " * head.cell_length
-        pieces = wrap(sentence, max(_LEAST_SENTENCE, width - head.cell_length))
-        lines += [
-            (Content(indent) if number else head) + highlight_keys(each) for number, each in enumerate(pieces)
-        ]
+    cells_of_all = [cells for _, rows in tables for cells, _ in rows]
+    widths = [max(map(len, column)) for column in zip(*cells_of_all, strict=True)]
+    lines: list[Content] = []
+    for heading, rows in tables:
+        lines += [Content("")] if lines else []
+        lines.append(Content.styled(heading, "bold"))
+        for cells, sentence in rows:
+            first, *others = (
+                f"{cell:<{cell_width}}  " for cell, cell_width in zip(cells, widths, strict=True)
+            )
+            head = Content.assemble((first, style), *others)
+            indent = " " * head.cell_length
+            pieces = wrap(sentence, max(_LEAST_SENTENCE, width - head.cell_length))
+            lines += [
+                (Content(indent) if number else head) + highlight_keys(each)
+                for number, each in enumerate(pieces)
+            ]
     return lines

@@ -140,6 +140,10 @@ class TrainScreen(EvaluationActions):
         self.poll_now()
 
     @property
+    def watched_run(self) -> RunDir | None:
+        return self.run
+
+    @property
     def run(self) -> RunDir | None:
         """The run being watched; None while the next run is prepared."""
         return self._follower.run if self._follower else None
@@ -444,9 +448,6 @@ class TrainScreen(EvaluationActions):
         self._stop_watching()
         self._is_pinned = True
         self.show_recipe(self.app.workbench.recipe)
-
-    def action_detach(self) -> None:
-        self.app.leave(self.run)
 
     def action_next_tab(self, places: int) -> None:
         """Show the next tab below the graph. Before a run, switch between recipe and checks."""
