@@ -95,6 +95,8 @@ class RunSummary:
     """Remaining time of an active run at its pace; None otherwise."""
     energy: str = ""
     """``0.42 kWh, 3.1 tokens/J``; empty if unknown."""
+    failure: str = ""
+    """What a failure is called, such as ``Out of memory``; empty otherwise."""
     fix: str = ""
     """The suggested fix of a failure, in a sentence; empty otherwise."""
     defect: ResultDefect | None = None
@@ -226,6 +228,7 @@ def summarize(run: RunDir) -> RunSummary:
         peak_bytes=None if view.memory is None else view.memory.measured_bytes,
         seconds_left=view.seconds_left,
         energy=format_energy(ending) if isinstance(ending, Finished) else "",
+        failure=ending.title if isinstance(ending, Failed) else "",
         fix=ending.fix if isinstance(ending, Failed) else "",
         defect=find_defect(view),
         verdict=find_verdict(view, recipe),

@@ -39,8 +39,12 @@ class Column(Generic[Row]):
     """Spaces before it, unless it is the first."""
     shown_from: int = 0
     """Width of the line, in cells, from which the column is shown."""
+    dropped: int = 0
+    """Its place in the order in which columns are left out if all are too wide together; 0 is never."""
     shown_if_empty: bool = True
     """Whether the column is shown if it is empty in every row."""
+    shown_if_same: bool = True
+    """Whether the column is shown if several rows have the same text and none another."""
     shorter: Callable[[str, int], str] | None = None
     """Shortens a string to a width, in characters, instead of ``cut_range``."""
 
@@ -53,13 +57,10 @@ def table(
 
     Texts that are too long are cut where they tell the least (``cut_range``).
     """
-    columns = [
-        column
-        for column in columns
-        if width >= column.shown_from and (column.shown_if_empty or any(map(column.text, rows)))
-    ]
+    columns = [column for column in columns if width >= column.shown_from and _tells(column, rows)]
     texts = [[_on_one_line(column.text(row)) for row in rows] for column in columns]
     widths = [_width(column, cells) for column, cells in zip(columns, texts, strict=True)]
+    columns, texts, widths = _fitting(columns, texts, widths, width)
     gaps = [column.gap if number else 0 for number, column in enumerate(columns)]
     for number, column in enumerate(columns):
         left = width - sum(gaps) - sum(widths) + widths[number]
@@ -93,6 +94,32 @@ def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[C
     cells = head.cell_length
     first, *others = text.wrap(max(least, width - cells)) or [Content("")]
     return [head + first, *(Content(" " * cells) + other for other in others)]
+
+
+def _tells(column: Column[Row], rows: Sequence[Row]) -> bool:
+    """Return whether the texts of a column tell the user anything."""
+    if column.shown_if_empty and column.shown_if_same:
+        return True
+    texts = {str(column.text(row)) for row in rows}
+    return (column.shown_if_empty or any(texts)) and (column.shown_if_same or len(texts) > 1 or len(rows) < 2)
+
+
+def _fitting(
+    columns: Sequence[Column[Row]],
+    texts: Sequence[list[str | Content]],
+    widths: Sequence[int],
+    width: int,
+) -> tuple[list[Column[Row]], list[list[str | Content]], list[int]]:
+    """Leave out columns until the others fit, those that shrink at their least width."""
+    kept = list(zip(columns, texts, widths, strict=True))
+
+    def least_width() -> int:
+        least = (min(cells, c.min_width) if c.shrinks or c.fills else cells for c, _, cells in kept)
+        return sum(least) + sum(column.gap for column, _, _ in kept[1:])
+
+    while least_width() > width and (droppable := [each for each in kept if each[0].dropped]):
+        kept.remove(min(droppable, key=lambda each: each[0].dropped))
+    return [c for c, _, _ in kept], [cells for _, cells, _ in kept], [cells for _, _, cells in kept]
 
 
 def _width(column: Column[Row], texts: Sequence[str | Content]) -> int:

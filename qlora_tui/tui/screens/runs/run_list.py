@@ -44,7 +44,6 @@ from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.run_summary import WORSE, RunSummary, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
-from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import (
@@ -84,8 +83,8 @@ def best_loss(summary: RunSummary) -> str:
     return f"{format_loss(loss)}{mark}"
 
 
-_MIN_ENDING = 24
-"""Minimum space at the end of a line, in cells, to show how a run ended."""
+_MIN_REASON, _MAX_REASON = 24, 40
+"""Width of why a run ended, in cells."""
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
 """Matches the end of a generated name such as ``owls-20261130-0752-2``."""
 _HEAD = 15
@@ -99,18 +98,26 @@ def short_name(name: str, width: int) -> str:
     return shorten_name(name.removesuffix(kept), width - len(kept)) + kept
 
 
+def reason(summary: RunSummary) -> Content:
+    """Return in a few words why the run ended, or what it waits for; empty if all steps were done."""
+    if summary.failure:
+        return Content(summary.failure)
+    text = summary.status.detail.replace("\n", " ")
+    return Content.styled("" if text == ALL_STEPS_DONE else text, "dim")
+
+
 _COLUMNS: tuple[Column[RunSummary], ...] = (
     Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
-    Column(title="run", text=lambda s: s.name, shrinks=True, min_width=10, shorter=short_name),
-    Column(title="model", text=lambda s: s.model, max_width=24, shown_from=112),
-    Column(title="data", text=lambda s: s.data, max_width=24, shown_from=180),
-    Column(title="settings", text=lambda s: s.settings, max_width=22, shown_from=112),
+    Column(title="run", text=lambda s: s.name, shrinks=True, min_width=19, shorter=short_name),
+    Column(title="model", text=lambda s: s.model, max_width=24, dropped=3, shown_if_same=False),
+    Column(title="data", text=lambda s: s.data, max_width=24, dropped=2, shown_if_same=False),
+    Column(title="settings", text=lambda s: s.settings, max_width=22, dropped=6),
     Column(
         title="steps",
         text=lambda s: format_progress(s.step, s.total_steps) if s.total_steps else "",
         max_width=13,
         right=True,
-        shown_from=130,
+        dropped=4,
     ),
     Column(title="★ val", text=best_loss, max_width=_LOSS_WIDTH, right=True),
     Column(
@@ -119,25 +126,33 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         right=True,
         shown_if_empty=False,
     ),
-    Column(title="loss", text=lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else ""),
+    Column(title="loss", text=lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else "", dropped=7),
     Column(
         title="trained",
         text=lambda s: "" if s.seconds is None else format_duration(s.seconds),
         max_width=11,
         right=True,
-        shown_from=WIDE_CELLS,
+        dropped=5,
     ),
     Column(
         title="mean tok/s",
         text=lambda s: "" if s.tokens_per_s is None else format_speed(s.tokens_per_s),
         right=True,
-        shown_from=150,
+        dropped=1,
     ),
     Column(
         title="memory",
         text=lambda s: "" if s.peak_bytes is None else format_bytes(s.peak_bytes),
         right=True,
-        shown_from=150,
+        dropped=1,
+    ),
+    Column(
+        title="reason",
+        text=reason,
+        shrinks=True,
+        min_width=_MIN_REASON,
+        max_width=_MAX_REASON,
+        shown_if_empty=False,
     ),
 )
 """Columns after a run's state."""
@@ -243,19 +258,11 @@ class RunTable(LineView):
     def _draw(self) -> list[Content]:
         width = self.scrollable_content_region.width
         head = Column[RunSummary](text=self._head, width=_HEAD)
-        end = Column[RunSummary](text=lambda row: "", width=0)
-        titles, *lines = table((head, *_COLUMNS, end), self._rows, width, title_style="")
+        titles, *lines = table((head, *_COLUMNS), self._rows, width, title_style="")
         if lines:
             titles = titles.pad_right(lines[0].cell_length - titles.cell_length)
-        for number, row in enumerate(self._rows):
-            line = lines[number]
-            room = width - line.cell_length
-            if room >= _MIN_ENDING:
-                ended = Content(row.status.detail.replace("\n", " ")).truncate(room, ellipsis=True)
-                line += ended.stylize("dim")
-            if number == self._cursor:
-                line = cursor_row(self, line, width) if self.has_focus else line.stylize("bold")
-            lines[number] = line
+            line = lines[self._cursor]
+            lines[self._cursor] = cursor_row(self, line, width) if self.has_focus else line.stylize("bold")
         return [titles.stylize("dim"), *lines]
 
     def _head(self, row: RunSummary) -> Content:
@@ -304,12 +311,17 @@ class RunFiles:
         )
 
 
+def can_be_used(files: RunFiles | None) -> bool:
+    """Return whether the run has saved something to chat with, export or compare; True until it is known."""
+    return files is None or bool(files.checkpoints) or files.has_adapter
+
+
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
     """Return the panel's keys, each with a verb. For an active run, chat and export use the last checkpoint.
 
     A run that ended before saving anything cannot be used for chat or export.
     """
-    if files is not None and not (files.checkpoints or files.has_adapter):
+    if not can_be_used(files):
         return (("runs.open", "open"),)
     step = f" step {files.checkpoints[-1]:,}" if files is not None and files.checkpoints else ""
     if summary.status.state not in ACTIVE:
@@ -330,7 +342,7 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
         facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
     if summary.energy:
         facts.append(summary.energy)
-    second = ending(summary)
+    second = Content("  ").join(ending(summary))
     if summary.verdict is not None and summary.defect is None and summary.status.state == "finished":
         second = Content(summary.verdict.sentence)
     if exports:
@@ -338,24 +350,28 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
     return [Content(" · ".join(facts)), second]
 
 
-def ending(summary: RunSummary, *, beside_verdict: bool = False) -> Content:
-    """Return why the run ended and what is wrong with its result; empty if there is nothing to report.
+def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content]:
+    """Return why the run ended, what is wrong with its result, and what to do; empty if there is nothing to
+    report.
 
     ``beside_verdict``: whether the verdict, which has the losses before and after training, is shown too.
     """
     text = summary.status.detail.replace("\n", " ")
     if summary.defect is not None:
         text = "" if text == ALL_STEPS_DONE else capitalize(text)
-    detail = Content.styled(text, "dim")
+    detail = Content.styled(text, "" if summary.failure else "dim").stylize(
+        "bold $error", 0, len(summary.failure)
+    )
     is_said = beside_verdict and summary.verdict is not None
     wrong = (
         summary.defect.sentence if summary.defect and not (is_said and summary.defect.word == WORSE) else ""
     )
-    fix = Content.assemble(("  ▸ ", "$primary"), summary.fix) if summary.fix else Content("")
-    resume = ""
+    lines = [Content.assemble((f"{wrong} " if wrong else "", "$error"), detail)] if wrong or text else []
+    if summary.fix:
+        lines.append(Content.assemble(("▸ ", "$primary"), summary.fix))
     if summary.status.state in RESUMABLE:
-        resume = f"  {key_name('runs.resume')} resumes it."
-    return Content.assemble((f"{wrong} " if wrong else "", "$error"), detail, fix, highlight_keys(resume))
+        lines.append(highlight_keys(f"{key_name('runs.resume')} resumes it."))
+    return lines
 
 
 def result_lines(summary: RunSummary, now: float, width: int, answers: str = "") -> list[Content]:

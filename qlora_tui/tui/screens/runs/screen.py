@@ -39,6 +39,7 @@ from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.screens.runs.run_list import (
     RunFiles,
     RunTable,
+    can_be_used,
     detail_lines,
     ending,
     files_lines,
@@ -124,7 +125,7 @@ class RunsScreen(EvaluationActions):
                 id="run-panel",
             )
             with VerticalScroll(id="preview-side", can_focus=False):
-                yield Panel("Result", Lines(id="run-result"), keys=(("runs.evaluate", "compare answers"),))
+                yield Panel("Result", Lines(id="run-result"), id="result-panel")
                 yield Panel("Settings", Lines(id="run-settings"), keys=(("runs.rerun", "rerun"),))
                 yield Panel(
                     "Files",
@@ -158,6 +159,8 @@ class RunsScreen(EvaluationActions):
             return self.current is not None and self._is_waiting(self.current)
         if action == "resume":
             return self.current is not None and self.current.status.state in RESUMABLE
+        if action in ("chat", "export", "evaluate", "card"):
+            return self.current is not None and can_be_used(self._known_files)
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
             return bool(self.app.deleted_runs)
@@ -237,8 +240,9 @@ class RunsScreen(EvaluationActions):
         """Refresh the footer if the keys that work have changed."""
         current = self.current
         waits = current is not None and self._is_waiting(current)
-        if waits != self._footer_key:
-            self._footer_key = waits
+        key = waits, can_be_used(self._known_files)
+        if key != self._footer_key:
+            self._footer_key = key
             self.refresh_bindings()
 
     def _show_title(self, shown: int, total: int, *, any_unmeasured: bool) -> None:
@@ -274,15 +278,18 @@ class RunsScreen(EvaluationActions):
             self._show_preview(self.current)
 
     def _show_preview(self, summary: RunSummary) -> None:
-        files = self._files[1] if self._files else None
+        files = self._known_files
+        self._refresh_footer()
         is_short = not self.query_one("#preview-side").display
         panel = self.query_one("#run-panel", Panel)
         panel.show_title(preview_title(summary))
         panel.show_keys(run_keys(summary, files))
+        compare = (("runs.evaluate", "compare answers"),) if can_be_used(files) else ()
+        self.query_one("#result-panel", Panel).show_keys(compare)
         if is_short:
             detail = detail_lines(summary, files.exports if files else ())
         else:
-            detail = [ending(summary, beside_verdict=True)]
+            detail = ending(summary, beside_verdict=True)
         self._show("run-detail", detail)
         self.query_one("#run-detail").display = any(detail) or is_short
         self.query_one("#run-graph", Drawing).show(partial(plot, summary_plot(summary)))
@@ -294,6 +301,11 @@ class RunsScreen(EvaluationActions):
             self._show("run-settings", settings_lines(files.recipe, width))
             self._show("run-files", files_lines(summary, files, width))
             self._show("run-log", log_lines(files))
+
+    @property
+    def _known_files(self) -> RunFiles | None:
+        """The files of the run under the cursor, once they were read."""
+        return self._files[1] if self._files and self.current and self._files[0] == self.current.id else None
 
     def _show(self, name: str, lines: list[Content]) -> None:
         self.query_one(f"#{name}", Lines).show(lines)
