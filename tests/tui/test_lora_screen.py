@@ -130,7 +130,7 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
         await wait_for_text(pilot, "✗ It must be a whole number from 1 to 1,024.")
         await pilot.press(*["backspace"] * 2, "enter")
         # 24 more on 3 modules, in 576 and out 576.
-        await wait_for_text(pilot, "◆▇◆▇▇◆▇▃▃", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
+        await wait_for_text(pilot, "◆◆━◆━━━━", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
         assert app.workbench.recipe.lora.rank_pattern == {"0-2.q_proj": 40}
         await pilot.press("E", *"64", "enter")
         await wait_until(pilot, lambda: app.workbench.recipe.lora.alpha_pattern == {"2.q_proj": 64.0})

@@ -55,6 +55,8 @@ _MIN_NAME = 9
 _MIN_BAR = 4
 """Width below which a bar shows nothing, in cells."""
 _ASSUMED = " (assumed)"
+THIS_CPU = "This CPU:"
+"""Before the memory of a run on this machine, next to estimates for a GPU that it does not have."""
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 SIGNS: dict[State, tuple[str, str]] = {
     "queued": ("◌", "dim"),
@@ -158,10 +160,16 @@ def needed_words(verdict: Verdict) -> str:
     return f"{'' if verdict.is_exact else INSTANT}{format_bytes(verdict.needed_bytes)}"
 
 
+def fit_sign(verdict: Verdict) -> Content:
+    """Return ``✗`` for a table: only what may not fit has a sign and a color."""
+    return Content(" ") if verdict.word == "fits" else verdict_sign(verdict)
+
+
 def fit_figure(verdict: Verdict, *, is_current: bool = False) -> Content:
-    """Return ``~13.1 GiB ✗`` for a table: only what may not fit has a sign and a color."""
-    sign, style = (" ", "") if verdict.word == "fits" else _VERDICTS[verdict.word]
-    return Content.styled(f"{needed_words(verdict)} {sign}", f"bold {style}" if is_current else style)
+    """Return ``~13.1 GiB ✗`` for a table, with the sign of ``fit_sign`` and its color."""
+    style = "" if verdict.word == "fits" else _VERDICTS[verdict.word][1]
+    figure = Content.assemble(f"{needed_words(verdict)} ", fit_sign(verdict).plain)
+    return figure.stylize(f"bold {style}" if is_current else style)
 
 
 def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
@@ -223,15 +231,14 @@ class FitLine:
 
 def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:
     """Return ``This CPU: ~1.0 of 23.5 GiB fits``, next to estimates for a GPU that is not here."""
-    return FitLine("This CPU:", verdict, can_train=can_train)
+    return FitLine(THIS_CPU, verdict, can_train=can_train)
 
 
-def recipe_fit(workbench: Workbench, budget: MemoryBudget, *, with_precision: bool) -> FitLine | None:
+def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> FitLine | None:
     """Return the memory of the recipe being edited; None if it cannot be estimated."""
     compared, precision = workbench.comparison(budget.device), precision_of(workbench.recipe)
     if isinstance(compared, UserError):
         return None
-    label = PRECISION_NAMES[precision] if with_precision else ""
     return FitLine(
         label,
         check_fit(compared[precision], budget.bytes),

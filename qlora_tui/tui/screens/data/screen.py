@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -453,7 +454,8 @@ class DataScreen(WorkScreen):
             place = self.path, self.row
             panel = self.query_one(SamplePanel)
             width = panel.size.width - TITLE_FRAME
-            panel.show_title(row_title(place, self.report, self.shown, self._request.data, width))
+            title = partial(row_title, place, self.report, self.shown, self._request.data, width)
+            panel.show_title(title(has_heading=panel.has_columns))
 
     # The whole source
 
@@ -519,7 +521,7 @@ class DataScreen(WorkScreen):
     @property
     def _fit(self) -> Content | None:
         """The memory of the recipe, if known, since the header does not show it on this screen."""
-        fit = recipe_fit(self.app.workbench, self.app.run_budget, with_precision=False)
+        fit = recipe_fit(self.app.workbench, self.app.run_budget)
         return None if fit is None else fit.draw(0)
 
     def _clear_figures(self) -> None:

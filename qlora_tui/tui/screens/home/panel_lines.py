@@ -318,7 +318,7 @@ def recipe_lines(
 
     ``refusal``: why the model cannot be trained.
     """
-    recipe, fit = workbench.recipe, recipe_fit(workbench, budget, with_precision=False)
+    recipe, fit = workbench.recipe, recipe_fit(workbench, budget)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
     memory: list[Content] = []
     if fit is not None:

@@ -41,7 +41,14 @@ from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import fit_figure, recipe_fit, verdict_legend, verdict_words
+from qlora_tui.tui.render.labels import (
+    PRECISION_NAMES,
+    THIS_CPU,
+    fit_figure,
+    recipe_fit,
+    verdict_legend,
+    verdict_words,
+)
 from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
 from qlora_tui.tui.widgets.controls import ViList
@@ -283,12 +290,20 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
     return saved * SAVED_BYTES
 
 
-def adapter_title(workbench: Workbench, budget: MemoryBudget, width: int) -> Content:
-    """Return ``Adapter  NF4 6.3 of 12.0 GiB fits``: the recipe's total memory, if its model is known."""
-    fit = recipe_fit(workbench, budget, with_precision=True)
+def adapter_title(
+    workbench: Workbench, budget: MemoryBudget, cpu_budget: MemoryBudget | None, width: int
+) -> Content:
+    """Return ``Adapter  NF4 6.3 of 12.0 GiB fits``: the recipe's total memory, if its model is known.
+
+    ``cpu_budget``: this machine's CPU, if ``budget`` is a GPU that it does not have.
+    """
+    fit = recipe_fit(workbench, budget, PRECISION_NAMES[precision_of(workbench.recipe)])
     if fit is None:
         return Content("Adapter")
-    return Content("Adapter  ") + fit.draw(width, max_bar=0).stylize_before("not bold $foreground")
+    here = None if cpu_budget is None else recipe_fit(workbench, cpu_budget, THIS_CPU)
+    also = Content("") if here is None else Content("   ") + here.draw(0)
+    line = fit.draw(width - also.cell_length, max_bar=0) + also
+    return Content("Adapter  ") + line.stylize_before("not bold $foreground")
 
 
 def adapter_text(

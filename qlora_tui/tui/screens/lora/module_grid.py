@@ -22,10 +22,11 @@ from textual.widget import Widget
 
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_count, shorten_name
+from qlora_tui.formatting import format_count, format_percent, shorten_name
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
-from qlora_tui.tui.render.plot import join_cells
+from qlora_tui.tui.breakpoints import WIDE_CELLS
+from qlora_tui.tui.render.plot import bar, join_cells
 from qlora_tui.tui.widgets.controls import ROW_KEYS, cursor_style
 
 ALL, SOME, NONE = "all", "some", "none"
@@ -128,8 +129,7 @@ def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozense
 
 
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
-CELLS = {ALL: "▇", SOME: "▒", NONE: "·"}
-_LEVELS = "▁▂▃▄▅▆▇"
+CELLS = {ALL: "━", SOME: "╌", NONE: "·"}
 CUSTOM = "◆"
 """Marks a selected module with its own rank or alpha."""
 HEAD = -1
@@ -139,6 +139,8 @@ _BOX_CELLS = 4
 """Width of ``[x] `` before a kind's name, in cells."""
 _TRAINED_CELLS = 7
 """Width of the number of trained parameters after a kind's shape, in cells."""
+_SHARE_CELLS, _BAR_CELLS = 6, 16
+"""Width of a kind's share of the trained parameters, and of its bar in a wide window, in cells."""
 _GAP_CELLS = 7
 """Gap before the layers, in cells; the word ``layer`` is above it."""
 _PALEST, _BRIGHTEST_RANK = 40, 256
@@ -183,8 +185,8 @@ class ModuleGrid(Widget, can_focus=True):
         self._table: ModuleTable | None = None
         self._chosen: frozenset[str] = frozenset()
         self._lora = Lora()
-        self._most: int | None = None
-        """The most parameters that a layer of a kind trains; None until they are counted."""
+        self._trained: Sequence[int] = ()
+        """Trained parameters by row; empty until they are counted."""
         self._row = 0
         self._column = HEAD
         self._block_from: tuple[int, int] | None = None
@@ -199,7 +201,7 @@ class ModuleGrid(Widget, can_focus=True):
             self.styles.max_height = len(table.rows) + 1
             self.refresh(layout=True)
         if (table, chosen, lora) != (self._table, self._chosen, self._lora):
-            self._table, self._chosen, self._lora, self._most = table, chosen, lora, None
+            self._table, self._chosen, self._lora, self._trained = table, chosen, lora, ()
             self.refresh()
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
@@ -296,7 +298,12 @@ class ModuleGrid(Widget, can_focus=True):
         assert self._table is not None
         names = max(len(row.name) for row in self._table.rows)
         shapes = max(len(row.shape) for row in self._table.rows)
-        return _BOX_CELLS + min(names, LONGEST_KIND) + 1 + shapes + 1 + _TRAINED_CELLS + _GAP_CELLS
+        cells = _BOX_CELLS + min(names, LONGEST_KIND) + 1 + shapes + 1 + _TRAINED_CELLS + _SHARE_CELLS
+        return cells + self._bar_cells + _GAP_CELLS
+
+    @property
+    def _bar_cells(self) -> int:
+        return _BAR_CELLS if self.app.size.width >= WIDE_CELLS else 0
 
     def _first_row(self) -> int:
         """Return the first visible row, such that the cursor's row is in view."""
@@ -314,7 +321,8 @@ class ModuleGrid(Widget, can_focus=True):
             text = f"{text[: len(shown) - 1]:<{len(shown) - 1}}→"
         if shown.start:
             text = f"←{text[1:]}"
-        trained = f" {'trainable':>{_TRAINED_CELLS}}{' layer':<{_GAP_CELLS}}"
+        share = f"{'share':>{_SHARE_CELLS}}{'':<{self._bar_cells}}"
+        trained = f" {'trains':>{_TRAINED_CELLS}}{share}{' layer':<{_GAP_CELLS}}"
         label = f"{'module':<{self._head_width - len(trained)}}{trained}"
         return Content.styled(label + text, "$text-muted")
 
@@ -322,24 +330,45 @@ class ModuleGrid(Widget, can_focus=True):
         assert self._table is not None
         row = self._table.rows[index]
         here = index == self._row
-        head = self._head(row)
         is_under_cursor = here and self._column == HEAD and self.has_focus
         head_style = cursor_style(self) if is_under_cursor else "bold" if here else ""
-        pieces: list[tuple[str, str]] = [(head, head_style), (" " * _GAP_CELLS, "")]
+        pieces: list[tuple[str, str]] = [
+            (self._head(index), head_style),
+            (self._share_bar(index), "$secondary"),
+            (" " * _GAP_CELLS, ""),
+        ]
         for place, column in enumerate(shown):
             width = self._starts[place + 1] - self._starts[place]
             pieces.append(self._cell(row.cells[column], index, column, width))
         return join_cells(pieces)
 
-    def _head(self, row: ModuleRow) -> str:
+    def _head(self, index: int) -> str:
+        """Return the check box, kind and shape of a row, its trained parameters, and their share of all."""
         assert self._table is not None
-        chosen = [module for module in row.modules if module.name in self._chosen]
-        trained = format_count(adapter_parameters(chosen, self._lora)) if chosen else "–"
+        row, trained = self._table.rows[index], self._trained_by_row()
         names = min(max(len(row.name) for row in self._table.rows), LONGEST_KIND)
         name = shorten_name(row.name, names)
         shapes = max(len(row.shape) for row in self._table.rows)
         box = BOXES[state(row.modules, self._chosen)]
-        return f"{box} {name:<{names}} {row.shape:>{shapes}} {trained:>{_TRAINED_CELLS}}"
+        count, share = "–", ""
+        if trained[index]:
+            count, share = format_count(trained[index]), format_percent(trained[index] / sum(trained[1:]))
+        return f"{box} {name:<{names}} {row.shape:>{shapes}} {count:>{_TRAINED_CELLS}}{share:>{_SHARE_CELLS}}"
+
+    def _share_bar(self, index: int) -> str:
+        """Return a bar for the trained parameters of a kind, which fills its width for the largest kind."""
+        _, *of_kinds = trained = self._trained_by_row()
+        most, cells = max(of_kinds, default=0), max(0, self._bar_cells - 1)
+        drawn = bar(trained[index] / most, cells).rstrip("░") if most and index else ""
+        return f" {drawn:<{cells}}"[: self._bar_cells]
+
+    def _trained_by_row(self) -> Sequence[int]:
+        if not self._trained and self._table is not None:
+            self._trained = [
+                adapter_parameters((m for m in row.modules if m.name in self._chosen), self._lora)
+                for row in self._table.rows
+            ]
+        return self._trained
 
     def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int, width: int) -> tuple[str, str]:
         """Return one layer of a kind, in the color of its rank, with a sign if it has its own rank."""
@@ -347,22 +376,11 @@ class ModuleGrid(Widget, can_focus=True):
         if cell:
             mark = state(cell, self._chosen)
             text, style = CELLS[mark] * width, "$text-muted"
-            if mark == ALL:
-                text = self._level(cell) * width
             if mark != NONE:
                 style = rank_style(max(rank_of(self._lora, module) for module in cell))
             if mark == ALL and has_custom_rank(cell, self._lora):
                 text = CUSTOM + text[1:]
         return text, self._cursor_style(row, column) or style
-
-    def _level(self, cell: tuple[LinearModule, ...]) -> str:
-        """Return a block as high as the cell's share of the most parameters that a layer of a kind trains."""
-        assert self._table is not None
-        if self._most is None:
-            cells = [cell for row in self._table.rows[1:] for cell in row.cells]
-            self._most = max((adapter_parameters(cell, self._lora) for cell in cells), default=1)
-        share = adapter_parameters(cell, self._lora) / max(1, self._most)
-        return _LEVELS[min(len(_LEVELS) - 1, int(share * len(_LEVELS)))]
 
     def _cursor_style(self, row: int, column: int) -> str:
         if not self.has_focus or self._column == HEAD:

@@ -130,10 +130,7 @@ class LoraScreen(WorkScreen):
         self.query_one(ModelProblem).show(missing)
         self.set_class(missing is not None, "-no-model")
         text = ", ".join(recipe.lora.target_modules)
-        legend = "   bars: parameters in each layer" if self.size.width >= WIDE_CELLS else ""
-        title = Content.assemble(
-            "Target modules", (f": {text}", "$foreground not bold"), (legend, "$text-muted not bold")
-        )
+        title = Content.assemble("Target modules", (f": {text}", "$foreground not bold"))
         self.query_one("#modules-panel", Panel).show_title(title)
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_controls_and_totals(recipe)
@@ -268,7 +265,7 @@ class LoraScreen(WorkScreen):
         write = partial(setting_lines, recipe, base, self._dora_cost, with_meaning=with_meaning)
         self.query_one(SettingsList).show(write)
         self._show_cursor()
-        title = adapter_title(app.workbench, app.memory_budget, width)
+        title = adapter_title(app.workbench, app.memory_budget, app.cpu_budget, width)
         self.query_one("#lora-cost", Panel).show_title(title)
         text = adapter_text(app.workbench, app.memory_budget, self._known_deltas, width)
         self.query_one("#lora-totals", Lines).show(text)

@@ -326,23 +326,19 @@ class MemoryScreen(WorkScreen):
         self._heading = self._heading_text()
         title = Content.assemble(self._heading[0], highlight_keys(self._heading[1], "$text-muted not bold"))
         self.query_one("#peak-panel", Panel).show_title(title)
-        lines = self._here_lines() + peak_lines(
+        can_train = self.app.workbench.model_refusal() is None
+        here = None if self._here is None else fit_here(self._here, can_train=can_train).draw(0)
+        lines = peak_lines(
             self._compared,
             self.precision,
             precision_of(self.app.workbench.recipe),
             self.app.memory_budget.bytes,
             self.size.width - _FRAME,
             layers=self._layers,
-            can_train=self.app.workbench.model_refusal() is None,
+            can_train=can_train,
+            here=here,
         )
         self.query_one("#bars", Lines).show(lines)
-
-    def _here_lines(self) -> list[Content]:
-        """Return what the recipe needs on this machine, where it has no GPU and one is assumed."""
-        if self._here is None:
-            return []
-        can_train = self.app.workbench.model_refusal() is None
-        return [fit_here(self._here, can_train=can_train).draw(0)]
 
     def _refresh_offered_keys(self) -> None:
         offered = [self.check_action(action, ()) for action in ("use", "apply", "timeline")]

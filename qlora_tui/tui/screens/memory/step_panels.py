@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent, format_sizes
+from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
@@ -227,19 +227,24 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
     return f"{size}, {budget.name}"
 
 
-def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
-    """Return the peak of the process with its uncertainty and phase, and how much of it PyTorch and its
-    tensors take.
+LOADING_TIME = "while loading"
 
-    ``layers``: the model's number of layers. ``short`` leaves out the tensors, to fit 76 cells.
+
+def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
+    """Return how much of the peak PyTorch and its tensors take.
+
+    ``layers``: the model's number of layers. ``short``: fit 76 cells, and say when memory is fullest, since
+    there is no timeline.
     """
-    band = estimate.band
-    is_sure = format_bytes(band.low_bytes) == format_bytes(band.high_bytes)
-    doubt = "" if is_sure else f" ({format_sizes(band.low_bytes, 'to', band.high_bytes)})"
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
-    in_tensors = "" if short else f" of it, {tensors} in tensors"
-    peak = f"Peak {format_bytes(estimate.process_bytes)}{doubt}, {peak_time(estimate, layers)}"
-    return f"{peak}; PyTorch {'' if short else 'holds '}{reserved}{in_tensors}"
+    if short:
+        return f"Fullest {fullest_words(peak_time(estimate, layers))}; PyTorch holds {reserved}"
+    return f"PyTorch holds {reserved} of the peak, {tensors} in tensors"
+
+
+def fullest_words(peak_time: str) -> str:
+    """Return ``in backward of the last layer``, or ``while loading``."""
+    return peak_time if peak_time == LOADING_TIME else f"in {peak_time}"
 
 
 def peak_time(estimate: Estimate, layers: int) -> str:
@@ -248,7 +253,7 @@ def peak_time(estimate: Estimate, layers: int) -> str:
     Layers are counted from 0, as on the LoRA screen.
     """
     if estimate.peak_phase == LOADING:
-        return "while loading"
+        return LOADING_TIME
     head, _, number = estimate.peak_phase.rpartition(" layer ")
     ends = {"0": "first", str(layers - 1): "last"}
     return f"{head} the {ends[number]} layer" if head and number in ends else estimate.peak_phase
@@ -263,15 +268,23 @@ def peak_lines(
     *,
     layers: int,
     can_train: bool,
+    here: Content | None,
 ) -> list[Content]:
-    """Return the bars, their legend, the marked precision's peak in numbers, and why int8 needs more than 16
-    bits.
+    """Return the bars, their legend, what the marked precision's peak consists of, and why int8 needs more
+    than 16 bits.
+
+    ``here``: what the recipe needs on this machine, if the bars are for a GPU that it does not have.
     """
+    words = [legend(limit_bytes, max(estimate.total_bytes for estimate in compared.values()))]
+    if here is not None and words[0].cell_length + 3 + here.cell_length <= width:
+        words = [Content("   ").join([*words, here])]
+    elif here is not None:
+        words.append(here)
     levels = levels_line(compared[marked], layers, short=width < WIDE_CELLS - _FRAME)
     reason = why_int8_is_larger(compared["int8"], compared["fp16"])
     return [
         *precision_bars(compared, marked, of_recipe, limit_bytes, width, can_train=can_train),
-        legend(limit_bytes, max(estimate.total_bytes for estimate in compared.values())),
+        *words,
         *(Content.styled(text, "$text-muted") for text in (levels, reason) if text),
     ]
 
@@ -373,8 +386,7 @@ class _GraphColumn:
 
 def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> Content:
     """Return when memory is fullest. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
-    is_in_step = peak_time != "while loading"
-    when = f", fullest {'in ' if is_in_step else ''}{peak_time}"
+    when = f", fullest {fullest_words(peak_time)}"
     if is_far_above(limit_bytes, max(moment.total_bytes for moment in moments)):
         when += f", far below the limit of {format_bytes(limit_bytes)}"
     return Content.assemble(TIMELINE, (when, "$text-muted not bold"))

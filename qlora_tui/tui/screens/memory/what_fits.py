@@ -188,7 +188,8 @@ def settings_table(
     """
     training, is_known = recipe.training, fitting is not None
     head = f"{'setting':<{_NAME}}{'now':>{_NOW}}{'max fit':>{_MAX}}"
-    lines = [_line(Content(""), head, "halving", width).stylize("dim")]
+    is_exact = all(change.is_exact for change in lowered.values())
+    lines = [_line(Content(""), head, "halving" if is_exact else f"{INSTANT} halving", width).stylize("dim")]
     counted = (
         ("length", "length", recipe.data.max_length, fitting and fitting.sequence_length),
         ("batch", "micro-batch", training.micro_batch_size, fitting and fitting.micro_batch),
@@ -232,13 +233,13 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
 
 
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
-    """Return ``-102 MiB``, after ``~`` if it is an instant estimate, or that nothing changes."""
+    """Return ``-102 MiB``, or that nothing changes."""
     if change is None:
         return "–" if is_known else "…"
     if not change.bytes:
         # Auto needs what on needs; it only takes more where more is free.
         return "no change"
-    return f"{'' if change.is_exact else INSTANT}{format_delta(change.bytes)}"
+    return format_delta(change.bytes)
 
 
 def _choice_words(value: Any) -> str:
@@ -285,7 +286,10 @@ class FitPanel(Panel):
         """
         verdict = check_fit(estimate, budget.bytes)
         word, style = verdict_words(verdict, can_train=refusal is None)
-        self.show_title(Content.styled(f"{name} {word}, {verdict_sentence(verdict)}", style))
+        # Next to the bars there is room for what is left.
+        is_said = not self.screen.has_class("-narrow") and verdict.word in ("fits", "does not fit")
+        more = "" if is_said else f", {verdict_sentence(verdict)}"
+        self.show_title(Content.styled(f"{name} {word}{more}", style))
         figure = Figure(
             f"of {format_bytes(budget.bytes)}, {'exact' if verdict.is_exact else 'instant estimate'}",
             format_bytes(verdict.needed_bytes),

@@ -44,6 +44,7 @@ from qlora_tui.tui.render.labels import (
     error_content,
     fit_figure,
     fit_here,
+    fit_sign,
     verdict_legend,
 )
 from qlora_tui.tui.screens.memory.step_panels import is_far_above, legend, stacked_bar
@@ -258,25 +259,28 @@ def storage_title(models: Sequence[LocalModel]) -> Content:
 
 
 def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
-    """Return a bar for each length, divided as on the Memory screen, for each micro-batch, and a legend."""
+    """Return a bar for each length, divided as on the Memory screen, for each micro-batch, and a legend.
+
+    The figures are in the panel next to it.
+    """
     groups = [("length", fit.lengths), *([("micro-batch", fit.batches)] if with_batches else [])]
     most = max(row.estimate.total_bytes for row in fit.lengths)
     limit = fit.budget.bytes
     full_bytes = most if is_far_above(limit, most) else limit
-    bar_cells = max(10, width - _NAME_CELLS - _FIGURE_CELLS)
+    bar_cells = max(10, width - _NAME_CELLS - 2)
     lines = []
     for title, rows in groups:
         lines.append(Content.styled(f"{title:>{_NAME_CELLS - 1}}", "dim"))
         for row in rows:
-            figure = fit_figure(row.needs[fit.precisions[0]], is_current=row.is_current)
+            sign = fit_sign(row.needs[fit.precisions[0]])
             name = f"{row.value:>{_NAME_CELLS - 2},} "
             lines.append(
                 Content.assemble(
                     ("▸" if row.is_current else " ", "bold $primary"),
                     (name, "bold" if row.is_current else ""),
                     stacked_bar(row.estimate, full_bytes, bar_cells),
-                    " " * (_FIGURE_CELLS - figure.cell_length),
-                    figure,
+                    " ",
+                    sign,
                 )
             )
     return [*lines, legend(full_bytes, most)]

@@ -101,6 +101,8 @@ class ListedModels:
     """Licenses named by the cards of local models."""
     starters: tuple[Starter, ...] = ()
     """Good first models, listed until the Hub is searched."""
+    starters_for: str = "this machine"
+    """What they fit on."""
 
     @property
     def lists_starters(self) -> bool:
@@ -138,7 +140,8 @@ class ListedModels:
         here = frozenset(model.id for model in self.local or () if model.refusal is None)
         to_start = [m for m in self.starters if m.id not in here and words in m.id.lower()][:most]
         if to_start and self.lists_starters:
-            return [*lines, *_starter_lines(to_start, width, with_demo=not self.local and not words)]
+            with_demo = not self.local and not words
+            return [*lines, *_starter_lines(to_start, self.starters_for, width, with_demo=with_demo)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
 
 
@@ -191,10 +194,16 @@ def _local_lines(
     return _lines(f"On this machine ({len(models)})", _architecture_columns("on disk", "from"), rows, width)
 
 
-def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) -> list[tuple[str, Content]]:
+def _starter_lines(
+    models: Sequence[Starter], fits_on: str, width: int, *, with_demo: bool
+) -> list[tuple[str, Content]]:
     """Return a heading and a line for each good first model, in the same columns as local models.
 
-    ``with_demo``: whether the demo's model, from the Python package index, comes first.
+    Args:
+        models: Models that fit on the device.
+        fits_on: The device, for the heading.
+        width: Width of a line, in cells.
+        with_demo: Whether the demo's model, from the Python package index, comes first.
     """
     rows = []
     if with_demo:
@@ -208,7 +217,7 @@ def _starter_lines(models: Sequence[Starter], width: int, *, with_demo: bool) ->
         texts = (*texts, model.model.license, access)
         rows.append(_Line(STARTER + model.id, " ", model.id, texts, note=model.model.good_for))
     columns = _architecture_columns("download", "access")
-    return _lines("Good first models for this machine", columns, rows, width)
+    return _lines(f"Good first models for {fits_on}", columns, rows, width)
 
 
 def _hub_lines(
@@ -283,7 +292,7 @@ def _lines(
             text=partial(_Line.text, number=number),
             width=cells - 1,
             right=True,
-            gap=1,
+            gap=1 if number else 2,
             shown_from=shown_from,
         )
         for number, (title, cells, shown_from) in enumerate(columns)

@@ -322,6 +322,7 @@ class ModelsScreen(WorkScreen):
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
         )
         if self._models.lists_starters:
+            self._models.starters_for = budget.name if budget.is_assumed else "this machine"
             self._models.starters = await asyncio.to_thread(starters, recipe, budget)
         self._show_list()
 

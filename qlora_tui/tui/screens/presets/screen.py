@@ -45,7 +45,7 @@ from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import COMMANDS, screen_commands
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import fact_lines, hanging
-from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure
+from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure, fit_here
 from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
@@ -318,7 +318,8 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         else:
             recipe, model = workbench.recipe, workbench.architecture()
             forecasts = (self._forecasts.get(""), self._forecasts.get(preset.name))
-            shown = partial(preview, preset, recipe, model, self.app.memory_budget, forecasts)
+            budgets = (self.app.memory_budget, self.app.cpu_budget)
+            shown = partial(preview, preset, recipe, model, budgets, forecasts)
             self.query_one("#preview", Lines).show(shown)
 
     def action_delete(self) -> None:
@@ -435,17 +436,20 @@ def preview(
     preset: Preset,
     recipe: Recipe,
     architecture: Architecture | UserError,
-    budget: MemoryBudget,
+    budgets: tuple[MemoryBudget, MemoryBudget | None],
     forecasts: tuple[Forecast | None, Forecast | None],
     width: int,
 ) -> Content:
-    """Return the note, the settings that would change, and the memory and time now and with the preset."""
+    """Return the note, the settings that would change, and the memory and time now and with the preset.
+
+    ``budgets``: the device to plan for, and this machine's CPU if that device is a GPU that it does not have.
+    """
     if preset.problem:
         return error_content(preset.problem)
     opened = preset.recipe(recipe)
     changes = [change for change in diff_recipes(recipe, opened) if change.path not in DESCRIPTIVE]
     lines = [Content.styled(preset.note or "No note.", "bold")]
-    lines += _memory(recipe, opened if changes else None, architecture, budget, width)
+    lines += _memory(recipe, opened if changes else None, architecture, budgets, width)
     lines += _times(forecasts if changes else forecasts[:1])
     lines.append(Content(""))
     if not changes:
@@ -468,15 +472,17 @@ def _memory(
     recipe: Recipe,
     opened: Recipe | None,
     architecture: Architecture | UserError,
-    budget: MemoryBudget,
+    budgets: tuple[MemoryBudget, MemoryBudget | None],
     width: int,
 ) -> list[Content]:
     """Return the memory now and with the preset, compared with the limit."""
     if isinstance(architecture, UserError):
         return []
+    planned, here = budgets
     lines = []
     variants = {"now": recipe} if opened is None else {"now": recipe, "then": opened}
-    verdicts = what_if(variants.items(), architecture, budget)
+    verdicts = what_if(variants.items(), architecture, planned)
+    on_cpu = {} if here is None else what_if(variants.items(), architecture, here)
     for label in variants:
         verdict = verdicts.get(label)
         if verdict is None:
@@ -485,7 +491,10 @@ def _memory(
             )
             continue
         head = Content.styled(f"{f'memory {label}':<12} ", "$text-muted")
-        lines.append(head + FitLine("", verdict).draw(width - head.cell_length, _MAX_BAR))
+        fit = FitLine("", verdict, is_assumed=planned.is_assumed)
+        lines.append(head + fit.draw(width - head.cell_length, _MAX_BAR))
+        if label in on_cpu:
+            lines.append(Content(" " * head.cell_length) + fit_here(on_cpu[label]).draw(0))
     return lines
 
 
