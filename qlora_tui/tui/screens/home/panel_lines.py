@@ -74,14 +74,15 @@ _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Widths, in cells, from which the list of runs has curves, and from which it has models and settings."""
 _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
-_MAX_EVALUATIONS = 16
+_MAX_EVALUATIONS, _FEW_EVALUATIONS = 16, 8
 _WAY = (
-    ("go.models", "pick a base model that fits this machine"),
-    ("go.data", "open your data; see what will be learned"),
-    ("go.memory", "see what fills the GPU, and what would fit"),
-    ("go.train", "launch; the run goes on when you leave"),
-    ("go.chat", "ask base and adapter, side by side"),
+    ("go.models", "pick a base model that fits this machine", "from the Hub, a folder or a GGUF file"),
+    ("go.data", "open your data; see what will be learned", "conversations, prompts and answers, or text"),
+    ("go.memory", "see what fills the GPU, and what would fit", "one key applies the cheapest change"),
+    ("go.train", "launch; the run goes on when you leave", "pause, stop or resume it at any step"),
+    ("go.chat", "ask base and adapter, side by side", "then export the adapter, for example as GGUF"),
 )
+"""The screens on the way to an adapter, what each is for, and one more thing to know about it."""
 
 
 @dataclass(frozen=True)
@@ -372,15 +373,20 @@ def _with_note(label: str, value: str | Content, note: str, width: int) -> list[
 
 
 def way_lines() -> list[Content]:
-    """Return a line for each screen on the way from a model to an answer."""
-    return [
-        Content.assemble(highlight_keys(key_name(command)), f" {COMMANDS[command].label:<8}", (what, "dim"))
-        for command, what in _WAY
-    ]
+    """Return for each screen on the way from a model to an answer what it is for."""
+    lines: list[Content] = []
+    for command, what, more in _WAY:
+        head = highlight_keys(key_name(command)) + f"  {COMMANDS[command].label:<8}"
+        lines += [Content("")] if lines else []
+        lines += [head + what, Content.styled(f"{'':{head.cell_length}}{more}", "dim")]
+    return lines
 
 
-def numbers_lines(summary: RunSummary, width: int) -> list[Content]:
-    """Return facts about a run, and its validation losses, each with a bar."""
+def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
+    """Return facts about a run, and its validation losses with bars; in a smaller window only these."""
+    if not layout.is_large:
+        return _validation_lines(summary, layout.right, _FEW_EVALUATIONS)
+    width = layout.right
     facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", summary.settings)]
     if summary.tokens_per_s is not None:
         facts.append(("speed", f"mean {format_speed(summary.tokens_per_s)} tok/s"))
@@ -389,11 +395,16 @@ def numbers_lines(summary: RunSummary, width: int) -> list[Content]:
     if summary.energy:
         facts.append(("energy", summary.energy))
     lines = fact_lines([fact for fact in facts if fact[1]], width)
-    if not summary.evaluations:
-        return lines
+    if summary.evaluations:
+        lines += [Content(""), Content.styled("validation loss", "dim")]
+        lines += _validation_lines(summary, width, _MAX_EVALUATIONS)
+    return lines
+
+
+def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
     most = max((loss for _, loss in summary.evaluations if isfinite(loss)), default=1.0)
-    lines += [Content(""), Content.styled("validation loss", "dim")]
-    for step, loss in summary.evaluations[-_MAX_EVALUATIONS:]:
+    lines = []
+    for step, loss in summary.evaluations[-count:]:
         best = summary.best is not None and step == summary.best[1]
         head = Content.assemble(
             (f"{f'step {step:,}':<10}", "dim"), (f"{format_loss(loss):>7} ", "bold" if best else "")

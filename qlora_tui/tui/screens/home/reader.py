@@ -41,7 +41,6 @@ from qlora_tui.tui.screens.models.model_list import ListedModels, starters
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
-_BESIDE_FRAME = 2
 """Cells between half of the window and the text of a panel in it."""
 _MAX_RECENT = 40
 """Maximum number of recent runs to read; a window of 60 rows shows fewer."""
@@ -136,10 +135,9 @@ class HomeReader:
         else:
             waiting = [RunDir(paths.runs_dir() / id_).name for id_ in system_status.waiting_ids[:1]]
             run = run_lines(summary, while_away, now, layout, waiting)
-        beside = layout.right if summary is not None else layout.wide // 2 - _BESIDE_FRAME
         gpu = (
             [machine_line(system_status, budget, layout.wide)]
-            if summary is None or layout.is_compact
+            if layout.is_compact
             else gpu_lines(system_status, budget, layout.right, is_compact=False)
         )
         lines = {
@@ -151,11 +149,11 @@ class HomeReader:
                 budget,
                 refusal,
                 expected,
-                layout.wide if layout.is_compact else beside,
+                layout.right,
                 is_compact=layout.is_compact,
             ),
             "way": way_lines(),
-            "numbers": numbers_lines(summary, layout.right) if summary is not None else [],
+            "numbers": numbers_lines(summary, layout) if summary is not None else [],
         }
         return HomeFacts(
             {name: tuple(texts) for name, texts in lines.items()},

@@ -39,7 +39,9 @@ _SIDE, _WIDE_SIDE = 42, 60
 _FRAME = 5
 """Cells that a panel's border, padding and scroll bar take."""
 _SHORT_FRAME = 3
-_LEAST_MODELS, _ROWS_BESIDE_MODELS = 5, 32
+_NUMBERS_HEIGHT = 38
+"""Rows of the window from which the run is shown in numbers."""
+_LEAST_MODELS, _ROWS_BESIDE_MODELS = 5, 30
 """Models to start with that are listed at least, and rows of the window for everything else."""
 
 
@@ -76,35 +78,15 @@ class HomeScreen(WorkScreen):
         #recent-panel {
             max-height: 12;
         }
-        #home-next {
-            height: auto;
-        }
-        #way {
-            text-wrap: nowrap;
-            text-overflow: ellipsis;
-        }
-        #way-panel, &.-first #home-main {
+        #way-panel, &.-first #run-panel {
             display: none;
         }
         &.-very-wide #home-side {
             width: 60;
         }
-        /* Without a run: the machine over the recipe and the way to a run. */
-        &.-first {
-            #home-parts, #home-side {
-                height: auto;
-                min-height: 0;
-            }
-            #home-side {
-                width: 100%;
-            }
-            #home-next {
-                layout: horizontal;
-            }
-            #recipe-panel, #way-panel {
-                width: 1fr;
-                display: block;
-            }
+        /* Without a run: the way to one. */
+        &.-first #way-panel {
+            display: block;
         }
         &.-narrow, &.-short {
             #home-parts {
@@ -129,14 +111,8 @@ class HomeScreen(WorkScreen):
             &.-first #home-parts {
                 min-height: 0;
             }
-            &.-first #home-next {
-                layout: vertical;
-            }
-            &.-first #recipe-panel {
-                width: 100%;
-            }
             /* The tab bar names the same screens. */
-            &.-first #way-panel {
+            &.-first #home-main {
                 display: none;
             }
         }
@@ -167,16 +143,15 @@ class HomeScreen(WorkScreen):
                         keys=(("go.train", "open"), ("home.export", "export")),
                         id="run-panel",
                     )
+                    yield Panel("From a model to your adapter", Lines(id="way"), id="way-panel")
                     keys = (("go.runs", "all runs"),)
                     yield Panel("Earlier runs", Drawing(id="recent-runs"), keys=keys, id="recent-panel")
                 with Vertical(id="home-side"):
                     keys = (("app.check_machine", "check this machine"),)
                     yield Panel("Machine", Lines(id="gpu"), keys=keys, id="machine-panel")
                     yield Panel("Queue", Lines(id="queue"), id="queue-panel")
-                    with Vertical(id="home-next"):
-                        keys = (("app.presets", "presets"),)
-                        yield Panel("Next run", Lines(id="recipe"), keys=keys, id="recipe-panel")
-                        yield Panel("From a model to your adapter", Lines(id="way"), id="way-panel")
+                    keys = (("app.presets", "presets"),)
+                    yield Panel("Next run", Lines(id="recipe"), keys=keys, id="recipe-panel")
                     yield Panel("The run in numbers", Lines(id="numbers"), id="numbers-panel")
 
     def on_mount(self) -> None:
@@ -419,8 +394,10 @@ class HomeScreen(WorkScreen):
         graph.visible = not is_new
         graph.show(partial(plot, summary_plot(facts.last)))
         self.query_one("#queue-panel").display = bool(self.app.system_status.waiting_ids)
-        has_room = self.has_class("-very-wide") and self.has_class("-tall")
-        self.query_one("#numbers-panel").display = has_room and not is_new
+        layout, numbers = self._layout(self.size), self.query_one("#numbers-panel", Panel)
+        has_room = self.size.height >= _NUMBERS_HEIGHT and not layout.is_compact
+        numbers.display = has_room and bool(facts.lines["numbers"])
+        numbers.show_title("The run in numbers" if layout.is_large else "Validation loss of the run")
         workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
         title = Content(f"Next run · {preset}")
