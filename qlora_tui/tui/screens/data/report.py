@@ -329,8 +329,8 @@ def _length_words(expected: Forecast | None) -> str:
 def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
     """Draw the lengths of samples as bars in ``height`` lines, with the highest count and an axis.
 
-    Bars beyond ``cut_at`` are hatched. The axis labels it in place, or with an arrow if all samples are
-    shorter. Without ``cut_at`` nothing is marked.
+    Bars beyond ``cut_at`` are hatched, and the axis labels it. If all samples are shorter, or without
+    ``cut_at``, nothing is marked.
     """
     bins = lengths.histogram
     most = max((bin_.count for bin_ in bins), default=0)
@@ -365,9 +365,7 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
     """Return ``0────500────✂ 1,024──2,300``: round lengths, the longest, and where samples are cut."""
     tail = len(edges) > 2 and edges[-1] - edges[-2] > edges[1]
     end = f"{'⋯ ' if tail else ''}{edges[-1]:,}"
-    mark = "" if cut_at is None else f"✂ {cut_at:,}" if cut < width else f" limit {cut_at:,} is off the chart"
-    if len(end) + len(mark) + 2 > width:
-        mark = mark.replace("is off the chart", "→")
+    mark = f"✂ {cut_at:,}" if cut_at is not None and cut < width else ""
     line = ["─"] * width
 
     def put(text: str, at: int) -> bool:
@@ -378,16 +376,17 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
             line[at : at + len(text)] = text
         return is_free
 
-    place = width - len(mark) if cut >= width else min(max(2, cut), width - len(mark))
-    is_marked = put(mark, place)
-    put(f" {end}", width - len(end) - 1 if cut < width else place - len(end) - 1)
+    place = min(max(2, cut), width - len(mark))
+    is_marked = bool(mark) and put(mark, place)
+    put(f" {end}", width - len(end) - 1)
     for value, label in ticks(Axis(0, edges[-1]), max(1, width // 10)):
         put(label, _column(edges, round(value), width))
     text = "".join(line)
     if not is_marked:
         return Content.styled(text, "dim")
-    style = "$warning bold" if cut < width else ""
-    return Content.assemble((text[:place], "dim"), (mark, style), (text[place + len(mark) :], "dim"))
+    return Content.assemble(
+        (text[:place], "dim"), (mark, "$warning bold"), (text[place + len(mark) :], "dim")
+    )
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:

@@ -136,6 +136,8 @@ class SamplePanel(Panel):
         if shown is None:
             return
         text = sample(shown, problems, request.data, styles, changes)
+        if self.has_columns:
+            text = _heading(shown, request.data) + text
         if no_tokens is not None:
             text = Content.assemble(error_content(no_tokens, is_spaced=True), "\n\n", text)
         elif not request.model:
@@ -154,6 +156,11 @@ class SamplePanel(Panel):
         return min(_MOST_BESIDE, self._columns * lines - 1)
 
     @property
+    def has_columns(self) -> bool:
+        """Whether rows are next to each other, so that each has its heading."""
+        return self._columns > 1
+
+    @property
     def _columns(self) -> int:
         """How many rows fit next to each other."""
         return max(1, self.size.width // _ROW_CELLS)
@@ -166,8 +173,7 @@ class SamplePanel(Panel):
             column.display = number < len(rows)
             if column.display:
                 row = rows[number]
-                title = " · ".join(filter(None, (f"row {row.row:,}", _learned_words(row, data))))
-                column.update(Content.styled(f"{title}\n", "bold") + sample(row, (), data, styles))
+                column.update(_heading(row, data) + sample(row, (), data, styles))
 
     def show_empty(self) -> None:
         """Explain how to open data."""
@@ -178,6 +184,11 @@ class SamplePanel(Panel):
         line = self.query_one("#legend", Lines)
         line.display = bool(text)
         line.show(text)
+
+
+def _heading(shown: Shown, data: Data) -> Content:
+    words = filter(None, (f"row {shown.row:,}", _learned_words(shown, data)))
+    return Content.styled(f"{' · '.join(words)}\n", "bold")
 
 
 def sample(
@@ -265,8 +276,19 @@ def refused_preferences(error: UserError) -> Literal["", "pairs", "ratings"]:
     return "pairs" if error.code == PAIRS else "ratings" if error.code == RATED else ""
 
 
-def row_title(place: Place, report: Report | None, shown: Shown | None, data: Data, width: int) -> Content:
-    """Return the row number, its tokens to learn, and notes, as far as they fit."""
+def row_title(
+    place: Place,
+    report: Report | None,
+    shown: Shown | None,
+    data: Data,
+    width: int,
+    *,
+    has_heading: bool = False,
+) -> Content:
+    """Return the row number, its tokens to learn, and notes, as far as they fit.
+
+    ``has_heading``: whether a heading in the panel has its tokens.
+    """
     path, row = place
     of = name = ""
     if report and len(report.files) > 1:
@@ -281,7 +303,7 @@ def row_title(place: Place, report: Report | None, shown: Shown | None, data: Da
         # A jump may go beyond what has been read so far.
         of = f" of {max(row, report.counts.rows):,} or more"
     parts = [f"{name}row {row:,}{of}"]
-    if shown and (words := _learned_words(shown, data)):
+    if shown and not has_heading and (words := _learned_words(shown, data)):
         parts.append(words)
     if shown:
         parts += shown.notes

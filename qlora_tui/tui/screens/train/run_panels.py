@@ -391,16 +391,21 @@ def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content
     """
     step = _sample_step(snapshot)
     first = {sample.prompt: sample for sample in reversed(snapshot.samples)}
-    lines: list[Content] = []
+    answers = []
     for sample in snapshot.samples:
         if sample.step == step:
-            before = first[sample.prompt]
-            lines.append(Content.styled(f"▸ {sample.prompt}", "bold"))
+            lines = [Content.styled(f"▸ {sample.prompt}", "bold")]
             lines += [Content(f"  {line}") for line in sample.answer.splitlines()]
-            if before.step != step:
-                answer = " ".join(before.answer.split())
-                lines += _start(f"at step {before.step:,}: {answer}", width - 2 * _INDENT, _ROWS_OF_FIRST)
-    return wrapped(lines, width, height)
+            answers.append((wrapped(lines, width, height), first[sample.prompt]))
+    rows_left = height - sum(len(lines) for lines, _ in answers)
+    rows = max(_ROWS_OF_FIRST, rows_left // max(1, len(answers)))
+    all_lines = []
+    for lines, before in answers:
+        all_lines += lines
+        if before.step != step:
+            answer = " ".join(before.answer.split())
+            all_lines += _start(f"at step {before.step:,}: {answer}", width - 2 * _INDENT, rows)
+    return wrapped(all_lines, width, height)
 
 
 def _start(text: str, width: int, rows: int) -> list[Content]:
@@ -476,7 +481,7 @@ def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Con
     lines: list[Content] = []
     rows = height
     if rows >= _ROWS_WITH_HEADS or rows > len(evaluations):
-        lines.append(Content.styled(f"{'step':>7}  loss     {'change':>7}", "dim"))
+        lines.append(Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim"))
         rows -= 1
     for number in range(len(evaluations) - 1, max(-1, len(evaluations) - 1 - rows), -1):
         each = evaluations[number]
