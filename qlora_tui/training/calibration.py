@@ -193,7 +193,10 @@ def _quality(logs: Tensor, truth: Tensor) -> Quality:
     return Quality(
         accuracy=Measured(count / len(truth), share_interval(count, len(truth))),
         macro_f1=bootstrapped(lambda rows: _macro_f1(chosen[rows], truth[rows], options)),
-        log_loss=Measured(float(losses.mean()), of_loss if math.isfinite(of_loss.low) else None),
+        log_loss=Measured(
+            float(losses.mean()),
+            Interval(max(0.0, of_loss.low), of_loss.high) if math.isfinite(of_loss.low) else None,
+        ),
         calibration_error=_error_interval(error, honest),
         honest_error=float(honest.mean()),
     )
@@ -247,7 +250,7 @@ def _error_interval(measured: Measured, honest: Tensor) -> Measured:
         return measured
     is_honest = value <= float(honest[round(0.975 * len(honest)) - 1])
     low = 0.0 if is_honest else max(0.0, 2 * value - interval.high)
-    return Measured(value, Interval(low, max(value, 2 * value - interval.low)))
+    return Measured(value, Interval(low, min(1.0, max(value, 2 * value - interval.low))))
 
 
 def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:

@@ -158,28 +158,29 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
             f"{pluralize(report.rows, 'validation row')} are too few to calibrate probabilities: it takes "
             f"{MIN_FITTED_ROWS}. Train with a larger data.validation_fraction."
         )
-    columns = (("base", report.base), ("adapter", report.before), ("calibrated", report.after))
-    rows = [
-        ("accuracy", *(_percent(each.accuracy) for _, each in columns)),
-        ("macro F1", *(_percent(each.macro_f1) for _, each in columns)),
-        ("log loss", *(_float(each.log_loss) for _, each in columns)),
-        ("calibration error", *(_percent(each.calibration_error) for _, each in columns)),
-        (
-            "  if honest",
-            *(
-                "" if each.honest_error is None else format_percent(each.honest_error, 1)
-                for _, each in columns
-            ),
-        ),
-        *((f"{each.field} right", "", "", _percent(each.accuracy)) for each in report.fields),
+    columns = {"base": report.base, "adapter": report.before}
+    if calibration.rows:
+        columns["calibrated"] = report.after
+    table = [
+        ("", *columns),
+        ("accuracy", *(_percent(each.accuracy) for each in columns.values())),
+        ("macro F1", *(_percent(each.macro_f1) for each in columns.values())),
+        ("log loss", *(_float(each.log_loss) for each in columns.values())),
+        ("calibration error", *(_percent(each.calibration_error) for each in columns.values())),
     ]
+    honest = [each.honest_error for each in columns.values() if each.honest_error is not None]
+    if honest:
+        table.append(("  if honest", *(format_percent(each, 1) for each in honest)))
+    for each in report.fields:
+        table.append((f"{each.field} right", *[""] * (len(columns) - 1), _percent(each.accuracy)))
     yield ""
-    yield from align_columns([("", *(name for name, _ in columns)), *rows])
-    yield "If honest: the calibration error that right probabilities would show on these rows by chance."
+    yield from align_columns(table)
+    if honest:
+        yield "If honest: the calibration error that right probabilities would show on these rows by chance."
     yield ""
-    for threshold in report.thresholds:
-        yield threshold_sentence(threshold, report.rows)
-    yield ""
+    if report.thresholds:
+        yield from (threshold_sentence(threshold, report.rows) for threshold in report.thresholds)
+        yield ""
     yield from _confusion_lines(report)
 
 
