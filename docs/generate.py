@@ -1,6 +1,6 @@
 """Writes the pages that follow from declarations: ``make docs``.
 
-``docs/reference/`` holds settings and presets (from the schema and ``presets/``), the types of models (from
+``docs/reference/`` holds recipes, settings and presets (from the schema and ``presets/``), the types of models (from
 ``models.json``, which ``make check-models`` writes), the command line (from its parsers) and the keys of
 each screen (from their commands); ``docs/glossary.md`` is the app's glossary, and ``docs/qlora-tui.1`` the
 manual page. A test fails where one of them is out of date.
@@ -22,7 +22,8 @@ from qlora_tui.cli.command_tree import arguments_of, command_tree, subparsers
 from qlora_tui.cli.main import command_parser
 from qlora_tui.formatting import capitalize
 from qlora_tui.glossary import GLOSSARY
-from qlora_tui.recipe.fields import Field, fields, source_fields
+from qlora_tui.recipe.fields import Field, fields, fields_of, source_fields
+from qlora_tui.settings import KEYS_IN_FILE, Settings
 
 HERE = Path(__file__).parent
 _NOTICE = "<!-- Written by `make docs`. Do not edit. -->\n"
@@ -39,6 +40,9 @@ A recipe is every decision of a run, as TOML. Each setting has a default, so a r
 Settings are taken from, in this order: defaults, preset, recipe file, `--set section.key=value`. Unknown keys
 and values out of bounds are errors that name file, line, key and the nearest match.
 `qlora-tui presets reference` prints this page as a TOML file to start from."""
+_SETTINGS_INTRODUCTION = """\
+The settings of this machine, as opposed to those of a recipe, are in `config.toml` of the folder that `qlora-tui locate`
+prints. F6 in the app changes them. Those of a run take effect within a second, also for runs in training."""
 _PRESETS_INTRODUCTION = """\
 A preset is part of a recipe. Use one with `--preset NAME` or with `p` in the app. Your own are TOML files in
 the `presets` folder that `qlora-tui locate` prints; a file there hides the shipped preset of its name."""
@@ -65,6 +69,7 @@ def pages() -> dict[str, str]:
     """Every generated page by its path in ``docs/``."""
     return {
         "reference/recipe.md": recipe_page(),
+        "reference/settings.md": settings_page(),
         "reference/presets.md": presets_page(),
         "reference/cli.md": cli_page(),
         "reference/keys.md": keys_page(),
@@ -142,6 +147,14 @@ def recipe_page() -> str:
     lines += ["", "## `[[data.sources]]`", "", "One table for each data file, folder or Hub dataset."]
     for field in source_fields().values():
         lines += _setting(field, f"`{field.key}`")
+    return "\n".join(lines) + "\n"
+
+
+def settings_page() -> str:
+    """Every setting of this machine, in ``config.toml``."""
+    lines = [_NOTICE, "# Settings reference", "", _SETTINGS_INTRODUCTION]
+    for path, field in fields_of(Settings).items():
+        lines += _setting(field, f"`{KEYS_IN_FILE.get(path, path)}`")
     return "\n".join(lines) + "\n"
 
 

@@ -26,6 +26,7 @@ errors         UserError with its codes, and exit codes
 files          files that a kill or a power cut leaves whole; checksums: folders that can be verified
 publishing     temporary folders with a marker, moved into place, and all deleting; locks: file locks
 decoding       JSON that may be damaged; answer_cache: answers kept by what they depend on
+hours          hours of the week, and the clock that says whether they are now
 formatting     numbers, sizes and times as text; visible: text without control characters
 glossary       the words that the app explains
 installation   how packages are installed into the environment of this program

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +16,14 @@ from msgspec import Meta, Struct
 from qlora_tui import paths
 from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.formatting import capitalize
+from qlora_tui.hours import Hours
 
 GPU_VARIABLE = "QLORA_TUI_GPU"
 """Environment variable that ``--gpu`` sets, for a command and its processes; it comes before ``gpu``."""
+
+
+_PRICE = re.compile(r"([^\d\s.,-]*)\s*(\d+(?:[.,]\d+)?)\s*([^\d]*)")
 
 
 def _about(label: str, help_: str, **bounds: Any) -> Meta:
@@ -101,9 +110,127 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Takes effect at the next start.",
         ),
     ] = "auto"
+    hours: Annotated[
+        str,
+        _about(
+            "Hours",
+            "When runs train: 23:00-07:00, sat-sun. Days without a time are whole days. Outside of them a run "
+            "saves, frees the GPU, and goes on by itself. Empty: always.",
+        ),
+    ] = ""
+    yields: Annotated[
+        bool,
+        _about(
+            "Yield",
+            "Pause a run while another program uses its GPU, such as a game or Ollama: it saves, frees the "
+            "memory, and goes on when that program is gone.",
+        ),
+    ] = msgspec.field(default=False, name="yield")
+    max_temperature_c: Annotated[
+        Annotated[int, Meta(ge=40, le=110)] | None,
+        _about(
+            "Maximum temperature, °C",
+            "Temperature of the GPU above which a run rests between two micro-batches. Empty: the driver's.",
+        ),
+    ] = None
+    max_power_w: Annotated[
+        Annotated[int, Meta(ge=20, le=2000)] | None,
+        _about(
+            "Maximum power, W",
+            "Mean power of the GPU above which a run rests between two micro-batches. Empty: the driver's.",
+        ),
+    ] = None
+    price_per_kwh: Annotated[
+        str | float,
+        _about(
+            "Price of a kWh",
+            "Price with its unit, as in 0.30 EUR: the cost of a run is then shown next to its energy, which "
+            "is the GPU's alone.",
+        ),
+    ] = ""
     notify: NotificationSettings = NotificationSettings()
     keymap: dict[str, str] = {}
     """Keys by command, as in ``"train.stop" = "x"``; F1 in the app lists every command."""
+
+    def __post_init__(self) -> None:
+        for name, parse in _PARSED.items():
+            try:
+                parse(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    @property
+    def training_hours(self) -> Hours:
+        """The hours in which runs train."""
+        return parse_hours(self.hours)
+
+    def cost(self, kwh: float | None) -> str:
+        """``0.07 EUR``: what this energy costs; empty where energy or price is unknown."""
+        price = parse_price(self.price_per_kwh)
+        if kwh is None or price is None:
+            return ""
+        before, amount, after = price
+        cost = kwh * amount
+        figure = "<0.01" if 0 < cost < 0.01 else f"{cost:,.2f}"
+        return f"{before}{figure} {after}".strip() if before or after else f"cost {figure}"
+
+
+KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
+"""The key in ``config.toml`` by the name of a setting."""
+
+
+@cache
+def parse_hours(text: str) -> Hours:
+    """Read the value of ``hours``. Raises ValueError with a sentence."""
+    return Hours.parse(text)
+
+
+@cache
+def parse_price(text: str | float) -> tuple[str, float, str] | None:
+    """Return the unit before a price, its amount, and the unit after it; None for no price.
+
+    Raises ValueError with a sentence.
+    """
+    if not (written := str(text).strip()):
+        return None
+    match = _PRICE.fullmatch(written)
+    if match is None:
+        raise ValueError(f"{written} is not a price such as 0.30 EUR")
+    before, amount, after = match.groups()
+    return before, float(amount.replace(",", ".")), after.strip()
+
+
+_PARSED: dict[str, Callable[[Any], object]] = {"hours": parse_hours, "price_per_kwh": parse_price}
+"""What reads the text of a setting; its ValueError says what is wrong with it."""
+
+
+def setting_problem(name: str, value: Any) -> str:
+    """Return what is wrong with the text of a setting, in a sentence; empty if nothing is."""
+    try:
+        _PARSED.get(name, str)(value)
+    except ValueError as error:
+        return f"{capitalize(str(error))}{'' if str(error).endswith('.') else '.'}"
+    return ""
+
+
+class LiveSettings:
+    """The settings as they are now, for processes that outlive a change of the file."""
+
+    def __init__(self) -> None:
+        self._changed_at: int | None = -1
+        self._settings = Settings()
+
+    def read(self) -> Settings:
+        """Return the settings; the last valid ones while the file has errors."""
+        try:
+            changed_at = config_path().stat().st_mtime_ns
+        except OSError:
+            changed_at = None
+        if changed_at != self._changed_at:
+            self._changed_at = changed_at
+            with suppress(OSError, UserError):
+                self._settings = load_settings()
+        return self._settings
 
 
 def config_path() -> Path:
@@ -119,7 +246,7 @@ def load_settings() -> Settings:
     except FileNotFoundError:
         return Settings()
     except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:
-        known = ", ".join(field.encode_name for field in msgspec.structs.fields(Settings))
+        known = ", ".join(KEYS_IN_FILE.values())
         raise UsageError(
             "Cannot use config.toml",
             what=f"{path}: {error}.",

@@ -15,6 +15,7 @@ from typing import Any
 from qlora_tui.cli.follow import PLAIN_INTERVAL_S, follow, follow_plain
 from qlora_tui.cli.main import can_show_app, open_app
 from qlora_tui.cli.subcommand import (
+    NOW_HELP,
     CommandResult,
     Subcommand,
     add_json_argument,
@@ -213,7 +214,7 @@ def _active_or_newest() -> RunDir:
 def resume(args: argparse.Namespace) -> CommandResult | int:
     """Continue from the last checkpoint."""
     run = find_run(args.run_id)
-    actions.resume(run)
+    (actions.train_now if args.now else actions.resume)(run)
     if args.follow:
         return follow(run, as_json=args.json)
     where = "resumes from its last checkpoint" if run.checkpoints() else "restarts: it has no checkpoint"
@@ -275,6 +276,7 @@ def _summary(view: RunView) -> dict[str, Any]:
         "reward_margin": None if last is None else last.reward_margin,
         "replaced": [] if view.verified is None else list(view.verified.replaced),
         "detail": status.detail,
+        "hold": status.hold,
         "seconds_since_heartbeat": round(max(0.0, time.time() - status.at), 1) if status.at else None,
     }
 
@@ -369,6 +371,7 @@ def _stop_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_argument(parser)
+    parser.add_argument("--now", action="store_true", help=f"{NOW_HELP}; also for a run that waits")
     parser.add_argument("--follow", action="store_true", help="also follow it to its end")
 
 

@@ -79,6 +79,10 @@ def print_result(result: CommandResult, *, as_json: bool) -> int:
     return result.exit_code
 
 
+NOW_HELP = "train next, whatever the hours, and next to other programs on the GPU"
+"""What ``--now`` does, for every command that starts a run."""
+
+
 def print_json(data: Any) -> None:
     """Print one object on one line, with terminal control characters escaped."""
     try:

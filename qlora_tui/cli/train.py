@@ -11,6 +11,7 @@ from contextlib import suppress
 from qlora_tui.catalog.local_models import find_files
 from qlora_tui.cli.follow import follow
 from qlora_tui.cli.subcommand import (
+    NOW_HELP,
     CommandResult,
     ProgressLine,
     Subcommand,
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         return CommandResult(data={"run": None}, text="Not queued.", exit_code=EXIT_FAILURE)
     if args.print_command:
         return _print_command(recipe)
-    new = actions.submit(recipe)
+    new = actions.submit(recipe, now=args.now)
     if args.detach:
         return CommandResult(
             data={"run": new.id, "path": str(new.path)},
@@ -185,6 +186,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|FOLDER",
         help="train this adapter further, in a new run; the recipe must have its LoRA settings",
     )
+    parser.add_argument("--now", action="store_true", help=NOW_HELP)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--detach", action="store_true", help="return at once; the run continues in the background"

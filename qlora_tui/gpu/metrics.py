@@ -80,6 +80,8 @@ class GpuProcess(msgspec.Struct, frozen=True, omit_defaults=True):
     memory_bytes: int | None = None
     computes: bool = True
     """False where it only draws, as a desktop does."""
+    busy_percent: Count | None = None
+    """Share of the last seconds in which its kernels ran; None also when it was not requested."""
 
 
 class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
@@ -48,6 +49,8 @@ application clocks, which data-center GPUs always have. ``describe_throttle`` ha
 _HARDWARE_SLOWDOWN = 0x8
 PROCESSES_EVERY_S = 5.0
 """Process lists cost 4.5 ms and a driver lock, everything else together well under one millisecond."""
+_BUSY_S = 2.0
+"""Seconds over which the share of the GPU that a process uses is averaged."""
 log = logging.getLogger(__name__)
 
 
@@ -140,6 +143,24 @@ class Nvml:
             fan_percent=self._query("nvmlDeviceGetFanSpeed", handle),
             throttle=None if reasons is None else describe_throttle(reasons),
             processes=self._processes(handle) if processes else None,
+        )
+
+    def busy_processes(self, index: int) -> tuple[GpuProcess, ...] | None:
+        """Return the processes on GPU ``index``, with how busy each keeps it; None if they are not listed.
+
+        Raises ``GpuUnavailableError``.
+        """
+        handle = self._handle(index)
+        since_us = round((time.time() - _BUSY_S) * 1e6)
+        # The driver has no sample of an idle GPU, which is an error to it.
+        samples = self._query("nvmlDeviceGetProcessUtilization", handle, since_us) or ()
+        shares: dict[int, list[int]] = {}
+        for sample in samples:
+            shares.setdefault(sample.pid, []).append(sample.smUtil)
+        processes = self._processes(handle)
+        return processes and tuple(
+            msgspec.structs.replace(process, busy_percent=round(fmean(shares.get(process.pid, [0]))))
+            for process in processes
         )
 
     def _read_device(self, index: int) -> GpuDevice:

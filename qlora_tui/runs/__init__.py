@@ -19,6 +19,8 @@ doctor          checks GPU, memory, disks, queue and libraries
 suggested_fix   a fix for a warning that one key applies
 run_queue       the waiting runs
 devices         which devices runs may use and have, and their locks
+gate            says whether a run may train now: by the hours, and by other programs on its GPU
+holds           the reasons to wait, decided from readings
 runner          starts each run's trainer when its devices are free
 outcomes        how an attempt ended
 retry           what the next attempt changes after memory ran out, and what the user can change

@@ -43,10 +43,15 @@ _CHECK_PERMISSION = "Check that you have write permission there."
 
 
 @disk_problems()
-def submit(recipe: Recipe) -> RunDir:
-    """Queue a new run and make sure a runner is active. The recipe should be ready to run."""
+def submit(recipe: Recipe, *, now: bool = False) -> RunDir:
+    """Queue a new run and make sure a runner is active. The recipe should be ready to run.
+
+    ``now``: it trains whatever the hours, and next to other programs.
+    """
     refuse_other_machines()
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
+    if now:
+        run.now_path.touch(mode=0o600)
     run_queue.enqueue(run)
     ensure_runner()
     return run
@@ -176,8 +181,29 @@ def stop(run: RunDir, *, now: bool = False) -> None:
 
 @disk_problems()
 def pause(run: RunDir) -> None:
-    """Have the trainer save a checkpoint and free the GPU; ``resume`` continues the run."""
-    control.send_request(run, "pause")
+    """Have the trainer save a checkpoint and free the GPU; ``resume`` continues the run.
+
+    A run that is held has done so already: it then waits for ``resume`` instead.
+    """
+    if read_status(run).hold is None or not run_queue.pause(run):
+        control.send_request(run, "pause")
+
+
+@disk_problems()
+def train_now(run: RunDir) -> None:
+    """Train a run next, whatever the hours, and next to other programs, until it ends.
+
+    Raises UserError for a run that cannot be resumed.
+    """
+    run.now_path.touch(mode=0o600)
+    if read_status(run).state not in ("queued", *ACTIVE):
+        try:
+            resume(run)
+        except UserError:
+            run.now_path.unlink()
+            raise
+    run_queue.move(run, -len(run_queue.waiting()))
+    ensure_runner()
 
 
 @disk_problems()

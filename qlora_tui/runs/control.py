@@ -20,16 +20,25 @@ from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UsageError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, open_regular
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import ProcessIdentity
 from qlora_tui.runs.status import ACTIVE, read_status
 
 Kind: TypeAlias = Literal[
-    "stop", "stop_now", "pause", "checkpoint", "evaluate", "sample", "set_learning_rate", "finish_epoch"
+    "stop",
+    "stop_now",
+    "pause",
+    "pause_now",
+    "checkpoint",
+    "evaluate",
+    "sample",
+    "set_learning_rate",
+    "finish_epoch",
 ]
 
 
-ENDINGS: tuple[Kind, ...] = ("stop", "stop_now", "pause", "finish_epoch")
-"""Requests that end the run. ``stop_now`` does not wait for the end of the step in progress."""
+ENDINGS: tuple[Kind, ...] = ("stop", "stop_now", "pause", "pause_now", "finish_epoch")
+"""Requests that end the run. ``stop_now`` and ``pause_now`` do not wait for the end of the step in progress."""
 
 
 class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -38,6 +47,8 @@ class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: Kind
     value: float | None = None
     """The new learning rate, for ``set_learning_rate``."""
+    hold: Hold | None = None
+    """Why the runner asks for a pause; None where the user does."""
 
 
 _DECODER = msgspec.json.Decoder(ControlRequest)
@@ -45,7 +56,7 @@ _LARGEST_BYTES = 4096
 
 
 @disk_problems()
-def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
+def send_request(run: RunDir, kind: Kind, value: float | None = None, *, hold: Hold | None = None) -> None:
     """Send a request to the trainer of ``run``. Raises UserError if no trainer can act on it."""
     status = read_status(run)
     if status.state not in ACTIVE:
@@ -61,7 +72,7 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None) -> None:
             fix="Set training.sample_prompts in the next recipe, or chat with a checkpoint.",
         )
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
-    content = msgspec.json.encode(ControlRequest(kind=kind, value=value))
+    content = msgspec.json.encode(ControlRequest(kind=kind, value=value, hold=hold))
     try:
         # Without its parents: a run that was deleted meanwhile is not made again.
         run.control_dir.mkdir(mode=0o700, exist_ok=True)

@@ -34,6 +34,7 @@ from qlora_tui.locks import is_locked
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_log_lines
+from qlora_tui.runs.holds import hold_words
 from qlora_tui.runs.process import ensure_runner, runner_lock_path, runner_log_path
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
@@ -150,7 +151,7 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
         case events.Stopped():
             return f"stopped at step {event.step:,}"
         case events.Paused():
-            return f"paused at step {event.step:,}"
+            return f"paused at step {event.step:,}{f' {hold_words(event.hold)}' if event.hold else ''}"
         case events.Failed():
             return f"failed: {event.problem()}"
 
@@ -348,7 +349,9 @@ def follow_events(
     while True:
         yield from view.iter_new()
         state = view.status.state
-        settled = state != "queued" and state not in ACTIVE
+        # Its runner is about to put a held run back into the queue.
+        is_held = state == "paused" and isinstance(view.ending, events.Paused) and bool(view.ending.hold)
+        settled = not (is_held or state == "queued" or state in ACTIVE)
         # Resuming appends Queued shortly before it changes the status, so an ending may be missing once.
         if state in ("lost", "unreadable", "gone") or (settled and (view.ending or settled_before)):
             return
@@ -356,10 +359,12 @@ def follow_events(
         # The text before a colon stays the same; the text after it may be an age.
         detail = view.status.detail if state == "queued" or state in ACTIVE else ""
         if detail.partition(":")[0] != reported:
-            on_status(detail or f"The {waited_for} responds again.")
+            if detail or waited_for:
+                on_status(detail or f"The {waited_for} responds again.")
             reported = detail.partition(":")[0]
-            waited_for = "runner" if state == "queued" else "trainer"
-        if state == "queued":
+            # The end of a hold is in the events.
+            waited_for = "" if view.status.hold else "runner" if state == "queued" else "trainer"
+        if state == "queued" or is_held:
             runner.check()
         time.sleep(POLL_S)
 

@@ -9,6 +9,7 @@ runs/<id>/
   name             the run's name, if the user renamed it
   gpu              the GPUs that the user chose for this run, if any
   devices.json     the devices that it has, or had last (:mod:`qlora_tui.runs.devices`)
+  now              present if the run trains whatever the hours, and next to other programs
   trainer.log      the trainer's output
   trainer.lock     locked by the trainer as long as it runs
   untold           present until the runner has handled the run's end
@@ -61,6 +62,7 @@ class RunDir:
     name_path = _Inside("name")
     gpu_path = _Inside("gpu")
     devices_path = _Inside("devices.json")
+    now_path = _Inside("now")
     recipe_path = _Inside("recipe.toml")
     events_path = _Inside("events.jsonl")
     telemetry_path = _Inside("telemetry.jsonl")
@@ -110,6 +112,11 @@ class RunDir:
                 what=f"{self.gpu_path}: {getattr(error, 'strerror', None) or error}.",
                 fix=f"Choose it again: `qlora-tui --gpu GPU resume {self.id}`.",
             ) from error
+
+    @property
+    def trains_now(self) -> bool:
+        """Whether the user wants it to train outside the hours too, and next to other programs."""
+        return self.now_path.exists()
 
     @property
     def is_deleted(self) -> bool:

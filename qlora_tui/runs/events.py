@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from qlora_tui.decoding import Count, UnixTime, try_json
 from qlora_tui.errors import UserError
+from qlora_tui.runs.holds import Hold
 
 Phase: TypeAlias = Literal[
     "loading", "converting", "tokenizing", "probing", "training", "evaluating", "saving"
@@ -364,6 +365,8 @@ class Paused(Event, tag="paused", frozen=True, kw_only=True):
     """The GPU was freed on request; resume continues from the checkpoint."""
 
     step: Count
+    hold: Hold | None = None
+    """Why the runner paused it, which then continues it by itself; None where the user did."""
 
 
 SERIES: tuple[type[Event], ...] = (Step,)

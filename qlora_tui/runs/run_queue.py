@@ -13,13 +13,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from msgspec import structs
+
 from qlora_tui import paths
 from qlora_tui.files import atomic_write
 from qlora_tui.runs.directory import RunDir, queue_path, waiting
 from qlora_tui.runs.event_log import append_event
-from qlora_tui.runs.events import Queued, Stopped
+from qlora_tui.runs.events import Paused, Queued, Stopped
+from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import ProcessIdentity
-from qlora_tui.runs.status import ACTIVE, read_status, write_status
+from qlora_tui.runs.status import ACTIVE, ended_status, read_status, write_status
 
 __all__ = ["waiting"]
 
@@ -29,12 +32,24 @@ def enqueue(run: RunDir) -> None:
     _enter(run, again=False)
 
 
-def requeue(run: RunDir) -> None:
-    """Queue an ended run, to continue from its last checkpoint. Raises OSError; the run then stays ended."""
-    _enter(run, again=True)
+def requeue(run: RunDir, *, first: bool = False) -> None:
+    """Queue an ended run, to continue from its last checkpoint. Raises OSError; the run then stays ended.
+
+    ``first``: it keeps the place from which it was taken.
+    """
+    _enter(run, again=True, first=first)
 
 
-def _enter(run: RunDir, *, again: bool) -> None:
+def hold(run: RunDir, reason: Hold | None) -> None:
+    """Record why a queued run has to wait; None if it has not. Raises OSError."""
+    with queue_lock():
+        status = read_status(run)
+        if status.state == "queued" and status.hold != reason:
+            # What the reader makes of it is not stored.
+            write_status(run, structs.replace(status, hold=reason, detail=""))
+
+
+def _enter(run: RunDir, *, again: bool, first: bool = False) -> None:
     with queue_lock():
         status = read_status(run)
         if status.state in ("queued", *ACTIVE):
@@ -48,7 +63,7 @@ def _enter(run: RunDir, *, again: bool) -> None:
             append_event(run.events_path, Queued())
         # Last, since a full disk leaves no room to take it out.
         if run.id not in (ids := waiting()):
-            _write([*ids, run.id])
+            _write([run.id, *ids] if first else [*ids, run.id])
 
 
 def _forget_requests(run: RunDir) -> None:
@@ -89,6 +104,23 @@ def cancel(run: RunDir) -> bool:
     with suppress(OSError):
         mark_not_queued(run, "Removed from the queue.")
     return True
+
+
+def pause(run: RunDir) -> bool:
+    """Take a run out of the queue, to continue when it is resumed; False if it was no longer queued.
+
+    Raises OSError.
+    """
+    with queue_lock():
+        status = read_status(run)
+        if status.state != "queued":
+            return False
+        ending = Paused(step=status.step)
+        append_event(run.events_path, ending)
+        write_status(
+            run, structs.replace(ended_status(ending), total_steps=status.total_steps, loss=status.loss)
+        )
+        return _remove(run)
 
 
 def mark_not_queued(run: RunDir, why: str) -> None:

@@ -1,8 +1,9 @@
 """The runner: takes queued runs when their devices are free, and supervises each one's trainer in a thread.
 
 ``python -m qlora_tui.runs.runner`` is started whenever a run is queued. A lock ensures one runner per user
-and machine; it exits when the queue is empty and nothing trains. All of its state can be read from files
-again: if it is killed, the trainers continue, and the next runner takes over.
+and machine; it exits when the queue is empty and nothing trains. A run that must not train now
+(:mod:`qlora_tui.runs.gate`) is not started, or paused and put back into its place. All of its state can be
+read from files again: if it is killed, the trainers continue, and the next runner takes over.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.files import open_append
 from qlora_tui.gpu.visible_devices import release_choice
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
-from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.devices import (
     Devices,
     Wanted,
     choose,
     claimed,
     devices_of,
+    is_free,
     record_devices,
     wanted_devices,
 )
 from qlora_tui.runs.directory import RunDir, all_runs, queue_path
-from qlora_tui.runs.events import Failed
+from qlora_tui.runs.events import Failed, Paused
+from qlora_tui.runs.gate import PERIOD_S, Gate
+from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.leftovers import sweep
 from qlora_tui.runs.outcomes import determine_outcome, log_size, record_outcome
 from qlora_tui.runs.process import (
@@ -65,7 +69,7 @@ def main() -> int:
     """Work until the queue is empty; return the exit code, 0 also if another runner is active."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     release_choice()
-    queue = _Queue()
+    queue = _Queue(Gate())
     try:
         # A run is queued before a runner is started for it, so a runner that finds the queue empty with
         # the lock released can exit: a later entry starts its own runner.
@@ -78,8 +82,7 @@ def main() -> int:
                     lock.truncate(0)
                     os.write(lock.fileno(), f"{os.getpid()}\n".encode())
                 refuse_other_machines()
-                with _awake():
-                    queue.work()
+                queue.work()
             if not queue.waiting():
                 return 0
     except UserError as problem:
@@ -119,7 +122,10 @@ def _awake() -> Iterator[None]:
 class _Queue:
     """Starts each run as soon as its devices are free, in the order of the queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._holds: dict[str, Hold | None] = {}
+        """What each waiting run was last held for, by its id."""
         self._skipped: set[str] = set()
         """Ids of runs that could not be started: the next runner tries them again."""
         self._training: dict[str, tuple[threading.Thread, Devices]] = {}
@@ -137,7 +143,7 @@ class _Queue:
             if not _is_unsettled(run):
                 continue
             devices = devices_of(run)
-            self._start(run, devices or Devices(()), _take_over)
+            self._start(run, devices or Devices(()), partial(_take_over, gate=self._gate))
             if devices is None:
                 # An earlier version started it, and which device it has is not known.
                 self._training[run.id][0].join()
@@ -171,18 +177,30 @@ class _Queue:
         if not run.recipe_path.exists():
             run_queue.remove(run)
             return
-        try:
-            devices = choose(_wanted(run), reserved)
-        except UserError as problem:
-            if checkpoints := run.checkpoints():
-                recipe, last = (shlex.quote(str(path)) for path in (run.recipe_path, checkpoints[-1][1]))
-                fix = f"To train its last checkpoint further: `qlora-tui train {recipe} --init-from {last}`"
-                problem = problem.replace(fix=f"{problem.fix} {fix}, with `--gpus`.")
-            _refuse(run, problem)
-            return
+        hold, devices = self._gate.hours_hold(run), None
+        if hold is None:
+            try:
+                wanted = _wanted(run)
+            except UserError as problem:
+                if checkpoints := run.checkpoints():
+                    recipe, last = (shlex.quote(str(path)) for path in (run.recipe_path, checkpoints[-1][1]))
+                    fix = f"To train its last checkpoint further: `qlora-tui train {recipe} --init-from {last}`"
+                    problem = problem.replace(fix=f"{problem.fix} {fix}, with `--gpus`.")
+                _refuse(run, problem)
+                return
+            others = [each for each in wanted.devices if each.key not in reserved and is_free(each.key)]
+            used = self._gate.programs_on(run, others)
+            unavailable = reserved | used.keys()
+            devices = choose(wanted, unavailable)
+            reserved |= unavailable - used.keys()
+            if devices is None and used:
+                hold = next(iter(used.values()))
+        if run.id not in self._holds or self._holds[run.id] != hold:
+            run_queue.hold(run, hold)
+            self._holds[run.id] = hold
         if devices is not None:
             reserved |= devices.keys
-            self._start(run, devices, _begin)
+            self._start(run, devices, partial(_begin, gate=self._gate))
 
     def _start(self, run: RunDir, devices: Devices, work: Callable[[RunDir, Devices], None]) -> None:
         def guarded() -> None:
@@ -243,21 +261,29 @@ def _is_unsettled(run: RunDir) -> bool:
     return state in ("lost", *ACTIVE) or (is_over and run.unreported_path.exists())
 
 
-def _take_over(run: RunDir, devices: Devices) -> None:
+def _take_over(run: RunDir, devices: Devices, gate: Gate) -> None:
     """Wait for the trainer of a runner that was killed, and record how the run ended."""
-    while (status := read_status(run)).state in ACTIVE or (
-        # That runner was killed before its trainer wrote a status.
-        status.state == "lost" and is_locked(run.trainer_lock_path)
-    ):
-        if status.process is None:
-            time.sleep(POLL_S)
-        else:
-            status.process.wait(POLL_S)
+    if _has_trainer(run):
+        is_asked = False
+        with _awake():
+            while _has_trainer(run):
+                process = read_status(run).process
+                if process is None:
+                    time.sleep(POLL_S)
+                else:
+                    process.wait(POLL_S)
+                is_asked = is_asked or _ask_to_give_way(run, devices, gate)
     if _is_unsettled(run):
-        _supervise(run, _record_and_plan_retry(run, devices, exit_code=None), devices)
+        _supervise(run, _record_and_plan_retry(run, devices, exit_code=None), devices, gate)
 
 
-def _begin(run: RunDir, devices: Devices) -> None:
+def _has_trainer(run: RunDir) -> bool:
+    status = read_status(run)
+    # Of a lost run, that runner was killed before its trainer wrote a status.
+    return status.state in ACTIVE or (status.state == "lost" and bool(is_locked(run.trainer_lock_path)))
+
+
+def _begin(run: RunDir, devices: Devices, gate: Gate) -> None:
     deadline = time.monotonic() + EXITING_S
     # Its last trainer may still be exiting, and may have no parent that waits for it.
     while is_locked(run.trainer_lock_path):
@@ -266,7 +292,7 @@ def _begin(run: RunDir, devices: Devices) -> None:
                 "The run is already training", what=f"Another trainer holds {run.trainer_lock_path}."
             )
         time.sleep(POLL_S)
-    _supervise(run, plan_resume(run), devices)
+    _supervise(run, plan_resume(run), devices, gate)
 
 
 def _record_and_plan_retry(
@@ -295,7 +321,14 @@ def _record_and_plan_retry(
         if read_status(run).state == "queued":
             # Resumed while its trainer was still exiting: the queue handles it.
             return None
+        if isinstance(ending, Paused) and ending.hold is not None:
+            # Unless the user ended it too, when the trainer was exiting already.
+            if control.pending_ending(run) in (None, "pause_now"):
+                run_queue.requeue(run, first=True)
+            return None
         plan = plan_retry(run, ending)
+        if plan is None:
+            run.now_path.unlink(missing_ok=True)
     except OSError as error:
         # A full disk must not end the queue; the run then reads as lost, and the next runner records its end.
         _log(f"{run.id}: its end could not be recorded: {error}")
@@ -314,7 +347,7 @@ def _notify(run: RunDir) -> None:
         _log(f"{run.id}: the notification failed: {error}")
 
 
-def _supervise(run: RunDir, plan: RetryPlan | None, devices: Devices) -> None:
+def _supervise(run: RunDir, plan: RetryPlan | None, devices: Devices, gate: Gate) -> None:
     """Train a run to its end, retrying with less memory if it runs out."""
     if plan is None:
         return
@@ -324,7 +357,7 @@ def _supervise(run: RunDir, plan: RetryPlan | None, devices: Devices) -> None:
         while plan is not None:
             kills_before = host_oom_kills()
             events_from, log_from = run.events_path.stat().st_size, log_size(run)
-            exit_code = _train(run, plan, devices, handles)
+            exit_code = _train(run, plan, devices, handles, gate)
             plan = _record_and_plan_retry(
                 run,
                 devices,
@@ -335,7 +368,7 @@ def _supervise(run: RunDir, plan: RetryPlan | None, devices: Devices) -> None:
             )
 
 
-def _train(run: RunDir, plan: RetryPlan, devices: Devices, handles: tuple[int, ...]) -> int:
+def _train(run: RunDir, plan: RetryPlan, devices: Devices, handles: tuple[int, ...], gate: Gate) -> int:
     """Run one trainer to its end; return its exit code. Raises OSError if the run cannot be taken."""
     arguments = [*plan.to_arguments(), *devices.to_arguments()]
     with open_append(run.log_path) as log:
@@ -352,7 +385,23 @@ def _train(run: RunDir, plan: RetryPlan, devices: Devices, handles: tuple[int, .
         except OSError as error:
             log.write(f"The trainer could not be started: {error}\n".encode())
             return EXIT_FAILURE
-    return trainer.wait()
+    process, is_asked = process_identity(trainer.pid), False
+    with _awake():
+        while (exit_code := trainer.poll()) is None:
+            process.wait(PERIOD_S)
+            is_asked = is_asked or _ask_to_give_way(run, devices, gate)
+    return exit_code
+
+
+def _ask_to_give_way(run: RunDir, devices: Devices, gate: Gate) -> bool:
+    """Have a run in training save and leave its devices if it must not train now; return whether it was
+    asked."""
+    hold = gate.hold(run, devices.devices)
+    if hold is not None:
+        with suppress(UserError):
+            control.send_request(run, "pause_now", hold=hold)
+            return True
+    return False
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from qlora_tui.locks import is_locked
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir, all_runs, waiting
 from qlora_tui.runs.event_log import last_event
+from qlora_tui.runs.holds import Hold, hold_words
 from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
 
 BEAT_S = 60.0
@@ -57,6 +58,8 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Micro-batches done of the step in progress."""
     micro_batches: Count = 0
     """Micro-batches of that step; 0 until the first is done."""
+    hold: Hold | None = None
+    """What a queued run waits for other than the runs before it, or why a running one rests."""
 
     def transition(self, state: State, *, process: ProcessIdentity | None = None, detail: str = "") -> Status:
         """Return the next state, starting now; the run's progress is kept."""
@@ -69,6 +72,7 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
             detail=detail,
             micro_batch=0,
             micro_batches=0,
+            hold=None,
         )
 
 
@@ -92,7 +96,7 @@ def read_status(run: RunDir) -> Status:
     status = _recorded_status(run)
     if status.state == "queued":
         if run.id in waiting():
-            return structs.replace(status, detail=describe_runner() or status.detail)
+            return structs.replace(status, detail=describe_runner() or _waits(status) or status.detail)
         # Once more: the runner may have taken it since.
         status = _recorded_status(run)
         if status.state == "queued":
@@ -106,6 +110,13 @@ def read_status(run: RunDir) -> Status:
     return structs.replace(
         status, state=status.state if seen.alive else "lost", detail=seen.detail or status.detail
     )
+
+
+def _waits(status: Status) -> str:
+    """What a queued run waits for other than the runs before it, in a sentence; empty if it does not."""
+    if status.hold is None:
+        return ""
+    return f"{'Paused' if status.step else 'Waiting'} {hold_words(status.hold)}."
 
 
 def refuse_other_machines() -> None:
@@ -229,7 +240,7 @@ def ended_status(ending: events.RunEnded) -> Status:
             detail = f"Stopped at step {ending.step}."
             return Status(state="stopped", at=ending.at, step=ending.step, detail=detail)
         case events.Paused():
-            detail = f"Paused at step {ending.step}."
+            detail = f"Paused at step {ending.step}{f' {hold_words(ending.hold)}' if ending.hold else ''}."
             return Status(state="paused", at=ending.at, step=ending.step, detail=detail)
 
 

@@ -50,8 +50,7 @@ def run_attempt(run: Run) -> RunEnded:
             return _finish(run, loop, telemetry)
     except StopRequested as request:
         step = run.checkpoint.step if run.checkpoint else 0
-        ended = Paused if request.kind == "pause" else Stopped
-        return ended(step=step)
+        return Paused(step=step, hold=run.requests.hold) if request.kind == "pause" else Stopped(step=step)
     except Exception as error:
         if hasattr(run, "meter") and run.dist.world_size == 1 and is_out_of_memory(error):
             run.meter.record(ran_out=True)
@@ -91,7 +90,7 @@ def _finish(run: Run, loop: Loop, telemetry: TelemetryRecorder) -> RunEnded:
     if run.dist.world_size == 1:
         run.meter.record()
     if loop.outcome == "paused":
-        return Paused(step=step)
+        return Paused(step=step, hold=run.requests.hold)
     reporter.phase("saving", "adapter")
     reason, best_step = loop.reason, loop.progress.best_step
     if loop.outcome == "finished":

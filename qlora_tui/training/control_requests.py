@@ -8,6 +8,7 @@ from qlora_tui.runs import control
 from qlora_tui.runs.control import ControlRequest, Kind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import RequestReceived
+from qlora_tui.runs.holds import Hold
 from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.reporter import Reporter
 
@@ -40,6 +41,12 @@ class ControlRequests:
             )
         self._pending += new
 
+    @property
+    def hold(self) -> Hold | None:
+        """Why the runner asked for the pause that waits; None where the user did too, or nobody did."""
+        pauses = [request for request in self._pending if request.kind in ("pause", "pause_now")]
+        return pauses[-1].hold if pauses and all(request.hold for request in pauses) else None
+
     def take(self, kind: Kind) -> ControlRequest | None:
         """Remove and return the last waiting request of a kind; earlier ones of that kind are dropped."""
         matching = [request for request in self._pending if request.kind == kind]
@@ -49,17 +56,18 @@ class ControlRequests:
     def stop_kind(self) -> Kind | None:
         """``stop`` or ``pause`` where one of them waits; it is not removed."""
         kinds = {request.kind for request in self._pending}
-        return "stop" if {"stop", "stop_now"} & kinds else "pause" if "pause" in kinds else None
+        pauses = {"pause", "pause_now"} & kinds
+        return "stop" if {"stop", "stop_now"} & kinds else "pause" if pauses else None
 
     def raise_if_stop_now(self) -> None:
-        """Raise StepAbandoned where a stop was requested that does not wait for the end of the step.
+        """Raise StepAbandoned where an end was requested that does not wait for the end of the step.
 
         With several processes it waits all the same: they would have to agree on where to leave the step.
         """
         if self._dist.world_size > 1:
             return
         self.poll()
-        if any(request.kind == "stop_now" for request in self._pending):
+        if any(request.kind in ("stop_now", "pause_now") for request in self._pending):
             raise StepAbandoned
 
     def raise_if_stop_requested(self) -> None:
@@ -82,7 +90,7 @@ class ControlRequests:
 
 
 class StepAbandoned(Exception):
-    """A stop was requested that does not wait for the end of the step or evaluation in progress."""
+    """A stop or pause was requested that does not wait for the end of the step or evaluation in progress."""
 
 
 class StopRequested(Exception):

@@ -345,12 +345,13 @@ class Loop:
             OSError: the checkpoint cannot be written.
         """
         self.trainer.undo_unfinished_step()
+        kind = self._run.requests.stop_kind() or "stop"
         if not self.trainer.step:
-            raise StopRequested("stop")
+            raise StopRequested(kind)
         if self._unreported is not None:
             self._report_step(*self._unreported, force=True)
         self._save(force=True)
-        self.outcome = "stopped"
+        self.outcome = "paused" if kind == "pause" else "stopped"
 
     def _report_step(self, result: StepResult, rewards: RewardSums, *, force: bool) -> bool:
         """Emit every ``log_every``-th step and non-finite ones, or with ``force`` any; True where emitted."""

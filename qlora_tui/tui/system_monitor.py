@@ -17,11 +17,12 @@ from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem
 from qlora_tui.gpu.visible_devices import GpuChoice, choose_gpu
+from qlora_tui.locks import is_locked
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.exports import exports_dir, read_exports
 from qlora_tui.runs.notify import RunNotification, notification_for
-from qlora_tui.runs.process import ensure_runner
+from qlora_tui.runs.process import ensure_runner, runner_lock_path
 from qlora_tui.runs.servers import running_servers
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.system_status import RunningExport, SystemStatus
@@ -119,7 +120,8 @@ class SystemMonitor:
     def _restart_stalled_runner(self, *, is_stalled: bool) -> None:
         """Start a runner if runs are waiting after theirs was killed or the machine went down."""
         now = time.monotonic()
-        if not is_stalled:
+        # It may be waiting for the hours, or for another program.
+        if not is_stalled or is_locked(runner_lock_path()):
             self._stalled_since = None
         elif self._stalled_since is None:
             self._stalled_since = now

@@ -13,6 +13,7 @@ from qlora_tui.runs.directory import RunDir, create_run
 TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
+from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
@@ -39,6 +40,17 @@ if part == "pauses" and not (run.path / "go").exists():
     # Still exiting, as torch does for a second or two.
     (run.path / "go").read_text()
     sys.exit(0)
+if part == "obeys":
+    # Until it is paused or let go; a resumed one has a step more.
+    step = 2 + len(list(run.path.glob("paused-*")))
+    while not (run.path / "go").exists():
+        for request in take_requests(run):
+            ending = Paused(at=time.time(), step=step, hold=request.hold)
+            (run.path / f"paused-{step}").touch()
+            log.append(ending)
+            record_outcome(run, ending)
+            sys.exit(0)
+        time.sleep(0.02)
 if part == "says nothing":
     sys.exit(0)
 if part == "dies":

@@ -31,7 +31,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs that the runner would train; their trainers end at once."""
     ids: list[str] = []
 
-    def train(run: RunDir, plan: object) -> int:
+    def train(run: RunDir, plan: object, *rest: object) -> int:
         run_queue.remove(run)
         ids.append(run.id)
         write_status(run, read_status(run).transition("starting", process=process_identity()))

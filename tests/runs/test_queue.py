@@ -18,6 +18,7 @@ from qlora_tui.runs import run_queue, runner
 from qlora_tui.runs.devices import Devices
 from qlora_tui.runs.directory import RunDir, create_run, queue_path
 from qlora_tui.runs.event_log import last_event
+from qlora_tui.runs.gate import Gate
 from qlora_tui.runs.events import Stopped
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, is_stranded, read_status, write_status
@@ -173,5 +174,5 @@ def test_a_trainer_without_a_status_is_waited_for(run: RunDir, monkeypatch: pyte
             trainer.close()
 
         while_it_sleeps(monkeypatch, end)
-        runner._take_over(run, Devices(()))
+        runner._take_over(run, Devices(()), Gate())
     assert read_status(run).state == "finished"

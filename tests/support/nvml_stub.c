@@ -4,10 +4,13 @@
  *
  *   NVML_STUB_SCENARIO    one of the names in `scenarios` below; "one_gpu" when unset
  *   NVML_STUB_LOST_AFTER  for lost_later and recovers: device questions answered before the GPU is lost
+ *   NVML_STUB_PROCESSES   a file that replaces the processes, read at each question: a line for each with its
+ *                         number, MiB, and the percent of the time in which it keeps the GPU busy
  *
  * Nothing is random and nothing depends on time. Each call of nvmlDeviceGetUtilizationRates is one tick of
  * that GPU, and every other value follows from the number of ticks; so the n-th reading is always the same.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,6 +24,9 @@ typedef struct {
     unsigned gpuInstanceId, computeInstanceId;
 } nvmlProcessInfo_t;
 
+typedef struct { unsigned pid; unsigned long long at_us; unsigned sm, memory, encoder, decoder; } nvmlSample_t;
+
+_Static_assert(sizeof(nvmlSample_t) == 32, "nvmlProcessUtilizationSample_t");
 _Static_assert(sizeof(nvmlUtilization_t) == 8, "nvmlUtilization_t");
 _Static_assert(sizeof(nvmlMemory_t) == 24, "nvmlMemory_t");
 _Static_assert(sizeof(nvmlMemory_v2_t) == 40, "nvmlMemory_v2_t");
@@ -28,7 +34,7 @@ _Static_assert(sizeof(nvmlProcessInfo_t) == 24, "nvmlProcessInfo_t, versions 2 a
 
 enum {
     SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4,
-    INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9, LIBRARY_NOT_FOUND = 12, FUNCTION_NOT_FOUND = 13,
+    NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9, LIBRARY_NOT_FOUND = 12, FUNCTION_NOT_FOUND = 13,
     GPU_IS_LOST = 15, MISMATCH = 18, UNKNOWN = 999
 };
 #define MIB (1024ull * 1024)
@@ -374,11 +380,50 @@ static int write_processes(const nvmlProcessInfo_t *held, unsigned held_count, u
     return SUCCESS;
 }
 
+enum { MOST_PLAYED = 16 };
+static int read_played(nvmlProcessInfo_t *held, unsigned *busy)
+{
+    const char *path = getenv("NVML_STUB_PROCESSES");
+    FILE *file = path ? fopen(path, "r") : NULL;
+    unsigned number = 0, pid, mib, percent;
+    if (!path)
+        return -1;
+    while (file && number < MOST_PLAYED && fscanf(file, "%u %u %u", &pid, &mib, &percent) == 3) {
+        held[number] = (nvmlProcessInfo_t){ pid, mib * MIB, ~0u, ~0u };
+        busy[number++] = percent;
+    }
+    if (file)
+        fclose(file);
+    return (int)number;
+}
+
+int nvmlDeviceGetProcessUtilization(nvmlDevice_t gpu, nvmlSample_t *out, unsigned *count,
+                                    unsigned long long since_us)
+{
+    MEET(gpu);
+    nvmlProcessInfo_t held[MOST_PLAYED];
+    unsigned busy[MOST_PLAYED], room = *count;
+    int number = read_played(held, busy);
+    if (number <= 0)
+        return NOT_FOUND;
+    *count = (unsigned)number;
+    if (!out || room < *count)
+        return INSUFFICIENT_SIZE;
+    for (int i = 0; i < number; i++)
+        out[i] = (nvmlSample_t){ held[i].pid, since_us + 1, busy[i], 0, 0, 0 };
+    return SUCCESS;
+}
+
 /* A trainer whose memory grows by 1 MiB each time it is asked for, and one whose memory is not told. */
 int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t gpu, unsigned *count, nvmlProcessInfo_t *out)
 {
     MEET(gpu);
     SINCE_NEWER_DRIVER;
+    nvmlProcessInfo_t played[MOST_PLAYED];
+    unsigned busy[MOST_PLAYED];
+    int number = read_played(played, busy);
+    if (number >= 0)
+        return write_processes(played, (unsigned)number, count, out);
     if (out)
         gpu->process_calls++;
     nvmlProcessInfo_t held[] = {
@@ -393,6 +438,8 @@ int nvmlDeviceGetGraphicsRunningProcesses_v3(nvmlDevice_t gpu, unsigned *count, 
 {
     MEET(gpu);
     SINCE_NEWER_DRIVER;
+    if (getenv("NVML_STUB_PROCESSES"))
+        return write_processes(NULL, 0, count, out);
     nvmlProcessInfo_t held[] = { { 1001, 350 * MIB, ~0u, ~0u }, { 5151, 90 * MIB, ~0u, ~0u } };
     return write_processes(held, playing->play == IDLE ? 0 : 2, count, out);
 }

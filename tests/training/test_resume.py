@@ -28,6 +28,7 @@ from qlora_tui.runs.events import (
     Failed,
     Finished,
     Health,
+    Paused,
     Phase,
     PhaseChanged,
     Started,
@@ -105,6 +106,11 @@ def test_a_step_given_up_is_repeated_exactly(
     ending = events(run)[-1]
     assert isinstance(ending, Stopped) and ending.step == 3
     assert run.checkpoints()[0][0] == 3 and (run.adapter_dir / "adapter_model.safetensors").exists()
+    with monkeypatch.context() as within:
+        request = f"request_within_step({str(run.path)!r}, 5, 'pause_now')"
+        within.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {request}")
+        assert trainers.run(run) == 0
+    assert events(run)[-1] == Paused(at=events(run)[-1].at, step=4)
     assert trainers.run(run) == 0
     assert losses(run).pop(3)  # the last step is reported, although it was not due
     expected = losses(whole)

@@ -18,7 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_path
 from qlora_tui.recipe.fields import Field, fields_of, get_setting
 from qlora_tui.runs.notify import RunNotification
-from qlora_tui.settings import Settings, config_path, save_setting
+from qlora_tui.settings import KEYS_IN_FILE, Settings, config_path, save_setting, setting_problem
 from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys
@@ -26,8 +26,6 @@ from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.themes import AUTO, HUES, TERMINAL, theme_names
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, SettingPicked, SettingsForm
-
-_KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
 
 
 class SettingsScreen(ModalScreen[None], OnQloraApp):
@@ -61,7 +59,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
             yield SettingsForm(
                 _groups({**fields, "theme": theme}),
                 base_name="default",
-                validate=_missing_folder,
+                validate=_problem,
                 picked=("theme",),
             )
             yield Static(_swatches())
@@ -92,7 +90,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         app, path, value = self.app, message.path, message.value
         is_default = value == get_setting(Settings(), path)
         try:
-            settings = save_setting(_KEYS_IN_FILE.get(path, path), None if is_default else value)
+            settings = save_setting(KEYS_IN_FILE.get(path, path), None if is_default else value)
         except UserError as problem:
             app.show_error(problem)
             return
@@ -148,6 +146,7 @@ def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
     titles = {
         "Appearance": ("theme", "mouse"),
         "GPU": ("gpu_memory_gib", "gpu"),
+        "When runs train": ("hours", "yields", "max_temperature_c", "max_power_w", "price_per_kwh"),
         "Models and disk": ("model_folders", "quantized_cache_gib"),
         "When a run ends": tuple(path for path in fields if path.startswith("notify.")),
     }
@@ -158,8 +157,8 @@ def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
     ]
 
 
-def _missing_folder(path: str, value: Any) -> str:
-    """Return a sentence that names the first of these folders that does not exist; empty if all exist."""
+def _problem(path: str, value: Any) -> str:
+    """Return what is wrong with a value, such as a folder that does not exist; empty if nothing is."""
     folders = value if path == "model_folders" else ()
     missing = [folder for folder in folders if not Path(folder).expanduser().is_dir()]
-    return f"There is no folder {missing[0]}." if missing else ""
+    return f"There is no folder {missing[0]}." if missing else setting_problem(path, value)

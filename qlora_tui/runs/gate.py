@@ -1,0 +1,125 @@
+"""The gate before and during a run: whether it may train now, by the hours and by who else uses its GPU.
+
+The runner asks about once a second of a run in training, and every few seconds of one that waits. :mod:`qlora_tui.runs.holds` decides; this module reads the clock, the
+settings and the driver.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuProcess
+from qlora_tui.gpu.nvml import Nvml
+from qlora_tui.hours import Clock
+from qlora_tui.runs.devices import RunDevice
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.holds import Hold, Sharing
+from qlora_tui.settings import LiveSettings
+
+PERIOD_S = 1.0
+"""Seconds between two looks at the GPU: process lists cost 4.5 ms and a driver lock."""
+_COMMAND_BYTES = 4096
+
+
+class GpuReader:
+    """Reads the processes on GPUs, and survives a driver that goes away. Safe in several threads."""
+
+    def __init__(self) -> None:
+        self._driver: Nvml | None = None
+
+    def __call__(self, index: int) -> tuple[GpuProcess, ...] | None:
+        """Return the processes on a GPU; None where they are not listed."""
+        try:
+            self._driver = self._driver or Nvml()
+            return self._driver.busy_processes(index)
+        except GpuUnavailableError:
+            self._driver = None
+            return None
+
+
+class Gate:
+    """Says whether a run may train now. Safe in several threads, one for each run in training."""
+
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        read_processes: Callable[[int], Iterable[GpuProcess] | None] | None = None,
+    ) -> None:
+        """``read_processes`` returns the processes on the GPU of a number; None where they are not listed."""
+        self._clock = clock or Clock()
+        self._read_processes = read_processes or GpuReader()
+        self._settings = LiveSettings()
+        self._gpus: dict[str, Sharing] = {}
+        """Who uses each GPU, by its UUID."""
+        self._holds: dict[str, tuple[float, Hold | None]] = {}
+        """When each GPU was last looked at, and who uses it."""
+        self._lock = threading.Lock()
+
+    def hours_hold(self, run: RunDir) -> Hold | None:
+        """Return the hold of a run outside the hours; None inside, and if it is to train now."""
+        with self._lock:
+            hours, now = self._settings.read().training_hours, self._clock.now()
+            opens_at = hours.opens_at(now, self._clock.zone())
+        # Without a look at the GPU, which may sleep until then.
+        return None if opens_at <= now or run.trains_now else Hold(cause="hours", until=opens_at)
+
+    def programs_on(
+        self, run: RunDir, devices: Iterable[RunDevice], *, is_training: bool = False
+    ) -> dict[str, Hold]:
+        """Return the holds of a run for other programs, by the keys of the devices that they use.
+
+        ``is_training``: whether it trains on these devices.
+        """
+        with self._lock:
+            if run.trains_now or not self._settings.read().yields:
+                return {}
+            holds = {
+                device.key: self._program_on(device.key, device.index, is_training=is_training)
+                for device in devices
+                if device.index is not None
+            }
+        return {key: hold for key, hold in holds.items() if hold is not None}
+
+    def hold(self, run: RunDir, devices: Iterable[RunDevice]) -> Hold | None:
+        """Return why a run in training on these devices must end now; None if it may go on."""
+        used = self.programs_on(run, devices, is_training=True)
+        return self.hours_hold(run) or next(iter(used.values()), None)
+
+    def _program_on(self, key: str, index: int, *, is_training: bool) -> Hold | None:
+        elapsed_s = self._clock.elapsed()
+        looked_at, hold = self._holds.get(key, (-PERIOD_S, None))
+        if elapsed_s - looked_at < PERIOD_S:
+            return hold
+        listed = self._read_processes(index)
+        processes = None if listed is None else tuple(listed)
+        own = frozenset(process.pid for process in processes or () if is_own(process.pid))
+        sharing = self._gpus.setdefault(key, Sharing())
+        user = sharing.update(elapsed_s, processes, own, is_training=is_training)
+        if user is None:
+            hold = None
+        elif hold is None or hold.pid != user.pid:
+            # Its name is unknown once it is gone.
+            hold = Hold(cause="program", program=program_name(user.pid), pid=user.pid)
+        self._holds[key] = elapsed_s, hold
+        return hold
+
+
+def is_own(pid: int) -> bool:
+    """Return whether a process belongs to this program: a trainer, an engine, a server."""
+    try:
+        with Path(f"/proc/{pid}/cmdline").open("rb") as file:
+            arguments = file.read(_COMMAND_BYTES).split(b"\0")
+    except OSError:
+        return False
+    return any(argument.split(b".")[0] == b"qlora_tui" for argument in arguments)
+
+
+def program_name(pid: int) -> str:
+    """Return the name of a process; "another program" if it is gone, or not visible from here."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip() or "another program"
+    except OSError:
+        return "another program"
