@@ -1,9 +1,9 @@
 """Writes the pages that follow from declarations: ``make docs``.
 
-``docs/reference/`` holds recipes, settings and presets (from the schema and ``presets/``), the types of models (from
-``models.json``, which ``make check-models`` writes), the command line (from its parsers) and the keys of
-each screen (from their commands); ``docs/glossary.md`` is the app's glossary, and ``docs/qlora-tui.1`` the
-manual page. A test fails where one of them is out of date.
+``docs/reference/`` holds recipes, settings and presets (from the schema and ``presets/``), the types of
+models (from ``models.json``, which ``make check-models`` writes), the command line (from its parsers) and the
+keys of each screen (from their commands); ``docs/glossary.md`` is the app's glossary, and
+``docs/qlora-tui.1`` the manual page. A test fails where one of them is out of date.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ Settings are taken from, in this order: defaults, preset, recipe file, `--set se
 and values out of bounds are errors that name file, line, key and the nearest match.
 `qlora-tui presets reference` prints this page as a TOML file to start from."""
 _SETTINGS_INTRODUCTION = """\
-The settings of this machine, as opposed to those of a recipe, are in `config.toml` of the folder that `qlora-tui locate`
-prints. F6 in the app changes them. Those of a run take effect within a second, also for runs in training."""
+The settings of this machine, as opposed to those of a recipe, are in `config.toml` of the folder that
+`qlora-tui locate` prints. F6 in the app changes them. Those about when runs train take effect within seconds,
+also for a run in training."""
 _PRESETS_INTRODUCTION = """\
 A preset is part of a recipe. Use one with `--preset NAME` or with `p` in the app. Your own are TOML files in
 the `presets` folder that `qlora-tui locate` prints; a file there hides the shipped preset of its name."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
+from itertools import pairwise
 from pathlib import Path
 
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
@@ -86,7 +87,7 @@ class Hours:
         if parts == [""]:
             return cls()
         windows = [_window(part) for part in parts]
-        for part, after in zip(parts, parts[1:], strict=False):
+        for part, after in pairwise(parts):
             if not _TIMES.search(part) and _TIMES.search(after) and after[:1].isalpha():
                 raise ValueError(
                     f"{part}, {after} has two readings. Write `{part} {after}` for these hours on all of the "

@@ -114,8 +114,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         _about(
             "Hours",
-            "When runs train: 23:00-07:00, sat-sun. Days without a time are whole days. Outside of them a run "
-            "saves, frees the GPU, and goes on by itself. Empty: always.",
+            "When runs train: 23:00-07:00, sat-sun. Days without a time are whole days. Outside of them "
+            "a run saves, frees the GPU, and goes on by itself. Empty: always.",
         ),
     ] = ""
     yields: Annotated[

@@ -38,7 +38,7 @@ Kind: TypeAlias = Literal[
 
 
 ENDINGS: tuple[Kind, ...] = ("stop", "stop_now", "pause", "pause_now", "finish_epoch")
-"""Requests that end the run. ``stop_now`` and ``pause_now`` do not wait for the end of the step in progress."""
+"""Requests that end the run. Those with ``now`` do not wait for the end of the step in progress."""
 
 
 class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,7 +1,7 @@
 """The gate before and during a run: whether it may train now, by the hours and by who else uses its GPU.
 
-The runner asks about once a second of a run in training, and every few seconds of one that waits. :mod:`qlora_tui.runs.holds` decides; this module reads the clock, the
-settings and the driver.
+The runner asks about once a second of a run in training, and every few seconds of one that waits.
+:mod:`qlora_tui.runs.holds` decides; this module reads the clock, the settings and the driver.
 """
 
 from __future__ import annotations
@@ -94,8 +94,12 @@ class Gate:
         if elapsed_s - looked_at < PERIOD_S:
             return hold
         listed = self._read_processes(index)
-        processes = None if listed is None else tuple(listed)
-        own = frozenset(process.pid for process in processes or () if is_own(process.pid))
+        own, processes = set[int](), None
+        if listed is not None:
+            whose = {process: is_own(process.pid) for process in listed}
+            own = {process.pid for process, is_ours in whose.items() if is_ours}
+            # One that is gone may have been ours.
+            processes = [process for process, is_ours in whose.items() if is_ours is not None]
         sharing = self._gpus.setdefault(key, Sharing())
         user = sharing.update(elapsed_s, processes, own, is_training=is_training)
         if user is None:
@@ -107,13 +111,16 @@ class Gate:
         return hold
 
 
-def is_own(pid: int) -> bool:
-    """Return whether a process belongs to this program: a trainer, an engine, a server."""
+def is_own(pid: int) -> bool | None:
+    """Return whether a process belongs to this program: a trainer, an engine, a server; None if it is gone.
+
+    Also None where its number is that of another namespace, as in some containers.
+    """
     try:
         with Path(f"/proc/{pid}/cmdline").open("rb") as file:
             arguments = file.read(_COMMAND_BYTES).split(b"\0")
     except OSError:
-        return False
+        return None
     return any(argument.split(b".")[0] == b"qlora_tui" for argument in arguments)
 
 

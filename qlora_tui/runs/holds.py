@@ -8,7 +8,7 @@ nobody, and heat comes and goes within seconds. A user's pause has no hold: only
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal, TypeAlias
 
 from msgspec import Struct
@@ -59,8 +59,9 @@ class Switch:
     """On once a condition has lasted for a while, and off once it has been clear for a while."""
 
     def __init__(self, on_after_s: float, off_after_s: float, *, most_off_after_s: float = 0.0) -> None:
-        """``most_off_after_s``: each time it goes on soon after it went off, it stays on for twice as long, up
-        to this."""
+        """``most_off_after_s``: each time it goes on soon after it went off, it stays on for twice as long,
+        up to this.
+        """
         self.is_on = False
         self._on_after_s = on_after_s
         self._least_off_after_s = self._off_after_s = off_after_s
@@ -103,8 +104,8 @@ _OTHER_BYTES = 1 << 30
 """GPU memory that a program has taken since the run began, from which on it uses the GPU: a desktop and a
 browser together take less."""
 _BUSY_PERCENT = 20
-"""Share of the time in which a program's kernels run, from which on it uses the GPU: moving windows and videos
-stay below."""
+"""Share of the time in which a program's kernels run, from which on it uses the GPU: moving windows and
+videos stay below."""
 
 
 class Sharing:
@@ -125,7 +126,7 @@ class Sharing:
         self,
         elapsed_s: float,
         processes: Iterable[GpuProcess] | None,
-        own: frozenset[int],
+        own: Collection[int],
         *,
         is_training: bool,
     ) -> GpuProcess | None:
@@ -135,8 +136,8 @@ class Sharing:
             elapsed_s: Time of the reading, by a clock that nobody sets.
             processes: What the driver lists; None if it lists nothing.
             own: Process numbers of this program.
-            is_training: Whether a run trains on it. Then its process must be in the list, or the numbers there
-                are those of another namespace, and the run could give way to itself.
+            is_training: Whether a run trains on it. Then its process must be in the list, or the numbers
+                there are those of another namespace, and the run could give way to itself.
         """
         if processes is None:
             return None
@@ -154,7 +155,8 @@ class Sharing:
         if is_training and not self._has_seen_own:
             users = []
         if users:
-            self.user = max(users, key=lambda process: process.memory_bytes or 0)
+            is_same = self.user is not None and self.user.pid in [process.pid for process in users]
+            self.user = self.user if is_same else max(users, key=lambda each: each.memory_bytes or 0)
         is_used = self._switch.update(elapsed_s, bool(users), at_once=not is_training)
         return self.user if is_used else None
 

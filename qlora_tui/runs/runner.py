@@ -184,7 +184,9 @@ class _Queue:
             except UserError as problem:
                 if checkpoints := run.checkpoints():
                     recipe, last = (shlex.quote(str(path)) for path in (run.recipe_path, checkpoints[-1][1]))
-                    fix = f"To train its last checkpoint further: `qlora-tui train {recipe} --init-from {last}`"
+                    fix = (
+                        f"To train its last checkpoint further: `qlora-tui train {recipe} --init-from {last}`"
+                    )
                     problem = problem.replace(fix=f"{problem.fix} {fix}, with `--gpus`.")
                 _refuse(run, problem)
                 return

@@ -16,6 +16,7 @@ in the order in which it is traveled:
 ``batches``          the sequences of a step, planned in ``data.step_plan``, as micro-batches of tensors
 ``checks``           comparisons of every shortcut with the libraries, before it is used
 ``loop``             all steps; between them: report, evaluate, save, carry out requests
+``rest``             waits between two micro-batches while the GPU is above the bounds of the user
 ``trainer``          one optimizer step, and the state that a checkpoint holds
 ``checkpoints``      their folders: written completely or not at all, verified, pruned
 

@@ -31,7 +31,7 @@ def run_attempt(run: Run) -> RunEnded:
     Raises:
         Exception: whatever ended the attempt; a request to stop or pause is no error.
     """
-    telemetry = TelemetryRecorder(run.directory, run.reporter)
+    telemetry = TelemetryRecorder(run.directory, run.reporter, run.rest.read)
     try:
         run.device = find_device(run.recipe, run.dist.local_rank)
         on_cpu = run.device.kind == "cpu"

@@ -59,15 +59,20 @@ class ControlRequests:
         pauses = {"pause", "pause_now"} & kinds
         return "stop" if {"stop", "stop_now"} & kinds else "pause" if pauses else None
 
+    def poll_if_alone(self) -> None:
+        """Poll where the run has one process; several would have to call it together."""
+        if self._dist.world_size == 1:
+            self.poll()
+
     def raise_if_stop_now(self) -> None:
         """Raise StepAbandoned where an end was requested that does not wait for the end of the step.
 
         With several processes it waits all the same: they would have to agree on where to leave the step.
         """
-        if self._dist.world_size > 1:
-            return
-        self.poll()
-        if any(request.kind in ("stop_now", "pause_now") for request in self._pending):
+        self.poll_if_alone()
+        if self._dist.world_size == 1 and any(
+            request.kind in ("stop_now", "pause_now") for request in self._pending
+        ):
             raise StepAbandoned
 
     def raise_if_stop_requested(self) -> None:

@@ -129,7 +129,7 @@ class Evaluator:
 
     def _report_progress(self, done: int, total: int) -> None:
         self._run.reporter.progress("evaluating", done, total)
-        self._run.requests.raise_if_stop_now()
+        self._run.between_batches()
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -269,13 +269,27 @@ class Loop:
 
     def _after_micro_batch(self, done: int, total: int) -> None:
         self._reporter.update(micro_batch=done, micro_batches=total)
-        self._run.requests.raise_if_stop_now()
+        with self._leaving_out_rests():
+            self._run.between_batches()
+
+    @contextmanager
+    def _leaving_out_rests(self) -> Iterator[None]:
+        """Count the rests inside as no training time."""
+        rested_before_s = self._run.rest.seconds
+        try:
+            yield
+        finally:
+            rested_s = self._run.rest.seconds - rested_before_s
+            self._overhead_s += rested_s
+            self._emitted_at += rested_s
 
     def _end_step(self, result: StepResult, rewards: RewardSums) -> None:
         """Report a step, carry out requests, and evaluate, save or stop where that is due."""
         emitted = self._report_step(result, rewards, force=self.trainer.step == self._total_steps)
         self._unreported = None if emitted else (result, rewards)
         self._check_health(result)
+        with self._leaving_out_rests():
+            self._run.rest.take(self._reporter, self._run.requests)
         overhead_before_s = self._overhead_s
         self._act_between_steps(self._run.step_plan.steps[self.trainer.step - 1])
         spent_s = self._overhead_s - overhead_before_s

@@ -27,6 +27,7 @@ from qlora_tui.runs.devices import RunDevice
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import GPU_LOST, AnyEvent, Health, Phase, PhaseChanged, Progress, phase_label
+from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status, write_heartbeat, write_status
 from qlora_tui.runs.telemetry import Reading, encode
@@ -143,6 +144,11 @@ class Reporter:
                 self._status, **{key: value for key, value in given.items() if value is not None}
             )
 
+    def hold(self, hold: Hold | None) -> None:
+        """Have the next heartbeats say why the run rests; None where it does not."""
+        with self._lock:
+            self._status = msgspec.structs.replace(self._status, hold=hold)
+
     def log(self, line: str) -> None:
         """Write a line to the trainer's log."""
         if not self.is_mute:
@@ -224,8 +230,15 @@ class QuietReporter(Reporter):
 class TelemetryRecorder:
     """Records from ``start`` to ``stop`` in separate threads. A full disk costs samples and nothing else."""
 
-    def __init__(self, run: RunDir, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        reporter: Reporter,
+        on_reading: Callable[[GpuMetrics, float], None] = lambda reading, elapsed_s: None,
+    ) -> None:
+        """``on_reading`` gets each reading of the GPU with a monotonic time, in the recorder's thread."""
         self._reporter = reporter
+        self._notice = on_reading
         self._path = run.telemetry_path
         self._process = psutil.Process()
         self._stopping = threading.Event()
@@ -269,7 +282,9 @@ class TelemetryRecorder:
             if reading.reason is GpuUnavailableReason.LOST:
                 self._reporter.health(GPU_LOST, f"{reading.what} {reading.why}", reading.fix, error=True)
         else:
-            for finding in monitor.check(reading, time.monotonic()):
+            elapsed_s = time.monotonic()
+            self._notice(reading, elapsed_s)
+            for finding in monitor.check(reading, elapsed_s):
                 self._reporter.health(finding.kind, finding.evidence, finding.remedy)
         if is_first:
             self._write(None if isinstance(reading, GpuUnavailableError) else reading)

@@ -21,6 +21,7 @@ from qlora_tui.training.distributed import DistributedContext
 from qlora_tui.training.memory_meter import MemoryMeter
 from qlora_tui.training.model import PreparedBase
 from qlora_tui.training.reporter import Reporter
+from qlora_tui.training.rest import Rest
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -42,6 +43,8 @@ class Run:
     keeps_files: bool = True
     """Whether anything is written to ``directory``, which otherwise need not exist."""
 
+    rest: Rest = field(default_factory=Rest, init=False)
+    """What has the run wait while its GPU is too hot, or takes too much power."""
     device: ComputeDevice = field(init=False)
     files: ModelFiles = field(init=False)
     """Where the model came from."""
@@ -61,6 +64,11 @@ class Run:
     """The base model with its adapter (``peft.PeftModel``)."""
     starting_adapter: StartingAdapter | None = field(init=False)
     """The adapter that the run started from, where it compares its answers with that one's."""
+
+    def between_batches(self) -> None:
+        """Rest if the GPU needs it, and raise StepAbandoned where the run is to end at once."""
+        self.rest.take(self.reporter, self.requests)
+        self.requests.raise_if_stop_now()
 
     @property
     def shape(self) -> RowShape:

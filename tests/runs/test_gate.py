@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def closed_hours() -> str:
     return f"{begin.tm_hour}:00-{(begin.tm_hour + 2) % 24}:00"
 
 
+@contextmanager
+def running(argv: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the block."""
+    with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def obeys(recipe: Recipe) -> Recipe:
     return replace_setting(recipe, "name", "obeys")
 
@@ -112,15 +123,11 @@ def test_settings_with_errors_leave_the_last_ones(run: RunDir) -> None:
 
 def test_this_programs_processes_are_known() -> None:
     arguments = ["-m", "qlora_tui.engine"]
-    with (
-        subprocess.Popen([sys.executable, "-c", "input()", *arguments], stdin=subprocess.PIPE) as own,
-        subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other,
-    ):
+    with running([sys.executable, "-c", "input()", *arguments]) as own, running(["cat"]) as other:
         wait_for(lambda: is_own(own.pid))
         wait_for(lambda: program_name(other.pid) == "cat")
-        assert not is_own(other.pid)
-        own.kill()
-    assert not is_own(other.pid) and program_name(other.pid) == "another program"
+        assert is_own(other.pid) is False
+    assert is_own(other.pid) is None and program_name(other.pid) == "another program"
 
 
 def test_a_held_run_that_is_paused_leaves_the_queue(run: RunDir) -> None:
@@ -162,11 +169,9 @@ def test_a_run_gives_way_to_a_program_and_goes_on_after_it(
     wait_for(lambda: read_status(run).state == "running")
     trainer = read_status(run).process
     assert trainer is not None
-    with subprocess.Popen(["sleep", "600"]) as game:
-        (tmp_path / "processes").write_text(f"{trainer.pid} 9000 90\n")
-        wait_for(lambda: not (tmp_path / "processes").read_text() == "")
+    with running(["sleep", "600"]) as game:
         (tmp_path / "processes").write_text(f"{trainer.pid} 9000 90\n{game.pid} 4000 60\n")
-        status = wait_for(lambda: (s := read_status(run)).state == "queued" and s.hold and s or None)
+        status = wait_for(lambda: ((s := read_status(run)).state == "queued" and s.hold and s) or None)
         assert status.detail == f"Paused for sleep (pid {game.pid})." and status.step == 2
         assert not trainer.is_alive(), "its memory is free"
         game.kill()

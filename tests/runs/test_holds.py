@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from zoneinfo import ZoneInfo
@@ -73,9 +74,8 @@ def test_another_time_zone_has_other_hours() -> None:
     ],
 )
 def test_hours_that_are_not_understood_are_refused(text: str, problem: str) -> None:
-    with pytest.raises(ValueError, match=".") as refused:
+    with pytest.raises(ValueError, match=re.escape(problem)):
         Hours.parse(text)
-    assert problem in str(refused.value)
 
 
 DESKTOP = GpuProcess(1, 400 * MIB, computes=False, busy_percent=8)

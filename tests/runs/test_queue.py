@@ -18,8 +18,8 @@ from qlora_tui.runs import run_queue, runner
 from qlora_tui.runs.devices import Devices
 from qlora_tui.runs.directory import RunDir, create_run, queue_path
 from qlora_tui.runs.event_log import last_event
-from qlora_tui.runs.gate import Gate
 from qlora_tui.runs.events import Stopped
+from qlora_tui.runs.gate import Gate
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, is_stranded, read_status, write_status
 from tests.support.polling import while_it_sleeps

@@ -146,8 +146,8 @@ def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
     titles = {
         "Appearance": ("theme", "mouse"),
         "GPU": ("gpu_memory_gib", "gpu"),
-        "When runs train": ("hours", "yields", "max_temperature_c", "max_power_w", "price_per_kwh"),
         "Models and disk": ("model_folders", "quantized_cache_gib"),
+        "When runs train": ("hours", "yields", "max_temperature_c", "max_power_w", "price_per_kwh"),
         "When a run ends": tuple(path for path in fields if path.startswith("notify.")),
     }
     listed = {path for paths in titles.values() for path in paths}

@@ -1,0 +1,73 @@
+"""Rests of a run: while its GPU is above the user's bounds, the next micro-batch waits, in memory.
+
+Resting changes no number: between two micro-batches nothing is computed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.runs.holds import Bounds, Hold, hold_words
+from qlora_tui.settings import LiveSettings
+from qlora_tui.training.control_requests import ControlRequests
+from qlora_tui.training.reporter import Reporter
+
+LONGEST_S = 45.0
+"""Seconds after which a rest ends in any case: an idle GPU may be above a bound, and other processes of the
+run wait."""
+_LOOK_S = 1.0
+
+
+class Rest:
+    """Decides from readings, which another thread brings, and holds up the thread that trains."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """Time spent in all rests."""
+        self._settings = LiveSettings()
+        self._bounds: dict[int, Bounds] = {}
+        self._holds: dict[int, Hold | None] = {}
+        """Why the run should rest, by the number of the GPU."""
+        self._has_news = threading.Event()
+        self._reported: set[str] = set()
+
+    @property
+    def hold(self) -> Hold | None:
+        """Why the run should rest; None if it should not."""
+        return next(filter(None, list(self._holds.values())), None)
+
+    def read(self, reading: GpuMetrics, elapsed_s: float) -> None:
+        """Take a reading of one of the run's GPUs, at a time of a monotonic clock."""
+        settings = self._settings.read()
+        self._holds[reading.index] = self._bounds.setdefault(reading.index, Bounds()).update(
+            elapsed_s,
+            temperature_c=reading.temperature_c,
+            power_w=reading.power_w,
+            max_temperature_c=settings.max_temperature_c,
+            max_power_w=settings.max_power_w,
+        )
+        self._has_news.set()
+
+    def take(self, reporter: Reporter, requests: ControlRequests) -> None:
+        """Return once the GPUs are below the bounds, after :data:`LONGEST_S`, or when the run is to end."""
+        if self.hold is None:
+            return
+        started_at = time.perf_counter()
+        while (hold := self.hold) is not None and time.perf_counter() - started_at < LONGEST_S:
+            self._has_news.clear()
+            self._report(hold, reporter)
+            self._has_news.wait(_LOOK_S)
+            requests.poll_if_alone()
+            if requests.stop_kind() is not None:
+                break
+        reporter.hold(None)
+        self.seconds += time.perf_counter() - started_at
+
+    def _report(self, hold: Hold, reporter: Reporter) -> None:
+        reporter.hold(hold)
+        if hold.cause not in self._reported:
+            self._reported.add(hold.cause)
+            evidence = f"The GPU is {hold_words(hold)}."
+            reporter.health("resting", evidence, "The run rests between micro-batches until it is below.")
