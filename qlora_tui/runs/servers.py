@@ -37,6 +37,8 @@ class ServerStatus(Struct, frozen=True, kw_only=True):
     """What it waits for or why it failed, in a sentence."""
     engine_pid: int = 0
     """The process that holds the model; 0 without one."""
+    memory_bytes: int = 0
+    """Memory of the loaded model, without keys and values."""
     is_local: bool = True
     """Whether only programs of this machine reach it."""
     key_file: str = ""

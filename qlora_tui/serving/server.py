@@ -138,6 +138,7 @@ class Server:
             state=guest.state,
             detail=guest.detail,
             engine_pid=guest.engine_pid or 0,
+            memory_bytes=guest.ready.memory_bytes if guest.ready else 0,
             is_local=is_loopback(self.host),
             key_file=str(key_path(self.port)) if self.api_key else "",
             requests=figures.statuses.total(),

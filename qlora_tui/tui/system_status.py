@@ -58,6 +58,11 @@ class SystemStatus:
     ended_runs: tuple[RunNotification, ...] = ()
     """Notifications about runs that have ended since the last poll."""
 
+    @property
+    def loaded_server(self) -> ServerStatus | None:
+        """A server that holds a model in memory."""
+        return next((server for server in self.servers if server.memory_bytes), None)
+
     def continues_without_app(self, watched: RunDir | None = None) -> list[str]:
         """Return a line for everything that keeps running after the app exits, with the command to come back
         to it.

@@ -12,9 +12,10 @@ from qlora_tui.errors import UserError
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.servers import ServerStatus, state_path
 from qlora_tui.tui.screens.chat import server_dialog
+from qlora_tui.tui.screens.chat.conversation import Conversation
 from qlora_tui.tui.screens.chat.server_dialog import server_lines
 from tests.tui.chat_screen import finished
-from tests.tui.screen_assertions import wait_for_text, wait_until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
 pytestmark = pytest.mark.slow
@@ -63,6 +64,28 @@ async def test_a_key_starts_and_stops_a_server(monkeypatch: pytest.MonkeyPatch) 
         await pilot.press("escape", "0")
         write_server(state="loading")
         await wait_for_text(pilot, "127.0.0.1:8000 · loading", "serving")
+
+
+async def test_a_second_copy_next_to_a_server_is_said_and_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fits(chat: Conversation, status: object, **settings: bool) -> bool:
+        return False
+
+    monkeypatch.setattr(Conversation, "_fits_beside", fits)
+    finished("adapter")
+    app = open_on("chat")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "not loaded yet")
+        write_server(memory_bytes=3 << 30)
+        await wait_for_text(pilot, "The server on port 8000 holds its own copy of Qwen (3.0 GiB)")
+        await pilot.press("i", *"Hello", "enter")
+        await wait_for_text(pilot, "A server holds a model", "(3.0 GiB; [w]")
+        await pilot.press("escape")
+        await wait_for_text(pilot, "Hello")
+        assert not app.screen.query_one(Conversation).turns
+        state_path(8000).unlink()
+        await wait_until(pilot, lambda: "holds its own copy" not in text_of(app))
 
 
 @pytest.mark.parametrize("width", [34, 66])

@@ -24,6 +24,7 @@ from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.client import EngineClient, EngineClosedError, ReplyStream
 from qlora_tui.engine.protocol import ChatReady, Decide, Generate, LoadChat, MeasureEffect
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_bytes
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.chat_choices import ChoiceKind, Provenance, add_choice, count_choices
@@ -31,7 +32,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import STEP_PHASES
 from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import name_keys
+from qlora_tui.tui.key_names import key_name, name_keys
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.chat.saved import (
     SavedConversation,
@@ -140,7 +141,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Those that the engine has not finished."""
         self._last_warning = ""
         self._shares_with: set[str] = set()
-        """Runs that share memory with the chat: both fit, or the user allowed it."""
+        """Runs and servers that share memory with the chat: both fit, or the user allowed it."""
         self.unloaded_because = ""
         """Why the model was unloaded, until it is loaded again; empty where the user did it."""
         self.choice_counts: dict[ChoiceKind, int] = {}
@@ -293,47 +294,68 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Return whether to load the model. If it may not fit next to a run, the user is asked."""
-        active = self.app.system_status.active
-        if (
-            self.ready is not None
-            or active is None
-            or active.id in self._shares_with
-            # What the app last saw may be a second old.
-            or (status := read_status(active)).state not in ACTIVE
-        ):
+        """Return whether to load the model. Where it may not fit, the user is asked."""
+        if self.ready is not None:
             return True
-        text = (
-            f"{active.id} is training on this machine, and there may not be enough free "
-            "memory for the chat's model too. If you load it, either may run out of memory. If not, "
-            "nothing is sent and your message stays in the field."
-        )
-        question = ConfirmScreen(
-            "A run is training",
-            text,
-            yes="Load anyway",
-            no="Not now",
-            is_outdated=lambda: read_status(active).state not in ACTIVE,
-        )
-        if not await self._fits_beside(status) and not await self.app.push_screen_wait(question):
-            return False
-        self._shares_with.add(active.id)
+        active, loaded = self.app.system_status.active, self.app.system_status.loaded_server
+        # What the app last saw may be a second old.
+        if active is not None and (status := read_status(active)).state in ACTIVE:
+            may_load = await self._may_share(
+                active.id,
+                status,
+                title="A run is training",
+                what=f"{active.id} is training on this machine",
+                is_over=lambda: read_status(active).state not in ACTIVE,
+            )
+            if not may_load:
+                return False
+        if loaded is not None and loaded.process.is_alive():
+            return await self._may_share(
+                loaded.address,
+                None,
+                title="A server holds a model",
+                what=f"The server on port {loaded.port} holds {loaded.base} in memory "
+                f"({format_bytes(loaded.memory_bytes)}; {key_name('chat.serve')} stops it)",
+                is_over=lambda: not loaded.process.is_alive(),
+            )
         return True
 
-    async def _fits_beside(self, status: Status, *, is_loaded: bool = False) -> bool:
+    async def _may_share(
+        self, who: str, status: Status | None, *, title: str, what: str, is_over: Callable[[], bool]
+    ) -> bool:
+        """Return whether the chat may be in memory together with a run or a server; the user is asked once.
+
+        ``status``: the run's; None for a server, which has all its memory.
+        """
+        if who in self._shares_with:
+            return True
+        text = (
+            f"{what}, and there may not be enough free memory for the chat's model too. If you load it, "
+            "either may run out of memory. If not, nothing is sent and your message stays in the field."
+        )
+        question = ConfirmScreen(title, text, yes="Load anyway", no="Not now", is_outdated=is_over)
+        if not await self._fits_beside(status) and not await self.app.push_screen_wait(question):
+            return False
+        self._shares_with.add(who)
+        return True
+
+    async def _fits_beside(self, status: Status | None, *, is_loaded: bool = False) -> bool:
         """Return whether the free memory is enough for what the chat and the active run have yet to allocate.
 
-        ``is_loaded``: whether the chat's model is already in memory. A run has its memory from its first step
-        on.
+        Args:
+            status: the run's, which has its memory from its first step on; None without a run.
+            is_loaded: whether the chat's model is already in memory.
         """
         source, machine = self.source, self.app.system_status
         active, device = machine.active, budget_for(machine.gpu).device
-        if source is None or active is None or not source.gguf_files.keys().isdisjoint(self.pair.active):
+        if source is None or not source.gguf_files.keys().isdisjoint(self.pair.active):
             return False
 
         def missing() -> list[int | None]:
             of_chat = [] if is_loaded else [chat_bytes(source.recipe, device)]
-            return of_chat if status.phase in STEP_PHASES else [*of_chat, run_bytes(active.recipe(), device)]
+            if status is None or active is None or status.phase in STEP_PHASES:
+                return of_chat
+            return [*of_chat, run_bytes(active.recipe(), device)]
 
         free_bytes = machine.free_bytes if machine.gpu else psutil.virtual_memory().available
         try:

@@ -18,7 +18,7 @@ from qlora_tui.chat.chat_types import ChatSource, Effect, Sampling
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import pluralize, truncate_middle
+from qlora_tui.formatting import format_bytes, pluralize, short_model_name, truncate_middle
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS
@@ -54,6 +54,7 @@ from qlora_tui.tui.widgets.controls import Lines, Panel
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
+    from qlora_tui.tui.system_status import SystemStatus
 
 _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
 """Actions whose keys do not type text. The footer shows only these while a prompt is written."""
@@ -90,6 +91,8 @@ class ChatScreen(WorkScreen):
         self.search = ""
         """The text that exchanges are searched for; empty shows all."""
         self._effect: str | Effect = ""
+        self._held_by_server: tuple[int, int] | None = None
+        """Port and memory of the server that is known to hold a model."""
 
     @property
     def help_state(self) -> str:
@@ -120,6 +123,14 @@ class ChatScreen(WorkScreen):
         elif deleted:
             self.call_later(self.set_source, None, None, "")
         self.show_header()
+
+    def show_system_status(self, system_status: SystemStatus) -> None:
+        """Say when a server begins or ends to hold a model, which the next message would load again."""
+        server = system_status.loaded_server
+        held = (server.port, server.memory_bytes) if server is not None else None
+        if held != self._held_by_server and not self.conversation.busy:
+            self._held_by_server = held
+            self.show_header()
 
     async def chat_with(self, run: RunDir) -> None:
         """Switch to a run that the user selected, and focus the prompt field."""
@@ -504,6 +515,12 @@ class ChatScreen(WorkScreen):
         self.query_one("#sampling-line").display = has_source and not has_side
         because = chat.unloaded_because
         unloaded = f"■ Unloaded: {because}. The next message loads the model again." if because else ""
+        server = self.app.system_status.loaded_server
+        if server is not None and not chat.ready:
+            unloaded = (
+                f"■ The server on port {server.port} holds its own copy of {short_model_name(server.base)} "
+                f"({format_bytes(server.memory_bytes)}). {key_name('chat.serve')} stops it."
+            )
         self.query_one("#unloaded", Lines).show(Content.styled(unloaded, "$warning"))
         self.query_one("#unloaded").display = bool(unloaded)
         panel = self.query_one("#chat-panel", Panel)
