@@ -60,5 +60,5 @@ class AnswerCache(Generic[T]):
 
 @lru_cache(maxsize=64)
 def _read(file: Path, state: tuple[int, int], decoder: msgspec.json.Decoder[Any], max_bytes: int) -> Any:
-    """Read a file, whose time and size are ``state``; None where it is damaged."""
+    """Read a file, whose time and size are ``state``; None if it is damaged."""
     return read_json(file, decoder, max_bytes)

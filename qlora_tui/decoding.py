@@ -41,7 +41,7 @@ def try_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
 
 
 def read_json(path: Path, decoder: msgspec.json.Decoder[T], max_bytes: int = 1 << 24) -> T | None:
-    """Decode a file; None where it is missing, cannot be read, is damaged, or longer than ``max_bytes``."""
+    """Decode a file; None if it is missing, cannot be read, is damaged, or longer than ``max_bytes``."""
     try:
         return decode_json(read_regular(path, max_bytes), decoder)
     except (OSError, msgspec.MsgspecError):

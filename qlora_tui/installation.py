@@ -63,7 +63,7 @@ class _Package:
         return cls(name, tuple(filter(None, extras.rstrip("]").split(","))))
 
     def words(self, editable_option: str = "--editable", *before: str) -> list[str]:
-        """Return the arguments that name this package; those ``before`` it where it is not editable."""
+        """Return the arguments that name this package; those ``before`` it if it is not editable."""
         extras = f"[{','.join(self.extras)}]" if self.extras else ""
         if self.editable:
             return [editable_option, f"{self.editable}{extras}"]
@@ -152,7 +152,7 @@ def _uv_tool() -> _UvTool | None:
 
 
 def _of_receipt(entry: dict[str, Any]) -> _Package:
-    """Return a requirement of a receipt. Raises ValueError where it has what is not known here."""
+    """Return a requirement of a receipt. Raises ValueError if it has what is not known here."""
     entry = dict(entry)
     name, extras = entry.pop("name"), tuple(entry.pop("extras", ()))
     marker = entry.pop("marker", "")

@@ -41,7 +41,7 @@ def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
 
 
 def hold_folder(folder: Path) -> int | None:
-    """Say that this process uses a folder, until the descriptor is closed; None where that is not possible.
+    """Say that this process uses a folder, until the descriptor is closed; None if that is not possible.
 
     Any number of processes may.
     """
@@ -58,7 +58,7 @@ def hold_folder(folder: Path) -> int | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process says that it uses a folder; False too where the file system cannot tell."""
+    """Whether a process says that it uses a folder; False too if the file system cannot tell."""
     return bool(_is_refused(folder, fcntl.LOCK_EX))
 
 

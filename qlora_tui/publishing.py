@@ -242,7 +242,7 @@ def is_abandoned(draft: Path) -> bool:
 
 
 def delete_abandoned(draft: Path) -> None:
-    """Delete a draft unless a process holds it; does nothing where there is none. Raises OSError."""
+    """Delete a draft unless a process holds it; does nothing if there is none. Raises OSError."""
     if is_abandoned(draft):
         with held_draft(draft):
             pass

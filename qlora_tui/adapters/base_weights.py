@@ -193,7 +193,7 @@ def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -
 
 
 def _require_tied(deltas: AdapterDeltas, head: OutputHead) -> None:
-    """Raise UserError where embedding and head, one matrix in the base, are not one in the adapter."""
+    """Raise UserError if embedding and head, one matrix in the base, are not one in the adapter."""
     shape = (head.out_features, head.in_features)
     whole = {name: u.weight for name, u in deltas.items() if isinstance(u, WholeMatrix) and u.fits(shape)}
     own = whole.pop(head.name, None)

@@ -180,7 +180,7 @@ AdapterDeltas: TypeAlias = dict[str, Update]
 
 
 def check_unchanged(folder: Path) -> None:
-    """Raise UserError where an adapter's files do not match their checksums."""
+    """Raise UserError if an adapter's files do not match their checksums."""
     damage = checksum_damage(folder, only=(WEIGHTS, CONFIG))
     if damage is not None:
         raise UserError(

@@ -34,7 +34,7 @@ class TensorGroup:
     parameters: Mapping[str, torch.Size]
     """Shape of each parameter by its name in the model."""
     converter: Any = None
-    """transformers' converter; None where the one tensor is the one parameter."""
+    """transformers' converter; None if the one tensor is the one parameter."""
     patterns: tuple[str, ...] = ()
     """Pattern of the converter that each stored name matches."""
 
@@ -48,7 +48,7 @@ class StoredLayout:
     """The layout of one base's weight files."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the names of all tensors. Raises UserError where transformers cannot build the model."""
+        """Read the names of all tensors. Raises UserError if transformers cannot build the model."""
         from qlora_tui.training.model_class import build_on_meta
 
         self.shapes = {
@@ -123,7 +123,7 @@ class StoredLayout:
         return {name: group for group in self.groups for name in group.stored}
 
     def parameter_of(self, name: str) -> str | None:
-        """Return the parameter that an adapter names, by its module or itself; None where there is none.
+        """Return the parameter that an adapter names, by its module or itself; None if there is none.
 
         A text model has other names than the one with a vision tower around it: what the two have in common
         finds it, if that is of one parameter only.

@@ -72,7 +72,7 @@ class _Schema(Struct):
 
 
 def load_adapter_config(folder: Path) -> dict[str, Any]:
-    """Load the config of the adapter in ``folder``. Raises UserError where it cannot be used."""
+    """Load the config of the adapter in ``folder``. Raises UserError if it cannot be used."""
     file = folder / CONFIG
     values = load_config(file)
     adapter_without_code(values, str(file))  # refuses what changes the base
@@ -95,7 +95,7 @@ def load_adapter_config(folder: Path) -> dict[str, Any]:
 def with_exact_targets(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the config with patterns replaced by the modules that the weights in ``folder`` change.
 
-    Raises UserError where neither weights nor config name them exactly.
+    Raises UserError if neither weights nor config name them exactly.
     """
     try:
         names = sorted(
@@ -137,11 +137,11 @@ _FACTOR_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 _EXPERTS = ("experts", "experts.base_layer")
 """Ends of the names of peft's wrappers of parameters, which are no linear modules."""
 _ALPHA = 8
-"""peft's default, where a config names none."""
+"""peft's default, if a config names none."""
 
 
 def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
-    """Raise UserError where the adapter in ``folder`` differs from a new one of this recipe.
+    """Raise UserError if the adapter in ``folder`` differs from a new one of this recipe.
 
     Routed experts, token rows, embedding and head are compared when the adapter is loaded
     (:mod:`qlora_tui.training.adapter`).
@@ -163,9 +163,9 @@ def misfit(folder: Path, what: str) -> UserError:
 
 
 def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) -> list[str]:
-    """Return how the adapter differs from a new one: one clause each; empty where it does not.
+    """Return how the adapter differs from a new one: one clause each; empty if it does not.
 
-    Raises UserError where it is no LoRA adapter in safetensors, or cannot be read.
+    Raises UserError if it is no LoRA adapter in safetensors, or cannot be read.
     """
     config = load_adapter_config(folder)
     if config.get("peft_type") != "LORA":
@@ -248,5 +248,5 @@ def _ranks_of(folder: Path) -> dict[str, int]:
 
 
 def trained_on(folder: Path) -> str:
-    """Return the base model that the adapter names: a Hub id or a folder; empty where it names none."""
+    """Return the base model that the adapter names: a Hub id or a folder; empty if it names none."""
     return str(load_adapter_config(folder).get("base_model_name_or_path") or "")

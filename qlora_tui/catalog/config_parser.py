@@ -85,7 +85,7 @@ def _parse(fields: ConfigFields) -> Architecture:
 
 
 def _check_stored(fields: ConfigFields) -> None:
-    """Raise UserError where a config says in an unknown form how its weights are quantized."""
+    """Raise UserError if a config says in an unknown form how its weights are quantized."""
     method = stored_as(fields.values)
     if method is not None and not isinstance(method, str):
         raise fields.invalid("quantization_config", "an object with quant_method, the name of a method")

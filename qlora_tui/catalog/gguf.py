@@ -81,7 +81,7 @@ class GgufHeader:
 
     @property
     def quantization(self) -> str | None:
-        """Return the quantization, such as ``Q4_1``; None where the file does not say."""
+        """Return the quantization, such as ``Q4_1``; None if the file does not say."""
         kind = self.values.get("general.file_type")
         return QUANTIZATION_NAMES.get(kind) if isinstance(kind, int) else None
 
@@ -116,7 +116,7 @@ class _Cursor:
         return struct.unpack_from(layout, self.data, self.skip(struct.calcsize(layout)))[0]
 
     def text(self) -> str | int:
-        """Return a text, or only its length in bytes where that is too long to read."""
+        """Return a text, or only its length in bytes if that is too long to read."""
         length = int(self.number("<Q"))
         start = self.skip(length)
         if length > MAX_TEXT_BYTES:

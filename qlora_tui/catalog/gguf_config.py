@@ -228,7 +228,7 @@ def _rope(data: Metadata, config: Config, architecture: GgufArchitecture) -> Con
     if rotated != width and (not architecture.partial_rotation or rotated > width or rotated % 2):
         data.expect("rope.dimension_count", width)
     if architecture.partial_rotation:
-        # Also where it is 1: some classes rotate a part by default.
+        # Also if it is 1: some classes rotate a part by default.
         parameters["partial_rotary_factor"] = rotated / width
     kind = data.text("rope.scaling.type")
     factor = data.positive("rope.scaling.factor") or data.positive("rope.scale_linear") or 1.0

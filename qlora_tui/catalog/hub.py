@@ -272,7 +272,7 @@ def pieces(response: Any) -> Iterator[bytes]:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what a call returns, in another thread. Raises TooSlow where it takes longer."""
+    """Return what a call returns, in another thread. Raises TooSlow if it takes longer."""
     done: Future[T] = Future()
 
     def run() -> None:
@@ -289,7 +289,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def read_body(response: Any, max_bytes: int) -> bytes:
-    """Read the body of a response. Raises TooLong where it is longer than ``max_bytes``."""
+    """Read the body of a response. Raises TooLong if it is longer than ``max_bytes``."""
     parts, size = [], 0
     for part in pieces(response):
         size += len(part)

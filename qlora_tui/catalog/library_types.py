@@ -42,7 +42,7 @@ class ConfigClass:
 
 @lru_cache(maxsize=1)
 def config_classes() -> Mapping[str, str]:
-    """Return the name of the config class of every ``model_type``; empty where that cannot be read."""
+    """Return the name of the config class of every ``model_type``; empty if that cannot be read."""
     names: dict[str, str] = {}
     for file in ("auto_mappings.py", "configuration_auto.py"):
         names |= _tables(file).get("CONFIG_MAPPING_NAMES", {})
@@ -67,7 +67,7 @@ def is_encoder(model_type: str) -> bool:
 
 @lru_cache(maxsize=64)
 def config_class(model_type: str) -> ConfigClass:
-    """Return what the source says about the config class of a type; nothing where it cannot be read."""
+    """Return what the source says about the config class of a type; nothing if it cannot be read."""
     name = config_classes().get(model_type)
     modules = _tables("auto_mappings.py").get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
     modules = modules | _tables("configuration_auto.py").get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
@@ -179,7 +179,7 @@ def _text_type(sub_configs: ast.expr, body: list[ast.stmt]) -> str | None:
 def parse_source(source: str | bytes) -> ast.Module:
     """Parse Python source, one thread at a time.
 
-    CPython 3.11 counts the depth of the trees of all threads together, and raises SystemError where a garbage
+    CPython 3.11 counts the depth of the trees of all threads together, and raises SystemError if a garbage
     collection lets another thread parse in between.
     """
     with _PARSER:
@@ -188,7 +188,7 @@ def parse_source(source: str | bytes) -> ast.Module:
 
 @lru_cache(maxsize=16)
 def _body(path: str) -> list[ast.stmt]:
-    """Return the statements of a file of transformers; none where it is not installed or of another form."""
+    """Return the statements of a file of transformers; none if it is not installed or of another form."""
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
         return []

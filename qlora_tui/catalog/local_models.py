@@ -107,7 +107,7 @@ def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
 def resolve_model(model_id: str) -> ModelFiles:
     """Return the files of a recipe's model: a cached Hub id, a converted model, a folder or a GGUF file.
 
-    Its architecture is exact, which takes seconds where nobody has asked for it before
+    Its architecture is exact, which takes seconds if nobody has asked for it before
     (:mod:`qlora_tui.catalog.described`).
 
     Raises UserError when it is not on this machine (with close matches), cannot be trained, or is truncated.
@@ -146,7 +146,7 @@ def find_files(model_id: str) -> ModelFiles:
 def training_refusal(model_id: str) -> UserError | None:
     """Return why a model cannot be trained, by the names and headers of its files; None if it can.
 
-    Also where its architecture is known, and so its estimate: of a Hub model that was not downloaded, or of a
+    Also if its architecture is known, and so its estimate: of a Hub model that was not downloaded, or of a
     folder without weights. A GGUF file whose architecture is known can be trained.
     """
     if model_id.endswith(".gguf"):
@@ -424,13 +424,13 @@ def load_architecture(model_id: str) -> Architecture:
     Of a Hub model whose weights are not here, the config that :func:`fetch_architecture` stored is used. An
     outline stands for one that has to be waited for (:func:`describe_model`).
 
-    Raises UserError where the model is not on this machine, or cannot be trained by its config.
+    Raises UserError if the model is not on this machine, or cannot be trained by its config.
     """
     return _trainable(load_model_config(model_id), model_id)
 
 
 def _trainable(config: dict[str, Any], model_id: str) -> Architecture:
-    """Return the architecture of a config. Raises UserError where a launch would refuse the model."""
+    """Return the architecture of a config. Raises UserError if a launch would refuse the model."""
     architecture, refusal = check_config(config, model_id)
     if architecture is None or refusal is not None:
         assert refusal is not None
@@ -441,7 +441,7 @@ def _trainable(config: dict[str, Any], model_id: str) -> Architecture:
 def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: False) -> Architecture:
     """Return the exact architecture of a model, a folder or a file; takes seconds for the first time.
 
-    Raises JobStopped, and UserError where it cannot be found or trained, or transformers does not build it.
+    Raises JobStopped, and UserError if it cannot be found or trained, or transformers does not build it.
     """
     config = load_model_config(model_id)
     architecture = _trainable(config, model_id)
@@ -470,7 +470,7 @@ def is_fetchable(model_id: str) -> bool:
 def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
     """Fetch the ``config.json`` of a Hub model, and nothing else of it, and store it for later estimates.
 
-    Raises UserError where the Hub cannot be reached or has no such model.
+    Raises UserError if the Hub cannot be reached or has no such model.
     """
     try:
         config = fetch_config(model_id, revision)
@@ -489,7 +489,7 @@ def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
 def load_model_config(model_id: str) -> dict[str, Any]:
     """Load the ``config.json`` of a model, a folder or a file, or what the header of a GGUF file says.
 
-    Raises UserError where it cannot be read.
+    Raises UserError if it cannot be read.
     """
     file = _config_file(model_id)
     try:

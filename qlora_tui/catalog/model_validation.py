@@ -225,7 +225,7 @@ def copy_files(origin: Path, destination: Path, names: Iterable[str]) -> None:
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:
-    """Return the model's safetensors files, existing or not; empty where none are named.
+    """Return the model's safetensors files, existing or not; empty if none are named.
 
     Raises UserError when the index cannot be read.
     """
@@ -269,7 +269,7 @@ MAX_HEADER_BYTES = 16 << 20
 def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """Return the start of the data, and each tensor's entry: dtype, shape, ``data_offsets`` from there.
 
-    Raises OSError where the file cannot be read, and ValueError where its header is damaged or too large.
+    Raises OSError if the file cannot be read, and ValueError if its header is damaged or too large.
     """
     with open_foreign(file) as content:
         size = int.from_bytes(content.read(8), "little")
@@ -289,7 +289,7 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 def tensor_entries(file: Path) -> dict[str, dict[str, Any]]:
     """Return each tensor's entry in the header of a file that is as long as the header says.
 
-    Raises OSError where the file cannot be read, and ValueError, with the reason, where it is damaged.
+    Raises OSError if the file cannot be read, and ValueError, with the reason, where it is damaged.
     """
     size_bytes = file.stat().st_size
     start, entries = read_header(file)
@@ -304,9 +304,9 @@ def tensor_entries(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def safetensors_damage(file: Path) -> str | None:
-    """Return why a file is damaged, by its header and its length; None where it is not.
+    """Return why a file is damaged, by its header and its length; None if it is not.
 
-    Raises OSError where the file cannot be read.
+    Raises OSError if the file cannot be read.
     """
     try:
         tensor_entries(file)
@@ -445,7 +445,7 @@ def named_kernels(config: Mapping[str, Any]) -> str | None:
 def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     """Return a LoRA adapter's config with only the keys that decide its values, and the removed keys.
 
-    Raises UserError where the adapter in ``where`` changes the base, or has a setting that is unknown here.
+    Raises UserError if the adapter in ``where`` changes the base, or has a setting that is unknown here.
     """
     if not_understood := _not_understood(config):
         raise UserError(

@@ -32,7 +32,7 @@ class StarterModel(Struct, frozen=True, forbid_unknown_fields=True):
     """Where its sizes were read."""
     config: dict[str, Any]
     gated: bool | None = None
-    """Whether its license must be accepted on the Hub; None where that was not confirmed."""
+    """Whether its license must be accepted on the Hub; None if that was not confirmed."""
     layer_types: tuple[str, ...] = ()
     """Kinds of its layers, repeated to their number."""
 

@@ -145,7 +145,7 @@ def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) 
 
 
 def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> bool:
-    """Add ``adapter_name`` to ``model`` with fused forwards; False where it is not plain LoRA."""
+    """Add ``adapter_name`` to ``model`` with fused forwards; False if it is not plain LoRA."""
     layers = [layer for layer in _layers(model) if _has(layer, adapter_name)]
     if not all(_is_plain(layer, adapter_name) for layer in layers):
         return False
@@ -237,7 +237,7 @@ def _is_plain(layer: Any, adapter_name: str) -> bool:
 
 
 _PEFT_RANK = 8
-"""Rank where the config names none."""
+"""Rank if the config names none."""
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 

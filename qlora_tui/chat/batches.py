@@ -364,7 +364,7 @@ class Batches:
         return True
 
     def _best(self, adapter_name: str, prompt: Sequence[int]) -> PrefixCache | None:
-        """Return the kept conversation that ``prompt`` continues; None where most of each would be lost."""
+        """Return the kept conversation that ``prompt`` continues; None if most of each would be lost."""
         known = [
             (reusable_prefix(cache.token_ids, prompt), number)
             for number, (name, cache) in enumerate(self._kept)

@@ -46,7 +46,7 @@ def _gguf_files(run: RunDir) -> dict[str, str]:
 def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
     """Return the chat source of an adapter's folder, with its recipe, or on ``model`` if it has none.
 
-    Raises UserError where the folder cannot be used.
+    Raises UserError if the folder cannot be used.
     """
     if not (folder / _CONFIG).is_file():
         raise UserError(
@@ -123,7 +123,7 @@ _ONE_CONVERSATION = {
 
 
 def chat_bytes(recipe: Recipe, device: Device) -> int | None:
-    """Memory of a chat with the model of ``recipe``, at the upper end; None where it is unknown.
+    """Memory of a chat with the model of ``recipe``, at the upper end; None if it is unknown.
 
     One training step on one conversation takes more than answering it: besides the model and the keys and
     values of each layer, it needs gradients and optimizer states.
@@ -134,7 +134,7 @@ def chat_bytes(recipe: Recipe, device: Device) -> int | None:
 
 
 def run_bytes(recipe: Recipe, device: Device) -> int | None:
-    """Memory of a run of ``recipe``, at the upper end; None where it is unknown."""
+    """Memory of a run of ``recipe``, at the upper end; None if it is unknown."""
     # Imported here: most callers only list sources.
     from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import estimate

@@ -54,7 +54,7 @@ class ThinkingSupport(Struct, frozen=True, kw_only=True):
     default: Literal["on", "off"] = "off"
 
     def effect_of(self, thinking: Thinking) -> str:
-        """Return the setting's effect with this template, where it differs from its name; else empty."""
+        """Return the setting's effect with this template, if it differs from its name; else empty."""
         if thinking == "auto" or self.kind == "switch":
             return ""
         if self.kind == "none":
@@ -81,7 +81,7 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     first_token_s: float
     """Seconds from the question to the first token."""
     tokens_per_s: float
-    """Tokens per second after the first; 0 where there was only one."""
+    """Tokens per second after the first; 0 if there was only one."""
     thought: str = ""
     """The thought before the answer."""
     thought_tokens: int = 0
@@ -89,7 +89,7 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     recorded_tokens: int = 0
     """Tokens that a CUDA graph has processed."""
     warning: str = ""
-    """Warning where the chat's logits differed from those of transformers and peft; empty otherwise."""
+    """Warning if the chat's logits differed from those of transformers and peft; empty otherwise."""
     note: str = ""
     """Why answers of this session are generated without a CUDA graph, in the first result that knows."""
     thought_ended: bool = True
@@ -183,12 +183,12 @@ class Effect(Struct, frozen=True, kw_only=True):
     adapter_loss: float
     """Mean cross-entropy of the held-out answers, in nats per token."""
     turns: int
-    """Number of turn ends among the choices; 0 where the template has none."""
+    """Number of turn ends among the choices; 0 if the template has none."""
     turns_ended: int
     """Number of these that the adapter predicts."""
     turns_ended_by_base: int
     warning: str = ""
-    """Warning where these figures use logits that differ from those of transformers and peft."""
+    """Warning if these figures use logits that differ from those of transformers and peft."""
     token_rows: tuple[str, ...] = ()
     """Tokens with their own trained rows of embedding and head."""
     layers: tuple[LayerChange, ...]

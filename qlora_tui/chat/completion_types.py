@@ -101,7 +101,7 @@ class CompletionResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     first_token_s: float
     """Seconds from the request to the first token."""
     tokens_per_s: float
-    """Tokens per second after the first; 0 where there was only one."""
+    """Tokens per second after the first; 0 if there was only one."""
     tool_calls: tuple[ToolCall, ...] = ()
     """Functions called, whose text came in no part. A call that cannot be read stays text of the answer."""
     stop_text: str = ""
@@ -109,6 +109,6 @@ class CompletionResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     most_rows: int = 1
     """Most requests that were answered in one pass with this one."""
     warning: str = ""
-    """Warning where the logits differed from those of transformers and peft; empty otherwise."""
+    """Warning if the logits differed from those of transformers and peft; empty otherwise."""
     note: str = ""
-    """How this session computes, in the first result that knows; empty where there is nothing to say."""
+    """How this session computes, in the first result that knows; empty if there is nothing to say."""

@@ -31,7 +31,7 @@ class Grammars:
     def __init__(self, tokenizer: ChatTokenizer, vocabulary: int, end_ids: Collection[int]) -> None:
         """``vocabulary``: number of logits, which may be more than the tokenizer has tokens.
 
-        Raises UserError where llguidance is not installed.
+        Raises UserError if llguidance is not installed.
         """
         try:
             self._library: Any = import_module("llguidance")

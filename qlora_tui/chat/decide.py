@@ -18,7 +18,7 @@ from qlora_tui.training.decisions import answer_prompt, choice_of
 
 
 def decider_of(source: ChatSource, adapter_name: str) -> Decider | None:
-    """Return what an adapter decides; None where that is unknown.
+    """Return what an adapter decides; None if that is unknown.
 
     A checkpoint has the options of its run's final adapter, the base those of all its adapters if they have
     the same. Only probabilities of the adapter that was measured are calibrated.
@@ -37,7 +37,7 @@ def decider_of(source: ChatSource, adapter_name: str) -> Decider | None:
 def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Message]) -> Decided:
     """Return the decision of an adapter on one conversation.
 
-    Raises UserError where it decides nothing, the adapter cannot be loaded, or the template rejects the
+    Raises UserError if it decides nothing, the adapter cannot be loaded, or the template rejects the
     conversation.
     """
     decider = decider_of(session.source, adapter_name)
@@ -68,7 +68,7 @@ def decide(
     conversations: Sequence[Conversation],
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Decided | None]:
-    """Return the decision on each conversation; None where the chat template rejects it.
+    """Return the decision on each conversation; None if the chat template rejects it.
 
     Args:
         session: with the model.

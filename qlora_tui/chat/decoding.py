@@ -295,7 +295,7 @@ def _new_cache(config: Any, size: BufferSize, *, keep_windows: bool) -> Any:
 
 
 def _grow(filled: Tensor | None, sample: Tensor, tokens: int) -> Tensor:
-    """Return a buffer for ``tokens``, zero where nothing is filled: masked values must be finite."""
+    """Return a buffer for ``tokens``, zero if nothing is filled: masked values must be finite."""
     batch, heads, _, width = sample.shape
     buffer = torch.zeros((batch, heads, tokens, width), dtype=sample.dtype, device=sample.device)
     if filled is not None:
@@ -448,7 +448,7 @@ class DecodeSteps:
         self.why_not = why_not
 
     def step(self, adapter_name: str, prefix_cache: PrefixCache) -> DecodeStep | None:
-        """Return the step for the next token of ``prefix_cache``; None where there is none."""
+        """Return the step for the next token of ``prefix_cache``; None if there is none."""
         if not self.in_use or not prefix_cache.has_room:
             return None
         layers = prefix_cache.growing_layers
@@ -466,7 +466,7 @@ class DecodeSteps:
         return prefix_cache.step
 
     def record_if_due(self, step: DecodeStep, comparison: LogitsComparison | None) -> bool:
-        """Record a step after its first tokens; return False where that failed, now and in this session.
+        """Record a step after its first tokens; return False if that failed, now and in this session.
 
         ``comparison``: of the adapter's logits with those of transformers, which knows the noise of rounding.
         """

@@ -39,7 +39,7 @@ def measure_effect(
 ) -> Effect:
     """Compare ``adapter_name`` with the base on the validation split of the run's data.
 
-    ``stop`` ends the comparison with the conversations so far. Raises UserError where there is nothing to
+    ``stop`` ends the comparison with the conversations so far. Raises UserError if there is nothing to
     compare.
     """
     if adapter_name == BASE:
@@ -134,7 +134,7 @@ class _EffectSums:
 
 
 def session_data(session: ChatSession) -> PreparedDataset:
-    """Return the data of the session's recipe. Raises UserError where they cannot be read."""
+    """Return the data of the session's recipe. Raises UserError if they cannot be read."""
     recipe = session.source.recipe
     return prepare_dataset(
         recipe, ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
@@ -142,7 +142,7 @@ def session_data(session: ChatSession) -> PreparedDataset:
 
 
 def validation_samples(data: PreparedDataset) -> Samples:
-    """Return the validation samples, of pairs the chosen side. Raises UserError where there are none."""
+    """Return the validation samples, of pairs the chosen side. Raises UserError if there are none."""
     samples = data.validation.of_side(GOOD)
     if not len(samples):
         raise UserError(

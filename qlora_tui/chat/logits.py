@@ -109,7 +109,7 @@ class LogitsComparison:
 
     @property
     def agrees(self) -> bool:
-        """Return whether rounding accounts for the difference. False where a score is not finite."""
+        """Return whether rounding accounts for the difference. False if a score is not finite."""
         return self.difference <= NOISE_FACTOR * self.noise
 
 

@@ -97,7 +97,7 @@ _LINES = msgspec.json.Decoder(_Line)
 def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
     """Return what decides, and how rows are read, before a model is loaded.
 
-    Raises UserError where the run decides nothing, the file lacks a column, or the output must not be
+    Raises UserError if the run decides nothing, the file lacks a column, or the output must not be
     written.
     """
     run, file, out = RunDir(Path(request.run)), Path(request.file), Path(request.out)

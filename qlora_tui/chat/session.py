@@ -104,7 +104,7 @@ class ChatSession:
         """Whether a text may be read in several passes. Some recurrent layers begin again in each pass of
         several tokens, and some caches treat the tokens of the first pass as the prompt."""
         self.warning = ""
-        """Warning on how this session computes; empty where there is none."""
+        """Warning on how this session computes; empty if there is none."""
         self._groups_heads = device.kind == "cpu"
         """Whether attention of one token computes the query heads of a key head together."""
         takes = signature(model.forward).parameters
@@ -176,7 +176,7 @@ class ChatSession:
         ``thinking`` is on, off, or ``auto``, which follows the source. Earlier answers are passed with their
         reasoning, of which the chat template keeps the same part as in training.
 
-        Raises UserError where the adapter cannot be loaded, the chat template rejects the conversation, or it
+        Raises UserError if the adapter cannot be loaded, the chat template rejects the conversation, or it
         is longer than the model's context. Only the latest answer of each adapter may be in progress.
         """
         prompt = self.prompt(messages, thinking)
@@ -197,7 +197,7 @@ class ChatSession:
     def complete(self, completion: Completion, stop: Event) -> CompletionStream:
         """Start a completion, which ``stop`` ends. Any number may be in progress.
 
-        Raises UserError where the adapter cannot be loaded, the prompt is refused, empty or too long, the
+        Raises UserError if the adapter cannot be loaded, the prompt is refused, empty or too long, the
         schema cannot be used, or a call must be made whose form is not known.
         """
         prompt = completion_prompt(self, completion)
@@ -208,7 +208,7 @@ class ChatSession:
         return CompletionStream(self, completion, prompt, constraint, calls, stop)
 
     def _constraint(self, completion: Completion) -> Constraint | None:
-        """Return what restricts an answer; None where nothing does. Raises UserError."""
+        """Return what restricts an answer; None if nothing does. Raises UserError."""
         schemas = argument_schemas(completion.tools)
         names, schema, calls = completion.must_call, completion.schema, None
         if names:
@@ -239,7 +239,7 @@ class ChatSession:
         return self._decoder.keeping(calls.literals)
 
     def check_length(self, tokens: int) -> None:
-        """Raise UserError where a prompt and the first token of its answer are more than the context."""
+        """Raise UserError if a prompt and the first token of its answer are more than the context."""
         if tokens > self.context_length:
             raise UserError(
                 "The conversation is too long",
@@ -392,7 +392,7 @@ class ChatSession:
     ) -> tuple[int, Tensor] | None:
         """Start the recorded step of ``token`` (1, 1), and read the token while the GPU computes.
 
-        Returns its id and the logits (1, vocabulary) after it, which the next call overwrites; None where no
+        Returns its id and the logits (1, vocabulary) after it, which the next call overwrites; None if no
         step is recorded, and nothing was processed.
         """
         if prefix_cache.outdated_by(1):
@@ -423,7 +423,7 @@ class ChatSession:
         return self.steps.step(adapter_name, prefix_cache) if self.steps is not None else None
 
     def _run(self, step: DecodeStep, token: Tensor, prefix_cache: PrefixCache) -> Tensor | None:
-        """Run a step; None, and no more steps, where it fails."""
+        """Run a step; None, and no more steps, if it fails."""
         try:
             return step.run(token, len(prefix_cache.token_ids))
         except Exception as error:
@@ -466,7 +466,7 @@ class ChatSession:
     ) -> list[tuple[int, ...]]:
         """Return the greedy answers to prompts, computed together, as token ids with the turn end of each.
 
-        Raises UserError where the memory is full.
+        Raises UserError if the memory is full.
         """
         self._adapters.activate(adapter_name)
         with reported_memory(self.compute_device), self._attention():
@@ -480,7 +480,7 @@ class ChatSession:
     ) -> list[Scores]:
         """Return the log probabilities of the options of each choice, in order.
 
-        ``progress`` is called with the number of choices done. Raises UserError where the adapter cannot be
+        ``progress`` is called with the number of choices done. Raises UserError if the adapter cannot be
         loaded, and where the memory is full.
         """
         self.ensure_loaded(adapter_name)
@@ -552,7 +552,7 @@ def load_session(
     With ``streams`` the layers that the recipe streams stay in host memory, from where each is copied for
     every token. What reads the weights themselves needs a session without.
 
-    Raises UserError where the model cannot be loaded.
+    Raises UserError if the model cannot be loaded.
     """
     recipe = source.recipe
     folder = model_folder(recipe, on_status)

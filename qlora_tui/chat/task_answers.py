@@ -82,7 +82,7 @@ class AnswerStore(Generic[T]):
         self._is_torn = bool(content) and not content.endswith(b"\n")
 
     def get(self, prompt: Sequence[int]) -> tuple[T, ...] | None:
-        """The answer to a prompt; None where there is none."""
+        """The answer to a prompt; None if there is none."""
         return self._answers.get(_hash(prompt))
 
     def add(self, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[T, ...]]) -> None:

@@ -203,7 +203,7 @@ TRACE_LABELS = {
 def _trace_steps(recipe: Recipe, architecture: Architecture, device: Device) -> None:
     """Trace the recipe's step in every precision in which that is possible.
 
-    Raises UserError where it is not in the recipe's.
+    Raises UserError if it is not in the recipe's.
     """
     from qlora_tui.runs.exact_memory import trace_all
 

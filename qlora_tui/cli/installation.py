@@ -104,7 +104,7 @@ class CachedItem:
 
 
 def run_cache(args: argparse.Namespace) -> CommandResult:
-    """List the cache; with ``--clear`` delete one kind. Raises UserError where it cannot be deleted."""
+    """List the cache; with ``--clear`` delete one kind. Raises UserError if it cannot be deleted."""
     items = list_items()
     if args.clear is not None:
         items = [item for item in items if item.kind == args.clear]

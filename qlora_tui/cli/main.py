@@ -83,7 +83,7 @@ def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | 
     """Open the app, and end this process with its exit code once it is closed.
 
     Args:
-        gpu_gib: Memory of the GPU to estimate for, in GiB, where it is not that of this machine.
+        gpu_gib: Memory of the GPU to estimate for, in GiB, if it is not that of this machine.
         mouse: False leaves the mouse to the terminal.
         run: The run to watch; without one, Home is shown.
 

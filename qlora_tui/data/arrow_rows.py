@@ -33,7 +33,7 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
     """Yield the rows of a Parquet file (``kind`` is ``parquet``) or an Arrow stream as ``datasets`` stores
     it.
 
-    Raises ``UserError`` where the file is damaged, or not what its name says, and ``TooLarge``.
+    Raises ``UserError`` if the file is damaged, or not what its name says, and ``TooLarge``.
     """
     number = 0
     try:

@@ -9,7 +9,7 @@ earlier turns with another token). Then the turn is found in the whole conversat
 the rewriting removed reasoning, which would then never be trained, or the turn cannot be found, the
 conversation up to that turn becomes a separate sample, exactly as the model sees it at inference.
 
-After a prompt that opens a thought (DeepSeek-R1's) comes the turn's reasoning or, where it has none, the end
+After a prompt that opens a thought (DeepSeek-R1's) comes the turn's reasoning or, if it has none, the end
 of the thought immediately. What else a prompt writes before an answer (an empty thought, in Gemma 4 without
 thinking) stands before the last answer, outside the loss, although the template leaves it out there.
 """
@@ -38,7 +38,7 @@ class SampleText(Struct, frozen=True):
     text: str
     spans: tuple[Span, ...]
     weights: tuple[float, ...] = ()
-    """Loss weight of each span; empty where each weighs 1."""
+    """Loss weight of each span; empty if each weighs 1."""
 
 
 class _SpanFinder:
@@ -148,7 +148,7 @@ class _SpanFinder:
         """Find where the answer of turn ``i`` begins in the text that ends with it.
 
         Where the text does not begin with the prompt (which opens a ``<think>`` that the text lacks), the
-        answer begins where they diverge, but never inside a token. None where the answer rewrites the earlier
+        answer begins where they diverge, but never inside a token. None if the answer rewrites the earlier
         text.
         """
         prompt = self._prompt_for(i)
@@ -167,7 +167,7 @@ class _SpanFinder:
         return self._template.render(self._turns[:i], self._tools)
 
     def _header(self, i: int) -> str:
-        """Return what the prompt adds before turn ``i``; empty where it also changes earlier text."""
+        """Return what the prompt adds before turn ``i``; empty if it also changes earlier text."""
         prompt, before = self._prompt_for(i), self._before(i) if i else ""
         return prompt[len(before) :] if prompt.startswith(before) else ""
 
@@ -188,7 +188,7 @@ class _SpanFinder:
         return self._separate_sample(prompt + ended[begin + len(header) :], len(prompt), reasoning)
 
     def _prompt_for(self, i: int) -> str:
-        """Return the prompt that the model gets before turn ``i``; empty where there is none."""
+        """Return the prompt that the model gets before turn ``i``; empty if there is none."""
         if i not in self._prompts:
             try:
                 text = self._template.render(self._turns[:i], self._tools, prompt=True) if i else ""
@@ -336,7 +336,7 @@ def find_assistant_spans(
     ``weights`` has the loss weight of each turn; turns after the last with a weight are left out, because
     nothing is learned from them. With ``everything`` the text of all turns is in the loss, with weight 1.
     Without ``reasoning_in_loss`` the reasoning of an answer and its tags are input only. ``special`` matches
-    any special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` where the template
+    any special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` if the template
     rejects the conversation.
     """
     if everything:

@@ -209,7 +209,7 @@ def calls_of(value: Any) -> tuple[ToolCall, ...]:
 
 
 def are_calls(value: Any) -> bool:
-    """Return whether ``value`` is tool calls, also where their arguments cannot be read."""
+    """Return whether ``value`` is tool calls, also if their arguments cannot be read."""
     try:
         return bool(calls_of(value))
     except RowRejectedError:

@@ -167,7 +167,7 @@ def _errors_in_words() -> Iterator[None]:
 
 
 def _require_whole_characters(text: str) -> str:
-    """Return the text. Raises ``RowRejectedError`` where it holds half of a surrogate pair.
+    """Return the text. Raises ``RowRejectedError`` if it holds half of a surrogate pair.
 
     Rows never do, but JSON and jinja read an escape of one in a template.
     """

@@ -94,7 +94,7 @@ class Confined:
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Return what ``function``, of a module, returns in the child for these arguments.
 
-        Raises what it raises, ``MemoryError`` over the bound, and ``KilledError`` where the child ends.
+        Raises what it raises, ``MemoryError`` over the bound, and ``KilledError`` if the child ends.
         """
         if _in_child:
             return function(*arguments)

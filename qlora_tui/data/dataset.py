@@ -102,7 +102,7 @@ def prepare_dataset(
 ) -> PreparedDataset:
     """Return the tokenized data set of ``recipe.data``, from the cache if possible.
 
-    Raises ``UserError`` where a file cannot be used, a row has a blocking error, or nothing is left to train
+    Raises ``UserError`` if a file cannot be used, a row has a blocking error, or nothing is left to train
     on.
     """
     if not recipe.data.sources:
@@ -287,7 +287,7 @@ def _key(
         data.bad_rows,
         RenderOptions.of(data),
         recipe.training.seed,
-        # Only where there are any, so that earlier keys stay valid.
+        # Only if there are any, so that earlier keys stay valid.
         *([excluded] if any(excluded) else ()),
         *([names] if any(names) else ()),
     )
@@ -312,7 +312,7 @@ def _layout_key(layout: RowFormat) -> dict[str, object]:
 
 
 def _refuse_changed(files: Sequence[SourceFile], versions: Sequence[_FileVersion]) -> None:
-    """Raise UserError where a file has changed since it was hashed: its tokens match no key."""
+    """Raise UserError if a file has changed since it was hashed: its tokens match no key."""
     for file, version in zip(files, versions, strict=True):
         try:
             is_same = _FileVersion.of(file.path) == version

@@ -37,7 +37,7 @@ class Decision(Struct, frozen=True, kw_only=True, omit_defaults=True):
     options: tuple[str, ...]
     """Texts of the answers, most frequent first; at least two."""
     fields: tuple[str, ...] = ()
-    """Keys of the objects that the options are; empty where they are labels."""
+    """Keys of the objects that the options are; empty if they are labels."""
 
     def value(self, option: int, field: str) -> str:
         """Return the value of a field in an option, as JSON unless it is a string."""
@@ -60,7 +60,7 @@ class Decision(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def decision_of(answers: Mapping[str, int]) -> Decision | None:
-    """Return the decision that answers make, from how often each occurs; None where they are texts.
+    """Return the decision that answers make, from how often each occurs; None if they are texts.
 
     Objects may combine their values in ways that no row has: then every combination is an option, if these
     are not too many.

@@ -67,7 +67,7 @@ class RowPlace(NamedTuple):
     """One row of a source."""
 
     file: str
-    """Name of its file in the source; empty where the source is one file."""
+    """Name of its file in the source; empty if the source is one file."""
     row: int
     """Number in its file, from 1."""
 
@@ -108,7 +108,7 @@ def is_excluded(excluded: Excluded, place: RowPlace) -> bool:
 
 
 def file_names(source_path: str, paths: Sequence[Path]) -> list[str]:
-    """The name of each file of a source: its path inside the folder; empty where the source is one file.
+    """The name of each file of a source: its path inside the folder; empty if the source is one file.
 
     Args:
         source_path: the source's path, or the id of a dataset of the Hub.

@@ -213,7 +213,7 @@ class RowFormat(Struct, frozen=True):
     """Column of each part."""
     label_names: tuple[str, ...] = ()
     method: str = ""
-    """The preference method that trains on bad answers too; empty where none does."""
+    """The preference method that trains on bad answers too; empty if none does."""
 
 
 class Detection(Struct, frozen=True):

@@ -220,7 +220,7 @@ class _Inspection:
 
 
 def _context_of(tokenizer: ChatTokenizer | None) -> int | None:
-    """Return the model's maximum context in tokens; None where it is unknown."""
+    """Return the model's maximum context in tokens; None if it is unknown."""
     if tokenizer is None or tokenizer.folder is None:
         return None
     try:

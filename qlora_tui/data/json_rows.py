@@ -56,7 +56,7 @@ def without_repeats(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[s
 
 
 def repeated_key_warning(repeated: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Return the warning for keys that come twice in a row; empty where none does."""
+    """Return the warning for keys that come twice in a row; empty if none does."""
     if not repeated:
         return ()
     return (("repeated-key", f"The key {repeated[0]!r} comes twice in one object; the last value is read."),)
@@ -85,9 +85,9 @@ def has_lone_surrogate(value: Any) -> bool:
 
 
 def _held_rows(value: dict[str, Any]) -> list[Any] | None:
-    """Return the rows inside a whole-file object, or None where the object is itself a row.
+    """Return the rows inside a whole-file object, or None if the object is itself a row.
 
-    Raises ``BrokenFileError`` where it holds two sets of rows, neither of them named as the training one.
+    Raises ``BrokenFileError`` if it holds two sets of rows, neither of them named as the training one.
     """
     sets = [name for name in _HOLDERS if _is_set_of_rows(value.get(name))]
     if len(sets) > 1 and "train" not in sets:

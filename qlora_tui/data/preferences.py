@@ -54,7 +54,7 @@ _RATED_TITLE = "Rated answers"
 
 
 def preference_columns(columns: Columns, mapping: Mapping[str, str]) -> dict[str, str]:
-    """Return the column of each part in preference rows; empty where no row has a rejected side.
+    """Return the column of each part in preference rows; empty if no row has a rejected side.
 
     ``chosen`` is missing where the rejected side has no counterpart.
     """
@@ -315,7 +315,7 @@ def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
 def compared(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
     """Return the conversation that ends with the chosen answer, with its alternatives in ``rejected``.
 
-    Raises ``RowRejectedError``, also where a rejected answer is empty.
+    Raises ``RowRejectedError``, also if a rejected answer is empty.
     """
     conversation, rejected = _sides(cells, source, row)
     if not rejected:
@@ -338,7 +338,7 @@ def compared(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
 def rated(conversation: Conversation, *, is_good: bool) -> Conversation:
     """Return a conversation whose last answer is rated; earlier turns are its prompt.
 
-    Raises ``RowRejectedError`` where it does not end with an answer.
+    Raises ``RowRejectedError`` if it does not end with an answer.
     """
     messages = conversation.messages
     start = len(_before_answer(messages))

@@ -89,7 +89,7 @@ class DataProblem(Struct, frozen=True):
 
 
 def check_of(kind: str, *, skips_bad_rows: bool) -> CheckSpec:
-    """Return the declaration of a kind, as a warning where the recipe leaves such rows out."""
+    """Return the declaration of a kind, as a warning if the recipe leaves such rows out."""
     check = CHECKS[kind]
     if kind not in BAD_ROWS:
         return check
@@ -101,7 +101,7 @@ def check_of(kind: str, *, skips_bad_rows: bool) -> CheckSpec:
 
 
 def row_outcome(problem: DataProblem, data: Data) -> str:
-    """Return what becomes of rows with a problem, such as ``, left out``; empty where the title says it."""
+    """Return what becomes of rows with a problem, such as ``, left out``; empty if the title says it."""
     if CHECKS[problem.kind].says_outcome:
         return ""
     if problem.severity == "error":

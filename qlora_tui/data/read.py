@@ -311,7 +311,7 @@ class _TableLines:
         self._row_lines: list[str] = []
         self.first_line = self.line + 1
         self.damage = ""
-        """Why the row is not text, with the line; empty where it is."""
+        """Why the row is not text, with the line; empty if it is."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -342,7 +342,7 @@ class _TableLines:
             raise BrokenFileError("bad-row", line, f"{what}, and {closing or 'is not closed'}")
 
     def check_damage(self) -> None:
-        """Raise ``BrokenFileError`` where the bytes that are not text may hide an opening quote."""
+        """Raise ``BrokenFileError`` if the bytes that are not text may hide an opening quote."""
         hidden_quote = re.compile(
             rf'(?:\A|\n|{re.escape(self._delimiter)})[^"{re.escape(self._delimiter)}]*\ufffd"'
         )

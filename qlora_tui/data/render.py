@@ -69,7 +69,7 @@ def render(
 ) -> list[TokenizedSample]:
     """Return the samples of one conversation: one, or more where the template rewrites earlier turns.
 
-    Raises ``RowRejectedError`` where the conversation cannot be rendered.
+    Raises ``RowRejectedError`` if the conversation cannot be rendered.
     """
     result = next(render_many([conversation], tokenizer, options))
     if isinstance(result, RowRejectedError):

@@ -92,7 +92,7 @@ def row_too_large(place: str) -> TooLarge:
 
 
 def check_expansion(disk_bytes: int, read_bytes: int) -> None:
-    """Raise ``TooLarge`` where ``read_bytes`` is too much for a file of ``disk_bytes``."""
+    """Raise ``TooLarge`` if ``read_bytes`` is too much for a file of ``disk_bytes``."""
     if read_bytes > UNQUESTIONED_BYTES and read_bytes > MAX_EXPANSION * max(1, disk_bytes):
         raise TooLarge(
             f"{disk_bytes:,} bytes of it became {read_bytes // MIB:,} MiB, more than {MAX_EXPANSION:,} to 1"
@@ -100,7 +100,7 @@ def check_expansion(disk_bytes: int, read_bytes: int) -> None:
 
 
 def line_over_bound(line: bytes) -> str:
-    """Return why a line of JSON is over a bound, before it is decoded; empty where it is not."""
+    """Return why a line of JSON is over a bound, before it is decoded; empty if it is not."""
     if len(line) > LARGEST_ROW_BYTES:
         return f"it is larger than {LARGEST_ROW_BYTES // MIB} MiB"
     if len(line) > MAX_VALUES_IN_LINE and sum(map(line.count, (b",", b"[", b"{"))) > MAX_VALUES_IN_LINE:

@@ -68,7 +68,7 @@ WRITERS: dict[str, Callable[[Path, Rows], None]] = {
 
 
 def _type(values: list[Any]) -> Any:
-    """Return the Arrow type of a column's values; None where they are written as JSON."""
+    """Return the Arrow type of a column's values; None if they are written as JSON."""
     import pyarrow
 
     try:
@@ -80,7 +80,7 @@ def _type(values: list[Any]) -> Any:
 
 
 def _common(one: Any, other: Any) -> Any:
-    """Return the type that holds the values of both; None where that is JSON."""
+    """Return the type that holds the values of both; None if that is JSON."""
     import pyarrow
 
     if one is None or other is None:

@@ -36,7 +36,7 @@ class TokenizedSample(Struct, frozen=True):
     ``tool-as-user``, ``control-tokens`` (some were neutralized), ``answer-changed`` (by the template);
     ``weights``; and the handling of reasoning, see ``_notes_on_thinking`` in ``render``."""
     weights: array[float] | None = None
-    """Loss weight of each token, 32-bit; None where each token in the loss has weight 1."""
+    """Loss weight of each token, 32-bit; None if each token in the loss has weight 1."""
     side: int = 0
     """``GOOD`` or ``BAD`` (see ``store``) for a preference method; 0 for a sample that is simply learned."""
 

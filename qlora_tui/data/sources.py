@@ -42,7 +42,7 @@ class SourceFile(Struct, frozen=True):
     """Index of the source in the recipe."""
     detection: Detection
     name: str = EVERY_FILE
-    """Name in its source; empty where that is one file."""
+    """Name in its source; empty if that is one file."""
     excluded: frozenset[int] = frozenset()
     """Rows that the source leaves out of it."""
 
@@ -191,7 +191,7 @@ def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
 
     A folder gives its files, sorted by name, including subfolders and linked ones. Where only some names mark
     files as held out of training, these are left out; for ``validation`` the others are, and those for tests
-    where some are for validation.
+    if some are for validation.
     """
     if not path.exists():
         raise UserError(
@@ -306,7 +306,7 @@ def _is_named(path: Path, words: Sequence[str]) -> bool:
 
 
 def _left_out_note(left_out: dict[str, list[str]]) -> str:
-    """Return the names of files by why they are left out; empty where none is."""
+    """Return the names of files by why they are left out; empty if none is."""
     parts = []
     for reason, names in left_out.items():
         more = f" and {len(names) - _LEFT_OUT_NAMED:,} more" if len(names) > _LEFT_OUT_NAMED else ""
@@ -336,7 +336,7 @@ def is_hub_id(name: str) -> bool:
 def hub_files(name: str) -> tuple[list[Path], str]:
     """Return the files of a dataset's training split, downloaded if needed, and a note on them.
 
-    Raises ``UserError`` where the dataset does not exist or cannot be reached.
+    Raises ``UserError`` if the dataset does not exist or cannot be reached.
     """
     cached = _read_cached(name)
     if cached is None:
@@ -433,7 +433,7 @@ class FormatChoice(Struct, frozen=True):
     detected: str = ""
     """For ``auto``, the format that it chooses."""
     problem: str = ""
-    """Why no row is read, in a clause; empty where one is."""
+    """Why no row is read, in a clause; empty if one is."""
 
 
 def format_choices(

@@ -89,7 +89,7 @@ def validation_rows(groups: array[int], sources: Iterable[int], fraction: float)
 
     ``groups`` and ``sources`` have one entry per row; the group numbers define their random order. A source
     whose groups are all too large gives its smallest one if it has others. At least one group is held back
-    where there are two, and at least one is left to train on.
+    if there are two, and at least one is left to train on.
     """
     if fraction <= 0:
         return frozenset()

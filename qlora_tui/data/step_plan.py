@@ -47,7 +47,7 @@ class TokenizedDataset(Lengths, Protocol):
         """1 for each token in the loss, else 0."""
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token in the loss; None where each token in the loss has weight 1."""
+        """Weight of each token in the loss; None if each token in the loss has weight 1."""
 
 
 class SidedDataset(TokenizedDataset, Protocol):

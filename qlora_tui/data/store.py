@@ -8,8 +8,8 @@ One folder per data set. Little-endian, no headers:
 * ``offsets.u64``: start of each sample, and the end of the last.
 * ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry per sample.
 * ``files.u32``: number of the file of each sample, and ``files.json``: the name of each file in its source;
-  they exist only where a source is a folder or has several files.
-* ``sides.u8``: one byte per sample, ``GOOD`` or ``BAD``; exists only where a preference method trains on
+  they exist only if a source is a folder or has several files.
+* ``sides.u8``: one byte per sample, ``GOOD`` or ``BAD``; exists only if a preference method trains on
   both. Of a pair the good side comes first, and the bad one is the next sample.
 * ``train.u32``, ``validation.u32``: sample numbers of the two splits.
 * ``meta.json``: the fields of ``dataset.PreparedDataset``.
@@ -192,7 +192,7 @@ class Samples:
         return self._store.weights is not None
 
     def weights(self, i: int) -> memoryview | None:
-        """Return the loss weights of sample ``i``, 32-bit; None where no row sets any."""
+        """Return the loss weights of sample ``i``, 32-bit; None if no row sets any."""
         return None if self._store.weights is None else self._store.weights[self._slice(i)]
 
     def side(self, i: int) -> int:
@@ -200,7 +200,7 @@ class Samples:
         return 0 if self._store.sides is None else self._store.sides[self._numbers[i]]
 
     def of_side(self, side: int) -> Samples:
-        """Return the samples of one side, in order; all of them where there are no sides."""
+        """Return the samples of one side, in order; all of them if there are no sides."""
         if self._store.sides is None:
             return self
         sides = self._store.sides
@@ -227,7 +227,7 @@ class Samples:
         return int(self._store.sources[n]), int(self._store.rows[n])
 
     def file_name(self, i: int) -> str:
-        """Return the name of the file of sample ``i`` in its source; empty where that is one file."""
+        """Return the name of the file of sample ``i`` in its source; empty if that is one file."""
         store = self._store
         return "" if store.files is None else store.file_names[store.files[self._numbers[i]]]
 

@@ -49,7 +49,7 @@ class TemplateCapabilities(Struct, frozen=True):
     tool_turns: bool
     """Whether it writes tool turns; else their text is given as a user turn."""
     switch: Switch | None
-    """The variable that turns thinking on or off; None where it has none."""
+    """The variable that turns thinking on or off; None if it has none."""
     opens_thought: bool
     """Whether its prompt opens a thought regardless of the switch."""
     forgets_reasoning: bool
@@ -274,7 +274,7 @@ class Switch(Struct, frozen=True):
 
     variable: str
     on: dict[str, Any]
-    """Variables to render with; empty where the template thinks by default."""
+    """Variables to render with; empty if the template thinks by default."""
     off: dict[str, Any]
     default: OnOff
     """Whether the template thinks when the variable is not set."""
@@ -283,7 +283,7 @@ class Switch(Struct, frozen=True):
 
 
 def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
-    """Return the switch of ``template``, probed on the conversation ``turns``; None where it has none."""
+    """Return the switch of ``template``, probed on the conversation ``turns``; None if it has none."""
 
     def prompt(variables: Mapping[str, Any]) -> str | None:
         try:

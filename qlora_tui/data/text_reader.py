@@ -76,7 +76,7 @@ class Stream:
             raw: the decompressed file.
             file: the file as stored on disk.
             position: updated with the progress.
-            check_whole: raises ``EOFError`` where the file was cut off; called at its end.
+            check_whole: raises ``EOFError`` if the file was cut off; called at its end.
         """
         self._raw = raw
         self._file = file
@@ -131,7 +131,7 @@ class Stream:
             yield last
 
     def text_lines(self) -> Iterator[tuple[str, str]]:
-        """Yield the decoded content line by line, each with why it is not text; empty where it is.
+        """Yield the decoded content line by line, each with why it is not text; empty if it is.
 
         Bytes that are not UTF-8 are replaced, so that the lines after them can be read.
         """
@@ -162,7 +162,7 @@ def describe(error: UnicodeDecodeError) -> str:
 
 @contextmanager
 def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
-    """Open the decompressed bytes of ``path``. Raises ``UserError`` where the compression is damaged."""
+    """Open the decompressed bytes of ``path``. Raises ``UserError`` if the compression is damaged."""
     with open_foreign(path) as file:
         start = file.peek(4)[:4]
         is_zstd = False
@@ -202,7 +202,7 @@ def _refuse_binary(path: Path, start: bytes) -> None:
 
 
 def _check_zstd_frames(file: BinaryIO) -> None:
-    """Raise ``EOFError`` where the last frame of a zstd file is cut off, by the lengths of its blocks.
+    """Raise ``EOFError`` if the last frame of a zstd file is cut off, by the lengths of its blocks.
 
     Format: RFC 8878, section 3.1.
     """

@@ -485,7 +485,7 @@ def splits_on_spaces(tokenizer: Mapping[str, Any]) -> bool:
 
 def isolated_added_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
     """Return the added tokens that are split off before any other step and that do not depend on adjacent
-    text; none where one of the same kind does."""
+    text; none if one of the same kind does."""
     first = [token for token in tokenizer.get("added_tokens") or () if not token.get("normalized")]
     plain = not any(token.get(flag) for token in first for flag in ("lstrip", "rstrip", "single_word"))
     return [token["content"] for token in first] if plain else []

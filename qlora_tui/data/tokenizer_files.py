@@ -54,7 +54,7 @@ def check_tokenizer(content: dict[str, Any]) -> float:
 
 
 def check_normalizer(backend: Any) -> None:
-    """Raise ValueError where a character table (``Precompiled``) makes a long text of one character."""
+    """Raise ValueError if a character table (``Precompiled``) makes a long text of one character."""
     if backend.normalizer is None:
         return
     for first in (*range(0x20, 0xD800, _CHUNK), *range(0xE000, 0x10000, _CHUNK)):
@@ -66,7 +66,7 @@ def check_normalizer(backend: Any) -> None:
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raise UserError where the tokenizers library panics."""
+    """Raise UserError if the tokenizers library panics."""
     try:
         yield
     except BaseException as error:

@@ -25,7 +25,7 @@ from qlora_tui.data.thought_splitter import begun_length
 from qlora_tui.data.tokenizer import ChatTokenizer
 
 Parse: TypeAlias = Callable[[str, Mapping[str, Any]], list[ToolCall] | None]
-"""Calls in a text, all of which is calls, by the schemas of their arguments; None where it is not."""
+"""Calls in a text, all of which is calls, by the schemas of their arguments; None if it is not."""
 
 _NAME, _OTHER = "qvzcall", "qvzother"
 _ARGUMENTS = {"qvzkey": "qvzvalue"}
@@ -57,7 +57,7 @@ class CallShape(Struct, frozen=True):
     first: str
     """Before the arguments of the first call; :func:`named` puts in its name."""
     further: str
-    """Between the arguments of two calls, with the name of the second; empty where one call is all."""
+    """Between the arguments of two calls, with the name of the second; empty if one call is all."""
     last: str
     """After the arguments of the last call."""
     fields: Fields | None = None
@@ -84,7 +84,7 @@ class CallFormat(Struct, frozen=True):
     """All that stands around names and arguments."""
     parse: Parse
     shape: CallShape | None = None
-    """What to write for calls; None where they can only be read."""
+    """What to write for calls; None if they can only be read."""
 
     def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
         """Return the calls that ``text``, from the mark on, consists of; none if it cannot be understood.

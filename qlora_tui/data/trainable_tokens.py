@@ -93,7 +93,7 @@ _MAX_ROW_BYTES = 1 << 20
 def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
     """Return the special tokens the template writes that look untrained in the model of ``folder``.
 
-    Empty where the embedding cannot be found or read, rather than a guess.
+    Empty if the embedding cannot be found or read, rather than a guess.
     """
     wanted = _template_tokens(tokenizer)
     if not wanted:

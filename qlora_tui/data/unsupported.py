@@ -132,7 +132,7 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
 
 
 def _answer_key(column: str, value: Any) -> str | None:
-    """Return the key of the answer in a list's items, empty where they are texts; None for no answers.
+    """Return the key of the answer in a list's items, empty if they are texts; None for no answers.
 
     Texts are answers where the column is named so, or where each has several words, unlike tags.
     """

@@ -46,7 +46,7 @@ class ChatService:
         )
 
     def offer(self, adapters: dict[str, str]) -> None:
-        """Replace the list of adapters. Raises UserError where no model is loaded."""
+        """Replace the list of adapters. Raises UserError if no model is loaded."""
         self._loaded().offer(adapters)
 
     def generate(self, request: Generate, stop: Event) -> Generator[TextChunk, None, GenerationResult]:

@@ -137,7 +137,7 @@ Key = tuple[str, int, int]
 
 
 def repeat_step(step: MicroStep, repetition: Repetition) -> MicroStep | None:
-    """Return the micro-step of the whole model; None where the layers' events do not repeat."""
+    """Return the micro-step of the whole model; None if the layers' events do not repeat."""
     parts = _parts(step)
     keys = {
         number: (*part, place)

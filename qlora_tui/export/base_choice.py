@@ -43,7 +43,7 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
 
     @property
     def sentence(self) -> str:
-        """Describe the choice; empty where there was none."""
+        """Describe the choice; empty if there was none."""
         if self.unmeasured_because:
             return (
                 "Merged into the dequantized 4-bit base weights of the training. Not compared with the "
@@ -99,7 +99,7 @@ def choose_base(
 ) -> BaseChoice:
     """Compare the adapter on both kinds of base weights with what was trained.
 
-    ``reference`` is why there is none where it is a text. Where the 16-bit base cannot be loaded or computed,
+    ``reference`` is why there is none if it is a text. Where the 16-bit base cannot be loaded or computed,
     nothing is compared, and the choice says why. Raises UserError for a model that is not on this machine.
     """
     recipe = source.recipe
@@ -143,7 +143,7 @@ def lacking_memory(folder: Path) -> str:
 
 
 def base_requantizer(source: ChatSource, choice: BaseChoice) -> Requantizer | None:
-    """Return what rounds the base weights for a choice; None where they stay as they are stored."""
+    """Return what rounds the base weights for a choice; None if they stay as they are stored."""
     if choice.chosen == "original":
         return None
     return requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization)

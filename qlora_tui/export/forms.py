@@ -33,7 +33,7 @@ class Written(Struct, frozen=True, kw_only=True):
     command: str
     """The command that runs it; empty for a repository."""
     verdict: str = ""
-    """How near a GGUF file is to the adapter, in a few words; empty where nothing was compared."""
+    """How near a GGUF file is to the adapter, in a few words; empty if nothing was compared."""
     command_does: Literal["Run", "Serve", "Create"] = "Run"
     file_type: str = ""
     """GGUF type of a single file."""

@@ -53,7 +53,7 @@ class GgufFile(Struct, frozen=True, kw_only=True):
     types: StoredTypes
     """Types of its matrices."""
     proof: Proof | None = None
-    """None where llama.cpp did not check it."""
+    """None if llama.cpp did not check it."""
 
 
 class GgufExport(Struct, frozen=True, kw_only=True):
@@ -168,7 +168,7 @@ def require_file_space(
     kinds: Sequence[str],
     is_auto: bool,
 ) -> None:
-    """Raise UserError where the disk lacks space for the files and what they are made and checked with."""
+    """Raise UserError if the disk lacks space for the files and what they are made and checked with."""
     architecture = resolve_model(source.recipe.model.id).architecture
     sizes = [
         estimated_bytes(architecture, kind) if kind in K_QUANTS else content.size(kind)  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ def require_file_space(
 
 
 def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
-    """Raise UserError for an unknown type, and for one that needs llama.cpp where it cannot be used."""
+    """Raise UserError for an unknown type, and for one that needs llama.cpp if it cannot be used."""
     known = (*FILE_TYPES, *K_QUANTS)
     if AUTO in kinds:
         raise UserError(
@@ -214,7 +214,7 @@ def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
 def final_paths(
     source: ChatSource, adapter_name: str, out: Path, kinds: Sequence[str], is_auto: bool
 ) -> dict[str, Path]:
-    """Return the final path of each type. Raises UserError where one exists."""
+    """Return the final path of each type. Raises UserError if one exists."""
     if out.suffix == ".gguf":
         if len(kinds) > 1 and not is_auto:
             raise UserError(
@@ -258,7 +258,7 @@ class _Export:
     def write_all(self, kinds: Sequence[str]) -> tuple[tuple[GgufFile, ...], tuple[str, ...]]:
         """Write files; return those that pass, and why the others were refused.
 
-        Raises UserError where none passes.
+        Raises UserError if none passes.
         """
         files, refused = [], []
         for kind in kinds:

@@ -134,7 +134,7 @@ def merge(
         compared_tokens: Most tokens whose answers are compared for that.
 
     Raises:
-        UserError: also where the merged model does not answer like the adapter; nothing is left behind.
+        UserError: also if the merged model does not answer like the adapter; nothing is left behind.
     """
     out = out.expanduser().absolute()
     refuse_existing(out)

@@ -34,7 +34,7 @@ _FRONT: dict[CardForm, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class CardResults:
-    """What a card says beyond the recipe; empty where it is not known."""
+    """What a card says beyond the recipe; empty if it is not known."""
 
     rows: tuple[tuple[str, str], ...] = ()
     """What the run's events say: losses, tokens, energy."""
@@ -166,7 +166,7 @@ def render_model_card(
 
 
 def _use(form: CardForm, repo: str, base: str) -> list[str]:
-    """Return the lines that load what is in ``repo``; ``base`` is empty where it is not on the Hub."""
+    """Return the lines that load what is in ``repo``; ``base`` is empty if it is not on the Hub."""
     match form:
         case "gguf":
             return ["With llama.cpp:", "", "```sh", f"llama-server -hf {repo}", "```"]

@@ -188,7 +188,7 @@ def _notes(template: OllamaTemplate, tokenizer: ChatTokenizer) -> tuple[str, ...
 
 
 def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it without asking.") -> None:
-    """Raise UserError where Ollama has a model of this name, as far as it is installed and running."""
+    """Raise UserError if Ollama has a model of this name, as far as it is installed and running."""
     if shutil.which("ollama") is None:
         return
     command = ["ollama", "show", name]

@@ -41,7 +41,7 @@ class OllamaTemplate:
     """The Go template of a chat template."""
 
     text: str
-    """Empty where there is none that renders alike."""
+    """Empty if there is none that renders alike."""
     reason: str = ""
     """Why there is none."""
     note: str = ""

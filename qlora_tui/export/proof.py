@@ -55,7 +55,7 @@ class Proof(Struct, frozen=True, kw_only=True):
     positions: int
     """Trained positions whose logits were compared."""
     trained: int = 0
-    """Trained positions of all rows; 0 where they were not counted."""
+    """Trained positions of all rows; 0 if they were not counted."""
     divergence: float
     """Mean KL divergence of the file from the trained model, in nats."""
     top1_matches: int

@@ -59,7 +59,7 @@ class ComparedRow:
     """One conversation, and where its next-token logits are compared."""
 
     text: str
-    """The rendered conversation; empty where its tokens are not compared."""
+    """The rendered conversation; empty if its tokens are not compared."""
     ids: tuple[int, ...]
     """Its tokens by our tokenizer."""
     positions: tuple[int, ...] = ()
@@ -142,7 +142,7 @@ class Reference:
     def divergence(self, session: ChatSession, adapter_name: str, on_status: StatusFn, words: str) -> float:
         """Return the mean KL divergence of another loaded model with the adapter, in nats.
 
-        Raises UserError where memory is too small.
+        Raises UserError if memory is too small.
         """
         total, positions = 0.0, 0
         rows = self.computed_rows
@@ -164,7 +164,7 @@ def reference_answers(
     """Compute the answers to compare files with, at the trained positions of rows of ``tokens`` tokens
     together.
 
-    Raises UserError where the model or the run's data cannot be read, or memory is too small.
+    Raises UserError if the model or the run's data cannot be read, or memory is too small.
     """
     words = "Computing the trained model's answers to compare with"
     on_status(words)
@@ -239,7 +239,7 @@ def _compute(
 
 
 def _require_same(computed: Tensor, logits: Tensor) -> None:
-    """Raise UserError where computed answers (1, vocabulary) are not those of the model (vocabulary,)."""
+    """Raise UserError if computed answers (1, vocabulary) are not those of the model (vocabulary,)."""
     expected = logits.float().log_softmax(-1).cpu()[None]
     # Written so that NaN is a difference too.
     if not float(kl_divergence(expected, computed)) <= _MAX_DIFFERENCE:
@@ -330,9 +330,9 @@ def _samples(source: ChatSource, tokenizer: ChatTokenizer) -> Samples:
 
 
 def _text(ids: tuple[int, ...], tokenizer: ChatTokenizer) -> str:
-    """Return the text that has these tokens; empty where there is none.
+    """Return the text that has these tokens; empty if there is none.
 
-    There is none where text that looks like a special token is no special token in training.
+    There is none if text that looks like a special token is no special token in training.
     """
     text = tokenizer.decode(ids)
     if tokenizer.encode(text) == list(ids):

@@ -20,7 +20,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError where there is anything under a name."""
+    """Raise UserError if there is anything under a name."""
     if out.exists() or out.is_symlink():
         raise UserError(
             "The file already exists",
@@ -32,7 +32,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise UserError where fewer than ``needed`` bytes are free; ``what`` begins the sentence."""
+    """Raise UserError if fewer than ``needed`` bytes are free; ``what`` begins the sentence."""
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     usage = shutil.disk_usage(parent)
     free = usage.free

@@ -78,7 +78,7 @@ class Origin:
 def origin_of(
     forward: Callable[[Tensor], Tensor], shape: Sequence[int], stored_shape: Sequence[int]
 ) -> Origin:
-    """Find what ``forward`` does to a tensor of ``shape``. Raises ValueError where it cannot be undone."""
+    """Find what ``forward`` does to a tensor of ``shape``. Raises ValueError if it cannot be undone."""
     kept = kept_as = None
     probe = tuple(shape)
     if len(shape) > 1:

@@ -106,7 +106,7 @@ def says_out_of_memory(message: str) -> bool:
 
 
 def cuda_error(error: BaseException) -> CudaError | None:
-    """Return what an exception says of CUDA; None where it is no such error, or one for a bug report."""
+    """Return what an exception says of CUDA; None if it is no such error, or one for a bug report."""
     code = getattr(error, "error_code", None)
     if isinstance(code, int) and code in _FAILURES:
         return CudaError(*_FAILURES[code])
@@ -156,7 +156,7 @@ def describe(error: CudaError) -> UserError:
 
 
 def cuda_problem(error: BaseException) -> UserError | None:
-    """Return an exception that CUDA raised in words; None where it is a bug, or not of CUDA."""
+    """Return an exception that CUDA raised in words; None if it is a bug, or not of CUDA."""
     reported = cuda_error(error)
     return None if reported is None else describe(reported)
 

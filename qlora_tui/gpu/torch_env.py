@@ -49,7 +49,7 @@ _READS_ALLOCATOR = (2, 10)
 """First version of torch that reads ``PYTORCH_ALLOC_CONF`` for CUDA: 2.9 ignores ``expandable_segments`` in
 it (pytorch issue 183387), earlier ones do not know it."""
 _NEWEST = (1000, 0)
-"""Taken for the version of torch where none is installed."""
+"""Taken for the version of torch if none is installed."""
 _GROWING_SEGMENTS = "expandable_segments:True"
 """Reduces the fragmentation that varying sample lengths cause."""
 offline_variables_set: set[str] = set()
@@ -110,7 +110,7 @@ def openmp_wait_policy(environ: Mapping[str, str]) -> dict[str, str]:
 
     On a busy machine threads sleep: spinning makes a step many times slower as soon as another process needs
     a core. On an idle machine they spin briefly first: two cores then train at 160 to 175 tokens/s instead of
-    94 to 110, but at 30 instead of 88 if the machine becomes busy later. Empty where the user has set a wait
+    94 to 110, but at 30 instead of 88 if the machine becomes busy later. Empty if the user has set a wait
     policy or uses one thread.
     """
     if environ.get("OMP_NUM_THREADS") == "1" or any(name in environ for name in _USER_WAIT_VARIABLES):
@@ -147,7 +147,7 @@ def grows_segments(environ: Mapping[str, str]) -> bool:
 
 
 def without_growing_segments(environ: Mapping[str, str]) -> str:
-    """Return ``NAME=value`` that ends growing segments a user set; empty where these variables set none."""
+    """Return ``NAME=value`` that ends growing segments a user set; empty if these variables set none."""
     name = _CUDA_ALLOCATOR if _CUDA_ALLOCATOR in environ else _ALLOCATOR
     if name not in environ or not grows_segments(environ):
         return ""

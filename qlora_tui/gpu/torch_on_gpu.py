@@ -118,12 +118,12 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
 def architecture_problem(
     name: str, capability: tuple[int, int], architectures: Sequence[str]
 ) -> UserError | None:
-    """Return why no code of torch runs on a GPU that torch sees; None where some does.
+    """Return why no code of torch runs on a GPU that torch sees; None if some does.
 
     Args:
         name: of the GPU.
         capability: its compute capability.
-        architectures: what ``torch.cuda.get_arch_list()`` returns; empty where it says nothing.
+        architectures: what ``torch.cuda.get_arch_list()`` returns; empty if it says nothing.
     """
     if not architectures or any(_runs_on(architecture, capability) for architecture in architectures):
         return None
@@ -134,7 +134,7 @@ def architecture_problem(
 
 
 def why_on_the_cpu() -> UserError | None:
-    """Return why this process must not compute on the CPU, where torch sees no GPU; None where it may.
+    """Return why this process must not compute on the CPU, where torch sees no GPU; None if it may.
 
     It may where the machine has no GPU, or the user chose the CPU.
     """
@@ -191,7 +191,7 @@ def _install_fix(build: str) -> str:
 
 
 def _build_for(capability: tuple[int, int] | None, driver_cuda: tuple[int, int] | None) -> str:
-    """Return the build of torch, as in ``cu126``, that driver and GPU run; empty where none is known."""
+    """Return the build of torch, as in ``cu126``, that driver and GPU run; empty if none is known."""
     if driver_cuda is None:
         return ""
     for build, (cuda, architectures) in _BUILDS.items():
@@ -202,7 +202,7 @@ def _build_for(capability: tuple[int, int] | None, driver_cuda: tuple[int, int] 
 
 
 def _why_not_compiled(capability: tuple[int, int], torch: TorchBuild) -> str:
-    """Return why an installed build for CUDA has no code for a compute capability; empty where it may."""
+    """Return why an installed build for CUDA has no code for a compute capability; empty if it may."""
     if torch.cuda is None:
         return ""
     oldest = _OLDEST_CAPABILITIES.get(torch.cuda[0])

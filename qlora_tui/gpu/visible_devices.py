@@ -80,7 +80,7 @@ def requested_gpus(environ: Mapping[str, str] = os.environ) -> str:
     """Return which GPUs the user chose by ``--gpu`` or CUDA_VISIBLE_DEVICES, for a process that runs later.
 
     Returns:
-        A choice as ``--gpu`` takes it; empty where there is none, or where torch decides.
+        A choice as ``--gpu`` takes it; empty if there is none, or if torch decides.
     """
     if choice := environ.get(GPU_VARIABLE, ""):
         return choice
@@ -94,7 +94,7 @@ def requested_gpus(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def device_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that make torch use the chosen GPU, or the CPU; empty where it will anyway."""
+    """Return the variables that make torch use the chosen GPU, or the CPU; empty if it will anyway."""
     choice, _ = _requested(environ)
     try:
         if choice == CPU:

@@ -82,7 +82,7 @@ class Correction:
     factor: float = 1.0
     """Factor for the reserved level."""
     outside_bytes: int | None = None
-    """Process bytes outside the reserved level; None where no run measured them."""
+    """Process bytes outside the reserved level; None if no run measured them."""
     low: float = 1.0
     """Smallest ratio of measured to predicted bytes among the runs."""
     high: float = 1.0
@@ -94,7 +94,7 @@ class Correction:
 
 
 def correction_for(machine: str) -> Correction | None:
-    """Compute the correction from the latest runs on ``machine``; None where there are none."""
+    """Compute the correction from the latest runs on ``machine``; None if there are none."""
     runs = [run for run in load_runs() if run.machine == machine and _is_usable(run)][-MAX_RUNS:]
     if not runs:
         return None
@@ -183,7 +183,7 @@ def record_speed(gpu: str, speed: TransferSpeed) -> None:
 
 
 def measured_speed(gpu: str) -> TransferSpeed | None:
-    """Return what was measured on a GPU of this machine; None where nothing was."""
+    """Return what was measured on a GPU of this machine; None if nothing was."""
     return _load().get(gpu)
 
 

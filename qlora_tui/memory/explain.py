@@ -151,7 +151,7 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
 
 
 def _copies(execution: ExecutionConfig) -> str:
-    """The copies of the weights in the compute dtype, where there are any."""
+    """The copies of the weights in the compute dtype, if there are any."""
     has_copies = execution.own_fused and execution.compute_itemsize < ADAPTER_ITEMSIZE
     return f", and {execution.compute_itemsize} for a copy in 16 bits" if has_copies else ""
 

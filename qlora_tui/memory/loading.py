@@ -38,7 +38,7 @@ class LoadedWeight:
     count: int
     """Elements."""
     packed: tuple[int, ...] = ()
-    """Bytes of each tensor that it is quantized to; empty where it stays as read."""
+    """Bytes of each tensor that it is quantized to; empty if it stays as read."""
     matrices: int = 1
     """Parts that are read and quantized in turn, in the same memory (training/experts/loading.py)."""
 

@@ -40,7 +40,7 @@ _SMALLER_STATES = {
 
 @dataclass(frozen=True)
 class WhatFits:
-    """Largest value of each setting that fits with the others unchanged; 0 where none does."""
+    """Largest value of each setting that fits with the others unchanged; 0 if none does."""
 
     sequence_length: int
     micro_batch: int
@@ -54,7 +54,7 @@ class MemorySaving:
     label: str
     """Label of the change: ``Recompute activations``, ``Micro-batch 4 → 2, accumulation 4 → 8``."""
     cost: str
-    """Cost of the change in a few words: ``about a third slower``; empty where there is none."""
+    """Cost of the change in a few words: ``about a third slower``; empty if there is none."""
     settings: dict[str, Any]
     """Dotted keys and values, in the form of ``--set``."""
     recipe: Recipe
@@ -121,7 +121,7 @@ def cheapest_changes(
     """Return single changes that make the recipe fit, the least costly first.
 
     Where no single change is enough, changes are combined, cheapest first, into one :class:`MemorySaving`.
-    Empty where the recipe already fits, or nothing helps.
+    Empty if the recipe already fits, or nothing helps.
     """
     whole = estimate(recipe, architecture, device=device)
     if check_fit(whole, available_bytes).fits_even_if_tight:
@@ -166,7 +166,7 @@ class SavingOption:
     """One setting that can change, with its values from mildest to strongest."""
 
     cost: str | None
-    """None where it is the time of copies, which depends on the value."""
+    """None if it is the time of copies, which depends on the value."""
     steps: tuple[tuple[str, dict[str, Any]], ...]
 
 

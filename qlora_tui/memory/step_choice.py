@@ -64,7 +64,7 @@ class StepChoice:
     recipe: Recipe
     """``given`` with the chosen rows at a time, accumulation and optimizer."""
     kept: KeptLayersPlan | None
-    """None where the recipe does not leave open which layers are recomputed."""
+    """None if the recipe does not leave open which layers are recomputed."""
     estimate: Estimate
     """Memory of the run."""
     speedup: float
@@ -195,7 +195,7 @@ def plan_kept_layers(
 
     Args:
         free_bytes: memory of the device that nothing else uses, what this run already holds included.
-        execution: what the run executes, where that is not what the recipe leads to expect.
+        execution: what the run executes, if that is not what the recipe leads to expect.
         limit: maximum number of layers to keep.
     """
     if recipe.training.gradient_checkpointing != "auto" or recipe.quantization.streamed_layers:
@@ -325,7 +325,7 @@ def describe_slowdown(recipe: Recipe, architecture: Architecture, device: Device
 
 
 def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Device) -> str:
-    """Describe what a recipe keeps in host memory next to a GPU, and its cost; empty where it keeps nothing.
+    """Describe what a recipe keeps in host memory next to a GPU, and its cost; empty if it keeps nothing.
 
     ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6× slower.``
     """

@@ -37,7 +37,7 @@ class KnownTraces:
     def find(
         self, recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
     ) -> StepTrace | None:
-        """Return the traced step of a recipe; None where it was not traced."""
+        """Return the traced step of a recipe; None if it was not traced."""
         return self._steps.get(_key(recipe, architecture, execution)) if self._steps else None
 
     def with_step(

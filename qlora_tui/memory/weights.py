@@ -89,7 +89,7 @@ def quantized_experts(settings: Quantization, architecture: Architecture) -> Lit
 
 
 def require_4_bit_experts(settings: Quantization, architecture: Architecture) -> None:
-    """Raise UserError where experts that are stored in MXFP4 would be read in 16 bits."""
+    """Raise UserError if experts that are stored in MXFP4 would be read in 16 bits."""
     if architecture.quantized_as != "mxfp4" or quantized_experts(settings, architecture) != "none":
         return
     is_method = settings.method not in ("nf4", "fp4")
@@ -195,7 +195,7 @@ def streamed_indices(layers: int, count: int) -> tuple[int, ...]:
 def streamed_weights(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
 ) -> StreamedWeights | None:
-    """Return the memory of the streamed layers; None where the recipe streams none."""
+    """Return the memory of the streamed layers; None if the recipe streams none."""
     indices = streamed_indices(architecture.layers, recipe.quantization.streamed_layers)
     if not indices:
         return None

@@ -101,7 +101,7 @@ class Field(Struct, frozen=True, kw_only=True):
 
     @property
     def zero_meaning(self) -> str:
-        """What 0 means, where the help says it: ``no limit``; else empty."""
+        """What 0 means, if the help says it: ``no limit``; else empty."""
         match = re.search(r"\b0: ([^.]+)\.", self.help)
         return match[1] if match else ""
 

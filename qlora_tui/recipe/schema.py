@@ -625,7 +625,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def preference_method(self) -> PreferenceMethod | None:
-        """The method that trains on preferences; None where the run trains on answers alone."""
+        """The method that trains on preferences; None if the run trains on answers alone."""
         choice = self.data.preferences
         return None if choice == "refuse" or choice == "chosen" else choice
 
@@ -636,7 +636,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def preference_traits(self) -> PreferenceTraits | None:
-        """What the preference method needs; None where the run trains on answers alone."""
+        """What the preference method needs; None if the run trains on answers alone."""
         method = self.preference_method
         return None if method is None else PREFERENCE_TRAITS[method]
 

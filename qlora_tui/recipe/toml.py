@@ -29,7 +29,7 @@ _MAX_BYTES = 1_000_000
 """Maximum size of a recipe, normally a few KB; a larger file is a model or data given by mistake."""
 
 BEFORE: dict[str, Any] = {"quantization.experts": False, "training.auto_micro_batch": False}
-"""What a setting was, in runs of versions that did not have it, where that is not its default."""
+"""What a setting was, in runs of versions that did not have it, if that is not its default."""
 
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 

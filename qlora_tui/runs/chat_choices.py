@@ -93,7 +93,7 @@ def add_choice(
 
 
 def count_choices(base: str, kind: ChoiceKind) -> int:
-    """Number of rows of a base model; 0 where the file cannot be read."""
+    """Number of rows of a base model; 0 if the file cannot be read."""
     try:
         return len(_lines(choices_path(base, kind)))
     except OSError:

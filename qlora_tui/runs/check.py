@@ -47,7 +47,7 @@ class Defect:
     repair: Callable[[], object] | None = field(default=None, compare=False)
     """Performs the repair. Raises OSError or UserError."""
     done: str = field(default="", compare=False)
-    """What the repair did, in a clause; empty where it returns that itself."""
+    """What the repair did, in a clause; empty if it returns that itself."""
 
 
 @dataclass(frozen=True)

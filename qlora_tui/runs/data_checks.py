@@ -108,7 +108,7 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
 
 
 def data_error(recipe: Recipe, model_files: ModelFiles | None = None) -> UserError | None:
-    """Return why the data cannot be trained on, as far as is known; None where it can, or there is none.
+    """Return why the data cannot be trained on, as far as is known; None if it can, or there is none.
 
     Takes up to two seconds for data that was not looked at before.
     """
@@ -241,7 +241,7 @@ def _not_held_out(recipe: Recipe, sizes: Sequence[FileSize]) -> tuple[array[int]
 
 
 def _rows_used(trained: Sequence[FileSize], excluded: int, text: str) -> Check:
-    """Say how many rows are trained on, where that is not all of them; ``text`` describes the sources."""
+    """Say how many rows are trained on, if that is not all of them; ``text`` describes the sources."""
     rows, used = sum(size.rows for size in trained), sum(size.samples for size in trained)
     if excluded:
         text = f"{text} {pluralize(excluded, 'row')} excluded."

@@ -240,7 +240,7 @@ def check_host_memory(needed_bytes: int) -> Check:
 
 
 def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> UserError | None:
-    """The error for what does not fit in free host memory; None where it does.
+    """The error for what does not fit in free host memory; None if it does.
 
     Args:
         needed_bytes: the whole base, which is loaded there before its layers are streamed, and the inputs of

@@ -221,7 +221,7 @@ def end_offset(path: Path, last_bytes: int) -> int:
 
 
 def last_log_lines(path: Path, begin: int = 0) -> list[str]:
-    """Return the lines at the end of a log, after byte ``begin``; none where it cannot be read."""
+    """Return the lines at the end of a log, after byte ``begin``; none if it cannot be read."""
     try:
         content = read_from(path, max(begin, end_offset(path, _LOG_BYTES)), _LOG_BYTES)
     except OSError:

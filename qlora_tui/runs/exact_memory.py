@@ -118,7 +118,7 @@ def trace_all(
 def trace_soon(
     config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig, seconds: float
 ) -> StepTrace | None:
-    """Return the traced step of a recipe if it is there within some seconds; None also where it fails.
+    """Return the traced step of a recipe if it is there within some seconds; None also if it fails.
 
     A trace that takes longer is kept for the next question. No seconds only ask the cache.
     """

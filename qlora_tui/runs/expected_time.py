@@ -80,11 +80,11 @@ class Forecast:
 
     length: RunLength
     time: ExpectedTime | None
-    """None where nothing was trained on this processor yet."""
+    """None if nothing was trained on this processor yet."""
 
     @property
     def duration(self) -> str:
-        """``about 25 min``; empty where it is unknown."""
+        """``about 25 min``; empty if it is unknown."""
         return f"{self._least}about {format_duration(self.time.seconds)}" if self.time else ""
 
     @property

@@ -94,7 +94,7 @@ class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     summary: str = ""
     """What was written and how it was checked, in sentences."""
     verdict: str = ""
-    """How near it is to the adapter, in a few words; empty where nothing was compared."""
+    """How near it is to the adapter, in a few words; empty if nothing was compared."""
     command: str = ""
     """The command that runs what was written."""
     problem: str = ""
@@ -222,7 +222,7 @@ def ollama_file_stem(name: str) -> str:
 def leave_gpu_to_runs() -> str:
     """Hide the GPU from this process if runs need it, before torch is loaded; return why, in a sentence.
 
-    Training must not run out of memory because of an export. Empty where there is no GPU, or no run.
+    Training must not run out of memory because of an export. Empty if there is no GPU, or no run.
     """
     # A run is queued and deleted without the estimate that this loads.
     from qlora_tui.runs.doctor import read_machine

@@ -31,7 +31,7 @@ class LengthCost:
     verdict: Verdict | None
     """None without a model."""
     seconds: float | None
-    """Training time; None where nothing says it."""
+    """Training time; None if nothing says it."""
 
 
 def length_costs(

@@ -36,7 +36,7 @@ def measure_in_child(
         job: function of the run's folder.
         run: it has ended with an adapter.
         arguments: of the function, after the folder.
-        read: reads what the job wrote; None where that is not possible.
+        read: reads what the job wrote; None if that is not possible.
         progress: called with what is done, and of how much.
         should_stop: ends it within a second.
 

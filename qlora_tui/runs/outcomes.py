@@ -115,7 +115,7 @@ def determine_outcome(
 
 
 def record_outcome(run: RunDir, ending: events.RunEnded, *, events_from: int | None = None) -> None:
-    """Record in events and status how an attempt ended, where they do not say so yet.
+    """Record in events and status how an attempt ended, if they do not say so yet.
 
     A run that was queued again in the meantime is skipped: its end was known when it was queued.
     """
@@ -134,7 +134,7 @@ def record_outcome(run: RunDir, ending: events.RunEnded, *, events_from: int | N
 
 
 def gpu_problem(run: RunDir, error: CudaError | None) -> UserError | None:
-    """Return what the GPU did to an attempt at a run, and how to go on; None where that did not end it.
+    """Return what the GPU did to an attempt at a run, and how to go on; None if that did not end it.
 
     Args:
         run: its events say whether the driver lost the GPU.

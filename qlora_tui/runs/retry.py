@@ -66,7 +66,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         )
 
     def after(self, event: events.AnyEvent) -> RetryPlan:
-        """Return the plan with what an event says of it; empty where an attempt's event does not have it."""
+        """Return the plan with what an event says of it; empty if an attempt's event does not have it."""
         match event:
             case events.Started():
                 return RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()

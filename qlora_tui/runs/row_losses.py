@@ -41,7 +41,7 @@ class RowLoss(Struct, frozen=True, kw_only=True):
     row: Count
     """Number of the row in its file, from 1."""
     file: str = ""
-    """Name of the file in the source; empty where the source is one file."""
+    """Name of the file in the source; empty if the source is one file."""
     tokens: Count
     """Trained tokens."""
     before: float
@@ -92,7 +92,7 @@ class RowLosses(Struct, frozen=True, kw_only=True):
         return counts
 
     def row_of(self, source: int, place: RowPlace) -> RowLoss | None:
-        """The record of a row; None where it was not trained on."""
+        """The record of a row; None if it was not trained on."""
         return next((each for each in self.rows if (each.source, each.place) == (source, place)), None)
 
 
@@ -177,12 +177,12 @@ def measure_row_losses(
 
 
 def read_row_losses(run: RunDir) -> RowLosses | None:
-    """The rows of a run; None where they were not computed, or the file is damaged."""
+    """The rows of a run; None if they were not computed, or the file is damaged."""
     return read_json(run.row_losses_path, _ROW_LOSSES)
 
 
 def token_changes(run: RunDir, row: RowLoss) -> tuple[tuple[float, float], ...]:
-    """Loss before and after of each trained token of a row; empty where the file does not hold them."""
+    """Loss before and after of each trained token of a row; empty if the file does not hold them."""
     try:
         with run.row_losses_path.with_suffix(".f32").open("rb") as file:
             file.seek(4 * row.start)

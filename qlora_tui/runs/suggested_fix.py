@@ -102,7 +102,7 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
 
 
 def _less_memory(recipe: Recipe, last_plan: RetryPlan) -> dict[str, Any]:
-    """Settings that need less memory than the last attempt; shorter samples only where no retry is left."""
+    """Settings that need less memory than the last attempt; shorter samples only if no retry is left."""
     last_plan = structs.replace(last_plan, kept_layers=None, resident_layers=None)
     plan = reduce_memory(recipe, last_plan)
     changes = {f"training.{name}": value for name, value in (plan or last_plan).overrides().items()}

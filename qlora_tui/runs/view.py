@@ -96,9 +96,9 @@ class RunView:
         self.attempt = 0
         self.started_at: float | None = None
         self.plan = RetryPlan()
-        """Settings of the last attempt; empty where its event does not have them."""
+        """Settings of the last attempt; empty if its event does not have them."""
         self.step_chosen: events.StepChosen | None = None
-        """What the attempt does with free memory; None where the recipe leaves nothing open."""
+        """What the attempt does with free memory; None if the recipe leaves nothing open."""
         self.phase: events.Phase | None = None
         self.phase_detail = ""
         self.progress: events.Progress | None = None
@@ -181,17 +181,17 @@ class RunView:
 
     @property
     def forgetting(self) -> float | None:
-        """Divergence from the base on general prompts at the last evaluation; None where not measured."""
+        """Divergence from the base on general prompts at the last evaluation; None if not measured."""
         return self.evaluations[-1].forgetting if self.evaluations else None
 
     @property
     def general_answers(self) -> events.GeneralAnswers | None:
-        """Counts over the answers to general prompts at the last evaluation; None where not measured."""
+        """Counts over the answers to general prompts at the last evaluation; None if not measured."""
         return self.evaluations[-1].general_answers if self.evaluations else None
 
     @property
     def loss_before_training(self) -> float | None:
-        """Validation loss at step 0; None where it was not measured."""
+        """Validation loss at step 0; None if it was not measured."""
         return next((e.loss for e in self.evaluations if e.step == 0), None)
 
     @property
@@ -214,7 +214,7 @@ class RunView:
 
     @property
     def trained_evaluation(self) -> events.Evaluated | None:
-        """The latest evaluation after training began; None where there is none to compare with the base."""
+        """The latest evaluation after training began; None if there is none to compare with the base."""
         last = self.last_evaluation
         return last if last is not None and last.step else None
 

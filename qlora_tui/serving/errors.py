@@ -34,7 +34,7 @@ class ApiError(Exception):
         self.code = code
         """Kind of the error, as ``model_not_found``."""
         self.retry_after_s = retry_after_s
-        """Seconds after which asking again makes sense; 0 where it does not."""
+        """Seconds after which asking again makes sense; 0 if it does not."""
 
     def body(self) -> dict[str, Any]:
         """Return the object that is sent."""

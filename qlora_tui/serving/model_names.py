@@ -49,7 +49,7 @@ class RunsToServe:
     def __init__(self, named: Sequence[RunDir] = (), *, with_others: bool = False) -> None:
         """``named`` come first; without any, all runs with the base of the newest that has an adapter.
 
-        Raises UserError where there is none, or two have different bases.
+        Raises UserError if there is none, or two have different bases.
         """
         newest = next(filter(_has_adapter, all_runs()), None)
         if not named and newest is None:

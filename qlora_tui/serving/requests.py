@@ -24,7 +24,7 @@ from qlora_tui.serving.model_names import ServedModel
 MOST_CHOICES = 128
 """Answers that one request may ask for: prompts times ``n``."""
 _COMPLETION_TOKENS = 16
-"""``max_tokens`` of ``/v1/completions`` where none is given: OpenAI's."""
+"""``max_tokens`` of ``/v1/completions`` if none is given: OpenAI's."""
 _SEEDS = 1 << 32
 _MOST_STOPS = 16
 _NOT_FOLLOWED: dict[str, Any] = {
@@ -153,7 +153,7 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
 
     @property
     def asked_logprobs(self) -> int | None:
-        """Alternatives to each token that were asked for; None where no log probabilities were."""
+        """Alternatives to each token that were asked for; None if no log probabilities were."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
@@ -208,7 +208,7 @@ class CompletionBody(_CommonBody, frozen=True, kw_only=True):
 
     @property
     def asked_logprobs(self) -> int | None:
-        """Alternatives to each token that were asked for; None where no log probabilities were."""
+        """Alternatives to each token that were asked for; None if no log probabilities were."""
         return self.logprobs
 
     def prompts(self) -> list[str] | list[Tokens]:
@@ -327,7 +327,7 @@ def _text(index: int, content: str | list[ContentPart] | None) -> str:
 
 
 def _arguments(text: str) -> Any:
-    """Return the parsed arguments of a call; the text itself where it is not JSON."""
+    """Return the parsed arguments of a call; the text itself if it is not JSON."""
     value = try_json(text.encode(), _JSON)
     return text if value is None else value
 

@@ -198,7 +198,7 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 def _set_weights(model: Any, weights: dict[str, Tensor]) -> None:
-    """Replace all weights of an adapter. Raises ValueError where they are not those of this model."""
+    """Replace all weights of an adapter. Raises ValueError if they are not those of this model."""
     from peft import set_peft_model_state_dict
 
     with exact_target_names(model):
@@ -282,10 +282,10 @@ def trained_weights_digest(model: Any) -> str:
 
 
 def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) -> None:
-    """Raise UserError where the trained weights are those from before the first step.
+    """Raise UserError if the trained weights are those from before the first step.
 
     Args:
-        initial_weights: their digest; empty where it is unknown.
+        initial_weights: their digest; empty if it is unknown.
         steps: the steps of the run.
         skipped: how many of them fp16 skipped.
     """

@@ -56,7 +56,7 @@ def answer_validation(
         clock: seconds that only grow.
 
     Returns:
-        The answers without losses; None where references are free text, without validation data, and where
+        The answers without losses; None if references are free text, without validation data, and if
         there is not enough time.
     """
     samples = run.data.validation.of_side(GOOD)
@@ -83,7 +83,7 @@ def report_answers(run: Run, answers: TaskEvaluation | None, loss: LossChange | 
 
     Args:
         answers: what :func:`answer_validation` returned.
-        loss: the loss of the validation rows; None where it was not compared.
+        loss: the loss of the validation rows; None if it was not compared.
     """
     if answers is None:
         return

@@ -3,7 +3,7 @@
 Nothing is judged by the rows that it was fitted on: rows are in five folds, those of each are judged with
 what the other four give, and what is stored is fitted on all of them. A temperature divides the log
 probabilities of whole options (Guo et al. 2017, "On Calibration of Modern Neural Networks"); a bias for each
-option is added only where that lowers the log loss of rows it has not seen by more than chance.
+option is added only if that lowers the log loss of rows it has not seen by more than chance.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _error_interval(measured: Measured, honest: Tensor) -> Measured:
     """Return a calibration error with an interval that allows for its bias.
 
     Chance only adds to the error, and resampled rows have it twice: the bootstrap's interval is reflected at
-    the value (Davison and Hinkley 1997, section 5.2). It reaches to 0 where honest probabilities show an
+    the value (Davison and Hinkley 1997, section 5.2). It reaches to 0 if honest probabilities show an
     error as large in more than 2.5 % of draws.
     """
     value, interval = measured.value, measured.interval

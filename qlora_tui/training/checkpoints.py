@@ -80,7 +80,7 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Whether a stop ended the evaluation at this step, which is then repeated."""
 
     def trained_recipe(self) -> Recipe:
-        """Return the recipe as it was trained until then. Raises UserError where the text is not one."""
+        """Return the recipe as it was trained until then. Raises UserError if the text is not one."""
         return to_frozen_recipe(parse(self.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
 
 
@@ -154,7 +154,7 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
         before: consider only checkpoints of earlier steps than this.
 
     Returns:
-        The checkpoint, None where there is none, and a description of the damage of each newer one.
+        The checkpoint, None if there is none, and a description of the damage of each newer one.
     """
     damage: list[str] = []
     for step, folder in reversed(run.checkpoints()):
@@ -172,7 +172,7 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
 
 
 def require_same_processes(checkpoint: Checkpoint, processes: int) -> None:
-    """Raise UserError where a checkpoint is of another number of processes, whose random numbers differ."""
+    """Raise UserError if a checkpoint is of another number of processes, whose random numbers differ."""
     saved = len(list(checkpoint.folder.glob("rng_state*.pth")))
     if saved not in (0, processes):
         raise UserError(
@@ -186,7 +186,7 @@ def require_same_processes(checkpoint: Checkpoint, processes: int) -> None:
 
 
 def intact_folder(run: RunDir, step: int) -> Path | None:
-    """The folder of the checkpoint at ``step``; None where it is missing or damaged."""
+    """The folder of the checkpoint at ``step``; None if it is missing or damaged."""
     folder = run.checkpoints_dir / f"step-{step}"
     return folder if checkpoint_damage(folder) is None else None
 
@@ -203,7 +203,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
 def weights_identity(files: ModelFiles) -> str:
     """Return a hash of the size, the header and samples of each weight file of a base; it takes no time.
 
-    The place and the names of the files are not in it. Raises UserError where a file cannot be read.
+    The place and the names of the files are not in it. Raises UserError if a file cannot be read.
     """
     names = (files.gguf_file,) if files.gguf_file is not None else weight_files(files.folder)
     hashed = hashlib.sha256()
@@ -223,7 +223,7 @@ def weights_identity(files: ModelFiles) -> str:
 
 
 def require_same_base(state: CheckpointState, files: ModelFiles, base_hash: str) -> None:
-    """Raise UserError where the base's weights are no longer those of the checkpoint."""
+    """Raise UserError if the base's weights are no longer those of the checkpoint."""
     if state.base_hash and state.base_hash != base_hash:
         raise UserError(
             "The base model has changed",

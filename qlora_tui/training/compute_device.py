@@ -58,7 +58,7 @@ class ComputeDevice:
 
 
 def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
-    """The GPU of this process, or the CPU where there is none or the user chose it.
+    """The GPU of this process, or the CPU if there is none or the user chose it.
 
     Raises:
         UserError: there is a GPU that torch cannot use.
@@ -122,7 +122,7 @@ def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
 
 
 def why_no_flash(device: ComputeDevice) -> str:
-    """Why FlashAttention cannot run a packed sequence in one call; empty where it can."""
+    """Why FlashAttention cannot run a packed sequence in one call; empty if it can."""
     reasons: dict[FlashObstacle | None, str] = {
         None: "",
         "no GPU": "It needs a CUDA GPU.",
@@ -145,12 +145,12 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
 
 
 def free_host_bytes() -> int:
-    """Memory that is free for this process: the machine's, or the container's limit where that is lower."""
+    """Memory that is free for this process: the machine's, or the container's limit if that is lower."""
     return min(int(psutil.virtual_memory().available), host_memory_bytes())
 
 
 def host_memory_bytes() -> int:
-    """Memory this process may use: the machine's, or the container's limit where that is lower."""
+    """Memory this process may use: the machine's, or the container's limit if that is lower."""
     total = int(psutil.virtual_memory().total)
     for path in _CGROUP_LIMITS:
         try:

@@ -68,7 +68,7 @@ def choice_of(prompt: Sequence[int], option_ids: Sequence[tuple[int, ...]], most
 def find_decisions(
     recipe: Recipe, data: PreparedDataset, tokenizer: ChatTokenizer, most: int = MOST_DECISIONS
 ) -> DecisionTask | None:
-    """Return the decisions that a run's data are; None where its answers are texts, or two sides of a pair.
+    """Return the decisions that a run's data are; None if its answers are texts, or two sides of a pair.
 
     Args:
         recipe: of the run.
@@ -106,7 +106,7 @@ def find_decisions(
 
 
 def _answer(samples: Samples, i: int, ends: frozenset[int]) -> tuple[int, ...]:
-    """Return the token ids of a sample's last answer; empty where it was cut."""
+    """Return the token ids of a sample's last answer; empty if it was cut."""
     ids = samples.token_ids(i)
     bounds = last_answer(ids, samples.loss_mask(i), ends)
     return tuple(ids[bounds[0] : bounds[1]]) if bounds is not None else ()
@@ -134,7 +134,7 @@ def _with_ids(
 
 
 def rendered_answer(text: str, tokenizer: ChatTokenizer, options: RenderOptions) -> tuple[int, ...]:
-    """Return the token ids of an answer with its turn end, as in training; empty where there is none."""
+    """Return the token ids of an answer with its turn end, as in training; empty if there is none."""
     conversation = Conversation((Message("user", "?"), Message("assistant", text)))
     prompt = answer_prompt(conversation, tokenizer, options)
     return prompt[1] if prompt is not None else ()
@@ -143,7 +143,7 @@ def rendered_answer(text: str, tokenizer: ChatTokenizer, options: RenderOptions)
 def answer_prompt(
     conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return the token ids of a conversation before its last answer, and of that; None where it has none."""
+    """Return the token ids of a conversation before its last answer, and of that; None if it has none."""
     try:
         sample = render(conversation, tokenizer, options)[-1]
     except RowRejectedError:

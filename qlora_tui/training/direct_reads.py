@@ -103,7 +103,7 @@ class _Reads(TorchFunctionMode):
         self._running: list[nn.Module] = []
 
     def forward_of(self, module: nn.Module) -> Any:
-        """Return a forward that notes that the module is running, and returns its input where it fails."""
+        """Return a forward that notes that the module is running, and returns its input if it fails."""
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:

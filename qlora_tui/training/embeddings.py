@@ -121,7 +121,7 @@ def init_untrained_rows(model: Any) -> None:
     """Initialize untrained rows, whose norm is near zero, with the mean of all rows.
 
     The RMSNorm of a row near zero has a slope in the hundreds: its gradient would dominate all others, and
-    Adam would remember it for a thousand steps. Raises UserError where peft did not add the rows to the head.
+    Adam would remember it for a thousand steps. Raises UserError if peft did not add the rows to the head.
     """
     if not _is_peft(model.get_output_embeddings(), _ROWS):
         raise _unsupported_tokens("peft does not recognize that its head is tied to its embedding")
@@ -238,7 +238,7 @@ _ADAPTER = "default"
 
 
 def peft_options(model: Any) -> dict[str, Any]:
-    """peft's options that train embedding and head of a bare model. Raises UserError where it cannot."""
+    """peft's options that train embedding and head of a bare model. Raises UserError if it cannot."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if (
         not isinstance(embedding, nn.Embedding)
@@ -283,7 +283,7 @@ def active_weight(module: Any) -> nn.Parameter | None:
 
 
 def trained_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trained matrices of embedding and head, a tied one once; empty where they are frozen."""
+    """The trained matrices of embedding and head, a tied one once; empty if they are frozen."""
     weights = (active_weight(m) for m in model.modules() if "active_trained_weight" in vars(m))
     return list(dict.fromkeys(weight for weight in weights if weight is not None))
 

@@ -28,7 +28,7 @@ _RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The OSError that caused an exception while saving; None where there is none."""
+    """The OSError that caused an exception while saving; None if there is none."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno is not None:

@@ -198,7 +198,7 @@ def prompt_tokens(
 
 
 def read(path: Path, prompts: Sequence[Sequence[int]]) -> tuple[BaseAnswer, ...] | None:
-    """The stored answers to ``prompts``; None where there are none that can be read."""
+    """The stored answers to ``prompts``; None if there are none that can be read."""
     try:
         tensors = load_file(path)
         answers = []
@@ -295,7 +295,7 @@ class BaseDivergence:
         Each process of the run answers its share of the prompts.
 
         Returns:
-            None where the chat template refuses all prompts.
+            None if the chat template refuses all prompts.
         """
         run, dist = self._run, self._run.dist
         if not self._prompts:

@@ -50,7 +50,7 @@ def model_folder(files: ModelFiles, progress: ProgressCallback = lambda done, to
 
 
 def cached_conversion(file: Path) -> Path | None:
-    """The folder of an earlier conversion; None where the file was not converted yet. Raises UserError."""
+    """The folder of an earlier conversion; None if the file was not converted yet. Raises UserError."""
     folder = folder_of(file)
     return folder if (folder / "config.json").exists() else None
 
@@ -74,7 +74,7 @@ def tokenizer_folder(file: Path) -> Path:
 def pending_conversion(model_id: str) -> Conversion | None:
     """The conversion that the model of a recipe needs before its first run.
 
-    None where it needs none, or where the model is not on this machine.
+    None if it needs none, or if the model is not on this machine.
     """
     try:
         files = resolve_model(model_id)

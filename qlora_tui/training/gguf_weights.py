@@ -250,7 +250,7 @@ def convert(file: Path, folder: Path, report: Report = lambda done, total, text=
 
     Waits for another process that is converting the same file, and then does nothing.
     """
-    from safetensors import SafetensorError  # no OSError, also where the disk is full
+    from safetensors import SafetensorError  # no OSError, also if the disk is full
 
     with _conversion_lock(folder):
         if (folder / "config.json").exists():

@@ -54,7 +54,7 @@ class Finding:
 
 
 def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
-    """A finding where a run has so few optimizer steps that it learns hardly anything.
+    """A finding if a run has so few optimizer steps that it learns hardly anything.
 
     ``max_steps``: the recipe's limit, 0 for none.
     """
@@ -122,7 +122,7 @@ class ValidationMonitor:
         self._is_worse = False
 
     def check(self, step: int, loss: float, before: float | None) -> Finding | None:
-        """A finding where the loss became clearly worse than ``before``; again only after it recovered."""
+        """A finding if the loss became clearly worse than ``before``; again only after it recovered."""
         if not step or before is None:
             return None
         was_worse, self._is_worse = self._is_worse, not loss <= before * (1 + _WORSE)
@@ -142,11 +142,11 @@ class ForgettingMonitor:
         self._reported = False
 
     def check(self, step: int, divergence: float, turn_ends: float | None) -> Finding | None:
-        """A finding, once, where the model answers general prompts in another way than its base.
+        """A finding, once, if the model answers general prompts in another way than its base.
 
         Args:
             divergence: mean KL(base ‖ model), in nats.
-            turn_ends: share of the base's turn ends that the model keeps; None where it has none.
+            turn_ends: share of the base's turn ends that the model keeps; None if it has none.
         """
         if not step or self._reported or divergence <= _FORGETTING:
             return None
@@ -162,7 +162,7 @@ class ForgettingMonitor:
 
 
 def check_general_answers(answers: GeneralAnswers) -> Finding | None:
-    """A finding where many general answers run on, loop, refuse or are no JSON that the base's are not."""
+    """A finding if many general answers run on, loop, refuse or are no JSON that the base's are not."""
     lost = [
         f"{count} {verb} (the base: {base})"
         for count, base, verb, worse in (

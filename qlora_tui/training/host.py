@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def release_free_memory() -> None:
-    """Return the free pages of every arena to the system. Does nothing where the C library is not glibc.
+    """Return the free pages of every arena to the system. Does nothing if the C library is not glibc.
 
     glibc itself returns only what lies at the top of the heap. Reading a tokenizer of 262,144 tokens leaves
     260 MiB of free pages below the top, and a step's tensors do not fill them.
@@ -40,7 +40,7 @@ def lower_priority() -> None:
     """Make other programs run first; alone on the machine, a trainer loses nothing.
 
     Linux divides the CPU among sessions before it considers niceness within one (sched(7), "autogroup"). So
-    the session gets the niceness too, where this process leads it. Threads that exist already, such as the
+    the session gets the niceness too, if this process leads it. Threads that exist already, such as the
     heartbeat, keep their priority.
     """
     os.nice(max(0, _NICENESS - os.nice(0)))

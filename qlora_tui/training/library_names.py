@@ -62,7 +62,7 @@ NAMES = {
 
 
 def require_names() -> None:
-    """Raise UserError where an installed library lacks a name of :data:`NAMES`."""
+    """Raise UserError if an installed library lacks a name of :data:`NAMES`."""
     for library, names in NAMES.items():
         missing = [name for name in names if not exists(library, name)]
         if missing:

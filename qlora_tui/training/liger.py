@@ -61,7 +61,7 @@ def verified_liger_loss(head: ChunkedHead, device: torch.device) -> LossSumFn | 
 
 
 def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> str | None:
-    """What is less exact than our loss, ``loss`` or ``gradient``; None where neither is.
+    """What is less exact than our loss, ``loss`` or ``gradient``; None if neither is.
 
     Both are compared with fp32, on states whose logits are as far apart as those of a trained model.
     """

@@ -48,7 +48,7 @@ class MemoryMeter:
         self.is_modelled = False
         """Whether loss and code paths are known, and the estimate has a model of them."""
         self.estimate = self._estimate(recipe, corrected=True)
-        """None where the model is not supported by the estimate."""
+        """None if the model is not supported by the estimate."""
         self._longest_batch: Recipe | None = None
         """The recipe with its sequences as long as those of the longest micro-batch."""
         self._longest_batch_estimate: Estimate | None = None
@@ -134,7 +134,7 @@ class MemoryMeter:
             least: returns the least free memory of all processes, given that of this one.
 
         Returns:
-            None where the recipe does not leave it open, or the model is not supported by the estimate.
+            None if the recipe does not leave it open, or the model is not supported by the estimate.
         """
         recipe = self._longest_batch
         if recipe is None or self._longest_batch_estimate is None:
@@ -157,7 +157,7 @@ class MemoryMeter:
     def record(self, *, ran_out: bool = False) -> None:
         """Record peak and prediction, which correct later estimates on this machine.
 
-        A run that ran out of memory is recorded only where it used more than predicted: how much it would
+        A run that ran out of memory is recorded only if it used more than predicted: how much it would
         have needed is unknown. A run that never computed its longest batch is not recorded, nor is one of a
         family whose layers are guessed.
         """
@@ -244,7 +244,7 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident set size of this process so far; 0 where the kernel does not report it.
+    """Largest resident set size of this process so far; 0 if the kernel does not report it.
 
     Not ``ru_maxrss``, which starts with the size of the parent process.
     """
@@ -265,7 +265,7 @@ def _gpu_memory_used() -> int | None:
 
 
 def _driver() -> str:
-    """Version of the GPU driver; empty where there is none."""
+    """Version of the GPU driver; empty if there is none."""
     try:
         return default_cuda_device().driver or ""
     except GpuUnavailableError:

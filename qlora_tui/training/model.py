@@ -101,7 +101,7 @@ def load_base(
     """Load the causal language model in ``folder`` to the device, with every weight frozen.
 
     Its configs select no code: see :mod:`qlora_tui.catalog.model_validation`. 4-bit weights are read as an
-    earlier load stored them, where one did (:mod:`.quantized_cache`).
+    earlier load stored them, if one did (:mod:`.quantized_cache`).
 
     Args:
         folder: from ``catalog.local_models.resolve_model``.
@@ -185,7 +185,7 @@ def quantized_on(device: torch.device) -> Iterator[None]:
 
 
 def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager[None]:
-    """Let a mixture of experts be loaded with 4-bit experts, where the recipe says so."""
+    """Let a mixture of experts be loaded with 4-bit experts, if the recipe says so."""
     if not quantized_cache.quantizes_experts(folder, recipe):
         require_4_bit_experts(recipe.quantization, architecture_of(load_config(folder / "config.json")))
         return nullcontext()
@@ -197,7 +197,7 @@ def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager
 def _load_stored(
     stored: Path, device: ComputeDevice, attention_path: AttentionPath, on_progress: ProgressCallback | None
 ) -> Any | None:
-    """The model with weights that were quantized earlier; None where they cannot be read."""
+    """The model with weights that were quantized earlier; None if they cannot be read."""
     model = None
     try:
         model, info = _load(stored, device, attention_path, on_progress)
@@ -257,7 +257,7 @@ def _load(
 
 
 def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
-    """Raise UserError where weights are not in the files, or of another shape: they would be random.
+    """Raise UserError if weights are not in the files, or of another shape: they would be random.
 
     Args:
         info: what transformers says of the weights. Those missing outside the language model are not used.
@@ -375,7 +375,7 @@ def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None
             time in each layer. None: only if the model, or its adapter (already added), draws any.
 
     Returns:
-        False where the model's class does not support it: then everything is kept.
+        False if the model's class does not support it: then everything is kept.
     """
     if not model.supports_gradient_checkpointing:
         return False
@@ -393,7 +393,7 @@ def apply_kept_layers(model: Any, count: int) -> bool:
     """Exempt the last ``count`` decoder layers of a model from its gradient checkpointing.
 
     Returns:
-        False where the model's layers cannot be switched one by one: then nothing is changed.
+        False if the model's layers cannot be switched one by one: then nothing is changed.
     """
     layers = decoder_layers(model)
     if not model.is_gradient_checkpointing or not layers:
@@ -407,7 +407,7 @@ def _quantization_config(settings: Quantization, device: ComputeDevice, folder: 
     """The quantization config for transformers; None loads the weights as they are stored.
 
     Without modules to skip, transformers leaves out the head and tied weights;
-    ``LinearModule.quantizable`` of the catalog must say the same. Raises UserError where a pattern of
+    ``LinearModule.quantizable`` of the catalog must say the same. Raises UserError if a pattern of
     ``skip`` matches nothing.
     """
     from transformers import BitsAndBytesConfig
@@ -466,17 +466,17 @@ class PreparedBase:
     """Description of the attention, for the run's events."""
     loss: Loss
     packed: PackedAttention | None
-    """What keeps the samples of a sequence apart; None where each has a padded sequence of its own."""
+    """What keeps the samples of a sequence apart; None if each has a padded sequence of its own."""
     reference_attention: str
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     loss_reason: str = ""
-    """Why another loss than the expected one is used; empty where it is that one."""
+    """Why another loss than the expected one is used; empty if it is that one."""
     replaced: tuple[str, ...] = ()
     """Fast paths that are not used, because they differ from the library on this model."""
     router_loss_off: bool = False
     """Whether the model would have added a loss that balances its experts, which a run does not train on."""
     streamed: StreamedLayers | None = None
-    """The layers that wait in host memory; None where the whole model is on the device."""
+    """The layers that wait in host memory; None if the whole model is on the device."""
 
     @property
     def padding_free(self) -> bool:
@@ -485,7 +485,7 @@ class PreparedBase:
 
     @property
     def loss_description(self) -> str:
-        """The loss, and the reason where it is not the expected one, for the run's events."""
+        """The loss, and the reason if it is not the expected one, for the run's events."""
         return ": ".join(filter(None, (self.loss, self.loss_reason)))
 
 
@@ -499,7 +499,7 @@ def prepare_base(
     weighted: bool,
     on_progress: ProgressCallback | None = None,
 ) -> PreparedBase:
-    """Load the base model, with the expected loss where that is verified to be exact, else with another.
+    """Load the base model, with the expected loss if that is verified to be exact, else with another.
 
     Args:
         expected_loss: the loss that the memory estimate assumes.
@@ -555,7 +555,7 @@ def _switch_off_router_loss(model: Any) -> bool:
 def _use_packed_attention(
     model: Any, attention_path: AttentionPath, device: ComputeDevice
 ) -> PackedAttention | None:
-    """Use the first kind of packed attention that passes its check on this model; None where none does."""
+    """Use the first kind of packed attention that passes its check on this model; None if none does."""
     for kind in _FALLBACKS[attention_path]:
         if use_packed_attention(model, kind) and packing_is_isolated(model, device.torch_device):
             return kind

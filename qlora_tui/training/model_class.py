@@ -122,7 +122,7 @@ def _model_class(loader: Any, config: Any) -> Any:
 
 
 def _check_causal(config: Any, model_class: Any) -> None:
-    """Raise UserError where a class does not continue a text, by what it declares of itself."""
+    """Raise UserError if a class does not continue a text, by what it declares of itself."""
     from transformers import AutoModelForMaskedLM, GenerationMixin
 
     model_type, name = config.model_type, model_class.__name__
@@ -225,7 +225,7 @@ def build_on_meta(
 def decoder_layers(model: Any) -> list[Any]:
     """Return the decoder layers of a model in the order of the forward.
 
-    Empty where it has no list of layers that can be run and recomputed one by one.
+    Empty if it has no list of layers that can be run and recomputed one by one.
     """
     layers = checkpointing_layers(model)
     return layers if len(layers) == model.config.get_text_config().num_hidden_layers else []

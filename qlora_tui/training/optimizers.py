@@ -91,7 +91,7 @@ def _class_and_options(training: Training) -> tuple[Any, dict[str, Any]]:
             return adamw, {**_ADAM, "optim_bits": 8, "is_paged": False}
         case "paged_adamw_32bit":
             return adamw, {**_ADAM, "optim_bits": 32, **paged}
-        case "auto" | "paged_adamw_8bit":  # the least memory, where nothing chose for the free memory
+        case "auto" | "paged_adamw_8bit":  # the least memory, if nothing chose for the free memory
             return adamw, {**_ADAM, "optim_bits": 8, **paged}
         case "lion":
             return lion, {**of_lion, "optim_bits": 32}

@@ -287,7 +287,7 @@ class Forest:
         return len(self.tokens) - 1
 
     def attends(self) -> Tensor:
-        """Return a mask (tokens, tokens), True where a token sees another: itself and what it follows."""
+        """Return a mask (tokens, tokens), True if a token sees another: itself and what it follows."""
         mask = torch.eye(len(self.tokens), dtype=torch.bool)
         for place, parent in enumerate(self.parents):
             if parent >= 0:
@@ -309,6 +309,6 @@ def _log_probabilities(logits: Tensor, targets: dict[int, list[int]]) -> Iterato
 
 
 def _largest_difference(scores: Tensor, expected: Tensor) -> float:
-    """The largest difference of log probabilities over whole options; infinite where one is not a number."""
+    """The largest difference of log probabilities over whole options; infinite if one is not a number."""
     difference = float((scores.log_softmax(0) - expected.log_softmax(0)).abs().max())
     return difference if difference == difference else float("inf")

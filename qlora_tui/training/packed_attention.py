@@ -155,7 +155,7 @@ def register() -> None:
 
 
 def packed_attention_of(model: Any) -> AttentionFunction | None:
-    """The function of the implementation that a model uses; None where it is the library's."""
+    """The function of the implementation that a model uses; None if it is the library's."""
     name = model.config._attn_implementation
     return next((function for kind, function in _functions().items() if NAMES[kind] == name), None)
 
@@ -336,7 +336,7 @@ def _eager_attention(
 
 
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """A mask, True where a query attends: to itself and earlier tokens, at most ``window`` tokens back."""
+    """A mask, True if a query attends: to itself and earlier tokens, at most ``window`` tokens back."""
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]
     allowed = key <= query
@@ -350,13 +350,13 @@ def _repeat(heads: Tensor, wanted: int) -> Tensor:
 
 
 def use_packed_attention(model: Any, kind: PackedAttention = "segments") -> bool:
-    """Switch to packed attention; False where the family does not use transformers' attention interface."""
+    """Switch to packed attention; False if the family does not use transformers' attention interface."""
     register()
     return set_attention(model, NAMES[kind])
 
 
 def set_attention(model: Any, name: str) -> bool:
-    """Switch to an attention implementation by name; False where the family does not support switching."""
+    """Switch to an attention implementation by name; False if the family does not support switching."""
     before = model.config._attn_implementation
     with suppress(ValueError, AttributeError, NotImplementedError):
         model.set_attn_implementation(name)

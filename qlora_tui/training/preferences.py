@@ -146,12 +146,12 @@ class RewardSums(NamedTuple):
 
     @property
     def accuracy(self) -> float | None:
-        """Share of comparisons that the model gets right; None where there were none."""
+        """Share of comparisons that the model gets right; None if there were none."""
         return self.right / self.compared if self.compared else None
 
     @property
     def margin(self) -> float | None:
-        """Mean reward of good answers less that of bad ones; None where one kind is missing."""
+        """Mean reward of good answers less that of bad ones; None if one kind is missing."""
         if not (self.good and self.bad):
             return None
         return self.good_reward / self.good - self.bad_reward / self.bad
@@ -170,7 +170,7 @@ class PreferenceObjective:
         """
         Args:
             gamma: SimPO's margin.
-            starting: the adapter that the run started from; None where it started from the base.
+            starting: the adapter that the run started from; None if it started from the base.
         """
         self.method = method
         self._traits = PREFERENCE_TRAITS[method]
@@ -182,7 +182,7 @@ class PreferenceObjective:
 
     @classmethod
     def of(cls, recipe: Recipe, starting: StartingAdapter | None = None) -> PreferenceObjective | None:
-        """The objective of a recipe; None where it trains on answers alone."""
+        """The objective of a recipe; None if it trains on answers alone."""
         method = recipe.preference_method
         if method is None:
             return None

@@ -51,7 +51,7 @@ _OUTLIER = 6.0
 def measure_quality(recipe: Recipe, report: Report) -> Quality:
     """Measure the recipe's quantization on rows of its data.
 
-    Raises UserError where the recipe has no data or no quantization, or the model cannot be measured.
+    Raises UserError if the recipe has no data or no quantization, or the model cannot be measured.
     """
     from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 
@@ -89,7 +89,7 @@ def compare_layers(
 ) -> Quality:
     """Measure a model whose weights are mapped from its files.
 
-    Raises UserError where its layers cannot be run one by one.
+    Raises UserError if its layers cannot be run one by one.
     """
     streamed = StreamedModel(model, architecture, settings, device)
     rows = _rows(samples)

@@ -55,7 +55,7 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
     """The folder for the quantized weights of a base, recipe and device, whether or not it exists.
 
     Returns:
-        None where they are not stored: not quantized to 4 bits, quantized in their files already, or caching
+        None if they are not stored: not quantized to 4 bits, quantized in their files already, or caching
         is turned off.
     """
     if recipe.quantization.method not in _METHODS or not limit_bytes():

@@ -130,7 +130,7 @@ class ReplaySamples:
         )
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token; None where each token in the loss has weight 1."""
+        """Weight of each token; None if each token in the loss has weight 1."""
         row = self._row(i)
         if row is None:
             return self._samples.weights(i)

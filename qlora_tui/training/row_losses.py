@@ -31,7 +31,7 @@ class OtherPrompts(Sequence[Sample]):
 
     A prompt is a stretch of tokens outside the loss, an answer the stretch in the loss after it. The first
     prompt, with system text and template, is that of the next sample. Later ones are those of the next
-    sample with several turns; where no other sample has any, another later prompt of the same one::
+    sample with several turns; if no other sample has any, another later prompt of the same one::
 
         sample 0   system, user a, [answer a], user b, [answer b]
         sample 1   system, user c, [answer c], user d, [answer d]

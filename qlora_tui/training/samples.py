@@ -38,7 +38,7 @@ class SampleList:
         return self._samples[i].loss_mask
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token in the loss; None where each token in the loss has weight 1."""
+        """Weight of each token in the loss; None if each token in the loss has weight 1."""
         return self._samples[i].weights
 
     def length(self, i: int, /) -> int:

@@ -90,7 +90,7 @@ def setup(run: Run) -> None:
 
 
 def _check_inputs(run: Run) -> None:
-    """Raise UserError where an initial adapter is gone, or the base has changed since the checkpoint."""
+    """Raise UserError if an initial adapter is gone, or the base has changed since the checkpoint."""
     if run.recipe.lora.init_from and run.checkpoint is None:
         # Before anything is loaded: it may have been deleted while this run waited.
         initial_adapter(run.recipe.lora.init_from)
@@ -187,7 +187,7 @@ def _choose_step(run: Run) -> None:
 
 
 def _check_streaming(run: Run) -> None:
-    """Raise UserError where the machine lacks the memory for streamed layers or offloaded inputs."""
+    """Raise UserError if the machine lacks the memory for streamed layers or offloaded inputs."""
     if run.meter.estimate is not None and run.meter.estimate.host_bytes:
         require_host_memory(run.meter.estimate.host_bytes)
 
@@ -239,8 +239,8 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
 def _with_replay(run: Run) -> TokenizedDataset:
     """The training samples, with the base's answers among them if the recipe replays some.
 
-    The first attempt of a run computes and writes them. Raises StopRequested where a stop or pause was
-    requested meanwhile, and OSError where they cannot be written.
+    The first attempt of a run computes and writes them. Raises StopRequested if a stop or pause was
+    requested meanwhile, and OSError if they cannot be written.
     """
     recipe, path, train = run.recipe, run.directory.replay_path, run.data.train
     count = step_plan.replayed(len(train), recipe.training.replay_share)
@@ -309,7 +309,7 @@ def _add_adapter(run: Run) -> Any:
 
 
 def _starting_adapter(run: Run) -> StartingAdapter | None:
-    """The reference of a run that trains an adapter further; None where that is the base, or there is none.
+    """The reference of a run that trains an adapter further; None if that is the base, or there is none.
 
     Raises:
         UserError: the file that the first attempt wrote cannot be read.

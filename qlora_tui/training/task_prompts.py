@@ -33,7 +33,7 @@ class TaskPrompt(NamedTuple):
     source: int
     row: int
     file: str
-    """Name of the row's file in the source; empty where the source is one file."""
+    """Name of the row's file in the source; empty if the source is one file."""
     ids: tuple[int, ...]
     """Token ids of the prompt."""
     reference: tuple[int, ...]
@@ -74,7 +74,7 @@ def answer_limit(longest_reference: int, context_length: int) -> int:
 
 
 def last_answer(ids: Sequence[int], mask: Sequence[int], turn_ends: frozenset[int]) -> tuple[int, int] | None:
-    """Start and end of the last stretch in the loss, up to its turn end; None where it is cut, or is all."""
+    """Start and end of the last stretch in the loss, up to its turn end; None if it is cut, or is all."""
     stop = next((place + 1 for place in range(len(mask) - 1, -1, -1) if mask[place]), 0)
     start = stop
     while start and mask[start - 1]:

@@ -88,7 +88,7 @@ class RunTracker:
         self._integration: TrainerCallback | None = None
 
     def start(self) -> None:
-        """Open the run in the tracker. Raises UserError where its package is not installed."""
+        """Open the run in the tracker. Raises UserError if its package is not installed."""
         if missing := missing_tracker(self._name):
             raise missing
         self._attempt(self._open)

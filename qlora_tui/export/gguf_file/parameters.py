@@ -87,7 +87,7 @@ def _first(config: Any, names: Iterable[str]) -> Any:
 
 
 def _constant(key: str, value: Any) -> Any:
-    """Return a constant as llama.cpp reads it; None where it shall use its own, which takes no effect."""
+    """Return a constant as llama.cpp reads it; None if it shall use its own, which takes no effect."""
     if value is None:
         # Its own is a bound, where the class has none.
         return 0.0 if key.endswith("softcapping") else None

@@ -48,7 +48,7 @@ for _name, _splitter in PRE_TOKENIZERS.items():
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     """Return the name for a byte-level BPE tokenizer, the content of ``tokenizer.json``.
 
-    Raises UserError where llama.cpp has no such pre-tokenizer.
+    Raises UserError if llama.cpp has no such pre-tokenizer.
     """
     rules = tuple(_rules(tokenizer.get("pre_tokenizer") or {}))
     takes_words = bool(tokenizer["model"].get("ignore_merges"))
@@ -175,7 +175,7 @@ class Vocabulary:
 def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
     """Convert a tokenizer for a model whose embedding has ``rows`` rows.
 
-    Raises UserError where llama.cpp has no such tokenizer.
+    Raises UserError if llama.cpp has no such tokenizer.
     """
     content = json.loads(tokenizer.backend.to_str())
     model = content["model"]
@@ -266,7 +266,7 @@ def _ranks(merges: list[str]) -> dict[str, int]:
 def adds_bos(tokenizer: ChatTokenizer) -> bool:
     """Return whether llama.cpp shall begin every text with the begin token.
 
-    Only where the tokenizer itself does, and the conversations of the training began with it: llama-server
+    Only if the tokenizer itself does, and the conversations of the training began with it: llama-server
     then removes the one that the template writes, and Ollama's templates write none.
     """
     return tokenizer.begins_with_bos and prompt_ids([Message("user", "a")], tokenizer)[0] == tokenizer.bos_id

@@ -234,7 +234,7 @@ class StoredTypes(Struct, frozen=True):
 
     @property
     def sentence(self) -> str:
-        """Say why the file is larger than its type suggests; empty where it is not."""
+        """Say why the file is larger than its type suggests; empty if it is not."""
         if not self.replaced:
             return ""
         lengths = " and ".join(f"{length:,}" for length in self.row_lengths)

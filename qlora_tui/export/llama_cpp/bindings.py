@@ -106,7 +106,7 @@ class LlamaModel:
         """Return the prompt of role and content by the renderer that is built into llama.cpp.
 
         It writes the turns of the family that it recognizes by words in the file's template, and does not
-        run the template. None where it recognizes none.
+        run the template. None if it recognizes none.
         """
         ffi = self._ffi
         texts = [ffi.new("char[]", text.encode()) for turn in turns for text in turn]
@@ -122,7 +122,7 @@ class LlamaModel:
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Return the tokens of a text in which special tokens are written out.
 
-        ``add_special`` adds the begin token where the file says so.
+        ``add_special`` adds the begin token if the file says so.
         """
         data = text.encode()
         size = len(data) + 16

@@ -57,7 +57,7 @@ class TaskRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
     row: int
     """Number of the row in its file, from 1."""
     file: str = ""
-    """Name of the file in the source; empty where the source is one file."""
+    """Name of the file in the source; empty if the source is one file."""
     prompt: str
     """The end of the prompt, for people."""
     reference: str
@@ -67,9 +67,9 @@ class TaskRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whether the base ended its turn within the tokens it was given."""
     adapter_ended: bool
     tools: tuple[dict[str, Any], ...] = ()
-    """Tools of the row, as JSON schemas; only where the reference calls one."""
+    """Tools of the row, as JSON schemas; only if the reference calls one."""
     reference_raw: str = ""
-    """The reference with the special tokens that mark calls; only where it calls a tool."""
+    """The reference with the special tokens that mark calls; only if it calls a tool."""
     base_raw: str = ""
     adapter_raw: str = ""
 
@@ -227,7 +227,7 @@ def _refuse(constant: str) -> None:
 
 
 def read_calls(text: str) -> tuple[ToolCall, ...]:
-    """The tool calls of an answer, in order; none where there is none, or where one of them is malformed."""
+    """The tool calls of an answer, in order; none if there is none, or if one of them is malformed."""
     try:
         return tuple(_calls(text))
     except (ValueError, RecursionError):
@@ -299,7 +299,7 @@ def _value(text: str) -> Any:
 
 
 def _as_calls(value: Any) -> list[ToolCall]:
-    """Raises ValueError where a value is no call and no list of calls."""
+    """Raises ValueError if a value is no call and no list of calls."""
     calls = []
     for each in value if isinstance(value, list) else [value]:
         named = each if isinstance(each, dict) else {}

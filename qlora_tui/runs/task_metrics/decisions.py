@@ -38,9 +38,9 @@ class Calibration(Struct, frozen=True, kw_only=True):
 
     temperature: float = 1.0
     bias: tuple[float, ...] = ()
-    """Of each option; empty where it does not lower the log loss of rows that it was not fitted on."""
+    """Of each option; empty if it does not lower the log loss of rows that it was not fitted on."""
     rows: int = 0
-    """Validation rows that it was fitted on; 0 where they were too few."""
+    """Validation rows that it was fitted on; 0 if they were too few."""
 
     def probabilities(self, scores: Sequence[float]) -> list[float]:
         """Return the probability of each option from its log probability, in nats."""
@@ -77,7 +77,7 @@ def write_decider(adapter: Path, decider: Decider) -> None:
 
 
 def read_decider(adapter: Path) -> Decider | None:
-    """Read the file from an adapter's folder; None where it is missing, damaged, or of a later version."""
+    """Read the file from an adapter's folder; None if it is missing, damaged, or of a later version."""
     decider = read_json(adapter / FILE, _DECIDERS, _MAX_BYTES)
     return decider if decider is not None and decider.version <= _VERSION else None
 
@@ -110,7 +110,7 @@ class Threshold(Struct, frozen=True):
     target: float
     """Share of right decisions that it was chosen for."""
     confidence: float
-    """0 where every row may be decided."""
+    """0 if every row may be decided."""
     rows: int
     """Rows that are decided, where the threshold was chosen on others."""
     right: int

@@ -99,7 +99,7 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_partial: bool = False
     """Whether the end of a run left prompts out, because it had no more time."""
     warning: str = ""
-    """Warning where answers were computed otherwise than by transformers and peft."""
+    """Warning if answers were computed otherwise than by transformers and peft."""
 
 
 _EVALUATIONS = msgspec.json.Decoder(TaskEvaluation)
@@ -129,7 +129,7 @@ def evaluate_task(
 
 
 def adapter_hash(run: RunDir) -> str:
-    """A hash of the run's adapter; empty where it has none."""
+    """A hash of the run's adapter; empty if it has none."""
     try:
         return digest(run.adapter_dir)
     except OSError:
@@ -147,7 +147,7 @@ def write_task_evaluation(run: RunDir, evaluation: TaskEvaluation) -> None:
 
 
 def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
-    """The evaluation of the run's adapter; None where it is missing, damaged, or of another adapter."""
+    """The evaluation of the run's adapter; None if it is missing, damaged, or of another adapter."""
     evaluation = read_json(run.task_evaluation_path, _EVALUATIONS, _MAX_BYTES)
     return evaluation if evaluation is not None and evaluation.adapter == adapter_hash(run) else None
 

@@ -33,7 +33,7 @@ _ROUNDINGS = 64.0
 """Of fp32, in which the library takes its softmax, by which an output may differ."""
 _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
 """How many times the error of the library's eager attention in the run's dtype, at each head's worst token,
-an output may be wrong by; where that is nothing, as many thirds of a unit in the last place."""
+an output may be wrong by; if that is nothing, as many thirds of a unit in the last place."""
 
 
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,7 +101,7 @@ def _compare(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention output. Raises AttentionMismatchError where ``packed``, ours, differs."""
+    """The library's attention output. Raises AttentionMismatchError if ``packed``, ours, differs."""
     dtype = query.dtype
     # The library's masks add the lowest number of the dtype to hidden scores.
     masks = {

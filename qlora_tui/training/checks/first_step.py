@@ -133,7 +133,7 @@ class VerificationResult:
 
 
 def require_text_model(run: Run) -> None:
-    """Raise UserError where the run's model, as the libraries compute it, does not continue text."""
+    """Raise UserError if the run's model, as the libraries compute it, does not continue text."""
     paths = FastPaths(run.model, run.base)
     paths.use(())
     require_causal(run.base.model, run.device.torch_device)
@@ -147,7 +147,7 @@ def verify_first_step(run: Run) -> PreparedBase:
     ``run.model`` is left with the fast paths that computed the same.
 
     Returns:
-        The base as the run may use it: ``padding_free`` is False where packed attention was replaced;
+        The base as the run may use it: ``padding_free`` is False if packed attention was replaced;
         the steps must then be planned again.
 
     Raises:
@@ -260,7 +260,7 @@ def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) ->
 
 
 def _in_every_process(dist: DistributedContext, compute: Callable[[], T]) -> T:
-    """Compute in each process of the run. Raises StepNotComputedError in all of them where one fails."""
+    """Compute in each process of the run. Raises StepNotComputedError in all of them if one fails."""
     try:
         value, failure, cause = compute(), None, None
     except Exception as error:
@@ -273,7 +273,7 @@ def _in_every_process(dist: DistributedContext, compute: Callable[[], T]) -> T:
         finally:
             # Its traceback refers to this frame: the two would keep the tensors of the failed step.
             del cause
-    return value  # type: ignore[return-value]  # None only where that is what it computes
+    return value  # type: ignore[return-value]  # None only if that is what it computes
 
 
 def _describe_error(error: Exception) -> str:

@@ -40,7 +40,7 @@ def bitwise_equal(actual: Tensor, expected: Tensor) -> bool:
 def equal_up_to_rounding(actual: Tensor, expected: Tensor) -> bool:
     """Whether elementwise operations in the same order, rounded at the same places, gave both tensors.
 
-    False where dtype or shape differ, or one of the two has a NaN.
+    False if dtype or shape differ, or one of the two has a NaN.
     """
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return False

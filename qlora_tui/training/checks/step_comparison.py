@@ -75,11 +75,11 @@ class StepComparison:
     tensor: str
     """Name of that tensor."""
     failure: str = ""
-    """Why our step could not be computed, with loss and gradients of NaN; empty where it was."""
+    """Why our step could not be computed, with loss and gradients of NaN; empty if it was."""
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding accounts for all differences. False where a value is not finite."""
+        """Whether rounding accounts for all differences. False if a value is not finite."""
         return (
             abs(self.loss - self.reference_loss) <= NOISE_FACTOR * self.loss_noise
             and self.gradient_difference <= NOISE_FACTOR * self.gradient_noise
@@ -169,7 +169,7 @@ class StepReference:
     def _noise_of(self, name: str) -> float:
         """The noise, floored at the smallest resolvable gradient.
 
-        If noise dominates, the tensor fails only where it matters to the whole gradient. That happens to
+        If noise dominates, the tensor fails only if it matters to the whole gradient. That happens to
         queries and keys whose attention sees a single token: their exact gradient is 0. What is computed is
         the rounding of scores within attention, which no module's output shows, and which depends on the
         order in which a processor adds.

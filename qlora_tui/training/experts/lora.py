@@ -210,7 +210,7 @@ def _adapters(module: Any, active: ActiveName) -> dict[str, ExpertAdapter]:
 
 
 def active_in_peft(wrapper: Any) -> str | None:
-    """The adapter that peft has activated in a wrapper; None where adapters are disabled."""
+    """The adapter that peft has activated in a wrapper; None if adapters are disabled."""
     names = wrapper.active_adapters
     if len(names) > 1:
         raise NotImplementedError("several adapters at once on the experts of a layer")

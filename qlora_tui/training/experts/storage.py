@@ -101,7 +101,7 @@ def dequantize(
 
     Args:
         tensors: as from :meth:`ExpertLayout.empty_tensors`.
-        out: memory of at least that many elements, which bitsandbytes writes to where it can.
+        out: memory of at least that many elements, which bitsandbytes writes to if it can.
     """
     from bitsandbytes.functional import QuantState, dequantize_4bit
 

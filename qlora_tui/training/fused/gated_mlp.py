@@ -139,7 +139,7 @@ def _product(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
 
 
 def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]:
-    """The kernels, and the activation's name in them; None where torch computes."""
+    """The kernels, and the activation's name in them; None if torch computes."""
     kernels = find_kernels(gate.device, gate.dtype)
     name = "" if kernels is None else _name_of(act)
     return (kernels if name else None), name
@@ -147,7 +147,7 @@ def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]
 
 @cache
 def _name_of(act: Activation) -> str:
-    """The activation's name in the kernels, from what it computes; empty where they do not have it."""
+    """The activation's name in the kernels, from what it computes; empty if they do not have it."""
     x = torch.linspace(-9, 9, 1001)
     computed = act(x)
     if bitwise_equal(computed, functional.silu(x)):

@@ -47,7 +47,7 @@ def allow_kernels(allowed: bool) -> None:
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The module of kernels for tensors of this dtype on this device; None where torch computes.
+    """The module of kernels for tensors of this dtype on this device; None if torch computes.
 
     Before :func:`verify_kernels` that is everywhere: this is called in each forward, where nothing can be
     tried.
@@ -62,7 +62,7 @@ def verify_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def refusal_of_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why kernels that were tried are not used; empty where they are, or were not tried."""
+    """Return why kernels that were tried are not used; empty if they are, or were not tried."""
     return _refusals.get((device, dtype), "") if _is_allowed else ""
 
 
@@ -78,7 +78,7 @@ def kernel_remedy() -> str:
 
 
 def _try_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
-    """Return the kernels, or why they are refused; neither where there is nothing to try."""
+    """Return the kernels, or why they are refused; neither if there is nothing to try."""
     # Triton's interpreter runs on a CPU, in tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None, ""

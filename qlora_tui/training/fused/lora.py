@@ -93,7 +93,7 @@ class AdapterCasts:
         decoder.register_forward_pre_hook(self._before_forward)
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """``parameter`` in ``dtype``: its copy where that is valid."""
+        """``parameter`` in ``dtype``: its copy if that is valid."""
         copy = self._valid_copy(parameter, dtype)
         return parameter.to(dtype) if copy is None else copy
 
@@ -188,7 +188,7 @@ class AdaptedModule:
     casts: AdapterCasts
 
     def adapter(self) -> LoraParameters | None:
-        """The active adapter; None where it is not exactly one."""
+        """The active adapter; None if it is not exactly one."""
         module = self.module
         names = module.active_adapters
         if module.disable_adapters or module.merged or len(names) != 1:
@@ -206,7 +206,7 @@ class AdaptedModule:
 
 
 def plain_weight(module: Any) -> WeightLoader | None:
-    """Access to the frozen weight under a plain adapter; None where there is none or it is not accessible."""
+    """Access to the frozen weight under a plain adapter; None if there is none or it is not accessible."""
     if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
         return None
     return _weight_of(module.get_base_layer())
@@ -337,7 +337,7 @@ def add_adapter_grad(
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A context without autocast, which costs time where it is off already."""
+    """A context without autocast, which costs time if it is off already."""
     return torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext()
 
 
@@ -432,7 +432,7 @@ class SharedInput:
             self._is_shared, self._outputs, self._input = False, {}, None
 
     def output_of(self, module: Any, x: Tensor) -> Tensor | None:
-        """The output of one of the modules; None where it must be computed by itself."""
+        """The output of one of the modules; None if it must be computed by itself."""
         if not (self._is_shared and torch.is_grad_enabled()):
             return None
         if module is self.members[0].module:

@@ -71,7 +71,7 @@ def _eps_of(norm: Any) -> Any:
 
 @torch.no_grad()
 def _find_variant(norm: Any) -> RmsNormVariant | None:
-    """The variant that computes what the module computes; None where none or several do.
+    """The variant that computes what the module computes; None if none or several do.
 
     Trained weights may hide the difference (Gemma's reach 1,656, where adding 1 is below the resolution of
     bfloat16), so the module is also run with weights between -3 and 3.
@@ -133,7 +133,7 @@ def _factor(weight: Tensor, variant: RmsNormVariant) -> Tensor:
 
 
 def _kernels_for(x: Tensor) -> ModuleType | None:
-    """Triton's kernels for rows of this width; None where torch computes."""
+    """Triton's kernels for rows of this width; None if torch computes."""
     kernels = find_kernels(x.device, x.dtype)
     return kernels if kernels is not None and kernels.fits_row(x.shape[-1]) else None
 
@@ -201,7 +201,7 @@ def fuse_rotary(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _rotary_function(module: nn.Module) -> RotaryFunction | None:
-    """The function that the module's forward calls by name; None where it calls none."""
+    """The function that the module's forward calls by name; None if it calls none."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     if code is None or _NAME not in code.co_names:
@@ -328,7 +328,7 @@ def _computes_same(
 
 
 def _sizes(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
-    """For each element of the result, the magnitude of the terms of its sum; 0 where x is passed on."""
+    """For each element of the result, the magnitude of the terms of its sum; 0 if x is passed on."""
     rotary = cos.shape[-1]
     turned, cos, sin = x[..., :rotary].abs(), cos[:, None].abs(), sin[:, None].abs()
     half = rotary // 2

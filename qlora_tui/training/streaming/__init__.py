@@ -7,5 +7,5 @@ before it computes, forward and backward.
 ``slots``          which tensors of a layer move, and the two buffers of the device through which they pass
 ``placement``      places a loaded model, and makes its layers wait for their weights
 ``input_offload``  the inputs of checkpointed layers, in host memory between forward and backward
-``host_memory``    pinned where the system allows it; whether there is enough, and how fast it is
+``host_memory``    pinned if the system allows it; whether there is enough, and how fast it is
 """

@@ -1,4 +1,4 @@
-"""Host memory in which streamed layers wait, pinned where the system allows it.
+"""Host memory in which streamed layers wait, pinned if the system allows it.
 
 A GPU copies from pinned memory directly, during the computation. Copies from other memory pass through a
 buffer of the driver, which takes longer and stops the host until they are done.
@@ -37,7 +37,7 @@ class HostMemory:
         self._pins = device.type == "cuda"
         self._on_refused = on_refused
         self.refused = ""
-        """Why memory could not be pinned; empty where it was, or need not be."""
+        """Why memory could not be pinned; empty if it was, or need not be."""
         self._pinned: list[weakref.finalize[Any, Any]] = []
 
     @property
@@ -124,7 +124,7 @@ def _clear_error(device: torch.device) -> None:
 
 
 def require_host_memory(needed_bytes: int) -> None:
-    """Raise UserError where the machine, or its container, has less free memory than streamed layers need."""
+    """Raise UserError if the machine, or its container, has less free memory than streamed layers need."""
     problem = host_memory_problem(needed_bytes, limit_bytes=host_memory_bytes())
     if problem is not None:
         raise problem

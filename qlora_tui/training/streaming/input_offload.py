@@ -30,7 +30,7 @@ class KeptInput:
         self.shape, self.stride, self.dtype = hidden.shape, hidden.stride(), hidden.dtype
         self.requires_grad = hidden.requires_grad
         self.previous = None if previous is None else weakref.ref(previous)
-        """The input of the layer before, which is needed next; dead where there is none."""
+        """The input of the layer before, which is needed next; dead if there is none."""
 
 
 class InputOffload:

@@ -95,7 +95,7 @@ class StreamedLayers:
         self._layers = layers
         self._slots = slots
         self.not_pinned = not_pinned
-        """Why their memory could not be pinned; empty where it was, or need not be."""
+        """Why their memory could not be pinned; empty if it was, or need not be."""
         self.host_bytes = host_bytes
         """Bytes of host memory that hold the layers."""
         for place, layer in enumerate(layers):

@@ -289,7 +289,7 @@ class LayerSlots:
         return place % len(self._slots)
 
     def _following(self, place: int, purpose: Pass) -> int | None:
-        """The layer that runs next; None where it is one of those in the slots already."""
+        """The layer that runs next; None if it is one of those in the slots already."""
         last = len(self._layers) - 1
         if purpose == "backward":
             return place - 1 if place else None
