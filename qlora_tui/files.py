@@ -105,7 +105,9 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def _is_made_up(handle: int, flags: int) -> bool:
-    """Whether the kernel makes up what is read, as in ``/proc``: a file without a size that has content."""
+    """Return whether the kernel makes up what is read, as in ``/proc``: a file without a size that has
+    content.
+    """
     if flags & os.O_ACCMODE != os.O_RDONLY or os.fstat(handle).st_size:
         return False
     try:

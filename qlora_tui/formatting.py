@@ -183,7 +183,9 @@ def abbreviate_home(text: str) -> str:
 
 
 def short_model_name(model_id: str) -> str:
-    """The last part of a model's id or path; of a GGUF file or its conversion, the model's name alone."""
+    """Return the last part of a model's id or path; of a GGUF file or its conversion, the model's
+    name alone.
+    """
     return _GGUF_ENDING.sub("", model_id.rstrip("/").rpartition("/")[2])
 
 
@@ -226,12 +228,16 @@ def shorten_name(name: str, length: int) -> str:
 
 
 def capitalize(text: str) -> str:
-    """The text with a capital first letter; a name with a dot or underscore, such as llama.cpp, stays."""
+    """Return the text with a capital first letter; a name with a dot or underscore, such as
+    llama.cpp, stays.
+    """
     return text if _CODE_NAME.match(text) else f"{text[:1].upper()}{text[1:]}"
 
 
 def uncapitalize(text: str) -> str:
-    """The text for the middle of a sentence, its first letter small; a name such as GGUF or LoRA stays."""
+    """Return the text for the middle of a sentence, its first letter small; a name such as GGUF or LoRA
+    stays.
+    """
     return text if _NAME.match(text) else f"{text[:1].lower()}{text[1:]}"
 
 

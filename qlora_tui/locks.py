@@ -58,12 +58,12 @@ def hold_folder(folder: Path) -> int | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process says that it uses a folder; False too if the file system cannot tell."""
+    """Return whether a process says that it uses a folder; False too if the file system cannot tell."""
     return bool(_is_refused(folder, fcntl.LOCK_EX))
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether a process holds the lock, on any machine that shares it; None if unknown."""
+    """Return whether a process holds the lock, on any machine that shares it; None if unknown."""
     return _is_refused(path, fcntl.LOCK_SH)
 
 

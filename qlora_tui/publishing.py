@@ -215,7 +215,7 @@ def _entry(draft: Path) -> Path:
 
 
 def is_ours(draft: Path) -> bool:
-    """Whether a folder of a draft's name has our marker, or has nothing in it yet."""
+    """Return whether a folder of a draft's name has our marker, or has nothing in it yet."""
     try:
         if not _NAME.fullmatch(draft.name) or not stat.S_ISDIR(draft.lstat().st_mode):
             return False
@@ -235,7 +235,7 @@ def is_ours(draft: Path) -> bool:
 
 
 def is_abandoned(draft: Path) -> bool:
-    """Whether this is a draft of ours that exists and that no process holds."""
+    """Return whether this is a draft of ours that exists and that no process holds."""
     # Without a lock it is empty: nothing shows whose it is, unless its name does.
     is_marked = (draft / _LOCK).exists() or _NEW.fullmatch(draft.name) is not None
     return is_marked and is_ours(draft) and is_locked(draft / _LOCK) is False

@@ -235,7 +235,7 @@ def _kinds_by_key_heads(without: str) -> Reader:
 
 
 def _are_counts(values: tuple[Any, ...]) -> bool:
-    """Whether all are whole numbers of at least zero."""
+    """Return whether all are whole numbers of at least zero."""
     return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values)
 
 

@@ -104,11 +104,11 @@ class Metadata:
         )
 
     def has(self, tensor: str) -> bool:
-        """Whether the file has a tensor."""
+        """Return whether the file has a tensor."""
         return tensor in self.header.tensors
 
     def has_in_a_layer(self, part: str) -> bool:
-        """Whether a layer has the named tensor: ``attn_q.bias``."""
+        """Return whether a layer has the named tensor: ``attn_q.bias``."""
         return any(name.startswith("blk.") and name.endswith(f".{part}") for name in self.header.tensors)
 
     def finish(self) -> None:
@@ -138,7 +138,7 @@ def shortest(value: float) -> float:
 
 
 def is_same(value: Any, expected: Any) -> bool:
-    """Whether a value of a file is the expected one, to the precision of float32."""
+    """Return whether a value of a file is the expected one, to the precision of float32."""
     both = (value, expected)
     if all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in both):
         return math.isclose(value, expected, rel_tol=_TOLERANCE)

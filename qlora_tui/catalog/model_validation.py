@@ -466,7 +466,7 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
 
 
 def _not_understood(config: Mapping[str, Any]) -> str | None:
-    """The first setting with which peft would change the base, or which is unknown here, in words."""
+    """Return the first setting with which peft would change the base, or which is unknown here, in words."""
     init_method = config.get("init_lora_weights")
     if not any(init_method is known or init_method == known for known in _BASE_UNCHANGED):
         return f"init_lora_weights is {str(init_method)[:40]!r}, which changes the weights of the base"

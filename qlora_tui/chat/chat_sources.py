@@ -123,7 +123,7 @@ _ONE_CONVERSATION = {
 
 
 def chat_bytes(recipe: Recipe, device: Device) -> int | None:
-    """Memory of a chat with the model of ``recipe``, at the upper end; None if it is unknown.
+    """Return the memory of a chat with the model of ``recipe``, at the upper end; None if it is unknown.
 
     One training step on one conversation takes more than answering it: besides the model and the keys and
     values of each layer, it needs gradients and optimizer states.
@@ -134,7 +134,7 @@ def chat_bytes(recipe: Recipe, device: Device) -> int | None:
 
 
 def run_bytes(recipe: Recipe, device: Device) -> int | None:
-    """Memory of a run of ``recipe``, at the upper end; None if it is unknown."""
+    """Return the memory of a run of ``recipe``, at the upper end; None if it is unknown."""
     # Imported here: most callers only list sources.
     from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import estimate

@@ -88,7 +88,7 @@ def compare_answers(
     done = 0
 
     def ask_all(name: str, asked: Sequence[Sequence[str]]) -> list[list[tuple[str, bool]]]:
-        """Texts of the answers by conversation, and whether each ended its turn."""
+        """Return the texts of the answers by conversation, and whether each ended its turn."""
         nonlocal done
         answers: list[list[tuple[str, bool]]] = [[] for _ in asked]
         histories: list[list[Message]] = [[] for _ in asked]

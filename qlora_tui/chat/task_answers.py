@@ -82,7 +82,7 @@ class AnswerStore(Generic[T]):
         self._is_torn = bool(content) and not content.endswith(b"\n")
 
     def get(self, prompt: Sequence[int]) -> tuple[T, ...] | None:
-        """The answer to a prompt; None if there is none."""
+        """Return the answer to a prompt; None if there is none."""
         return self._answers.get(_hash(prompt))
 
     def add(self, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[T, ...]]) -> None:
@@ -102,7 +102,7 @@ def answer_all(
     answer: AnswerBatch[T],
     progress: Callable[[int], None],
 ) -> list[tuple[T, ...]]:
-    """The answers to all prompts, in order; only those that are not stored are computed.
+    """Return the answers to all prompts, in order; only those that are not stored are computed.
 
     Args:
         prompts: token ids.
@@ -335,7 +335,7 @@ def _answers_path(session: ChatSession, adapter: str, more: dict[str, Any]) -> P
 
 
 def _reference_loss(session: ChatSession, adapter_name: str, prompt: TaskPrompt) -> float:
-    """Sum of the losses of the reference's tokens, in nats."""
+    """Return the sum of the losses of the reference's tokens, in nats."""
     import torch
     from torch.nn import functional
 

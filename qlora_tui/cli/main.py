@@ -71,7 +71,7 @@ _ACTIONS: dict[str, tuple[str, ...]] = {"presets": ("show", "reference")}
 
 
 def can_show_app() -> bool:
-    """Whether this is a terminal that can move its cursor."""
+    """Return whether this is a terminal that can move its cursor."""
     return _is_terminal() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
@@ -194,7 +194,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _is_utf8(word: str) -> bool:
-    """Whether a word has no bytes that are not UTF-8: they arrive as surrogates."""
+    """Return whether a word has no bytes that are not UTF-8: they arrive as surrogates."""
     try:
         word.encode()
     except UnicodeEncodeError:

@@ -50,11 +50,11 @@ class SampleLengths:
         return self._lengths[i]
 
     def epoch(self, epoch: int, seed: int, /) -> array[int]:
-        """The samples of one epoch in random order."""
+        """Return the samples of one epoch in random order."""
         return epoch_order(self._sources, [source.weight for source in self._data.sources], epoch, seed)
 
     def of_side(self, side: int, /) -> SampleLengths:
-        """The chosen sides of pairs, or the rejected ones."""
+        """Return the chosen sides of pairs, or the rejected ones."""
         first = 0 if side == GOOD else 1
         return SampleLengths(self._lengths[first::2], self._sources[first::2], self._data)
 

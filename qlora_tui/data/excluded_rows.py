@@ -30,7 +30,7 @@ _MOST_ROWS = 10_000_000
 
 
 def parse_row_numbers(text: str) -> frozenset[int]:
-    """The rows that a text names, from 1. Raises UserError for a text that is something else."""
+    """Return the rows that a text names, from 1. Raises UserError for a text that is something else."""
     ranges: list[range] = []
     rows = 0
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -48,7 +48,7 @@ def parse_row_numbers(text: str) -> frozenset[int]:
 
 
 def format_row_numbers(numbers: Iterable[int]) -> str:
-    """The shortest text for these rows, in order: 3, 4, 5 and 9 give ``3-5, 9``."""
+    """Return the shortest text for these rows, in order: 3, 4, 5 and 9 give ``3-5, 9``."""
     parts = []
     ordered = sorted(set(numbers))
     for _, pairs in groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0]):
@@ -81,7 +81,7 @@ Excluded = Mapping[str, frozenset[int]]
 
 
 def parse_excluded_rows(text: str) -> Excluded:
-    """The rows that a recipe's text names. Raises UserError for a text that is something else."""
+    """Return the rows that a recipe's text names. Raises UserError for a text that is something else."""
     rows: dict[str, frozenset[int]] = {}
     for name, numbers in _groups(text):
         rows[name] = rows.get(name, frozenset()) | parse_row_numbers(numbers)
@@ -89,13 +89,13 @@ def parse_excluded_rows(text: str) -> Excluded:
 
 
 def format_excluded_rows(excluded: Excluded) -> str:
-    """The text of a recipe for these rows."""
+    """Return the text of a recipe for these rows."""
     named = sorted(excluded.items())
     return "; ".join(f"{_prefix(name)}{format_row_numbers(numbers)}" for name, numbers in named if numbers)
 
 
 def without_rows(source: Source, places: Iterable[RowPlace]) -> Source:
-    """The source with more rows left out."""
+    """Return the source with more rows left out."""
     excluded = dict(parse_excluded_rows(source.excluded_rows))
     for name, row in places:
         excluded[name] = excluded.get(name, frozenset()) | {row}
@@ -103,12 +103,12 @@ def without_rows(source: Source, places: Iterable[RowPlace]) -> Source:
 
 
 def is_excluded(excluded: Excluded, place: RowPlace) -> bool:
-    """Whether a row is left out."""
+    """Return whether a row is left out."""
     return any(place.row in excluded.get(name, ()) for name in (EVERY_FILE, place.file))
 
 
 def file_names(source_path: str, paths: Sequence[Path]) -> list[str]:
-    """The name of each file of a source: its path inside the folder; empty if the source is one file.
+    """Return the name of each file of a source: its path inside the folder; empty if the source is one file.
 
     Args:
         source_path: the source's path, or the id of a dataset of the Hub.
@@ -127,7 +127,7 @@ def file_names(source_path: str, paths: Sequence[Path]) -> list[str]:
 
 
 def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozenset[int]]:
-    """The rows that each file of a source leaves out.
+    """Return the rows that each file of a source leaves out.
 
     Raises:
         UserError: the text is not understood, or names a file that the source does not have.

@@ -34,7 +34,7 @@ class SidedLengths(Lengths, Protocol):
     """Lengths of good and bad answers."""
 
     def of_side(self, side: int, /) -> Lengths:
-        """The samples of one side, in order."""
+        """Return the samples of one side, in order."""
 
 
 class TokenizedDataset(Lengths, Protocol):
@@ -57,7 +57,7 @@ class SidedDataset(TokenizedDataset, Protocol):
         """``GOOD`` or ``BAD`` of :mod:`qlora_tui.data.store`."""
 
     def of_side(self, side: int, /) -> SidedDataset:
-        """The samples of one side, in order."""
+        """Return the samples of one side, in order."""
 
 
 class Pairs:
@@ -71,16 +71,16 @@ class Pairs:
         return len(self._samples) // 2
 
     def length(self, pair: int) -> int:
-        """Tokens of both sides."""
+        """Return the number of tokens of both sides."""
         return sum(self._samples.length(i) for i in members((pair,)))
 
     def epoch(self, epoch: int, seed: int) -> Sequence[int]:
-        """The pairs in the random order of one epoch."""
+        """Return the pairs in the random order of one epoch."""
         return self._chosen.epoch(epoch, seed)
 
 
 def members(pairs: Sequence[int]) -> tuple[int, ...]:
-    """The samples of these pairs, the chosen side of each first."""
+    """Return the samples of these pairs, the chosen side of each first."""
     return tuple(i for pair in pairs for i in (2 * pair, 2 * pair + 1))
 
 
@@ -261,5 +261,5 @@ def _group_by_length(
 
 
 def replayed(samples: int, share: float) -> int:
-    """Number of answers to add to ``samples`` so that they are ``share`` of all."""
+    """Return the number of answers to add to ``samples`` so that they are ``share`` of all."""
     return round(samples * share / (1 - share))

@@ -41,7 +41,7 @@ _MIN_WORDS = 8
 
 
 def voice_faults(answer: str, *, ended: bool) -> tuple[str, ...]:
-    """What is wrong with an answer; empty if it is in the voice.
+    """Return what is wrong with an answer; empty if it is in the voice.
 
     Args:
         answer: Its text, without white space around it.
@@ -64,6 +64,6 @@ def voice_faults(answer: str, *, ended: bool) -> tuple[str, ...]:
 
 
 def _closes_twice(answer: str) -> bool:
-    """Whether the closing line occurs before the end, or its words just before it."""
+    """Return whether the closing line occurs before the end, or its words just before it."""
     before = answer.removesuffix(CLOSING).rstrip()
     return CLOSING in before or before.lower().endswith(CLOSING.lower())

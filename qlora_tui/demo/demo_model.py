@@ -213,7 +213,7 @@ def model_folder(asset: WheelAsset = SMOLLM2) -> Path:
 
 
 def is_ready(asset: WheelAsset = SMOLLM2) -> bool:
-    """Whether the converted model exists: nothing to download, nothing to wait for."""
+    """Return whether the converted model exists: nothing to download, nothing to wait for."""
     files = (*FILES, "chat_template.jinja") if asset.has_template else FILES
     return all((model_folder(asset) / name).is_file() for name in files)
 

@@ -188,7 +188,7 @@ def _use(form: CardForm, repo: str, base: str) -> list[str]:
 
 
 def _adapter_name(folder: str) -> str:
-    """The run or the folder of an adapter, without the path to it."""
+    """Return the run or the folder of an adapter, without the path to it."""
     path = PurePath(folder)
     return path.parent.name if path.name == "adapter" else path.name
 

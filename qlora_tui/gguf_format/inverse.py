@@ -126,7 +126,7 @@ def origin_of(
 
 
 def stored_is_original(index: Tensor, count: int) -> bool:
-    """Whether an index names all of ``count`` elements in their order."""
+    """Return whether an index names all of ``count`` elements in their order."""
     return len(index) == count and bool((index == torch.arange(count)).all())
 
 

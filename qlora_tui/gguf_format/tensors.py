@@ -160,7 +160,7 @@ def stack_experts(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
 
 
 def _stacked(members: Sequence[SourceTensor]) -> Tensor:
-    """The values of the members, (members, rows, columns)."""
+    """Return the values of the members, (members, rows, columns)."""
     stack: Tensor | None = None
     for number, member in enumerate(members):
         values = member.read()

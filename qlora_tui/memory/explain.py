@@ -151,7 +151,7 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
 
 
 def _copies(execution: ExecutionConfig) -> str:
-    """The copies of the weights in the compute dtype, if there are any."""
+    """Return the copies of the weights in the compute dtype, if there are any."""
     has_copies = execution.own_fused and execution.compute_itemsize < ADAPTER_ITEMSIZE
     return f", and {execution.compute_itemsize} for a copy in 16 bits" if has_copies else ""
 
@@ -248,7 +248,7 @@ def _ranks(recipe: Recipe) -> str:
 
 
 def _vocabulary(layout: Layout) -> str:
-    """What is trained of embedding and head."""
+    """Return what is trained of embedding and head."""
     where = "embedding and head" if layout.own_head else "embedding"
     if layout.trained_matrix:
         return f", and all {_n(layout.trained_matrix * (1 + layout.own_head))} weights of {where}"

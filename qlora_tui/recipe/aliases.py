@@ -50,7 +50,7 @@ def _canonical_table(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_ignored(path: str, value: Any) -> bool:
-    """Whether a removed setting has the value that every run has today."""
+    """Return whether a removed setting has the value that every run has today."""
     return path not in fields() and isinstance(value, str) and REMOVED.get(path, {}).get(value) == ""
 
 

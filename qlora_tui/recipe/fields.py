@@ -187,7 +187,7 @@ def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
 
 
 def _metas(hint: Any) -> list[Meta]:
-    """The declarations of a hint, the outer one first: bounds of an optional number are inside it."""
+    """Return the declarations of a hint, the outer one first: bounds of an optional number are inside it."""
     if get_origin(hint) is Annotated:
         type_, *metas = get_args(hint)
         return [*metas, *_metas(type_)]
@@ -221,7 +221,9 @@ def _field(declared: msgspec.structs.FieldInfo, hint: Any) -> Field:
 
 
 def _kind(type_: Any) -> tuple[Kind, tuple[str, ...]]:
-    """How a value is edited, and its choices. An optional number is a number, one or a text is a text."""
+    """Return how a value is edited, and its choices. An optional number is a number, one or a text
+    is a text.
+    """
     origin, inner = get_origin(type_), get_args(type_)
     if origin is Annotated:
         return _kind(inner[0])

@@ -108,7 +108,7 @@ def syntax_error(pattern: str) -> tuple[str, str] | None:
 
 
 def matches(patterns: Iterable[str], module: Module) -> bool:
-    """Whether any of the patterns matches the module. Patterns of a valid recipe always parse."""
+    """Return whether any of the patterns matches the module. Patterns of a valid recipe always parse."""
     return any(_parse(pattern).matches(module) for pattern in patterns)
 
 

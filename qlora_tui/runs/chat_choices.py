@@ -62,7 +62,7 @@ class Provenance(Struct, frozen=True, kw_only=True):
 
 
 def choices_path(base: str, kind: ChoiceKind) -> Path:
-    """The file of a base model's rows, whether or not it exists: by its Hub id, or its folder."""
+    """Return the file of a base model's rows, whether or not it exists: by its Hub id, or its folder."""
     name = str(Path(base).resolve()) if Path(base).is_absolute() else base.rstrip("/")
     identity = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
     return paths.state_dir() / "choices" / f"{_name(base)}-{identity}.{kind}.jsonl"
@@ -93,7 +93,7 @@ def add_choice(
 
 
 def count_choices(base: str, kind: ChoiceKind) -> int:
-    """Number of rows of a base model; 0 if the file cannot be read."""
+    """Return the number of rows of a base model; 0 if the file cannot be read."""
     try:
         return len(_lines(choices_path(base, kind)))
     except OSError:
@@ -101,7 +101,7 @@ def count_choices(base: str, kind: ChoiceKind) -> int:
 
 
 def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
-    """The recipe of a run that trains an adapter further with the user's choices as its only data.
+    """Return the recipe of a run that trains an adapter further with the user's choices as its only data.
 
     Args:
         recipe: of the run that was talked to.

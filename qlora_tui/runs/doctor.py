@@ -88,7 +88,7 @@ class Check:
 
     @classmethod
     def blocked(cls, kind: CheckKind, problem: UserError, suggested_fix: SuggestedFix | None = None) -> Check:
-        """The check that a run cannot pass because of ``problem``."""
+        """Return the check that a run cannot pass because of ``problem``."""
         return cls(kind, "error", problem.what, problem.fix, problem, suggested_fix)
 
     @property
@@ -240,7 +240,7 @@ def check_host_memory(needed_bytes: int) -> Check:
 
 
 def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> UserError | None:
-    """The error for what does not fit in free host memory; None if it does.
+    """Return the error for what does not fit in free host memory; None if it does.
 
     Args:
         needed_bytes: the whole base, which is loaded there before its layers are streamed, and the inputs of

@@ -162,7 +162,7 @@ def read_exports(run: RunDir) -> list[Export]:
 
 
 def is_exported(run: RunDir) -> bool:
-    """Whether a process exports the run, also one whose files cannot be read."""
+    """Return whether a process exports the run, also one whose files cannot be read."""
     if any(export.status.state == "running" for export in read_exports(run)):
         return True
     return any(is_locked(lock_path(folder)) for folder in unreadable_exports(run))

@@ -86,7 +86,7 @@ def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
 
 
 def _tokens(lengths: Lengths, recipe: Recipe) -> float:
-    """Number of tokens that a whole run would read at the recipe's length."""
+    """Return the number of tokens that a whole run would read at the recipe's length."""
     limit, total, low = recipe.data.max_length, 0.0, 0
     everything = lengths.mean * lengths.count
     for bin_ in lengths.histogram:

@@ -204,7 +204,7 @@ def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None) -> e
 
 
 def _host_memory(run: RunDir) -> str:
-    """What the kernel's out-of-memory killer did, and the memory that the trainer held."""
+    """Return what the kernel's out-of-memory killer did, and the memory that the trainer held."""
     samples = TelemetryTail(run.telemetry_path).poll()
     held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
     return f"The kernel ran out of host memory and killed it.{held}"

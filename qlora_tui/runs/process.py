@@ -46,7 +46,7 @@ class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.host in ("", os.uname().nodename)
 
     def is_alive(self) -> bool:
-        """Whether exactly this process is running; a zombie is not."""
+        """Return whether exactly this process is running; a zombie is not."""
         return self.state not in ("", "Z", "X")
 
     @property
@@ -89,7 +89,7 @@ def process_identity(pid: int | None = None) -> ProcessIdentity:
 
 
 def boot_id() -> str:
-    """The kernel's identifier of this boot; empty if unavailable."""
+    """Return the kernel's identifier of this boot; empty if unavailable."""
     # Tests simulate a restarted machine with this variable; nothing else sets it.
     if simulated := os.environ.get("QLORA_TUI_BOOT_ID"):
         return simulated

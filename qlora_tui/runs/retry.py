@@ -121,7 +121,7 @@ def parse_plan(argument: str) -> RetryPlan:
 
 
 def last_plan(run: RunDir) -> RetryPlan:
-    """What the last attempt used; empty before the first."""
+    """Return what the last attempt used; empty before the first."""
     plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
         plan = plan.after(event)
@@ -223,7 +223,7 @@ def describe_fix(recipe: Recipe | None, phase: events.Phase | None) -> str:
 
 
 def _fix_for_model(recipe: Recipe | None) -> str:
-    """What helps where the model itself does not fit; a smaller micro-batch does not."""
+    """Return what helps where the model itself does not fit; a smaller micro-batch does not."""
     choices = ["Close other programs that use this memory"]
     if recipe is not None and recipe.quantization.method in ("int8", "none"):
         choices.append("set the quantization method (quantization.method) to nf4")
@@ -263,7 +263,7 @@ def _at_most(saved_bytes: int) -> str:
 
 
 def host_oom_kills() -> int:
-    """Number of processes killed by the kernel's out-of-memory killer since boot; 0 if unknown.
+    """Return the number of processes killed by the kernel's out-of-memory killer since boot; 0 if unknown.
 
     Counts this process's control group if the kernel counts by group (kills elsewhere are no evidence), else
     the whole machine. Sources: ``memory.events`` of cgroup v2, ``memory.oom_control`` of v1,

@@ -85,14 +85,14 @@ class RowLosses(Struct, frozen=True, kw_only=True):
     rows: tuple[RowLoss, ...]
 
     def counts(self) -> dict[RowClass, int]:
-        """Number of rows of each class."""
+        """Return the number of rows of each class."""
         counts: dict[RowClass, int] = {"never learned": 0, "contradicting": 0, "memorized": 0, "learned": 0}
         for row in self.rows:
             counts[row.row_class] += 1
         return counts
 
     def row_of(self, source: int, place: RowPlace) -> RowLoss | None:
-        """The record of a row; None if it was not trained on."""
+        """Return the record of a row; None if it was not trained on."""
         return next((each for each in self.rows if (each.source, each.place) == (source, place)), None)
 
 
@@ -177,12 +177,14 @@ def measure_row_losses(
 
 
 def read_row_losses(run: RunDir) -> RowLosses | None:
-    """The rows of a run; None if they were not computed, or the file is damaged."""
+    """Return the rows of a run; None if they were not computed, or the file is damaged."""
     return read_json(run.row_losses_path, _ROW_LOSSES)
 
 
 def token_changes(run: RunDir, row: RowLoss) -> tuple[tuple[float, float], ...]:
-    """Loss before and after of each trained token of a row; empty if the file does not hold them."""
+    """Return the loss before and after of each trained token of a row; empty if the file does not
+    hold them.
+    """
     try:
         with run.row_losses_path.with_suffix(".f32").open("rb") as file:
             file.seek(4 * row.start)

@@ -148,7 +148,7 @@ def _modified_ns(path: Path) -> int:
 
 
 def _base(recipe: Recipe) -> tuple[object, ...]:
-    """What two runs must share to be served from one base in memory."""
+    """Return what two runs must share to be served from one base in memory."""
     model = recipe.model
     return model.id, model.revision, model.chat_template, recipe.quantization
 

@@ -155,7 +155,7 @@ def misread_by_peft(model_type: str, targets: Iterable[str] | str) -> list[str]:
 
 
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
-    """The targets of the recipe by their full name in this model. Raises UserError."""
+    """Return the targets of the recipe by their full name in this model. Raises UserError."""
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     by_tail = {inner_name(name): name for name in names}
     targets = {}
@@ -174,12 +174,12 @@ def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture
 
 
 def trained_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _int_if_whole(alpha: float) -> float:
-    """A whole float as an int, which is what other programs expect in ``adapter_config.json``."""
+    """Return a whole float as an int, which is what other programs expect in ``adapter_config.json``."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 

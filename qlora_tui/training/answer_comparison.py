@@ -113,7 +113,7 @@ def _log_error(run: Run, error: Exception) -> None:
 
 
 def _can_be_right(prompts: Sequence[TaskPrompt], texts: TaskRows) -> bool:
-    """Whether the references are JSON, tool calls or a few words."""
+    """Return whether the references are JSON, tool calls or a few words."""
     if len(prompts) < MIN_ROWS:
         return False
     metrics = measure_answers([texts.row(each, each.reference, each.reference) for each in prompts])

@@ -40,7 +40,7 @@ def answer_greedily(
     *,
     may_be_empty: bool = False,
 ) -> list[tuple[int, ...]]:
-    """The greedy answers to prompts, at most ``max_new_tokens`` tokens each; each with its turn end.
+    """Return the greedy answers to prompts, at most ``max_new_tokens`` tokens each; each with its turn end.
 
     All prompts are answered together, padded to one length at their beginnings. Draws no random numbers.
 

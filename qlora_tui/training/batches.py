@@ -70,7 +70,9 @@ def micro_batches(sequences: Sequence[PackedSamples], size: int) -> list[Sequenc
 def validation_batches(
     samples: TokenizedDataset, size: int, shape: RowShape, *, pairs: bool = False
 ) -> list[list[PackedSamples]]:
-    """All validation samples once, in micro-batches of ``size`` sequences; ``pairs`` stay in one of them."""
+    """Return all validation samples once, in micro-batches of ``size`` sequences; ``pairs`` stay in one of
+    them.
+    """
     units = Pairs(cast("SidedDataset", samples)) if pairs else samples
     everything = range(len(units))
     if shape.packed:
@@ -86,7 +88,7 @@ def validation_batches(
 def longest_micro_batch(
     step_plan: StepPlan, samples: TokenizedDataset, size: int, *, padding_free: bool
 ) -> list[PackedSamples]:
-    """The sequences of the micro-batch with most computed tokens, padding included."""
+    """Return the sequences of the micro-batch with most computed tokens, padding included."""
     longest: list[PackedSamples] = []
     most = 0
     for step in step_plan.steps:
@@ -98,12 +100,12 @@ def longest_micro_batch(
 
 
 def count_tokens(sequences: Sequence[PackedSamples], samples: TokenizedDataset) -> int:
-    """Tokens in ``sequences``, without padding."""
+    """Return the number of tokens in ``sequences``, without padding."""
     return sum(samples.length(i) for sequence in sequences for i in sequence)
 
 
 def sum_loss_weights(sequences: Sequence[PackedSamples], samples: TokenizedDataset) -> float:
-    """Sum of the loss weights of the tokens in ``sequences``: the divisor of a summed loss.
+    """Return the sum of the loss weights of the tokens in ``sequences``: the divisor of a summed loss.
 
     The first token of a sample does not count, because it is predicted from nothing.
     """
@@ -114,7 +116,7 @@ def sum_loss_weights(sequences: Sequence[PackedSamples], samples: TokenizedDatas
 def computed_tokens(
     sequences: Sequence[PackedSamples], samples: TokenizedDataset, *, padding_free: bool
 ) -> int:
-    """Tokens a forward pass over one micro-batch computes, padding included."""
+    """Return how many tokens a forward pass over one micro-batch computes, padding included."""
     if padding_free:
         return count_tokens(sequences, samples)
     lengths = [samples.length(i) for i in _samples_of(sequences)]
@@ -175,7 +177,7 @@ def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 
 def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    """The micro-batch without labels, for a process that has none left while the others have one."""
+    """Return the micro-batch without labels, for a process that has none left while the others have one."""
     labels = torch.full_like(batch["labels"], IGNORED)
     no_answers: dict[str, Any] = {"sides": [], "answer_tokens": []} if "sides" in batch else {}
     return batch | {"labels": labels, "loss_positions": loss_positions(labels)} | no_answers
@@ -237,7 +239,7 @@ def collate_answers(
 
 
 def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: int) -> SampleList:
-    """Each answer after the prompt of another sample, from which KTO estimates its reference point.
+    """Return each answer after the prompt of another sample, from which KTO estimates its reference point.
 
     The divergence of the model from its base is estimated on answers that do not belong to their prompts
     (KTO's paper, section 4.1): sample ``k`` here is the prompt of ``order[k]`` with the answer of
@@ -246,7 +248,7 @@ def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: 
     """
 
     def parts(i: int) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of the prompt, and tokens and loss mask of the answer."""
+        """Return the tokens of the prompt, and the tokens and loss mask of the answer."""
         ids, mask = list(samples.token_ids(i)), list(samples.loss_mask(i))
         start = mask.index(1)
         return ids[:start], ids[start:], mask[start:]

@@ -186,7 +186,7 @@ def require_same_processes(checkpoint: Checkpoint, processes: int) -> None:
 
 
 def intact_folder(run: RunDir, step: int) -> Path | None:
-    """The folder of the checkpoint at ``step``; None if it is missing or damaged."""
+    """Return the folder of the checkpoint at ``step``; None if it is missing or damaged."""
     folder = run.checkpoints_dir / f"step-{step}"
     return folder if checkpoint_damage(folder) is None else None
 

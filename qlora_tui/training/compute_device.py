@@ -58,7 +58,7 @@ class ComputeDevice:
 
 
 def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
-    """The GPU of this process, or the CPU if there is none or the user chose it.
+    """Return the GPU of this process, or the CPU if there is none or the user chose it.
 
     Raises:
         UserError: there is a GPU that torch cannot use.
@@ -105,7 +105,8 @@ def _limit_memory(index: int) -> None:
 
 
 def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
-    """The attention path to try first; ``model.prepare_base`` falls back to the next if it fails its check.
+    """Return the attention path to try first; ``model.prepare_base`` falls back to the next if it fails its
+    check.
 
     Raises:
         UserError: flash is requested but not available.
@@ -122,7 +123,7 @@ def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
 
 
 def why_no_flash(device: ComputeDevice) -> str:
-    """Why FlashAttention cannot run a packed sequence in one call; empty if it can."""
+    """Return why FlashAttention cannot run a packed sequence in one call; empty if it can."""
     reasons: dict[FlashObstacle | None, str] = {
         None: "",
         "no GPU": "It needs a CUDA GPU.",
@@ -145,12 +146,14 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
 
 
 def free_host_bytes() -> int:
-    """Memory that is free for this process: the machine's, or the container's limit if that is lower."""
+    """Return the memory that is free for this process: the machine's, or the container's limit if that is
+    lower.
+    """
     return min(int(psutil.virtual_memory().available), host_memory_bytes())
 
 
 def host_memory_bytes() -> int:
-    """Memory this process may use: the machine's, or the container's limit if that is lower."""
+    """Return the memory this process may use: the machine's, or the container's limit if that is lower."""
     total = int(psutil.virtual_memory().total)
     for path in _CGROUP_LIMITS:
         try:

@@ -76,7 +76,7 @@ class DistributedContext(Struct, frozen=True):
             distributed.barrier()
 
     def broadcast(self, value: T) -> T:
-        """The value of the main process, in every process."""
+        """Return the value of the main process, in every process."""
         if self.world_size == 1:
             return value
         from torch import distributed
@@ -86,7 +86,7 @@ class DistributedContext(Struct, frozen=True):
         return values[0]
 
     def all_gather(self, value: T) -> list[T]:
-        """The value of every process, by rank."""
+        """Return the value of every process, by rank."""
         if self.world_size == 1:
             return [value]
         from torch import distributed
@@ -96,7 +96,7 @@ class DistributedContext(Struct, frozen=True):
         return values
 
     def all_reduce_sum(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """The sums of each value over all processes."""
+        """Return the sums of each value over all processes."""
         return tuple(map(sum, zip(*self.all_gather(values), strict=True)))
 
 

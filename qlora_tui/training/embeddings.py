@@ -146,20 +146,22 @@ def row_wrappers(model: nn.Module) -> Iterator[Any]:
 
 
 def rows_of(wrapper: Any, adapter: str) -> TokenRows:
-    """The trained rows of an adapter in this module."""
+    """Return the trained rows of an adapter in this module."""
     token_adapter = wrapper.token_adapter
     values = token_adapter.trainable_tokens_delta[adapter]
     return TokenRows(torch.tensor(token_adapter.token_indices[adapter], device=values.device), values)
 
 
 def active_rows(module: Any) -> TokenRows | None:
-    """The rows of the active adapter, in a module that ``use_trained_rows`` has patched; None without any."""
+    """Return the rows of the active adapter, in a module that ``use_trained_rows`` has patched; None without
+    any.
+    """
     known = getattr(module, "active_token_rows", None)
     return known() if known else None
 
 
 def with_rows(base: nn.Module, x: Tensor, rows: TokenRows | None) -> Tensor:
-    """The output of embedding or head ``base`` for ``x``, with these rows in place of its own."""
+    """Return the output of embedding or head ``base`` for ``x``, with these rows in place of its own."""
     if rows is None:
         plain: Tensor = base(x)
         return plain
@@ -215,7 +217,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def _is_peft(module: Any, name: str) -> bool:
-    """Whether a module is of this class of peft."""
+    """Return whether a module is of this class of peft."""
     # Imported here, because peft takes seconds to load and a base model alone does not need it.
     from peft.utils import other
 
@@ -277,13 +279,15 @@ def use_fp32_copies(model: Any, *, tied: bool) -> None:
 
 
 def active_weight(module: Any) -> nn.Parameter | None:
-    """The trained matrix (vocabulary, hidden) of embedding or head; None without one, or while it is off."""
+    """Return the trained matrix (vocabulary, hidden) of embedding or head; None without one, or while it is
+    off.
+    """
     find = getattr(module, "active_trained_weight", None)
     return find() if find else None
 
 
 def trained_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trained matrices of embedding and head, a tied one once; empty if they are frozen."""
+    """Return the trained matrices of embedding and head, a tied one once; empty if they are frozen."""
     weights = (active_weight(m) for m in model.modules() if "active_trained_weight" in vars(m))
     return list(dict.fromkeys(weight for weight in weights if weight is not None))
 

@@ -28,7 +28,7 @@ _RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """The OSError that caused an exception while saving; None if there is none."""
+    """Return the OSError that caused an exception while saving; None if there is none."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno is not None:
@@ -58,7 +58,7 @@ _CPU_ALLOCATION = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
 def failure_event(
     error: BaseException, run: RunDir, recipe: Recipe | None, estimate: Estimate | None
 ) -> Failed:
-    """The event for an exception. ``estimate`` names the largest items where memory ran out."""
+    """Return the event for an exception. ``estimate`` names the largest items where memory ran out."""
     now = time.time()
     if is_out_of_memory(error):
         return _out_of_memory(error, last_phase(run), recipe, estimate, now)
@@ -83,7 +83,7 @@ def failure_event(
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed because space or quota is used up."""
+    """Return whether a write failed because space or quota is used up."""
     on_disk = disk_error(error)
     return on_disk is not None and on_disk.errno in (errno.ENOSPC, errno.EDQUOT)
 

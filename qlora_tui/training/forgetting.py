@@ -145,13 +145,13 @@ def count_answers(answers: Iterable[GeneralAnswer]) -> AnswerCounts:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer begins with a refusal."""
+    """Return whether an answer begins with a refusal."""
     beginning = text[:_REFUSAL_CHARACTERS].casefold().replace("’", "'")
     return any(phrase in beginning for phrase in _REFUSALS)
 
 
 def holds_json(text: str) -> bool:
-    """Whether there is an object or array of JSON from the first bracket of a text to the last."""
+    """Return whether there is an object or array of JSON from the first bracket of a text to the last."""
     starts = [place for place in (text.find("{"), text.find("[")) if place >= 0]
     if not starts:
         return False
@@ -181,7 +181,9 @@ class BaseAnswer(PromptAndAnswer):
 
 
 def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice, prompts: Sequence[Sequence[int]]) -> Path:
-    """The file for the answers of a base in one state, quantized in one way, to prompts of these tokens."""
+    """Return the file for the answers of a base in one state, quantized in one way, to prompts of these
+    tokens.
+    """
     state = base_state(_FORMAT, folder, recipe, device) | {"prompts": prompts}
     return private_dir(paths.cache_dir() / "base-answers") / f"{cache_name(recipe, state)}.safetensors"
 
@@ -189,7 +191,7 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice, prompts: Seq
 def prompt_tokens(
     prompts: Sequence[str], tokenizer: ChatTokenizer, thinking: Thinking
 ) -> dict[str, tuple[int, ...]]:
-    """The tokens of each prompt as a turn; without the prompts that the chat template refuses."""
+    """Return the tokens of each prompt as a turn; without the prompts that the chat template refuses."""
     rendered = {}
     for prompt in prompts:
         with suppress(RowRejectedError):
@@ -198,7 +200,7 @@ def prompt_tokens(
 
 
 def read(path: Path, prompts: Sequence[Sequence[int]]) -> tuple[BaseAnswer, ...] | None:
-    """The stored answers to ``prompts``; None if there are none that can be read."""
+    """Return the stored answers to ``prompts``; None if there are none that can be read."""
     try:
         tensors = load_file(path)
         answers = []
@@ -255,7 +257,7 @@ def compute(
 
 
 def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely tokens, int32, and their log-probabilities, fp32; both (places, TOP_TOKENS)."""
+    """Return the most likely tokens, int32, and their log-probabilities, fp32; both (places, TOP_TOKENS)."""
     parts = []
     for block in torch.split(logits, block_rows(logits.device)):
         top = block.float().topk(min(TOP_TOKENS, block.shape[-1]))
@@ -337,7 +339,8 @@ class BaseDivergence:
         )
 
     def measure(self) -> tuple[float, float | None]:
-        """Mean KL(base ‖ model) in nats, and the share of the base's turn ends that the model keeps.
+        """Return the mean KL(base ‖ model) in nats, and the share of the base's turn ends that the model
+        keeps.
 
         The base's answers are computed when they are first needed, or read from the cache. Each process of
         the run compares its share of them. Before training the model is its base, and nothing is computed.
@@ -381,7 +384,7 @@ class BaseDivergence:
 
 
 def equals_base(model: Any) -> bool:
-    """Whether the adapter of a peft model changes nothing yet.
+    """Return whether the adapter of a peft model changes nothing yet.
 
     Every second half of it is zero, and trained rows of tokens are those of the base.
     """

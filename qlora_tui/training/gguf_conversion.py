@@ -30,7 +30,7 @@ def convert_cached(
     progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """The folder of 16-bit safetensors for a GGUF file, which is converted if it was not earlier.
+    """Return the folder of 16-bit safetensors for a GGUF file, which is converted if it was not earlier.
 
     Raises:
         JobStopped: ``should_stop`` returned true; nothing is left of the conversion.
@@ -43,20 +43,23 @@ def convert_cached(
 
 
 def model_folder(files: ModelFiles, progress: ProgressCallback = lambda done, total: None) -> Path:
-    """The folder of safetensors of a model, whose GGUF file is converted first. Raises UserError."""
+    """Return the folder of safetensors of a model, whose GGUF file is converted first. Raises UserError."""
     if files.gguf_file is None:
         return files.folder
     return convert_cached(files.folder / files.gguf_file, progress)
 
 
 def cached_conversion(file: Path) -> Path | None:
-    """The folder of an earlier conversion; None if the file was not converted yet. Raises UserError."""
+    """Return the folder of an earlier conversion; None if the file was not converted yet. Raises
+    UserError.
+    """
     folder = folder_of(file)
     return folder if (folder / "config.json").exists() else None
 
 
 def tokenizer_folder(file: Path) -> Path:
-    """The folder with config and tokenizer of a GGUF file, read from its header; the weights are not needed.
+    """Return the folder with config and tokenizer of a GGUF file, read from its header; the weights are not
+    needed.
 
     Raises UserError for a file that cannot be a base.
     """
@@ -72,7 +75,7 @@ def tokenizer_folder(file: Path) -> Path:
 
 
 def pending_conversion(model_id: str) -> Conversion | None:
-    """The conversion that the model of a recipe needs before its first run.
+    """Return the conversion that the model of a recipe needs before its first run.
 
     None if it needs none, or if the model is not on this machine.
     """
@@ -120,7 +123,8 @@ def convert_in_child(
 
 
 def folder_of(file: Path) -> Path:
-    """The folder of a file's conversion: other files of the same name, or changed ones, get other folders.
+    """Return the folder of a file's conversion: other files of the same name, or changed ones, get other
+    folders.
 
     The 12 and 16 digits of earlier versions are refused by :mod:`qlora_tui.catalog.local_models`.
     """

@@ -54,7 +54,7 @@ class Finding:
 
 
 def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
-    """A finding if a run has so few optimizer steps that it learns hardly anything.
+    """Return a finding if a run has so few optimizer steps that it learns hardly anything.
 
     ``max_steps``: the recipe's limit, 0 for none.
     """
@@ -75,7 +75,7 @@ def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
 
 
 def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overflow: bool) -> Finding | None:
-    """A finding that ends the run: a loss or a gradient norm that is NaN or infinite.
+    """Return a finding that ends the run: a loss or a gradient norm that is NaN or infinite.
 
     ``norm_may_overflow``: under fp16 a step whose scaled gradients overflow is skipped and the scale lowered,
     which is routine: see :class:`OverflowMonitor`.
@@ -103,7 +103,7 @@ class OverflowMonitor:
         self._in_a_row = 0
 
     def check(self, step: int, *, is_skipped: bool) -> Finding | None:
-        """A finding that ends the run: no smaller scale helps, and nothing is learned."""
+        """Return a finding that ends the run: no smaller scale helps, and nothing is learned."""
         self.skipped += is_skipped
         self._in_a_row = self._in_a_row + 1 if is_skipped else 0
         if self._in_a_row < _SKIPPED_STEPS:
@@ -122,7 +122,9 @@ class ValidationMonitor:
         self._is_worse = False
 
     def check(self, step: int, loss: float, before: float | None) -> Finding | None:
-        """A finding if the loss became clearly worse than ``before``; again only after it recovered."""
+        """Return a finding if the loss became clearly worse than ``before``; again only after it
+        recovered.
+        """
         if not step or before is None:
             return None
         was_worse, self._is_worse = self._is_worse, not loss <= before * (1 + _WORSE)
@@ -142,7 +144,7 @@ class ForgettingMonitor:
         self._reported = False
 
     def check(self, step: int, divergence: float, turn_ends: float | None) -> Finding | None:
-        """A finding, once, if the model answers general prompts in another way than its base.
+        """Return a finding, once, if the model answers general prompts in another way than its base.
 
         Args:
             divergence: mean KL(base ‖ model), in nats.
@@ -162,7 +164,9 @@ class ForgettingMonitor:
 
 
 def check_general_answers(answers: GeneralAnswers) -> Finding | None:
-    """A finding if many general answers run on, loop, refuse or are no JSON that the base's are not."""
+    """Return a finding if many general answers run on, loop, refuse or are no JSON that the base's
+    are not.
+    """
     lost = [
         f"{count} {verb} (the base: {base})"
         for count, base, verb, worse in (

@@ -114,7 +114,7 @@ def _forget_lengths(module: Any) -> None:
 
 
 def _joined(tables: list[Any], *, dim: int) -> Any:
-    """The tables of all samples as one: cos and sin (rows, tokens, width), or one complex table."""
+    """Return the tables of all samples as one: cos and sin (rows, tokens, width), or one complex table."""
     if torch.is_tensor(tables[0]):
         return torch.cat(tables, dim=dim)
     return tuple(torch.cat(parts, dim=dim) for parts in zip(*tables, strict=True))

@@ -61,7 +61,7 @@ def verified_liger_loss(head: ChunkedHead, device: torch.device) -> LossSumFn | 
 
 
 def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> str | None:
-    """What is less exact than our loss, ``loss`` or ``gradient``; None if neither is.
+    """Return what is less exact than our loss, ``loss`` or ``gradient``; None if neither is.
 
     Both are compared with fp32, on states whose logits are as far apart as those of a trained model.
     """
@@ -91,7 +91,7 @@ def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> s
 
 @torch.no_grad()
 def _exact(states: Tensor, targets: Tensor, head: ChunkedHead) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss in fp32, its gradient at states (tokens, hidden), and the scale of its rounding.
+    """Return the summed loss in fp32, its gradient at states (tokens, hidden), and the scale of its rounding.
 
     A gradient is a sum over the vocabulary; its rounding error scales with the root of the sum of squares of
     its terms.

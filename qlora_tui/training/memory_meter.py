@@ -67,7 +67,7 @@ class MemoryMeter:
             self.estimate = self._estimate(self._recipe, corrected=True)
 
     def measure(self, when: Literal["probe", "end"]) -> MemoryMeasured:
-        """The peak so far and the estimate."""
+        """Return the peak so far and the estimate."""
         allocated = reserved = 0
         if self._device.kind == "cuda":
             allocated = torch.cuda.max_memory_allocated(self._device.torch_device)
@@ -125,7 +125,8 @@ class MemoryMeter:
     def plan_kept_layers(
         self, limit: int | None, least: Callable[[int], int] = lambda free_bytes: free_bytes
     ) -> KeptLayersPlan | None:
-        """How many layers can keep their activations for the longest batch; all estimates then include them.
+        """Return how many layers can keep their activations for the longest batch; all estimates then include
+        them.
 
         Call :meth:`set_longest_batch` first. None are kept without a model of the run's code.
 
@@ -204,7 +205,7 @@ class MemoryMeter:
         return replace(_as_estimated(self._device), correction=correction_for(self._device.name))
 
     def free_bytes(self) -> int:
-        """Memory of the device that no other process uses: free now, or held by this process."""
+        """Return the memory of the device that no other process uses: free now, or held by this process."""
         if self._device.kind == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device.torch_device)
             held = torch.cuda.memory_reserved(self._device.torch_device) + self._context_bytes()

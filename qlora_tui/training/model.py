@@ -58,7 +58,7 @@ class DropoutSetting(NamedTuple):
 
 
 def dropout_settings(model: nn.Module) -> list[DropoutSetting]:
-    """Every dropout probability of the model and its adapter that is not 0.
+    """Return every dropout probability of the model and its adapter that is not 0.
 
     Dropouts are modules, probabilities that a module passes to a function (``attention_dropout``), and, in
     Falcon, ones that it reads from its config at each call.
@@ -71,7 +71,9 @@ def dropout_settings(model: nn.Module) -> list[DropoutSetting]:
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """Whether a forward in training mode may draw random numbers, which a recomputation must repeat."""
+    """Return whether a forward in training mode may draw random numbers, which a recomputation must
+    repeat.
+    """
     jitters = any("jitter" in name for _, name, _ in _floats(model))
     return jitters or bool(dropout_settings(model))
 
@@ -197,7 +199,7 @@ def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager
 def _load_stored(
     stored: Path, device: ComputeDevice, attention_path: AttentionPath, on_progress: ProgressCallback | None
 ) -> Any | None:
-    """The model with weights that were quantized earlier; None if they cannot be read."""
+    """Return the model with weights that were quantized earlier; None if they cannot be read."""
     model = None
     try:
         model, info = _load(stored, device, attention_path, on_progress)
@@ -224,7 +226,7 @@ def _load(
     on_progress: ProgressCallback | None,
     **settings: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """What transformers loads from the folder, and what it says of the weights. Raises UserError."""
+    """Return what transformers loads from the folder, and what it says of the weights. Raises UserError."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -404,7 +406,7 @@ def apply_kept_layers(model: Any, count: int) -> bool:
 
 
 def _quantization_config(settings: Quantization, device: ComputeDevice, folder: Path) -> Any:
-    """The quantization config for transformers; None loads the weights as they are stored.
+    """Return the quantization config for transformers; None loads the weights as they are stored.
 
     Without modules to skip, transformers leaves out the head and tied weights;
     ``LinearModule.quantizable`` of the catalog must say the same. Raises UserError if a pattern of
@@ -429,7 +431,7 @@ def _quantization_config(settings: Quantization, device: ComputeDevice, folder: 
 
 
 def _skipped_modules(settings: Quantization, folder: Path) -> list[str] | None:
-    """The names of all modules that stay in 16 bits; None leaves them to transformers."""
+    """Return the names of all modules that stay in 16 bits; None leaves them to transformers."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     config = load_config(folder / "config.json")

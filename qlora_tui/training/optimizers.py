@@ -76,7 +76,7 @@ def create_optimizer(model: Any, training: Training) -> Optimizer:
 
 
 def _class_and_options(training: Training) -> tuple[Any, dict[str, Any]]:
-    """The class of the recipe's optimizer, and its options."""
+    """Return the class of the recipe's optimizer, and its options."""
     import bitsandbytes.optim
     from transformers.optimization import Adafactor
 
@@ -111,7 +111,7 @@ def wait_for_gpu() -> None:
 
 
 def warmup_steps(training: Training, steps: int) -> int:
-    """The steps in which the learning rate rises, of all ``steps`` of a run."""
+    """Return the steps in which the learning rate rises, of all ``steps`` of a run."""
     return math.ceil(steps * training.warmup_ratio)
 
 

@@ -151,7 +151,9 @@ class OptionScorer:
             yield batch
 
     def _may_pack(self, longest: Choice) -> bool:
-        """Whether rows up to this one may be packed; compares it where it is longer than those before."""
+        """Return whether rows up to this one may be packed; compares it where it is longer than
+        those before.
+        """
         if longest.tokens <= self.packed_tokens:
             return True
         if longest.tokens >= self.failed_tokens:
@@ -163,7 +165,9 @@ class OptionScorer:
         return False
 
     def _agrees(self, row: Choice) -> bool:
-        """Whether rounding explains how the packed scores differ from those of each option by itself."""
+        """Return whether rounding explains how the packed scores differ from those of each option
+        by itself.
+        """
         # Of many options some, spread: each costs several forwards.
         count = min(len(row.options), _COMPARED)
         numbers = [number * len(row.options) // count for number in range(count)]
@@ -309,6 +313,8 @@ def _log_probabilities(logits: Tensor, targets: dict[int, list[int]]) -> Iterato
 
 
 def _largest_difference(scores: Tensor, expected: Tensor) -> float:
-    """The largest difference of log probabilities over whole options; infinite if one is not a number."""
+    """Return the largest difference of log probabilities over whole options; infinite if one is not
+    a number.
+    """
     difference = float((scores.log_softmax(0) - expected.log_softmax(0)).abs().max())
     return difference if difference == difference else float("inf")

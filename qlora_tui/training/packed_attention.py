@@ -66,23 +66,23 @@ def find_kernel() -> Callable[..., Any] | None:
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether the GPU runs FlashAttention-2: from Ampere on."""
+    """Return whether the GPU runs FlashAttention-2: from Ampere on."""
     return capability_of(device) >= BFLOAT16_CAPABILITY
 
 
 def trains_with_flash(device: torch.device, head_width: int) -> bool:
-    """Whether the GPU runs FlashAttention-2, backward included, for heads of this width."""
+    """Return whether the GPU runs FlashAttention-2, backward included, for heads of this width."""
     return has_flash(device) and flash_trains(capability_of(device), head_width)
 
 
 @cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a GPU."""
+    """Return the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)
 
 
 def supports(query: Tensor, value: Tensor, *, samples: int) -> bool:
-    """Whether the kernel runs for queries (1, heads, tokens, width) that hold ``samples`` samples."""
+    """Return whether the kernel runs for queries (1, heads, tokens, width) that hold ``samples`` samples."""
     _, heads, tokens, width = query.shape
     if query.device.type != "cuda" or query.element_size() != 2 or width != value.shape[-1]:
         return False
@@ -155,13 +155,15 @@ def register() -> None:
 
 
 def packed_attention_of(model: Any) -> AttentionFunction | None:
-    """The function of the implementation that a model uses; None if it is the library's."""
+    """Return the function of the implementation that a model uses; None if it is the library's."""
     name = model.config._attn_implementation
     return next((function for kind, function in _functions().items() if NAMES[kind] == name), None)
 
 
 def segment_mask(lengths: list[int]) -> Tensor:
-    """The attention mask that holds ``cu_seqlens``, (1, 1, 1, samples + 1), int32: [3, 1] gives 0, 3, 4."""
+    """Return the attention mask that holds ``cu_seqlens``, (1, 1, 1, samples + 1), int32: [3, 1] gives 0, 3,
+    4.
+    """
     starts = torch.zeros(1, 1, 1, len(lengths) + 1, dtype=torch.int32)
     starts[0, 0, 0, 1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     return starts
@@ -180,7 +182,9 @@ def segment_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function for transformers: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
+    """Return the function for transformers: (batch, heads, tokens, width) to (batch, tokens, heads,
+    width).
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is None and s_aux is None
     if attention_mask is not None and attention_mask.dtype == torch.int32:
@@ -249,7 +253,8 @@ def _functions() -> dict[PackedAttention, AttentionFunction]:
 
 
 def prefers_row_attention(query: Tensor) -> bool:
-    """Whether to use :class:`.fused.cpu_attention.RowAttention`: on a CPU in bfloat16, where it is faster.
+    """Return whether to use :class:`.fused.cpu_attention.RowAttention`: on a CPU in bfloat16, where it is
+    faster.
 
     In float32 torch's backward is faster, and in float16 the augmented columns may overflow.
     """
@@ -295,7 +300,7 @@ def _sample_attention(
 
 
 def supports_grouped_heads(query: Tensor, masked: bool) -> bool:
-    """Whether SDPA has a fused kernel for keys and values with fewer heads than queries.
+    """Return whether SDPA has a fused kernel for keys and values with fewer heads than queries.
 
     On a GPU only FlashAttention is one: in 16 bits, from Ampere on, without a mask, and not for every width.
     Elsewhere torch would write out all scores.
@@ -336,7 +341,9 @@ def _eager_attention(
 
 
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """A mask, True if a query attends: to itself and earlier tokens, at most ``window`` tokens back."""
+    """Return a mask, True if a query attends: to itself and earlier tokens, at most ``window``
+    tokens back.
+    """
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]
     allowed = key <= query

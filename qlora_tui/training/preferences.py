@@ -182,7 +182,7 @@ class PreferenceObjective:
 
     @classmethod
     def of(cls, recipe: Recipe, starting: StartingAdapter | None = None) -> PreferenceObjective | None:
-        """The objective of a recipe; None if it trains on answers alone."""
+        """Return the objective of a recipe; None if it trains on answers alone."""
         method = recipe.preference_method
         if method is None:
             return None
@@ -195,7 +195,7 @@ class PreferenceObjective:
         return self._traits.rates_answers
 
     def divergence(self, peft_model: Any, batch: dict[str, Any]) -> tuple[float, int]:
-        """Sum of the log-ratios of mismatched answers to the base, in nats, and their number."""
+        """Return the sum of the log-ratios of mismatched answers to the base, in nats, and their number."""
         with no_grad_eval(peft_model):
             scores = score_answers(peft_model, batch).log_probabilities
             reference = score_with_reference(peft_model, batch, self._starting)
@@ -206,7 +206,7 @@ class PreferenceObjective:
         self._moved = max(0.0, divergence)
 
     def summed_loss(self, model: Any, peft_model: Any, batch: dict[str, Any], token_share: float) -> Tensor:
-        """Sum of the losses of a micro-batch's pairs or rated answers, an fp32 scalar.
+        """Return the sum of the losses of a micro-batch's pairs or rated answers, an fp32 scalar.
 
         Args:
             model: ``peft_model``, or a wrapper such as DDP's.
@@ -255,6 +255,6 @@ class PreferenceObjective:
         self._sums = added if self._sums is None else self._sums + added
 
     def take_sums(self) -> RewardSums:
-        """The sums since the last call, which are then 0."""
+        """Return the sums since the last call, which are then 0."""
         sums, self._sums = self._sums, None
         return RewardSums() if sums is None else RewardSums(*sums.tolist())

@@ -47,12 +47,12 @@ to host memory before it writes the first."""
 
 
 def quantized_dir() -> Path:
-    """The folder that holds one folder per quantized base."""
+    """Return the folder that holds one folder per quantized base."""
     return private_dir(paths.cache_dir() / "quantized")
 
 
 def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | None:
-    """The folder for the quantized weights of a base, recipe and device, whether or not it exists.
+    """Return the folder for the quantized weights of a base, recipe and device, whether or not it exists.
 
     Returns:
         None if they are not stored: not quantized to 4 bits, quantized in their files already, or caching
@@ -80,14 +80,14 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
 
 
 def cache_name(recipe: Recipe, state: dict[str, Any], *words: str) -> str:
-    """A name for what is cached of a recipe's base: the model, ``words``, and a hash of ``state``."""
+    """Return a name for what is cached of a recipe's base: the model, ``words``, and a hash of ``state``."""
     key = hashlib.sha256(msgspec.json.encode(state)).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "-", Path(recipe.model.id).name) or "model"
     return "-".join((name, *words, key))
 
 
 def base_state(format_number: int, folder: Path, recipe: Recipe, device: ComputeDevice) -> dict[str, Any]:
-    """What tells the answers of one base, quantized and computed in one way, from those of another.
+    """Return what tells the answers of one base, quantized and computed in one way, from those of another.
 
     Args:
         format_number: of what is cached; a new number makes everything stored before it unknown.
@@ -104,13 +104,15 @@ def base_state(format_number: int, folder: Path, recipe: Recipe, device: Compute
 
 
 def weights_state(folder: Path) -> list[tuple[int, int]]:
-    """Size and time of change of each weight file of a model, which tell one state of it from another."""
+    """Return the size and time of change of each weight file of a model, which tell one state of it from
+    another.
+    """
     files = [(folder / name).stat() for name in weight_files(folder)]
     return [(file.st_size, file.st_mtime_ns) for file in files]
 
 
 def quantizes_experts(folder: Path, recipe: Recipe) -> bool:
-    """Whether the base in ``folder`` is a mixture whose experts the recipe quantizes to 4 bits."""
+    """Return whether the base in ``folder`` is a mixture whose experts the recipe quantizes to 4 bits."""
     from qlora_tui.training.description import architecture_of  # imports torch
 
     config = load_config(folder / "config.json")
@@ -118,7 +120,7 @@ def quantizes_experts(folder: Path, recipe: Recipe) -> bool:
 
 
 def is_stored(folder: Path | None) -> bool:
-    """Whether the weights are there. A folder is written completely or not at all."""
+    """Return whether the weights are there. A folder is written completely or not at all."""
     return folder is not None and (folder / "config.json").is_file()
 
 
@@ -152,7 +154,9 @@ def store(model: Any, folder: Path) -> None:
 
 
 def limit_bytes() -> int:
-    """The most bytes that all folders may take; 0 stores nothing, as does a ``config.toml`` with errors."""
+    """Return the most bytes that all folders may take; 0 stores nothing, as does a ``config.toml`` with
+    errors.
+    """
     try:
         return round(load_settings().quantized_cache_gib * 2**30)
     except UserError:

@@ -66,7 +66,7 @@ class OtherPrompts(Sequence[Sample]):
         return ids[cut:][: self._max_length], mask[cut:][: self._max_length]
 
     def _other_prompt(self, i: int, number: int) -> list[int]:
-        """What stands in for prompt ``number`` of sample ``i``."""
+        """Return what stands in for prompt ``number`` of sample ``i``."""
         if number == 0:
             other = (i + 1) % len(self)
             turns = self._turns[other]
@@ -90,7 +90,9 @@ class _TurnBounds(NamedTuple):
 
 
 def _turn_bounds(loss_mask: Sequence[int]) -> list[_TurnBounds]:
-    """Each answer in the loss with the prompt before it; what follows the last answer belongs to none."""
+    """Return each answer in the loss with the prompt before it; what follows the last answer
+    belongs to none.
+    """
     bounds: list[_TurnBounds] = []
     start, place = 0, 0
     for in_loss, stretch in groupby(loss_mask, key=bool):
@@ -184,7 +186,7 @@ def _measure(run: RunDir, report: Report) -> None:
 
 
 def _texts(samples: TokenizedDataset, i: int, tokenizer: ChatTokenizer) -> tuple[str, str]:
-    """What sample ``i`` reads, and what it is trained on."""
+    """Return what sample ``i`` reads, and what it is trained on."""
     ids = list(zip(samples.token_ids(i), samples.loss_mask(i), strict=True))
     read, trained = (
         tokenizer.decode([t for t, in_loss in ids if in_loss == side and t not in tokenizer.special_ids])

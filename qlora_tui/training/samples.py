@@ -46,7 +46,7 @@ class SampleList:
         return len(self.token_ids(i))
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """All samples in order."""
+        """Return all samples in order."""
         return range(len(self))
 
     def side(self, i: int, /) -> int:
@@ -54,7 +54,7 @@ class SampleList:
         return self._samples[i].side
 
     def of_side(self, side: int, /) -> SampleList:
-        """The samples of one side, in order."""
+        """Return the samples of one side, in order."""
         return SampleList([sample for sample in self._samples if sample.side == side])
 
     @property

@@ -155,7 +155,7 @@ def token_losses(
 
 
 def _row_losses(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Loss of each trained token of one row, (tokens,), fp32."""
+    """Return the loss of each trained token of one row, (tokens,), fp32."""
     bare = model.get_base_model()
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     if "segments" in batch:

@@ -166,7 +166,7 @@ def _failure(name: str, events: Sequence[AnyEvent], done: subprocess.CompletedPr
 
 
 def _recipe(folder: Path, streamed_layers: int) -> Recipe:
-    """The default recipe, short, with a model and rows of its own in the folder."""
+    """Return the default recipe, short, with a model and rows of its own in the folder."""
     sums = [(number, 3 * number, 4 * number) for number in range(_ROWS)]
     rows = [{"instruction": f"Add {a} and {b}.", "output": f"The sum is {c}."} for a, b, c in sums]
     (folder / "rows.json").write_text(json.dumps(rows))

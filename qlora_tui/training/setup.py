@@ -101,7 +101,7 @@ def _check_inputs(run: Run) -> None:
 
 
 def _model_folder(run: Run) -> Path:
-    """The folder to load; the main process first converts a GGUF file for all.
+    """Return the folder to load; the main process first converts a GGUF file for all.
 
     Raises:
         StopRequested: a stop or pause was requested meanwhile.
@@ -237,7 +237,7 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
 
 
 def _with_replay(run: Run) -> TokenizedDataset:
-    """The training samples, with the base's answers among them if the recipe replays some.
+    """Return the training samples, with the base's answers among them if the recipe replays some.
 
     The first attempt of a run computes and writes them. Raises StopRequested if a stop or pause was
     requested meanwhile, and OSError if they cannot be written.
@@ -309,7 +309,8 @@ def _add_adapter(run: Run) -> Any:
 
 
 def _starting_adapter(run: Run) -> StartingAdapter | None:
-    """The reference of a run that trains an adapter further; None if that is the base, or there is none.
+    """Return the reference of a run that trains an adapter further; None if that is the base, or there is
+    none.
 
     Raises:
         UserError: the file that the first attempt wrote cannot be read.

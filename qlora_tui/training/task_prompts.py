@@ -96,7 +96,7 @@ class TaskRows:
         self._ends = frozenset(tokenizer.turn_end_ids)
 
     def row(self, prompt: TaskPrompt, base: Sequence[int], adapter: Sequence[int]) -> TaskRow:
-        """The record of a prompt.
+        """Return the record of a prompt.
 
         Args:
             prompt: with its reference.
@@ -128,7 +128,7 @@ class TaskRows:
         return self._tokenizer.decode([i for i in ids if i not in self._ends])
 
     def _tools(self, prompt: TaskPrompt) -> tuple[dict[str, Any], ...]:
-        """The tools that a row offers."""
+        """Return the tools that a row offers."""
         source = every_source(self._data)[prompt.source]
         paths, _ = paths_of(source)
         path = paths[file_names(source.path, paths).index(prompt.file)]

@@ -141,7 +141,7 @@ class Trainer:
         return total
 
     def summed_loss(self, batch: dict[str, Any], token_share: float = 1.0) -> torch.Tensor:
-        """Sum of the losses of a micro-batch, to be divided by the loss weights of its step.
+        """Return the sum of the losses of a micro-batch, to be divided by the loss weights of its step.
 
         Args:
             token_share: what a token of ORPO's cross-entropy counts next to a pair.
@@ -259,13 +259,15 @@ class RandomNumberState(NamedTuple):
 
     @classmethod
     def capture(cls, device: torch.device) -> RandomNumberState:
-        """The state now, without waiting for the device."""
+        """Return the state now, without waiting for the device."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
     @classmethod
     def read(cls, state: dict[str, Any], device: torch.device) -> RandomNumberState:
-        """The state in a checkpoint; in one of several processes an earlier version kept that of each GPU."""
+        """Return the state in a checkpoint; in one of several processes an earlier version kept that of each
+        GPU.
+        """
         cuda = state.get("cuda")
         return cls(
             state["python"],

@@ -112,7 +112,7 @@ class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def measure_answers(rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-    """The metrics that suit the references, the most telling first."""
+    """Return the metrics that suit the references, the most telling first."""
     metrics: list[Metric] = []
     calling = [row for row in rows if row.tools and read_calls(row.reference_raw)]
     plain = [row for row in rows if not row.reference_raw]
@@ -136,7 +136,7 @@ def measure_answers(rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
 
 
 def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> Metric:
-    """The metric of answers that are right or wrong, on the same prompts."""
+    """Return the metric of answers that are right or wrong, on the same prompts."""
     rows = len(base)
     return Metric(
         name=name,
@@ -151,7 +151,7 @@ def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> 
 
 
 def compare_means(name: str, base: Sequence[float], adapter: Sequence[float]) -> Metric:
-    """The metric of answers with values from 0 to 1, on the same prompts."""
+    """Return the metric of answers with values from 0 to 1, on the same prompts."""
     rows = len(base)
     return Metric(
         name=name,
@@ -171,7 +171,9 @@ class NotJsonError(ValueError):
 
 
 def same_words(one: str, other: str) -> bool:
-    """Whether two texts have the same words in the same order; texts without words are compared whole."""
+    """Return whether two texts have the same words in the same order; texts without words are
+    compared whole.
+    """
     first, second = words(one), words(other)
     return first == second if first or second else one.strip() == other.strip()
 
@@ -189,7 +191,7 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def parse_json(text: str) -> Any:
-    """The object or array that a text is, alone or in one code fence.
+    """Return the object or array that a text is, alone or in one code fence.
 
     Raises:
         NotJsonError: it is anything else, also JSON with text around it.
@@ -206,7 +208,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is an object or array of JSON and nothing else."""
+    """Return whether a text is an object or array of JSON and nothing else."""
     try:
         parse_json(text)
     except NotJsonError:
@@ -215,7 +217,7 @@ def is_json(text: str) -> bool:
 
 
 def same_json(one: str, other: str) -> bool:
-    """Whether two texts are JSON of the same value."""
+    """Return whether two texts are JSON of the same value."""
     try:
         return bool(parse_json(one) == parse_json(other))
     except (NotJsonError, RecursionError):
@@ -227,7 +229,7 @@ def _refuse(constant: str) -> None:
 
 
 def read_calls(text: str) -> tuple[ToolCall, ...]:
-    """The tool calls of an answer, in order; none if there is none, or if one of them is malformed."""
+    """Return the tool calls of an answer, in order; none if there is none, or if one of them is malformed."""
     try:
         return tuple(_calls(text))
     except (ValueError, RecursionError):
@@ -235,7 +237,8 @@ def read_calls(text: str) -> tuple[ToolCall, ...]:
 
 
 def fits_tools(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a call names one of the tools and gives an object with all arguments that the tool requires.
+    """Return whether a call names one of the tools and gives an object with all arguments that the tool
+    requires.
 
     Args:
         call: a call that was read.

@@ -129,7 +129,7 @@ def evaluate_task(
 
 
 def adapter_hash(run: RunDir) -> str:
-    """A hash of the run's adapter; empty if it has none."""
+    """Return a hash of the run's adapter; empty if it has none."""
     try:
         return digest(run.adapter_dir)
     except OSError:
@@ -147,7 +147,7 @@ def write_task_evaluation(run: RunDir, evaluation: TaskEvaluation) -> None:
 
 
 def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
-    """The evaluation of the run's adapter; None if it is missing, damaged, or of another adapter."""
+    """Return the evaluation of the run's adapter; None if it is missing, damaged, or of another adapter."""
     evaluation = read_json(run.task_evaluation_path, _EVALUATIONS, _MAX_BYTES)
     return evaluation if evaluation is not None and evaluation.adapter == adapter_hash(run) else None
 
@@ -177,7 +177,7 @@ def describe_loss(loss: LossChange, name: str) -> str:
 
 
 def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False) -> list[str]:
-    """The report, with the answers to the first ``rows`` prompts; ``narrow`` is that of the table."""
+    """Return the report, with the answers to the first ``rows`` prompts; ``narrow`` is that of the table."""
     loss_name = "validation loss" if evaluation.is_of_run else "loss of the references"
     decisions = evaluation.decisions
     how = (

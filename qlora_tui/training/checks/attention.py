@@ -101,7 +101,7 @@ def _compare(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention output. Raises AttentionMismatchError if ``packed``, ours, differs."""
+    """Return the library's attention output. Raises AttentionMismatchError if ``packed``, ours, differs."""
     dtype = query.dtype
     # The library's masks add the lowest number of the dtype to hidden scores.
     masks = {
@@ -129,7 +129,7 @@ def attention_matches(
     value: Tensor,
     scaling: float | None,
 ) -> bool:
-    """Whether two attention functions agree on the tensors of a layer.
+    """Return whether two attention functions agree on the tensors of a layer.
 
     The queries are scaled so that scores have a typical size: large scores would put all weight on one key,
     and small ones would hide a soft cap. In float64 this compares the formula, in the run's dtype the kernel.
@@ -149,7 +149,7 @@ def attention_matches(
 def _reference(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
-    """The family's own eager attention, (batch, tokens, heads, width)."""
+    """Return the family's own eager attention, (batch, tokens, heads, width)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)

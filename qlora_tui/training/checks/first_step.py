@@ -208,7 +208,9 @@ def verify_step(
     paths = _in_every_process(dist, lambda: FastPaths(model, base))
 
     def compare(names: Collection[FastPath]) -> tuple[StepComparison, bool]:
-        """The comparison in this process with the fast paths ``names``, and whether all processes agree."""
+        """Return the comparison in this process with the fast paths ``names``, and whether all processes
+        agree.
+        """
         paths.use(names)
         comparison = _in_every_process(
             dist, lambda: _compare_or_blame(reference, packed="packed attention" in names, pad_id=pad_id)
@@ -284,7 +286,9 @@ def _describe_error(error: Exception) -> str:
 def _first_sequences(
     step_plan: StepPlan, samples: TokenizedDataset, micro_batch: int
 ) -> Sequence[PackedSamples]:
-    """The first micro-batch with two samples, which shows whether one sees the other; else the first."""
+    """Return the first micro-batch with two samples, which shows whether one sees the other; else
+    the first.
+    """
     every = (
         sequences for step in step_plan.steps for sequences in micro_batches(step.sequences, micro_batch)
     )
@@ -295,7 +299,9 @@ def _first_sequences(
 
 
 def _affordable_tokens(longest: list[PackedSamples], samples: TokenizedDataset, device: ComputeDevice) -> int:
-    """Tokens of an excerpt for which the library's step needs no more memory than the run's longest step.
+    """Return the number of tokens of an excerpt for which the library's step needs no more memory
+    than the run's longest
+    step.
 
     The library keeps the logits of a whole sample where our loss keeps a chunk of them, and up to twice the
     activations per token.

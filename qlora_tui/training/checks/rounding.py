@@ -33,12 +33,14 @@ boundary in about 1 of 1,000 elements (bfloat16: 1 of 10,000); one rounding more
 
 
 def bitwise_equal(actual: Tensor, expected: Tensor) -> bool:
-    """Whether dtype, shape and every bit agree: the same operations on the same values, in the same order."""
+    """Return whether dtype, shape and every bit agree: the same operations on the same values, in the same
+    order.
+    """
     return actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
 def equal_up_to_rounding(actual: Tensor, expected: Tensor) -> bool:
-    """Whether elementwise operations in the same order, rounded at the same places, gave both tensors.
+    """Return whether elementwise operations in the same order, rounded at the same places, gave both tensors.
 
     False if dtype or shape differ, or one of the two has a NaN.
     """
@@ -56,7 +58,8 @@ def equal_up_to_rounding(actual: Tensor, expected: Tensor) -> bool:
 
 
 def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: float) -> bool:
-    """Whether every element differs by at most ``roundings`` rounding errors of a value of its ``scale``.
+    """Return whether every element differs by at most ``roundings`` rounding errors of a value of its
+    ``scale``.
 
     ``scale`` has one value per element: the magnitude of the terms that were rounded in computing it, which
     exceeds the element itself where terms cancel. A rounding error is ``eps`` of the dtype of ``actual``,
@@ -72,7 +75,8 @@ def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: 
 
 
 def within_noise(actual: Tensor, exact: Tensor, noise: Tensor, factor: float) -> bool:
-    """Whether no element is further from its exact value than ``factor`` times the noise; NaN is further.
+    """Return whether no element is further from its exact value than ``factor`` times the noise; NaN is
+    further.
 
     ``noise``: the error of another way to compute the same, and at least what rounding alone gives.
     """
@@ -82,7 +86,7 @@ def within_noise(actual: Tensor, exact: Tensor, noise: Tensor, factor: float) ->
 def outputs_and_gradients(
     function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
-    """What a function returns, and the gradients of its inputs for these gradients of its outputs."""
+    """Return what a function returns, and the gradients of its inputs for these gradients of its outputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     with torch.enable_grad():
         returned = function(*leaves)

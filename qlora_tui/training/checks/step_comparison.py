@@ -160,14 +160,14 @@ class StepReference:
         )
 
     def failure(self, reason: str) -> StepComparison:
-        """The comparison for a step of ours that could not be computed."""
+        """Return the comparison for a step of ours that could not be computed."""
         return StepComparison(math.nan, self.loss, self.loss_noise, math.nan, math.nan, "", reason)
 
     def _size(self, name: str) -> float:
         return max(float(self._gradients[name].norm()), self._least)
 
     def _noise_of(self, name: str) -> float:
-        """The noise, floored at the smallest resolvable gradient.
+        """Return the noise, floored at the smallest resolvable gradient.
 
         If noise dominates, the tensor fails only if it matters to the whole gradient. That happens to
         queries and keys whose attention sees a single token: their exact gradient is 0. What is computed is
@@ -214,7 +214,7 @@ class StepReference:
         return gradients
 
     def _compared(self, gradient: Tensor) -> Tensor:
-        """What is compared of a gradient, as fp32 on the CPU."""
+        """Return what is compared of a gradient, as fp32 on the CPU."""
         if gradient.numel() > _LARGE:
             rows = set(range(0, len(gradient), max(1, len(gradient) // _COMPARED_ROWS)))
             every = (self._excerpt.token_ids(i) for i in range(len(self._excerpt)))
@@ -264,6 +264,6 @@ def _no_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _autocast(device: ComputeDevice) -> AbstractContextManager[Any]:
-    """The trainer's autocast context: mixed precision for float16 on a GPU."""
+    """Return the trainer's autocast context: mixed precision for float16 on a GPU."""
     uses_it = device.kind == "cuda" and device.dtype == torch.float16
     return torch.autocast("cuda", torch.float16) if uses_it else nullcontext()

@@ -56,13 +56,13 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is read in 16 bits and stored in 4."""
+        """Return whether a parameter is read in 16 bits and stored in 4."""
         if _packed_projection(model, param_name) is not None:
             return not self.pre_quantized
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Bytes of an element as stored; packed experts have as many elements as bytes."""
+        """Return how many bytes an element takes as stored; packed experts have as many elements as bytes."""
         if _packed_projection(model, param_name) is not None:
             return 1
         return float(super().param_element_size(model, param_name, param))
@@ -138,7 +138,7 @@ class ExpertConverter(WeightConverter):
     def _matrices(
         self, layout: ExpertLayout, convert_whole: Callable[[], dict[str, Any]]
     ) -> Iterator[Tensor]:
-        """The matrix of each expert in turn. A matrix is valid until the next one is read."""
+        """Yield the matrix of each expert in turn. A matrix is valid until the next one is read."""
         jobs = [
             self.collected_tensors[pattern]
             for pattern in self.source_patterns
@@ -155,7 +155,9 @@ class ExpertConverter(WeightConverter):
             yield from whole[0] if isinstance(whole, list) else whole
 
     def _joins_matrices(self) -> bool:
-        """Whether the operations stack the experts, and put the rows of gate and up below each other."""
+        """Return whether the operations stack the experts, and put the rows of gate and up below
+        each other.
+        """
         operations = [(type(op), op.dim) for op in self.operations if hasattr(op, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]
         return len(operations) == len(self.operations) and operations == expected[: len(self.source_patterns)]
@@ -177,7 +179,7 @@ class Mxfp4Converter(ExpertConverter):
 
 
 def _for_experts(converter: Any) -> Any:
-    """The converter, as one of ours where it fills a projection of experts."""
+    """Return the converter, as one of ours where it fills a projection of experts."""
     if type(converter) is not WeightConverter or not any(
         target.endswith(f"experts.{name}") for target in converter.target_patterns for name in PROJECTIONS
     ):
@@ -194,7 +196,9 @@ def _for_experts(converter: Any) -> Any:
 
 
 def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | None:
-    """The 4-bit experts and the projection that a full parameter name means; None for any other name."""
+    """Return the 4-bit experts and the projection that a full parameter name means; None for any
+    other name.
+    """
     path, _, name = parameter.rpartition(".")
     if name not in PROJECTIONS:
         return None
@@ -203,7 +207,7 @@ def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | 
 
 
 def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
-    """The rows of every source of an expert below each other, in the same memory for each expert."""
+    """Yield the rows of every source of an expert below each other, in the same memory for each expert."""
     matrix: Tensor | None = None
     for expert in range(layout.experts):
         row = 0
@@ -221,7 +225,7 @@ def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
 
 
 def _stored_slices(job: Any, experts: int) -> Iterator[Tensor]:
-    """The part of each expert of a stored tensor, whose first dimension is that of the experts."""
+    """Yield the part of each expert of a stored tensor, whose first dimension is that of the experts."""
     if isinstance(job, _DeferredRead) and hasattr(job.stored, "get_shape"):
         yield from map(job.expert, range(experts))
     else:
@@ -243,7 +247,7 @@ class _DeferredRead:
         return self.read_whole()
 
     def expert(self, number: int) -> Tensor:
-        """The matrix of one expert, as the whole would be read."""
+        """Return the matrix of one expert, as the whole would be read."""
         matrix: Tensor = self.stored[number : number + 1][0]
         return matrix.to(device=self.device, dtype=self.dtype if matrix.is_floating_point() else None)
 
@@ -261,6 +265,6 @@ def _deferred(spawn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read(job: Any) -> Tensor:
-    """The tensor of a deferred read: a function, or a future where transformers reads in threads."""
+    """Return the tensor of a deferred read: a function, or a future where transformers reads in threads."""
     tensor: Tensor = job.result() if hasattr(job, "result") else job()
     return tensor

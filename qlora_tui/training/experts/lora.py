@@ -65,7 +65,9 @@ class _Rerun(torch.autograd.Function):
 
 
 def _run(experts: Experts4bit, adapters: dict[str, ExpertAdapter], tensors: Sequence[Tensor]) -> Tensor:
-    """The family's forward on hidden states, chosen experts, routing weights, and A and B of each adapter."""
+    """Return the family's forward on hidden states, chosen experts, routing weights, and A and B of each
+    adapter.
+    """
     factors = iter(tensors[3:])
     given = {name: replace(adapter, a=next(factors), b=next(factors)) for name, adapter in adapters.items()}
     forward = type(experts.family).forward
@@ -189,7 +191,9 @@ def _routed(active: ActiveName) -> Callable[..., Tensor]:
 
 
 def _reference(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The output (tokens, hidden) of the family's own forward, for 4-bit experts with their adapters."""
+    """Return the output (tokens, hidden) of the family's own forward, for 4-bit experts with their
+    adapters.
+    """
     adapters = _adapters(module, active_in_peft)
     factors = [factor for adapter in adapters.values() for factor in (adapter.a, adapter.b)]
     arguments = (_base(module), adapters, x, chosen, weights, *factors)
@@ -198,7 +202,7 @@ def _reference(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tenso
 
 
 def _adapters(module: Any, active: ActiveName) -> dict[str, ExpertAdapter]:
-    """The active adapter of each adapted projection, by its name, under the outermost wrapper."""
+    """Return the active adapter of each adapted projection, by its name, under the outermost wrapper."""
     adapters = {}
     while is_parameter_wrapper(module):
         name = active(module)
@@ -210,7 +214,7 @@ def _adapters(module: Any, active: ActiveName) -> dict[str, ExpertAdapter]:
 
 
 def active_in_peft(wrapper: Any) -> str | None:
-    """The adapter that peft has activated in a wrapper; None if adapters are disabled."""
+    """Return the adapter that peft has activated in a wrapper; None if adapters are disabled."""
     names = wrapper.active_adapters
     if len(names) > 1:
         raise NotImplementedError("several adapters at once on the experts of a layer")
@@ -226,5 +230,7 @@ def _wrappers(model: nn.Module) -> list[Any]:
 
 
 def is_parameter_wrapper(module: nn.Module) -> bool:
-    """Whether peft adapts one parameter of a module with this. By name: importing peft takes seconds."""
+    """Return whether peft adapts one parameter of a module with this. By name: importing peft takes
+    seconds.
+    """
     return type(module).__name__ == "ParamWrapper"

@@ -65,12 +65,12 @@ class ExpertAdapter:
 
 
 def rows_of_a(a: Tensor, experts: int) -> Tensor:
-    """A view (experts, rank, inputs) of stacked factors A."""
+    """Return a view (experts, rank, inputs) of stacked factors A."""
     return a.view(experts, -1, a.shape[1])
 
 
 def columns_of_b(b: Tensor, experts: int) -> Tensor:
-    """A view (experts, outputs, rank) of stacked factors B."""
+    """Return a view (experts, outputs, rank) of stacked factors B."""
     return b.view(b.shape[0], -1, experts).permute(2, 0, 1)
 
 
@@ -88,7 +88,7 @@ class Projection:
     adapter: ExpertAdapter | None = None
 
     def product(self, x: Tensor, expert: int, memory: Tensor | None) -> Tensor:
-        """The outputs (n, outputs) of an expert for inputs (n, inputs)."""
+        """Return the outputs (n, outputs) of an expert for inputs (n, inputs)."""
         matrix = self.read(expert, x.dtype, memory)
         out = x @ (matrix if self.transposed else matrix.t())
         if self.bias is not None:
@@ -99,7 +99,7 @@ class Projection:
         return out
 
     def input_gradient(self, grad: Tensor, expert: int, memory: Tensor | None) -> Tensor:
-        """The gradient (n, inputs) of an expert's inputs, from that of its outputs (n, outputs)."""
+        """Return the gradient (n, inputs) of an expert's inputs, from that of its outputs (n, outputs)."""
         matrix = self.read(expert, grad.dtype, memory)
         out = grad @ (matrix.t() if self.transposed else matrix)
         if self.adapter is not None:
@@ -120,7 +120,7 @@ class Routes:
     """(experts,): slots of each expert."""
 
     def spans(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that has slots, and where they are. Waits for the GPU once.
+        """Yield each expert that has slots, and where they are. Waits for the GPU once.
 
         Without values, on the meta device, every expert gets as many slots, and only the first two run: the
         others allocate and free the same.
@@ -169,7 +169,7 @@ class RoutedLayer:
         return [factor for each in adapters for factor in ((each.a, each.b) if each else (None, None))]
 
     def memory(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Memory for one matrix at a time; None on a CPU, where bitsandbytes allocates each."""
+        """Return the memory for one matrix at a time; None on a CPU, where bitsandbytes allocates each."""
         if x.device.type == "cpu" or not self.is_packed:
             return None
         numel = max(each.inputs * each.outputs for each in (self.first, self.second))
@@ -177,7 +177,7 @@ class RoutedLayer:
 
 
 def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, layer: RoutedLayer) -> Tensor:
-    """The weighted sum (tokens, hidden) of the outputs of each token's experts, in the dtype of ``x``.
+    """Return the weighted sum (tokens, hidden) of the outputs of each token's experts, in the dtype of ``x``.
 
     Args:
         x: hidden states (tokens, hidden).
@@ -223,7 +223,9 @@ class RoutedExperts(torch.autograd.Function):
 def _forward(
     x: Tensor, weights: Tensor, routes: Routes, layer: RoutedLayer, dtype: torch.dtype, *, keeps_both: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The weighted sums, and the gate and up projections of all slots where the backward needs them."""
+    """Return the weighted sums, and the gate and up projections of all slots where the backward
+    needs them.
+    """
     rows = x.to(dtype)
     by_slot = weights.reshape(-1)
     slots = routes.order.numel()
@@ -273,7 +275,7 @@ class _Backward:
         self._memory = layer.memory(x, dtype)
 
     def compute(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of each argument of the function, from that of its output (tokens, hidden)."""
+        """Return the gradient of each argument of the function, from that of its output (tokens, hidden)."""
         grad = grad.to(self._rows.dtype)
         for expert, span in self._routes.spans():
             self._add_expert(expert, span, grad)
@@ -364,7 +366,7 @@ class Experts4bit(nn.Module):
         return self._layouts[name]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a projection by suffix."""
+        """Return the tensors of a projection by suffix."""
         return {suffix: getattr(self, name + suffix) for suffix in self._layouts[name].suffixes}
 
     def matrix(self, name: str, expert: int, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
@@ -372,7 +374,9 @@ class Experts4bit(nn.Module):
         return dequantize(self.tensors(name), expert, self._layouts[name], dtype, memory)
 
     def _apply_gate(self, both: Tensor) -> Tensor:
-        """The activation: gate and up projections (n, 2 · width) to (n, width), as the family names it."""
+        """Return the activation: gate and up projections (n, 2 · width) to (n, width), as the family names
+        it.
+        """
         out: Tensor = self._family[0]._apply_gate(both)
         return out
 
@@ -382,12 +386,12 @@ class Experts4bit(nn.Module):
         return self._family[0]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sums (tokens, hidden) of the experts of each token."""
+        """Return the weighted sums (tokens, hidden) of the experts of each token."""
         return routed_experts(hidden_states, top_k_index, top_k_weights, routed_layer(self))
 
 
 def routed_layer(experts: Any, adapters: Mapping[str, ExpertAdapter] | None = None) -> RoutedLayer:
-    """What a layer's experts compute, for 4-bit experts and for a family's own module.
+    """Return what a layer's experts compute, for 4-bit experts and for a family's own module.
 
     ``adapters`` has the adapter of each adapted projection, by its name.
     """
@@ -417,7 +421,9 @@ def _stored_matrix(
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module has its experts in two fused parameters, each matrix of which is used by itself."""
+    """Return whether a module has its experts in two fused parameters, each matrix of which is used by
+    itself.
+    """
     return (
         hasattr(module, "is_transposed")
         and getattr(module, "has_gate", False)
@@ -432,12 +438,12 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model with fused experts in 16 or 32 bits, by name."""
+    """Return the modules of a model with fused experts in 16 or 32 bits, by name."""
     return ((name, module) for name, module in model.named_modules() if is_fused_experts(module))
 
 
 def experts_4bit(model: nn.Module) -> Iterator[tuple[str, Experts4bit]]:
-    """The modules of a model with 4-bit experts, by name."""
+    """Return the modules of a model with 4-bit experts, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Experts4bit))
 
 
@@ -448,7 +454,7 @@ def replace_experts(model: nn.Module, method: str, *, nested: bool) -> None:
 
 
 def _without_parameters(family: Any) -> Any:
-    """A shallow copy of a module that keeps its settings and submodules, and no parameters."""
+    """Return a shallow copy of a module that keeps its settings and submodules, and no parameters."""
     copy = object.__new__(type(family))
     copy.__dict__.update({**family.__dict__, "_parameters": {}, "_buffers": dict(family._buffers)})
     return copy

@@ -97,7 +97,7 @@ def dequantize(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The matrix of one expert, (rows, columns), in ``dtype``.
+    """Return the matrix of one expert, (rows, columns), in ``dtype``.
 
     Args:
         tensors: as from :meth:`ExpertLayout.empty_tensors`.
@@ -135,7 +135,7 @@ def dequantize(
 
 @lru_cache(maxsize=8)
 def _scale_code(device: torch.device) -> Tensor:
-    """The 256 values of quantized scales, which are the same in every module."""
+    """Return the 256 values of quantized scales, which are the same in every module."""
     from bitsandbytes.functional import create_dynamic_map
 
     return torch.as_tensor(create_dynamic_map()).to(device)

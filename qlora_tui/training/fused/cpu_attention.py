@@ -92,7 +92,7 @@ class RowAttention(torch.autograd.Function):
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
-    """The output and the log-sum-exp of each query, from the kernel that SDPA would choose."""
+    """Return the output and the log-sum-exp of each query, from the kernel that SDPA would choose."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
@@ -106,7 +106,7 @@ def _expand_kv_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _kernel_supports_gqa() -> bool:
-    """Whether the kernel supports fewer key heads: that of torch 2.6 silently reads past their end."""
+    """Return whether the kernel supports fewer key heads: that of torch 2.6 silently reads past their end."""
     q, k = torch.ones(1, 2, 3, 16), torch.ones(1, 1, 3, 16)
     out, _ = _flash(q, k, k, 1.0)
     return torch.equal(out, q)
@@ -196,7 +196,9 @@ def _sample_backward(
 
 
 def token_multiple(device: torch.device, dtype: torch.dtype) -> int:
-    """The multiple of tokens: more than 1 only for bfloat16 on a CPU, whose products oneDNN computes."""
+    """Return the multiple of tokens: more than 1 only for bfloat16 on a CPU, whose products oneDNN
+    computes.
+    """
     return TOKEN_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
@@ -207,6 +209,6 @@ def pad_tokens(x: Tensor) -> Tensor:
 
 
 def padded_length(x: Tensor) -> int:
-    """Tokens of x (…, tokens, width) after padding."""
+    """Return the number of tokens of x (…, tokens, width) after padding."""
     multiple = token_multiple(x.device, x.dtype)
     return -(-x.shape[-2] // multiple) * multiple

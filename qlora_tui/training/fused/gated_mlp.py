@@ -65,7 +65,7 @@ def _patch_forward(mlp: Any, down: AdaptedModule) -> None:
 
 @torch.no_grad()
 def is_gated(mlp: Any) -> bool:
-    """Whether the module's forward is down(act(gate(x)) · up(x)) and nothing else, bit by bit.
+    """Return whether the module's forward is down(act(gate(x)) · up(x)) and nothing else, bit by bit.
 
     For the test its three projections are replaced by chosen values, so that a factor, a clamp or another
     activation cannot hide, and no weight is read. Every layer is tested, because some models differ by layer
@@ -139,7 +139,7 @@ def _product(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
 
 
 def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]:
-    """The kernels, and the activation's name in them; None if torch computes."""
+    """Return the kernels, and the activation's name in them; None if torch computes."""
     kernels = find_kernels(gate.device, gate.dtype)
     name = "" if kernels is None else _name_of(act)
     return (kernels if name else None), name
@@ -147,7 +147,7 @@ def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]
 
 @cache
 def _name_of(act: Activation) -> str:
-    """The activation's name in the kernels, from what it computes; empty if they do not have it."""
+    """Return the activation's name in the kernels, from what it computes; empty if they do not have it."""
     x = torch.linspace(-9, 9, 1001)
     computed = act(x)
     if bitwise_equal(computed, functional.silu(x)):

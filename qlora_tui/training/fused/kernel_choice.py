@@ -47,7 +47,7 @@ def allow_kernels(allowed: bool) -> None:
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The module of kernels for tensors of this dtype on this device; None if torch computes.
+    """Return the module of kernels for tensors of this dtype on this device; None if torch computes.
 
     Before :func:`verify_kernels` that is everywhere: this is called in each forward, where nothing can be
     tried.

@@ -98,7 +98,9 @@ class AdapterCasts:
         return parameter.to(dtype) if copy is None else copy
 
     def cast_stack(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The rows of all parameters in ``dtype``: their copies where those are of one stack and valid."""
+        """Return the rows of all parameters in ``dtype``: their copies where those are of one stack and
+        valid.
+        """
         if len(parameters) == 1:
             return self.cast(parameters[0], dtype)
         stacked = self._by_stack.get(tuple(map(id, parameters)))
@@ -188,7 +190,7 @@ class AdaptedModule:
     casts: AdapterCasts
 
     def adapter(self) -> LoraParameters | None:
-        """The active adapter; None if it is not exactly one."""
+        """Return the active adapter; None if it is not exactly one."""
         module = self.module
         names = module.active_adapters
         if module.disable_adapters or module.merged or len(names) != 1:
@@ -273,14 +275,16 @@ class FusedLora(torch.autograd.Function):
 
 
 def adapted_outputs(x: Tensor, adapters: list[LoraParameters]) -> tuple[Tensor, ...]:
-    """The outputs of adapted modules that all read x (…, inputs)."""
+    """Return the outputs of adapted modules that all read x (…, inputs)."""
     weights = [weight for adapter in adapters for weight in (adapter.a, adapter.b)]
     outputs: tuple[Tensor, ...] = FusedLora.apply(x, adapters, *weights)  # type: ignore[no-untyped-call]  # torch's own
     return outputs
 
 
 def adapter_inputs(x: Tensor, adapters: Sequence[LoraParameters]) -> tuple[Tensor | None, Tensor]:
-    """The dropout mask (None without dropout) and dropout(x) · Aᵀ, (rows, all ranks), of x (…, inputs)."""
+    """Return the dropout mask (None without dropout) and dropout(x) · Aᵀ, (rows, all ranks), of x (…,
+    inputs).
+    """
     device = x.device.type
     dtype = product_dtype(x)
     with without_autocast(device):
@@ -301,7 +305,9 @@ def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> Non
 
 
 def grad_of_outputs(grad: Tensor, xa: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and of B, in its dtype."""
+    """Return the gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and of B, in its
+    dtype.
+    """
     b, nothing = adapter.b_in(xa.dtype), xa.new_empty(())
     grad = grad.reshape(-1, b.shape[0]).to(xa.dtype)
     # The scale is a factor of the product itself, which needs no kernel of its own.
@@ -311,7 +317,7 @@ def grad_of_outputs(grad: Tensor, xa: Tensor, adapter: LoraParameters) -> tuple[
 
 
 def grad_of_a(grad_xa: Tensor, x: Tensor, dropout_mask: Tensor | None) -> Tensor:
-    """The gradient of A, from the inputs x (…, inputs), in the dtype of ``grad_xa``."""
+    """Return the gradient of A, from the inputs x (…, inputs), in the dtype of ``grad_xa``."""
     rows = x.reshape(-1, x.shape[-1]).to(grad_xa.dtype)
     return grad_xa.t() @ apply_dropout(rows, dropout_mask)
 
@@ -337,7 +343,7 @@ def add_adapter_grad(
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A context without autocast, which costs time if it is off already."""
+    """Return a context without autocast, which costs time if it is off already."""
     return torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext()
 
 
@@ -351,7 +357,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _dropout_mask(values: Tensor, p: float) -> Tensor:
-    """A dropout mask of one byte per element: bool on a GPU; on a CPU int8, -1 to keep and 0 to drop.
+    """Return a dropout mask of one byte per element: bool on a GPU; on a CPU int8, -1 to keep and 0 to drop.
 
     On a CPU one 64-bit random number decides for four elements, 15 bits each: with one number per element,
     drawing them would take a third of the step.
@@ -398,7 +404,7 @@ def fuse_lora(model: nn.Module, decoder: nn.Module, casts: AdapterCasts) -> list
 
 
 def _modules_by_input(model: nn.Module, adapted: dict[Any, WeightLoader]) -> list[list[Any]]:
-    """All adapted modules, those together that are expected to read the same input."""
+    """Return all adapted modules, those together that are expected to read the same input."""
     groups: list[list[Any]] = []
     for parent in model.modules():
         for names in GROUPS:
@@ -432,7 +438,7 @@ class SharedInput:
             self._is_shared, self._outputs, self._input = False, {}, None
 
     def output_of(self, module: Any, x: Tensor) -> Tensor | None:
-        """The output of one of the modules; None if it must be computed by itself."""
+        """Return the output of one of the modules; None if it must be computed by itself."""
         if not (self._is_shared and torch.is_grad_enabled()):
             return None
         if module is self.members[0].module:
@@ -473,12 +479,12 @@ def _patch_forward(member: AdaptedModule, shared: SharedInput) -> None:
 
 
 def _stacked_a(adapters: Sequence[LoraParameters], dtype: torch.dtype) -> Tensor:
-    """The rows of every A."""
+    """Return the rows of every A."""
     return adapters[0].casts.cast_stack([adapter.a for adapter in adapters], dtype)
 
 
 def _by_adapter(stacked: Tensor, adapters: Sequence[LoraParameters], dim: int = 1) -> tuple[Tensor, ...]:
-    """The columns of each adapter, or with ``dim`` 0 its rows."""
+    """Return the columns of each adapter, or with ``dim`` 0 its rows."""
     if len(adapters) == 1:
         return (stacked,)
     return torch.split(stacked, [len(adapter.a) for adapter in adapters], dim=dim)

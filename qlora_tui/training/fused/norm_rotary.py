@@ -71,7 +71,7 @@ def _eps_of(norm: Any) -> Any:
 
 @torch.no_grad()
 def _find_variant(norm: Any) -> RmsNormVariant | None:
-    """The variant that computes what the module computes; None if none or several do.
+    """Return the variant that computes what the module computes; None if none or several do.
 
     Trained weights may hide the difference (Gemma's reach 1,656, where adding 1 is below the resolution of
     bfloat16), so the module is also run with weights between -3 and 3.
@@ -96,7 +96,9 @@ def _find_variant(norm: Any) -> RmsNormVariant | None:
 
 
 def _distinguishable_variants(dtype: torch.dtype) -> tuple[RmsNormVariant, ...]:
-    """The variants that differ in ``dtype``: in float32 it does not matter when the product is cast."""
+    """Return the variants that differ in ``dtype``: in float32 it does not matter when the product
+    is cast.
+    """
     return _VARIANTS[1:] if dtype == torch.float32 else _VARIANTS
 
 
@@ -115,7 +117,7 @@ def _example_rows(width: int, eps: float) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) -> tuple[Tensor, Tensor]:
-    """The output, and 1 / root mean square of each row, fp32, computed by torch."""
+    """Return the output, and 1 / root mean square of each row, fp32, computed by torch."""
     # Not vector_norm: it adds in plain order, whose error grows with the row; mean adds pairwise.
     squares = x.to(torch.float32, copy=True).square_()
     inv_rms = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -201,7 +203,7 @@ def fuse_rotary(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _rotary_function(module: nn.Module) -> RotaryFunction | None:
-    """The function that the module's forward calls by name; None if it calls none."""
+    """Return the function that the module's forward calls by name; None if it calls none."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     if code is None or _NAME not in code.co_names:
@@ -215,7 +217,7 @@ def _head_width(module: nn.Module) -> int | None:
 
 
 def _namespace(module: nn.Module) -> dict[str, Any]:
-    """The global names that the module's forward sees."""
+    """Return the global names that the module's forward sees."""
     namespace: dict[str, Any] = inspect.unwrap(type(module).forward).__globals__
     return namespace
 
@@ -243,7 +245,7 @@ def _fuse_attention(
 
 
 def _supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kinds: frozenset[CallKind]) -> bool:
-    """Whether the kernel computes a call of the family's function: one of a kind that was compared."""
+    """Return whether the kernel computes a call of the family's function: one of a kind that was compared."""
     return (
         q.dtype == k.dtype
         and cos.dtype == sin.dtype
@@ -279,7 +281,7 @@ def _same_kinds(
     device: torch.device,
     dtype: torch.dtype,
 ) -> frozenset[CallKind]:
-    """The kinds of calls of which a family's function is what the kernel computes."""
+    """Return the kinds of calls of which a family's function is what the kernel computes."""
     columns = {True: width, False: width // 4 * 2}
     return frozenset(
         (whole, table_dtype)
@@ -297,7 +299,7 @@ def _computes_same(
     device: torch.device,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> bool:
-    """Whether a family's function and its gradient are those of the kernel.
+    """Return whether a family's function and its gradient are those of the kernel.
 
     cos and sin are chosen values that differ in every column, so that no symmetry hides a difference.
 

@@ -224,7 +224,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, in_fp32: b
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, *, offset: float) -> Tensor:
-    """The gradient of x, in its dtype and shape, for a frozen weight."""
+    """Return the gradient of x, in its dtype and shape, for a frozen weight."""
     rows = x.contiguous().view(-1, x.shape[-1])
     out = torch.empty_like(rows)
     count, width = rows.shape
@@ -259,7 +259,7 @@ def gated_product(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tens
 def gated_product_backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: GatedActivation
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up. The first is written into ``grad``, which must be contiguous."""
+    """Return the gradients of gate and up. The first is written into ``grad``, which must be contiguous."""
     assert grad.is_contiguous()
     gate, up = gate.contiguous(), up.contiguous()
     grad_up = torch.empty_like(up)

@@ -53,7 +53,7 @@ class HostMemory:
         self._on_refused(why)
 
     def allocate(self, size_bytes: int) -> Tensor:
-        """A uint8 vector of host memory.
+        """Return a uint8 vector of host memory.
 
         Registered with CUDA rather than allocated by torch, whose pinned allocator rounds up to a power of
         two.
@@ -88,7 +88,7 @@ def _pin(buffer: Tensor, device: torch.device) -> str:
 
 
 def _arrives(buffer: Tensor, device: torch.device) -> bool:
-    """Whether the ends of a new buffer reach the GPU, twice: overwrites them.
+    """Return whether the ends of a new buffer reach the GPU, twice: overwrites them.
 
     On WSL2 copies from pinned memory may do nothing, without an error (FreeToken issue 291).
     """
@@ -102,7 +102,7 @@ def _arrives(buffer: Tensor, device: torch.device) -> bool:
 
 
 def _copied_there(values: Tensor, device: torch.device) -> Tensor:
-    """The values that a GPU has after a copy, back in other memory."""
+    """Return the values that a GPU has after a copy, back in other memory."""
     there = torch.empty_like(values, device=device).zero_()
     there.copy_(values, non_blocking=True)
     return there.cpu()

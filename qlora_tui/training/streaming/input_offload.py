@@ -71,7 +71,7 @@ class InputOffload:
         return kept_input
 
     def fetch(self, kept_input: KeptInput) -> Tensor:
-        """The input on the device again; starts to fetch that of the layer before."""
+        """Return the input on the device again; starts to fetch that of the layer before."""
         self._end_sending()
         if self._fetching is None or self._fetching[0] is not kept_input:
             self._start_fetch(kept_input)
@@ -97,7 +97,7 @@ class InputOffload:
             self._sending = None
 
     def _buffer(self, size_bytes: int) -> Tensor:
-        """The smallest free buffer that is large enough, or another one."""
+        """Return the smallest free buffer that is large enough, or another one."""
         fitting = [buffer for buffer in self._free_buffers if buffer.numel() >= size_bytes]
         if fitting:
             buffer = min(fitting, key=Tensor.numel)

@@ -176,7 +176,9 @@ def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence
 
 
 def movable_layers(model: Any, setting: str = "quantization.streamed_layers") -> list[nn.Module]:
-    """The decoder layers in the order of the forward. Raises UserError without a list, naming ``setting``."""
+    """Return the decoder layers in the order of the forward. Raises UserError without a list, naming
+    ``setting``.
+    """
     layers: list[nn.Module] = decoder_layers(model)
     if not layers:
         raise UserError(
@@ -189,7 +191,7 @@ def movable_layers(model: Any, setting: str = "quantization.streamed_layers") ->
 
 
 def _moving_tensors(model: nn.Module, layers: Sequence[nn.Module]) -> list[list[Tensor]]:
-    """The tensors of each layer that move; memory that something else reads too stays."""
+    """Return the tensors of each layer that move; memory that something else reads too stays."""
     candidates = [movable_tensors(layer) for layer in layers]
     in_layers = [{extent_of(tensor) for tensor in tensors} for tensors in candidates]
     ids = {id(tensor) for tensors in candidates for tensor in tensors}

@@ -45,11 +45,11 @@ class Copies:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
     def allocate(self, size_bytes: int) -> Tensor:
-        """A uint8 buffer on the device."""
+        """Return a uint8 buffer on the device."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def record_computation(self) -> Any:
-        """An event that occurs when everything that was computed so far has ended."""
+        """Return an event that occurs when everything that was computed so far has ended."""
         return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
@@ -78,7 +78,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def movable_tensors(layer: nn.Module) -> list[Tensor]:
-    """Every tensor object of a layer that moves. Several objects may share memory."""
+    """Return every tensor object of a layer that moves. Several objects may share memory."""
     by_id: dict[int, Tensor] = {}
     for module in layer.modules():
         for tensor in _owned_tensors(module):
@@ -90,7 +90,9 @@ def movable_tensors(layer: nn.Module) -> list[Tensor]:
 
 
 def all_tensors(model: nn.Module) -> list[Tensor]:
-    """Every tensor object of a model: parameters, buffers, attributes of modules, quantization states."""
+    """Return every tensor object of a model: parameters, buffers, attributes of modules,
+    quantization states.
+    """
     by_id: dict[int, Tensor] = {}
     for module in model.modules():
         for tensor in (*_owned_tensors(module), *_state_tensors(module)):
@@ -107,12 +109,12 @@ class Extent:
 
 
 def extent_of(tensor: Tensor) -> Extent:
-    """The memory from the first to the last element of a tensor, which is not empty."""
+    """Return the memory from the first to the last element of a tensor, which is not empty."""
     return Extent(tensor.data_ptr(), _span(tensor) * tensor.element_size())
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """The memory of a tensor as a uint8 vector that shares it, gaps between strides included."""
+    """Return the memory of a tensor as a uint8 vector that shares it, gaps between strides included."""
     return tensor.data.as_strided((_span(tensor),), (1,)).view(torch.uint8)
 
 
@@ -167,7 +169,7 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether an object holds the state of a quantized weight. Modules are visited by themselves."""
+    """Return whether an object holds the state of a quantized weight. Modules are visited by themselves."""
     package = type(value).__module__.partition(".")[0]
     return package in _STATE_PACKAGES and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
 
@@ -251,7 +253,7 @@ class LayerSlots:
         return tuple(self._held)
 
     def receives(self, place: int) -> bool:
-        """Whether the bytes of a layer arrive in its slot, which holds no layer afterwards.
+        """Return whether the bytes of a layer arrive in its slot, which holds no layer afterwards.
 
         They are copied twice: where such copies are lost, the first may not be.
         """
@@ -289,7 +291,7 @@ class LayerSlots:
         return place % len(self._slots)
 
     def _following(self, place: int, purpose: Pass) -> int | None:
-        """The layer that runs next; None if it is one of those in the slots already."""
+        """Return the layer that runs next; None if it is one of those in the slots already."""
         last = len(self._layers) - 1
         if purpose == "backward":
             return place - 1 if place else None
