@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from msgspec import structs
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_tui.catalog.architecture_types import Architecture
@@ -113,27 +114,40 @@ class Recorded:
 
 
 def record(request: TraceRequest) -> Recorded:
-    """Build the model and run one or two micro-steps; equal layers are built only as often as is needed.
+    r"""Build the model and run one or two micro-steps; equal layers are built only as often as is needed.
 
-    What fails is tried as the trainer runs a model that takes no several samples in one sequence, and then
-    one that changes its embeddings in place, of which it needs no gradients (``training/checks/base.py``).
+    What fails is tried in the other :class:`_Way`\ s. The last error says what none of them gets past.
     """
     gc.collect()
     gc.freeze()  # What is there already is left out of later collections.
-    padded = replace(request.execution, segments=False, varlen=False)
-    first: Exception | None = None
+    padded = structs.replace(request, execution=replace(request.execution, segments=False, varlen=False))
+    last: Exception | None = None
     with kernels_of(request.execution):
-        for execution, input_gradients in ((request.execution, True), (padded, True), (padded, False)):
-            tried = structs.replace(request, execution=execution)
+        for tried, way in ((request, _Way()), *((padded, way) for way in _PADDED_WAYS)):
             try:
-                return _record_layers(tried, input_gradients=input_gradients)
+                return _record_layers(tried, way)
             except (RuntimeError, ValueError) as error:
-                first = first or error
-    assert first is not None
-    raise first
+                last = error
+    assert last is not None
+    raise last
 
 
-def _record_layers(request: TraceRequest, *, input_gradients: bool) -> Recorded:
+class _Way(NamedTuple):
+    """How a model is run."""
+
+    input_gradients: bool = True
+    """False for one that changes its embeddings in place, of which the trainer then needs no gradients
+    (``training/checks/base.py``)."""
+    mask_device: str = "cpu"
+    """Device of a padded batch's mask: where code can read that nothing is masked, or ``meta`` for code that
+    multiplies by it (Mamba)."""
+
+
+_PADDED_WAYS = (_Way(), _Way(mask_device="meta"), _Way(input_gradients=False))
+"""How a model that takes no several samples in one sequence is run, in the order in which they are tried."""
+
+
+def _record_layers(request: TraceRequest, way: _Way) -> Recorded:
     architecture = architecture_of(request.config)
     repetition = None
     if not request.execution.kept_layers:
@@ -143,23 +157,23 @@ def _record_layers(request: TraceRequest, *, input_gradients: bool) -> Recorded:
         try:
             config = shortened(request.config, repetition.built)
             short = structs.replace(request, config=config)
-            recorded = _record(short, architecture_of(config), repetition, input_gradients=input_gradients)
+            recorded = _record(short, architecture_of(config), repetition, way)
         except TooManyOperations:
             raise
         except Exception:  # settings of single layers, which name layers that are left out
             recorded = None
-    recorded = recorded or _record(request, architecture, None, input_gradients=input_gradients)
+    recorded = recorded or _record(request, architecture, None, way)
     assert recorded is not None
     return recorded
 
 
 def _record(
-    request: TraceRequest, architecture: Architecture, repetition: Repetition | None, *, input_gradients: bool
+    request: TraceRequest, architecture: Architecture, repetition: Repetition | None, way: _Way
 ) -> Recorded | None:
     """Record a model; None where what its layers allocate does not repeat."""
     model, weights = build(request, architecture)
     base = model.get_base_model()
-    if not input_gradients:
+    if not way.input_gradients:
         base.get_input_embeddings().register_forward_hook(lambda module, args, output: output.detach())
     elif request.execution.own_fused:
         base.enable_input_require_grads()
@@ -172,7 +186,7 @@ def _record(
         _Trained(name, id(p), tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad
     ]
     layer_of_copy = {each.id: _layer_in(each.name, prefixes) for each in trained}
-    steps = [record_micro_step(model, request, layer_of_copy) for _ in range(count)]
+    steps = [record_micro_step(model, request, layer_of_copy, way.mask_device) for _ in range(count)]
     frozen = Counter[str]()
     for module, items in frozen_items(model):
         is_repeated = repetition is not None and repetition.repeats(numbers.get(id(module)))
@@ -229,12 +243,12 @@ def _weights_of_all(
 
 
 def record_micro_step(
-    model: Any, request: TraceRequest, layer_of_copy: Mapping[int, int | None]
+    model: Any, request: TraceRequest, layer_of_copy: Mapping[int, int | None], mask_device: str = "cpu"
 ) -> MicroStep:
     """Run forward and backward of one micro-batch; the gradients stay."""
     execution, recipe = request.execution, request.recipe
-    base = model.get_base_model()
-    batch = _inputs(request, padding_free=packed_attention.packed_attention_of(base) is not None)
+    is_packed = packed_attention.packed_attention_of(model.get_base_model()) is not None
+    batch = _inputs(request, None if is_packed else mask_device)
     before = {id(p): p.grad for p in model.parameters() if p.grad is not None}
     recorder = StorageRecorder(_vocabulary(model), recipe.data.max_length)
     hooks = _mark_layers(model, recorder, checkpointing=execution.checkpointing)
@@ -526,11 +540,14 @@ def _as_peft(model: Any, request: TraceRequest, architecture: Architecture) -> A
         return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
-def _inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
-    """Build one micro-batch with every token in the loss, packed into one sequence where possible."""
+def _inputs(request: TraceRequest, mask_device: str | None) -> dict[str, Any]:
+    """Build one micro-batch with every token in the loss.
+
+    ``mask_device``: where the mask of a padded batch is; None: all samples are packed into one sequence.
+    """
     recipe, execution = request.recipe, request.execution
     rows, length = recipe.rows_per_pass, recipe.data.max_length
-    shape = (1, rows * length) if padding_free else (rows, length)
+    shape = (rows, length) if mask_device else (1, rows * length)
     chunked = execution.own_fused and execution.loss != "stock"
     # The positions in the loss are looked for on the CPU.
     labels = torch.zeros(shape, dtype=torch.long, device="cpu" if chunked else "meta")
@@ -540,12 +557,11 @@ def _inputs(request: TraceRequest, *, padding_free: bool) -> dict[str, Any]:
     }
     if recipe.preference_method is not None:
         batch |= {"per_token": True, "loss_positions": torch.arange(labels.numel() - 1)}
-    if padding_free:
+    if mask_device:
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.long, device=mask_device)
+    else:
         batch["position_ids"] = torch.zeros(shape, dtype=torch.long, device="meta")
         batch["segments"] = [length] * rows
-    else:
-        # On the CPU, where transformers can read it and find nothing masked.
-        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
     return batch
 
 
@@ -569,7 +585,10 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
         if layer.bias is not None:
             layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         setattr(holder, leaf, layer)
-    # What peft goes by.
+    # What model code goes by that reads weights itself, and peft.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._is_quantized = True
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = method != "int8", method == "int8"  # type: ignore[assignment]
 
 

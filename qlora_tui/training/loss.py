@@ -179,7 +179,7 @@ def chunks_obstacle(model: Any) -> str:
     projection = model.get_output_embeddings()
     if type(projection) is not nn.Linear:
         return f"its head is a {type(projection).__name__}"
-    return "its decoder cannot be run without its head" if model.get_decoder() is model else ""
+    return "its decoder cannot be run without its head" if model.get_decoder() in (model, projection) else ""
 
 
 def find_head(model: nn.Module) -> ChunkedHead | str:

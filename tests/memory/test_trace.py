@@ -158,7 +158,7 @@ def test_repeated_layers_take_what_all_of_them_take(
 
     def record(*args: Any, **settings: Any) -> Any:
         result = recorded(*args, **settings)
-        built.append(args[-1] if result is not None else "not repeated")
+        built.append(args[2] if result is not None else "not repeated")
         return result
 
     monkeypatch.setattr(trace_worker, "_record", record)

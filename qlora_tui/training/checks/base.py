@@ -88,11 +88,16 @@ def _refused_by(model: Any, title: str) -> Iterator[None]:
     except _LIBRARY_ERRORS as error:
         if is_out_of_memory(error):
             raise
+        fix = "Choose a model that continues text, such as Qwen, Llama or Gemma."
+        if model.dtype != torch.float32:  # transformers 5.24 runs xLSTM in nothing else
+            fix += (
+                f" Or, if its code does not run in {model.dtype}, set quantization.compute_dtype to float32."
+            )
         raise UserError(
             title,
             what=f"{type(model).__name__}: {first_line(error)}",
             why="It was given only text tokens, the only input that fine-tuning here provides.",
-            fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
+            fix=fix,
         ) from error
 
 
