@@ -10,6 +10,22 @@ Verdict = Literal["trained", "refused", "wrong"]
 VERDICTS: tuple[Verdict, ...] = ("trained", "refused", "wrong")
 
 
+class Estimated(Struct, kw_only=True, omit_defaults=True):
+    """How the instant estimate of a type compares with its traced step."""
+
+    ratio: float = 0.0
+    """Bytes of the traced step's tensors, as a share of the instant estimate's."""
+    uncertainty: float = 0.0
+    """Share by which that estimate says that it may be off."""
+    untraced: str = ""
+    """Why there is no trace."""
+
+    @property
+    def is_outside(self) -> bool:
+        """Return whether the traced step takes more than the range of the instant estimate has."""
+        return not self.untraced and self.ratio - 1 > self.uncertainty
+
+
 class Walked(Struct, kw_only=True, omit_defaults=True):
     """What came of one type."""
 
@@ -29,6 +45,13 @@ class Walked(Struct, kw_only=True, omit_defaults=True):
     """Why its adapter is not merged."""
     largest_difference: float = 0.0
     """Of loss or gradient norm from the plain loop's."""
+    estimate: Estimated | None = None
+    """What came of its memory estimate; None where it was not compared."""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Return whether it computes other than the libraries, or takes more memory than its range has."""
+        return self.verdict == "wrong" or (self.estimate is not None and self.estimate.is_outside)
 
     @property
     def how(self) -> str:

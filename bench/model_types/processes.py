@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from bench.model_types.estimates import compare_estimate
 from bench.model_types.outcome import Walked
 from bench.model_types.walk import walk
 
@@ -22,7 +23,7 @@ _LIMIT_S = 600
 _PRELOAD = [
     "torch", "peft", "bitsandbytes", "datasets", "transformers.models.auto.modeling_auto",
     "qlora_tui.training.attempt", "qlora_tui.training.supervisor", "qlora_tui.export.merge",
-    "qlora_tui.chat.session", "bench.model_types.walk",
+    "qlora_tui.chat.session", "qlora_tui.engine.trace_worker", "bench.model_types.walk",
 ]  # fmt: skip
 
 
@@ -34,8 +35,14 @@ def all_types() -> list[str]:
     return sorted({*causal, *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
-def walk_all(types: Sequence[str], method: str) -> Iterator[Walked]:
-    """Walk types in processes of their own, which start with their imports behind them."""
+def walk_all(types: Sequence[str], method: str, only: str | None = None) -> Iterator[Walked]:
+    """Walk types in processes of their own, which start with their imports behind them.
+
+    Args:
+        types: the types, in order.
+        method: quantization of the models that are trained.
+        only: ``walk`` or ``estimate``, to leave out the other.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     waiting, running = list(reversed(types)), dict[Connection, tuple[str, Any, float]]()
@@ -43,7 +50,7 @@ def walk_all(types: Sequence[str], method: str) -> Iterator[Walked]:
         while waiting and len(running) < _PROCESSES:
             model_type = waiting.pop()
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_walk_in, args=(model_type, method, theirs))
+            process = context.Process(target=_walk_in, args=(model_type, method, only, theirs))
             process.start()
             theirs.close()
             running[ours] = (model_type, process, time.monotonic())
@@ -75,7 +82,7 @@ def describe_here(configs: Sequence[Any], should_stop: Any) -> list[Any]:
     return descriptions
 
 
-def _walk_in(model_type: str, method: Any, connection: Connection) -> None:
+def _walk_in(model_type: str, method: Any, only: str | None, connection: Connection) -> None:
     """Walk one type in its own folders."""
     import torch
     from transformers.utils import logging
@@ -93,4 +100,9 @@ def _walk_in(model_type: str, method: Any, connection: Connection) -> None:
         log = os.open(os.environ.get("WALK_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        connection.send_bytes(msgspec.json.encode(walk(model_type, Path(folder), method)))
+        walked = Walked(model_type=model_type, verdict="trained")
+        if only != "estimate":
+            walked = walk(model_type, Path(folder), method)
+        if only != "walk" and walked.verdict == "trained":
+            walked.estimate = compare_estimate(model_type)
+        connection.send_bytes(msgspec.json.encode(walked))

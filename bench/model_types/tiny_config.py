@@ -101,46 +101,63 @@ _NO_DEFAULT = {
 """Arguments without which a class rejects its own defaults."""
 
 
-def settings_of(model_type: str) -> dict[str, Any]:
-    """Return the arguments of ``AutoConfig.for_model`` for a tiny model of a type."""
+def settings_of(model_type: str, head_width: int = _HEAD_WIDTH) -> dict[str, Any]:
+    """Return the arguments of ``AutoConfig.for_model`` for a tiny model of a type.
+
+    Args:
+        model_type: the type.
+        head_width: most elements of a head of attention.
+    """
     from transformers import AutoConfig
 
-    settings = shrink(AutoConfig.for_model(model_type, **_NO_DEFAULT.get(model_type, {})).to_dict())
+    defaults = AutoConfig.for_model(model_type, **_NO_DEFAULT.get(model_type, {})).to_dict()
+    settings = shrink(defaults, head_width=head_width)
     for path, value in SETTINGS.get(model_type, {}).items():
         *holders, name = path.split(".")
         holder = settings
         for each in holders:
             holder = holder[each]
-        holder[name] = value
+        holder[name] = _widened(value, head_width) if "rope" in path else value
     return {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
 
 
-def shrink(values: dict[str, Any], text: tuple[int, int] | None = None) -> dict[str, Any]:
+def _widened(rope: Any, head_width: int) -> Any:
+    """Return settings of rotary positions with sections for heads of this width."""
+    if isinstance(rope, dict):
+        return {name: _widened(value, head_width) for name, value in rope.items()}
+    return [size * head_width // _HEAD_WIDTH for size in rope] if isinstance(rope, list) else rope
+
+
+def shrink(
+    values: dict[str, Any], text: tuple[int, int] | None = None, head_width: int = _HEAD_WIDTH
+) -> dict[str, Any]:
     """Return a config with small sizes.
 
     Args:
         values: a config, or one within it.
         text: the hidden size of the model's text part, and what it becomes; None: it is within ``values``.
+        head_width: most elements of a head.
     """
-    return _Shrinking(values, text).settings()
+    return _Shrinking(values, text, head_width).settings()
 
 
 class _Shrinking:
     """The factors by which the sizes of one config shrink."""
 
-    def __init__(self, values: dict[str, Any], text: tuple[int, int] | None) -> None:
+    def __init__(self, values: dict[str, Any], text: tuple[int, int] | None, head_width: int) -> None:
         self._values = values
+        self._most = head_width
         self._hidden = _first(values, _HIDDEN) or _HEADS * _HEAD_WIDTH
         self._heads = _first(values, _HEAD_COUNTS) or 1
         self._width = _first(values, _HEAD_WIDTHS) or max(1, self._hidden // self._heads)
         self._heads_to = min(self._heads, _HEADS)
-        self._width_to = min(self._width, _HEAD_WIDTH)
-        self._hidden_to = min(self._hidden, _HEADS * _HEAD_WIDTH)
+        self._width_to = min(self._width, head_width)
+        self._hidden_to = min(self._hidden, _HEADS * head_width)
         share, rest = divmod(self._heads * self._width, self._hidden)
         if share > 1 and not rest and self._heads > 1:
             self._hidden_to = max(16, self._heads_to * self._width_to // share)
         part = next((values[name] for name in _TEXT if isinstance(values.get(name), dict)), None)
-        within = None if part is None else _Shrinking(part, None)
+        within = None if part is None else _Shrinking(part, None, head_width)
         self._text = text or (within._hidden, within._hidden_to) if within else text
         self._count = next((v for k, v in values.items() if _LAYER_COUNT.fullmatch(k) and _is_size(v)), 0)
         self._kept = self._kept_layers()
@@ -194,7 +211,7 @@ class _Shrinking:
         return {
             "num_key_value_heads": self._heads_to, "n_routed_experts": 4, "num_experts_per_tok": 2,
             "n_shared_experts": 1, "indexer_n_heads": _INDEX_HEADS, "indexer_kv_heads": 1,
-            "indexer_budget": 16, "indexer_head_dim": _HEAD_WIDTH, "indexer_compress_ratio": 4,
+            "indexer_budget": 16, "indexer_head_dim": self._most, "indexer_compress_ratio": 4,
         }.get(name)  # fmt: skip
 
     def _mapping(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +223,7 @@ class _Shrinking:
             return self._rope(value)
         if name in ("id2label", "label2id"):
             return value
-        return shrink(value, self._text)
+        return shrink(value, self._text, self._most)
 
     def _nested(self, value: Any) -> Any:
         """A part of this config, with the factors of the whole."""

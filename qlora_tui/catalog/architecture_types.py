@@ -190,6 +190,11 @@ class Architecture(Struct, frozen=True):
     own_code: bool = False
     """Whether the class passes more tensors to attention (Inkling: a bias for each pair of tokens), or
     cannot be tried without values of tensors (DBRX)."""
+    keeps_activations: bool = False
+    """Whether the class does not support gradient checkpointing (CTRL)."""
+    saves_beyond_rules: float = 0.0
+    """Share by which what a layer saves for its backward differs most from what the rules of
+    :mod:`qlora_tui.memory` say of its modules, in a trial of the class (``training/class_trial.py``)."""
 
     @property
     def expert_modules(self) -> tuple[LinearModule, ...]:

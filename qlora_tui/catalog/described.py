@@ -25,7 +25,7 @@ from qlora_tui.worker import Failure, run_job
 JOB = "qlora_tui.training.description:describe_all"
 DEADLINE_S = 90.0
 """Seconds after which a process that describes one config is ended; imports take most of the usual 4."""
-_FORMAT = 4
+_FORMAT = 5
 MAX_FILES = 400
 """Most descriptions that are kept, of some 20 to 200 KB each."""
 

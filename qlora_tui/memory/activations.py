@@ -421,8 +421,8 @@ class Rules:
         if mixture.is_one_at_a_time:
             return self._experts_in_turn(mixture, routed)
         # Gate and up (of which the activation and the product save their operands), and the outputs, which
-        # the product with the routing weights saves; gpt-oss's clamped gate has two steps more.
-        steps = 5 if mixture.has_biases else 3
+        # the product with the routing weights saves; gpt-oss's clamped gate has three steps more.
+        steps = 6 if mixture.has_biases else 3
         saved = routed + Items(activations=(steps * inner + outer) * size)
         backward = Items(activations=3 * outer * size)
         forward = Items(activations=2 * outer * size)
@@ -453,8 +453,12 @@ class Rules:
             rank * width for rank, width in zip(mixture.ranks, widths, strict=True)
         )
         forward = Items(activations=total + one, dequantized=matrix)
+        # The gate's result and what it saves, its gradient, and those of all that it reads.
+        gate = rows * 7 * mixture.intermediate * size
         backward = Items(
-            activations=total + one + 2 * slots * FLOAT, dequantized=matrix, gradients=factors * FLOAT
+            activations=total + max(one, gate) + 2 * slots * FLOAT,
+            dequantized=matrix,
+            gradients=factors * FLOAT,
         )
         return Half(saved, Items(), forward, (backward,))
 

@@ -15,12 +15,20 @@ from typing import Literal
 import msgspec
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.formatting import join_words
+from qlora_tui.formatting import format_percent, join_words
 from qlora_tui.memory.calibration import MIN_RUNS, Correction
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.explain import LABELS, explanations
 from qlora_tui.memory.layout import Layout, build_layout
-from qlora_tui.memory.levels import UncertaintyBand, context_range, corrected, expected_pool, tiers
+from qlora_tui.memory.levels import (
+    BEYOND_RULES,
+    STEP_UNCERTAINTY,
+    UncertaintyBand,
+    context_range,
+    corrected,
+    expected_pool,
+    tiers,
+)
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.static_memory import FROZEN, adapter_bytes, static_items
 from qlora_tui.memory.step import (
@@ -306,6 +314,12 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
         notes.append(
             "Some layers mix tokens without attention: what they save depends on the installed "
             "kernels, and is estimated from the widths of their projections."
+        )
+    elif BEYOND_RULES * layout.architecture.saves_beyond_rules > STEP_UNCERTAINTY:
+        share = format_percent(layout.architecture.saves_beyond_rules)
+        notes.append(
+            f"In a trial, layers of this class saved up to {share} more or less for their backward than the "
+            "shapes of their modules show."
         )
     return tuple(notes)
 

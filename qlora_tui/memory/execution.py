@@ -217,7 +217,7 @@ def trainer_execution(
     recipe: Recipe, device: Device, architecture: Architecture | None = None
 ) -> ExecutionConfig:
     """Return what this project's trainer runs: no float32 cast, no full logits, non-reentrant
-    checkpointing of every layer, even with ``auto``; set ``kept_layers`` separately.
+    checkpointing of every layer that a class allows, even with ``auto``; set ``kept_layers`` separately.
 
     Without an architecture, Liger is assumed off: it is faster only for some models.
     """
@@ -231,6 +231,9 @@ def trainer_execution(
     )
     path = attention_path(recipe.model.attention, obstacle)
     float16 = compute == 2 and _is_float16(recipe, device)
+    checkpointing = recipe.training.gradient_checkpointing
+    if architecture is not None and architecture.keeps_activations:
+        checkpointing = "off"
     return ExecutionConfig(
         compute_itemsize=compute,
         float16=float16,
@@ -239,8 +242,8 @@ def trainer_execution(
         own_fused=True,
         triton=device.triton and device.kind == "cuda" and recipe.model.kernels == "auto",
         loss=_loss(recipe, device, architecture, float16=float16),
-        checkpointing=recipe.training.gradient_checkpointing != "off",
-        offloads_inputs=recipe.training.gradient_checkpointing == "offload" and device.kind == "cuda",
+        checkpointing=checkpointing != "off",
+        offloads_inputs=checkpointing == "offload" and device.kind == "cuda",
         streamed_layers=recipe.quantization.streamed_layers,
         attention=attention,
         optimizer=_OPTIMIZERS.get(recipe.training.optimizer, recipe.training.optimizer),

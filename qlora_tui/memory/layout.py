@@ -25,8 +25,6 @@ USUAL_ACTIVATIONS = frozenset(
 """Activations of which is known how many tensors they save."""
 USUAL_CHUNK = 64
 """Tokens that gated delta rules compute at a time (``chunk_size`` of ``torch_chunk_gated_delta_rule``)."""
-QKV = 3
-"""Most projections of an attention that read the hidden states."""
 FUSED_HALVES = 2
 """Outputs of a gated MLP's first projections, in widths of its last one's inputs: gate and up."""
 
@@ -235,22 +233,6 @@ class Layout:
         return own or self.repeats_states or self.computes_more_scores
 
     @property
-    def has_unknown_parts(self) -> bool:
-        """Return whether layers have parameters, or projections of attention, of unknown use: gates (Laguna),
-        learned vectors (DiffLlama); not sinks, nor a bias for each expert, nor what recurrent layers have."""
-        architecture = self.architecture
-        experts = architecture.experts
-        known = {(architecture.heads,), (experts.count if experts else 0,)}
-        mixes = any(layer.mixer for layer in self.layers)
-        if not mixes and any(
-            p.role == "other" and p.layer is not None and p.params > 1 and p.shape not in known
-            for p in architecture.parameters
-        ):
-            return True
-        blocks = [layer.attention for layer in self.layers if layer.attention]
-        return any(len(block.first) > QKV and not block.middle for block in blocks)
-
-    @property
     def is_unusual(self) -> bool:
         """Return whether layers have parts that were seen in few families: another activation, modules next
         to attention and MLP (Gemma 4), or on a CPU sinks, which its kernel lacks."""
@@ -262,9 +244,12 @@ class Layout:
         return any(m.part == "other" and m.layer is not None for m in self.architecture.modules)
 
 
-def build_layout(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> Layout:
-    """Build every layer with its modules as this recipe and trainer code run them."""
-    ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.targets)}
+def build_layout(
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, *, adapted: bool = True
+) -> Layout:
+    """Build every layer with its modules as this recipe and code run them, with or without adapter."""
+    targets = resolve_targets(recipe.lora, architecture.targets) if adapted else ()
+    ranks = {module.name: rank_of(recipe.lora, module) for module in targets}
     modules: list[list[Linear]] = [[] for _ in range(architecture.layers)]
     parameters: list[list[Parameter]] = [[] for _ in range(architecture.layers)]
     experts: list[list[LinearModule]] = [[] for _ in range(architecture.layers)]

@@ -8,20 +8,23 @@ meta device (``engine/trace_worker.py``) can take the place of these.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.memory.activations import FLOAT, Items, Rules
 from qlora_tui.memory.execution import (
     ADAPTER_ITEMSIZE,
     LOSS_BLOCK_ROWS,
     LOSS_CHUNK_ROWS,
+    ExecutionConfig,
     liger_rows,
 )
-from qlora_tui.memory.layout import Layer, Layout
+from qlora_tui.memory.layout import Layer, Layout, build_layout
 from qlora_tui.memory.static_memory import adapter_bytes, optimizer_step_bytes
 from qlora_tui.memory.weights import round_to_block
+from qlora_tui.recipe.schema import Data, Quantization, Recipe, Training
 
 ANSWER_TOKENS = 48
 """Most tokens of an answer to a general prompt, for the forgetting curve."""
@@ -236,6 +239,27 @@ def _profile_layer(layout: Layout, rules: Rules, layer: Layer, *, checkpointed: 
         held=Items(int8_inputs=kept["int8_inputs"]),
         gradient_bytes=0 if execution.accumulates else _gradient_bytes(layer),
     )
+
+
+def beyond_rules(architecture: Architecture, saved_bytes: Sequence[int], tokens: int) -> float:
+    """Return the share by which what a layer saves differs most from what the rules say of its modules.
+
+    Args:
+        architecture: the model.
+        saved_bytes: what each layer was seen to save, in transformers' code, 16 bits and without adapter;
+            0 is not compared.
+        tokens: of the text that it was given.
+    """
+    recipe = Recipe(
+        data=Data(max_length=tokens),
+        quantization=Quantization(method="none"),
+        training=Training(micro_batch_size=1, gradient_accumulation=1),
+    )
+    execution = ExecutionConfig(checkpointing=False, loss="stock")
+    profile = profile_step(build_layout(recipe, architecture, execution, adapted=False))
+    rules = (layer.retained.total() for layer in profile.layers)
+    pairs = zip(saved_bytes, rules, strict=False)
+    return max((abs(saved / max(expected, 1) - 1) for saved, expected in pairs if saved), default=0.0)
 
 
 def _gradient_bytes(layer: Layer) -> int:

@@ -8,18 +8,17 @@ libraries say what is tied and what bitsandbytes replaces. :func:`describe_all` 
 from __future__ import annotations
 
 import signal
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -41,10 +40,11 @@ from qlora_tui.catalog.described import Description
 from qlora_tui.data.confined import limit_memory
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import join_words
+from qlora_tui.memory.step import beyond_rules
+from qlora_tui.training.class_trial import TOKENS, try_class
 from qlora_tui.training.direct_reads import DirectReads, direct_reads
 from qlora_tui.training.loss import chunks_obstacle
 from qlora_tui.training.model_class import MissingPackageError, build_on_meta, reason_of, unbuildable
-from qlora_tui.training.packed_attention import segment_attention, set_attention
 from qlora_tui.worker import Failure
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -73,9 +73,6 @@ CPU_S = 20.0
 
 _LARGEST_TRIAL = 1 << 28
 """Most weights of a module that is tried: 1 GiB."""
-_TRIAL, _TRIAL_TOKENS = "qlora_tui_trial", 8
-_USUAL_TENSORS = {"position_ids", "s_aux", "sinks"}
-"""What models pass to attention next to queries, keys, values and a mask: positions, and logits of sinks."""
 
 
 def describe_all(configs: list[dict[str, Any]]) -> list[Description]:
@@ -115,18 +112,6 @@ def describe(values: Mapping[str, Any]) -> Architecture:
     """
     check_bounds(values)
     return _Tree(build_on_meta(values)).architecture(values)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What a forward of a model on ``meta`` has shown."""
-
-    layer_runs: tuple[int, ...]
-    """How often it ran each layer; empty where every layer ran once, or it needs values."""
-    attends: bool
-    """Whether it called transformers' interface for attention."""
-    own_code: bool
-    """Whether it passed more tensors to attention than usual, or needs values of tensors."""
 
 
 class _Tree:
@@ -223,8 +208,9 @@ class _Tree:
         dtype = next(
             (place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)), None
         )
+        trial = try_class(self.model, {name: self.modules[name] for name in self.layers})
         recurrent = next((m for m in self.modules.values() if hasattr(m, "ssm_state_size")), None)
-        return Architecture(
+        architecture = Architecture(
             model_type=str(values["model_type"]),
             layers=layers,
             hidden_size=int(self.hidden_size),
@@ -257,14 +243,16 @@ class _Tree:
             parameters=tuple(parameters),
             attention_softcap=bool(self._value(("attn_logit_softcapping",), float)),
             own_norms=any(_is_own_layer_norm(module) for module in self.modules.values()),
-            own_attention=not self._trial.attends,
+            own_attention=not trial.attends,
             index_heads=self._value(("index_n_heads",), int) or 0,
+            keeps_activations=not self.model.supports_gradient_checkpointing,
             whole_logits=bool(chunks_obstacle(self.model)),
             state_size=_first_int(recurrent, "ssm_state_size") or 0,
             chunk_size=_first_int(recurrent, "chunk_size") or 0,
-            layer_runs=self._trial.layer_runs,
-            own_code=self._trial.own_code,
+            layer_runs=trial.layer_runs,
+            own_code=trial.own_code,
         )
+        return replace(architecture, saves_beyond_rules=beyond_rules(architecture, trial.saved_bytes, TOKENS))
 
     def _lacks(self, rows: int) -> str:
         """Return what a model to train has and this one has not: tokens, or a decoder with layers."""
@@ -274,48 +262,6 @@ class _Tree:
         count = next((f"{key} is {self._read(key)}" for key in _LAYERS if self._read(key) is not None), "")
         where = count or f"its layers are spread over {join_words(parts)}" if parts else count
         return f"{type(self.model).__name__} has no decoder with layers" + (f": {where}" if where else "")
-
-    @cached_property
-    def _trial(self) -> _Trial:
-        """Run a forward with gradients, with an attention function that only this calls."""
-        runs: Counter[str] = Counter()
-        given: list[set[str]] = []
-        """Names of the tensors that each call was given in addition to queries, keys and values."""
-
-        def count(name: str) -> None:
-            runs[name] += torch.is_grad_enabled()
-
-        def attend(module: Any, query: Any, key: Any, value: Any, *mask: Any, **kwargs: Any) -> Any:
-            tensors = {"attention_mask": mask[0] if mask else None, **kwargs}
-            given.append({name for name, each in tensors.items() if isinstance(each, Tensor)})
-            return segment_attention(module, query, key, value, *mask, **kwargs)
-
-        AttentionInterface.register(_TRIAL, attend)
-        AttentionMaskInterface.register(_TRIAL, lambda *args, **kwargs: None)
-        set_attention(self.model, _TRIAL)
-        hooks = [
-            self.modules[name].register_forward_pre_hook(lambda *_, name=name: count(name))
-            for name in self.layers
-        ]
-        ids = torch.zeros(1, _TRIAL_TOKENS, dtype=torch.long, device="meta")
-        # A mask with values, in which nothing is masked, for classes that look; without one for others.
-        mask = {"attention_mask": torch.ones(1, _TRIAL_TOKENS, dtype=torch.long)}
-        fails = True
-        for arguments in ({**mask, "use_cache": False}, {"use_cache": False}, {}):
-            runs.clear()
-            given.clear()
-            try:
-                self.model(input_ids=ids, **arguments)
-            except Exception:
-                continue
-            fails = False
-            break
-        for hook in hooks:
-            hook.remove()
-        by_layer = tuple(runs[name] for name in self.layers)
-        repeats = not fails and max(by_layer, default=0) > 1
-        own_code = fails or any(names - _USUAL_TENSORS for names in given)
-        return _Trial(by_layer if repeats else (), bool(given), own_code)
 
     def _linear(self, name: str, module: Any) -> LinearModule:
         shape = tuple(map(int, module.weight.shape))
