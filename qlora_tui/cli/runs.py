@@ -33,9 +33,11 @@ from qlora_tui.formatting import (
 from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.check import CheckResult, apply_repairs, check_leftovers, check_queue, check_run
 from qlora_tui.runs.describe import format_exact, format_rewards
+from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet, save_run
 from qlora_tui.runs.process import ensure_runner
+from qlora_tui.runs.run_summary import device_words
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.view import RunView
 
@@ -180,7 +182,7 @@ def _list() -> CommandResult:
             format_progress(v.step, v.total_steps) if v.total_steps else "-",
             format_loss(v.loss),
             _format_validation(v),
-            v.status.detail,
+            v.status.detail or (device_words(v.run) if v.status.state in ACTIVE else ""),
         ]
         for v in views
     ]
@@ -258,6 +260,7 @@ def _state_result(run: RunDir, text: str) -> CommandResult:
 
 def _summary(view: RunView) -> dict[str, Any]:
     run, status, best, last = view.run, view.status, view.best, view.last_evaluation
+    devices = devices_of(run)
     return {
         "run": run.id,
         "name": run.name,
@@ -275,6 +278,7 @@ def _summary(view: RunView) -> dict[str, Any]:
         "reward_accuracy": None if last is None else last.reward_accuracy,
         "reward_margin": None if last is None else last.reward_margin,
         "replaced": [] if view.verified is None else list(view.verified.replaced),
+        "devices": sorted(devices.keys) if devices else [],
         "detail": status.detail,
         "hold": status.hold,
         "seconds_since_heartbeat": round(max(0.0, time.time() - status.at), 1) if status.at else None,

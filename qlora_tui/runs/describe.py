@@ -311,7 +311,12 @@ def _machine(sample: Reading) -> str:
     if sample.gpu is None:
         cpu = format_percent(sample.cpu_percent / 100)
         return f"No GPU; CPU {cpu} of one core, {format_gib(sample.rss_bytes)} GiB."
-    return f"GPU {', '.join(_gpu(sample.gpu)) or 'reports no metrics'}."
+    is_one = len(sample.gpus) == 1
+    texts = [
+        f"GPU {'' if is_one else f'{gpu.index} '}{', '.join(_gpu(gpu)) or 'reports no metrics'}."
+        for gpu in sample.gpus
+    ]
+    return " ".join(texts)
 
 
 def _gpu(gpu: GpuMetrics) -> list[str]:

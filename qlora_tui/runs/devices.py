@@ -16,20 +16,18 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
-from qlora_tui.catalog.local_models import find_files
 from qlora_tui.decoding import read_json
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.files import atomic_write, private_dir
-from qlora_tui.formatting import pluralize
+from qlora_tui.formatting import join_words, pluralize
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.nvml import Nvml, list_gpus
 from qlora_tui.gpu.visible_devices import default_cuda_device, visible_gpus
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
-from qlora_tui.memory import check_fit, estimate
-from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import RunDir, waiting
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.status import ACTIVE, read_status
 
 CPU = "cpu"
 UNKNOWN_GPU = "gpu"
@@ -109,6 +107,12 @@ class Wanted:
     processes: int = 1
     is_choice: bool = False
 
+    def __str__(self) -> str:
+        names = [str(device) for device in self.devices]
+        if self.count == len(names):
+            return join_words(names)
+        return " or ".join(names) if self.count == 1 else f"{self.count} of {join_words(names)}"
+
 
 def wanted_devices(recipe: Recipe, environ: Mapping[str, str], processes: int = 0) -> Wanted:
     """Return what a run with this recipe needs, the GPUs with the most free memory first.
@@ -163,6 +167,11 @@ def _too_few(count: int, there: int, why: str) -> UsageError:
 
 def _large_enough(recipe: Recipe, gpus: list[GpuDevice], count: int) -> list[GpuDevice]:
     """Return the GPUs whose memory is enough as far as an estimate knows; all, if too few are."""
+    # The app's lists import this module, and only a machine with several GPUs estimates.
+    from qlora_tui.catalog.local_models import find_files
+    from qlora_tui.memory import check_fit, estimate
+    from qlora_tui.memory.budget import budget_for
+
     large = gpus
     with suppress(UserError):
         architecture = find_files(recipe.model.id).architecture
@@ -198,7 +207,11 @@ def run_on(key: str) -> str:
             devices = devices_of(RunDir(lock.parent))
             if devices is None or not devices.devices or key in devices.keys:
                 return lock.parent.name
-    return "" if is_free(key) else next(iter(waiting()), "A run")
+    if is_free(key):
+        return ""
+    starting = (run for run in all_runs() if read_status(run).state in ACTIVE)
+    on_it = (run.id for run in starting if (devices := devices_of(run)) and key in devices.keys)
+    return next(on_it, "A run")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from qlora_tui.decoding import Count, UnixTime
 from qlora_tui.gpu.metrics import GpuProcess
 
 _DAY_S = 24 * 3600.0
-Cause: TypeAlias = Literal["hours", "program", "temperature", "power"]
+Cause: TypeAlias = Literal["hours", "program", "temperature", "power", "devices"]
 
 
 class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -29,6 +29,8 @@ class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
     program: str = ""
     """Name of the program that uses the GPU."""
     pid: Count = 0
+    devices: str = ""
+    """The GPUs that other runs have, or that runs before it wait for: ``GPU 0 (RTX 4090)``."""
     reading: float | None = None
     """Temperature in °C or mean power in W."""
     bound: float | None = None
@@ -42,6 +44,8 @@ def hold_words(hold: Hold) -> str:
             return f"until {_time_words(hold.until or 0.0)} (hours)"
         case "program":
             return f"for {hold.program} (pid {hold.pid})"
+        case "devices":
+            return f"for {hold.devices}"
         case "temperature":
             return f"at {hold.reading:.0f} °C (at most {hold.bound:.0f})"
         case "power":

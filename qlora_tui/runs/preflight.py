@@ -6,6 +6,7 @@ They read the model's files and the data, for a few seconds at most.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -27,10 +28,10 @@ from qlora_tui.formatting import (
     format_path,
     format_rate,
     join_words,
-    pluralize,
     short_model_name,
 )
 from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.installation import install_command
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
@@ -44,7 +45,7 @@ from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import SKIP, match_modules, resolve_targets
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.data_checks import check_data
-from qlora_tui.runs.devices import wanted_devices
+from qlora_tui.runs.devices import RunDevice, is_free, run_on, wanted_devices
 from qlora_tui.runs.doctor import (
     Check,
     CheckKind,
@@ -93,7 +94,7 @@ def preflight(
         expected: how long the run will be, if that is known already.
     """
     model, files = _model(recipe)
-    several, recipe, machine = _several_gpus(recipe, machine)
+    several, recipe, machine = _devices(recipe, machine)
     checks = [model, *check_data(recipe, files), *_settings(recipe), *several]
     estimated = None
     if files is not None:
@@ -187,42 +188,55 @@ def _reference_point(recipe: Recipe) -> list[Check]:
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=more)]
 
 
-def _several_gpus(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Machine]:
-    """Check the GPUs of a run on several; return recipe and machine for the other checks.
+def _devices(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Machine]:
+    """Check the GPUs of a run where there are several; return recipe and machine for the other checks.
 
-    Those are made for the GPU with the least memory: each holds the whole model and the same micro-batch.
+    Those are made for the GPU that it gets, of several the one with the least memory: each holds the whole
+    model and the same micro-batch.
     """
-    if recipe.training.gpus == 1:
+    if recipe.training.gpus == 1 and not machine.gpu_choice:
         return [], recipe, machine
     try:
         wanted = wanted_devices(recipe, os.environ)
     except UserError as problem:
         return [Check.blocked(CheckKind.GPU, problem)], recipe, machine
-    gpus = wanted.gpus[: wanted.count]
     recipe = replace_setting(recipe, "training.gpus", wanted.processes)
-    if len(gpus) < 2:
+    if not wanted.gpus:
         return [], recipe, machine
-    count = len(gpus)
-    names = join_words([str(device) for device in wanted.devices[:count]])
-    checks = [Check(CheckKind.GPU, "ok", f"It trains on {names}.", name="GPUs")]
+    free = [gpu for gpu in wanted.gpus if is_free(RunDevice.of_gpu(gpu).key)]
+    count, waits = wanted.count, len(free) < wanted.count
+    gpus = (wanted.gpus if waits else free)[:count]
+    smallest = min(gpus, key=lambda gpu: gpu.usable_bytes or 0)
+    if smallest != machine.gpu:
+        used = None
+        with suppress(GpuUnavailableError), Nvml() as driver:
+            used = driver.read(smallest.index).memory_used_bytes
+        budget = machine.budget if machine.budget.is_assumed else budget_for(smallest)
+        why = f"the smallest of {count}" if count > 1 else "the next free one"
+        choice = f"GPU {smallest.index}, {why}"
+        machine = replace(machine, gpu=smallest, budget=budget, used_bytes=used, gpu_choice=choice)
+    keys = (RunDevice.of_gpu(gpu).key for gpu in gpus)
+    machine = replace(machine, active=next(filter(None, map(run_on, keys)), "") if waits else "")
+    return (_checks_of_gpus(recipe, gpus) if count > 1 else []), recipe, machine
+
+
+def _checks_of_gpus(recipe: Recipe, gpus: Sequence[GpuDevice]) -> list[Check]:
+    """Name the GPUs of a run on several, how they differ, and micro-batches that leave some idle."""
+    count, names = len(gpus), join_words([str(RunDevice.of_gpu(gpu)) for gpu in gpus])
     if len({(gpu.name, gpu.usable_bytes) for gpu in gpus}) > 1:
         text = f"{names} differ: a step is as fast as the slowest, and has room for what the smallest holds."
         checks = [Check(CheckKind.GPU, "note", text, name="GPUs")]
+    else:
+        checks = [Check(CheckKind.GPU, "ok", f"It trains on {names}.", name="GPUs")]
     if (shares := recipe.training.gradient_accumulation) % count:
-        text = f"{pluralize(shares, 'micro-batch')} per step leave some of {count} GPUs idle."
+        text = f"{shares} micro-batches per step leave some of {count} GPUs idle."
         fix = f"Set Gradient accumulation (training.gradient_accumulation) to a multiple of {count}."
         more = -(-shares // count) * count
         rounded = SuggestedFix(
             f"set Gradient accumulation to {more}", changes={"training.gradient_accumulation": more}
         )
         checks.append(Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=rounded))
-    smallest = min(gpus, key=lambda gpu: gpu.usable_bytes or 0)
-    used = None
-    with suppress(GpuUnavailableError), Nvml() as driver:
-        used = driver.read(smallest.index).memory_used_bytes
-    budget = machine.budget if machine.budget.is_assumed else budget_for(smallest)
-    choice = f"GPU {smallest.index}, the smallest of {count}"
-    return checks, recipe, replace(machine, gpu=smallest, budget=budget, used_bytes=used, gpu_choice=choice)
+    return checks
 
 
 def _stored_experts(recipe: Recipe, files: ModelFiles) -> list[Check]:

@@ -24,6 +24,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.describe import format_energy
+from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
 from qlora_tui.runs.events import DataReady, Failed, Finished, Stopped
@@ -69,6 +70,8 @@ class RunSummary:
     model: str = ""
     data: str = ""
     """Name of the first data file, and how many more there are."""
+    devices: str = ""
+    """``GPU 1 (RTX 3060)``: what it has or had; empty on a machine with no other GPU."""
     settings: str = ""
     """``nf4 r16 2,048×2×8``: the settings in which runs most often differ."""
     best: tuple[float, int] | None = None
@@ -215,6 +218,7 @@ def summarize(run: RunDir) -> RunSummary:
         started_at=view.started_at,
         model=model,
         data=data,
+        devices=device_words(run),
         settings=settings,
         best=(best.loss, best.step) if best is not None and best.loss is not None else None,
         evaluations=finite_losses(view.evaluations),
@@ -233,6 +237,12 @@ def summarize(run: RunDir) -> RunSummary:
         defect=find_defect(view),
         verdict=find_verdict(view, recipe),
     )
+
+
+def device_words(run: RunDir) -> str:
+    """Name the GPUs that a run has or had last; empty on a machine with no other GPU."""
+    devices = devices_of(run)
+    return str(devices) if devices is not None and devices.is_choice else ""
 
 
 def next_evaluation(recipe: Recipe | None, data: DataReady | None, step: int) -> int:

@@ -197,6 +197,8 @@ class _Queue:
             reserved |= unavailable - used.keys()
             if devices is None and used:
                 hold = next(iter(used.values()))
+            elif devices is None and wanted.is_choice:
+                hold = Hold(cause="devices", devices=str(wanted))
         if run.id not in self._holds or self._holds[run.id] != hold:
             run_queue.hold(run, hold)
             self._holds[run.id] = hold

@@ -16,9 +16,10 @@ from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem
-from qlora_tui.gpu.visible_devices import GpuChoice, choose_gpu
+from qlora_tui.gpu.visible_devices import GpuChoice, choose_gpu, visible_gpus
 from qlora_tui.locks import is_locked
 from qlora_tui.runs import run_queue
+from qlora_tui.runs.devices import RunDevice, is_free
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.exports import exports_dir, read_exports
 from qlora_tui.runs.notify import RunNotification, notification_for
@@ -59,6 +60,8 @@ class SystemMonitor:
         """Ids of runs seen in training, whose end will be news."""
         self._exports: dict[str, _Exports] = {}
         self._driver: Nvml | None = None
+        self._device_keys: tuple[str, ...] = ()
+        """Of the GPUs that runs may use; empty with fewer than two."""
         self._choice: GpuChoice | None = None
         self._gpu_problem: UserError | None = None
         self._no_gpu: GpuUnavailableError | None = None
@@ -75,7 +78,8 @@ class SystemMonitor:
         waiting_ids = tuple(run_queue.waiting())
         queued = frozenset(waiting_ids)
         statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
-        active = next(((r, s) for r, s in statuses if s.state in ACTIVE), (None, None))
+        training = [(run, status) for run, status in statuses if status.state in ACTIVE]
+        active = training[0] if training else (None, None)
         # Not the newest: a queue may be turned around, and an older run resumed.
         over = [(r, s) for r, s in statuses if s.state != "queued"]
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
@@ -89,6 +93,8 @@ class SystemMonitor:
             gpu_problem=self._gpu_problem,
             active=active[0],
             active_status=active[1],
+            also_active=tuple(run for run, _ in training[1:]),
+            has_free_device=not training or any(map(is_free, self._device_keys)),
             active_or_last=last[0],
             active_or_last_status=last[1],
             waiting_ids=waiting_ids,
@@ -153,6 +159,8 @@ class SystemMonitor:
             if self._choice is None:
                 self._choice = choose_gpu()
                 self._gpu_problem = torch_problem(self._choice.gpu)
+                if self._choice.why:
+                    self._device_keys = tuple(RunDevice.of_gpu(gpu).key for gpu in visible_gpus())
             if self._driver is None:
                 self._driver = Nvml()
             metrics = self._driver.read(self._choice.gpu.index)

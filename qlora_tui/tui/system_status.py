@@ -44,8 +44,12 @@ class SystemStatus:
     gpu_problem: UserError | None = None
     """Why torch cannot use the GPU."""
     active: RunDir | None = None
-    """The run that is training."""
+    """The run that is training; of several, on a machine with several GPUs, the newest."""
     active_status: Status | None = None
+    also_active: tuple[RunDir, ...] = ()
+    """The other runs that are training."""
+    has_free_device: bool = False
+    """Whether a device that runs may use is free."""
     active_or_last: RunDir | None = None
     """The active run, or else the one that ended last."""
     active_or_last_status: Status | None = None
@@ -73,11 +77,10 @@ class SystemStatus:
         from qlora_tui.runs.status import ACTIVE, read_status  # not needed for the first frame
 
         lines = []
-        run = next((r for r in (watched, self.active) if r and read_status(r).state in ACTIVE), None)
-        back = "qlora-tui"
-        if run is not None:
-            back = f"qlora-tui attach {shlex.quote(run.id)}"
-            lines.append(f"{run.id} continues.")
+        watched_or_active = (watched, self.active, *self.also_active)
+        runs = dict.fromkeys(run for run in watched_or_active if run and read_status(run).state in ACTIVE)
+        lines += [f"{run.id} continues." for run in runs]
+        back = f"qlora-tui attach {shlex.quote(next(iter(runs)).id)}" if runs else "qlora-tui"
         if self.waiting_ids:
             verb = "waits" if len(self.waiting_ids) == 1 else "wait"
             lines.append(f"{pluralize(len(self.waiting_ids), 'run')} {verb} in the queue.")

@@ -21,7 +21,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, run_queue, runner
 from qlora_tui.runs.describe import follow_events
-from qlora_tui.runs.devices import CPU, devices_of, is_free
+from qlora_tui.runs.devices import CPU, devices_of, is_free, run_on
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
@@ -74,6 +74,9 @@ def test_runs_on_two_gpus_train_at_once_and_one_on_both_waits_for_both(
     wait_for(lambda: is_(elsewhere, "failed"))
     assert "Not enough GPUs" in read_status(elsewhere).detail
     assert run_queue.waiting() == [both.id, behind.id] and is_(first, "running")
+    assert read_status(both).detail == "Waiting for GPU 0 (RTX 4090) and GPU 1 (RTX 3060)."
+    held = devices_of(first)
+    assert held is not None and [run_on(key) for key in held.keys] == [first.id]
     let_go(first)
     wait_for(lambda: is_(both, "running"))
     assert str(devices_of(both)) == "GPU 0 (RTX 4090), GPU 1 (RTX 3060)"

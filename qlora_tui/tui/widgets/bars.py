@@ -99,8 +99,10 @@ def _run_text(system_status: SystemStatus) -> str:
 
 
 def _waiting_text(system_status: SystemStatus) -> str:
-    """Return ``2 waiting · exporting Q8_0 · serving``: what is going on in addition to the active run."""
+    """Return what goes on besides the active run: ``1 more training · 2 waiting · exporting Q8_0``."""
     parts = []
+    if others := len(system_status.also_active):
+        parts.append(f"{others} more training")
     if system_status.waiting_ids and system_status.active is not None:
         parts.append(f"{len(system_status.waiting_ids)} waiting")
     if exports := system_status.exports:

@@ -103,6 +103,8 @@ def reason(summary: RunSummary) -> Content:
     if summary.failure:
         return Content(summary.failure)
     text = summary.status.detail.replace("\n", " ")
+    if not text and summary.status.state in ACTIVE:
+        text = summary.devices
     return Content.styled("" if text == ALL_STEPS_DONE else text, "dim")
 
 
@@ -386,6 +388,8 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
             "started" if is_active else {"queued": "queued", "paused": "paused"}.get(status.state, "ended")
         )
         rows.append((since, format_ago(at, now).removeprefix("at ")))
+    if summary.devices:
+        rows.append(("device", summary.devices))
     if summary.total_steps:
         rows.append(("steps", format_progress(summary.step, summary.total_steps)))
     if summary.best is not None:

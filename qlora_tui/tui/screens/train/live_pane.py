@@ -17,7 +17,8 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.strip import Strip
 
-from qlora_tui.formatting import truncate_middle
+from qlora_tui.formatting import pluralize, truncate_middle
+from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name, name_keys
@@ -224,9 +225,15 @@ class LivePane(Vertical):
 
     def _machine(self, snapshot: RunSnapshot) -> MachineState:
         view = snapshot.view
+        device = view.environment.device.removeprefix("NVIDIA GeForce ") if view.environment else ""
+        names: dict[int, str] = {}
+        if snapshot.telemetry and len(snapshot.telemetry[-1].gpus) > 1 and (its := devices_of(view.run)):
+            names = {each.index: str(each) for each in its.devices if each.index is not None}
+            device = pluralize(len(names), "GPU")
         return MachineState(
-            device=view.environment.device.removeprefix("NVIDIA GeForce ") if view.environment else "",
+            device=device,
             readings=snapshot.telemetry,
+            gpu_names=names,
             estimate_bytes=view.memory.estimated_bytes if view.memory else None,
             host_bytes=self._host_bytes,
             cores=self._cores,

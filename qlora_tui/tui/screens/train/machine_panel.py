@@ -7,9 +7,10 @@ that the GPU does not report is NA, never 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import msgspec
 from textual.content import Content
 
 from qlora_tui.formatting import format_bytes, format_gib, format_percent, format_power
@@ -33,6 +34,8 @@ class MachineState:
     """``RTX 4090``, or the processor's name."""
     readings: tuple[Reading, ...] = ()
     """Newest last; the charts end at it."""
+    gpu_names: Mapping[int, str] = field(default_factory=dict)
+    """``GPU 0 (RTX 4090)`` by its number, for a run on several."""
     estimate_bytes: int | None = None
     host_bytes: int | None = None
     """RAM of the machine, which a run without a GPU uses."""
@@ -58,10 +61,32 @@ def machine_lines(machine: MachineState, width: int, height: int) -> list[Conten
     """Return one or two lines for each reading, or two lines in total."""
     if not machine.readings:
         return [Content.styled("No readings yet.", "dim")]
+    if len(machine.readings[-1].gpus) > 1:
+        return _lines_of_gpus(machine, width, height)
     meters = _meters(machine)
     if height <= _SHORT_ROWS:
         return _short_lines(machine, meters, width)
     return _lines(machine, meters, width, rows=2 if height >= _TALL_PANEL_ROWS else 1)
+
+
+def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Content]:
+    """Return the lines of each GPU of a run below its name; the trainer's are those of the first."""
+    gpus = machine.readings[-1].gpus
+    share = height // len(gpus)
+    lines: list[Content] = []
+    for place, gpu in enumerate(gpus):
+        name = machine.gpu_names.get(gpu.index, f"GPU {gpu.index}")
+        if share > _SHORT_ROWS:
+            lines.append(Content.styled(name, "bold"))
+        alone = replace(machine, readings=tuple(_of_gpu(each, gpu.index) for each in machine.readings))
+        own = machine_lines(alone, width, max(share - 1, _SHORT_ROWS))
+        lines += own if place == 0 or share <= _SHORT_ROWS + 1 else own[:-1]
+    return lines
+
+
+def _of_gpu(reading: Reading, index: int) -> Reading:
+    gpu = next((gpu for gpu in reading.gpus if gpu.index == index), None)
+    return msgspec.structs.replace(reading, gpu=gpu, other_gpus=())
 
 
 @dataclass(frozen=True)

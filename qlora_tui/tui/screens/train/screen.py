@@ -212,7 +212,8 @@ class TrainScreen(EvaluationActions):
         return action not in _STATES or self.state in _STATES[action]
 
     def command_label(self, command_id: str) -> str:
-        waits = self.app.system_status.active is not None or bool(self.app.system_status.waiting_ids)
+        status = self.app.system_status
+        waits = (status.active is not None and not status.has_free_device) or bool(status.waiting_ids)
         return "Queue" if command_id == "train.launch" and waits else ""
 
     def on_setting_edited(self, event: SettingEdited) -> None:
@@ -271,6 +272,7 @@ class TrainScreen(EvaluationActions):
             machine.budget,
             system_status.active,
             system_status.waiting_ids,
+            system_status.has_free_device,
             system_status.no_gpu,
             None if free is None else free >> 28,
         )
@@ -337,7 +339,8 @@ class TrainScreen(EvaluationActions):
         run = await launch(self.app, recipe, checks)
         if run is None:
             return
-        active = self.app.system_status.active
+        status = self.app.system_status
+        active = None if status.has_free_device else status.active
         if active is not None and active != run:
             self.notify(f"{run.name} is queued. Press {key_name('train.another')} to see it.")
         self.attach(active or run)
