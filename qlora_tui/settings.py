@@ -217,20 +217,29 @@ class LiveSettings:
     """The settings as they are now, for processes that outlive a change of the file."""
 
     def __init__(self) -> None:
-        self._changed_at: int | None = -1
+        self._read_from: tuple[Path | None, int | None] = None, None
+        """The file that was read last, and when it had been changed."""
         self._settings = Settings()
 
     def read(self) -> Settings:
         """Return the settings; the last valid ones while the file has errors."""
-        try:
-            changed_at = config_path().stat().st_mtime_ns
-        except OSError:
-            changed_at = None
-        if changed_at != self._changed_at:
-            self._changed_at = changed_at
+        path = changed_at = None
+        with suppress(OSError):
+            path = config_path()
+            changed_at = path.stat().st_mtime_ns
+        if (path, changed_at) != self._read_from:
+            self._read_from = path, changed_at
             with suppress(OSError, UserError):
                 self._settings = load_settings()
         return self._settings
+
+
+_live_settings = LiveSettings()
+
+
+def current_settings() -> Settings:
+    """Return the settings as they are now, the last valid ones while the file has errors."""
+    return _live_settings.read()
 
 
 def config_path() -> Path:

@@ -82,7 +82,7 @@ def run_rows(run: RunDir) -> tuple[tuple[str, str], ...]:
         rows.append(("Exact answers", f"{format_percent(view.accuracy)} of the validation rows{base}"))
     if view.environment:
         rows.append(("Trained with", view.environment.device))
-    energy = format_energy(view.ending) if isinstance(view.ending, Finished) else ""
+    energy = format_energy(view.ending, with_cost=False) if isinstance(view.ending, Finished) else ""
     if energy:
         rows.append(("Energy of the GPU", energy))
     return tuple(rows)

@@ -30,17 +30,21 @@ from qlora_tui.formatting import (
     pluralize,
 )
 from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.hours import Clock
 from qlora_tui.locks import is_locked
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_log_lines
-from qlora_tui.runs.holds import hold_words
+from qlora_tui.runs.holds import hold_words, time_words
 from qlora_tui.runs.process import ensure_runner, runner_lock_path, runner_log_path
-from qlora_tui.runs.status import ACTIVE
+from qlora_tui.runs.status import ACTIVE, held_words
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
 from qlora_tui.runs.telemetry import Reading
 from qlora_tui.runs.view import RunView
+from qlora_tui.settings import current_settings
 
+_MINUTE_S = 60.0
+_clock = Clock()
 POLL_S = 0.25
 GRACE_S = 10.0
 """Time in seconds that a runner may take to start, and to make way for the next."""
@@ -223,14 +227,28 @@ def unknown_lines(number: int) -> str:
     )
 
 
-def format_energy(ending: events.Finished) -> str:
-    """``0.42 kWh, 3.1 tokens/J``; empty if the GPU reported no power."""
+def format_energy(ending: events.Finished, *, with_cost: bool = True) -> str:
+    """``0.42 kWh, 0.13 EUR, 3.1 tokens/J``; empty if the GPU reported no power."""
     if ending.energy_kwh is None:
         return ""
+    used = energy_words(ending.energy_kwh) if with_cost else format_kwh(ending.energy_kwh)
     efficiency = ending.tokens_per_joule
-    return format_kwh(ending.energy_kwh) + (
-        "" if efficiency is None else f", {format_float(efficiency)} tokens/J"
-    )
+    return used if efficiency is None else f"{used}, {format_float(efficiency)} tokens/J"
+
+
+def energy_words(kwh: float) -> str:
+    """``0.24 kWh, 0.07 EUR``: energy, and its cost if the user has set a price."""
+    cost = current_settings().cost(kwh)
+    return f"{format_kwh(kwh)}, {cost}" if cost else format_kwh(kwh)
+
+
+def done_at_words(seconds_left: float | None) -> str:
+    """``Sat 01:20``: when a run will be done; empty where it trains without a pause until then."""
+    hours, now = current_settings().training_hours, _clock.now()
+    if seconds_left is None:
+        return ""
+    done_at = hours.done_at(now, seconds_left, _clock.zone())
+    return time_words(done_at) if done_at > now + seconds_left + _MINUTE_S else ""
 
 
 def format_exact(accuracy: float | None, base: float | None) -> str:
@@ -300,7 +318,10 @@ def summarize_status(view: RunView, sample: Reading | None) -> str:
     # Such as that the trainer is suspended: then nothing is left of its pace.
     detail = view.status.detail if state == "running" else ""
     if state == "running" and not detail and view.seconds_left is not None:
-        parts.append(f"{format_duration(view.seconds_left)} left")
+        done_at = done_at_words(view.seconds_left)
+        parts.append(f"{format_duration(view.seconds_left)} left{f', done {done_at}' if done_at else ''}")
+    if view.status.hold is not None:
+        parts.insert(1, held_words(view.status))
     summary = f"{', '.join(parts)}.{' ' if detail else ''}{detail}"
     return (
         summary if sample is None or state not in ("starting", "running") else f"{summary} {_machine(sample)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -24,16 +25,20 @@ from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
 from qlora_tui.gpu.visible_devices import CPU, choose_gpu
+from qlora_tui.hours import Clock
 from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget, budget_for, this_processor
 from qlora_tui.publishing import new_draft
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import all_runs
+from qlora_tui.runs.gate import closed_hours
+from qlora_tui.runs.holds import hold_words
+from qlora_tui.runs.process import INHIBITOR
 from qlora_tui.runs.servers import running_servers
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
-from qlora_tui.settings import GPU_VARIABLE
+from qlora_tui.settings import GPU_VARIABLE, current_settings
 from qlora_tui.worker import run_job
 
 Outcome = Literal["ok", "note", "warning", "error"]
@@ -63,6 +68,8 @@ class CheckKind(Enum):
     QUEUE = "queue"
     PYTHON = "Python"
     LOCKS = "file locks"
+    SUSPENDING = "suspending"
+    YIELDING = "yielding"
     LIBRARY = "library"
     KERNELS = "kernels"
 
@@ -277,6 +284,9 @@ def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = ""
 def check_queue(machine: Machine) -> Check:
     """Report whether a run would start at once, or which run it waits for."""
     ahead = [*filter(None, [machine.active]), *machine.waiting]
+    if not ahead and (hold := closed_hours(current_settings(), Clock())):
+        fix = "`--now`, or `N` on Train, starts it all the same."
+        return Check(CheckKind.QUEUE, "note", f"It waits {hold_words(hold)}.", fix)
     if not ahead:
         return Check(CheckKind.QUEUE, "ok", "No other run: it starts at once.")
     more = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
@@ -289,7 +299,8 @@ def check_system() -> list[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     python = Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
     machine = read_machine()
-    return [python, *_disks(), check_locks(), check_gpu(machine), *check_kernels(machine)]
+    gpu = [check_gpu(machine), *check_yielding(machine), *check_kernels(machine)]
+    return [python, *_disks(), check_locks(), check_suspending(), *gpu]
 
 
 def _disks() -> list[Check]:
@@ -313,6 +324,25 @@ def check_locks() -> Check:
         fix = problem.fix if problem else "Point XDG_STATE_HOME at another disk."
         return Check(CheckKind.LOCKS, "error", problem.what if problem else str(error), fix)
     return Check(CheckKind.LOCKS, "ok", f"work in {paths.state_dir()}")
+
+
+def check_suspending() -> Check:
+    """Check that systemd can be asked to keep the machine awake while a run trains."""
+    if shutil.which(INHIBITOR) is not None:
+        return Check(CheckKind.SUSPENDING, "ok", "systemd is asked not to suspend while a run trains")
+    text = f"The machine may suspend while a run trains: there is no `{INHIBITOR}`."
+    return Check(CheckKind.SUSPENDING, "note", text, "Turn off suspending while runs train.")
+
+
+def check_yielding(machine: Machine) -> list[Check]:
+    """Check that the driver lists what a run gives way to; nothing where it gives way to nothing."""
+    if machine.gpu is None or not current_settings().yields:
+        return []
+    with suppress(GpuUnavailableError), Nvml() as driver:
+        if driver.busy_processes(machine.gpu.index) is not None:
+            return [Check(CheckKind.YIELDING, "ok", "a run gives way to other programs on its GPU")]
+    text = "Runs do not give way to other programs: the driver does not list who uses the GPU."
+    return [Check(CheckKind.YIELDING, "warning", text, "Pause the run yourself. WSL2 lists no processes.")]
 
 
 def check_kernels(machine: Machine) -> list[Check]:

@@ -17,7 +17,7 @@ from qlora_tui.hours import Clock
 from qlora_tui.runs.devices import RunDevice
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.holds import Hold, Sharing
-from qlora_tui.settings import LiveSettings
+from qlora_tui.settings import LiveSettings, Settings
 
 PERIOD_S = 1.0
 """Seconds between two looks at the GPU: process lists cost 4.5 ms and a driver lock."""
@@ -38,6 +38,13 @@ class GpuReader:
         except GpuUnavailableError:
             self._driver = None
             return None
+
+
+def closed_hours(settings: Settings, clock: Clock) -> Hold | None:
+    """Return the hold of all runs outside the hours; None inside."""
+    now = clock.now()
+    opens_at = settings.training_hours.opens_at(now, clock.zone())
+    return None if opens_at <= now else Hold(cause="hours", until=opens_at)
 
 
 class Gate:
@@ -61,10 +68,8 @@ class Gate:
     def hours_hold(self, run: RunDir) -> Hold | None:
         """Return the hold of a run outside the hours; None inside, and if it is to train now."""
         with self._lock:
-            hours, now = self._settings.read().training_hours, self._clock.now()
-            opens_at = hours.opens_at(now, self._clock.zone())
-        # Without a look at the GPU, which may sleep until then.
-        return None if opens_at <= now or run.trains_now else Hold(cause="hours", until=opens_at)
+            # Without a look at the GPU, which may sleep until then.
+            return None if run.trains_now else closed_hours(self._settings.read(), self._clock)
 
     def programs_on(
         self, run: RunDir, devices: Iterable[RunDevice], *, is_training: bool = False

@@ -41,7 +41,7 @@ def hold_words(hold: Hold) -> str:
     """What a hold waits for, after "paused", "waiting" or "resting": ``until 23:00 (hours)``."""
     match hold.cause:
         case "hours":
-            return f"until {_time_words(hold.until or 0.0)} (hours)"
+            return f"until {time_words(hold.until or 0.0)} (hours)"
         case "program":
             return f"for {hold.program} (pid {hold.pid})"
         case "devices":
@@ -52,7 +52,7 @@ def hold_words(hold: Hold) -> str:
             return f"at {hold.reading:.0f} W (at most {hold.bound:.0f})"
 
 
-def _time_words(at: float) -> str:
+def time_words(at: float) -> str:
     """``23:00``, with the day of the week if that is not within a day."""
     moment = time.localtime(at)
     is_near = 0 <= at - time.time() < _DAY_S

@@ -21,6 +21,8 @@ from msgspec import Struct
 from qlora_tui import paths, worker
 from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, without_choice
 
+INHIBITOR = "systemd-inhibit"
+"""Program of systemd that keeps the machine from suspending while another one runs."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 

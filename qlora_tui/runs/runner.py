@@ -44,6 +44,7 @@ from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.leftovers import sweep
 from qlora_tui.runs.outcomes import determine_outcome, log_size, record_outcome
 from qlora_tui.runs.process import (
+    INHIBITOR,
     process_identity,
     runner_lock_path,
     spawn_detached,
@@ -99,7 +100,7 @@ def _awake() -> Iterator[None]:
 
     The lock is held by a child that ends with its input, so also with this process, however that ends.
     """
-    program, holder = shutil.which("systemd-inhibit"), None
+    program, holder = shutil.which(INHIBITOR), None
     if program is not None:
         options = ["--what=idle:sleep", "--mode=block", "--who=qlora-tui", "--why=A run is in training."]
         with suppress(OSError):

@@ -21,7 +21,7 @@ from qlora_tui import paths
 from qlora_tui.decoding import Count, UnixTime, decode_json, read_json
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
-from qlora_tui.formatting import format_duration
+from qlora_tui.formatting import capitalize, format_duration
 from qlora_tui.locks import is_locked
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir, all_runs, waiting
@@ -96,7 +96,8 @@ def read_status(run: RunDir) -> Status:
     status = _recorded_status(run)
     if status.state == "queued":
         if run.id in waiting():
-            return structs.replace(status, detail=describe_runner() or _waits(status) or status.detail)
+            waits = capitalize(f"{held_words(status)}.") if status.hold else ""
+            return structs.replace(status, detail=describe_runner() or waits or status.detail)
         # Once more: the runner may have taken it since.
         status = _recorded_status(run)
         if status.state == "queued":
@@ -112,11 +113,12 @@ def read_status(run: RunDir) -> Status:
     )
 
 
-def _waits(status: Status) -> str:
-    """What a queued run waits for other than the runs before it, in a sentence; empty if it does not."""
+def held_words(status: Status) -> str:
+    """``paused until 23:00 (hours)``: what a run waits for other than those before it; empty if nothing."""
     if status.hold is None:
         return ""
-    return f"{'Paused' if status.step else 'Waiting'} {hold_words(status.hold)}."
+    how = "resting" if status.state in ACTIVE else "paused" if status.step else "waiting"
+    return f"{how} {hold_words(status.hold)}"
 
 
 def refuse_other_machines() -> None:

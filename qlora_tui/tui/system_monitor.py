@@ -81,7 +81,7 @@ class SystemMonitor:
         training = [(run, status) for run, status in statuses if status.state in ACTIVE]
         active = training[0] if training else (None, None)
         # Not the newest: a queue may be turned around, and an older run resumed.
-        over = [(r, s) for r, s in statuses if s.state != "queued"]
+        over = [(r, s) for r, s in statuses if s.state != "queued" or (s.hold and s.step)]
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
         self._restart_stalled_runner(is_stalled=bool(waiting_ids) and active[0] is None)
         return SystemStatus(

@@ -29,13 +29,15 @@ from qlora_tui.runs.events import (
     SampleGenerated,
     Started,
 )
+from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.run_summary import RunEvidence, judge_run
-from qlora_tui.runs.status import State, read_status, write_status
+from qlora_tui.runs.status import State, read_status, write_heartbeat, write_status
 from qlora_tui.runs.suggested_fix import suggest_fix
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.runs.telemetry import Reading, encode
 from qlora_tui.runs.view import RunView
+from qlora_tui.settings import save_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import verdict_style
 from qlora_tui.tui.screens.modals import dialogs
@@ -43,6 +45,7 @@ from qlora_tui.tui.screens.train import screen as train_screen
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.run_panels import (
     contention,
+    facts,
     header_lines,
     health_lines,
     key_figures,
@@ -573,3 +576,35 @@ def test_the_fix_for_few_steps_removes_a_low_step_limit() -> None:
     suggestion = suggest_fix("finished", [health_event("few_steps", "")], None, limited, RetryPlan())
     assert suggestion is not None
     assert suggestion.label == "prepare a run with max steps 0 instead of 5"
+
+
+async def test_a_held_run_says_what_it_waits_for_and_trains_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    save_setting("price_per_kwh", "0.30 EUR")
+    run = write_fake_run(FakeRun(steps=60, state="queued"))
+    run_queue.hold(run, Hold(cause="program", program="ollama", pid=4242))
+    app = QloraApp()
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await watching(app, run)
+        await wait_for_text(pilot, "‖ paused for ollama (pid 4242)", "N Train now", "z Pause")
+        await app.switch_mode("runs")
+        await wait_for_text(pilot, "Paused for ollama (pid 4242).", "‖ queue 1", "‖ paused")
+        await app.switch_mode("home")
+        await wait_for_text(pilot, "paused for ollama (pid 4242)")
+        await app.switch_mode("train")
+        await pilot.press("N")
+        await wait_until(pilot, lambda: run.trains_now)
+        run_queue.hold(run, None)
+        await wait_for_text(pilot, "waiting in the queue")
+
+
+def test_a_resting_run_says_so_and_what_it_costs() -> None:
+    save_setting("price_per_kwh", "0.30 EUR")
+    save_setting("hours", "0:00-0:01")
+    run = write_fake_run(FakeRun(steps=600))
+    status = read_status(run)
+    write_heartbeat(run, structs.replace(status, hold=Hold(cause="temperature", reading=84, bound=80)))
+    snapshot = RunFollower(run).poll()
+    assert "resting at 84 °C (at most 80)" in state_line(snapshot).plain
+    assert "0.02 kWh, <0.01 EUR" in " ".join(facts(snapshot, BEGAN + 1000))
+    assert [figure.label for figure in key_figures(snapshot)][-1] == "done"

@@ -25,8 +25,9 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
+from qlora_tui.runs.describe import done_at_words
 from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words
-from qlora_tui.runs.status import State
+from qlora_tui.runs.status import State, Status, held_words
 from qlora_tui.tui.render.columns import cut_name
 from qlora_tui.tui.render.figures import Figure
 from qlora_tui.tui.render.plot import bar, level_style
@@ -266,12 +267,16 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
     )
 
 
-def result_label(state: State, defect: ResultDefect | None) -> tuple[str, str, str]:
-    """Return (sign, word, color) for a run's state, or for the defect of its result."""
+def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str, str]:
+    """Return (sign, word, color) for a run's state, or for the defect of its result.
+
+    A queued run that waits for anything but the runs before it is paused, or waiting if it has not begun.
+    """
     if defect is not None:
         return "!", defect.word, "$error"
-    sign, style = SIGNS[state]
-    return sign, state, style
+    is_held = status.state == "queued" and status.hold is not None
+    sign, style = SIGNS["paused" if is_held else status.state]
+    return sign, held_words(status).partition(" ")[0] if is_held else status.state, style
 
 
 def verdict_style(verdict: RunVerdict) -> str:
@@ -280,9 +285,9 @@ def verdict_style(verdict: RunVerdict) -> str:
     return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
 
 
-def state_bar(state: State, defect: ResultDefect | None = None) -> Content:
+def state_bar(status: Status, defect: ResultDefect | None = None) -> Content:
     """Return ``▌`` in the color of a run's state, for the left edge of lines that also name the state."""
-    return Content.styled("▌", result_label(state, defect)[2])
+    return Content.styled("▌", result_label(status, defect)[2])
 
 
 def best_words(loss: float, step: int, loss_to_beat: float | None) -> str:
@@ -309,6 +314,8 @@ def progress_figures(mean_loss: float | None, seconds_left: float | None) -> lis
         figures.append(Figure("smoothed loss", format_loss(mean_loss)))
     if seconds_left is not None:
         figures.append(Figure("left", format_duration(seconds_left), label_first=False))
+    if done_at := done_at_words(seconds_left):
+        figures.append(Figure("done", done_at))
     return figures
 
 

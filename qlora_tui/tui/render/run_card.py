@@ -13,7 +13,6 @@ from qlora_tui.formatting import (
     format_bytes,
     format_count,
     format_duration,
-    format_kwh,
     format_loss,
     format_percent,
     format_speed,
@@ -21,6 +20,7 @@ from qlora_tui.formatting import (
     short_model_name,
 )
 from qlora_tui.recipe.targets import format_rank
+from qlora_tui.runs.describe import energy_words
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Finished
 from qlora_tui.runs.metrics_table import save_run
@@ -112,7 +112,7 @@ def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
         ("time in steps", format_duration(seconds) if seconds else ""),
         ("speed", "" if speed is None else f"{format_speed(speed)} tok/s"),
         ("peak memory", "" if view.memory is None else format_bytes(view.memory.measured_bytes)),
-        ("energy", "" if kwh is None else format_kwh(kwh)),
+        ("energy", "" if kwh is None else energy_words(kwh)),
         (
             "trained",
             "" if view.adapter is None else f"{format_count(view.adapter.trained_parameters)} weights",

@@ -38,7 +38,7 @@ from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.run_summary import RunSummary, data_words
 from qlora_tui.runs.servers import ServerStatus
-from qlora_tui.runs.status import ACTIVE
+from qlora_tui.runs.status import ACTIVE, held_words
 from qlora_tui.tui.commands import COMMANDS
 from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
@@ -194,9 +194,11 @@ def run_lines(
         waiting: Names of the queued runs, the next one first.
     """
     status, width = summary.status, layout.left
-    sign, word, style = result_label(status.state, summary.defect)
+    sign, word, style = result_label(status, summary.defect)
     if status.state in ACTIVE:
         word = phase_label(status.phase or status.state)
+    if status.hold is not None:
+        word = held_words(status)
     elif summary.defect is not None:
         word = f"{status.state}, {word}"
     head = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
@@ -271,7 +273,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
     """Return a line per run: ``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12``."""
 
     def state(summary: RunSummary) -> Content:
-        sign, word, style = result_label(summary.status.state, summary.defect)
+        sign, word, style = result_label(summary.status, summary.defect)
         return Content.styled(f"{sign} {word}", style)
 
     def when(summary: RunSummary) -> str:

@@ -37,7 +37,7 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.describe import describe
+from qlora_tui.runs.describe import describe, done_at_words
 from qlora_tui.runs.event_log import events_backwards
 from qlora_tui.runs.events import ALL_STEPS_DONE, Progress, SampleGenerated, Step
 from qlora_tui.runs.exports import Export, read_exports
@@ -269,10 +269,10 @@ class RunTable(LineView):
 
     def _head(self, row: RunSummary) -> Content:
         mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "
-        sign, word, style = result_label(row.status.state, row.defect)
+        sign, word, style = result_label(row.status, row.defect)
         if row.id in self._waiting:
             word = f"queue {self._waiting.index(row.id) + 1}"
-        bar = state_bar(row.status.state, row.defect)
+        bar = state_bar(row.status, row.defect)
         return Content.assemble(bar, (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
 
 
@@ -379,7 +379,7 @@ def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content
 def result_lines(summary: RunSummary, now: float, width: int, answers: str = "") -> list[Content]:
     """Return the run's results. ``answers``: progress of comparing its answers, if that is being measured."""
     status = summary.status
-    sign, word, style = result_label(status.state, summary.defect)
+    sign, word, style = result_label(status, summary.defect)
     rows: list[tuple[str, Content | str]] = [("state", Content.styled(f"{sign} {word}", style))]
     # The status of an active run is as old as its last heartbeat.
     is_active = status.state in ACTIVE
@@ -404,6 +404,8 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         rows.append(("exact", f"{format_percent(summary.accuracy)} of short answers"))
     if summary.seconds is not None:
         left = "" if summary.seconds_left is None else f", {format_duration(summary.seconds_left)} left"
+        if done_at := done_at_words(summary.seconds_left):
+            left += f", done {done_at}"
         rows.append(("trained", f"{format_duration(summary.seconds)}{left}"))
     if summary.energy:
         rows.append(("energy", summary.energy))

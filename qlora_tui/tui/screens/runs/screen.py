@@ -157,6 +157,8 @@ class RunsScreen(EvaluationActions):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action in ("withdraw", "move"):
             return self.current is not None and self._is_waiting(self.current)
+        if action == "now":
+            return self.current is not None and bool(self.current.status.hold)
         if action == "resume":
             return self.current is not None and self.current.status.state in RESUMABLE
         if action in ("chat", "export", "evaluate", "card"):
@@ -365,6 +367,10 @@ class RunsScreen(EvaluationActions):
     def action_withdraw(self) -> None:
         self._act_on(self._selected.run, run_actions.stop)
         self.notify(f"Removed from the queue. Press {key_name('runs.resume')} to queue it again.")
+
+    def action_now(self) -> None:
+        self._act_on(self._selected.run, run_actions.train_now)
+        self.notify("The run will train until it ends.")
 
     def action_resume(self) -> None:
         self._act_on(self._selected.run, run_actions.resume)

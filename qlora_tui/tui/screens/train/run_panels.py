@@ -18,7 +18,6 @@ from qlora_tui.formatting import (
     format_count,
     format_duration,
     format_float,
-    format_kwh,
     format_loss,
     format_loss_change,
     format_number,
@@ -33,10 +32,11 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.describe import format_energy
+from qlora_tui.runs.describe import done_at_words, energy_words, format_energy
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, Phase, PhaseChanged, phase_label
+from qlora_tui.runs.holds import hold_words
 from qlora_tui.runs.run_summary import data_words, find_defect, next_evaluation
-from qlora_tui.runs.status import ACTIVE, RESUMABLE
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, held_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
@@ -67,6 +67,7 @@ _ENDINGS = {
     "stop": ("Stopping", " after this step"),
     "stop_now": ("Stopping now", ""),
     "pause": ("Pausing", " after this step"),
+    "pause_now": ("Pausing", ""),
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
 """(verb, timing) for each request to end a run."""
@@ -108,7 +109,7 @@ def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> 
 
     From three lines on, the figures are large and come before the rest.
     """
-    edge = state_bar(snapshot.status.state, find_defect(snapshot.view)) + " "
+    edge = state_bar(snapshot.status, find_defect(snapshot.view)) + " "
     return [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
 
 
@@ -162,9 +163,11 @@ def state_line(snapshot: RunSnapshot) -> Content:
     """Return ``● training  ! 2 warnings  attempt 2``: the run's state with warnings, attempt and requests."""
     status, view = snapshot.status, snapshot.view
     defect = find_defect(view)
-    sign, word, style = result_label(status.state, defect)
+    sign, word, style = result_label(status, defect)
     if status.state == "running":
         word = phase_label(view.phase or status.state)
+    elif status.hold is not None:
+        word = held_words(status)
     elif defect is not None:
         word = f"{status.state}, {word}"
     parts: list[Content | str | tuple[str, str]] = [(f"{sign} ", style), (word, f"bold {style}")]
@@ -177,7 +180,9 @@ def state_line(snapshot: RunSnapshot) -> Content:
         parts.append((f"  {ending[0]}{when}", "bold $warning"))
         if snapshot.is_stopping and snapshot.ending_request == "stop":
             parts.append(highlight_keys(f"  {key_name('train.stop')} now", "dim"))
-    if (status.state == "queued" or status.state in ACTIVE) and status.detail:
+    if status.state in ACTIVE and status.hold is not None:
+        parts.append((f"  {held_words(status)}", "$warning"))
+    elif status.hold is None and status.state in ("queued", *ACTIVE) and status.detail:
         # Suspended, not responding, on another machine: more important than the rest.
         parts.append((f"  {status.detail}", "$warning"))
     elif status.state == "running" and view.phase_detail and not snapshot.ending_request:
@@ -201,7 +206,7 @@ def progress_facts(snapshot: RunSnapshot) -> list[str]:
     facts = []
     if state in ACTIVE and view.progress is not None and view.phase != "training" and snapshot.step:
         facts.append(format_progress(view.progress.done, view.progress.total))
-    if view.total_steps and state != "queued":
+    if view.total_steps and (state != "queued" or (snapshot.status.hold and snapshot.step)):
         if state in ACTIVE and snapshot.step:
             facts.append(format_percent(snapshot.step / view.total_steps))
         facts.append(f"step {format_progress(snapshot.step, view.total_steps)}")
@@ -211,8 +216,11 @@ def progress_facts(snapshot: RunSnapshot) -> list[str]:
 def facts(snapshot: RunSnapshot, now: float) -> list[str]:
     """Return other facts, most important first. Those that do not fit are dropped."""
     state = snapshot.status.state
-    if state == "queued":
+    if state == "queued" and snapshot.status.hold is None:
         return ["waiting in the queue"]
+    if state == "queued":
+        done_at = done_at_words(snapshot.seconds_left)
+        return ["goes on by itself", *([f"done {done_at}"] if done_at else [])]
     if state in ACTIVE:
         return _active_facts(snapshot, now)
     return _ended_facts(snapshot, now)
@@ -235,7 +243,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if following := next_evaluation(snapshot.recipe, view.data, snapshot.step):
         facts.append(f"next evaluation at {following:,}")
     if snapshot.energy_kwh is not None:
-        facts.append(format_kwh(snapshot.energy_kwh))
+        facts.append(energy_words(snapshot.energy_kwh))
     return facts or ["starting"]
 
 
@@ -517,7 +525,9 @@ def stage_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> l
     stages = snapshot.stages
     if snapshot.status.state == "queued":
         stages = ()
-        lines = [_stage_line("▸", "waiting", "the runs before it in the queue", "", width, "bold $primary")]
+        hold = snapshot.status.hold
+        what = hold_words(hold) if hold else "the runs before it in the queue"
+        lines = [_stage_line("▸", "waiting", what, "", width, "bold $primary")]
     elif not stages:
         lines = [_stage_line("▸", "starting", "the trainer's process", "", width, "bold $primary")]
     else:

@@ -72,6 +72,7 @@ _PREPARING = frozenset(("launch", "probe", "recheck", "watch_another", "next_tab
 _PREPARING_ONLY = frozenset(("launch", "probe", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {
     "pause": ACTIVE,
+    "now": (),
     "request": ACTIVE,
     "learning_rate": ACTIVE,
     "stop": ACTIVE,
@@ -160,6 +161,11 @@ class TrainScreen(EvaluationActions):
         """State of the run being watched."""
         return self.snapshot.status.state if self.snapshot else None
 
+    @property
+    def _is_held(self) -> bool:
+        """Whether the run being watched waits for the hours, or for another program."""
+        return self.snapshot is not None and self.state == "queued" and bool(self.snapshot.status.hold)
+
     def attach(self, run: RunDir) -> None:
         """Watch a run."""
         self._is_pinned, self._ended_at = True, None
@@ -209,6 +215,8 @@ class TrainScreen(EvaluationActions):
             return action in _PREPARING or not self.has_command(action)
         if action in _PREPARING_ONLY:
             return False
+        if action in ("now", "pause") and self._is_held:
+            return True
         return action not in _STATES or self.state in _STATES[action]
 
     def command_label(self, command_id: str) -> str:
@@ -250,13 +258,13 @@ class TrainScreen(EvaluationActions):
         if follower is not self._follower:
             self.poll_now()
             return
-        before = (self.state, self.snapshot.fix if self.snapshot else None)
+        before = (self.state, self._is_held, self.snapshot.fix if self.snapshot else None)
         self.snapshot = snapshot
         active = self.app.system_status.active
         another = active.id if active is not None and active != follower.run else ""
         answers = self.progress_of(follower.run.id)
         self.query_one(LivePane).show(snapshot, follower.from_step, another, answers)
-        if (snapshot.status.state, snapshot.fix) != before:
+        if (self.state, self._is_held, snapshot.fix) != before:
             self.refresh_bindings()
 
     def _check(self) -> None:
@@ -373,8 +381,11 @@ class TrainScreen(EvaluationActions):
 
     def action_pause(self) -> None:
         outcome = f"{_outcome_of_stopping(self.snapshot, pauses=True)} {key_name('train.resume')} resumes it."
-        done = f"The run will pause{self._when_it_ends}."
+        done = "Paused." if self._is_held else f"The run will pause{self._when_it_ends}."
         self._confirm("Pause the run?", outcome, run_actions.pause, done)
+
+    def action_now(self) -> None:
+        self._act_on_run(self._watched, run_actions.train_now, "The run will train until it ends.")
 
     def action_resume(self) -> None:
         has_checkpoint = self.snapshot is not None and bool(self.snapshot.view.checkpoints)
