@@ -1,12 +1,17 @@
 """Decisions on public labeled text, with wrong labels planted, next to logistic regression on TF-IDF.
 
-    python -m bench.decide --train train_5500.label --test TREC_10.label [--state FOLDER] [--json]
+    python -m bench.decide train_5500.label rt-polarity ori_pqal.json [--seeds 2] [--state FOLDER] [--json]
 
-Reads the questions of TREC (Li and Roth 2002, a line ``CLASS:fine question``) or a CSV file of text and label
-such as BANKING77's (PolyAI, CC BY 4.0). Draws training, validation and test rows, gives a share of the
-training rows another label, and trains SmolLM2-135M-Instruct on them as a user would: ``train``,
-``evaluate``, ``predict`` and ``data blame``. scikit-learn's logistic regression on TF-IDF gets the same
-training rows and picks its strength on the same validation rows. Both are judged on the same test rows.
+Reads what the authors publish: questions of TREC in six classes (Li and Roth 2002, a line ``CLASS:fine
+question``); sentences of film reviews (Pang and Lee 2005, the folder with ``rt-polarity.pos`` and ``.neg``);
+questions of PubMedQA, answered yes, no or maybe from a paper's conclusion (Jin et al. 2019,
+``ori_pqal.json``); or a CSV file of text and label, such as BANKING77 (PolyAI).
+
+For each file and seed: draws training, validation and test rows, gives a share of the training rows another
+label, and trains SmolLM2-135M-Instruct on them as a user would: ``train``, ``evaluate`` and ``predict``, this
+on the test rows and on the training rows. scikit-learn's logistic regression on TF-IDF gets the same training
+rows and picks its strength on the same validation rows; its own training rows are judged in five folds.
+Figures are those of the test rows of all seeds together.
 
 With ``--state`` runs stay in a folder, and what is there already is not done again.
 """
@@ -16,15 +21,18 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 TREC = {
     "ABBR": "abbreviation",
@@ -35,116 +43,165 @@ TREC = {
     "NUM": "number",
 }
 SETTINGS = (
-    "data.max_length=128",
-    "training.gradient_accumulation=2",
+    "training.gradient_accumulation=1",
     "training.micro_batch_size=1",
     "training.learning_rate=5e-4",
     "training.general_prompts=0",
+    "training.task_prompts=0",
     "training.eval_every=0",
 )
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+RESAMPLES = 1000
+
+Rows = list[tuple[str, str]]
+"""Text and label of each row."""
+
+
+class Judged(NamedTuple):
+    """Probabilities of test rows by one way, and how suspicious training rows are to it."""
+
+    probabilities: list[dict[str, float]]
+    """By label, of each test row."""
+    own: list[float]
+    """Probability of the label that each training row was given."""
+
+
+class Trial(NamedTuple):
+    """One draw of one task."""
+
+    wanted: list[str]
+    """Labels of the test rows."""
+    wrong: set[int]
+    """Numbers of the training rows with another label."""
+    ways: dict[str, Judged]
+    notes: dict[str, float]
+    """Figures of this draw by name."""
 
 
 def main() -> int:
-    """Train, decide, compare; print a table."""
+    """Train, decide, compare; print a table for each task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--train", required=True, type=Path, help="labeled texts to draw training rows from")
-    parser.add_argument("--test", required=True, type=Path, help="labeled texts to draw test rows from")
+    parser.add_argument("data", nargs="+", type=Path, help="labeled texts")
     parser.add_argument(
-        "--rows", type=int, nargs=3, default=(420, 140, 300), metavar=("TRAIN", "VAL", "TEST")
+        "--rows", type=int, nargs=3, default=(240, 160, 240), metavar=("TRAIN", "VAL", "TEST")
     )
     parser.add_argument("--wrong", type=float, default=0.1, help="share of training rows with a wrong label")
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--state", type=Path, help="folder that keeps the run")
+    parser.add_argument("--state", type=Path, help="folder that keeps the runs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        report = measured(args, (args.state or Path(temporary)).absolute())
-    print(
-        json.dumps(report)
-        if args.json
-        else "\n".join(f"{name:<28} {value}" for name, value in report.items())
-    )
+        state = (args.state or Path(temporary)).absolute()
+        for path in args.data:
+            trials = [
+                trial(args, labeled(path), state / f"{path.stem}-{seed}", seed) for seed in range(args.seeds)
+            ]
+            report[path.stem] = summary(trials)
+    print(json.dumps(report) if args.json else "\n\n".join(table(*item) for item in report.items()))
     return 0
 
 
-def labeled(path: Path) -> list[tuple[str, str]]:
-    """Return text and label of each row, in an order that is the same each time."""
+def labeled(path: Path) -> Rows:
+    """Return text and label of each row."""
+    if path.is_dir():
+        return [
+            (line.strip(), label)
+            for name, label in (("neg", "negative"), ("pos", "positive"))
+            for line in (path / f"rt-polarity.{name}").read_text("latin-1").splitlines()
+        ]
     if path.suffix == ".csv":
         with path.open(newline="") as file:
-            rows = [(text, label.replace("_", " ")) for text, label in list(csv.reader(file))[1:]]
-    else:
-        lines = path.read_text("latin-1").splitlines()
-        rows = [(text, TREC[tag.split(":")[0]]) for tag, _, text in (line.partition(" ") for line in lines)]
-    random.Random(0).shuffle(rows)
-    return rows
+            return [(text, label.replace("_", " ")) for text, label in list(csv.reader(file))[1:]]
+    if path.suffix == ".json":
+        asked = json.loads(path.read_text()).values()
+        return [(f"{row['QUESTION']}\n\n{row['LONG_ANSWER']}", row["final_decision"]) for row in asked]
+    lines = path.read_text("latin-1").splitlines()
+    return [(text, TREC[tag.split(":")[0]]) for tag, _, text in (line.partition(" ") for line in lines)]
 
 
-def measured(args: argparse.Namespace, state: Path) -> dict[str, Any]:
-    """Return all figures by name."""
+def trial(args: argparse.Namespace, rows: Rows, state: Path, seed: int) -> Trial:
+    """Draw rows, train on them, and let both ways decide."""
     from bench.training import say
 
     state.mkdir(parents=True, exist_ok=True)
-    count, held_out, tested = args.rows
-    rows, test = labeled(args.train), labeled(args.test)[:tested]
-    train, validation = rows[:count], rows[count : count + held_out]
+    draw = random.Random(seed)
+    rows = draw.sample(list(dict(rows).items()), sum(args.rows))
+    count, held_out, _ = args.rows
+    train, validation, test = rows[:count], rows[count : count + held_out], rows[count + held_out :]
     labels = sorted({label for _, label in rows})
-    draw = random.Random(1)
     wrong = set(draw.sample(range(count), round(args.wrong * count)))
     given = [
         (text, draw.choice([each for each in labels if each != label]) if number in wrong else label)
         for number, (text, label) in enumerate(train)
     ]
-    files = {name: state / f"{name}.jsonl" for name in ("train", "validation", "test")}
-    for name, part in (("train", given), ("validation", validation)):
-        write(files[name], [{"text": text, "label": label} for text, label in part])
-    write(files["test"], [{"text": text} for text, _ in test])
-    run = trained(state, files, args.epochs)
-    say("decisions on the test rows")
-    out = state / "decided.jsonl"
-    if not out.exists():
-        command(state, "predict", str(files["test"]), "--run", run, "-o", str(out), "--probabilities")
-    decided = [json.loads(line) for line in out.read_text().splitlines()]
-    wanted = [label for _, label in test]
-    report: dict[str, Any] = {"training rows": f"{count}, {len(wrong)} with a wrong label"}
-    ours = [{each: row["predicted_probabilities"].get(each, 0.0) for each in labels} for row in decided]
-    report |= {f"ours, {name}": value for name, value in judged(ours, wanted).items()}
-    evaluation = json.loads(command(state, "evaluate", run, "--json"))
-    decisions = evaluation["decisions"]
-    report["base accuracy, validation"] = round(decisions["base"]["accuracy"]["value"], 3)
-    for name in ("before", "after"):
-        for measure in ("accuracy", "log_loss", "calibration_error"):
-            report[f"validation {measure} {name}"] = round(decisions[name][measure]["value"], 3)
-    report["temperature"] = round(decisions["calibration"]["temperature"], 2)
-    baseline, suspected = by_regression(given, validation, test, labels)
-    report |= {f"TF-IDF, {name}": value for name, value in judged(baseline, wanted).items()}
-    say("the loss of each training row")
-    losses = json.loads(command(state, "data", "blame", run, "--json"))
-    ranked = [row["row"] - 1 for row in losses["rows"]]
-    for share in (0.1, 0.2):
-        first = round(share * count)
-        report[f"wrong labels in first {share:.0%}, ours"] = round(
-            len(wrong & set(ranked[:first])) / len(wrong), 3
-        )
-        report[f"wrong labels in first {share:.0%}, TF-IDF"] = round(
-            len(wrong & set(suspected[:first])) / len(wrong), 3
-        )
-    return report
+    say(state.name)
+    started = time.monotonic()
+    before = os.times()
+    probabilities, notes = by_tuning(args, state, given, validation, test, labels)
+    after = os.times()
+    ours = Judged(
+        probabilities[count:],
+        [row[label] for row, (_, label) in zip(probabilities[:count], given, strict=True)],
+    )
+    temperature = notes["temperature"]
+    return Trial(
+        wanted=[label for _, label in test],
+        wrong=wrong,
+        ways={
+            "TF-IDF": by_regression(given, validation, test, labels),
+            "not calibrated": Judged([sharpened(row, temperature) for row in ours.probabilities], ours.own),
+            "qlora-tui": ours,
+        },
+        notes=notes
+        | {
+            "minutes": (time.monotonic() - started) / 60,
+            "minutes of CPU": (sum(after[2:4]) - sum(before[2:4])) / 60,
+        },
+    )
 
 
-def trained(state: Path, files: dict[str, Path], epochs: float) -> str:
-    """Return the id of the run, trained now or before."""
+def by_tuning(
+    args: argparse.Namespace, state: Path, train: Rows, validation: Rows, test: Rows, labels: Sequence[str]
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Return a tuned model's probabilities of training and test rows, in this order, and figures by name."""
     from bench.training import say
     from qlora_tui.demo.demo_model import ensure_model
 
+    files = {name: state / f"{name}.jsonl" for name in ("train", "validation", "all")}
+    for name, part in (("train", train), ("validation", validation)):
+        write(files[name], [{"text": text, "label": label} for text, label in part])
+    write(files["all"], [{"text": text} for text, _ in (*train, *test)])
     runs = json.loads(command(state, "runs", "--json"))
     if not any(run["state"] == "finished" for run in runs["runs"]):
         model = ensure_model(say)
-        settings = [f"data.validation_path={files['validation']}", f"training.epochs={epochs}", *SETTINGS]
-        say("training")
+        # Two or three rows in each step, whatever their length.
+        words = statistics.mean(len(text.split()) for text, _ in train)
+        settings = [
+            f"data.max_length={128 if words < 30 else 256}",
+            f"data.validation_path={files['validation']}",
+            f"training.epochs={args.epochs}",
+            *SETTINGS,
+        ]
         arguments = [part for setting in settings for part in ("--set", setting)]
         command(state, "train", "--model", str(model), "--data", str(files["train"]), *arguments)
-    return "last"
+    decisions = json.loads(command(state, "evaluate", "last", "--json"))["decisions"]
+    out = state / "decided.jsonl"
+    if not out.exists():
+        command(state, "predict", str(files["all"]), "--run", "last", "-o", str(out), "--probabilities")
+    decided = [json.loads(line)["predicted_probabilities"] for line in out.read_text().splitlines()]
+    return [{label: row.get(label, 0.0) for label in labels} for row in decided], {
+        "temperature": decisions["calibration"]["temperature"],
+        "base accuracy on the validation rows": decisions["base"]["accuracy"]["value"],
+    }
+
+
+def sharpened(row: dict[str, float], power: float) -> dict[str, float]:
+    """Return probabilities raised to a power: the temperature of a calibration taken back."""
+    raised = {label: value**power for label, value in row.items()}
+    total = sum(raised.values())
+    return {label: value / total for label, value in raised.items()}
 
 
 def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
@@ -161,64 +218,125 @@ def command(state: Path, *arguments: str) -> str:
     return subprocess.run(argv, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def judged(probabilities: Sequence[dict[str, float]], wanted: Sequence[str]) -> dict[str, float]:
-    """Return accuracy, log loss and calibration error of probabilities by label on test rows."""
-    import torch
-
-    from qlora_tui.training.calibration import calibration_error
-
-    chosen = [max(row, key=row.__getitem__) for row in probabilities]
-    right = [one == other for one, other in zip(chosen, wanted, strict=True)]
-    confidence = torch.tensor([max(row.values()) for row in probabilities])
-    losses = [-math.log(max(row[label], 1e-12)) for row, label in zip(probabilities, wanted, strict=True)]
-    return {
-        "test accuracy": round(sum(right) / len(right), 3),
-        "test log loss": round(sum(losses) / len(losses), 3),
-        "test calibration error": round(calibration_error(confidence, torch.tensor(right)), 3),
-    }
-
-
-def by_regression(
-    given: Sequence[tuple[str, str]],
-    validation: Sequence[tuple[str, str]],
-    test: Sequence[tuple[str, str]],
-    labels: Sequence[str],
-) -> tuple[list[dict[str, float]], list[int]]:
-    """Return scikit-learn's probabilities of the test rows, and training rows, least probable label first.
-
-    The training rows are judged in five folds, each by the other four.
-    """
+def by_regression(train: Rows, validation: Rows, test: Rows, labels: Sequence[str]) -> Judged:
+    """Return what scikit-learn's logistic regression decides."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
 
-    texts, answers = [text for text, _ in given], [label for _, label in given]
+    texts, answers = [text for text, _ in train], [label for _, label in train]
 
     def pipeline(strength: float) -> Any:
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
         return make_pipeline(vectorizer, LogisticRegression(C=strength, max_iter=1000))
 
-    def probabilities(model: Any, rows: Sequence[str]) -> list[dict[str, float]]:
-        found = model.predict_proba(rows)
+    def probabilities(model: Any, rows: Rows) -> list[dict[str, float]]:
         return [
             dict.fromkeys(labels, 0.0) | dict(zip(model.classes_, map(float, row), strict=True))
-            for row in found
+            for row in model.predict_proba([text for text, _ in rows])
         ]
 
     def validation_loss(strength: float) -> float:
-        model = pipeline(strength).fit(texts, answers)
-        found = probabilities(model, [text for text, _ in validation])
+        found = probabilities(pipeline(strength).fit(texts, answers), validation)
         rows = [[row[label] for label in labels] for row in found]
         return float(log_loss([label for _, label in validation], rows, labels=labels))
 
     best = min(STRENGTHS, key=validation_loss)
-    model = pipeline(best).fit(texts, answers)
     folds = cross_val_predict(pipeline(best), texts, answers, cv=5, method="predict_proba")
     places = {label: place for place, label in enumerate(sorted(set(answers)))}
-    own = [float(row[places[label]]) for row, label in zip(folds, answers, strict=True)]
-    return probabilities(model, [text for text, _ in test]), sorted(range(len(own)), key=own.__getitem__)
+    return Judged(
+        probabilities(pipeline(best).fit(texts, answers), test),
+        [float(row[places[label]]) for row, label in zip(folds, answers, strict=True)],
+    )
+
+
+def summary(trials: Sequence[Trial]) -> dict[str, Any]:
+    """Return the figures of one task by name: by way, or of each draw."""
+    import torch
+
+    from qlora_tui.training.calibration import calibration_error, judge_probabilities
+
+    labels = sorted(trials[0].ways["TF-IDF"].probabilities[0])
+    truth = torch.tensor([labels.index(label) for each in trials for label in each.wanted])
+    report: dict[str, Any] = {}
+    sure = {}
+    for way in trials[0].ways:
+        judged = [each.ways[way] for each in trials]
+        table = torch.tensor(
+            [[row[label] for label in labels] for each in judged for row in each.probabilities]
+        )
+        logs = table.double().clamp(min=1e-12).log()
+        quality = judge_probabilities(logs, truth)
+        confidence, chosen = logs.exp().max(-1)
+        sure[way] = confidence, chosen == truth
+        found = {
+            f"planted: in the first {share:.0%}": statistics.mean(
+                _share_found(each.own, trial.wrong, share) for each, trial in zip(judged, trials, strict=True)
+            )
+            for share in (0.1, 0.2)
+        }
+        figures: dict[str, Any] = {
+            "accuracy": quality.accuracy,
+            "log loss": quality.log_loss,
+            "calibration error": quality.calibration_error,
+            "  if honest": quality.honest_error,
+            "planted: area under the curve": statistics.mean(
+                _area(each.own, trial.wrong) for each, trial in zip(judged, trials, strict=True)
+            ),
+            **found,
+        }
+        for name, value in figures.items():
+            report.setdefault(name, {})[way] = msgspec.to_builtins(value)
+    draw = torch.Generator().manual_seed(0)
+    resamples = [torch.randint(len(truth), (len(truth),), generator=draw) for _ in range(RESAMPLES)]
+    errors = {
+        way: torch.tensor([calibration_error(confidence[rows], right[rows]) for rows in resamples])
+        for way, (confidence, right) in sure.items()
+    }
+    edges = torch.tensor([0.025, 0.975])
+    report["calibration error, qlora-tui minus TF-IDF, 95 % interval"] = (
+        (errors["qlora-tui"] - errors["TF-IDF"]).quantile(edges).tolist()
+    )
+    for name in trials[0].notes:
+        report[name] = [each.notes[name] for each in trials]
+    return report
+
+
+def _area(own: Sequence[float], wrong: set[int]) -> float:
+    """Return how often a row with a wrong label is less probable than one with a right one."""
+    others = [value for number, value in enumerate(own) if number not in wrong]
+    pairs = [(own[number] < other) + 0.5 * (own[number] == other) for number in wrong for other in others]
+    return sum(pairs) / len(pairs)
+
+
+def _share_found(own: Sequence[float], wrong: set[int], share: float) -> float:
+    """Return the share of the wrong labels in the least probable share of the rows."""
+    ranked = sorted(range(len(own)), key=own.__getitem__)
+    return len(wrong & set(ranked[: round(share * len(own))])) / len(wrong)
+
+
+def table(name: str, report: dict[str, Any]) -> str:
+    """Return the figures of a task in lines."""
+    from qlora_tui.formatting import align_columns
+
+    def shown(value: Any) -> str:
+        if isinstance(value, dict):
+            low, high = value["interval"]
+            return f"{value['value']:.3f} ({low:.3f} to {high:.3f})"
+        return f"{value:.3f}"
+
+    ways = [(name, *report["accuracy"])]
+    ways += [
+        (label, *map(shown, value.values())) for label, value in report.items() if isinstance(value, dict)
+    ]
+    rest = [
+        f"{label}: {', '.join(map(shown, value))}"
+        for label, value in report.items()
+        if isinstance(value, list)
+    ]
+    return "\n".join([*align_columns(ways), *rest])
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ def calibrate(
             bias=tuple(fit.bias.tolist()) if bool(fit.bias.any()) else (),
             rows=fitted_rows,
         ),
-        base=_quality(before, wanted),
-        before=_quality(plain, wanted),
-        after=_quality(judged, wanted),
+        base=judge_probabilities(before, wanted),
+        before=judge_probabilities(plain, wanted),
+        after=judge_probabilities(judged, wanted),
         confusion=tuple(map(tuple, confusion.tolist())),
         thresholds=_thresholds(judged, wanted),
         fields=tuple(_field_accuracy(decision, field, chosen, wanted) for field in decision.fields),
@@ -172,8 +172,8 @@ def _losses(logs: Tensor, truth: Tensor) -> Tensor:
     return -logs[torch.arange(len(truth)), truth]
 
 
-def _quality(logs: Tensor, truth: Tensor) -> Quality:
-    """Judge log probabilities (rows, options) by the right options (rows,)."""
+def judge_probabilities(logs: Tensor, truth: Tensor) -> Quality:
+    """Return what log probabilities (rows, options) are worth, by the right options (rows,)."""
     options = logs.shape[1]
     confidence, chosen = logs.exp().max(-1)
     right = chosen == truth
