@@ -246,6 +246,12 @@ def join_words(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
+def name_some(names: Sequence[str], most: int = 6) -> str:
+    """Return the first names, and how many more there are: ``a, b and 30 more``."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def truncate_middle(text: str, width: int) -> str:
     """Shorten text in the middle: run names often begin alike and differ at the end."""
     if len(text) <= width:

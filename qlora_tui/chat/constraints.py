@@ -122,7 +122,9 @@ class _Rules:
         """Add one call or, unless it is single, several."""
         shape = calls.shape
         arguments = {
-            name: self.json(schema) if shape.fields is None else self.fields(schema, shape.fields, schema)
+            name: self.json(_closed(schema))
+            if shape.fields is None
+            else self.fields(schema, shape.fields, schema)
             for name, schema in calls.functions.items()
         }
 
@@ -200,6 +202,11 @@ class _Rules:
 
     def _list(self, item: str, fields: Fields) -> str:
         return f"({item} ({self.text(fields.separator)} {item})*)?"
+
+
+def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of arguments; those that it does not name are allowed only where it says so."""
+    return {"additionalProperties": "properties" not in schema, **schema}
 
 
 def _constants(schema: Mapping[str, Any]) -> list[Any]:

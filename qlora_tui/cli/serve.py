@@ -20,6 +20,7 @@ from qlora_tui.cli.subcommand import (
     whole_number,
 )
 from qlora_tui.errors import UsageError
+from qlora_tui.formatting import name_some
 from qlora_tui.installation import install_command
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.exports import read_exports
@@ -81,7 +82,7 @@ def _start_result(status: ServerStatus, run: RunDir) -> CommandResult:
     key = f' -H "Authorization: Bearer $(cat {shlex.quote(status.key_file)})"' if status.key_file else ""
     body = json.dumps({"model": status.default_model, "messages": [{"role": "user", "content": "Hello"}]})
     lines = [
-        f"Serving {', '.join(status.models)} on {status.address}",
+        f"Serving {name_some(status.models)} on {status.address}",
         *([f"  {run.id} has no adapter yet: only its base answers."] if len(status.models) == 1 else []),
         f"  curl {status.address}/chat/completions{key} -H 'Content-Type: application/json' \\",
         f"    -d {shlex.quote(body)}",
@@ -104,7 +105,7 @@ def _ssh_forward(port: int) -> str:
 def _stop(port: int | None) -> CommandResult:
     """Stop the server on a port, or the only one."""
     running = running_servers()
-    others = "\n".join(f"  --port {each.port}: {', '.join(each.models)}" for each in running)
+    others = "\n".join(f"  --port {each.port}: {name_some(each.models)}" for each in running)
     if port is None and len(running) > 1:
         raise UsageError("Which server?", what=f"{len(running)} are running:\n{others}", fix="Name its port.")
     server = next((each for each in running if port in (None, each.port)), None)

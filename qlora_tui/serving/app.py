@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
 from qlora_tui.engine.protocol import Decide
 from qlora_tui.errors import INTERNAL_ERROR
+from qlora_tui.formatting import name_some
 from qlora_tui.serving import replies
 from qlora_tui.serving.errors import ApiError
 from qlora_tui.serving.guest import Guest
@@ -270,7 +271,7 @@ class Api:
 
 
 def _no_model(name: str, models: ServedModels) -> ApiError:
-    names = ", ".join(each.name for each in models.listed)
+    names = name_some([each.name for each in models.listed])
     what = f"The model '{name}' does not exist. This server has {names}."
     return ApiError(404, what, param="model", code="model_not_found")
 

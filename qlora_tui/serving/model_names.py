@@ -11,6 +11,7 @@ from qlora_tui.catalog.adapters import CONFIG
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import UsageError
+from qlora_tui.formatting import name_some
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import LAST, RunDir, all_runs
 
@@ -127,7 +128,7 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
             raise UsageError(
                 "No such model",
                 what=f"The alias {alias} refers to {name}, which this server does not have.",
-                fix=f"Use one of {', '.join(each.name for each in listed)}.",
+                fix=f"Use one of {name_some([each.name for each in listed])}.",
             )
         listed.append(replace(model, name=alias))
     return replace(models, listed=tuple(listed))

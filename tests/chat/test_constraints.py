@@ -200,6 +200,7 @@ def test_calls_are_written_as_the_template_writes_them(name: str) -> None:
     )
     assert not fits(one, get_time={"type": "object"})
     assert not fits(text_of_calls(ToolCall("get_weather", {"days": 3})), **FUNCTIONS)
+    assert not fits(text_of_calls(ToolCall("get_weather", {"place": "x", "more": 1})), **FUNCTIONS)
     assert not fits("It rains.", **FUNCTIONS)
     if name == "deepseek_r1_distill":
         return  # it closes the list of several calls only
