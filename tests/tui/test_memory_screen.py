@@ -30,7 +30,7 @@ from qlora_tui.tui.screens.memory.what_fits import Solution
 from qlora_tui.worker import JobStopped, Progress
 from tests.memory.models import traced_peaks
 from tests.support.counting import count_estimates
-from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.screen_assertions import segments_of, text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, open_on, settle
 
 
@@ -299,3 +299,15 @@ async def test_quality_is_measured_shown_and_stopped(
         after = app.workbench.comparison(app.memory_budget.device)
         assert isinstance(before, dict) and isinstance(after, dict)
         assert after["nf4"].total_bytes > before["nf4"].total_bytes + (100 << 20)
+
+
+async def test_the_bar_under_the_cursor_is_not_reversed_in_16_colors(seven_billion: str) -> None:
+    """Otherwise the bar looks like the background, and the background like a bar."""
+    app = open_on("memory", model=seven_billion, theme="terminal-dark")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "  Quantized weights ")
+        (line,) = (
+            line for line in segments_of(app) if "  Quantized weights " in "".join(s.text for s in line)
+        )
+        reversed_text = "".join(each.text for each in line if each.style and each.style.reverse)
+        assert "Quantized weights" in reversed_text and "█" not in reversed_text

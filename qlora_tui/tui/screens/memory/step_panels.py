@@ -351,8 +351,9 @@ def _item_line(
     return Content.assemble(
         (text[:glyphs], part.style),
         (text[glyphs:], style),
-        (part.glyph * full, part.style),
-        (text_of_bar[full:], part.even_style),
+        # Reversed, as the cursor is in 16 colors, the bar would be its own background.
+        (part.glyph * full, f"{part.style} not reverse"),
+        (text_of_bar[full:], f"{part.even_style} not reverse"),
         (beside, "$text-muted"),
     )
 

@@ -313,9 +313,14 @@ class RunFiles:
         )
 
 
-def can_be_used(files: RunFiles | None) -> bool:
-    """Return whether the run has saved something to chat with, export or compare; True until it is known."""
-    return files is None or bool(files.checkpoints) or files.has_adapter
+def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
+    """Return whether the run has saved something to chat with, export or compare.
+
+    True for a finished run, and until the files were read.
+    """
+    if files is None or summary.status.state == "finished":
+        return True
+    return bool(files.checkpoints) or files.has_adapter
 
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
@@ -323,7 +328,7 @@ def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, st
 
     A run that ended before saving anything cannot be used for chat or export.
     """
-    if not can_be_used(files):
+    if not can_be_used(summary, files):
         return (("runs.open", "open"),)
     step = f" step {files.checkpoints[-1]:,}" if files is not None and files.checkpoints else ""
     if summary.status.state not in ACTIVE:

@@ -162,7 +162,7 @@ class RunsScreen(EvaluationActions):
         if action == "resume":
             return self.current is not None and self.current.status.state in RESUMABLE
         if action in ("chat", "export", "evaluate", "card"):
-            return self.current is not None and can_be_used(self._known_files)
+            return self.current is not None and can_be_used(self.current, self._known_files)
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
             return bool(self.app.deleted_runs)
@@ -242,7 +242,7 @@ class RunsScreen(EvaluationActions):
         """Refresh the footer if the keys that work have changed."""
         current = self.current
         waits = current is not None and self._is_waiting(current)
-        key = waits, can_be_used(self._known_files)
+        key = waits, current is not None and can_be_used(current, self._known_files)
         if key != self._footer_key:
             self._footer_key = key
             self.refresh_bindings()
@@ -286,7 +286,7 @@ class RunsScreen(EvaluationActions):
         panel = self.query_one("#run-panel", Panel)
         panel.show_title(preview_title(summary))
         panel.show_keys(run_keys(summary, files))
-        compare = (("runs.evaluate", "compare answers"),) if can_be_used(files) else ()
+        compare = (("runs.evaluate", "compare answers"),) if can_be_used(summary, files) else ()
         self.query_one("#result-panel", Panel).show_keys(compare)
         if is_short:
             detail = detail_lines(summary, files.exports if files else ())
