@@ -77,7 +77,7 @@ class Hours:
     """
 
     text: str = ""
-    """As the user wrote them."""
+    """The hours as the user wrote them."""
     windows: tuple[_Window, ...] = ()
 
     @classmethod

@@ -135,7 +135,7 @@ def torch_command_needs() -> str:
 
 
 def _uv_tool() -> _UvTool | None:
-    """Return what the receipt of uv says; None without one, or where it says what cannot be repeated here.
+    """Return what the receipt of uv says; None without one, or if it says what cannot be repeated here.
 
     Then packages are installed into the environment, of which the receipt does not know.
     """
@@ -189,7 +189,7 @@ def _git_url(value: str) -> str:
 
 
 def _with(packages: Iterable[_Package], added: Iterable[_Package]) -> tuple[_Package, ...]:
-    """Return packages with others added, and with their extras where they are there."""
+    """Return packages with others added, and with their extras if they are there."""
     merged = {each.name: each for each in packages}
     for each in added:
         there = merged.setdefault(each.name, each)

@@ -63,7 +63,7 @@ def earlier_path(final: Path) -> Path:
 
 
 def final_path(path: Path) -> Path:
-    """Return what is prepared where ``path`` is a draft or in one; other paths as they are."""
+    """Return what is prepared if ``path`` is a draft or in one; other paths as they are."""
     for folder in (*reversed(path.parents), path):
         if match := _NAME.fullmatch(folder.name):
             return folder.with_name(match[1])

@@ -165,7 +165,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return parse_hours(self.hours)
 
     def cost(self, kwh: float | None) -> str:
-        """``0.07 EUR``: what this energy costs; empty where energy or price is unknown."""
+        """``0.07 EUR``: what this energy costs; empty if energy or price is unknown."""
         price = parse_price(self.price_per_kwh)
         if kwh is None or price is None:
             return ""

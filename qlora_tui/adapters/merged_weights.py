@@ -45,7 +45,7 @@ class MergedTensor:
     """Its name in the weight file."""
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Returns its values: float32 where LoRA changes it, else in the stored dtype."""
+    """Returns its values: float32 if LoRA changes it, else in the stored dtype."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class MergedWeights:
                 yield MergedTensor(name, tensor.shape, partial(self.read, file, name))
 
     def read(self, file: Path, name: str) -> Tensor:
-        """Return a tensor: float32 where LoRA changes it, else in the stored dtype."""
+        """Return a tensor: float32 if LoRA changes it, else in the stored dtype."""
         return self._merge(file, name, read_tensor(file, name))
 
     def _merge(self, file: Path, name: str, stored: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it."""
+    """Name of the dtype in safetensors."""
     is_packed: bool = False
     """Whether the file has it in MXFP4."""
 

@@ -137,7 +137,7 @@ class Architecture(Struct, frozen=True):
     layers: int
     hidden_size: int
     intermediate_size: int | None
-    """Width of the dense MLP; None where every layer is a mixture."""
+    """Width of the dense MLP; None if every layer is a mixture."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -175,7 +175,7 @@ class Architecture(Struct, frozen=True):
     """Whether the class does not call transformers' interface for attention: it computes all scores in its
     own code (Falcon, Bloom), or has no attention."""
     index_heads: int = 0
-    """Heads with which each token chooses those that it attends to (DeepSeek V3.2); 0 where it sees all."""
+    """Heads with which each token chooses those that it attends to (DeepSeek V3.2); 0 if it sees all."""
     own_norms: bool = False
     """Whether its norms are LayerNorms that the class computes in steps in float32 (Cohere, OLMo)."""
     whole_logits: bool = False
@@ -184,7 +184,7 @@ class Architecture(Struct, frozen=True):
     state_size: int = 0
     """Width of the state of each head of its recurrent layers (Mamba); 0 without one."""
     chunk_size: int = 0
-    """Tokens that its recurrent layers compute at a time; 0 where that is unknown."""
+    """Tokens that its recurrent layers compute at a time; 0 if that is unknown."""
     layer_runs: tuple[int, ...] = ()
     """How often a forward runs each layer and keeps it for the backward, if some run in a loop (HRM)."""
     own_code: bool = False
@@ -274,7 +274,7 @@ _LEARNED_POSITION_TABLES = ("wpe", "embed_positions")
 
 
 def context_length_warning(length: int, architecture: Architecture) -> UserError | None:
-    """Return the warning where samples may have ``length`` tokens; None where they fit the context."""
+    """Return the warning if samples may have ``length`` tokens; None if they fit the context."""
     limit = architecture.max_positions
     if limit is None or length <= limit:
         return None

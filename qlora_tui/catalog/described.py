@@ -50,7 +50,7 @@ _CACHE = AnswerCache("descriptions", Description, max_bytes=64 << 20)
 
 
 def stored(config: Mapping[str, Any]) -> Description | None:
-    """Return what an earlier process found about a config; None where none did, or it lacked a package."""
+    """Return what an earlier process found about a config; None if none did, or it lacked a package."""
     found = _CACHE.find(_key(config))
     if found is None or not (found.architecture or found.refusal) or any(map(_is_installed, found.missing)):
         return None
@@ -69,7 +69,7 @@ def describe(config: Mapping[str, Any], should_stop: Callable[[], bool] = lambda
 def describe_all(
     configs: Iterable[Mapping[str, Any]], should_stop: Callable[[], bool] = lambda: False
 ) -> None:
-    """Describe all configs that are not in the cache, in one process where that survives them.
+    """Describe all configs that are not in the cache, in one process if that survives them.
 
     Raises JobStopped.
     """
@@ -111,7 +111,7 @@ def _key(config: Mapping[str, Any]) -> bytes:
 
 @lru_cache(maxsize=1)
 def library_version() -> str:
-    """Return the version of transformers; empty where it is not installed."""
+    """Return the version of transformers; empty if it is not installed."""
     return version("transformers") if _is_installed("transformers") else ""
 
 

@@ -47,7 +47,7 @@ _F32 = 0
 _ROPE_FACTORS = "rope_"
 """Begins the names of the vectors that divide frequencies of the rotary embedding (``rope_freqs.weight``)."""
 _ALIGNMENT = 32
-"""Of tensors, if the file does not say (ggml, GGUF_DEFAULT_ALIGNMENT)."""
+"""Alignment of tensors in bytes, if the file does not say (ggml, GGUF_DEFAULT_ALIGNMENT)."""
 
 QUANTIZATION_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",

@@ -30,7 +30,7 @@ class GgufArchitecture:
     constants: tuple[str, ...] = ()
     """Keys of ``CONSTANTS`` in :mod:`qlora_tui.catalog.gguf_config` that it computes with."""
     computes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of what is computed without a key, where transformers' class may do otherwise."""
+    """Fields of what is computed without a key, since transformers' class may do otherwise."""
     partial_rotation: bool = False
     """Whether transformers' class can rotate a part of a head only."""
     by_layer: tuple[str, ...] = ()

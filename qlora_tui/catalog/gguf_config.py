@@ -203,7 +203,7 @@ def _read_heads(data: Metadata, config: Config, architecture: GgufArchitecture) 
 
 
 def _no_windows(data: Metadata, config: Config) -> None:
-    """Refuse a window shorter than the context where transformers' class or llama.cpp has none."""
+    """Refuse a window shorter than the context if transformers' class or llama.cpp has none."""
     if "sliding_window" in config or "layer_types" in config:
         return
     window = data.count("attention.sliding_window")

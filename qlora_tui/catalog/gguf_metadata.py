@@ -120,7 +120,7 @@ class Metadata:
                 raise self.problem(f"{name} ({said}) is not understood", lost=True)
 
     def problem(self, what: str, *, lost: bool = False) -> UserError:
-        """Build the error; ``lost`` where the model would be computed differently without the value."""
+        """Build the error; ``lost`` if the model would be computed differently without the value."""
         why = "Without it, training would use a different model than the one in the file." if lost else ""
         return gguf_problem(self.path, what, why=why)
 

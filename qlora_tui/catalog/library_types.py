@@ -37,7 +37,7 @@ class ConfigClass:
     modules: frozenset[str] = frozenset()
     """Modules of the model that the class's plan for several GPUs names: ``layers.*.self_attn.q_proj``."""
     text: str | None = None
-    """``model_type`` of the nested config of the language model, where the file leaves it out."""
+    """``model_type`` of the nested config of the language model, if the file leaves it out."""
 
 
 @lru_cache(maxsize=1)

@@ -289,7 +289,7 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 def tensor_entries(file: Path) -> dict[str, dict[str, Any]]:
     """Return each tensor's entry in the header of a file that is as long as the header says.
 
-    Raises OSError if the file cannot be read, and ValueError, with the reason, where it is damaged.
+    Raises OSError if the file cannot be read, and ValueError, with the reason, if it is damaged.
     """
     size_bytes = file.stat().st_size
     start, entries = read_header(file)
@@ -316,7 +316,7 @@ def safetensors_damage(file: Path) -> str | None:
 
 
 _MATRIX_DIMENSIONS = (2, 3)
-"""Of weights; masks that some files have (GPT-Neo) have four."""
+"""Dimensions of weights; masks that some files have (GPT-Neo) have four."""
 _NARROW_DTYPES = ("I8", "U8", "F8", "F6_", "F4")
 
 

@@ -55,7 +55,7 @@ _STACKABLE = (
 """Layers that hold nothing but keys and values, whose tokens are the second last dimension, and states of
 constant size."""
 _ROWS_WORTH_LAUNCHING = 4
-"""Fewest rows of a pass on a GPU, where the step of one row can be recorded and that of several is not: fewer
+"""Fewest rows of a pass on a GPU, if the step of one row can be recorded and that of several is not: fewer
 take turns with recorded steps. A recorded step takes a fraction of the time of a launched one."""
 _SMALLEST_CHECKED = 12
 """Fewest tokens of the text on which passes of several rows are compared."""

@@ -205,7 +205,7 @@ class _Rules:
 
 
 def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of arguments; those that it does not name are allowed only where it says so."""
+    """Return the schema of arguments; those that it does not name are allowed only if it says so."""
     return {"additionalProperties": "properties" not in schema, **schema}
 
 

@@ -195,7 +195,7 @@ class PrefixCache:
 
     @property
     def growing_layers(self) -> list[GrowingLayer] | None:
-        """Return the layers, where all of them are growing buffers; else None."""
+        """Return the layers, if all of them are growing buffers; else None."""
         layers = self.cache.layers
         return layers if all(isinstance(layer, GrowingLayer) for layer in layers) else None
 

@@ -51,7 +51,7 @@ class Prediction(Struct, frozen=True, kw_only=True):
     file: str
     out: str
     columns: dict[str, str] = {}
-    """Columns of parts, where the file names them otherwise than the training data."""
+    """Columns of parts, if the file names them otherwise than the training data."""
     threshold: float | None = None
     """Probability below which a row is left to a person; None: each is decided."""
     probabilities: bool = False
@@ -78,7 +78,7 @@ class _Header(Struct, frozen=True):
     """First line of the hidden file."""
 
     fingerprint: str
-    """Of what its decisions belong to."""
+    """Fingerprint of what its decisions belong to."""
 
 
 class _Line(Struct, frozen=True, omit_defaults=True):

@@ -177,7 +177,7 @@ def _load(source: ChatSource, on_status: Callable[[str], None]) -> ChatSession:
 
 
 def _note_effect(session: ChatSession, thinking: Thinking) -> None:
-    """Print a note where the setting has no effect, or another one, with this model."""
+    """Print a note if the setting has no effect, or another one, with this model."""
     if words := session.thinking.effect_of(thinking):
         _note(words)
 

@@ -53,7 +53,7 @@ _BATCH_TOKENS = 8192
 _MAX_BYTES = 1 << 28
 
 T = TypeVar("T", int, float)
-"""Of an answer: its token ids, or scores of options."""
+"""What is stored for an answer: its token ids, or scores of options."""
 
 AnswerBatch = Callable[[list[tuple[int, ...]]], Sequence[tuple[T, ...]]]
 """Answers prompts of token ids."""

@@ -95,7 +95,7 @@ def _seed(text: str) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> CommandResult:
-    """Print the metrics of a run, after letting base and adapter answer where that was not done."""
+    """Print the metrics of a run, after letting base and adapter answer if that was not done."""
     run = find_run(args.run_id)
     evaluation = None if args.again else read_task_evaluation(run)
     if evaluation is None or (args.prompts is not None and not _covers(evaluation, args.prompts)):

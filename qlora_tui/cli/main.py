@@ -67,7 +67,7 @@ that the app and the fast commands do not wait for other imports.
 """
 _INTERRUPTED = 130
 _ACTIONS: dict[str, tuple[str, ...]] = {"presets": ("show", "reference")}
-"""Actions of a command that runs the first of them where the next word is none: `presets paper`."""
+"""Actions of a command that runs the first of them if the next word is none: `presets paper`."""
 
 
 def can_show_app() -> bool:
@@ -203,7 +203,7 @@ def _is_utf8(word: str) -> bool:
 
 
 def _with_action(argv: list[str], verb: str | None) -> list[str]:
-    """Insert the action that is meant where a command is followed by a name."""
+    """Insert the action that is meant if a command is followed by a name."""
     actions = _ACTIONS.get(verb or "", ())
     start = argv.index(verb) + 1 if actions and verb else len(argv)
     place = next((i for i in range(start, len(argv)) if not argv[i].startswith("-")), None)

@@ -90,7 +90,7 @@ def _pieces(path: str, kind: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _pickled(batch: Any, names: dict[str, list[str]]) -> bytes:
-    """Return the rows of a batch; at least as long as a piece where they take too much memory together."""
+    """Return the rows of a batch; at least as long as a piece if they take too much memory together."""
     try:
         values = batch.to_pylist()
         for column, labels in names.items():

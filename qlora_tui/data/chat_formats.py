@@ -439,7 +439,7 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
 
 
 def question_answer(cells: Cells) -> tuple[Message, ...]:
-    """Convert a question, optionally with context or choices, and an answer (the first of several); where
+    """Convert a question, optionally with context or choices, and an answer (the first of several); if
     tools are offered, the answer may be tool calls."""
     answer = decoded(cells.get("answer"))
     calls = calls_of(answer) if cells.get("tools") else ()

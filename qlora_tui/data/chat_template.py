@@ -7,7 +7,7 @@ template is compiled and rendered in a child process that is killed if it takes 
 (:mod:`qlora_tui.data.confined`).
 
 ``stock_template`` gives base models without one a template, which the trainer saves with the adapter. Each
-ends an assistant turn with a token the base model knows: its own turn-end token where its vocabulary has the
+ends an assistant turn with a token the base model knows: its own turn-end token if its vocabulary has the
 one that the template is named after, else its end-of-text token. The words around the turns
 (``<|im_start|>``, ``### Response:``) are plain text to a model that has no such tokens.
 """
@@ -79,7 +79,7 @@ class ChatTemplate:
     def render(self, turns: Turns, tools: Tools | None = None, prompt: bool = False) -> str:
         """Render the conversation as text; with ``prompt``, up to where the assistant begins.
 
-        Raises ``RowRejectedError`` with the template's own message where it rejects the conversation.
+        Raises ``RowRejectedError`` with the template's own message if it rejects the conversation.
         """
         return self._call(_rendered, self._variables, turns, tools, prompt)
 

@@ -248,7 +248,7 @@ def _serve(connection: Connection, module: str) -> None:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let this process hold ``more_bytes`` more than now, where the kernel counts that."""
+    """Let this process hold ``more_bytes`` more than now, if the kernel counts that."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError, IndexError):
         held = int(_STATUS.read_bytes().partition(b"VmData:")[2].split(maxsplit=1)[0]) << 10

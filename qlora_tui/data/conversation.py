@@ -33,7 +33,7 @@ class Message(Struct, frozen=True):
     train: bool = True
     """Whether the model learns to say this turn; used for assistant turns only."""
     reasoning: str = ""
-    """The assistant's reasoning before the answer, where the file stores it separately."""
+    """The assistant's reasoning before the answer, if the file stores it separately."""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     """Id of the call that a tool turn answers."""
@@ -56,9 +56,9 @@ class Conversation(Struct, frozen=True):
     row: int = 0
     """Row number in the file, from 1; the line number in JSONL and text files."""
     rejected: tuple[Conversation, ...] = ()
-    """The same conversation with a rejected answer, where a run trains on both."""
+    """This conversation with each rejected answer, if a run trains on both sides."""
     rated_good: bool | None = None
-    """Whether its answer is rated good, where a run trains on ratings."""
+    """Whether its answer is rated good, if a run trains on ratings."""
 
     @property
     def answers(self) -> list[Message]:

@@ -208,7 +208,7 @@ class Shown(Struct, frozen=True):
     trained_texts: tuple[tuple[str, ...], ...] = ()
     """Text of each token in the loss, for each sample, but for the first token of a sample: it has none."""
     sides: tuple[str, ...] = ()
-    """Of each sample, under a preference method: ``chosen``, ``rejected``, ``good`` or ``bad``."""
+    """The side of each sample, under a preference method: ``chosen``, ``rejected``, ``good`` or ``bad``."""
 
 
 def thinking_sentences(

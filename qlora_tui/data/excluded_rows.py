@@ -6,7 +6,7 @@ rows of each file for themselves, so there a row is named by its file too::
     3, 17, 40-45                          rows of the file; of a folder: these rows of every file
     a.jsonl: 3, 17; more/b.jsonl: 40-45   rows of two files of a folder
 
-A name is the path inside the folder, in quotes as JSON writes them where it holds ``;``, ``:`` or ``"``.
+A name is the path inside the folder, in quotes as JSON writes them if it holds ``;``, ``:`` or ``"``.
 """
 
 from __future__ import annotations

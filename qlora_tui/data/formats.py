@@ -70,7 +70,7 @@ _HALVES = ("prompt", "completion", "history", *preferences.CHOSEN, *preferences.
 def detect_columns(
     format_: str, columns: Columns, mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
-    """Return the column of each part where most rows have all that a format needs, else None.
+    """Return the column of each part if most rows have all that a format needs, else None.
 
     A format chosen ``by_hand`` accepts turns of either spelling.
     """

@@ -56,7 +56,7 @@ _RATED_TITLE = "Rated answers"
 def preference_columns(columns: Columns, mapping: Mapping[str, str]) -> dict[str, str]:
     """Return the column of each part in preference rows; empty if no row has a rejected side.
 
-    ``chosen`` is missing where the rejected side has no counterpart.
+    ``chosen`` is missing if the rejected side has no counterpart.
     """
     parts: dict[str, str] = {}
     for part, names in {"rejected": REJECTED, "chosen": PARTS["chosen"], **OPTIONAL}.items():

@@ -81,9 +81,9 @@ class DataProblem(Struct, frozen=True):
     path: str = ""
     """File that the rows are in."""
     tokens: tuple[str, ...] = ()
-    """Tokens to set in ``lora.trainable_tokens``, where that fixes it."""
+    """Tokens to set in ``lora.trainable_tokens``, if that fixes it."""
     split_rows: int = 0
-    """Rows that ``data.overflow = "split"`` makes of these, where that fixes the problem."""
+    """Rows that ``data.overflow = "split"`` makes of these, if that fixes the problem."""
     is_estimate: bool = False
     """Whether ``split_rows`` is an estimate, because there is no tokenizer."""
 

@@ -67,7 +67,7 @@ DEFAULT = RenderOptions()
 def render(
     conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions = DEFAULT
 ) -> list[TokenizedSample]:
-    """Return the samples of one conversation: one, or more where the template rewrites earlier turns.
+    """Return the samples of one conversation: one, or more if the template rewrites earlier turns.
 
     Raises ``RowRejectedError`` if the conversation cannot be rendered.
     """
@@ -226,7 +226,7 @@ def _template_of(tokenizer: ChatTokenizer, with_tools: bool) -> tuple[ChatTempla
 
 
 def _prepared(conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking) -> Conversation:
-    """Return the conversation with reasoning where the template expects it, or without if thinking is off."""
+    """Return the conversation with reasoning if the template expects it, or without if thinking is off."""
     if thinking == "off":
         return replace(conversation, messages=without_reasoning(conversation.messages))
     if traits.switch is not None and (traits.reasoning or traits.own_tags):
@@ -239,9 +239,9 @@ def _notes_on_thinking(
 ) -> list[str]:
     """Return notes on how a conversation's reasoning was handled, and whether thinking was on or off.
 
-    One of ``reasoning-learned``, ``reasoning-read`` (not in the loss) and ``reasoning-left-out`` where it has
+    One of ``reasoning-learned``, ``reasoning-read`` (not in the loss) and ``reasoning-left-out`` if it has
     any; ``reasoning-split`` where each such turn gets a separate sample; ``thinking-on`` or ``thinking-off``
-    where the template has a switch, ``thought-closed`` where its prompt opens a thought anyway.
+    if the template has a switch, ``thought-closed`` if its prompt opens a thought anyway.
     """
     notes = []
     reasons = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and reasoning_of(m)]

@@ -28,7 +28,7 @@ class Row(Struct, frozen=True):
     number: int
     """Row number from 1: the line in JSONL and text files, else the record (a CSV header does not count)."""
     value: Any = None
-    """Value of each field; a list or a string where the file holds bare lists or strings."""
+    """Value of each field; a list or a string if the file holds bare lists or strings."""
     kind: str = ""
     """Kind of error of a row that cannot be read: ``bad-json``, ``bad-encoding`` or ``bad-row``."""
     error: str = ""
@@ -40,7 +40,7 @@ class Row(Struct, frozen=True):
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """Return the names of columns, where a repeated one gets a number, as in pandas: ``answer.1``."""
+    """Return the names of columns; a repeated one gets a number, as in pandas: ``answer.1``."""
     distinct: list[str] = []
     for name in names:
         number, unique = 0, name

@@ -33,7 +33,7 @@ Finding = tuple[str, str]
 _FIRST_BATCH_ROWS = 32
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20
-"""Bytes of text in a batch; limits the memory where rows are long."""
+"""Bytes of text in a batch; limits the memory if rows are long."""
 
 
 class Batch(Struct, frozen=True):

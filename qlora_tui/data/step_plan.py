@@ -91,7 +91,7 @@ PackedSamples: TypeAlias = tuple[int, ...]
 REPLAYED_TOKENS = 90
 """Tokens of a replayed answer with its prompt, on average."""
 _LENGTH_GROUP = 16
-"""Steps per group that is sorted by length, where sequences are padded."""
+"""Steps per group that is sorted by length, if sequences are padded."""
 
 
 @dataclass(frozen=True)

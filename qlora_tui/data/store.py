@@ -3,7 +3,7 @@
 One folder per data set. Little-endian, no headers:
 
 * ``tokens.u32``: every token id, sample after sample.
-* ``trained.u8``: one byte per token, 1 where it is in the loss.
+* ``trained.u8``: one byte per token, 1 if it is in the loss.
 * ``weights.f32``: the loss weight of each token; exists only if some weigh neither 0 nor 1.
 * ``offsets.u64``: start of each sample, and the end of the last.
 * ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry per sample.
@@ -183,7 +183,7 @@ class Samples:
         return self._store.tokens[self._slice(i)]
 
     def loss_mask(self, i: int) -> memoryview:
-        """Return the loss mask of sample ``i``, one byte per token: 1 where it is in the loss."""
+        """Return the loss mask of sample ``i``, one byte per token: 1 if it is in the loss."""
         return self._store.loss_mask[self._slice(i)]
 
     @property
@@ -196,7 +196,7 @@ class Samples:
         return None if self._store.weights is None else self._store.weights[self._slice(i)]
 
     def side(self, i: int) -> int:
-        """Return ``GOOD`` or ``BAD`` where a preference method trains on both, else 0."""
+        """Return ``GOOD`` or ``BAD`` if a preference method trains on both, else 0."""
         return 0 if self._store.sides is None else self._store.sides[self._numbers[i]]
 
     def of_side(self, side: int) -> Samples:

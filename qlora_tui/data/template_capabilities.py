@@ -322,7 +322,7 @@ def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
 
 
 def resolve_thinking(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
-    """Return the setting for one conversation: ``auto`` is on where an answer has reasoning, else off.
+    """Return the setting for one conversation: ``auto`` is on if an answer has reasoning, else off.
 
     An effort that cannot be turned off stays at the template's default, ``auto``.
     """

@@ -44,7 +44,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import read_bounded
 
 OWN = "tokenizer"
-"""Value of ``template_name`` where the tokenizer's own template is used."""
+"""Value of ``template_name`` if the tokenizer's own template is used."""
 _JSON_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 
 

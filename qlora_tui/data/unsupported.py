@@ -31,7 +31,7 @@ _Values = Sequence[Mapping[str, Any]]
 def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> UserError | None:
     """Return the error for answers that are compared or graded with each other; None for other rows.
 
-    Side-by-side answers are rejected even where ``mapping`` names one: in some rows it is the worse one.
+    Side-by-side answers are rejected even if ``mapping`` names one: in some rows it is the worse one.
     """
     columns = list(dict.fromkeys(column for value in values for column in value))
     what = _side_by_side(columns) or _ranked(columns, values, mapping) or _steps(values)

@@ -85,7 +85,7 @@ class Complete(EngineRequest[CompletionPart, CompletionResult], frozen=True, kw_
 
 
 class Decide(EngineRequest[Never, Decided], frozen=True, kw_only=True, tag="decide"):
-    """Say how probable each option is as the answer to a conversation, where answers are decisions."""
+    """Say how probable each option is as the answer to a conversation, if answers are decisions."""
 
     messages: tuple[ChatMessage, ...]
     adapter_name: str

@@ -108,7 +108,7 @@ class Recorded:
     shapes: tuple[tuple[int, ...], ...]
     """Shape of each trained tensor."""
     steps: tuple[MicroStep, ...]
-    """The first micro-step, and one that adds to its gradients where a step has several."""
+    """The first micro-step, and one that adds to its gradients if a step has several."""
     mixers: tuple[str, ...]
     """Classes of layers with a convolution: recurrent ones, for which a GPU has other kernels."""
 

@@ -38,7 +38,7 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
     original_divergence: float | None = None
     """Mean KL divergence on the original weights from what was trained, in nats; None if not measured."""
     dequantized_divergence: float | None = None
-    """The same on the weights quantized to 4 bits and back."""
+    """KL divergence on the weights quantized to 4 bits and back."""
     unmeasured_because: str = ""
 
     @property

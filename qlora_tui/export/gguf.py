@@ -250,7 +250,7 @@ class _Export:
     content: FileContent
     folder: Path
     reference: Reference | str
-    """A text where the files are not checked."""
+    """A text if the files are not checked."""
     within: float | None
     on_status: StatusFn
     _bf16: GgufFile | None = None

@@ -251,7 +251,7 @@ class _Written:
     checked: tuple[str, ...] = ()
     """How the files were compared with the trained model, in sentences for whoever exports."""
     card: tuple[str, ...] = ()
-    """The same for readers of the model card."""
+    """How they were compared, for readers of the model card."""
     is_dequantized: bool = False
     """Whether the base weights that the adapter was merged into are those of the training, dequantized."""
 

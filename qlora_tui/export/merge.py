@@ -206,7 +206,7 @@ def verify_merge(
         adapter_name: The adapter that was merged.
         merged: The folder that :func:`qlora_tui.export.merge.merge` wrote.
         on_status: Called with the current activity.
-        requantize: Rounds the base's weights, by name, where they were rounded before merging.
+        requantize: Rounds the base's weights, by name, if they were rounded before merging.
 
     Returns:
         The comparison, or why nothing was compared.

@@ -80,7 +80,7 @@ def export_ollama(
     compared_tokens: int = COMPARED_TOKENS,
     on_status: StatusFn = lambda words: None,
 ) -> OllamaExport:
-    """Write ``folder``, which must not exist yet, and create the model where Ollama is installed.
+    """Write ``folder``, which must not exist yet, and create the model if Ollama is installed.
 
     Args:
         source: The base and its adapters.

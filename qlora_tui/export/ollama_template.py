@@ -1,4 +1,4 @@
-"""A chat template as Ollama's ``TEMPLATE``, where one can be written that renders alike.
+"""A chat template as Ollama's ``TEMPLATE``, if one can be written that renders alike.
 
 Ollama does not run a model's own Jinja template: it compares it with the few it knows, and sends text
 without any turns otherwise. So what the template of the training writes before and after each turn is read

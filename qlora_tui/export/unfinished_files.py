@@ -66,7 +66,7 @@ def draft_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def export_problems(out: Path | None = None) -> Iterator[None]:
-    """Convert OSErrors in the block to UserError; ``out`` is named where they name no other file."""
+    """Convert OSErrors in the block to UserError; the message names ``out`` if they name no file."""
     try:
         yield
     except OSError as error:

@@ -54,7 +54,7 @@ class Convention:
     folded: frozenset[str] = frozenset()
     """Settings of the config that ``rewrites`` or ``keys`` account for."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that it has no key for, with the value it computes with, where that of the class is another
+    """Settings that it has no key for, with the value it computes with, if that of the class is another
     one or is not looked at."""
     windows: bool = False
     """Whether it computes sliding windows."""

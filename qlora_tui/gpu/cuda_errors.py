@@ -25,7 +25,7 @@ _SENTENCE = re.compile(r"(?:CUDA (?:driver )?error|Triton Error \[CUDA\]|Error \
 _BITSANDBYTES = re.compile(r"Error (.+) at line \d+ in file \S.*")
 """What bitsandbytes writes before it calls ``exit(1)`` (``csrc/compat.cuh``, ``BNB_CHECK_RETURN``)."""
 _TERMINATED = re.compile(r"\s*what\(\):\s+CUDA (?:driver )?error: (.+)")
-"""What C++ writes before it aborts, where an error of CUDA is thrown while another one is handled."""
+"""What C++ writes before it aborts, if an error of CUDA is thrown while another one is handled."""
 _SUSPENSION_S = 1.0
 """Time that the two clocks of the kernel may differ by without a suspension."""
 _MEMORY_WORDS = (
@@ -49,7 +49,7 @@ class CudaFailure(Enum):
     LIBRARY = "library"
     LOST = "lost"
     UNKNOWN = "unknown"
-    """As lost; under WSL2 the driver of Windows failed."""
+    """The GPU is lost; under WSL2 the driver of Windows failed."""
 
 
 _FAILURES = {

@@ -48,7 +48,7 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
     @property
     def usable_bytes(self) -> int | None:
-        """Return the bytes available to programs, used or free; None where unknown."""
+        """Return the bytes available to programs, used or free; None if unknown."""
         return None if self.total_bytes is None else self.total_bytes - (self.reserved_bytes or 0)
 
     @property
@@ -79,7 +79,7 @@ class GpuProcess(msgspec.Struct, frozen=True, omit_defaults=True):
     """The host's process id; inside a container it may mean nothing."""
     memory_bytes: int | None = None
     computes: bool = True
-    """False where it only draws, as a desktop does."""
+    """False if it only draws, as a desktop does."""
     busy_percent: Count | None = None
     """Share of the last seconds in which its kernels ran; None also when it was not requested."""
 

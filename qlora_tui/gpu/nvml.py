@@ -197,7 +197,7 @@ class Nvml:
         return self._handles[index]
 
     def _query(self, function: str, *arguments: Any, **options: Any) -> Any:
-        """Call one NVML function; return ``None`` where GPU, driver or binding does not support it."""
+        """Call one NVML function; return ``None`` if GPU, driver or binding does not support it."""
         question = getattr(self._lib, function, None)
         if question is None:
             return None
@@ -244,7 +244,7 @@ def _unavailable(error: Any) -> GpuUnavailableError:
 
 
 def _has_nvidia_card() -> bool:
-    """Return whether the PCI bus has a device of NVIDIA; also where the bus cannot be read."""
+    """Return whether the PCI bus has a device of NVIDIA; also if the bus cannot be read."""
     try:
         vendors = [(device / "vendor").read_text().strip() for device in _PCI_DEVICES.iterdir()]
     except OSError:

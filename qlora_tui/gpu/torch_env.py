@@ -129,7 +129,7 @@ def online_environ() -> dict[str, str]:
 def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables for torch's CUDA allocator that a trainer is to set.
 
-    Growing segments except on WSL2, or what the user set under either name; under the older name too where
+    Growing segments except on WSL2, or what the user set under either name; under the older name too if
     the installed torch reads no other.
     """
     value = _allocator_settings(environ)

@@ -1,6 +1,6 @@
 """Whether the installed torch can use a GPU, and if not, why and what to install instead.
 
-Asked before a launch, where torch is not imported, and in the processes that compute. A run on the CPU of a
+Asked before a launch, while torch is not imported, and in the processes that compute. A run on the CPU of a
 machine with a GPU takes weeks instead of hours, so it is never the answer to a GPU that cannot be used:
 only what the user chose.
 """
@@ -134,9 +134,9 @@ def architecture_problem(
 
 
 def why_on_the_cpu() -> UserError | None:
-    """Return why this process must not compute on the CPU, where torch sees no GPU; None if it may.
+    """Return why this process must not compute on the CPU, if torch sees no GPU; None if it may.
 
-    It may where the machine has no GPU, or the user chose the CPU.
+    It may if the machine has no GPU, or the user chose the CPU.
     """
     try:
         gpu = choose_gpu().gpu

@@ -465,7 +465,7 @@ class Rules:
 
 MIXER_STATES = {False: 3, True: 5}
 """Tensors in float32, as wide as what it projects, that a mixer without and with a state saves in code of
-transformers, which runs where the kernels for it are not installed. Measured on traces, as are the next."""
+transformers, which runs if the kernels for it are not installed. Measured on traces, as are the next."""
 CHUNK_STATES = 4
 """Tensors in float32 with the states of a head, and its products of each token with those of its chunk, that
 a mixer with a state saves (``mamba2_chunk_scan``, ``torch_chunk_gated_delta_rule``): within 6 % for Bamba,

@@ -30,7 +30,7 @@ OWN_SEGMENT = 10 * MIB
 """Size from which a tensor gets its own segment, a multiple of 2 MiB (``kMinLargeAlloc``)."""
 HIGHEST = 1 << 62
 """Start of the address range. Linux hands out addresses from the top down, so a new segment lies below the
-earlier ones; this matters where two free blocks have the same size."""
+earlier ones; this matters if two free blocks have the same size."""
 
 
 class MemoryBlock:

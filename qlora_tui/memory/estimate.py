@@ -56,7 +56,7 @@ _encode = msgspec.msgpack.Encoder().encode
 ADAPTER_ITEMS = ("adapter", "gradients", "optimizer", "optimizer_step")
 """Keys of the items that training an adapter adds, with the 16-bit copies of its weights."""
 LOADING = "loading"
-"""``Estimate.peak_phase`` where loading the model takes more memory than any training step."""
+"""``Estimate.peak_phase`` if loading the model takes more memory than any training step."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Estimate:
     band: UncertaintyBand
     """Uncertainty range of the process level, and its reason."""
     peak_phase: str
-    """As in :attr:`.step.Moment.name`."""
+    """Name of the fullest moment, as in :attr:`.step.Moment.name`."""
     execution: ExecutionConfig
     exact: bool
     """Whether the step was traced, or all its layers are of kinds whose memory follows from their shapes."""
@@ -97,7 +97,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     """Notes for the user on this estimate: experts in 16 bits, an unknown family."""
     correction: Correction | None = None
-    """Correction from past runs on this machine; included in the figures where it ``applies``."""
+    """Correction from past runs on this machine; included in the figures if it ``applies``."""
     uncorrected_bytes: int = 0
     """Bytes of the process level before the correction."""
     loading_process_bytes: int = 0
@@ -113,7 +113,7 @@ class Estimate:
 
     @property
     def step_bytes(self) -> int:
-        """Return the bytes of the process in a training step, where loading may take more."""
+        """Return the bytes of the process in a training step; loading may take more."""
         return self.process_bytes - self.bytes_of(LOADING)
 
     @property
@@ -123,7 +123,7 @@ class Estimate:
 
     @property
     def correction_words(self) -> str:
-        """Return ``corrected +2 % from 3 runs``; empty where no run was measured on this machine."""
+        """Return ``corrected +2 % from 3 runs``; empty if no run was measured on this machine."""
         if self.correction is None:
             return ""
         runs = f"{self.correction.runs} run{'s' if self.correction.runs > 1 else ''}"
@@ -132,7 +132,7 @@ class Estimate:
         return f"corrected {(self.process_bytes / self.uncorrected_bytes - 1) * 100:+.0f} % from {runs}"
 
     def bytes_of(self, key: str) -> int:
-        """Return the bytes of one item; 0 where it is not present at the peak."""
+        """Return the bytes of one item; 0 if it is not present at the peak."""
         return sum(item.bytes for item in self.items if item.key == key)
 
 
@@ -180,7 +180,7 @@ def cached_estimate(
     device: Device,
     capacity_bytes: int | None,
 ) -> Estimate:
-    """As :func:`estimate`, of complete arguments."""
+    """Return the estimate of :func:`estimate` for complete arguments."""
     return _calculate(key.recipe, architecture, execution, device, None, capacity_bytes)
 
 
@@ -251,8 +251,8 @@ def _calculate(
 
 
 def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None, layout: Layout) -> int:
-    """Return the host memory of a run on a GPU: the whole base where some of its layers are streamed, and the
-    inputs of all layers where they are offloaded."""
+    """Return the host memory of a run on a GPU: the whole base if some of its layers are streamed, and the
+    inputs of all layers if they are offloaded."""
     execution = layout.execution
     size = len(layout.layers) * layer_input_bytes(layout) if execution.offloads_inputs else 0
     if streamed is None or execution.device == "cpu":
@@ -361,7 +361,7 @@ def compare(
 
 
 def why_int8_is_larger(int8: Estimate, fp16: Estimate) -> str:
-    """Return why a recipe takes more in int8 than in 16 bits; empty where it does not."""
+    """Return why a recipe takes more in int8 than in 16 bits; empty if it does not."""
     if int8.total_bytes <= fp16.total_bytes or not int8.bytes_of("int8_inputs"):
         return ""
     return "int8 needs more than fp16 here: it stores layer inputs that fp16 recomputes."
@@ -388,7 +388,7 @@ class Verdict:
 
     @property
     def spare_bytes(self) -> int:
-        """Return the bytes left over; negative where it does not fit."""
+        """Return the bytes left over; negative if it does not fit."""
         return self.available_bytes - self.needed_bytes
 
     @property

@@ -99,7 +99,7 @@ class Device:
 
     kind: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
-    """CUDA compute capability; 8.6 (RTX 30) where no GPU was found."""
+    """CUDA compute capability; 8.6 (RTX 30) if no GPU was found."""
     multiprocessors: int | None = None
     """Streaming multiprocessors of the GPU, on which the size of its CUDA context depends."""
     native_bfloat16: bool = False
@@ -109,7 +109,7 @@ class Device:
     liger: bool = False
     """Whether Liger's kernels are installed, on a GPU."""
     expandable_segments: bool = True
-    """Whether the CUDA allocator grows its segments, as the trainer requests where the user does not."""
+    """Whether the CUDA allocator grows its segments, as the trainer requests if the user does not."""
     managed_memory: bool = True
     """Whether a paged optimizer keeps its states in CUDA's managed memory, as it does except on WSL2."""
     triton: bool = False
@@ -121,7 +121,7 @@ class Device:
     speed: TransferSpeed | None = None
     """Measured speed of copies and of computing, on a GPU; None where nothing was measured."""
     host_bytes: int | None = None
-    """Host memory of a GPU's machine; None where it is unknown."""
+    """Host memory of a GPU's machine; None if it is unknown."""
     traces: KnownTraces = NO_TRACES
     """Steps that were traced, whose estimates are exact."""
 
@@ -168,7 +168,7 @@ class ExecutionConfig:
     capability: tuple[int, int] = (8, 6)
     """CUDA compute capability of a GPU."""
     multiprocessors: int | None = None
-    """Streaming multiprocessors of a GPU; None where they are unknown."""
+    """Streaming multiprocessors of a GPU; None if they are unknown."""
     cuda_libraries: bool = False
     """Whether torch is a CUDA build, on a CPU."""
     own_fused: bool = False
@@ -271,7 +271,7 @@ def _loss(recipe: Recipe, device: Device, architecture: Architecture | None, *, 
 def flash_obstacle(
     *, cuda: bool, compute_itemsize: int, ampere: bool, torch_has_varlen: bool
 ) -> FlashObstacle | None:
-    """Return what prevents FlashAttention over a packed sequence in one call; None where it runs."""
+    """Return what prevents FlashAttention over a packed sequence in one call; None if it runs."""
     if not cuda:
         return "no GPU"
     if compute_itemsize != 2:

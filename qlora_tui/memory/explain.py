@@ -53,7 +53,7 @@ LABELS: dict[str, str] = {
 
 
 def describe_choice(choice: StepChoice) -> str:
-    """Return what a run does with free memory, where its recipe leaves that open; empty if nothing."""
+    """Return what a run does with free memory, if its recipe leaves that open; empty if nothing."""
     recipe, training, words = choice.given, choice.recipe.training, []
     if training.micro_batch_size != recipe.training.micro_batch_size:
         split = f"{training.micro_batch_size} × {training.gradient_accumulation}"

@@ -58,7 +58,7 @@ STEP_UNCERTAINTY = 0.08
 """Uncertainty of those of a step. Of 1,260 steps of 28 families nine in ten are within 3 %, and 98 in a
 hundred within this."""
 MIXER_UNCERTAINTY = 0.35
-"""As ``STEP_UNCERTAINTY`` for models in which something else than attention mixes tokens, which saves what
+"""``STEP_UNCERTAINTY`` of models in which something else than attention mixes tokens, which saves what
 its kernels or their fallback need, and for those with other unusual layers (Gemma 4 up to 1.11, BitNet 1.26
 times what shapes give)."""
 BEYOND_RULES = 2.5
@@ -66,7 +66,7 @@ BEYOND_RULES = 2.5
 rules. Nanochat's layers save 1.24 times what the rules say, and its steps take 1.40 times; Muse Spark's 1.56
 and 1.75; MiniMax's 1.30 and 1.42; Gemma 4's 1.10 and 1.24."""
 OWN_CODE_UNCERTAINTY = 4.0
-"""As ``STEP_UNCERTAINTY`` for models whose own code computes what the shapes of modules do not show: of
+"""``STEP_UNCERTAINTY`` of models whose own code computes what the shapes of modules do not show: of
 225 types, a traced step takes up to 4.1 times what they give (AXK2), and one cannot be traced (DBRX, 1.6)."""
 TRACED_UNCERTAINTY = 0.02
 """Uncertainty of a traced step: what kernels take that a trace imitates."""
@@ -195,8 +195,8 @@ UNKNOWN_CONTEXT_BYTES = 400 * MIB
 def context_range(execution: ExecutionConfig) -> tuple[int, int, int]:
     """Return the least, the expected and the most bytes of the CUDA context with its kernels.
 
-    Measured on a T4 and an A100. For others the middle of what is calculated from their multiprocessors;
-    where these are unknown, a T4's, and at most that of the largest GPU of the compute capability.
+    Measured on a T4 and an A100. Others get the middle of what is calculated from their multiprocessors;
+    if these are unknown, a T4's, and at most that of the largest GPU of the compute capability.
     """
     count, capability = execution.multiprocessors, execution.capability
     if capability == (8, 0):

@@ -32,7 +32,7 @@ class Mark:
 
     phase: Phase
     name: str
-    """As in :attr:`.step.Moment.name`."""
+    """Name of the moment, as in :attr:`.step.Moment.name`."""
     at: int
     """Number of events before it."""
 
@@ -100,7 +100,7 @@ def run_pool(
 
     Args:
         weights: those on the device, in the model's order.
-        micro_steps: the first of a step, and another one where it has several, which adds to the gradients.
+        micro_steps: the first of a step, and another one if it has several, which adds to the gradients.
         adapter_shapes: of each trained tensor.
         input_sizes: bytes of each tensor of the micro-batch.
         execution: the code that runs.

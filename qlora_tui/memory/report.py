@@ -32,7 +32,7 @@ def as_json(
     """Return ``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
     Without ``available_bytes`` verdicts and ``largest_settings`` are null. ``minimum_bytes`` is the result of
-    all changes together, where even that does not fit.
+    all changes together, if even that does not fit.
     """
     compared = compare(recipe, architecture, device=device)
     fitting: dict[str, Any] | None = None

@@ -24,7 +24,7 @@ CPU_STEP_ITEMSIZE: dict[str, int] = {
     **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "lion_8bit"), 20),
     **dict.fromkeys(("paged_adamw_32bit", "lion"), 12),
 }
-"""As ``STEP_ITEMSIZE``, on a CPU, where bitsandbytes 0.50 computes in torch: 8-bit states are dequantized.
+"""``STEP_ITEMSIZE`` on a CPU, where bitsandbytes 0.50 computes in torch: 8-bit states are dequantized.
 Measured as the growth of the process at the step of a matrix with 28 million elements."""
 
 

@@ -42,7 +42,7 @@ recomputes the scores (FlashAttention-2, section 3.1)."""
 
 
 _MULTIPLICATIONS_PER_S = 30e12
-"""Of a GPU whose speed was not measured: between an RTX 3060 (about 12e12) and an RTX 4090 (about 70e12), as
+"""Speed of a GPU that was not measured: between an RTX 3060 (about 12e12) and an RTX 4090 (about 70e12), as
 calculated from their specifications."""
 _LAUNCH_S = 4e-3
 """Time in which a CPU launches the kernels of a recomputed layer for one micro-batch, however few tokens it
@@ -145,7 +145,7 @@ def choose_step(
 
 
 def _micro_batches(recipe: Recipe, device: Device) -> list[int]:
-    """Return the rows at a time to try, the recipe's first: the divisors of a step's rows from there on.
+    """Return the micro-batch sizes to try, the recipe's first: the larger divisors of a step's rows follow.
 
     On a CPU a step computes no faster with more rows.
     """

@@ -58,7 +58,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Trainer(Struct, frozen=True, forbid_unknown_fields=True):
-    """Another trainer: its keys, and what it does where a file says nothing."""
+    """Another trainer: its keys, and what it does if a file says nothing."""
 
     label: str
     keys: dict[str, str | Rule]
@@ -427,7 +427,7 @@ class _Import:
         self._read_objective()
 
     def _read_objective(self) -> None:
-        """Find what is learned of the data, where a stage or a loss says it."""
+        """Find what is learned of the data, if a stage or a loss says it."""
         stage, loss = self._pop("stage"), self._pop("pref_loss") or "sigmoid"
         if stage in ("rm", "ppo"):
             raise self._refused(

@@ -620,7 +620,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def effective_batch(self) -> int:
-        """Sequences per optimizer step; where pairs are trained, a sequence holds both sides."""
+        """Sequences per optimizer step; if pairs are trained, a sequence holds both sides."""
         return self.training.micro_batch_size * self.training.gradient_accumulation
 
     @property

@@ -139,9 +139,9 @@ def with_initial_adapter(recipe: Recipe) -> Recipe:
 
 
 def recipe_of_adapter(folder: Path) -> Recipe | None:
-    """Return the recipe that trained the adapter or checkpoint in ``folder``; None where it is not known.
+    """Return the recipe that trained the adapter or checkpoint in ``folder``; None if it is not known.
 
-    Raises InvalidRecipeError where its settings under ``[lora]`` cannot be read.
+    Raises InvalidRecipeError if its settings under ``[lora]`` cannot be read.
     """
     run = RunDir(folder.parent.parent)
     path = run.recipe_path if folder.parent == run.checkpoints_dir else folder / "recipe.toml"

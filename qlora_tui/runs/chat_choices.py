@@ -46,7 +46,7 @@ class Provenance(Struct, frozen=True, kw_only=True):
     """Where a row is from."""
 
     id: str
-    """The same for all judgments of one turn of a conversation."""
+    """Id that all judgments of one turn of a conversation share."""
     at: float
     """Unix time."""
     base: str

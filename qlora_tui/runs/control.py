@@ -48,7 +48,7 @@ class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     value: float | None = None
     """The new learning rate, for ``set_learning_rate``."""
     hold: Hold | None = None
-    """Why the runner asks for a pause; None where the user does."""
+    """Why the runner asks for a pause; None if the user does."""
 
 
 _DECODER = msgspec.json.Decoder(ControlRequest)

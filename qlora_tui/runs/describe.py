@@ -170,7 +170,7 @@ def format_rewards(event: events.Step | events.Evaluated | None) -> str:
 
 
 def format_forgetting(event: events.Evaluated | None) -> str:
-    """How far the model has moved from its base on general prompts; empty where it was not measured."""
+    """How far the model has moved from its base on general prompts; empty if it was not measured."""
     if event is None or event.forgetting is None:
         return ""
     return f"forgetting {format_nats(event.forgetting)}"
@@ -243,7 +243,7 @@ def energy_words(kwh: float) -> str:
 
 
 def done_at_words(seconds_left: float | None) -> str:
-    """``Sat 01:20``: when a run will be done; empty where it trains without a pause until then."""
+    """``Sat 01:20``: when a run will be done; empty if it trains without a pause until then."""
     hours, now = current_settings().training_hours, _clock.now()
     if seconds_left is None:
         return ""

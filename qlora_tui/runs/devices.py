@@ -31,7 +31,7 @@ from qlora_tui.runs.status import ACTIVE, read_status
 
 CPU = "cpu"
 UNKNOWN_GPU = "gpu"
-"""Key of the GPU that torch chooses, where the driver does not say which there are."""
+"""Key of the GPU that torch chooses, if the driver does not say which there are."""
 _TEST_PROCESSES = "QLORA_TUI_CPU_PROCESSES"
 """Tests train in several processes on the processor with this variable; nothing else sets it."""
 
@@ -75,7 +75,7 @@ class Devices(Struct, frozen=True, omit_defaults=True):
         return frozenset(device.key for device in self.devices)
 
     def to_arguments(self) -> list[str]:
-        """Return the option of the trainer that names the GPUs; empty where it finds them by itself."""
+        """Return the option of the trainer that names the GPUs; empty if it finds them by itself."""
         return ["--gpu", ",".join(each.key for each in self.devices)] if self.is_choice else []
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ class Wanted:
     devices: tuple[RunDevice, ...]
     """Those it may use, the one to take first."""
     gpus: tuple[GpuDevice, ...] = ()
-    """The same, where they are GPUs that the driver names."""
+    """The devices that are GPUs named by the driver."""
     count: int = 1
     processes: int = 1
     is_choice: bool = False
@@ -196,7 +196,7 @@ def _free_bytes(gpu: GpuDevice) -> int:
 
 
 def is_free(key: str) -> bool:
-    """Whether no run has the device with this key; also where the file system cannot tell."""
+    """Whether no run has the device with this key; also if the file system cannot tell."""
     return not is_locked(_lock_path(key))
 
 
@@ -233,7 +233,7 @@ def claimed(devices: Devices) -> Iterator[tuple[int, ...] | None]:
 
 
 def choose(wanted: Wanted, reserved: set[str]) -> Devices | None:
-    """Return the devices for a run; None, and reserve those that are free, where it has to wait.
+    """Return the devices for a run; None, and reserve those that are free, if it has to wait.
 
     Args:
         wanted: what the run needs.

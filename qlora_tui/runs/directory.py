@@ -74,13 +74,13 @@ class RunDir:
     control_dir = _Inside("control")
     checkpoints_dir = _Inside("checkpoints")
     replay_path = _Inside("replay.jsonl")
-    """The base's answers that the run trains on; only where its recipe replays some."""
+    """The base's answers that the run trains on; only if its recipe replays some."""
     starting_adapter_path = _Inside("starting_adapter.safetensors")
-    """The adapter that the run started from; only where it compares its answers with that one's."""
+    """The adapter that the run started from; only if it compares its answers with that one's."""
     row_losses_path = _Inside("row_losses.json")
-    """The loss of each training row before and after the run; only where it was computed."""
+    """The loss of each training row before and after the run; only if it was computed."""
     task_evaluation_path = _Inside("task_evaluation.json")
-    """The answers of base and adapter to validation prompts; only where they were measured."""
+    """The answers of base and adapter to validation prompts; only if they were measured."""
     adapter_dir = _Inside("adapter")
 
     @property
@@ -120,7 +120,7 @@ class RunDir:
 
     @property
     def is_deleted(self) -> bool:
-        """Whether somebody has deleted its files: not where the disk that they are on is gone, too."""
+        """Whether somebody has deleted its files: not if the disk that they are on is gone, too."""
         try:
             return self.path.parent.is_dir() and not (self.recipe_path.exists() or self.events_path.exists())
         except OSError:

@@ -24,7 +24,7 @@ ALL_STEPS_DONE = "all steps done"
 STEP_PHASES: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
 """Phases that a run alternates between, from its first step to its last."""
 GPU_LOST = "gpu_lost"
-"""Kind of :class:`Health` where the driver lost the GPU."""
+"""Kind of :class:`Health` if the driver lost the GPU."""
 PREPARING_PHASES: frozenset[Phase] = frozenset(("loading", "converting", "tokenizing"))
 """Phases before the first batch is computed: their memory does not depend on the batch."""
 
@@ -138,7 +138,7 @@ class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
 
 
 class StepChosen(Event, tag="step_chosen", frozen=True, kw_only=True):
-    """How a step is computed, where the recipe leaves it to the free memory."""
+    """How a step is computed, if the recipe leaves it to the free memory."""
 
     micro_batch_size: Count
     gradient_accumulation: Count
@@ -148,7 +148,7 @@ class StepChosen(Event, tag="step_chosen", frozen=True, kw_only=True):
 
 
 class LayersKept(Event, tag="layers_kept", frozen=True, kw_only=True):
-    """How many layers keep their activations, where the recipe leaves it to the free memory."""
+    """How many layers keep their activations, if the recipe leaves it to the free memory."""
 
     kept_layers: Count
     layers: Count
@@ -201,9 +201,9 @@ class Step(Event, tag="step", frozen=True, kw_only=True):
     tokens_per_s: float
     """Real tokens per second over this step."""
     reward_accuracy: float | None = None
-    """Of a preference method: share of comparisons in which the better answer has the higher reward."""
+    """Share, for a preference method, of comparisons in which the better answer has the higher reward."""
     reward_margin: float | None = None
-    """Of a preference method: mean reward of the better answers less that of the worse ones."""
+    """For a preference method: mean reward of the better answers less that of the worse ones."""
 
 
 class GeneralAnswers(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -234,19 +234,19 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     best: bool = False
     """Whether it is the lowest after training began."""
     before_training: float | None = None
-    """The validation loss at step 0, where it was measured."""
+    """The validation loss at step 0, if it was measured."""
     accuracy: float | None = None
     """Share of greedy answers that match exactly, for short-answer data; at step 0, the base's share."""
     forgetting: float | None = None
-    """Mean KL(base ‖ model) in nats on the base's answers to general prompts; None where not measured."""
+    """Mean KL(base ‖ model) in nats on the base's answers to general prompts; None if not measured."""
     score: float | None = None
     """The loss with weighted forgetting, if ``training.forgetting_weight`` is set: the lowest is best."""
     general_turn_ends: float | None = None
     """Share of the turn ends in these answers that the model keeps."""
     reward_accuracy: float | None = None
-    """Of a preference method: share of comparisons in which the better answer has the higher reward."""
+    """Share, for a preference method, of comparisons in which the better answer has the higher reward."""
     reward_margin: float | None = None
-    """Of a preference method: mean reward of the better answers less that of the worse ones."""
+    """For a preference method: mean reward of the better answers less that of the worse ones."""
     general_answers: GeneralAnswers | None = None
     """What the model answers to general prompts; at the end of a run that measures forgetting."""
 
@@ -256,7 +256,7 @@ class ValidationCompared(Event, tag="validation_compared", frozen=True, kw_only=
 
     rows: Count
     before: float
-    """Of the base, or of the adapter that the run started from."""
+    """Value of the base, or of the adapter that the run started from."""
     after: float
     low: float | None
     """95 % interval of after minus before, by the bootstrap over rows; None for fewer than two."""
@@ -366,7 +366,7 @@ class Paused(Event, tag="paused", frozen=True, kw_only=True):
 
     step: Count
     hold: Hold | None = None
-    """Why the runner paused it, which then continues it by itself; None where the user did."""
+    """Why the runner paused it, which then continues it by itself; None if the user did."""
 
 
 SERIES: tuple[type[Event], ...] = (Step,)

@@ -62,7 +62,7 @@ class TraceRequest(Struct, kw_only=True, frozen=True):
     execution: ExecutionConfig
     """The code that runs, and the device whose kernels are imitated."""
     room_bytes: int | None = None
-    """What the allocator of a GPU can take, where its segments do not grow; None is unlimited."""
+    """What the allocator of a GPU can take, if its segments do not grow; None is unlimited."""
 
 
 class TraceStopped(Exception):

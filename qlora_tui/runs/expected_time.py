@@ -41,7 +41,9 @@ _STEPS = 64
 _MOST_COUNTED_BYTES = 256 << 20
 """Size of data above which nothing is counted ahead: it takes a minute of a core and more."""
 LEAST_STEPS = 3
-"""Of a run whose speed counts. The first step is left out: it compiles, and memory grows."""
+"""Least number of steps of a run whose speed counts. The first step is left out: it compiles, and
+memory grows.
+"""
 TimeBasis: TypeAlias = Literal["probe", "run", "another model", "measured speed", "typical card"]
 """What a time follows from: steps of this recipe, a run, one of another model, the speed that ``doctor``
 measured, or none of these."""
@@ -56,7 +58,7 @@ class ExpectedTime:
     run: str = ""
     """Name of the run whose speed it follows."""
     probe: str = ""
-    """What was measured, as a clause, where steps of this recipe were."""
+    """What was measured, as a clause, if steps of this recipe were."""
 
     @property
     def source(self) -> str:

@@ -31,7 +31,7 @@ class GpuReader:
         self._driver: Nvml | None = None
 
     def __call__(self, index: int) -> tuple[GpuProcess, ...] | None:
-        """Return the processes on a GPU; None where they are not listed."""
+        """Return the processes on a GPU; None if they are not listed."""
         try:
             self._driver = self._driver or Nvml()
             return self._driver.busy_processes(index)
@@ -55,7 +55,7 @@ class Gate:
         clock: Clock | None = None,
         read_processes: Callable[[int], Iterable[GpuProcess] | None] | None = None,
     ) -> None:
-        """``read_processes`` returns the processes on the GPU of a number; None where they are not listed."""
+        """``read_processes`` returns the processes on the GPU of a number; None if they are not listed."""
         self._clock = clock or Clock()
         self._read_processes = read_processes or GpuReader()
         self._settings = LiveSettings()
@@ -119,7 +119,7 @@ class Gate:
 def is_own(pid: int) -> bool | None:
     """Return whether a process belongs to this program: a trainer, an engine, a server; None if it is gone.
 
-    Also None where its number is that of another namespace, as in some containers.
+    Also None if its number is that of another namespace, as in some containers.
     """
     try:
         with Path(f"/proc/{pid}/cmdline").open("rb") as file:

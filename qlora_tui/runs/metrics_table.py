@@ -95,7 +95,7 @@ def metrics_csv(view: RunView) -> str:
 
 
 def metrics_parquet(view: RunView) -> bytes:
-    """Return the table as a Parquet file: int64 and double, null where empty."""
+    """Return the table as a Parquet file: int64 and double, null if empty."""
     import pyarrow
     import pyarrow.parquet
 

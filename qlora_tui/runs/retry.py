@@ -49,9 +49,9 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
     gradient_accumulation: int | None = None
     gradient_checkpointing: Checkpointing | None = None
     kept_layers: int | None = None
-    """The most layers that keep their activations, where gradient checkpointing is ``auto``."""
+    """The most layers that keep their activations, if gradient checkpointing is ``auto``."""
     streamed_layers: int | None = None
-    """Layers whose weights wait in host memory, where the recipe streams any."""
+    """Layers whose weights wait in host memory, if the recipe streams any."""
     resident_layers: int | None = None
     """The other layers, which a retry may stream too."""
 
@@ -223,7 +223,7 @@ def describe_fix(recipe: Recipe | None, phase: events.Phase | None) -> str:
 
 
 def _fix_for_model(recipe: Recipe | None) -> str:
-    """Return what helps where the model itself does not fit; a smaller micro-batch does not."""
+    """Return what helps if the model itself does not fit; a smaller micro-batch does not."""
     choices = ["Close other programs that use this memory"]
     if recipe is not None and recipe.quantization.method in ("int8", "none"):
         choices.append("set the quantization method (quantization.method) to nf4")

@@ -28,7 +28,7 @@ _JOB = "qlora_tui.training.row_losses:measure"
 MEMORIZED = 0.1
 """Nats per token up to which a row is memorized: each of its tokens is predicted with 90 % and more."""
 _UNRELATED = 0.25
-"""A row is never learned where its prompt helps less than this part of what prompts help in most rows."""
+"""A row is never learned if its prompt helps less than this part of what prompts help in most rows."""
 _MIN_HELP = 0.05
 """Nats per token that prompts must help in most rows for this to mean anything."""
 

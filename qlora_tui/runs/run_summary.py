@@ -79,13 +79,13 @@ class RunSummary:
     evaluations: tuple[tuple[int, float], ...] = ()
     """(step, validation loss) in order; those that were not a number are left out."""
     loss_to_beat: float | None = None
-    """Validation loss before training where no later one is lower; None otherwise."""
+    """Validation loss before training if no later one is lower; None otherwise."""
     accuracy: float | None = None
     """Exact answers at the last evaluation; None for data without short ones."""
     steps: tuple[int, ...] = ()
     """The steps of ``losses``."""
     losses: tuple[float, ...] = ()
-    """Training losses in order, decimated; NaN where one was not a number."""
+    """Training losses in order, decimated; NaN if one was not a number."""
     seconds: float | None = None
     """Training time without evaluations and pauses; None before the first step."""
     tokens_per_s: float | None = None
@@ -332,17 +332,17 @@ class RunEvidence:
     loss: LossChange | None = None
     """Validation loss with its interval; None for runs of earlier versions and without validation data."""
     losses: tuple[float, float | None] | None = None
-    """Validation loss before training and at its end, without an interval; None where not measured."""
+    """Validation loss before training and at its end, without an interval; None if not measured."""
     forgetting: float | None = None
-    """Divergence from the base on general prompts, in nats; None where not measured."""
+    """Divergence from the base on general prompts, in nats; None if not measured."""
     forgot_much: bool = False
     """Whether the run was warned of that."""
     metric: Metric | None = None
-    """The first metric of the answers; None where they were not measured."""
+    """The first metric of the answers; None if they were not measured."""
 
     @property
     def change(self) -> tuple[float, float] | None:
-        """Validation loss before and after training; None where it was not measured."""
+        """Validation loss before and after training; None if it was not measured."""
         if self.loss is not None and self.loss.rows:
             return self.loss.before, self.loss.after
         before, after = self.losses or (0.0, None)
@@ -383,7 +383,7 @@ def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Re
     Args:
         view: the run.
         evaluation: of its answers; None without one.
-        recipe: its recipe; None where that cannot be read.
+        recipe: its recipe; None if that cannot be read.
     """
     preferences = None if recipe is None or recipe.learns_answers else _preference_accuracy(view, recipe)
     # An evaluation has the loss of answers, and compares with the base.

@@ -99,7 +99,7 @@ def server_on(port: int) -> ServerStatus | None:
 def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerStatus:
     """Start ``qlora-tui serve`` with arguments, as a process that outlives this one; return once it listens.
 
-    Raises UserError where it ends before that.
+    Raises UserError if it ends before that.
     """
     log_path = servers_dir() / "server.log"
     with disk_problems(), log_path.open("wb") as log:
@@ -118,7 +118,7 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
 
 
 def stop_server(server: ServerStatus) -> None:
-    """End a server: it ends its answers and frees the GPU within seconds. Raises UserError where it stays."""
+    """End a server: it ends its answers and frees the GPU within seconds. Raises UserError if it stays."""
     if terminate(server.process):
         server.process.wait(_STOP_S)
     if server.process.is_alive():

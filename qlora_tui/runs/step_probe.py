@@ -26,7 +26,7 @@ class StepProbe(Struct, frozen=True, kw_only=True):
 
     steps: int
     seconds: float
-    """Of all these steps."""
+    """Time of all these steps."""
     tokens: int
     """Real tokens of all these steps."""
     peak_bytes: int

@@ -30,13 +30,13 @@ class StepSeries:
         self.at = array("d")
         self.epoch = array("d")
         self.loss = array("d")
-        """Training losses; NaN where the loss was not a number."""
+        """Training losses; NaN if the loss was not a number."""
         self.learning_rate = array("d")
         self.grad_norm = array("d")
         self.tokens = array("q")
         self.tokens_per_s = array("d")
         self.reward_margin = array("d")
-        """Of a preference method; NaN where a step has none."""
+        """Reward margins of a preference method; NaN if a step has none."""
 
     def __len__(self) -> int:
         return len(self.step)
@@ -170,7 +170,7 @@ class RunView:
 
     @property
     def best(self) -> events.Evaluated | None:
-        """The evaluation of lowest loss after training began; of lowest score where there are scores."""
+        """The evaluation of lowest loss after training began; of lowest score if there are scores."""
         scored = [e for e in self.evaluations if e.loss is not None and e.step > 0]
 
         def score(event: events.Evaluated) -> float:
@@ -196,7 +196,7 @@ class RunView:
 
     @property
     def loss_to_beat(self) -> float | None:
-        """Validation loss before training where no later one is lower; None otherwise."""
+        """Validation loss before training if no later one is lower; None otherwise."""
         best, before = self.best, self.loss_before_training
         if best is None or best.loss is None or before is None or best.loss < before:
             return None

@@ -20,7 +20,7 @@ _TYPES = {
 class ApiError(Exception):
     """An answer other than 200, in words.
 
-    Raised where a request cannot be answered; the app sends it, or ends a stream with it.
+    Raised if a request cannot be answered; the app sends it, or ends a stream with it.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ class RunsToServe:
 def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -> ServedModels:
     """Return the models of runs that share a base, as they are on the disk now.
 
-    ``aliases`` are the user's own. Raises UserError for an alias of no model, or where no run is left.
+    ``aliases`` are the user's own. Raises UserError for an alias of no model, or if no run is left.
     """
     there = runs.now()
     if not there:

@@ -3,7 +3,7 @@
 Writes the result, ``adapter/``, which plain peft can load. Keeps the adapter that a run starts from as the
 reference of DPO and KTO.
 
-The reference is what the model was before the run, so where an adapter is trained further it is that adapter
+The reference is what the model was before the run, so if an adapter is trained further it is that adapter
 and not the base. Its weights are kept next to those that change, and take their place for a pass. The first
 attempt writes them to the run's folder, so that a resume compares with the same ones.
 """
@@ -258,7 +258,7 @@ def load_best_weights(run: RunDir, model: Any, step: int) -> str:
     """Load the adapter weights of the best step from its checkpoint.
 
     Returns:
-        Which step the adapter is from, for the user. It stays that of the last step where the checkpoint of
+        Which step the adapter is from, for the user. It stays that of the last step if the checkpoint of
         the best step is missing, as after a full disk.
     """
     folder = checkpoints.intact_folder(run, step)

@@ -1,4 +1,4 @@
-"""Answers of base and adapter to validation prompts at the end of a run, where they can be right or wrong.
+"""Answers of base and adapter to validation prompts at the end of a run, if they can be right or wrong.
 
 They cost at most :data:`RUN_SHARE` of the time that the run has trained: batches are answered by both until
 that is over, and a batch that is cut off counts nothing. ``qlora-tui evaluate`` measures more, or later.

@@ -3,7 +3,7 @@
 How the sequences of a step are split into micro-batches, and over how many processes, does not change what it
 learns, so a run can resume at any step, even with a smaller micro-batch.
 
-A micro-batch is one long sequence without padding where samples can be isolated, else padded sequences.
+A micro-batch is one long sequence without padding if samples can be isolated, else padded sequences.
 Samples ``a a a``, ``b b`` and ``c`` with packing, ``data.max_length`` 4 and a micro-batch of 2 sequences::
 
     sequences      (0, 2) and (1,)      3 + 1 and 2 of 4 tokens
@@ -280,9 +280,9 @@ class StepData(TypedDict):
     tokens: int
     """Real tokens of the whole step, over all processes."""
     token_share: NotRequired[float]
-    """Of a preference method: its comparisons divided by the trained tokens of good answers."""
+    """Comparisons of a preference method, divided by the trained tokens of good answers."""
     mismatched: NotRequired[list[dict[str, Any]]]
-    """Of KTO: micro-batches of answers after other prompts, for this process."""
+    """For KTO: micro-batches of answers after other prompts, for this process."""
 
 
 class Steps:

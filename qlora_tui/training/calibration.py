@@ -37,7 +37,7 @@ _MIN_DECIDED = 10
 _BINS = 15
 """Bins of confidence of the calibration error, equally wide, as in Guo et al. 2017."""
 _LOG_RANGE = (math.log(0.05), math.log(50.0))
-"""Of the temperature."""
+"""Range of the logarithm of the temperature."""
 _SEARCHES = 60
 _RIDGE = 1.0
 """Weight of the squared biases, in rows."""
@@ -224,7 +224,8 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 
 def honest_errors(confidence: Tensor) -> Tensor:
-    """Return calibration errors that honest probabilities show on as many rows by chance, ascending (draws,).
+    """Return the calibration errors that perfectly calibrated probabilities show by chance on as many rows,
+    ascending (draws,).
 
     Rows of a bin are right more or less often than they should be (Bröcker and Smith 2007, "Increasing the
     Reliability of Reliability Diagrams").

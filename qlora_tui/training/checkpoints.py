@@ -201,7 +201,7 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
 
 
 def weights_identity(files: ModelFiles) -> str:
-    """Return a hash of the size, the header and samples of each weight file of a base; it takes no time.
+    """Return a hash of the size, the header and samples of each weight file of a base, which is fast.
 
     The place and the names of the files are not in it. Raises UserError if a file cannot be read.
     """
@@ -234,7 +234,7 @@ def require_same_base(state: CheckpointState, files: ModelFiles, base_hash: str)
 
 
 def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
-    """Raise UserError, naming the differences, where recipe or data are no longer those of the checkpoint."""
+    """Raise UserError, naming the differences, if recipe or data are no longer those of the checkpoint."""
     before = state.trained_recipe()
     changes = [c for c in diff_recipes(before, recipe) if c.path not in WITHOUT_EFFECT_ON_WEIGHTS]
     if before.effective_batch == recipe.effective_batch:

@@ -1,7 +1,7 @@
 """What a forward of a model's class on ``meta`` shows, and the shapes of its modules do not.
 
 Nothing has values there, so a trial takes milliseconds. It counts what each layer saves for its backward.
-:mod:`qlora_tui.memory` compares that with what its rules say of the modules: where a class computes more than
+:mod:`qlora_tui.memory` compares that with what its rules say of the modules: if a class computes more than
 they know of, the estimate from shapes is that uncertain. :mod:`.description` keeps the outcome.
 """
 
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from qlora_tui.training.packed_attention import set_attention
 
 TOKENS = 64
-"""Of the text: as many as most recurrent layers compute at a time."""
+"""Length of the text: as many tokens as most recurrent layers compute at a time."""
 _NAME = "qlora_tui_trial"
 _USUAL_TENSORS = {"position_ids", "s_aux", "sinks"}
 """What models pass to attention next to queries, keys, values and a mask: positions, and logits of sinks."""
@@ -35,10 +35,10 @@ class Trial:
     """What a forward has shown."""
 
     saved_bytes: tuple[int, ...]
-    """What each layer saves for its backward, in 16 bits and without adapters; empty where the forward needs
+    """What each layer saves for its backward, in 16 bits and without adapters; empty if the forward needs
     values of tensors."""
     layer_runs: tuple[int, ...]
-    """How often it ran each layer; empty where every layer ran once, or it needs values."""
+    """How often it ran each layer; empty if every layer ran once, or it needs values."""
     attends: bool
     """Whether it called transformers' interface for attention."""
     own_code: bool

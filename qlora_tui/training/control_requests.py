@@ -43,7 +43,7 @@ class ControlRequests:
 
     @property
     def hold(self) -> Hold | None:
-        """Why the runner asked for the pause that waits; None where the user did too, or nobody did."""
+        """Why the runner asked for the pause that waits; None if the user did too, or nobody did."""
         pauses = [request for request in self._pending if request.kind in ("pause", "pause_now")]
         return pauses[-1].hold if pauses and all(request.hold for request in pauses) else None
 
@@ -54,18 +54,18 @@ class ControlRequests:
         return matching[-1] if matching else None
 
     def stop_kind(self) -> Kind | None:
-        """``stop`` or ``pause`` where one of them waits; it is not removed."""
+        """``stop`` or ``pause`` if one of them waits; it is not removed."""
         kinds = {request.kind for request in self._pending}
         pauses = {"pause", "pause_now"} & kinds
         return "stop" if {"stop", "stop_now"} & kinds else "pause" if pauses else None
 
     def poll_if_alone(self) -> None:
-        """Poll where the run has one process; several would have to call it together."""
+        """Poll if the run has one process; several would have to call it together."""
         if self._dist.world_size == 1:
             self.poll()
 
     def raise_if_stop_now(self) -> None:
-        """Raise StepAbandoned where an end was requested that does not wait for the end of the step.
+        """Raise StepAbandoned if an end was requested that does not wait for the end of the step.
 
         With several processes it waits all the same: they would have to agree on where to leave the step.
         """
@@ -76,7 +76,7 @@ class ControlRequests:
             raise StepAbandoned
 
     def raise_if_stop_requested(self) -> None:
-        """Poll, and raise StopRequested where a stop or pause waits: for the time before the first step."""
+        """Poll, and raise StopRequested if a stop or pause waits: for the time before the first step."""
         self.poll()
         kind = self.stop_kind()
         if kind is not None:

@@ -1,14 +1,14 @@
 """Trains embedding and head in addition to LoRA, in whole or some rows of them; and NEFTune's noise.
 
 **Rows** (``lora.trainable_tokens``), for tokens that the base model never learned. To read a token the model
-needs its row of the embedding, to write it its row of the head. Both are trained, as one row where the head
+needs its row of the embedding, to write it its row of the head. Both are trained, as one row if the head
 is tied. peft supports this (``trainable_token_indices``) and loads such adapters, but rebuilds both matrices
 in each forward and computes their whole gradients. Here only the rows are computed, in peft's modules and so
 in its format.
 
 **Both in whole** (``lora.train_embeddings``), for continued pretraining on plain text: a new language or
 domain moves the rows of many tokens. Both are trained as copies in peft's format (``modules_to_save``), as
-one matrix where the head is tied. The copies are in fp32, like the matrices of LoRA, and compute in the dtype
+one matrix if the head is tied. The copies are in fp32, like the matrices of LoRA, and compute in the dtype
 of the model, which peft's own would not.
 
 Their gradients are added where they are computed, in :func:`add_gradient` and :func:`add_row_gradients`:
@@ -234,7 +234,7 @@ def _unsupported_tokens(why: str) -> UserError:
 
 
 RATE_SHARE = 0.1
-"""Rate of embedding and head as a share of that of LoRA where the recipe names none. Unsloth recommends a
+"""Rate of embedding and head as a share of that of LoRA if the recipe names none. Unsloth recommends a
 half to a tenth, and has 5e-6 with 5e-5 in its example (docs.unsloth.ai/basics/continued-pretraining)."""
 _ADAPTER = "default"
 

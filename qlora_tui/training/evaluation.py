@@ -46,9 +46,9 @@ class ValidationResult(NamedTuple):
     loss: float
     """Mean over the tokens in the loss, or over the comparisons of a preference method."""
     accuracy: float | None = None
-    """Share of exact answers, where all are short."""
+    """Share of exact answers, if all are short."""
     rewards: RewardSums = RewardSums()
-    """Of a preference method; otherwise of nothing."""
+    """Rewards of a preference method; empty sums for other runs."""
 
 
 class Evaluator:
@@ -71,7 +71,7 @@ class Evaluator:
         return bool(self._batches)
 
     def evaluate(self) -> ValidationResult:
-        """Validate the model as it is. Raises StepAbandoned where the run is to stop at once."""
+        """Validate the model as it is. Raises StepAbandoned if the run is to stop at once."""
         run = self._run
         if self._objective is not None:
             return self._evaluate_preferences(self._objective)
@@ -153,7 +153,7 @@ def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Ten
     Scaling and capping of logits is skipped, because it does not change which one is largest.
 
     Args:
-        logits: (batch, tokens, vocabulary); None where the loss was computed in chunks, without whole logits.
+        logits: (batch, tokens, vocabulary); None if the loss was computed in chunks, without whole logits.
         hidden: (batch, tokens, hidden), the input of the head.
         wanted: (batch, tokens - 1), bool.
 

@@ -58,7 +58,7 @@ _CPU_ALLOCATION = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
 def failure_event(
     error: BaseException, run: RunDir, recipe: Recipe | None, estimate: Estimate | None
 ) -> Failed:
-    """Return the event for an exception. ``estimate`` names the largest items where memory ran out."""
+    """Return the event for an exception. ``estimate`` names the largest items if memory ran out."""
     now = time.time()
     if is_out_of_memory(error):
         return _out_of_memory(error, last_phase(run), recipe, estimate, now)

@@ -175,7 +175,7 @@ class BaseAnswer(PromptAndAnswer):
 
     top_ids: Tensor
     """The base's most likely tokens at each place of the answer, (answer tokens, TOP_TOKENS), int32; fewer
-    where the vocabulary is smaller."""
+    if the vocabulary is smaller."""
     top_log_probabilities: Tensor
     """Their log-probabilities, float32."""
 

@@ -102,7 +102,7 @@ def _patch(module: Any, lengths: _SampleLengths) -> None:
 
 
 def _forget_lengths(module: Any) -> None:
-    """Restore the frequencies of short sequences, which transformers keeps where a longer one came before."""
+    """Restore the frequencies of short sequences, which transformers keeps if a longer one came before."""
     # A buffer, or in earlier versions of transformers an attribute.
     names = [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]
     for name in names:

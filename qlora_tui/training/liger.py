@@ -1,4 +1,4 @@
-"""Liger's fused linear cross-entropy in place of our chunks, on a GPU where it is installed and faster.
+"""Liger's fused linear cross-entropy in place of our chunks, on a GPU if it is installed and faster.
 
 Its Triton kernel computes a loss and its gradient in one pass over 16-bit logits, where ours takes several
 over fp32 logits. It gets only the positions in the loss, so prompt tokens have no logits here either. The

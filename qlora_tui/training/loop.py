@@ -61,7 +61,7 @@ class RunProgress:
     best_score: float | None = None
     """Validation loss, with the weighted divergence from the base, at the best step: the lowest is best."""
     loss_before_training: float | None = None
-    """Validation loss at step 0; None where it was not measured."""
+    """Validation loss at step 0; None if it was not measured."""
     scores_since_best: list[float] = field(default_factory=list)
     """Scores of the evaluations since the best, for early stopping."""
     evaluated_step: int = -1
@@ -71,7 +71,7 @@ class RunProgress:
     checkpoint_step: int = -1
     """Step of the last checkpoint; -1 before the first."""
     initial_weights: str = ""
-    """Digest of the trained weights before the first step; empty where an earlier version began the run."""
+    """Digest of the trained weights before the first step; empty if an earlier version began the run."""
     ends_with_epoch: bool = False
     """Whether it was requested to finish at the end of the epoch."""
 
@@ -90,7 +90,7 @@ class RunProgress:
         )
 
     def add_score(self, step: int, score: float, loss: float) -> bool:
-        """Remember the score and the validation loss of an evaluation; True where it is the best so far."""
+        """Remember the score and the validation loss of an evaluation; True if it is the best so far."""
         if step <= 0:
             # No candidate, since the adapter has learned nothing, but what later ones are compared with.
             self.loss_before_training = loss
@@ -136,7 +136,7 @@ class Loop:
         self._emitted_at = 0.0
         self._emitted_tokens = 0
         self._unreported: tuple[StepResult, RewardSums] | None = None
-        """The last step, where it was not reported because of ``log_every``."""
+        """The last step, if it was not reported because of ``log_every``."""
 
     def train(self) -> None:
         """Do all steps that are left, or those until the run is to end.
@@ -284,7 +284,7 @@ class Loop:
             self._emitted_at += rested_s
 
     def _end_step(self, result: StepResult, rewards: RewardSums) -> None:
-        """Report a step, carry out requests, and evaluate, save or stop where that is due."""
+        """Report a step, carry out requests, and evaluate, save or stop if that is due."""
         emitted = self._report_step(result, rewards, force=self.trainer.step == self._total_steps)
         self._unreported = None if emitted else (result, rewards)
         self._check_health(result)
@@ -302,14 +302,14 @@ class Loop:
             self._report_step(result, rewards, force=True)
 
     def _take_rewards(self) -> RewardSums:
-        """Of a preference method, since the last call and over all processes; otherwise of nothing."""
+        """Return the rewards of all processes since the last call; empty sums without a preference method."""
         objective = self.trainer.objective
         if objective is None:
             return RewardSums()
         return RewardSums(*self._run.dist.all_reduce_sum(objective.take_sums()))
 
     def _act_between_steps(self, planned: PlannedStep) -> None:
-        """Carry out requests, and evaluate, save and stop where that is due."""
+        """Carry out requests, and evaluate, save and stop if that is due."""
         requests, step = self._run.requests, self.trainer.step
         requests.poll()
         rate = requests.take("set_learning_rate")
@@ -368,7 +368,7 @@ class Loop:
         self.outcome = "paused" if kind == "pause" else "stopped"
 
     def _report_step(self, result: StepResult, rewards: RewardSums, *, force: bool) -> bool:
-        """Emit every ``log_every``-th step and non-finite ones, or with ``force`` any; True where emitted."""
+        """Emit every ``log_every``-th step and non-finite ones, or with ``force`` any; True if emitted."""
         loss, grad_norm, learning_rate = result
         step = self.trainer.step
         self._reporter.update(step=step, loss=_finite(loss), micro_batch=0)
@@ -398,7 +398,7 @@ class Loop:
         return True
 
     def _check_health(self, result: StepResult) -> None:
-        """Report what is unusual in a step. Raises UserError where training cannot recover."""
+        """Report what is unusual in a step. Raises UserError if training cannot recover."""
         step = self.trainer.step
         finding = find_non_finite(
             step, result.loss, result.grad_norm, norm_may_overflow=self.trainer.uses_fp16
@@ -428,7 +428,7 @@ class Loop:
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step, error=error)
 
     def _evaluate_and_sample(self, *, last: bool) -> bool:
-        """Evaluate and sample; True where the validation loss is the best so far.
+        """Evaluate and sample; True if the validation loss is the best so far.
 
         With ``last``, at the end of the run, general answers are counted too.
         """

@@ -175,7 +175,7 @@ LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def chunks_obstacle(model: Any) -> str:
-    """Return why a model's class does not allow chunks of logits; empty where it does."""
+    """Return why a model's class does not allow chunks of logits; empty if it does."""
     projection = model.get_output_embeddings()
     if type(projection) is not nn.Linear:
         return f"its head is a {type(projection).__name__}"

@@ -213,7 +213,7 @@ class MemoryMeter:
         return free_host_bytes() + int(psutil.Process().memory_info().rss)
 
     def _context_bytes(self) -> int:
-        """GPU memory of this process outside torch's pool; estimated where the driver does not report it."""
+        """GPU memory of this process outside torch's pool; estimated if the driver does not report it."""
         gpu_bytes = _gpu_memory_used()
         if gpu_bytes is None:
             return self.estimate.bytes_of("context") if self.estimate else 0

@@ -332,7 +332,7 @@ def _shape(sizes: Iterable[int]) -> str:
 
 @contextmanager
 def loading_progress(on_progress: ProgressCallback | None) -> Iterator[None]:
-    """Report each tensor that transformers loads inside, where this version of it can say so."""
+    """Report each tensor that transformers loads inside, if this version of it can say so."""
     from transformers.utils import logging
 
     set_hook = getattr(logging, "set_tqdm_hook", None)
@@ -543,7 +543,7 @@ def prepare_base(
 
 
 def _switch_off_router_loss(model: Any) -> bool:
-    """Leave the loss that balances experts out of the model's loss; whether there was one.
+    """Leave the loss that balances experts out of the model's loss; return whether there was one.
 
     It is a mean over tokens, and a micro-batch's loss is a sum, so it would be lost next to that.
     """

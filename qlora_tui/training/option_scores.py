@@ -65,7 +65,7 @@ class _Part(NamedTuple):
     """Some options of one of several choices."""
 
     number: int
-    """Of the choice."""
+    """Number of the choice."""
     options: tuple[int, ...]
     """Numbers of the options in the choice."""
     choice: Choice
@@ -151,7 +151,7 @@ class OptionScorer:
             yield batch
 
     def _may_pack(self, longest: Choice) -> bool:
-        """Return whether rows up to this one may be packed; compares it where it is longer than
+        """Return whether rows up to this one may be packed; compares it if it is longer than
         those before.
         """
         if longest.tokens <= self.packed_tokens:

@@ -253,7 +253,7 @@ def _functions() -> dict[PackedAttention, AttentionFunction]:
 
 
 def prefers_row_attention(query: Tensor) -> bool:
-    """Return whether to use :class:`.fused.cpu_attention.RowAttention`: on a CPU in bfloat16, where it is
+    """Return whether to use :class:`.fused.cpu_attention.RowAttention`: on a CPU in bfloat16, if it is
     faster.
 
     In float32 torch's backward is faster, and in float16 the augmented columns may overflow.

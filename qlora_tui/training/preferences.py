@@ -36,7 +36,7 @@ class AnswerScores(NamedTuple):
     log_probabilities: Tensor
     """Weighted sum over the tokens of each answer, in nats, fp32 (answers,)."""
     weights: Tensor
-    """Sum of the weights of its tokens, fp32 (answers,): their number, where the data sets no weights."""
+    """Sum of the weights of its tokens, fp32 (answers,): their number, if the data sets no weights."""
 
     @property
     def means(self) -> Tensor:

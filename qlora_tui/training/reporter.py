@@ -145,7 +145,7 @@ class Reporter:
             )
 
     def hold(self, hold: Hold | None) -> None:
-        """Have the next heartbeats say why the run rests; None where it does not."""
+        """Have the next heartbeats say why the run rests; None if it does not."""
         with self._lock:
             self._status = msgspec.structs.replace(self._status, hold=hold)
 

@@ -30,7 +30,9 @@ class Run:
 
     directory: RunDir
     recipe: Recipe
-    """As this attempt trains it: with the retry plan, and with what ``setup`` chooses for the free memory."""
+    """The recipe as this attempt trains it: with the retry plan, and with what ``setup`` chooses
+    for the free memory.
+    """
     checkpoint: Checkpoint | None
     """Where the attempt resumes; None at the beginning of a run."""
     reporter: Reporter
@@ -57,16 +59,16 @@ class Run:
     base: PreparedBase = field(init=False)
     """The frozen base model, with the loss and attention that were verified on it."""
     samples: TokenizedDataset = field(init=False)
-    """The training samples of ``data``, with the base's answers where some are replayed."""
+    """The training samples of ``data``, with the base's answers if some are replayed."""
     step_plan: StepPlan = field(init=False)
     """The sequences of every optimizer step of the run."""
     model: Any = field(init=False)
     """The base model with its adapter (``peft.PeftModel``)."""
     starting_adapter: StartingAdapter | None = field(init=False)
-    """The adapter that the run started from, where it compares its answers with that one's."""
+    """The adapter that the run started from, if it compares its answers with that one's."""
 
     def between_batches(self) -> None:
-        """Rest if the GPU needs it, and raise StepAbandoned where the run is to end at once."""
+        """Rest if the GPU needs it, and raise StepAbandoned if the run is to end at once."""
         self.rest.take(self.reporter, self.requests)
         self.requests.raise_if_stop_now()
 

@@ -88,7 +88,7 @@ def _record_end(run: RunDir, reporter: Reporter, end_event: RunEnded) -> None:
 def _run_attempts(
     run: RunDir, plan: RetryPlan, reporter: Reporter, requests: ControlRequests, dist: DistributedContext
 ) -> RunEnded:
-    """Attempt the run, again from an earlier checkpoint where one does not load; every error is an event."""
+    """Attempt the run, again from an earlier checkpoint if one does not load; every error is an event."""
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
     recipe: Recipe | None = None

@@ -25,7 +25,7 @@ from qlora_tui.runs.events import AnyEvent, Evaluated, Step
 from qlora_tui.runs.preflight import TRACKER_NAMES, missing_tracker
 
 PROJECT = "qlora-tui"
-"""Project or experiment of the runs, where the tracker's own variable names no other."""
+"""Project or experiment of the runs, if the tracker's own variable names no other."""
 _MLFLOW_ID = "mlflow_run_id"
 """File in a run's folder with the id that MLflow gave it, so that a resume continues it."""
 _SECRET_LENGTH = 8

@@ -86,7 +86,7 @@ class Trainer:
             ],
         )
         self.wrapped, self.optimizer = self._accelerator.prepare(model, create_optimizer(model, training))
-        """The model as it is called in a step, in DDP's wrapper where there are several processes."""
+        """The model as it is called in a step, in DDP's wrapper if there are several processes."""
         self.schedule = create_schedule(self.optimizer, training, steps)
         self.wrapped.zero_grad()
 
@@ -255,7 +255,7 @@ class RandomNumberState(NamedTuple):
     numpy: Any
     cpu: torch.Tensor
     cuda: torch.Tensor | None = None
-    """Of the training device; None on the CPU."""
+    """Random state of the training device; None on the CPU."""
 
     @classmethod
     def capture(cls, device: torch.device) -> RandomNumberState:

@@ -180,7 +180,7 @@ def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Conve
 
 
 def _context_length(config: Any, convention: Convention) -> tuple[int, tuple[str, ...]]:
-    """Return the context length, less where llama.cpp computes the rest otherwise, and notes on that.
+    """Return the context length, less if llama.cpp computes the rest otherwise, and notes on that.
 
     llama.cpp uses longrope's long factors for every text once its context is longer than the original one
     (src/llama-model.cpp, ``get_rope_factors``); transformers only for a text that is longer itself.

@@ -166,7 +166,7 @@ class Vocabulary:
     """Whether white space after a special token is dropped, as in Phi-3."""
     template: str
     tool_template: str = ""
-    """Template for conversations with tools, where it is another one."""
+    """Template for conversations with tools, if it is another one."""
     differences: tuple[KnownDifference, ...] = ()
     prompt_notes: tuple[str, ...] = ()
     """Sentences about prompts that llama.cpp renders otherwise from the same template."""

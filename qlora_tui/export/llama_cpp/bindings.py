@@ -150,7 +150,7 @@ class LlamaModel:
         return bool(self._lib.llama_vocab_is_eog(self._vocabulary, token))
 
     def truncate(self, tokens: int) -> bool:
-        """Keep only the first ``tokens``; False, and none are kept, where the model cannot."""
+        """Keep only the first ``tokens``; False, and none are kept, if the model cannot."""
         memory = self._lib.llama_get_memory(self._state)
         if tokens and self._lib.llama_memory_seq_rm(memory, 0, tokens, -1):
             return True

@@ -2,8 +2,8 @@
 
 The first metric is the one that a verdict names:
 
-* tool calls, where rows offer tools and the reference calls one: whether the call is valid;
-* JSON, where the references are JSON: whether the answer is;
+* tool calls, if rows offer tools and the reference calls one: whether the call is valid;
+* JSON, if the references are JSON: whether the answer is;
 * short references: exact match (answers of a few options are decisions: :mod:`.decisions`);
 * anything else: the words shared with the reference (token F1).
 
@@ -90,7 +90,7 @@ class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
     adapter: float
     adapter_interval: Interval
     difference_interval: Interval
-    """Of the adapter's mean minus the base's."""
+    """Interval of the adapter's mean minus the base's."""
     p: float | None = None
     """McNemar's exact p-value that both are equal; None for means, whose interval decides."""
 

@@ -38,7 +38,7 @@ class Calibration(Struct, frozen=True, kw_only=True):
 
     temperature: float = 1.0
     bias: tuple[float, ...] = ()
-    """Of each option; empty if it does not lower the log loss of rows that it was not fitted on."""
+    """Bias of each option; empty if it does not lower the log loss of rows that it was not fitted on."""
     rows: int = 0
     """Validation rows that it was fitted on; 0 if they were too few."""
 
@@ -64,7 +64,7 @@ class Decider(Struct, frozen=True, kw_only=True):
     thinking: Thinking = "auto"
     """Thinking setting of the training."""
     versions: dict[str, str] = {}
-    """Of the libraries with which it was fitted."""
+    """Versions of the libraries with which it was fitted."""
     version: int = _VERSION
 
 
@@ -112,7 +112,7 @@ class Threshold(Struct, frozen=True):
     confidence: float
     """0 if every row may be decided."""
     rows: int
-    """Rows that are decided, where the threshold was chosen on others."""
+    """Rows that are decided, if the threshold was chosen on others."""
     right: int
 
 

@@ -47,7 +47,7 @@ class LossChange(Struct, frozen=True, kw_only=True):
     before: float
     after: float
     interval: Interval | None
-    """Of after minus before, by the bootstrap over rows; None for fewer than two."""
+    """Interval of after minus before, by the bootstrap over rows; None for fewer than two."""
 
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> LossChange:

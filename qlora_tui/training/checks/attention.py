@@ -30,7 +30,7 @@ _WINDOWS = re.compile(r"window(_size)?$|attention_chunk_size$")
 _SCORES = 3.0
 """Standard deviation of each head's scores: large enough for uneven weights, too small for one-hot ones."""
 _ROUNDINGS = 64.0
-"""Of fp32, in which the library takes its softmax, by which an output may differ."""
+"""Rounding errors of fp32, in which the library computes its softmax, by which an output may differ."""
 _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
 """How many times the error of the library's eager attention in the run's dtype, at each head's worst token,
 an output may be wrong by; if that is nothing, as many thirds of a unit in the last place."""

@@ -250,7 +250,7 @@ def verify_step(
 
 
 def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) -> StepComparison:
-    """Compare our step; one that raises where the library's does not counts as wrong."""
+    """Compare our step; one that raises if the library's does not counts as wrong."""
     try:
         return reference.compare(packed=packed, pad_id=pad_id)
     except Exception as error:

@@ -62,7 +62,7 @@ def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: 
     ``scale``.
 
     ``scale`` has one value per element: the magnitude of the terms that were rounded in computing it, which
-    exceeds the element itself where terms cancel. A rounding error is ``eps`` of the dtype of ``actual``,
+    exceeds the element itself if terms cancel. A rounding error is ``eps`` of the dtype of ``actual``,
     relative to ``scale``. NaN counts as a difference.
     """
     if actual.shape != expected.shape:

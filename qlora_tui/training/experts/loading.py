@@ -179,7 +179,7 @@ class Mxfp4Converter(ExpertConverter):
 
 
 def _for_experts(converter: Any) -> Any:
-    """Return the converter, as one of ours where it fills a projection of experts."""
+    """Return the converter, as one of ours if it fills a projection of experts."""
     if type(converter) is not WeightConverter or not any(
         target.endswith(f"experts.{name}") for target in converter.target_patterns for name in PROJECTIONS
     ):
@@ -265,6 +265,6 @@ def _deferred(spawn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read(job: Any) -> Tensor:
-    """Return the tensor of a deferred read: a function, or a future where transformers reads in threads."""
+    """Return the tensor of a deferred read: a function, or a future if transformers reads in threads."""
     tensor: Tensor = job.result() if hasattr(job, "result") else job()
     return tensor

@@ -124,7 +124,7 @@ class _Matrices:
 
 
 class _DequantizedProduct(torch.autograd.Function):
-    """x · Wᵀ, or x · W where W is stored transposed, which saves neither."""
+    """x · Wᵀ, or x · W if W is stored transposed, which saves neither."""
 
     @staticmethod
     def forward(

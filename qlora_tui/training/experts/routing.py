@@ -223,7 +223,7 @@ class RoutedExperts(torch.autograd.Function):
 def _forward(
     x: Tensor, weights: Tensor, routes: Routes, layer: RoutedLayer, dtype: torch.dtype, *, keeps_both: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the weighted sums, and the gate and up projections of all slots where the backward
+    """Return the weighted sums, and the gate and up projections of all slots if the backward
     needs them.
     """
     rows = x.to(dtype)

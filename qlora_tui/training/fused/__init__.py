@@ -4,7 +4,7 @@ Each returns what the library's code returns: a module is compared with the libr
 and the whole step by ``training.checks``. :mod:`.lora`: frozen linear layers and their adapters;
 :mod:`.gated_mlp`: the end of a gated MLP; :mod:`.norm_rotary`: RMSNorm and rotary positions;
 :mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU gated MLPs, norms and rotary positions
-use :mod:`.triton_kernels` where :mod:`.kernel_choice` allows it. :class:`.patching.PatchedForwards` switches
+use :mod:`.triton_kernels` if :mod:`.kernel_choice` allows it. :class:`.patching.PatchedForwards` switches
 back to the library's forwards.
 """
 

@@ -97,7 +97,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
 
 
 def _expand_kv_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values, repeated for every query head where the kernel does not support shared heads."""
+    """Keys and values, repeated for every query head if the kernel does not support shared heads."""
     group = q.shape[1] // k.shape[1]
     if group == 1 or _kernel_supports_gqa():
         return k, v

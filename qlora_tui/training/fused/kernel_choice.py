@@ -1,4 +1,4 @@
-"""Whether Triton's kernels compute the fused parts: on a GPU where they compile and compute what torch does.
+"""Whether Triton's kernels compute the fused parts: on a GPU if they compile and compute what torch does.
 
 Triton compiles a kernel when it is first called, with the C compiler that it finds, so anything may go wrong
 there. So every kernel is called once on a few values. What a model computes with them is verified again on

@@ -98,7 +98,7 @@ class AdapterCasts:
         return parameter.to(dtype) if copy is None else copy
 
     def cast_stack(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the rows of all parameters in ``dtype``: their copies where those are of one stack and
+        """Return the rows of all parameters in ``dtype``: their copies if those are of one stack and
         valid.
         """
         if len(parameters) == 1:
@@ -426,11 +426,11 @@ class SharedInput:
         self.members = members
         self._input: Tensor | None = None
         self._outputs: dict[Any, Tensor] = {}
-        """Of modules that were not called yet."""
+        """Outputs of modules that were not called yet."""
         self._is_shared = len(members) > 1
 
     def before_forward(self, decoder: nn.Module, args: Any) -> None:
-        """Give up computing together where the last forward left an output that no module was called for.
+        """Give up computing together if the last forward left an output that no module was called for.
 
         Only between forwards, because a recomputation must save what its forward saved.
         """

@@ -32,7 +32,7 @@ class HostMemory:
     """Allocates the buffers of streamed layers, or of offloaded inputs, for a device."""
 
     def __init__(self, device: torch.device, on_refused: Callable[[str], None] = lambda why: None) -> None:
-        """``on_refused`` is called once, with the reason, where memory cannot be pinned."""
+        """``on_refused`` is called once, with the reason, if memory cannot be pinned."""
         self._device = device
         self._pins = device.type == "cuda"
         self._on_refused = on_refused

@@ -2,7 +2,7 @@
 
 A streamed layer waits for its weights before it computes, in the forward and in the backward. It must be
 recomputed in the backward pass: what it saved otherwise would be the weights in a slot, which hold another
-layer by then. Its forward raises an error where it would save them.
+layer by then. Its forward raises an error if it would save them.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def place_streamed(
 
 
 def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence[int]) -> None:
-    """Compare layers that were copied to the device; unpin the memory where they did not arrive.
+    """Compare layers that were copied to the device; unpin the memory if they did not arrive.
 
     On WSL2 copies from pinned memory may do nothing, without an error (FreeToken issue 291).
 
