@@ -8,7 +8,8 @@ another gives the speed of plain ``generate`` to all its clients together. All t
 reversed every round. Medians count, of the tokens after the first; those of eight clients are added up.
 
 With the Python of an environment that has fastapi, ``transformers serve`` is asked as the server is. It knows
-no adapters on a base that is quantized while it is read: it serves the base alone, in the dtype of the run.
+no adapters on a base that is quantized while it is read: it serves the base alone, in the dtype of the run,
+and so the server is asked for its base too. The threads of all processes wait in the same way.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from bench.baselines.runner import in_turn
 from bench.chat import QUESTION
 from bench.real_clients import run_to_serve, served
 from qlora_tui.adapters.base_weights import model_folder
+from qlora_tui.chat.chat_types import BASE
+from qlora_tui.gpu.torch_env import openmp_wait_policy
 from qlora_tui.training.compute_device import find_device
 
 CLIENTS = 8
@@ -50,6 +53,8 @@ def main() -> int:
     args = parser.parse_args()
     run = run_to_serve(args.run)
     recipe = run.recipe()
+    # Each process would choose by the load that the others make.
+    os.environ.update(openmp_wait_policy(os.environ))
     command = [sys.executable, "-m", "bench.chat", recipe.model.id, "--adapter", str(run.adapter_dir)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with ExitStack() as ends:
@@ -59,18 +64,15 @@ def main() -> int:
             # Without its input a child ends.
             ends.callback(child.stdin.close)
             ways[name] = partial(_by_child, child, args.tokens)
-        url = ends.enter_context(served(run.id))
-        for count in (1, CLIENTS):
-            ways[f"server, {count} clients"] = partial(by_clients, url, run.id, count, args.tokens)
+        servers = [("server", ends.enter_context(served(run.id)), run.id)]
         if args.transformers:
             model = str(model_folder(recipe))
-            other = ends.enter_context(
-                _transformers(args.transformers, model, find_device(recipe).dtype_name)
-            )
+            dtype = find_device(recipe).dtype_name
+            other = ends.enter_context(_transformers(args.transformers, model, dtype))
+            servers += [("server, base", servers[0][1], BASE), ("transformers serve, base", other, model)]
+        for name, url, model in servers:
             for count in (1, CLIENTS):
-                ways[f"transformers serve, {count} clients"] = partial(
-                    by_clients, other, model, count, args.tokens
-                )
+                ways[f"{name}, {count} clients"] = partial(by_clients, url, model, count, args.tokens)
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(-1, args.rounds):
             for name in in_turn(ways, number):

@@ -61,8 +61,10 @@ async def test_a_key_starts_and_stops_a_server(monkeypatch: pytest.MonkeyPatch) 
         assert app.clipboard == "http://127.0.0.1:8000/v1"
         await pilot.press("s")
         await wait_for_text(pilot, "s start")
+        other = write_server(state="loading")
+        state_path(8001).write_bytes(msgspec.json.encode(msgspec.structs.replace(other, port=8001)))
+        await wait_for_text(pilot, "loading", "Another server runs on port 8001.")
         await pilot.press("escape", "0")
-        write_server(state="loading")
         await wait_for_text(pilot, "127.0.0.1:8000 · loading", "serving")
 
 

@@ -48,6 +48,8 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         super().__init__("Server", Lines(id="server-status"))
         self._conversation = conversation
         self._server: ServerStatus | None = None
+        self._others: Sequence[ServerStatus] = ()
+        """Further servers that run, which only the command line stops."""
         self._doing = ""
 
     def on_mount(self) -> None:
@@ -58,7 +60,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         self._show_servers(system_status.servers)
 
     def _show_servers(self, servers: Sequence[ServerStatus]) -> None:
-        self._server = next(iter(servers), None)
+        self._server, self._others = next(iter(servers), None), servers[1:]
         self._show()
 
     def _show(self) -> None:
@@ -77,6 +79,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
     def _lines(self) -> list[Content]:
         if self._server is not None:
             lines = server_lines(self._server, self._width)
+            lines += [Content(f"Another server runs on port {each.port}.") for each in self._others]
         elif self._conversation.run_dir is not None:
             lines = [Content(_WHAT)]
         else:
