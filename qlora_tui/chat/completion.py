@@ -24,17 +24,17 @@ from qlora_tui.chat.completion_types import (
     LikelyToken,
     TokenScore,
 )
+from qlora_tui.chat.constraints import Calls, Constraint
 from qlora_tui.chat.generation import IncrementalDetokenizer, TokenSampler
 from qlora_tui.data.render import text_at
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter, begun_length
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.tokenizer_files import panics_as_errors
-from qlora_tui.data.tool_calls import CallFormat, CallText
+from qlora_tui.data.tool_calls import CallFormat, CallText, argument_schemas
 from qlora_tui.errors import EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     from qlora_tui.chat.batches import Row
-    from qlora_tui.chat.constraints import Constraint
     from qlora_tui.chat.session import ChatSession
 
 _SCORED_TOKENS = 128
@@ -66,6 +66,30 @@ def completion_prompt(session: ChatSession, completion: Completion) -> list[int]
         )
     session.check_length(len(prompt) + completion.answers)
     return prompt
+
+
+def completion_constraint(session: ChatSession, completion: Completion) -> Constraint | None:
+    """Return what restricts an answer; None where nothing does. Raises UserError."""
+    schemas, names, schema = argument_schemas(completion.tools), completion.must_call, completion.schema
+    if names:
+        schema = None
+    elif schema is not None:
+        # A call may be made instead.
+        names = tuple(schemas)
+    else:
+        return None
+    written, calls = session.call_format, None
+    if names and written is not None and written.shape is not None:
+        functions = {name: schemas[name] for name in names}
+        calls = Calls(written.shape, functions, completion.single_call)
+    elif completion.must_call:
+        raise UserError(
+            "tool_choice cannot be followed",
+            what="The chat template of this model writes calls in a form that is not known here.",
+            fix="Use auto or none.",
+            exit_code=EXIT_USAGE,
+        )
+    return session.constraint(schema, calls, thinks=completion.thinking != "off")
 
 
 def score_tokens(

@@ -24,7 +24,7 @@ from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
 from qlora_tui.chat.adapters import AdapterSet, uses_dora
 from qlora_tui.chat.batches import Batches
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
-from qlora_tui.chat.completion import CompletionStream, completion_prompt
+from qlora_tui.chat.completion import CompletionStream, completion_constraint, completion_prompt
 from qlora_tui.chat.completion_types import Completion
 from qlora_tui.chat.constraints import Calls, Constraint, Grammars
 from qlora_tui.chat.cpu import dequantize_on_cpu, grouped_heads, use_cpu_layout
@@ -45,7 +45,7 @@ from qlora_tui.data.render import prompt_ids
 from qlora_tui.data.thought_splitter import ThoughtSplitter
 from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
 from qlora_tui.data.tokenizer_files import panics_as_errors
-from qlora_tui.data.tool_calls import CallFormat, argument_schemas, call_format
+from qlora_tui.data.tool_calls import CallFormat, call_format
 from qlora_tui.errors import EXIT_USAGE, UserError, first_line
 from qlora_tui.formatting import short_model_name
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
@@ -201,38 +201,21 @@ class ChatSession:
         schema cannot be used, or a call must be made whose form is not known.
         """
         prompt = completion_prompt(self, completion)
-        constraint = self._constraint(completion)
+        constraint = completion_constraint(self, completion)
         self.ensure_loaded(completion.adapter_name)
         self.check(completion.adapter_name, prompt)
-        calls = self._call_format if completion.tools else None
+        calls = self.call_format if completion.tools else None
         return CompletionStream(self, completion, prompt, constraint, calls, stop)
 
-    def _constraint(self, completion: Completion) -> Constraint | None:
-        """Return what restricts an answer; None if nothing does. Raises UserError."""
-        schemas = argument_schemas(completion.tools)
-        names, schema, calls = completion.must_call, completion.schema, None
-        if names:
-            schema = None
-        elif schema is not None:
-            names = tuple(schemas)
-        else:
-            return None
-        if names and self._call_format is not None and (shape := self._call_format.shape) is not None:
-            calls = Calls(shape, {name: schemas[name] for name in names}, completion.single_call)
-        elif completion.must_call:
-            raise UserError(
-                "tool_choice cannot be followed",
-                what="The chat template of this model writes calls in a form that is not known here.",
-                fix="Use auto or none.",
-                exit_code=EXIT_USAGE,
-            )
-        self._grammars = self._grammars or Grammars(self.tokenizer, self.vocabulary, self.end_ids)
-        marks = () if completion.thinking == "off" else self._decoder.mark_tokens
-        return self._grammars.constraint(schema, calls, marks)
-
     @cached_property
-    def _call_format(self) -> CallFormat | None:
+    def call_format(self) -> CallFormat | None:
+        """Return how the chat template writes calls; None if that is not known."""
         return call_format(self.tokenizer)
+
+    def constraint(self, schema: dict[str, Any] | None, calls: Calls | None, thinks: bool) -> Constraint:
+        """Return what keeps an answer, which ``thinks`` before it, to a schema or calls. Raises UserError."""
+        self._grammars = self._grammars or Grammars(self.tokenizer, self.vocabulary, self.end_ids)
+        return self._grammars.constraint(schema, calls, self._decoder.mark_tokens if thinks else ())
 
     def decoder_of(self, calls: CallFormat) -> AnswerDecoder:
         """Return what decodes answers with calls, whose marks may be special tokens."""

@@ -19,7 +19,7 @@ from qlora_tui.engine.protocol import ChatReady, Complete, Decide, LoadChat, Off
 from qlora_tui.errors import UserError
 from qlora_tui.runs.devices import own_device, run_on
 from qlora_tui.serving.errors import RETRY_AFTER_S, ApiError, of_user_error
-from qlora_tui.serving.model_names import RunsToServe, ServedModels, served_models
+from qlora_tui.serving.model_names import RunsToServe, ServedModels, check_aliases, served_models
 from qlora_tui.worker import Progress
 
 POLL_S = 0.5
@@ -40,11 +40,12 @@ class Guest:
         ``idle_unload_s``: seconds without a request after which the model is unloaded; None: never.
         """
         self._runs = runs
-        self._aliases = aliases
+        self._aliases = aliases or {}
         self._idle_unload_s = idle_unload_s
         self._device = own_device()
         self._stamp = runs.stamp()
         self.models = served_models(runs, aliases)
+        check_aliases(self.models, self._aliases)
         """The models when they were asked for last."""
         self._offered: Mapping[str, str] = {}
         """Adapters that the engine knows of."""

@@ -123,15 +123,21 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
             automatic[f"{run.name}{suffix}"] = f"{run.id}{suffix}"
     models = ServedModels(ChatSource(recipe=recipe, adapters=adapters), tuple(listed), automatic)
     for alias, name in (aliases or {}).items():
-        model = models.find(name)
-        if model is None:
+        # Of a run that was deleted since the start there is none.
+        if (model := models.find(name)) is not None:
+            listed.append(replace(model, name=alias))
+    return replace(models, listed=tuple(listed))
+
+
+def check_aliases(models: ServedModels, aliases: Mapping[str, str]) -> None:
+    """Raise UserError for an alias of no model."""
+    for alias, name in aliases.items():
+        if models.find(alias) is None:
             raise UsageError(
                 "No such model",
                 what=f"The alias {alias} refers to {name}, which this server does not have.",
-                fix=f"Use one of {name_some([each.name for each in listed])}.",
+                fix=f"Use one of {name_some([each.name for each in models.listed])}.",
             )
-        listed.append(replace(model, name=alias))
-    return replace(models, listed=tuple(listed))
 
 
 def _step(checkpoint: str) -> str:

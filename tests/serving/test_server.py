@@ -73,6 +73,12 @@ def test_runs_of_two_bases_are_refused_with_what_to_do(runs: list[RunDir]) -> No
     assert [run.id for run in RunsToServe([runs[1]], with_others=True).now()] == ["b", "a-1.0"]
 
 
+def test_an_alias_of_no_model_is_refused_at_the_start(runs: list[RunDir]) -> None:
+    with pytest.raises(UsageError) as refused:
+        Server(RunsToServe(runs[:1]), port=0, aliases={"gpt": "c"})
+    assert "gpt refers to c" in refused.value.what
+
+
 def test_a_second_server_on_a_port_is_refused_by_name(runs: list[RunDir]) -> None:
     first = Server(RunsToServe(runs[:1]), port=0)
     with pytest.raises(UsageError) as refused:
@@ -181,7 +187,7 @@ def test_what_is_trained_saved_or_deleted_later_needs_no_restart(
 ) -> None:
     trainers.server.serve(TRAINING_MODULES, monkeypatch)
     first = write_run(tmp_path, "a", tiny_source, {"adapter": "adapter"})
-    with serving(tmp_path) as server:
+    with serving(tmp_path, "--alias", "gpt=a") as server:
         server.wait_for("ready")
         engine = server.state["engine_pid"]
 
@@ -192,16 +198,22 @@ def test_what_is_trained_saved_or_deleted_later_needs_no_restart(
             ]
             return [each.json()["choices"][0]["text"] if each.is_success else "" for each in answers]
 
-        base, other, absent = texts("base", "a", "b")
-        assert base != other and not absent
+        base, other, same, absent = texts("base", "a", "gpt", "b")
+        assert base != other == same and not absent
         write_run(tmp_path, "b", tiny_source, {"step-5": "adapter"})
         assert texts("b", "b:5", "b:6") == [other, other, ""]
         write_run(tmp_path, "c", tiny_source, {"adapter": "step-2"})
         with server.client() as client:
-            assert {each["id"] for each in client.get("/models").json()["data"]} == {"base", "a", "b:5", "c"}
+            assert {each["id"] for each in client.get("/models").json()["data"]} == {
+                "base",
+                "a",
+                "b:5",
+                "c",
+                "gpt",
+            }
         assert texts("last") == texts("c") != [other]
         first.path.rename(tmp_path / "deleted")
-        assert texts("a", "b") == ["", other]
+        assert texts("a", "gpt", "b", "base") == ["", "", other, base]
         assert server.state["engine_pid"] == engine
 
 
