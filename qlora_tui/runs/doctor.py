@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -19,27 +22,28 @@ from qlora_tui import paths, worker
 from qlora_tui.catalog.local_models import hub_cache_dir
 from qlora_tui.catalog.optional_kernels import describe_missing, types_by_kernel
 from qlora_tui.errors import UserError, disk_problem
-from qlora_tui.formatting import format_bytes, format_gib, format_path, uncapitalize
+from qlora_tui.formatting import format_bytes, format_gib, format_path, join_words, uncapitalize
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem, with_cpu_choice
-from qlora_tui.gpu.visible_devices import CPU, choose_gpu
+from qlora_tui.gpu.visible_devices import CPU, PCI_BUS_ORDER_ENV, choose_gpu, visible_gpus
 from qlora_tui.hours import Clock
 from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget, budget_for, this_processor
 from qlora_tui.publishing import new_draft
 from qlora_tui.runs import run_queue
+from qlora_tui.runs.devices import RunDevice, is_free
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.gate import closed_hours
 from qlora_tui.runs.holds import hold_words
-from qlora_tui.runs.process import INHIBITOR
+from qlora_tui.runs.process import INHIBITOR, threads_variable, torchrun_command
 from qlora_tui.runs.servers import running_servers
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.settings import GPU_VARIABLE, current_settings
-from qlora_tui.worker import run_job
+from qlora_tui.worker import error_file, last_lines, module_argv, run_job
 
 Outcome = Literal["ok", "note", "warning", "error"]
 _NOTABLE_BYTES = 512 << 20
@@ -47,6 +51,11 @@ _NOTABLE_BYTES = 512 << 20
 _SPARE_HOST_BYTES = 1 << 30
 """Host memory that streamed layers leave to other programs."""
 _SELFTEST_S = 1800.0
+_EXCHANGE = "GPU exchange"
+_EXCHANGE_S = 90.0
+"""Seconds after which GPUs that exchange gradients count as hanging; a start takes up to half a minute."""
+_NO_P2P = "NCCL_P2P_DISABLE"
+"""Makes NCCL copy through host memory: between consumer cards, direct copies hang on some machines."""
 _NAMED_TYPES = 6
 _DISK_BYTES = 5 * 2**30
 """Free space below which a model's download or a few checkpoints fill the disk."""
@@ -200,6 +209,65 @@ def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
         fix = f"Close these programs: the run needs {format_gib(needed_bytes)} GiB."
         return Check(CheckKind.GPU, "error", text, fix)
     return Check(CheckKind.GPU, "warning", text, "Memory they allocate later is not available to this run.")
+
+
+def check_gpus(gpus: Sequence[GpuDevice]) -> Check:
+    """Name the GPUs that a run on several uses, and what follows from differences between them."""
+    names = join_words([str(RunDevice.of_gpu(gpu)) for gpu in gpus])
+    if len({(gpu.name, gpu.usable_bytes) for gpu in gpus}) == 1:
+        return Check(CheckKind.GPU, "ok", f"A run on several uses {names}.", name="GPUs")
+    pace = "a run on several goes at the pace of the slowest, and its batch fits the smallest"
+    text = f"{names} differ: {pace}."
+    return Check(CheckKind.GPU, "note", text, name="GPUs")
+
+
+def check_exchange() -> list[Check]:
+    """Check whether the GPUs that a run on several would use can exchange gradients; none with one GPU.
+
+    Takes up to three minutes where they hang.
+    """
+    try:
+        gpus = visible_gpus()
+    except GpuUnavailableError:
+        return []
+    if len(gpus) == 1:
+        return []
+    checks = [check_gpus(gpus)]
+    if busy := [str(device) for device in map(RunDevice.of_gpu, gpus) if not is_free(device.key)]:
+        text = f"Not tried: a run has {join_words(busy)}."
+        return [*checks, Check(CheckKind.GPU, "note", text, name=_EXCHANGE)]
+    rate, problem = _exchange(len(gpus))
+    if rate is not None:
+        text = f"{len(gpus)} GPUs sum gradients at {format_bytes(round(rate))} per second."
+        return [*checks, Check(CheckKind.GPU, "ok", text, name=_EXCHANGE)]
+    if _NO_P2P not in os.environ and _exchange(len(gpus), {_NO_P2P: "1"})[0] is not None:
+        text = f"GPUs can exchange gradients only through host memory ({problem})."
+        fix = f"Set {_NO_P2P}=1 before runs on several: `export {_NO_P2P}=1`."
+        return [*checks, Check(CheckKind.GPU, "warning", text, fix, name=_EXCHANGE)]
+    text = f"GPUs cannot exchange gradients: {problem}."
+    fix = "Train on one GPU per run. `NCCL_DEBUG=INFO qlora-tui doctor` shows what NCCL tries."
+    return [*checks, Check(CheckKind.GPU, "warning", text, fix, name=_EXCHANGE)]
+
+
+def _exchange(processes: int, environ: Mapping[str, str] = {}) -> tuple[float | None, str]:
+    """Return the bytes per second that processes reduce together; None with the reason, as a clause."""
+    command = module_argv(*torchrun_command(processes, "qlora_tui.training.all_reduce"))
+    variables = worker.subprocess_env() | PCI_BUS_ORDER_ENV | threads_variable(processes) | dict(environ)
+    with error_file() as errors:
+        child = subprocess.Popen(
+            command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, cwd="/"
+        )
+        try:
+            output, _ = child.communicate(timeout=_EXCHANGE_S)
+            return float(output.split()[-1]), ""
+        except subprocess.TimeoutExpired:
+            return None, f"no answer within {_EXCHANGE_S:.0f} seconds"
+        except (ValueError, IndexError):
+            return None, last_lines(errors, 1) or f"exit code {child.returncode}"
+        finally:
+            # Its processes end with it.
+            child.kill()
+            child.communicate()
 
 
 def _without_gpu(error: GpuUnavailableError | None) -> Check:
@@ -364,7 +432,7 @@ def check_kernels(machine: Machine) -> list[Check]:
 def check_libraries(*, on_cpu: bool = False) -> list[Check]:
     """Import, quantize, train and save a few weights, in a separate process; ``on_cpu``: not on the GPU."""
     try:
-        return run_job(
+        checks = run_job(
             "qlora_tui.training.selftest:check_training",
             result=list[Check],
             title="The self-test failed",
@@ -375,3 +443,5 @@ def check_libraries(*, on_cpu: bool = False) -> list[Check]:
         )
     except UserError as error:
         return [Check(CheckKind.LIBRARY, "error", f"{error.what} {error.why}".strip(), error.fix)]
+    failed = any(check.outcome == "error" for check in checks)
+    return checks if on_cpu or failed else [*checks, *check_exchange()]

@@ -27,7 +27,6 @@ from qlora_tui.formatting import (
     format_gib,
     format_path,
     format_rate,
-    join_words,
     short_model_name,
 )
 from qlora_tui.gpu.errors import GpuUnavailableError
@@ -52,6 +51,7 @@ from qlora_tui.runs.doctor import (
     Machine,
     check_disk,
     check_gpu,
+    check_gpus,
     check_host_memory,
     check_queue,
 )
@@ -221,13 +221,8 @@ def _devices(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Mac
 
 
 def _checks_of_gpus(recipe: Recipe, gpus: Sequence[GpuDevice]) -> list[Check]:
-    """Name the GPUs of a run on several, how they differ, and micro-batches that leave some idle."""
-    count, names = len(gpus), join_words([str(RunDevice.of_gpu(gpu)) for gpu in gpus])
-    if len({(gpu.name, gpu.usable_bytes) for gpu in gpus}) > 1:
-        text = f"{names} differ: a step is as fast as the slowest, and has room for what the smallest holds."
-        checks = [Check(CheckKind.GPU, "note", text, name="GPUs")]
-    else:
-        checks = [Check(CheckKind.GPU, "ok", f"It trains on {names}.", name="GPUs")]
+    """Name the GPUs of a run on several, and report micro-batches that leave some idle."""
+    count, checks = len(gpus), [check_gpus(gpus)]
     if (shares := recipe.training.gradient_accumulation) % count:
         text = f"{shares} micro-batches per step leave some of {count} GPUs idle."
         fix = f"Set Gradient accumulation (training.gradient_accumulation) to a multiple of {count}."
@@ -329,6 +324,11 @@ def _memory(
             check = Check(CheckKind.MEMORY, "ok", text, verdict=verdict)
         case "does not fit":
             fix = "See the Memory screen for the cheapest fix, or run `qlora-tui estimate`."
+            if machine.gpu_choice:
+                fix += (
+                    " Each GPU of a run on several holds the whole model: streamed layers "
+                    "(quantization.streamed_layers) train one that is larger than a GPU."
+                )
             changes = cheapest_changes(recipe, files.architecture, budget.bytes, device=budget.device)
             cheapest = SuggestedFix(changes[0].label, changes=changes[0].settings) if changes else None
             check = Check(CheckKind.MEMORY, "error", text, fix, suggested_fix=cheapest, verdict=verdict)

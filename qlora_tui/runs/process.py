@@ -136,9 +136,12 @@ def ensure_runner() -> None:
 def trainer_command(run: Path, processes: int, *arguments: str) -> tuple[str, ...]:
     """Return module and arguments that train a run: the trainer, or torchrun with several of them."""
     trainer = ("qlora_tui.training", str(run), *arguments)
-    if processes == 1:
-        return trainer
-    return ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", *trainer)
+    return trainer if processes == 1 else torchrun_command(processes, *trainer)
+
+
+def torchrun_command(processes: int, *module: str) -> tuple[str, ...]:
+    """Return module and arguments that run a module, given with its arguments, in several processes."""
+    return ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", *module)
 
 
 def threads_variable(processes: int) -> dict[str, str]:

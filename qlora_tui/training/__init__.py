@@ -48,7 +48,8 @@ What is measured on the way:
 Around it:
 
 ``reporter``         writes events, status, log and telemetry; ``tracker``: sends events elsewhere
-``control_requests`` files in ``control/``, and signals; ``distributed``: one run on several GPUs
+``control_requests`` files in ``control/``, and signals
+``distributed``      one run on several GPUs; ``all_reduce``: whether they can exchange gradients
 ``failures``         the event of an error, and the cause of a failed write
 ``compute_device``   the GPU or CPU, its dtype and attention; ``host``: memory and priority of the process
 ``clean_files``      the files of a folder that libraries may read; ``quantized_cache``: earlier weights

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui.decoding import read_json
-from qlora_tui.errors import EXIT_FAILURE
+from qlora_tui.errors import EXIT_FAILURE, UsageError
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
@@ -29,6 +29,8 @@ from qlora_tui.runs.events import Failed
 T = TypeVar("T")
 _LAUNCH_ID = "TORCHELASTIC_RUN_ID"
 """Set by torchrun, the same in all processes that it starts."""
+_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""Variables of ``accelerate launch``, which its library would obey."""
 _PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.5
 _EXPLAIN_S = 5.0
@@ -108,6 +110,20 @@ def distributed_context() -> DistributedContext:
         local_rank=int(environ.get("LOCAL_RANK", 0)),
         world_size=int(environ.get("WORLD_SIZE", 1)),
     )
+
+
+def require_whole_model() -> None:
+    """Raise UserError if the launcher would shard the model over the processes, which each have all of it."""
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise UsageError(
+                f"{name} is not supported",
+                what=f"The trainer was started with {variable}, which shards the model over several GPUs.",
+                why="Weights in NF4 come out wrong or not at all when they are sharded (bitsandbytes issue "
+                "1945, accelerate issue 3983).",
+                fix="Start it with torchrun, or queue it: each GPU then holds the whole model. One larger "
+                "than a GPU trains on one with streamed layers (quantization.streamed_layers).",
+            )
 
 
 def end_with_launcher() -> None:

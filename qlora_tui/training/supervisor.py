@@ -33,6 +33,7 @@ from qlora_tui.training.distributed import (
     ProcessFailures,
     distributed_context,
     end_with_launcher,
+    require_whole_model,
 )
 from qlora_tui.training.failures import failure_event
 from qlora_tui.training.host import release_gpu_memory
@@ -94,6 +95,7 @@ def _run_attempts(
     recipe: Recipe | None = None
     try:
         try:
+            require_whole_model()
             recipe = plan.apply_to(run.recipe())
             if dist.world_size > 1:
                 # However it was launched: not every setting is possible with several processes.

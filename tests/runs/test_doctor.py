@@ -10,12 +10,22 @@ from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuProcess
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.runs import doctor
-from qlora_tui.runs.doctor import Check, Machine, check_disk, check_gpu, check_kernels, read_machine
+from qlora_tui.runs.devices import Devices, RunDevice, claimed
+from qlora_tui.runs.doctor import (
+    Check,
+    Machine,
+    check_disk,
+    check_exchange,
+    check_gpu,
+    check_kernels,
+    read_machine,
+)
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.servers import ServerStatus
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 
 GIB = 1 << 30
+GPU_0 = "GPU-40900001-1111-2222-3333-444455556666"
 GPU = GpuDevice(
     index=0,
     name="NVIDIA GeForce RTX 4090",
@@ -118,3 +128,24 @@ def test_a_full_disk_is_an_error_that_names_the_variable(tmp_path: Path) -> None
     check = check_disk(folder, 1 << 60, variable="XDG_STATE_HOME", name="disk for runs")
     assert (check.outcome, check.label) == ("error", "disk for runs")
     assert "XDG_STATE_HOME" in check.fix
+
+
+@pytest.mark.slow
+def test_gpus_that_cannot_exchange_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torchrun with two processes, which here use gloo."""
+    install_nvml_stub(monkeypatch, "two_gpus")
+    unlike, sums = check_exchange()
+    assert unlike.outcome == "note" and "at the pace of the slowest" in unlike.text
+    assert sums.outcome == "ok" and "2 GPUs sum gradients at" in sums.text
+    works = doctor._exchange
+    monkeypatch.setattr(doctor, "_EXCHANGE_S", 0.01)
+    hangs = check_exchange()[1]
+    assert hangs.outcome == "warning" and "no answer within" in hangs.text
+
+    def by_host(processes: int, environ: dict[str, str] | None = None) -> tuple[float | None, str]:
+        return (1e9, "") if environ else works(processes)
+
+    monkeypatch.setattr(doctor, "_exchange", by_host)
+    assert "NCCL_P2P_DISABLE=1" in check_exchange()[1].fix
+    with claimed(Devices((RunDevice(GPU_0),))):
+        assert check_exchange()[1].text == "Not tried: a run has GPU 0 (RTX 4090)."

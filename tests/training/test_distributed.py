@@ -103,6 +103,17 @@ def test_processes_end_with_torchrun_and_a_resume_repeats_the_losses(
     assert losses(run) == pytest.approx(losses(finished(short)), abs=1e-7)
 
 
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_that_shards_the_model_is_refused(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    run = create_run(recipe())
+    assert trainers.run(run) == 2
+    (failed,) = events_of(run, Failed)
+    assert "bitsandbytes issue 1945, accelerate issue 3983" in failed.why and "streamed_layers" in failed.fix
+
+
 pytest.importorskip("torch")
 
 
