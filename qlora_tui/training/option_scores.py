@@ -34,6 +34,8 @@ from qlora_tui.training.scoring import no_grad_eval
 
 PACKED_TOKENS = 512
 """Tokens of a sequence of several trees."""
+_LONGEST_PACKED = 4096
+"""Tokens of a row that is packed: a sequence's mask grows with the square of its length."""
 _BATCH_TOKENS = 4096
 """Tokens of a batch with one row for each option."""
 _BATCH_LOGITS = 1 << 26
@@ -156,7 +158,7 @@ class OptionScorer:
         """
         if longest.tokens <= self.packed_tokens:
             return True
-        if longest.tokens >= self.failed_tokens:
+        if longest.tokens >= min(self.failed_tokens, _LONGEST_PACKED):
             return False
         if self._agrees(longest):
             self.packed_tokens = longest.tokens

@@ -109,6 +109,21 @@ def test_the_logits_of_many_options_are_computed_in_parts(kind: str, monkeypatch
     assert done == sorted(done) and done[-1] == 1
 
 
+def test_a_long_row_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(option_scores, "_LONGEST_PACKED", 20)
+    model = a_model("plain")
+    rows = choices(40, 3)
+    masks: list[bool] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: masks.append("attention_mask" in given), with_kwargs=True
+    )
+    scorer = OptionScorer(model, torch.float32, torch.device("cpu"))
+    (scores,), _ = scorer.score(rows[:1]), scorer.score(rows[1:])
+    hook.remove()
+    assert not masks[0] and masks[-1]
+    assert scores == pytest.approx(by_itself(model, rows[0]), abs=1e-3)
+
+
 def _sees_everything(self: Forest) -> torch.Tensor:
     return torch.ones(len(self.tokens), len(self.tokens)).tril().bool()
 
