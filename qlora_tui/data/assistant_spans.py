@@ -11,7 +11,8 @@ conversation up to that turn becomes a separate sample, exactly as the model see
 
 After a prompt that opens a thought (DeepSeek-R1's) comes the turn's reasoning or, if it has none, the end
 of the thought immediately. What else a prompt writes before an answer (an empty thought, in Gemma 4 without
-thinking) stands before the last answer, outside the loss, although the template leaves it out there.
+thinking) stands before the last answer, outside the loss, although the template leaves it out there. White
+space after an opened thought is the prompt's.
 """
 
 from __future__ import annotations
@@ -125,11 +126,12 @@ class _SpanFinder:
         """Return ``whole`` with what the prompt writes before the last answer, and opened thoughts closed."""
         last = len(self._turns) - 1
         prompt = self._prompt_for(last)
-        if _reasoning(self._turns[last]) or whole.startswith(prompt):
-            return whole
-        start = self._start(last, whole)
+        start = None if whole.startswith(prompt) else self._start(last, whole)
         if start is None:
             return whole
+        if _reasoning(self._turns[last]):
+            is_opened = OPENED.search(prompt) and prompt.rstrip() == whole[:start].rstrip()
+            return prompt + whole[start:].lstrip() if is_opened else whole
         if OPENED.search(prompt):
             return answered(prompt, "", whole[start:])
         return prompt + whole[start:] if prompt.startswith(whole[:start]) else whole
@@ -307,6 +309,9 @@ class _SpanFinder:
         for span in spans:
             # Some templates also mark the turn header and an empty thought, which belong to the prompt.
             inside = [(max(m[0], span[0]), min(m[1], span[1])) for m in marks if _overlap(m, span)]
+            # Others leave out white space after the header, which the prompt does not give.
+            if inside and not whole[span[0] : inside[0][0]].strip():
+                inside[0] = (span[0], inside[0][1])
             result += inside or [span]
         return sorted(set(result))
 

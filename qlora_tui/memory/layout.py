@@ -245,10 +245,10 @@ class Layout:
 
 
 def build_layout(
-    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, *, adapted: bool = True
+    recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, *, has_adapter: bool = True
 ) -> Layout:
     """Build every layer with its modules as this recipe and code run them, with or without adapter."""
-    targets = resolve_targets(recipe.lora, architecture.targets) if adapted else ()
+    targets = resolve_targets(recipe.lora, architecture.targets) if has_adapter else ()
     ranks = {module.name: rank_of(recipe.lora, module) for module in targets}
     modules: list[list[Linear]] = [[] for _ in range(architecture.layers)]
     parameters: list[list[Parameter]] = [[] for _ in range(architecture.layers)]

@@ -256,7 +256,7 @@ def beyond_rules(architecture: Architecture, saved_bytes: Sequence[int], tokens:
         training=Training(micro_batch_size=1, gradient_accumulation=1),
     )
     execution = ExecutionConfig(checkpointing=False, loss="stock")
-    profile = profile_step(build_layout(recipe, architecture, execution, adapted=False))
+    profile = profile_step(build_layout(recipe, architecture, execution, has_adapter=False))
     rules = (layer.retained.total() for layer in profile.layers)
     pairs = zip(saved_bytes, rules, strict=False)
     return max((abs(saved / max(expected, 1) - 1) for saved, expected in pairs if saved), default=0.0)

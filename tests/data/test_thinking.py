@@ -13,7 +13,7 @@ from qlora_tui.data.template_capabilities import reasoning_of, without_reasoning
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.recipe.schema import Thinking
 from tests.data.conversation_shapes import assistant, system, user
-from tests.data.families import FAMILIES, family
+from tests.data.families import FAMILIES, SPECIAL, family, tokenizer_json
 from tests.data.thinkers import PUBLISHED, THINKERS, template_text, thinker
 
 WHY = "Let me count: 17*3 is 51."
@@ -283,3 +283,17 @@ def test_control_tokens_in_reasoning_are_still_plain_text() -> None:
     ends = sample.token_ids.count(tokenizer.added_tokens["<|end|>"])
     assert ends == 3 and "x<|end|>y" in tokenizer.decode(sample.token_ids)
     assert sample.token_ids.count(tokenizer.added_tokens["<think>"]) == 1
+
+
+def test_white_space_that_the_prompt_does_not_give_is_learned() -> None:
+    # The marks begin after it (LLaVA's template in axolotl).
+    template = (
+        "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' %}{{ ' ' }}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ ' ' + m.content + ' ' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = ChatTokenizer(tokenizer_json(SPECIAL), {"eos_token": "</s>"}, template)
+    conversation = Conversation((user("Hello"), assistant("there")))
+    (sample,) = render(conversation, tokenizer)
+    assert learned(tokenizer, sample) == " there</s>"
+    assert asked_in_training(sample) == prompt_ids(conversation.messages[:-1], tokenizer)

@@ -56,7 +56,25 @@ GRANITE = """\
 {%- if add_generation_prompt -%}{{- '<|start|>assistant<|message|>' -}}{%- endif -%}"""
 """Thinking is asked for in the system prompt and is off unless it is; history keeps what was thought."""
 
-OURS = {"smollm3": SMOLLM3, "deepseek-v3.1": DEEPSEEK_V31, "granite": GRANITE}
+WIDE_OPENING = """\
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' and loop.last -%}
+{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' -}}
+{%- endif -%}
+{{- m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n<think>\\n\\n' + ('</think>\\n\\n' if enable_thinking is false else '') -}}
+{%- endif -%}"""
+"""Another white space after an opened thought in the prompt than in the text."""
+
+OURS = {
+    "smollm3": SMOLLM3,
+    "deepseek-v3.1": DEEPSEEK_V31,
+    "granite": GRANITE,
+    "wide-opening": WIDE_OPENING,
+}
 PUBLISHED = tuple(
     name
     for name in (
