@@ -36,6 +36,11 @@ class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
     bound: float | None = None
     """The user's bound for that reading."""
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the run has left a GPU that it could have: it trains all the same if the user wants."""
+        return self.cause in ("hours", "program")
+
 
 def hold_words(hold: Hold) -> str:
     """What a hold waits for, after "paused", "waiting" or "resting": ``until 23:00 (hours)``."""

@@ -105,7 +105,7 @@ def test_a_finished_run_without_a_usable_result_is_marked(
     monkeypatch.setattr(fake_runs, "BEFORE_TRAINING", before)
     run = write_fake_run(FakeRun(name="a", state="finished", steps=300, total=300, nan=nan, health=True))
     summary = summarize(run)
-    sign, word, _ = result_label(summary.status.state, summary.defect)
+    sign, word, _ = result_label(summary.status, summary.defect)
     assert f"{sign} {word}" == label
     if nan:
         assert summary.defect is not None

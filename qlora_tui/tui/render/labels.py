@@ -270,11 +270,11 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
 def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str, str]:
     """Return (sign, word, color) for a run's state, or for the defect of its result.
 
-    A queued run that waits for anything but the runs before it is paused, or waiting if it has not begun.
+    A queued run that has left its GPU is paused, or waiting if it has not begun.
     """
     if defect is not None:
         return "!", defect.word, "$error"
-    is_held = status.state == "queued" and status.hold is not None
+    is_held = status.hold is not None and status.hold.has_left
     sign, style = SIGNS["paused" if is_held else status.state]
     return sign, held_words(status).partition(" ")[0] if is_held else status.state, style
 

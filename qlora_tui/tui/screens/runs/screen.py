@@ -158,7 +158,8 @@ class RunsScreen(EvaluationActions):
         if action in ("withdraw", "move"):
             return self.current is not None and self._is_waiting(self.current)
         if action == "now":
-            return self.current is not None and bool(self.current.status.hold)
+            hold = self.current.status.hold if self.current else None
+            return hold is not None and hold.has_left
         if action == "resume":
             return self.current is not None and self.current.status.state in RESUMABLE
         if action in ("chat", "export", "evaluate", "card"):

@@ -164,7 +164,8 @@ class TrainScreen(EvaluationActions):
     @property
     def _is_held(self) -> bool:
         """Whether the run being watched waits for the hours, or for another program."""
-        return self.snapshot is not None and self.state == "queued" and bool(self.snapshot.status.hold)
+        hold = self.snapshot.status.hold if self.snapshot else None
+        return hold is not None and hold.has_left
 
     def attach(self, run: RunDir) -> None:
         """Watch a run."""
