@@ -198,12 +198,12 @@ def no_weights_problem(files: Iterable[str], name: str) -> UserError:
 
 
 def is_template_file(name: str) -> bool:
-    """Return whether ``name``, relative to a model folder, is that of a chat template's file."""
+    """Return whether ``name``, relative to a model folder, names a file with a chat template."""
     return _TEMPLATE_FILE.fullmatch(name) is not None
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Return whether ``name``, relative to a model folder, is that of a tokenizer or template file."""
+    """Return whether ``name``, relative to a model folder, names a file of the tokenizer or its template."""
     return name in TOKENIZER_FILES or is_template_file(name)
 
 

@@ -44,7 +44,7 @@ def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Messa
     if decider is None:
         raise UserError(
             "No decisions",
-            what=f"No decisions were measured of {adapter_name}.",
+            what=f"No decisions were measured for {adapter_name}.",
             why="The answers of its run must be labels or objects of enumerated fields, and the run needs "
             "validation rows.",
             fix="Measure them with `qlora-tui evaluate RUN --again`, or choose another run.",

@@ -220,7 +220,7 @@ def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
     if not files:
         raise UserError(
             "No data in the folder",
-            what=f"{path} holds no file that ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
+            what=f"{path} has no file whose name ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
             why=_left_out_note(left_out),
             fix="Name a folder with data files, or a file.",
         )

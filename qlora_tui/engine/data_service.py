@@ -87,7 +87,7 @@ def count_data(recipe: Recipe, report: Progress) -> bool:
 
 
 def tokenizer_folder(model: str) -> Path:
-    """Return the folder with a model's tokenizer; of a GGUF file, it is read from the header.
+    """Return the folder with a model's tokenizer, which is read from the header of a GGUF file.
 
     Weights are not needed. Raises ``UserError`` if the tokenizer is not on this machine.
     """

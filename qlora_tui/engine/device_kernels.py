@@ -46,7 +46,7 @@ def compute_dtype(execution: ExecutionConfig) -> torch.dtype:
 
 @contextmanager
 def kernels_of(execution: ExecutionConfig) -> Iterator[None]:
-    """Make torch's and our device-dependent choices those of the run's device inside."""
+    """Let torch and our code choose their kernels as on the run's device inside the block."""
     on_gpu = execution.device == "cuda"
     attention = _Attention(execution)
     autocast = _Autocast(compute_dtype(execution) if execution.autocast else None)

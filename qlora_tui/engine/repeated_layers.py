@@ -64,7 +64,7 @@ class Repetition:
     def spread(
         self, values: Sequence[T], layer_of: Callable[[T], int | None], moved: Callable[[T, int], T]
     ) -> list[T]:
-        """Return values of layers, in their order, with those of the repeated layers as often as these occur.
+        """Return values of layers in order, repeated as often as their layers are.
 
         ``moved`` returns a value for the layer of that number.
         """

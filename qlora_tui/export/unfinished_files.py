@@ -82,7 +82,7 @@ def export_problems(out: Path | None = None) -> Iterator[None]:
         raise problem or UserError(
             "The export could not be written",
             what=f"{where}: {error.strerror or error}.",
-            fix="Look at that file, then export again.",
+            fix="Check that the file can be written, then export again.",
         ) from error
 
 

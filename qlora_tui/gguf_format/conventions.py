@@ -619,7 +619,7 @@ def _unsupported(model_type: str) -> UserError:
     )
     return UserError(
         "This model cannot be exported as GGUF",
-        what=f"It is a {model_type}, which llama.cpp may compute as {known}; this version cannot write that."
+        what=f"It is a {model_type}, which llama.cpp may compute as {known}; this version cannot write it."
         if known
         else f"It is a {model_type}; no architecture of llama.cpp is known for it here.",
         fix="Export it with `qlora-tui export merge`: transformers and vLLM load that folder, and "

@@ -63,7 +63,7 @@ class Figures:
         self._recent: deque[float] = deque()
 
     def count(self, part: CompletionPart | CompletionResult) -> None:
-        """Count a part of an answer, which is about one token, or its result."""
+        """Count a part of an answer as one token, or count its result."""
         if isinstance(part, CompletionResult):
             self.prompt_tokens += part.prompt_tokens
             self.new_tokens += part.new_tokens

@@ -302,8 +302,9 @@ def adapter_title(
         return Content("Adapter")
     here = None if cpu_budget is None else recipe_fit(workbench, cpu_budget, THIS_CPU)
     also = Content("") if here is None else Content("   ") + here.draw(0)
-    line = fit.draw(width - also.cell_length, max_bar=0) + also
-    return Content("Adapter  ") + line.stylize_before("not bold $foreground")
+    title = Content("Adapter  ")
+    line = fit.draw(width - title.cell_length - also.cell_length, max_bar=0) + also
+    return title + line.stylize_before("not bold $foreground")
 
 
 def adapter_text(
