@@ -284,3 +284,21 @@ def test_labels_of_a_chart_have_the_same_rows_between_them(height: int) -> None:
     lines = plot(Plot(so_far(50, 81, "step"), loss_axis(2.1, 5.9), (curve,)), 80, height)
     rows = [row for row, line in enumerate(lines[1:-1]) if line.plain[:5].strip()]
     assert len(rows) > 1 and len({after - before for before, after in pairwise(rows)}) == 1
+
+
+def test_columns_are_left_out_in_their_order_before_one_is_narrower_than_its_least() -> None:
+    columns = (
+        Column[str](title="name", text=str, shrinks=True, min_width=4),
+        Column[str](title="first", text=lambda row: "1" * 6, dropped=1),
+        Column[str](title="second", text=lambda row: "2" * 6, dropped=2),
+        Column[str](title="same", text=lambda row: "3", shown_if_same=False),
+    )
+    titles = {
+        width: table(columns, ["abcdefgh", "ijkl"], width)[0].plain.split() for width in (24, 18, 12, 5)
+    }
+    assert titles == {
+        24: ["name", "first", "second"],
+        18: ["name", "second"],
+        12: ["name", "second"],
+        5: ["name"],
+    }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.commands import SCREENS
+from qlora_tui.tui.commands import SCREENS, by_group, screen_commands
 from qlora_tui.tui.screens.modals import help as help_module
 from qlora_tui.tui.widgets.controls import ViScroll
 from tests.tui.fake_runs import FakeRun, write_fake_run
@@ -46,6 +46,12 @@ async def test_help_of_every_screen_needs_no_scrolling_at_120_by_40() -> None:
             await wait_for_text(pilot, "Help: ", "Everywhere")
             assert app.screen.query_one(ViScroll).max_scroll_y == 0, text_of(app)
             await pilot.press("escape")
+
+
+def test_each_command_of_a_screen_with_groups_has_one() -> None:
+    for entry in SCREENS:
+        groups = [group for group, _ in by_group(screen_commands(entry.name))]
+        assert "" not in groups or groups == [""], entry.name
 
 
 def sentences_of(words: dict[str, Any]) -> Iterator[tuple[str, str]]:

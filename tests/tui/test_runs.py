@@ -493,3 +493,30 @@ async def test_leaving_the_app_ends_the_evaluation(
         await pilot.press("a")
         await wait_until(pilot, lambda: len(endless_measurements) == 1)
     assert endless_measurements[0].wait(60)
+
+
+async def test_the_reason_of_a_failure_is_in_the_list_at_80_columns_too() -> None:
+    write_fake_run(FakeRun(name="a", state="failed", steps=50))
+    write_fake_run(FakeRun(name="b", state="finished", steps=300, total=300))
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_runs(app)
+        text = await wait_for_text(pilot, "reason")
+        (line,) = (line for line in text.splitlines() if "✗ failed" in line)
+        assert "Out of GPU memory" in line
+        # Both runs have the same model.
+        assert "model" not in text.splitlines()[2]
+
+
+async def test_a_run_that_saved_nothing_offers_no_chat() -> None:
+    write_fake_run(FakeRun(name="a", state="failed", steps=0))
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "0 checkpoints")
+        await wait_until(pilot, lambda: not ({"runs.chat", "runs.export"} & _offered(app)))
+        assert "runs.delete" in _offered(app)
+
+
+def _offered(app: QloraApp) -> set[str | None]:
+    return {active.binding.id for active in app.screen.active_bindings.values() if active.enabled}
