@@ -79,7 +79,9 @@ class Devices(Struct, frozen=True, omit_defaults=True):
         return ["--gpu", ",".join(each.key for each in self.devices)] if self.is_choice else []
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.devices))
+        if len(self.devices) == 1:
+            return str(self.devices[0])
+        return f"GPUs {join_words([str(device.index) for device in self.devices])}"
 
 
 _DECODER = msgspec.json.Decoder(Devices)

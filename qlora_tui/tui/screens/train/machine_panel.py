@@ -22,6 +22,8 @@ _HOT_C = 83
 _LABEL = 8
 """Width of the label before a chart, in cells."""
 _MIN_CHART = 6
+_CHARTS_FROM = 3
+"""Lines of one of several GPUs above which its utilization and power are charts."""
 _SHORT_ROWS, _TALL_PANEL_ROWS = 2, 11
 """Heights, in rows, up to which there are only two lines, and from which charts are two rows high."""
 
@@ -70,17 +72,22 @@ def machine_lines(machine: MachineState, width: int, height: int) -> list[Conten
 
 
 def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Content]:
-    """Return the lines of each GPU of a run below its name; the trainer's are those of the first."""
+    """Return the lines of each GPU of a run: all its meters, or its name with the main figures and memory."""
     gpus = machine.readings[-1].gpus
     share = height // len(gpus)
     lines: list[Content] = []
-    for place, gpu in enumerate(gpus):
+    for gpu in gpus:
         name = machine.gpu_names.get(gpu.index, f"GPU {gpu.index}")
-        if share > _SHORT_ROWS:
-            lines.append(Content.styled(name, "bold"))
-        alone = replace(machine, readings=tuple(_of_gpu(each, gpu.index) for each in machine.readings))
-        own = machine_lines(alone, width, max(share - 1, _SHORT_ROWS))
-        lines += own if place == 0 or share <= _SHORT_ROWS + 1 else own[:-1]
+        readings = tuple(_of_gpu(each, gpu.index) for each in machine.readings)
+        alone = replace(machine, readings=readings, estimate_bytes=None)
+        meters = _meters(alone)
+        has_charts = share > _CHARTS_FROM
+        util, power = _percent(gpu.utilization_percent), format_power(gpu.power_w)
+        figures = "" if has_charts else f"  {util}  {power} W"
+        lines.append(Content.assemble((name, "bold"), figures, "  ", _temperature(gpu)))
+        # One line is the name's.
+        shown = meters[: share - 1] if has_charts else meters[: min(1, share - 1)]
+        lines += _lines(alone, shown, width, rows=1) if shown else []
     return lines
 
 
