@@ -44,7 +44,6 @@ _NOT_LEARNED = {
     "data.thinking",
     "quantization.method",
     "data.preferences",
-    "model.chat_template",
     "model.attention",
     "model.kernels",
     "quantization.streamed_layers",
@@ -61,6 +60,7 @@ _AXOLOTL_PAIRS = {"type": "chat_template.default", "field_messages": "prompt"}
 
 _IN_SCRIPT = {
     "model.id",
+    "model.revision",
     "quantization.double_quantization",
     "quantization.compute_dtype",
     "training.warmup_ratio",
@@ -106,6 +106,8 @@ class _Export:
         self._recipe = recipe
         self._trainer = TABLES.trainers[target]
         self._written = set(_NOT_LEARNED)
+        if recipe.preference_method is None:
+            self._written.add("model.chat_template")  # the rows are tokens
         self._left_out: list[LeftOut] = []
 
     def axolotl(self, files: Sequence[str]) -> ExportedRecipe:
@@ -140,7 +142,7 @@ class _Export:
         lora = self._keys("LoraConfig") | {"target_modules": self._targets()}
         if recipe.lora.train_embeddings:
             lora["modules_to_save"] = ["embed_tokens", "lm_head"]
-        loading = _arguments(self._keys("from_pretrained"))
+        loading = []
         quantization = self._keys("BitsAndBytesConfig")
         if recipe.quantization.method == "fp4":
             quantization["load_in_4bit"] = True
@@ -153,6 +155,7 @@ class _Export:
             "prefix": prefix,
             "model": _literal(recipe.model.id),
             "dtype": f"torch.{dtype}",
+            "revision": _literal(recipe.model.revision),
             "loading": _lines(loading),
             "lora": _lines(_arguments(lora)),
             "config": _lines(_arguments(self._config(has_validation, dtype))),
@@ -168,6 +171,7 @@ class _Export:
         method = recipe.preference_method
         config = {"output_dir": "adapter", **self._keys("Config")}
         config |= self._keys("SFTConfig") if method is None else self._method_keys("beta", "CPOConfig")
+        self._written.add("data.packing")  # pairs are not packed
         if method == "simpo":
             config |= {"loss_type": "simpo", "cpo_alpha": 0.0}
         config["warmup_steps"] = recipe.training.warmup_ratio  # below 1: a share of all steps
@@ -212,11 +216,12 @@ class _Export:
     def _targets(self) -> Any:
         """Return the names of the adapted modules, or ``all-linear``."""
         lora = self._recipe.lora
-        self._written |= {"lora.train_embeddings"}
-        if lora.target_modules == (ALL_LINEAR,):
-            self._written.add("lora.target_modules")
+        self._written.add("lora.train_embeddings")
+        if ALL_LINEAR in lora.target_modules:
+            if len(lora.target_modules) == 1:
+                self._written.add("lora.target_modules")
             return ALL_LINEAR
-        if all("." not in name and name != ALL_LINEAR for name in lora.target_modules):
+        if all("." not in name for name in lora.target_modules):
             self._written.add("lora.target_modules")
         return [name.rpartition(".")[2] for name in lora.target_modules]
 

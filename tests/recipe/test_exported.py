@@ -87,6 +87,23 @@ def test_preferences_are_read_back(tmp_path: Path, target: Target, method: str) 
     assert method != "simpo" or back.training.simpo_gamma == 0.7
 
 
+def test_turns_need_the_template_that_tokens_do_not(tmp_path: Path) -> None:
+    layer = merge_layers(FULL, {"model": {"chat_template": "chatml"}})
+    assert written(layer, "script", tmp_path).left_out == ()
+    exported = written(merge_layers(layer, {"data": {"preferences": "dpo"}}), "script", tmp_path)
+    assert [one.key for one in exported.left_out] == ["model.chat_template"]
+
+
+@pytest.mark.parametrize("target", ["axolotl", "script"])
+def test_more_than_all_linear_is_named(tmp_path: Path, target: Target) -> None:
+    exported = written(
+        merge_layers(FULL, {"lora": {"target_modules": ["all-linear", "lm_head"]}}), target, tmp_path
+    )
+    assert [one.key for one in exported.left_out] == ["lora.target_modules"]
+    back = to_recipe(import_recipe(tmp_path / exported.name).layer)
+    assert back.lora.target_modules == ("all-linear",)
+
+
 @pytest.mark.parametrize("target", ["axolotl", "script"])
 def test_what_has_no_counterpart_is_named(tmp_path: Path, target: Target) -> None:
     changes = {
