@@ -42,7 +42,7 @@ from qlora_tui.runs.process import INHIBITOR, threads_variable, torchrun_command
 from qlora_tui.runs.servers import running_servers
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
-from qlora_tui.settings import GPU_VARIABLE, current_settings
+from qlora_tui.settings import GPU_VARIABLE, current_settings, load_settings
 from qlora_tui.worker import error_file, last_lines, module_argv, run_job
 
 Outcome = Literal["ok", "note", "warning", "error"]
@@ -352,7 +352,12 @@ def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = ""
 def check_queue(machine: Machine) -> Check:
     """Report whether a run would start at once, or which run it waits for."""
     ahead = [*filter(None, [machine.active]), *machine.waiting]
-    if not ahead and (hold := closed_hours(current_settings(), Clock())):
+    try:
+        settings = load_settings()
+    except UserError as problem:
+        text = f"The hours, and what runs give way to, cannot be read. {problem.what}"
+        return Check(CheckKind.QUEUE, "warning", text, problem.fix)
+    if not ahead and (hold := closed_hours(settings, Clock())):
         fix = "`--now`, or `N` on Train, starts it all the same."
         return Check(CheckKind.QUEUE, "note", f"It waits {hold_words(hold)}.", fix)
     if not ahead:

@@ -18,12 +18,14 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.hours import Clock
 from qlora_tui.locks import locked
+from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, run_queue, runner
 from qlora_tui.runs.describe import describe, follow_events
 from qlora_tui.runs.devices import Devices
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.doctor import Machine, check_queue
 from qlora_tui.runs.event_log import EventTail, append_event
 from qlora_tui.runs.events import Finished, Paused, Started
 from qlora_tui.runs.gate import Gate, is_own, program_name
@@ -161,12 +163,17 @@ def queue(
 
 @pytest.mark.slow
 def test_a_run_gives_way_to_a_program_and_goes_on_after_it(
-    recipe: Recipe, queue: threading.Thread, tmp_path: Path
+    recipe: Recipe, queue: threading.Thread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    awake = tmp_path / "awake"
+    inhibitor = tmp_path / "systemd-inhibit"
+    inhibitor.write_text(f"#!/bin/sh\ntouch {awake}; cat; rm {awake}\n")
+    inhibitor.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     write_config("yield = true")
     run = actions.submit(obeys(recipe))
     queue.start()
-    wait_for(lambda: read_status(run).state == "running")
+    wait_for(lambda: read_status(run).state == "running" and awake.exists())
     trainer = read_status(run).process
     assert trainer is not None
     with running(["sleep", "600"]) as game:
@@ -174,6 +181,7 @@ def test_a_run_gives_way_to_a_program_and_goes_on_after_it(
         status = wait_for(lambda: ((s := read_status(run)).state == "queued" and s.hold and s) or None)
         assert status.detail == f"Paused for sleep (pid {game.pid})." and status.step == 2
         assert not trainer.is_alive(), "its memory is free"
+        assert not awake.exists(), "the machine may sleep"
         game.kill()
     (paused,) = events_of(run, Paused)
     assert isinstance(paused, Paused) and paused.hold == Hold(cause="program", program="sleep", pid=game.pid)
@@ -251,3 +259,13 @@ def test_a_stop_while_the_trainer_exits_is_not_lost(run: RunDir, request_kind: s
     runner._take_over(run, Devices(()), Gate())
     assert read_status(run).state == state
     assert run_queue.waiting() == ([run.id] if state == "queued" else [])
+
+
+def test_hours_are_said_before_a_launch() -> None:
+    machine = Machine(budget=local_budget())
+    assert check_queue(machine).outcome == "ok"
+    write_config(f'hours = "{closed_hours()}"')
+    assert check_queue(machine).text.startswith("It waits until ")
+    write_config('hours = "at night"')
+    check = check_queue(machine)
+    assert check.outcome == "warning" and "at is neither a day" in check.text
