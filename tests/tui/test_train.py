@@ -411,10 +411,15 @@ def test_the_last_answer_comes_before_the_start_of_the_first_one() -> None:
         SampleGenerated(at=BEGAN, step=step, prompt="Where is it?", answer=f"{word} " * 40)
         for step, word in ((0, "before"), (50, "now"))
     )
-    lines = [line.plain for line in sample_lines(replace(snapshot, samples=samples), 40, 24)]
-    assert max(map(len, lines)) <= 40
-    first = next(number for number, line in enumerate(lines) if "at step 0: before" in line)
-    assert lines[1].startswith("  now") and len(lines) == first + 2 and lines[-1].endswith("…")
+
+    def drawn(height: int) -> list[str]:
+        return [line.plain for line in sample_lines(replace(snapshot, samples=samples), 40, height)]
+
+    whole, cut = drawn(24), drawn(9)
+    assert max(map(len, whole)) <= 40 and len(cut) == 9
+    first = next(number for number, line in enumerate(whole) if "at step 0: before" in line)
+    assert whole[1].startswith("  now") and " ".join(whole[first:]).split().count("before") == 40
+    assert "at step 0: before" in cut[first] and cut[-1].endswith("…")
 
 
 async def test_the_last_run_is_shown_until_the_recipe_is_edited() -> None:
