@@ -227,7 +227,7 @@ def summarize(run: RunDir) -> RunSummary:
         steps=tuple(series.step),
         losses=tuple(series.loss),
         seconds=seconds,
-        next_evaluation=next_evaluation(recipe, view.data, view.step),
+        next_evaluation=next_evaluation(recipe, view.data, view.step, last_evaluation(view)),
         tokens_per_s=series.tokens[-1] / seconds if seconds else None,
         peak_bytes=None if view.memory is None else view.memory.measured_bytes,
         seconds_left=view.seconds_left,
@@ -245,12 +245,28 @@ def device_words(run: RunDir) -> str:
     return str(devices) if devices is not None and devices.is_choice else ""
 
 
-def next_evaluation(recipe: Recipe | None, data: DataReady | None, step: int) -> int:
-    """The step of the next evaluation after ``step``; 0 if none is known, and before the first step."""
+def last_evaluation(view: RunView) -> int:
+    """Return the step of the last evaluation; 0 before the first."""
+    return view.evaluations[-1].step if view.evaluations else 0
+
+
+def next_evaluation(recipe: Recipe | None, data: DataReady | None, step: int, evaluated: int) -> int:
+    """Return the step of the next evaluation; 0 if none is known, and before the first step.
+
+    Args:
+        recipe: The run's recipe.
+        data: The run's data.
+        step: The last step, whose own evaluation may be in progress.
+        evaluated: The step of the last evaluation.
+    """
     if recipe is None or data is None or not data.validation_samples or not step:
         return 0
     every = recipe.training.eval_every or data.steps_per_epoch
-    following = min((step // every + 1) * every, data.total_steps) if every else 0
+    if not every:
+        return 0
+    if evaluated < step and (step % every == 0 or step == data.total_steps):
+        return step
+    following = min((step // every + 1) * every, data.total_steps)
     return following if following > step else 0
 
 

@@ -23,9 +23,9 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, doctor, run_queue
 from qlora_tui.runs.doctor import Check, CheckKind
-from qlora_tui.runs.events import Failed
+from qlora_tui.runs.events import DataReady, Failed
 from qlora_tui.runs.process import ensure_runner
-from qlora_tui.runs.run_summary import summarize
+from qlora_tui.runs.run_summary import next_evaluation, summarize
 from qlora_tui.runs.status import State
 from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
@@ -69,6 +69,27 @@ def test_a_download_that_ends_during_a_reading_leaves_its_count(monkeypatch: pyt
     layout = HomeLayout(80, 40, 40, is_compact=False)
     facts = reader.read(Workbench(), budget_for(None), SystemStatus(), 0.0, layout)
     assert facts.steps[0].why == "1 model is on this machine"
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "following"), [(70, 60, 70), (70, 70, 80), (71, 70, 80), (81, 80, 81), (81, 81, 0)]
+)
+def test_the_next_evaluation_is_that_of_the_last_step_until_it_is_done(
+    step: int, evaluated: int, following: int
+) -> None:
+    recipe = replace_setting(Recipe(), "training.eval_every", 10)
+    data = DataReady(
+        at=0.0,
+        samples=100,
+        validation_samples=10,
+        tokens=1,
+        trained_tokens=1,
+        rows=54,
+        steps_per_epoch=54,
+        total_steps=81,
+        data_hash="",
+    )
+    assert next_evaluation(recipe, data, step, evaluated) == following
 
 
 def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> None:

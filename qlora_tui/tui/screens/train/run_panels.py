@@ -35,7 +35,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import done_at_words, energy_words, format_energy
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, Phase, PhaseChanged, phase_label
 from qlora_tui.runs.holds import hold_words
-from qlora_tui.runs.run_summary import data_words, find_defect, next_evaluation
+from qlora_tui.runs.run_summary import data_words, find_defect, last_evaluation, next_evaluation
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, held_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
@@ -240,7 +240,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
         facts.append(f"{key_name('train.fix')} {snapshot.fix.label}")
     if checkpoints := _checkpoints(snapshot):
         facts.append(checkpoints)
-    if following := next_evaluation(snapshot.recipe, view.data, snapshot.step):
+    if following := next_evaluation(snapshot.recipe, view.data, snapshot.step, last_evaluation(view)):
         facts.append(f"next evaluation at {following:,}")
     if snapshot.energy_kwh is not None:
         facts.append(energy_words(snapshot.energy_kwh))
