@@ -128,7 +128,8 @@ def without_choice(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def release_choice() -> None:
-    """Forget CUDA_VISIBLE_DEVICES in a process that starts others, each of which has its own choice."""
+    """Forget the GPUs chosen for this process, which starts others: each of them has its own choice."""
+    os.environ.pop(GPU_VARIABLE, None)
     if _VARIABLE in os.environ and requested_gpus({_VARIABLE: os.environ[_VARIABLE]}):
         del os.environ[_VARIABLE]
 

@@ -7,6 +7,7 @@ which it started, and the boot.
 from __future__ import annotations
 
 import os
+import re
 import select
 import subprocess
 import time
@@ -23,6 +24,9 @@ from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, without_choice
 
 INHIBITOR = "systemd-inhibit"
 """Program of systemd that keeps the machine from suspending while another one runs."""
+_OF_TORCHRUN = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_|TORCHELASTIC_|TORCH_NCCL_|OMP_NUM_THREADS$"
+)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -176,5 +180,11 @@ def spawn_detached(
 
 
 def detached_environ() -> dict[str, str]:
-    """Environment of a process that outlives this one: without the GPU chosen for this one."""
-    return without_choice(worker.subprocess_env()) | PCI_BUS_ORDER_ENV
+    """Environment of a process that outlives this one: without the GPU chosen for this one.
+
+    Without torchrun's variables too, which one of several trainers has: another would wait for the others.
+    """
+    environ = without_choice(worker.subprocess_env())
+    if "TORCHELASTIC_RUN_ID" in environ:
+        environ = {name: value for name, value in environ.items() if not _OF_TORCHRUN.match(name)}
+    return environ | PCI_BUS_ORDER_ENV

@@ -14,6 +14,8 @@ from qlora_tui.gpu.visible_devices import (
     cuda_device_order,
     default_cuda_device,
     device_variables,
+    release_choice,
+    requested_gpus,
     set_device_variables,
     visible_gpus,
 )
@@ -141,10 +143,33 @@ def test_a_process_started_later_chooses_for_itself(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
     set_device_variables()
     assert (os.environ[VISIBLE], os.environ["CUDA_DEVICE_ORDER"]) == (RTX_4090, "PCI_BUS_ID")
+    of_torchrun = (
+        "TORCHELASTIC_RUN_ID",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+    )
+    for name in of_torchrun:
+        monkeypatch.setenv(name, "1")
     environments = []
     monkeypatch.setattr(subprocess, "Popen", lambda argv, **options: environments.append(options["env"]))
     spawn_detached("qlora_tui.runs.runner", output=None)
-    assert VISIBLE not in environments[0]
+    assert environments[0].keys().isdisjoint((VISIBLE, *of_torchrun)) and "PATH" in environments[0]
+
+
+def test_the_runner_has_no_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    monkeypatch.setattr("qlora_tui.gpu.visible_devices._variables_before", {})
+    monkeypatch.setenv(GPU_VARIABLE, "1")
+    assert requested_gpus() == "1"
+    monkeypatch.delenv(GPU_VARIABLE)
+    monkeypatch.setenv(VISIBLE, "1,0")
+    assert requested_gpus() == f"{RTX_3060},{RTX_4090}"
+    monkeypatch.setenv(GPU_VARIABLE, "1")
+    release_choice()
+    assert os.environ.keys().isdisjoint((GPU_VARIABLE, VISIBLE))
 
 
 def test_the_first_visible_gpu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
