@@ -98,8 +98,7 @@ def step_uncertainty(layout: Layout, *, traced: bool) -> float:
     if layout.hides_tensors:
         return OWN_CODE_UNCERTAINTY
     usual = STEP_UNCERTAINTY if layout.exact and not layout.is_unusual else MIXER_UNCERTAINTY
-    beyond = BEYOND_RULES * layout.architecture.saves_beyond_rules
-    return min(max(usual, beyond), OWN_CODE_UNCERTAINTY)
+    return max(usual, BEYOND_RULES * layout.architecture.saves_beyond_rules)
 
 
 def expected_pool(
