@@ -200,6 +200,10 @@ def test_calls_are_told_apart_from_the_answer(session: Any, monkeypatch: pytest.
         assert result.tool_calls == calls
         assert text_of(parts) == ("the fox " if calls else f"the fox {text}")
         assert len(scores_of(parts)) == result.new_tokens
+    for single, number in ((False, 2), (True, 1)):
+        said[:] = [*session.tokenizer.encode(f"{call}\n{call}"), *session.end_ids]
+        asked: Any = {"messages": QUESTION, "tools": (tool,), "single_call": single, "sampling": sampling}
+        assert len(completed(session, **asked)[1].tool_calls) == number
     said[:] = [*session.tokenizer.encode(call), *session.end_ids]
     parts, result = completed(session, messages=QUESTION, sampling=sampling)
     assert (text_of(parts), result.tool_calls) == (call, ())
