@@ -77,8 +77,7 @@ class CommandTool:
         """Return whether a call with these arguments does."""
         if arguments.get("dry_run"):
             return False
-        given = {name for name, value in arguments.items() if value not in (None, False, [])}
-        return self.changes is None or bool({*self.words[1:], *given} & set(self.changes))
+        return self.changes is None or bool({*self.words[1:], *_given(arguments)} & set(self.changes))
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema of the arguments."""
@@ -99,19 +98,22 @@ class CommandTool:
         }
 
     def argv(self, arguments: dict[str, Any]) -> list[str]:
-        """Return the words of the command line. Raises UsageError for an argument that there is not."""
-        unknown = arguments.keys() - self._actions.keys()
-        if unknown:
+        """Return the words of the command line. Raises UsageError for arguments that the schema refuses."""
+        import jsonschema
+
+        given = _given(arguments)
+        validator = jsonschema.Draft202012Validator(self.schema())
+        if wrong := next(validator.iter_errors(given), None):
             raise UsageError(
-                "Unknown argument",
-                what=f"{self.name} has no argument {', '.join(sorted(unknown))}.",
-                fix=f"It has {', '.join(self._actions) or 'none'}.",
+                "Wrong argument",
+                what=f"{'.'.join([self.name, *map(str, wrong.path)])}: {wrong.message}.",
+                fix=f"{self.name} has {', '.join(self._actions) or 'no arguments'}.",
             )
         options, positionals = [], []
         for name, action in self._actions.items():
-            value = arguments.get(name)
-            if value is None or value is False:
+            if name not in given:
                 continue
+            value = given[name]
             values = [str(each) for each in (value if isinstance(value, list) else [value])]
             if not action.option_strings:
                 positionals += values
@@ -120,6 +122,16 @@ class CommandTool:
             else:
                 options += [f"{action.option_strings[-1]}={each}" for each in values]
         return [*self.words, *options, "--json", *(["--", *positionals] if positionals else [])]
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments without those whose value is that of an argument left out."""
+    # By identity: 0 and 0.0 equal False.
+    return {
+        name: value
+        for name, value in arguments.items()
+        if value is not None and value is not False and value != []
+    }
 
 
 def _property(action: argparse.Action) -> dict[str, Any]:

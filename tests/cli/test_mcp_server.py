@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import pytest
 from mcp.client.session import ClientSession
 from mcp.client.stdio import StdioServerParameters, stdio_client
 
-from qlora_tui.cli.main import SUBCOMMANDS
+from qlora_tui.cli.main import SUBCOMMANDS, _with_action, command_parser
 from qlora_tui.cli.main import main as run_command
-from qlora_tui.cli.mcp_server import command_tools
+from qlora_tui.cli.mcp_server import CommandTool, command_tools
+from qlora_tui.errors import UsageError
 from qlora_tui.installation import install_command
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import create_run
@@ -61,6 +62,8 @@ async def test_commands_are_called_and_changes_are_confirmed() -> None:
         assert failed and "no-such-run" in text
         text, failed = await called(session, "runs", color="red")
         assert failed and "color" in text
+        text, failed = await called(session, "runs_trash", empty=0)
+        assert failed and "runs_trash.empty" in text and "boolean" in text
 
         plan = json.loads((await called(session, "runs_rename", run_id=run.id, name="after"))[0])
         assert plan["plan"] == f"qlora-tui runs rename --json -- {run.id} after"
@@ -101,13 +104,42 @@ def test_what_changes_something_is_confirmed_unless_it_only_looks() -> None:
     assert asks("import", output="x.toml") and not asks("import")
 
 
-def test_each_command_for_programs_is_a_tool(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = {tool.words[0] for tool in TOOLS.values()}
-    assert SUBCOMMANDS.keys() - commands == {"mcp", "completion", "demo"}
-    for tool in TOOLS.values():
-        schema = tool.schema()
-        assert schema["required"] == [name for name in schema["required"] if name in schema["properties"]]
-        json.dumps(schema)
+@pytest.mark.parametrize("value", [None, False, True, 0, 1, 0.0, "", "x", [], [0]])
+@pytest.mark.parametrize(
+    ("name", "argument"), [("runs_trash", "empty"), ("runs_check", "repair"), ("import", "output")]
+)
+def test_no_value_carries_out_a_change_without_a_plan(name: str, argument: str, value: object) -> None:
+    arguments = {"file": "x.yaml", argument: value} if name == "import" else {argument: value}
+    with suppress(UsageError):
+        argv = TOOLS[name].argv(arguments)
+        is_passed = any(word.startswith(f"--{argument}") for word in argv)
+        assert TOOLS[name].does_change(arguments) == is_passed
+
+
+def test_each_command_for_programs_is_a_tool() -> None:
+    assert SUBCOMMANDS.keys() - {tool.words[0] for tool in TOOLS.values()} == {"mcp", "completion", "demo"}
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_the_command_line_of_a_tool_is_one_that_its_parser_takes(tool: CommandTool) -> None:
+    """With what is required, and each switch and choice."""
+    schema = tool.schema()
+
+    def value(name: str) -> Any:
+        kind = schema["properties"][name]
+        one = kind.get("items", kind)
+        plain = True if one.get("type") == "boolean" else one.get("enum", ["x.y=1"])[0]
+        return [plain] if kind is not one else plain
+
+    required = {name: value(name) for name in schema["required"]}
+    switches = [
+        name
+        for name, kind in schema["properties"].items()
+        if kind.get("type") == "boolean" or ("enum" in kind and name not in required)
+    ]
+    for one in (None, *switches):
+        argv = tool.argv(required | ({one: value(one)} if one else {}))
+        command_parser(tool.words[0]).parse_args(_with_action(argv, tool.words[0]))
 
 
 def test_without_the_library_its_installation_is_named(
