@@ -282,15 +282,28 @@ def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
 
 
 def _threshold(confidence: Tensor, right: Tensor, target: float) -> float | None:
-    """Return the lowest confidence above which a share ``target`` is right; 0 for all rows, None for none."""
+    """Return a confidence above which a share ``target`` is right, as low as possible and with as few
+    digits as tell these rows from the others; 0 for all rows, None for none.
+    """
     order = confidence.argsort(descending=True)
     counts = torch.arange(1, len(order) + 1)
     shares = right[order].double().cumsum(0) / counts
-    enough = (shares >= target) & (counts >= min(_MIN_DECIDED, len(order)))
+    # A threshold takes all rows of one confidence, or none.
+    is_last = confidence[order].diff(append=torch.tensor([-1.0])) < 0
+    enough = is_last & (shares >= target) & (counts >= min(_MIN_DECIDED, len(order)))
     if not bool(enough.any()):
         return None
     last = int(enough.nonzero()[-1])
-    return 0.0 if last == len(order) - 1 else float(confidence[order][last])
+    if last == len(order) - 1:
+        return 0.0
+    lowest, next_lower = confidence[order][last : last + 2].tolist()
+    # Below 1, which another computation of the same probability may miss.
+    lowest = min(lowest, math.nextafter(1.0, 0.0))
+    for digits in range(2, 16):
+        short = math.floor(lowest * 10**digits) / 10**digits
+        if next_lower < short <= lowest:
+            return short
+    return lowest
 
 
 def _field_accuracy(decision: Decision, field: str, chosen: Tensor, truth: Tensor) -> FieldAccuracy:

@@ -14,7 +14,9 @@ from qlora_tui.runs.task_metrics.decisions import (
     MIN_FITTED_ROWS,
     Calibration,
     DecisionReport,
+    Threshold,
     decision_lines,
+    threshold_sentence,
 )
 from qlora_tui.training import calibration
 from qlora_tui.training.calibration import calibrate, calibration_error
@@ -112,6 +114,38 @@ def test_thresholds_decide_rows_they_were_not_chosen_on() -> None:
         assert each.rows < 1000
     lines = [line for line in decision_lines(report) if line.startswith("Decide alone")]
     assert len(lines) == len(report.thresholds) > 1
+
+
+def test_a_threshold_takes_all_rows_of_one_confidence() -> None:
+    """Three texts that many rows repeat: the surest are all right, the next 20 half of the time."""
+    confidence = torch.tensor([0.9] * 20 + [0.7] * 20 + [0.5] * 20, dtype=torch.float64)
+    scores = torch.stack([confidence, 1 - confidence, torch.full_like(confidence, 1e-6)], dim=1).log()
+    truth = [0] * 20 + [0] * 10 + [1] * 10 + [2] * 20
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
+    report = judged(scores[order], [truth[row] for row in order])
+    assert report.thresholds
+    for each in report.thresholds:
+        assert (each.rows, each.right) == (20, 20)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "next_lower", "printed"),
+    [
+        (0.8349, 0.71, "0.83"),
+        (0.8349, 0.832, "0.834"),
+        (0.9962, 0.9958, "0.996"),
+        (0.9999997, 0.9999, "0.99999"),
+        (1.0, 0.8, "0.99"),
+    ],
+)
+def test_a_printed_threshold_separates_the_rows_that_it_was_chosen_for(
+    lowest: float, next_lower: float, printed: str
+) -> None:
+    confidence = torch.tensor([next_lower, lowest] * 20, dtype=torch.float64)
+    threshold = calibration._threshold(confidence, confidence == lowest, 0.9)
+    assert threshold is not None and next_lower < threshold <= lowest
+    sentence = threshold_sentence(Threshold(0.9, threshold, 20, 20), 40)
+    assert f"above {printed}:" in sentence and float(printed) == threshold
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:

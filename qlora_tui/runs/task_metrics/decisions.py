@@ -191,7 +191,9 @@ def threshold_sentence(threshold: Threshold, rows: int) -> str:
     right = f"{format_percent(threshold.rows / rows)} of rows, {share} right ({low} to {high})"
     if not threshold.confidence:
         return f"Decide every row alone: {right}."
-    return f"Decide alone above {format_float(threshold.confidence, 2)}: {right}; the rest to a person."
+    # Every digit counts: 0.9962 is not 1.
+    digits = max(2, len(repr(threshold.confidence)) - len("0."))
+    return f"Decide alone above {threshold.confidence:.{digits}f}: {right}; the rest to a person."
 
 
 def _confusion_lines(report: DecisionReport) -> Iterator[str]:
