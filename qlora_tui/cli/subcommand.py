@@ -34,7 +34,7 @@ _LOG_INTERVAL_S = 10.0
 """Seconds between lines of progress in a file or a pipe, where each is a separate line."""
 GPU_GIB_HELP = "estimate for a GPU with this many GiB of memory"
 """Help of ``--gpu-gib``."""
-GPU_HELP = "GPU to use: its number, UUID or part of its name (see nvidia-smi -L), auto, or cpu"
+GPU_HELP = "GPU to use: number, UUID or part of its name (nvidia-smi -L), auto, or cpu; several with commas"
 """Help of ``--gpu``."""
 
 

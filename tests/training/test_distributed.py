@@ -39,7 +39,8 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(recipe: Recipe) -> RunDir:
     """Train a run by the queue."""
     run = actions.submit(recipe)
-    wait_for(lambda: read_status(run).state == "finished", seconds=180)
+    # Its processes exit after that.
+    wait_for(lambda: read_status(run).state == "finished" and is_free(CPU), seconds=180)
     return run
 
 
