@@ -13,7 +13,8 @@ that join and leave (:meth:`Batches.allows`). If it does not, the requests take 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -232,7 +233,8 @@ class Batch:
         if row not in self.together:
             self._batches.keep(self.adapter_name, row.prefix_cache)
         elif not any(each in self.rows for each in self.together):
-            self._arrange([])
+            with self._broken_up_on_failure([]):
+                self._arrange([])
 
     def step(self) -> None:
         """Process the pending tokens of the rows that can be computed in one pass."""
@@ -244,13 +246,11 @@ class Batch:
             self._is_trial or self._batches.allows(self.adapter_name, wanted[-1].prefix_cache.token_ids)
         ):
             wanted = []
-        if set(wanted) != set(self.together):
-            self._arrange(wanted)
-        if self.together:
-            try:
+        with self._broken_up_on_failure(wanted):
+            if set(wanted) != set(self.together):
+                self._arrange(wanted)
+            if self.together:
                 self._compute()
-            except Exception as error:  # models raise anything; alone, a request raises what is its own fault
-                self._break_up(error)
 
     def _compatible(self, due: list[Row]) -> list[Row]:
         """Return the rows that go into one pass, sorted by length.
@@ -312,17 +312,27 @@ class Batch:
             row.pending, row.logits = None, logits[place : place + 1]
             row.most_rows = max(row.most_rows, len(rows))
 
-    def _break_up(self, error: Exception) -> None:
-        """Let each row be computed alone after a pass failed, in which some layers have processed tokens."""
-        if is_out_of_memory(error):
-            self._most_rows = max(len(self.together) // 2, 1)
-            self._batches.release_kept()
-        else:
-            self._batches.turn_off(f"a pass of {len(self.together)} rows failed: {first_line(error)}")
-        for row in self.together:
-            row.lost = row.prefix_cache.token_ids
-            row.prefix_cache = self.session.new_cache()
-        self.together, self._cache = [], None
+    @contextmanager
+    def _broken_up_on_failure(self, wanted: list[Row]) -> Iterator[None]:
+        """Let each row be computed alone if a pass fails, or the arrangement of the rows before it.
+
+        Some layers have processed tokens then, or some rows have left their caches: all are read again.
+        """
+        involved = [*self.together, *(row for row in wanted if row not in self.together)]
+        try:
+            yield
+        except Exception as error:  # models raise anything; alone, a request raises what is its own fault
+            if self._is_trial:
+                raise
+            if is_out_of_memory(error):
+                self._most_rows = max(len(involved) // 2, 1)
+                self._batches.release_kept()
+            else:
+                self._batches.turn_off(f"a pass of {len(involved)} rows failed: {first_line(error)}")
+            for row in involved:
+                row.lost = row.prefix_cache.token_ids
+                row.prefix_cache = self.session.new_cache()
+            self.together, self._cache = [], None
 
 
 def _with_layers(cache: Any, layers: list[Any]) -> Any:

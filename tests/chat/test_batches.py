@@ -128,6 +128,7 @@ def test_buffers_grow_under_all_rows(lengths: tuple[int, ...], tmp_path: Path) -
 def session(tiny_source: ChatSource) -> ChatSession:
     loaded = load_session(tiny_source)
     loaded.end_ids = frozenset()
+    told(loaded, requests(2, (20,), (4,)))  # and the comparison that allows it
     return loaded
 
 
@@ -231,6 +232,39 @@ def test_rows_that_exceed_the_memory_go_on_alone(
     monkeypatch.setitem(session.batches._batches, "base", batches.Batch(session.batches, "base"))
     assert_same(alone, told(session, asked))
     assert calls[:3] == [4, 4, 4] and set(calls[3:]) == {2}
+
+
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_rows_whose_arrangement_exceeds_the_memory_keep_their_own_keys(
+    session: ChatSession, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One joins late, and they leave one after another."""
+    for module in ("session", "batches"):
+        monkeypatch.setattr(f"qlora_tui.chat.{module}.PREFILL_CHUNK_TOKENS", 50)
+    asked = requests(4, (9, 20, 11, 140), (12, 8, 16, 20))
+    alone = told(session, asked, at_once=False)
+    session.batches.release_kept()
+    arranged, calls = batches.stack, 0
+
+    def fail(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise MemoryError
+        return arranged(*arguments)
+
+    monkeypatch.setattr(batches, "stack", fail)
+    monkeypatch.setitem(session.batches._batches, "base", batches.Batch(session.batches, "base"))
+    together = told(session, asked)
+    assert calls >= failing and not session.batches.why_not
+    assert_same(alone, together)
+    turns = [
+        replace(each, token_ids=(*each.token_ids, *ids, 7, 8))
+        for each, (ids, *_) in zip(asked, alone, strict=True)
+    ]
+    after = told(session, turns, at_once=False)
+    session.batches.release_kept()
+    assert_same(told(session, turns, at_once=False), after)
 
 
 Change = Callable[[pytest.MonkeyPatch], None]
