@@ -69,6 +69,10 @@ class LoraForward:
         down, up = down.T.contiguous(), up.T.contiguous() * layer.scaling[adapter_name]
         self._factors[adapter_name] = (down, up)
 
+    def forget(self, adapter_name: str) -> None:
+        """Free the factors of an adapter, if it has any here."""
+        self._factors.pop(adapter_name, None)
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward_with(self._active.adapter_name, x)
 
@@ -105,6 +109,10 @@ class TokenRowsForward:
     def register(self, adapter_name: str, wrapper: Any) -> None:
         """Copy the rows of an adapter from peft."""
         self._rows[adapter_name] = rows_of(wrapper, adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Free the rows of an adapter, if it has any here."""
+        self._rows.pop(adapter_name, None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return with_rows(self._base, x, self._rows.get(self._active.adapter_name))
@@ -278,6 +286,19 @@ class AdapterSet:
             self._active.adapter_name = adapter_name
         fuse_experts(self._model, self._expert_adapter)
         return True
+
+    @property
+    def no_longer_offered(self) -> set[str]:
+        """Loaded adapters that cannot be asked for any more."""
+        return self._loaded - self.folders.keys()
+
+    def unload(self, adapter_name: str) -> None:
+        """Free the memory of a loaded adapter; another one was loaded after it."""
+        self._peft_model.delete_adapter(adapter_name)
+        for module in self._model.modules():
+            if isinstance(forward := vars(module).get("forward"), LoraForward | TokenRowsForward):
+                forward.forget(adapter_name)
+        self._loaded.remove(adapter_name)
 
     def _expert_adapter(self, wrapper: Any) -> str | None:
         """Return the adapter of a layer's experts; None for the base's experts."""

@@ -210,6 +210,8 @@ class Batch:
         """Whether this is the comparison that decides whether there are others."""
         self.rows: list[Row] = []
         """Those whose prompts are processed."""
+        self.open_rows = 0
+        """All that have not ended."""
         self.together: list[Row] = []
         """Those whose keys and values are in the common cache, in its order; some may have ended."""
         self._cache: Any = None
@@ -230,6 +232,7 @@ class Batch:
         if row in self.rows:
             self.rows.remove(row)
         row.pending = row.logits = None
+        self.open_rows -= 1
         if row not in self.together:
             self._batches.keep(self.adapter_name, row.prefix_cache)
         elif not any(each in self.rows for each in self.together):
@@ -359,6 +362,7 @@ class Batches:
     def row(self, adapter_name: str, prompt: Sequence[int], *, anew: bool = False) -> tuple[Row, int]:
         """Return a row for ``prompt``, and how many of its tokens are processed; with ``anew`` none."""
         batch = self._batches.setdefault(adapter_name, Batch(self, adapter_name))
+        batch.open_rows += 1
         kept = None if anew else self._best(adapter_name, prompt)
         if kept is None:
             return Row(batch, self.session.new_cache()), 0
@@ -393,6 +397,14 @@ class Batches:
         room = self.session.free_bytes() * MAX_SHARE_OF_FREE_MEMORY
         while len(self._kept) > _MOST_KEPT or sum(cache.size_bytes for _, cache in self._kept) > room:
             del self._kept[0]
+
+    def forget(self, adapter_name: str) -> bool:
+        """Free what is kept of an adapter; return False if it still answers."""
+        if (batch := self._batches.get(adapter_name)) is not None and batch.open_rows:
+            return False
+        self._batches.pop(adapter_name, None)
+        self._kept = [each for each in self._kept if each[0] != adapter_name]
+        return True
 
     def release_kept(self) -> None:
         """Free the memory of ended conversations."""

@@ -116,7 +116,7 @@ class ChatSession:
         self._takes_positions = "position_ids" in takes
 
     def offer(self, adapters: Mapping[str, str]) -> None:
-        """Replace the list of adapters, each with its folder; those that are loaded stay."""
+        """Replace the list of adapters, each with its folder; others leave when the next is loaded."""
         self.source = replace(self.source, adapters=dict(adapters))
         self._adapters.folders = adapters
         # The deletion of a run asks first while its adapter can be loaded here.
@@ -232,8 +232,18 @@ class ChatSession:
             )
 
     def ensure_loaded(self, adapter_name: str) -> None:
-        """Load ``adapter_name`` unless it is loaded. Raises UserError."""
-        if self._adapters.ensure_loaded(adapter_name) and self.steps is not None:
+        """Load ``adapter_name`` unless it is loaded, and free those that nobody can ask for any more.
+
+        Raises UserError.
+        """
+        if not self._adapters.ensure_loaded(adapter_name):
+            return
+        for name in self._adapters.no_longer_offered:
+            if self.batches.forget(name):
+                self._adapters.unload(name)
+                self._caches.pop(name, None)
+                self.checked.pop(name, None)
+        if self.steps is not None:
             # A graph uses addresses of weights, which loading may move.
             self.steps.forget()
 

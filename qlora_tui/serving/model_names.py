@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_tui.catalog.adapters import CONFIG
+from qlora_tui.catalog.adapters import CONFIG, WEIGHTS
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import UsageError
@@ -88,7 +88,10 @@ class RunsToServe:
     def stamp() -> tuple[object, ...]:
         """Return what changes when a run, a checkpoint, an adapter or a name comes or goes."""
         return tuple(
-            (run.id, *map(_modified_ns, (run.adapter_dir / CONFIG, run.checkpoints_dir, run.name_path)))
+            (
+                run.id,
+                *map(_modified_ns, (run.adapter_dir / WEIGHTS, run.checkpoints_dir, run.name_path)),
+            )
             for run in all_runs()
         )
 
@@ -116,8 +119,10 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
             automatic[run.id] = f"{run.id}:{_step(next(iter(source.adapters)))}"
         for name, folder in source.adapters.items():
             suffix = "" if name == ADAPTER else f":{_step(name)}"
-            # peft makes attributes of modules of these names, which have no dots.
-            adapter_name = f"{run.id}{suffix}".replace(".", "_")
+            # Weights that were written again are another adapter, which is loaded. peft makes attributes of
+            # modules of these names, which have no dots.
+            written_ns = _modified_ns(Path(folder) / WEIGHTS)
+            adapter_name = f"{run.id}{suffix}_{written_ns}".replace(".", "_")
             adapters[adapter_name] = folder
             listed.append(ServedModel(f"{run.id}{suffix}", adapter_name, source.thinking))
             automatic[f"{run.name}{suffix}"] = f"{run.id}{suffix}"

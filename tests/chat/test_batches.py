@@ -18,6 +18,7 @@ from qlora_tui.chat.chat_types import GREEDY, ChatSource, Sampling
 from qlora_tui.chat.completion_types import Completion, CompletionResult
 from qlora_tui.chat.session import ChatSession, load_session
 from qlora_tui.data.conversation import Message
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.test_decoding import loaded as like_a_gpu
 from tests.training.families import build
@@ -265,6 +266,28 @@ def test_rows_whose_arrangement_exceeds_the_memory_keep_their_own_keys(
     after = told(session, turns, at_once=False)
     session.batches.release_kept()
     assert_same(told(session, turns, at_once=False), after)
+
+
+def test_an_adapter_that_is_no_longer_offered_is_freed_once_it_has_answered(tiny_source: ChatSource) -> None:
+    session = load_session(tiny_source)
+    session.end_ids = frozenset()
+    (asked,) = requests(1, (20,), (8,))
+    first, second = (replace(asked, adapter_name=name) for name in ("adapter", "step-2"))
+    bare = session.memory_bytes
+    expected = told(session, [first])
+    one_adapter = session.memory_bytes - bare
+    answering = session.complete(first, Event()).run()
+    next(answering)
+    session.offer({"step-2": tiny_source.adapters["step-2"], "again": tiny_source.adapters["adapter"]})
+    other = told(session, [second])
+    # It still answers.
+    assert session.memory_bytes == bare + 2 * one_adapter
+    assert sum(len(part.tokens) for part in answering if part is not None) == 8
+    assert_same(expected, told(session, [replace(first, adapter_name="again")]))
+    assert session.memory_bytes == bare + 2 * one_adapter
+    assert_same(other, told(session, [second]))
+    with pytest.raises(UserError):
+        told(session, [first])
 
 
 Change = Callable[[pytest.MonkeyPatch], None]

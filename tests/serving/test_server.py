@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -212,6 +213,9 @@ def test_what_is_trained_saved_or_deleted_later_needs_no_restart(
                 "gpt",
             }
         assert texts("last") == texts("c") != [other]
+        shutil.rmtree(RunDir(server.state_dir / "runs" / "c").adapter_dir)
+        shutil.copytree(tiny_source.adapters["adapter"], RunDir(server.state_dir / "runs" / "c").adapter_dir)
+        assert texts("c") == [other]
         first.path.rename(tmp_path / "deleted")
         assert texts("a", "gpt", "b", "base") == ["", "", other, base]
         assert server.state["engine_pid"] == engine
