@@ -33,7 +33,7 @@ def main() -> int:
     for each in walk_all(types, arguments.method, arguments.only):
         before = known.get(each.model_type)
         if before is not None and arguments.only == "estimate":
-            each = replace(before, estimate=each.estimate)
+            each = replace(before, estimate=each.estimate or Estimated(untraced=each.reason))
         elif before is not None and arguments.only == "walk":
             each.estimate = before.estimate
         any_wrong |= each.is_wrong

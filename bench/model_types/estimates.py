@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bench.model_types.outcome import Estimated
 from bench.model_types.tiny_config import settings_of
-from qlora_tui.errors import UserError, first_line
+from qlora_tui.errors import first_line
 from qlora_tui.recipe.schema import Checkpointing, Data, Quantization, Recipe, Training
 
 _HEAD_WIDTH = 128
@@ -33,8 +33,8 @@ def compare_estimate(model_type: str) -> Estimated:
     try:
         config = AutoConfig.for_model(model_type, **settings_of(model_type, _HEAD_WIDTH)).to_dict()
         architecture = architecture_of(config)
-    except UserError as refusal:
-        return Estimated(untraced=f"{refusal.title}: {refusal.what}")
+    except Exception as error:  # sizes that do not go together with wider heads
+        return Estimated(untraced=_reason(error))
     compared = []
     for checkpointing in _CHECKPOINTING:
         recipe = Recipe(
@@ -48,8 +48,12 @@ def compare_estimate(model_type: str) -> Estimated:
         try:
             traced = trace_request(TraceRequest(config=config, recipe=recipe, execution=execution))
         except Exception as error:
-            return Estimated(untraced=first_line(error).partition(". ")[0][:120])
+            return Estimated(untraced=_reason(error))
         instant = closed_form(recipe, architecture, execution)["step"]
         share = step_uncertainty(build_layout(recipe, architecture, execution), traced=False)
         compared.append(Estimated(ratio=traced.step_bytes / instant, uncertainty=share))
     return max(compared, key=lambda each: (each.ratio - 1) / each.uncertainty)
+
+
+def _reason(error: Exception) -> str:
+    return first_line(error).partition(". ")[0][:120] or type(error).__name__
