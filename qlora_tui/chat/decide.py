@@ -14,7 +14,8 @@ from qlora_tui.data.render import RenderOptions
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.runs.directory import run_of
 from qlora_tui.runs.task_metrics.decisions import Calibration, Decider, read_decider
-from qlora_tui.training.decisions import answer_prompt, choice_of
+from qlora_tui.training.decisions import answer_prompt
+from qlora_tui.training.option_scores import Choice
 
 
 def decider_of(source: ChatSource, adapter_name: str) -> Decider | None:
@@ -51,13 +52,8 @@ def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Messa
             exit_code=EXIT_USAGE,
         )
     (decision,) = decide(session, decider, adapter_name, [Conversation(tuple(messages))])
-    if decision is None:
-        raise UserError(
-            "The chat template refuses this conversation",
-            what="It ends in an answer, or has a turn that the template does not know.",
-            fix="End it with the user's turn, or omit the system prompt.",
-            exit_code=EXIT_USAGE,
-        )
+    if isinstance(decision, UserError):
+        raise decision
     return decision
 
 
@@ -67,8 +63,9 @@ def decide(
     adapter_name: str,
     conversations: Sequence[Conversation],
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Decided | None]:
-    """Return the decision on each conversation; None if the chat template rejects it.
+) -> list[Decided | UserError]:
+    """Return the decision on each conversation, or why there is none: the chat template rejects it, or it is
+    longer than the model reads.
 
     Args:
         session: with the model.
@@ -80,22 +77,34 @@ def decide(
     Raises:
         UserError: The adapter cannot be loaded, or the memory is full.
     """
-    options = RenderOptions(thinking=decider.thinking)
-    answer = Message("assistant", decider.decision.options[0])
-    prompts = [
-        answer_prompt(Conversation((*each.messages, answer), each.tools), session.tokenizer, options)
-        for each in conversations
-    ]
-    choices = [
-        choice_of(prompt[0], decider.option_ids, session.context_length)
-        for prompt in prompts
-        if prompt is not None
-    ]
+    asked = [_choice(session, decider, each) for each in conversations]
+    choices = [each for each in asked if isinstance(each, Choice)]
     scores = iter(session.score_options(adapter_name, choices, progress))
     return [
-        None if prompt is None else decided(decider, decider.calibration.probabilities(next(scores)))
-        for prompt in prompts
+        each
+        if isinstance(each, UserError)
+        else decided(decider, decider.calibration.probabilities(next(scores)))
+        for each in asked
     ]
+
+
+def _choice(session: ChatSession, decider: Decider, conversation: Conversation) -> Choice | UserError:
+    answer = Message("assistant", decider.decision.options[0])
+    whole = Conversation((*conversation.messages, answer), conversation.tools)
+    prompt = answer_prompt(whole, session.tokenizer, RenderOptions(thinking=decider.thinking))
+    if prompt is None:
+        return UserError(
+            "The chat template refuses this conversation",
+            what="It ends in an answer, or has a turn that the template does not know.",
+            fix="End it with the user's turn, or omit the system prompt.",
+            exit_code=EXIT_USAGE,
+        )
+    choice = Choice(prompt[0], decider.option_ids)
+    try:
+        session.check_length(choice.tokens)
+    except UserError as problem:
+        return problem
+    return choice
 
 
 def decided(decider: Decider, probabilities: Sequence[float]) -> Decided:

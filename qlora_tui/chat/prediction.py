@@ -69,7 +69,7 @@ class Predicted(Struct, frozen=True, kw_only=True):
     abstained: int
     """Rows left to a person, because no option reaches the threshold."""
     undecided: int
-    """Rows that could not be read."""
+    """Rows that could not be read, or are longer than the model reads."""
     resumed: int
     """Rows that an earlier call had decided."""
 
@@ -279,9 +279,9 @@ def _decided(
     conversations = [each for each in asked if isinstance(each, Conversation)]
     decisions = iter(decide(session, decider, ADAPTER, conversations))
     for each in asked:
-        decided = None if isinstance(each, str) else next(decisions)
-        if decided is None:
-            yield _Line(problem=each if isinstance(each, str) else "The chat template refuses the row.")
+        decided = each if isinstance(each, str) else next(decisions)
+        if isinstance(decided, str | UserError):
+            yield _Line(problem=decided if isinstance(decided, str) else f"{decided.title}. {decided.what}")
             continue
         every = {option.option: option.probability for option in decided.options}
         yield _Line(

@@ -51,7 +51,7 @@ def _lines(predicted: Predicted) -> list[str]:
         lines.append(f"{pluralize(predicted.abstained, 'row')} left to a person: below the threshold.")
     if predicted.undecided:
         lines.append(
-            f"{pluralize(predicted.undecided, 'row')} could not be read: predicted_problem says why."
+            f"{pluralize(predicted.undecided, 'row')} could not be decided: predicted_problem says why."
         )
     return lines
 

@@ -46,7 +46,8 @@ class DecisionTask(NamedTuple):
 
     def choice(self, number: int, most_tokens: int) -> Choice:
         """Return what is scored for a prompt, without the beginning of one that is too long."""
-        return choice_of(self.prompts[number].ids, self.option_ids, most_tokens)
+        room = max(1, most_tokens - max(map(len, self.option_ids)))
+        return Choice(tuple(self.prompts[number].ids[-room:]), self.option_ids)
 
 
 class Judged(NamedTuple):
@@ -57,12 +58,6 @@ class Judged(NamedTuple):
     metrics: tuple[Metric, ...]
     rows: tuple[TaskRow, ...]
     loss: LossChange
-
-
-def choice_of(prompt: Sequence[int], option_ids: Sequence[tuple[int, ...]], most_tokens: int) -> Choice:
-    """Return a prompt with the options, without its beginning if it is longer than the model reads."""
-    room = max(1, most_tokens - max(map(len, option_ids)))
-    return Choice(tuple(prompt[-room:]), tuple(option_ids))
 
 
 def find_decisions(

@@ -123,19 +123,20 @@ def test_the_command_writes_what_its_output_is_named(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mails.csv"
-    file.write_text("body,when\nowl 1,1\n,2\nowl 3,3\n")
+    file.write_text(f"body,when\nowl 1,1\n,2\n{'owl ' * 3000},3\n")
     command = ["predict", str(file), "--run", run.id, "--column", "text=body", "--probabilities"]
     table = tmp_path / "out.parquet"
     assert main([*command, "-o", str(table), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["undecided"] == 1
+    assert json.loads(capsys.readouterr().out)["undecided"] == 2
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(table).to_pylist()
-    assert [row["body"] for row in rows] == ["owl 1", "", "owl 3"]
+    assert [row["when"] for row in rows] == ["1", "2", "3"]
     assert rows[1]["predicted_label"] is None and "empty" in rows[1]["predicted_problem"]
+    assert rows[2]["predicted_label"] is None and "too long" in rows[2]["predicted_problem"]
     assert json.loads(rows[0]["predicted_probabilities"]).keys() == set(LABELS)
     assert main([*command, "-o", str(tmp_path / "out.csv")]) == 0
-    assert "1 row could not be read" in capsys.readouterr().out
+    assert "2 rows could not be decided" in capsys.readouterr().out
     with (tmp_path / "out.csv").open(newline="") as lines:
         cells = list(csv.DictReader(lines))
     assert float(cells[0]["predicted_probability"]) == pytest.approx(rows[0]["predicted_probability"])

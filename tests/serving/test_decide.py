@@ -37,4 +37,6 @@ def test_a_decision_has_a_label_and_probabilities(served: Served, tiny_model: Pa
     wrong: dict[str, Any]
     for wrong in ({}, {"input": "x", "messages": messages}, {"input": "x", "threshold": 2}):
         assert served.post("/decide", model=FIRST, **wrong).status_code == 400
+    long = served.post("/decide", model=FIRST, input="what is the fox " * 1000)
+    assert long.status_code == 400 and "too long" in long.json()["error"]["message"]
     assert served.post("/decide", model="none", input="x").status_code == 404
