@@ -15,9 +15,10 @@ prompt and to its own branch. Trees lie end to end in one sequence. For the prom
 
 Not every model can compute such a sequence: with a recurrent state, with positions that are not taken from
 the arguments, or with a window shorter than a row, a token sees what it must not see, or misses what it must
-see. So the scores of a row are compared with those of each option by itself, and a row that is longer than
-all compared before is compared again. What differs by more than rounding is computed with one row for each
-option, padded at the end, where no token of a causal model sees it.
+see. So the scores of the longest row are compared with those of each option by itself, then, if they differ
+by more than rounding, those of the shortest, and of rows between them until the longest that agrees is known.
+Longer rows are computed with one row for each option, padded at the end, where no token of a causal model
+sees it.
 """
 
 from __future__ import annotations
@@ -104,9 +105,10 @@ class OptionScorer:
         parts.sort(key=lambda part: -part.choice.tokens)
         done = 0
         with no_grad_eval(self._model):
+            self._compare([part.choice for part in parts])
             for batch in self._batches(parts):
                 rows = [part.choice for part in batch]
-                if self._may_pack(rows[0]):
+                if rows[0].tokens <= self.packed_tokens:
                     found = self._packed(rows)
                 else:
                     found = [self._each_apart(row, _BATCH_TOKENS) for row in rows]
@@ -123,12 +125,15 @@ class OptionScorer:
         return max(1, _BATCH_LOGITS // int(self._model.config.get_text_config().vocab_size))
 
     def _parts(self, number: int, choice: Choice) -> Iterator[_Part]:
-        """Yield the options of a choice in parts of at most so many places, similar options together."""
+        """Yield the options of a choice, similar ones together, in parts whose places fit into a forward and
+        into the longest sequence.
+        """
+        room = min(self._most_places, _LONGEST_PACKED - len(choice.prompt))
         part: list[int] = []
         places = 0
         for option in sorted(range(len(choice.options)), key=choice.options.__getitem__):
             size = len(choice.options[option])
-            if part and places + size > self._most_places:
+            if part and places + size > room:
                 yield _Part.of(number, choice, part)
                 part, places = [], 0
             part.append(option)
@@ -152,19 +157,21 @@ class OptionScorer:
         if batch:
             yield batch
 
-    def _may_pack(self, longest: Choice) -> bool:
-        """Return whether rows up to this one may be packed; compares it if it is longer than
-        those before.
-        """
-        if longest.tokens <= self.packed_tokens:
-            return True
-        if longest.tokens >= min(self.failed_tokens, _LONGEST_PACKED):
-            return False
-        if self._agrees(longest):
-            self.packed_tokens = longest.tokens
-            return True
-        self.failed_tokens = longest.tokens
-        return False
+    def _compare(self, rows: Sequence[Choice]) -> None:
+        """Find out which rows, the longest first, may be packed."""
+        unknown, count = rows, 0
+        while unknown := [
+            row
+            for row in unknown
+            if self.packed_tokens < row.tokens < min(self.failed_tokens, _LONGEST_PACKED)
+        ]:
+            # Most models pack all rows, some none, and those with windows the short ones.
+            row = unknown[(0, -1, len(unknown) // 2)[min(count, 2)]]
+            if self._agrees(row):
+                self.packed_tokens = row.tokens
+            else:
+                self.failed_tokens = row.tokens
+            count += 1
 
     def _agrees(self, row: Choice) -> bool:
         """Return whether rounding explains how the packed scores differ from those of each option
@@ -177,7 +184,8 @@ class OptionScorer:
         expected = self._each_apart(some, 0)
         try:
             # After another row, as in a sequence of several.
-            difference = _largest_difference(self._packed([some, row])[1][numbers], expected)
+            other = Choice(row.prompt[-PACKED_TOKENS:], some.options)
+            difference = _largest_difference(self._packed([other, row])[1][numbers], expected)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

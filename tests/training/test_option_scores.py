@@ -63,7 +63,7 @@ def by_itself(model: Any, choice: Choice) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "packed", "failed"), [("plain", 44, 1 << 62), ("windows", 13, 44), ("recurrent", 0, 13)]
+    ("kind", "packed", "failed"), [("plain", 44, 1 << 62), ("windows", 13, 44), ("recurrent", 0, 7)]
 )
 def test_packed_scores_are_those_of_each_option_alone(kind: str, packed: int, failed: int) -> None:
     model = a_model(kind)
@@ -107,6 +107,47 @@ def test_the_logits_of_many_options_are_computed_in_parts(kind: str, monkeypatch
     assert scores == pytest.approx(by_itself(model, row), abs=1e-3)
     assert max(sizes) <= 64 * 64
     assert done == sorted(done) and done[-1] == 1
+
+
+def test_the_mask_is_bounded_with_any_number_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(option_scores, "_LONGEST_PACKED", 200)
+    monkeypatch.setattr(option_scores, "PACKED_TOKENS", 40)
+    model = a_model("plain")
+    (row,) = choices(150)
+    row = Choice(row.prompt, tuple((first, 10, first, 11, END) for first in range(10, 50)))
+    lengths: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: lengths.append(given.get("attention_mask", torch.empty(0)).shape[-1]),
+        with_kwargs=True,
+    )
+    scorer = OptionScorer(model, torch.float32, torch.device("cpu"))
+    (scores,) = scorer.score([row])
+    hook.remove()
+    assert scores == pytest.approx(by_itself(model, row), abs=1e-3)
+    assert scorer.packed_tokens == row.tokens and max(lengths) < 200 + 40 + 6 * 5 + 64
+
+
+@pytest.mark.parametrize(("kind", "compared"), [("plain", 1), ("windows", 8), ("recurrent", 2)])
+def test_few_rows_are_compared(kind: str, compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = a_model(kind)
+    rows = choices(*range(3, 43))
+    numbers: list[int] = []
+    agrees = OptionScorer._agrees
+
+    def counted(self: OptionScorer, row: Choice) -> bool:
+        numbers.append(row.tokens)
+        return agrees(self, row)
+
+    monkeypatch.setattr(OptionScorer, "_agrees", counted)
+    scorer = OptionScorer(model, torch.float32, torch.device("cpu"))
+    # Each row is in a sequence of its own.
+    monkeypatch.setattr(option_scores, "PACKED_TOKENS", 1)
+    scores = scorer.score(rows)
+    assert len(numbers) <= compared
+    for number in (0, 10, 39):
+        assert scores[number] == pytest.approx(by_itself(model, rows[number]), abs=1e-3)
+    scorer.score(rows)
+    assert len(numbers) <= compared
 
 
 def test_a_long_row_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
