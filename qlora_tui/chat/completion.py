@@ -51,7 +51,7 @@ def completion_prompt(session: ChatSession, completion: Completion) -> list[int]
     if completion.text is not None:
         tokenizer = session.tokenizer
         with panics_as_errors():
-            prompt = tokenizer.encode(completion.text)
+            prompt = session.tokenize(completion.text, tokenizer.encode)
         begin = tokenizer.bos_id
         if begin is not None and tokenizer.begins_with_bos and prompt[:1] != [begin]:
             prompt.insert(0, begin)

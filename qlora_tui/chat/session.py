@@ -41,7 +41,7 @@ from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS, AnswerStream
 from qlora_tui.chat.logits import LogitsComparison, ModelHead, library_code, use_library_code
 from qlora_tui.chat.session_check import SessionCheck
 from qlora_tui.data.conversation import Message, RowRejectedError
-from qlora_tui.data.render import prompt_ids
+from qlora_tui.data.render import prompt_text, prompt_text_ids
 from qlora_tui.data.thought_splitter import ThoughtSplitter
 from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
 from qlora_tui.data.tokenizer_files import panics_as_errors
@@ -60,6 +60,10 @@ from qlora_tui.training.experts.lora import fuse_experts
 from qlora_tui.training.model import load_base
 from qlora_tui.training.option_scores import Choice, OptionScorer, Scores
 from qlora_tui.training.streaming.placement import place_streamed
+
+
+_TRIED_CHARACTERS = 16
+"""Characters for each token of the context after which a longer prompt is tokenized to see if it can fit."""
 
 
 class ChatSession:
@@ -224,12 +228,28 @@ class ChatSession:
     def check_length(self, tokens: int) -> None:
         """Raise UserError if a prompt and the first token of its answer are more than the context."""
         if tokens > self.context_length:
-            raise UserError(
-                "The conversation is too long",
-                what=f"It is {tokens - 1:,} tokens; this model reads at most {self.context_length:,}.",
-                fix="Start a new conversation, or shorten the question.",
-                exit_code=EXIT_USAGE,
-            )
+            raise self._too_long(f"{tokens - 1:,}")
+
+    def tokenize(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Tokenize a prompt; of one that is far longer than the context only the beginning.
+
+        Raises UserError for such a one.
+        """
+        most = 2 * self.context_length
+        size = _TRIED_CHARACTERS * self.context_length
+        while size < len(text):
+            if len(encode(text[:size])) > most:
+                raise self._too_long(f"more than {most:,}")
+            size *= 2
+        return encode(text)
+
+    def _too_long(self, tokens: str) -> UserError:
+        return UserError(
+            "The conversation is too long",
+            what=f"It is {tokens} tokens; this model reads at most {self.context_length:,}.",
+            fix="Start a new conversation, or shorten the question.",
+            exit_code=EXIT_USAGE,
+        )
 
     def ensure_loaded(self, adapter_name: str) -> None:
         """Load ``adapter_name`` unless it is loaded, and free those that nobody can ask for any more.
@@ -284,7 +304,8 @@ class ChatSession:
         """Return the conversation's token ids, up to where the answer begins. Raises UserError."""
         wanted = self.source.thinking if thinking == "auto" else thinking
         try:
-            prompt = prompt_ids(messages, self.tokenizer, tools, wanted, template_variables)
+            text = prompt_text(messages, self.tokenizer, tools, wanted, template_variables)
+            prompt = self.tokenize(text, partial(prompt_text_ids, tokenizer=self.tokenizer))
         except RowRejectedError as refused:
             raise UserError(
                 "The chat template refuses this conversation",

@@ -118,7 +118,11 @@ def prompt_ids(
     ``auto`` leaves thinking to the template's default, or to its variable among ``template_variables``.
     Raises ``RowRejectedError``.
     """
-    text = prompt_text(messages, tokenizer, tools, thinking, template_variables)
+    return prompt_text_ids(prompt_text(messages, tokenizer, tools, thinking, template_variables), tokenizer)
+
+
+def prompt_text_ids(text: str, tokenizer: ChatTokenizer) -> list[int]:
+    """Return the token ids of what ``prompt_text`` returned, or of its beginning."""
     return tokenize_by_span(SampleText(text, ()), tokenizer, ()).token_ids
 
 

@@ -160,6 +160,31 @@ def test_a_prompt_that_cannot_be_read_is_refused(session: Any, given: dict[str, 
     assert words in refused.value.what and refused.value.exit_code == 2
 
 
+@pytest.mark.parametrize("asked", ["text", "messages"])
+def test_of_a_prompt_far_beyond_the_context_only_the_beginning_is_tokenized(
+    session: Any, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "red blue " * 100_000
+    characters: list[int] = []
+    tokenizer = type(session.tokenizer)
+    encode, encode_marked = tokenizer.encode, tokenizer.encode_marked
+
+    def counting(self: Any, text: str) -> Any:
+        characters.append(len(text))
+        return encode(self, text)
+
+    def counting_marked(self: Any, texts: Any, places: Any) -> Any:
+        characters.extend(map(len, texts))
+        return encode_marked(self, texts, places)
+
+    monkeypatch.setattr(tokenizer, "encode", counting)
+    monkeypatch.setattr(tokenizer, "encode_marked", counting_marked)
+    given: Any = text if asked == "text" else (Message("user", text),)
+    with pytest.raises(UserError, match="more than 4,096 tokens"):
+        completed(session, **{asked: given})
+    assert 0 < sum(characters) < len(text) / 10
+
+
 def test_a_whole_context_is_scored_though_nothing_can_follow(session: Any) -> None:
     parts, result = completed(session, token_ids=(5,) * 2048, logprobs=0, echo=True, answers=False)
     assert (len(scores_of(parts)), result.ending) == (2048, "most tokens")
