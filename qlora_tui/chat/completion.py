@@ -199,14 +199,14 @@ class CompletionText:
         self.thought_tokens += self._splitter.in_thought
         return parts
 
-    def rest(self) -> list[CompletionPart]:
-        """Return the parts that are still held back at the end."""
+    def rest(self, *, is_cut: bool = False) -> list[CompletionPart]:
+        """Return the parts that are still held back at the end, which may have cut a call."""
         text = "" if self.stop_text else self._detokenizer.rest()
         self._characters += len(text)
         parts = self._parts([*self._splitter.feed(text), *self._splitter.rest()])
         text = self._stops.rest()
         if self._calls is not None:
-            text = self._calls.feed(text) + self._calls.rest()
+            text = self._calls.feed(text) + self._calls.rest(is_cut=is_cut)
         if text:
             parts.append(CompletionPart(text))
         if self.stop_text:
@@ -279,7 +279,7 @@ class CompletionStream:
         decode, calls = session.decode, None
         if self._call_format is not None:
             decode = session.decoder_of(self._call_format).decode
-            calls = CallText(self._call_format, completion.tools)
+            calls = CallText(self._call_format, completion.tools, must_call=bool(completion.must_call))
         splitter = session.splitter(self._prompt)
         text = CompletionText(IncrementalDetokenizer(decode), splitter, completion.stop, calls)
         sampler = TokenSampler(completion.sampling, self._prompt, session.device)
@@ -315,7 +315,7 @@ class CompletionStream:
         else:
             if logits is not None and completion.answers:
                 ending = "context full" if limit < completion.sampling.max_new_tokens else "most tokens"
-        yield from text.rest()
+        yield from text.rest(is_cut=ending in ("most tokens", "context full"))
         ended = time.perf_counter()
         return CompletionResult(
             ending=ending,

@@ -103,7 +103,8 @@ class CompletionResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_per_s: float
     """Tokens per second after the first; 0 if there was only one."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Functions called, whose text came in no part. A call that cannot be read stays text of the answer."""
+    """Functions called, whose text came in no part. A call that cannot be read stays text of the
+    answer, unless it had to be made, or it was cut after others."""
     stop_text: str = ""
     """The stop text that ended the answer."""
     most_rows: int = 1

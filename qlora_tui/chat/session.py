@@ -61,7 +61,6 @@ from qlora_tui.training.model import load_base
 from qlora_tui.training.option_scores import Choice, OptionScorer, Scores
 from qlora_tui.training.streaming.placement import place_streamed
 
-
 _TRIED_CHARACTERS = 16
 """Characters for each token of the context after which a longer prompt is tokenized to see if it can fit."""
 

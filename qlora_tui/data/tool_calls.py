@@ -31,6 +31,8 @@ _NAME, _OTHER = "qvzcall", "qvzother"
 _ARGUMENTS = {"qvzkey": "qvzvalue"}
 _TWO_ARGUMENTS = {"qvzkey": "qvzvalue", "qvzkeyb": "qvzvalueb"}
 _DECODER = json.JSONDecoder()
+_MOST_TRIED = 100
+"""Most places at which a call may have been the last complete one."""
 
 
 class Fields(Struct, frozen=True):
@@ -102,12 +104,31 @@ class CallFormat(Struct, frozen=True):
                 return ()
         return tuple(calls)
 
+    def read_cut(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
+        """Return the complete calls at the beginning of a text that was cut in a later one."""
+        shape = self.shape
+        if shape is None or not shape.further:
+            return ()
+        opening = shape.further.partition(_NAME)[0]
+        begun = begun_length(text, [opening, shape.last])
+        # Arguments without an end of their own may go on after what ends a call in part.
+        has_end = shape.fields is None or shape.fields.end
+        fewest = 1 if has_end else len(shape.last)
+        places = [len(text) - begun] if begun >= fewest else []
+        places += reversed([match.start() for match in re.finditer(_loose(opening), text)])
+        tried = (self.read(text[:place] + shape.last, tools) for place in places[:_MOST_TRIED])
+        return next(filter(None, tried), ())
+
 
 class CallText:
     """Holds back what may be a call in a text that is fed in pieces, and reads it at the end."""
 
-    def __init__(self, call_format: CallFormat, tools: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, call_format: CallFormat, tools: Sequence[Mapping[str, Any]], *, must_call: bool = False
+    ) -> None:
+        """``must_call``: all text is calls; what cannot be read of it is dropped."""
         self._format = call_format
+        self._must_call = must_call
         self._mark = call_format.mark
         self._tools = tools
         self.calls: tuple[ToolCall, ...] = ()
@@ -138,11 +159,16 @@ class CallText:
         ready, self.pending = self.pending[:place], self.pending[place:]
         return ready
 
-    def rest(self) -> str:
-        """Read the calls at the end of the text; return what is held back and is none."""
+    def rest(self, *, is_cut: bool = False) -> str:
+        """Read the calls at the end of the text; return what is held back and is none.
+
+        Of a text that is cut only the complete calls count.
+        """
         if self._has_begun:
             self.calls = self._format.read(self.pending, self._tools)
-        return "" if self.calls else self.pending
+            if is_cut and not self.calls:
+                self.calls = self._format.read_cut(self.pending, self._tools)
+        return "" if self.calls or self._must_call else self.pending
 
 
 def call_format(tokenizer: ChatTokenizer) -> CallFormat | None:

@@ -78,9 +78,7 @@ class Choice:
     @property
     def _finish_reason(self) -> str:
         assert self.result is not None
-        if self.result.tool_calls:
-            return "tool_calls"
-        return _REASONS.get(self.result.ending, "stop")
+        return _REASONS.get(self.result.ending, "tool_calls" if self.result.tool_calls else "stop")
 
     def _streamed(self, shown: Json, finish_reason: str | None = None) -> Json:
         return {"index": self.index, **shown, "finish_reason": finish_reason}

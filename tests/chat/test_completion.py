@@ -229,6 +229,14 @@ def test_calls_are_told_apart_from_the_answer(session: Any, monkeypatch: pytest.
         said[:] = [*session.tokenizer.encode(f"{call}\n{call}"), *session.end_ids]
         asked: Any = {"messages": QUESTION, "tools": (tool,), "single_call": single, "sampling": sampling}
         assert len(completed(session, **asked)[1].tool_calls) == number
+    # Cut by the most tokens, the second call is neither one nor text.
+    said[:] = tokens = session.tokenizer.encode(f"the fox {call}\n{call[:-20]}")
+    asked = {"messages": QUESTION, "tools": (tool,), "logprobs": 0}
+    sampling = msgspec.structs.replace(GREEDY, max_new_tokens=len(tokens))
+    parts, result = completed(session, sampling=sampling, **asked)
+    assert (text_of(parts), len(result.tool_calls), result.ending) == ("the fox ", 1, "most tokens")
+    assert len(scores_of(parts)) == len(tokens)
     said[:] = [*session.tokenizer.encode(call), *session.end_ids]
+    sampling = msgspec.structs.replace(GREEDY, max_new_tokens=200)
     parts, result = completed(session, messages=QUESTION, sampling=sampling)
     assert (text_of(parts), result.tool_calls) == (call, ())

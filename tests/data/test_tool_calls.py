@@ -79,6 +79,38 @@ def test_what_a_template_writes_is_read(name: str, shape: str) -> None:
         assert ("Let me look." in before) == ("Let me look." in text)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_of_calls_that_are_cut_the_complete_ones_are_read(name: str) -> None:
+    tokenizer, calls = _tokenizer(name), CALLS["two"]
+    written = call_format(tokenizer)
+    if written is None or written.shape is None or not written.shape.further:
+        return
+    said = (Message("user", "q"), Message("assistant", "", tool_calls=calls))
+    text = answer_text(render_text(Conversation(said, TOOLS), tokenizer).samples[-1], tokenizer)
+    text = text.removeprefix("<think>").lstrip().removeprefix("</think>").lstrip()
+    second = text.find("get_time")
+    assert second > 0
+    read = []
+    for end in range(len(text)):
+        answer = CallText(written, TOOLS)
+        before = answer.feed(text[:end])
+        rest = answer.rest(is_cut=True)
+        read.append(answer.calls)
+        assert not (rest and answer.calls) and before + rest == ("" if answer.calls else text[:end])
+        assert answer.calls in ((), calls[:1], calls)
+    assert read[: second + 9] == sorted(read[: second + 9], key=len)
+    assert read[second] == calls[:1] and not any(read[: text.find("12")])
+
+
+def test_a_call_that_must_be_made_is_never_text() -> None:
+    written = call_format(PLAIN)
+    assert written is not None
+    answer = CallText(written, TOOLS, must_call=True)
+    assert answer.feed('<tool_call>\n{"name": "get_wea') + answer.rest(is_cut=True) == ""
+    assert not answer.calls
+
+
 @pytest.mark.parametrize(
     "text",
     [

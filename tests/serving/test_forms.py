@@ -116,12 +116,20 @@ def test_thoughts_and_calls_are_apart_from_the_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "reason"),
-    [("turn end", "stop"), ("stop text", "stop"), ("most tokens", "length"), ("context full", "length")],
+    ("ending", "calls", "reason"),
+    [
+        ("turn end", (), "stop"),
+        ("turn end", (ToolCall("weather", {}),), "tool_calls"),
+        ("stop text", (), "stop"),
+        ("most tokens", (), "length"),
+        # The next one was cut.
+        ("most tokens", (ToolCall("weather", {}),), "length"),
+        ("context full", (), "length"),
+    ],
 )
-def test_why_an_answer_ended(ending: str, reason: str) -> None:
+def test_why_an_answer_ended(ending: str, calls: tuple[ToolCall, ...], reason: str) -> None:
     choice = replies.Choice(0, chat(stream=True))
-    *_, last = choice.take(result(ending=ending))
+    *_, last = choice.take(result(ending=ending, tool_calls=calls))
     assert last["finish_reason"] == reason
 
 
