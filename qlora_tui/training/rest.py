@@ -18,6 +18,8 @@ LONGEST_S = 45.0
 """Seconds after which a rest ends in any case: an idle GPU may be above a bound, and other processes of the
 run wait."""
 _LOOK_S = 1.0
+_CURRENT_S = 5.0
+"""Age up to which a reading counts: a GPU that is read no more holds up nothing."""
 
 
 class Rest:
@@ -28,26 +30,29 @@ class Rest:
         """Time spent in all rests."""
         self._settings = LiveSettings()
         self._bounds: dict[int, Bounds] = {}
-        self._holds: dict[int, Hold | None] = {}
-        """Why the run should rest, by the number of the GPU."""
+        self._holds: dict[int, tuple[float, Hold | None]] = {}
+        """When each GPU was read last, and why the run should rest, by its number."""
         self._has_news = threading.Event()
         self._reported: set[str] = set()
 
     @property
     def hold(self) -> Hold | None:
         """Why the run should rest; None if it should not."""
-        return next(filter(None, list(self._holds.values())), None)
+        since_s = time.monotonic() - _CURRENT_S
+        holds = [hold for read_s, hold in list(self._holds.values()) if read_s >= since_s]
+        return next(filter(None, holds), None)
 
     def read(self, reading: GpuMetrics, elapsed_s: float) -> None:
-        """Take a reading of one of the run's GPUs, at a time of a monotonic clock."""
+        """Take a reading of one of the run's GPUs, at a time of ``time.monotonic``."""
         settings = self._settings.read()
-        self._holds[reading.index] = self._bounds.setdefault(reading.index, Bounds()).update(
+        hold = self._bounds.setdefault(reading.index, Bounds()).update(
             elapsed_s,
             temperature_c=reading.temperature_c,
             power_w=reading.power_w,
             max_temperature_c=settings.max_temperature_c,
             max_power_w=settings.max_power_w,
         )
+        self._holds[reading.index] = elapsed_s, hold
         self._has_news.set()
 
     def take(self, reporter: Reporter, requests: ControlRequests) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from qlora_tui.gpu.metrics import GpuMetrics
@@ -18,19 +20,23 @@ from qlora_tui.training.rest import Rest
 from tests.runs.test_gate import write_config
 
 
+def reading(temperature_c: int) -> GpuMetrics:
+    return GpuMetrics(at=0.0, index=0, temperature_c=temperature_c, power_w=300.0)
+
+
 class PlayedReporter(Reporter):
     """Has the next second pass whenever the run reports that it rests."""
 
     def __init__(self, run: RunDir, rest: Rest, temperatures_c: list[int]) -> None:
+        """The first reading is of now."""
         super().__init__(run, mute=True)
         self.holds: list[Hold | None] = []
         self.warnings: list[str] = []
-        self._rest, self._temperatures_c, self._second = rest, temperatures_c, 0.0
+        self._rest, self._temperatures_c, self._second = rest, temperatures_c, time.monotonic()
 
     def read(self) -> None:
+        self._rest.read(reading(self._temperatures_c.pop(0)), self._second)
         self._second += 1
-        reading = GpuMetrics(at=0.0, index=0, temperature_c=self._temperatures_c.pop(0), power_w=300.0)
-        self._rest.read(reading, self._second)
 
     def hold(self, hold: Hold | None) -> None:
         self.holds.append(hold)
@@ -76,3 +82,14 @@ def test_a_pause_ends_a_rest(run: RunDir) -> None:
     rest.take(reporter, requests)
     assert requests.stop_kind() == "pause"
     assert reporter.holds == [Hold(cause="power", reading=300, bound=100), None]
+
+
+def test_a_gpu_that_is_read_no_more_holds_up_nothing(run: RunDir) -> None:
+    write_config("max_power_w = 100")
+    rest = Rest()
+    rest.read(reading(50), time.monotonic())
+    assert rest.hold is not None
+    rest.read(reading(50), time.monotonic() - 6)
+    reporter = PlayedReporter(run, rest, [])
+    rest.take(reporter, ControlRequests(run, reporter, distributed_context()))
+    assert reporter.holds == [] and rest.seconds == 0
