@@ -78,6 +78,8 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Scores of the evaluations since the best, for early stopping."""
     evaluation_due: bool = False
     """Whether a stop ended the evaluation at this step, which is then repeated."""
+    ends_with_epoch: bool = False
+    """Whether it was requested to finish at the end of the epoch."""
 
     def trained_recipe(self) -> Recipe:
         """Return the recipe as it was trained until then. Raises UserError if the text is not one."""

@@ -51,6 +51,7 @@ from qlora_tui.training.trainer import StepResult, Trainer
 
 _STEP_REQUESTS: tuple[Kind, ...] = ("evaluate", "sample", "checkpoint")
 Outcome = Literal["finished", "stopped", "paused"]
+_EPOCH_DONE = "finished at the end of the epoch, as requested"
 
 
 @dataclass
@@ -87,6 +88,7 @@ class RunProgress:
             evaluated_step=state.step,
             evaluation_due=state.evaluation_due,
             checkpoint_step=state.step,
+            ends_with_epoch=state.ends_with_epoch,
         )
 
     def add_score(self, step: int, score: float, loss: float) -> bool:
@@ -208,6 +210,9 @@ class Loop:
             trainer.step = checkpoint.step
             trainer.tokens = self._tokens_before = checkpoint.state.tokens
             self.progress = RunProgress.restored_from(checkpoint.state)
+            ends_epoch = self._run.step_plan.steps[trainer.step - 1].ends_epoch
+            if self.progress.ends_with_epoch and ends_epoch and trainer.step < self._total_steps:
+                self._is_over, self.reason = True, _EPOCH_DONE
         self._probe_memory()
         # The probe's batch is no step.
         self._take_rewards()
@@ -316,8 +321,7 @@ class Loop:
         if rate is not None and rate.value is not None and 0 < rate.value <= 1:
             self.trainer.set_learning_rate(rate.value)
         stop_kind = requests.stop_kind()
-        if requests.take("finish_epoch"):
-            self.progress.ends_with_epoch = True
+        self._take_finish_request()
         is_last = step == self._total_steps
         ends = is_last or (planned.ends_epoch and self.progress.ends_with_epoch)
         requested = {kind for kind in _STEP_REQUESTS if requests.take(kind)}
@@ -342,9 +346,15 @@ class Loop:
         if stop_kind:
             self.outcome = "paused" if stop_kind == "pause" else "stopped"
         elif ends and not is_last:
-            self.reason = "finished at the end of the epoch, as requested"
+            self.reason = _EPOCH_DONE
         if stop_kind or ends:
             self._is_over = True
+
+    def _take_finish_request(self) -> None:
+        if self._run.requests.take("finish_epoch"):
+            self.progress.ends_with_epoch = True
+            # A checkpoint that was written at this step does not have it.
+            self.progress.checkpoint_step = -1
 
     def _is_due(self, every: int, epoch_ends: bool) -> bool:
         """Whether to do now what is done every so many steps, or with 0 at the end of each epoch."""
@@ -364,6 +374,7 @@ class Loop:
             raise StopRequested(kind)
         if self._unreported is not None:
             self._report_step(*self._unreported, force=True)
+        self._take_finish_request()
         self._save(force=True)
         self.outcome = "paused" if kind == "pause" else "stopped"
 
@@ -516,6 +527,7 @@ class Loop:
             initial_weights=progress.initial_weights,
             scores_since_best=tuple(progress.scores_since_best),
             evaluation_due=progress.evaluation_due,
+            ends_with_epoch=progress.ends_with_epoch,
         )
         try:
             folder = checkpoints.write(run.directory, state, self.trainer.save, run.dist)

@@ -117,6 +117,30 @@ def test_a_step_given_up_is_repeated_exactly(
     assert {n: loss for n, loss in losses(run).items() if n in expected} == pytest.approx(expected, abs=EXACT)
 
 
+def test_a_pause_keeps_the_request_to_finish_after_the_epoch(
+    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create_run(recipe({**EVERY_STEP, "training.epochs": 3.0}))
+    with monkeypatch.context() as within:
+        requests = [
+            f"request_within_step({str(run.path)!r}, 2, {kind!r})" for kind in ("pause_now", "finish_epoch")
+        ]
+        within.setenv(
+            "BEFORE_TRAINER", f"from tests.training.fault_injection import *; {'; '.join(requests)}"
+        )
+        assert trainers.run(run) == 0
+    assert events(run)[-1] == Paused(at=events(run)[-1].at, step=1)
+    assert trainers.run(run) == 0
+    per_epoch = events_of(run, DataReady)[0].steps_per_epoch
+    # Killed before it could say that it has finished, it trains no further epoch.
+    killed = interrupted_at(run, per_epoch)
+    assert trainers.run(killed) == 0
+    for ended in (run, killed):
+        ending = events(ended)[-1]
+        assert isinstance(ending, Finished) and "as requested" in ending.reason
+        assert ending.step == per_epoch < events_of(run, DataReady)[0].total_steps
+
+
 def test_an_evaluation_that_a_stop_ended_is_repeated(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
