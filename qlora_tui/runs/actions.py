@@ -46,13 +46,13 @@ _CHECK_PERMISSION = "Check that you have write permission there."
 def submit(recipe: Recipe, *, now: bool = False) -> RunDir:
     """Queue a new run and make sure a runner is active. The recipe should be ready to run.
 
-    ``now``: it trains whatever the hours, and next to other programs.
+    ``now``: it trains next, whatever the hours, and next to other programs.
     """
     refuse_other_machines()
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
     if now:
         run.now_path.touch(mode=0o600)
-    run_queue.enqueue(run)
+    run_queue.enqueue(run, first=now)
     ensure_runner()
     return run
 

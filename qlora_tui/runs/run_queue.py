@@ -27,9 +27,9 @@ from qlora_tui.runs.status import ACTIVE, ended_status, read_status, write_statu
 __all__ = ["waiting"]
 
 
-def enqueue(run: RunDir) -> None:
-    """Append a run to the queue (once; a second call changes nothing). Raises OSError."""
-    _enter(run, again=False)
+def enqueue(run: RunDir, *, first: bool = False) -> None:
+    """Queue a run as the last, or as the next; once: a second call changes nothing. Raises OSError."""
+    _enter(run, again=False, first=first)
 
 
 def requeue(run: RunDir, *, first: bool = False) -> None:

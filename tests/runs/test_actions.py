@@ -66,6 +66,13 @@ def test_a_waiting_run_is_not_deleted(recipe: Recipe) -> None:
     assert run.path.exists()
 
 
+def test_a_run_to_train_now_is_the_next(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actions, "ensure_runner", lambda: None)
+    before = [actions.submit(recipe).id for _ in range(2)]
+    now = actions.submit(recipe, now=True)
+    assert run_queue.waiting() == [now.id, *before]
+
+
 def test_a_killed_apps_trash_can_be_restored(recipe: Recipe) -> None:
     run = ended(recipe)
     app = subprocess.run([sys.executable, "-c", DELETES, str(run.path)], check=False)
