@@ -6,8 +6,10 @@ The runner asks about once a second of a run in training, and every few seconds 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
+from math import inf
 from pathlib import Path
 
 from qlora_tui.gpu.errors import GpuUnavailableError
@@ -17,10 +19,13 @@ from qlora_tui.hours import Clock
 from qlora_tui.runs.devices import RunDevice
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.holds import Hold, Sharing
+from qlora_tui.runs.status import read_status
 from qlora_tui.settings import LiveSettings, Settings
 
 PERIOD_S = 1.0
 """Seconds between two looks at the GPU: process lists cost 4.5 ms and a driver lock."""
+_FORGETS_AFTER_S = 300.0
+"""Time without a look at a GPU, outside the hours or without ``yield``, after which its programs are new."""
 _COMMAND_BYTES = 4096
 
 
@@ -36,6 +41,8 @@ class GpuReader:
             self._driver = self._driver or Nvml()
             return self._driver.busy_processes(index)
         except GpuUnavailableError:
+            if self._driver is not None:
+                self._driver.close()
             self._driver = None
             return None
 
@@ -82,7 +89,7 @@ class Gate:
             if run.trains_now or not self._settings.read().yields:
                 return {}
             holds = {
-                device.key: self._program_on(device.key, device.index, is_training=is_training)
+                device.key: self._program_on(run, device.key, device.index, is_training=is_training)
                 for device in devices
                 if device.index is not None
             }
@@ -93,11 +100,13 @@ class Gate:
         used = self.programs_on(run, devices, is_training=True)
         return self.hours_hold(run) or next(iter(used.values()), None)
 
-    def _program_on(self, key: str, index: int, *, is_training: bool) -> Hold | None:
+    def _program_on(self, run: RunDir, key: str, index: int, *, is_training: bool) -> Hold | None:
         elapsed_s = self._clock.elapsed()
-        looked_at, hold = self._holds.get(key, (-PERIOD_S, None))
+        looked_at, hold = self._holds.get(key, (-inf, None))
         if elapsed_s - looked_at < PERIOD_S:
             return hold
+        if elapsed_s - looked_at > _FORGETS_AFTER_S:
+            self._gpus[key] = Sharing(_held_for(run))
         listed = self._read_processes(index)
         own, processes = set[int](), None
         if listed is not None:
@@ -105,8 +114,7 @@ class Gate:
             own = {process.pid for process, is_ours in whose.items() if is_ours}
             # One that is gone may have been ours.
             processes = [process for process, is_ours in whose.items() if is_ours is not None]
-        sharing = self._gpus.setdefault(key, Sharing())
-        user = sharing.update(elapsed_s, processes, own, is_training=is_training)
+        user = self._gpus[key].update(elapsed_s, processes, own, is_training=is_training)
         if user is None:
             hold = None
         elif hold is None or hold.pid != user.pid:
@@ -116,17 +124,26 @@ class Gate:
         return hold
 
 
+def _held_for(run: RunDir) -> int:
+    """Return the number of the process that an earlier runner held a run for; 0 if it is gone or none."""
+    hold = read_status(run).hold
+    return hold.pid if hold and hold.cause == "program" and program_name(hold.pid) == hold.program else 0
+
+
 def is_own(pid: int) -> bool | None:
     """Return whether a process belongs to this program: a trainer, an engine, a server; None if it is gone.
 
-    Also None if its number is that of another namespace, as in some containers.
+    Also None if its number is that of another namespace, as in some containers. Another user's processes are
+    not: a run gives way to them.
     """
+    process = Path(f"/proc/{pid}")
     try:
-        with Path(f"/proc/{pid}/cmdline").open("rb") as file:
+        with (process / "cmdline").open("rb") as file:
             arguments = file.read(_COMMAND_BYTES).split(b"\0")
+        is_ours = process.stat().st_uid == os.getuid()
     except OSError:
         return None
-    return any(argument.split(b".")[0] == b"qlora_tui" for argument in arguments)
+    return is_ours and any(argument.split(b".")[0] == b"qlora_tui" for argument in arguments)
 
 
 def program_name(pid: int) -> str:

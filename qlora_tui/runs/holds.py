@@ -8,7 +8,7 @@ nobody, and heat comes and goes within seconds. A user's pause has no hold: only
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, TypeAlias
 
 from msgspec import Struct
@@ -115,18 +115,26 @@ browser together take less."""
 _BUSY_PERCENT = 20
 """Share of the time in which a program's kernels run, from which on it uses the GPU: moving windows and
 videos stay below."""
+_SETTLES_FOR_S = 10.0
+"""Time from the first reading in which a program that is seen idle counts as one that is always there."""
 
 
 class Sharing:
     """Whether another program uses one GPU: the processes on it are compared with those at the beginning.
 
-    Programs that are always there, such as a desktop, count only where they compute much or take more memory.
+    Programs that are always there, such as a desktop or an idle server, count only while they compute much.
+    One that has taken much memory since is waited for until it is gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits_for: int = 0) -> None:
+        """``waits_for``: number of the process that a run is held for already, by an earlier runner."""
         self._switch = Switch(_USED_FOR_S, _GONE_FOR_S, most_off_after_s=_MOST_GONE_FOR_S)
-        self._at_start: dict[int, int] = {}
-        """Memory of each process when the run began, or the least since then."""
+        self._at_start = {waits_for: 0}
+        """Memory of each process when the run began, or was first looked at."""
+        self._began_s: float | None = None
+        """Time of the first reading."""
+        self._waits_for = set[int]()
+        """Processes that used the GPU when the hold began: it lasts until their memory is free."""
         self._has_seen_own = False
         self.user: GpuProcess | None = None
         """The program that uses the GPU, or used it last; None before the first."""
@@ -152,26 +160,43 @@ class Sharing:
             return None
         others = [process for process in processes if process.pid not in own]
         memory = {process.pid: process.memory_bytes or 0 for process in others}
-        for pid in memory.keys() & self._at_start.keys():
-            # A program that gives memory back and takes it again uses the GPU again.
-            self._at_start[pid] = min(self._at_start[pid], memory[pid])
+        busy = {process.pid for process in others if _is_busy(process)}
+        self._began_s = elapsed_s if self._began_s is None else self._began_s
+        was_held = self._switch.is_on
+        if elapsed_s - self._began_s <= _SETTLES_FOR_S:
+            # A desktop that moves a window at the first look is idle at the next.
+            self._at_start = {pid: memory[pid] for pid in memory.keys() - busy} | self._at_start
+        elif not (is_training or was_held or busy):
+            self._at_start = memory
         self._has_seen_own = is_training and (
             self._has_seen_own or any(process.pid in own for process in processes)
         )
-        users = [process for process in others if self._uses_it(process)]
-        if not (is_training or self._switch.is_on) and not any(map(_is_busy, others)):
-            self._at_start, users = memory, []
+        grown = self._grown(memory)
+        using = busy | (grown & self._waits_for if was_held else grown)
+        users = [process for process in others if process.pid in using]
         if is_training and not self._has_seen_own:
             users = []
         if users:
             is_same = self.user is not None and self.user.pid in [process.pid for process in users]
             self.user = self.user if is_same else max(users, key=lambda each: each.memory_bytes or 0)
-        is_used = self._switch.update(elapsed_s, bool(users), at_once=not is_training)
-        return self.user if is_used else None
+        is_held = self._switch.update(elapsed_s, bool(users), at_once=not is_training)
+        if is_held and not was_held:
+            self._waits_for = {process.pid for process in users}
+        elif was_held and not is_held:
+            # What came during the hold and stayed is always there from now on.
+            self._waits_for, self._at_start = set(), memory
+        return self.user if is_held else None
 
-    def _uses_it(self, process: GpuProcess) -> bool:
-        taken = (process.memory_bytes or 0) - self._at_start.get(process.pid, 0)
-        return taken >= _OTHER_BYTES or _is_busy(process)
+    def _grown(self, memory: Mapping[int, int]) -> set[int]:
+        """Return the processes that have taken memory which no other has given back since the run began."""
+        pids = memory.keys() | self._at_start.keys()
+        taken = {pid: memory.get(pid, 0) - self._at_start.get(pid, 0) for pid in pids}
+        given_back, grown = sum(max(0, -each) for each in taken.values()), set[int]()
+        for pid in sorted(taken, key=taken.__getitem__, reverse=True):
+            if taken[pid] - given_back >= _OTHER_BYTES:
+                grown.add(pid)
+            given_back = max(0, given_back - max(0, taken[pid]))
+        return grown
 
 
 def _is_busy(process: GpuProcess) -> bool:

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.metrics import GpuProcess
 from qlora_tui.hours import Clock
 from qlora_tui.locks import locked
 from qlora_tui.memory.budget import local_budget
@@ -23,12 +26,12 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, run_queue, runner
 from qlora_tui.runs.describe import describe, follow_events
-from qlora_tui.runs.devices import Devices
+from qlora_tui.runs.devices import Devices, RunDevice
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.doctor import Machine, check_queue
 from qlora_tui.runs.event_log import EventTail, append_event
 from qlora_tui.runs.events import Finished, Paused, Started
-from qlora_tui.runs.gate import Gate, is_own, program_name
+from qlora_tui.runs.gate import Gate, GpuReader, is_own, program_name
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
@@ -44,12 +47,16 @@ GIB = 1 << 30
 class PlayedClock(Clock):
     """A clock that tests set, in which nobody waits."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str = "2026-11-30 12:00") -> None:
         super().__init__()
+        self.elapsed_s = 0.0
         self.unix = time.mktime(time.strptime(text, "%Y-%m-%d %H:%M"))
 
     def now(self) -> float:
         return self.unix
+
+    def elapsed(self) -> float:
+        return self.elapsed_s
 
     def zone(self) -> None:
         return None
@@ -123,13 +130,80 @@ def test_settings_with_errors_leave_the_last_ones(run: RunDir) -> None:
     assert gate.hours_hold(run) is None
 
 
-def test_this_programs_processes_are_known() -> None:
+def test_this_programs_processes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["-m", "qlora_tui.engine"]
     with running([sys.executable, "-c", "input()", *arguments]) as own, running(["cat"]) as other:
         wait_for(lambda: is_own(own.pid))
         wait_for(lambda: program_name(other.pid) == "cat")
         assert is_own(other.pid) is False
+        # A trainer of another user has no reason to give way to this one's runs.
+        monkeypatch.setattr(os, "getuid", lambda: 65534)
+        assert is_own(own.pid) is False
     assert is_own(other.pid) is None and program_name(other.pid) == "another program"
+
+
+@pytest.fixture
+def program() -> Iterator[GpuProcess]:
+    """An idle program with much GPU memory, whose process exists."""
+    with running(["sleep", "600"]) as process:
+        wait_for(lambda: program_name(process.pid) == "sleep")
+        yield GpuProcess(process.pid, 5 * GIB, busy_percent=0)
+
+
+def test_a_program_on_one_gpu_of_two_leaves_the_other(run: RunDir, program: GpuProcess) -> None:
+    write_config("yield = true")
+    processes = {0: [msgspec.structs.replace(program, busy_percent=90)], 1: []}
+    gpus = [RunDevice("GPU-a", 0), RunDevice("GPU-b", 1)]
+    gate = Gate(PlayedClock(), processes.__getitem__)
+    hold = Hold(cause="program", program="sleep", pid=program.pid)
+    assert gate.programs_on(run, gpus) == {"GPU-a": hold}
+    assert gate.programs_on(run, gpus[1:]) == {}
+
+
+def test_a_new_runner_waits_for_the_same_program(run: RunDir, program: GpuProcess) -> None:
+    write_config("yield = true")
+    gpus = [RunDevice("GPU-a", 0)]
+    assert Gate(PlayedClock(), lambda _: [program]).programs_on(run, gpus) == {}
+    hold = Hold(cause="program", program="sleep", pid=program.pid)
+    write_status(run, Status(state="queued", at=time.time(), hold=hold))
+    assert Gate(PlayedClock(), lambda _: [program]).programs_on(run, gpus) == {"GPU-a": hold}
+    # After a restart of the machine the number is another program's.
+    other = msgspec.structs.replace(hold, program="game")
+    write_status(run, Status(state="queued", at=time.time(), hold=other))
+    assert Gate(PlayedClock(), lambda _: [program]).programs_on(run, gpus) == {}
+
+
+def test_a_program_that_came_while_runs_did_not_yield_is_not_waited_for(
+    run: RunDir, program: GpuProcess
+) -> None:
+    write_config("yield = true")
+    processes, clock, gpus = list[GpuProcess](), PlayedClock(), [RunDevice("GPU-a", 0)]
+    gate = Gate(clock, lambda _: processes)
+    assert gate.programs_on(run, gpus) == {}
+    clock.elapsed_s += 8 * HOUR_S
+    game = GpuProcess(os.getppid(), 3 * GIB, busy_percent=60)
+    processes += [program, game]
+    assert gate.programs_on(run, gpus)["GPU-a"].pid == game.pid
+    processes.remove(game)
+    for _ in range(60):
+        clock.elapsed_s += 1
+        held = gate.programs_on(run, gpus)
+    assert held == {}
+
+
+def test_a_driver_that_goes_away_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class LostNvml:
+        def busy_processes(self, index: int) -> None:
+            raise GpuUnavailableError(GpuUnavailableReason.LOST)
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr("qlora_tui.runs.gate.Nvml", LostNvml)
+    reader = GpuReader()
+    assert reader(0) is None and reader(0) is None and len(set(closed)) == 2
 
 
 def test_a_held_run_that_is_paused_leaves_the_queue(run: RunDir) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
+import msgspec
 import pytest
 
 from qlora_tui.gpu.metrics import GpuProcess
-from qlora_tui.hours import Clock, Hours
+from qlora_tui.hours import Hours
 from qlora_tui.runs.holds import SOON_S, Bounds, Hold, Sharing
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -59,7 +60,6 @@ def test_the_end_of_a_run_counts_only_hours_inside() -> None:
 def test_another_time_zone_has_other_hours() -> None:
     hours, now = Hours.parse("23:00-07:00"), moment("2026-11-30 23:30")
     assert hours.is_open(now, BERLIN) and not hours.is_open(now, ZoneInfo("America/New_York"))
-    assert hours.is_open(now, ZoneInfo("Europe/Berlin")) and Clock().zone() is not BERLIN
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,14 @@ BROWSER = GpuProcess(2, 600 * MIB, computes=False, busy_percent=12)
 TRAINER = GpuProcess(3, 9 * GIB, busy_percent=90)
 GAME = GpuProcess(4, 3 * GIB, computes=False, busy_percent=60)
 OLLAMA = GpuProcess(5, 5 * GIB, busy_percent=0)
+LARGE_BROWSER = GpuProcess(6, 1300 * MIB, computes=False, busy_percent=12)
 
 
 class Played:
     """One GPU whose processes are given second by second."""
 
-    def __init__(self) -> None:
-        self.sharing, self.second = Sharing(), 0
+    def __init__(self, waits_for: int = 0) -> None:
+        self.sharing, self.second = Sharing(waits_for), 0
 
     def seconds_until(
         self, is_held: bool, *processes: GpuProcess, is_training: bool = True, most: int = 900
@@ -108,6 +109,11 @@ class Played:
         """Have a run begin next to these processes."""
         self.seconds_until(False, *processes, is_training=False)
         assert self.seconds_until(True, *processes, TRAINER, most=60) is None
+
+    def goes_on_next_to(self, *processes: GpuProcess) -> bool:
+        """Whether a run that is held goes on within a minute, and stays."""
+        waited_s = self.seconds_until(False, *processes, is_training=False, most=60)
+        return waited_s is not None and self.seconds_until(True, *processes, TRAINER) is None
 
 
 @pytest.mark.parametrize("program", [GAME, OLLAMA])
@@ -134,15 +140,59 @@ def test_what_is_always_there_does_not_pause_a_run() -> None:
     assert gpu.seconds_until(True, DESKTOP, TRAINER) is None
 
 
-def test_a_server_that_was_there_counts_when_it_computes_or_loads_again() -> None:
+def test_a_server_that_was_there_counts_when_it_computes_or_takes_more() -> None:
     gpu = Played()
     gpu.begin(OLLAMA)
     answering = GpuProcess(OLLAMA.pid, OLLAMA.memory_bytes, busy_percent=80)
     assert gpu.seconds_until(True, TRAINER, answering) is not None
+    assert gpu.goes_on_next_to(OLLAMA)
+    larger = GpuProcess(OLLAMA.pid, 7 * GIB)
+    gpu.seconds_until(True, TRAINER, GpuProcess(OLLAMA.pid, 200 * MIB), most=10)
+    # The run began next to this memory. More of it is taken from the run.
+    assert gpu.seconds_until(True, TRAINER, OLLAMA) is None
+    assert gpu.seconds_until(True, TRAINER, larger) is not None
+    assert gpu.seconds_until(False, larger, is_training=False) is None
+    assert gpu.goes_on_next_to(OLLAMA)
+
+
+@pytest.mark.parametrize("idle", [OLLAMA, LARGE_BROWSER])
+def test_what_is_idle_at_the_first_look_is_not_waited_for(idle: GpuProcess) -> None:
+    # A runner was replaced, or yielding turned on, in mid-run.
+    assert Played().seconds_until(True, TRAINER, idle) is None
+    gpu = Played()
+    assert gpu.seconds_until(True, GAME, idle, is_training=False) == 0
+    assert gpu.seconds_until(False, GAME, idle, is_training=False, most=60) is None
+    assert gpu.seconds_until(False, GpuProcess(GAME.pid, 3 * GIB), idle, is_training=False) is None
+    assert gpu.goes_on_next_to(idle)
+    # A desktop that moves a window just then.
+    gpu, desktop = Played(), GpuProcess(1, 1200 * MIB, computes=False)
+    moved = msgspec.structs.replace(desktop, busy_percent=30)
+    assert gpu.seconds_until(True, moved, idle, is_training=False) == 0
+    assert gpu.goes_on_next_to(desktop, idle)
+
+
+def test_what_is_opened_during_a_hold_is_not_waited_for() -> None:
+    gpu = Played()
+    gpu.begin(DESKTOP)
+    gpu.seconds_until(True, DESKTOP, TRAINER, GAME)
+    assert gpu.seconds_until(False, DESKTOP, GAME, LARGE_BROWSER, is_training=False) is None
+    assert gpu.goes_on_next_to(DESKTOP, LARGE_BROWSER)
+
+
+def test_a_server_that_restarts_is_no_other_program() -> None:
     gpu = Played()
     gpu.begin(OLLAMA)
-    gpu.seconds_until(True, TRAINER, GpuProcess(OLLAMA.pid, 200 * MIB), most=10)
-    assert gpu.seconds_until(True, TRAINER, OLLAMA) is not None
+    assert gpu.seconds_until(True, TRAINER, most=20) is None
+    again = GpuProcess(50, OLLAMA.memory_bytes)
+    assert gpu.seconds_until(True, TRAINER, again) is None
+    assert gpu.seconds_until(True, TRAINER, again, GpuProcess(51, 2 * GIB)) is not None
+
+
+def test_the_hold_of_an_earlier_runner_goes_on() -> None:
+    gpu = Played(waits_for=OLLAMA.pid)
+    assert gpu.seconds_until(True, OLLAMA, BROWSER, is_training=False) == 0
+    assert gpu.seconds_until(False, OLLAMA, BROWSER, is_training=False) is None
+    assert gpu.goes_on_next_to(BROWSER)
 
 
 def test_a_run_is_not_begun_while_another_program_computes() -> None:
