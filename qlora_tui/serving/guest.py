@@ -35,7 +35,7 @@ class Guest:
     def __init__(
         self, runs: RunsToServe, aliases: Mapping[str, str] | None = None, idle_unload_s: float | None = None
     ) -> None:
-        """Raise UserError for an alias of no model.
+        """Raise UserError for an alias of no model, or that is a name in itself.
 
         ``idle_unload_s``: seconds without a request after which the model is unloaded; None: never.
         """
@@ -44,8 +44,8 @@ class Guest:
         self._idle_unload_s = idle_unload_s
         self._device = own_device()
         self._stamp = runs.stamp()
+        check_aliases(served_models(runs), self._aliases)
         self.models = served_models(runs, aliases)
-        check_aliases(self.models, self._aliases)
         """The models when they were asked for last."""
         self._offered: Mapping[str, str] = {}
         """Adapters that the engine knows of."""

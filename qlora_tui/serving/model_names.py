@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -113,31 +114,48 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
     listed, adapters = [ServedModel(BASE, BASE, base.thinking)], {}
     newest = next((run for run in all_runs() if run in there and _has_adapter(run)), there[0])
     automatic = {recipe.model.id: BASE, LAST: newest.id}
+    names: dict[str, str] = {}
+    ids, named = {run.id for run in there}, Counter(run.name for run in there)
     for run in there:
         source = run_source(run)
+        # The name of two runs means none of them.
+        name = run.name if named[run.name] == 1 and run.name not in ids else ""
+        if name:
+            names[name] = run.id
         if ADAPTER not in source.adapters and source.adapters:
             automatic[run.id] = f"{run.id}:{_step(next(iter(source.adapters)))}"
-        for name, folder in source.adapters.items():
-            suffix = "" if name == ADAPTER else f":{_step(name)}"
+        for adapter, folder in source.adapters.items():
+            suffix = "" if adapter == ADAPTER else f":{_step(adapter)}"
             # Weights that were written again are another adapter, which is loaded. peft makes attributes of
             # modules of these names, which have no dots.
             written_ns = _modified_ns(Path(folder) / WEIGHTS)
             adapter_name = f"{run.id}{suffix}_{written_ns}".replace(".", "_")
             adapters[adapter_name] = folder
             listed.append(ServedModel(f"{run.id}{suffix}", adapter_name, source.thinking))
-            automatic[f"{run.name}{suffix}"] = f"{run.id}{suffix}"
-    models = ServedModels(ChatSource(recipe=recipe, adapters=adapters), tuple(listed), automatic)
+            if name and suffix:
+                names[f"{name}{suffix}"] = f"{run.id}{suffix}"
+    models = ServedModels(ChatSource(recipe=recipe, adapters=adapters), tuple(listed), names | automatic)
     for alias, name in (aliases or {}).items():
-        # Of a run that was deleted since the start there is none.
-        if (model := models.find(name)) is not None:
+        # Of a run that was deleted since the start there is none, and one may have got that id.
+        model = models.find(name)
+        if model is not None and all(each.name != alias for each in listed):
             listed.append(replace(model, name=alias))
     return replace(models, listed=tuple(listed))
 
 
 def check_aliases(models: ServedModels, aliases: Mapping[str, str]) -> None:
-    """Raise UserError for an alias of no model."""
+    """Raise UserError for an alias of no model, or that is a name in itself.
+
+    ``models`` has no aliases.
+    """
     for alias, name in aliases.items():
-        if models.find(alias) is None:
+        if models.find(alias) is not None:
+            raise UsageError(
+                "The alias is taken",
+                what=f"{alias} already is the name of a model of this server.",
+                fix="Choose another alias.",
+            )
+        if models.find(name) is None:
             raise UsageError(
                 "No such model",
                 what=f"The alias {alias} refers to {name}, which this server does not have.",

@@ -64,6 +64,28 @@ def test_names_lead_to_adapters(runs: list[RunDir]) -> None:
     assert not any("." in name for name in models.source.adapters)
 
 
+def test_a_name_of_two_runs_means_none_and_no_name_hides_another(runs: list[RunDir]) -> None:
+    def found(name: str) -> str:
+        model = served_models(RunsToServe(runs[:2])).find(name)
+        return model.name if model is not None else ""
+
+    runs[1].name_path.write_text("mine")
+    assert (found("mine"), found("mine:7")) == ("b:7", "b:7")
+    runs[0].name_path.write_text("mine")
+    assert (found("mine"), found("mine:7"), found("mine:4")) == ("", "", "")
+    assert (found("a-1.0"), found("b")) == ("a-1.0", "b:7")
+    newest = found("last")
+    for name in ("last", "base", "/models/tiny", runs[1].id):
+        runs[0].name_path.write_text(name)
+        assert (found("last"), found("base"), found("/models/tiny"), found("b")) == (
+            newest,
+            "base",
+            "base",
+            "b:7",
+        )
+        assert not found("b:4")
+
+
 def test_runs_of_two_bases_are_refused_with_what_to_do(runs: list[RunDir]) -> None:
     with pytest.raises(UsageError) as refused:
         RunsToServe([runs[0], runs[2]])
@@ -74,10 +96,16 @@ def test_runs_of_two_bases_are_refused_with_what_to_do(runs: list[RunDir]) -> No
     assert [run.id for run in RunsToServe([runs[1]], with_others=True).now()] == ["b", "a-1.0"]
 
 
-def test_an_alias_of_no_model_is_refused_at_the_start(runs: list[RunDir]) -> None:
+@pytest.mark.parametrize(
+    ("alias", "name", "words"),
+    [("gpt", "c", "gpt refers to c"), ("base", "a-1.0", "base already"), ("last", "base", "last already")],
+)
+def test_an_alias_that_cannot_work_is_refused_at_the_start(
+    runs: list[RunDir], alias: str, name: str, words: str
+) -> None:
     with pytest.raises(UsageError) as refused:
-        Server(RunsToServe(runs[:1]), port=0, aliases={"gpt": "c"})
-    assert "gpt refers to c" in refused.value.what
+        Server(RunsToServe(runs[:1]), port=0, aliases={alias: name})
+    assert words in refused.value.what
 
 
 def test_a_second_server_on_a_port_is_refused_by_name(runs: list[RunDir]) -> None:
