@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 
+import h11
 import msgspec
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qlora_tui.errors import UsageError, disk_problems
 from qlora_tui.files import atomic_write
@@ -23,6 +25,8 @@ from qlora_tui.serving.guest import Guest
 from qlora_tui.serving.model_names import RunsToServe
 
 LOOPBACK = "127.0.0.1"
+REQUEST_S = 5.0
+"""Seconds that a connection may be open without a request."""
 _STATE_S = 1.0
 _ANY_HOST = ("0.0.0.0", "::")
 
@@ -80,7 +84,7 @@ class Server:
             uvicorn.Config(
                 app,
                 loop="asyncio",
-                http="h11",
+                http=TimedConnection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -149,6 +153,44 @@ class Server:
             prompt_tokens=figures.prompt_tokens,
             new_tokens=figures.new_tokens,
         )
+
+
+class TimedConnection(H11Protocol):
+    """A connection that is closed if it is open without a request, which needs no key."""
+
+    _clock: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client sent, and wait on if it is a part of a head."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or for the end of a body that nobody reads."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        super().connection_lost(exc)
+        self._stop_clock()
+
+    def _watch(self) -> None:
+        is_answered = self.cycle is None or self.cycle.response_complete
+        if not is_answered or self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop_clock()
+        elif self._clock is None:
+            self._clock = self.loop.call_later(REQUEST_S, self.transport.close)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
 
 
 class _Uvicorn(uvicorn.Server):

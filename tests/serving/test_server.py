@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import stat
 from pathlib import Path
 
 import pytest
+import uvicorn
+from starlette.responses import PlainTextResponse
+from uvicorn.server import ServerState
 
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.errors import UsageError
@@ -15,8 +19,9 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs.devices import CPU, Devices, RunDevice, claimed, record_devices, run_on
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.serving import server as serving_server
 from qlora_tui.serving.model_names import RunsToServe, served_models
-from qlora_tui.serving.server import Server, is_loopback
+from qlora_tui.serving.server import Server, TimedConnection, is_loopback
 from tests.cli.conftest import Call, call
 from tests.serving.conftest import serving, write_run
 from tests.support.polling import wait_for
@@ -195,6 +200,30 @@ def test_only_a_run_on_its_device_takes_the_model(runs: list[RunDir]) -> None:
     with claimed(Devices((gpu,))):  # its trainer does not run yet
         assert run_on("GPU-1") and not run_on(CPU)
     assert not run_on("GPU-1")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET / HT",
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1",
+    ],
+)
+async def test_a_connection_without_a_request_is_closed(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_server, "REQUEST_S", 0.05)
+    config = uvicorn.Config(PlainTextResponse("answered"), lifespan="off", timeout_keep_alive=100)
+    state, loop = ServerState(), asyncio.get_running_loop()
+    async with await loop.create_server(
+        lambda: TimedConnection(config, state, {}), "127.0.0.1", 0
+    ) as listening:
+        reader, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
+        writer.write(sent)
+        answered = await asyncio.wait_for(reader.read(), 20)
+        assert answered.count(b"answered") == (b"\r\n\r\n" in sent)
+        writer.close()
+    assert not state.connections
 
 
 @pytest.mark.slow
