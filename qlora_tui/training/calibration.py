@@ -296,11 +296,11 @@ def _threshold(confidence: Tensor, right: Tensor, target: float) -> float | None
     last = int(enough.nonzero()[-1])
     if last == len(order) - 1:
         return 0.0
-    lowest, next_lower = confidence[order][last : last + 2].tolist()
+    lowest, next_lower = map(float, confidence[order][last : last + 2])
     # Below 1, which another computation of the same probability may miss.
     lowest = min(lowest, math.nextafter(1.0, 0.0))
     for digits in range(2, 16):
-        short = math.floor(lowest * 10**digits) / 10**digits
+        short = math.floor(lowest * 10.0**digits) / 10.0**digits
         if next_lower < short <= lowest:
             return short
     return lowest
