@@ -18,7 +18,6 @@ from qlora_tui.cli.subcommand import (
     whole_number,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.formatting import format_progress
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.task_metrics.decisions import MOST_DECISIONS
 from qlora_tui.runs.task_metrics.task_evaluation import (
@@ -28,6 +27,8 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     read_task_evaluation,
     report_lines,
 )
+
+_BENCHMARK_PORT = 8000
 
 
 def run_chat(args: argparse.Namespace) -> CommandResult | int:
@@ -103,11 +104,14 @@ def run_evaluate(args: argparse.Namespace) -> CommandResult:
             evaluation = evaluate_task(
                 run,
                 args.prompts,
-                lambda done, total: line.show(
-                    f"{format_progress(done, total)} answers", is_due=done == total
-                ),
+                lambda done, total: line.show_share(done, total, "answers"),
             )
-    lines = [*report_lines(evaluation, args.rows), "", "For benchmarks, with lm-eval:", *_lm_eval_lines(run)]
+    lines = [
+        *report_lines(evaluation, args.rows),
+        "",
+        "For benchmarks, with lm-eval (model=base for the base):",
+        *_lm_eval_lines(run),
+    ]
     return CommandResult(data=_with_differences(evaluation), text="\n".join(lines))
 
 
@@ -123,20 +127,22 @@ def _with_differences(evaluation: TaskEvaluation) -> object:
 
 
 def _lm_eval_lines(run: RunDir) -> list[str]:
-    """Return the commands with which EleutherAI's lm-evaluation-harness measures a run's adapter.
+    """Return how EleutherAI's lm-evaluation-harness measures a run through a server.
 
-    The base is not quantized: lm-eval 0.4.13 passes ``load_in_4bit`` to ``from_pretrained``, which takes none
-    in transformers 5.
+    Options as in lm-eval 0.4.13, ``lm_eval/models/api_models.py``.
     """
-    recipe = run.recipe()
-    if recipe.model.id.endswith(".gguf"):
-        # transformers converts such a base in another way than a run does.
-        return [
-            f"  qlora-tui export merge {run.id} MERGED",
-            "  lm_eval --model hf --model_args pretrained=MERGED --tasks TASKS",
-        ]
-    model = f"pretrained={recipe.model.id},peft={run.adapter_dir},dtype={recipe.quantization.compute_dtype}"
-    return [f"  lm_eval --model hf --model_args {shlex.quote(model)} --tasks TASKS"]
+    model = {
+        "model": run.id,
+        "base_url": f"http://127.0.0.1:{_BENCHMARK_PORT}/v1/completions",
+        "tokenizer": run.adapter_dir,
+        "num_concurrent": 8,
+    }
+    arguments = shlex.quote(",".join(f"{name}={value}" for name, value in model.items()))
+    return [
+        "For benchmarks, with lm-eval (model=base measures the base):",
+        f"  qlora-tui serve {shlex.quote(run.id)} --port {_BENCHMARK_PORT} --background",
+        f"  lm_eval --model local-completions --model_args {arguments} --tasks TASKS",
+    ]
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

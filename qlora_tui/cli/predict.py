@@ -9,7 +9,7 @@ import msgspec
 
 from qlora_tui.chat.prediction import Predicted, Prediction, check_prediction
 from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand
-from qlora_tui.formatting import format_path, format_progress, pluralize
+from qlora_tui.formatting import format_path, pluralize
 from qlora_tui.runs.directory import find_run
 from qlora_tui.worker import run_job
 
@@ -35,10 +35,7 @@ def run_predict(args: argparse.Namespace) -> CommandResult:
             title="The prediction failed",
             subject="The process that decides the rows",
             fix="Run the same command again: it continues with the remaining rows.",
-            on_progress=lambda progress: line.show(
-                f"{format_progress(progress.done, progress.total)} rows",
-                is_due=progress.done == progress.total,
-            ),
+            on_progress=lambda progress: line.show_share(progress.done, progress.total, "rows"),
         )
     return CommandResult(msgspec.to_builtins(predicted), "\n".join(_lines(predicted)))
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import msgspec
 
-from qlora_tui.formatting import align_columns, truncate_middle
+from qlora_tui.formatting import align_columns, format_progress, truncate_middle
 from qlora_tui.visible import visible, visible_in_json
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qlora_tui.runs.doctor import Check
 
 JSON_HELP = "print one JSON object per line on stdout, and messages on stderr"
+_BAR_CELLS = 30
 _TERMINAL_INTERVAL_S = 0.2
 _LOG_INTERVAL_S = 10.0
 """Seconds between lines of progress in a file or a pipe, where each is a separate line."""
@@ -270,6 +271,13 @@ class ProgressLine:
         # A line that wraps could not be overwritten.
         width = shutil.get_terminal_size().columns - 1
         print(truncate_middle(text, width), end="", file=sys.stderr, flush=True)
+
+    def show_share(self, done: int, total: int, what: str) -> None:
+        """Show how many are done, in a terminal with a bar."""
+        text = f"{format_progress(done, total)} {what}"
+        if self._is_terminal and total:
+            text = f"[{'#' * (done * _BAR_CELLS // total):.<{_BAR_CELLS}}] {done / total:.0%}  {text}"
+        self.show(text, is_due=done == total)
 
     def clear(self) -> None:
         """Erase the line in a terminal."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from qlora_tui.chat.session import load_session
 from qlora_tui.chat.task_answers import answer_prompts
 from qlora_tui.cli import main
 from qlora_tui.data.conversation import Conversation, Message
+from qlora_tui.data.row import Row
+from qlora_tui.data.row_writers import write_rows
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Source
@@ -116,6 +119,30 @@ def test_after_a_cut_at_any_moment_the_same_command_ends_with_the_same_output(
     assert set(last.values()) == {out.read_bytes()}
     assert {0, 5} <= resumed
     disk.close()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_memory_does_not_grow_with_the_file(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    def answered(session: object, decider: object, layout: object, batch: list[Row], request: object) -> Any:
+        return [prediction._Line(label="red", probability=0.5) for _ in batch]
+
+    monkeypatch.setattr(prediction, "_session", lambda request: object())
+    monkeypatch.setattr(prediction, "_decided", answered)
+
+    def peak_bytes(rows: int) -> int:
+        file, out = tmp_path / f"{rows}{suffix}", tmp_path / f"{rows}.out{suffix}"
+        write_rows(file, suffix, lambda: ({"id": str(n), "text": f"{n} owls" * 1000} for n in range(rows)))
+        tracemalloc.start()
+        assert predict(Prediction(run=str(run.path), file=str(file), out=str(out)), silent).rows == rows
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    few = peak_bytes(500)
+    # The rows are 31 MB more; reading decision.json takes 17.
+    assert peak_bytes(4000) < few + 1_000_000
 
 
 @pytest.mark.usefixtures("quick_trainers")

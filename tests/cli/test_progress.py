@@ -38,3 +38,12 @@ def test_progress_takes_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch, 
         assert screen.getvalue().endswith("\r\x1b[K") and max(map(len, lines)) < 60
     else:
         assert lines == ["Writing", "Asking llama.cpp " * 9]
+
+
+def test_a_share_is_a_bar_in_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_terminal, start in ((True, f"\r\x1b[K[{'#' * 15}{'.' * 15}] 50%  "), (False, "")):
+        screen = StringIO()
+        monkeypatch.setattr(screen, "isatty", lambda shown=is_terminal: shown)
+        monkeypatch.setattr("sys.stderr", screen)
+        ProgressLine().show_share(500, 1000, "rows")
+        assert screen.getvalue().rstrip("\n") == f"{start}500 of 1,000 rows"

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_tui import paths, worker
 from qlora_tui.catalog import hub
-from qlora_tui.cli.main import main
+from qlora_tui.cli.main import command_parser, main
 from qlora_tui.formatting import format_path
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
@@ -231,14 +231,16 @@ def test_what_needs_a_trainer_is_refused_without_one(
     assert "finished" in said.err
 
 
-@pytest.mark.parametrize("model", ["acme/tiny", "/models/tiny-Q4_K_M.gguf"])
-def test_evaluate_prints_the_command_of_lm_eval_for_the_adapter(call: Call, model: str) -> None:
-    run = create_run(Recipe(name="owls", model=Model(id=model)))
+def test_evaluate_prints_the_commands_of_lm_eval_for_the_adapter(call: Call) -> None:
+    run = create_run(Recipe(name="owls"))
     loss = LossChange(rows=0, before=0.0, after=0.0, interval=None)
     put_evaluation(run, [a_row("red", "blue", "red")], loss)
-    words = shlex.split(call("evaluate", run.id).out.splitlines()[-1])
-    base = f"{model},peft={run.adapter_dir},dtype=auto" if model == "acme/tiny" else "MERGED"
-    assert words == f"lm_eval --model hf --model_args pretrained={base} --tasks TASKS".split()
+    serve, harness = map(shlex.split, call("evaluate", run.id).out.splitlines()[-2:])
+    served = command_parser("serve").parse_args(serve[1:])
+    assert served.runs == [run.id] and served.background
+    url = f"http://{served.host}:{served.port}/v1/completions"
+    model = f"model={run.id},base_url={url},tokenizer={run.adapter_dir},num_concurrent=8"
+    assert harness == f"lm_eval --model local-completions --model_args {model} --tasks TASKS".split()
 
 
 def test_rows_of_a_folder_are_named_with_their_file(call: Call, tmp_path: Path) -> None:
