@@ -108,7 +108,7 @@ def test_layers_that_save_other_than_the_rules_say_make_the_range_wider(
 ) -> None:
     estimated = compare_estimate(model_type)
     assert not estimated.untraced and not estimated.is_outside
-    assert STEP_UNCERTAINTY < estimated.ratio - 1 < estimated.uncertainty < 1
+    assert STEP_UNCERTAINTY < estimated.ratio - 1 < estimated.uncertainty < 1.5
     monkeypatch.setattr(levels, "BEYOND_RULES", 0.0)
     assert compare_estimate(model_type).is_outside
 

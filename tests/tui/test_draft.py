@@ -165,7 +165,7 @@ async def test_a_change_in_another_window_is_marked_and_loaded_by_a_key() -> Non
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "balanced")
         edit_elsewhere(8)
-        await wait_for_text(pilot, "Next run · balanced · changed in another window, F7 r")
+        await wait_for_text(pilot, "From a model", "changed in another window, F7 reload")
         await pilot.press("4")
         await wait_for_text(pilot, "changed in another window, F7 reload")
         assert app.workbench.recipe.lora.rank == 16

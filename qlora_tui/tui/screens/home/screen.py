@@ -404,7 +404,7 @@ class HomeScreen(WorkScreen):
         if self.app.draft.is_newer:
             from qlora_tui.tui.widgets.recipe_strip import reload_hint
 
-            title = Content.assemble(title, " · ", reload_hint())
+            title = reload_hint()  # all that the panel has room for
         self.query_one("#recipe-panel", Panel).show_title(title)
         self.query_one("#recent-panel").display = bool(facts.recent)
         recent = partial(recent_lines, facts.recent, clock.now())
