@@ -34,6 +34,8 @@ TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Shares of right decisions for which a threshold is looked for."""
 _MIN_DECIDED = 10
 """Rows above a threshold below which it says nothing."""
+_ROUNDING = 1e-9
+"""Difference of two confidences up to which they are the same."""
 _BINS = 15
 """Bins of confidence of the calibration error, equally wide, as in Guo et al. 2017."""
 _LOG_RANGE = (math.log(0.05), math.log(50.0))
@@ -76,8 +78,8 @@ def calibrate(
     scores = torch.tensor(adapter, dtype=torch.float64)
     wanted = torch.tensor(truth)
     plain = scores.log_softmax(-1)
-    fit, judged = _Fit(1.0, torch.zeros(scores.shape[1], dtype=torch.float64)), plain
-    fitted_rows = 0
+    fitter: _Fitter = _uncalibrated
+    judged, fitted_rows = plain, 0
     if len(truth) >= MIN_FITTED_ROWS:
         fitted_rows = len(truth)
         judged = _cross_fitted(_fit_temperature, scores, wanted)
@@ -85,7 +87,8 @@ def calibrate(
         gain = _losses(biased, wanted) - _losses(judged, wanted)
         has_bias = mean_interval(gain.tolist()).high < 0
         judged = biased if has_bias else judged
-        fit = (_fit_bias if has_bias else _fit_temperature)(scores, wanted)
+        fitter = _fit_bias if has_bias else _fit_temperature
+    fit = fitter(scores, wanted)
     before = torch.tensor(base, dtype=torch.float64).log_softmax(-1)
     chosen = judged.argmax(-1)
     confusion = torch.zeros(len(decision.options), len(decision.options), dtype=torch.int64)
@@ -102,7 +105,7 @@ def calibrate(
         before=judge_probabilities(plain, wanted),
         after=judge_probabilities(judged, wanted),
         confusion=tuple(map(tuple, confusion.tolist())),
-        thresholds=_thresholds(judged, wanted),
+        thresholds=_thresholds(fitter, scores, wanted),
         fields=tuple(_field_accuracy(decision, field, chosen, wanted) for field in decision.fields),
     )
     return report, chosen.tolist()
@@ -120,6 +123,10 @@ def _folds(rows: int) -> Iterator[Tensor]:
     """Yield for each fold whether a row is in it (rows,)."""
     for fold in range(FOLDS):
         yield torch.arange(rows) % FOLDS == fold
+
+
+def _uncalibrated(scores: Tensor, truth: Tensor) -> _Fit:
+    return _Fit(1.0, torch.zeros(scores.shape[1], dtype=scores.dtype))
 
 
 def _fit_temperature(scores: Tensor, truth: Tensor) -> _Fit:
@@ -254,24 +261,35 @@ def _error_interval(measured: Measured, honest: Tensor) -> Measured:
     return Measured(value, Interval(low, min(1.0, max(value, 2 * value - interval.low))))
 
 
-def _thresholds(logs: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
+def _thresholds(fitter: _Fitter, scores: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
     """Return for each target the threshold, and how many rows it decides how well.
 
-    The threshold is that of all rows; rows are judged by those of the other folds, as everything is.
+    The threshold is that of all rows with the fit to them; the rows of a fold are judged by fit and threshold
+    of the others.
     """
-    confidence, chosen = logs.exp().max(-1)
-    right = chosen == truth
+
+    def surest(fit: _Fit, rows: Tensor) -> tuple[Tensor, Tensor]:
+        confidence, chosen = fit.logs(scores[rows]).exp().max(-1)
+        return confidence, chosen == truth[rows]
+
+    whole = surest(fitter(scores, truth), torch.ones_like(truth, dtype=torch.bool))
+    folds = []
+    for inside in _folds(len(truth)):
+        fit = fitter(scores[~inside], truth[~inside])
+        folds.append((surest(fit, inside), surest(fit, ~inside)))
     found: list[Threshold] = []
     for target in TARGETS:
-        threshold = _threshold(confidence, right, target)
+        threshold = _threshold(*whole, target)
         if threshold is None:
             continue
-        decided = confidence >= threshold
-        # Where every row may be decided, nothing is chosen.
-        for inside in _folds(len(truth)) if threshold else ():
-            others = _threshold(confidence[~inside], right[~inside], target)
-            decided[inside] = False if others is None else confidence[inside] >= others
-        count, of_these = int(decided.sum()), int((decided & right).sum())
+        count = of_these = 0
+        for (confidence, right), others in folds:
+            # If every row may be decided, nothing is chosen.
+            least = _threshold(*others, target) if threshold else 0.0
+            if least is not None:
+                decided = confidence >= least
+                count += int(decided.sum())
+                of_these += int((decided & right).sum())
         if count < _MIN_DECIDED:
             continue
         if found and (not threshold or (found[-1].rows, found[-1].right) == (count, of_these)):
@@ -288,8 +306,8 @@ def _threshold(confidence: Tensor, right: Tensor, target: float) -> float | None
     order = confidence.argsort(descending=True)
     counts = torch.arange(1, len(order) + 1)
     shares = right[order].double().cumsum(0) / counts
-    # A threshold takes all rows of one confidence, or none.
-    is_last = confidence[order].diff(append=torch.tensor([-1.0])) < 0
+    # Of rows whose confidence is the same but for rounding, all are decided or none.
+    is_last = confidence[order].diff(append=torch.tensor([-1.0])) < -_ROUNDING
     enough = is_last & (shares >= target) & (counts >= min(_MIN_DECIDED, len(order)))
     if not bool(enough.any()):
         return None

@@ -117,15 +117,18 @@ def test_thresholds_decide_rows_they_were_not_chosen_on() -> None:
 
 
 def test_a_threshold_takes_all_rows_of_one_confidence() -> None:
-    """Three texts that many rows repeat: the surest are all right, the next 20 half of the time."""
+    """Three texts that many rows repeat: the surest are all right, the next 5 of 20, the last 10 of 20.
+
+    A part of the second would pass for 80 % right, with the first.
+    """
     confidence = torch.tensor([0.9] * 20 + [0.7] * 20 + [0.5] * 20, dtype=torch.float64)
     scores = torch.stack([confidence, 1 - confidence, torch.full_like(confidence, 1e-6)], dim=1).log()
-    truth = [0] * 20 + [0] * 10 + [1] * 10 + [2] * 20
+    truth = [0] * 20 + [0] * 5 + [1] * 15 + [0] * 10 + [1] * 10
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
     report = judged(scores[order], [truth[row] for row in order])
-    assert report.thresholds
-    for each in report.thresholds:
-        assert (each.rows, each.right) == (20, 20)
+    assert [(each.rows, each.right) for each in report.thresholds] == [(20, 20)]
+    probabilities = [report.calibration.probabilities(row) for row in scores[[0, 20]].tolist()]
+    assert max(probabilities[1]) < report.thresholds[0].confidence <= max(probabilities[0])
 
 
 @pytest.mark.parametrize(
