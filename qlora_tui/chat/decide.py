@@ -91,16 +91,20 @@ def decide(
 def _choice(session: ChatSession, decider: Decider, conversation: Conversation) -> Choice | UserError:
     answer = Message("assistant", decider.decision.options[0])
     whole = Conversation((*conversation.messages, answer), conversation.tools)
-    prompt = answer_prompt(whole, session.tokenizer, RenderOptions(thinking=decider.thinking))
-    if prompt is None:
-        return UserError(
-            "The chat template refuses this conversation",
-            what="It ends in an answer, or has a turn that the template does not know.",
-            fix="End it with the user's turn, or omit the system prompt.",
-            exit_code=EXIT_USAGE,
-        )
-    choice = Choice(prompt[0], decider.option_ids)
+    text = "\n".join(message.content for message in conversation.messages)
     try:
+        if len(text) > session.context_length:
+            # All of a text that is far too long takes long to tokenize.
+            session.tokenize(text, session.tokenizer.encode)
+        prompt = answer_prompt(whole, session.tokenizer, RenderOptions(thinking=decider.thinking))
+        if prompt is None:
+            raise UserError(
+                "The chat template refuses this conversation",
+                what="It ends in an answer, or has a turn that the template does not know.",
+                fix="End it with the user's turn, or omit the system prompt.",
+                exit_code=EXIT_USAGE,
+            )
+        choice = Choice(prompt[0], decider.option_ids)
         session.check_length(choice.tokens)
     except UserError as problem:
         return problem

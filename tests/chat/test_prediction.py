@@ -14,7 +14,7 @@ import pytest
 
 from qlora_tui.chat import prediction
 from qlora_tui.chat.chat_sources import run_source
-from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
+from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource, Decided
 from qlora_tui.chat.decide import decide, decide_one
 from qlora_tui.chat.prediction import Prediction, predict
 from qlora_tui.chat.session import load_session
@@ -188,7 +188,9 @@ def test_only_the_adapter_that_was_measured_is_calibrated(run: RunDir) -> None:
     asked = (Message("user", "what is fox 1"),)
     (warm,) = decide(session, decider, ADAPTER, [Conversation(asked)])
     sharp, base = (decide_one(session, name, asked) for name in (ADAPTER, BASE))
-    assert warm is not None
+    assert isinstance(warm, Decided)
     assert sharp.best.option == warm.best.option and sharp.best.probability > warm.best.probability
     assert sharp.is_calibrated and not base.is_calibrated
     assert sum(option.probability for option in base.options) == pytest.approx(1)
+    with pytest.raises(UserError, match="more than 4,096 tokens"):
+        decide_one(session, ADAPTER, (Message("user", "red blue " * 300_000),))
