@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import msgspec
 
-from qlora_tui.formatting import align_columns, format_progress, truncate_middle
+from qlora_tui.formatting import align_columns, format_duration, format_progress, truncate_middle
 from qlora_tui.visible import visible, visible_in_json
 
 if TYPE_CHECKING:
@@ -250,6 +250,8 @@ class ProgressLine:
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
         self._shown_at = -_LOG_INTERVAL_S
+        self._first_share: tuple[int, float] | None = None
+        """How many were done at the first share that was shown, and when, on the monotonic clock."""
 
     def __enter__(self) -> Self:
         return self
@@ -273,8 +275,12 @@ class ProgressLine:
         print(truncate_middle(text, width), end="", file=sys.stderr, flush=True)
 
     def show_share(self, done: int, total: int, what: str) -> None:
-        """Show how many are done, in a terminal with a bar."""
-        text = f"{format_progress(done, total)} {what}"
+        """Show how many are done and how long the rest takes, in a terminal with a bar."""
+        text, now = f"{format_progress(done, total)} {what}", time.monotonic()
+        self._first_share = self._first_share or (done, now)
+        first, began = self._first_share
+        if first < done < total:
+            text = f"{text}  {format_duration((total - done) * (now - began) / (done - first))} left"
         if self._is_terminal and total:
             text = f"[{'#' * (done * _BAR_CELLS // total):.<{_BAR_CELLS}}] {done / total:.0%}  {text}"
         self.show(text, is_due=done == total)

@@ -41,9 +41,13 @@ def test_progress_takes_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_share_is_a_bar_in_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for is_terminal, start in ((True, f"\r\x1b[K[{'#' * 15}{'.' * 15}] 50%  "), (False, "")):
-        screen = StringIO()
+    for is_terminal, start in ((True, f"[{'#' * 15}{'.' * 15}] 50%  "), (False, "")):
+        screen, seconds = StringIO(), iter([100.0, 100.0, 120.0, 120.0])
         monkeypatch.setattr(screen, "isatty", lambda shown=is_terminal: shown)
         monkeypatch.setattr("sys.stderr", screen)
-        ProgressLine().show_share(500, 1000, "rows")
-        assert screen.getvalue().rstrip("\n") == f"{start}500 of 1,000 rows"
+        clock = SimpleNamespace(monotonic=lambda now=seconds: next(now))
+        monkeypatch.setattr("qlora_tui.cli.subcommand.time", clock)
+        line = ProgressLine()
+        line.show_share(100, 1000, "rows")
+        line.show_share(500, 1000, "rows")
+        assert screen.getvalue().rstrip().endswith(f"{start}500 of 1,000 rows  25 s left")
