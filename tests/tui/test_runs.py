@@ -496,8 +496,8 @@ async def test_leaving_the_app_ends_the_evaluation(
 
 
 async def test_the_reason_of_a_failure_is_in_the_list_at_80_columns_too() -> None:
-    write_fake_run(FakeRun(name="a", state="failed", steps=50))
-    write_fake_run(FakeRun(name="b", state="finished", steps=300, total=300))
+    write_fake_run(FakeRun(name="a", state="failed", steps=50, exact=(0.1, 0.5)))
+    write_fake_run(FakeRun(name="b", state="finished", steps=300, total=300, exact=(0.1, 0.5)))
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)

@@ -55,7 +55,8 @@ def table(
     """Return a line of titles, if there are any, and a line for each row, at most ``width`` cells wide if
     possible.
 
-    Texts that are too long are cut where they tell the least (``cut_range``).
+    Texts that are too long are cut where they tell the least (``cut_range``). If columns at their least
+    width are too wide together, the last that shrinks is narrower.
     """
     columns = [column for column in columns if width >= column.shown_from and _tells(column, rows)]
     texts = [[_on_one_line(column.text(row)) for row in rows] for column in columns]
@@ -65,7 +66,8 @@ def table(
     for number, column in enumerate(columns):
         left = width - sum(gaps) - sum(widths) + widths[number]
         if column.fills or (column.shrinks and left < widths[number]):
-            widths[number] = max(column.min_width, left)
+            is_last = not any(each.fills or each.shrinks for each in columns[number + 1 :])
+            widths[number] = max(1 if is_last else column.min_width, left)
     lines = []
     if any(column.title for column in columns):
         titles = [Content.styled(column.title, title_style) for column in columns]
