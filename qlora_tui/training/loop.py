@@ -22,6 +22,7 @@ from qlora_tui.runs.events import (
     CheckpointSaved,
     Evaluated,
     LayersKept,
+    RequestReceived,
     SampleGenerated,
     Step,
 )
@@ -210,9 +211,12 @@ class Loop:
             trainer.step = checkpoint.step
             trainer.tokens = self._tokens_before = checkpoint.state.tokens
             self.progress = RunProgress.restored_from(checkpoint.state)
-            ends_epoch = self._run.step_plan.steps[trainer.step - 1].ends_epoch
-            if self.progress.ends_with_epoch and ends_epoch and trainer.step < self._total_steps:
-                self._is_over, self.reason = True, _EPOCH_DONE
+            if self.progress.ends_with_epoch:
+                # The screens have what was asked of the attempt.
+                self._reporter.emit(RequestReceived(request="finish_epoch"))
+                planned = self._run.step_plan.steps[trainer.step - 1]
+                if planned.ends_epoch and trainer.step < self._total_steps:
+                    self._is_over, self.reason = True, _EPOCH_DONE
         self._probe_memory()
         # The probe's batch is no step.
         self._take_rewards()

@@ -31,6 +31,7 @@ from qlora_tui.runs.events import (
     Paused,
     Phase,
     PhaseChanged,
+    RequestReceived,
     Started,
     StepChosen,
     StepVerified,
@@ -132,6 +133,8 @@ def test_a_pause_keeps_the_request_to_finish_after_the_epoch(
     assert events(run)[-1] == Paused(at=events(run)[-1].at, step=1)
     assert trainers.run(run) == 0
     per_epoch = events_of(run, DataReady)[0].steps_per_epoch
+    asked = [event.request for event in events_of(run, RequestReceived)]
+    assert asked == ["finish_epoch", "pause_now", "finish_epoch"], "the screens show it again"
     # Killed before it could say that it has finished, it trains no further epoch.
     killed = interrupted_at(run, per_epoch)
     assert trainers.run(killed) == 0
