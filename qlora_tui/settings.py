@@ -263,6 +263,15 @@ def load_settings() -> Settings:
         ) from error
 
 
+def settings_problem() -> UserError | None:
+    """Return why the settings cannot be read; None if they can."""
+    try:
+        load_settings()
+    except UserError as problem:
+        return problem
+    return None
+
+
 def save_setting(name: str, value: Any) -> Settings:
     """Write one setting and return all of them.
 

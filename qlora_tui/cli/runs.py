@@ -40,6 +40,7 @@ from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.run_summary import device_words
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.view import RunView
+from qlora_tui.settings import settings_problem
 
 _FEW_STEPS = 16
 """Steps to sample from a long run: a list shows no curve."""
@@ -194,6 +195,8 @@ def _list() -> CommandResult:
     trash_bytes = actions.trash_bytes()
     if trash_bytes:
         text += f"\n\nThe trash holds {format_bytes(trash_bytes)}: `qlora-tui runs trash`."
+    if problem := settings_problem():
+        text += f"\n\n{problem.title}. {problem.what} {problem.fix}"
     data = {"runs": [_summary(view) for view in views], "queue": waiting, "trash_bytes": trash_bytes}
     return CommandResult(data=data, text=text)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Literal
@@ -36,13 +36,13 @@ from qlora_tui.publishing import new_draft
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.devices import RunDevice, is_free
 from qlora_tui.runs.directory import all_runs
-from qlora_tui.runs.gate import closed_hours
+from qlora_tui.runs.gate import closed_hours, is_own
 from qlora_tui.runs.holds import hold_words
 from qlora_tui.runs.process import INHIBITOR, threads_variable, torchrun_command
 from qlora_tui.runs.servers import running_servers
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
-from qlora_tui.settings import GPU_VARIABLE, current_settings, load_settings
+from qlora_tui.settings import GPU_VARIABLE, current_settings, settings_problem
 from qlora_tui.worker import error_file, last_lines, module_argv, run_job
 
 Outcome = Literal["ok", "note", "warning", "error"]
@@ -352,12 +352,9 @@ def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = ""
 def check_queue(machine: Machine) -> Check:
     """Report whether a run would start at once, or which run it waits for."""
     ahead = [*filter(None, [machine.active]), *machine.waiting]
-    try:
-        settings = load_settings()
-    except UserError as problem:
-        text = f"The hours, and what runs give way to, cannot be read. {problem.what}"
-        return Check(CheckKind.QUEUE, "warning", text, problem.fix)
-    if not ahead and (hold := closed_hours(settings, Clock())):
+    if unreadable := check_settings():
+        return replace(unreadable[0], kind=CheckKind.QUEUE)
+    if not ahead and (hold := closed_hours(current_settings(), Clock())):
         fix = "`--now`, or `N` on Train, starts it all the same."
         return Check(CheckKind.QUEUE, "note", f"It waits {hold_words(hold)}.", fix)
     if not ahead:
@@ -367,13 +364,22 @@ def check_queue(machine: Machine) -> Check:
     return Check(CheckKind.QUEUE, "note", f"It waits for {ahead[0]}{more}.", fix)
 
 
+def check_settings() -> list[Check]:
+    """Check that ``config.toml`` can be read; nothing where it can."""
+    problem = settings_problem()
+    if problem is None:
+        return []
+    text = f"The hours, and what runs give way to, cannot be read. {problem.what}"
+    return [Check(CheckKind.SETTINGS, "warning", text, problem.fix)]
+
+
 def check_system() -> list[Check]:
     """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
     version = ".".join(map(str, sys.version_info[:3]))
     python = Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
     machine = read_machine()
     gpu = [check_gpu(machine), *check_yielding(machine), *check_kernels(machine)]
-    return [python, *_disks(), check_locks(), check_suspending(), *gpu]
+    return [python, *check_settings(), *_disks(), check_locks(), check_suspending(), *gpu]
 
 
 def _disks() -> list[Check]:
@@ -412,10 +418,13 @@ def check_yielding(machine: Machine) -> list[Check]:
     if machine.gpu is None or not current_settings().yields:
         return []
     with suppress(GpuUnavailableError), Nvml() as driver:
-        if driver.busy_processes(machine.gpu.index) is not None:
+        listed = driver.busy_processes(machine.gpu.index)
+        # Numbers of another namespace belong to nobody here.
+        if listed is not None and (not listed or any(is_own(each.pid) is not None for each in listed)):
             return [Check(CheckKind.YIELDING, "ok", "a run gives way to other programs on its GPU")]
-    text = "Runs do not give way to other programs: the driver does not list who uses the GPU."
-    return [Check(CheckKind.YIELDING, "warning", text, "Pause the run yourself. WSL2 lists no processes.")]
+    text = "Runs do not give way to other programs: the driver lists no processes that can be told apart."
+    fix = "Pause the run yourself. WSL2 lists none, a container those of the machine."
+    return [Check(CheckKind.YIELDING, "warning", text, fix)]
 
 
 def check_kernels(machine: Machine) -> list[Check]:

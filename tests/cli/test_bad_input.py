@@ -10,6 +10,7 @@ import pytest
 
 from qlora_tui import paths
 from qlora_tui.runs.directory import all_runs
+from qlora_tui.settings import config_path
 from tests.cli.conftest import Call
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.tui.sample_data import readable_model
@@ -220,6 +221,12 @@ def test_no_name_leads_out_of_its_folder(words: str, depth: str, private_home: P
         said = call(*words.split(), name)
         assert said.code in (1, 2) and "SECRET-CONTENT" not in said.out + said.err
     assert secret.exists()
+
+
+def test_the_list_of_runs_says_that_the_settings_cannot_be_read(call: Call) -> None:
+    config_path().write_text('hours = "at night"\n')
+    said = call("runs")
+    assert said.code == 0 and "config.toml: hours: at is neither a day" in said.out
 
 
 @pytest.mark.slow

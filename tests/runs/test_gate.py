@@ -19,6 +19,7 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuProcess
+from qlora_tui.gpu.visible_devices import visible_gpus
 from qlora_tui.hours import Clock
 from qlora_tui.locks import locked
 from qlora_tui.memory.budget import local_budget
@@ -26,9 +27,9 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, run_queue, runner
 from qlora_tui.runs.describe import describe, follow_events
-from qlora_tui.runs.devices import Devices, RunDevice
+from qlora_tui.runs.devices import Devices, RunDevice, devices_of
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.doctor import Machine, check_queue
+from qlora_tui.runs.doctor import Machine, check_queue, check_settings, check_yielding
 from qlora_tui.runs.event_log import EventTail, append_event
 from qlora_tui.runs.events import Finished, Paused, Started
 from qlora_tui.runs.gate import Gate, GpuReader, is_own, program_name
@@ -150,16 +151,6 @@ def program() -> Iterator[GpuProcess]:
         yield GpuProcess(process.pid, 5 * GIB, busy_percent=0)
 
 
-def test_a_program_on_one_gpu_of_two_leaves_the_other(run: RunDir, program: GpuProcess) -> None:
-    write_config("yield = true")
-    processes = {0: [msgspec.structs.replace(program, busy_percent=90)], 1: []}
-    gpus = [RunDevice("GPU-a", 0), RunDevice("GPU-b", 1)]
-    gate = Gate(PlayedClock(), processes.__getitem__)
-    hold = Hold(cause="program", program="sleep", pid=program.pid)
-    assert gate.programs_on(run, gpus) == {"GPU-a": hold}
-    assert gate.programs_on(run, gpus[1:]) == {}
-
-
 def test_a_new_runner_waits_for_the_same_program(run: RunDir, program: GpuProcess) -> None:
     write_config("yield = true")
     gpus = [RunDevice("GPU-a", 0)]
@@ -269,6 +260,26 @@ def test_a_run_gives_way_to_a_program_and_goes_on_after_it(
 
 
 @pytest.mark.slow
+def test_a_program_on_one_gpu_of_two_leaves_a_run_the_other(
+    recipe: Recipe, queue: threading.Thread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    write_config("yield = true")
+    with running(["sleep", "600"]) as game:
+        (tmp_path / "processes").write_text(f"{game.pid} 4000 60 0\n")
+        run = actions.submit(obeys(recipe))
+        queue.start()
+        wait_for(lambda: read_status(run).state == "running")
+        trainer, devices = read_status(run).process, devices_of(run)
+        assert trainer is not None and devices is not None
+        assert [device.index for device in devices.devices] == [1]
+        (tmp_path / "processes").write_text(f"{trainer.pid} 9000 90 1\n{game.pid} 4000 60 1\n")
+        wait_for(lambda: events_of(run, Paused))
+    (run.path / "go").touch()
+    wait_for(lambda: not queue.is_alive())
+
+
+@pytest.mark.slow
 def test_a_run_trains_now_although_it_is_held(
     recipe: Recipe, queue: threading.Thread, tmp_path: Path
 ) -> None:
@@ -343,3 +354,18 @@ def test_hours_are_said_before_a_launch() -> None:
     write_config('hours = "at night"')
     check = check_queue(machine)
     assert check.outcome == "warning" and "at is neither a day" in check.text
+    assert [each.text for each in check_settings()] == [check.text]
+
+
+def test_processes_of_another_namespace_cannot_be_given_way_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NVML_STUB_PROCESSES", str(tmp_path / "processes"))
+    install_nvml_stub(monkeypatch, "one_gpu")
+    write_config("yield = true")
+    machine = Machine(budget=local_budget(), gpu=visible_gpus()[0])
+    outcomes = []
+    for pid in (os.getpid(), 1 << 30):
+        (tmp_path / "processes").write_text(f"{pid} 9000 90\n")
+        outcomes += [check.outcome for check in check_yielding(machine)]
+    assert outcomes == ["ok", "warning"]
