@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
 
 from qlora_tui.gpu.metrics import GpuProcess
-from qlora_tui.hours import Hours
+from qlora_tui.hours import Clock, Hours
 from qlora_tui.runs.holds import SOON_S, Bounds, Hold, Sharing
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -60,6 +62,25 @@ def test_the_end_of_a_run_counts_only_hours_inside() -> None:
 def test_another_time_zone_has_other_hours() -> None:
     hours, now = Hours.parse("23:00-07:00"), moment("2026-11-30 23:30")
     assert hours.is_open(now, BERLIN) and not hours.is_open(now, ZoneInfo("America/New_York"))
+
+
+def test_the_clock_goes_with_a_laptop_that_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local, clock = tmp_path / "localtime", Clock()
+    monkeypatch.setattr("qlora_tui.hours._LOCAL_ZONE", local)
+    monkeypatch.delenv("TZ", raising=False)
+    assert clock.zone() is None
+    for hours in (1, 9):
+        # RFC 8536, version 1: one type of local time, and no transitions.
+        arrived = tmp_path / "arrived"
+        arrived.write_bytes(
+            struct.pack(">4s16x6llBB4s", b"TZif", 0, 0, 0, 0, 1, 4, hours * 3600, 0, 0, b"LMT")
+        )
+        arrived.replace(local)
+        zone = clock.zone()
+        assert zone is not None and zone is clock.zone()
+        assert datetime.now(zone).utcoffset() == timedelta(hours=hours)
+    monkeypatch.setenv("TZ", "UTC")
+    assert clock.zone() is None
 
 
 @pytest.mark.parametrize(

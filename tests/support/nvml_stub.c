@@ -5,7 +5,8 @@
  *   NVML_STUB_SCENARIO    one of the names in `scenarios` below; "one_gpu" when unset
  *   NVML_STUB_LOST_AFTER  for lost_later and recovers: device questions answered before the GPU is lost
  *   NVML_STUB_PROCESSES   a file that replaces the processes, read at each question: a line for each with its
- *                         number, MiB, and the percent of the time in which it keeps the GPU busy
+ *                         number, MiB, the percent of the time in which it keeps the GPU busy, and if it is
+ *                         on one GPU only, the number of that
  *
  * Nothing is random and nothing depends on time. Each call of nvmlDeviceGetUtilizationRates is one tick of
  * that GPU, and every other value follows from the number of ticks; so the n-th reading is always the same.
@@ -381,14 +382,18 @@ static int write_processes(const nvmlProcessInfo_t *held, unsigned held_count, u
 }
 
 enum { MOST_PLAYED = 16 };
-static int read_played(nvmlProcessInfo_t *held, unsigned *busy)
+static int read_played(nvmlDevice_t gpu, nvmlProcessInfo_t *held, unsigned *busy)
 {
     const char *path = getenv("NVML_STUB_PROCESSES");
     FILE *file = path ? fopen(path, "r") : NULL;
-    unsigned number = 0, pid, mib, percent;
+    char line[80];
+    unsigned number = 0, pid, mib, percent, index;
     if (!path)
         return -1;
-    while (file && number < MOST_PLAYED && fscanf(file, "%u %u %u", &pid, &mib, &percent) == 3) {
+    while (file && number < MOST_PLAYED && fgets(line, sizeof line, file)) {
+        int fields = sscanf(line, "%u %u %u %u", &pid, &mib, &percent, &index);
+        if (fields < 3 || (fields == 4 && gpu != &playing->gpus[index]))
+            continue;
         held[number] = (nvmlProcessInfo_t){ pid, mib * MIB, ~0u, ~0u };
         busy[number++] = percent;
     }
@@ -403,7 +408,7 @@ int nvmlDeviceGetProcessUtilization(nvmlDevice_t gpu, nvmlSample_t *out, unsigne
     MEET(gpu);
     nvmlProcessInfo_t held[MOST_PLAYED];
     unsigned busy[MOST_PLAYED], room = *count;
-    int number = read_played(held, busy);
+    int number = read_played(gpu, held, busy);
     if (number <= 0)
         return NOT_FOUND;
     *count = (unsigned)number;
@@ -421,7 +426,7 @@ int nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t gpu, unsigned *count, n
     SINCE_NEWER_DRIVER;
     nvmlProcessInfo_t played[MOST_PLAYED];
     unsigned busy[MOST_PLAYED];
-    int number = read_played(played, busy);
+    int number = read_played(gpu, played, busy);
     if (number >= 0)
         return write_processes(played, (unsigned)number, count, out);
     if (out)
