@@ -1,11 +1,13 @@
 """Running servers, as their state files say: where they listen, what they serve, and how they are doing.
 
 ``servers/8000.json`` in the state folder is replaced about once a second by the server on port 8000, and
-deleted at its end; ``servers/8000.key`` is its API key. :mod:`qlora_tui.serving` writes them.
+deleted at its end; ``servers/8000.key`` is its API key. :mod:`qlora_tui.serving` writes them. What a server
+that was started in the background says is in ``servers/8000.log`` until the next one on that port.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,15 +103,20 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
 
     Raises UserError if it ends before that.
     """
-    log_path = servers_dir() / "server.log"
+    # A server that runs on the same port goes on writing to its own log.
+    log_path = servers_dir() / f"start-{os.getpid()}.log"
     with disk_problems(), log_path.open("wb") as log:
         process = spawn_detached("qlora_tui", "serve", *arguments, output=log, environ=environ)
     deadline = time.monotonic() + _START_S
     while process.poll() is None and time.monotonic() < deadline:
         started = next((each for each in running_servers() if each.process.pid == process.pid), None)
         if started is not None:
+            with disk_problems():
+                log_path.replace(log_path.with_name(f"{started.port}.log"))
             return started
         time.sleep(_POLL_S)
+    with disk_problems():
+        log_path = log_path.replace(log_path.with_name("not-started.log"))
     output = read_regular(log_path).decode(errors="replace").strip().removeprefix("qlora-tui: ")
     title, _, what = output.partition(": ")
     if not what or process.poll() is None:

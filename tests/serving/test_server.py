@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -13,10 +15,11 @@ from starlette.responses import PlainTextResponse
 from uvicorn.server import ServerState
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.errors import UsageError
+from qlora_tui.errors import UsageError, UserError
 from qlora_tui.locks import locked
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
+from qlora_tui.runs import servers
 from qlora_tui.runs.devices import CPU, Devices, RunDevice, claimed, record_devices, run_on
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.serving import server as serving_server
@@ -120,6 +123,37 @@ def test_a_second_server_on_a_port_is_refused_by_name(runs: list[RunDir]) -> Non
     first.close()
     assert "/models/tiny" in refused.value.what
     assert f"--stop --port {first.port}" in refused.value.fix
+
+
+class Started:
+    """A process that has started a server, or has ended with an error."""
+
+    def __init__(self, output: Any, ends: bool) -> None:
+        self.pid = 0 if ends else os.getpid()
+        self._code = 2 if ends else None
+        output.write(b"qlora-tui: Broken: badly." if ends else b"It runs.")
+
+    def poll(self) -> int | None:
+        return self._code
+
+
+def test_a_server_in_the_background_keeps_its_log(
+    runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(RunsToServe(runs[:1]), port=0)
+    for ends in (False, True):
+        monkeypatch.setattr(
+            servers, "spawn_detached", lambda *argv, output, environ, ends=ends: Started(output, ends)
+        )
+        if not ends:
+            assert servers.start_in_background([]).port == server.port
+            continue
+        with pytest.raises(UserError) as failed:
+            servers.start_in_background([])
+        assert (failed.value.title, failed.value.what) == ("Broken", "badly.")
+        assert Path(failed.value.fix.split()[-1].rstrip(".")).is_file()
+    assert (servers.servers_dir() / f"{server.port}.log").read_text() == "It runs."
+    server.close()
 
 
 def test_other_machines_need_a_key_that_is_printed_nowhere(
