@@ -28,16 +28,32 @@ _COMPLETION_TOKENS = 16
 _SEEDS = 1 << 32
 _MOST_STOPS = 16
 _NOT_FOLLOWED: dict[str, Any] = {
+    "bad_words": [],
     "best_of": 1,
     "frequency_penalty": 0,
     "functions": [],
+    "grammar": "",
+    "guided_choice": [],
+    "guided_grammar": "",
+    "guided_json": {},
+    "guided_regex": "",
+    "ignore_eos": False,
+    "json_schema": {},
     "logit_bias": {},
     "min_p": 0,
+    "min_tokens": 0,
     "modalities": ["text"],
     "presence_penalty": 0,
+    "stop_token_ids": [],
+    "structured_outputs": {},
     "suffix": "",
 }
-"""Parameters that would change the answer and are refused, with the value of each that changes nothing."""
+"""Parameters that would change the answer and are refused, with the value of each that changes nothing.
+
+Those that OpenAI's API does not have are vLLM's and llama.cpp's.
+"""
+_TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of a chat template that come from the conversation."""
 
 BodyT = TypeVar("BodyT", bound=Struct)
 Tokens: TypeAlias = list[int]
@@ -141,6 +157,7 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
     """The body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[SentMessage], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -161,6 +178,9 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
         if self.max_completion_tokens is not None:
             self = msgspec.structs.replace(self, max_tokens=self.max_completion_tokens)
         variables = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
+        if taken := _TEMPLATE_ARGUMENTS.intersection(self.chat_template_kwargs or {}):
+            what = f"chat_template_kwargs cannot set {min(taken)}, which the server sets itself."
+            raise ApiError(400, what, param="chat_template_kwargs", code="invalid_value")
         tools, must_call = self._tools()
         messages = tuple(_message(i, sent) for i, sent in enumerate(self.messages))
         return [
@@ -204,6 +224,7 @@ class CompletionBody(_CommonBody, frozen=True, kw_only=True):
     prompt: str | list[Any]
     """A text, token ids, or several of either."""
     echo: bool | None = None
+    response_format: ResponseFormat | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_ALTERNATIVES)] | None = None
 
     @property
@@ -228,6 +249,9 @@ class CompletionBody(_CommonBody, frozen=True, kw_only=True):
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
         """Return what is to be completed for each choice. Raises ApiError."""
         prompts, n = self.prompts(), self.n or 1
+        if _schema(self.response_format) is not None:
+            what = "response_format is supported by /v1/chat/completions only."
+            raise unsupported("response_format", what)
         if len(prompts) * n > MOST_CHOICES:
             raise ApiError(
                 400,

@@ -163,12 +163,29 @@ def test_a_prompt_with_several_answers_counts_once_and_offsets_add_up() -> None:
         ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(given: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as refused:
         chat(**given).completions(MODEL, 100)
     assert (refused.value.status, refused.value.param) == (400, param)
+
+
+def test_a_schema_for_a_text_to_continue_is_refused() -> None:
+    given = {"model": "run", "prompt": "a", "max_tokens": 0}
+    body = decode_body(json.dumps({**given, "response_format": {"type": "text"}}).encode(), CompletionBody)
+    assert len(body.completions(MODEL, 100)) == 1
+    body = decode_body(
+        json.dumps({**given, "response_format": {"type": "json_object"}}).encode(), CompletionBody
+    )
+    with pytest.raises(ApiError) as refused:
+        body.completions(MODEL, 100)
+    assert refused.value.param == "response_format"
 
 
 def test_what_changes_nothing_or_is_unknown_is_ignored() -> None:
