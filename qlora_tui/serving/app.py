@@ -60,6 +60,8 @@ class Figures:
         """Answers that the engine computes now."""
         self.prompt_tokens = 0
         self.new_tokens = 0
+        self.not_begun: set[object] = set()
+        """Requests of which nothing is computed yet."""
         self._recent: deque[float] = deque()
 
     def count(self, part: CompletionPart | CompletionResult) -> None:
@@ -76,11 +78,6 @@ class Figures:
         while self._recent and self._recent[0] < time.monotonic() - _RATE_S:
             self._recent.popleft()
         return len(self._recent) / _RATE_S
-
-    @property
-    def waiting(self) -> int:
-        """Requests of which nothing is computed yet."""
-        return max(self.open - self.rows, 0)
 
 
 class EventStream(StreamingResponse):
@@ -124,11 +121,11 @@ class Api:
         """Decide between the labels that a run was trained on."""
         body = decode_body(await _read(request), DecideBody)
         messages = body.conversation
-        with self._admitted():
+        with self._admitted() as admitted:
             model = await self._model(body.model)
             await self.guest.loaded()
             asked = Decide(messages=messages, adapter_name=model.adapter_name)
-            async with self._row():
+            async with self._row(admitted):
                 decided = await _unless_gone(request, self.guest.decide(asked))
         return JSONResponse(replies.decision(body, decided))
 
@@ -148,7 +145,7 @@ class Api:
             ("generated_tokens_total", "counter", figures.new_tokens),
             ("generated_tokens_per_second", "gauge", figures.tokens_per_s),
             ("answers_in_progress", "gauge", figures.rows),
-            ("requests_waiting", "gauge", figures.waiting),
+            ("requests_waiting", "gauge", len(figures.not_begun)),
             ("model_loaded", "gauge", int(self.guest.state == "ready")),
         ):
             lines += [f"# TYPE qlora_tui_{name} {kind}", f"qlora_tui_{name} {value}"]
@@ -156,7 +153,6 @@ class Api:
 
     async def _respond(self, request: Request, kind: type[Body]) -> Response:
         body = decode_body(await _read(request), kind)
-        await self._model(body.model)
         if not body.stream:
             return JSONResponse(await _unless_gone(request, self._whole(body)))
         events = self._events(body)
@@ -193,14 +189,14 @@ class Api:
 
         ``choices`` receives them. Raises ApiError.
         """
-        with self._admitted():
+        with self._admitted() as admitted:
             model = await self._model(body.model)
             ready = await self.guest.loaded()
             completions = body.completions(model, ready.context_tokens)
             choices += [replies.Choice(index, body) for index in range(len(completions))]
             arrived: asyncio.Queue[_Arrived | Exception] = asyncio.Queue()
             tasks = [
-                asyncio.create_task(self._compute(choice, completion, arrived))
+                asyncio.create_task(self._compute(admitted, choice, completion, arrived))
                 for choice, completion in zip(choices, completions, strict=True)
             ]
             try:
@@ -219,12 +215,16 @@ class Api:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _compute(
-        self, choice: replies.Choice, completion: Completion, arrived: asyncio.Queue[_Arrived | Exception]
+        self,
+        admitted: object,
+        choice: replies.Choice,
+        completion: Completion,
+        arrived: asyncio.Queue[_Arrived | Exception],
     ) -> None:
         """Put the parts and the result of one answer into a queue, or the exception that ended it."""
         try:
             parts = self.guest.complete(completion)
-            async with self._row(), asyncio.timeout(ANSWER_S), aclosing(parts):
+            async with self._row(admitted), asyncio.timeout(ANSWER_S), aclosing(parts):
                 async for part in parts:
                     self.figures.count(part)
                     arrived.put_nowait((choice, part))
@@ -236,9 +236,10 @@ class Api:
             arrived.put_nowait(error)
 
     @asynccontextmanager
-    async def _row(self) -> AsyncGenerator[None]:
-        """Wait until the engine may compute another answer, and count it."""
+    async def _row(self, admitted: object) -> AsyncGenerator[None]:
+        """Wait until the engine may compute another answer to a request, and count it."""
         async with self._rows:
+            self.figures.not_begun.discard(admitted)
             self.figures.rows += 1
             try:
                 yield
@@ -246,8 +247,8 @@ class Api:
                 self.figures.rows -= 1
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Count a request as open. Raises ApiError if too many are."""
+    def _admitted(self) -> Iterator[object]:
+        """Count a request as open, and yield what stands for it. Raises ApiError if too many are."""
         if self.figures.open >= MOST_OPEN:
             raise ApiError(
                 429,
@@ -256,9 +257,12 @@ class Api:
                 retry_after_s=_BUSY_RETRY_S,
             )
         self.figures.open += 1
+        admitted = object()
+        self.figures.not_begun.add(admitted)
         try:
-            yield
+            yield admitted
         finally:
+            self.figures.not_begun.discard(admitted)
             self.figures.open -= 1
 
     async def _model(self, name: str) -> ServedModel:
@@ -311,7 +315,8 @@ class Guard:
         if self._hosts and host not in self._hosts:
             raise ApiError(403, f"This server does not answer to the name '{host}'.", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and _host_name(origin) != host:
+        # With its port: another program of this machine may have its own pages.
+        if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
             raise ApiError(403, "Web pages of other sites may not use this server.", code="wrong_origin")
         given = headers.get("authorization", "").removeprefix("Bearer ").strip()
         if (
@@ -347,8 +352,18 @@ def make_app(guest: Guest, figures: Figures, *, api_key: str = "", hosts: Sequen
             Route("/metrics", api.metrics),
         ],
         middleware=[Middleware(Guard, api_key=api_key, hosts=hosts, figures=figures)],
-        exception_handlers={ApiError: _on_error, HTTPException: _on_error, Exception: _on_error},
+        exception_handlers={
+            ApiError: _on_error,
+            HTTPException: _on_error,
+            ClientDisconnect: _on_client_gone,
+            Exception: _on_error,
+        },
     )
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    # Nobody reads it; the figures count it as nginx does.
+    return Response(status_code=499)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -148,7 +148,7 @@ class Server:
             requests=figures.statuses.total(),
             refused=sum(count for status, count in figures.statuses.items() if status >= 400),
             answering=figures.rows,
-            waiting=figures.waiting,
+            waiting=len(figures.not_begun),
             tokens_per_s=round(figures.tokens_per_s, 1),
             prompt_tokens=figures.prompt_tokens,
             new_tokens=figures.new_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from openai.types import Completion as TextCompletion
@@ -12,7 +12,9 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from qlora_tui.chat.completion_types import CompletionPart, CompletionResult, LikelyToken, TokenScore
 from qlora_tui.data.conversation import Message, ToolCall
 from qlora_tui.serving import replies
+from qlora_tui.serving.app import Figures, make_app
 from qlora_tui.serving.errors import ApiError
+from qlora_tui.serving.guest import Guest
 from qlora_tui.serving.model_names import ServedModel
 from qlora_tui.serving.requests import ChatBody, CompletionBody, decode_body
 
@@ -148,6 +150,19 @@ def test_a_prompt_with_several_answers_counts_once_and_offsets_add_up() -> None:
     scores = whole.choices[3].logprobs
     assert scores is not None and scores.text_offset == [0, 2]
     assert scores.top_logprobs == [{"xy": -0.5, "z": -0.1}] * 2
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault() -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        pass
+
+    figures = Figures()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+    await make_app(cast(Guest, None), figures)(scope, receive, send)
+    assert figures.statuses == {499: 1}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ def lives(served: Served) -> Iterator[None]:
     assert served.post(CHAT, **ASK).status_code == 200
 
 
+def head_of(body_bytes: int) -> bytes:
+    head = f"POST /v1{CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    return f"{head}Content-Length: {body_bytes}\r\n\r\n".encode()
+
+
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -69,8 +74,10 @@ def test_an_impossible_prompt_is_a_400(served: Served, prompt: Any) -> None:
 
 
 def test_a_long_body_is_refused_before_it_is_read(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.status["port"]), timeout=20) as connection:
+        connection.sendall(head_of(10_000_001))
+        assert b" 413 " in connection.recv(1000)
     with served.client() as client:
-        error_of(client.post(CHAT, content=b" " * 10_000_001), 413)
         pieces = (b" " * 1_000_000 for _ in range(11))
         error_of(client.post(CHAT, content=pieces), 413)
 
@@ -80,7 +87,7 @@ def test_a_prompt_beyond_the_context_is_refused_in_words(served: Served) -> None
     assert "tokens" in error_of(served.post(CHAT, **{**ASK, "messages": long}), 400)["message"]
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/models/none", "/../../etc/passwd"])
+@pytest.mark.parametrize("path", ["/nothing", "/models/none"])
 def test_what_is_not_there_is_a_404(served: Served, path: str) -> None:
     with served.client() as client:
         error_of(client.get(path), 404)
@@ -93,7 +100,13 @@ def test_a_get_where_a_post_is_meant_is_a_405(served: Served) -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "[::"}],
+    [
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "http://localhost:3000", "Host": "localhost:8000"},
+        {"Origin": "null"},
+        {"Host": "[::"},
+    ],
 )
 def test_a_web_page_of_another_site_is_refused(served: Served, headers: dict[str, str]) -> None:
     with served.client(**headers) as client:
@@ -126,10 +139,12 @@ def test_metrics_count_answers_and_tokens(served: Served) -> None:
 def test_a_client_that_goes_away_ends_its_answer(served: Served, stream: bool) -> None:
     # Computed to their end, these take a minute.
     body = json.dumps({**ENDLESS, "stream": stream, "n": 64}).encode()
-    head = f"POST /v1{CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
-    with socket.create_connection(("127.0.0.1", served.status["port"])) as connection:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        wait_for(lambda: served.state["answering"] == 32)
+    address = ("127.0.0.1", served.status["port"])
+    with socket.create_connection(address) as first, socket.create_connection(address) as second:
+        first.sendall(head_of(len(body)) + body)
+        wait_for(lambda: served.state["answering"] == 32 and served.state["waiting"] == 0)
+        second.sendall(head_of(len(body)) + body)
+        wait_for(lambda: served.state["waiting"] == 1)
     wait_for(lambda: served.state["answering"] == 0 and served.state["waiting"] == 0, seconds=5)
 
 
@@ -169,13 +184,12 @@ def test_a_deleted_checkpoint_is_an_error_in_words(served: Served) -> None:
 
 def test_too_many_requests_are_told_to_wait(served: Served) -> None:
     """The queue has a bound: 96 open requests, of which 32 are computed."""
-    body = json.dumps({**ENDLESS, "n": 2}).encode()
-    head = f"POST /v1{CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    body = json.dumps(ENDLESS).encode()
     connections = []
     try:
         for _ in range(96):
             connections.append(socket.create_connection(("127.0.0.1", served.status["port"])))
-            connections[-1].sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            connections[-1].sendall(head_of(len(body)) + body)
         wait_for(lambda: served.state["answering"] + served.state["waiting"] == 96)
         response = served.post(CHAT, **ASK)
         assert error_of(response, 429)["type"] == "rate_limit_error"
