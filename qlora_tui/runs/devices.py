@@ -7,7 +7,7 @@ and the trainer inherits them: a device is free again once both have ended, howe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,10 @@ class Wanted:
     processes: int = 1
     is_choice: bool = False
 
+    def free(self, unavailable: Collection[str]) -> list[RunDevice]:
+        """Return the devices that are none of those with the ``unavailable`` keys."""
+        return [each for each in self.devices if not any(_may_be(each.key, other) for other in unavailable)]
+
     def __str__(self) -> str:
         names = [str(device) for device in self.devices]
         if self.count == len(names):
@@ -116,18 +120,21 @@ class Wanted:
         return " or ".join(names) if self.count == 1 else f"{self.count} of {join_words(names)}"
 
 
-def wanted_devices(recipe: Recipe, environ: Mapping[str, str], processes: int = 0) -> Wanted:
-    """Return what a run with this recipe needs, the GPUs with the most free memory first.
+def wanted_devices(
+    recipe: Recipe, environ: Mapping[str, str], before: Devices | None = None, *, stays: bool = False
+) -> Wanted:
+    """Return what a run with this recipe needs: the GPUs that it had, then those with the most free memory.
 
     Args:
         recipe: its ``training.gpus`` says how many.
         environ: the variables with which a GPU is chosen.
-        processes: those of the run so far, which it continues with if it is to use all GPUs.
+        before: the devices of the run so far; it continues on as many if it is to use all GPUs.
+        stays: continue on no others, as long as those are there: another GPU rounds in another way.
 
     Raises:
         UserError: fewer GPUs are there.
     """
-    count = recipe.training.gpus or processes
+    count = recipe.training.gpus or (before.processes if before is not None else 0)
     try:
         present, gpus = list_gpus(), visible_gpus(environ)
     except GpuUnavailableError as error:
@@ -139,8 +146,12 @@ def wanted_devices(recipe: Recipe, environ: Mapping[str, str], processes: int = 
         names = ", ".join(str(RunDevice.of_gpu(gpu)) for gpu in gpus)
         raise _too_few(count, len(gpus), f"A run may use {names}.")
     count = count or len(gpus)
+    earlier = [gpu for gpu in gpus if before is not None and RunDevice.of_gpu(gpu).key in before.keys]
+    if stays and len(earlier) == count:
+        gpus = earlier
     if count < len(gpus):
-        gpus = sorted(_large_enough(recipe, gpus, count), key=_free_bytes, reverse=True)
+        large = _large_enough(recipe, gpus, count)
+        gpus = sorted(large, key=lambda gpu: (gpu not in earlier, -_free_bytes(gpu)))
     devices = tuple(map(RunDevice.of_gpu, gpus))
     return Wanted(devices, tuple(gpus), count, count, is_choice=len(present) > 1)
 
@@ -197,9 +208,23 @@ def _free_bytes(gpu: GpuDevice) -> int:
     return (gpu.usable_bytes or 0) - (used or 0)
 
 
+def taken_keys() -> set[str]:
+    """Return the keys of the devices that runs have; empty if the file system cannot tell."""
+    return {path.stem for path in _locks().glob("*.lock") if is_locked(path)}
+
+
 def is_free(key: str) -> bool:
     """Whether no run has the device with this key; also if the file system cannot tell."""
-    return not is_locked(_lock_path(key))
+    return not any(_may_be(key, other) for other in taken_keys())
+
+
+def _may_be(key: str, other: str) -> bool:
+    """Whether two keys may be those of one device: the driver names a GPU in another way while it fails."""
+    return key == other or (CPU not in (key, other) and _way_of_naming(key) != _way_of_naming(other))
+
+
+def _way_of_naming(key: str) -> str:
+    return "index" if key.isdecimal() else "unknown" if key == UNKNOWN_GPU else "uuid"
 
 
 def run_on(key: str) -> str:
@@ -234,20 +259,24 @@ def claimed(devices: Devices) -> Iterator[tuple[int, ...] | None]:
         yield tuple(handles)
 
 
-def choose(wanted: Wanted, reserved: set[str]) -> Devices | None:
-    """Return the devices for a run; None, and reserve those that are free, if it has to wait.
+def choose(wanted: Wanted, unavailable: set[str]) -> Devices | None:
+    """Return the devices for a run; None, and add those that are free to ``unavailable``, if it has to wait.
 
     Args:
         wanted: what the run needs.
-        reserved: keys of devices that runs before it in the queue wait for: a run that needs several would
-            otherwise wait as long as there are others that need one.
+        unavailable: keys of devices that other runs have, or that runs before it in the queue wait for: a run
+            that needs several would otherwise wait as long as there are others that need one.
     """
-    free = [each for each in wanted.devices if each.key not in reserved and is_free(each.key)]
+    free = wanted.free(unavailable)
     if len(free) < wanted.count:
-        reserved.update(each.key for each in free)
+        unavailable.update(each.key for each in free)
         return None
     return Devices(tuple(free[: wanted.count]), wanted.processes, wanted.is_choice)
 
 
 def _lock_path(key: str) -> Path:
-    return private_dir(paths.state_dir() / "devices") / f"{key}.lock"
+    return private_dir(_locks()) / f"{key}.lock"
+
+
+def _locks() -> Path:
+    return paths.state_dir() / "devices"

@@ -56,14 +56,16 @@ def _enter(run: RunDir, *, again: bool, first: bool = False) -> None:
             return
         if again:
             _forget_requests(run)
-            # Who queues it again knows how it ended.
-            run.unreported_path.unlink(missing_ok=True)
         write_status(run, status.transition("queued"))
         if again:
             append_event(run.events_path, Queued())
         # Last, since a full disk leaves no room to take it out.
         if run.id not in (ids := waiting()):
             _write([run.id, *ids] if first else [*ids, run.id])
+        if again:
+            # Who queues it again knows how it ended. After a crash before this, the next runner queues it.
+            with suppress(OSError):
+                run.unreported_path.unlink(missing_ok=True)
 
 
 def _forget_requests(run: RunDir) -> None:

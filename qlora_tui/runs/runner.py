@@ -24,21 +24,26 @@ from functools import partial
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.files import open_append
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.metrics import GpuDevice
+from qlora_tui.gpu.nvml import list_gpus
 from qlora_tui.gpu.visible_devices import release_choice
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
 from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.devices import (
+    CPU,
     Devices,
     Wanted,
     choose,
     claimed,
     devices_of,
-    is_free,
     record_devices,
+    taken_keys,
     wanted_devices,
 )
 from qlora_tui.runs.directory import RunDir, all_runs, queue_path
-from qlora_tui.runs.events import Failed, Paused
+from qlora_tui.runs.event_log import events_backwards
+from qlora_tui.runs.events import Failed, Paused, RunEnded
 from qlora_tui.runs.gate import PERIOD_S, Gate
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.leftovers import sweep
@@ -52,8 +57,8 @@ from qlora_tui.runs.process import (
     trainer_command,
 )
 from qlora_tui.runs.retry import RetryPlan, host_oom_kills, plan_resume, plan_retry
-from qlora_tui.runs.status import ACTIVE, read_status, refuse_other_machines
-from qlora_tui.settings import GPU_VARIABLE
+from qlora_tui.runs.status import ACTIVE, is_stranded, read_status, refuse_other_machines
+from qlora_tui.settings import GPU_VARIABLE, Settings, current_settings
 from qlora_tui.worker import start_detached
 
 POLL_S = 0.5
@@ -133,6 +138,10 @@ class _Queue:
         """The threads at work, and the devices of their runs, by the id of the run."""
         self._has_ended = threading.Event()
         """Set when a thread has ended since the last look at the queue."""
+        self._seen: tuple[list[GpuDevice], Settings] | None = None
+        """The machine's GPUs and the settings at the last look at the queue."""
+        self._wanted: dict[tuple[str, str], Wanted] = {}
+        """What runs wait for, by their ids and the GPUs chosen for them: estimating what fits takes time."""
 
     def work(self) -> None:
         """Work until no run waits or trains."""
@@ -168,7 +177,13 @@ class _Queue:
 
     def _start_runs(self) -> None:
         """Start the runs whose devices are free. What a run waits for is not given to those behind it."""
-        reserved = {key for _, devices in self._training.values() for key in devices.keys}
+        reserved = {key for _, devices in self._training.values() for key in devices.keys} | taken_keys()
+        gpus: list[GpuDevice] = []
+        with suppress(GpuUnavailableError):
+            gpus = list_gpus()
+        seen = gpus, current_settings()
+        if seen != self._seen:
+            self._seen, self._wanted = seen, {}
         for run in self.waiting():
             if run.id not in self._training and not _guarded(run, partial(self._start_run, reserved)):
                 self._skipped.add(run.id)
@@ -181,8 +196,16 @@ class _Queue:
         hold, devices = self._gate.hours_hold(run), None
         if hold is None:
             try:
-                wanted = _wanted(run)
+                wanted = self._wanted_by(run, reserved)
             except UserError as problem:
+                cause = problem.__cause__
+                if (
+                    isinstance(cause, GpuUnavailableError)
+                    and cause.reason.device != "cpu"
+                    and reserved - {CPU}
+                ):
+                    # A run computes on a GPU, so the driver will say again which there are.
+                    return
                 if checkpoints := run.checkpoints():
                     recipe, last = (shlex.quote(str(path)) for path in (run.recipe_path, checkpoints[-1][1]))
                     fix = (
@@ -191,8 +214,7 @@ class _Queue:
                     problem = problem.replace(fix=f"{problem.fix} {fix}, with `--gpus`.")
                 _refuse(run, problem)
                 return
-            others = [each for each in wanted.devices if each.key not in reserved and is_free(each.key)]
-            used = self._gate.programs_on(run, others)
+            used = self._gate.programs_on(run, wanted.free(reserved))
             unavailable = reserved | used.keys()
             devices = choose(wanted, unavailable)
             reserved |= unavailable - used.keys()
@@ -207,12 +229,24 @@ class _Queue:
             reserved |= devices.keys
             self._start(run, devices, partial(_begin, gate=self._gate))
 
+    def _wanted_by(self, run: RunDir, unavailable: set[str]) -> Wanted:
+        """Return what a run needs, as it was at an earlier look as long as too little of that is free."""
+        key = run.id, run.gpu
+        if (wanted := self._wanted.get(key)) is not None:
+            used = self._gate.programs_on(run, wanted.free(unavailable))
+            if len(wanted.free(unavailable | used.keys())) < wanted.count:
+                return wanted
+        wanted = self._wanted[key] = _wanted(run)
+        return wanted
+
     def _start(self, run: RunDir, devices: Devices, work: Callable[[RunDir, Devices], None]) -> None:
         def guarded() -> None:
             if not _guarded(run, lambda each: work(each, devices)):
                 self._skipped.add(run.id)
             self._has_ended.set()
 
+        # When it waits again, it is to have the same devices.
+        self._wanted.pop((run.id, run.gpu), None)
         # A daemon: however the runner ends, trainers continue.
         thread = threading.Thread(target=guarded, name=run.id, daemon=True)
         self._training[run.id] = thread, devices
@@ -228,9 +262,12 @@ def _queue_version() -> int | None:
 
 def _wanted(run: RunDir) -> Wanted:
     environ = dict(os.environ) | ({GPU_VARIABLE: run.gpu} if run.gpu else {})
-    before = devices_of(run)
-    processes = before.processes if before is not None and run.checkpoints() else 0
-    return wanted_devices(run.recipe(), environ, processes)
+    if not run.checkpoints():
+        return wanted_devices(run.recipe(), environ)
+    endings = (each for each in events_backwards(run.events_path) if isinstance(each, RunEnded))
+    ending = next(endings, None)
+    gave_way = isinstance(ending, Paused) and ending.hold is not None
+    return wanted_devices(run.recipe(), environ, devices_of(run), stays=gave_way)
 
 
 def _refuse(run: RunDir, problem: UserError) -> None:
@@ -268,6 +305,10 @@ def _is_unsettled(run: RunDir) -> bool:
 
 def _take_over(run: RunDir, devices: Devices, gate: Gate) -> None:
     """Wait for the trainer of a runner that was killed, and record how the run ended."""
+    if is_stranded(run):
+        # On its way back into the queue.
+        run_queue.requeue(run, first=True)
+        return
     if _has_trainer(run):
         is_asked = False
         with _awake():
@@ -358,6 +399,9 @@ def _supervise(run: RunDir, plan: RetryPlan | None, devices: Devices, gate: Gate
         return
     with claimed(devices) as handles:
         if handles is None:
+            if read_status(run).state == "queued":
+                # Taken since it was free: the queue looks at it again.
+                return
             raise UserError("The device is in use", what=f"Another process holds {devices}.")
         while plan is not None:
             kills_before = host_oom_kills()

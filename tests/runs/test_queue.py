@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -12,16 +13,21 @@ from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.files import private_dir
+from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.locks import locked
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import run_queue, runner
-from qlora_tui.runs.devices import Devices
+from qlora_tui.runs.devices import CPU, UNKNOWN_GPU, Devices, RunDevice, claimed, record_devices
 from qlora_tui.runs.directory import RunDir, create_run, queue_path
-from qlora_tui.runs.event_log import last_event
-from qlora_tui.runs.events import Stopped
+from qlora_tui.runs.event_log import append_event, last_event
+from qlora_tui.runs.events import Paused, Started, Stopped
 from qlora_tui.runs.gate import Gate
+from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, is_stranded, read_status, write_status
+from tests.gpu.test_visible_devices import RTX_3060, RTX_4090
+from tests.support.nvml_stub import install_nvml_stub
 from tests.support.polling import while_it_sleeps
 from tests.support.power import FaultyDisk
 
@@ -176,3 +182,125 @@ def test_a_trainer_without_a_status_is_waited_for(run: RunDir, monkeypatch: pyte
         while_it_sleeps(monkeypatch, end)
         runner._take_over(run, Devices(()), Gate())
     assert read_status(run).state == "finished"
+
+
+GPUS = [RunDevice(RTX_4090, 0, "RTX 4090"), RunDevice(RTX_3060, 1, "RTX 3060")]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Id and devices of each run that is started; none of them trains. The machine has two GPUs."""
+    install_nvml_stub(monkeypatch, "two_gpus")
+    started: list[tuple[str, str]] = []
+
+    def start(queue: runner._Queue, run: RunDir, devices: Devices, work: object) -> None:
+        started.append((run.id, str(devices)))
+        run_queue.remove(run)
+
+    monkeypatch.setattr(runner._Queue, "_start", start)
+    return started
+
+
+@pytest.mark.parametrize("scenario", ["mismatch", "broken", "no_permission", "lost", "unsupported"])
+def test_no_run_starts_on_a_gpu_that_may_be_taken(
+    run: RunDir,
+    recipe: Recipe,
+    started: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: str,
+) -> None:
+    both = create_run(replace_setting(recipe, "training.gpus", 2))
+    queue, waiting = runner._Queue(Gate()), [run] if scenario == "unsupported" else [run, both]
+    for each in waiting:
+        run_queue.enqueue(each)
+    with claimed(Devices((GPUS[0],))), monkeypatch.context() as failing:
+        install_nvml_stub(failing, scenario)
+        queue._start_runs()
+        assert started == [] and run_queue.waiting() == [each.id for each in waiting]
+    install_nvml_stub(monkeypatch, "two_gpus")
+    queue._start_runs()
+    assert started[0] == (run.id, "GPU 0 (RTX 4090)")
+
+
+def test_a_gpu_may_be_the_one_that_the_driver_did_not_name(
+    run: RunDir, started: list[tuple[str, str]]
+) -> None:
+    run_queue.enqueue(run)
+    with claimed(Devices((RunDevice(UNKNOWN_GPU),))):
+        runner._Queue(Gate())._start_runs()
+    assert started == []
+
+
+@pytest.mark.parametrize("hold", [None, Hold(cause="program", program="game", pid=7)])
+def test_a_run_that_gave_way_goes_on_on_its_gpu_only(
+    run: RunDir, started: list[tuple[str, str]], hold: Hold | None
+) -> None:
+    folder = run.checkpoints_dir / "step-2"
+    folder.mkdir()
+    (folder / "complete").touch()
+    record_devices(run, Devices((GPUS[1],), is_choice=True))
+    append_event(run.events_path, Paused(step=2, hold=hold))
+    run_queue.enqueue(run)
+    queue = runner._Queue(Gate())
+    with claimed(Devices((GPUS[1],))):
+        queue._start_runs()
+    if hold is not None:
+        waits_for = Hold(cause="devices", devices="GPU 1 (RTX 3060)")
+        assert started == [] and read_status(run).hold == waits_for
+        queue._start_runs()
+        assert started.pop() == (run.id, "GPU 1 (RTX 3060)")
+    else:
+        assert started.pop() == (run.id, "GPU 0 (RTX 4090)")
+        run_queue.enqueue(run)
+        queue._start_runs()
+        assert started.pop() == (run.id, "GPU 1 (RTX 3060)"), "if it is free"
+
+
+def test_a_long_queue_asks_the_driver_once_a_look(
+    recipe: Recipe, started: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        run_queue.enqueue(create_run(recipe))
+    queue, opened, open_driver = runner._Queue(Gate()), list[Nvml](), Nvml.__init__
+
+    def count(driver: Nvml) -> None:
+        opened.append(driver)
+        open_driver(driver)
+
+    with claimed(Devices(tuple(GPUS))):
+        queue._start_runs()
+        monkeypatch.setattr(Nvml, "__init__", count)
+        queue._start_runs()
+    assert len(opened) == 1 and started == []
+
+
+def test_a_run_whose_device_was_taken_meanwhile_is_tried_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_queue.enqueue(run)
+    queue = runner._Queue(Gate())
+    with claimed(Devices((RunDevice(CPU),))), monkeypatch.context() as before:
+        before.setattr(runner, "taken_keys", set)
+        queue._start_runs()
+        (thread, _), *_ = queue._training.values()
+        thread.join()
+    assert [each.id for each in queue.waiting()] == [run.id] and read_status(run).state == "queued"
+
+
+def test_the_next_runner_queues_a_held_run_that_a_crash_left_in_no_queue(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append_event(run.events_path, Started(attempt=1, pid=1))
+    append_event(run.events_path, Paused(step=3, hold=Hold(cause="hours", until=time.time() + 60)))
+    write_status(run, Status(state="paused", at=time.time(), step=3))
+    run.unreported_path.touch()
+
+    def crash(ids: list[str]) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as crashing, pytest.raises(SystemExit):
+        crashing.setattr(run_queue, "_write", crash)
+        run_queue.requeue(run, first=True)
+    assert run_queue.waiting() == [] and runner._is_unsettled(run)
+    runner._take_over(run, Devices(()), Gate())
+    assert run_queue.waiting() == [run.id]
