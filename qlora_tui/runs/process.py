@@ -24,8 +24,12 @@ from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, without_choice
 
 INHIBITOR = "systemd-inhibit"
 """Program of systemd that keeps the machine from suspending while another one runs."""
+LAUNCHER_VARIABLE = "QLORA_TUI_LAUNCHER"
+"""Process number of the torchrun that the runner started."""
+_TORCHRUN = "torch.distributed.run"
 _OF_TORCHRUN = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_|TORCHELASTIC_|TORCH_NCCL_|OMP_NUM_THREADS$"
+    rf"|{LAUNCHER_VARIABLE}$"
 )
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -145,7 +149,7 @@ def trainer_command(run: Path, processes: int, *arguments: str) -> tuple[str, ..
 
 def torchrun_command(processes: int, *module: str) -> tuple[str, ...]:
     """Return module and arguments that run a module, given with its arguments, in several processes."""
-    return ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", *module)
+    return (_TORCHRUN, "--standalone", "--nproc-per-node", str(processes), "-m", *module)
 
 
 def threads_variable(processes: int) -> dict[str, str]:
@@ -167,8 +171,12 @@ def spawn_detached(
     Without ``output`` it writes to this process's output. ``environ``: further variables. ``inherited``:
     descriptors that it keeps open.
     """
+    argv = worker.module_argv(module, *arguments)
+    if module == _TORCHRUN:
+        # The program takes the place of the shell, and its number.
+        argv = ["/bin/sh", "-c", f'export {LAUNCHER_VARIABLE}=$$; exec "$@"', "sh", *argv]
     return subprocess.Popen(
-        worker.module_argv(module, *arguments),
+        argv,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,

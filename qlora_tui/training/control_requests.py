@@ -47,6 +47,11 @@ class ControlRequests:
         pauses = [request for request in self._pending if request.kind in ("pause", "pause_now")]
         return pauses[-1].hold if pauses and all(request.hold for request in pauses) else None
 
+    @property
+    def ends_now(self) -> bool:
+        """Whether an end waits that does not wait for the end of the step or evaluation."""
+        return any(request.kind in ("stop_now", "pause_now") for request in self._pending)
+
     def take(self, kind: Kind) -> ControlRequest | None:
         """Remove and return the last waiting request of a kind; earlier ones of that kind are dropped."""
         matching = [request for request in self._pending if request.kind == kind]
@@ -67,12 +72,11 @@ class ControlRequests:
     def raise_if_stop_now(self) -> None:
         """Raise StepAbandoned if an end was requested that does not wait for the end of the step.
 
-        With several processes it waits all the same: they would have to agree on where to leave the step.
+        With several processes it waits for the next common poll: they would have to agree on where to leave
+        the step.
         """
         self.poll_if_alone()
-        if self._dist.world_size == 1 and any(
-            request.kind in ("stop_now", "pause_now") for request in self._pending
-        ):
+        if self.ends_now:
             raise StepAbandoned
 
     def raise_if_stop_requested(self) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +27,7 @@ from qlora_tui.errors import EXIT_FAILURE, UsageError
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed
+from qlora_tui.runs.process import LAUNCHER_VARIABLE
 
 T = TypeVar("T")
 _LAUNCH_ID = "TORCHELASTIC_RUN_ID"
@@ -33,6 +36,9 @@ _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpe
 """Variables of ``accelerate launch``, which its library would obey."""
 _PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.5
+_LONGEST_WAIT = timedelta(hours=4)
+"""Time for which processes wait for the main one, which alone converts a GGUF file and answers replayed
+prompts. torch ends them after 10 minutes."""
 _EXPLAIN_S = 5.0
 """Seconds in which another process may say why it ended, once the connection to it is lost."""
 
@@ -55,7 +61,7 @@ class DistributedContext(Struct, frozen=True):
         if self.world_size > 1:
             from accelerate import PartialState
 
-            PartialState(cpu=on_cpu)
+            PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
             from torch import distributed
 
             # A launcher that spreads one model over the GPUs would leave each process alone.
@@ -133,6 +139,10 @@ def end_with_launcher() -> None:
     """
     if _LAUNCH_ID in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        launcher = os.environ.get(LAUNCHER_VARIABLE)
+        if launcher is not None and int(launcher) != os.getppid():
+            # It was killed before that.
+            sys.exit(EXIT_FAILURE)
 
 
 class ProcessFailures:

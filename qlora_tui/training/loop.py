@@ -453,6 +453,7 @@ class Loop:
         if not has_data and not self._run.recipe.training.sample_prompts:
             return False
         self.progress.evaluation_due = True
+        self._run.requests.raise_if_stop_now()
         self._reporter.phase("evaluating")
         best = has_data and self._evaluate(last=last)
         self._sample()
@@ -500,6 +501,9 @@ class Loop:
         samples = generate_samples(run.model, run.tokenizer, prompts, run.device.torch_device, run.thinking)
         for prompt, answer in samples:
             run.reporter.emit(SampleGenerated(step=step, prompt=prompt, answer=answer))
+            run.requests.poll_if_alone()
+            if run.requests.ends_now:
+                break
 
     def _early_stop_reason(self) -> str | None:
         patience = self._run.recipe.training.early_stopping

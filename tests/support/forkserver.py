@@ -125,6 +125,8 @@ def _reply(client: socket.socket, number: int) -> None:
 def _become(request: dict[str, Any], streams: list[int]) -> None:
     environment = request["environment"]
     before = environment.pop("BEFORE_TRAINER", "")
+    # No child of that process.
+    environment.pop("QLORA_TUI_LAUNCHER", None)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(request["folder"])

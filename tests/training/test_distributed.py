@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +18,16 @@ import pytest
 from qlora_tui.locks import is_locked
 from qlora_tui.recipe.schema import Recipe, Source, Training
 from qlora_tui.runs import actions
+from qlora_tui.runs.control import send_request
 from qlora_tui.runs.devices import CPU, is_free
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.events import Evaluated, Failed, Started, ValidationCompared
-from qlora_tui.runs.process import runner_lock_path
-from qlora_tui.runs.status import read_status
+from qlora_tui.runs.events import Evaluated, Failed, SampleGenerated, Started, ValidationCompared
+from qlora_tui.runs.process import LAUNCHER_VARIABLE, process_identity, runner_lock_path
+from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.training import setup
+from qlora_tui.training.control_requests import ControlRequests, StepAbandoned
+from qlora_tui.training.distributed import DistributedContext
+from qlora_tui.training.loop import Loop, RunProgress
 from tests.support.polling import wait_for
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
@@ -115,7 +125,26 @@ def test_a_launcher_that_shards_the_model_is_refused(
     assert "bitsandbytes issue 1945, accelerate issue 3983" in failed.why and "streamed_layers" in failed.fix
 
 
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_process_ends_whose_launcher_ended_before_it(is_alive: bool) -> None:
+    code = "from qlora_tui.training.distributed import *; end_with_launcher(); print('goes on')"
+    environ = os.environ | {
+        "TORCHELASTIC_RUN_ID": "1",
+        LAUNCHER_VARIABLE: str(os.getpid() if is_alive else 1),
+    }
+    process = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, check=False)
+    assert (process.stdout == b"goes on\n", process.returncode == 0) == (is_alive, is_alive)
+
+
 pytest.importorskip("torch")
+
+
+def test_processes_wait_for_a_long_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[timedelta] = []
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu, timeout: waits.append(timeout))
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    DistributedContext(world_size=2).initialize(on_cpu=True)
+    assert waits[0] > timedelta(hours=1)
 
 
 def ignore(*_: object) -> None:
@@ -143,3 +172,49 @@ def test_every_process_takes_what_the_first_chose_from_the_least_memory() -> Non
     setup._choose_step(run)
     assert run.recipe.training == first.training
     assert asked == [12]
+
+
+def play_loop(
+    folder: RunDir, dist: DistributedContext, emitted: list[object]
+) -> tuple[Loop, ControlRequests]:
+    """Return a loop after its third step, without a model."""
+    write_status(folder, Status(state="running", at=time.time(), process=process_identity()))
+    reporter: Any = SimpleNamespace(emit=emitted.append, log=ignore, phase=ignore)
+    loop: Any = object.__new__(Loop)
+    requests = ControlRequests(folder, reporter, dist)
+    recipe = Recipe(training=Training(sample_prompts=("One?", "Two?")))
+    known: dict[str, Any] = {"recipe": recipe, "model": None, "tokenizer": None, "thinking": "auto"}
+    loop._run = SimpleNamespace(
+        **known, requests=requests, reporter=reporter, device=SimpleNamespace(torch_device=None)
+    )
+    loop.progress, loop.trainer = RunProgress(), SimpleNamespace(step=3)
+    loop._evaluator = SimpleNamespace(has_validation_data=True)
+    return loop, requests
+
+
+def test_a_pause_at_once_of_several_processes_leaves_out_the_evaluation(recipe: MakeRecipe) -> None:
+    run = create_run(recipe())
+    dist: Any = SimpleNamespace(world_size=2, is_main_process=True, broadcast=lambda value: value)
+    loop, requests = play_loop(run, dist, [])
+    send_request(run, "pause_now")
+    requests.raise_if_stop_now()
+    requests.poll()
+    with pytest.raises(StepAbandoned):
+        loop._evaluate_and_sample(last=False)
+    assert loop.progress.evaluation_due and loop.progress.evaluated_step == 3
+
+
+def test_a_pause_at_once_waits_for_one_sample(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, emitted = create_run(recipe()), list[object]()
+    loop, _ = play_loop(run, DistributedContext(), emitted)
+
+    def generate(
+        model: object, tokenizer: object, prompts: tuple[str, ...], *_: object
+    ) -> Iterator[tuple[str, str]]:
+        for prompt in prompts:
+            send_request(run, "pause_now")
+            yield prompt, "Yes."
+
+    monkeypatch.setattr("qlora_tui.training.loop.generate_samples", generate)
+    loop._sample()
+    assert [event.prompt for event in emitted if isinstance(event, SampleGenerated)] == ["One?"]
