@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir, create_run
 
 TRAINER = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from qlora_tui.runs.control import take_requests
 from qlora_tui.runs.directory import RunDir
@@ -23,6 +24,7 @@ from qlora_tui.runs.retry import RetryPlan, parse_plan
 from qlora_tui.runs.status import Status, write_status
 
 run = RunDir(Path(sys.argv[1]))
+(run.path / "launch.json").write_text(json.dumps([os.getpid(), sys.orig_argv, dict(os.environ)]))
 plan = parse_plan(sys.argv[3]) if "--plan" in sys.argv else RetryPlan()
 training = plan.apply_to(run.recipe()).training
 log = EventWriter(run.events_path)
@@ -74,6 +76,12 @@ record_outcome(run, ending)
 def let_go(run: RunDir) -> None:
     """Have a trainer that waits, and is running by now, go on to its end."""
     (run.path / "go").write_text("go")
+
+
+def launch_of(run: RunDir) -> tuple[int, list[str], dict[str, str]]:
+    """Process number, command and environment of the last trainer of a run, or of its torchrun."""
+    number, command, environ = json.loads((run.path / "launch.json").read_text())
+    return number, command, environ
 
 
 @pytest.fixture

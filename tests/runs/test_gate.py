@@ -21,7 +21,7 @@ from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuProcess
 from qlora_tui.gpu.visible_devices import visible_gpus
 from qlora_tui.hours import Clock
-from qlora_tui.locks import locked
+from qlora_tui.locks import is_locked, locked
 from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
@@ -34,7 +34,7 @@ from qlora_tui.runs.event_log import EventTail, append_event
 from qlora_tui.runs.events import Finished, Paused, Started
 from qlora_tui.runs.gate import Gate, GpuReader, is_own, program_name
 from qlora_tui.runs.holds import Hold
-from qlora_tui.runs.process import runner_lock_path
+from qlora_tui.runs.process import ensure_runner, runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.settings import config_path
@@ -92,6 +92,11 @@ def running(argv: list[str]) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+
+
+def kill_runner() -> None:
+    os.kill(int((paths.state_dir() / "runner.lock").read_text()), signal.SIGKILL)
+    wait_for(lambda: not is_locked(runner_lock_path()))
 
 
 def obeys(recipe: Recipe) -> Recipe:
@@ -309,12 +314,14 @@ def test_a_runner_killed_while_a_run_is_held_is_replaced(recipe: Recipe) -> None
     follower = threading.Thread(target=lambda: list(follow_events(RunView(run), seen.append)), daemon=True)
     wait_for(lambda: read_status(run).state == "running")
     follower.start()
+    kill_runner()
+    # The next runner asks a run that it did not start to give way, too.
+    ensure_runner()
     write_config(f'hours = "{closed_hours()}"')
     wait_for(lambda: read_status(run).hold)
     wait_for(lambda: seen)
     assert seen[0].startswith("Paused until ")
-    runner_pid = int((paths.state_dir() / "runner.lock").read_text())
-    os.kill(runner_pid, signal.SIGKILL)
+    kill_runner()
     write_config("")
     (run.path / "go").touch()
     # The next start of the queue goes on.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ from qlora_tui.runs.devices import CPU, devices_of, is_free, run_on
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
-from qlora_tui.runs.process import process_identity, runner_lock_path
+from qlora_tui.runs.process import LAUNCHER_VARIABLE, process_identity, runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
-from tests.runs.conftest import let_go
+from qlora_tui.settings import GPU_VARIABLE
+from tests.gpu.test_visible_devices import RTX_3060, RTX_4090
+from tests.runs.conftest import launch_of, let_go
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.polling import wait_for
 from tests.support.power import refuse_locks
@@ -59,9 +62,12 @@ def test_runs_on_two_gpus_train_at_once_and_one_on_both_waits_for_both(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_nvml_stub(monkeypatch, "two_gpus")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     waits = named(recipe, "waits")
     first, second = actions.submit(waits), actions.submit(waits)
     wait_for(lambda: is_(first, "running") and is_(second, "running"))
+    _, command, environ = launch_of(first)
+    assert command[command.index("--gpu") + 1] == RTX_4090 and "OMP_NUM_THREADS" not in environ
     # The one with the most free memory first.
     assert [str(devices_of(run)) for run in (first, second)] == ["GPU 0 (RTX 4090)", "GPU 1 (RTX 3060)"]
     both, behind = actions.submit(replace_setting(waits, "training.gpus", 2)), actions.submit(waits)
@@ -80,12 +86,37 @@ def test_runs_on_two_gpus_train_at_once_and_one_on_both_waits_for_both(
     let_go(first)
     wait_for(lambda: is_(both, "running"))
     assert str(devices_of(both)) == "GPUs 0 and 1"
+    torchrun, command, environ = launch_of(both)
+    assert command[command.index("--nproc-per-node") + 1] == "2"
+    assert command[command.index("--gpu") + 1] == f"{RTX_4090},{RTX_3060}"
+    assert environ["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert environ[LAUNCHER_VARIABLE] == str(torchrun)
     assert read_status(behind).state == "queued"
     let_go(both)
     wait_for(lambda: is_(behind, "running"))
     let_go(behind)
     wait_for(lambda: is_(behind, "finished"))
     assert (first.log_path.read_text(), is_free(CPU)) == ("", True)
+
+
+@pytest.mark.parametrize("variable", [GPU_VARIABLE, "CUDA_VISIBLE_DEVICES"])
+def test_the_gpu_chosen_for_a_run_is_not_that_of_the_next(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    waits = named(recipe, "waits")
+    with monkeypatch.context() as chosen:
+        chosen.setenv(variable, "1")
+        first = actions.submit(waits)
+    second, both = actions.submit(waits), actions.submit(replace_setting(waits, "training.gpus", 2))
+    for run, gpu in (first, RTX_3060), (second, RTX_4090):
+        wait_for(partial(is_, run, "running"))
+        _, command, environ = launch_of(run)
+        assert command[command.index("--gpu") + 1] == gpu and variable not in environ
+        let_go(run)
+    wait_for(lambda: is_(both, "running"))
+    let_go(both)
+    wait_for(lambda: is_(both, "finished"))
 
 
 @pytest.mark.parametrize("is_allowed", [True, False])
