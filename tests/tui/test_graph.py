@@ -302,4 +302,4 @@ def test_columns_are_left_out_in_their_order_before_one_is_narrower_than_its_lea
         12: ["name", "second"],
         5: ["name"],
     }
-    assert max(line.cell_length for line in table(columns, ["abcdefgh", "ijkl"], 5)) == 5
+    assert max(line.cell_length for line in table(columns, ["abcdefgh", "ijkl"], 3)) == 3
