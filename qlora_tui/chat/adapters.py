@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,16 @@ def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) 
         forward = vars(wrapper).get("forward")
         if forward is None:
             forward = wrapper.forward = TokenRowsForward(wrapper.original_module, active)
+            wrapper.adapter_state_dict_load_map = partial(_names_of_rows, wrapper)
         if adapter_name in wrapper.token_adapter.trainable_tokens_delta:
             forward.register(adapter_name, wrapper)
+
+
+def _names_of_rows(wrapper: Any, adapter_name: str) -> dict[str, str]:
+    """Return where peft finds the rows of an adapter; nowhere without any, which peft does not expect."""
+    if adapter_name not in wrapper.token_adapter.trainable_tokens_delta:
+        return {}
+    return type(wrapper).adapter_state_dict_load_map(wrapper, adapter_name)  # type: ignore[no-any-return]  # peft's
 
 
 def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> bool:
