@@ -108,6 +108,7 @@ def test_the_gpu_chosen_for_a_run_is_not_that_of_the_next(
     with monkeypatch.context() as chosen:
         chosen.setenv(variable, "1")
         first = actions.submit(waits)
+    wait_for(lambda: is_(first, "running"))
     second, both = actions.submit(waits), actions.submit(replace_setting(waits, "training.gpus", 2))
     for run, gpu in (first, RTX_3060), (second, RTX_4090):
         wait_for(partial(is_, run, "running"))
