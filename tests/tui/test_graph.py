@@ -286,6 +286,12 @@ def test_labels_of_a_chart_have_the_same_rows_between_them(height: int) -> None:
     assert len(rows) > 1 and len({after - before for before, after in pairwise(rows)}) == 1
 
 
+def test_a_column_that_shrinks_is_no_wider_than_its_texts() -> None:
+    first = Column[str](text=lambda row: row[:2], shrinks=True, min_width=6)
+    (line,) = table((first, Column[str](text=str, shrinks=True)), ["abcdefghijkl"], 10)
+    assert line.plain.startswith("ab  ab") and line.cell_length == 10
+
+
 def test_columns_are_left_out_in_their_order_before_one_is_narrower_than_its_least() -> None:
     columns = (
         Column[str](title="name", text=str, shrinks=True, min_width=4),

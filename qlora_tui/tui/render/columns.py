@@ -67,7 +67,8 @@ def table(
         left = width - sum(gaps) - sum(widths) + widths[number]
         if column.fills or (column.shrinks and left < widths[number]):
             is_last = not any(each.fills or each.shrinks for each in columns[number + 1 :])
-            widths[number] = max(1 if is_last else column.min_width, left)
+            least = column.min_width if column.fills else min(column.min_width, widths[number])
+            widths[number] = max(1 if is_last else least, left)
     lines = []
     if any(column.title for column in columns):
         titles = [Content.styled(column.title, title_style) for column in columns]
