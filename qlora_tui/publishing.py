@@ -147,7 +147,7 @@ def _put_back(earlier: Path, final: Path) -> bool:
 
 
 def kept_earlier(final: Path) -> Path | None:
-    """Return where the previous folder is if nothing is in its place; None otherwise."""
+    """Return the kept previous version of ``final`` if ``final`` is missing, else None."""
     # Version 1.0 used the second place.
     places = (earlier_path(final), final.with_name(f".{final.name}.earlier"))
     return None if final.exists() else next((place for place in places if place.is_dir()), None)

@@ -112,7 +112,7 @@ PlacedDeltas: TypeAlias = dict[str, Update | ConvertedDelta]
 
 
 def placed_updates(recipe: Recipe, adapter: Path) -> dict[Path, PlacedDeltas]:
-    """Return an adapter's updates by weight file of the recipe's model and tensor name. Raises UserError."""
+    """Return an adapter's updates, by weight file of the model and then by tensor name. Raises UserError."""
     base = model_folder(recipe)
     files = [base / name for name in weight_files(base)]
     head = resolve_model(recipe.model.id).architecture.head

@@ -230,7 +230,7 @@ class CompletionText:
         return parts
 
     def _answer(self, text: str) -> str:
-        """Return the text of the answer that is certainly neither a stop text nor a call."""
+        """Return the text that can no longer become part of a stop text or a tool call."""
         text = self._stops.feed(text)
         return text if self._calls is None else self._calls.feed(text)
 

@@ -142,7 +142,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
         raise UserError(
             "The file already has predictions",
             what=f"{file} has the column {taken[0]!r}, which would be overwritten.",
-            fix="Rename or delete it.",
+            fix="Rename or remove that column.",
             exit_code=EXIT_USAGE,
         )
     return decider, layout

@@ -197,7 +197,7 @@ def _sequences(
 
 
 def _trained(sequences: int, share: float) -> int:
-    """Return how many sequences of an epoch are trained if that is only ``share`` of it."""
+    """Return how many of an epoch's sequences are trained if only ``share`` of them are, at least 1."""
     return max(1, round(share * sequences))
 
 

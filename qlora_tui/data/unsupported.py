@@ -40,7 +40,7 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
     return UserError(
         "Compared answers",
         what=f"{name} {what}",
-        why="Answers that may be the worse ones are never trained on.",
+        why="Some of them may be worse answers, which must not be learned.",
         fix="Convert it: keep the better answer of each row, as columns prompt and completion.",
     )
 
@@ -124,7 +124,7 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
         return UserError(
             "Compared answers",
             what=f"{name} holds a list of answers in each row, in {column!r}.",
-            why="Answers that may be the worse ones are never trained on.",
+            why="Some of them may be worse answers, which must not be learned.",
             fix="Convert it: keep the better answer of each row, as columns prompt and completion; or the "
             "better and a worse one, as prompt, chosen and rejected.",
         )

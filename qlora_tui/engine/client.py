@@ -231,10 +231,10 @@ def _lost_error(exit_code: int) -> UserError:
     log = truncated_log()
     killed = exit_code < 0
     return UserError(
-        "The engine ended",
-        what=f"The process that holds the model was ended by {signal.Signals(-exit_code).name}."
+        "The engine stopped unexpectedly",
+        what=f"The process that holds the model was killed by {signal.Signals(-exit_code).name}."
         if killed
         else f"The process that holds the model ended with exit code {exit_code}.",
         why="The kernel does this when memory runs out." if exit_code == -signal.SIGKILL else "",
-        fix=f"Try again; its last output is in {log}.",
+        fix=f"Try again. The engine's last output is in {log}.",
     )

@@ -310,9 +310,9 @@ class _Export:
             Path(file.path).unlink()
         assert nearest is not None
         raise UserError(
-            "No type is within the bound",
-            what=f"The closest: {nearest.sentence}. The bound is a KL divergence of "
-            f"{format_number(self.within)} and no fewer ended turns.",
+            "No type meets the bound",
+            what=f"The closest: {nearest.sentence}. The bound is a KL divergence of at most "
+            f"{format_number(self.within)}, and no fewer answers that end their turn.",
             fix="Raise --within, or export as F16.",
         )
 

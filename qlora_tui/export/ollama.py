@@ -199,9 +199,9 @@ def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it wi
     except subprocess.TimeoutExpired as error:
         raise UserError(
             "Ollama does not answer",
-            what=f"`ollama show {name}` did not end in {_SHOW_S} seconds.",
-            why=f"It is not known whether it has a model {name}, which would be replaced.",
-            fix="Check whether Ollama is running, or replace it with: qlora-tui export ollama … --replace",
+            what=f"`ollama show {name}` did not finish within {_SHOW_S} seconds.",
+            why=f"Ollama may already have a model named {name}, which this export would replace.",
+            fix="Check whether Ollama is running. To replace an existing model, add --replace.",
         ) from error
     except OSError:
         # Then it cannot create a model either, and says so.

@@ -202,7 +202,7 @@ def _build_for(capability: tuple[int, int] | None, driver_cuda: tuple[int, int] 
 
 
 def _why_not_compiled(capability: tuple[int, int], torch: TorchBuild) -> str:
-    """Return why an installed build for CUDA has no code for a compute capability; empty if it may."""
+    """Return why a build for CUDA has no code for a compute capability; empty if no reason is known."""
     if torch.cuda is None:
         return ""
     oldest = _OLDEST_CAPABILITIES.get(torch.cuda[0])

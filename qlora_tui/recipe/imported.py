@@ -325,7 +325,7 @@ class _Import:
     # -- what takes several keys
 
     def _read_quantization(self) -> None:
-        """Find the storage of the base: the keys say 4 or 8 bits, and of 4 bits which."""
+        """Find how the base is stored: in 4 or 8 bits, and for 4 bits which type."""
         for key in _BITS:
             self._read_if_set(key)
         for key in _FOUR_BIT_TYPES:

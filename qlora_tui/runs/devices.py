@@ -19,7 +19,7 @@ from qlora_tui import paths
 from qlora_tui.decoding import read_json
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.files import atomic_write, private_dir
-from qlora_tui.formatting import join_words, pluralize
+from qlora_tui.formatting import join_words
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.nvml import Nvml, list_gpus
@@ -110,7 +110,7 @@ class Wanted:
     is_choice: bool = False
 
     def free(self, unavailable: Collection[str]) -> list[RunDevice]:
-        """Return the devices that are none of those with the ``unavailable`` keys."""
+        """Return the devices whose keys are not in ``unavailable``."""
         return [each for each in self.devices if not any(_may_be(each.key, other) for other in unavailable)]
 
     def __str__(self) -> str:
@@ -172,7 +172,7 @@ def _unnamed(error: GpuUnavailableError) -> RunDevice:
 def _too_few(count: int, there: int, why: str) -> UsageError:
     return UsageError(
         "Not enough GPUs",
-        what=f"Training.gpus is {count}, and {pluralize(there, 'GPU')} can be used.",
+        what=f"The recipe asks for {count} GPUs (training.gpus), but only {there} can be used.",
         why=why,
         fix=f"Set training.gpus to {there}, or to all." if there else "Set training.gpus to 1.",
     )

@@ -356,7 +356,7 @@ class _Sampler:
         self._broken = 0
 
     def add(self, piece: bytes) -> None:
-        """Choose from complete lines, which follow those before."""
+        """Choose the lines to keep from ``piece``, the next complete lines of the file."""
         if not piece:
             return
         for start in {*self._even(piece), *self._broken_steps(piece), *self._facts(piece)}:

@@ -49,7 +49,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of the answer."""
+        """Headers of the HTTP response."""
         return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else {}
 
 

@@ -87,7 +87,7 @@ class RunsToServe:
 
     @staticmethod
     def stamp() -> tuple[object, ...]:
-        """Return what changes when a run, a checkpoint, an adapter or a name comes or goes."""
+        """Return a value that differs whenever a run, checkpoint, adapter or name is added or removed."""
         return tuple(
             (
                 run.id,

@@ -112,7 +112,7 @@ def general_keys(source: ChatSource, folder: Path) -> dict[str, str | int]:
 
 
 def _name(name: str, vocabulary: Vocabulary) -> str:
-    """Return a name by which llama.cpp recognizes Phi-3's tokenizer, and no other as Phi-3's."""
+    """Return the name, changed where llama.cpp would take Phi-3's tokenizer for another or another for it."""
     if not vocabulary.strips_after_special:
         return _PHI3.sub(r"\1 3", name)
     return name if _PHI3.search(name) else f"{name} (Phi-3)"

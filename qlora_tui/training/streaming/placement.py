@@ -183,8 +183,8 @@ def movable_layers(model: Any, setting: str = "quantization.streamed_layers") ->
     if not layers:
         raise UserError(
             "The layers of this model cannot be moved one by one",
-            what=f"{setting} is set for it, and {model.config.model_type} has no list of decoder "
-            "layers that can be recomputed one by one.",
+            what=f"{setting} handles decoder layers one by one, but {model.config.model_type} has no "
+            "list of them.",
             fix=f"Reset {setting}, or choose another model.",
         )
     return layers

@@ -152,7 +152,7 @@ def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str
 
 
 def verdict_sign(verdict: Verdict) -> Content:
-    """Return ``✗``: the verdict where there is no room for the word."""
+    """Return the verdict as one character, such as ``✗``, for places without room for the word."""
     return Content.styled(*_VERDICTS[verdict.word])
 
 
@@ -301,9 +301,7 @@ def best_figure(loss: float, loss_to_beat: float | None) -> Figure:
 
 
 def _best(loss_to_beat: float | None) -> str:
-    """Return the label of the lowest validation loss, which is not "best" if it was no higher before
-    training.
-    """
+    """Return ``lowest`` if the loss before training was already as low, else ``best``."""
     return "best" if loss_to_beat is None else "lowest"
 
 

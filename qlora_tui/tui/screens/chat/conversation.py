@@ -462,7 +462,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             self._open_requests.remove(request)
 
     async def _decide(self, turn: ChatTurn, answer: AdapterAnswer) -> None:
-        """Show how probable each label is, if the adapter decides between some."""
+        """Show the probability of each label if the adapter was trained to choose between labels."""
         name = answer.adapter_name
         if self.source is None or name not in self.source.adapter_names:
             return  # llama.cpp answers

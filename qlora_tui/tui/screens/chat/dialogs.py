@@ -232,7 +232,7 @@ def _words(error: Exception) -> str:
 
 
 def chat_runs() -> list[RunDir]:
-    """Every run that has an adapter or a checkpoint, newest first."""
+    """Return every run that has an adapter or a checkpoint, newest first."""
     return [
         run for run in all_runs() if (run.adapter_dir / "adapter_config.json").exists() or run.checkpoints()
     ]

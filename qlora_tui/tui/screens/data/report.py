@@ -159,7 +159,7 @@ def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> 
 
 
 def _has_usable_rows(report: Report) -> bool:
-    """Return whether rows remain without the bad ones, as far as the source was read."""
+    """Return whether any row is left without the bad ones; True if the source was read only in part."""
     return bool(report.counts.conversations) or not report.complete
 
 

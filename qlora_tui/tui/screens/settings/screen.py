@@ -117,7 +117,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
 
 
 class ThemePicker(ListPicker[str], OnQloraApp):
-    """The app has the theme under the cursor until the dialog is closed."""
+    """A list of themes; the app previews the one under the cursor until the dialog closes."""
 
     def on_option_list_option_highlighted(self) -> None:
         """Show the theme."""
