@@ -35,7 +35,11 @@ def adopt_orphans() -> None:
 
 def end_descendants() -> None:
     """Kill every descendant of this process, and wait until none is left."""
-    while descendants := psutil.Process().children(recursive=True):
+    looks = 0
+    # One look may miss a process whose parent has just ended.
+    while looks < 2:
+        descendants = psutil.Process().children(recursive=True)
+        looks = 0 if descendants else looks + 1
         for process in descendants:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

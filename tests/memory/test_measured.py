@@ -161,7 +161,8 @@ def test_a_step_on_a_cpu_leaves_the_gaps_in_the_heap_that_were_predicted() -> No
         recipe = _deep_recipe(checkpointing)
         step = closed_form(recipe, architecture, trainer_execution(recipe, cpu))["step"]
         gaps = estimate(recipe, architecture, device=cpu).bytes_of("fragmentation")
-        assert step + gaps == pytest.approx(int(grown[checkpointing]), rel=0.2), checkpointing
+        # The gaps are measured from a quarter more to as much, from one process to the next.
+        assert step + gaps == pytest.approx(int(grown[checkpointing]), rel=0.25), checkpointing
 
 
 def print_growth() -> None:

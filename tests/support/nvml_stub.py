@@ -69,9 +69,15 @@ def _no_driver() -> Path:
 
 
 def _fresh_folder() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="nvml-stub-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
+    folder, owner = Path(tempfile.mkdtemp(prefix="nvml-stub-")), os.getpid()
+
+    def delete() -> None:
+        # A fork of this process that ends must not take the library away from it.
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(delete)
+    return folder
 
 
 def install_torch(patch: pytest.MonkeyPatch, cuda: str | None, version: str = "2.13.0+") -> None:
