@@ -243,6 +243,8 @@ def is_in_palette(color: str) -> bool:
 async def test_the_cursor_of_a_list_is_reversed_where_colors_are_few() -> None:
     app = open_on("models", theme="terminal-dark")
     async with app.run_test(size=(80, 24)) as pilot:
+        # The screen fills its list itself when it has read the models.
+        await wait_for_text(pilot, "Good first models")
         lines = app.screen.query_one(ViList)
         lines.show([(name, Content(name)) for name in ("here", "below")])
         lines.focus()
