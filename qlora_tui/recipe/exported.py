@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from qlora_tui.errors import UsageError
 from qlora_tui.recipe.fields import fields, get_setting
-from qlora_tui.recipe.imported import TABLES, LeftOut, Rule, rule_of
+from qlora_tui.recipe.imported import TABLES, LeftOut, Rule, nested, rule_of
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 
 Target = Literal["axolotl", "script"]
@@ -108,7 +108,6 @@ class _Export:
         self._written = set(_NOT_LEARNED)
         if recipe.preference_method is None:
             self._written.add("model.chat_template")  # the rows are tokens
-        self._left_out: list[LeftOut] = []
 
     def axolotl(self, files: Sequence[str]) -> ExportedRecipe:
         import yaml  # a tenth of a second
@@ -131,7 +130,7 @@ class _Export:
         for key, file in zip(("datasets", "test_datasets"), files, strict=False):
             keys[key] = [{"path": file, "ds_type": "json", "split": "train", **kind}]
         keys["output_dir"] = "./adapter"
-        text = yaml.safe_dump(_nested(keys), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(nested(keys), sort_keys=False, allow_unicode=True)
         return self._result("axolotl.yml", f"# axolotl train axolotl.yml\n{text}")
 
     def script(self, files: Sequence[str]) -> ExportedRecipe:
@@ -243,12 +242,13 @@ class _Export:
         return {key: every, **with_steps} if every else at_end
 
     def _result(self, name: str, text: str) -> ExportedRecipe:
-        default = Recipe()
-        for path in fields():
-            value = get_setting(self._recipe, path)
-            if path not in self._written and value != get_setting(default, path):
-                self._left_out.append(LeftOut(path, value, ""))
-        return ExportedRecipe(name, text, tuple(self._left_out))
+        settings = ((path, get_setting(self._recipe, path)) for path in fields())
+        left_out = (
+            LeftOut(path, value, "")
+            for path, value in settings
+            if path not in self._written and value != fields()[path].default
+        )
+        return ExportedRecipe(name, text, tuple(left_out))
 
 
 def _theirs(rule: Rule, ours: Any) -> Any:
@@ -259,18 +259,6 @@ def _theirs(rule: Rule, ours: Any) -> Any:
         if value == ours:
             return {"true": True, "false": False}.get(written, written)
     return None
-
-
-def _nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys with a dot as tables."""
-    nested: dict[str, Any] = {}
-    for key, value in keys.items():
-        table, _, inner = key.rpartition(".")
-        if table:
-            nested.setdefault(table, {})[inner] = value
-        else:
-            nested[key] = value
-    return nested
 
 
 def _arguments(keys: Mapping[str, Any]) -> list[str]:

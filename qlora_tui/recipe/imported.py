@@ -149,6 +149,18 @@ def rule_of(trainer: Trainer, key: str) -> Rule | None:
     return rule
 
 
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys with a dot as tables."""
+    tables: dict[str, Any] = {}
+    for key, value in keys.items():
+        table, _, inner = key.rpartition(".")
+        if table:
+            tables.setdefault(table, {})[inner] = value
+        else:
+            tables[key] = value
+    return tables
+
+
 def import_recipe(path: Path) -> ImportedRecipe:
     """Read a recipe from a YAML file, a Python script, or an adapter's folder or ``adapter_config.json``.
 
@@ -265,10 +277,7 @@ class _Import:
         for key in list(self._keys):
             self._read(key)
         self._add_defaults()
-        layer: dict[str, Any] = {}
-        for setting, value in self._settings.items():
-            section, _, key = setting.rpartition(".")
-            layer.setdefault(section, {})[key] = value
+        layer = nested(self._settings)
         to_recipe(layer, str(self._path))
         return ImportedRecipe(
             trainer=self._trainer.label,
