@@ -13,9 +13,8 @@ from qlora_tui.cli.subcommand import CommandResult, ProgressLine, add_json_argum
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.written_rows import TRAIN, VALIDATION, WrittenRows, write_rows
-from qlora_tui.errors import UserError
+from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
 from qlora_tui.formatting import align_columns
-from qlora_tui.publishing import new_draft, publish
 from qlora_tui.recipe.exported import ExportedRecipe, export_recipe
 from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.layering import build_recipe
@@ -28,18 +27,18 @@ _NEXT = {"axolotl": "axolotl train axolotl.yml", "script": "python train.py"}
 def run(args: argparse.Namespace) -> CommandResult:
     """Write the folder, and say on stderr what it leaves out."""
     out: Path = args.out.expanduser().absolute()
-    if out.exists():
-        raise UserError("Folder exists", what=f"{out} exists.", fix="Choose a new name.")
+    refuse_existing(out)
     recipe = _recipe(args.recipe)
     tokenizer = ChatTokenizer.from_folder(resolve_model(recipe.model.id).folder, recipe.model.chat_template)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with ProgressLine() as line:
         prepared = prepare_dataset(recipe, tokenizer, lambda done: line.show(f"reading rows: {done.rows:,}"))
-    with new_draft(out.parent) as draft:
-        rows = write_rows(recipe, prepared, tokenizer.traits, draft)
+    with draft_folder(out) as draft:
+        folder = draft / "recipe"
+        folder.mkdir(mode=0o755)
+        rows = write_rows(recipe, prepared, tokenizer.traits, folder)
         exported = export_recipe(recipe, args.target, (TRAIN, VALIDATION) if rows.validation else (TRAIN,))
-        (draft / exported.name).write_text(exported.text, encoding="utf-8")
-        publish(draft, out)
+        (folder / exported.name).write_text(exported.text, encoding="utf-8")
+        publish_new(folder, out)
     if not args.json:
         print(_account(rows, exported), file=sys.stderr)
     data = {"path": str(out), **msgspec.to_builtins(rows), "left_out": msgspec.to_builtins(exported.left_out)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qlora_tui.cli import main
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.written_rows import TRAIN, VALIDATION, write_rows
 from qlora_tui.errors import UserError
@@ -139,6 +140,13 @@ def test_every_script_is_python() -> None:
         for changes in CHANGES:
             layer = merge_layers(merge_layers(FULL, changes), {"data": {"preferences": method}})
             ast.parse(export_recipe(to_recipe(layer), "script", (TRAIN,)).text)
+
+
+def test_the_command_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert main(["export", "recipe", "recipe.toml", str(tmp_path / "taken")]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
