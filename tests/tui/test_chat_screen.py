@@ -160,16 +160,20 @@ def fits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     return bool(free_gib > 1)
 
 
-async def test_loading_asks_only_where_memory_may_run_out(
-    monkeypatch: pytest.MonkeyPatch, fits: bool
-) -> None:
-    sent: list[str] = []
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that a chat, whose engine never starts, loads a model for."""
+    prompts: list[str] = []
 
     async def load(chat: Conversation) -> None:
-        sent.append(chat.turns[-1].prompt)
+        prompts.append(chat.turns[-1].prompt)
         raise EngineClosedError
 
     monkeypatch.setattr(Conversation, "_load", load)
+    return prompts
+
+
+async def test_loading_asks_only_where_memory_may_run_out(sent: list[str], fits: bool) -> None:
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "not loaded yet")
@@ -213,16 +217,7 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         assert screen.query_one(PromptBox).text == "one\ntwo"
 
 
-async def test_a_prompt_to_begin_with_is_asked_with_enter(
-    private_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[str] = []
-
-    async def load(chat: Conversation) -> None:
-        sent.append(chat.turns[-1].prompt)
-        raise EngineClosedError
-
-    monkeypatch.setattr(Conversation, "_load", load)
+async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, sent: list[str]) -> None:
     rows = private_home / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Where is\nmy parcel?", "completion": "On the road."}) + "\n")
     recipe = Recipe(
