@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,10 @@ def served(
     home = tmp_path_factory.mktemp("serving")
     write_run(home, FIRST, tiny_source, {"adapter": "adapter", "step-2": "step-2"})
     write_run(home, SECOND, tiny_source, {"adapter": "step-2", "step-7": "adapter"})
-    with pytest.MonkeyPatch.context() as patch:
-        trainers.server.serve(TRAINING_MODULES, patch)
-        with serving(home, FIRST, SECOND, "--alias", f"gpt-4o-mini={FIRST}") as server:
-            server.wait_for("ready")
-            yield server
+    with ExitStack() as opened:
+        with pytest.MonkeyPatch.context() as patch:
+            # Only while it starts: what later tests of this session start has an environment of its own.
+            trainers.server.serve(TRAINING_MODULES, patch)
+            server = opened.enter_context(serving(home, FIRST, SECOND, "--alias", f"gpt-4o-mini={FIRST}"))
+        server.wait_for("ready")
+        yield server

@@ -26,7 +26,7 @@ def train(run: RunDir) -> Failed | Finished:
     """Train a run on a machine whose driver reports an RTX 4090, and return how it ended."""
     subprocess.run(
         [sys.executable, "-m", "qlora_tui.training", str(run.path)],
-        env={**os.environ, **stub_env("one_gpu")},
+        env={**os.environ, **stub_env("one_gpu"), "FORK_SERVERS": ""},
         cwd=Path(__file__).parents[2],
         stdin=subprocess.DEVNULL,
         capture_output=True,
