@@ -17,7 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from qlora_tui.catalog.library_types import parse_source
+from qlora_tui.catalog.library_types import parse_source, text_generators
 from qlora_tui.formatting import join_words
 from qlora_tui.installation import install_command
 
@@ -76,10 +76,10 @@ def missing_kernels(model_type: str) -> tuple[KernelPackage, ...]:
 
 
 def types_by_kernel() -> dict[KernelPackage, tuple[str, ...]]:
-    """Return all packages with kernels, and the folders of transformers' models that look for each."""
+    """Return all packages with kernels, and the folders of transformers' text models that look for each."""
     found: dict[KernelPackage, list[str]] = {}
-    root = _models_folder()
-    for folder in sorted(root.iterdir()) if root else ():
+    folders = {folder for model_type in text_generators() if (folder := _source_folder(model_type))}
+    for folder in sorted(folders):
         for package in _of_source(folder):
             found.setdefault(package, []).append(folder.name)
     return {package: tuple(found[package]) for package in sorted(found, key=lambda each: each.module)}

@@ -120,6 +120,7 @@ def test_kernels_are_reported_on_a_gpu_only() -> None:
     checks = {check.label: check for check in check_kernels(machine(gpu=GPU))}
     linear = checks["flash-linear-attention"]
     assert linear.outcome == "note" and "qwen3_5" in linear.text and "pip install" in linear.fix
+    assert "natten" not in checks, "the package of a vision model"
 
 
 def test_a_full_disk_is_an_error_that_names_the_variable(tmp_path: Path) -> None:
