@@ -241,9 +241,9 @@ def uncapitalize(text: str) -> str:
     return text if _NAME.match(text) else f"{text[:1].lower()}{text[1:]}"
 
 
-def join_words(words: Sequence[str]) -> str:
+def join_words(words: Sequence[str], last: str = "and") -> str:
     """Join the items of a sentence: ``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def name_some(names: Sequence[str], most: int = 6) -> str:

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
+from types import FrameType, NoneType
 from typing import Any
 
 import torch
@@ -36,14 +37,17 @@ _WEIGHT_KEYS = ("quantization_config", "torch_dtype", "dtype")
 """Keys on how weights are stored, which a model without weights does not have."""
 _READS_IS_DECODER = re.compile(r"self\.is_decoder|if [^\n]*config\.is_decoder")
 """Code of a class that attends to later tokens too, unless its config says ``is_decoder``."""
-_LONGEST_REASON = 240
+_LONGEST_REASON, _LONGEST_VALUE = 240, 120
 _VALIDATION = re.compile(
     r"Validation error for field '(?P<field>\w+)': \w+: Field '\w+' (?:"
-    r"expected (?P<type>\w+), got \w+ \(value: (?P<value>.*)\)|with value (?P<other>.*?) doesn't match )"
+    r"expected (?P<type>\w+), got \w+ \(value: (?P<value>.*)\)|"
+    r"with value (?P<other>.*) doesn't match any type in \((?P<types>.*?)\)\. Errors)"
 )
 """What a config class raises for a value of another type."""
+_TYPE = re.compile(r"<class '([a-zN]\w*)'>|\b(list|dict|tuple)\[")
+"""Types of values that a file may have; others are those of objects that a class makes of them."""
 _VALIDATOR = re.compile(
-    r"(?:Validation error for field (?P<field>'\w+')|Class validation error for validator '\w+'): "
+    r"(?:Validation error for field (?P<field>'\w+')|Class validation error for validator '(?P<by>\w+)'): "
     r"\w+: (?P<cause>.+)"
 )
 """What it raises for a value that is out of bounds, and for values that do not go together."""
@@ -293,18 +297,19 @@ def reason_of(error: Exception) -> str:
     reads it. Then the fields of the config are named that the failing code reads, with their values.
     """
     text = " ".join(str(error.args[0] if error.args else "").split())
+    if validation := _VALIDATION.match(text):
+        types = [plain or generic for plain, generic in _TYPE.findall(validation["types"] or "")]
+        expected = join_words(types or [validation["type"]], "or").replace("NoneType", "null")
+        value = _cut(validation["value"] or validation["other"])
+        return f"{validation['field']} is {value}, expected {expected}"
     if len(text) > _LONGEST_REASON:  # as far as a sentence goes, which a list of all types may follow
         text = text[:_LONGEST_REASON].rpartition(". ")[0] or text[:_LONGEST_REASON]
-    text = text.rstrip(".:")
-    if validation := _VALIDATION.match(text):
-        value, expected = (
-            validation["value"] or validation["other"],
-            validation["type"] or "a value of another type",
-        )
-        return f"{validation['field']} is {value}, expected {expected}"
+    text = text.rstrip(".:!")
     if validation := _VALIDATOR.match(text):
-        return ": ".join(filter(None, validation.groups()))
-    if isinstance(error, ValueError | ImportError | NotImplementedError) and text:
+        explains = isinstance(error.__cause__, Exception) and _is_on_purpose(error.__cause__)
+        place = validation["field"] or ("" if explains else validation["by"])
+        return ": ".join(filter(None, (place, validation["cause"])))
+    if _is_on_purpose(error) and text:
         return text
     if isinstance(error, KeyError):
         if " " in text:
@@ -315,27 +320,49 @@ def reason_of(error: Exception) -> str:
     return f"{read}, transformers cannot compute ({text or type(error).__name__})"
 
 
+def _is_on_purpose(error: Exception) -> bool:
+    """Return whether a library raised an error to explain a value, not an operation on the value."""
+    if not isinstance(error, ValueError):
+        return isinstance(error, ImportError | NotImplementedError)
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    return isinstance(_statements(frame, line)[1], ast.Raise)
+
+
+def _statements(frame: FrameType, line: int) -> tuple[ast.AST | None, ast.AST | None]:
+    """Return the code of a frame, and its innermost statement at a line; None without its source."""
+    try:
+        source, first = inspect.getsourcelines(frame.f_code)
+        tree = ast.parse(textwrap.dedent("".join(source)))
+    except (OSError, SyntaxError):
+        return None, None
+    at = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and node.lineno <= line - first + 1 <= (node.end_lineno or node.lineno)
+    ]
+    return tree, max(at, key=lambda node: node.lineno, default=tree)
+
+
 def _fields_read(error: Exception) -> list[str]:
     """Return the settings that the innermost failing statement reads from a config, as ``name = value``."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        try:
-            source, first = inspect.getsourcelines(frame.f_code)
-            tree = ast.parse(textwrap.dedent("".join(source)))
-        except (OSError, SyntaxError):
+        tree, statement = _statements(frame, line)
+        if tree is None or statement is None:
             continue
-        statements = [
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.stmt)
-            and node.lineno <= line - first + 1 <= (node.end_lineno or node.lineno)
-        ]
-        innermost = max(statements, key=lambda node: node.lineno, default=None)
-        fields = _fields_in(innermost or tree, frame.f_locals)
-        # The statement may use what earlier ones took from the config: where it is null, that fails.
-        unset = {name: value for name, value in _fields_in(tree, frame.f_locals).items() if value is None}
-        if fields := fields or unset:
-            return [f"{name} = {json.dumps(value)[:60]}" for name, value in fields.items()]
+        # The statement may use what earlier ones took from the config: settings of a group, or null.
+        suspects = (dict, NoneType) if isinstance(error, TypeError | AttributeError) else dict
+        earlier = {
+            name: value
+            for name, value in _fields_in(tree, frame.f_locals).items()
+            if isinstance(value, suspects)
+        }
+        if fields := _fields_in(statement, frame.f_locals) or earlier:
+            return [f"{name} = {_cut(json.dumps(value, default=str))}" for name, value in fields.items()]
     return []
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
 
 
 def _fields_in(code: ast.AST, local: Mapping[str, Any]) -> dict[str, Any]:
@@ -361,8 +388,8 @@ def _field(node: ast.Attribute, local: Mapping[str, Any]) -> dict[str, Any]:
     config: Any = owner
     if isinstance(owner, torch.nn.Module):
         config = getattr(owner, "config", None) or local.get("config")
-    value = getattr(owner, node.attr, None)
-    is_setting = isinstance(config, PreTrainedConfig) and hasattr(config, node.attr)
-    if not is_setting or not isinstance(value, int | float | str | list | None):
+    name = config.attribute_map.get(node.attr, node.attr) if isinstance(config, PreTrainedConfig) else ""
+    value = getattr(owner, node.attr)
+    if name not in vars(config) or not isinstance(value, int | float | str | list | dict | None):
         return {}
-    return {config.attribute_map.get(node.attr, node.attr): value}
+    return {name: value}

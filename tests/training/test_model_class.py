@@ -21,6 +21,12 @@ TEXT |= {"num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
+def llama3(**rope: object) -> dict[str, object]:
+    values = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+    values |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"model_type": "llama", "rope_parameters": values | rope}
+
+
 def test_a_causal_language_model_is_preferred() -> None:
     assert auto_class(read_config(config("Qwen/Qwen3.5-35B-A3B"))).__name__ == "AutoModelForCausalLM"
 
@@ -53,6 +59,17 @@ def test_a_composite_without_one_is_built_whole() -> None:
         ({"model_type": "llava", "text_config": {"model_type": "lama"}}, "subconfig: lama.$"),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}}, "factor"),
         ({"model_type": "dots1"}, "n_routed_experts = null"),
+        ({"model_type": "llama", "attention_dropout": [1]}, r"is \[1\], expected int, float or null\.$"),
+        ({"model_type": "llama", "mlp_bias": ["x"] * 900}, r"is \['x', .{,120}…, expected bool\.$"),
+        (
+            {"model_type": "qwen2", "layer_types": {"x": "y" * 900}},
+            "layer_types is .{,120}…, expected list or",
+        ),
+        (llama3(low_freq_factor=0), "^(?!.*null).*rope_parameters = {"),
+        ({"model_type": "qwen2", "rope_theta": ["x"]}, "^(?!.*null).*rope_parameters = {"),
+        (llama3(low_freq_factor=[1]), "validate_rope: '<='"),
+        ({"model_type": "gpt_neox", "rotary_pct": "0.25"}, "partial_rotary_factor.: .0.25"),
+        ({"model_type": "gpt_neox", "num_attention_heads": 33}, r"update them\.$"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_the_field(values: dict[str, object], reason: str) -> None:
