@@ -3,6 +3,7 @@
 Each folder covers one concern. A package imports only packages listed before it:
 
 recipe    every setting, declared once; reading and writing TOML; presets
+remote    another box: ssh, a copy of its runs, functions that are called there
 catalog   models on this machine and the Hub, and parsing of ``config.json``
 gguf_format  which model types llama.cpp computes, and how it stores their tensors, both ways
 gpu       GPU metrics through the driver of a vendor, such as NVML

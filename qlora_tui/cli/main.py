@@ -56,6 +56,7 @@ SUBCOMMANDS = {
     "serve": ("serve", "Serve runs and their base to other programs, as an OpenAI-compatible HTTP server."),
     "mcp": ("mcp_server", "Offer these commands as tools to AI assistants (Model Context Protocol)."),
     "export": ("export", "Export a run's model or adapter for other programs, or upload it to the Hub."),
+    "store": ("store", "Serve the app of another machine over stdin and stdout: `--host` starts it there."),
     "doctor": ("installation", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),
     "cache": ("installation", "List the caches with their sizes; --clear deletes one."),

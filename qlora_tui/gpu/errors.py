@@ -96,6 +96,7 @@ class GpuUnavailableError(UserError):
     """No GPU can be read; ``what``, ``why`` and ``fix`` are sentences for the user."""
 
     def __init__(self, reason: GpuUnavailableReason, why: str = ""):
+        reason = GpuUnavailableReason(reason)  # which is a text in JSON
         text = error_texts().unavailable[reason]
         is_wrong_call = reason is GpuUnavailableReason.NOT_PRESENT
         super().__init__(

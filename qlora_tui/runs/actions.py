@@ -28,6 +28,7 @@ from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.recipe.validation import InvalidRecipeError
+from qlora_tui.remote.calls import at_box, changes_box
 from qlora_tui.runs import control, run_queue
 from qlora_tui.runs.directory import LAST, TRASH, RunDir, all_runs, create_run, find_run, match_runs
 from qlora_tui.runs.exports import is_exported
@@ -42,6 +43,7 @@ _TIME = "deleted"
 _CHECK_PERMISSION = "Check that you have write permission there."
 
 
+@changes_box
 @disk_problems()
 def submit(recipe: Recipe, *, now: bool = False) -> RunDir:
     """Queue a new run and make sure a runner is active. The recipe should be ready to run.
@@ -65,6 +67,7 @@ def prepare(recipe: Recipe) -> RunDir:
     return run
 
 
+@changes_box
 @disk_problems()
 def resume(run: RunDir) -> None:
     """Queue an ended run again, to continue from its last checkpoint, or from the start if it has none."""
@@ -94,6 +97,7 @@ def _instead_of_resuming(run: RunDir, state: State) -> str:
     return "Only a run that failed, was stopped, paused or lost can be resumed."
 
 
+@at_box
 def initial_adapter(init_from: str) -> Path:
     """Return the absolute folder of the adapter that ``lora.init_from`` names.
 
@@ -169,6 +173,7 @@ def _missing(init_from: str, what: str) -> UserError:
     )
 
 
+@changes_box
 @disk_problems()
 def stop(run: RunDir, *, now: bool = False) -> None:
     """End a run: remove it from the queue, or have its trainer save a checkpoint and the adapter and exit.
@@ -179,6 +184,7 @@ def stop(run: RunDir, *, now: bool = False) -> None:
         control.send_request(run, "stop_now" if now else "stop")
 
 
+@changes_box
 @disk_problems()
 def pause(run: RunDir) -> None:
     """Have the trainer save a checkpoint and free the GPU; ``resume`` continues the run.
@@ -189,6 +195,7 @@ def pause(run: RunDir) -> None:
         control.send_request(run, "pause")
 
 
+@changes_box
 @disk_problems()
 def train_now(run: RunDir) -> None:
     """Train a run next, whatever the hours, and next to other programs, until it ends.
@@ -206,6 +213,7 @@ def train_now(run: RunDir) -> None:
     ensure_runner()
 
 
+@changes_box
 @disk_problems()
 def rename(run: RunDir, name: str) -> None:
     """Rename a run; its id stays. Raises UserError if the name is invalid or taken by another run."""
@@ -231,6 +239,7 @@ def _taken(run: RunDir, name: str) -> str:
     )
 
 
+@at_box
 def check_deletable(run: RunDir) -> None:
     """Raise UserError if the run is queued, in training, or being measured, or is a link to one elsewhere."""
     if run.path.is_symlink():
@@ -256,6 +265,7 @@ def check_deletable(run: RunDir) -> None:
         )
 
 
+@at_box
 def uses_of(run: RunDir) -> list[str]:
     """Return what uses an ended run, in clauses: who deletes it should say so first."""
     uses = [
@@ -279,6 +289,7 @@ def _starts_from(other: RunDir, run: RunDir) -> bool:
     return bool(init_from) and Path(init_from).resolve().is_relative_to(run.path.resolve())
 
 
+@changes_box
 @disk_problems()
 def delete(run: RunDir) -> None:
     """Delete a run and everything it produced, permanently. Raises UserError until it has ended.
@@ -314,6 +325,7 @@ class TrashedRun:
         return size
 
 
+@changes_box
 def move_to_trash(run: RunDir) -> None:
     """Move a run to the trash; raises UserError until it has ended, or on a disk error."""
     check_deletable(run)
@@ -330,6 +342,7 @@ def move_to_trash(run: RunDir) -> None:
             raise
 
 
+@at_box
 def trashed_runs() -> list[TrashedRun]:
     """Return every run that can be restored, the one deleted last first."""
     return sorted(
@@ -344,6 +357,7 @@ def trash_bytes() -> int:
     return sum(trashed.size_bytes for trashed in trashed_runs())
 
 
+@changes_box
 def restore_run(run_id: str) -> RunDir:
     """Move a run out of the trash, by its id, its name or the beginning of either. Raises UserError."""
     trashed = _find(run_id)
@@ -359,6 +373,7 @@ def restore_run(run_id: str) -> RunDir:
     return run
 
 
+@changes_box
 def empty_trash(older_than_s: float = 0.0) -> list[TrashedRun]:
     """Delete runs in the trash for good; return those deleted.
 

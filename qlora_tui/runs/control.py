@@ -19,6 +19,7 @@ from msgspec import Struct
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UsageError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, open_regular
+from qlora_tui.remote.calls import changes_box
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import ProcessIdentity
@@ -55,6 +56,7 @@ _DECODER = msgspec.json.Decoder(ControlRequest)
 _LARGEST_BYTES = 4096
 
 
+@changes_box
 @disk_problems()
 def send_request(run: RunDir, kind: Kind, value: float | None = None, *, hold: Hold | None = None) -> None:
     """Send a request to the trainer of ``run``. Raises UserError if no trainer can act on it."""

@@ -17,6 +17,7 @@ from msgspec import structs
 
 from qlora_tui import paths
 from qlora_tui.files import atomic_write
+from qlora_tui.remote.calls import changes_box
 from qlora_tui.runs.directory import RunDir, queue_path, waiting
 from qlora_tui.runs.event_log import append_event
 from qlora_tui.runs.events import Paused, Queued, Stopped
@@ -89,6 +90,7 @@ def remove(run: RunDir) -> bool:
         return _remove(run)
 
 
+@changes_box
 def cancel(run: RunDir) -> bool:
     """Stop a run that has not started; False if it was no longer queued.
 
@@ -108,6 +110,7 @@ def cancel(run: RunDir) -> bool:
     return True
 
 
+@changes_box
 def pause(run: RunDir) -> bool:
     """Take a run out of the queue, to continue when it is resumed; False if it was no longer queued.
 
@@ -132,6 +135,7 @@ def mark_not_queued(run: RunDir, why: str) -> None:
     write_status(run, status)
 
 
+@changes_box
 def move(run: RunDir, places: int) -> None:
     """Move a queued run by ``places``; negative is sooner."""
     with queue_lock():

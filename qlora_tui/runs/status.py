@@ -23,6 +23,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular
 from qlora_tui.formatting import capitalize, format_duration
 from qlora_tui.locks import is_locked
+from qlora_tui.remote.calls import current
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir, all_runs, waiting
 from qlora_tui.runs.event_log import last_event
@@ -94,6 +95,9 @@ def write_heartbeat(run: RunDir, status: Status) -> None:
 def read_status(run: RunDir) -> Status:
     """Read the actual status: an active run whose process has ended is ``lost``."""
     status = _recorded_status(run)
+    if current() is not None:
+        # The box has looked for the process.
+        return status
     if status.state == "queued":
         if run.id in waiting():
             waits = capitalize(f"{held_words(status)}.") if status.hold else ""

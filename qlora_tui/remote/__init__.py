@@ -1,0 +1,12 @@
+"""Another box: the app and the commands here, the runs there, over the user's own ssh.
+
+ssh       finds ssh and the program on the box, opens channels through one connection, sends files
+messages  the lines that app and box exchange, and how values of this program become JSON
+mirror    a copy of the box's runs on this machine, which every reader of runs reads
+calls     marks the functions that are called on the box
+link      the connection of an app: keeps the mirror current, and calls functions there
+uploads   sends data files, by their hash
+
+The box's side is the command ``store`` (:mod:`qlora_tui.cli.store`). It needs no port and no daemon: it is
+started by ssh, and ends with the connection. Runs do not depend on it.
+"""

@@ -1,0 +1,348 @@
+"""The connection of an app to its box: keeps the mirror current, and calls functions on the box.
+
+When the line drops the link connects again by itself, and asks again for what was not answered: the box
+carries out each request once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui import paths
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Data, Source
+from qlora_tui.remote import calls, messages, uploads
+from qlora_tui.remote.messages import Call, Hello, Known, Machine, Ping, Reply
+from qlora_tui.remote.mirror import Mirror
+from qlora_tui.remote.ssh import Box, Channel
+
+T = TypeVar("T")
+_PING_S = 2.0
+_SILENT_S = 20.0
+"""Seconds without a word from the box after which the connection is given up."""
+_UNCONFIRMED_S = 10.0
+"""Seconds that a caller waits for a connection that dropped after the request was sent."""
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 15.0
+"""Most seconds between two attempts to connect."""
+_POLL_S = 0.2
+LATE_S = 4.0
+"""Seconds of silence after which the box counts as not answering: it says something every second."""
+
+
+@dataclass
+class _Request:
+    line: bytes
+    answered: threading.Event = field(default_factory=threading.Event)
+    reply: Reply | None = None
+    is_given_up: bool = False
+    """Whether its caller no longer waits."""
+
+
+class Link:
+    """One app's connection to one box."""
+
+    def __init__(self, box: Box, state_dir: Path) -> None:
+        self.box = box
+        self.problem: UserError | None = None
+        """Why the box cannot be reached; None while it is connected."""
+        self.late_replies: deque[str] = deque()
+        """What became of requests whose caller no longer waits, in sentences."""
+        self.sending = ""
+        """Which data are sent, and how far; empty if none are."""
+        self._state_dir = state_dir
+        self._mirror = Mirror(state_dir)
+        self._hello: Hello | None = None
+        self._machine: deque[msgspec.Raw] = deque(maxlen=60)
+        self._heard_at = time.monotonic()
+        self._channel: Channel | None = None
+        self._requests: dict[str, _Request] = {}
+        self._sent: dict[str, tuple[tuple[int, int], str]] = {}
+        """Size and time of data files that were sent, and their path on the box, by the path here."""
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._first_pass = threading.Event()
+
+    def open(self, wait_s: float = 10.0) -> None:
+        """Connect, with prompts of ssh at the terminal, and wait for the list of runs. Raises UserError."""
+        channel = self.box.open_program("store", "stream")
+        # From now on somebody else has the terminal.
+        self.box = replace(self.box, asks=False)
+        threading.Thread(target=self._run, args=(channel,), daemon=True, name="link").start()
+        threading.Thread(target=self._watch, daemon=True, name="link watch").start()
+        self._first_pass.wait(wait_s)
+
+    def close(self) -> None:
+        """End the connection; runs go on."""
+        self._closed.set()
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the box was heard last; 0 if it answers."""
+        silent = time.monotonic() - self._heard_at
+        return silent if silent > LATE_S or not self.is_connected else 0.0
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a channel to the box, as far as is known."""
+        return self._channel is not None
+
+    def machine_states(self) -> Iterator[msgspec.Raw]:
+        """Yield the states of the machine that arrived since the last call, the newest last."""
+        while self._machine:
+            yield self._machine.popleft()
+
+    def call(
+        self, function: Callable[..., T], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, changes: bool
+    ) -> T:
+        """Call a function of this program on the box, for :func:`qlora_tui.remote.calls.at_box`.
+
+        Raises what is raised there, and UserError: the box does not answer.
+        """
+        if not self.is_connected:
+            raise self._unreachable()
+        given = messages.arguments_of(function, args, kwargs)
+        self.send_data(given)
+        call = Call(
+            id=uuid4().hex,
+            function=f"{function.__module__}:{function.__qualname__}",
+            arguments=self.there(messages.to_json(given)),
+            changes=changes,
+        )
+        reply = self._ask(call)
+        if reply.failed:
+            raise messages.from_json(self.here(reply.error), UserError)
+        result: T = messages.from_json(self.here(reply.value), messages.result_type(function))
+        return result
+
+    def _ask(self, call: Call) -> Reply:
+        request = self._requests[call.id] = _Request(messages.line(call))
+        self._write(request.line)
+        dropped_at: float | None = None
+        while not request.answered.wait(_POLL_S):
+            if self.is_connected:
+                dropped_at = None
+                continue
+            dropped_at = dropped_at or time.monotonic()
+            if time.monotonic() - dropped_at < _UNCONFIRMED_S and not self._closed.is_set():
+                continue
+            if not call.changes:
+                self._requests.pop(call.id, None)
+                raise self._unreachable()
+            request.is_given_up = True
+            raise self._unreachable().replace(
+                title=f"{self.box.name} has not confirmed the request",
+                why="It was sent, and the connection dropped before the answer.",
+                fix="It is asked again once the box answers, and carried out once. You will see the outcome.",
+            )
+        self._requests.pop(call.id, None)
+        assert request.reply is not None
+        return request.reply
+
+    def _unreachable(self) -> UserError:
+        what = self.problem.what if self.problem else "The connection dropped."
+        return UserError(
+            f"{self.box.name} does not answer",
+            what=what,
+            why="Runs on it go on.",
+            fix="Try again once it answers: the app connects by itself.",
+            code="unreachable",
+        )
+
+    def there(self, encoded: bytes | msgspec.Raw) -> msgspec.Raw:
+        """Return JSON with paths of this machine as those on the box: of runs, and of data that were sent."""
+        if self._hello is None:
+            return msgspec.Raw(encoded)
+        pairs = {str(self._state_dir): self._hello.state_dir}
+        pairs |= {local: place for local, (_, place) in list(self._sent.items())}
+        return _with_paths(encoded, pairs)
+
+    def here(self, encoded: bytes | msgspec.Raw) -> msgspec.Raw:
+        """Return JSON with paths on the box as those on this machine."""
+        if self._hello is None:
+            return msgspec.Raw(encoded)
+        pairs = {place: local for local, (_, place) in list(self._sent.items())}
+        return _with_paths(encoded, pairs | {self._hello.state_dir: str(self._state_dir)})
+
+    def send_data(self, value: object) -> None:
+        """Send the data files that sources in ``value`` name, if they are here. Raises UserError."""
+        for path in dict.fromkeys(_data_paths(value)):
+            local = Path(path).expanduser()
+            if "/" not in path or not local.exists() or local.is_relative_to(self._state_dir):
+                continue
+            status = local.stat()
+            stamp = (status.st_size, status.st_mtime_ns)
+            if self._sent.get(path, ((0, 0), ""))[0] == stamp and not local.is_dir():
+                continue
+            try:
+                self._sent[path] = (stamp, uploads.send(self.box, local, self._progress_of(local)))
+            finally:
+                self.sending = ""
+
+    def _progress_of(self, local: Path) -> Callable[[int, int], None]:
+        def show(sent: int, size: int) -> None:
+            share = sent / size if size else 1.0
+            self.sending = f"Sending {local.name} to {self.box.name}: {share:.0%}"
+
+        return show
+
+    def engine_argv(self) -> list[str]:
+        """Return the command that starts an engine on the box. Raises UserError."""
+        if not self.is_connected:
+            raise self._unreachable()
+        return self.box.program_argv("store", "engine")
+
+    def _run(self, channel: Channel) -> None:
+        """Follow the box until the app ends, and connect again whenever the line drops."""
+        pause_s = _FIRST_WAIT_S
+        while not self._closed.is_set():
+            began = time.monotonic()
+            refused: UserError | None = None
+            try:
+                self._follow(channel)
+            except UserError as error:
+                refused = error
+            except (OSError, msgspec.MsgspecError, ValueError):
+                pass  # the channel says more
+            problem = refused or channel.ended_because()
+            with self._lock:
+                self._channel = None
+            channel.close()
+            self.problem = problem
+            if refused is not None:
+                return
+            pause_s = _FIRST_WAIT_S if time.monotonic() - began > _LONGEST_WAIT_S else pause_s
+            while not self._closed.wait(pause_s):
+                pause_s = min(_LONGEST_WAIT_S, pause_s * 2)
+                try:
+                    channel = self.box.open_program("store", "stream")
+                    break
+                except UserError as error:
+                    self.problem = error
+
+    def _follow(self, channel: Channel) -> None:
+        """Apply what the box sends until the connection ends. Raises OSError and MsgspecError."""
+        self._heard_at = time.monotonic()
+        channel.write(messages.line(Known(self._mirror.known())))
+        for line in channel.output:
+            self._heard_at = time.monotonic()
+            match messages.from_box_decoder.decode(line):
+                case Hello() as hello:
+                    self._hello = hello
+                    with self._lock:
+                        self._channel = channel
+                        again = [request.line for request in self._requests.values()]
+                    self.problem = None
+                    for request in again:
+                        channel.write(request)
+                case Machine(status):
+                    self._machine.append(status)
+                    self._first_pass.set()
+                case Reply() as reply:
+                    self._answer(reply)
+                case change:
+                    self._mirror.apply(change)
+
+    def _answer(self, reply: Reply) -> None:
+        request = self._requests.get(reply.id)
+        if request is None:
+            return
+        request.reply = reply
+        request.answered.set()
+        if request.is_given_up:
+            self._requests.pop(reply.id, None)
+            done = "The request that was not confirmed has been carried out."
+            if reply.failed:
+                done = str(messages.from_json(self.here(reply.error), UserError))
+            self.late_replies.append(done)
+
+    def _watch(self) -> None:
+        """Say now and then that this side is there, and give up a connection without a word."""
+        while not self._closed.wait(_PING_S):
+            self._write(messages.line(Ping()))
+            channel = self._channel
+            if channel is not None and time.monotonic() - self._heard_at > _SILENT_S:
+                channel.process.kill()
+                # Other channels hang as well.
+                with suppress(Exception):
+                    self.box.hang_up()
+
+    def _write(self, line: bytes) -> None:
+        with self._lock:
+            if self._channel is not None:
+                # A connection that has ended is noticed where it is read.
+                with suppress(OSError, ValueError):
+                    self._channel.write(line)
+
+
+def mirror_home(box: str) -> Path:
+    """Return the folder that stands for XDG_STATE_HOME in an app that works on a box."""
+    safe = "".join(each if each.isalnum() or each in "@.-_" else "_" for each in box).lstrip(".")
+    return paths.state_dir() / "boxes" / (safe or "_")
+
+
+def work_on(box: Box) -> Link:
+    """Connect to a box, and make this process work on it. Raises UserError."""
+    os.environ["XDG_STATE_HOME"] = str(mirror_home(box.name))
+    link = Link(box, paths.state_dir())
+    link.open()
+    calls.use(link)
+    return link
+
+
+def _data_paths(value: object) -> Iterator[str]:
+    """Yield the paths that the sources in a value name."""
+    if isinstance(value, Source):
+        yield value.path
+    elif isinstance(value, Data) and value.validation_path:
+        yield value.validation_path
+    if isinstance(value, Struct):
+        for name in value.__struct_fields__:
+            yield from _data_paths(getattr(value, name))
+    elif is_dataclass(value):
+        for each in fields(value):
+            yield from _data_paths(getattr(value, each.name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _data_paths(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _data_paths(item)
+
+
+def _with_paths(encoded: bytes | msgspec.Raw, pairs: Mapping[str, str]) -> msgspec.Raw:
+    """Return JSON with the beginning of each path replaced, longer beginnings before shorter ones."""
+    longest = sorted(pairs.items(), key=lambda pair: -len(pair[0]))
+
+    def replaced(value: Any) -> Any:
+        match value:
+            case str():
+                for before, after in longest:
+                    if value == before or value.startswith(f"{before}/"):
+                        return after + value[len(before) :]
+                return value
+            case list():
+                return [replaced(item) for item in value]
+            case dict():
+                return {replaced(name): replaced(item) for name, item in value.items()}
+            case _:
+                return value
+
+    return msgspec.Raw(json.dumps(replaced(json.loads(bytes(encoded)))).encode())

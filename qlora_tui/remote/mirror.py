@@ -1,0 +1,140 @@
+"""A copy of a box's runs on this machine: what every reader of runs reads in an app that works on a box.
+
+Only the box writes runs; the copy follows. Small files are whole, files that grow are appended to, and files
+of weights have their size but no content, and take no room. A run appears once all of it is there. The
+status of a run is the one that the box found, since only the box can look for its processes.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from qlora_tui.errors import UserError
+from qlora_tui.files import atomic_write, private_dir, read_regular
+from qlora_tui.publishing import discard
+from qlora_tui.remote.messages import Gone, KnownFile, Piece, Queue, Whole
+
+_COMING = ".coming-"
+"""Begins the name of a run that is not complete yet."""
+_END_BYTES = 4096
+_GROWING = (".jsonl", ".log")
+
+
+def grows(path: str) -> bool:
+    """Return whether a file of a run is only ever appended to."""
+    return path.endswith(_GROWING)
+
+
+def end_crc(file: Path, size: int) -> int:
+    """Return the CRC of the last bytes before ``size``. Raises OSError."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, size - _END_BYTES))
+        return zlib.crc32(opened.read(min(size, _END_BYTES)))
+
+
+class Mirror:
+    """The copy, written by one thread."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state = state_dir
+        self._runs = private_dir(state_dir / "runs")
+        for left in self._runs.glob(f"{_COMING}*"):
+            discard(left)
+
+    def known(self) -> tuple[KnownFile, ...]:
+        """Return what is here already."""
+        return tuple(self._known())
+
+    def _known(self) -> Iterator[KnownFile]:
+        for folder, _, names in os.walk(self._runs):
+            for name in names:
+                file = Path(folder, name)
+                path = file.relative_to(self._runs).as_posix()
+                if path.startswith(("..", _COMING)):
+                    continue
+                status = file.stat()
+                crc = end_crc(file, status.st_size) if grows(path) else 0
+                yield KnownFile(path, status.st_size, status.st_mtime_ns, crc)
+
+    def apply(self, message: Piece | Gone | Whole | Queue) -> None:
+        """Make one change. Raises OSError, and UserError for a name that leads out of the copy."""
+        match message:
+            case Piece():
+                self._write(message)
+            case Gone():
+                self._remove(message.path)
+            case Whole():
+                coming = self._runs / f"{_COMING}{_inside(message.run)}"
+                if coming.is_dir():
+                    coming.rename(self._runs / message.run)
+            case Queue():
+                atomic_write(self._state / "queue.json", msgspec.json.encode(message.ids))
+
+    def _write(self, piece: Piece) -> None:
+        file = self._place(piece.path)
+        private_dir(file.parent)
+        if grows(piece.path):
+            with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as opened:
+                opened.truncate(piece.offset)
+                opened.seek(piece.offset)
+                opened.write(piece.data)
+        elif piece.size == len(piece.data):
+            atomic_write(file, piece.data)
+        else:
+            file.unlink(missing_ok=True)
+            file.touch(mode=0o600)
+            os.truncate(file, piece.size)
+        os.utime(file, ns=(piece.mtime_ns, piece.mtime_ns))
+
+    def _remove(self, path: str) -> None:
+        place = self._place(path)
+        if place.is_dir():
+            discard(place)
+        else:
+            place.unlink(missing_ok=True)
+
+    def _place(self, path: str) -> Path:
+        inside = _inside(path)
+        run = self._runs / inside.parts[0]
+        if run.is_dir():
+            return self._runs / inside
+        return self._runs / f"{_COMING}{inside}"
+
+
+def _inside(path: str) -> PurePosixPath:
+    """Return a path relative to the runs. Raises UserError if it leads elsewhere."""
+    inside = PurePosixPath(path)
+    if not inside.parts or inside.is_absolute() or ".." in inside.parts or path.startswith(("..", _COMING)):
+        raise UserError(
+            "The box names a file that is not a run's",
+            what=f"{path!r} leads out of the folder of runs.",
+            fix="Do not work on this box: its qlora-tui is not what it says.",
+        )
+    return inside
+
+
+def carried(path: str, size: int) -> bool:
+    """Return whether a file's content is sent: not that of weights and of states to resume from."""
+    if grows(path):
+        return True
+    return size <= (_SMALL_BYTES if "/checkpoints/" in path else _CARRIED_BYTES) and not path.endswith(
+        _WEIGHTS
+    )
+
+
+_SMALL_BYTES = 64 << 10
+_CARRIED_BYTES = 16 << 20
+_WEIGHTS = (".safetensors", ".pt", ".bin", ".gguf")
+
+
+def read_piece(path: str, file: Path, size: int, mtime_ns: int) -> Piece:
+    """Return a file that does not grow as one piece, with or without its content. Raises OSError."""
+    if not carried(path, size):
+        return Piece(path, 0, b"", mtime_ns, size)
+    data = read_regular(file, _CARRIED_BYTES)
+    return Piece(path, 0, data, mtime_ns, len(data))

@@ -1,0 +1,241 @@
+"""The user's own ssh: the program on the box is found, versions are compared, channels opened, files sent.
+
+Everything that ``ssh BOX`` needs (names, keys, agent, jump hosts, prompts) is ssh's own business. All
+channels share one connection (``ControlMaster``), so that only the first one may ask for a password.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO
+
+from qlora_tui import __version__
+from qlora_tui.errors import EXIT_USAGE, UserError
+
+_MARK = "@qlora-tui-here"
+"""Begins the line before which everything is the box's own text: profiles may print."""
+_KEEP_S = 600
+"""Seconds that the shared connection stays open after the last channel."""
+_LAST_LINES = 3
+_LONGEST_SOCKET = 60
+"""Most characters of the folder of sockets: a name of 58 follows, and a socket's path has at most 108."""
+_SCRIPT = (
+    "for c in qlora-tui ~/.local/bin/qlora-tui ~/bin/qlora-tui; do"
+    ' p=$(command -v "$c") && break; done;'
+    # The last line: what a profile prints comes first.
+    ' [ -n "$p" ] || p=$("${SHELL:-sh}" -lc "command -v qlora-tui" 2>/dev/null </dev/null | tail -n 1);'
+    ' [ -x "$p" ] || { echo; echo "@mark"; exit 127; };'
+    ' v=$("$p" --version </dev/null);'
+    ' echo; echo "@mark $v $p"; [ "$v" = "$0" ] || exit 127; exec "$p" "$@"'
+).replace("@mark", _MARK)
+"""Finds the program where a shell without a login finds it, where uv and pipx put it, or with the PATH of a
+login; says its version and path, and becomes it if the version is ``$0``."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A machine that ssh reaches."""
+
+    name: str
+    """What ssh is given: ``user@box``, or a name in the user's configuration."""
+    asks: bool = True
+    """Whether ssh may ask for passwords and host keys at the terminal."""
+    _program: list[str] = field(default_factory=list, compare=False)
+    """The path of the program on the box, once it is known."""
+
+    def __post_init__(self) -> None:
+        """Refuse a name that ssh would read as an option. Raises UserError."""
+        if not self.name.strip() or self.name.startswith("-"):
+            raise UserError(
+                "No host",
+                what=f"{self.name!r} is not the name of a host.",
+                fix="Pass what `ssh` takes: `qlora-tui --host user@box`.",
+                exit_code=EXIT_USAGE,
+            )
+
+    @cached_property
+    def ssh(self) -> str:
+        """The path of ssh. Raises UserError."""
+        path = shutil.which("ssh")
+        if path is None:
+            raise UserError(
+                "ssh is not installed",
+                what="Another box is reached by the program `ssh`, which is not on this machine.",
+                fix="Install it: `sudo apt install openssh-client` (Debian, Ubuntu), or "
+                "`sudo dnf install openssh-clients` (Fedora).",
+            )
+        return path
+
+    def argv(self, command: Sequence[str], *, terminal: bool = False) -> list[str]:
+        """Return the command that runs a command on the box, by way of a shell that may be any."""
+        # ssh joins its arguments and gives them to the login shell: one quoted word for each.
+        return [
+            *(self.ssh, "-t" if terminal else "-T", *_options()),
+            *(() if self.asks else ("-o", "BatchMode=yes")),
+            *("--", self.name, "exec " + shlex.join(command)),
+        ]
+
+    def program_argv(self, *arguments: str, terminal: bool = False) -> list[str]:
+        """Return the command that runs this program on the box, once :meth:`open_program` has found it."""
+        return self.argv([self._program[0], *arguments], terminal=terminal)
+
+    def open_program(self, *arguments: str, stdin: int | None = subprocess.PIPE) -> Channel:
+        """Start this program on the box and return it once it runs, with what profiles print read.
+
+        Raises UserError: the box cannot be reached, or has no program, or another version.
+        """
+        argv = self.argv(["sh", "-c", _SCRIPT, f"qlora-tui {__version__}", *arguments])
+        process = subprocess.Popen(
+            argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=not self.asks
+        )
+        channel = Channel(self, process)
+        try:
+            self._program[:] = [channel.wait_for_program()]
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    def hang_up(self) -> None:
+        """End the shared connection, which may be one that the network has dropped."""
+        subprocess.run(
+            [self.ssh, *_options(), "-O", "exit", "--", self.name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=10,
+        )
+
+
+class Channel:
+    """A program that runs on the box, with its stdin and stdout."""
+
+    def __init__(self, box: Box, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None and process.stderr is not None
+        self.process = process
+        self.output: IO[bytes] = process.stdout
+        self._box = box
+        self._errors: list[str] = []
+        self._is_started = False
+        self._reader = threading.Thread(target=self._read_errors, args=(process.stderr,), daemon=True)
+        self._reader.start()
+
+    def wait_for_program(self) -> str:
+        """Return the path of the program once it runs. Raises UserError if it does not."""
+        for line in self.output:
+            if line.startswith(_MARK.encode()):
+                # "@mark qlora-tui 0.3.0 /home/me/.local/bin/qlora-tui"
+                words = line.decode(errors="replace").rstrip("\n").split(" ", 3)
+                if words[1:3] == ["qlora-tui", __version__] and len(words) == 4:
+                    self._is_started = True
+                    return words[3]
+                raise _no_program(self._box.name, words)
+        raise self.lost_error()
+
+    def lost_error(self) -> UserError:
+        """Return why the channel has ended, in the words of ssh."""
+        code = self.process.wait()
+        self._reader.join(1.0)
+        said = [line for line in self._errors if line.strip()][-_LAST_LINES:]
+        return UserError(
+            f"{self._box.name} cannot be reached",
+            what=" ".join(said) or f"ssh ended with exit code {code}.",
+            fix=f"Try `ssh {shlex.quote(self._box.name)}`: when that works, this does.",
+            code="unreachable",
+        )
+
+    def ended_because(self) -> UserError:
+        """End the channel and return why it ended by itself, as far as ssh has said so."""
+        self.process.kill()
+        return self.lost_error()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the program. Raises OSError."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        """End the channel here; what runs there sees the end of its input."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+
+    def _read_errors(self, errors: IO[bytes]) -> None:
+        with errors:
+            for line in errors:
+                text = line.decode(errors="replace").rstrip()
+                self._errors = [*self._errors[-20:], text]
+                if self._is_started and self._box.asks:
+                    print(text, file=sys.stderr)
+
+
+def install_command_there(box: str) -> str:
+    """Return the command that installs this version of the program on the box."""
+    install = f"uv tool install qlora-tui=={__version__}"
+    return f"ssh -t {shlex.quote(box)} {shlex.quote(install)}"
+
+
+def _no_program(box: str, words: list[str]) -> UserError:
+    fix = f"Install this version there: `{install_command_there(box)}`, or as docs/install.md says."
+    if len(words) < 4:
+        return UserError(
+            f"qlora-tui is not installed on {box}",
+            what=f"{box} answers, but has no command qlora-tui in its PATH or in ~/.local/bin.",
+            fix=fix,
+            code="no-program",
+        )
+    return UserError(
+        f"{box} has another version",
+        what=f"{words[3]} is version {words[2]}, and this is {__version__}.",
+        why="Both sides read the same files, so they have to be the same version.",
+        fix=fix,
+        code="other-version",
+    )
+
+
+def _options() -> list[str]:
+    settings = {
+        "ControlMaster": "auto",
+        "ControlPath": f"{sockets_dir()}/%C",
+        "ControlPersist": str(_KEEP_S),
+        "ServerAliveInterval": "5",
+        "ServerAliveCountMax": "3",
+        "ConnectTimeout": "15",
+        "Compression": "yes",
+    }
+    return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+
+
+def sockets_dir() -> Path:
+    """Return the folder of the sockets of shared connections: the user's own, with a short path."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    folder = Path(runtime, "qlora-tui") if 0 < len(runtime) < _LONGEST_SOCKET - 10 else None
+    if folder is None or not folder.parent.is_dir():
+        folder = Path(tempfile.gettempdir(), f"qlora-tui-{os.getuid()}")
+        if len(str(folder)) > _LONGEST_SOCKET:
+            folder = Path("/tmp", folder.name)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise UserError(
+            "No folder for the connection",
+            what=f"{folder} belongs to somebody else, or others may write to it.",
+            fix=f"Delete it, or `chmod 700 {folder}`.",
+        )
+    return folder

@@ -1,0 +1,180 @@
+"""Data files that a run on a box needs: sent once, named by their hash, and continued after a cut.
+
+The box keeps them in ``uploads/<hash>/<name>`` of its state folder. A folder is sent file by file under a
+hash of its list. What arrives is compared with its hash before it gets its name. The program itself receives
+them, over the same ssh: neither rsync nor sftp has to be there, which some rented boxes lack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui import paths
+from qlora_tui.errors import UserError, disk_problems
+from qlora_tui.files import private_dir
+from qlora_tui.remote.ssh import Box
+
+_PIECE_BYTES = 1 << 18
+
+
+class Offer(Struct, frozen=True):
+    """A file that could be sent: a line on the stdin of the box."""
+
+    folder: str
+    """Hash of the file, or of the list of files of its folder."""
+    name: str
+    """Its name, or that of its folder and its path in there."""
+    size: int
+    sha256: str
+
+
+class Wanted(Struct, frozen=True):
+    """The answer: from where on it is wanted, then whether it arrived whole."""
+
+    path: str
+    """Where it is on the box."""
+    offset: int
+    """Bytes that are there already."""
+    is_whole: bool = False
+    """Whether nothing more is wanted."""
+
+
+_OFFERS = msgspec.json.Decoder(Offer)
+_WANTED = msgspec.json.Decoder(Wanted)
+
+
+def uploads_dir() -> Path:
+    """Return the folder of files that were sent to this machine."""
+    return paths.state_dir() / "uploads"
+
+
+def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambda sent, size: None) -> str:
+    """Send a file or a folder of files to the box, unless it is there; return its path there.
+
+    Args:
+        on_progress: called with the bytes that are there and their number.
+
+    Raises:
+        UserError: it cannot be read, changed meanwhile, or the box cannot be reached.
+    """
+    with disk_problems("The data could not be read", path, "Check the path and your permission."):
+        offers = list(_offers(path))
+    channel = box.open_program("store", "receive")
+    total, done, place = sum(offer.size for _, offer in offers), 0, ""
+    try:
+        for file, offer in offers:
+            channel.write(msgspec.json.encode(offer) + b"\n")
+            wanted = _WANTED.decode(channel.output.readline())
+            if not wanted.is_whole:
+                with file.open("rb") as opened:
+                    opened.seek(wanted.offset)
+                    left = offer.size - wanted.offset
+                    while left and (piece := opened.read(min(left, _PIECE_BYTES))):
+                        channel.write(piece)
+                        left -= len(piece)
+                        on_progress(done + offer.size - left, total)
+                    if left:
+                        raise _changed(file)
+                wanted = _WANTED.decode(channel.output.readline())
+                if not wanted.is_whole:
+                    raise _changed(file)
+            done += offer.size
+            on_progress(done, total)
+            # The path of a folder is that of its first file without what is below it.
+            depth = len(PurePosixPath(offer.name).parts) - 1
+            place = place or str(
+                PurePosixPath(wanted.path).parents[depth] / PurePosixPath(offer.name).parts[0]
+            )
+    except (OSError, msgspec.MsgspecError) as error:
+        raise channel.lost_error() from error
+    finally:
+        channel.close()
+    return place
+
+
+def _changed(file: Path) -> UserError:
+    return UserError(
+        "The data changed while they were sent",
+        what=f"{file} is not what it was when it was read first.",
+        fix="Try again once nothing writes to it.",
+    )
+
+
+def _offers(path: Path) -> Iterator[tuple[Path, Offer]]:
+    """Yield the files to send. Raises OSError."""
+    if not path.is_dir():
+        digest = file_hash(path)
+        yield path, Offer(digest, path.name, path.stat().st_size, digest)
+        return
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    named = [(file, f"{path.name}/{file.relative_to(path).as_posix()}", file_hash(file)) for file in files]
+    folder = hashlib.sha256("".join(f"{digest} {name}\n" for _, name, digest in named).encode()).hexdigest()
+    for file, name, digest in named:
+        yield file, Offer(folder, name, file.stat().st_size, digest)
+    if not named:
+        raise FileNotFoundError(2, "the folder has no files", str(path))
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def receive(source: IO[bytes], answers: IO[bytes]) -> None:
+    """Take files from a sender until it has no more: the box's side."""
+    for header in iter(source.readline, b""):
+        offer = _OFFERS.decode(header)
+        file = _place(offer)
+        part = file.with_name(f"{file.name}.part")
+        if file.exists():
+            _answer(answers, Wanted(str(file), offer.size, is_whole=True))
+            continue
+        private_dir(file.parent)
+        with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as opened:
+            # Never all of it: its end says whether it arrived whole.
+            offset = max(0, min(opened.seek(0, os.SEEK_END), offer.size - 1))
+            opened.truncate(offset)
+            opened.seek(offset)
+            _answer(answers, Wanted(str(file), offset))
+            left = offer.size - offset
+            while left and (piece := source.read1(min(left, _PIECE_BYTES))):  # type: ignore[attr-defined]
+                opened.write(piece)
+                left -= len(piece)
+            opened.flush()
+            os.fsync(opened.fileno())
+        if left:
+            return
+        if file_hash(part) != offer.sha256:
+            # Sent again from the beginning.
+            part.unlink()
+            _answer(answers, Wanted(str(file), 0))
+            return
+        part.rename(file)
+        _answer(answers, Wanted(str(file), offer.size, is_whole=True))
+
+
+def _place(offer: Offer) -> Path:
+    inside = PurePosixPath(offer.folder, offer.name)
+    if not offer.folder.isalnum() or inside.is_absolute() or ".." in inside.parts:
+        raise ValueError(offer.name)
+    return uploads_dir() / inside
+
+
+def _answer(answers: IO[bytes], wanted: Wanted) -> None:
+    answers.write(msgspec.json.encode(wanted) + b"\n")
+    answers.flush()
+
+
+def receive_from_stdin() -> int:
+    """Take files from the app at the other end of stdin and stdout; return the exit code."""
+    receive(sys.stdin.buffer, sys.stdout.buffer)
+    return 0

@@ -1,0 +1,182 @@
+"""An app's link to a box behind a real sshd: what it shows, and what it asks for, whatever the line does."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qlora_tui import paths
+from qlora_tui.cli import store
+from qlora_tui.errors import UserError
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.remote import calls
+from qlora_tui.remote import link as links
+from qlora_tui.remote.link import Link
+from qlora_tui.remote.messages import Call, Piece
+from qlora_tui.remote.mirror import Mirror
+from qlora_tui.remote.ssh import Box
+from qlora_tui.runs import actions, control, run_queue
+from qlora_tui.runs.directory import RunDir, all_runs, create_run
+from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import Step
+from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.run_queue import mark_not_queued
+from qlora_tui.runs.status import Status, read_status, write_status
+from tests.remote.sshd import FakeBox
+from tests.support.polling import wait_for
+
+pytestmark = pytest.mark.slow
+RECIPE = Recipe(model=Model(id="org/model"), data=Data(sources=(Source(path="rows.jsonl"),)), name="alpha")
+
+
+def on_box(box: FakeBox, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """Create a run on the box."""
+    here = str(paths.state_dir().parent)
+    monkeypatch.setenv("XDG_STATE_HOME", str(box.state_home))
+    run = create_run(RECIPE)
+    mark_not_queued(run, "Not queued.")
+    monkeypatch.setenv("XDG_STATE_HOME", here)
+    return run
+
+
+def step(number: int) -> Step:
+    return Step(
+        at=1.0,
+        step=number,
+        epoch=0.1,
+        loss=2.0,
+        learning_rate=1e-4,
+        grad_norm=1.0,
+        tokens=5,
+        tokens_per_s=1.0,
+    )
+
+
+@pytest.fixture
+def run_there(box: FakeBox, monkeypatch: pytest.MonkeyPatch, private_home: Path) -> RunDir:
+    return on_box(box, monkeypatch)
+
+
+@pytest.fixture
+def link(run_there: RunDir, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("XDG_STATE_HOME", str(links.mirror_home("box")))
+    link = Link(Box("box", asks=False), paths.state_dir())
+    link.open()
+    calls.use(link)
+    yield link
+    calls.use(None)
+    link.close()
+
+
+def test_runs_of_the_box_are_read_here(link: Link, run_there: RunDir) -> None:
+    (run,) = all_runs()
+    assert (run.id, run.recipe().name) == (run_there.id, "alpha")
+    assert read_status(run).state == "stopped"
+    (run_there.path / "adapter").mkdir()
+    (run_there.path / "adapter/adapter_model.safetensors").write_bytes(b"x" * 100_000)
+    log = EventWriter(run_there.events_path)
+    log.append(step(1))
+    weights = run.adapter_dir / "adapter_model.safetensors"
+    wait_for(lambda: run.events_path.read_bytes() == run_there.events_path.read_bytes(), seconds=20)
+    wait_for(weights.exists, seconds=20)
+    assert (weights.stat().st_size, weights.stat().st_blocks) == (100_000, 0)
+
+
+def test_what_is_asked_for_is_done_on_the_box(
+    link: Link, run_there: RunDir, box: FakeBox, tmp_path: Path
+) -> None:
+    (run,) = all_runs()
+    actions.rename(run, "better")
+    assert run_there.name == "better"
+    wait_for(lambda: run.name == "better", seconds=20)
+    with pytest.raises(UserError, match="run"):
+        actions.rename(run, "x" * 200)
+    rows = tmp_path / "my rows.jsonl"
+    rows.write_text('{"text": "hello"}\n')
+    new = actions.submit(msgspec.structs.replace(RECIPE, data=Data(sources=(Source(path=str(rows)),))))
+    assert new.path.parent == run.path.parent
+    source = RunDir(run_there.path.with_name(new.id)).recipe().data.sources[0].path
+    assert source.startswith(str(box.state_home)) and Path(source).read_text() == rows.read_text()
+    wait_for(lambda: new.id in {each.id for each in all_runs()}, seconds=20)
+    run_queue.cancel(new)
+    actions.move_to_trash(run)
+    wait_for(lambda: run.id not in {each.id for each in all_runs()}, seconds=20)
+    assert [trashed.run.id for trashed in actions.trashed_runs()] == [run.id]
+
+
+def test_nothing_is_lost_or_done_twice_while_the_line_is_cut(
+    link: Link, run_there: RunDir, box: FakeBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "_LONGEST_WAIT_S", 0.2)
+    monkeypatch.setattr(links, "_UNCONFIRMED_S", 60.0)
+    (run,) = all_runs()
+    is_over, seed, cuts = threading.Event(), random.randrange(10**6), []
+    write_status(run_there, Status(state="running", at=time.time(), process=process_identity()))
+    dice, log = random.Random(seed), EventWriter(run_there.events_path)
+
+    def cut() -> None:
+        while not is_over.wait(dice.uniform(0.5, 4.0)):
+            cuts.append(box.cut())
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    try:
+        for number in itertools.takewhile(lambda n: n < 10 or sum(cuts) < 3, itertools.count(1)):
+            log.append(step(number))
+            ask(run, number)
+    finally:
+        is_over.set()
+        cutter.join()
+    wait_for(lambda: run.events_path.read_bytes() == run_there.events_path.read_bytes(), seconds=30)
+    asked = [request.value for request in control.take_requests(run_there)]
+    assert asked == list(range(1, len(asked) + 1)) and len(asked) >= 9, seed
+
+
+def ask(run: RunDir, value: float) -> None:
+    """Ask for a learning rate until the line is there to ask."""
+    while True:
+        try:
+            return control.send_request(run, "set_learning_rate", value)
+        except UserError as error:
+            assert "does not answer" in error.title
+
+
+def test_a_killed_store_is_started_again(link: Link, run_there: RunDir, box: FakeBox) -> None:
+    (run,) = all_runs()
+    stores = subprocess.run(["pgrep", "-f", "qlora_tui store stream"], capture_output=True, text=True)
+    ours = [pid for pid in stores.stdout.split() if str(box.folder) in environment_of(pid)]
+    os.kill(int(ours[-1]), signal.SIGKILL)
+    wait_for(lambda: not link.is_connected, seconds=20)
+    wait_for(lambda: link.is_connected, seconds=20)
+    actions.rename(run, "later")
+    assert run_there.name == "later"
+
+
+def environment_of(pid: str) -> str:
+    return Path(f"/proc/{pid}/environ").read_text()
+
+
+def test_an_outcome_that_is_not_known_is_said(private_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call("abc", "qlora_tui.runs.actions:no_such", msgspec.Raw(b"{}"), True)
+    first = store._once(call)
+    assert b"bug" in bytes(first.error) and store._once(call) == first
+    store._write_record(
+        os.open(store._requests_dir() / "def.json", os.O_CREAT | os.O_RDWR), store._Record(None)
+    )
+    again = store._once(msgspec.structs.replace(call, id="def"))
+    assert b"may have been carried out" in bytes(again.error)
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/x", "run/../../x", ".coming-x/y"])
+def test_a_box_cannot_write_out_of_the_copy(path: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run's"):
+        Mirror(tmp_path).apply(Piece(path, 0, b"x", 0, 1))

@@ -1,0 +1,78 @@
+"""First contact with a box: profiles that print, programs that are missing or of another version."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora_tui.errors import UserError
+from qlora_tui.remote import uploads
+from qlora_tui.remote.ssh import Box
+from tests.remote.sshd import FakeBox
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_program_is_found_behind_a_profile_that_prints(box: FakeBox) -> None:
+    channel = Box("box", asks=False).open_program("--version")
+    assert channel.output.read().startswith(b"qlora-tui ")
+    channel.close()
+    assert len(box.connections()) == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (None, "not installed on box"),
+        ("echo qlora-tui 0.1.9", "is version 0.1.9"),
+        ("echo what is this", "is version is"),
+    ],
+)
+def test_a_box_without_this_version_is_refused_with_the_command_that_installs_it(
+    box: FakeBox, program: str | None, said: str
+) -> None:
+    if program is None:
+        box.program.unlink()
+    else:
+        box.program.write_text(f"#!/bin/sh\n{program}\n")
+    with pytest.raises(UserError, match=said) as error:
+        Box("box", asks=False).open_program("store", "stream")
+    assert "uv tool install" in error.value.fix
+
+
+def test_why_a_box_cannot_be_reached_is_said_in_the_words_of_ssh(
+    box: FakeBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="Could not resolve hostname"):
+        Box("nowhere.invalid", asks=False).open_program("--version")
+    (box.folder / "known_hosts").write_text("")
+    with pytest.raises(UserError, match="Host key verification failed"):
+        Box("box", asks=False).open_program("--version")
+    monkeypatch.setenv("PATH", str(box.folder))
+    with pytest.raises(UserError, match="ssh is not installed") as error:
+        Box("box", asks=False).open_program("--version")
+    assert "apt install openssh-client" in error.value.fix
+    with pytest.raises(UserError, match="not the name of a host"):
+        Box("-oProxyCommand=x")
+
+
+def test_data_arrive_once_and_whole(box: FakeBox, tmp_path: Path) -> None:
+    data = tmp_path / "rows"
+    (data / "more").mkdir(parents=True)
+    (data / "a.jsonl").write_text("a" * 1000)
+    (data / "more/b.jsonl").write_text("")
+    there = uploads.send(Box("box", asks=False), data)
+    assert (Path(there) / "a.jsonl").read_text() == "a" * 1000 and (Path(there) / "more/b.jsonl").exists()
+    # What a cut has left is continued, and what is wrong is sent again.
+    (Path(there) / "a.jsonl").rename(Path(there) / "a.jsonl.part")
+    os.truncate(Path(there) / "a.jsonl.part", 300)
+    sent: list[int] = []
+    uploads.send(Box("box", asks=False), data, lambda done, total: sent.append(done))
+    assert sent[0] == 1000 and (Path(there) / "a.jsonl").read_text() == "a" * 1000
+    (Path(there) / "a.jsonl").unlink()
+    (Path(there) / "a.jsonl.part").write_text("b" * 500)
+    with pytest.raises(UserError, match="changed"):
+        uploads.send(Box("box", asks=False), data)
+    assert uploads.send(Box("box", asks=False), data) == there
