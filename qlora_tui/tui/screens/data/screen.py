@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 from textual import work
-from textual.actions import SkipAction
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
@@ -21,23 +19,18 @@ from qlora_tui.data.dataset_report import NO_SUCH_ROW, Report, Shown
 from qlora_tui.data.excluded_rows import RowPlace, file_names, parse_excluded_rows, without_rows
 from qlora_tui.data.preferences import PAIRS, UNMAPPED_SIDES
 from qlora_tui.data.problems import DataProblem
-from qlora_tui.data.sources import AUTO, is_hub_dataset
-from qlora_tui.demo.conversations import CONVERSATIONS
+from qlora_tui.data.sources import is_hub_dataset
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, format_number, pluralize
-from qlora_tui.recipe.fields import source_fields
+from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.runs.length_costs import LengthCost, length_costs
 from qlora_tui.runs.row_losses import measure_row_losses, read_row_losses
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import error_content, recipe_fit
-from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.data.dialogs import (
-    ColumnMappingScreen,
     MeasuredRows,
     RowLossScreen,
-    format_picker,
     newest_run_on,
     preference_picker,
 )
@@ -49,7 +42,7 @@ from qlora_tui.tui.screens.data.report import (
     skippable_rows,
     unfixed_problems,
 )
-from qlora_tui.tui.screens.data.row_engines import DataPreviews, PreviewRequest
+from qlora_tui.tui.screens.data.row_engines import PreviewRequest
 from qlora_tui.tui.screens.data.sample import (
     TITLE_FRAME,
     SamplePanel,
@@ -60,10 +53,9 @@ from qlora_tui.tui.screens.data.sample import (
     row_title,
     unreadable_text,
 )
+from qlora_tui.tui.screens.data.source_actions import SourceActions, source_line
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
-from qlora_tui.tui.screens.modals.file_picker import FilePickerScreen
 from qlora_tui.tui.threads import run_stoppable
-from qlora_tui.tui.ui_state import add_recent
 from qlora_tui.tui.widgets.controls import Panel, ViList
 
 _TALL = 50
@@ -74,13 +66,9 @@ _SETTLE_S = 0.1
 """Seconds to wait before reacting, since holding a key down changes the recipe many times."""
 _SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
 _VIEWS = ("both", "figures", "sample")
-_DATA_ENDINGS = (
-    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md"),
-    *(".gz", ".zst", ".zstd"),
-)
 
 
-class DataScreen(WorkScreen):
+class DataScreen(SourceActions):
     """Sources, one sample at a time, lengths and problems."""
 
     MODE = "data"
@@ -90,12 +78,7 @@ class DataScreen(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.previews = DataPreviews()
         self._request: PreviewRequest | None = None
-        self.source_number = 0
-        """Number of the selected source in the recipe."""
-        self.report: Report | None = None
-        """What is known of the whole source, so far."""
         self.shown: Shown | None = None
         """The row on the screen; None until one was read."""
         self.row = 1
@@ -103,12 +86,6 @@ class DataScreen(WorkScreen):
         """The file of the source that the row is from; empty is its first."""
         self._no_tokens: UserError | None = None
         """Why the row is shown as it is in the file although a model is selected."""
-        self._unreadable_source: Source | None = None
-        """The source that was read last, if nothing of it could be read."""
-        self._fields: dict[str, str] = {}
-        """Columns of a file in no known format, for the mapping by hand."""
-        self._mapping_format = "prompt-completion"
-        """The format to map columns for if the unreadable source has the format ``auto``."""
         self._refused_preferences: Literal["", "pairs", "ratings"] = ""
         """The kind of preferences for which the source is refused, and which the recipe can train on."""
         self._measured: MeasuredRows | None = None
@@ -160,7 +137,7 @@ class DataScreen(WorkScreen):
     def show_recipe(self, recipe: Recipe) -> None:
         sources = recipe.data.sources
         self.source_number = min(self.source_number, max(0, len(sources) - 1))
-        lines = [(str(n), _source_line(source, len(sources) == 1)) for n, source in enumerate(sources)]
+        lines = [(str(n), source_line(source, len(sources) == 1)) for n, source in enumerate(sources)]
         self.query_one("#sources", ViList).show(lines, select=str(self.source_number))
         title = f"Mix of {len(sources)} files" if len(sources) > 1 else "Source"
         self.query_one("#sources-panel", Panel).show_title(title)
@@ -184,154 +161,11 @@ class DataScreen(WorkScreen):
             self.source_number = event.option_index
             self.show_recipe(self.app.workbench.recipe)
 
-    @property
-    def source(self) -> Source | None:
-        """The selected source."""
-        sources = self.app.workbench.recipe.data.sources
-        return sources[self.source_number] if sources else None
-
-    @property
-    def _selected(self) -> Source:
-        """The selected source. Raises SkipAction if there is none."""
-        if self.source is None:
-            raise SkipAction
-        return self.source
-
-    def action_open(self, replaces: bool = False) -> None:
-        """Add a file, a folder or a Hub dataset to the sources, or replace all sources with it."""
-        sources = self.app.workbench.recipe.data.sources
-        folder = Path(sources[-1].path).expanduser().parent if sources else None
-        start = folder if folder is not None and folder.is_dir() else None
-        title = "Train on other data" if replaces else "Add data" if sources else "Open data"
-
-        def opened(path: Path) -> None:
-            if path.exists():
-                add_recent("data", path)
-            (self._replace_sources if replaces else self.add_source)(path)
-
-        self.ask(FilePickerScreen(title, "data", _DATA_ENDINGS, start, is_id=is_hub_dataset), opened)
-
-    def _replace_sources(self, path: Path) -> None:
-        """Train on this path and nothing else."""
-        sources = self.app.workbench.recipe.data.sources
-        self._set_only_source(path)
-        if sources:
-            names = Path(sources[0].path).name if len(sources) == 1 else f"{len(sources)} files"
-            self.notify_undoable(f"Replaced {names} with {path.name}.")
-
-    def add_source(self, path: Path) -> None:
-        """Add a path to the sources, and select it.
-
-        It replaces the selected source if that cannot be read, since no run could start with it. It also
-        replaces the demo's data if that is the only source.
-        """
-        sources = self.app.workbench.recipe.data.sources
-        if [Path(source.path) for source in sources] == [CONVERSATIONS] and path != CONVERSATIONS:
-            self._set_only_source(path)
-            self.notify_undoable("Replaced the demo's data.")
-            return
-        selected = self.source
-        if selected is not None and selected == self._unreadable_source:
-            self._change_source(Source(path=str(path)))
-            if selected.path != str(path):
-                self.notify_undoable(f"Replaced {Path(selected.path).name}.")
-            return
-        self.source_number = len(sources)
-        self.app.edit("data.sources", (*sources, Source(path=str(path))))
-        if sources:
-            self.notify(
-                f"Added {path.name}: the recipe trains on {len(sources) + 1} files. "
-                f"Press {key_name('app.undo')} to undo, {key_name('data.replace')} to replace files."
-            )
-
-    def _set_only_source(self, path: Path) -> None:
-        self.source_number = 0
-        self.app.edit("data.sources", (Source(path=str(path)),))
-
-    def _change_source(self, source: Source) -> None:
-        """Replace the selected source in the recipe."""
-        sources = list(self.app.workbench.recipe.data.sources)
-        sources[self.source_number] = source
-        self.app.edit("data.sources", tuple(sources))
-
-    def action_remove(self) -> None:
-        """Remove the selected source from the recipe."""
-        source, sources = self._selected, list(self.app.workbench.recipe.data.sources)
-        del sources[self.source_number]
-        self.app.edit("data.sources", tuple(sources))
-        self.notify_undoable(f"Removed {Path(source.path).name}.")
-
     def action_reload(self) -> None:
         """Read the source again, whether or not it has changed."""
         if self._request is not None:
             self._set_request(self._request)
             self.notify("Reading the data again.")
-
-    def action_weight(self) -> None:
-        """Ask how often to repeat the rows of the source."""
-        source = self._selected
-        field = source_fields()["weight"]
-
-        def validate(text: str) -> str:
-            try:
-                msgspec.convert(float(text), field.type)
-            except (ValueError, msgspec.ValidationError):
-                return f"{field.expected}."
-            return ""
-
-        title = f"Weight of {Path(source.path).name}"
-        prompt = TextPromptScreen(title, field.help, format_number(source.weight), validate)
-        self.ask(
-            prompt, lambda text: self._change_source(msgspec.structs.replace(source, weight=float(text)))
-        )
-
-    @work(exclusive=True, group="formats")
-    async def action_format(self) -> None:
-        """Select the format for reading the rows, by how many rows each format can read."""
-        source = self._selected
-        preferences = self.app.workbench.recipe.data.preferences
-        choices = await self.previews.formats(source, preferences)
-        format_ = await self.app.push_screen_wait(format_picker(choices, source.format))
-        if format_ is not None and format_ != source.format:
-            self._change_source(msgspec.convert(msgspec.to_builtins(source) | {"format": format_}, Source))
-            self.notify_undoable("Format detected." if format_ == AUTO else f"Read as {format_}.")
-
-    def action_columns(self) -> None:
-        """Map the columns to prompt, answer, and so on."""
-        source = self._selected
-        if self.report is not None and self.report.files:
-            file = self.report.files[0]
-            screen = ColumnMappingScreen(file.format, file.all_columns, {**file.columns, **source.columns})
-        elif self._fields:
-            format_ = self._mapping_format if source.format == "auto" else source.format
-            screen = ColumnMappingScreen(format_, tuple(self._fields), source.columns)
-        else:
-            self.notify("Columns cannot be mapped until the file can be read.")
-            return
-        self.ask(
-            screen, lambda columns: self._change_source(msgspec.structs.replace(source, columns=columns))
-        )
-
-    def action_validation(self) -> None:
-        """Ask for a fraction of the rows, or a file, to validate on."""
-        data = self.app.workbench.recipe.data
-
-        def validate(text: str) -> str:
-            if _share(text) is not None or Path(text).expanduser().exists():
-                return ""
-            return "Enter a share below 1, or the path of an existing file."
-
-        def apply(text: str) -> None:
-            share = _share(text)
-            if share is None:
-                self.app.edit("data.validation_path", str(Path(text).expanduser().resolve()))
-            else:
-                self.app.edit("data.validation_path", "")
-                self.app.edit("data.validation_fraction", share)
-
-        help_ = "A share of the rows, such as 0.05 (0 for none), or the path of a validation file."
-        now = data.validation_path or format_number(data.validation_fraction)
-        self.ask(TextPromptScreen("Validation", help_, now, validate), apply)
 
     # Rows
 
@@ -653,24 +487,3 @@ class DataScreen(WorkScreen):
             return {}
         paths = [Path(file.path) for file in self.report.files]
         return dict(zip(map(str, paths), file_names(self.source.path, paths), strict=True))
-
-
-def _source_line(source: Source, alone: bool) -> Content:
-    """Return a source's line in the list, with its weight unless that is 1 and there are no other sources."""
-    path = Path(source.path)
-    weight = "" if alone and source.weight == 1 else f"  weight {format_number(source.weight)}"
-    if is_hub_dataset(source.path):
-        return Content.assemble(source.path, ("  hub", "dim"), (weight, "bold"))
-    try:
-        size = "folder" if path.is_dir() else format_bytes(path.stat().st_size)
-    except OSError:
-        size = "missing"
-    return Content.assemble(path.name, (f"  {size}", "dim"), (weight, "bold"))
-
-
-def _share(text: str) -> float | None:
-    try:
-        share = float(text)
-    except ValueError:
-        return None
-    return share if 0 <= share < 1 else None
