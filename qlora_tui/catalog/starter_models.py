@@ -56,6 +56,8 @@ class StarterFile(Struct, frozen=True, forbid_unknown_fields=True):
 
     checked: datetime.date
     """Day on which its facts were last compared with their sources."""
+    demo: StarterModel
+    """The demo's model, which comes from the Python package index."""
     models: tuple[StarterModel, ...]
     """From the smallest to the largest."""
 

@@ -398,15 +398,16 @@ class Verdict:
 
     @property
     def fits_with_margin(self) -> bool:
-        """Return whether the upper end of the range leaves 5 % of the memory free (``TIGHT_SHARE``)."""
-        return self.word == "fits"
+        """Return whether even the upper end of the range leaves 5 % of the memory free (``TIGHT_SHARE``)."""
+        return self.high_bytes <= self.available_bytes * (1 - TIGHT_SHARE)
 
 
 def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
     """Compare an estimate's range with the memory.
 
-    ``fits`` means that even the upper end of the range leaves 5 % of the memory free; ``tight``, that it
-    leaves less; ``uncertain``, that only the lower end fits.
+    ``fits`` means that even the upper end of the range fits; ``tight``, that it fits, but the estimate leaves
+    less than 5 % of the memory free; ``uncertain``, that only the lower end fits. So no figure that is shown
+    as tight is below one that fits.
     """
     band = estimated.band
     word: Literal["fits", "tight", "does not fit", "uncertain"]
@@ -414,7 +415,7 @@ def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
         word = "does not fit"
     elif band.high_bytes > available_bytes:
         word = "uncertain"
-    elif band.high_bytes > available_bytes * (1 - TIGHT_SHARE):
+    elif estimated.process_bytes > available_bytes * (1 - TIGHT_SHARE):
         word = "tight"
     else:
         word = "fits"

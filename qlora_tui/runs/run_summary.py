@@ -488,9 +488,9 @@ def _loss_words(evidence: RunEvidence) -> str:
         if after is None:
             return "Too early to tell: validation was measured only before training"
         if after < before:
-            fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)}"
-            return f"{fell}, but its rows were not compared"
-        return f"{_LEARNED['unclear']}: {_loss_values(before, after)}, rows not compared"
+            fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)} at the end"
+            return f"{fell}; not tested for chance"
+        return f"{_LEARNED['unclear']}: {_loss_values(before, after)}"
     values = _loss_values(loss.before, loss.after)
     if loss.is_lower:
         return f"{_LEARNED['better']}: {values}"

@@ -133,9 +133,18 @@ def test_targets_in_a_range_of_layers_train_only_those() -> None:
 def test_it_fits_only_when_the_whole_band_does() -> None:
     estimated = estimate(Recipe(), qwen_7b())
     assert check_fit(estimated, 2 * estimated.process_bytes).word == "fits"
-    assert check_fit(estimated, estimated.band.high_bytes).word == "tight"
     assert check_fit(estimated, estimated.process_bytes).word == "uncertain"
     assert check_fit(estimated, estimated.band.low_bytes - 1).word == "does not fit"
+
+
+def test_a_wide_band_is_not_tight_where_a_narrow_one_fits() -> None:
+    wide = estimate(Recipe(), qwen_7b())
+    narrow = replace(wide, band=replace(wide.band, high_bytes=wide.process_bytes + 1))
+    least = wide.process_bytes * 100 // 95 + 1
+    assert wide.band.high_bytes > least
+    assert [check_fit(each, least).word for each in (wide, narrow)] == ["uncertain", "fits"]
+    assert check_fit(wide, wide.band.high_bytes).word == "fits"
+    assert check_fit(narrow, least - 2).word == "tight"
 
 
 def test_what_fits_fits_and_the_next_size_does_not() -> None:

@@ -130,12 +130,12 @@ def data_ready(validation_samples: int) -> DataReady:
         (
             RunEvidence(losses=(2.5, 1.5)),
             "unclear",
-            "Validation loss fell from 2.500 to 1.500, but its rows were not compared.",
+            "Validation loss fell from 2.500 to 1.500 at the end; not tested for chance.",
         ),
         (
             RunEvidence(losses=(2.5, 2.5)),
             "unclear",
-            "Not enough evidence that it learned: validation loss 2.500 → 2.500, rows not compared.",
+            "Not enough evidence that it learned: validation loss 2.500 → 2.500.",
         ),
     ],
 )
@@ -145,7 +145,7 @@ def test_the_verdict_says_what_the_evidence_allows(
     verdict = judge_run(evidence)
     assert (verdict.outcome, verdict.sentence) == (outcome, sentence)
     assert verdict.has_answers == (evidence.metric is not None)
-    assert verdict.lacks_rows == sentence.endswith(("rows were not compared.", "rows not compared."))
+    assert verdict.lacks_rows == sentence.endswith(("not tested for chance.", "2.500 → 2.500."))
 
 
 def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:

@@ -67,7 +67,7 @@ def test_a_download_that_ends_during_a_reading_leaves_its_count(monkeypatch: pyt
 
     monkeypatch.setattr(home_reader, "queue_lines", queue_lines)
     layout = HomeLayout(80, 40, 40, is_compact=False)
-    facts = reader.read(Workbench(), budget_for(None), SystemStatus(), 0.0, layout)
+    facts = reader.read(Workbench(), (budget_for(None),) * 2, SystemStatus(), 0.0, layout)
     assert facts.steps[0].why == "1 model is on this machine"
 
 

@@ -62,11 +62,11 @@ async def test_groups_fold_and_what_was_changed_stays_in_view() -> None:
         while list_.field is not None or list_.group.title != "LoRA":
             await pilot.press("j")
         await pilot.press("enter")
-        await wait_for_text(pilot, "▾ LoRA", "Dropout", "rsLoRA")
+        await wait_for_text(pilot, "− LoRA", "Dropout", "rsLoRA")
         await pilot.press("j", "j", "l")
         assert app.workbench.recipe.lora.dropout > 0
         await pilot.press("k", "k", "h")
-        await wait_for_text(pilot, "▸ LoRA", "* preset: 0")
+        await wait_for_text(pilot, "+ LoRA", "* preset: 0")
         await pilot.press("k")
         await wait_until(pilot, lambda: "rsLoRA" not in text_of(app))
         app.edit("data.preferences", "dpo")
@@ -125,7 +125,7 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
     app = app_with_checks(monkeypatch, tmp_path, *fine)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "Ready. Press [t] to launch it")
+        await wait_for_text(pilot, "✓ Ready.", "[t] launch it")
         await pilot.press("t")
         await wait_for_text(pilot, "queued", "waiting in the queue")
         assert len(run_queue.waiting()) == 1
@@ -139,7 +139,7 @@ async def test_a_recipe_edited_during_its_checks_is_launched_as_it_was_checked(
     checked = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "Ready. Press [t] to launch it")
+        await wait_for_text(pilot, "✓ Ready.", "[t] launch it")
 
         def edited(*_: object) -> tuple[Check, ...]:
             app.workbench.set("lora.rank", 256)

@@ -85,7 +85,7 @@ async def test_the_selected_model_is_marked_in_the_list() -> None:
             "license  apache-2.0",
             "context  131,072",
             "152,064",
-            "▸  1,024  ~6.3 GiB   ~15.3 GiB",
+            "●  1,024  ~6.3 GiB   ~15.3 GiB",
         )
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == "Qwen/Qwen2.5-7B-Instruct"
@@ -115,7 +115,7 @@ async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub
             pilot, "On the Hub, for 'tiny' (2)", "↓1.20M", "gated", "Enter  Load its details from the Hub"
         )
         await pilot.press("enter")
-        await wait_for_text(pilot, "[d]  Download", "layers     2 ×", "license    apache-2.0", "▸  1,024")
+        await wait_for_text(pilot, "[d]  Download", "layers     2 ×", "license    apache-2.0", "●  1,024")
         await pilot.press("enter")
         await wait_for_text(pilot, "✗ cannot train")
         assert app.workbench.recipe.model.id == TINY

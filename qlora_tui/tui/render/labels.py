@@ -28,6 +28,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import done_at_words
 from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words
 from qlora_tui.runs.status import State, Status, held_words
+from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import cut_name
 from qlora_tui.tui.render.figures import Figure
 from qlora_tui.tui.render.plot import bar, level_style
@@ -246,6 +247,11 @@ def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> F
         is_assumed=budget.is_assumed,
         can_train=workbench.model_refusal() is None,
     )
+
+
+def next_step(command: str, text: str) -> Content:
+    """Return ``▸ [5] Train: check and launch``: the suggested step, and the key of its command."""
+    return highlight_keys(f"▸ {key_name(command)} {text}", "$primary")
 
 
 def error_content(error: UserError, *, step: Content | None = None, is_spaced: bool = False) -> Content:

@@ -446,7 +446,7 @@ class Panel(Vertical):
         self._keys: tuple[tuple[str, str], ...] = ()
         self._keys_cells = 0
         self._title = Content()
-        self._empty = ""
+        self._empty: str | Content = ""
         self.show_title(title)
         self.show_keys(keys)
 
@@ -458,20 +458,20 @@ class Panel(Vertical):
             self._show_title()
 
     @property
-    def empty(self) -> str:
+    def empty(self) -> str | Content:
         """Why there is nothing to show. The panel then shrinks to one line, such as ``Queue: empty``."""
         return self._empty
 
     @empty.setter
-    def empty(self, reason: str) -> None:
+    def empty(self, reason: str | Content) -> None:
         if reason != self._empty:
             self._empty = reason
             self.set_class(bool(reason), "-empty")
             self._show_title()
 
     def _show_title(self) -> None:
-        reason = (f": {self._empty}", "not bold $text-muted") if self._empty else ""
-        self.border_title = Content.assemble(self._title, reason)
+        reason = Content.assemble(": ", self._empty).stylize_before("not bold $text-muted")
+        self.border_title = self._title + reason if self._empty else self._title
 
     def render_lines(self, crop: Region) -> list[Strip]:
         """Draw title and keys one cell further out than Textual does, flush with the contents."""

@@ -37,10 +37,8 @@ _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 50
 """Width of the list from which a folded group has its values next to its title."""
-_LIST_SHARE = 0.85
-"""Most of a form's height that the list takes; below it is the help."""
-_ROOMY_ROWS = 34
-"""Rows from which folded groups are opened as far as there is room."""
+_HELP_ROWS = 5
+"""Rows of the help below the list, with an empty one above it."""
 _NUMBER_CELLS = 14
 """Width of the field for typing a number, in cells."""
 _TEXT_SEPARATOR = " | "
@@ -244,7 +242,7 @@ class SettingList(LineView):
 
     def open_what_fits(self, rows: int) -> None:
         """Open folded groups as far as all lines fit ``rows``, unless the user has opened or folded any."""
-        if self._is_arranged or rows < _ROOMY_ROWS:
+        if self._is_arranged:
             return
         opened = {group.title for group in self._groups if group.is_open}
         for group in self._groups:
@@ -302,14 +300,14 @@ class SettingList(LineView):
         return render_line(self, row, width)
 
     def _title(self, group: SettingGroup, letter: str) -> Content:
-        """Return ``▸ LoRA  10 settings``. In a wide list a folded group also shows its values."""
+        """Return ``+ LoRA  10 settings``. In a wide list a folded group also shows its values."""
         is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
         if self._values is not None and self.size.width >= _WIDE_CELLS:
             values = [(field.label, get_setting(self._values, field.path)) for field in group.fields]
             texts = (f"{label} {abbreviate_home(format_value(value))}" for label, value in values)
             remark = SEPARATOR.join(texts)
         return Content.assemble(
-            (letter, "bold reverse $key") if letter else ("▾" if is_open else "▸", "$primary"),
+            (letter, "bold reverse $key") if letter else ("−" if is_open else "+", "$primary"),
             (f" {group.title}", "bold $primary"),
             ("" if is_open else f"  {remark}", "dim"),
         )
@@ -408,8 +406,9 @@ class SettingsForm(Vertical):
         self._show_help()
 
     def on_resize(self) -> None:
-        """Open folded groups if there is much room."""
-        self.list.open_what_fits(round(self.size.height * _LIST_SHARE))
+        """Open folded groups as far as there is room, below the help on the setting under the cursor."""
+        help_ = self.query_one("#setting-help")
+        self.list.open_what_fits(self.size.height - (_HELP_ROWS if help_.display else 0))
 
     @property
     def field(self) -> Field | None:

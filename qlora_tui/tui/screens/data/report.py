@@ -18,7 +18,7 @@ from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
-from qlora_tui.tui.render.labels import SEVERITY_SIGNS, needed_words, verdict_sign, verdict_words
+from qlora_tui.tui.render.labels import SEVERITY_SIGNS, needed_words, next_step, verdict_sign, verdict_words
 from qlora_tui.tui.render.plot import Axis, bar, blocks, ticks
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
@@ -109,7 +109,7 @@ class ProblemsPanel(Panel):
             problems: Those that the recipe does not already fix.
             recipe: What the rows are used for.
             expected: The length of the run, if known.
-            brief: Whether to leave out the fixes.
+            brief: Whether each is in one line.
         """
         if report is None:
             self._list.show([])
@@ -130,7 +130,7 @@ class ProblemsPanel(Panel):
         select = lines[0][0] if lines and not self._list.has_focus else None
         self._list.show(lines, select)
         # A single one without a key is in the title where rows are few.
-        is_title = brief and len(lines) == 1 and "\n" not in lines[0][1].plain
+        is_title = brief and len(lines) == 1 and not has_fix(report, problems)
         self._list.display = not is_title
         if is_title:
             self.show_title(Content("Problem: ") + lines[0][1].stylize_before("not bold"))
@@ -144,7 +144,8 @@ class ProblemsPanel(Panel):
         elif bad_rows:
             keys.append(("data.bad_rows", "skip bad rows"))
         self.show_keys(keys)
-        self.empty = "" if lines else "none found" if report.complete else "none so far"
+        done = Content.assemble("none found   ", next_step("go.memory", "Memory: see what it needs"))
+        self.empty = "" if lines else done if report.complete else "none so far"
 
 
 def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> tuple[DataProblem, ...]:
@@ -267,12 +268,13 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
 def problem_line(
     problem: DataProblem, data: Data, *, brief: bool = False, several: bool = False, bad_rows: int = 0
 ) -> Content:
-    """Return one kind of problem, what happens to its rows, and its fix unless ``brief``.
+    """Return one kind of problem, what happens to its rows, and its fix; in one line if ``brief``.
 
     ``several``: whether the source has several files, so that the problem's file must be named. ``bad_rows``:
     the number of rows that the fix leaves out, over all problems; 0 if another line says it.
     """
     sign, style = SEVERITY_SIGNS[problem.severity]
+    begin, fix = "  " if brief else "\n  ", _fix_label(problem, bad_rows)
     rows = ", ".join(f"{row:,}" for row in problem.rows[:_ROWS_NAMED])
     more = "…" if problem.count > _ROWS_NAMED else ""
     where = f"  row {rows}{more}" if rows and not brief else ""
@@ -283,10 +285,8 @@ def problem_line(
         (f": {pluralize(problem.count, 'row')}", "bold"),
         row_outcome(problem, data),
         (where, "dim"),
-        highlight_keys(f"\n  ▸ {key_name('data.fix')} {fix}", "$primary")
-        if (fix := _fix_label(problem, bad_rows))
-        else "",
-        ("" if brief or not problem.fix else f"\n  ▸ {problem.fix}", "dim"),
+        highlight_keys(f"{begin}▸ {key_name('data.fix')} {fix}", "$primary") if fix else "",
+        (f"{begin}▸ {problem.fix}" if problem.fix and not (brief and fix) else "", "dim"),
     )
 
 
@@ -300,21 +300,21 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
 
 
 def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) -> Content | None:
-    """Return the warning that the run has too few steps, if so. ``brief`` leaves out the advice."""
+    """Return the warning that the run has too few steps, if so, and what to do; in one line if ``brief``."""
     if expected is None or not expected.length.is_complete or expected.length.steps >= FEW_STEPS:
         return None
     length = expected.length
-    # In one line of 37 cells: in a small window it is beside a scrollbar.
     warning = Content.styled(f"! Only {pluralize(length.steps, 'step')}: too few to learn much", "$warning")
-    if brief:
-        return warning
     training = recipe.training
     accumulation, micro_batch = training.gradient_accumulation, training.micro_batch_size
     lower = f"accumulation (now {accumulation})" if accumulation > 1 else f"micro-batch (now {micro_batch})"
     less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
     # Where Max steps ends the run, neither more epochs nor smaller steps make it longer.
-    change = "raise Max steps" if length.steps < length.all_steps else f"raise Epochs{less}"
-    return warning + highlight_keys(f"\n  ▸ On {key_name('go.train')} Train, {change}.", "dim")
+    change = "raise Max steps" if length.steps < length.all_steps else "raise Epochs"
+    if brief:
+        return warning + highlight_keys(f"  ▸ {key_name('go.train')} {change}", "dim")
+    less = less if change == "raise Epochs" else ""
+    return warning + highlight_keys(f"\n  ▸ On {key_name('go.train')} Train, {change}{less}.", "dim")
 
 
 def _length_words(expected: Forecast | None) -> str:
@@ -406,7 +406,7 @@ def cost_table(costs: list[LengthCost], width: int) -> Content:
         return lambda cost: Content.styled(text(cost), "bold" if cost.name == "now" else "")
 
     def name(cost: LengthCost) -> str:
-        return f"{'▸' if cost.name == 'now' else ' '} {cost.name:<5}{cost.length:>8,}"
+        return f"{'●' if cost.name == 'now' else ' '} {cost.name:<5}{cost.length:>8,}"
 
     columns = [
         Column(title="  max length", text=in_weight(name), width=15),

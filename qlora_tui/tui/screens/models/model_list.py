@@ -16,7 +16,7 @@ from qlora_tui.catalog.local_models import LocalModel
 from qlora_tui.catalog.starter_models import StarterModel, starter_file
 from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, format_count
+from qlora_tui.formatting import format_bytes, format_count, format_gib
 from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
@@ -50,37 +50,49 @@ class Starter:
     model: StarterModel
     architecture: Architecture
     verdict: Verdict
+    is_demo: bool = False
+    """Whether it is the demo's, which comes from the Python package index."""
 
     @property
     def id(self) -> str:
-        """Its Hub repository."""
+        """Its Hub repository, or the name of the demo's model."""
         return self.model.id
+
+    @property
+    def line_id(self) -> str:
+        """Id of its line."""
+        return DEMO_LINE if self.is_demo else STARTER + self.id
 
     @property
     def download_bytes(self) -> int:
         """Size of its files."""
-        return self.architecture.total_params * _BYTES_PER_WEIGHT
+        return SMOLLM2.download_bytes if self.is_demo else self.architecture.total_params * _BYTES_PER_WEIGHT
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """Return the models on a short list that fit, largest first, or else the smallest one.
+    """Return the demo's model, and those on a short list that fit, or else the smallest one.
 
-    Call in a thread.
+    The largest that leaves half of the memory free comes first, for longer sequences and other programs,
+    then smaller ones; larger ones come last. Call in a thread.
     """
-    all_models = []
-    for model in starter_file().models:
+    file, all_models = starter_file(), []
+    for model in (file.demo, *file.models):
         # One that this version refuses is offered by the next that does not.
         with suppress(UserError):
             architecture = model.architecture()
-            all_models.append(Starter(model, architecture, need(architecture, recipe, budget)))
+            verdict = need(architecture, recipe, budget)
+            all_models.append(Starter(model, architecture, verdict, is_demo=model is file.demo))
+    demo, listed = all_models[:1], all_models[1:]
     on_cpu = budget.device.kind == "cpu"
     fitting = [
         starter
-        for starter in all_models
+        for starter in listed
         if starter.verdict.fits_with_margin
         and not (on_cpu and starter.architecture.total_params > _MAX_STARTER_PARAMETERS_ON_CPU)
     ]
-    return tuple(fitting[::-1] or all_models[:1])
+    small = [each for each in fitting if each.verdict.needed_bytes <= budget.bytes / 2]
+    large = [each for each in fitting if each not in small]
+    return (*demo, *small[::-1], *large) if fitting else (*demo, *listed[:1])
 
 
 @dataclass
@@ -101,8 +113,8 @@ class ListedModels:
     """Licenses named by the cards of local models."""
     starters: tuple[Starter, ...] = ()
     """Good first models, listed until the Hub is searched."""
-    starters_for: str = "this machine"
-    """What they fit on."""
+    budget: MemoryBudget | None = None
+    """The memory that needs are compared with; None until they were estimated."""
 
     @property
     def lists_starters(self) -> bool:
@@ -110,11 +122,11 @@ class ListedModels:
         return self.hub is None and not self.query
 
     def find(self, id_: str | None) -> LocalModel | HubModel | Starter | None:
-        """Return the model of a line; None for the demo's line, a heading, or no line."""
+        """Return the model of a line; None for a heading, or no line."""
         models: dict[str | None, LocalModel | HubModel | Starter] = {
             **{LOCAL + str(model.path): model for model in self.local or ()},
             **{HUB + model.id: model for model in self.hub or ()},
-            **{STARTER + model.id: model for model in self.starters},
+            **{model.line_id: model for model in self.starters},
         }
         return models.get(id_)
 
@@ -138,11 +150,22 @@ class ListedModels:
         local = [model for model in self.local or () if words in model.name.lower()]
         lines = _local_lines(local, chosen, width, self.needs, self.licenses) if self.local else []
         here = frozenset(model.id for model in self.local or () if model.refusal is None)
-        to_start = [m for m in self.starters if m.id not in here and words in m.id.lower()][:most]
+        to_start = [
+            model
+            for model in self.starters
+            if model.id not in here and words in model.id.lower() and not (model.is_demo and self.local)
+        ][:most]
         if to_start and self.lists_starters:
-            with_demo = not self.local and not words
-            return [*lines, *_starter_lines(to_start, self.starters_for, width, with_demo=with_demo)]
+            fits_on = self.budget.name if self.budget and self.budget.is_assumed else "this machine"
+            return [*lines, *_starter_lines(to_start, fits_on, width)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
+
+
+def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
+    """Return the parts of the list's title: its name with a key, and what ``needs`` means."""
+    of = f"{format_gib(budget.bytes)} GiB{' (assumed)' if budget.is_assumed else ''}"
+    needs = Content.styled(f"needs: memory to train, of {of}", "not bold $text-muted")
+    return [Content("  ").join(["Models", hint] if hint else ["Models"]), needs]
 
 
 @dataclass(frozen=True)
@@ -194,28 +217,22 @@ def _local_lines(
     return _lines(f"On this machine ({len(models)})", _architecture_columns("on disk", "from"), rows, width)
 
 
-def _starter_lines(
-    models: Sequence[Starter], fits_on: str, width: int, *, with_demo: bool
-) -> list[tuple[str, Content]]:
+def _starter_lines(models: Sequence[Starter], fits_on: str, width: int) -> list[tuple[str, Content]]:
     """Return a heading and a line for each good first model, in the same columns as local models.
 
     Args:
         models: Models that fit on the device.
         fits_on: The device, for the heading.
         width: Width of a line, in cells.
-        with_demo: Whether the demo's model, from the Python package index, comes first.
     """
     rows = []
-    if with_demo:
-        demo = ("135M", format_bytes(SMOLLM2.download_bytes), f"{_UNKNOWN}  ", "8,192", "apache-2.0", "free")
-        note = "a first run in minutes, also on a processor"
-        rows.append(_Line(DEMO_LINE, " ", f"{SMOLLM2.name} (demo)", demo, note=note))
     for model in models:
         needed = fit_figure(model.verdict)
         texts = _architecture_texts(model.architecture, format_bytes(model.download_bytes), needed)
         access = {None: _UNKNOWN, True: "gated", False: "free"}[model.model.gated]
         texts = (*texts, model.model.license, access)
-        rows.append(_Line(STARTER + model.id, " ", model.id, texts, note=model.model.good_for))
+        name = f"{model.id} (demo)" if model.is_demo else model.id
+        rows.append(_Line(model.line_id, " ", name, texts, note=model.model.good_for))
     columns = _architecture_columns("download", "access")
     return _lines(f"Good first models for {fits_on}", columns, rows, width)
 

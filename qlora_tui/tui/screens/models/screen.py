@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 from textual import work
 from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.events import Key
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.catalog.hub import HubModel, search_models
 from qlora_tui.catalog.local_models import LocalModel, describe_models, list_local_models
-from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
+from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.file_picker import FilePickerScreen
 from qlora_tui.tui.screens.models import downloads
@@ -38,9 +38,9 @@ from qlora_tui.tui.screens.models.model_facts import (
     need,
     read_license,
     starter_facts,
-    storage_title,
+    storage_words,
 )
-from qlora_tui.tui.screens.models.model_list import HUB, LOCAL, ListedModels, Starter, starters
+from qlora_tui.tui.screens.models.model_list import HUB, LOCAL, ListedModels, Starter, list_title, starters
 from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.ui_state import add_recent, load_ui_state, recent_paths
 from qlora_tui.tui.widgets.controls import Panel, TextField, ViList
@@ -53,6 +53,8 @@ EMPTY = (
     "search the Hub by name."
 )
 SEARCH = "name; Enter searches the Hub too"
+_FRAME = 5
+"""Cells of the list's frame that its title does not take."""
 LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
 
 
@@ -69,6 +71,8 @@ class ModelsScreen(WorkScreen):
         self._models = ListedModels()
         self._searched: list[Path] = []
         """Folders of the last scan, in addition to the usual ones."""
+        self._storage = ""
+        """Size of the local models, and the free disk space."""
 
     @property
     def help_state(self) -> str:
@@ -115,6 +119,10 @@ class ModelsScreen(WorkScreen):
         picker = FilePickerScreen("Open a model", "models", (".gguf",), start, is_one=is_model_folder)
         self.ask(picker, self._start_scan)
 
+    def on_resize(self) -> None:
+        # A higher window also divides the memory; title and bars have the new width after the layout.
+        self.call_after_refresh(self._show_facts)
+
     def on_input_changed(self) -> None:
         """Filter the list while typing."""
         self._show_list()
@@ -147,10 +155,10 @@ class ModelsScreen(WorkScreen):
                     self._set_model(model.id, f"{model.id}, for estimates only. {how}")
                 else:
                     self._fetch_hub_facts(model.id)
+            case Starter(is_demo=True):
+                self.action_download()
             case Starter(id=id_):
                 self._search(id_)
-            case None:
-                self.action_download()
 
     def on_key(self, event: Key) -> None:
         """Leave the search field for the list on Down or Escape."""
@@ -163,20 +171,25 @@ class ModelsScreen(WorkScreen):
         match self._models.find(self.query_one(ViList).current):
             case LocalModel() as model:
                 return model.id if can_be_completed(model) else ""
-            case HubModel(id=id_) | Starter(id=id_):
+            case HubModel(id=id_) | Starter(id=id_, is_demo=False):
                 return id_
-            case None:
+            case _:
                 return ""
 
     def action_download(self) -> None:
-        """Download the selected model, or the demo model if none is selected."""
+        """Download the selected model."""
         panel = self.query_one(DownloadsPanel)
         if self.selected_hub_model:
             panel.start(self.selected_hub_model)
-        elif not self._models.local:
-            downloads.ask_for_demo(self, "", lambda: panel.start(DEMO))
         else:
-            self.notify("This model is already on this machine. Models to download are under 'On the Hub'.")
+            downloads.ask_for_demo(self, "", lambda: panel.start(DEMO))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer a download only on a model that is not here, or not completely."""
+        if action == "download":
+            model = self._models.find(self.query_one(ViList).current)
+            return bool(self.selected_hub_model) or isinstance(model, Starter)
+        return super().check_action(action, parameters)
 
     def action_cancel(self) -> None:
         """Stop the newest download. It can be resumed."""
@@ -237,7 +250,7 @@ class ModelsScreen(WorkScreen):
             if len(within) == 1:
                 self._choose(within[0])
         self._show_facts()
-        self.query_one("#models-panel", Panel).show_title(storage_title(local))
+        self._storage = storage_words(local)
         self._estimate_needs()
         self._describe()
 
@@ -294,8 +307,7 @@ class ModelsScreen(WorkScreen):
         lines: Facts = []
         match model:
             case LocalModel():
-                is_current = recipe.model.id in (model.id, str(model.path))
-                title, lines = model.name, local_facts(model, is_current=is_current)
+                title, lines = model.name, local_facts(model, recipe)
                 architecture, can_train = model.architecture, model.refusal is None
             case HubModel():
                 facts = self._models.hub_facts.get(model.id)
@@ -305,11 +317,31 @@ class ModelsScreen(WorkScreen):
             case Starter():
                 title, architecture = model.id, model.architecture
                 lines = starter_facts(model.model, model.architecture, model.download_bytes)
-            case None if self._models.local == []:
-                title, lines = SMOLLM2.name, demo_facts()
+                if model.is_demo:
+                    lines = demo_facts(model.model, model.architecture)
+        self._show_title()
+        self.refresh_bindings()
         side = self.query_one(ModelSide)
         side.show(title, lines)
         side.estimate(architecture, recipe, budget, self.app.cpu_budget, can_train=can_train)
+
+    def _show_title(self) -> None:
+        """Show what Enter does, what needs are of, and the storage, as far as there is room."""
+        panel = self.query_one("#models-panel", Panel)
+        match self._models.find(self.query_one(ViList).current):
+            case LocalModel():
+                hint = key_hint("Enter", "select it")
+            case Starter(is_demo=True):
+                hint = key_hint("Enter", "download it")
+            case HubModel() | Starter():
+                hint = key_hint("Enter", "look it up")
+            case _:
+                hint = Content("")
+        parts = list_title(hint, self.app.memory_budget)
+        parts += [Content.styled(self._storage, "not bold $text-muted")] if self._storage else []
+        while len(parts) > 1 and Content("   ").join(parts).cell_length > panel.outer_size.width - _FRAME:
+            parts.pop()
+        panel.show_title(Content("   ").join(parts))
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
@@ -321,8 +353,8 @@ class ModelsScreen(WorkScreen):
         self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
         )
+        self._models.budget = budget
         if self._models.lists_starters:
-            self._models.starters_for = budget.name if budget.is_assumed else "this machine"
             self._models.starters = await asyncio.to_thread(starters, recipe, budget)
         self._show_list()
 

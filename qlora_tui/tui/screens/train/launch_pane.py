@@ -29,7 +29,7 @@ from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
-from qlora_tui.tui.key_names import highlight_keys, key_name
+from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.figures import Figure, large_figures
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine, verdict_words
@@ -118,6 +118,7 @@ _PLACES: dict[CheckKind, tuple[str, str]] = {
 }
 """(command, action): the command that opens the place where an error is fixed, and what to do there."""
 _CHECK_KEYS = (("train.recheck", "check again"),)
+_RECIPE_TITLE = Content("  ").join(("Recipe", key_hint("Enter", "edit"), key_hint("←→", "change")))
 
 
 @cache
@@ -178,7 +179,7 @@ class LaunchPane(Vertical):
         verdict = Drawing(partial(verdict_lines, (), None, None, ""), id="verdict")
         yield Panel("Launch", verdict, id="verdict-panel")
         with Container(id="launch-body"):
-            yield Panel("Recipe", SettingsForm(form_groups(), id="recipe-form"), id="recipe-panel")
+            yield Panel(_RECIPE_TITLE, SettingsForm(form_groups(), id="recipe-form"), id="recipe-panel")
             with Vertical(id="checks-column"):
                 with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
                     yield Lines(id="checks")
@@ -243,9 +244,9 @@ def note_page(fields: Sequence[Field], selected: Field | None, width: int, heigh
 
 
 def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
-    """Return ``▸ Epochs  training.epochs``, and below it what the setting does and its effect on memory."""
+    """Return ``› Epochs  training.epochs``, and below it what the setting does and its effect on memory."""
     head = Content.assemble(
-        ("▸ " if is_selected else "  ", "bold $primary"),
+        ("› " if is_selected else "  ", "bold $primary"),
         (field.label, "bold" if is_selected else "$primary"),
         (f"  {field.path}", "dim"),
     )
@@ -375,11 +376,10 @@ def conclusion(checks: tuple[Check, ...]) -> Content:
             (f"✗ Not ready: {names}.", "bold $error"), "   ", highlight_keys(_remedy(checks))
         )
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
-    ready = f"Ready. Press {key_name('train.launch')} to {'queue' if waits else 'launch'} it."
-    first = Content.assemble(("▸ ", "$primary"), highlight_keys(ready, "bold $success"))
+    launch = highlight_keys(f"   ▸ {key_name('train.launch')} {'queue' if waits else 'launch'} it")
     if count := sum(check.outcome == "warning" for check in checks):
-        first += Content.styled(f"   ! {pluralize(count, 'warning')} to read first", "$warning")
-    return first
+        return Content.styled(f"! Ready, with {pluralize(count, 'warning')}.", "bold $warning") + launch
+    return Content.styled("✓ Ready.", "bold $success") + launch
 
 
 def _remedy(checks: tuple[Check, ...]) -> str:
