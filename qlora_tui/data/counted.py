@@ -99,7 +99,7 @@ def counted_key(recipe: Recipe, model: ModelFiles) -> bytes | None:
             if paths is None:
                 return None
             stamps += [(str(path.resolve()), *file_fingerprint(path)) for path in paths]
-        what = (RENDERING, data, recipe.training.seed, stamps, _tokenizer(recipe, model))
+        what = (RENDERING, data, recipe.split_seed, stamps, _tokenizer(recipe, model))
         return repr(what).encode(errors="surrogateescape")
     return None
 

@@ -193,7 +193,7 @@ def scan_dataset(
     # A validation file replaces the validation fraction.
     fraction = 0.0 if recipe.data.validation_path else recipe.data.validation_fraction
     total = sum(file.path.stat().st_size for file in files)
-    outcomes = RowProcessor(recipe.data, tokenizer, recipe.training.seed)
+    outcomes = RowProcessor(recipe.data, tokenizer, recipe.split_seed)
     split = Split(folder, fraction)
     with open_worker_pool(outcomes, total) as work:
         scanner = DatasetScanner(recipe.data, work, sketched=split.wanted)
@@ -286,7 +286,7 @@ def _key(
         (data.max_length, data.overflow, data.validation_fraction, bool(data.validation_path)),
         data.bad_rows,
         RenderOptions.of(data),
-        recipe.training.seed,
+        recipe.split_seed,
         # Only if there are any, so that earlier keys stay valid.
         *([excluded] if any(excluded) else ()),
         *([names] if any(names) else ()),

@@ -37,6 +37,7 @@ _NOT_LEARNED = {
     "data.sources",
     "data.validation_path",
     "data.validation_fraction",
+    "data.validation_seed",
     "data.overflow",
     "data.train_on",
     "data.reasoning_in_loss",

@@ -265,6 +265,16 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     validation_fraction: Annotated[
         float, _about("Validation fraction", "Share of the rows set aside for validation.", ge=0, lt=1)
     ] = 0.05
+    validation_seed: Annotated[
+        int,
+        _about(
+            "Validation seed",
+            "Seed that chooses the validation rows of a fraction: set it to compare runs with other seeds on "
+            "the same rows. 0: that of the training (training.seed).",
+            ge=0,
+            lt=2**32,
+        ),
+    ] = 0
     max_length: Annotated[
         int,
         _about(
@@ -622,6 +632,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def effective_batch(self) -> int:
         """Sequences per optimizer step; if pairs are trained, a sequence holds both sides."""
         return self.training.micro_batch_size * self.training.gradient_accumulation
+
+    @property
+    def split_seed(self) -> int:
+        """Seed that chooses the validation rows."""
+        return self.data.validation_seed or self.training.seed
 
     @property
     def preference_method(self) -> PreferenceMethod | None:

@@ -148,7 +148,7 @@ class QloraApp(TerminalApp):
 
         recipe = self.workbench.recipe
         stamps = [source_stamps(source) for source in every_source(recipe.data)]
-        wanted = (recipe.data, recipe.model, recipe.training.seed, stamps)
+        wanted = (recipe.data, recipe.model, recipe.split_seed, stamps)
         if wanted != self._counting and recipe.has_model_and_data:
             self._counting, self.count_problem = wanted, None
             self._count_samples(recipe)

@@ -66,8 +66,13 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Evaluation",
         (
-            *("data.validation_fraction", "data.validation_path", "training.eval_every"),
-            *("training.early_stopping", "training.sample_prompts", "training.general_prompts"),
+            *("data.validation_fraction", "data.validation_seed", "data.validation_path"),
+            *(
+                "training.eval_every",
+                "training.early_stopping",
+                "training.sample_prompts",
+                "training.general_prompts",
+            ),
             *("training.task_prompts", "training.forgetting_weight"),
         ),
     ),
