@@ -81,6 +81,8 @@ def resume(run: RunDir) -> None:
     refuse_other_machines()
     if gpu := requested_gpus():
         atomic_write(run.gpu_path, f"{gpu}\n", durable=True)
+    # Who resumes it wants it trained further than a sweep did.
+    run.set_pause_at(None)
     run_queue.requeue(run)
     ensure_runner()
 

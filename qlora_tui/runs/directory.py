@@ -9,6 +9,8 @@ runs/<id>/
   name             the run's name, if the user renamed it
   gpu              the GPUs that the user chose for this run, if any
   devices.json     the devices that it has, or had last (:mod:`qlora_tui.runs.devices`)
+  sweep            the sweep that made the run, if one did
+  pause_at         the share of its steps after which the run pauses, if it is to
   now              present if the run trains whatever the hours, and next to other programs
   trainer.log      the trainer's output
   trainer.lock     locked by the trainer as long as it runs
@@ -63,6 +65,8 @@ class RunDir:
     gpu_path = _Inside("gpu")
     devices_path = _Inside("devices.json")
     now_path = _Inside("now")
+    sweep_path = _Inside("sweep")
+    pause_at_path = _Inside("pause_at")
     recipe_path = _Inside("recipe.toml")
     events_path = _Inside("events.jsonl")
     telemetry_path = _Inside("telemetry.jsonl")
@@ -112,6 +116,41 @@ class RunDir:
                 what=f"{self.gpu_path}: {getattr(error, 'strerror', None) or error}.",
                 fix=f"Choose it again: `qlora-tui --gpu GPU resume {self.id}`.",
             ) from error
+
+    @property
+    def sweep(self) -> str:
+        """Id of the sweep that made the run; empty for any other run."""
+        try:
+            return read_regular(self.sweep_path).decode().partition(" ")[0].strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def trial_of(self, sweep: str) -> int | None:
+        """Return the number of the trial that this run is of a sweep; None if it is none."""
+        try:
+            name, _, number = read_regular(self.sweep_path).decode().strip().partition(" ")
+            return int(number) if name == sweep else None
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def pause_at(self) -> float | None:
+        """Share of its steps after which the run pauses, above 0; None for a run that trains to its end."""
+        try:
+            share = float(read_regular(self.pause_at_path, 64))
+        except (OSError, ValueError):
+            return None
+        return share if 0 < share < 1 else None
+
+    def set_pause_at(self, share: float | None) -> None:
+        """Have the run validate, save and pause after this share of its steps; None: train to its end.
+
+        It counts from the next attempt on. Raises OSError.
+        """
+        if share is None:
+            self.pause_at_path.unlink(missing_ok=True)
+        else:
+            atomic_write(self.pause_at_path, f"{share!r}\n", durable=True)
 
     @property
     def trains_now(self) -> bool:
@@ -173,11 +212,13 @@ LAST = "last"
 """Alias of the newest run."""
 
 
-def create_run(recipe: Recipe, gpu: str = "") -> RunDir:
+def create_run(recipe: Recipe, gpu: str = "", *, sweep: str = "", pause_at: float | None = None) -> RunDir:
     """Create the directory of a run that will be queued, for the GPU that the user chose, if any.
 
-    It appears under its name once it is complete and on disk. Raises UserError if the disk is full or the
-    directory cannot be written.
+    ``sweep``: the sweep that makes it, and the number of its trial. ``pause_at``: see
+    :meth:`RunDir.set_pause_at`. It appears under its name once it is complete and on disk.
+
+    Raises UserError if the disk is full or the directory cannot be written.
     """
     parent = paths.runs_dir()
     fix = "Free some space, or point XDG_STATE_HOME at another disk."
@@ -187,6 +228,9 @@ def create_run(recipe: Recipe, gpu: str = "") -> RunDir:
         atomic_write(draft / "recipe.toml", dump(recipe))
         if gpu:
             atomic_write(draft / "gpu", f"{gpu}\n")
+        if sweep:
+            atomic_write(draft / "sweep", f"{sweep}\n")
+        RunDir(draft).set_pause_at(pause_at)
         append_event(draft / "events.jsonl", Queued())
         return RunDir(_publish(draft, parent, recipe))
 

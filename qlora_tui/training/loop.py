@@ -124,6 +124,9 @@ class Loop:
         self._run = run
         self._reporter = run.reporter
         self._total_steps = len(run.step_plan.steps)
+        pause_at = run.directory.pause_at
+        self._pause_step = 0 if pause_at is None else math.ceil(pause_at * self._total_steps)
+        """Step after which the run pauses by itself; 0: none."""
         self._steps = self._planned_steps()
         self._is_over = False
         self._tokens_before = 0
@@ -217,6 +220,9 @@ class Loop:
                 planned = self._run.step_plan.steps[trainer.step - 1]
                 if planned.ends_epoch and trainer.step < self._total_steps:
                     self._is_over, self.reason = True, _EPOCH_DONE
+            if trainer.step == self._pause_step:
+                # It was killed between the checkpoint and the record of its pause.
+                self._is_over, self.outcome = True, "paused"
         self._probe_memory()
         # The probe's batch is no step.
         self._take_rewards()
@@ -329,6 +335,9 @@ class Loop:
         is_last = step == self._total_steps
         ends = is_last or (planned.ends_epoch and self.progress.ends_with_epoch)
         requested = {kind for kind in _STEP_REQUESTS if requests.take(kind)}
+        if step == self._pause_step and not ends:
+            stop_kind = stop_kind or "pause"
+            requested.add("evaluate")
         training = self._run.recipe.training
         if self._is_due(training.eval_every, planned.ends_epoch or ends) or "evaluate" in requested:
             improved = self._evaluate_and_sample(last=ends)

@@ -88,6 +88,28 @@ def test_resuming_repeats_the_same_losses(
         assert all(abs(repeated[n] - expected[n]) < EXACT for n in expected)
 
 
+def test_a_run_pauses_after_a_share_of_its_steps_with_a_validation(
+    recipe: MakeRecipe, trainers: Trainers
+) -> None:
+    """It learns what it would have without the pauses; validation rows do not depend on the seed."""
+    settings = {"training.max_steps": 8, "lora.dropout": 0.1, "data.validation_seed": 7}
+    whole, run = create_run(recipe(settings)), create_run(recipe(settings), pause_at=0.25)
+    other = create_run(recipe({**settings, "training.seed": 1}), pause_at=0.25)
+    assert trainers.run(whole) == trainers.run(run) == trainers.run(other) == 0
+    ending, evaluated = events(run)[-1], events_of(run, Evaluated)
+    assert isinstance(ending, Paused) and ending.step == evaluated[-1].step == 2
+    before, others = evaluated[0].loss, events_of(other, Evaluated)
+    assert before == others[0].loss and evaluated[-1].loss != others[-1].loss
+    # As if it had been killed before it recorded the pause.
+    assert trainers.run(run) == 0 and events(run)[-1].step == 2  # type: ignore[union-attr]
+    run.set_pause_at(0.5)
+    assert trainers.run(run) == 0 and events_of(run, Evaluated)[-1].step == 4
+    run.set_pause_at(None)
+    assert trainers.run(run) == 0
+    assert isinstance(events(run)[-1], Finished)
+    assert losses(run) == pytest.approx(losses(whole), abs=EXACT)
+
+
 def test_a_step_given_up_is_repeated_exactly(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
