@@ -10,6 +10,7 @@ gpu       GPU metrics through the driver of a vendor, such as NVML
 memory    memory estimates of a recipe, and the largest settings that fit
 data      conversations from files
 runs      run directories, events, queue, runner, control requests, retries
+sweeps    many runs of one recipe with other settings, and whether the best is better than chance
 training  the trainer process
 adapters  what an adapter changes, and the base's weights with it merged in
 chat      answers of base and adapter

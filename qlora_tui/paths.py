@@ -36,6 +36,11 @@ def runs_dir() -> Path:
     return private_dir(state_dir() / "runs")
 
 
+def sweeps_dir() -> Path:
+    """Folder with one directory per sweep."""
+    return private_dir(state_dir() / "sweeps")
+
+
 def log_path() -> Path:
     """Log of errors in processes that own a terminal, and of library output the user need not see."""
     return state_dir() / "qlora-tui.log"

@@ -44,6 +44,7 @@ SUBCOMMANDS = {
         "Read a recipe of axolotl, LLaMA-Factory, TRL, Unsloth or peft.",
     ),
     "train": ("train", "Queue a training run and follow it."),
+    "sweep": ("sweep", "Train a recipe with other settings, and say whether the best is better than chance."),
     "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),
     "attach": ("runs", "Watch a run in the app; into a pipe, or with --log, print its events."),
     "stop": ("runs", "Stop a run after saving a checkpoint and the adapter."),

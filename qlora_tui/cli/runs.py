@@ -282,6 +282,7 @@ def _summary(view: RunView) -> dict[str, Any]:
         "reward_margin": None if last is None else last.reward_margin,
         "replaced": [] if view.verified is None else list(view.verified.replaced),
         "devices": sorted(devices.keys) if devices else [],
+        "sweep": run.sweep or None,
         "detail": status.detail,
         "hold": status.hold,
         "seconds_since_heartbeat": round(max(0.0, time.time() - status.at), 1) if status.at else None,

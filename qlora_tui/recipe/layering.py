@@ -23,6 +23,7 @@ def build_recipe(
     *,
     preset: str | None = None,
     file: Path | None = None,
+    layer: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
     model: str | None = None,
     data: Sequence[str] = (),
@@ -30,10 +31,11 @@ def build_recipe(
 ) -> Recipe:
     """Build the recipe of a command line and check it, conflicts included.
 
-    ``sets`` are ``section.key=value``; ``model`` and ``data`` set ``model.id`` and ``data.sources``, which
-    ``--set`` overrides. Each layer is checked against its own origin, so that an error names the file or the
-    argument. ``on_note`` gets a sentence for each key in another trainer's spelling. Raises UserError, exit
-    code 2. See also ``conflicts.require_runnable``.
+    ``layer``: what was read and checked already, over the file. ``sets`` are ``section.key=value``; ``model``
+    and ``data`` set ``model.id`` and ``data.sources``, which ``--set`` overrides. Each layer is checked
+    against its own origin, so that an error names the file or the argument. ``on_note`` gets a sentence for
+    each key in another trainer's spelling. Raises UserError, exit code 2. See also
+    ``conflicts.require_runnable``.
     """
     recipe: dict[str, Any] = {}
     if preset is not None:
@@ -42,6 +44,7 @@ def build_recipe(
         recipe = merge_layers(recipe, find_preset(preset).settings())
     if file is not None:
         recipe = merge_layers(recipe, toml.load(file, on_note=on_note))
+    recipe = merge_layers(recipe, layer or {})
     recipe = merge_layers(recipe, _argument_layer(recipe, sets, model, data, on_note))
     built = toml.to_recipe(recipe)
     conflicts.check_conflicts(built)

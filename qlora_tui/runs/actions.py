@@ -275,6 +275,8 @@ def uses_of(run: RunDir) -> list[str]:
         for other in (RunDir(paths.runs_dir() / name) for name in run_queue.waiting())
         if _starts_from(other, run)
     ]
+    if run.sweep and (paths.sweeps_dir() / run.sweep / "active").exists():
+        uses.append(f"the sweep {run.sweep}, which is not over, compares it")
     if is_exported(run):
         uses.append("it is being exported")
     elif is_held(run.path):

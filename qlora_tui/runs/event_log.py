@@ -83,6 +83,17 @@ def append_event(path: Path, event: AnyEvent) -> None:
         log.append(event)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line to a file of lines, created if needed, after cutting a torn end; on disk on return."""
+    file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        _cut_torn_end(file)
+        write_all(file, line)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 class LineTail:
     """Complete lines appended to a file, from where it last stopped; never more than a piece in memory.
 

@@ -91,6 +91,8 @@ def _own_folders() -> Iterator[Path]:
     for folder in (cache, *list_folder(cache)):
         if folder.is_dir() and not folder.is_symlink():
             yield folder
+    yield paths.sweeps_dir()
+    yield from list_folder(paths.sweeps_dir())
     yield paths.runs_dir()
     for run in map(RunDir, list_folder(paths.runs_dir())):
         if not run.id.startswith(".") and run.path.is_dir():

@@ -59,12 +59,14 @@ from qlora_tui.runs.process import (
 from qlora_tui.runs.retry import RetryPlan, host_oom_kills, plan_resume, plan_retry
 from qlora_tui.runs.status import ACTIVE, is_stranded, read_status, refuse_other_machines
 from qlora_tui.settings import GPU_VARIABLE, Settings, current_settings
-from qlora_tui.worker import start_detached
+from qlora_tui.worker import module_argv, start_detached, subprocess_env
 
 POLL_S = 0.5
 """Seconds between checks of a run that another process trains, and of the queue."""
 LOOK_S = 5.0
 """Seconds after which a waiting run's devices are looked at again, if nothing that is known has changed."""
+SWEEP_TRIES = 3
+"""How often a sweep's process is started again if it is killed."""
 EXITING_S = 60.0
 """Seconds that a trainer may take to exit after recording its run's end."""
 _RELEASE_S = 2.0
@@ -88,7 +90,9 @@ def main() -> int:
                     lock.truncate(0)
                     os.write(lock.fileno(), f"{os.getpid()}\n".encode())
                 refuse_other_machines()
+                _advance_sweeps()
                 queue.work()
+                _advance_sweeps()
             if not queue.waiting():
                 return 0
     except UserError as problem:
@@ -384,7 +388,27 @@ def _record_and_plan_retry(
     return plan
 
 
+def _advance_sweeps(*ids: str) -> None:
+    """Have sweeps queue what is next, all that are active by default, in a process of its own.
+
+    Whatever the process does, the queue goes on. It is repeated if it is killed: doing it twice is harmless.
+    """
+    if not ids and not any(paths.sweeps_dir().glob("*/active")):
+        return
+    for _ in range(SWEEP_TRIES):
+        with suppress(OSError):
+            argv = module_argv("qlora_tui.sweeps.driver", *ids)
+            if subprocess.run(argv, stdin=subprocess.DEVNULL, env=subprocess_env()).returncode >= 0:
+                return
+
+
 def _notify(run: RunDir) -> None:
+    if sweep := run.sweep:
+        # Before the mark of an unhandled end goes: if this runner is killed now, the next one repeats it.
+        _advance_sweeps(sweep)
+        with suppress(OSError):
+            run.unreported_path.unlink(missing_ok=True)
+        return
     try:
         # Before notifying: if this runner is killed now, the next one must not notify again.
         run.unreported_path.unlink(missing_ok=True)

@@ -1,0 +1,327 @@
+"""``sweep``: start and show sweeps, pause, resume and stop one, give it time, adopt its winner."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qlora_tui.cli.subcommand import (
+    CommandResult,
+    ProgressLine,
+    Subcommand,
+    add_json_argument,
+    add_recipe_arguments,
+    checks_as_data,
+    format_checks,
+    format_table,
+    positive_int,
+    whole_number,
+)
+from qlora_tui.data.sources import every_source, paths_of
+from qlora_tui.errors import EXIT_FAILURE, UserError
+from qlora_tui.formatting import format_loss, format_path
+from qlora_tui.runs.doctor import read_machine
+from qlora_tui.runs.expected_time import count_data, forecast
+from qlora_tui.runs.preflight import errors, preflight
+from qlora_tui.runs.process import ensure_runner
+from qlora_tui.sweeps import actions
+from qlora_tui.sweeps.describe import (
+    outcome_words,
+    plan_sentence,
+    state_sentence,
+    trial_table,
+    verdict_sentence,
+    what_settings_bought,
+)
+from qlora_tui.sweeps.directory import SweepDir, all_sweeps, find_sweep
+from qlora_tui.sweeps.plan import Costs, plan_group
+from qlora_tui.sweeps.sheet import Sheet, build_sheet
+from qlora_tui.sweeps.space import parse_vary
+from qlora_tui.sweeps.study import importances
+from qlora_tui.sweeps.view import SweepView, Trial, read_sweep
+
+_SETTINGS = ("name", "method", "trials", "rounds", "seeds", "seed")
+
+
+def run(args: argparse.Namespace) -> CommandResult:
+    """Start a sweep, or do something with one."""
+    match args.action:
+        case "start":
+            return _start(args)
+        case "show":
+            return _show(find_sweep(args.sweep))
+        case "pause":
+            return _changed(find_sweep(args.sweep), actions.pause, "will pause once its run has saved")
+        case "resume":
+            return _changed(find_sweep(args.sweep), actions.resume, "goes on")
+        case "stop":
+            return _changed(find_sweep(args.sweep), actions.stop, "is stopped")
+        case "add-time":
+            sweep = find_sweep(args.sweep)
+            deadline = actions.add_time(sweep, actions.parse_duration(args.time))
+            text = f"{sweep.id} goes on until {time.strftime('%A %H:%M', time.localtime(deadline))}."
+            return CommandResult({"sweep": sweep.id, "deadline": deadline}, text)
+        case "adopt":
+            sweep = find_sweep(args.sweep)
+            path = actions.adopt(sweep, args.name, args.trial)
+            text = f"Saved as the preset {args.name} ({format_path(path)})."
+            return CommandResult({"sweep": sweep.id, "preset": args.name, "path": str(path)}, text)
+        case _:
+            return _list()
+
+
+def _start(args: argparse.Namespace) -> CommandResult:
+    settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+    sheet = build_sheet(
+        file=Path(args.file).expanduser() if args.file else None,
+        preset=args.preset,
+        sets=args.sets,
+        model=args.model,
+        data=args.data,
+        settings=settings,
+        vary=dict(map(parse_vary, args.vary)),
+    )
+    deadline = actions.parse_until(args.until) if args.until else None
+    if args.lasts:
+        deadline = time.time() + actions.parse_duration(args.lasts)
+    actions.check(sheet, has_time=deadline is not None)
+    for source in every_source(sheet.recipe.data):
+        paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
+    if args.dry_run:
+        return _dry_run(sheet, deadline)
+    for check in preflight(sheet.recipe, read_machine()):
+        if check.problem is not None:
+            raise check.problem
+    sweep = actions.start(sheet, deadline)
+    return CommandResult(
+        data={"sweep": sweep.id, "path": str(sweep.path), "deadline": deadline},
+        text=f"{sweep.id} is started. See how it is: `qlora-tui sweep show {sweep.id}`.",
+    )
+
+
+def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
+    """Check a sweep, and say how many trials and rounds it has and how long they take; nothing is created."""
+    with ProgressLine() as line:
+        count_data(sheet.recipe, lambda progress: line.show(f"{progress.done}% of the samples counted"))
+    machine = read_machine()
+    expected = forecast(sheet.recipe, machine)
+    costs = Costs(expected.time.seconds, 0.0) if expected and expected.time else None
+    trials, rounds = sheet.number_of_trials(), sheet.sweep.rounds or 1
+    lines = []
+    if deadline is not None:
+        lines = ["How many trials fit is unknown until a run has been trained here."]
+        left = deadline - time.time()
+        if costs is not None:
+            plan = plan_group(
+                costs,
+                left - costs.of_whole_runs(1),
+                trials=trials,
+                rounds=sheet.sweep.rounds,
+                can_halve=sheet.is_safe_to_halve,
+                confirmations=2 * (sheet.sweep.seeds - 1),
+            )
+            trials, rounds = (plan.trials, plan.rounds) if plan else (0, 0)
+            lines = [] if plan else ["The time is too short for a trial and its confirmation."]
+    checks = preflight(sheet.recipe, machine, expected=expected)
+    if trials:
+        lines.append(plan_sentence(sheet, trials, rounds, costs))
+    lines.append("Loading and evaluations are not in this time. Nothing was started.")
+    failed = bool(errors(checks))
+    return CommandResult(
+        data={
+            "ok": not failed,
+            "trials": trials,
+            "rounds": rounds,
+            "seconds_of_a_run": costs.full_s if costs else None,
+            "seconds": costs.of_rounds(trials, rounds) + costs.of_whole_runs(2 * sheet.sweep.seeds - 1)
+            if costs and trials
+            else None,
+            "checks": checks_as_data(checks),
+        },
+        text="\n".join([*format_checks(checks), "", *lines]),
+        exit_code=EXIT_FAILURE if failed else 0,
+    )
+
+
+def _list() -> CommandResult:
+    views, unreadable = [], []
+    for sweep in all_sweeps():
+        try:
+            views.append(read_sweep(sweep))
+        except UserError as problem:
+            unreadable.append([sweep.id, "unreadable", "", problem.what])
+    rows = [[v.sweep.id, v.state, str(len(v.trials)), verdict_sentence(v)] for v in views] + unreadable
+    text = format_table(rows, ["sweep", "state", "runs", ""]) if rows else ""
+    _care_for(views)
+    return CommandResult(
+        {"sweeps": [_summary(view) for view in views]},
+        text or "No sweeps yet. `qlora-tui sweep start --help` says how to start one.",
+    )
+
+
+def _show(sweep: SweepDir) -> CommandResult:
+    view = read_sweep(sweep)
+    _care_for([view])
+    header, rows = trial_table(view)
+    lines = [f"{sweep.id}: {state_sentence(view)}", ""]
+    if rows:
+        lines += [format_table(rows, header), ""]
+    lines.append(verdict_sentence(view))
+    if unequal := view.unequal_tokens():
+        names = ", ".join(str(trial.number) for trial in unequal)
+        lines.append(f"Trials {names} were compared after clearly more or fewer tokens than the others.")
+    bought = what_settings_bought(view)
+    shares, note = _importances(view)
+    if bought:
+        table = [
+            [one.path, one.value, str(one.trials), format_loss(one.best), format_loss(one.mean)]
+            for one in bought
+        ]
+        lines += ["", format_table(table, ["setting", "value", "trials", "best", "mean"])]
+    if shares:
+        words = ", ".join(f"{path} {share:.0%}" for path, share in shares.items())
+        lines += ["", f"Share of the differences that a setting explains: {words}."]
+    elif note and bought:
+        lines += ["", note]
+    return CommandResult(
+        {**_summary(view), "trials": [_trial(t) for t in view.trials], "importances": shares},
+        "\n".join(lines),
+    )
+
+
+def _importances(view: SweepView) -> tuple[dict[str, float], str]:
+    try:
+        return importances(view), ""
+    except UserError as problem:
+        return {}, f"How much each setting mattered: {problem.fix}"
+
+
+def _care_for(views: list[SweepView]) -> None:
+    """Start a runner for sweeps whose runner was killed, or stopped with the machine."""
+    if any(view.state in ("running", "waiting") for view in views):
+        ensure_runner()
+
+
+def _summary(view: SweepView) -> dict[str, Any]:
+    verdict = view.verdict
+    return {
+        "sweep": view.sweep.id,
+        "path": str(view.sweep.path),
+        "state": view.state,
+        "deadline": view.deadline,
+        "winner": verdict.winner,
+        "verdict": {
+            "basis": verdict.basis,
+            "is_better": verdict.is_better,
+            "base_loss": verdict.base,
+            "winner_loss": verdict.found,
+            "noise": verdict.noise,
+            "margin": verdict.margin,
+            "base_runs": verdict.base_runs,
+            "winner_runs": verdict.found_runs,
+        },
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "role": trial.role,
+        "values": trial.values,
+        "seed": trial.seed,
+        "run": trial.run.id if trial.run else None,
+        "outcome": trial.outcome,
+        "detail": outcome_words(trial),
+        "step": trial.step,
+        "total_steps": trial.total_steps,
+        "rounds": [
+            {"round": number, "step": result.step, "tokens": result.tokens, "validation_loss": result.loss}
+            for number, result in trial.results.items()
+        ],
+    }
+
+
+def _changed(sweep: SweepDir, change: Callable[[SweepDir], None], words: str) -> CommandResult:
+    change(sweep)
+    state = read_sweep(sweep).state
+    return CommandResult({"sweep": sweep.id, "state": state}, f"{sweep.id} {words}.")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(
+        dest="action",
+        metavar="start|list|show|pause|resume|stop|add-time|adopt",
+        help="without a subcommand, all sweeps are listed",
+    )
+    start = commands.add_parser("start", help="start a sweep; it runs in the background")
+    start.add_argument(
+        "file", nargs="?", metavar="FILE.toml", help="a recipe, with or without a table [sweep]"
+    )
+    add_recipe_arguments(start)
+    start.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUES",
+        help="vary a setting: a range (1e-5..1e-3, 1e-5..1e-3:log), values (8,16,32) or TOML; repeatable",
+    )
+    start.add_argument(
+        "--method",
+        choices=("random", "grid", "tpe"),
+        help="how values are chosen: at random (default), every combination, or by Optuna from the results",
+    )
+    start.add_argument("--trials", type=positive_int, metavar="N", help="number of trials")
+    start.add_argument(
+        "--rounds",
+        type=positive_int,
+        metavar="N",
+        help="rounds of successive halving, after each of which the better half goes on (default: 1)",
+    )
+    start.add_argument(
+        "--seeds",
+        type=positive_int,
+        metavar="N",
+        help="seeds with which recipe and winner are trained to measure the noise (default: 3)",
+    )
+    start.add_argument("--seed", type=whole_number, metavar="N", help="seed of what is drawn at random")
+    start.add_argument("--name", help="name of the sweep, and the start of its id")
+    end = start.add_mutually_exclusive_group()
+    end.add_argument("--until", metavar="HH:MM", help="end at this time; it decides trials and rounds")
+    end.add_argument("--for", dest="lasts", metavar="TIME", help="end after this time, such as 3h or 90m")
+    start.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only check, and say how many trials there would be and what they take",
+    )
+    parsers = [start, commands.add_parser("list", help="list all sweeps")]
+    for name, help_ in (
+        ("show", "show trials, verdict and what each setting bought"),
+        ("pause", "pause a sweep: its run saves and frees the GPU"),
+        ("resume", "continue a paused sweep"),
+        ("stop", "end a sweep; its results stay"),
+        ("add-time", "give a sweep more time; one that is over goes on with further trials"),
+        ("adopt", "save the winner's recipe as a preset"),
+    ):
+        one = commands.add_parser(name, help=help_)
+        one.add_argument("sweep", metavar="SWEEP", help="a sweep's id, the beginning of one, or `last`")
+        parsers.append(one)
+        if name == "add-time":
+            one.add_argument("time", metavar="TIME", help="such as 2h, 90m or 1h30m")
+        elif name == "adopt":
+            one.add_argument("name", metavar="NAME", help="name of the preset")
+            one.add_argument("--trial", type=whole_number, metavar="N", help="another trial than the winner")
+    for one in parsers:
+        add_json_argument(one)
+
+
+SUBCOMMANDS = {
+    "sweep": Subcommand(
+        run,
+        _arguments,
+        uses_gpu=True,
+        changes=("start", "pause", "resume", "stop", "add-time", "adopt"),
+    )
+}

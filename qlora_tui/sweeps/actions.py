@@ -1,0 +1,170 @@
+"""Actions on sweeps, shared by the command line and the app: start, pause, resume, stop, add time, adopt."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from qlora_tui.errors import UsageError, UserError, disk_problems
+from qlora_tui.gpu.visible_devices import requested_gpus
+from qlora_tui.recipe import presets
+from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs.process import ensure_runner
+from qlora_tui.runs.status import ACTIVE, read_status, refuse_other_machines
+from qlora_tui.sweeps.directory import SweepDir, SweepEnded, SweepPaused, SweepResumed, create_sweep
+from qlora_tui.sweeps.driver import advance
+from qlora_tui.sweeps.sheet import Sheet
+from qlora_tui.sweeps.study import require_optuna
+from qlora_tui.sweeps.view import SweepView, Trial, read_sweep
+
+_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0}
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of ``3h``, ``90m``, ``1h30m`` or ``45s``. Raises UserError, exit code 2."""
+    match = _DURATION.fullmatch(text.replace(" ", "").lower())
+    seconds = (
+        sum(float(part) * unit for part, unit in zip(match.groups(), _UNITS_S.values(), strict=True) if part)
+        if match
+        else 0.0
+    )
+    if seconds <= 0:
+        raise UsageError("Invalid time", what=f"{text!r} is not a time.", fix="Write 3h, 90m or 1h30m.")
+    return seconds
+
+
+def parse_until(text: str, now: float | None = None) -> float:
+    """Return the Unix time at which the clock next shows ``07:00``. Raises UserError, exit code 2."""
+    match = re.fullmatch(r"(\d{1,2}):(\d\d)", text.strip())
+    if not match or int(match[1]) > 23 or int(match[2]) > 59:
+        raise UsageError("Invalid time", what=f"{text!r} is not a time of day.", fix="Write 07:00 or 23:30.")
+    start = datetime.fromtimestamp(time.time() if now is None else now)
+    end = start.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+    return (end if end > start else end + timedelta(days=1)).timestamp()
+
+
+@disk_problems()
+def start(sheet: Sheet, deadline: float | None = None) -> SweepDir:
+    """Check a sweep, create it and queue its first runs.
+
+    Args:
+        sheet: The recipe, and what is varied.
+        deadline: Unix time at which it is to be over; it then decides the number of trials.
+
+    Raises:
+        UserError: The sweep cannot be run as it is, or the disk is full.
+    """
+    check(sheet, has_time=deadline is not None)
+    refuse_other_machines()
+    sweep = create_sweep(sheet, deadline, requested_gpus())
+    try:
+        advance(sweep)
+    except (UserError, OSError):
+        sweep.append(SweepEnded(why="stopped"))
+        sweep.active_path.unlink(missing_ok=True)
+        raise
+    ensure_runner()
+    return sweep
+
+
+def check(sheet: Sheet, *, has_time: bool) -> None:
+    """Raise UserError if a sweep cannot be run as it is."""
+    sheet.check(has_time=has_time)
+    if sheet.sweep.method == "tpe":
+        require_optuna()
+
+
+@disk_problems()
+def pause(sweep: SweepDir) -> None:
+    """Pause a sweep: its runs save and free their devices. Raises UserError if it is not running."""
+    view = _require(sweep, "running", "waiting")
+    sweep.append(SweepPaused())
+    sweep.active_path.unlink(missing_ok=True)
+    _pause_runs(view)
+
+
+@disk_problems()
+def resume(sweep: SweepDir) -> None:
+    """Continue a paused sweep, or one that waits for a run that the user paused. Raises UserError."""
+    _require(sweep, "paused", "waiting")
+    _go_on(sweep, None)
+
+
+@disk_problems()
+def add_time(sweep: SweepDir, seconds: float) -> float:
+    """Give a sweep more time, from its deadline or from now; return the deadline, Unix time.
+
+    A sweep that is over goes on: with the trials that its time ended, then with further ones.
+
+    Raises UserError.
+    """
+    view = _require(sweep, "running", "waiting", "paused", "finished", "stopped")
+    deadline = max(view.deadline or 0.0, time.time()) + seconds
+    _go_on(sweep, deadline)
+    return deadline
+
+
+@disk_problems()
+def stop(sweep: SweepDir) -> None:
+    """End a sweep: the runs in training save and stop, the others are removed from the queue.
+
+    Raises UserError if it is over.
+    """
+    view = _require(sweep, "running", "waiting", "pausing", "paused")
+    sweep.append(SweepEnded(why="stopped"))
+    sweep.active_path.unlink(missing_ok=True)
+    for trial in _unsettled(view):
+        if trial.run is not None and read_status(trial.run).state in ("queued", *ACTIVE):
+            with suppress(UserError):
+                actions.stop(trial.run)
+
+
+@disk_problems()
+def adopt(sweep: SweepDir, name: str, trial: int | None = None) -> Path:
+    """Save a trial's recipe, by default the winner's, as a preset; return its path. Raises UserError."""
+    view = read_sweep(sweep)
+    chosen = view.winner if trial is None else next((t for t in view.trials if t.number == trial), None)
+    if chosen is None:
+        what = "no trial has been trained to its end" if trial is None else f"it has no trial {trial}"
+        raise UsageError(
+            "Nothing to adopt",
+            what=f"{sweep.id}: {what}.",
+            fix=f"`qlora-tui sweep show {sweep.id}` lists its trials.",
+        )
+    return presets.save(name, view.recipe_of(chosen), note=f"Trial {chosen.number} of the sweep {sweep.id}.")
+
+
+def _go_on(sweep: SweepDir, deadline: float | None) -> None:
+    refuse_other_machines()
+    sweep.append(SweepResumed(deadline=deadline))
+    sweep.active_path.touch(mode=0o600)
+    advance(sweep)
+    ensure_runner()
+
+
+def _require(sweep: SweepDir, *states: str) -> SweepView:
+    view = read_sweep(sweep)
+    if view.state not in states:
+        fix = f"`qlora-tui sweep show {sweep.id}` shows it."
+        if view.state == "pausing":
+            fix = "Wait until its run has saved."
+        raise UsageError("Not possible now", what=f"{sweep.id} is {view.state}.", fix=fix)
+    return view
+
+
+def _unsettled(view: SweepView) -> list[Trial]:
+    return [trial for trial in view.trials if not trial.is_settled]
+
+
+def _pause_runs(view: SweepView) -> None:
+    for trial in _unsettled(view):
+        if trial.run is None:
+            continue
+        # One that ends at this moment needs no pause.
+        with suppress(UserError):
+            if not run_queue.pause(trial.run) and read_status(trial.run).state in ACTIVE:
+                actions.pause(trial.run)

@@ -1,0 +1,201 @@
+"""A sweep in words and tables, for screens and commands: verdict, trials, what each setting bought."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import mean
+
+from qlora_tui.formatting import format_duration, format_float, format_loss, pluralize
+from qlora_tui.sweeps.plan import Costs
+from qlora_tui.sweeps.sheet import Sheet
+from qlora_tui.sweeps.space import Range, value_text
+from qlora_tui.sweeps.view import Outcome, SweepView, Trial
+
+_BINS = 3
+_OUTCOMES: dict[Outcome, str] = {
+    "waiting": "waiting",
+    "training": "in training",
+    "paused": "paused",
+    "reached": "end of round",
+    "dropped": "not kept",
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "stopped",
+}
+
+
+def verdict_sentence(view: SweepView) -> str:
+    """Say whether the best trial is better than the recipe as it was, and by which comparison."""
+    verdict = view.verdict
+    name = f"trial {verdict.winner}"
+    if verdict.basis == "no_result":
+        return (
+            "No result yet." if view.ended is None else "No trial was trained to its end: there is no winner."
+        )
+    losses = f"{format_loss(verdict.found)} and {format_loss(verdict.base)}"
+    if verdict.basis == "not_lower":
+        return (
+            f"Not better: the lowest loss of a trial ({name}) and that of the recipe as it is are {losses}."
+        )
+    difference = (verdict.base or 0.0) - (verdict.found or 0.0)
+    compared = (
+        f"the mean losses of {name} ({pluralize(verdict.found_runs, 'run')}) and of the recipe as it is "
+        f"({pluralize(verdict.base_runs, 'run')}) are {losses}, a difference of {format_float(difference)}"
+    )
+    if verdict.basis == "noise_unknown":
+        return f"Unknown: {compared}, and the noise between seeds was not measured (sweep.seeds)."
+    noise = (
+        f"the standard deviation between seeds is {format_float(verdict.noise)}, so chance alone "
+        f"exceeds {format_float(verdict.margin)} in one of twenty sweeps"
+    )
+    if verdict.basis == "one_run":
+        selected = "It was selected for that loss and has no run with another seed"
+        return f"Not confirmed: {compared}. {selected}; {noise}."
+    return f"{'Better' if verdict.is_better else 'Not better'}: {compared}; {noise}."
+
+
+def state_sentence(view: SweepView) -> str:
+    """Say what the sweep does: ``Running: round 2 of 3, 3 of 4 trials have reached its end.``"""
+    match view.state:
+        case "waiting":
+            held = next(t for t in view.trials if t.outcome == "paused")
+            name = held.run.name if held.run else held.number
+            return f"Waiting for {name}, which you paused: resume the sweep."
+        case "pausing":
+            return "Pausing: a run still saves."
+        case "paused":
+            return "Paused."
+        case "running":
+            return f"Running: {_progress(view)}{_until(view)}."
+        case _:
+            return {
+                "done": "Finished.",
+                "time": "Finished: its time is over.",
+                "stopped": "Stopped.",
+                "base_failed": f"Failed: the recipe as it is could not be trained{_base_failure(view)}.",
+                "all_failed": "Failed: no trial was trained to its end.",
+            }[view.ended.why if view.ended else "done"]
+
+
+def _progress(view: SweepView) -> str:
+    if not view.groups:
+        return "the recipe as it is, for speed and noise"
+    group = view.groups[-1]
+    trials = view.of_group(group.number)
+    in_round = [t for t in trials if t.outcome not in ("dropped",)]
+    done = sum(trial.is_settled for trial in in_round)
+    if any(trial.role == "confirmation" for trial in view.trials):
+        return f"the winner, trial {view.verdict.winner}, with other seeds"
+    total = group.planned.trials if group.round == 1 else len(in_round)
+    return f"round {group.round} of {group.planned.rounds}, {done} of {pluralize(total, 'trial')} at its end"
+
+
+def _until(view: SweepView) -> str:
+    left = view.seconds_left
+    if view.deadline is None:
+        return "" if left is None else f"; about {format_duration(left)} left"
+    return f"; until {time.strftime('%H:%M', time.localtime(view.deadline))}"
+
+
+def _base_failure(view: SweepView) -> str:
+    failure = view.base_trials[0].failure if view.base_trials else ""
+    return f" ({failure})" if failure else ""
+
+
+def outcome_words(trial: Trial) -> str:
+    """``in training``, ``not kept``, ``failed: Out of memory``."""
+    words = _OUTCOMES[trial.outcome]
+    return f"{words}: {trial.failure}" if trial.failure else words
+
+
+def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of all runs, the best trial first within a role."""
+    rounds = max((group.planned.rounds for group in view.groups), default=1)
+    paths = list(view.sheet.sweep.vary)
+    names = [path.rpartition(".")[2] for path in paths]
+    header = ["trial", *names, *(f"loss {number}" for number in range(1, rounds + 1)), "steps", ""]
+    rows = []
+    for trial in ranked(view):
+        values = [value_text(trial.values[path]) if path in trial.values else "-" for path in paths]
+        losses = [
+            format_loss(trial.results[n].loss) if n in trial.results else "" for n in range(1, rounds + 1)
+        ]
+        if trial.role != "trial" and trial.final is not None:
+            losses = [*[""] * (rounds - 1), format_loss(trial.final.loss)]
+        words = outcome_words(trial)
+        if trial.role == "confirmation":
+            words = f"{words}, winner with seed {trial.seed}"
+        elif trial.role == "base":
+            words = f"{words}, seed {trial.seed}"
+        elif trial.number == view.verdict.winner:
+            words = f"{words}, winner"
+        name = "base" if trial.role == "base" else str(trial.number)
+        steps = f"{trial.step}/{trial.total_steps}" if trial.total_steps else ""
+        rows.append([name, *values, *losses, steps, words])
+    return header, rows
+
+
+def ranked(view: SweepView) -> list[Trial]:
+    """Return all runs: those of the base, then the trials that went furthest with the lowest loss first."""
+
+    def rank(trial: Trial) -> tuple[int, int, float]:
+        last = max(trial.results, default=0)
+        loss = trial.results[last].loss if last else float("inf")
+        return ("base", "trial", "confirmation").index(trial.role), -last, loss
+
+    return sorted(view.trials, key=rank)
+
+
+@dataclass(frozen=True)
+class Bought:
+    """The trials that have one value of a setting, or a part of its range."""
+
+    path: str
+    value: str
+    trials: int
+    best: float
+    """Lowest validation loss at the end of the first round, which all trials have in common."""
+    mean: float
+
+
+def what_settings_bought(view: SweepView) -> list[Bought]:
+    """Return, for each setting and value, the losses at the end of the first round: after as many tokens."""
+    bought = []
+    trials = [trial for trial in view.trials if trial.role == "trial" and 1 in trial.results]
+    for path, values in view.sheet.sweep.vary.items():
+        parts: dict[str, list[float]] = {}
+        for trial in sorted(trials, key=lambda trial: _order(trial.values[path], values)):
+            label = value_text(trial.values[path])
+            if isinstance(values, Range):
+                label = _part(values, trial.values[path])
+            parts.setdefault(label, []).append(trial.results[1].loss)
+        bought += [Bought(path, label, len(of), min(of), mean(of)) for label, of in parts.items()]
+    return bought
+
+
+def _order(value: object, values: object) -> float:
+    if isinstance(values, list):
+        return values.index(value)
+    return float(value)  # type: ignore[arg-type]  # of a range
+
+
+def _part(values: Range, value: float) -> str:
+    ends = [float(values.at(number / _BINS, whole=False)) for number in range(_BINS + 1)]
+    index = max(0, min(_BINS - 1, sum(value >= end for end in ends) - 1))
+    return f"{ends[index]:.2g} to {ends[index + 1]:.2g}"
+
+
+def plan_sentence(sheet: Sheet, trials: int, rounds: int, costs: Costs | None) -> str:
+    """Say what a sweep would train, and how long that takes if it is known."""
+    seeds = sheet.sweep.seeds
+    parts = [
+        f"{pluralize(trials, 'trial')} in {pluralize(rounds, 'round')}",
+        "the recipe as it is once",
+        *([f"then up to {2 * (seeds - 1)} whole runs to confirm the winner"] if seeds > 1 else []),
+    ]
+    text = "; ".join(parts)
+    if costs is None:
+        return f"{text}. Their time is unknown until a run has been trained here."
+    seconds = costs.of_rounds(trials, rounds) + costs.of_whole_runs(1 + 2 * (seeds - 1))
+    return f"{text}: about {format_duration(seconds)} at most."

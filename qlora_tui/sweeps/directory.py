@@ -1,0 +1,246 @@
+"""A sweep's folder, and the record of what was decided.
+
+sweeps/<id>/
+  sweep.toml     the recipe, and what is varied: frozen when the sweep was started
+  trials.jsonl   what was decided, one record per line; only appended to
+  active         present while the sweep has something to do
+  lock           locked by the process that decides what is next
+  optuna.journal the trials as an Optuna study, if the extra is installed and method is tpe
+
+The trials are ordinary runs; their results are read from their own folders. Records say only what cannot be
+read there: which values were chosen, what was kept, and what the user asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui import paths
+from qlora_tui.decoding import UnixTime, try_json
+from qlora_tui.errors import UsageError, disk_problems
+from qlora_tui.files import atomic_write, sync, sync_tree
+from qlora_tui.publishing import new_draft
+from qlora_tui.runs.event_log import JsonLinesTail, append_line
+from qlora_tui.sweeps.sheet import Sheet
+
+Role: TypeAlias = Literal["base", "trial", "confirmation"]
+"""``base``: the recipe as it is. ``confirmation``: the winner with another seed."""
+
+
+EndReason: TypeAlias = Literal["done", "time", "stopped", "base_failed", "all_failed"]
+
+
+class Record(Struct, frozen=True, kw_only=True, tag_field="record", omit_defaults=True):
+    """Base of all records."""
+
+    at: UnixTime = msgspec.field(default_factory=lambda: time.time())
+    """Unix time, seconds."""
+
+
+class Began(Record, tag="began", frozen=True, kw_only=True):
+    """The sweep was started."""
+
+    deadline: float | None = None
+    """Unix time at which it is to be over; None without one."""
+    gpu: str = ""
+    """The GPUs that the user chose for it; empty if none."""
+
+
+class TrialChosen(Record, tag="trial", frozen=True, kw_only=True):
+    """A trial and its values; its run is made next."""
+
+    number: int
+    """From 0."""
+    role: Role
+    group: int = 0
+    """Trials that are halved together; 0 for base and confirmations."""
+    values: dict[str, Any] = {}
+    seed: int
+
+
+class RunMade(Record, tag="run", frozen=True, kw_only=True):
+    """The run of a trial."""
+
+    number: int
+    run: str
+
+
+class GroupPlanned(Record, tag="planned", frozen=True, kw_only=True):
+    """A group of trials, and in how many rounds it is halved."""
+
+    group: int
+    trials: int
+    rounds: int
+    full_s: float | None = None
+    """Seconds that a whole run trains, measured; None before a run of the base has finished."""
+    extra_s: float = 0.0
+    """Seconds that a run takes to start and to evaluate."""
+
+
+class RoundEnded(Record, tag="round", frozen=True, kw_only=True):
+    """Which trials of a group go on."""
+
+    group: int
+    round: int
+    """From 1."""
+    kept: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+
+class RunAgain(Record, tag="again", frozen=True, kw_only=True):
+    """A run whose process was killed continues from its checkpoint."""
+
+    number: int
+
+
+class SweepPaused(Record, tag="paused", frozen=True, kw_only=True):
+    """The user paused the sweep."""
+
+
+class SweepResumed(Record, tag="resumed", frozen=True, kw_only=True):
+    """The user resumed the sweep, or gave it a new deadline."""
+
+    deadline: float | None = None
+
+
+class SweepEnded(Record, tag="ended", frozen=True, kw_only=True):
+    """The sweep is over."""
+
+    why: EndReason
+
+
+AnyRecord: TypeAlias = (
+    Began
+    | TrialChosen
+    | RunMade
+    | GroupPlanned
+    | RoundEnded
+    | RunAgain
+    | SweepPaused
+    | SweepResumed
+    | SweepEnded
+)
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """Paths of one sweep. Nothing is read until requested."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The folder's name: ``rates-20261130-1330``."""
+        return self.path.name
+
+    @property
+    def sheet_path(self) -> Path:
+        return self.path / "sweep.toml"
+
+    @property
+    def records_path(self) -> Path:
+        return self.path / "trials.jsonl"
+
+    @property
+    def active_path(self) -> Path:
+        return self.path / "active"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path / "optuna.journal"
+
+    def sheet(self) -> Sheet:
+        """Read what the sweep was started with. Raises UserError."""
+        return Sheet.load(self.sheet_path)
+
+    def records(self) -> list[AnyRecord]:
+        """Return every record; a torn or unknown line is left out."""
+        tail: JsonLinesTail[AnyRecord] = JsonLinesTail(
+            self.records_path, lambda line: try_json(line, _decoder)
+        )
+        return list(tail.drain())
+
+    def append(self, record: AnyRecord) -> None:
+        """Append a record, on disk on return. Raises OSError."""
+        append_line(self.records_path, _encoder.encode(record) + b"\n")
+
+
+def create_sweep(sheet: Sheet, deadline: float | None, gpu: str = "") -> SweepDir:
+    """Create the folder of a sweep; it appears once it is complete and on disk. Raises UserError."""
+    parent = paths.sweeps_dir()
+    fix = "Free some space, or point XDG_STATE_HOME at another disk."
+    with disk_problems("The sweep could not be created", fix=fix), new_draft(parent) as draft:
+        atomic_write(draft / "sweep.toml", sheet.dump())
+        SweepDir(draft).append(Began(deadline=deadline, gpu=gpu))
+        SweepDir(draft).active_path.touch(mode=0o600)
+        sync_tree(draft)
+        while True:
+            final = parent / _free_name(parent, sheet.name)
+            try:
+                draft.rename(final)
+            except OSError:
+                if not final.exists():
+                    raise
+                continue
+            sync(parent)
+            return SweepDir(final)
+
+
+def _free_name(parent: Path, name: str) -> str:
+    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")[:40] or "sweep"
+    base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"
+    candidate, number = base, 1
+    while (parent / candidate).exists():
+        number += 1
+        candidate = f"{base}-{number}"
+    return candidate
+
+
+def all_sweeps() -> list[SweepDir]:
+    """Return every sweep, newest first."""
+    folders = [path for path in paths.sweeps_dir().iterdir() if (path / "sweep.toml").is_file()]
+    visible = [path for path in folders if not path.name.startswith(".")]
+    return [
+        SweepDir(p) for p in sorted(visible, key=lambda p: (p / "sweep.toml").stat().st_mtime, reverse=True)
+    ]
+
+
+def find_sweep(name: str) -> SweepDir:
+    """Find the sweep with that id, or the only one that starts so; ``last`` is the newest.
+
+    Raises UserError.
+    """
+    sweeps = all_sweeps()
+    if name == "last" and sweeps:
+        return sweeps[0]
+    matches: Sequence[SweepDir] = [each for each in sweeps if each.id == name] or [
+        each for each in sweeps if name and each.id.startswith(name)
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(each.id for each in matches[:5])
+        raise UsageError(
+            "Which sweep?",
+            what=f"{len(matches)} sweeps begin with '{name}': {names}.",
+            fix="Type more of the name.",
+        )
+    raise UsageError(
+        "No such sweep",
+        what=f"There is no sweep named '{name}' in {paths.sweeps_dir()}.",
+        fix="`qlora-tui sweep list` lists them; `qlora-tui sweep start` starts one.",
+    )

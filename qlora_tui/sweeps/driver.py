@@ -1,0 +1,300 @@
+"""Decides what is next in a sweep, and does it: makes and queues runs, ends rounds, ends the sweep.
+
+``python -m qlora_tui.sweeps.driver ID`` is called by the runner after each run of a sweep, and before it
+exits. There is no process that lives as long as a sweep: what is next follows from the folders alone, each
+decision is recorded before it is acted on, and acting twice changes nothing. So a kill at any moment costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+
+import msgspec
+
+from qlora_tui.errors import EXIT_FAILURE, UserError
+from qlora_tui.gpu.errors import GpuUnavailableError
+from qlora_tui.gpu.nvml import list_gpus
+from qlora_tui.locks import locked
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs.directory import create_run
+from qlora_tui.runs.status import is_stranded
+from qlora_tui.sweeps.directory import (
+    EndReason,
+    GroupPlanned,
+    Role,
+    RoundEnded,
+    RunAgain,
+    RunMade,
+    SweepDir,
+    SweepEnded,
+    TrialChosen,
+    all_sweeps,
+    find_sweep,
+)
+from qlora_tui.sweeps.plan import Costs, keep_best, plan_group
+from qlora_tui.sweeps.space import Point, grid_points, random_point
+from qlora_tui.sweeps.study import propose, write_journal
+from qlora_tui.sweeps.view import Group, SweepView, Trial, read_sweep, time_left
+
+_DRAWS = 1000
+"""Points drawn at random for one that no trial has; after as many, all are taken to have been tried."""
+LOCK_S = 120.0
+"""Seconds to wait for another process that decides; it takes less than one."""
+
+
+def advance(sweep: SweepDir) -> None:
+    """Do whatever is next, until the sweep waits for its runs, which a runner has to train.
+
+    Raises UserError, OSError.
+    """
+    with locked(sweep.lock_path, patience_s=LOCK_S) as lock:
+        if lock is None:
+            return
+        while _Step(read_sweep(sweep)).take():
+            pass
+
+
+class _Step:
+    """One decision, from the sweep as it is."""
+
+    def __init__(self, view: SweepView) -> None:
+        self._view = view
+        self._sweep = view.sweep
+        self._settings = view.sheet.sweep
+
+    def take(self) -> bool:
+        """Decide and act; return whether there may be more to do now."""
+        view = self._view
+        if view.state not in ("running", "waiting"):
+            self._sweep.active_path.unlink(missing_ok=True)
+            return False
+        left = time_left(view)
+        if left <= 0:
+            return self._end_by_time()
+        changed = [self._make_or_continue(trial) for trial in view.trials]
+        if any(changed):
+            return True
+        if not view.base_trials:
+            return self._choose("base", {}, self._seed(0))
+        if view.base_trials[0].is_settled and view.base_trials[0].final is None:
+            return self._end("base_failed")
+        if (left != float("inf") or self._is_sequential) and not view.base_trials[0].is_settled:
+            return False
+        group = view.groups[-1] if view.groups else None
+        if group is None:
+            return self._plan_group(1)
+        if self._fill(group):
+            return True
+        trials = view.of_group(group.number)
+        if not all(trial.is_settled for trial in trials) or not view.base_trials[0].is_settled:
+            return False
+        if group.round < group.planned.rounds:
+            return self._end_round(group, trials)
+        if left != float("inf") and self._plan_group(group.number + 1):
+            return True
+        return self._conclude()
+
+    @property
+    def _is_sequential(self) -> bool:
+        """Whether the values of a trial follow from the results of others."""
+        return self._settings.method == "tpe"
+
+    def _seed(self, number: int) -> int:
+        return (self._view.sheet.recipe.training.seed + number) % 2**32
+
+    def _choose(self, role: Role, values: Point, seed: int, group: int = 0) -> bool:
+        number = len(self._view.trials)
+        self._sweep.append(TrialChosen(number=number, role=role, group=group, values=values, seed=seed))
+        return True
+
+    def _make_or_continue(self, trial: Trial) -> bool:
+        """Make the run of a trial, or queue it to go on; return whether anything was done."""
+        run = trial.run
+        if run is None:
+            if trial.outcome != "waiting":
+                return False
+            run = create_run(
+                _recipe_of(self._view, trial),
+                self._view.gpu,
+                sweep=f"{self._sweep.id} {trial.number}",
+                pause_at=trial.target if trial.target < 1 else None,
+            )
+            self._sweep.append(RunMade(number=trial.number, run=run.id))
+            run_queue.enqueue(run)
+            return True
+        if is_stranded(run):
+            run_queue.enqueue(run)
+            return True
+        if trial.is_interrupted:
+            if trial.state in ("failed", "lost"):
+                self._sweep.append(RunAgain(number=trial.number))
+            run.set_pause_at(trial.target if trial.target < 1 else None)
+            run_queue.requeue(run)
+            return True
+        if trial.outcome == "dropped" and trial.state == "paused":
+            number = max(trial.results, default=0)
+            run_queue.mark_not_queued(run, f"Not kept after round {number} of its sweep.")
+            return True
+        return False
+
+    def _plan_group(self, number: int) -> bool:
+        view, settings = self._view, self._settings
+        # Time that was added is for more trials than the first group had, but a grid has an end.
+        asked = view.sheet.number_of_trials() if number == 1 or settings.method == "grid" else 0
+        rounds, costs = settings.rounds, self._costs()
+        if number > 1 and not view.of_group(number - 1):
+            # Every point has been tried.
+            return False
+        if view.deadline is None:
+            plan_trials, plan_rounds = asked, rounds or 1
+        else:
+            assert costs is not None
+            used = sum(trial.role == "trial" for trial in view.trials)
+            if asked and used >= asked:
+                return False
+            plan = plan_group(
+                costs,
+                time_left(view),
+                trials=asked - used if asked else 0,
+                rounds=rounds,
+                can_halve=view.sheet.is_safe_to_halve,
+                confirmations=2 * (settings.seeds - 1),
+            )
+            if plan is None:
+                return number == 1 and self._end("time")
+            plan_trials, plan_rounds = plan.trials, plan.rounds
+        self._sweep.append(
+            GroupPlanned(
+                group=number,
+                trials=plan_trials,
+                rounds=plan_rounds,
+                full_s=costs.full_s if costs else None,
+                extra_s=costs.extra_s if costs else 0.0,
+            )
+        )
+        return True
+
+    def _costs(self) -> Costs | None:
+        costs = self._view.costs
+        return None if costs is None else Costs(costs.full_s, costs.extra_s, _devices())
+
+    def _fill(self, group: Group) -> bool:
+        """Choose the trials of a group that are missing; return whether one was chosen."""
+        trials = self._view.of_group(group.number)
+        if group.ended or len(trials) >= group.planned.trials:
+            return False
+        before = sum(trial.role == "trial" for trial in self._view.trials)
+        if self._is_sequential:
+            if sum(not trial.is_settled for trial in trials) >= _devices():
+                return False
+            return self._choose("trial", propose(self._view, before), self._seed(0), group.number)
+        if self._settings.method == "grid":
+            point = next(islice(grid_points(self._settings.vary), before, None), None)
+            return point is not None and self._choose("trial", point, self._seed(0), group.number)
+        chosen = [trial.values for trial in self._view.trials]
+        for attempt in range(_DRAWS):
+            point = random_point(self._settings.vary, self._settings.seed, before + attempt * _DRAWS)
+            if point not in chosen:
+                return self._choose("trial", point, self._seed(0), group.number)
+        return False
+
+    def _end_round(self, group: Group, trials: list[Trial]) -> bool:
+        in_round = [t for t in trials if not any(t.number in ended.dropped for ended in group.ended)]
+        losses = {
+            t.number: t.results[group.round].loss if group.round in t.results else None for t in in_round
+        }
+        costs = self._costs() if self._view.deadline is not None else None
+        left = time_left(self._view)
+        if costs is not None:
+            left -= costs.of_whole_runs(2 * (self._settings.seeds - 1))
+        kept = keep_best(losses, len(in_round), costs, left, group.round, group.planned.rounds)
+        dropped = tuple(number for number in losses if number not in kept)
+        self._sweep.append(RoundEnded(group=group.number, round=group.round, kept=kept, dropped=dropped))
+        return True
+
+    def _end_by_time(self) -> bool:
+        """Start nothing more; end once nothing trains."""
+        queued = [trial for trial in self._view.trials if trial.outcome == "waiting" and trial.run]
+        for trial in queued:
+            assert trial.run is not None
+            run_queue.pause(trial.run)
+        if any(trial.outcome == "training" for trial in self._view.trials):
+            return False
+        return self._end("time")
+
+    def _conclude(self) -> bool:
+        """Confirm the winner with other seeds, if it can be better than the base; then end."""
+        view, winner = self._view, self._view.winner
+        base = view.base_trials[0].final
+        if winner is None or winner.final is None or base is None:
+            return self._end("all_failed")
+        if winner.final.loss >= base.loss or self._settings.seeds == 1:
+            return self._end("done")
+        chosen = [(one.role, one.seed) for one in [*view.base_trials, *view.confirmations_of(winner)]]
+        for number in range(1, self._settings.seeds):
+            seed = self._seed(number)
+            if ("base", seed) not in chosen:
+                return self._choose("base", {}, seed)
+            if ("confirmation", seed) not in chosen:
+                return self._choose("confirmation", winner.values, seed)
+        if not all(trial.is_settled for trial in view.trials):
+            return False
+        return self._end("done")
+
+    def _end(self, why: EndReason) -> bool:
+        self._sweep.append(SweepEnded(why=why))
+        with suppress(OSError):
+            write_journal(self._view)
+        return True
+
+
+def _recipe_of(view: SweepView, trial: Trial) -> Recipe:
+    """Return the recipe that a trial trains: without what costs time and changes nothing that is learned."""
+    replace = msgspec.structs.replace
+    recipe = view.recipe_of(trial)
+    training = replace(
+        recipe.training,
+        seed=trial.seed,
+        keep_checkpoints=1,
+        sample_prompts=(),
+        task_prompts=0,
+        general_prompts=recipe.training.general_prompts if recipe.training.forgetting_weight else 0,
+    )
+    # The same rows for every seed.
+    data = replace(recipe.data, validation_seed=view.sheet.recipe.split_seed or 1)
+    name = f"{view.sheet.name[:60]} {'base' if trial.role == 'base' else trial.role} {trial.number}"
+    return actions.with_initial_adapter(replace(recipe, name=name, training=training, data=data))
+
+
+def _devices() -> int:
+    """Number of GPUs that runs can train on at the same time; 1 without any."""
+    with suppress(GpuUnavailableError):
+        return max(1, len(list_gpus()))
+    return 1
+
+
+def active_sweeps() -> Iterator[SweepDir]:
+    """Yield the sweeps that have something to do."""
+    return (sweep for sweep in all_sweeps() if sweep.active_path.exists())
+
+
+def main(arguments: list[str]) -> int:
+    """Advance the sweeps named, or without a name all that are active; return the exit code."""
+    code = 0
+    for sweep in [find_sweep(name) for name in arguments] or list(active_sweeps()):
+        try:
+            advance(sweep)
+        except (UserError, OSError) as problem:
+            print(f"{time.strftime('%H:%M:%S')} sweep {sweep.id}: {problem}", file=sys.stderr)
+            code = EXIT_FAILURE
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,180 @@
+"""How much of a sweep fits in a time, which trials a round keeps, and whether a winner is better than noise.
+
+Everything here is computed from numbers; nothing is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Literal, TypeAlias
+
+from qlora_tui.sweeps.sheet import AUTO_ROUNDS, HALVING
+
+_T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
+"""One-sided 95 % quantiles of Student's t with 1 to 10 degrees of freedom; more of them use the last."""
+_CAUTION = 1.1
+"""Factor on predicted times: trials with more parameters are slower than the base."""
+_MOST_TRIALS = 64
+"""Most trials of one group if the time would allow more: later groups know the results of earlier ones."""
+
+
+def share_of(round_: int, rounds: int) -> float:
+    """Return the share of a run's steps that is done at the end of a round, from 1."""
+    return float(HALVING ** (round_ - rounds))
+
+
+def kept_of(trials: int) -> int:
+    """Return how many of a round's trials go on."""
+    return max(1, trials // HALVING)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What runs of a sweep take."""
+
+    full_s: float
+    """Seconds that a whole run trains."""
+    extra_s: float
+    """Seconds that a run takes to start, and to evaluate, each time that it starts."""
+    devices: int = 1
+    """Number of runs that train at the same time."""
+
+    def of_rounds(self, trials: int, rounds: int, first: int = 1) -> float:
+        """Return the seconds of rounds ``first`` to the last, of which the first has so many trials."""
+        seconds = 0.0
+        for number in range(first, rounds + 1):
+            seconds += self.of_round(trials, number, rounds)
+            trials = kept_of(trials)
+        return seconds
+
+    def of_round(self, trials: int, round_: int, rounds: int) -> float:
+        """Return the seconds in which so many trials train one round."""
+        trained = share_of(round_, rounds) - (share_of(round_ - 1, rounds) if round_ > 1 else 0.0)
+        return _CAUTION * math.ceil(trials / self.devices) * (trained * self.full_s + self.extra_s)
+
+    def of_whole_runs(self, runs: int) -> float:
+        """Return the seconds of so many runs from their first step to the last."""
+        return self.of_rounds(runs, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Trials and rounds of a group."""
+
+    trials: int
+    rounds: int
+
+
+def plan_group(
+    costs: Costs, seconds: float, *, trials: int, rounds: int, can_halve: bool, confirmations: int
+) -> Plan | None:
+    """Return the most trials that fit in a time, with the whole runs that confirm the winner.
+
+    Args:
+        costs: What runs take.
+        seconds: The time.
+        trials: Most trials; 0: no limit.
+        rounds: Rounds; 0: three if the schedule allows, for which three trials are needed, else one.
+        can_halve: Whether the schedule allows more than one round.
+        confirmations: Whole runs after the last round.
+
+    Returns:
+        The plan; None if not even one trial fits.
+    """
+    seconds -= costs.of_whole_runs(confirmations)
+    for tried in (rounds,) if rounds else (AUTO_ROUNDS, 1) if can_halve else (1,):
+        fewest = 1 if rounds or tried == 1 else HALVING ** (tried - 1)
+        most = min(trials or _MOST_TRIALS, _MOST_TRIALS)
+        fitting = (
+            number for number in range(most, fewest - 1, -1) if costs.of_rounds(number, tried) <= seconds
+        )
+        if number := next(fitting, 0):
+            return Plan(number, tried)
+    return None
+
+
+def keep_best(
+    losses: Mapping[int, float | None],
+    of_round: int,
+    costs: Costs | None,
+    seconds: float,
+    round_: int,
+    rounds: int,
+) -> tuple[int, ...]:
+    """Return the trials that go on to the next round: the best half, or fewer if the time is short.
+
+    Args:
+        losses: Validation loss of each trial at the end of the round; None for one that failed.
+        of_round: Number of trials that began the round.
+        costs: What runs take; None without a time.
+        seconds: The time that is left for the remaining rounds.
+        round_: The round that ended, from 1.
+        rounds: Number of rounds.
+    """
+    ranked = sorted((loss, number) for number, loss in losses.items() if loss is not None)
+    kept = min(kept_of(of_round), len(ranked))
+    while costs is not None and kept > 1 and costs.of_rounds(kept, rounds, round_ + 1) > seconds:
+        kept -= 1
+    return tuple(number for _, number in ranked[:kept])
+
+
+Basis: TypeAlias = Literal["confirmed", "one_run", "not_lower", "noise_unknown", "no_result"]
+"""What a verdict follows from: ``confirmed``: fresh runs of winner and base. ``one_run``: the winner's only
+run, which was selected for its loss. ``not_lower``: the lowest loss is the base's own."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the best trial is better than the recipe as it was."""
+
+    basis: Basis
+    winner: int | None = None
+    """Number of the trial with the lowest loss; None if no trial was trained to its end."""
+    is_better: bool = False
+    base: float | None = None
+    """Mean validation loss of the runs of the base."""
+    found: float | None = None
+    """Mean validation loss of the winner's runs that count."""
+    noise: float | None = None
+    """Standard deviation between seeds, pooled; None if it is unknown."""
+    margin: float | None = None
+    """Difference that chance alone exceeds in one of twenty sweeps."""
+    base_runs: int = 0
+    found_runs: int = 0
+
+
+def judge(winner: int, selected: float, fresh: Sequence[float], base: Sequence[float]) -> Verdict:
+    """Compare a winner with the base by a one-sided two-sample t test with a pooled variance, at 95 %.
+
+    Args:
+        winner: Number of the winning trial.
+        selected: The loss for which it won.
+        fresh: Losses of its runs with other seeds, which played no part in the selection.
+        base: Losses of the base's runs, each with another seed. The first has the seed of the trials.
+    """
+    found = fresh or [selected]
+    result = {
+        "winner": winner,
+        "base": mean(base),
+        "found": mean(found),
+        "base_runs": len(base),
+        "found_runs": len(found),
+    }
+    if selected >= base[0]:
+        return Verdict("not_lower", winner, base=base[0], found=selected, base_runs=1, found_runs=1)
+    freedom = len(base) + len(found) - 2
+    if freedom < 1:
+        return Verdict("noise_unknown", **result)  # type: ignore[arg-type]  # the fields above
+    squares = sum((len(losses) - 1) * stdev(losses) ** 2 for losses in (base, found) if len(losses) > 1)
+    noise = math.sqrt(squares / freedom)
+    margin = _T_95[min(freedom, len(_T_95)) - 1] * noise * math.sqrt(1 / len(base) + 1 / len(found))
+    return Verdict(
+        "confirmed" if fresh else "one_run",
+        **result,  # type: ignore[arg-type]  # the fields above
+        is_better=bool(fresh) and mean(base) - mean(found) > margin,
+        noise=noise,
+        margin=margin,
+    )

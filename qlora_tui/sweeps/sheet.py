@@ -1,0 +1,192 @@
+"""A sweep as its user writes it: a recipe with a table ``[sweep]``.
+
+    [sweep]
+    method = "random"
+    trials = 8
+    rounds = 3
+
+    [sweep.vary]
+    "training.learning_rate" = { low = 1e-4, high = 4e-3, log = true }
+    "lora.rank" = [8, 16, 32]
+
+Everything else in the file is the recipe that the trials start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import tomli_w
+from msgspec import Meta, Struct
+
+from qlora_tui.errors import UsageError
+from qlora_tui.formatting import short_model_name
+from qlora_tui.recipe import aliases, toml
+from qlora_tui.recipe.conflicts import require_runnable
+from qlora_tui.recipe.layering import build_recipe, with_absolute_paths
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.sweeps.space import Space, check_space, grid_size
+
+HALVING = 2
+"""Share of a round's trials that do not go on: one of so many is kept."""
+AUTO_ROUNDS = 3
+"""Rounds that a sweep with a time has if its schedule allows."""
+_SAFE = ("wsd", "constant")
+
+
+class Sweep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table ``[sweep]``."""
+
+    name: Annotated[str, Meta(max_length=60)] = ""
+    method: Literal["random", "grid", "tpe"] = "random"
+    """``grid``: every combination. ``tpe``: chosen by Optuna from the results so far."""
+    trials: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """0: the whole grid, or as many as the time allows."""
+    rounds: Annotated[int, Meta(ge=0, le=8)] = 0
+    """Rounds of successive halving; 1: every trial trains to its end. 0: 1, or with a time what it allows."""
+    seeds: Annotated[int, Meta(ge=1, le=16)] = 3
+    """Seeds with which the recipe as it is and the winner are trained; 1: the noise is not measured."""
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    """Seed of what is drawn at random."""
+    vary: Space = {}
+    """Values or a range of each varied field."""
+
+
+class Sheet(Struct, frozen=True, kw_only=True):
+    """A sweep and its recipe."""
+
+    recipe: Recipe
+    sweep: Sweep
+
+    @property
+    def name(self) -> str:
+        """The sweep's name, else the recipe's, else that of its model."""
+        return self.sweep.name or self.recipe.name or short_model_name(self.recipe.model.id)
+
+    @classmethod
+    def load(cls, path: Path) -> Sheet:
+        """Read a sheet that has a whole recipe. Raises UserError."""
+        sweep, layer = read_sheet(path)
+        return cls(recipe=toml.to_recipe(layer, str(path)), sweep=sweep)
+
+    def dump(self) -> str:
+        """Write it as TOML, with every setting of the recipe."""
+        return tomli_w.dumps({"sweep": msgspec.to_builtins(self.sweep), **toml.to_layer(self.recipe)})
+
+    @property
+    def is_safe_to_halve(self) -> bool:
+        """Whether the learning rate before the last round does not depend on the length of a run."""
+        return not self._unsafe_schedule(AUTO_ROUNDS)
+
+    def check(self, *, has_time: bool) -> None:
+        """Raise UserError, exit code 2, if the sweep cannot be run as it is.
+
+        ``has_time``: whether it ends at a time, which then decides how many trials there are.
+        """
+        sweep, training = self.sweep, self.recipe.training
+        require_runnable(self.recipe)
+        check_space(sweep.vary, self.recipe)
+        if not (self.recipe.data.validation_path or self.recipe.data.validation_fraction):
+            raise UsageError(
+                "No validation data",
+                what="A sweep compares validation losses, and the recipe has no validation data.",
+                fix="Set data.validation_fraction above 0, or name a data.validation_path.",
+            )
+        if training.early_stopping:
+            raise UsageError(
+                "Early stopping in a sweep",
+                what=f"training.early_stopping is {training.early_stopping}.",
+                why="It ends some trials after fewer tokens than others.",
+                fix="Set training.early_stopping = 0: halving (--rounds) ends trials that are behind.",
+            )
+        if sweep.method != "grid" and not (sweep.trials or has_time):
+            raise UsageError(
+                "How many trials?",
+                what="The sweep has neither a number of trials nor a time.",
+                fix="Give one of them: --trials 8, --for 3h or --until 07:00.",
+            )
+        if sweep.rounds > 1 and (why := self._unsafe_schedule(sweep.rounds)):
+            raise UsageError(
+                "This schedule cannot be halved",
+                what=why,
+                why="Trials are compared in the middle of their runs, and what is kept goes on from there. A "
+                "rate that decays toward a fixed end favors trials with a low rate until then, and it ties "
+                "every step to the length of the run.",
+                fix="Set training.lr_scheduler to wsd or constant (--set training.lr_scheduler=wsd), or "
+                "train every trial to its end (--rounds 1).",
+            )
+
+    def _unsafe_schedule(self, rounds: int) -> str:
+        """Return why a schedule is not safe for halving, in a sentence; empty if every one is."""
+        schedules = self.sweep.vary.get("training.lr_scheduler")
+        names: Sequence[str] = (
+            schedules if isinstance(schedules, list) else [self.recipe.training.lr_scheduler]
+        )
+        for name in names:
+            if name not in _SAFE:
+                return f'training.lr_scheduler "{name}" lowers the learning rate in every round.'
+        last_round = 1 / HALVING
+        if "wsd" in names and self._highest("lr_decay_share") > 1 - last_round:
+            return f"training.lr_decay_share begins the decay before the last round ({last_round:.0%})."
+        if self._highest("warmup_ratio") > HALVING ** (1 - rounds):
+            return f"training.warmup_ratio is longer than the first of {rounds} rounds."
+        return ""
+
+    def _highest(self, key: str) -> float:
+        """Return the highest value that a field of ``[training]`` has in the sweep."""
+        values = self.sweep.vary.get(f"training.{key}")
+        if values is None:
+            return float(getattr(self.recipe.training, key))
+        return float(max(values) if isinstance(values, list) else values.high)
+
+    def number_of_trials(self) -> int:
+        """Return the number of trials asked for; 0 if the time decides."""
+        if self.sweep.method == "grid":
+            size = grid_size(self.sweep.vary)
+            return min(size, self.sweep.trials or size)
+        return self.sweep.trials
+
+
+def read_sheet(path: Path) -> tuple[Sweep, dict[str, Any]]:
+    """Read the table ``[sweep]`` of a file, empty without one, and the recipe's layer. Raises UserError."""
+    text = toml.read_text(path)
+    layer = toml.parse(text, str(path))
+    table = layer.pop("sweep", {})
+    toml.validate(layer, str(path), text)
+    try:
+        return msgspec.convert(table, Sweep, strict=True), aliases.canonical(layer)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            "Invalid sweep",
+            what=f"{path}, [sweep]: {error}.",
+            fix="docs/sweeps.md lists what the table [sweep] holds.",
+        ) from None
+
+
+def build_sheet(
+    *,
+    file: Path | None,
+    preset: str | None,
+    sets: Sequence[str],
+    model: str | None,
+    data: Sequence[str],
+    settings: Mapping[str, Any],
+    vary: Space,
+) -> Sheet:
+    """Build a sweep from a file, if any, and a command line, which overrides it. Raises UserError.
+
+    ``settings``: fields of :class:`Sweep` that the command line sets.
+    """
+    sweep, layer = read_sheet(file) if file is not None else (Sweep(), {})
+    recipe = build_recipe(preset=preset, layer=layer, sets=sets, model=model, data=data)
+    sweep = msgspec.structs.replace(sweep, **settings, vary={**sweep.vary, **vary})
+    try:
+        sweep = msgspec.convert(msgspec.to_builtins(sweep), Sweep, strict=True)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            "Invalid sweep", what=f"{error}.", fix="`qlora-tui sweep start --help` has the bounds."
+        ) from None
+    return Sheet(recipe=with_absolute_paths(recipe), sweep=sweep)

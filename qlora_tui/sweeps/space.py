@@ -1,0 +1,275 @@
+"""Which settings a sweep varies: values or ranges of recipe fields, and the points of a grid or at random.
+
+A value is a field's TOML value. Which fields can be varied follows from what they change: a sweep compares
+validation losses, so whatever changes the validation rows, their tokens or how the loss is computed is
+refused.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+import tomli_w
+from msgspec import Meta, Struct
+
+from qlora_tui.errors import UsageError
+from qlora_tui.recipe import aliases
+from qlora_tui.recipe.conflicts import check_conflicts
+from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, Field, fields
+from qlora_tui.recipe.layering import merge_layers, parse_override
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import parse, to_layer, to_recipe
+from qlora_tui.recipe.validation import InvalidRecipeError, find_issues
+
+Point: TypeAlias = dict[str, Any]
+"""The value of each varied field, by its path, as in TOML."""
+_MOST_POINTS = 4096
+_LENGTH = "it changes how long a run trains, and trials are compared after the same number of tokens"
+_MEASURE = "it changes what the validation loss measures, so the losses of trials could not be compared"
+_REASONS: dict[str, str] = {
+    "training.epochs": _LENGTH,
+    "training.max_steps": _LENGTH,
+    "training.replay_share": _LENGTH,
+    "training.forgetting_weight": _MEASURE,
+    "training.preference_beta": _MEASURE,
+    "training.simpo_gamma": _MEASURE,
+    "training.seed": "seeds are for measuring the noise: set sweep.seeds",
+    "training.report_to": "it changes nothing that is learned",
+    "training.lr_scheduler": "",
+    "data.packing": "",
+}
+"""Why a field is not varied; an empty reason allows a field of a section that is otherwise refused."""
+_SECTIONS = {"data": _MEASURE, "model": _MEASURE}
+
+
+class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Numbers from ``low`` to ``high``, both included; whole numbers for a field of whole numbers."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Whether ratios rather than differences are equally likely: for learning rates."""
+    points: Annotated[int, Meta(ge=2, le=1000)] = 5
+    """Values that a grid takes from it, evenly spaced."""
+
+    def at(self, share: float, *, whole: bool) -> float | int:
+        """Return the number at a share of the range, 0 to 1."""
+        if self.log:
+            value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        else:
+            value = self.low + share * (self.high - self.low)
+        value = min(max(value, self.low), self.high)
+        # Four digits are enough for a setting, and can be read.
+        return round(value) if whole else float(f"{value:.4g}")
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}{' (log)' if self.log else ''}"
+
+
+Values: TypeAlias = Range | list[Any]
+"""A range, or a list of values."""
+Space: TypeAlias = dict[str, Values]
+"""What each field is varied over, by its path."""
+
+
+def parse_vary(argument: str) -> tuple[str, Values]:
+    """Parse ``FIELD=VALUES`` of a command line.
+
+    ``VALUES`` is a range (``1e-5..1e-3``, ``1e-5..1e-3:log``), values with commas (``8,16,32``), or TOML: a
+    list of values or a table with ``low`` and ``high``. Raises UserError, exit code 2.
+    """
+    path, equals, raw = (part.strip() for part in argument.partition("="))
+    if not equals or not raw:
+        raise UsageError(
+            "Invalid --vary",
+            what=f"{argument!r} names no values.",
+            fix="Write --vary FIELD=8,16,32 or --vary FIELD=1e-5..1e-3:log.",
+        )
+    section, _, key = path.rpartition(".")
+    path = aliases.resolve(section, key) or path
+    if raw[0] in "[{":
+        return path, _converted(path, parse(f"value = {raw}", f"--vary {path}")["value"])
+    ends, _, scale = raw.partition(":")
+    low, dots, high = ends.partition("..")
+    if dots:
+        try:
+            limits = {"low": float(low), "high": float(high)}
+        except ValueError:
+            limits = {}
+        if not limits or scale not in ("", "log"):
+            raise UsageError(
+                "Invalid --vary",
+                what=f"{raw!r} is not a range.",
+                fix="Write LOW..HIGH or LOW..HIGH:log, as in 1e-5..1e-3:log.",
+            )
+        return path, Range(low=limits["low"], high=limits["high"], log=scale == "log")
+    return path, [_value(path, each.strip()) for each in raw.split(",")]
+
+
+def _value(path: str, raw: str) -> Any:
+    value: Any = parse_override(f"{path}={raw}")
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def _converted(path: str, values: Any) -> Values:
+    try:
+        return msgspec.convert(values, Range | list[Any], strict=True)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            "Invalid values to vary",
+            what=f"{path}: {error}.",
+            fix="Write a list of values, or { low = 1e-5, high = 1e-3, log = true }.",
+        ) from None
+
+
+def check_space(space: Space, recipe: Recipe) -> None:
+    """Check that every field can be varied and every value is valid for it, alone and with the recipe.
+
+    Raises UserError, exit code 2.
+    """
+    if not space:
+        raise UsageError(
+            "Nothing to vary",
+            what="The sweep varies no setting.",
+            fix="Name one: --vary training.learning_rate=1e-5..1e-3:log, or a table [sweep.vary].",
+        )
+    for path, values in space.items():
+        field = _field(path)
+        _check_variable(field, recipe)
+        if isinstance(values, Range):
+            _check_range(field, values)
+        elif not values or len({repr(value) for value in values}) < len(values):
+            raise _invalid(path, "its list of values is empty" if not values else "a value occurs twice")
+        for value in _extremes(field, values):
+            section, _, key = path.rpartition(".")
+            issues = find_issues({section: {key: value}} if section else {key: value}, "sweep.vary")
+            if issues:
+                raise InvalidRecipeError(issues)
+            check_conflicts(apply_point(recipe, {path: value}))
+
+
+def _field(path: str) -> Field:
+    field = fields().get(path)
+    if field is None:
+        hint = aliases.did_you_mean(path, fields())
+        raise UsageError(
+            "Unknown setting to vary",
+            what=f"{path} is not a setting.",
+            fix=f"Did you mean {hint.removeprefix('did you mean ')}"
+            if hint
+            else "See docs/reference/recipe.md.",
+        )
+    return field
+
+
+def _check_variable(field: Field, recipe: Recipe) -> None:
+    reason = _REASONS.get(field.path)
+    if reason is None:
+        reason = _SECTIONS.get(field.path.partition(".")[0], "")
+        if field.path in WITHOUT_EFFECT_ON_WEIGHTS:
+            reason = "it changes nothing that is learned"
+    if field.path == "data.packing" and recipe.training.max_steps:
+        reason = f"with training.max_steps, {_LENGTH}"
+    if reason:
+        raise UsageError(
+            "A setting that a sweep cannot vary",
+            what=f"{field.path} cannot be varied.",
+            why=f"Reason: {reason}.",
+        )
+
+
+def _check_range(field: Field, values: Range) -> None:
+    if field.kind not in ("int", "float"):
+        raise _invalid(field.path, f"it has no range: it is {field.expected}")
+    if not (math.isfinite(values.low) and math.isfinite(values.high) and values.low < values.high):
+        raise _invalid(field.path, "low must be below high")
+    if values.log and values.low <= 0:
+        raise _invalid(field.path, "a logarithmic range begins above 0")
+
+
+def _invalid(path: str, what: str) -> UsageError:
+    return UsageError(
+        "Invalid values to vary", what=f"{path}: {what}.", fix="Change it in [sweep.vary] or --vary."
+    )
+
+
+def _extremes(field: Field, values: Values) -> list[Any]:
+    if isinstance(values, Range):
+        return [values.at(share, whole=field.kind == "int") for share in (0.0, 1.0)]
+    return values
+
+
+def apply_point(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with these values, trained on as many rows as without them.
+
+    With ``training.max_steps``, a trial of another batch size takes as many more or fewer steps. Raises
+    UserError.
+    """
+    layer: Mapping[str, Any] = to_layer(recipe)
+    for path, value in point.items():
+        section, _, key = path.rpartition(".")
+        layer = merge_layers(layer, {section: {key: value}} if section else {key: value})
+    changed = to_recipe(layer, "sweep")
+    if recipe.training.max_steps and changed.effective_batch != recipe.effective_batch:
+        steps = max(1, round(recipe.training.max_steps * recipe.effective_batch / changed.effective_batch))
+        training = msgspec.structs.replace(changed.training, max_steps=steps)
+        changed = msgspec.structs.replace(changed, training=training)
+    return changed
+
+
+def grid_size(space: Space) -> int:
+    """Return the number of points of the grid."""
+    return math.prod(len(_grid_values(path, values)) for path, values in space.items())
+
+
+def grid_points(space: Space) -> Iterator[Point]:
+    """Yield every combination of values. Raises UserError for more than 4,096."""
+    if grid_size(space) > _MOST_POINTS:
+        raise UsageError(
+            "The grid is too large",
+            what=f"It has {grid_size(space):,} points, more than {_MOST_POINTS:,}.",
+            fix='Vary fewer values, or draw some of them: method = "random".',
+        )
+    columns = [_grid_values(path, values) for path, values in space.items()]
+    for combination in product(*columns):
+        yield dict(zip(space, combination, strict=True))
+
+
+def _grid_values(path: str, values: Values) -> Sequence[Any]:
+    if not isinstance(values, Range):
+        return values
+    whole = _field(path).kind == "int"
+    shares = (number / (values.points - 1) for number in range(values.points))
+    return list(dict.fromkeys(values.at(share, whole=whole) for share in shares))
+
+
+def random_point(space: Space, seed: int, number: int) -> Point:
+    """Draw one point; the same for the same seed and number."""
+    draw = random.Random(f"{seed}/{number}")
+    return {
+        path: values.at(draw.random(), whole=_field(path).kind == "int")
+        if isinstance(values, Range)
+        else draw.choice(values)
+        for path, values in space.items()
+    }
+
+
+def is_whole(path: str) -> bool:
+    """Return whether a field has whole numbers."""
+    return _field(path).kind == "int"
+
+
+def value_text(value: Any) -> str:
+    """Format a value as TOML on one line: ``0.0003``, ``cosine``, ``["q_proj"]``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:g}"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip().replace("\n", " ")

@@ -1,0 +1,403 @@
+"""A sweep as its folder and its runs say: the one reader behind screen, command line and what is done next.
+
+Reads files only, in milliseconds for tens of trials; needs neither torch nor the optional Optuna.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from qlora_tui import paths
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import events
+from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.status import ACTIVE, State
+from qlora_tui.runs.view import RunView
+from qlora_tui.sweeps.directory import (
+    AnyRecord,
+    Began,
+    GroupPlanned,
+    Role,
+    RoundEnded,
+    RunAgain,
+    RunMade,
+    SweepDir,
+    SweepEnded,
+    SweepPaused,
+    SweepResumed,
+    TrialChosen,
+)
+from qlora_tui.sweeps.plan import Costs, Verdict, judge, kept_of, share_of
+from qlora_tui.sweeps.sheet import Sheet
+from qlora_tui.sweeps.space import apply_point
+
+_STEPS = 200
+"""Steps sampled from a run: a curve on a screen has fewer cells."""
+MOST_AGAIN = 3
+"""How often a trial whose process was killed continues from its checkpoint."""
+SweepState: TypeAlias = Literal["running", "waiting", "pausing", "paused", "finished", "stopped", "failed"]
+"""``waiting``: for a run that the user paused. ``pausing``: a run still saves."""
+Outcome: TypeAlias = Literal[
+    "waiting", "training", "paused", "reached", "dropped", "finished", "failed", "stopped"
+]
+"""``reached``: the end of its round, with a result. ``dropped``: not kept for the next round."""
+_KILLED = ("killed", "lost")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial reached at the end of a round."""
+
+    step: int
+    tokens: int
+    """Real tokens that it was trained on so far; 0 if its steps do not say."""
+    loss: float
+    """Validation loss, with weighted forgetting if the recipe asks for that: the lowest is best."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep, and what it is for."""
+
+    number: int
+    role: Role
+    group: int
+    values: dict[str, Any]
+    """The varied settings; empty for the base."""
+    seed: int
+    run: RunDir | None
+    """None until it is made, and after it was deleted."""
+    state: State
+    """State of the run; ``gone`` without one."""
+    outcome: Outcome
+    target: float
+    """Share of its steps at which its current round ends."""
+    results: dict[int, Result] = field(default_factory=dict)
+    """By round, from 1. Whole runs have one, of round 1."""
+    total_steps: int = 0
+    step: int = 0
+    steps: tuple[int, ...] = ()
+    """The steps of ``losses``."""
+    losses: tuple[float, ...] = ()
+    """Training losses, decimated; NaN where one was not a number."""
+    evaluations: tuple[tuple[int, float], ...] = ()
+    """(step, validation loss)."""
+    tokens_per_s: float | None = None
+    failure: str = ""
+    """What a failure is called; empty otherwise."""
+    is_interrupted: bool = False
+    """Whether it is to go on: it paused, or was killed, before the user last started the sweep."""
+    seconds: tuple[float, float] | None = None
+    """Seconds that a finished run trained, and that it took besides."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more comes of it in this round."""
+        return self.outcome not in ("waiting", "training", "paused")
+
+    @property
+    def final(self) -> Result | None:
+        """Its result after all of its steps; None before."""
+        return (
+            self.results.get(max(self.results), None) if self.outcome == "finished" and self.results else None
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that are halved together."""
+
+    number: int
+    planned: GroupPlanned
+    ended: tuple[RoundEnded, ...]
+    """The rounds that are over, in order."""
+
+    @property
+    def round(self) -> int:
+        """The round that is trained, from 1."""
+        return len(self.ended) + 1
+
+    @property
+    def target(self) -> float:
+        """Share of the steps at which this round ends."""
+        return share_of(min(self.round, self.planned.rounds), self.planned.rounds)
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """State of a sweep."""
+
+    sweep: SweepDir
+    sheet: Sheet
+    state: SweepState
+    began_at: float
+    """Unix time."""
+    deadline: float | None
+    """Unix time; None without one."""
+    gpu: str
+    """The GPUs that the user chose for it; empty if none."""
+    ended: SweepEnded | None
+    trials: tuple[Trial, ...]
+    """Every run: the base, the trials, the confirmations, in the order in which they were chosen."""
+    groups: tuple[Group, ...]
+
+    @property
+    def base_trials(self) -> list[Trial]:
+        """Runs of the recipe as it is; the first has the seed of the trials."""
+        return [trial for trial in self.trials if trial.role == "base"]
+
+    def of_group(self, number: int) -> list[Trial]:
+        """Return the trials of a group."""
+        return [trial for trial in self.trials if trial.role == "trial" and trial.group == number]
+
+    @property
+    def winner(self) -> Trial | None:
+        """The trial with the lowest loss among those trained to their end."""
+        finished = [trial for trial in self.trials if trial.role == "trial" and trial.final is not None]
+        return min(finished, key=lambda trial: trial.final.loss if trial.final else math.inf, default=None)
+
+    def confirmations_of(self, trial: Trial) -> list[Trial]:
+        """Return the runs that train a trial's values with other seeds."""
+        return [one for one in self.trials if one.role == "confirmation" and one.values == trial.values]
+
+    @property
+    def costs(self) -> Costs | None:
+        """What a run of this sweep takes, as the first run of the base measured it; None before its end."""
+        seconds = self.base_trials[0].seconds if self.base_trials else None
+        return None if seconds is None else Costs(*seconds)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the best trial so far is better than the base beyond the noise between seeds."""
+        winner = self.winner
+        base = [trial.final.loss for trial in self.base_trials if trial.final is not None]
+        if winner is None or winner.final is None or not base:
+            return Verdict("no_result", None if winner is None else winner.number)
+        fresh = [one.final.loss for one in self.confirmations_of(winner) if one.final is not None]
+        return judge(winner.number, winner.final.loss, fresh, base)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that the rest takes, as the first run of the base measured it; None while that is unknown.
+
+        With a deadline there may be further groups of trials after it.
+        """
+        costs = self.costs
+        if costs is None or not self.groups or self.state not in ("running", "waiting"):
+            return None
+        group, confirmations = self.groups[-1], 2 * (self.sheet.sweep.seeds - 1)
+        rounds, number = group.planned.rounds, group.round
+        trials = self.of_group(group.number)
+        open_ = sum(not trial.is_settled for trial in trials)
+        missing = 0 if group.ended else group.planned.trials - len(trials)
+        in_round = sum(trial.outcome not in ("dropped", "stopped", "failed") for trial in trials) + missing
+        seconds = costs.of_round(open_ + missing, min(number, rounds), rounds)
+        if number < rounds:
+            seconds += costs.of_rounds(kept_of(in_round), rounds, number + 1)
+        whole = [trial for trial in self.trials if trial.role != "trial"]
+        started = len(whole) - 1
+        return seconds + costs.of_whole_runs(
+            confirmations - started + sum(not trial.is_settled for trial in whole)
+        )
+
+    def recipe_of(self, trial: Trial) -> Recipe:
+        """Return the recipe with a trial's values, to adopt or compare: with the base's own reports."""
+        return apply_point(self.sheet.recipe, trial.values)
+
+    def unequal_tokens(self, tolerance: float = 0.05) -> list[Trial]:
+        """Return trials whose last result is after clearly more or fewer tokens than that of others then."""
+        unequal = []
+        for group in self.groups:
+            for number in range(1, group.planned.rounds + 1):
+                reached = [
+                    t for t in self.of_group(group.number) if number in t.results and t.results[number].tokens
+                ]
+                tokens = sorted(trial.results[number].tokens for trial in reached)
+                middle = tokens[len(tokens) // 2] if tokens else 0
+                unequal += [t for t in reached if abs(t.results[number].tokens - middle) > tolerance * middle]
+        return list({trial.number: trial for trial in unequal}.values())
+
+
+def read_sweep(sweep: SweepDir) -> SweepView:
+    """Read a sweep and its runs. Raises UserError if its sheet cannot be read."""
+    sheet, records = sweep.sheet(), sweep.records()
+    groups = _groups(records)
+    runs = _runs_of(sweep, records)
+    trials = tuple(_trial(chosen, records, groups, runs) for chosen in _of(records, TrialChosen))
+    marks = [one for one in records if isinstance(one, Began | SweepPaused | SweepResumed | SweepEnded)]
+    last = marks[-1] if marks else Began(at=0.0)
+    deadlines = [one.deadline for one in marks if isinstance(one, Began | SweepResumed) and one.deadline]
+    return SweepView(
+        sweep=sweep,
+        sheet=sheet,
+        state=_state(last, trials),
+        began_at=marks[0].at if marks else 0.0,
+        deadline=deadlines[-1] if deadlines else None,
+        gpu=next((one.gpu for one in marks if isinstance(one, Began)), ""),
+        ended=last if isinstance(last, SweepEnded) else None,
+        trials=trials,
+        groups=groups,
+    )
+
+
+def _of(records: list[AnyRecord], kind: type[Any]) -> Iterator[Any]:
+    return (record for record in records if isinstance(record, kind))
+
+
+def _groups(records: list[AnyRecord]) -> tuple[Group, ...]:
+    rounds: dict[int, dict[int, RoundEnded]] = {}
+    for ended in _of(records, RoundEnded):
+        rounds.setdefault(ended.group, {}).setdefault(ended.round, ended)
+    planned = {one.group: one for one in _of(records, GroupPlanned)}
+    return tuple(
+        Group(number, plan, tuple(rounds.get(number, {}).values())) for number, plan in planned.items()
+    )
+
+
+def _runs_of(sweep: SweepDir, records: list[AnyRecord]) -> dict[int, RunDir]:
+    """Return the run of each trial; a run that was made before a crash is known by its mark."""
+    runs = {one.number: RunDir(paths.runs_dir() / one.run) for one in _of(records, RunMade)}
+    missing = {one.number for one in _of(records, TrialChosen)} - runs.keys()
+    if missing:
+        for run in all_runs():
+            number = run.trial_of(sweep.id)
+            if number in missing:
+                runs[number] = run
+    return runs
+
+
+def _state(last: AnyRecord, trials: tuple[Trial, ...]) -> SweepState:
+    match last:
+        case SweepEnded():
+            ends: dict[str, SweepState] = {
+                "stopped": "stopped",
+                "base_failed": "failed",
+                "all_failed": "failed",
+            }
+            return ends.get(last.why, "finished")
+        case SweepPaused():
+            return "pausing" if any(trial.outcome == "training" for trial in trials) else "paused"
+        case _:
+            open_ = [trial for trial in trials if not trial.is_settled]
+            held = [trial for trial in open_ if trial.outcome == "paused" and not trial.is_interrupted]
+            return "waiting" if held and len(held) == len(open_) else "running"
+
+
+def _trial(
+    chosen: TrialChosen, records: list[AnyRecord], groups: tuple[Group, ...], runs: dict[int, RunDir]
+) -> Trial:
+    number, run = chosen.number, runs.get(chosen.number)
+    group = (
+        next((one for one in groups if one.number == chosen.group), None) if chosen.role == "trial" else None
+    )
+    dropped = next((one.round for one in group.ended if number in one.dropped), None) if group else None
+    rounds = group.planned.rounds if group else 1
+    target = 1.0 if group is None else group.target if dropped is None else share_of(dropped, rounds)
+    facts: dict[str, Any] = {
+        "number": number,
+        "role": chosen.role,
+        "group": chosen.group,
+        "values": chosen.values,
+        "seed": chosen.seed,
+        "target": target,
+    }
+    if run is None or not run.path.is_dir():
+        outcome: Outcome = "waiting" if run is None else "stopped"
+        return Trial(
+            **facts, run=None, state="gone", outcome=outcome, failure="" if run is None else "Deleted"
+        )
+    view, _ = RunView.from_sample(run, _STEPS)
+    results = dict(_results(view, rounds))
+    reached = share_of(rounds, rounds) if group is None else target
+    is_reached = any(share_of(r, rounds) >= reached for r in results)
+    ending = view.ending
+    goes_from = max(_go_times(number, records), default=0.0)
+    killed = isinstance(ending, events.Failed) and ending.kind in _KILLED
+    again = sum(one.number == number for one in _of(records, RunAgain))
+    state = view.status.state
+    is_interrupted = (
+        (state == "paused" and not is_reached and view.status.at <= goes_from)
+        or ((killed or state == "lost") and again < MOST_AGAIN)
+    ) and state not in ("queued", *ACTIVE)
+    return Trial(
+        **facts,
+        run=run,
+        state=state,
+        outcome=_outcome(state, is_reached, dropped is not None, is_interrupted),
+        results=results,
+        total_steps=view.total_steps,
+        step=view.step,
+        steps=tuple(view.series.step),
+        losses=tuple(view.series.loss),
+        evaluations=tuple((e.step, loss) for e in view.evaluations if (loss := _score(e)) is not None),
+        tokens_per_s=view.series.tokens_per_s[-1] if len(view.series) else None,
+        failure=ending.title if isinstance(ending, events.Failed) else "",
+        is_interrupted=is_interrupted,
+        seconds=_seconds(view),
+    )
+
+
+def _outcome(state: State, is_reached: bool, is_dropped: bool, is_interrupted: bool) -> Outcome:
+    if state in ACTIVE:
+        return "training"
+    if state == "queued":
+        return "waiting"
+    if is_interrupted:
+        return "paused"
+    if state == "finished":
+        return "finished" if is_reached else "failed"
+    if is_dropped and state in ("paused", "stopped"):
+        return "dropped"
+    if state == "paused":
+        return "reached" if is_reached else "paused"
+    return "stopped" if state == "stopped" else "failed"
+
+
+def _go_times(number: int, records: list[AnyRecord]) -> Iterator[float]:
+    """Yield when a trial was told to train: what paused it later was its user."""
+    for record in records:
+        match record:
+            case TrialChosen() | RunAgain() if record.number == number:
+                yield record.at
+            case RoundEnded() if number in record.kept:
+                yield record.at
+            case SweepResumed():
+                yield record.at
+
+
+def _results(view: RunView, rounds: int) -> Iterator[tuple[int, Result]]:
+    total = view.total_steps
+    if not total:
+        return
+    for number in range(1, rounds + 1):
+        step = math.ceil(share_of(number, rounds) * total)
+        evaluation = next((e for e in view.evaluations if e.step >= step), None)
+        loss = None if evaluation is None else _score(evaluation)
+        if evaluation is not None and loss is not None:
+            yield number, Result(evaluation.step, _tokens_at(view, evaluation.step), loss)
+
+
+def _score(event: events.Evaluated) -> float | None:
+    value = event.loss if event.score is None else event.score
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _tokens_at(view: RunView, step: int) -> int:
+    series = view.series
+    return next((tokens for at, tokens in zip(series.step, series.tokens, strict=True) if at >= step), 0)
+
+
+def _seconds(view: RunView) -> tuple[float, float] | None:
+    ending = view.ending
+    if not isinstance(ending, events.Finished) or view.started_at is None:
+        return None
+    return ending.seconds, max(0.0, ending.at - view.started_at - ending.seconds)
+
+
+def time_left(view: SweepView) -> float:
+    """Return the seconds until the deadline, negative after it; infinity without one."""
+    return math.inf if view.deadline is None else view.deadline - time.time()
