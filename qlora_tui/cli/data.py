@@ -18,6 +18,7 @@ from qlora_tui.cli.subcommand import (
     add_json_argument,
     add_run_argument,
     format_table,
+    input_path,
     positive_int,
     write_control,
 )
@@ -232,7 +233,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     for action in (inspect_parser, show_parser):
         action.add_argument(
-            "file", metavar="FILE", help="a data file, a folder of data files, or a Hub dataset"
+            "file",
+            type=input_path,
+            metavar="FILE",
+            help="a data file, a folder of data files, or a Hub dataset",
         )
         action.add_argument("--model", help="count tokens with this model's tokenizer and chat template")
         action.add_argument(

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.cli.subcommand import CommandResult, ProgressLine, add_json_argument
+from qlora_tui.cli.subcommand import CommandResult, ProgressLine, add_json_argument, input_path
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.data.written_rows import TRAIN, VALIDATION, WrittenRows, write_rows
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 def add_arguments(form: argparse.ArgumentParser) -> None:
     """Add what `export recipe` takes."""
-    form.add_argument("recipe", metavar="RECIPE", help="a recipe.toml, or a run")
+    form.add_argument("recipe", type=input_path, metavar="RECIPE", help="a recipe.toml, or a run")
     form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
     form.add_argument(
         "--as",

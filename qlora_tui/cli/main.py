@@ -18,6 +18,7 @@ from qlora_tui import __version__, paths
 from qlora_tui.cli.subcommand import (
     GPU_GIB_HELP,
     GPU_HELP,
+    HOST_HELP,
     open_missing_streams,
     positive_float,
     print_result,
@@ -162,7 +163,13 @@ def _run(argv: list[str]) -> int:
             return open_app()
         _check_command(argv)
         verb = next((word for word in argv if word in SUBCOMMANDS), None)
-        args = command_parser(verb).parse_args(_with_action(argv, verb))
+        parser = command_parser(verb)
+        args = parser.parse_args(_with_action(argv, verb))
+        if args.host is not None and args.verb is not None:
+            from qlora_tui.cli.on_box import run_on_box
+            from qlora_tui.remote.ssh import Box
+
+            return run_on_box(Box(args.host), _without_host(argv), args, parser)
         if args.gpu:
             from qlora_tui.settings import GPU_VARIABLE
 
@@ -204,6 +211,12 @@ def _is_utf8(word: str) -> bool:
     return True
 
 
+def _without_host(argv: list[str]) -> list[str]:
+    """Return the arguments without ``--host BOX``, which stands before the command."""
+    at = next(i for i, word in enumerate(argv) if word.partition("=")[0] == "--host")
+    return [*argv[:at], *argv[at + (1 if "=" in argv[at] else 2) :]]
+
+
 def _with_action(argv: list[str], verb: str | None) -> list[str]:
     """Insert the action that is meant if a command is followed by a name."""
     actions = _ACTIONS.get(verb or "", ())
@@ -218,7 +231,7 @@ def _check_command(argv: Sequence[str]) -> None:
     """Raise UserError for an unknown command, with the closest one."""
     words = iter(argv)
     for word in words:
-        if word in ("--gpu", "--gpu-gib"):
+        if word in ("--gpu", "--gpu-gib", "--host"):
             next(words, None)
         elif not word.startswith("-"):
             if word in SUBCOMMANDS:
@@ -250,6 +263,7 @@ def command_parser(name_called: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
     parser.add_argument("--gpu-gib", type=positive_float, metavar="GIB", help=GPU_GIB_HELP)
     parser.add_argument("--gpu", metavar="GPU", help=GPU_HELP)
+    parser.add_argument("--host", metavar="BOX", help=HOST_HELP)
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from qlora_tui.chat.prediction import Predicted, Prediction, check_prediction
-from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand
+from qlora_tui.cli.subcommand import CommandResult, ProgressLine, Subcommand, input_path
 from qlora_tui.formatting import format_path, pluralize
 from qlora_tui.runs.directory import find_run
 from qlora_tui.worker import run_job
@@ -18,7 +18,7 @@ def run_predict(args: argparse.Namespace) -> CommandResult:
     """Decide each row of a file in a separate process, and show the progress."""
     request = Prediction(
         run=str(find_run(args.run_id).path),
-        file=str(args.file.absolute()),
+        file=str(Path(args.file).absolute()),
         out=str(args.out.absolute()),
         columns=dict(args.column),
         threshold=args.threshold,
@@ -71,7 +71,7 @@ def _share(text: str) -> float:
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSON, JSONL, Parquet or Arrow")
+    parser.add_argument("file", type=input_path, metavar="FILE", help="CSV, JSON, JSONL, Parquet or Arrow")
     parser.add_argument(
         "--run",
         required=True,

@@ -37,6 +37,8 @@ GPU_GIB_HELP = "estimate for a GPU with this many GiB of memory"
 """Help of ``--gpu-gib``."""
 GPU_HELP = "GPU to use: number, UUID or part of its name (nvidia-smi -L), auto, or cpu; several with commas"
 """Help of ``--gpu``."""
+HOST_HELP = "work on this machine through ssh: what `ssh` takes, such as user@box"
+"""Help of ``--host``."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,23 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
 
 
+def input_path(text: str) -> str:
+    """Return the path of a file or folder that a command reads, which ``--host`` sends; others stay."""
+    return text
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options from which a recipe is built."""
     parser.add_argument("--preset", help="start from this preset (list them with `qlora-tui presets`)")
     parser.add_argument("--model", help="a Hub id, a folder, or a GGUF file")
-    parser.add_argument("--data", action="append", default=[], metavar="FILE", help="a data file; repeatable")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        type=input_path,
+        metavar="FILE",
+        help="a data file; repeatable",
+    )
     parser.add_argument(
         "--set",
         action="append",

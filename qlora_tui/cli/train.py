@@ -18,6 +18,7 @@ from qlora_tui.cli.subcommand import (
     add_recipe_arguments,
     checks_as_data,
     format_checks,
+    input_path,
     note_description,
     positive_int,
     recipe_from_args,
@@ -183,6 +184,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run in lists, and the start of its id")
     parser.add_argument(
         "--init-from",
+        type=input_path,
         metavar="RUN|FOLDER",
         help="train this adapter further, in a new run; the recipe must have its LoRA settings",
     )

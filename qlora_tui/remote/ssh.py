@@ -26,6 +26,8 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 
 _MARK = "@qlora-tui-here"
 """Begins the line before which everything is the box's own text: profiles may print."""
+_SSH_FAILED = 255
+"""Exit code of ssh itself."""
 _KEEP_S = 600
 """Seconds that the shared connection stays open after the last channel."""
 _LAST_LINES = 3
@@ -160,6 +162,14 @@ class Channel:
         """End the channel and return why it ended by itself, as far as ssh has said so."""
         self.process.kill()
         return self.lost_error()
+
+    def exit_code(self) -> int:
+        """Wait for the program to end and return its exit code. Raises UserError if the line dropped."""
+        code = self.process.wait()
+        self._reader.join(1.0)
+        if code == _SSH_FAILED:
+            raise self.lost_error().replace(title=f"The connection to {self._box.name} dropped")
+        return code
 
     def write(self, data: bytes) -> None:
         """Send bytes to the program. Raises OSError."""

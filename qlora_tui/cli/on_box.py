@@ -1,0 +1,119 @@
+"""A command on another box: ``qlora-tui --host BOX COMMAND …``.
+
+The command is run there by ssh, with its arguments, its input and output, and its exit code. Files that it
+reads are sent first and named by their hash; files that it writes are written there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from qlora_tui import paths
+from qlora_tui.cli.command_tree import arguments_of, subparsers
+from qlora_tui.cli.subcommand import ProgressLine, add_recipe_arguments, input_path, recipe_from_args
+from qlora_tui.errors import UsageError
+from qlora_tui.files import atomic_write
+from qlora_tui.publishing import new_draft
+from qlora_tui.recipe.layering import with_absolute_paths
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.toml import dump
+from qlora_tui.remote import uploads
+from qlora_tui.remote.ssh import Box
+
+_HERE = ("import", "completion", "store")
+"""Commands that concern this machine, or that a box runs by itself."""
+_PIECE_BYTES = 1 << 16
+
+
+def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Run a command on the box and return its exit code.
+
+    Args:
+        argv: The command, without ``--host``.
+        args: Its arguments as they were parsed here.
+        parser: The parser of all commands.
+
+    Raises:
+        UserError: The box cannot be reached, a file cannot be sent, or the command is not one for a box.
+    """
+    if args.verb in _HERE:
+        raise UsageError(
+            "Not a command for another box",
+            what=f"`{args.verb}` works on this machine.",
+            fix="Call it without --host.",
+        )
+    if args.verb == "train":
+        argv = _with_recipe(box, argv, args)
+    sent = {str(value): _send(box, Path(value)) for value in _inputs(args, parser) if Path(value).exists()}
+    argv = [sent.get(word, word) for word in argv]
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return _in_terminal(box, argv)
+    channel = box.open_program(*argv, stdin=None)
+    try:
+        while piece := os.read(channel.output.fileno(), _PIECE_BYTES):
+            # What the command there prints is safe for a terminal already.
+            sys.stdout.flush()
+            os.write(sys.stdout.fileno(), piece)
+        return channel.exit_code()
+    finally:
+        channel.close()
+
+
+def _in_terminal(box: Box, argv: list[str]) -> int:
+    """Run a command with this terminal as its own."""
+    import subprocess
+
+    channel = box.open_program("--version")
+    channel.output.read()
+    channel.close()
+    return subprocess.run(box.program_argv(*argv, terminal=True), check=False).returncode
+
+
+def _inputs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield the paths of files that the command reads."""
+    command = subparsers(parser)[args.verb]
+    below = subparsers(command)
+    chosen = [below[value] for value in vars(args).values() if isinstance(value, str) and value in below]
+    for action in [action for each in (command, *chosen) for action in arguments_of(each)]:
+        if action.type is input_path:
+            value = getattr(args, action.dest, None) or []
+            yield from [value] if isinstance(value, str) else value
+
+
+def _with_recipe(box: Box, argv: list[str], args: argparse.Namespace) -> list[str]:
+    """Return the command with one recipe that is on the box in place of what it is built from here."""
+    recipe = recipe_from_args(args)
+    local = with_absolute_paths(recipe).data
+    sources = tuple(msgspec.structs.replace(source, path=_sent(box, source.path)) for source in local.sources)
+    data = msgspec.structs.replace(local, sources=sources, validation_path=_sent(box, local.validation_path))
+    there = _send_recipe(box, msgspec.structs.replace(recipe, data=data))
+    options = argparse.ArgumentParser(add_help=False)
+    add_recipe_arguments(options)
+    at = argv.index(args.verb) + 1
+    _, rest = options.parse_known_args(argv[at:])
+    if args.recipe:
+        rest.remove(args.recipe)
+    return [*argv[:at], there, *rest]
+
+
+def _sent(box: Box, path: str) -> str:
+    return _send(box, Path(path)) if path and Path(path).exists() else path
+
+
+def _send(box: Box, path: Path) -> str:
+    with ProgressLine() as line:
+        return uploads.send(
+            box, path, lambda done, size: line.show_share(done, size, f"bytes of {path.name}")
+        )
+
+
+def _send_recipe(box: Box, recipe: Recipe) -> str:
+    with new_draft(paths.cache_dir()) as folder:
+        atomic_write(folder / "recipe.toml", dump(recipe))
+        return uploads.send(box, folder / "recipe.toml")
