@@ -23,6 +23,9 @@ from transformers import (
 from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter
 
+_SMALLEST_DIVISOR = 1e-5
+"""Smallest temperature and penalty by which logits are divided: by smaller ones float32 overflows."""
+
 
 class TokenSampler:
     """Selects the tokens of one answer, on the device of the logits."""
@@ -33,11 +36,12 @@ class TokenSampler:
         """Tokens so far (1, tokens), if a setting depends on them."""
         self._generator: torch.Generator | None = None
         if sampling.repetition_penalty != 1.0:
-            self._warp.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            penalty = max(sampling.repetition_penalty, _SMALLEST_DIVISOR)
+            self._warp.append(RepetitionPenaltyLogitsProcessor(penalty))
             self._ids = torch.tensor([prompt], device=device)
         if sampling.temperature == 0:
             return
-        self._warp.append(TemperatureLogitsWarper(sampling.temperature))
+        self._warp.append(TemperatureLogitsWarper(max(sampling.temperature, _SMALLEST_DIVISOR)))
         if sampling.top_k:
             self._warp.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:

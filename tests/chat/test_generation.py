@@ -1,14 +1,17 @@
-"""Whole characters only, and nothing lost."""
+"""Whole characters only, and nothing lost; and a token for all settings that are accepted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.chat.generation import IncrementalDetokenizer
+from qlora_tui.chat.chat_types import Sampling
+from qlora_tui.chat.generation import IncrementalDetokenizer, TokenSampler
 
 pytestmark = pytest.mark.slow
 
@@ -45,3 +48,11 @@ def test_pieces_joined_are_the_text(text: str) -> None:
 
 def test_special_tokens_between_words_are_not_shown() -> None:
     assert "".join(streamed([ord("a"), 300, 301, ord("b"), 302])) == "ab"
+
+
+@pytest.mark.parametrize("setting", ["temperature", "repetition_penalty", "top_p"])
+def test_the_smallest_settings_select_a_token(setting: str) -> None:
+    sampling = msgspec.convert({"seed": 0, setting: 1e-300}, Sampling)
+    logits = torch.tensor([[3.0, 60.0, 2.0, -50.0]])
+    token = int(TokenSampler(sampling, [0, 3], logits.device).next(logits))
+    assert token == (0 if setting == "repetition_penalty" else 1)
