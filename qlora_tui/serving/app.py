@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qlora_tui.chat.completion_types import Completion, CompletionPart, CompletionResult
 from qlora_tui.engine.protocol import Decide
 from qlora_tui.errors import INTERNAL_ERROR
-from qlora_tui.formatting import name_some
+from qlora_tui.formatting import name_some, truncate_middle
 from qlora_tui.serving import replies
 from qlora_tui.serving.errors import ApiError
 from qlora_tui.serving.guest import Guest
@@ -41,6 +41,8 @@ BODY_S = 60.0
 ANSWER_S = 3600.0
 """Seconds within which an answer must end."""
 _BUSY_RETRY_S = 5
+_LONGEST_NAME = 80
+"""Characters of a wrong name of a model that are repeated."""
 _RATE_S = 10.0
 """Seconds over which tokens per second are counted."""
 
@@ -276,7 +278,8 @@ class Api:
 
 def _no_model(name: str, models: ServedModels) -> ApiError:
     names = name_some([each.name for each in models.listed])
-    what = f"The model '{name}' does not exist. This server has {names}."
+    asked = truncate_middle(name, _LONGEST_NAME)
+    what = f"The model '{asked}' does not exist. This server has {names}."
     return ApiError(404, what, param="model", code="model_not_found")
 
 

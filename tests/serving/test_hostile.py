@@ -87,6 +87,10 @@ def test_a_prompt_beyond_the_context_is_refused_in_words(served: Served) -> None
     assert "tokens" in error_of(served.post(CHAT, **{**ASK, "messages": long}), 400)["message"]
 
 
+def test_a_wrong_name_is_not_repeated_at_length(served: Served) -> None:
+    assert len(error_of(served.post(CHAT, **{**ASK, "model": "x" * 1_000_000}), 404)["message"]) < 300
+
+
 @pytest.mark.parametrize("path", ["/nothing", "/models/none"])
 def test_what_is_not_there_is_a_404(served: Served, path: str) -> None:
     with served.client() as client:
