@@ -131,8 +131,8 @@ def _arguments_of(args: argparse.Namespace) -> list[str]:
 def _commands_of_others(run: RunDir) -> CommandResult:
     """Return the commands with which vLLM and llama.cpp serve a run, or what was exported of it.
 
-    Options as of November 2026 in vLLM's vllm/entrypoints/openai/cli_args.py and llama.cpp's
-    tools/server/README.md.
+    Options as in llama.cpp's common/arg.cpp (build b11434), and in vLLM's vllm/engine/arg_utils.py and
+    vllm/entrypoints/openai/cli_args.py (commit 005223338608).
     """
     exported = {each.request.form: each.status.paths[0] for each in read_exports(run) if each.status.paths}
     name = shlex.quote(run.id)
