@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from qlora_tui.chat.completion_types import CompletionPart, CompletionResult, LikelyToken, TokenScore
+from qlora_tui.chat.completion_types import (
+    Completion,
+    CompletionPart,
+    CompletionResult,
+    LikelyToken,
+    TokenScore,
+)
 from qlora_tui.data.conversation import Message, ToolCall
-from qlora_tui.serving import replies
+from qlora_tui.serving import app, replies
 from qlora_tui.serving.app import Figures, make_app
 from qlora_tui.serving.errors import ApiError
 from qlora_tui.serving.guest import Guest
@@ -163,6 +172,46 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault() -> N
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
     await make_app(cast(Guest, None), figures)(scope, receive, send)
     assert figures.statuses == {499: 1}
+
+
+class Stuck:
+    """A guest whose engine never answers; also the list of its models."""
+
+    async def models_now(self) -> Stuck:
+        return self
+
+    def find(self, name: str) -> ServedModel:
+        return MODEL
+
+    async def loaded(self) -> SimpleNamespace:
+        return SimpleNamespace(context_tokens=100)
+
+    async def complete(self, completion: Completion) -> AsyncGenerator[CompletionPart]:
+        await asyncio.Event().wait()
+        yield CompletionPart("late")
+
+
+@pytest.mark.parametrize(("sent", "status"), [(b"", 408), (b'{"model": "run", "prompt": "a"}', 504)])
+async def test_what_takes_too_long_is_ended_in_words(
+    sent: bytes, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body that does not arrive, and an answer that does not end."""
+    for limit in ("BODY_S", "ANSWER_S"):
+        monkeypatch.setattr(app, limit, 0.01)
+    pieces = [{"type": "http.request", "body": sent}] if sent else []
+    replies_sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return pieces.pop() if pieces else await asyncio.Event().wait()  # type: ignore[return-value]  # never
+
+    async def send(message: Any) -> None:
+        replies_sent.append(message)
+
+    figures = Figures()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+    await make_app(cast(Guest, Stuck()), figures)(scope, receive, send)
+    assert figures.statuses == {status: 1} and (figures.open, figures.rows) == (0, 0)
+    assert json.loads(replies_sent[1]["body"])["error"]["code"] == "timeout"
 
 
 @pytest.mark.parametrize(
