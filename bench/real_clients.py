@@ -83,7 +83,7 @@ def main() -> int:
     args = parser.parse_args()
     run = run_to_serve(args.run)
     scores = {}
-    with served(run.id) as url, tempfile.TemporaryDirectory() as folder:
+    with served(run.id) as (url, _), tempfile.TemporaryDirectory() as folder:
         chat = json.loads(_output(args.clients, "-c", _LITELLM, url, run.id).splitlines()[-1])
         print("litellm:", chat)
         for name in ("base", run.id):
@@ -102,15 +102,15 @@ def run_to_serve(name: str | None) -> RunDir:
 
 
 @contextmanager
-def served(run: str) -> Iterator[str]:
-    """Serve a run meanwhile; the address of the server."""
+def served(run: str) -> Iterator[tuple[str, int]]:
+    """Serve a run meanwhile; the address of the server and its PID."""
     argv = [sys.executable, "-m", "qlora_tui", "serve", run, "--port", "0", "--json"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             if not (line := server.stdout.readline()):
                 raise SystemExit("The server ended; the reason is above.")
-            yield json.loads(line)["address"]
+            yield json.loads(line)["address"], server.pid
         finally:
             server.terminate()
 

@@ -2,10 +2,12 @@
 
     python -m bench.serve [RUN] [--tokens 48] [--rounds 3] [--transformers PYTHON] [--json]
 
-Serves a run, by default the last that has an adapter. Plain ``generate`` (eager, peft's adapter unmerged) and
-the chat's session are those of ``bench.chat``, each in its own process. A server that takes one request after
-another gives the speed of plain ``generate`` to all its clients together. All take turns, whose order is
-reversed every round. Medians count, of the tokens after the first; those of eight clients are added up.
+Serves a run, by default the last that has an adapter. The Chat screen is that of the app, in a terminal of
+80×24 characters. Plain ``generate`` (eager, peft's adapter unmerged) and the chat's session are those of
+``bench.chat``, each in a process of its own that gives its tokens to nobody. A server that takes one request
+after another gives the speed of plain ``generate`` to all its clients together. All take turns, whose order
+is reversed every round. Medians count, of the tokens after the first; those of eight clients are added up.
+The last column is the processor time per token outside the engine: of the app, or of server and clients.
 
 With the Python of an environment that has fastapi, ``transformers serve`` is asked as the server is. It knows
 no adapters on a base that is quantized while it is read: it serves the base alone, in the dtype of the run,
@@ -22,24 +24,40 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import openai
+import psutil
 
 from bench.baselines.runner import in_turn
 from bench.chat import QUESTION
 from bench.real_clients import run_to_serve, served
+from bench.terminal import Terminal
 from qlora_tui.adapters.base_weights import model_folder
-from qlora_tui.chat.chat_types import BASE
+from qlora_tui.chat.chat_types import BASE, GenerationResult
 from qlora_tui.gpu.torch_env import openmp_wait_policy
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.training.compute_device import find_device
 
 CLIENTS = 8
+_TYPED_S = 0.7
+_ERASE = "\x05\x15"
+"""Keys that empty a field."""
 TOPICS = ("Paris", "Rome", "the Moon", "bread", "trains", "rivers", "music", "chess")
+
+
+class Speed(NamedTuple):
+    """How fast an answer came."""
+
+    tokens_per_s: float
+    delivery_s: float = 0.0
+    """Processor time per token of what asks the engine; 0: there is no engine, or not ours."""
 
 
 def main() -> int:
@@ -50,7 +68,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transformers", metavar="PYTHON")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--screen", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.screen:
+        return _app(args.screen)
     run = run_to_serve(args.run)
     recipe = run.recipe()
     # Each process would choose by the load that the others make.
@@ -58,36 +79,106 @@ def main() -> int:
     command = [sys.executable, "-m", "bench.chat", recipe.model.id, "--adapter", str(run.adapter_dir)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with ExitStack() as ends:
-        ways: dict[str, Callable[[], float]] = {}
-        for name, way in (("plain generate", "plain"), ("chat", "ours")):
+        ways: dict[str, Callable[[], Speed]] = {}
+        for name, way in (("plain generate", "plain"), ("the chat's session", "ours")):
             child = ends.enter_context(subprocess.Popen([*command, "--way", way], **pipes))
             # Without its input a child ends.
             ends.callback(child.stdin.close)
             ways[name] = partial(_by_child, child, args.tokens)
-        servers = [("server", ends.enter_context(served(run.id)), run.id)]
+        ways["the Chat screen"] = ends.enter_context(ChatScreen(run, args.tokens)).ask
+        url, pid = ends.enter_context(served(run.id))
+        servers = [("server", url, run.id, pid)]
         if args.transformers:
             model = str(model_folder(recipe))
             dtype = find_device(recipe).dtype_name
             other = ends.enter_context(_transformers(args.transformers, model, dtype))
-            servers += [("server, base", servers[0][1], BASE), ("transformers serve, base", other, model)]
-        for name, url, model in servers:
+            servers += [("server, base", url, BASE, pid), ("transformers serve, base", other, model, 0)]
+        for name, address, model, process in servers:
             for count in (1, CLIENTS):
-                ways[f"{name}, {count} clients"] = partial(by_clients, url, model, count, args.tokens)
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
+                ways[f"{name}, {count} clients"] = partial(
+                    by_clients, address, model, count, args.tokens, process
+                )
+        speeds: dict[str, list[Speed]] = {name: [] for name in ways}
         for number in range(-1, args.rounds):
             for name in in_turn(ways, number):
                 speed = ways[name]()
                 if number >= 0:
                     speeds[name].append(speed)
-    medians = {name: statistics.median(each) for name, each in speeds.items()}
+    medians = {name: Speed(*map(statistics.median, zip(*each, strict=True))) for name, each in speeds.items()}
     if args.json:
-        print(json.dumps(medians))
+        print(json.dumps({name: speed._asdict() for name, speed in medians.items()}))
         return 0
-    plain = medians["plain generate"]
-    print("| | tokens/s | |\n| --- | ---: | ---: |")
-    for name, speed in medians.items():
-        print(f"| {name} | {speed:.1f} | {speed / plain:.2f}× |")
+    plain = medians["plain generate"].tokens_per_s
+    print("| | tokens/s | | ms of processor per token |\n| --- | ---: | ---: | ---: |")
+    for name, (per_s, delivery_s) in medians.items():
+        delivery = f"{1000 * delivery_s:.1f}" if delivery_s else ""
+        print(f"| {name} | {per_s:.1f} | {per_s / plain:.2f}× | {delivery} |")
     return 0
+
+
+class ChatScreen:
+    """The app on a terminal, whose Chat screen answers as the run's adapter, greedily."""
+
+    def __init__(self, run: RunDir, tokens: int) -> None:
+        self._run, self._tokens = run, tokens
+        self._ends = ExitStack()
+
+    def __enter__(self) -> Self:
+        folder = Path(self._ends.enter_context(tempfile.TemporaryDirectory()))
+        # The only run: that which is opened.
+        runs = folder / "qlora-tui" / "runs"
+        runs.mkdir(parents=True)
+        (runs / self._run.id).symlink_to(self._run.path)
+        self._speeds = folder / "speeds"
+        self._speeds.touch()
+        command = [sys.executable, "-m", "bench.serve", f"--screen={self._speeds}"]
+        self._terminal = self._ends.enter_context(Terminal(command, env={"XDG_STATE_HOME": str(folder)}))
+        self._terminal.wait_for("Chat")
+        for keys, shown in (
+            (("7",), "One answer"),
+            (("a",), "only adapter answers"),
+            (("o",), "cumulative probability limit"),
+            # Temperature and the most tokens are the first and the fifth field.
+            ((f"{_ERASE}0", *"\t\t\t\t", f"{_ERASE}{self._tokens}", "\r"), f"≤ {self._tokens} tokens"),
+        ):
+            self._type(*keys)
+            self._terminal.wait_for(shown)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.close()
+
+    def _type(self, *keys: str) -> None:
+        """Press keys one after another: each may move the focus."""
+        for each in keys:
+            self._terminal.press(each)
+            self._terminal.watch(_TYPED_S)
+
+    def ask(self) -> Speed:
+        """Ask in a new conversation."""
+        self._type("\x1b", "x", "i", QUESTION)
+        self._terminal.press("\r")
+        known, before = len(self._speeds.read_text().splitlines()), self._terminal.cpu_s()
+        while len(lines := self._speeds.read_text().splitlines()) == known:
+            self._terminal.read(0.5)
+        tokens, speed = json.loads(lines[-1])
+        return Speed(speed, (self._terminal.cpu_s() - before) / tokens)
+
+
+def _app(speeds: Path) -> int:
+    """Run the app, and append tokens and exact speed of each answer to a file: its screen rounds."""
+    from qlora_tui.cli import main as app
+    from qlora_tui.tui.screens.chat.turn import AdapterAnswer
+
+    end = AdapterAnswer.end
+
+    async def noted(answer: AdapterAnswer, outcome: GenerationResult) -> None:
+        await end(answer, outcome)
+        with speeds.open("a") as file:
+            print(json.dumps([outcome.new_tokens, outcome.tokens_per_s]), file=file)
+
+    AdapterAnswer.end = noted  # type: ignore[assignment, method-assign]  # no message tells of it
+    return app([])
 
 
 @contextmanager
@@ -118,11 +209,21 @@ def _transformers(python: str, model: str, dtype: str) -> Iterator[str]:
             server.terminate()
 
 
-def by_clients(url: str, model: str, clients: int, tokens: int) -> float:
+def by_clients(url: str, model: str, clients: int, tokens: int, pid: int) -> Speed:
     """Return the tokens per second that clients get together, from when all have their first one."""
+    before = _cpu_s(pid)
     each = asyncio.run(_times(url, model, clients, tokens))
+    delivery_s = (_cpu_s(pid) - before) / sum(map(len, each))
     began, ended = max(one[0] for one in each), max(one[-1] for one in each)
-    return sum(moment > began for one in each for moment in one) / (ended - began)
+    return Speed(sum(moment > began for one in each for moment in one) / (ended - began), delivery_s)
+
+
+def _cpu_s(pid: int) -> float:
+    """Return the processor time of this process, in which the clients are, and of a server; 0 without one."""
+    if not pid:
+        return 0.0
+    times = psutil.Process(pid).cpu_times()
+    return time.process_time() + times.user + times.system
 
 
 async def _times(url: str, model: str, clients: int, tokens: int) -> list[list[float]]:
@@ -142,12 +243,12 @@ async def _times(url: str, model: str, clients: int, tokens: int) -> list[list[f
         return await asyncio.gather(*(times(topic) for topic in TOPICS[:clients]))
 
 
-def _by_child(child: subprocess.Popen[str], tokens: int) -> float:
+def _by_child(child: subprocess.Popen[str], tokens: int) -> Speed:
     assert child.stdin and child.stdout
     print(json.dumps(["short", tokens]), file=child.stdin, flush=True)
     if not (line := child.stdout.readline()):
         raise SystemExit("A child ended; the reason is above.")
-    return float(json.loads(line)["tokens_per_s"])
+    return Speed(json.loads(line)["tokens_per_s"])
 
 
 if __name__ == "__main__":
