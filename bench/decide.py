@@ -27,12 +27,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TREC = {
     "ABBR": "abbreviation",
@@ -137,10 +140,7 @@ def trial(args: argparse.Namespace, rows: Rows, state: Path, seed: int) -> Trial
         for number, (text, label) in enumerate(train)
     ]
     say(state.name)
-    started = time.monotonic()
-    before = os.times()
     probabilities, notes = by_tuning(args, state, given, validation, test, labels)
-    after = os.times()
     ours = Judged(
         probabilities[count:],
         [row[label] for row, (_, label) in zip(probabilities[:count], given, strict=True)],
@@ -154,11 +154,7 @@ def trial(args: argparse.Namespace, rows: Rows, state: Path, seed: int) -> Trial
             "not calibrated": Judged([sharpened(row, temperature) for row in ours.probabilities], ours.own),
             "qlora-tui": ours,
         },
-        notes=notes
-        | {
-            "minutes": (time.monotonic() - started) / 60,
-            "minutes of CPU": (sum(after[2:4]) - sum(before[2:4])) / 60,
-        },
+        notes=notes,
     )
 
 
@@ -256,41 +252,20 @@ def summary(trials: Sequence[Trial]) -> dict[str, Any]:
     """Return the figures of one task by name: by way, or of each draw."""
     import torch
 
-    from qlora_tui.training.calibration import calibration_error, judge_probabilities
+    from qlora_tui.training.calibration import calibration_error
 
     labels = sorted(trials[0].ways["TF-IDF"].probabilities[0])
-    truth = torch.tensor([labels.index(label) for each in trials for label in each.wanted])
     report: dict[str, Any] = {}
-    sure = {}
     for way in trials[0].ways:
-        judged = [each.ways[way] for each in trials]
-        table = torch.tensor(
-            [[row[label] for label in labels] for each in judged for row in each.probabilities]
-        )
-        logs = table.double().clamp(min=1e-12).log()
-        quality = judge_probabilities(logs, truth)
-        confidence, chosen = logs.exp().max(-1)
-        sure[way] = confidence, chosen == truth
-        found = {
-            f"planted: in the first {share:.0%}": statistics.mean(
-                _share_found(each.own, trial.wrong, share) for each, trial in zip(judged, trials, strict=True)
-            )
-            for share in (0.1, 0.2)
-        }
-        figures: dict[str, Any] = {
-            "accuracy": quality.accuracy,
-            "log loss": quality.log_loss,
-            "calibration error": quality.calibration_error,
-            "  if honest": quality.honest_error,
-            "planted: area under the curve": statistics.mean(
-                _area(each.own, trial.wrong) for each, trial in zip(judged, trials, strict=True)
-            ),
-            **found,
-        }
-        for name, value in figures.items():
-            report.setdefault(name, {})[way] = msgspec.to_builtins(value)
+        together = _figures(trials, way, labels)
+        draws = [_figures([each], way, labels) for each in trials]
+        for name, figure in together.items():
+            each = [draw[name]["value"] for draw in draws]
+            report.setdefault(name, {})[way] = {**figure, "draws": each}
     draw = torch.Generator().manual_seed(0)
-    resamples = [torch.randint(len(truth), (len(truth),), generator=draw) for _ in range(RESAMPLES)]
+    count = sum(len(each.wanted) for each in trials)
+    resamples = [torch.randint(count, (count,), generator=draw) for _ in range(RESAMPLES)]
+    sure = {way: _confidence(trials, way, labels) for way in trials[0].ways}
     errors = {
         way: torch.tensor([calibration_error(confidence[rows], right[rows]) for rows in resamples])
         for way, (confidence, right) in sure.items()
@@ -302,6 +277,44 @@ def summary(trials: Sequence[Trial]) -> dict[str, Any]:
     for name in trials[0].notes:
         report[name] = [each.notes[name] for each in trials]
     return report
+
+
+def _logs(trials: Sequence[Trial], way: str, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return the log probabilities (test rows, labels) of some draws, and the right labels (test rows,)."""
+    import torch
+
+    rows = [[row[label] for label in labels] for each in trials for row in each.ways[way].probabilities]
+    truth = torch.tensor([labels.index(label) for each in trials for label in each.wanted])
+    return torch.tensor(rows).double().clamp(min=1e-12).log(), truth
+
+
+def _confidence(trials: Sequence[Trial], way: str, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return the probability of the chosen label of each test row, and whether it is right."""
+    logs, truth = _logs(trials, way, labels)
+    confidence, chosen = logs.exp().max(-1)
+    return confidence, chosen == truth
+
+
+def _figures(trials: Sequence[Trial], way: str, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the figures of one way over some draws together: the value, and the interval if there is one."""
+    from qlora_tui.training.calibration import judge_probabilities
+
+    quality = judge_probabilities(*_logs(trials, way, labels))
+
+    def planted(measure: Callable[[Sequence[float], set[int]], float]) -> dict[str, Any]:
+        return {"value": statistics.mean(measure(each.ways[way].own, each.wrong) for each in trials)}
+
+    return {
+        "accuracy": msgspec.to_builtins(quality.accuracy),
+        "log loss": msgspec.to_builtins(quality.log_loss),
+        "calibration error": msgspec.to_builtins(quality.calibration_error),
+        "  if honest": {"value": quality.honest_error},
+        "planted: area under the curve": planted(_area),
+        **{
+            f"planted: in the first {share:.0%}": planted(partial(_share_found, share=share))
+            for share in (0.1, 0.2)
+        },
+    }
 
 
 def _area(own: Sequence[float], wrong: set[int]) -> float:
@@ -318,25 +331,36 @@ def _share_found(own: Sequence[float], wrong: set[int], share: float) -> float:
 
 
 def table(name: str, report: dict[str, Any]) -> str:
-    """Return the figures of a task in lines."""
+    """Return the figures of a task in lines: of all draws together, then of each, and their spread."""
     from qlora_tui.formatting import align_columns
 
-    def shown(value: Any) -> str:
-        if isinstance(value, dict):
-            low, high = value["interval"]
-            return f"{value['value']:.3f} ({low:.3f} to {high:.3f})"
-        return f"{value:.3f}"
+    def shown(figure: dict[str, Any]) -> str:
+        low_high = figure.get("interval")
+        interval = f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
+        return f"{figure['value']:.3f}{interval}"
 
-    ways = [(name, *report["accuracy"])]
-    ways += [
-        (label, *map(shown, value.values())) for label, value in report.items() if isinstance(value, dict)
+    def spread(figure: dict[str, Any]) -> str:
+        draws = figure["draws"]
+        deviation = f" ± {statistics.stdev(draws):.3f}" if len(draws) > 1 else ""
+        each = ", ".join(f"{value:.3f}" for value in draws)
+        return f"{statistics.mean(draws):.3f}{deviation} ({each})"
+
+    by_way = {label: value for label, value in report.items() if isinstance(value, dict)}
+    tables = [
+        align_columns(
+            [
+                (title, *by_way["accuracy"]),
+                *((label, *map(cell, figures.values())) for label, figures in by_way.items()),
+            ]
+        )
+        for title, cell in ((name, shown), (f"{name}, each draw", spread))
     ]
     rest = [
-        f"{label}: {', '.join(map(shown, value))}"
-        for label, value in report.items()
-        if isinstance(value, list)
+        f"{label}: {', '.join(f'{value:.3f}' for value in values)}"
+        for label, values in report.items()
+        if isinstance(values, list)
     ]
-    return "\n".join([*align_columns(ways), *rest])
+    return "\n".join([*tables[0], "", *tables[1], "", *rest])
 
 
 if __name__ == "__main__":
