@@ -90,9 +90,15 @@ real-exports: demo
 real-bases: $(INSTALLED)
 	$(BIN)/python -m bench.real_bases
 
-real-clients: demo
+# In an environment of their own: what they need must not decide our versions.
+CLIENTS := litellm==1.110.2 lm_eval[api]==0.4.13 transformers<5.25
+
+.clients-venv/.installed: Makefile
 	$(PYTHON) -m venv .clients-venv
-	.clients-venv/bin/python -m pip install --quiet --disable-pip-version-check litellm 'lm_eval[api]' transformers
+	.clients-venv/bin/python -m pip install --quiet --disable-pip-version-check $(foreach each,$(CLIENTS),'$(each)')
+	@touch $@
+
+real-clients: demo .clients-venv/.installed
 	$(BIN)/python -m bench.real_clients --clients .clients-venv/bin/python
 
 bench-deps:
