@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         return _start_result(start_in_background(_arguments_of(args), {KEY_VARIABLE: key}), first)
     server = Server(
         runs,
-        host=args.host,
+        host=args.listen_on,
         port=_PORT if args.port is None else args.port,
         api_key=key,
         aliases=dict(args.alias),
@@ -122,7 +122,12 @@ def _stop(port: int | None) -> CommandResult:
 
 def _arguments_of(args: argparse.Namespace) -> list[str]:
     """Return the arguments with which a process in the background serves the same; without the key."""
-    options = {"--host": args.host, "--port": args.port, "--idle-unload": args.idle_unload, "--gpu": args.gpu}
+    options = {
+        "--host": args.listen_on,
+        "--port": args.port,
+        "--idle-unload": args.idle_unload,
+        "--gpu": args.gpu,
+    }
     given = [f"{option}={value}" for option, value in options.items() if value is not None]
     aliases = [f"--alias={alias}={name}" for alias, name in args.alias]
     return [*(find_run(name).id for name in args.runs), *given, *aliases, *(["--all"] if args.all else [])]
@@ -173,8 +178,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--all", action="store_true", help="in addition to RUN, serve every run of its base, later ones too"
     )
     parser.add_argument("--port", type=_port, help=f"port to listen on (default: {_PORT})")
+    # Not `host`, which is that of the command before it: another machine.
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+        "--host",
+        dest="listen_on",
+        metavar="HOST",
+        default="127.0.0.1",
+        help="address to listen on (default: this machine only)",
     )
     parser.add_argument(
         "--api-key",

@@ -238,7 +238,7 @@ def test_evaluate_prints_the_commands_of_lm_eval_for_the_adapter(call: Call) -> 
     serve, harness = map(shlex.split, call("evaluate", run.id).out.splitlines()[-2:])
     served = command_parser("serve").parse_args(serve[1:])
     assert served.runs == [run.id] and served.background
-    url = f"http://{served.host}:{served.port}/v1/completions"
+    url = f"http://{served.listen_on}:{served.port}/v1/completions"
     model = f"model={run.id},base_url={url},tokenizer={run.adapter_dir},num_concurrent=8"
     assert harness == f"lm_eval --model local-completions --model_args {model} --tasks TASKS".split()
 
