@@ -6,6 +6,7 @@ alpha for all modules, whatever ``rank_pattern`` and ``alpha_pattern`` say.
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path, PurePath
 
@@ -59,9 +60,20 @@ def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> A
         size = size_of(folder)
         publish_new(folder, out)
     flag = f" --max-lora-rank {rank}" if rank > _DEFAULT_RANK else ""
-    base, module = shlex.quote(source.recipe.model.id), shlex.quote(f"{out.name}={out}")
+    base, module = shlex.quote(source.recipe.model.id), shlex.quote(_module(out))
     command = f"vllm serve {base} --enable-lora --lora-modules {module}{flag}"
     return AdapterFolder(path=str(out), bytes=size, rank=rank, command=command, notes=_notes(source, adapter))
+
+
+def _module(folder: Path) -> str:
+    """Return a folder as a value of vLLM's ``--lora-modules``.
+
+    ``name=path`` may have no comma and no other ``=``: ``LoRAParserAction`` in
+    vllm/entrypoints/openai/cli_args.py, commit 005223338608.
+    """
+    if any(mark in str(folder) for mark in ",="):
+        return json.dumps({"name": folder.name, "path": str(folder)})
+    return f"{folder.name}={folder}"
 
 
 def _notes(source: ChatSource, adapter: Path) -> tuple[str, ...]:

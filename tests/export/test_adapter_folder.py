@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,12 @@ def test_a_folder_for_vllm_comes_with_its_command(tmp_path: Path, rank: int, fla
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "tool_use.jinja"}
     lora = f"--enable-lora --lora-modules mine={tmp_path}/mine"
     assert written.command == f"vllm serve {source.recipe.model.id} {lora}{flag}"
+
+
+@pytest.mark.parametrize("name", ["a,b", "a=b"])
+def test_a_name_that_vllm_would_split_is_written_as_json(tmp_path: Path, name: str) -> None:
+    written = export_adapter_folder(make_source(tmp_path, adapter={"r": 4}), "adapter", tmp_path / name)
+    assert json.loads(shlex.split(written.command)[-1]) == {"name": name, "path": f"{tmp_path}/{name}"}
 
 
 @pytest.mark.parametrize(
