@@ -22,6 +22,7 @@ devices         which devices runs may use and have, and their locks
 gate            says whether a run may train now: by the hours, and by other programs on its GPU
 holds           the reasons to wait, decided from readings
 runner          starts each run's trainer when its devices are free
+supervision     supervises a run from attempt to attempt
 outcomes        how an attempt ended
 retry           what the next attempt changes after memory ran out, and what the user can change
 notify          reports a run's end to a command or a webhook

@@ -10,67 +10,45 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from qlora_tui import paths
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
-from qlora_tui.files import open_append
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.nvml import list_gpus
 from qlora_tui.gpu.visible_devices import release_choice
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
-from qlora_tui.runs import actions, control, run_queue
+from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.devices import (
     CPU,
     Devices,
     Wanted,
     choose,
-    claimed,
     devices_of,
-    record_devices,
     taken_keys,
     wanted_devices,
 )
 from qlora_tui.runs.directory import RunDir, all_runs, queue_path
 from qlora_tui.runs.event_log import events_backwards
-from qlora_tui.runs.events import Failed, Paused, RunEnded
-from qlora_tui.runs.gate import PERIOD_S, Gate
+from qlora_tui.runs.events import Paused, RunEnded
+from qlora_tui.runs.gate import Gate
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.leftovers import sweep
-from qlora_tui.runs.outcomes import determine_outcome, log_size, record_outcome
-from qlora_tui.runs.process import (
-    INHIBITOR,
-    process_identity,
-    runner_lock_path,
-    spawn_detached,
-    threads_variable,
-    trainer_command,
-)
-from qlora_tui.runs.retry import RetryPlan, host_oom_kills, plan_resume, plan_retry
+from qlora_tui.runs.process import runner_lock_path
 from qlora_tui.runs.status import ACTIVE, is_stranded, read_status, refuse_other_machines
+from qlora_tui.runs.supervision import POLL_S, Supervisor, advance_sweeps, log
 from qlora_tui.settings import GPU_VARIABLE, Settings, current_settings
-from qlora_tui.worker import module_argv, start_detached, subprocess_env
 
-POLL_S = 0.5
-"""Seconds between checks of a run that another process trains, and of the queue."""
 LOOK_S = 5.0
 """Seconds after which a waiting run's devices are looked at again, if nothing that is known has changed."""
-SWEEP_TRIES = 3
-"""How often a sweep's process is started again if it is killed."""
-EXITING_S = 60.0
-"""Seconds that a trainer may take to exit after recording its run's end."""
-_RELEASE_S = 2.0
-"""Seconds that the lock against a suspension may take to be released."""
 
 
 def main() -> int:
@@ -90,43 +68,17 @@ def main() -> int:
                     lock.truncate(0)
                     os.write(lock.fileno(), f"{os.getpid()}\n".encode())
                 refuse_other_machines()
-                _advance_sweeps()
+                advance_sweeps()
                 queue.work()
-                _advance_sweeps()
+                advance_sweeps()
             if not queue.waiting():
                 return 0
     except UserError as problem:
-        _log(problem)
+        log(problem)
         return problem.exit_code
     except OSError as error:
-        _log(disk_problem(error) or error)
+        log(disk_problem(error) or error)
         return EXIT_FAILURE
-
-
-@contextmanager
-def _awake() -> Iterator[None]:
-    """Keep the machine from suspending, if systemd runs here and lets this user: a GPU loses its memory then.
-
-    The lock is held by a child that ends with its input, so also with this process, however that ends.
-    """
-    program, holder = shutil.which(INHIBITOR), None
-    if program is not None:
-        options = ["--what=idle:sleep", "--mode=block", "--who=qlora-tui", "--why=A run is in training."]
-        with suppress(OSError):
-            holder = subprocess.Popen(
-                [program, *options, "cat"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # A signal for this process group is not for the lock.
-                start_new_session=True,
-            )
-    try:
-        yield
-    finally:
-        if holder is not None:
-            with suppress(subprocess.TimeoutExpired):
-                holder.communicate(timeout=_RELEASE_S)
 
 
 class _Queue:
@@ -134,6 +86,7 @@ class _Queue:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self._supervisor = Supervisor(gate.hold)
         self._holds: dict[str, Hold | None] = {}
         """What each waiting run was last held for, by its id."""
         self._skipped: set[str] = set()
@@ -157,7 +110,7 @@ class _Queue:
             if not _is_unsettled(run):
                 continue
             devices = devices_of(run)
-            self._start(run, devices or Devices(()), partial(_take_over, gate=self._gate))
+            self._start(run, devices or Devices(()), partial(_take_over, supervisor=self._supervisor))
             if devices is None:
                 # An earlier version started it, and which device it has is not known.
                 self._training[run.id][0].join()
@@ -216,7 +169,7 @@ class _Queue:
                         f"To train its last checkpoint further: `qlora-tui train {recipe} --init-from {last}`"
                     )
                     problem = problem.replace(fix=f"{problem.fix} {fix}, with `--gpus`.")
-                _refuse(run, problem)
+                self._supervisor.refuse(run, problem)
                 return
             used = self._gate.programs_on(run, wanted.free(reserved))
             unavailable = reserved | used.keys()
@@ -231,7 +184,7 @@ class _Queue:
             self._holds[run.id] = hold
         if devices is not None:
             reserved |= devices.keys
-            self._start(run, devices, partial(_begin, gate=self._gate))
+            self._start(run, devices, self._supervisor.begin)
 
     def _wanted_by(self, run: RunDir, unavailable: set[str]) -> Wanted:
         """Return what a run needs, as it was at an earlier look as long as too little of that is free."""
@@ -274,28 +227,15 @@ def _wanted(run: RunDir) -> Wanted:
     return wanted_devices(run.recipe(), environ, devices_of(run), stays=gave_way)
 
 
-def _refuse(run: RunDir, problem: UserError) -> None:
-    """Record that a run failed before it was started."""
-    run_queue.take(run, process_identity())
-    record_outcome(run, Failed.from_problem(problem, at=time.time(), exit_code=problem.exit_code))
-    _notify(run)
-
-
-def _log(message: object) -> None:
-    """Write to the runner's log, unless its disk is full: that must not end the queue."""
-    with suppress(OSError):
-        print(message, file=sys.stderr)
-
-
 def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
     """Work on one run; log any error and return False, so that the other runs continue."""
     try:
         work(run)
     except (OSError, UserError) as error:
-        _log(f"{run.id}: {error}")
+        log(f"{run.id}: {error}")
         return False
     except Exception:
-        _log(f"{run.id}:\n{traceback.format_exc()}")
+        log(f"{run.id}:\n{traceback.format_exc()}")
         return False
     return True
 
@@ -307,7 +247,7 @@ def _is_unsettled(run: RunDir) -> bool:
     return state in ("lost", *ACTIVE) or (is_over and run.unreported_path.exists())
 
 
-def _take_over(run: RunDir, devices: Devices, gate: Gate) -> None:
+def _take_over(run: RunDir, devices: Devices, supervisor: Supervisor) -> None:
     """Wait for the trainer of a runner that was killed, and record how the run ended."""
     if is_stranded(run):
         # On its way back into the queue.
@@ -315,166 +255,23 @@ def _take_over(run: RunDir, devices: Devices, gate: Gate) -> None:
         return
     if _has_trainer(run):
         is_asked = False
-        with _awake():
+        with supervisor.awake():
             while _has_trainer(run):
                 process = read_status(run).process
                 if process is None:
                     time.sleep(POLL_S)
                 else:
                     process.wait(POLL_S)
-                is_asked = is_asked or _ask_to_give_way(run, devices, gate)
+                is_asked = is_asked or supervisor.ask_to_give_way(run, devices)
     if _is_unsettled(run):
-        _supervise(run, _record_and_plan_retry(run, devices, exit_code=None), devices, gate)
+        plan = supervisor.record_and_plan_retry(run, devices, exit_code=None)
+        supervisor.supervise(run, plan, devices)
 
 
 def _has_trainer(run: RunDir) -> bool:
     status = read_status(run)
     # Of a lost run, that runner was killed before its trainer wrote a status.
     return status.state in ACTIVE or (status.state == "lost" and bool(is_locked(run.trainer_lock_path)))
-
-
-def _begin(run: RunDir, devices: Devices, gate: Gate) -> None:
-    deadline = time.monotonic() + EXITING_S
-    # Its last trainer may still be exiting, and may have no parent that waits for it.
-    while is_locked(run.trainer_lock_path):
-        if time.monotonic() > deadline:
-            raise UserError(
-                "The run is already training", what=f"Another trainer holds {run.trainer_lock_path}."
-            )
-        time.sleep(POLL_S)
-    _supervise(run, plan_resume(run), devices, gate)
-
-
-def _record_and_plan_retry(
-    run: RunDir,
-    devices: Devices,
-    exit_code: int | None,
-    events_from: int | None = None,
-    log_from: int | None = None,
-    *,
-    host_out_of_memory: bool = False,
-) -> RetryPlan | None:
-    """Record how an attempt ended; return a plan for the next attempt if less memory can help."""
-    if run.is_deleted:
-        _log(f"{run.id}: it was deleted while it was training")
-        return None
-    ending = determine_outcome(
-        run,
-        exit_code,
-        events_from=events_from,
-        log_from=log_from,
-        host_out_of_memory=host_out_of_memory,
-        processes=devices.processes,
-    )
-    try:
-        record_outcome(run, ending, events_from=events_from)
-        if read_status(run).state == "queued":
-            # Resumed while its trainer was still exiting: the queue handles it.
-            return None
-        if isinstance(ending, Paused) and ending.hold is not None:
-            # Unless the user ended it too, when the trainer was exiting already.
-            if control.pending_ending(run) in (None, "pause_now"):
-                run_queue.requeue(run, first=True)
-            return None
-        plan = plan_retry(run, ending)
-        if plan is None:
-            run.now_path.unlink(missing_ok=True)
-    except OSError as error:
-        # A full disk must not end the queue; the run then reads as lost, and the next runner records its end.
-        _log(f"{run.id}: its end could not be recorded: {error}")
-        return None
-    if plan is None:
-        _notify(run)
-    return plan
-
-
-def _advance_sweeps(*ids: str) -> None:
-    """Have sweeps queue what is next, all that are active by default, in a process of its own.
-
-    Whatever the process does, the queue goes on. It is repeated if it is killed: doing it twice is harmless.
-    """
-    if not ids and not any(paths.sweeps_dir().glob("*/active")):
-        return
-    for _ in range(SWEEP_TRIES):
-        with suppress(OSError):
-            argv = module_argv("qlora_tui.sweeps.driver", *ids)
-            if subprocess.run(argv, stdin=subprocess.DEVNULL, env=subprocess_env()).returncode >= 0:
-                return
-
-
-def _notify(run: RunDir) -> None:
-    if sweep := run.sweep:
-        # Before the mark of an unhandled end goes: if this runner is killed now, the next one repeats it.
-        _advance_sweeps(sweep)
-        with suppress(OSError):
-            run.unreported_path.unlink(missing_ok=True)
-        return
-    try:
-        # Before notifying: if this runner is killed now, the next one must not notify again.
-        run.unreported_path.unlink(missing_ok=True)
-        start_detached("qlora_tui.runs.notify:notify", run.path, stdout=subprocess.DEVNULL, stderr=None)
-    except OSError as error:
-        _log(f"{run.id}: the notification failed: {error}")
-
-
-def _supervise(run: RunDir, plan: RetryPlan | None, devices: Devices, gate: Gate) -> None:
-    """Train a run to its end, retrying with less memory if it runs out."""
-    if plan is None:
-        return
-    with claimed(devices) as handles:
-        if handles is None:
-            if read_status(run).state == "queued":
-                # Taken since it was free: the queue looks at it again.
-                return
-            raise UserError("The device is in use", what=f"Another process holds {devices}.")
-        while plan is not None:
-            kills_before = host_oom_kills()
-            events_from, log_from = run.events_path.stat().st_size, log_size(run)
-            exit_code = _train(run, plan, devices, handles, gate)
-            plan = _record_and_plan_retry(
-                run,
-                devices,
-                exit_code,
-                events_from,
-                log_from,
-                host_out_of_memory=host_oom_kills() > kills_before,
-            )
-
-
-def _train(run: RunDir, plan: RetryPlan, devices: Devices, handles: tuple[int, ...], gate: Gate) -> int:
-    """Run one trainer to its end; return its exit code. Raises OSError if the run cannot be taken."""
-    arguments = [*plan.to_arguments(), *devices.to_arguments()]
-    with open_append(run.log_path) as log:
-        run.unreported_path.touch(mode=0o600)
-        record_devices(run, devices)
-        run_queue.take(run, process_identity())
-        try:
-            trainer = spawn_detached(
-                *trainer_command(run.path, devices.processes, *arguments),
-                output=log,
-                environ=threads_variable(devices.processes),
-                inherited=handles,
-            )
-        except OSError as error:
-            log.write(f"The trainer could not be started: {error}\n".encode())
-            return EXIT_FAILURE
-    process, is_asked = process_identity(trainer.pid), False
-    with _awake():
-        while (exit_code := trainer.poll()) is None:
-            process.wait(PERIOD_S)
-            is_asked = is_asked or _ask_to_give_way(run, devices, gate)
-    return exit_code
-
-
-def _ask_to_give_way(run: RunDir, devices: Devices, gate: Gate) -> bool:
-    """Have a run in training save and leave its devices if it must not train now; return whether it was
-    asked."""
-    hold = gate.hold(run, devices.devices)
-    if hold is not None:
-        with suppress(UserError):
-            control.send_request(run, "pause_now", hold=hold)
-            return True
-    return False
 
 
 if __name__ == "__main__":

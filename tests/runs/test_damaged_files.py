@@ -11,7 +11,7 @@ import pytest
 from qlora_tui.cli import main
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, control, run_queue, runner
+from qlora_tui.runs import actions, control, run_queue, runner, supervision
 from qlora_tui.runs.check import check_run
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, last_event
@@ -20,6 +20,7 @@ from qlora_tui.runs.notify import notification_for
 from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status, write_status
+from qlora_tui.runs.supervision import Supervisor
 from qlora_tui.runs.telemetry import EnergyMeter, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.training import checkpoints
@@ -31,7 +32,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs that the runner would train; their trainers end at once."""
     ids: list[str] = []
 
-    def train(run: RunDir, plan: object, *rest: object) -> int:
+    def train(supervisor: Supervisor, run: RunDir, *rest: object) -> int:
         run_queue.remove(run)
         ids.append(run.id)
         write_status(run, read_status(run).transition("starting", process=process_identity()))
@@ -40,8 +41,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             events.write(encode(Finished(at=2.0, step=1, seconds=1.0, tokens_per_s=1.0)))
         return 0
 
-    monkeypatch.setattr(runner, "_train", train)
-    monkeypatch.setattr(runner, "start_detached", lambda *arguments, **options: None)
+    monkeypatch.setattr(Supervisor, "_train", train)
+    monkeypatch.setattr(supervision, "start_detached", lambda *arguments, **options: None)
     return ids
 
 

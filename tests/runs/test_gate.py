@@ -36,6 +36,7 @@ from qlora_tui.runs.gate import Gate, GpuReader, is_own, program_name
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import ensure_runner, runner_lock_path
 from qlora_tui.runs.status import Status, read_status, write_status
+from qlora_tui.runs.supervision import Supervisor
 from qlora_tui.runs.view import RunView
 from qlora_tui.settings import config_path
 from tests.support.nvml_stub import install_nvml_stub
@@ -348,7 +349,7 @@ def test_a_stop_while_the_trainer_exits_is_not_lost(run: RunDir, request_kind: s
     write_status(run, Status(state="paused", at=time.time(), step=3))
     run.unreported_path.touch()
     (run.control_dir / f"1-1-{request_kind}.json").write_text("{}")
-    runner._take_over(run, Devices(()), Gate())
+    runner._take_over(run, Devices(()), Supervisor(Gate().hold))
     assert read_status(run).state == state
     assert run_queue.waiting() == ([run.id] if state == "queued" else [])
 

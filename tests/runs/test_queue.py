@@ -26,6 +26,7 @@ from qlora_tui.runs.gate import Gate
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import Status, is_stranded, read_status, write_status
+from qlora_tui.runs.supervision import Supervisor
 from tests.gpu.test_visible_devices import RTX_3060, RTX_4090
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.polling import while_it_sleeps
@@ -180,7 +181,7 @@ def test_a_trainer_without_a_status_is_waited_for(run: RunDir, monkeypatch: pyte
             trainer.close()
 
         while_it_sleeps(monkeypatch, end)
-        runner._take_over(run, Devices(()), Gate())
+        runner._take_over(run, Devices(()), Supervisor(Gate().hold))
     assert read_status(run).state == "finished"
 
 
@@ -302,5 +303,5 @@ def test_the_next_runner_queues_a_held_run_that_a_crash_left_in_no_queue(
         crashing.setattr(run_queue, "_write", crash)
         run_queue.requeue(run, first=True)
     assert run_queue.waiting() == [] and runner._is_unsettled(run)
-    runner._take_over(run, Devices(()), Gate())
+    runner._take_over(run, Devices(()), Supervisor(Gate().hold))
     assert run_queue.waiting() == [run.id]
