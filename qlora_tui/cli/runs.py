@@ -38,6 +38,7 @@ from qlora_tui.runs.directory import LAST, RunDir, all_runs, find_run
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet, save_run
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.run_summary import device_words
+from qlora_tui.runs.slurm_runs import refresh, unsettled
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.settings import settings_problem
@@ -175,6 +176,7 @@ def _save(run: RunDir, file: Path) -> CommandResult:
 def _list() -> CommandResult:
     """List every run, newest first, and the queue's order."""
     waiting = run_queue.waiting()
+    refresh(unsettled(all_runs()))
     views = [RunView.from_sample(run, _FEW_STEPS)[0] for run in all_runs()]
     rows = [
         [

@@ -24,7 +24,7 @@ from qlora_tui.cli.subcommand import (
     recipe_from_args,
 )
 from qlora_tui.data.sources import every_source, paths_of
-from qlora_tui.errors import EXIT_FAILURE, UserError
+from qlora_tui.errors import EXIT_FAILURE, UsageError, UserError
 from qlora_tui.formatting import capitalize
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import replace_setting
@@ -32,10 +32,12 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import to_layer, to_recipe
 from qlora_tui.runs import actions
 from qlora_tui.runs.devices import wanted_devices
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.doctor import Check, CheckKind, read_machine
 from qlora_tui.runs.expected_time import Forecast, count_data, forecast, measured_forecast
-from qlora_tui.runs.preflight import errors, preflight, with_count
+from qlora_tui.runs.preflight import OF_MACHINE, errors, preflight, with_count
 from qlora_tui.runs.process import threads_variable, trainer_command
+from qlora_tui.runs.slurm_time import plan_job
 from qlora_tui.runs.step_probe import probe_steps, progress_words
 from qlora_tui.worker import module_argv
 
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
     with suppress(UserError):  # what is wrong is reported by the checks
         note_description(find_files(recipe.model.id).architecture)
+    if args.on:
+        return _on_cluster(recipe, args)
     if args.probe:
         return _probe(recipe)
     if args.dry_run:
@@ -64,7 +68,10 @@ def run(args: argparse.Namespace) -> CommandResult | int:
         return CommandResult(data={"run": None}, text="Not queued.", exit_code=EXIT_FAILURE)
     if args.print_command:
         return _print_command(recipe)
-    new = actions.submit(recipe, now=args.now)
+    return _follow(actions.submit(recipe, now=args.now), args)
+
+
+def _follow(new: RunDir, args: argparse.Namespace) -> CommandResult | int:
     if args.detach:
         return CommandResult(
             data={"run": new.id, "path": str(new.path)},
@@ -74,14 +81,55 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     return follow(new, as_json=args.json)
 
 
-def _dry_run(recipe: Recipe) -> CommandResult:
-    """Check the recipe and say how long the run would be; nothing is created."""
-    problem = None
+def _on_cluster(recipe: Recipe, args: argparse.Namespace) -> CommandResult | int:
+    """Check the recipe, and submit a job that trains it."""
+    for option, is_given in (
+        ("--gpu", args.gpu),
+        ("--now", args.now),
+        ("--probe", args.probe),
+        ("--print-command", args.print_command),
+    ):
+        if is_given:
+            raise UsageError(
+                f"{option} is not possible on a cluster",
+                what=f"The run goes to {args.on}, where Slurm decides when it trains, and on which GPU.",
+                fix=f"Leave out {option} or --on.",
+            )
+    _count(recipe)
+    plan = plan_job(recipe, args.on)
+    # No device of this machine matters to it.
+    checks = tuple(
+        check
+        for check in preflight(recipe, read_machine(), exact_within_s=0.0)
+        if check.kind not in OF_MACHINE
+    )
+    if args.dry_run:
+        failed = bool(errors(checks))
+        outcome = "It would not start: fix the errors above." if failed else "Nothing was submitted."
+        return CommandResult(
+            data={"ok": not failed, "limit_s": plan.limit_s, "checks": checks_as_data(checks)},
+            text="\n".join([*format_checks(checks), "", f"{plan.words} {outcome}"]),
+            exit_code=EXIT_FAILURE if failed else 0,
+        )
+    if not _confirm(checks):
+        return CommandResult(data={"run": None}, text="Not submitted.", exit_code=EXIT_FAILURE)
+    print(plan.words, file=sys.stderr)
+    return _follow(actions.submit_job(recipe, plan), args)
+
+
+def _count(recipe: Recipe) -> UserError | None:
+    """Count the samples of a recipe, for its steps; return the error for which that was impossible."""
     with ProgressLine() as line:
         try:
             count_data(recipe, lambda progress: line.show(f"{progress.done}% of the samples counted"))
         except UserError as error:
-            problem = error
+            return error
+    return None
+
+
+def _dry_run(recipe: Recipe) -> CommandResult:
+    """Check the recipe and say how long the run would be; nothing is created."""
+    problem = _count(recipe)
     machine = read_machine()
     expected = forecast(recipe, machine)
     checks = with_count(preflight(recipe, machine, expected=expected), problem)
@@ -189,6 +237,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="train this adapter further, in a new run; the recipe must have its LoRA settings",
     )
     parser.add_argument("--now", action="store_true", help=NOW_HELP)
+    parser.add_argument(
+        "--on",
+        metavar="TARGET",
+        help="train on a Slurm cluster, as targets/TARGET.toml in the config folder asks for",
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--detach", action="store_true", help="return at once; the run continues in the background"

@@ -24,6 +24,10 @@ holds           the reasons to wait, decided from readings
 runner          starts each run's trainer when its devices are free
 supervision     supervises a run from attempt to attempt
 outcomes        how an attempt ended
+slurm           what the jobs of a cluster ask for, and its commands
+slurm_runs      submits, cancels and watches the jobs of runs
+slurm_time      proposes the time limit of a job
+slurm_job       what a job does: trains one run, and lets a time limit be a pause
 retry           what the next attempt changes after memory ran out, and what the user can change
 notify          reports a run's end to a command or a webhook
 check           verifies runs, and repairs them

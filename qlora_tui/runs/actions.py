@@ -29,10 +29,12 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.recipe.validation import InvalidRecipeError
 from qlora_tui.remote.calls import at_box, changes_box
-from qlora_tui.runs import control, run_queue
+from qlora_tui.runs import control, run_queue, slurm_runs
 from qlora_tui.runs.directory import LAST, TRASH, RunDir, all_runs, create_run, find_run, match_runs
 from qlora_tui.runs.exports import is_exported
 from qlora_tui.runs.process import ensure_runner
+from qlora_tui.runs.slurm import JobPlan
+from qlora_tui.runs.slurm_runs import is_on_cluster
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status, refuse_other_machines
 
 LONGEST_NAME = 60
@@ -60,6 +62,18 @@ def submit(recipe: Recipe, *, now: bool = False) -> RunDir:
 
 
 @disk_problems()
+def submit_job(recipe: Recipe, plan: JobPlan) -> RunDir:
+    """Create a run and submit the job that trains it. Raises UserError; there is no run then."""
+    run = create_run(with_initial_adapter(with_absolute_paths(recipe)))
+    try:
+        slurm_runs.submit(run, plan.name, plan.target, plan.limit_s)
+    except UserError:
+        discard(run.path)
+        raise
+    return run
+
+
+@disk_problems()
 def prepare(recipe: Recipe) -> RunDir:
     """Create a run without queueing it, for trainers that the user starts."""
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
@@ -78,6 +92,9 @@ def resume(run: RunDir) -> None:
             what=f"{run.id} is {status.state}.",
             fix=_instead_of_resuming(run, status.state),
         )
+    if is_on_cluster(run):
+        slurm_runs.resubmit(run)
+        return
     refuse_other_machines()
     if gpu := requested_gpus():
         atomic_write(run.gpu_path, f"{gpu}\n", durable=True)
@@ -182,7 +199,8 @@ def stop(run: RunDir, *, now: bool = False) -> None:
 
     With ``now`` it does not wait for the end of the step or evaluation in progress, which is given up.
     """
-    if not run_queue.cancel(run):
+    is_taken_back = slurm_runs.cancel(run, pauses=False) if is_on_cluster(run) else run_queue.cancel(run)
+    if not is_taken_back:
         control.send_request(run, "stop_now" if now else "stop")
 
 
@@ -193,7 +211,11 @@ def pause(run: RunDir) -> None:
 
     A run that is held has done so already: it then waits for ``resume`` instead.
     """
-    if read_status(run).hold is None or not run_queue.pause(run):
+    if is_on_cluster(run):
+        is_taken_back = slurm_runs.cancel(run, pauses=True)
+    else:
+        is_taken_back = read_status(run).hold is not None and run_queue.pause(run)
+    if not is_taken_back:
         control.send_request(run, "pause")
 
 
@@ -204,6 +226,12 @@ def train_now(run: RunDir) -> None:
 
     Raises UserError for a run that cannot be resumed.
     """
+    if is_on_cluster(run):
+        raise UsageError(
+            "Slurm decides when it trains",
+            what=f"{run.id} is on a cluster, whose hours and other jobs this program does not know.",
+            fix=f"`qlora-tui resume {run.id}` submits it again once it has ended.",
+        )
     run.now_path.touch(mode=0o600)
     if read_status(run).state not in ("queued", *ACTIVE):
         try:
@@ -253,7 +281,7 @@ def check_deletable(run: RunDir) -> None:
             fix=f"Delete both yourself: `rm -r {shlex.quote(str(target))} {shlex.quote(str(run.path))}`.",
         )
     status = read_status(run)
-    if status.state in ACTIVE or run.id in run_queue.waiting():
+    if status.state in ("queued", *ACTIVE) or run.id in run_queue.waiting():
         raise UsageError(
             "The run has not ended",
             what=f"{run.name} is {status.state}.",

@@ -37,6 +37,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_log_lines
 from qlora_tui.runs.holds import hold_words, time_words
 from qlora_tui.runs.process import ensure_runner, runner_lock_path, runner_log_path
+from qlora_tui.runs.slurm_runs import is_on_cluster, refresh
 from qlora_tui.runs.status import ACTIVE, held_words
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS
 from qlora_tui.runs.telemetry import Reading
@@ -390,7 +391,9 @@ def follow_events(
             reported = detail.partition(":")[0]
             # The end of a hold is in the events.
             waited_for = "" if view.status.hold else "runner" if state == "queued" else "trainer"
-        if state == "queued" or is_held:
+        if is_on_cluster(view.run):
+            refresh([view.run])
+        elif state == "queued" or is_held:
             runner.check()
         time.sleep(POLL_S)
 

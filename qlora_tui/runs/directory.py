@@ -16,6 +16,10 @@ runs/<id>/
   trainer.lock     locked by the trainer as long as it runs
   untold           present until the runner has handled the run's end
   control/         requests to the trainer (:mod:`qlora_tui.runs.control`)
+  slurm.json       the job that trains it on a cluster (:mod:`qlora_tui.runs.slurm`)
+  job.sh           what was submitted
+  slurm.log        the output of that job
+  squeue.json      what Slurm last said of it
   checkpoints/     step-N/, to resume from
   adapter/         the result: adapter, tokenizer, chat template, recipe
 """
@@ -75,6 +79,10 @@ class RunDir:
     log_path = _Inside("trainer.log")
     unreported_path = _Inside("untold")
     trainer_lock_path = _Inside("trainer.lock")
+    slurm_path = _Inside("slurm.json")
+    squeue_path = _Inside("squeue.json")
+    job_script_path = _Inside("job.sh")
+    job_log_path = _Inside("slurm.log")
     control_dir = _Inside("control")
     checkpoints_dir = _Inside("checkpoints")
     replay_path = _Inside("replay.jsonl")

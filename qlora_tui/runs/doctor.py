@@ -40,6 +40,7 @@ from qlora_tui.runs.gate import closed_hours, is_own
 from qlora_tui.runs.holds import hold_words
 from qlora_tui.runs.process import INHIBITOR, threads_variable, torchrun_command
 from qlora_tui.runs.servers import running_servers
+from qlora_tui.runs.slurm_runs import is_on_cluster
 from qlora_tui.runs.status import ACTIVE, read_status
 from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.settings import GPU_VARIABLE, current_settings, settings_problem
@@ -162,7 +163,8 @@ def read_machine(assumed_bytes: int | None = None) -> Machine:
     except GpuUnavailableError as error:
         unavailable = error
     gpu = choice.gpu if choice else None
-    active = next((run.id for run in all_runs() if read_status(run).state in ACTIVE), "")
+    here = (run for run in all_runs() if not is_on_cluster(run))
+    active = next((run.id for run in here if read_status(run).state in ACTIVE), "")
     waiting = tuple(run_queue.waiting())
     return Machine(
         budget=budget_for(gpu, assumed_bytes),

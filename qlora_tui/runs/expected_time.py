@@ -160,8 +160,18 @@ def expected_time(
     """
     # Traces change no time, and each new one would have the runs read again.
     device = replace(machine.budget.device, traces=NO_TRACES)
+    return time_on(recipe, architecture, device, machine.device_name, tokens)
+
+
+def time_on(
+    recipe: Recipe, architecture: Architecture, device: Device, device_name: str, tokens: float
+) -> ExpectedTime | None:
+    """Return the time that training on ``tokens`` real tokens takes on a device.
+
+    ``device_name``: its name in the events of runs; empty if no run can have trained on it.
+    """
     cost = _seconds_per_token(recipe, architecture, device)
-    measured = list(_measured_runs(device, machine.device_name)) if machine.device_name else []
+    measured = list(_measured_runs(device, device_name)) if device_name else []
     if measured:
         like = min(measured, key=lambda one: abs(math.log(one.cost / cost)))
         seconds = tokens / like.tokens_per_s * cost / like.cost

@@ -2,7 +2,8 @@
 
 A hold of the hours or for another program has a run save and leave the GPU; the queue keeps it in its place.
 A hold for temperature or power has it rest where it is, between two micro-batches: its memory disturbs
-nobody, and heat comes and goes within seconds. A user's pause has no hold: only ``resume`` ends it.
+nobody, and heat comes and goes within seconds. A job of a cluster that reaches its time limit has its run
+save and leave, and asks to be started again. A user's pause has no hold: only ``resume`` ends it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qlora_tui.decoding import Count, UnixTime
 from qlora_tui.gpu.metrics import GpuProcess
 
 _DAY_S = 24 * 3600.0
-Cause: TypeAlias = Literal["hours", "program", "temperature", "power", "devices"]
+Cause: TypeAlias = Literal["hours", "program", "temperature", "power", "devices", "limit"]
 
 
 class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,6 +52,8 @@ def hold_words(hold: Hold) -> str:
             return f"for {hold.program} (pid {hold.pid})"
         case "devices":
             return f"for {hold.devices}"
+        case "limit":
+            return "until Slurm starts its job again"
         case "temperature":
             return f"at {hold.reading:.0f} °C (at most {hold.bound:.0f})"
         case "power":

@@ -66,6 +66,17 @@ TRACKER_NAMES = {
     "mlflow": "MLflow",
 }
 """The name of each choice of ``training.report_to`` but ``none``; the choice is that of its package."""
+OF_MACHINE = frozenset(
+    (
+        CheckKind.TIME,
+        CheckKind.MEMORY,
+        CheckKind.HOST_MEMORY,
+        CheckKind.GPU,
+        CheckKind.QUEUE,
+        CheckKind.KERNELS,
+    )
+)
+"""Checks of the machine on which a run trains, rather than of what it trains on."""
 _HIGH_RATE = 10
 """Factor of the default learning rate above which LoRA training seldom stays stable."""
 _SPARE_BYTES = 1 << 30

@@ -165,18 +165,19 @@ def spawn_detached(
     output: IO[bytes] | None,
     environ: Mapping[str, str] | None = None,
     inherited: Sequence[int] = (),
+    through: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a module in its own session, so that a signal to this process group does not reach it.
 
     Without ``output`` it writes to this process's output. ``environ``: further variables. ``inherited``:
-    descriptors that it keeps open.
+    descriptors that it keeps open. ``through``: a command that starts it, such as srun.
     """
     argv = worker.module_argv(module, *arguments)
     if module == _TORCHRUN:
         # The program takes the place of the shell, and its number.
         argv = ["/bin/sh", "-c", f'export {LAUNCHER_VARIABLE}=$$; exec "$@"', "sh", *argv]
     return subprocess.Popen(
-        argv,
+        [*through, *argv],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,

@@ -56,7 +56,7 @@ def _enter(run: RunDir, *, again: bool, first: bool = False) -> None:
         if status.state in ("queued", *ACTIVE):
             return
         if again:
-            _forget_requests(run)
+            forget_requests(run)
         write_status(run, status.transition("queued"))
         if again:
             append_event(run.events_path, Queued())
@@ -69,7 +69,7 @@ def _enter(run: RunDir, *, again: bool, first: bool = False) -> None:
                 run.unreported_path.unlink(missing_ok=True)
 
 
-def _forget_requests(run: RunDir) -> None:
+def forget_requests(run: RunDir) -> None:
     """Delete requests to a trainer that was killed before it took them."""
     for path in run.control_dir.glob("*.json"):
         # A folder among them is not a request, and is never taken for one.

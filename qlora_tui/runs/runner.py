@@ -43,6 +43,7 @@ from qlora_tui.runs.gate import Gate
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.leftovers import sweep
 from qlora_tui.runs.process import runner_lock_path
+from qlora_tui.runs.slurm_runs import is_on_cluster
 from qlora_tui.runs.status import ACTIVE, is_stranded, read_status, refuse_other_machines
 from qlora_tui.runs.supervision import POLL_S, Supervisor, advance_sweeps, log
 from qlora_tui.settings import GPU_VARIABLE, Settings, current_settings
@@ -107,7 +108,7 @@ class _Queue:
             sweep()
             actions.empty_trash(actions.KEPT_S)
         for run in all_runs():
-            if not _is_unsettled(run):
+            if is_on_cluster(run) or not _is_unsettled(run):
                 continue
             devices = devices_of(run)
             self._start(run, devices or Devices(()), partial(_take_over, supervisor=self._supervisor))

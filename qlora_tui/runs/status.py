@@ -5,7 +5,8 @@ heartbeat is a separate file, replaced once a second and never synced: a power c
 no more than the last second. If ``status.json`` cannot be read, the state is derived from the events.
 
 Written by the one process that currently owns the run: the one that queues it, the runner, or the trainer.
-All of them are on one machine: :func:`refuse_other_machines`.
+All of them are on one machine: :func:`refuse_other_machines`. A run on a cluster is owned by its job,
+wherever that runs (:mod:`qlora_tui.runs.slurm_job`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qlora_tui.runs.directory import RunDir, all_runs, waiting
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.holds import Hold, hold_words
 from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
+from qlora_tui.runs.slurm import Submission, seen_job, submission_of, was_asked_lately
 
 BEAT_S = 60.0
 """Age in seconds after which a heartbeat counts as the last, if its process cannot be looked up."""
@@ -94,27 +96,64 @@ def write_heartbeat(run: RunDir, status: Status) -> None:
 
 def read_status(run: RunDir) -> Status:
     """Read the actual status: an active run whose process has ended is ``lost``."""
-    status = _recorded_status(run)
+    status = recorded_status(run)
     if current() is not None:
         # The box has looked for the process.
         return status
+    if status.state in ("queued", *ACTIVE) and (submission := submission_of(run)) is not None:
+        return _status_of_job(run, status, submission)
     if status.state == "queued":
         if run.id in waiting():
             waits = capitalize(f"{held_words(status)}.") if status.hold else ""
             return structs.replace(status, detail=describe_runner() or waits or status.detail)
         # Once more: the runner may have taken it since.
-        status = _recorded_status(run)
+        status = recorded_status(run)
         if status.state == "queued":
             return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
     if status.state not in ACTIVE:
         return status
-    beat = read_json(run.heartbeat_path, _DECODER)
-    if beat is not None and beat.process == status.process:
-        status = beat
-    seen = find_trainer(status.process, run, status.at, beats=status.state == "running")
+    status, seen = _look_for_trainer(run, status)
     return structs.replace(
         status, state=status.state if seen.alive else "lost", detail=seen.detail or status.detail
     )
+
+
+def has_live_trainer(run: RunDir) -> bool:
+    """Whether the files say that a process trains the run now, on this machine or another."""
+    status = recorded_status(run)
+    return status.state in ACTIVE and _look_for_trainer(run, status)[1].alive
+
+
+def _look_for_trainer(run: RunDir, status: Status) -> tuple[Status, Sighting]:
+    """Return the status with the last heartbeat, and what is known of the process behind it."""
+    beat = read_json(run.heartbeat_path, _DECODER)
+    if beat is not None and beat.process == status.process:
+        status = beat
+    return status, find_trainer(status.process, run, status.at, beats=status.state == "running")
+
+
+def _status_of_job(run: RunDir, status: Status, submission: Submission) -> Status:
+    """Return the status of a run on a cluster, from its files and what Slurm last said of its job."""
+    job, seen = submission.job, seen_job(run)
+    if status.state == "queued":
+        if seen is not None and seen.is_over and seen.at > status.at:
+            return structs.replace(status, state="stopped", detail=seen.words(job))
+        said = seen.words(job) if seen is not None else f"Slurm job {job} was submitted."
+        return structs.replace(status, detail=said if job else "It is being submitted to Slurm.")
+    status, trainer = _look_for_trainer(run, status)
+    if trainer.alive:
+        mark = status.process
+        where = f"Slurm job {job} runs on {mark.host if mark else 'an unknown node'}."
+        is_told = mark is None or mark.is_from_this_host
+        return structs.replace(status, detail=(trainer.detail if is_told else "") or where)
+    if seen is None or not was_asked_lately():
+        return structs.replace(status, state="lost", detail=trainer.detail)
+    if seen.waits and seen.at > status.at:
+        # Slurm starts a job again whose node failed.
+        return structs.replace(status, state="queued", detail=seen.words(job))
+    if seen.runs:
+        return structs.replace(status, detail=f"{seen.words(job)} Its trainer does not respond.")
+    return structs.replace(status, state="lost", detail=seen.words(job))
 
 
 def held_words(status: Status) -> str:
@@ -131,6 +170,9 @@ def refuse_other_machines() -> None:
     for run in all_runs():
         status = read_status(run)
         mark = status.process
+        if submission_of(run) is not None:
+            # No queue has it.
+            continue
         if status.state in ACTIVE and mark and not (mark.is_from_this_host or mark.is_from_this_boot):
             raise UserError(
                 "Another machine uses the state folder",
@@ -204,7 +246,7 @@ def _silence(beat_at: float) -> str:
 
 def is_stranded(run: RunDir) -> bool:
     """Whether the run's last recorded state is queued, but it is not in the queue."""
-    return _recorded_status(run).state == "queued" and read_status(run).state == "stopped"
+    return recorded_status(run).state == "queued" and read_status(run).state == "stopped"
 
 
 def status_problem(run: RunDir) -> str | None:
@@ -216,7 +258,8 @@ def status_problem(run: RunDir) -> str | None:
     return None
 
 
-def _recorded_status(run: RunDir) -> Status:
+def recorded_status(run: RunDir) -> Status:
+    """Read the status as it was written last, or as the events say if that cannot be read."""
     try:
         return _decoded(run.status_path)
     except (OSError, msgspec.MsgspecError) as error:

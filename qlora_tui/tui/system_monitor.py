@@ -25,6 +25,7 @@ from qlora_tui.runs.exports import exports_dir, read_exports
 from qlora_tui.runs.notify import RunNotification, notification_for
 from qlora_tui.runs.process import ensure_runner, runner_lock_path
 from qlora_tui.runs.servers import running_servers
+from qlora_tui.runs.slurm_runs import Watch
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.system_status import RunningExport, SystemStatus
 
@@ -59,6 +60,7 @@ class SystemMonitor:
         self._training: set[str] = set()
         """Ids of runs seen in training, whose end will be news."""
         self._exports: dict[str, _Exports] = {}
+        self._cluster = Watch()
         self._driver: Nvml | None = None
         self._device_keys: tuple[str, ...] = ()
         """Of the GPUs that runs may use; empty with fewer than two."""
@@ -77,6 +79,7 @@ class SystemMonitor:
         metrics = self._read_gpu()
         waiting_ids = tuple(run_queue.waiting())
         queued = frozenset(waiting_ids)
+        self._cluster.poll(self._all_runs())
         statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
         training = [(run, status) for run, status in statuses if status.state in ACTIVE]
         active = training[0] if training else (None, None)

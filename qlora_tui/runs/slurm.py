@@ -1,0 +1,407 @@
+"""Slurm: what jobs ask for, their scripts, and the commands of a cluster.
+
+A target, ``targets/NAME.toml`` in the config folder, says what the jobs of a cluster ask for; recipes do not,
+so that they train anywhere. A run on a cluster has ``slurm.json`` (its job), ``job.sh`` (what was submitted),
+``slurm.log`` (what the job printed) and ``squeue.json`` (what Slurm last said of the job) in its folder.
+:mod:`qlora_tui.runs.slurm_runs` submits and watches such runs; :mod:`qlora_tui.runs.slurm_job` is what a job
+does.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import time
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qlora_tui import paths
+from qlora_tui.decoding import UnixTime, read_json
+from qlora_tui.errors import UsageError, UserError
+from qlora_tui.files import private_dir, read_regular
+from qlora_tui.formatting import pluralize
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.holds import time_words
+from qlora_tui.runs.process import detached_environ
+from qlora_tui.visible import visible
+from qlora_tui.worker import module_argv
+
+SIGNAL_S = 120
+"""Seconds before its time limit at which a job is told to save and leave."""
+FRESH_S = 120.0
+"""Seconds for which an answer of Slurm is trusted more than the files of a run that seems lost."""
+_PROGRAM = "qlora_tui.runs.slurm_job"
+_CALL_S = 30.0
+"""Seconds after which a command of Slurm counts as not answering."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+_OWN_OPTIONS = {
+    "signal",
+    "requeue",
+    "no-requeue",
+    "open-mode",
+    "output",
+    "error",
+    "array",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "wrap",
+    "parsable",
+    "test-only",
+    "wait",
+    "partition",
+    "gres",
+    "time",
+    "account",
+}
+"""Options of sbatch that a target's ``extra`` cannot have: the other keys or this program decide them."""
+_OWN_SHORT_OPTIONS = re.compile(r"-[oeaNnWptA]")
+_VARIABLES = re.compile(
+    r"SBATCH_(SIGNAL|REQUEUE|NO_REQUEUE|OPEN_MODE|OUTPUT|ERROR|TIMELIMIT|EXPORT|ARRAY_INX|WAIT)$"
+    r"|SQUEUE_|HF_TOKEN$|HUGGING_FACE_HUB_TOKEN$"
+)
+"""Variables that would override what a script says or a command prints; and tokens, which no trainer needs:
+the controller of the cluster keeps the environment of a job in a file."""
+
+
+class Target(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the jobs of a cluster ask for, each as sbatch takes it."""
+
+    partition: str = ""
+    """Empty: the cluster's default."""
+    gres: str = ""
+    """``gpu:a100:1``. Empty: as many GPUs as the recipe says, of any kind."""
+    time: str = ""
+    """Time limit of a job: ``04:00:00``. Empty: proposed from measured speed."""
+    account: str = ""
+    extra: tuple[str, ...] = ()
+    """Further options: ``["--mem=64G", "--constraint=ampere"]``."""
+
+
+class JobPlan(Struct, frozen=True):
+    """What a job will ask for, and how its time limit came about."""
+
+    name: str
+    """Name of the target."""
+    target: Target
+    limit_s: int | None
+    """The proposed limit; None if the target or the cluster says."""
+    words: str
+    """The limit, in a sentence."""
+
+
+class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The content of ``slurm.json``: the job that trains a run, or trained it last."""
+
+    target: str
+    """Name of the target."""
+    job: str = ""
+    """Slurm's number; empty while it is being submitted."""
+    limit_s: int | None = None
+    """Time limit that was proposed for it; None if the target or the cluster says."""
+
+
+class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The content of ``squeue.json``: a job as Slurm said, when that last changed."""
+
+    at: UnixTime
+    states: tuple[str, ...] = ()
+    """State and flags as in ``squeue --json``: ``RUNNING``; empty if Slurm no longer knows the job."""
+    reason: str = ""
+    """Why it waits: ``Resources``."""
+    nodes: str = ""
+    starts_at: UnixTime | None = None
+    """When Slurm expects to start it, if it waits."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the job is to start, for the first time or again."""
+        return "PENDING" in self.states
+
+    @property
+    def runs(self) -> bool:
+        """Whether the job has started and not ended."""
+        return not self.waits and not {"RUNNING", "SUSPENDED", "COMPLETING"}.isdisjoint(self.states)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended and will not start again."""
+        return not (self.waits or self.runs)
+
+    def words(self, job: str) -> str:
+        """Say what Slurm says of the job with this number, in a sentence."""
+        if self.waits:
+            start = f", and is expected to start at {time_words(self.starts_at)}" if self.starts_at else ""
+            return f"Slurm job {job} waits ({self.reason or 'no reason given'}){start}."
+        if self.runs:
+            return f"Slurm job {job} runs{f' on {self.nodes}' if self.nodes else ''}."
+        if not self.states:
+            return f"Slurm job {job} has ended."
+        return f"Slurm job {job} has ended: {self.states[0].lower().replace('_', ' ')}."
+
+
+_SUBMISSION = msgspec.json.Decoder(Submission)
+_SEEN = msgspec.json.Decoder(SeenJob)
+
+
+def submission_of(run: RunDir) -> Submission | None:
+    """Return the job of a run on a cluster; None for any other run."""
+    return read_json(run.slurm_path, _SUBMISSION)
+
+
+def seen_job(run: RunDir) -> SeenJob | None:
+    """Return what Slurm last said of the job of a run; None before it was asked."""
+    return read_json(run.squeue_path, _SEEN)
+
+
+def was_asked_lately() -> bool:
+    """Whether Slurm has answered within :data:`FRESH_S`, to any process."""
+    try:
+        return abs(time.time() - asked_path().stat().st_mtime) < FRESH_S
+    except OSError:
+        return False
+
+
+def asked_path() -> Path:
+    """Path of the file whose time says when Slurm last answered; locked while it is asked."""
+    return paths.state_dir() / "squeue.asked"
+
+
+def targets_dir() -> Path:
+    """Folder of the targets."""
+    return private_dir(paths.config_dir() / "targets")
+
+
+def load_target(name: str) -> Target:
+    """Read the target of this name. Raises UsageError if there is none, or it cannot be used."""
+    path = targets_dir() / f"{name}.toml"
+    example = 'partition = "gpu"\ngres = "gpu:1"\ntime = "04:00:00"'
+    if not _NAME.fullmatch(name) or not path.is_file():
+        known = ", ".join(sorted(each.stem for each in targets_dir().glob("*.toml")))
+        raise UsageError(
+            "No such target",
+            what=f"There is no {path}.",
+            why=f"The targets are {known}." if known else "A target says what the jobs of a cluster ask for.",
+            fix=f"Write that file; each line may be left out:\n{example}",
+        )
+    try:
+        target = msgspec.convert(tomllib.loads(read_regular(path).decode()), Target)
+    except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:
+        keys = ", ".join(Target.__struct_fields__)
+        raise UsageError(
+            "Cannot use the target", what=f"{path}: {error}.", fix=f"Its keys are {keys}."
+        ) from error
+    problem = _problem_of(target)
+    if problem:
+        raise UsageError("Cannot use the target", what=f"{path}: {problem}", fix="Correct that line.")
+    return target
+
+
+def _problem_of(target: Target) -> str:
+    """Describe what is wrong with a target, in a sentence; empty if nothing is."""
+    texts = (target.partition, target.gres, target.account, *target.extra)
+    if odd := next((text for text in texts if not text.isprintable()), ""):
+        return f"{odd!r} is not one line."
+    if target.time and parse_limit(target.time) is None:
+        return f"time is {target.time!r}; sbatch takes 90 (minutes), 4:00:00 or 1-12:00:00."
+    for option in target.extra:
+        name = option.partition("=")[0]
+        if not option.startswith("-"):
+            return f"extra has {option!r}, which is not an option such as --mem=64G."
+        if name.removeprefix("--") in _OWN_OPTIONS or _OWN_SHORT_OPTIONS.match(option):
+            return f"extra has {option}, which the other keys or this program decide."
+    return ""
+
+
+def parse_limit(text: str) -> int | None:
+    """Return the seconds of a time limit as sbatch takes it; None if it is none."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        return None
+    first, second, third = (None if part is None else int(part) for part in match.group(2, 3, 4))
+    assert first is not None
+    if match["days"]:
+        return int(match["days"]) * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
+    if third is not None:
+        return first * 3600 + (second or 0) * 60 + third
+    return first * 60 + (second or 0)
+
+
+def format_limit(seconds: int) -> str:
+    """Return a time limit as sbatch takes it: ``1-02:30:00``."""
+    days, rest = divmod(seconds, 86400)
+    clock = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
+    return f"{days}-{clock}" if days else clock
+
+
+def gpus_of(gres: str) -> int:
+    """Return the number of GPUs of ``gpu:a100:2``; 1 where it says none."""
+    count = gres.rpartition(":")[2]
+    return int(count) if count.isdecimal() else 1
+
+
+def job_script(run: RunDir, target: Target, limit_s: int | None, gpus: int) -> str:
+    """Return the script of a job that trains a run.
+
+    Args:
+        run: the run.
+        target: what the job asks for.
+        limit_s: time limit if the target has none; None for the cluster's default.
+        gpus: GPUs if the target does not say.
+    """
+    # sbatch puts the number of the job in place of %j, and so on.
+    output = str(run.job_log_path).replace("%", "%%")
+    options = [
+        f"--job-name={run.id}",
+        f"--output={output}",
+        "--open-mode=append",
+        # To the script alone, which becomes the program below: that has the trainer save.
+        f"--signal=B:TERM@{SIGNAL_S}",
+        "--requeue",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--gres={target.gres or f'gpu:{gpus}'}",
+    ]
+    if target.partition:
+        options.append(f"--partition={target.partition}")
+    if target.account:
+        options.append(f"--account={target.account}")
+    if limit := target.time or (format_limit(limit_s) if limit_s else ""):
+        options.append(f"--time={limit}")
+    lines = [f"#SBATCH {shlex.quote(option)}" for option in (*options, *target.extra)]
+    program = shlex.join(module_argv(_PROGRAM, str(run.path)))
+    return "\n".join(["#!/bin/bash", *lines, f"exec {program}", ""])
+
+
+def submit(script: Path) -> str:
+    """Submit the script of a job; return its number. Raises UserError."""
+    # With several clusters, the name of one follows.
+    return _call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+
+def cancel(job: str) -> None:
+    """Cancel a job; its processes may save for the time that the cluster allows. Raises UserError."""
+    _call("scancel", job)
+
+
+def requeue(job: str) -> None:
+    """Have a job of this process end and start again later. Raises UserError."""
+    _call("scontrol", "requeue", job)
+
+
+def partition_limit(partition: str) -> int | None:
+    """Return the seconds that a job of a partition may take; None if there is no limit or it is unknown."""
+    try:
+        lines = _call(
+            "sinfo", "--noheader", "--format=%P %l", *([f"--partition={partition}"] if partition else [])
+        )
+    except UserError:
+        return None
+    for name, limit in (line.split() for line in lines.splitlines() if len(line.split()) == 2):
+        # The default partition has a star.
+        if partition or name.endswith("*"):
+            return parse_limit(limit)
+    return None
+
+
+class _Number(Struct):
+    number: int = 0
+
+
+class _ListedJob(Struct):
+    """A job in the output of ``squeue --json``."""
+
+    job_id: int
+    job_state: list[str] | str
+    state_reason: str = ""
+    nodes: str = ""
+    start_time: _Number | int | None = None
+
+    def seen(self) -> SeenJob:
+        states = (self.job_state,) if isinstance(self.job_state, str) else tuple(self.job_state)
+        start = self.start_time.number if isinstance(self.start_time, _Number) else self.start_time
+        waits = "PENDING" in states
+        return SeenJob(
+            at=time.time(),
+            states=states,
+            reason=self.state_reason if waits else "",
+            nodes="" if waits else self.nodes,
+            starts_at=float(start) if waits and start else None,
+        )
+
+
+class _Listing(Struct):
+    jobs: list[_ListedJob]
+
+
+def list_jobs() -> dict[str, SeenJob]:
+    """Return this user's jobs by number, with those that ended a few minutes ago. Raises UserError."""
+    output = _call("squeue", "--json", "--me", "--states=all")
+    try:
+        jobs = msgspec.json.decode(output, type=_Listing).jobs
+    except msgspec.MsgspecError as error:
+        raise UserError(
+            "Slurm's answer cannot be read",
+            what=f"squeue --json printed what this version does not understand: {error}.",
+            fix="`squeue --me` shows the jobs.",
+        ) from error
+    return {str(job.job_id): job.seen() for job in jobs}
+
+
+def is_installed() -> bool:
+    """Whether the commands of Slurm are here."""
+    return shutil.which("squeue") is not None
+
+
+def require_installed() -> None:
+    """Raise UserError if the commands of Slurm are not here."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "Slurm is not installed here",
+            what="There is no command sbatch.",
+            why="A run is submitted to a cluster by its own commands.",
+            fix="Use a login node of the cluster. To make this machine one: `sudo apt install slurm-client`, "
+            "then copy slurm.conf and the key from a login node.",
+        )
+
+
+def _call(command: str, *arguments: str) -> str:
+    """Run a command of Slurm; return what it prints. Raises UserError."""
+    require_installed()
+    environ = {name: value for name, value in detached_environ().items() if not _VARIABLES.match(name)}
+    try:
+        done = subprocess.run(
+            [command, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environ,
+            cwd="/",
+            timeout=_CALL_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        what = f"{command} did not answer within {pluralize(round(_CALL_S), 'second')}."
+        raise UserError("Slurm does not answer", what=what, fix="Try again later.") from None
+    except OSError as error:
+        raise UserError("Slurm does not answer", what=f"{command}: {error.strerror}.") from error
+    if done.returncode:
+        raise UserError(
+            f"{command} failed",
+            what=_last_lines(done.stderr.splitlines()) or f"It exited with code {done.returncode}.",
+            fix=f"Correct what it names; the command was `{shlex.join([command, *arguments])}`.",
+        )
+    return done.stdout
+
+
+def _last_lines(lines: Iterable[str]) -> str:
+    """Return what a command of Slurm said, in one line."""
+    return " / ".join(visible(line.strip()) for line in list(lines)[-3:] if line.strip())

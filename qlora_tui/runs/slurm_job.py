@@ -1,0 +1,188 @@
+"""What the job of a cluster does: trains one run, and lets a time limit be a pause.
+
+``python -m qlora_tui.runs.slurm_job RUN`` takes the place of the job's script, to which Slurm sends SIGTERM
+before the time limit, and when it takes the node for another job. The run then saves within the step, and
+Slurm is asked to start the job again, which resumes exactly. Retries after memory ran out, the end and its
+notification are those of the queue (:mod:`qlora_tui.runs.supervision`). The trainer is a step of the job
+(``srun``), so that Slurm ends it with the job, however this process ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import IO
+
+from msgspec import structs
+
+from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
+from qlora_tui.runs import control, run_queue, slurm
+from qlora_tui.runs.devices import Devices, RunDevice, choose, devices_of, record_devices, wanted_devices
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import append_event
+from qlora_tui.runs.events import Paused, Queued
+from qlora_tui.runs.holds import Hold
+from qlora_tui.runs.notify import notify
+from qlora_tui.runs.process import process_identity, spawn_detached, threads_variable, trainer_command
+from qlora_tui.runs.status import (
+    ACTIVE,
+    BEAT_S,
+    has_live_trainer,
+    read_status,
+    recorded_status,
+    write_status,
+)
+from qlora_tui.runs.supervision import POLL_S, Supervisor, log
+
+# All processors of the job: srun would give a task one, and bind it there.
+_SRUN = ("srun", "--nodes=1", "--ntasks=1", "--cpu-bind=none", "--unbuffered", "--kill-on-bad-exit=1")
+_BY_SIGNAL = 128
+"""srun's exit code for a task that a signal ended, less the signal."""
+
+
+class _Job(Supervisor):
+    """Trains the run of this job."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(self._limit)
+        self._job = job
+        self.is_told_to_leave = False
+
+    def listen(self) -> None:
+        """Leave on SIGTERM, which Slurm sends to the script alone."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def ask_to_give_way(self, run: RunDir, devices: Devices) -> bool:
+        """Have the trainer save and leave if Slurm said so; a cancelled job stops its run instead."""
+        if self.is_told_to_leave and self._is_cancelled():
+            with suppress(UserError):
+                control.send_request(run, "stop_now")
+                return True
+        return super().ask_to_give_way(run, devices)
+
+    def claim(self, devices: Devices) -> AbstractContextManager[tuple[int, ...] | None]:
+        """Take what Slurm gave to the job: it gives a GPU to one at a time."""
+        return nullcontext(())
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Leave the node to its administrators."""
+        return nullcontext()
+
+    def take(self, run: RunDir, devices: Devices) -> None:
+        """Record that this job starts a trainer; no runner of another machine is to record its end."""
+        record_devices(run, devices)
+        run_queue.take(run, process_identity())
+
+    def start(
+        self, run: RunDir, devices: Devices, arguments: list[str], handles: tuple[int, ...], output: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        """Start a trainer as a step of the job."""
+        return spawn_detached(
+            *trainer_command(run.path, devices.processes, *arguments),
+            output=output,
+            environ=threads_variable(devices.processes),
+            through=_SRUN,
+        )
+
+    def code_of_trainer(self, exit_code: int) -> int:
+        """Return the exit code of the trainer, from srun's."""
+        return _BY_SIGNAL - exit_code if exit_code > _BY_SIGNAL else exit_code
+
+    def requeue(self, run: RunDir) -> None:
+        """Have Slurm start the job again, or leave the run paused if it refuses."""
+        paused = recorded_status(run)
+        # Before the request, which ends this process.
+        append_event(run.events_path, Queued())
+        write_status(run, structs.replace(paused.transition("queued"), hold=Hold(cause="limit")))
+        try:
+            slurm.requeue(self._job)
+        except UserError as problem:
+            log(problem)
+            append_event(run.events_path, Paused(step=paused.step))
+            detail = (
+                f"Slurm did not start job {self._job} again: `qlora-tui resume {run.id}` submits it anew."
+            )
+            write_status(run, structs.replace(paused, at=time.time(), detail=detail))
+            return
+        # Slurm ends this process; until then the job must not count as done.
+        signal.pause()
+
+    def notify(self, run: RunDir) -> None:
+        """Tell the user here: with the job, all of its processes end."""
+        notify(run.path)
+
+    def _limit(self, run: RunDir, devices: Iterable[RunDevice]) -> Hold | None:
+        return Hold(cause="limit") if self.is_told_to_leave else None
+
+    def _is_cancelled(self) -> bool:
+        """Whether the user has cancelled the job, as far as Slurm can be asked."""
+        try:
+            seen = slurm.list_jobs().get(self._job)
+        except UserError as problem:
+            log(problem)
+            return False
+        return seen is not None and "CANCELLED" in seen.states
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.is_told_to_leave = True
+
+
+def main() -> int:
+    """Train the run in the folder given; return the exit code, 1 if it failed."""
+    run, job = RunDir(Path(sys.argv[1])), _Job(os.environ.get("SLURM_JOB_ID", ""))
+    job.listen()
+    state = recorded_status(run).state
+    if state not in ("queued", *ACTIVE):
+        # Started again by Slurm after its end, such as for a node that failed.
+        log(f"{run.id} is {state}: there is nothing to do")
+        return 0
+    try:
+        _wait_for_last_trainer(run)
+        devices = _devices(run)
+        if isinstance(devices, UserError):
+            job.refuse(run, devices)
+        else:
+            job.begin(run, devices)
+    except UserError as problem:
+        log(problem)
+        return problem.exit_code
+    except OSError as error:
+        log(disk_problem(error) or error)
+        return EXIT_FAILURE
+    return EXIT_FAILURE if read_status(run).state == "failed" else 0
+
+
+def _wait_for_last_trainer(run: RunDir) -> None:
+    """Return once no other trainer has the run: one may still live on a node that Slurm cannot reach.
+
+    Raises UserError if one goes on.
+    """
+    deadline = time.monotonic() + 2 * BEAT_S
+    while has_live_trainer(run):
+        if time.monotonic() > deadline:
+            raise UserError(
+                "The run is already training",
+                what=f"{recorded_status(run).process} trains {run.id}.",
+                fix="Wait for its end, then resume the run.",
+            )
+        time.sleep(POLL_S)
+
+
+def _devices(run: RunDir) -> Devices | UserError:
+    """Return the devices that Slurm gave to the job; the error if they are not enough for the run."""
+    try:
+        devices = choose(wanted_devices(run.recipe(), os.environ, devices_of(run)), set())
+    except UserError as problem:
+        return problem
+    assert devices is not None, "nothing else is unavailable"
+    return devices
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Runs on a cluster: submitting, cancelling and watching their jobs.
+
+Such a run is in no queue of this machine: Slurm starts its job, which owns it from then on. Its state is in
+the files of the run, as for any other; Slurm knows besides why a job waits, and that one has ended without a
+word.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+import msgspec
+from msgspec import structs
+
+from qlora_tui.errors import UsageError, UserError
+from qlora_tui.files import atomic_write
+from qlora_tui.locks import locked
+from qlora_tui.runs import run_queue, slurm
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import append_event
+from qlora_tui.runs.events import Paused, Queued
+from qlora_tui.runs.slurm import SeenJob, Submission, Target
+from qlora_tui.runs.status import ACTIVE, ended_status, read_status, recorded_status, write_status
+
+ASK_S = 15.0
+"""Seconds between two questions to Slurm, from all processes of this state folder together."""
+
+
+def is_on_cluster(run: RunDir) -> bool:
+    """Whether a job of a cluster trains this run, or trained it last."""
+    return run.slurm_path.exists()
+
+
+def submit(run: RunDir, name: str, target: Target, limit_s: int | None) -> str:
+    """Submit the job that trains a run, from its last checkpoint if it has one; return Slurm's number.
+
+    Args:
+        run: the run, new or ended.
+        name: name of the target.
+        target: what the job asks for.
+        limit_s: time limit if the target has none; None for the cluster's default.
+
+    Raises:
+        UserError: Slurm refused it; the state of the run is what it was.
+        OSError: a file could not be written.
+    """
+    before = recorded_status(run)
+    is_again = bool(run.status_path.exists() and before.state != "queued")
+    atomic_write(
+        run.job_script_path, slurm.job_script(run, target, limit_s, run.recipe().training.gpus), durable=True
+    )
+    run.squeue_path.unlink(missing_ok=True)
+    submission = Submission(target=name, limit_s=limit_s)
+    atomic_write(run.slurm_path, msgspec.json.encode(submission), durable=True)
+    # Before the job can start, which changes it.
+    write_status(run, before.transition("queued"))
+    try:
+        job = slurm.submit(run.job_script_path)
+    except UserError:
+        if is_again:
+            write_status(run, before)
+        raise
+    if is_again:
+        run_queue.forget_requests(run)
+        append_event(run.events_path, Queued())
+    atomic_write(run.slurm_path, msgspec.json.encode(structs.replace(submission, job=job)), durable=True)
+    return job
+
+
+def resubmit(run: RunDir) -> None:
+    """Submit an ended run again, to the target that it had. Raises UserError, OSError."""
+    submission = slurm.submission_of(run)
+    if submission is None:
+        raise UserError(
+            "The run's cluster is not known",
+            what=f"{run.slurm_path} cannot be read.",
+            fix="Delete that file; then resume the run on this machine.",
+        )
+    refresh([run], is_due=True)
+    seen = slurm.seen_job(run)
+    # One that only ends its processes is waited for by the next job.
+    is_in_use = seen is not None and (seen.waits or (seen.runs and recorded_status(run).state in ACTIVE))
+    if seen is not None and is_in_use:
+        raise UsageError(
+            "The job has not ended",
+            what=seen.words(submission.job),
+            fix=f"Wait until it has, or cancel it: `scancel {submission.job}`.",
+        )
+    submit(run, submission.target, slurm.load_target(submission.target), submission.limit_s)
+
+
+def cancel(run: RunDir, *, pauses: bool) -> bool:
+    """Take back a job that has not started; False if it has. Raises UserError, OSError.
+
+    ``pauses``: the run reads as paused afterwards, and else as stopped.
+    """
+    submission, status = slurm.submission_of(run), read_status(run)
+    if submission is None or status.state != "queued":
+        return False
+    slurm.cancel(submission.job)
+    if pauses:
+        ending = Paused(step=status.step)
+        append_event(run.events_path, ending)
+        write_status(
+            run, structs.replace(ended_status(ending), total_steps=status.total_steps, loss=status.loss)
+        )
+    else:
+        run_queue.mark_not_queued(run, f"Slurm job {submission.job} was cancelled before it started.")
+    return True
+
+
+def refresh(runs: Iterable[RunDir], *, is_due: bool = False) -> None:
+    """Ask Slurm for the jobs of runs that have not ended, and write down what changed.
+
+    It is asked at most every :data:`ASK_S`, unless ``is_due``. If it cannot be asked, the files of the runs
+    are what is known.
+    """
+    asked = slurm.asked_path()
+    with suppress(OSError, UserError), locked(asked) as lock:
+        if lock is None or not slurm.is_installed():
+            return
+        if not is_due and lock.tell() and abs(time.time() - asked.stat().st_mtime) < ASK_S:
+            return
+        submissions = [
+            (run, submission)
+            for run in runs
+            if (submission := slurm.submission_of(run)) is not None and submission.job
+        ]
+        if not submissions:
+            return
+        jobs = slurm.list_jobs()
+        for run, submission in submissions:
+            seen = jobs.get(submission.job, SeenJob(at=time.time()))
+            before = slurm.seen_job(run)
+            if before is None or structs.replace(before, at=seen.at) != seen:
+                atomic_write(run.squeue_path, msgspec.json.encode(seen))
+        lock.truncate(0)
+        lock.write("asked\n")
+
+
+def unsettled(runs: Iterable[RunDir]) -> list[RunDir]:
+    """Return the runs on a cluster whose files do not say that they have ended."""
+    states = ("queued", *ACTIVE)
+    return [run for run in runs if is_on_cluster(run) and recorded_status(run).state in states]
+
+
+class Watch:
+    """Asks Slurm in a thread of its own, for a process that must not wait for it."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._asked_at = -ASK_S
+
+    def poll(self, runs: Iterable[RunDir]) -> None:
+        """Ask for the jobs of these runs, unless that was done lately or goes on."""
+        now = time.monotonic()
+        if now - self._asked_at < ASK_S or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._asked_at = now
+        if (due := unsettled(runs)) and slurm.is_installed():
+            self._thread = threading.Thread(target=refresh, args=(due,), name="squeue", daemon=True)
+            self._thread.start()

@@ -1,0 +1,165 @@
+"""A Slurm cluster of one node in a folder: Debian's programs, unpacked and not installed, with two fake GPUs.
+
+Needs root, and packages in a folder or from apt (``apt-get download``, 5 MB).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.polling import wait_for
+
+_PACKAGES = [
+    "slurmctld",
+    "slurmd",
+    "slurm-client",
+    "slurm-wlm-basic-plugins",
+    "libmunge2",
+    "libjwt2",
+    "libb64-0d",
+    "libjson-c5",
+    "liblua5.1-0",
+    "libhwloc15",
+    "libnuma1",
+    "libreadline8t64",
+    "libyaml-0-2",
+    "libdbus-1-3",
+    "liblz4-1",
+    "libpam0g",
+]
+_DAEMONS = ("slurmctld", "slurmd", "slurmstepd")
+_PORTS = range(17_800, 17_900, 2)
+_CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmdPort={node_port}
+AuthType=auth/slurm
+CredType=cred/slurm
+AuthInfo=cred_expire=6
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+PluginDir={libraries}/slurm-wlm
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SchedulerType=sched/builtin
+SelectType=select/cons_tres
+GresTypes=gpu
+ReturnToService=2
+SlurmdParameters=config_overrides
+KillWait=20
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=1000 Gres=gpu:2 State=UNKNOWN
+PartitionName=gpu Nodes={host} Default=YES MaxTime=1-00:00:00 State=UP
+"""
+
+
+class Cluster:
+    """A running cluster: its commands are on the PATH of this process and its children."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._config = folder / "slurm.conf"
+
+    def start(self) -> None:
+        """Start the controller and the node, and wait until jobs can start."""
+        subprocess.run([self._folder / "bin" / "slurmctld", "-f", self._config], check=True, timeout=20)
+        self.start_node()
+        wait_for(lambda: "idle" in self.call("sinfo", "--noheader", "--format=%T"), seconds=30)
+
+    def start_node(self) -> None:
+        """Start slurmd."""
+        programs = self._folder / "bin"
+        subprocess.run(
+            [programs / "slurmd", "-f", self._config, "-d", programs / "slurmstepd"], check=True, timeout=20
+        )
+
+    def call(self, *command: str) -> str:
+        """Run a command of Slurm; what it prints."""
+        return subprocess.run(command, check=True, timeout=20, text=True, stdout=subprocess.PIPE).stdout
+
+    def states(self, job: str) -> list[str]:
+        """State and flags of a job."""
+        return self.call("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}").split()
+
+    def kill_node(self) -> None:
+        """``kill -9`` of slurmd; what trains has another parent."""
+        os.kill(int((self._folder / "slurmd.pid").read_text()), signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End all jobs and daemons."""
+        with suppress(subprocess.SubprocessError):
+            self.call("scancel", "--signal=KILL", "--full", "--me")
+            self.call("scancel", "--me")
+        for daemon in ("slurmd", "slurmctld"):
+            with suppress(OSError, ValueError):
+                os.kill(int((self._folder / f"{daemon}.pid").read_text()), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster; the test is skipped where there cannot be one."""
+    if os.getuid() or not (shutil.which("dpkg") and shutil.which("apt-get")):
+        pytest.skip("needs root on Debian, for slurmd")
+    folder = tmp_path_factory.mktemp("slurm")
+    root = _unpacked(folder)
+    libraries = root / "usr" / "lib" / f"{platform.machine()}-linux-gnu"
+    for name in ("bin", "state", "spool"):
+        (folder / name).mkdir()
+    for daemon in _DAEMONS:
+        # By these names they look for plugins.
+        shutil.copy(root / "usr" / "sbin" / f"{daemon}-wlm", folder / "bin" / daemon)
+    key = folder / "slurm.key"
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(1024))
+    port = _PORTS[os.getpid() % len(_PORTS)]
+    host = platform.node().partition(".")[0]
+    config = _CONFIG.format(host=host, port=port, node_port=port + 1, folder=folder, libraries=libraries)
+    (folder / "slurm.conf").write_text(config)
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        patch.setenv("PATH", os.pathsep.join([str(root / "usr" / "bin"), os.environ["PATH"]]))
+        patch.setenv("LD_LIBRARY_PATH", f"{libraries}:{libraries}/slurm-wlm")
+        started = Cluster(folder)
+        try:
+            started.start()
+            yield started
+        finally:
+            started.stop()
+
+
+def _unpacked(folder: Path) -> Path:
+    """The programs, from a folder of packages that was filled before, or from apt."""
+    packages = folder / "packages"
+    packages.mkdir()
+    kept = Path(os.environ.get("SLURM_PACKAGES", packages))
+    if not list(kept.glob("slurmd_*.deb")):
+        command = ["apt-get", "download", "-q", *_PACKAGES]
+        try:
+            subprocess.run(command, cwd=packages, check=True, capture_output=True, timeout=60)
+        except subprocess.SubprocessError as error:
+            pytest.skip(f"Slurm's packages cannot be had: {error}")
+        kept = packages
+    root = folder / "root"
+    for package in kept.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", package, root], check=True, timeout=20)
+    return root
