@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from qlora_tui.catalog.gguf import spelled
-from qlora_tui.cli import export_recipe
+from qlora_tui.cli import export_job, export_recipe
 from qlora_tui.cli.subcommand import (
     CommandResult,
     ProgressLine,
@@ -28,7 +28,7 @@ from qlora_tui.runs.directory import find_run
 if TYPE_CHECKING:
     from qlora_tui.runs.exports import ExportRequest
 
-_FORMS = "gguf|ollama|merge|adapter|hub|recipe"
+_FORMS = "gguf|ollama|merge|adapter|hub|recipe|job"
 _DEFAULT_TYPE = "Q8_0"
 
 
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> CommandResult:
         )
     if args.form == "recipe":
         return export_recipe.run(args)
+    if args.form == "job":
+        return export_job.run(args)
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.export.unfinished_files import export_problems
     from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
@@ -122,6 +124,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     hub = forms.add_parser("hub", help="a private repository on the Hub, with a model card")
     recipe = "the recipe and its rows for axolotl, or as a script of transformers, peft and trl"
     export_recipe.add_arguments(forms.add_parser("recipe", help=recipe))
+    job = "the recipe and its data as a job for Slurm, SkyPilot, dstack or Modal"
+    export_job.add_arguments(forms.add_parser("job", help=job))
     all_forms = (gguf, ollama, merge, adapter, hub)
     for form in all_forms:
         add_run_argument(form)

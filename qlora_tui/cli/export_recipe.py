@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     """Write the folder, and say on stderr what it leaves out."""
     out: Path = args.out.expanduser().absolute()
     refuse_existing(out)
-    recipe = _recipe(args.recipe)
+    recipe = recipe_or_run(args.recipe)
     tokenizer = ChatTokenizer.from_folder(resolve_model(recipe.model.id).folder, recipe.model.chat_template)
     with ProgressLine() as line:
         prepared = prepare_dataset(recipe, tokenizer, lambda done: line.show(f"reading rows: {done.rows:,}"))
@@ -59,7 +59,8 @@ def add_arguments(form: argparse.ArgumentParser) -> None:
     add_json_argument(form)
 
 
-def _recipe(name: str) -> Recipe:
+def recipe_or_run(name: str) -> Recipe:
+    """Return the recipe in a file, or of a run. Raises UserError."""
     path = Path(name)
     return build_recipe(file=path) if path.suffix == ".toml" else find_run(name).recipe()
 

@@ -106,8 +106,9 @@ class Cluster:
     def stop(self) -> None:
         """End all jobs and daemons."""
         with suppress(subprocess.SubprocessError):
-            self.call("scancel", "--signal=KILL", "--full", "--me")
-            self.call("scancel", "--me")
+            self.call("scancel", "--me", "--state=PENDING")
+            self.call("scancel", "--me", "--signal=KILL", "--full")
+            wait_for(lambda: not self.call("squeue", "--noheader"), saying="the jobs to end")
         for daemon in ("slurmd", "slurmctld"):
             with suppress(OSError, ValueError):
                 os.kill(int((self._folder / f"{daemon}.pid").read_text()), signal.SIGTERM)

@@ -116,7 +116,7 @@ def test_a_time_limit_pauses_and_a_cancelled_job_stops_its_run(
     cluster.call("scontrol", "update", f"JobId={job_of(run)}", "TimeLimit=1")
     wait_for(lambda: events_of(run, Paused) and is_(run, "queued"), seconds=120)
     assert main(["pause", run.id]) == 0 and is_(run, "paused")
-    assert cluster.states(job_of(run)) == ["CANCELLED"]
+    wait_for(lambda: cluster.states(job_of(run)) == ["CANCELLED"])
     before = job_of(run)
     assert main(["resume", run.id]) == 0 and job_of(run) != before
     step = events_of(run, Paused)[0].step
