@@ -222,7 +222,11 @@ def advance_sweeps(*ids: str) -> None:
 
     Whatever the process does, the queue goes on. It is repeated if it is killed: doing it twice is harmless.
     """
-    if not ids and not any(paths.sweeps_dir().glob("*/active")):
+    try:
+        if not ids and not any(paths.sweeps_dir().glob("*/active")):
+            return
+    except OSError:
+        # The folder is not there yet, and the disk is full.
         return
     for _ in range(SWEEP_TRIES):
         with suppress(OSError):
