@@ -57,7 +57,8 @@ def user_env() -> dict[str, str]:
 PROGRESS_INTERVAL_S = 0.2
 """Shortest time between two messages that differ only in numbers, and how often ``should_stop`` is asked."""
 PROGRAM = "qlora_tui.worker"
-_DETACHED = "--detached"
+DETACHED = "--detached"
+"""Flag of a job that goes on when its stdin ends."""
 _LAST_BYTES = 65_536
 _EXIT_S = 5.0
 """Seconds that a job may take to exit once its output has ended; it is killed then."""
@@ -215,7 +216,7 @@ def _start(
     detached: bool = False,
 ) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(
-        module_argv(PROGRAM, job, *((_DETACHED,) if detached else ())),
+        module_argv(PROGRAM, job, *((DETACHED,) if detached else ())),
         env=dict(environ) if environ is not None else subprocess_env(),
         stdin=subprocess.PIPE,
         stdout=stdout,
@@ -308,13 +309,13 @@ def main(job: str, *flags: str) -> int:
     messages = _Messages(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
     arguments = sys.stdin.buffer.readline()
-    if _DETACHED not in flags:
+    if DETACHED not in flags:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         value = _call(job, arguments, messages)
     except UserError as error:
         messages.send(Failure(**error.fields()))
-        if _DETACHED in flags:
+        if DETACHED in flags:
             print(error, file=sys.stderr)  # for a log: nobody may be reading the messages
         return error.exit_code
     except KeyboardInterrupt:

@@ -54,6 +54,7 @@ from qlora_tui.decoding import Count
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, sync
 from qlora_tui.formatting import format_bytes
+from qlora_tui.remote.calls import at_box, current
 from qlora_tui.worker import Report, start_detached
 
 CHUNK_BYTES = 1 << 20
@@ -249,9 +250,10 @@ def _size(path: Path) -> int:
 
 def start_download(model_id: str) -> subprocess.Popen[bytes]:
     """Start a download that outlives this process and its terminal. Its messages are on ``stdout``."""
-    return start_detached(
-        "qlora_tui.catalog.download:download", model_id, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    job = "qlora_tui.catalog.download:download"
+    if (link := current()) is not None:
+        return link.start_job(job, model_id)
+    return start_detached(job, model_id, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 _CONFIGS = (CONFIG, "generation_config.json")
@@ -327,6 +329,7 @@ class DownloadPlan(Struct, frozen=True):
         return self.folder / "blobs" / f"{file.etag}.incomplete"
 
 
+@at_box
 def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
     """Plan the download of ``model_id``. Nothing is written yet.
 

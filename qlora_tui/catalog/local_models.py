@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from qlora_tui.catalog.model_validation import (
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.files import atomic_write, list_folder, private_dir, read_bounded
 from qlora_tui.paths import cache_dir
+from qlora_tui.remote.calls import at_box
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 _PREFIX_CHARACTERS = 3
@@ -93,7 +94,8 @@ def converted_dir() -> Path:
     return paths.cache_dir() / "models"
 
 
-def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
+@at_box
+def list_local_models(folders: Sequence[Path] = ()) -> list[LocalModel]:
     """Return every model on this machine, trainable ones first, then by name.
 
     ``folders`` are the user's configured folders; missing ones are skipped. Takes about 2 ms per model.
@@ -104,6 +106,7 @@ def list_local_models(folders: Iterable[Path] = ()) -> list[LocalModel]:
     return sorted(by_path.values(), key=lambda model: (model.refusal is not None, model.name.lower()))
 
 
+@at_box
 def resolve_model(model_id: str) -> ModelFiles:
     """Return the files of a recipe's model: a cached Hub id, a converted model, a folder or a GGUF file.
 
@@ -118,6 +121,7 @@ def resolve_model(model_id: str) -> ModelFiles:
     return msgspec.structs.replace(files, architecture=described.describe(load_model_config(model_id)))
 
 
+@at_box
 def find_files(model_id: str) -> ModelFiles:
     """Return the files of a model, with what is known of its architecture without waiting."""
     model = _find_model(model_id)
@@ -143,6 +147,7 @@ def find_files(model_id: str) -> ModelFiles:
     return ModelFiles(model.id, model.path, None, model.source, model.architecture)
 
 
+@at_box
 def training_refusal(model_id: str) -> UserError | None:
     """Return why a model cannot be trained, by the names and headers of its files; None if it can.
 
@@ -418,6 +423,7 @@ def _path(model_id: str) -> Path:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+@at_box
 def load_architecture(model_id: str) -> Architecture:
     """Load the architecture of a local model, of a folder with only a ``config.json``, or of such a file.
 
@@ -438,6 +444,7 @@ def _trainable(config: dict[str, Any], model_id: str) -> Architecture:
     return architecture
 
 
+@at_box
 def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: False) -> Architecture:
     """Return the exact architecture of a model, a folder or a file; takes seconds for the first time.
 
@@ -448,7 +455,8 @@ def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: Fals
     return described.describe(config, should_stop) if architecture.is_outline else architecture
 
 
-def describe_models(models: Iterable[LocalModel], should_stop: Callable[[], bool] = lambda: False) -> bool:
+@at_box
+def describe_models(models: Sequence[LocalModel], should_stop: Callable[[], bool] = lambda: False) -> bool:
     """Read the exact architectures of all models that have an outline and could be trained.
 
     Returns whether there was one. Raises JobStopped.
@@ -486,6 +494,7 @@ def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
     return architecture
 
 
+@at_box
 def load_model_config(model_id: str) -> dict[str, Any]:
     """Load the ``config.json`` of a model, a folder or a file, or what the header of a GGUF file says.
 

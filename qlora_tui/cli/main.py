@@ -82,13 +82,16 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | None = None) -> int:
+def open_app(
+    *, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | None = None, host: str | None = None
+) -> int:
     """Open the app, and end this process with its exit code once it is closed.
 
     Args:
         gpu_gib: Memory of the GPU to estimate for, in GiB, if it is not that of this machine.
         mouse: False leaves the mouse to the terminal.
         run: The run to watch; without one, Home is shown.
+        host: The box to work on, by its name for ssh; None for this machine.
 
     Raises:
         UserError: This is not a terminal, or the disk could not be written.
@@ -106,13 +109,20 @@ def open_app(*, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | 
             + (" Or set TERM, to xterm-256color for example." if _is_terminal() else ""),
             exit_code=2,
         )
+    settings = load_settings()
+    if host is not None:
+        from qlora_tui.remote.link import work_on
+        from qlora_tui.remote.ssh import Box
+
+        # Before the app has the terminal: ssh may ask for a password.
+        print(f"Connecting to {host}…", file=sys.stderr)
+        work_on(Box(host))
     import msgspec
 
     from qlora_tui.tui.app import QloraApp
     from qlora_tui.tui.line_filters import has_no_colors
     from qlora_tui.tui.process import capture_stderr
 
-    settings = load_settings()
     if gpu_gib:
         settings = msgspec.structs.replace(settings, gpu_memory_gib=gpu_gib)
     log = paths.log_path()
@@ -175,7 +185,7 @@ def _run(argv: list[str]) -> int:
 
             os.environ[GPU_VARIABLE] = args.gpu
         if args.verb is None:
-            return open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse)
+            return open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse, host=args.host)
         result = args.run(args)
         return result if isinstance(result, int) else print_result(result, as_json=args.json)
     except UserError as problem:

@@ -50,8 +50,11 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
         )
     if args.verb == "train":
         argv = _with_recipe(box, argv, args)
-    sent = {str(value): _send(box, Path(value)) for value in _inputs(args, parser) if Path(value).exists()}
-    argv = [sent.get(word, word) for word in argv]
+    for value in _inputs(args, parser):
+        words = (value, f"={value}")
+        if Path(value).exists() and any(word.endswith(words) for word in argv):
+            there = _send(box, Path(value))
+            argv = [there if word == value else word.replace(words[1], f"={there}") for word in argv]
     if sys.stdin.isatty() and sys.stdout.isatty():
         return _in_terminal(box, argv)
     channel = box.open_program(*argv, stdin=None)

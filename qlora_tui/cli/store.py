@@ -45,7 +45,7 @@ from qlora_tui.remote.mirror import end_crc, grows, read_piece
 from qlora_tui.remote.uploads import receive_from_stdin
 from qlora_tui.runs.directory import RunDir, all_runs, waiting
 from qlora_tui.runs.status import ACTIVE, Status, read_status
-from qlora_tui.worker import module_argv, subprocess_env
+from qlora_tui.worker import DETACHED, PROGRAM, module_argv, subprocess_env
 
 _TICK_S = 1.0
 _SWEEP_S = 10.0
@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     """Stream the runs, receive data, or become an engine."""
     if args.action == "receive":
         return receive_from_stdin()
-    if args.action == "engine":
-        argv = module_argv("qlora_tui.engine")
+    if args.action in ("engine", "job"):
+        program = ("qlora_tui.engine",) if args.action == "engine" else (PROGRAM, args.job, DETACHED)
+        argv = module_argv(*program)
         os.execve(argv[0], argv, subprocess_env())
     return _Stream().run()
 
@@ -297,9 +298,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the app asks for."""
     parser.add_argument(
         "action",
-        choices=("stream", "receive", "engine"),
-        help="send what changes in the runs; take data files; run an engine for the app",
+        choices=("stream", "receive", "engine", "job"),
+        help="send what changes in the runs; take data files; run an engine, or a job of the app",
     )
+    parser.add_argument("job", nargs="?", metavar="JOB", help="the job's function")
 
 
 SUBCOMMANDS = {"store": Subcommand(run, add_arguments, for_programs=False)}

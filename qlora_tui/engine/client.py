@@ -36,6 +36,7 @@ from qlora_tui.engine.protocol import (
     truncated_log,
 )
 from qlora_tui.errors import UserError
+from qlora_tui.remote.calls import current
 from qlora_tui.worker import Failure, Progress, Result
 
 _LONGEST_LINE_BYTES = 1 << 26
@@ -117,10 +118,11 @@ class EngineClient:
             await asyncio.wait_for(self._listener, _KILLED_TIMEOUT_S)
 
     async def _start(self) -> None:
+        link = current()
         try:
             with open_log() as log:
                 self._process = await asyncio.create_subprocess_exec(
-                    *worker.module_argv("qlora_tui.engine"),
+                    *(worker.module_argv("qlora_tui.engine") if link is None else link.engine_argv()),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=log,
@@ -139,22 +141,27 @@ class EngineClient:
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
+        link = current()
         async for line in process.stdout:
             try:
+                line = line if link is None else bytes(link.here(line))
                 envelope = decode_reply(line)
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, ValueError):
                 continue
             if (queue := self._waiting.get(envelope.number)) is not None:
                 queue.put_nowait(envelope.reply)
         code = await process.wait()
         # ``close`` clears ``_process`` first.
-        lost = _lost_error(code) if self._process is process else EngineClosedError()
+        lost_there = None if link is None or link.is_connected else link.unreachable()
+        lost = (lost_there or _lost_error(code)) if self._process is process else EngineClosedError()
         for queue in self._waiting.values():
             queue.put_nowait(lost)
         if self._process is process:
             self._process = None
 
     async def _send(self, request: Any) -> int:
+        if (link := current()) is not None:
+            await asyncio.to_thread(link.send_data, request)
         await self.start()
         self._number += 1
         number = self._number
@@ -165,7 +172,8 @@ class EngineClient:
     def _write(self, envelope: RequestEnvelope) -> None:
         # _listen detects a child that has just died, and reports it in more detail.
         if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.write(encode(envelope))
+            line, link = encode(envelope), current()
+            self._process.stdin.write(line if link is None else bytes(link.there(line)) + b"\n")
 
 
 class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, ResultT]):

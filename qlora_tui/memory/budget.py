@@ -18,6 +18,7 @@ from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.memory.calibration import correction_for, measured_speed
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.traces import KnownTraces, known_traces
+from qlora_tui.remote.calls import at_box_once
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ class MemoryBudget:
 
 def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
     """Return the budget of this GPU, of an assumed size, or of the machine's memory without either."""
-    traces = known_traces()
+    return _budget_for(gpu, assumed_bytes).with_traces(known_traces())
+
+
+@at_box_once
+def _budget_for(gpu: GpuDevice | None, assumed_bytes: int | None) -> MemoryBudget:
     cuda = Device(
-        traces=traces,
         liger=liger_is_installed(),
         triton=triton_is_installed(),
         varlen=torch_has_varlen(),
@@ -66,7 +70,6 @@ def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> Memor
     return MemoryBudget(
         Device(
             kind="cpu",
-            traces=traces,
             native_bfloat16=cpu.native_bfloat16,
             cuda_libraries=torch_is_for_cuda(),
             correction=correction_for(cpu.name),

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from qlora_tui.errors import UserError
+
 if TYPE_CHECKING:
     from qlora_tui.remote.link import Link
 
@@ -29,9 +31,47 @@ def use(link: Link | None) -> None:
     _links[:] = [] if link is None else [link]
 
 
+def refuse_on_box(title: str, command: str) -> None:
+    """Raise UserError in an app that works on a box, for what only a command does there.
+
+    Args:
+        title: What is refused, in a few words.
+        command: The command without ``qlora-tui``: ``export gguf RUN OUT``.
+    """
+    if (link := current()) is not None:
+        raise UserError(
+            title,
+            what=f"This app shows {link.box.name}, and the result belongs to that machine.",
+            fix=f"Use the command: `qlora-tui --host {link.box.name} {command}`.",
+        )
+
+
 def at_box(function: Callable[P, T]) -> Callable[P, T]:
     """Call the function on the box, if there is one: it reads what belongs to the machine that trains."""
     return _marked(function, changes=False)
+
+
+def at_box_once(function: Callable[P, T]) -> Callable[P, T]:
+    """Call the function on the box, if there is one, once for each arguments: they describe what stays there.
+
+    As long as it does not answer, this machine stands in for it.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        link = current()
+        if link is None:
+            return function(*args, **kwargs)
+        key = (function, args, tuple(kwargs.items()))
+        if key not in link.kept:
+            try:
+                link.kept[key] = link.call(function, args, kwargs, changes=False)
+            except UserError:
+                return function(*args, **kwargs)
+        result: T = link.kept[key]
+        return result
+
+    return call
 
 
 def changes_box(function: Callable[P, T]) -> Callable[P, T]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from qlora_tui.remote import calls, messages, uploads
 from qlora_tui.remote.messages import Call, Hello, Known, Machine, Ping, Reply
 from qlora_tui.remote.mirror import Mirror
 from qlora_tui.remote.ssh import Box, Channel
+from qlora_tui.worker import JobStopped
 
 T = TypeVar("T")
 _PING_S = 2.0
@@ -63,6 +65,8 @@ class Link:
         """What became of requests whose caller no longer waits, in sentences."""
         self.sending = ""
         """Which data are sent, and how far; empty if none are."""
+        self.kept: dict[object, Any] = {}
+        """Results of functions that :func:`qlora_tui.remote.calls.at_box_once` marks."""
         self._state_dir = state_dir
         self._mirror = Mirror(state_dir)
         self._hello: Hello | None = None
@@ -117,8 +121,11 @@ class Link:
         Raises what is raised there, and UserError: the box does not answer.
         """
         if not self.is_connected:
-            raise self._unreachable()
+            raise self.unreachable()
         given = messages.arguments_of(function, args, kwargs)
+        should_stop: Callable[[], bool] = given.get("should_stop", lambda: False)
+        # Nothing reports how far it is from there.
+        given = {name: value for name, value in given.items() if not callable(value)}
         self.send_data(given)
         call = Call(
             id=uuid4().hex,
@@ -126,17 +133,20 @@ class Link:
             arguments=self.there(messages.to_json(given)),
             changes=changes,
         )
-        reply = self._ask(call)
+        reply = self._ask(call, should_stop)
         if reply.failed:
             raise messages.from_json(self.here(reply.error), UserError)
         result: T = messages.from_json(self.here(reply.value), messages.result_type(function))
         return result
 
-    def _ask(self, call: Call) -> Reply:
+    def _ask(self, call: Call, should_stop: Callable[[], bool]) -> Reply:
         request = self._requests[call.id] = _Request(messages.line(call))
         self._write(request.line)
         dropped_at: float | None = None
         while not request.answered.wait(_POLL_S):
+            if should_stop():
+                self._requests.pop(call.id, None)
+                raise JobStopped
             if self.is_connected:
                 dropped_at = None
                 continue
@@ -145,9 +155,9 @@ class Link:
                 continue
             if not call.changes:
                 self._requests.pop(call.id, None)
-                raise self._unreachable()
+                raise self.unreachable()
             request.is_given_up = True
-            raise self._unreachable().replace(
+            raise self.unreachable().replace(
                 title=f"{self.box.name} has not confirmed the request",
                 why="It was sent, and the connection dropped before the answer.",
                 fix="It is asked again once the box answers, and carried out once. You will see the outcome.",
@@ -156,7 +166,8 @@ class Link:
         assert request.reply is not None
         return request.reply
 
-    def _unreachable(self) -> UserError:
+    def unreachable(self) -> UserError:
+        """Return the error for a box that does not answer."""
         what = self.problem.what if self.problem else "The connection dropped."
         return UserError(
             f"{self.box.name} does not answer",
@@ -203,10 +214,27 @@ class Link:
 
         return show
 
+    def start_job(self, job: str, *arguments: object) -> subprocess.Popen[bytes]:
+        """Start a job on the box that outlives the connection, with its messages on ``stdout``.
+
+        Raises UserError.
+        """
+        if not self.is_connected:
+            raise self.unreachable()
+        argv = self.box.program_argv("store", "job", job)
+        pipe, none = subprocess.PIPE, subprocess.DEVNULL
+        child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=none, start_new_session=True)
+        assert child.stdin is not None
+        with suppress(BrokenPipeError):
+            child.stdin.write(msgspec.json.encode(arguments) + b"\n")
+            child.stdin.close()
+        child.stdin = None
+        return child
+
     def engine_argv(self) -> list[str]:
         """Return the command that starts an engine on the box. Raises UserError."""
         if not self.is_connected:
-            raise self._unreachable()
+            raise self.unreachable()
         return self.box.program_argv("store", "engine")
 
     def _run(self, channel: Channel) -> None:

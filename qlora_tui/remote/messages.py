@@ -21,6 +21,8 @@ from qlora_tui.errors import UserError
 
 LONGEST_LINE_BYTES = 64 << 20
 _PACKAGE = "qlora_tui."
+READ_THERE = "read_there"
+"""Method of a class whose values describe the machine: the box reads its own instead of being sent one."""
 
 
 class KnownFile(Struct, frozen=True, array_like=True):
@@ -135,12 +137,18 @@ def to_json(value: object) -> msgspec.Raw:
 
 def from_json(encoded: bytes | msgspec.Raw, kind: Any) -> Any:
     """Decode a value of this type. Raises msgspec.MsgspecError."""
-    return msgspec.convert(msgspec.json.decode(encoded), kind, dec_hook=_decode)
+    return from_builtins(msgspec.json.decode(encoded), kind)
+
+
+def from_builtins(value: object, kind: Any) -> Any:
+    """Return a decoded value as this type. Raises msgspec.MsgspecError."""
+    return msgspec.convert(value, kind, dec_hook=_decode)
 
 
 def arguments_of(function: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the arguments of a call by the names of its parameters."""
-    return inspect.signature(function).bind(*args, **kwargs).arguments
+    """Return the arguments of a call by the names of its parameters, but those that a box finds itself."""
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    return {name: value for name, value in given.items() if not hasattr(value, READ_THERE)}
 
 
 def result_type(function: Callable[..., object]) -> Any:
@@ -156,13 +164,18 @@ def call_function(name: str, encoded: msgspec.Raw) -> msgspec.Raw:
     function = getattr(import_module(module), attribute)
     hints = typing.get_type_hints(function)
     given = msgspec.json.decode(encoded)
-    typed = {key: msgspec.convert(value, hints[key], dec_hook=_decode) for key, value in given.items()}
+    typed = {key: from_builtins(value, hints[key]) for key, value in given.items()}
+    for key, kind in hints.items():
+        if key not in (*typed, "return") and hasattr(kind, READ_THERE):
+            typed[key] = getattr(kind, READ_THERE)()
     return to_json(function(**typed))
 
 
 def _encode(value: Any) -> object:
     if isinstance(value, Path):
         return str(value)
+    if hasattr(type(value), READ_THERE):
+        return None
     if isinstance(value, UserError):
         kind = type(value)
         # A class that says how it is made again keeps what it adds; of others a plain error is left.
@@ -181,6 +194,8 @@ def _encode(value: Any) -> object:
 def _decode(kind: type, value: Any) -> Any:
     if issubclass(kind, Path):
         return Path(value)
+    if hasattr(kind, READ_THERE):
+        return getattr(kind, READ_THERE)()
     if issubclass(kind, UserError):
         return _error(value)
     raise NotImplementedError(kind)

@@ -33,6 +33,7 @@ from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget, budget_for, this_processor
 from qlora_tui.publishing import new_draft
+from qlora_tui.remote.calls import at_box
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.devices import RunDevice, is_free
 from qlora_tui.runs.directory import all_runs
@@ -132,6 +133,11 @@ class Machine:
     """Id of the run in training; empty without one."""
     waiting: tuple[str, ...] = ()
     """Ids of the queued runs, the next one first."""
+
+    @staticmethod
+    def read_there() -> Machine:
+        """Return the facts about the machine that is asked, for a call of another one."""
+        return read_machine()
 
     @property
     def device_name(self) -> str:
@@ -375,6 +381,7 @@ def check_settings() -> list[Check]:
     return [Check(CheckKind.SETTINGS, "warning", text, problem.fix)]
 
 
+@at_box
 def check_system() -> list[Check]:
     """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
     version = ".".join(map(str, sys.version_info[:3]))
@@ -445,6 +452,7 @@ def check_kernels(machine: Machine) -> list[Check]:
     return checks
 
 
+@at_box
 def check_libraries(*, on_cpu: bool = False) -> list[Check]:
     """Import, quantize, train and save a few weights, in a separate process; ``on_cpu``: not on the GPU."""
     try:

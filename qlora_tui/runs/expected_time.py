@@ -27,6 +27,7 @@ from qlora_tui.memory.step_choice import step_seconds
 from qlora_tui.memory.traces import NO_TRACES
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.remote.calls import at_box
 from qlora_tui.runs.data_checks import RunLength, run_length
 from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.directory import RunDir, all_runs
@@ -99,6 +100,7 @@ class Forecast:
         return "" if self.length.is_complete else "at least "
 
 
+@at_box
 def forecast(recipe: Recipe, machine: Machine, model: ModelFiles | None = None) -> Forecast | None:
     """Return how long a run with this recipe will be; None for data or a model that cannot be read here.
 
@@ -120,6 +122,7 @@ def measured_forecast(expected: Forecast, probe: StepProbe) -> Forecast:
     return replace(expected, time=ExpectedTime(seconds, "probe", probe=probe.words))
 
 
+@at_box
 def count_data(
     recipe: Recipe,
     on_progress: Callable[[Progress], object] = lambda progress: None,

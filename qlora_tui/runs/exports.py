@@ -23,6 +23,7 @@ from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular
 from qlora_tui.locks import is_locked
 from qlora_tui.publishing import delete_unfinished, discard
+from qlora_tui.remote.calls import changes_box, current
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity, detached_environ
@@ -118,6 +119,7 @@ _REQUESTS = msgspec.json.Decoder(ExportRequest)
 _STATUSES = msgspec.json.Decoder(ExportStatus)
 
 
+@changes_box
 @disk_problems()
 def start_export(run: RunDir, request: ExportRequest) -> Export:
     """Start an export that outlives this process. Raises UserError."""
@@ -136,6 +138,7 @@ def start_export(run: RunDir, request: ExportRequest) -> Export:
     return Export(folder, request, status)
 
 
+@changes_box
 @disk_problems()
 def delete_export(export: Export) -> None:
     """Delete the record of an export that has ended, and what a killed one left, but not what it wrote.
@@ -146,6 +149,7 @@ def delete_export(export: Export) -> None:
     discard(export.folder)
 
 
+@changes_box
 def restart_export(run: RunDir, export: Export) -> Export:
     """Start an export that failed or was canceled again; it replaces the earlier one. Raises UserError."""
     again = start_export(run, export.request)
@@ -187,6 +191,7 @@ def write_export_status(folder: Path, status: ExportStatus) -> None:
     atomic_write(folder / "status.json", msgspec.json.encode(status))
 
 
+@changes_box
 def cancel_export(export: Export) -> None:
     """Ask an export to stop. Raises UserError if it cannot be asked."""
     process = export.status.process
@@ -259,7 +264,9 @@ def _new_folder(run: RunDir) -> Path:
 
 def _read(folder: Path) -> Export | None:
     request, status = read_json(folder / "request.json", _REQUESTS), _read_status(folder)
-    if status is not None and status.state == "running" and is_locked(lock_path(folder)) is False:
+    # Of a box's exports there is no lock here.
+    is_here = current() is None
+    if status is not None and status.state == "running" and is_here and is_locked(lock_path(folder)) is False:
         is_new = status.process is None and time.time() - status.at < _START_S
         # Otherwise it has ended regularly, or has just begun.
         before, status = status, status if is_new else _read_status(folder)

@@ -42,6 +42,7 @@ from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Lora, Recipe, Training
 from qlora_tui.recipe.targets import SKIP, match_modules, resolve_targets
+from qlora_tui.remote.calls import at_box
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.data_checks import check_data
 from qlora_tui.runs.devices import RunDevice, is_free, run_on, wanted_devices
@@ -90,6 +91,7 @@ _UNKNOWN_MEMORY = Check(
 )
 
 
+@at_box
 def preflight(
     recipe: Recipe,
     machine: Machine,

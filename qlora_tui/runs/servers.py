@@ -19,6 +19,7 @@ from qlora_tui import paths
 from qlora_tui.decoding import read_json
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import list_folder, private_dir, read_regular
+from qlora_tui.remote.calls import changes_box
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.process import ProcessIdentity, spawn_detached
 
@@ -98,6 +99,7 @@ def server_on(port: int) -> ServerStatus | None:
     return next((server for server in running_servers() if server.port == port), None)
 
 
+@changes_box
 def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerStatus:
     """Start ``qlora-tui serve`` with arguments, as a process that outlives this one; return once it listens.
 
@@ -124,6 +126,7 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
     raise UserError(title, what=" ".join(what.split()), fix=f"Its output is in {log_path}.")
 
 
+@changes_box
 def stop_server(server: ServerStatus) -> None:
     """End a server: it ends its answers and frees the GPU within seconds. Raises UserError if it stays."""
     if terminate(server.process):

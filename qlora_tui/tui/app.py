@@ -21,6 +21,7 @@ from textual.worker import WorkerFailed
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
+from qlora_tui.remote.calls import current
 from qlora_tui.settings import Settings
 from qlora_tui.tui import desktop, themes
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
-    from qlora_tui.tui.system_monitor import SystemMonitor
+    from qlora_tui.tui.system_monitor import BoxMonitor, SystemMonitor
     from qlora_tui.tui.workbench import Draft, Workbench
 
 # The first frame shows no recipe and no modal, so it does not wait for these: they are imported
@@ -83,7 +84,7 @@ class QloraApp(TerminalApp):
         self.system_status = SystemStatus()
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
         self.system_status_changed: Signal[SystemStatus] = Signal(self, "system status changed")
-        self._monitor: SystemMonitor | None = None
+        self._monitor: BoxMonitor | SystemMonitor | None = None
         self.disk_faults = DiskFaults()
         self.deleted_runs: list[str] = []
         """Ids of the runs that were deleted in this app and not restored, the last one last."""
@@ -536,6 +537,10 @@ class QloraApp(TerminalApp):
             else:
                 # Paint again with the colors that were edited.
                 self.mutate_reactive(App.theme)
+        self.set_class(system_status.box_silent_s > 0, "-away")
+        link = current()
+        while link is not None and link.late_replies:
+            self.notify(link.late_replies.popleft(), title=link.box.name, timeout=10)
         gpu_changed = system_status.gpu != self.system_status.gpu
         self.system_status = system_status
         self.system_status_changed.publish(system_status)
@@ -544,9 +549,12 @@ class QloraApp(TerminalApp):
 
     def _poll_in_thread(self) -> SystemStatus:
         # The first poll comes after the first frame, which does not wait for these imports.
-        from qlora_tui.tui.system_monitor import SystemMonitor
+        from qlora_tui.tui.system_monitor import BoxMonitor, SystemMonitor
 
-        if self._monitor is None:
+        link = current()
+        if self._monitor is None and link is not None:
+            self._monitor = BoxMonitor(link)
+        elif self._monitor is None:
             from qlora_tui.runs import actions
 
             actions.empty_trash(actions.KEPT_S)

@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, get_type_hints
+
+import msgspec
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_on_gpu import torch_problem
 from qlora_tui.gpu.visible_devices import GpuChoice, choose_gpu, visible_gpus
 from qlora_tui.locks import is_locked
+from qlora_tui.remote.messages import from_builtins
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.devices import RunDevice, is_free
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.exports import exports_dir, read_exports
 from qlora_tui.runs.notify import RunNotification, notification_for
 from qlora_tui.runs.process import ensure_runner, runner_lock_path
-from qlora_tui.runs.servers import running_servers
+from qlora_tui.runs.servers import ServerStatus, running_servers
 from qlora_tui.runs.slurm_runs import Watch
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
-from qlora_tui.tui.system_status import RunningExport, SystemStatus
+from qlora_tui.tui.system_status import RunningExport, SystemStatus, read_host
+
+if TYPE_CHECKING:
+    from qlora_tui.remote.link import Link
 
 _RETRY_S = 10.0
 """Seconds between attempts to open the GPU driver after a failure, since an attempt is slow."""
@@ -47,6 +54,36 @@ class _Exports:
     changed_at: int | None
     """When an export was last started or deleted, in nanoseconds; None for a run without exports."""
     running: tuple[RunningExport, ...]
+
+
+_SENT = (GpuDevice, GpuMetrics, GpuUnavailableError, RunDir, RunNotification, ServerStatus, Status, UserError)
+"""Types in a status, which :mod:`.system_status` does not import: the first frame does without them."""
+
+
+class BoxMonitor:
+    """The status of another box, as it arrives from there."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._status = SystemStatus()
+        self._types = get_type_hints(SystemStatus, localns={kind.__name__: kind for kind in _SENT})
+
+    def poll_and_recover(self) -> SystemStatus:
+        """Return the newest status, with the runs that ended since the last call."""
+        link, ended = self._link, list[RunNotification]()
+        for encoded in link.machine_states():
+            record = msgspec.json.decode(link.here(encoded))
+            fields = {name: from_builtins(value, self._types[name]) for name, value in record.items()}
+            self._status = SystemStatus(**fields)
+            ended += self._status.ended_runs
+        problem = link.problem.what if link.problem is not None else ""
+        return replace(
+            self._status,
+            ended_runs=tuple(ended),
+            box=link.box.name,
+            box_silent_s=link.silent_s,
+            box_note=link.sending or problem,
+        )
 
 
 class SystemMonitor:
@@ -104,6 +141,7 @@ class SystemMonitor:
             exports=tuple(export for run, _ in statuses for export in self._running_exports(run)),
             servers=tuple(running_servers()),
             ended_runs=self._ended_runs(statuses),
+            host=read_host(),
         )
 
     def _running_exports(self, run: RunDir) -> tuple[RunningExport, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from qlora_tui import paths
 from qlora_tui.formatting import pluralize
 
 if TYPE_CHECKING:
@@ -27,6 +29,28 @@ class RunningExport:
     """Name of the run whose adapter is being exported."""
     form: str
     """What is being written: ``Q8_0``, ``merged model``."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Memory and disk of the machine."""
+
+    memory_bytes: int
+    available_bytes: int
+    disk_free_bytes: int | None
+    """Free space on the disk of the runs; None if unknown."""
+
+
+def read_host() -> Host:
+    """Return the state of this machine."""
+    import psutil  # not needed for the first frame
+
+    memory = psutil.virtual_memory()
+    try:
+        disk = shutil.disk_usage(paths.runs_dir()).free
+    except OSError:
+        disk = None
+    return Host(memory.total, memory.available, disk)
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,14 @@ class SystemStatus:
     """Servers that answer other programs."""
     ended_runs: tuple[RunNotification, ...] = ()
     """Notifications about runs that have ended since the last poll."""
+    host: Host | None = None
+    """None before the first poll."""
+    box: str = ""
+    """The other machine that all this is about; empty for this one."""
+    box_silent_s: float = 0.0
+    """Seconds for which it has not answered; 0 if it does."""
+    box_note: str = ""
+    """What is going on with it: data that are sent, or why it cannot be reached."""
 
     @property
     def loaded_server(self) -> ServerStatus | None:

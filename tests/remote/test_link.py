@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -15,8 +17,14 @@ import msgspec
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.catalog.local_models import list_local_models
+from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.cli import store
+from qlora_tui.data.dataset_report import Report
+from qlora_tui.engine.client import EngineClient
+from qlora_tui.engine.protocol import InspectData
 from qlora_tui.errors import UserError
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.remote import calls
 from qlora_tui.remote import link as links
@@ -26,11 +34,15 @@ from qlora_tui.remote.mirror import Mirror
 from qlora_tui.remote.ssh import Box
 from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs, create_run
+from qlora_tui.runs.doctor import CheckKind, check_system
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Step
+from qlora_tui.runs.expected_time import forecast
+from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.run_queue import mark_not_queued
 from qlora_tui.runs.status import Status, read_status, write_status
+from qlora_tui.tui.system_status import SystemStatus
 from tests.remote.sshd import FakeBox
 from tests.support.polling import wait_for
 
@@ -180,3 +192,31 @@ def test_an_outcome_that_is_not_known_is_said(private_home: Path, monkeypatch: p
 def test_a_box_cannot_write_out_of_the_copy(path: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run's"):
         Mirror(tmp_path).apply(Piece(path, 0, b"x", 0, 1))
+
+
+def test_checks_and_engine_are_those_of_the_box(link: Link, box: FakeBox, tmp_path: Path) -> None:
+    folder = box.folder / "huggingface/hub/models--org--model/snapshots/1"
+    folder.mkdir(parents=True)
+    shutil.copy(
+        Path(__file__).parents[1] / "configs/HuggingFaceTB__SmolLM2-135M.json", folder / "config.json"
+    )
+    (model,) = list_local_models((Path("~/models"),))
+    assert model.path == folder
+    assert isinstance(model.refusal, MissingFilesError)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    source = Source(path=str(rows))
+    recipe = msgspec.structs.replace(RECIPE, data=Data(sources=(source,)))
+    machine = SystemStatus(no_gpu=GpuUnavailableError(GpuUnavailableReason.NO_DRIVER)).machine
+    checks = preflight(recipe, machine, 0.0, forecast(recipe, machine))
+    assert {CheckKind.MODEL, CheckKind.DATA, CheckKind.DISK} <= {check.kind for check in checks}
+    assert str(box.state_home) in next(check.text for check in checks if check.kind is CheckKind.DISK)
+    assert check_system()[0].kind is CheckKind.PYTHON
+
+    async def inspect() -> Report | None:
+        async with EngineClient() as engine:
+            return await engine.ask(InspectData(source=source, data=recipe.data)).result()
+
+    report = asyncio.run(inspect())
+    assert report is not None
+    assert report.files[0].path == str(rows)

@@ -12,7 +12,7 @@ from textual.events import Click
 from textual.screen import Screen
 from textual.widget import Widget
 
-from qlora_tui.formatting import format_gib, format_loss, format_progress
+from qlora_tui.formatting import format_duration, format_gib, format_loss, format_progress
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
@@ -76,13 +76,25 @@ class TopBar(Widget):
     @staticmethod
     def status_options(system_status: SystemStatus) -> list[str]:
         """Return possible texts, longest first."""
+        if system_status.box_silent_s:
+            return _silence_texts(system_status)
         run = _run_text(system_status)
         gpu = _gpu_text(system_status)
         short_run = run.split(" · step loss ")[0]
         more = _waiting_text(system_status)
         with_more = [" · ".join(filter(None, (text, more))) for text in (run, short_run)] if more else []
         options = [f"{text}   {gpu}" for text in (*with_more, run, short_run)] + [run, short_run, gpu, ""]
+        if system_status.box:
+            # Which machine this is matters more than how it is.
+            whole = [f"{system_status.box_note or system_status.box}   {option}" for option in options]
+            options = [*whole, system_status.box, *options]
         return [option.strip() + " " for option in options]
+
+
+def _silence_texts(system_status: SystemStatus) -> list[str]:
+    """Return that a box does not answer, since when, and what becomes of its runs."""
+    silence = f"{system_status.box} has not answered for {format_duration(system_status.box_silent_s)}"
+    return [f"{option} " for option in (f"{silence}; its runs go on", silence, "no answer", "")]
 
 
 def _run_text(system_status: SystemStatus) -> str:

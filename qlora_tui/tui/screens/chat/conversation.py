@@ -357,7 +357,10 @@ class Conversation(VerticalScroll, OnQloraApp):
                 return of_chat
             return [*of_chat, run_bytes(active.recipe(), device)]
 
-        free_bytes = machine.free_bytes if machine.gpu else psutil.virtual_memory().available
+        free_bytes = machine.free_bytes
+        if machine.gpu is None:
+            of_box = machine.host if machine.box else None
+            free_bytes = of_box.available_bytes if of_box else psutil.virtual_memory().available
         try:
             sizes = await asyncio.to_thread(missing)
         except UserError:  # a recipe that cannot be read

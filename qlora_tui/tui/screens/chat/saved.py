@@ -18,6 +18,7 @@ from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write, private_dir
 from qlora_tui.formatting import format_number
+from qlora_tui.remote.calls import current
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
 from qlora_tui.tui.screens.chat.turn import ChatTurn
@@ -54,10 +55,13 @@ _CONVERSATIONS = msgspec.json.Decoder(SavedConversation)
 
 def transcript_path(run: RunDir | None) -> Path:
     """Return today's transcript file: the run's, or the shared one for a base model alone or a
-    deleted run.
+    deleted run. Those of a run on another box stay here, next to the copy of its runs.
     """
-    home = run.path if run is not None and run.path.exists() else paths.state_dir()
-    folder = home / "chats"
+    if run is not None and current() is not None:
+        folder = paths.state_dir() / "chats" / run.id
+    else:
+        home = run.path if run is not None and run.path.exists() else paths.state_dir()
+        folder = home / "chats"
     return folder / time.strftime("%Y%m%d.md", time.localtime(clock.now()))
 
 

@@ -19,6 +19,7 @@ from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, pluralize, short_model_name, truncate_middle
+from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS
@@ -184,6 +185,7 @@ class ChatScreen(WorkScreen):
         """Show the server for other programs, and start or stop it."""
         from qlora_tui.tui.screens.chat.server_dialog import ServerScreen
 
+        refuse_on_box("A server runs on the box", "serve RUN --background")
         self.app.push_screen(ServerScreen(self.conversation))
 
     async def action_unload(self) -> None:

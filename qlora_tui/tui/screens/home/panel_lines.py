@@ -6,13 +6,10 @@ Imported after the first frame, which its imports would delay.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
-import psutil
 from textual.content import Content
 
 from qlora_tui import paths
@@ -64,7 +61,7 @@ from qlora_tui.tui.render.loss import mean_losses
 from qlora_tui.tui.render.plot import bar, labeled, meter, sparkline
 from qlora_tui.tui.screens.home.next_step import Steps
 from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, list_title
-from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.system_status import Host, SystemStatus, read_host
 from qlora_tui.tui.workbench import Workbench
 
 _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
@@ -144,32 +141,28 @@ def gpu_lines(
             meter("util", (metrics.utilization_percent or 0) / 100, use, _LABEL, width),
             meter("memory", share or 0.0, memory, _LABEL, width),
         ]
-    return lines if is_compact else [*lines, *_host_lines(width)]
+    return lines if is_compact else [*lines, *_host_lines(system_status.host or read_host(), width)]
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
     """Return the GPU, or what is used instead, with memory and disk, in one line."""
     lines = gpu_lines(system_status, budget, width, is_compact=True)
-    memory = psutil.virtual_memory()
-    free = [f"RAM {format_gib(memory.available)} of {format_gib(memory.total)} GiB free"]
-    with suppress(OSError):
-        free.append(f"disk {format_gib(shutil.disk_usage(paths.state_dir()).free)} GiB free")
+    host = system_status.host or read_host()
+    free = [f"RAM {format_gib(host.available_bytes)} of {format_gib(host.memory_bytes)} GiB free"]
+    if host.disk_free_bytes is not None:
+        free.append(f"disk {format_gib(host.disk_free_bytes)} GiB free")
     parts = [*lines, *(Content.styled(text, "dim") for text in free)]
     while len(parts) > 1 and sum(part.cell_length + 3 for part in parts) > width:
         parts.pop()
     return Content("   ").join(parts)
 
 
-def _host_lines(width: int) -> list[Content]:
+def _host_lines(host: Host, width: int) -> list[Content]:
     """Return the memory of the machine and the disk that stores the runs."""
-    memory = psutil.virtual_memory()
-    used = memory.total - memory.available
-    try:
-        disk = f"{format_gib(shutil.disk_usage(paths.runs_dir()).free)} GiB free"
-    except OSError:
-        disk = "NA"
-    text = f"{format_gib(used)} of {format_gib(memory.total)} GiB"
-    return [meter("RAM", used / memory.total, text, _LABEL, width), labeled("disk", disk, _LABEL)]
+    used = host.memory_bytes - host.available_bytes
+    disk = "NA" if host.disk_free_bytes is None else f"{format_gib(host.disk_free_bytes)} GiB free"
+    text = f"{format_gib(used)} of {format_gib(host.memory_bytes)} GiB"
+    return [meter("RAM", used / host.memory_bytes, text, _LABEL, width), labeled("disk", disk, _LABEL)]
 
 
 def server_line(server: ServerStatus) -> Content:

@@ -16,6 +16,7 @@ from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import OptionList
 
+from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
@@ -306,6 +307,7 @@ class HomeScreen(WorkScreen):
 
     async def action_demo(self) -> None:
         """Download the demo's model if it is missing, and prepare a run with it."""
+        refuse_on_box("The demo runs on the box", "demo")
         from qlora_tui.demo.demo_model import is_ready, model_folder
         from qlora_tui.tui.screens.models.downloads import ask_for_demo
 

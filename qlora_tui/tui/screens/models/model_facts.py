@@ -37,6 +37,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, why_int8_is_larger
 from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
+from qlora_tui.remote.calls import at_box
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.labels import (
@@ -401,6 +402,7 @@ def read_license(path: Path) -> str:
     return match[1] if match else ""
 
 
+@at_box
 def disk_free_bytes(folder: Path) -> int | None:
     """Return the free space on the disk for a folder, which need not exist; None if it cannot be
     determined.

@@ -20,8 +20,10 @@ from qlora_tui.catalog.local_models import LocalModel, describe_models, list_loc
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import uncapitalize
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.remote.calls import current
 from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.screens.modals.file_picker import FilePickerScreen
 from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.models.downloads import DEMO, DownloadsPanel
@@ -116,8 +118,20 @@ class ModelsScreen(WorkScreen):
         """Ask for a model's folder, a folder of such folders, or a GGUF file."""
         known = (Path(self.app.workbench.recipe.model.id).parent, *map(Path, self.app.settings.model_folders))
         start = next((folder for folder in known if folder.is_absolute() and folder.is_dir()), None)
+        if (link := current()) is not None:
+            self._ask_for_path_there(link.box.name)
+            return
         picker = FilePickerScreen("Open a model", "models", (".gguf",), start, is_one=is_model_folder)
         self.ask(picker, self._start_scan)
+
+    def _ask_for_path_there(self, box: str) -> None:
+        """Ask for a path on another box, whose folders are not listed here."""
+
+        def search(path: str) -> None:
+            self._start_scan(Path(path))
+
+        text = f"A model's folder, a folder of such folders, or a GGUF file on {box}: an absolute path."
+        self.ask(TextPromptScreen(f"Open a model on {box}", text, "/", _absolute_problem), search)
 
     def on_resize(self) -> None:
         # A higher window also divides the memory; title and bars have the new width after the layout.
@@ -364,3 +378,7 @@ async def show_download(app: QloraApp, model_id: str) -> None:
     await app.switch_mode("models")
     if isinstance(app.screen, ModelsScreen):
         app.screen.query_one(DownloadsPanel).start(model_id)
+
+
+def _absolute_problem(path: str) -> str:
+    return "" if path.startswith("/") else "It does not begin with /."

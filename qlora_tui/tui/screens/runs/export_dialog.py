@@ -42,6 +42,7 @@ from qlora_tui.formatting import (
     truncate_middle,
 )
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
     Export,
@@ -107,6 +108,7 @@ class ExportChoice:
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
     """Open the dialog. Raises UserError if the run cannot be exported."""
+    refuse_on_box("Exports are written on the box", f"export gguf {shlex.quote(run.id)} OUT.gguf")
     source = run_source(run)
     adapter = Path(source.adapters[choose_adapter(source)])
     try:

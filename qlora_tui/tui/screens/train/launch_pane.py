@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from qlora_tui.memory import Verdict
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import Field, fields
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.remote.calls import current
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.doctor import Check, CheckKind
@@ -423,4 +425,7 @@ async def launch(app: QloraApp, recipe: Recipe, checks: tuple[Check, ...]) -> Ru
     failed = "\n".join(f"{check.label}: {check.text}" for check in errors(checks))
     if failed and not await app.push_screen_wait(ConfirmScreen("Launch anyway?", failed, "Launch")):
         return None
+    if current() is not None:
+        # Over the line, which may be slow; the data may have changed, and be sent again.
+        return await asyncio.to_thread(run_actions.submit, recipe)
     return run_actions.submit(recipe)
