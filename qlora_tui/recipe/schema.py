@@ -353,7 +353,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Gradient accumulation",
             "Forward passes per optimizer step. Effective batch = micro-batch size × accumulation.",
-            "None: the same memory at any value.",
+            "The same at any value.",
             ge=1,
             le=65536,
         ),
@@ -373,7 +373,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "GPUs",
             "GPUs of this machine that share the micro-batches of each step; what is learned stays the same. "
             "Each holds the whole model. 0: all of them.",
-            "None: the same on each GPU as on one.",
+            "The same on each GPU as on one.",
             ge=0,
             le=64,
         ),

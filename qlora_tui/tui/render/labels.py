@@ -250,7 +250,7 @@ def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> F
 
 
 def next_step(command: str, text: str) -> Content:
-    """Return ``▸ [5] Train: check and launch``: the suggested step, and the key of its command."""
+    """Return ``▸ [5] check and launch``: the suggested step, and the key of its command."""
     return highlight_keys(f"▸ {key_name(command)} {text}", "$primary")
 
 

@@ -144,7 +144,7 @@ class ProblemsPanel(Panel):
         elif bad_rows:
             keys.append(("data.bad_rows", "skip bad rows"))
         self.show_keys(keys)
-        done = Content.assemble("none found   ", next_step("go.memory", "Memory: see what it needs"))
+        done = Content.assemble("none found   ", next_step("go.memory", "see what it needs"))
         self.empty = "" if lines else done if report.complete else "none so far"
 
 

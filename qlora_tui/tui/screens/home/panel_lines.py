@@ -31,6 +31,7 @@ from qlora_tui.formatting import (
     short_model_name,
 )
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.recipe.presets import Preset
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
@@ -389,6 +390,20 @@ def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Co
     return lines
 
 
+def preset_lines(presets: Sequence[Preset], current: str) -> list[Content]:
+    """Return a line for each preset: its name and what it is for. ``current``: that of the recipe."""
+    cells = max((len(preset.name) for preset in presets), default=0)
+    return [
+        Content.assemble(
+            ("● " if preset.name == current else "  ", "bold $primary"),
+            (f"{preset.name:<{cells}}  ", "bold" if preset.name == current else ""),
+            (preset.note, "dim"),
+        )
+        for preset in presets
+        if preset.problem is None
+    ]
+
+
 def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
     """Return facts about a run, and its validation losses with bars; in a smaller window only these."""
     if not layout.is_large:
@@ -410,7 +425,7 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
 
 def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
     """Return ``step 20   3.032   -0.297 ▄▄▄``: each loss, and its change as a figure and a bar."""
-    evaluations = summary.evaluations[-count - 1 :]
+    evaluations = [(step, round(loss, 3)) for step, loss in summary.evaluations[-count - 1 :]]
     changes = [math.nan, *(after[1] - before[1] for before, after in pairwise(evaluations))]
     most = max(map(abs, filter(math.isfinite, changes)), default=0.0) or 1.0
     lines = []

@@ -19,6 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import short_model_name
 from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.recipe.presets import list_presets
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.directory import RunDir
@@ -32,6 +33,7 @@ from qlora_tui.tui.screens.home.panel_lines import (
     gpu_lines,
     machine_line,
     numbers_lines,
+    preset_lines,
     queue_lines,
     recipe_lines,
     run_lines,
@@ -52,7 +54,7 @@ class HomeFacts:
     """Everything that Home shows."""
 
     lines: dict[str, tuple[Content, ...]]
-    """Lines by panel: run, gpu, queue, recipe, way, numbers."""
+    """Lines by panel: run, gpu, queue, recipe, way, presets, numbers."""
     steps: Steps
     last: RunSummary | None
     """The active or last run."""
@@ -75,13 +77,14 @@ class HomeReader:
         self._started_at = started_at
         self._summaries = SummaryCache()
         self._local_models: list[LocalModel] | None = None
+        self._presets = list_presets()
         self._outlook: tuple[object, Forecast | None, UserError | None] = (None, None, None)
         """How long a run with the recipe takes, and why its data cannot be trained on; after their key."""
         self._to_choose: tuple[object, ListedModels | None] = (None, None)
 
     def invalidate_models(self) -> None:
-        """List the local models again at the next read."""
-        self._local_models = None
+        """List the local models and the presets again at the next read."""
+        self._local_models, self._presets = None, list_presets()
 
     def read(
         self,
@@ -164,6 +167,7 @@ class HomeReader:
                 is_compact=layout.is_compact,
             ),
             "way": way_lines(self._done(workbench, budget, refusal, problem), is_compact=layout.is_compact),
+            "presets": preset_lines(self._presets, workbench.preset) if summary is None else [],
             "numbers": numbers_lines(summary, layout) if summary is not None else [],
         }
         return HomeFacts(

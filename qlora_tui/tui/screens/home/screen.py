@@ -42,6 +42,8 @@ _FRAME = 5
 _SHORT_FRAME = 3
 _NUMBERS_HEIGHT = 38
 """Rows of the window from which the run is shown in numbers."""
+_PRESETS_HEIGHT = 50
+"""Rows of the window from which presets are listed while there is no run."""
 _LEAST_MODELS, _ROWS_BESIDE_MODELS = 5, 30
 """Models to start with that are listed at least, and rows of the window for everything else."""
 
@@ -144,6 +146,8 @@ class HomeScreen(WorkScreen):
                         id="run-panel",
                     )
                     yield Panel("From a model to your adapter", Lines(id="way"), id="way-panel")
+                    keys = (("app.presets", "open one"),)
+                    yield Panel("Presets", Lines(id="presets"), keys=keys, id="presets-panel")
                     keys = (("go.runs", "all runs"),)
                     yield Panel("Earlier runs", Drawing(id="recent-runs"), keys=keys, id="recent-panel")
                 with Vertical(id="home-side"):
@@ -155,7 +159,8 @@ class HomeScreen(WorkScreen):
                     yield Panel("The run in numbers", Lines(id="numbers"), id="numbers-panel")
 
     def on_mount(self) -> None:
-        self.query_one("#models-panel").display = False
+        for hidden in ("#models-panel", "#presets-panel"):
+            self.query_one(hidden).display = False
         _save_last_seen()
         self.set_interval(_LAST_SEEN_INTERVAL_S, _save_last_seen)
 
@@ -408,6 +413,9 @@ class HomeScreen(WorkScreen):
 
             title = reload_hint()  # all that the panel has room for
         self.query_one("#recipe-panel", Panel).show_title(title)
+        # Until there is a run, its rows show what the settings could be.
+        has_rows = layout.is_large and self.size.height >= _PRESETS_HEIGHT
+        self.query_one("#presets-panel").display = is_new and has_rows
         self.query_one("#recent-panel").display = bool(facts.recent)
         recent = partial(recent_lines, facts.recent, clock.now())
         self.query_one("#recent-runs", Drawing).show(recent)

@@ -331,7 +331,7 @@ def adapter_text(
     )
     if text.cell_length + len(_WITH) <= width:
         text += Content(_WITH)
-    train = next_step("go.train", "Train: check and launch")
+    train = next_step("go.train", "check and launch")
     if differs.cell_length + 3 + train.cell_length <= width:
         differs = Content("   ").join([differs, train])
     return Content("\n").join([text, differs])

@@ -415,4 +415,5 @@ class MemoryScreen(WorkScreen):
             self._timeline = (estimate, moments)
         moments, when = self._timeline[1], peak_time(estimate, self._layers)
         panel.show_title(timeline_title(moments, budget.bytes, when))
-        self.query_one("#timeline", Drawing).show(partial(timeline_lines, moments, budget.bytes))
+        timeline = self.query_one("#timeline", Drawing)
+        timeline.show(partial(timeline_lines, moments, budget.bytes, timeline))

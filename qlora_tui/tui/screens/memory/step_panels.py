@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
+from textual.color import Color
 from textual.content import Content
+from textual.widget import Widget
 
 from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent
 from qlora_tui.glossary import explain
@@ -74,7 +76,12 @@ class BarPart:
     @property
     def even_style(self) -> str:
         """Color of a cell that the glyph cannot fill partially; it is as bright as the glyph looks."""
-        return f"{self.hue} {self.strength * _DENSITY[self.glyph] // 100}%"
+        return f"{self.hue} {self.even_strength}%"
+
+    @property
+    def even_strength(self) -> int:
+        """Strength of that color, in percent."""
+        return self.strength * _DENSITY[self.glyph] // 100
 
 
 _DENSITY = {"█": 100, "▓": 75, "▒": 50, "▚": 50, "░": 25}
@@ -385,6 +392,18 @@ class _GraphColumn:
     total_bytes: int
 
 
+def even_colors(widget: Widget) -> dict[str, str]:
+    """Return the color of each part on the background of a widget, by name; empty where colors are few.
+
+    A cell with the colors of two parts needs them opaque.
+    """
+    app, under = widget.app, widget.background_colors[1]
+    if app.no_color or app.current_theme.ansi:
+        return {}
+    hues = {part: Color.parse(app.theme_variables[part.hue.removeprefix("$")]) for part in PARTS}
+    return {part.name: under.blend(hue, part.even_strength / 100).hex for part, hue in hues.items()}
+
+
 def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> Content:
     """Return when memory is fullest. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
     when = f", fullest {fullest_words(peak_time)}"
@@ -393,9 +412,17 @@ def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str
     return Content.assemble(TIMELINE, (when, "$text-muted not bold"))
 
 
-def timeline_lines(moments: tuple[Moment, ...], limit_bytes: int, width: int, height: int) -> list[Content]:
+def timeline_lines(
+    moments: tuple[Moment, ...],
+    limit_bytes: int,
+    widget: Widget,
+    width: int,
+    height: int,
+) -> list[Content]:
     """Return ``height`` lines: the graph with its scale in GiB on the left, and the names of the phases below
     it.
+
+    ``widget`` is what the graph is drawn on.
     """
     rows = height - 1
     if rows < 2:
@@ -405,16 +432,21 @@ def timeline_lines(moments: tuple[Moment, ...], limit_bytes: int, width: int, he
     high = max(peak * _ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * _ABOVE_PEAK
     axis = Axis(0.0, high / (1 << 30), "GiB")
     scale = ticks(axis, max(2, rows // 2))
+    # As many rows between any two labels.
+    step = scale[1][0] - scale[0][0]
+    high = rows * step / max(1, int(step / axis.high * rows)) * (1 << 30)
+    axis = Axis(0.0, high / (1 << 30), "GiB")
+    scale = ticks(axis, int(axis.high / step + 1e-9))
     gutter = max(len(text) for _, text in scale) + 1
     columns = _columns(moments, max(len(PHASES), width - gutter))
-    labels = {min(rows - 1, int(value / axis.high * rows)): text for value, text in scale}
+    labels = {row: text for value, text in scale if (row := round(value / axis.high * rows)) < rows}
     limit_row = min(rows - 1, int(limit_bytes / high * rows)) if limit_is_shown else None
     peak_column = max(range(len(columns)), key=lambda place: columns[place].total_bytes)
-    lines = []
+    lines, even = [], even_colors(widget)
     for row in range(rows - 1, -1, -1):
         text = labels.get(row, "")
         edge = Content.styled(f"{text:>{gutter - 1}}{'┤' if text else '│'}", "dim")
-        cells = [_cell(column, row, high / rows, limit_bytes) for column in columns]
+        cells = [_cell(column, row, high / rows, limit_bytes, even) for column in columns]
         if row == limit_row:
             _draw_limit(cells, limit_bytes)
         if row == int(peak / high * rows) + 1:
@@ -449,23 +481,32 @@ def _column(moment: Moment) -> _GraphColumn:
     return _GraphColumn(moment.phase, tuple(ordered), moment.total_bytes)
 
 
-def _cell(column: _GraphColumn, row: int, cell_bytes: float, limit_bytes: int) -> tuple[str, str]:
-    """Return (character, style): the part that covers most of the cell; at the top, an eighth block."""
+def _cell(
+    column: _GraphColumn, row: int, cell_bytes: float, limit_bytes: int, even: Mapping[str, str]
+) -> tuple[str, str]:
+    """Return (character, style): the part that covers most of the cell; at the top, an eighth block.
+
+    With the colors of ``even``, the lowest part is an eighth block in front of the largest of the others.
+    """
     low, high = row * cell_bytes, (row + 1) * cell_bytes
     filled = min(1.0, (column.total_bytes - low) / cell_bytes)
     if filled <= 0:
         return " ", ""
-    begin, most, part = 0, 0.0, column.parts[0][0]
-    for candidate, size in column.parts:
-        covered = min(begin + size, high) - max(begin, low)
-        if covered > most:
-            most, part = covered, candidate
+    begin, covered = 0, list[tuple[BarPart, float]]()
+    for part, size in column.parts:
+        share = (min(begin + size, high) - max(begin, low)) / cell_bytes
+        covered += [(part, share)] if share > 0 else []
         begin += size
+    part, most = max(covered, key=lambda each: each[1])
     # Of a column over the limit, also the cell that the limit is in.
     is_over = min(high, column.total_bytes) > limit_bytes
-    if filled >= 15 / 16:
+    if filled < 15 / 16:
+        return _EIGHTHS[round(filled * 8)], "$error" if is_over else part.even_style
+    eighths = round(covered[0][1] * 8)
+    if is_over or not even or most >= 15 / 16 or not 0 < eighths < 8:
         return part.glyph, "$error" if is_over else part.style
-    return _EIGHTHS[round(filled * 8)], "$error" if is_over else part.even_style
+    above = max(covered[1:], key=lambda each: each[1])[0]
+    return _EIGHTHS[eighths], f"{even[covered[0][0].name]} on {even[above.name]}"
 
 
 def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:

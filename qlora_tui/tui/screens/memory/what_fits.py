@@ -289,7 +289,11 @@ class FitPanel(Panel):
         # Next to the bars there is room for what is left.
         is_said = not self.screen.has_class("-narrow") and verdict.word in ("fits", "does not fit")
         more = "" if is_said else f", {verdict_sentence(verdict)}"
-        self.show_title(Content.styled(f"{name} {word}{more}", style))
+        train = next_step("go.train", "check and launch")
+        is_done = is_recipe and refusal is None and verdict.fits_even_if_tight
+        title = Content.styled(f"{name} {word}{more}", style)
+        has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
+        self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
         figure = Figure(
             f"of {format_bytes(budget.bytes)}, {'exact' if verdict.is_exact else 'instant estimate'}",
             format_bytes(verdict.needed_bytes),
@@ -298,7 +302,8 @@ class FitPanel(Panel):
         self._needed.show([*large_figures([figure]), Content("")])
         self.choices.display = bool(solution.changes)
         self.choices.show(partial(choice_lines, solution.changes))
-        notes = list(_notes(estimate, budget, solution, refusal, length_warning, is_recipe=is_recipe))
+        notes = [train] if is_done and not has_room else []
+        notes += _notes(estimate, budget, solution, refusal, length_warning, is_recipe=is_recipe)
         expected = format_sizes(verdict.low_bytes, "to", verdict.high_bytes)
         uncertainty = f"Expected: {expected}. Uncertain: {verdict.reason}."
         notes.append(Content.styled(uncertainty, "$text-muted"))
@@ -322,8 +327,6 @@ def _notes(
     if refusal is not None:
         what_to_do = highlight_keys(f"{key_name('go.models')} shows what to do.")
         yield Content.assemble((f"{refusal_words(refusal)}. ", "$error"), what_to_do)
-    elif is_recipe and check_fit(estimate, budget.bytes).fits_even_if_tight:
-        yield next_step("go.train", "Train: check and launch")
     if solution.least_bytes:
         yield highlight_keys(
             "No change makes it fit: even with every change that saves memory, it needs "

@@ -55,6 +55,8 @@ EMPTY = (
     "search the Hub by name."
 )
 SEARCH = "name; Enter searches the Hub too"
+_ROOMY = 44
+"""Rows of the window from which the facts of a model are above its memory."""
 _FRAME = 5
 """Cells of the list's frame that its title does not take."""
 LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
@@ -134,6 +136,7 @@ class ModelsScreen(WorkScreen):
         self.ask(TextPromptScreen(f"Open a model on {box}", text, "/", _absolute_problem), search)
 
     def on_resize(self) -> None:
+        self.set_class(self.size.height >= _ROOMY, "-roomy")
         # A higher window also divides the memory; title and bars have the new width after the layout.
         self.call_after_refresh(self._show_facts)
 
