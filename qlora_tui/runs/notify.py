@@ -42,14 +42,17 @@ def notify(folder: Path) -> None:
     wanted = load_settings().notify
     if not (wanted.webhook or wanted.command):
         return
-    run = RunDir(folder)
-    news = notification_for(run)
-    if news is None:
-        return
+    if (news := notification_for(RunDir(folder))) is not None:
+        send(news)
+
+
+def send(news: RunNotification) -> None:
+    """Send a notification the ways that the settings want. Raises UserError."""
+    wanted = load_settings().notify
     # The command goes first: it does not depend on a network.
     for failure in (_command(wanted.command, news), _webhook(wanted.webhook, news)):
         if failure:
-            print(f"{run.id}: {failure}", file=sys.stderr)
+            print(f"{news.run}: {failure}", file=sys.stderr)
 
 
 class RunNotification(Struct, frozen=True, kw_only=True):
@@ -57,7 +60,7 @@ class RunNotification(Struct, frozen=True, kw_only=True):
 
     event: Literal["finished", "failed"]
     run: str
-    """The run's id."""
+    """The run's id, or a sweep's."""
     name: str
     text: str
     """The message in a sentence: ``tickets is finished: best validation loss 1.21 at step 640.``"""

@@ -8,11 +8,13 @@ nothing.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 import msgspec
 
@@ -21,9 +23,10 @@ from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.nvml import list_gpus
 from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs import actions, run_queue
+from qlora_tui.runs import actions, notify, run_queue
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.status import is_stranded
+from qlora_tui.sweeps.describe import verdict_sentence
 from qlora_tui.sweeps.directory import (
     EndReason,
     GroupPlanned,
@@ -41,6 +44,7 @@ from qlora_tui.sweeps.plan import Costs, keep_best, plan_group
 from qlora_tui.sweeps.space import Point, grid_points, random_point
 from qlora_tui.sweeps.study import propose, write_journal
 from qlora_tui.sweeps.view import Group, SweepView, Trial, read_sweep, time_left
+from qlora_tui.worker import start_detached
 
 _DRAWS = 1000
 """Points drawn at random for one that no trial has; after as many, all are taken to have been tried."""
@@ -251,7 +255,30 @@ class _Step:
         self._sweep.append(SweepEnded(why=why))
         with suppress(OSError):
             write_journal(self._view)
+            start_detached(
+                "qlora_tui.sweeps.driver:notify_end",
+                self._sweep.path,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
         return True
+
+
+def notify_end(folder: Path) -> None:
+    """Notify the user that the sweep in a folder is over. Raises UserError."""
+    view = read_sweep(SweepDir(folder))
+    winner = view.winner
+    notify.send(
+        notify.RunNotification(
+            event="failed" if view.state == "failed" else "finished",
+            run=view.sweep.id,
+            name=view.sheet.name,
+            text=f"The sweep {view.sweep.id} is over. {verdict_sentence(view)}",
+            step=sum(trial.is_settled for trial in view.trials),
+            total_steps=len(view.trials),
+            best_loss=winner.final.loss if winner and winner.final else None,
+        )
+    )
 
 
 def _recipe_of(view: SweepView, trial: Trial) -> Recipe:

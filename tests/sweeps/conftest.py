@@ -19,7 +19,7 @@ from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Paused
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status
-from qlora_tui.sweeps import actions
+from qlora_tui.sweeps import actions, driver
 from qlora_tui.sweeps.directory import SweepDir
 from qlora_tui.sweeps.driver import advance
 from qlora_tui.sweeps.sheet import Sheet, Sweep
@@ -36,6 +36,7 @@ Loss = Callable[[Recipe, float], float]
 def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     monkeypatch.setattr(process, "ensure_runner", lambda: None)
+    monkeypatch.setattr(driver, "start_detached", lambda *job, **streams: None)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qlora_tui import paths
 from qlora_tui.runs.process import ensure_runner, runner_lock_path
 from qlora_tui.runs.status import read_status
 from qlora_tui.sweeps import actions
@@ -48,7 +49,12 @@ class DriverKiller(threading.Thread):
                         self.killed.add(int(folder.name))
 
 
-def test_a_sweep_survives_kills_of_runner_trainers_and_its_own_process(recipe: MakeRecipe) -> None:
+def test_a_sweep_survives_kills_of_runner_trainers_and_its_own_process(
+    recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    news = tmp_path / "news"
+    command = f"echo $QLORA_TUI_TEXT >> {news}"
+    (paths.config_dir() / "config.toml").write_text(f"[notify]\ncommand = {command!r}\n")
     settings: dict[str, Any] = {
         "name": "rates",
         "training.lr_scheduler": "wsd",
@@ -84,4 +90,8 @@ def test_a_sweep_survives_kills_of_runner_trainers_and_its_own_process(recipe: M
     assert view.winner is not None and view.winner.values["training.learning_rate"] >= 2e-3
     assert view.verdict.basis == "confirmed" and view.verdict.noise
     assert not view.unequal_tokens()
+    wait_for(news.exists)
+    # Of the sweep, and of none of its runs.
+    wait_for(lambda: news.read_text().startswith(f"The sweep {sweep.id} is over. "))
+    assert len(news.read_text().splitlines()) == 1
     assert len({trial.evaluations[0] for trial in view.trials}) == 1, "the same rows for every seed"
