@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from qlora_tui.cli.subcommand import (
 from qlora_tui.data.sources import every_source, paths_of
 from qlora_tui.errors import EXIT_FAILURE, UserError
 from qlora_tui.formatting import format_loss, format_path
-from qlora_tui.runs.doctor import read_machine
+from qlora_tui.runs.doctor import CheckKind, Machine, read_machine
 from qlora_tui.runs.expected_time import count_data, forecast
 from qlora_tui.runs.preflight import errors, preflight
 from qlora_tui.runs.process import ensure_runner
@@ -39,7 +40,7 @@ from qlora_tui.sweeps.describe import (
 from qlora_tui.sweeps.directory import SweepDir, all_sweeps, find_sweep
 from qlora_tui.sweeps.plan import Costs, plan_group
 from qlora_tui.sweeps.sheet import Sheet, build_sheet
-from qlora_tui.sweeps.space import parse_vary
+from qlora_tui.sweeps.space import apply_point, parse_vary, value_text
 from qlora_tui.sweeps.study import importances
 from qlora_tui.sweeps.view import SweepView, Trial, read_sweep
 
@@ -92,13 +93,30 @@ def _start(args: argparse.Namespace) -> CommandResult:
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
     if args.dry_run:
         return _dry_run(sheet, deadline)
-    for check in preflight(sheet.recipe, read_machine()):
+    machine = read_machine()
+    for check in preflight(sheet.recipe, machine):
         if check.problem is not None:
             raise check.problem
+    if note := _memory_note(sheet, machine):
+        print(note, file=sys.stderr)
     sweep = actions.start(sheet, deadline)
     return CommandResult(
         data={"sweep": sweep.id, "path": str(sweep.path), "deadline": deadline},
         text=f"{sweep.id} is started. See how it is: `qlora-tui sweep show {sweep.id}`.",
+    )
+
+
+def _memory_note(sheet: Sheet, machine: Machine) -> str:
+    """Say that the trial that takes the most memory may not fit; empty if it does."""
+    point = actions.heaviest_point(sheet)
+    checks = preflight(apply_point(sheet.recipe, point), machine)
+    memory = next((check for check in checks if check.kind is CheckKind.MEMORY), None)
+    if memory is None or memory.outcome == "ok":
+        return ""
+    values = ", ".join(f"{path} = {value_text(value)}" for path, value in point.items())
+    return (
+        f"{memory.outcome}: the trial that takes the most memory ({values}): {memory.text} "
+        "A trial that runs out of memory is retried with less, and is a failed result if that does not help."
     )
 
 
@@ -126,6 +144,8 @@ def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
             trials, rounds = (plan.trials, plan.rounds) if plan else (0, 0)
             lines = [] if plan else ["The time is too short for a trial and its confirmation."]
     checks = preflight(sheet.recipe, machine, expected=expected)
+    if note := _memory_note(sheet, machine):
+        lines.append(note)
     if trials:
         lines.append(plan_sentence(sheet, trials, rounds, costs))
     lines.append("Loading and evaluations are not in this time. Nothing was started.")

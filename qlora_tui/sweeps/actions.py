@@ -6,10 +6,14 @@ import re
 import time
 from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
+from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.gpu.visible_devices import requested_gpus
+from qlora_tui.memory import estimate
+from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe import presets
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.process import ensure_runner
@@ -17,6 +21,7 @@ from qlora_tui.runs.status import ACTIVE, read_status, refuse_other_machines
 from qlora_tui.sweeps.directory import SweepDir, SweepEnded, SweepPaused, SweepResumed, create_sweep
 from qlora_tui.sweeps.driver import advance
 from qlora_tui.sweeps.sheet import Sheet
+from qlora_tui.sweeps.space import Point, apply_point, extremes
 from qlora_tui.sweeps.study import require_optuna
 from qlora_tui.sweeps.view import SweepView, Trial, read_sweep
 
@@ -76,6 +81,20 @@ def check(sheet: Sheet, *, has_time: bool) -> None:
     sheet.check(has_time=has_time)
     if sheet.sweep.method == "tpe":
         require_optuna()
+
+
+def heaviest_point(sheet: Sheet) -> Point:
+    """Return, for each varied setting, the value that takes the most memory. Raises UserError."""
+    architecture, device = load_architecture(sheet.recipe.model.id), local_budget().device
+
+    def needed(path: str, value: object) -> int:
+        recipe = apply_point(sheet.recipe, {path: value})
+        return estimate(recipe, architecture, device=device).process_bytes
+
+    return {
+        path: max(extremes(path, values), key=partial(needed, path))
+        for path, values in sheet.sweep.vary.items()
+    }
 
 
 @disk_problems()

@@ -147,7 +147,7 @@ def check_space(space: Space, recipe: Recipe) -> None:
             _check_range(field, values)
         elif not values or len({repr(value) for value in values}) < len(values):
             raise _invalid(path, "its list of values is empty" if not values else "a value occurs twice")
-        for value in _extremes(field, values):
+        for value in extremes(path, values):
             section, _, key = path.rpartition(".")
             issues = find_issues({section: {key: value}} if section else {key: value}, "sweep.vary")
             if issues:
@@ -200,9 +200,10 @@ def _invalid(path: str, what: str) -> UsageError:
     )
 
 
-def _extremes(field: Field, values: Values) -> list[Any]:
+def extremes(path: str, values: Values) -> list[Any]:
+    """Return the values of a list, or both ends of a range."""
     if isinstance(values, Range):
-        return [values.at(share, whole=field.kind == "int") for share in (0.0, 1.0)]
+        return [values.at(share, whole=is_whole(path)) for share in (0.0, 1.0)]
     return values
 
 
