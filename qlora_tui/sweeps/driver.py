@@ -85,7 +85,7 @@ class _Step:
         if any(changed):
             return True
         if not view.base_trials:
-            return self._choose("base", {}, self._seed(0))
+            return self._choose("base", {}, seed=self._seed(0))
         if view.base_trials[0].is_settled and view.base_trials[0].final is None:
             return self._end("base_failed")
         if (left != float("inf") or self._is_sequential) and not view.base_trials[0].is_settled:
@@ -112,10 +112,11 @@ class _Step:
     def _seed(self, number: int) -> int:
         return (self._view.sheet.recipe.training.seed + number) % 2**32
 
-    def _choose(self, role: Role, values: Point, seed: int, group: int = 0) -> bool:
-        number = len(self._view.trials)
-        self._sweep.append(TrialChosen(number=number, role=role, group=group, values=values, seed=seed))
-        return True
+    def _choose(self, role: Role, *points: Point, seed: int, group: int = 0) -> bool:
+        """Record trials with these values; return whether there are any."""
+        for number, values in enumerate(points, start=len(self._view.trials)):
+            self._sweep.append(TrialChosen(number=number, role=role, group=group, values=values, seed=seed))
+        return bool(points)
 
     def _make_or_continue(self, trial: Trial) -> bool:
         """Make the run of a trial, or queue it to go on; return whether anything was done."""
@@ -159,7 +160,7 @@ class _Step:
             plan_trials, plan_rounds = asked, rounds or 1
         else:
             assert costs is not None
-            used = sum(trial.role == "trial" for trial in view.trials)
+            used = self._number_of_trials()
             if asked and used >= asked:
                 return False
             plan = plan_group(
@@ -191,22 +192,32 @@ class _Step:
     def _fill(self, group: Group) -> bool:
         """Choose the trials of a group that are missing; return whether one was chosen."""
         trials = self._view.of_group(group.number)
-        if group.ended or len(trials) >= group.planned.trials:
+        missing = group.planned.trials - len(trials)
+        if group.ended or missing <= 0:
             return False
-        before = sum(trial.role == "trial" for trial in self._view.trials)
         if self._is_sequential:
             if sum(not trial.is_settled for trial in trials) >= _devices():
                 return False
-            return self._choose("trial", propose(self._view, before), self._seed(0), group.number)
-        if self._settings.method == "grid":
-            point = next(islice(grid_points(self._settings.vary), before, None), None)
-            return point is not None and self._choose("trial", point, self._seed(0), group.number)
-        chosen = [trial.values for trial in self._view.trials]
-        for attempt in range(_DRAWS):
-            point = random_point(self._settings.vary, self._settings.seed, before + attempt * _DRAWS)
+            points = [propose(self._view, self._number_of_trials())]
+        else:
+            points = list(islice(self._points(), missing))
+        return self._choose("trial", *points, seed=self._seed(0), group=group.number)
+
+    def _number_of_trials(self) -> int:
+        return sum(trial.role == "trial" for trial in self._view.trials)
+
+    def _points(self) -> Iterator[Point]:
+        """Yield the points of a grid or at random that no trial has, always in the same order."""
+        settings = self._settings
+        if settings.method == "grid":
+            yield from islice(grid_points(settings.vary), self._number_of_trials(), None)
+            return
+        chosen = [trial.values for trial in self._view.trials if trial.role == "trial"]
+        for number in range(len(chosen) + _DRAWS):
+            point = random_point(settings.vary, settings.seed, number)
             if point not in chosen:
-                return self._choose("trial", point, self._seed(0), group.number)
-        return False
+                chosen.append(point)
+                yield point
 
     def _end_round(self, group: Group, trials: list[Trial]) -> bool:
         in_round = [t for t in trials if not any(t.number in ended.dropped for ended in group.ended)]
@@ -244,9 +255,9 @@ class _Step:
         for number in range(1, self._settings.seeds):
             seed = self._seed(number)
             if ("base", seed) not in chosen:
-                return self._choose("base", {}, seed)
+                return self._choose("base", {}, seed=seed)
             if ("confirmation", seed) not in chosen:
-                return self._choose("confirmation", winner.values, seed)
+                return self._choose("confirmation", winner.values, seed=seed)
         if not all(trial.is_settled for trial in view.trials):
             return False
         return self._end("done")
