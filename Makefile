@@ -15,7 +15,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: real-clients check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases bench-deps lock clean
+.PHONY: real-clients check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases real-sweep bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -30,6 +30,7 @@ help:
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
 	@echo "make real-exports train the demo, export it as GGUF and LoRA, and compare the files through llama.cpp"
 	@echo "make real-bases   compare two real GGUF files, as bases and after training, with llama.cpp (fetches 0.3 GB)"
+	@echo "make real-sweep   find a better learning rate for the demo's model, with the verdict on the noise"
 	@echo "make real-clients serve the demo's run to litellm and lm-evaluation-harness (fetches 0.2 GB)"
 	@echo "make lock         update the locked dependencies, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
@@ -89,6 +90,9 @@ real-exports: demo
 
 real-bases: $(INSTALLED)
 	$(BIN)/python -m bench.real_bases
+
+real-sweep: $(INSTALLED)
+	$(BIN)/python -m bench.real_sweep
 
 # In an environment of their own: what they need must not decide our versions.
 CLIENTS := litellm==1.110.2 lm_eval[api]==0.4.13 transformers<5.25
