@@ -7,6 +7,7 @@ folder is not ours to delete.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
@@ -98,10 +99,17 @@ def resume(run: RunDir) -> None:
     refuse_other_machines()
     if gpu := requested_gpus():
         atomic_write(run.gpu_path, f"{gpu}\n", durable=True)
-    # Who resumes it wants it trained further than a sweep did.
-    run.set_pause_at(None)
+    has_reached = status.step >= (run.pause_at or 1) * (status.total_steps or math.inf)
+    if has_reached or not _is_compared(run):
+        # Who resumes it wants it trained further than its sweep did.
+        run.set_pause_at(None)
     run_queue.requeue(run)
     ensure_runner()
+
+
+def _is_compared(run: RunDir) -> bool:
+    """Whether the run is a trial of a sweep that is not over."""
+    return bool(run.sweep) and (paths.sweeps_dir() / run.sweep / "active").exists()
 
 
 def _instead_of_resuming(run: RunDir, state: State) -> str:
@@ -303,7 +311,7 @@ def uses_of(run: RunDir) -> list[str]:
         for other in (RunDir(paths.runs_dir() / name) for name in run_queue.waiting())
         if _starts_from(other, run)
     ]
-    if run.sweep and (paths.sweeps_dir() / run.sweep / "active").exists():
+    if _is_compared(run):
         uses.append(f"the sweep {run.sweep}, which is not over, compares it")
     if is_exported(run):
         uses.append("it is being exported")

@@ -12,7 +12,8 @@ import pytest
 
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source, Training
-from qlora_tui.runs import process, run_queue
+from qlora_tui.runs import actions as run_actions
+from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import append_event
 from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Paused, RunEnded, Started
@@ -35,7 +36,7 @@ Loss = Callable[[Recipe, float], float]
 @pytest.fixture(autouse=True)
 def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
-    monkeypatch.setattr(process, "ensure_runner", lambda: None)
+    monkeypatch.setattr(run_actions, "ensure_runner", lambda: None)
     monkeypatch.setattr(driver, "start_detached", lambda *job, **streams: None)
 
 

@@ -11,6 +11,7 @@ import pytest
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.presets import find_preset
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
@@ -37,6 +38,8 @@ def test_halving_keeps_the_better_half_and_resumes_it(recipe: Recipe) -> None:
     assert len([run for run in all_runs() if run.sweep == sweep.id]) == len(view.trials)
     assert "round 1" in read_status(by_rate[1e-4].run).detail  # type: ignore[arg-type]  # it has one
     assert view.verdict.basis == "confirmed" and view.verdict.is_better
+    run_actions.resume(dropped := by_rate[1e-4].run)  # type: ignore[arg-type]  # it has one
+    assert dropped is not None and dropped.pause_at is None, "it trains to its end"
     assert (view.verdict.base_runs, view.verdict.found_runs) == (3, 2)
     assert {run.recipe().data.validation_seed for run in all_runs()} == {42}
     path = actions.adopt(sweep, "fast-rate")
@@ -122,6 +125,10 @@ def test_pause_stop_and_what_the_user_pauses(recipe: Recipe) -> None:
     run_queue.pause(by_user)
     view = play_all(sweep, best_at(8e-4))
     assert view.state == "waiting" and run_queue.waiting() == []
+    # Resumed on its own, it still pauses where the others did.
+    run_actions.resume(by_user)
+    assert by_user.pause_at == 0.5
+    run_queue.pause(by_user)
     actions.resume(sweep)
     assert run_queue.waiting() == [by_user.id]
     actions.stop(sweep)
