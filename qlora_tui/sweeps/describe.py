@@ -35,6 +35,8 @@ def verdict_sentence(view: SweepView) -> str:
         )
     losses = f"{format_loss(verdict.found)} and {format_loss(verdict.base)}"
     if verdict.basis == "not_lower":
+        if view.ended is None:
+            return f"Not better so far: the losses of {name} and of the recipe as it is are {losses}."
         return (
             f"Not better: the lowest loss of a trial ({name}) and that of the recipe as it is are {losses}."
         )
@@ -43,6 +45,8 @@ def verdict_sentence(view: SweepView) -> str:
         f"the mean losses of {name} ({pluralize(verdict.found_runs, 'run')}) and of the recipe as it is "
         f"({pluralize(verdict.base_runs, 'run')}) are {losses}, a difference of {format_float(difference)}"
     )
+    if view.ended is None:
+        return f"Not confirmed yet: {compared}."
     if verdict.basis == "noise_unknown":
         return f"Unknown: {compared}, and the noise between seeds was not measured (sweep.seeds)."
     noise = (

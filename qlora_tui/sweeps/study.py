@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 FEWEST_RESULTS = 10
 """Results below which TPE proposes at random, as Optuna does."""
+_FEWEST_EXPLAINED = 4
 
 
 def require_optuna() -> None:
     """Raise UserError, with the command that installs it, if Optuna is not installed."""
     try:
-        import optuna  # noqa: F401
+        import optuna
     except ImportError as error:
         raise UserError(
             "Optuna is not installed",
@@ -34,6 +35,8 @@ def require_optuna() -> None:
             fix=f"Install it: `{install_command('qlora-tui[sweep]')}`. Random and grid do without.",
             code="optuna-missing",
         ) from error
+    # It reports each study that is made, also on stderr of a command.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def propose(view: SweepView, number: int) -> Point:
@@ -45,7 +48,6 @@ def propose(view: SweepView, number: int) -> Point:
     import optuna
 
     sweep = view.sheet.sweep
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(
         seed=sweep.seed + number, multivariate=True, constant_liar=True, n_startup_trials=FEWEST_RESULTS
     )
@@ -62,7 +64,6 @@ def write_journal(view: SweepView) -> None:
         import optuna
         from optuna.storages.journal import JournalFileBackend
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         draft = view.sweep.path / ".qlora-tui-journal.tmp"
         _remove(draft)
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(draft)))
@@ -80,13 +81,13 @@ def importances(view: SweepView) -> dict[str, float]:
     """Return how much each setting explains of the differences in loss, 0 to 1, the most important first.
 
     By PED-ANOVA (arXiv 2304.10255) over the losses at the end of the first round, which all trials have.
-    Empty for too few results. Raises UserError if Optuna is not installed.
+    Empty for too few results, and for a single setting. Raises UserError if Optuna is not installed.
     """
     require_optuna()
     import optuna
 
     trials = [trial for trial in _with_results(view) if 1 in trial.results]
-    if len(trials) < 4:
+    if len(trials) < _FEWEST_EXPLAINED or len(view.sheet.sweep.vary) < 2:
         return {}
     study = optuna.create_study()
     study.add_trials([_frozen(view.sheet.sweep.vary, trial, trial.results[1].loss) for trial in trials])
