@@ -71,7 +71,9 @@ class RunNotification(Struct, frozen=True, kw_only=True):
 
 
 def notification_for(run: RunDir) -> RunNotification | None:
-    """Return the notification about a run; None if there is nothing to report."""
+    """Return the notification about a run; None if there is nothing to report, and for a sweep's runs."""
+    if run.sweep:
+        return None
     ending = last_event(run.events_path)
     if not isinstance(ending, Finished | Failed) or next_plan(run, ending) is not None:
         return None

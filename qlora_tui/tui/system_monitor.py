@@ -107,6 +107,8 @@ class SystemMonitor:
         self._retry_at = 0.0
         self._stalled_since: float | None = None
         """Monotonic time since when runs have been waiting while none is active."""
+        self._has_looked_after_sweeps = False
+        """Whether a runner was started for sweeps that may have been killed before they queued a run."""
 
     def poll_and_recover(self) -> SystemStatus:
         """Return the current status, and start a runner if the queue has none.
@@ -123,7 +125,8 @@ class SystemMonitor:
         # Not the newest: a queue may be turned around, and an older run resumed.
         over = [(r, s) for r, s in statuses if s.state != "queued" or (s.hold and s.step)]
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
-        self._restart_stalled_runner(is_stalled=bool(waiting_ids) and active[0] is None)
+        has_sweeps = not self._has_looked_after_sweeps and any(paths.sweeps_dir().glob("*/active"))
+        self._restart_stalled_runner(is_stalled=(bool(waiting_ids) or has_sweeps) and active[0] is None)
         return SystemStatus(
             is_known=True,
             gpu=self._choice.gpu if self._choice else None,
@@ -177,6 +180,7 @@ class SystemMonitor:
             # No memory for a process, or no space for its log: tried again later.
             with suppress(OSError):
                 ensure_runner()
+                self._has_looked_after_sweeps = True
 
     def _ended_runs(self, statuses: list[tuple[RunDir, Status]]) -> tuple[RunNotification, ...]:
         ended = [run for run, status in statuses if run.id in self._training and status.state in _NOTIFIED]

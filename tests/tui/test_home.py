@@ -292,6 +292,21 @@ def test_a_runner_that_cannot_be_started_ends_no_look(monkeypatch: pytest.Monkey
     look.close()
 
 
+def test_a_sweep_that_was_killed_between_its_runs_goes_on_once_the_app_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
+    monkeypatch.setattr(system_monitor, "ensure_runner", lambda: started.append(True))
+    (sweep := paths.sweeps_dir() / "rates").mkdir()
+    (sweep / "active").touch()
+    look = system_monitor.SystemMonitor()
+    for _ in range(4):
+        look.poll_and_recover()
+    look.close()
+    assert started == [True]
+
+
 def test_the_run_that_changed_last_is_the_one_shown() -> None:
     older = FakeRun(name="owls", steps=200, total=300)
     write_fake_run(FakeRun(name="crows", state="finished", steps=300, total=300, began=BEGAN + 100))
