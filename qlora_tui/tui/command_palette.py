@@ -20,6 +20,7 @@ from textual.content import Content
 from textual.fuzzy import Matcher
 from textual.widget import Widget
 
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, screen_commands
 from qlora_tui.tui.key_names import bare_key, dialog_keys
 from qlora_tui.tui.screens.base import WorkScreen
@@ -35,8 +36,8 @@ _HELP_SCORE = 0.3
 """Score of a command whose title does not match but whose help has words that start with those of
 the query.
 """
-_WIDTH, _FRAME = 90, 5
-"""Width of the palette, and the cells of it that its lines do not have."""
+_WIDTH, _FRAME, _MARGIN = 140, 5, 8
+"""Width of the palette, the cells of it that its lines do not have, and those beside it in a wide window."""
 _NAME_CELLS = 20
 """Width of the column of names; a longer name moves its description to the right."""
 _SHOWN_RECENT = 5
@@ -68,9 +69,14 @@ class Palette(CommandPalette):
 
     def on_mount(self) -> None:
         frame = self.query_one("#--container", Widget)
-        frame.styles.width = _WIDTH
+        frame.styles.width = _width(self.app.size.width)
         frame.border_title = "Commands"
         frame.border_subtitle = dialog_keys([Binding("escape", "escape", "Close")], "Enter run")
+
+
+def _width(window: int) -> int:
+    """Return the width of the palette: of what is behind it, a small window would show only pieces."""
+    return window if window < WIDE_CELLS else min(_WIDTH, window - _MARGIN)
 
 
 class CommandProvider(Provider):
@@ -100,7 +106,7 @@ class CommandProvider(Provider):
     def _line(self, title: Content, entry: Entry) -> Content:
         """Return name, description and key in one line, which is as wide as the palette."""
         title = title.pad_right(max(0, _NAME_CELLS - title.cell_length))
-        room = min(_WIDTH, self._app.size.width) - _FRAME - title.cell_length - len(entry.shortcut) - 4
+        room = _width(self._app.size.width) - _FRAME - title.cell_length - len(entry.shortcut) - 4
         help_ = Content(entry.help).truncate(max(0, room), ellipsis=True, pad=True)
         return Content.assemble(
             title, "  ", help_.stylize("not bold dim"), "  ", (entry.shortcut, "bold $key")

@@ -22,6 +22,7 @@ from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
     Axis,
     Curve,
+    Mark,
     Plot,
     loss_axis,
     plot,
@@ -206,7 +207,6 @@ def test_a_small_change_of_the_loss_is_no_cliff_and_all_its_numbers_have_the_sam
         x=Axis(0, 8, "step"),
         loss=curve,
         mean_loss=curve,
-        last_loss=losses[-1],
         last_mean=losses[-1],
         evaluations=((0, 6.2605), (8, 6.257)),
         best=(8, 6.257),
@@ -223,7 +223,6 @@ def test_the_axis_fits_the_mean_and_leaves_out_a_spike_of_one_step() -> None:
         x=Axis(0, 2, "step"),
         loss=Envelope.of_points(steps, [2.0, 90.0, 2.0]),
         mean_loss=Envelope.of_points(steps, [2.0, 2.5, 2.2]),
-        last_loss=2.0,
         last_mean=2.2,
         evaluations=((0, 3.0),),
         best=None,
@@ -278,18 +277,58 @@ def test_names_are_cut_in_their_middle_and_columns_without_room_are_left_out() -
     assert narrow[1].startswith("qwen2") and "…" in narrow[1] and narrow[1].split("…")[1].startswith("1 ")
 
 
-@pytest.mark.parametrize("height", range(8, 40))
-def test_labels_of_a_chart_have_the_same_rows_between_them(height: int) -> None:
-    curve = Curve(Envelope.of_points([0.0, 50.0], [2.1, 5.9]), "loss", "")
-    lines = plot(Plot(so_far(50, 81, "step"), loss_axis(2.1, 5.9), (curve,)), 80, height)
-    rows = [row for row, line in enumerate(lines[1:-1]) if line.plain[:5].strip()]
+@pytest.mark.parametrize("height", range(9, 60))
+@pytest.mark.parametrize(("low", "high"), [(2.1, 5.9), (1.21, 2.93), (1.28, 2.71), (2.4, 5.5)])
+def test_a_chart_is_filled_by_its_curve_and_its_labels_have_the_same_rows_between_them(
+    height: int, low: float, high: float
+) -> None:
+    curve = Curve(Envelope.of_points([0.0, 50.0], [high, low]), "loss", "")
+    lines = plot(Plot(so_far(50, 81, "step"), loss_axis(low, high), (curve,)), 80, height)[1:-1]
+    rows = [row for row, line in enumerate(lines) if line.plain[:6].strip()]
     assert len(rows) > 1 and len({after - before for before, after in pairwise(rows)}) == 1
+    used = sum(any("▀" <= each <= "▟" for each in line.plain) for line in lines)
+    assert used > 0.7 * len(lines) - 1
+
+
+def test_joined_points_go_through_the_cells_of_their_marks() -> None:
+    points = [(float(x), math.sin(x)) for x in range(0, 60, 7)]
+    curve = Curve(Envelope.of_points(*map(list, zip(*points, strict=True))), "", "", look="thin")
+    shown = Plot(Axis(0, 60), Axis(-1, 1), (curve,))
+    marked = replace(shown, marks=tuple(Mark(*point, "◆", "") for point in points))
+    line, marks = plot(shown, 90, 20), plot(marked, 90, 20)
+    middle = "".join(chr(0x2800 | bits) for bits in range(256) if bits & 0x20)
+    places = [(y, x) for y, row in enumerate(marks) for x, each in enumerate(row.plain) if each == "◆"]
+    assert len(places) == len(points)
+    assert all(line[y].plain[x] in middle for y, x in places)
+
+
+@pytest.mark.parametrize("best", [(76, 2.902), (95, 2.915)], ids=["before the end", "at the end"])
+def test_the_legend_names_the_best_evaluation_in_every_window(best: tuple[int, float]) -> None:
+    curve = Envelope.of_points([0.0, 95.0], [4.5, 2.1])
+    facts = LossFacts(
+        x=Axis(0, 95, "step"),
+        loss=curve,
+        mean_loss=curve,
+        last_mean=2.079,
+        evaluations=((0, 4.57), (76, 2.902), (95, 2.915)),
+        best=best,
+        more=(("showing 1 in 16 steps", "dim"),),
+    )
+    legend = plot(run_plot(facts), 70, 12)[0].plain
+    assert "smoothed 2.079" in legend and "★ best" in legend and f"{best[1]} at {best[0]}" in legend
+    assert "validation 2.915" in legend
 
 
 def test_a_column_that_shrinks_is_no_wider_than_its_texts() -> None:
     first = Column[str](text=lambda row: row[:2], shrinks=True, min_width=6)
     (line,) = table((first, Column[str](text=str, shrinks=True)), ["abcdefghijkl"], 10)
     assert line.plain.startswith("ab  ab") and line.cell_length == 10
+
+
+def test_a_sentence_is_cut_at_its_end() -> None:
+    column = Column[str](text=str, shrinks=True, is_sentence=True)
+    (line,) = table((column,), ["Waiting until Mon 10:33 (hours)."], 16)
+    assert line.plain == "Waiting until M…"
 
 
 def test_columns_are_left_out_in_their_order_before_one_is_narrower_than_its_least() -> None:

@@ -32,7 +32,7 @@ from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.render.plot import downsample
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
-from qlora_tui.tui.screens.runs.run_list import RunFiles, run_keys, short_name
+from qlora_tui.tui.screens.runs.run_list import RunFiles, log_lines, run_keys, short_name
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
@@ -520,3 +520,16 @@ async def test_a_run_that_saved_nothing_offers_no_chat() -> None:
 
 def _offered(app: QloraApp) -> set[str | None]:
     return {active.binding.id for active in app.screen.active_bindings.values() if active.enabled}
+
+
+def test_the_log_ends_with_the_newest_event() -> None:
+    newest_first = ((3.0, "step 3"), (2.0, "step 2"), (1.0, "step 1"))
+    assert [line.plain[-6:] for line in log_lines(newest_first, 40, 2)] == ["step 2", "step 3"]
+
+
+async def test_without_runs_no_key_that_needs_one_is_offered() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_runs(app)
+        shown = await wait_for_text(pilot, "No runs yet", "Palette")
+        assert not any(key in shown for key in ("Enter Open", "Space Mark", "D Delete", "o sort"))

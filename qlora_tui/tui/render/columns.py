@@ -47,6 +47,8 @@ class Column(Generic[Row]):
     """Whether the column is shown if several rows have the same text and none another."""
     shorter: Callable[[str, int], str] | None = None
     """Shortens a string to a width, in characters, instead of ``cut_range``."""
+    is_sentence: bool = False
+    """Whether its texts are cut at their end."""
 
 
 def table(
@@ -153,7 +155,8 @@ def _line(
         if column.shorter and isinstance(text, str) and _cells(text) > width:
             text = column.shorter(text, width)
         if _cells(text) > width:
-            text = cut_name(Content.styled(text, column.style) if isinstance(text, str) else text, width)
+            whole = Content.styled(text, column.style) if isinstance(text, str) else text
+            text = whole.truncate(width, ellipsis=True) if column.is_sentence else cut_name(whole, width)
         plain, styles = (text, None) if isinstance(text, str) else (text.plain, text.spans)
         missing = width - _cells(text)
         left, right = (gap + missing, 0) if column.right else (0, missing)

@@ -296,17 +296,12 @@ def state_bar(status: Status, defect: ResultDefect | None = None) -> Content:
     return Content.styled("▌", result_label(status, defect)[2])
 
 
-def best_words(loss: float, step: int, loss_to_beat: float | None) -> str:
-    """Return ``★ best validation 2.78 at 60``: the lowest validation loss and its step."""
-    return f"{BEST} {_best(loss_to_beat)} validation {format_loss(loss)} at {step:,}"
-
-
 def best_figure(loss: float, loss_to_beat: float | None) -> Figure:
     """Return the lowest validation loss of a run as a figure."""
-    return Figure(f"{_best(loss_to_beat)} validation loss", format_loss(loss))
+    return Figure(f"{best_word(loss_to_beat)} validation loss", format_loss(loss))
 
 
-def _best(loss_to_beat: float | None) -> str:
+def best_word(loss_to_beat: float | None) -> str:
     """Return ``lowest`` if the loss before training was already as low, else ``best``."""
     return "best" if loss_to_beat is None else "lowest"
 

@@ -10,7 +10,7 @@ from qlora_tui.formatting import format_loss
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
-from qlora_tui.tui.render.labels import BEST, best_words, no_steps_words
+from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
 from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
@@ -48,7 +48,6 @@ class LossFacts:
     """Loss of each step."""
     mean_loss: Envelope
     """Running mean of the loss."""
-    last_loss: float | None
     last_mean: float | None
     evaluations: Sequence[tuple[int, float]]
     """(step, validation loss) in order, without values that are not finite."""
@@ -92,24 +91,24 @@ def run_plot(facts: LossFacts) -> Plot:
 
 
 def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
-    """Return the legend with the newest values."""
+    """Return the legend with the newest values, the most important first."""
     items: list[tuple[str, str]] = []
-    if facts.last_loss is not None:
-        items.append((f"· step {format_loss(facts.last_loss)}", "dim"))
     if facts.last_mean is not None:
         items.append((f"━ smoothed {format_loss(facts.last_mean)}", f"{TRAINING_STYLE} bold"))
     if any(facts.loss.broken):
         items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
     last = facts.evaluations[-1] if facts.evaluations else None
-    if last is not None and last != facts.best:
-        items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
     if facts.best is not None:
         step, loss = facts.best
-        words = best_words(loss, step, facts.loss_to_beat)
-        if (before := facts.loss_to_beat) is None:
-            items.append((words, f"{VALIDATION_STYLE} bold"))
-        else:
-            items.append((f"{words}, {format_loss(before)} before training", "$warning bold"))
+        word = f"{best_word(facts.loss_to_beat)}{' validation' if facts.best == last else ''}"
+        text, style = f"{BEST} {word} {format_loss(loss)} at {step:,}", f"{VALIDATION_STYLE} bold"
+        if facts.loss_to_beat is not None:
+            text, style = f"{text}, {format_loss(facts.loss_to_beat)} before training", "$warning bold"
+        items.append((text, style))
+    if last is not None and last != facts.best:
+        items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
+    if facts.loss.xs:
+        items.append(("· step", "dim"))
     return (*items, *facts.more)
 
 
@@ -131,7 +130,6 @@ def summary_plot(summary: RunSummary | None) -> Plot:
             x=so_far(summary.step, summary.total_steps, "step"),
             loss=Envelope.of_points(steps, summary.losses),
             mean_loss=Envelope.of_points(steps, means),
-            last_loss=summary.loss,
             last_mean=means[-1],
             evaluations=summary.evaluations,
             best=None if summary.best is None else (summary.best[1], summary.best[0]),

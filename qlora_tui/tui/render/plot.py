@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
+from operator import itemgetter
 from typing import Literal
 
 from textual.content import Content
@@ -18,7 +19,11 @@ DOTS_WIDE, DOTS_HIGH = 2, 4
 """Dots in a braille character, which points are drawn with."""
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""
-_ROUND = (1.0, 2.0, 5.0)
+_LEAST_BETWEEN = 2
+"""Minimum number of rows from one grid line to the next."""
+_FEW_LABELS = 1.2
+"""How much longer an axis may be to have more than two labels."""
+_ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
 _FAR = 1e30
 _EPSILON = 1e-12
 """Limit on the size and resolution of an axis, so that its arithmetic stays finite."""
@@ -252,7 +257,7 @@ class Curve:
     glyph: str = ""
     """A symbol placed along the curve, so that curves differ without color."""
     look: Literal["line", "thin", "points"] = "line"
-    """A line of blocks, a line of dots, or only its points."""
+    """A line of blocks, of dots through the middle of the cells of its marks, or only its points."""
     fill: str = ""
     """Color of the area under the curve; empty for none."""
 
@@ -392,38 +397,43 @@ def _nothing(what: Plot, width: int, height: int) -> list[Content]:
 
 
 def _even(y: Axis, rows: int) -> tuple[Axis, list[tuple[float, str]]]:
-    """Return the axis, a little longer, and its labels with the same number of rows between all of them."""
-    scale = _scale(y, rows)
-    if len(scale) < 2:
-        return y, scale
-    first, step = scale[0][0], scale[1][0] - scale[0][0]
-    for each in range(int((rows - 1) * step / (y.high - y.low) + 1e-9), 0, -1):
-        below = math.ceil((first - y.low) / step * each - 1e-9)
-        low = first - below * step / each
-        high = low + (rows - 1) * step / each
-        if high >= y.high - step * 1e-9:
-            count = (rows - 1 - below) // each + 1
-            values = [_clean(first + number * step) for number in range(count)]
-            return replace(y, low=low, high=high), [(value, y.text(value, step)) for value in values]
-    return y, scale
+    """Return the axis, as little longer as possible, and its labels, with as many rows between all of them.
 
-
-def _scale(y: Axis, rows: int) -> list[tuple[float, str]]:
-    """Return labels for about every third row, no more than there are grid lines, but at least two to show a
-    range.
+    Too low a graph for that, or an axis without height, has the labels that fit.
     """
-    labels: list[tuple[float, str]] = []
-    for most in range(min(_GRID_PARTS, max(1, (rows + 1) // 3)), rows + 1):
-        labels = ticks(y, most)
-        if len(labels) > 1:
-            break
-    return labels
+    span, best = y.high - y.low, (math.inf, y, 0.0)
+    first = math.floor(math.log10(span)) if span > 0 else 0
+    # Losses have three decimals; other labels have those of 1, 2 or 5.
+    sizes = (*_ROUND, _QUARTER) if y.unit == "loss" else _ROUND
+    for size, power in product(sizes, (first - 1, first)):
+        step = _clean(size * 10.0**power)
+        for between in range(_LEAST_BETWEEN, rows):
+            row = step / between
+            low = math.floor(y.low / row + 1e-9) * row
+            high = low + (rows - 1) * row
+            count = _count(low, high, step)
+            if high >= y.high - step * 1e-9 and 2 <= count <= _GRID_PARTS + 1:
+                length = (high - low) * (_FEW_LABELS if count == 2 else 1)
+                best = min(best, (length, replace(y, low=low, high=high), step), key=itemgetter(0))
+    _, y, step = best
+    if not step:
+        return y, ticks(y, max(1, rows - 1))[: max(1, rows)]
+    values = [
+        _clean((math.ceil(y.low / step - 1e-9) + number) * step)
+        for number in range(_count(y.low, y.high, step))
+    ]
+    return y, [(value, y.text(value, step)) for value in values]
+
+
+def _count(low: float, high: float, step: float) -> int:
+    """Return how many multiples of ``step`` there are from ``low`` to ``high``."""
+    return math.floor(high / step + 1e-9) - math.ceil(low / step - 1e-9) + 1
 
 
 def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
     ink = _BLOCKS if curve.look == "line" else _BRAILLE
     dots_wide, dots_high = canvas.width * DOTS_WIDE, canvas.height * ink.dots_high
-    envelope = curve.envelope
+    envelope, is_joined = curve.envelope, curve.look == "thin"
     dots: set[tuple[int, int]] = set()
     before: tuple[int, int, int] | None = None
     broken_columns = set()
@@ -434,12 +444,16 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             before = None
             continue
         column = x.place(value, dots_wide)
+        if is_joined:
+            column = column // DOTS_WIDE * DOTS_WIDE + DOTS_WIDE // 2
         if broken:
             broken_columns.add(column // DOTS_WIDE)
         if low > high or (curve.look == "points" and (low > y.high or high < y.low)):
             before = None
             continue
         top, bottom = dots_high - 1 - y.place(high, dots_high), dots_high - 1 - y.place(low, dots_high)
+        if is_joined:
+            top, bottom = (row // DOTS_HIGH * DOTS_HIGH + DOTS_HIGH // 2 for row in (top, bottom))
         dots.update((column, row) for row in range(top, bottom + 1))
         if before is not None and not broken and curve.look != "points":
             dots.update(_between(before, (column, top, bottom)))
@@ -510,8 +524,8 @@ def join_cells(cells: Iterable[tuple[str, str]]) -> Content:
 
 def _legend(what: Plot, gutter: int, width: int) -> Content:
     line = Content.styled(f"{what.y.unit:>{gutter}}", "dim")
-    for number, (text, style) in enumerate(what.legend):
-        item = Content("  " if number else " ") + Content.styled(text, style)
+    for text, style in what.legend:
+        item = Content("  ") + Content.styled(text, style)
         if line.cell_length + item.cell_length > width:
             break
         line += item

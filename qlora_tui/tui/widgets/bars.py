@@ -12,7 +12,7 @@ from textual.events import Click
 from textual.screen import Screen
 from textual.widget import Widget
 
-from qlora_tui.formatting import format_duration, format_gib, format_loss, format_progress
+from qlora_tui.formatting import format_duration, format_gib, format_percent, format_progress
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
@@ -78,12 +78,10 @@ class TopBar(Widget):
         """Return possible texts, longest first."""
         if system_status.box_silent_s:
             return _silence_texts(system_status)
-        run = _run_text(system_status)
-        gpu = _gpu_text(system_status)
-        short_run = run.split(" · step loss ")[0]
+        runs, gpu = _run_texts(system_status), _gpu_text(system_status)
         more = _waiting_text(system_status)
-        with_more = [" · ".join(filter(None, (text, more))) for text in (run, short_run)] if more else []
-        options = [f"{text}   {gpu}" for text in (*with_more, run, short_run)] + [run, short_run, gpu, ""]
+        with_more = [f"{run} · {more}" for run in runs if more]
+        options = [f"{run}   {gpu}" for run in (*with_more, *runs)] + [*runs, gpu, ""]
         if system_status.box:
             # Which machine this is matters more than how it is.
             whole = [f"{system_status.box_note or system_status.box}   {option}" for option in options]
@@ -97,17 +95,18 @@ def _silence_texts(system_status: SystemStatus) -> list[str]:
     return [f"{option} " for option in (f"{silence}; its runs go on", silence, "no answer", "")]
 
 
-def _run_text(system_status: SystemStatus) -> str:
+def _run_texts(system_status: SystemStatus) -> list[str]:
+    """Return ``● step 1,240 of 3,000`` and ``● 41%``; one text before the first step or without a run."""
     status = system_status.active_status
     if status is None:
-        return f"{len(system_status.waiting_ids)} waiting" if system_status.waiting_ids else ""
+        return [f"{len(system_status.waiting_ids)} waiting" if system_status.waiting_ids else ""]
     from qlora_tui.runs.events import STEP_PHASES, phase_label  # not needed for the first frame
 
     # An attempt that has just started shows its phase.
     if not status.step or status.phase not in STEP_PHASES:
-        return f"● {phase_label(status.phase or status.state)}"
-    loss = f" · step loss {format_loss(status.loss)}" if status.loss is not None else ""
-    return f"● {format_progress(status.step, status.total_steps)}{loss}"
+        return [f"● {phase_label(status.phase or status.state)}"]
+    texts = [f"● step {format_progress(status.step, status.total_steps)}"]
+    return [*texts, f"● {format_percent(status.step / status.total_steps)}"] if status.total_steps else texts
 
 
 def _waiting_text(system_status: SystemStatus) -> str:

@@ -83,7 +83,7 @@ def best_loss(summary: RunSummary) -> str:
     return f"{format_loss(loss)}{mark}"
 
 
-_MIN_REASON, _MAX_REASON = 24, 40
+_MIN_REASON, _MAX_REASON = 24, 60
 """Width of why a run ended, in cells."""
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
 """Matches the end of a generated name such as ``owls-20261130-0752-2``."""
@@ -117,7 +117,7 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
     Column(
         title="steps",
         text=lambda s: format_progress(s.step, s.total_steps) if s.total_steps else "",
-        max_width=13,
+        max_width=17,
         right=True,
         dropped=4,
     ),
@@ -155,6 +155,7 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         min_width=_MIN_REASON,
         max_width=_MAX_REASON,
         shown_if_empty=False,
+        is_sentence=True,
     ),
 )
 """Columns after a run's state."""
@@ -279,7 +280,7 @@ class RunTable(LineView):
 _LABEL = 10
 """Width of a label, in cells."""
 _MAX_EXPORTS = 8
-_MAX_LOG_LINES = 24
+_MAX_LOG_LINES = 60
 _MAX_EVENTS = 2000
 """Maximum number of events, most of them steps, to search for the lines of the log."""
 
@@ -364,8 +365,7 @@ def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content
     ``beside_verdict``: whether the verdict, which has the losses before and after training, is shown too.
     """
     text = summary.status.detail.replace("\n", " ")
-    if summary.defect is not None:
-        text = "" if text == ALL_STEPS_DONE else capitalize(text)
+    text = "" if text == ALL_STEPS_DONE else capitalize(text)
     detail = Content.styled(text, "" if summary.failure else "dim").stylize(
         "bold $error", 0, len(summary.failure)
     )
@@ -457,13 +457,13 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
     return rows + [export_line(export, width) for export in files.exports[:_MAX_EXPORTS]]
 
 
-def log_lines(files: RunFiles) -> list[Content]:
-    """Return the last events of the run, newest first."""
-    if not files.log:
+def log_lines(log: Sequence[tuple[float, str]], width: int, height: int) -> list[Content]:
+    """Return as many of the last events of a run as there are lines, the newest last as in every log."""
+    if not log:
         return [Content.styled("Nothing has happened yet.", "dim")]
     return [
         Content.assemble((f"{time.strftime('%H:%M', time.localtime(at))}  ", "dim"), text)
-        for at, text in files.log
+        for at, text in reversed(log[:height])
     ]
 
 

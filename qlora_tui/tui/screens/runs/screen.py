@@ -54,6 +54,7 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, TextField
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
+_LIST_KEYS = (("runs.sort", "sort"), ("runs.filter", "filter"))
 _FILES_INTERVAL_S = 5.0
 """Seconds between reads of the folder of the run under the cursor."""
 _READ_BUDGET_S = 0.3
@@ -111,7 +112,7 @@ class RunsScreen(EvaluationActions):
         return "empty" if self.listing is None or not self.listing.summaries else ""
 
     def compose_body(self) -> Iterable[Widget]:
-        with Panel("Runs", keys=(("runs.sort", "sort"), ("runs.filter", "filter")), id="runs-panel"):
+        with Panel("Runs", keys=_LIST_KEYS, id="runs-panel"):
             yield TextField(
                 placeholder="Part of a name, model, setting or state", id="runs-filter", compact=True
             )
@@ -133,7 +134,7 @@ class RunsScreen(EvaluationActions):
                     keys=(("runs.copy", "copy command"), ("runs.folder", "open folder")),
                     id="files-panel",
                 )
-                yield Panel("Log, newest first", Lines(id="run-log"), id="log-panel")
+                yield Panel("Log", Drawing(id="run-log"), id="log-panel")
 
     def on_mount(self) -> None:
         self.query_one(RunTable).focus()
@@ -155,19 +156,26 @@ class RunsScreen(EvaluationActions):
         self._show_detail()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action in ("withdraw", "move"):
-            return self.current is not None and self._is_waiting(self.current)
-        if action == "now":
-            hold = self.current.status.hold if self.current else None
-            return hold is not None and hold.has_left
-        if action == "resume":
-            return self.current is not None and self.current.status.state in RESUMABLE
-        if action in ("chat", "export", "evaluate", "card"):
-            return self.current is not None and can_be_used(self.current, self._known_files)
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
             return bool(self.app.deleted_runs)
+        if action not in ("filter", "sort") and self.has_command(action):
+            current = self.current
+            return current is not None and self._works_on(current, action)
         return super().check_action(action, parameters)
+
+    def _works_on(self, summary: RunSummary, action: str) -> bool:
+        """Return whether an action would do something with a run."""
+        match action:
+            case "withdraw" | "move":
+                return self._is_waiting(summary)
+            case "now":
+                return summary.status.hold is not None and summary.status.hold.has_left
+            case "resume":
+                return summary.status.state in RESUMABLE
+            case "chat" | "export" | "evaluate" | "card":
+                return can_be_used(summary, self._known_files)
+        return True
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Filter the list while typing."""
@@ -232,6 +240,7 @@ class RunsScreen(EvaluationActions):
         any_unmeasured = any(row.best is None and row.loss is not None for row in rows)
         self._show_title(len(rows), len(summaries), any_unmeasured=any_unmeasured)
         self.set_class(not rows, "-empty")
+        self.query_one("#runs-panel", Panel).show_keys(_LIST_KEYS if summaries else ())
         if not rows:
             text = "No run matches. Press Esc to show all." if summaries else _NO_RUNS
             self.query_one("#runs-empty", Static).update(highlight_keys(name_keys(text)))
@@ -242,8 +251,9 @@ class RunsScreen(EvaluationActions):
     def _refresh_footer(self) -> None:
         """Refresh the footer if the keys that work have changed."""
         current = self.current
-        waits = current is not None and self._is_waiting(current)
-        key = waits, current is not None and can_be_used(current, self._known_files)
+        key = (
+            None if current is None else (self._is_waiting(current), can_be_used(current, self._known_files))
+        )
         if key != self._footer_key:
             self._footer_key = key
             self.refresh_bindings()
@@ -303,7 +313,7 @@ class RunsScreen(EvaluationActions):
         if files is not None:
             self._show("run-settings", settings_lines(files.recipe, width))
             self._show("run-files", files_lines(summary, files, width))
-            self._show("run-log", log_lines(files))
+            self.query_one("#run-log", Drawing).show(partial(log_lines, files.log))
 
     @property
     def _known_files(self) -> RunFiles | None:

@@ -120,7 +120,6 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
             x=steps_axis(snapshot.step, view.total_steps, from_step),
             loss=snapshot.envelopes.loss,
             mean_loss=snapshot.envelopes.mean_loss,
-            last_loss=snapshot.loss,
             last_mean=snapshot.mean_loss,
             evaluations=finite_losses(snapshot.evaluations),
             best=None if best is None or best.loss is None else (best.step, best.loss),
