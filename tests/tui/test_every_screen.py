@@ -70,6 +70,7 @@ async def test_the_footer_leaves_out_keys_that_a_panel_names(private_home: Path)
     async with app.run_test(size=(120, 40)) as pilot:
         footer = (await wait_for_text(pilot, "/ search", *WAY_OUT)).splitlines()[-1]
         assert "Download" not in footer and "Search" not in footer
+        await wait_for_text(pilot, "Good first models")
         await pilot.press("G")
         await wait_for_text(pilot, "d Download")
         await pilot.resize_terminal(80, 24)
