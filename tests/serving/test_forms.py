@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -113,6 +114,15 @@ def test_thoughts_and_calls_are_apart_from_the_answer() -> None:
     assert "".join(delta.content or "" for delta in deltas) == "Well:"
     assert [call.index for call in deltas[-1].tool_calls or ()] == [0, 1]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    # As OpenAI's client puts a stream together.
+    together = ChatCompletionStreamState()
+    for chunk in chunks:
+        together.handle_chunk(chunk)
+    made = together.get_final_completion().choices[0].message.tool_calls
+    assert [(call.function.name, call.function.arguments) for call in made or ()] == [
+        ("weather", '{"city":"Oslo"}'),
+        ("time", "not JSON"),
+    ]
 
     whole = ChatCompletion.model_validate(replies.whole(body, [choice]))
     message: Any = whole.choices[0].message
