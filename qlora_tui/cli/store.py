@@ -117,7 +117,13 @@ class _Stream:
         self._ended.set()
 
     def _answer(self, call: Call) -> None:
-        self._send(_once(call) if call.changes else _reply(call))
+        try:
+            reply = _once(call) if call.changes else _reply(call)
+        except (OSError, ValueError) as error:
+            what = f"The request could not be recorded on {os.uname().nodename}: {error}."
+            problem = UserError("The request was not carried out", what=what, fix="Check its disk.")
+            reply = Reply(call.id, error=messages.to_json(problem))
+        self._send(reply)
 
     def _send(self, message: FromBox) -> None:
         with self._lock:

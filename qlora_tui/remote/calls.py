@@ -15,6 +15,8 @@ from qlora_tui.errors import UserError
 if TYPE_CHECKING:
     from qlora_tui.remote.link import Link
 
+UNREACHABLE = "unreachable"
+"""Code of the error for a box that does not answer."""
 P = ParamSpec("P")
 T = TypeVar("T")
 _links: list[Link] = []

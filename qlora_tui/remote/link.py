@@ -6,6 +6,7 @@ carries out each request once.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -24,6 +26,7 @@ from msgspec import Struct
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError
+from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.remote import calls, messages, uploads
 from qlora_tui.remote.messages import Call, Hello, Known, Machine, Ping, Reply
@@ -174,7 +177,7 @@ class Link:
             what=what,
             why="Runs on it go on.",
             fix="Try again once it answers: the app connects by itself.",
-            code="unreachable",
+            code=calls.UNREACHABLE,
         )
 
     def there(self, encoded: bytes | msgspec.Raw) -> msgspec.Raw:
@@ -326,9 +329,25 @@ def mirror_home(box: str) -> Path:
     return paths.state_dir() / "boxes" / (safe or "_")
 
 
+def _is_taken(home: Path) -> bool:
+    """Lock a copy for the life of this process; return whether that was possible."""
+    handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
 def work_on(box: Box) -> Link:
     """Connect to a box, and make this process work on it. Raises UserError."""
-    os.environ["XDG_STATE_HOME"] = str(mirror_home(box.name))
+    homes = (mirror_home(box.name + (f"-{number}" if number > 1 else "")) for number in count(1))
+    # A second app has a copy of its own.
+    home = next(home for home in homes if _is_taken(private_dir(home)))
+    os.environ["XDG_STATE_HOME"] = str(home)
     link = Link(box, paths.state_dir())
     link.open()
     calls.use(link)

@@ -23,6 +23,7 @@ from typing import IO
 
 from qlora_tui import __version__
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.remote.calls import UNREACHABLE
 
 _MARK = "@qlora-tui-here"
 """Begins the line before which everything is the box's own text: profiles may print."""
@@ -155,7 +156,7 @@ class Channel:
             f"{self._box.name} cannot be reached",
             what=" ".join(said) or f"ssh ended with exit code {code}.",
             fix=f"Try `ssh {shlex.quote(self._box.name)}`: when that works, this does.",
-            code="unreachable",
+            code=UNREACHABLE,
         )
 
     def ended_because(self) -> UserError:
@@ -208,14 +209,12 @@ def _no_program(box: str, words: list[str]) -> UserError:
             f"qlora-tui is not installed on {box}",
             what=f"{box} answers, but has no command qlora-tui in its PATH or in ~/.local/bin.",
             fix=fix,
-            code="no-program",
         )
     return UserError(
         f"{box} has another version",
         what=f"{words[3]} is version {words[2]}, and this is {__version__}.",
         why="Both sides read the same files, so they have to be the same version.",
         fix=fix,
-        code="other-version",
     )
 
 

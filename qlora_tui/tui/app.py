@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from importlib import import_module
+from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
@@ -21,7 +22,7 @@ from textual.worker import WorkerFailed
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB
-from qlora_tui.remote.calls import current
+from qlora_tui.remote.calls import UNREACHABLE, current
 from qlora_tui.settings import Settings
 from qlora_tui.tui import desktop, themes
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 SYSTEM_POLL_INTERVAL_S = 1.0
 _HALF = 0.5
 _SETTLE_S = 0.3
+_TELL_AGAIN_S = 20.0
+"""Seconds after which it is said again that a box does not answer."""
 
 
 def _make_screen(mode: str) -> WorkScreen:
@@ -95,6 +98,7 @@ class QloraApp(TerminalApp):
         self._counting: object = None
         self.farewell: list[str] = []
         """Lines for the terminal once the app has left it."""
+        self._told_unreachable_at = -_TELL_AGAIN_S
         self._polling = False
         self._is_small = False
         self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
@@ -442,7 +446,12 @@ class QloraApp(TerminalApp):
     def intercept_error(self, error: Exception) -> bool:
         """Show a worker's UserError, and report disk errors."""
         cause = error.error if isinstance(error, WorkerFailed) else None
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError) and cause.code == UNREACHABLE:
+            # The top line says it too, and what reads in the background fails again and again.
+            if monotonic() - self._told_unreachable_at > _TELL_AGAIN_S:
+                self._told_unreachable_at = monotonic()
+                self.notify_error(cause)
+        elif isinstance(cause, UserError):
             self.show_error(cause)
         if isinstance(cause, UserError | SkipAction):
             return True
@@ -537,6 +546,10 @@ class QloraApp(TerminalApp):
             else:
                 # Paint again with the colors that were edited.
                 self.mutate_reactive(App.theme)
+        if self.has_class("-away") and not system_status.box_silent_s:
+            # What could not be read is there again.
+            self.workbench.forget_architecture()
+            self.recipe_changed.publish(self.workbench.recipe)
         self.set_class(system_status.box_silent_s > 0, "-away")
         link = current()
         while link is not None and link.late_replies:

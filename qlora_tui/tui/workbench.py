@@ -175,7 +175,11 @@ class Workbench:
             return None
         from qlora_tui.catalog.local_models import training_refusal
 
-        refusal = training_refusal(model)
+        try:
+            refusal = training_refusal(model)
+        except UserError as problem:
+            # The box does not answer.
+            return problem
         self._trainable = model if refusal is None else None
         return refusal
 
