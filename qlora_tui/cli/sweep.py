@@ -18,6 +18,7 @@ from qlora_tui.cli.subcommand import (
     checks_as_data,
     format_checks,
     format_table,
+    input_path,
     positive_int,
     whole_number,
 )
@@ -278,7 +279,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     start = commands.add_parser("start", help="start a sweep; it runs in the background")
     start.add_argument(
-        "file", nargs="?", metavar="FILE.toml", help="a recipe, with or without a table [sweep]"
+        "file",
+        nargs="?",
+        type=input_path,
+        metavar="FILE.toml",
+        help="a recipe, with or without a table [sweep]",
     )
     add_recipe_arguments(start)
     start.add_argument(

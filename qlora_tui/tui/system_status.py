@@ -112,7 +112,8 @@ class SystemStatus:
         watched_or_active = (watched, self.active, *self.also_active)
         runs = dict.fromkeys(run for run in watched_or_active if run and read_status(run).state in ACTIVE)
         lines += [f"{run.id} continues." for run in runs]
-        back = f"qlora-tui attach {shlex.quote(next(iter(runs)).id)}" if runs else "qlora-tui"
+        program = f"qlora-tui --host {shlex.quote(self.box)}" if self.box else "qlora-tui"
+        back = f"{program} attach {shlex.quote(next(iter(runs)).id)}" if runs else program
         if self.waiting_ids:
             verb = "waits" if len(self.waiting_ids) == 1 else "wait"
             lines.append(f"{pluralize(len(self.waiting_ids), 'run')} {verb} in the queue.")
