@@ -44,6 +44,7 @@ SUBCOMMANDS = {
         "import_recipe",
         "Read a recipe of axolotl, LLaMA-Factory, TRL, Unsloth or peft.",
     ),
+    "suggest": ("suggest", "Suggest length, rank, epochs, batch and learning rate, each with its reason."),
     "train": ("train", "Queue a training run and follow it."),
     "sweep": ("sweep", "Train a recipe with other settings, and say whether the best is better than chance."),
     "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),

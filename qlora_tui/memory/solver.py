@@ -92,14 +92,15 @@ def largest_settings(
 
     longest = (architecture.max_positions or 131_072) // LENGTH_STEP
     return WhatFits(
-        sequence_length=_largest(longest, lambda n: fits("data.max_length", n * LENGTH_STEP)) * LENGTH_STEP,
-        micro_batch=_largest(MAX_ROWS, lambda n: fits("training.micro_batch_size", n)),
+        sequence_length=largest_fitting(longest, lambda n: fits("data.max_length", n * LENGTH_STEP))
+        * LENGTH_STEP,
+        micro_batch=largest_fitting(MAX_ROWS, lambda n: fits("training.micro_batch_size", n)),
         rank=max((rank for rank in RANKS if fits("lora.rank", rank)), default=0),
     )
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number up to ``most`` that fits, by bisection; 0 if not even 1 does."""
+def largest_fitting(most: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number from 1 to ``most`` that fits, by bisection; 0 if not even 1 does."""
     if most < 1 or not fits(1):
         return 0
     low, high = 1, 2

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.local_models import ModelFiles
 from qlora_tui.data.counted import SampleLengths, find_counted, nothing_left
 from qlora_tui.data.excluded_rows import all_excluded
@@ -172,50 +173,79 @@ class RunLength:
         return "" if self.is_exact else "about "
 
 
-def run_length(recipe: Recipe, model: ModelFiles | None) -> RunLength | None:
-    """Return how long a run will be; None for data that is not here, cannot be read, or gives no sample.
+@dataclass(frozen=True)
+class KnownLengths:
+    """The lengths of the training samples, as far as they are known before a run."""
+
+    lengths: bytes
+    """Tokens of each sample, 32-bit unsigned."""
+    sources: bytes
+    """Index of the source of each sample, 16-bit unsigned."""
+    is_exact: bool
+    """Whether every sample was tokenized and counted; otherwise the lengths are estimated from the text."""
+    is_complete: bool
+    """Whether all of the data is known."""
+
+    def samples(self, data: Data) -> SampleLengths:
+        """Return the samples, weighted as ``data`` says."""
+        return SampleLengths(array("I", self.lengths), array("H", self.sources), data)
+
+
+def known_lengths(recipe: Recipe, model: ModelFiles | None) -> KnownLengths | None:
+    """Return the lengths of the samples of a run; None for data that is not here or cannot be read.
 
     The samples are those that were counted for this data and model (:mod:`qlora_tui.data.counted`). Where
     they were not, their lengths are estimated from their text.
     """
     counted = None if model is None else find_counted(recipe, model)
-    architecture = None if model is None else model.architecture
-    padding_free = recipe.model.attention != "eager" and not (
+    if counted is not None:
+        return KnownLengths(counted.lengths, counted.sources, is_exact=True, is_complete=True)
+    try:
+        result = _check_rows(_fingerprints(recipe.data), _reading_settings(recipe.data))
+        all_here = all(_local_files(source) is not None for source in every_source(recipe.data))
+    except (UserError, OSError):
+        return None
+    if isinstance(result, UserError):
+        return None
+    lengths, sources = _not_held_out(recipe, result.sizes)
+    is_complete = result.complete and all_here
+    return KnownLengths(lengths.tobytes(), sources.tobytes(), is_exact=False, is_complete=is_complete)
+
+
+def is_padding_free(recipe: Recipe, architecture: Architecture | None) -> bool:
+    """Return whether a micro-batch is one sequence of isolated samples, as far as the model's files tell."""
+    return recipe.model.attention != "eager" and not (
         architecture is not None and (architecture.own_attention or architecture.state_size)
     )
+
+
+def run_length(recipe: Recipe, model: ModelFiles | None) -> RunLength | None:
+    """Return how long a run will be; None for data that is not here, cannot be read, or gives no sample."""
+    known = known_lengths(recipe, model)
+    if known is None:
+        return None
+    architecture = None if model is None else model.architecture
     settings = msgspec.json.encode((recipe.data, recipe.training))
-    if counted is not None:
-        count = _count(counted.lengths, counted.sources, settings, padding_free)
-        is_complete = True
-        # Which answers are replayed, and what a recurrent model can pack, is known once the base is loaded.
-        is_exact = not recipe.training.replay_share and not (architecture and architecture.state_size)
-    else:
-        try:
-            result = _check_rows(_fingerprints(recipe.data), _reading_settings(recipe.data))
-            all_here = all(_local_files(source) is not None for source in every_source(recipe.data))
-        except (UserError, OSError):
-            return None
-        if isinstance(result, UserError):
-            return None
-        lengths, sources = _not_held_out(recipe, result.sizes)
-        count = _count(lengths.tobytes(), sources.tobytes(), settings, padding_free)
-        is_complete, is_exact = result.complete and all_here, False
+    count = _count(known, settings, is_padding_free(recipe, architecture))
     if count is None:
         return None
+    # Which answers are replayed, and what a recurrent model can pack, is known once the base is loaded.
+    is_exact = known.is_exact and not (
+        recipe.training.replay_share or (architecture is not None and architecture.state_size)
+    )
     steps = min(count.all_epochs, recipe.training.max_steps or count.all_epochs)
     tokens = count.tokens * steps / count.per_epoch
-    return RunLength(count.per_epoch, count.all_epochs, steps, tokens, is_exact, is_complete)
+    return RunLength(count.per_epoch, count.all_epochs, steps, tokens, is_exact, known.is_complete)
 
 
 @lru_cache(maxsize=16)
-def _count(lengths: bytes, sources: bytes, settings: bytes, padding_free: bool) -> StepCount | None:
+def _count(known: KnownLengths, settings: bytes, padding_free: bool) -> StepCount | None:
     """Count the steps of these samples; None without one. Cached: packing takes a second for 300,000."""
-    if not lengths:
+    if not known.lengths:
         return None
     data, training = msgspec.json.decode(settings, type=tuple[Data, Training])
-    samples = SampleLengths(array("I", lengths), array("H", sources), data)
     return count_steps(
-        samples,
+        known.samples(data),
         Recipe(data=data, training=training),
         padding_free=padding_free,
         epochs_are_equal=all(source.weight.is_integer() for source in data.sources),

@@ -43,6 +43,7 @@ from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launc
 from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.step_charts import zoom_start
+from qlora_tui.tui.screens.train.suggest_dialog import suggest_settings
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.threads import Measurement
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
@@ -67,9 +68,9 @@ _REQUEST_NOTICES: dict[control.Kind, str] = {
 
 
 RUN_POLL_INTERVAL_S = 1.0
-_PREPARING = frozenset(("launch", "probe", "recheck", "watch_another", "next_tab", "level"))
+_PREPARING = frozenset(("launch", "suggest", "probe", "recheck", "watch_another", "next_tab", "level"))
 """Actions available while a run is prepared; all others need a run to watch."""
-_PREPARING_ONLY = frozenset(("launch", "probe", "recheck"))
+_PREPARING_ONLY = frozenset(("launch", "suggest", "probe", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {
     "pause": ACTIVE,
     "now": (),
@@ -317,6 +318,9 @@ class TrainScreen(EvaluationActions):
 
     def action_answers(self) -> None:
         self.evaluate(self._watched)
+
+    def action_suggest(self) -> None:
+        suggest_settings(self)
 
     def action_probe(self) -> None:
         """Measure three steps of the recipe, or stop measuring."""

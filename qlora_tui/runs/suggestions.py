@@ -1,0 +1,566 @@
+"""Suggested values of the settings that matter most, each with its reason and where its figures come from.
+
+:func:`suggest` derives them from facts alone: the lengths of the samples, the model's architecture, the free
+memory, and the results of earlier runs (:mod:`.suggestion_facts` gathers them). A setting on which no source
+and no run says anything is left as it is, and the reason says so.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.data.counted import SampleLengths
+from qlora_tui.data.step_plan import count_steps
+from qlora_tui.formatting import (
+    capitalize,
+    format_count,
+    format_gib,
+    format_loss,
+    format_number,
+    format_rate,
+    pluralize,
+)
+from qlora_tui.memory import Estimate, check_fit, choose_step, estimate, trainer_execution
+from qlora_tui.memory.execution import Device
+from qlora_tui.memory.layout import build_layout
+from qlora_tui.memory.solver import LENGTH_STEP, RANKS, largest_fitting
+from qlora_tui.memory.step_choice import CPU_SHARE
+from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, fields, get_setting, replace_setting
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.data_checks import KnownLengths, is_padding_free
+
+Topic: TypeAlias = Literal["length", "rank", "epochs", "batch", "rate"]
+"""What one suggestion is about."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A publication that a figure comes from."""
+
+    name: str
+    url: str
+
+
+QLORA = Reference("QLoRA paper", "https://arxiv.org/abs/2305.14314")
+WITHOUT_REGRET = Reference("LoRA Without Regret", "https://thinkingmachines.ai/blog/lora/")
+TRL = Reference("TRL's guide", "https://huggingface.co/docs/trl/lora_without_regret")
+CAPACITY = Reference("Physics of Language Models 3.3", "https://arxiv.org/abs/2404.05405")
+LIMA = Reference("LIMA paper", "https://arxiv.org/abs/2305.11206")
+UNSLOTH = Reference(
+    "Unsloth's guide",
+    "https://unsloth.ai/docs/get-started/fine-tuning-llms-guide/lora-hyperparameters-guide",
+)
+LION = Reference("Lion paper", "https://arxiv.org/abs/2302.06675")
+REFERENCES = (QLORA, WITHOUT_REGRET, TRL, CAPACITY, LIMA, UNSLOTH, LION)
+
+_SAMPLES_PER_STEP = 16
+"""Batch size of the QLoRA paper's instruction tuning, for every model size (appendix B, table 9)."""
+_TOO_MANY_PER_STEP = 32
+"""Batch size from which LoRA does worse (LoRA Without Regret; the number is from TRL's guide to it)."""
+_SHORT_RUN_STEPS = 100
+"""Steps of a short run, for which another learning rate was the best (LoRA Without Regret)."""
+_BITS_PER_PARAMETER = 2
+"""What a trained parameter can store (Physics of Language Models 3.3, which LoRA Without Regret uses)."""
+_BITS_PER_TOKEN = 1
+"""Usual loss of a language model per token, and so the most that there is to store of it (ibid.)."""
+_COMPARED_RANKS = (8, 256)
+"""Lowest and highest rank that the QLoRA paper compared, without a difference (appendix B)."""
+_EPOCHS = (1.0, 3.0)
+"""Epochs that Unsloth's guide recommends; the QLoRA paper's OASST1 runs have 3."""
+_EPOCHS_OF_FEW = (3.0, 15.0)
+"""The same for few samples: LIMA trained 15 epochs on 1,000."""
+_FEW_SAMPLES = 1000
+_RATES = ((13.5e9, 2e-4), (math.inf, 1e-4))
+"""(parameters up to which, learning rate): the QLoRA paper has 2e-4 for 7B and 13B, 1e-4 for 33B and 65B."""
+_SMALLEST_MEASURED = 6.5e9
+_NO_OTHER_RATE = 0.05
+"""Relative difference up to which two rates are one: no source distinguishes them."""
+_LION_SHARE = 1 / 3
+"""Lion's rate as a share of AdamW's; its paper says a third to a tenth."""
+_ALPHAS = (16.0, 32.0)
+"""The alphas of the QLoRA paper and of LoRA Without Regret; both scale by alpha / rank."""
+_DECIDES_RATE = (
+    *("model.id", "lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules"),
+    *("lora.init_from", "lora.train_embeddings", "training.lora_plus_ratio", "data.preferences"),
+)
+"""Settings with another value of which another learning rate is the best."""
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """The result of an earlier run on the same data files with the same model."""
+
+    name: str
+    recipe: Recipe
+    data_hash: str
+    """Equal only for the same tokens, masks and split: losses of other data are not comparable."""
+    best_loss: float
+    """Lowest validation loss after training began."""
+    best_epoch: float
+    """Epochs trained when it was measured."""
+    last_epoch: float
+    """Epochs trained when the loss was last measured."""
+
+
+@dataclass(frozen=True)
+class SuggestionFacts:
+    """What suggestions are derived from."""
+
+    recipe: Recipe
+    architecture: Architecture
+    device: Device
+    device_name: str
+    """Name for sentences: ``RTX 3060``, ``this machine's memory``."""
+    free_bytes: int
+    """Memory of the device that nothing else uses."""
+    known: KnownLengths
+    """Lengths of the training samples, not cut. At least one."""
+    past: tuple[PastRun, ...] = ()
+    outdated: int = 0
+    """Earlier runs that are left out, because the data files were changed since."""
+    processes: int = 1
+    """GPUs that share a step."""
+
+    @cached_property
+    def lengths(self) -> array[int]:
+        """Tokens of each sample, in ascending order."""
+        return array("I", sorted(array("I", self.known.lengths)))
+
+    @property
+    def available_bytes(self) -> int:
+        """Memory that a run may take."""
+        return int(self.free_bytes * CPU_SHARE) if self.device.kind == "cpu" else self.free_bytes
+
+    @property
+    def memory_words(self) -> str:
+        """``10.9 GiB free of RTX 3060``."""
+        gib = f"{format_gib(self.available_bytes)} GiB"
+        return f"{gib}, half of {self.device_name}" if self.device.kind == "cpu" else f"{gib} free"
+
+    def estimate(self, recipe: Recipe) -> Estimate:
+        """Estimate the memory of a recipe. Raises UserError if the model or its targets are not supported."""
+        return estimate(recipe, self.architecture, device=self.device)
+
+    def fits(self, recipe: Recipe) -> bool:
+        """Return whether a recipe fits in the available memory with a margin. Raises UserError."""
+        return check_fit(self.estimate(recipe), self.available_bytes).fits_with_margin
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One suggestion: what to change, or why nothing is changed."""
+
+    topic: Topic
+    label: str
+    now: str
+    then: str
+    """The suggested value, as people read it; ``now`` if nothing is to change."""
+    reason: str
+    """Sentences with the figures that decide."""
+    references: tuple[Reference, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """New values of settings, by path; empty if the recipe has them already, or nothing is known."""
+    is_known: bool = True
+    """Whether there is a value to suggest; otherwise the reason says why it is left as it is."""
+
+    @property
+    def change(self) -> str:
+        """``1,024 → 640``, ``16, as it is`` if that is right, or ``16, left`` if nothing is known."""
+        if self.changes:
+            return f"{self.now} → {self.then}"
+        return f"{self.now}, {'as it is' if self.is_known else 'left'}"
+
+    @property
+    def sourced_reason(self) -> str:
+        """The reason, followed by its sources in parentheses."""
+        sources = f" ({'; '.join(each.name for each in self.references)})" if self.references else ""
+        return f"{self.reason}{sources}"
+
+    def apply_to(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the changes."""
+        for path, value in self.changes.items():
+            recipe = replace_setting(recipe, path, value)
+        return recipe
+
+
+def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Suggestion, ...]:
+    """Return a suggestion for each topic, in the order in which they depend on each other.
+
+    Args:
+        facts: what they are derived from.
+        kept: topics whose settings stay as they are in the recipe: the others are derived for those.
+
+    Raises:
+        UserError: the memory of this model, or its target modules, cannot be estimated.
+    """
+    recipe = facts.recipe if "batch" in kept else _with_batch(facts.recipe, 1, facts.recipe.effective_batch)
+    suggestions = []
+    for topic, derive in _RULES.items():
+        suggestion = derive(facts, recipe)
+        if topic not in kept:
+            recipe = suggestion.apply_to(recipe)
+        suggestions.append(suggestion)
+    return tuple(suggestions)
+
+
+def _suggested(
+    facts: SuggestionFacts, topic: Topic, path: str, value: Any, reason: str, *references: Reference
+) -> Suggestion:
+    """Suggest a value of one setting; the recipe may have it already."""
+    now, label = get_setting(facts.recipe, path), fields()[path].label
+    show = format_rate if topic == "rate" else format_number
+    changes = {} if now == value else {path: value}
+    return Suggestion(topic, label, show(now), show(value), reason, references, changes)
+
+
+def _left(facts: SuggestionFacts, topic: Topic, path: str, why: str) -> Suggestion:
+    """Leave one setting as it is."""
+    return replace(
+        _suggested(facts, topic, path, get_setting(facts.recipe, path), f"Left as it is: {why}"),
+        is_known=False,
+    )
+
+
+def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
+    """Suggest the shortest length that keeps every sample whole, as far as model, memory and batch allow."""
+    path, lengths = "data.max_length", facts.lengths
+    count, longest = len(lengths), lengths[-1]
+    needed = _multiple(longest, math.ceil)
+
+    def fits(multiple: int) -> bool:
+        return facts.fits(replace_setting(recipe, path, multiple * LENGTH_STEP))
+
+    limits: dict[int, tuple[str, tuple[Reference, ...]]] = {needed: ("", ())}
+    if context := facts.architecture.max_positions:
+        limits[_multiple(context, math.floor)] = (f"the model was trained for {context:,} tokens", ())
+    if recipe.data.packing and is_padding_free(recipe, facts.architecture):
+        most = _multiple(_TOO_MANY_PER_STEP * sum(lengths) / count, math.floor)
+        too_many = (
+            f"a longer packed sequence holds more than {_TOO_MANY_PER_STEP} samples, too many for a step"
+        )
+        limits[most] = (too_many, (WITHOUT_REGRET, TRL))
+    suggested = min(limits)
+    why, references = limits[suggested]
+    if not fits(suggested // LENGTH_STEP):
+        suggested = largest_fitting(suggested // LENGTH_STEP, fits) * LENGTH_STEP
+        why, references = f"no more fits in {facts.memory_words}", ()
+    if not suggested:
+        return _left(facts, "length", path, f"no length fits in {facts.memory_words}. See Memory.")
+    below = lengths[math.ceil(0.95 * count) - 1]
+    seen = f"{pluralize(count, 'sample')} of at most {longest:,} tokens (95% up to {below:,}), "
+    seen += "counted" if facts.known.is_exact else "estimated from the text"
+    if not facts.known.is_complete:
+        seen += " of the part that was read"
+    if suggested >= longest:
+        whole = "it whole" if count == 1 else "every one whole"
+        return _suggested(facts, "length", path, suggested, f"{seen}: {suggested:,} keeps {whole}.")
+    longer = sum(length > suggested for length in lengths)
+    fate = {"drop": "dropped", "split": "split"}.get(recipe.data.overflow, "cut")
+    verb = "is" if longer == 1 else "are"
+    reason = f"{seen}: {longer:,} {verb} longer than {suggested:,} and {verb} {fate} (Overflow): {why}."
+    return _suggested(facts, "length", path, suggested, reason, *references)
+
+
+def _rank(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
+    """Suggest a rank with room for what the data can teach."""
+    path, now = "lora.rank", recipe.lora.rank
+    if recipe.lora.init_from:
+        return _left(facts, "rank", path, "the run continues an adapter, whose rank it has to have.")
+    bits = _BITS_PER_TOKEN * sum(facts.lengths)
+
+    def parameters(rank: int) -> int:
+        ranked = replace_setting(recipe, path, rank)
+        execution = trainer_execution(ranked, facts.device, facts.architecture)
+        return build_layout(ranked, facts.architecture, execution).adapter_parameters
+
+    roomy = (rank for rank in RANKS if _BITS_PER_PARAMETER * parameters(rank) >= bits)
+    lowest, highest = _COMPARED_RANKS
+    needed = next(roomy, RANKS[-1])
+    suggested = min(max(now, needed, lowest), max(needed, highest))
+    limit = ""
+    if suggested > now and not facts.fits(replace_setting(recipe, path, suggested)):
+        fitting = (r for r in RANKS if now < r < suggested and facts.fits(replace_setting(recipe, path, r)))
+        suggested = max(fitting, default=now)
+        limit = f" No higher rank fits in {facts.memory_words}."
+    trained = parameters(suggested)
+    room = _BITS_PER_PARAMETER * trained
+    holds = (
+        f"Rank {suggested} trains {format_count(trained)} parameters, which can store about "
+        f"{format_count(room)} bits; the data has {format_count(bits)} tokens, at about a bit each."
+    )
+    if room < bits:
+        return _suggested(facts, "rank", path, suggested, f"{holds}{limit}", WITHOUT_REGRET, CAPACITY)
+    alike = f"With room to spare, ranks {lowest} to {highest} did equally well."
+    reason = f"{holds} {alike}{limit}"
+    return _suggested(facts, "rank", path, suggested, reason, WITHOUT_REGRET, CAPACITY, QLORA)
+
+
+def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
+    """Suggest the epochs after which earlier runs were best, or those that are published for as much data."""
+    path, now = "training.epochs", recipe.training.epochs
+    if limit := recipe.training.max_steps:
+        return _left(facts, "epochs", path, f"Max steps ends the run after {limit:,} steps.")
+    samples = _units(facts, recipe)
+    alike = [run for run in facts.past if _same_method(run.recipe, recipe)]
+    best = min(alike, key=lambda run: run.best_loss, default=None)
+    result = (
+        f"Your run {best.name} had its lowest validation loss, {format_loss(best.best_loss)}," if best else ""
+    )
+    if best is not None and best.best_epoch < best.last_epoch:
+        then = float(max(1, math.ceil(round(best.best_epoch, 2))))
+        when = (
+            f"after {format_number(round(best.best_epoch, 1))} of {format_number(round(best.last_epoch, 1))}"
+        )
+        return _suggested(facts, "epochs", path, then, f"{result} {when} epochs.")
+    if recipe.preference_method is not None:
+        why = f"the sources here are about answers, not {recipe.data.preferences}, and no run of yours tells."
+        return _left(facts, "epochs", path, why)
+    few = samples <= _FEW_SAMPLES
+    lowest, highest = _EPOCHS_OF_FEW if few else _EPOCHS
+    if few:
+        # So that even one sample per step makes no short run.
+        lowest = min(highest, max(lowest, float(math.ceil(_SHORT_RUN_STEPS / samples))))
+    then = min(max(now, lowest), highest)
+    usual = f"{pluralize(samples, 'sample')}: {lowest:g} to {highest:g} epochs are usual for as many"
+    kept = (
+        "the best checkpoint of them is kept"
+        if recipe.data.validation_path or recipe.data.validation_fraction
+        else ""
+    )
+    references = (QLORA, LIMA) if few else (QLORA, UNSLOTH)
+    if best is not None:
+        at_end = f"at its end, after {format_number(round(best.last_epoch, 1))} epochs: fewer are not enough."
+        then = max(then, float(math.ceil(round(best.last_epoch, 2))))
+        return _suggested(facts, "epochs", path, then, f"{usual}. {result} {at_end}", *references)
+    return _suggested(facts, "epochs", path, then, "; ".join(filter(None, (usual, kept))) + ".", *references)
+
+
+def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
+    """Suggest the published samples per step, fewer for a short run, and as many at a time as is fastest."""
+    samples, sequences = _units(facts, recipe), _sequences(facts, recipe)
+    per_sequence = samples / sequences
+    seen = samples * recipe.training.epochs
+    wanted = min(_SAMPLES_PER_STEP, max(1, seen / _SHORT_RUN_STEPS))
+    rows = 2 ** max(0, round(math.log2(wanted / per_sequence)))
+    rows = -(-rows // facts.processes) * facts.processes
+    open_ = _with_batch(recipe, 1, rows, auto=True)
+    choice = choose_step(open_, facts.architecture, facts.free_bytes, device=facts.device)
+    micro = choice.recipe.training.micro_batch_size
+    changed = _with_batch(facts.recipe, micro, rows // micro)
+    paths = ("training.micro_batch_size", "training.gradient_accumulation")
+    changes = {path: get_setting(changed, path) for path in paths}
+    is_right = changes == {path: get_setting(facts.recipe, path) for path in paths}
+    per_step = rows * per_sequence
+    unit = "pair" if recipe.trains_pairs else "sample"
+    step = f"{_about(per_step)} {unit}s per step" if round(per_step) != 1 else f"1 {unit} per step"
+    if per_sequence > 1.05:
+        step += f" ({pluralize(rows, 'sequence')} of {per_sequence:.1f})"
+    steps = max(1, round(seen / per_step))
+    if wanted < _SAMPLES_PER_STEP:
+        why = (
+            f"{step} give {steps:,} steps; with the usual {_SAMPLES_PER_STEP} it would be a short run of "
+            f"{max(1, round(seen / _SAMPLES_PER_STEP)):,}"
+        )
+    else:
+        why = f"{step}, near the QLoRA paper's {_SAMPLES_PER_STEP}; {_TOO_MANY_PER_STEP} and more are worse"
+    verdict = check_fit(choice.estimate, facts.available_bytes)
+    if not verdict.fits_even_if_tight:
+        memory = f"even 1 at a time {'may not fit' if verdict.word == 'uncertain' else 'does not fit'} in"
+        memory = f"{memory} {facts.memory_words}: see Memory"
+    elif recipe.quantization.streamed_layers:
+        memory = f"{micro} at a time, as for every model that is streamed from host memory"
+    elif not choice.estimate.exact:
+        memory = f"{micro} at a time, because the memory of this model's step is uncertain"
+    elif facts.device.kind == "cpu":
+        memory = "on a CPU, more than 1 at a time is no faster"
+    else:
+        memory = f"{micro} at a time is the fastest that fits in {facts.memory_words}"
+    return Suggestion(
+        "batch",
+        "Batch",
+        _product(facts.recipe),
+        _product(changed),
+        f"{capitalize(why)}; {memory}.",
+        (QLORA, WITHOUT_REGRET, TRL),
+        {} if is_right else changes,
+    )
+
+
+def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
+    """Suggest the best rate of earlier runs that differ in nothing else, or the published one."""
+    path, now = "training.learning_rate", facts.recipe.training.learning_rate
+    alike = [run for run in facts.past if _same_method(run.recipe, recipe)]
+    if (compared := _compared_rates(alike)) is not None:
+        return _suggested(facts, "rate", path, *compared)
+    own = ""
+    if alike:
+        best = min(alike, key=lambda run: run.best_loss)
+        own = (
+            f" Your run {best.name} with {format_rate(_rate_of(best))} had a validation loss of "
+            f"{format_loss(best.best_loss)}: a run with another rate would tell more."
+        )
+    elif facts.outdated:
+        own = f" {pluralize(facts.outdated, 'earlier run')} left out: the data has changed since."
+    if why := _beyond_sources(recipe):
+        return _left(facts, "rate", path, f"{why}.{own}")
+    size = facts.architecture.total_params
+    rate = next(rate for most, rate in _RATES if size <= most)
+    references = [QLORA, WITHOUT_REGRET]
+    (_, of_13b), (_, of_33b) = _RATES
+    text = (
+        f"The model has {format_count(size)} parameters. The QLoRA paper trains 7B and 13B with "
+        f"{format_rate(of_13b)}, 33B and 65B with {format_rate(of_33b)}: about ten times the rate of full "
+        "fine-tuning, whatever the rank."
+    )
+    if size < _SMALLEST_MEASURED:
+        text += " It has no smaller ones, which may take more."
+    if _optimizer_kind(recipe) == "lion":
+        rate = float(f"{rate * _LION_SHARE:.2g}")
+        references.append(LION)
+        text += f" Lion takes about a third of AdamW's: {format_rate(rate)}."
+    if math.isclose(rate, now, rel_tol=_NO_OTHER_RATE):
+        rate = now
+    return _suggested(facts, "rate", path, rate, f"{text}{own}", *references)
+
+
+def _compared_rates(alike: Collection[PastRun]) -> tuple[float, str] | None:
+    """Return the best rate of runs that differ only in it, and the reason; None without two such runs."""
+    groups: dict[bytes, list[PastRun]] = {}
+    for run in alike:
+        groups.setdefault(_all_but_the_rate(run), []).append(run)
+    runs = max(groups.values(), key=lambda group: len(set(map(_rate_of, group))), default=[])
+    rates = sorted(set(map(_rate_of, runs)))
+    if len(rates) < 2:
+        return None
+    best, *others = sorted(runs, key=lambda run: run.best_loss)
+    rate = _rate_of(best)
+    losses = ", ".join(
+        f"{format_rate(_rate_of(run))}: {format_loss(run.best_loss)}"
+        for run in others
+        if _rate_of(run) != rate
+    )
+    reason = (
+        f"Of your runs that differ only in the rate, {best.name} with {format_rate(rate)} had the lowest "
+        f"validation loss, {format_loss(best.best_loss)} ({losses})."
+    )
+    if rate == rates[-1]:
+        reason += " It is the highest that you tried: a higher one may be better."
+    elif rate == rates[0]:
+        reason += " It is the lowest that you tried: a lower one may be better."
+    return rate, reason
+
+
+_RULES: dict[Topic, Callable[[SuggestionFacts, Recipe], Suggestion]] = {
+    "length": _length,
+    "rank": _rank,
+    "epochs": _epochs,
+    "batch": _batch,
+    "rate": _rate,
+}
+"""How each suggestion is derived from the facts, and from the recipe with the suggestions before it."""
+
+
+def _multiple(tokens: float, rounded: Callable[[float], int]) -> int:
+    """Round a length to a multiple of LENGTH_STEP, at least 1."""
+    return max(1, rounded(tokens / LENGTH_STEP)) * LENGTH_STEP
+
+
+def _with_batch(recipe: Recipe, micro: int, accumulation: int, *, auto: bool | None = None) -> Recipe:
+    recipe = replace_setting(recipe, "training.micro_batch_size", micro)
+    recipe = replace_setting(recipe, "training.gradient_accumulation", min(accumulation, 65_536))
+    return recipe if auto is None else replace_setting(recipe, "training.auto_micro_batch", auto)
+
+
+def _product(recipe: Recipe) -> str:
+    return f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
+
+
+def _about(number: float) -> str:
+    return (
+        f"{round(number):,}"
+        if math.isclose(number, round(number), rel_tol=0.005)
+        else f"about {round(number):,}"
+    )
+
+
+def _fitted(facts: SuggestionFacts, recipe: Recipe) -> SampleLengths:
+    """Return the samples as they are trained at the recipe's length: cut, dropped or split."""
+    limit, overflow = recipe.data.max_length, recipe.data.overflow
+    lengths, sources = array("I"), array("H")
+    whole = zip(array("I", facts.known.lengths), array("H", facts.known.sources), strict=True)
+    for length, source in whole:
+        if overflow == "split" and not recipe.trains_pairs:
+            parts = [min(limit, length - start) for start in range(0, length, limit)]
+        elif overflow == "drop" and length > limit and not recipe.trains_pairs:
+            parts = []
+        else:
+            parts = [min(limit, length)]
+        lengths.extend(parts)
+        sources.extend([source] * len(parts))
+    return SampleLengths(lengths, sources, recipe.data)
+
+
+def _units(facts: SuggestionFacts, recipe: Recipe) -> int:
+    """Return the samples, or pairs, of an epoch. At least 1."""
+    order = _fitted(facts, recipe).epoch(0, recipe.training.seed)
+    return max(1, len(order) // (2 if recipe.trains_pairs else 1))
+
+
+def _sequences(facts: SuggestionFacts, recipe: Recipe) -> int:
+    """Return the sequences of an epoch, packed if the recipe and the model's code say so. At least 1."""
+    one = replace_setting(_with_batch(recipe, 1, 1), "training.epochs", 1.0)
+    padding_free = is_padding_free(recipe, facts.architecture)
+    return max(1, count_steps(_fitted(facts, recipe), one, padding_free=padding_free).per_epoch)
+
+
+def _optimizer_kind(recipe: Recipe) -> str:
+    """Return ``adamw``, ``lion`` or ``adafactor``: how states are stored does not change the best rate."""
+    name = recipe.training.optimizer
+    return next((kind for kind in ("lion", "adafactor") if kind in name), "adamw")
+
+
+def _same_method(a: Recipe, b: Recipe) -> bool:
+    """Return whether two recipes train in a way for which the same learning rate is the best."""
+    if _optimizer_kind(a) != _optimizer_kind(b):
+        return False
+    return all(get_setting(a, path) == get_setting(b, path) for path in _DECIDES_RATE)
+
+
+def _beyond_sources(recipe: Recipe) -> str:
+    """Return why the published rates do not apply to a recipe; empty if they do."""
+    lora, training = recipe.lora, recipe.training
+    if recipe.preference_method is not None:
+        return f"the sources here are about answers, not {recipe.data.preferences}"
+    if _optimizer_kind(recipe) == "adafactor":
+        return "no source here has a rate for adafactor"
+    if lora.use_rslora:
+        return "the published rates are for alpha / rank, not rsLoRA's alpha / √rank"
+    if not _ALPHAS[0] <= lora.alpha <= _ALPHAS[1]:
+        alphas = " and ".join(map(format_number, _ALPHAS))
+        return f"the published rates are for alpha {alphas}, not {format_number(lora.alpha)}"
+    if training.lora_plus_ratio > 1:
+        return "LoRA+ divides the rate between A and B, for which no source here has a figure"
+    if lora.init_from:
+        return "the run continues an adapter, for which no source here has a rate"
+    return ""
+
+
+def _rate_of(run: PastRun) -> float:
+    return run.recipe.training.learning_rate
+
+
+def _all_but_the_rate(run: PastRun) -> bytes:
+    """Return what two runs have in common if their losses tell which learning rate is better."""
+    recipe = _with_batch(run.recipe, 1, run.recipe.effective_batch, auto=True)
+    default = Recipe()
+    for path in ("training.learning_rate", "training.optimizer", *WITHOUT_EFFECT_ON_WEIGHTS):
+        recipe = replace_setting(recipe, path, get_setting(default, path))
+    return msgspec.json.encode((run.data_hash, recipe))
