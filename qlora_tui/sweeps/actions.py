@@ -19,11 +19,11 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, read_status, refuse_other_machines
 from qlora_tui.sweeps.directory import SweepDir, SweepEnded, SweepPaused, SweepResumed, create_sweep
-from qlora_tui.sweeps.driver import advance
+from qlora_tui.sweeps.driver import advance, stop_runs
 from qlora_tui.sweeps.sheet import Sheet
 from qlora_tui.sweeps.space import Point, apply_point, extremes
 from qlora_tui.sweeps.study import require_optuna
-from qlora_tui.sweeps.view import SweepView, Trial, read_sweep
+from qlora_tui.sweeps.view import SweepView, read_sweep
 
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0}
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
@@ -136,10 +136,7 @@ def stop(sweep: SweepDir) -> None:
     view = _require(sweep, "running", "waiting", "pausing", "paused")
     sweep.append(SweepEnded(why="stopped"))
     sweep.active_path.unlink(missing_ok=True)
-    for trial in _unsettled(view):
-        if trial.run is not None and read_status(trial.run).state in ("queued", *ACTIVE):
-            with suppress(UserError):
-                actions.stop(trial.run)
+    stop_runs(view)
 
 
 @disk_problems()
@@ -175,13 +172,9 @@ def _require(sweep: SweepDir, *states: str) -> SweepView:
     return view
 
 
-def _unsettled(view: SweepView) -> list[Trial]:
-    return [trial for trial in view.trials if not trial.is_settled]
-
-
 def _pause_runs(view: SweepView) -> None:
-    for trial in _unsettled(view):
-        if trial.run is None:
+    for trial in view.trials:
+        if trial.run is None or trial.is_settled:
             continue
         # One that ends at this moment needs no pause.
         with suppress(UserError):

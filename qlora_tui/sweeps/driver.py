@@ -25,7 +25,7 @@ from qlora_tui.locks import locked
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, notify, run_queue
 from qlora_tui.runs.directory import create_run
-from qlora_tui.runs.status import is_stranded
+from qlora_tui.runs.status import ACTIVE, is_stranded, read_status
 from qlora_tui.sweeps.describe import verdict_sentence
 from qlora_tui.sweeps.directory import (
     EndReason,
@@ -264,6 +264,8 @@ class _Step:
 
     def _end(self, why: EndReason) -> bool:
         self._sweep.append(SweepEnded(why=why))
+        if why == "base_failed":
+            stop_runs(self._view)
         with suppress(OSError):
             write_journal(self._view)
             start_detached(
@@ -273,6 +275,15 @@ class _Step:
                 stderr=subprocess.DEVNULL,
             )
         return True
+
+
+def stop_runs(view: SweepView) -> None:
+    """Stop the runs that train, after saving, and remove the others from the queue."""
+    for trial in view.trials:
+        if trial.run is not None and read_status(trial.run).state in ("queued", *ACTIVE):
+            # One that ends at this moment needs no request.
+            with suppress(UserError):
+                actions.stop(trial.run)
 
 
 def notify_end(folder: Path) -> None:

@@ -28,7 +28,7 @@ from qlora_tui.recipe import aliases, toml
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.layering import build_recipe, with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.sweeps.space import Space, check_space, grid_size
+from qlora_tui.sweeps.space import Space, check_space, grid_points, grid_size
 
 HALVING = 2
 """Share of a round's trials that do not go on: one of so many is kept."""
@@ -89,6 +89,8 @@ class Sheet(Struct, frozen=True, kw_only=True):
         sweep, training = self.sweep, self.recipe.training
         require_runnable(self.recipe)
         check_space(sweep.vary, self.recipe)
+        if sweep.method == "grid":
+            next(grid_points(sweep.vary))
         if not (self.recipe.data.validation_path or self.recipe.data.validation_fraction):
             raise UsageError(
                 "No validation data",

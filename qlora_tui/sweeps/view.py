@@ -76,6 +76,8 @@ class Trial:
     outcome: Outcome
     target: float
     """Share of its steps at which its current round ends."""
+    rounds: int = 1
+    """Rounds of its group; 1 for a run that is not halved."""
     results: dict[int, Result] = field(default_factory=dict)
     """By round, from 1. Whole runs have one, of round 1."""
     total_steps: int = 0
@@ -101,10 +103,8 @@ class Trial:
 
     @property
     def final(self) -> Result | None:
-        """Its result after all of its steps; None before."""
-        return (
-            self.results.get(max(self.results), None) if self.outcome == "finished" and self.results else None
-        )
+        """Its result after all of its steps; None before, and if its loss is not a number."""
+        return self.results.get(self.rounds) if self.outcome == "finished" else None
 
 
 @dataclass(frozen=True)
@@ -304,6 +304,7 @@ def _trial(
         "values": chosen.values,
         "seed": chosen.seed,
         "target": target,
+        "rounds": rounds,
     }
     if run is None or not run.path.is_dir():
         outcome: Outcome = "waiting" if run is None else "stopped"
@@ -312,8 +313,8 @@ def _trial(
         )
     view, _ = RunView.from_sample(run, _STEPS)
     results = dict(_results(view, rounds))
-    reached = share_of(rounds, rounds) if group is None else target
-    is_reached = any(share_of(r, rounds) >= reached for r in results)
+    # Also with a validation loss that is not a number.
+    is_reached = any(event.step >= _last_step(view, target) for event in view.evaluations if event.step)
     ending = view.ending
     goes_from = max(_go_times(number, records), default=0.0)
     killed = isinstance(ending, events.Failed) and ending.kind in _KILLED
@@ -369,12 +370,16 @@ def _go_times(number: int, records: list[AnyRecord]) -> Iterator[float]:
                 yield record.at
 
 
+def _last_step(view: RunView, share: float) -> int:
+    """Return the step after which a run pauses that trains a share of its steps; at least 1."""
+    return max(1, math.ceil(share * view.total_steps))
+
+
 def _results(view: RunView, rounds: int) -> Iterator[tuple[int, Result]]:
-    total = view.total_steps
-    if not total:
+    if not view.total_steps:
         return
     for number in range(1, rounds + 1):
-        step = math.ceil(share_of(number, rounds) * total)
+        step = _last_step(view, share_of(number, rounds))
         evaluation = next((e for e in view.evaluations if e.step >= step), None)
         loss = None if evaluation is None else _score(evaluation)
         if evaluation is not None and loss is not None:
@@ -395,7 +400,8 @@ def _seconds(view: RunView) -> tuple[float, float] | None:
     ending = view.ending
     if not isinstance(ending, events.Finished) or view.started_at is None:
         return None
-    return ending.seconds, max(0.0, ending.at - view.started_at - ending.seconds)
+    # The event has the time of its last attempt.
+    return max(ending.seconds, view.series.seconds()), max(0.0, ending.at - view.started_at - ending.seconds)
 
 
 def time_left(view: SweepView) -> float:

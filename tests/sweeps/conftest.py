@@ -83,7 +83,8 @@ def play(run: RunDir, loss: Loss, *, fails: bool = False) -> RunEnded:
     if fails:
         ending = Failed(title="Training diverged", what="The loss is NaN.", exit_code=1)
     else:
-        append_event(run.events_path, Evaluated(step=step, loss=loss(recipe, share)))
+        reached = loss(recipe, share)
+        append_event(run.events_path, Evaluated(step=step, loss=reached if math.isfinite(reached) else None))
         end = Finished(step=step, seconds=100.0, tokens_per_s=50.0, at=now + 110)
         ending = Paused(step=step) if run.pause_at else end
     append_event(run.events_path, ending)

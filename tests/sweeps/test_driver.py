@@ -105,11 +105,20 @@ def test_failed_and_deleted_trials_are_results(recipe: Recipe) -> None:
     assert view.winner is not None and view.winner.values == {"training.learning_rate": 4e-4}
 
 
+def test_a_trial_whose_loss_is_not_a_number_is_not_kept(recipe: Recipe) -> None:
+    def loss(trained: Recipe, share: float) -> float:
+        return math.nan if trained.training.learning_rate == 8e-4 else best_at(8e-4)(trained, share)
+
+    view = play_all(actions.start(sheet(recipe, rounds=2, seeds=1)), loss)
+    assert view.state == "finished" and rates(view, "finished") == [2e-4, 4e-4]
+
+
 def test_a_base_that_fails_ends_the_sweep(recipe: Recipe) -> None:
     sweep = actions.start(sheet(recipe, method="random", trials=2))
+    assert len(run_queue.waiting()) == 3
     play(RunDir(run_path(run_queue.waiting()[0])), best_at(1e-4), fails=True)
     advance(sweep)
-    assert read_sweep(sweep).state == "failed"
+    assert read_sweep(sweep).state == "failed" and run_queue.waiting() == []
 
 
 def test_pause_stop_and_what_the_user_pauses(recipe: Recipe) -> None:
