@@ -29,7 +29,7 @@ from qlora_tui.runs.exports import exports_dir, read_exports
 from qlora_tui.runs.notify import RunNotification, notification_for
 from qlora_tui.runs.process import ensure_runner, runner_lock_path
 from qlora_tui.runs.servers import ServerStatus, running_servers
-from qlora_tui.runs.slurm_runs import Watch
+from qlora_tui.runs.slurm_runs import Watch, is_on_cluster
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.tui.system_status import RunningExport, SystemStatus, read_host
 
@@ -122,11 +122,13 @@ class SystemMonitor:
         statuses = [(run, self._status(run, is_queued=run.id in queued)) for run in self._all_runs()]
         training = [(run, status) for run, status in statuses if status.state in ACTIVE]
         active = training[0] if training else (None, None)
+        is_training_here = any(not is_on_cluster(run) for run, _ in training)
         # Not the newest: a queue may be turned around, and an older run resumed.
         over = [(r, s) for r, s in statuses if s.state != "queued" or (s.hold and s.step)]
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
         has_sweeps = not self._has_looked_after_sweeps and any(paths.sweeps_dir().glob("*/active"))
-        self._restart_stalled_runner(is_stalled=(bool(waiting_ids) or has_sweeps) and active[0] is None)
+        has_work = bool(waiting_ids) or has_sweeps
+        self._restart_stalled_runner(is_stalled=has_work and not is_training_here)
         return SystemStatus(
             is_known=True,
             gpu=self._choice.gpu if self._choice else None,
@@ -137,7 +139,7 @@ class SystemMonitor:
             active=active[0],
             active_status=active[1],
             also_active=tuple(run for run, _ in training[1:]),
-            has_free_device=not training or any(map(is_free, self._device_keys)),
+            has_free_device=not is_training_here or any(map(is_free, self._device_keys)),
             active_or_last=last[0],
             active_or_last_status=last[1],
             waiting_ids=waiting_ids,
