@@ -57,7 +57,9 @@ def determine_outcome(
         return recorded
     resume = f"`qlora-tui resume {run.id}` continues from the last checkpoint."
     status = read_status(run)
-    if exit_code is None and status.process is not None and not status.process.is_from_this_boot:
+    process = status.process
+    was_here = process is not None and process.is_from_this_host
+    if exit_code is None and process is not None and was_here and not process.is_from_this_boot:
         return events.Failed(
             title="The machine was restarted",
             what=f"{run.id} was training when the machine went down.",

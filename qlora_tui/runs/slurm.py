@@ -138,10 +138,11 @@ class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def words(self, job: str) -> str:
         """Say what Slurm says of the job with this number, in a sentence."""
         if self.waits:
-            start = f", and is expected to start at {time_words(self.starts_at)}" if self.starts_at else ""
-            return f"Slurm job {job} waits ({self.reason or 'no reason given'}){start}."
+            # What matters first: lists cut it.
+            start = f" from about {time_words(self.starts_at)}," if self.starts_at else ""
+            return f"Waits in Slurm ({self.reason or 'no reason given'}),{start} as job {job}."
         if self.runs:
-            return f"Slurm job {job} runs{f' on {self.nodes}' if self.nodes else ''}."
+            return f"On {self.nodes or 'a node'}, Slurm job {job}."
         if not self.states:
             return f"Slurm job {job} has ended."
         return f"Slurm job {job} has ended: {self.states[0].lower().replace('_', ' ')}."
@@ -282,8 +283,16 @@ def job_script(run: RunDir, target: Target, limit_s: int | None, gpus: int) -> s
 
 def submit(script: Path) -> str:
     """Submit the script of a job; return its number. Raises UserError."""
-    # With several clusters, the name of one follows.
-    return _call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    printed = _call("sbatch", "--parsable", str(script))
+    # With several clusters, the name of one follows; a site may print more.
+    match = re.search(r"^(\d+)(;.*)?$", printed, re.MULTILINE)
+    if match is None:
+        raise UserError(
+            "The job's number is not known",
+            what=f"sbatch printed {printed.strip()!r}, and no number.",
+            fix="`squeue --me` shows whether there is a job.",
+        )
+    return match[1]
 
 
 def cancel(job: str) -> None:

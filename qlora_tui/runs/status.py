@@ -143,7 +143,7 @@ def _status_of_job(run: RunDir, status: Status, submission: Submission) -> Statu
     status, trainer = _look_for_trainer(run, status)
     if trainer.alive:
         mark = status.process
-        where = f"Slurm job {job} runs on {mark.host if mark else 'an unknown node'}."
+        where = f"On {mark.host if mark else 'a node'}, Slurm job {job}."
         is_told = mark is None or mark.is_from_this_host
         return structs.replace(status, detail=(trainer.detail if is_told else "") or where)
     if seen is None or not was_asked_lately():

@@ -17,9 +17,10 @@ from qlora_tui.runs import actions, slurm, slurm_time
 from qlora_tui.runs.data_checks import RunLength
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import append_event
-from qlora_tui.runs.events import Environment, Started, Step
+from qlora_tui.runs.events import Environment, Failed, Started, Step
 from qlora_tui.runs.expected_time import ExpectedTime
 from qlora_tui.runs.gate import Gate
+from qlora_tui.runs.outcomes import determine_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.runner import _Queue
 from qlora_tui.runs.slurm import SeenJob, Submission, Target
@@ -107,12 +108,22 @@ def test_a_script_saves_before_the_limit_and_starts_again(run: RunDir) -> None:
     ("recorded", "seen", "state", "says"),
     [
         ("queued", None, "queued", "was submitted"),
-        ("queued", SeenJob(at=2e9, states=("PENDING",), reason="Priority"), "queued", "waits (Priority)"),
+        (
+            "queued",
+            SeenJob(at=2e9, states=("PENDING",), reason="Priority"),
+            "queued",
+            "Waits in Slurm (Priority)",
+        ),
         ("queued", SeenJob(at=2e9, states=("CANCELLED",)), "stopped", "has ended: cancelled"),
         ("queued", SeenJob(at=1.0, states=("TIMEOUT",)), "queued", "has ended"),
         # Its node is gone, and no heartbeat comes.
         ("running", None, "lost", "another machine (node7)"),
-        ("running", SeenJob(at=2e9, states=("PENDING",), reason="BeginTime"), "queued", "waits (BeginTime)"),
+        (
+            "running",
+            SeenJob(at=2e9, states=("PENDING",), reason="BeginTime"),
+            "queued",
+            "Waits in Slurm (BeginTime)",
+        ),
         ("running", SeenJob(at=1.0, states=("RUNNING",), nodes="node7"), "running", "does not respond"),
         ("running", SeenJob(at=2e9, states=("NODE_FAIL",)), "lost", "has ended: node fail"),
         ("running", SeenJob(at=2e9), "lost", "has ended."),
@@ -141,7 +152,7 @@ def test_no_runner_takes_a_run_of_a_cluster_and_no_machine_is_refused_for_it(run
         refuse_other_machines()
     on_cluster(run)
     refuse_other_machines()
-    assert "runs on node7" in read_status(run).detail
+    assert "On node7" in read_status(run).detail
     write_status(run, Status(state="running", at=0.0, process=process))
     assert read_status(run).state == "lost"
     _Queue(Gate()).work()
@@ -171,7 +182,7 @@ def test_a_token_is_not_given_to_the_cluster(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("SBATCH_EXPORT", "NONE")
-    program(commands, "sbatch", f"env > {tmp_path}/environment; echo '7;other'")
+    program(commands, "sbatch", f"env > {tmp_path}/environment; echo 'Welcome to 2 clusters'; echo '7;other'")
     assert slurm.submit(tmp_path / "job.sh") == "7"
     environment = (tmp_path / "environment").read_text()
     assert "hf_secret" not in environment and "SBATCH_" not in environment and "PYTHONPATH" in environment
@@ -185,7 +196,7 @@ def test_a_job_that_still_waits_is_not_submitted_twice(run: RunDir, commands: Pa
     write_status(run, Status(state="failed", at=5.0))
     with pytest.raises(UserError) as error:
         actions.resume(run)
-    assert "job 12 waits (Priority)" in error.value.what
+    assert "Waits in Slurm (Priority), as job 12." in error.value.what
 
 
 def test_a_limit_is_proposed_from_measured_speed_and_a_short_one_refused(
@@ -228,3 +239,10 @@ def test_a_limit_is_proposed_from_measured_speed_and_a_short_one_refused(
     with pytest.raises(UserError) as error:
         slurm_time.plan_job(replace_setting(recipe, "training.gpus", 2), "gpus")
     assert error.value.title == "Not enough GPUs"
+
+
+def test_a_run_lost_on_a_node_is_not_blamed_on_this_machine(run: RunDir) -> None:
+    process = structs.replace(process_identity(), host="node7", boot_id="another")
+    write_status(on_cluster(run), Status(state="running", at=0.0, process=process))
+    ending = determine_outcome(run, None)
+    assert isinstance(ending, Failed) and ending.title == "The trainer was killed"

@@ -10,6 +10,7 @@ import platform
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -38,6 +39,8 @@ _PACKAGES = [
     "libpam0g",
 ]
 _DAEMONS = ("slurmctld", "slurmd", "slurmstepd")
+_SOCKETS = (Path("/run/slurm"), Path("/run/slurmctld"))
+"""Folders of the daemons' sockets, by which commands find the key: one cluster on a machine at a time."""
 _PORTS = range(17_800, 17_900, 2)
 _CONFIG = """
 ClusterName=test
@@ -46,7 +49,6 @@ SlurmctldPort={port}
 SlurmdPort={node_port}
 AuthType=auth/slurm
 CredType=cred/slurm
-AuthInfo=cred_expire=6
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
@@ -99,6 +101,11 @@ class Cluster:
         """State and flags of a job."""
         return self.call("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}").split()
 
+    def hurry(self, job: str) -> None:
+        """Start a job that waits for two minutes, as one that was requeued does."""
+        wait_for(lambda: self.states(job) == ["PENDING"], saying="the requeued job")
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def kill_node(self) -> None:
         """``kill -9`` of slurmd; what trains has another parent."""
         os.kill(int((self._folder / "slurmd.pid").read_text()), signal.SIGKILL)
@@ -119,6 +126,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster; the test is skipped where there cannot be one."""
     if os.getuid() or not (shutil.which("dpkg") and shutil.which("apt-get")):
         pytest.skip("needs root on Debian, for slurmd")
+    if any(map(_is_served, _SOCKETS)):
+        pytest.skip("another Slurm runs on this machine")
     folder = tmp_path_factory.mktemp("slurm")
     root = _unpacked(folder)
     libraries = root / "usr" / "lib" / f"{platform.machine()}-linux-gnu"
@@ -146,6 +155,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             yield started
         finally:
             started.stop()
+            for sockets in _SOCKETS:
+                shutil.rmtree(sockets, ignore_errors=True)
+
+
+def _is_served(sockets: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(sockets / "sack.socket")) == 0
 
 
 def _unpacked(folder: Path) -> Path:

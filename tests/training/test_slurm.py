@@ -78,7 +78,7 @@ def test_a_run_whose_job_ends_goes_on_exactly(
     reaches(run, 2)
     assert main(["runs"]) == 0
     listed = capsys.readouterr().out
-    assert f"Slurm job {job} runs on " in listed and f"Slurm job {job_of(behind)} waits (" in listed
+    assert f", Slurm job {job}." in listed and f"as job {job_of(behind)}." in listed
     # No queue of this machine has them, and nothing here takes them over.
     assert waiting() == [] and not run.unreported_path.exists()
 
@@ -91,7 +91,8 @@ def test_a_run_whose_job_ends_goes_on_exactly(
     assert main(["stop", behind.id]) == 0
     assert is_(behind, "stopped") and cluster.states(job_of(behind)) == ["CANCELLED"]
 
-    # Slurm starts it again by itself. Its daemon on the node is killed then, and started again.
+    # Slurm starts it again. Its daemon on the node is killed then, and started again.
+    cluster.hurry(job)
     wait_for(lambda: len(events_of(run, Started)) == 2)
     assert events_of(run, Started)[1].resumed_from_step == paused.step
     reaches(run, paused.step + 1)
