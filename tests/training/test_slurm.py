@@ -60,6 +60,11 @@ def is_(run: RunDir, state: str) -> bool:
     return read_status(run).state == state
 
 
+def is_over(run: RunDir) -> bool:
+    refresh([run], is_due=True)
+    return read_status(run).state in ("lost", "failed")
+
+
 def test_a_run_whose_job_ends_goes_on_exactly(
     cluster: Cluster,
     recipe: MakeRecipe,
@@ -129,4 +134,4 @@ def test_a_time_limit_pauses_and_a_cancelled_job_stops_its_run(
     assert main(["resume", run.id]) == 0
     reaches(run, last_step(run) + 1)
     cluster.call("scancel", "--signal=KILL", "--full", job_of(run))
-    wait_for(lambda: (refresh([run], is_due=True), read_status(run).state)[1] in ("lost", "failed"))
+    wait_for(lambda: is_over(run))
