@@ -38,8 +38,8 @@ T = TypeVar("T")
 _PING_S = 2.0
 _SILENT_S = 20.0
 """Seconds without a word from the box after which the connection is given up."""
-_UNCONFIRMED_S = 10.0
-"""Seconds that a caller waits for a connection that dropped after the request was sent."""
+_UNCONFIRMED_S = 5.0
+"""Seconds that a caller waits for a box that fell silent after the request was sent; a key waits with it."""
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 15.0
 """Most seconds between two attempts to connect."""
@@ -150,7 +150,7 @@ class Link:
             if should_stop():
                 self._requests.pop(call.id, None)
                 raise JobStopped
-            if self.is_connected:
+            if not self.silent_s:
                 dropped_at = None
                 continue
             dropped_at = dropped_at or time.monotonic()

@@ -227,6 +227,7 @@ def _options() -> list[str]:
         "ServerAliveCountMax": "3",
         "ConnectTimeout": "15",
         "Compression": "yes",
+        "LogLevel": "ERROR",
     }
     return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 

@@ -162,6 +162,22 @@ def ask(run: RunDir, value: float) -> None:
             assert "does not answer" in error.title
 
 
+def test_a_request_without_an_answer_is_carried_out_later_and_reported(
+    link: Link, run_there: RunDir, box: FakeBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "LATE_S", 1.5)
+    monkeypatch.setattr(links, "_UNCONFIRMED_S", 0.5)
+    (run,) = all_runs()
+    box.cut(signal.SIGSTOP)
+    with pytest.raises(UserError, match="has not confirmed"):
+        actions.rename(run, "late")
+    box.cut(signal.SIGCONT)
+    assert wait_for(lambda: list(link.late_replies), seconds=30) == [
+        "The request that was not confirmed has been carried out."
+    ]
+    assert run_there.name == "late"
+
+
 def test_a_killed_store_is_started_again(link: Link, run_there: RunDir, box: FakeBox) -> None:
     (run,) = all_runs()
     stores = subprocess.run(["pgrep", "-f", "qlora_tui store stream"], capture_output=True, text=True)

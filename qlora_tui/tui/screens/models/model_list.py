@@ -20,6 +20,7 @@ from qlora_tui.formatting import format_bytes, format_count, format_gib
 from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.remote.calls import current
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import fit_figure
@@ -214,7 +215,9 @@ def _local_lines(
         rows.append(
             _Line(LOCAL + str(model.path), mark, model.name, (*texts, *more), model.refusal is not None)
         )
-    return _lines(f"On this machine ({len(models)})", _architecture_columns("on disk", "from"), rows, width)
+    link = current()
+    where = "this machine" if link is None else link.box.name
+    return _lines(f"On {where} ({len(models)})", _architecture_columns("on disk", "from"), rows, width)
 
 
 def _starter_lines(models: Sequence[Starter], fits_on: str, width: int) -> list[tuple[str, Content]]:
