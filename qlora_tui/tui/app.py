@@ -21,7 +21,7 @@ from textual.signal import Signal
 from textual.worker import WorkerFailed
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import GIB
+from qlora_tui.formatting import GIB, format_sizes
 from qlora_tui.remote.calls import UNREACHABLE, current
 from qlora_tui.settings import Settings
 from qlora_tui.tui import desktop, themes
@@ -133,7 +133,7 @@ class QloraApp(TerminalApp):
         """
         from qlora_tui.catalog.local_models import describe_model
 
-        problem = None
+        problem, tell = None, self.watch_verdict()
         try:
             await run_stoppable(describe_model, model)
         except UserError as error:
@@ -144,6 +144,22 @@ class QloraApp(TerminalApp):
         if problem is not None:
             self.workbench.refuse_outline(model, problem)
         self.recipe_changed.publish(self.workbench.recipe)
+        tell("The model's structure was read")
+
+    def watch_verdict(self) -> Callable[[str], None]:
+        """Return a function that notifies the user, with a reason, if the recipe's verdict has changed."""
+        recipe, budget = self.workbench.recipe, self.memory_budget
+        before = self.workbench.verdict(budget)
+
+        def tell(why: str) -> None:
+            if before is None or (recipe, budget.bytes) != (self.workbench.recipe, self.memory_budget.bytes):
+                return
+            now = self.workbench.verdict(self.memory_budget)
+            if now is not None and now.word != before.word:
+                figures = format_sizes(now.needed_bytes, "of", now.available_bytes)
+                self.notify(f"{why}: {figures}, {now.word}. The estimate before it was: {before.word}.")
+
+        return tell
 
     def count_samples(self) -> None:
         """Count the samples in the recipe's data in a separate process, then refresh everything that depends

@@ -27,7 +27,8 @@ from qlora_tui.tui.key_names import key_name
 
 if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
-    from qlora_tui.memory import Device, Estimate
+    from qlora_tui.memory import Device, Estimate, Verdict
+    from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.memory.estimate import Precision
     from qlora_tui.tui.app import QloraApp
     from qlora_tui.tui.screens.modals.dialogs import DraftChoice
@@ -214,6 +215,13 @@ class Workbench:
         recipe = self.recipe
         compared = self._comparison_of(recipe, device)
         return None if isinstance(compared, UserError) else compared[precision_of(recipe)]
+
+    def verdict(self, budget: MemoryBudget) -> Verdict | None:
+        """Return whether the recipe fits the memory; None if there is nothing to estimate."""
+        from qlora_tui.memory import check_fit
+
+        estimated = self.estimate(budget.device)
+        return None if estimated is None else check_fit(estimated, budget.bytes)
 
     def _change_to(self, state: _EditState) -> None:
         """Make this the current state. Undo restores the previous one."""

@@ -17,7 +17,6 @@ from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import short_model_name
-from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.presets import list_presets
 from qlora_tui.recipe.schema import Recipe
@@ -113,7 +112,7 @@ class HomeReader:
         status = system_status.active_or_last_status
         is_news = status is not None and status.state not in ACTIVE and status.at > self._seen_at
         while_away = is_news and status is not None and status.at < self._started_at
-        estimate = workbench.estimate(budget.device)
+        verdict = workbench.verdict(budget)
         summary = (
             self._summaries.get(system_status.active_or_last)
             if system_status.active_or_last is not None
@@ -133,7 +132,7 @@ class HomeReader:
             can_download=isinstance(refusal, MissingFilesError | ModelNotFoundError),
             data_error=problem.title if problem else "",
             local_models=len(local_models),
-            verdict="" if estimate is None else check_fit(estimate, budget.bytes).word,
+            verdict="" if verdict is None else verdict.word,
             last_run=summary.name if summary else "",
             last_state=status.state if status else None,
             last_is_news=is_news,
@@ -193,12 +192,8 @@ class HomeReader:
             done["go.models"] = short_model_name(recipe.model.id)
         if recipe.data.sources and data_problem is None:
             done["go.data"] = data_words(recipe)
-        estimated, fit = workbench.estimate(budget.device), recipe_fit(workbench, budget)
-        if (
-            estimated is not None
-            and fit is not None
-            and check_fit(estimated, budget.bytes).fits_even_if_tight
-        ):
+        verdict, fit = workbench.verdict(budget), recipe_fit(workbench, budget)
+        if verdict is not None and fit is not None and verdict.fits_even_if_tight:
             done["go.memory"] = fit.draw(0)
         return done
 

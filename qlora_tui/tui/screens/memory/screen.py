@@ -20,8 +20,8 @@ from textual.widgets import Static
 from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
 from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_percent, format_sizes
-from qlora_tui.memory import Estimate, Verdict, check_fit
+from qlora_tui.formatting import format_percent
+from qlora_tui.memory import Estimate, Verdict
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
@@ -265,13 +265,11 @@ class MemoryScreen(WorkScreen):
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
         """Replace the instant estimate with an exact one once a step of the real model has been traced."""
-        before = self._verdict
+        tell = self.app.watch_verdict()
         await asyncio.sleep(TRACE_SETTLED_S)
         try:
             await self._trace_steps([recipe], recipe, budget)
-            if recipe == self.app.workbench.recipe and (now := self._verdict).word != before.word:
-                figures = format_sizes(now.needed_bytes, "of", now.available_bytes)
-                self.notify(f"Exact now: {figures}, {now.word}. The instant estimate was: {before.word}.")
+            tell("A step was traced")
         except TraceStopped:
             return
         except UserError as problem:
@@ -390,14 +388,9 @@ class MemoryScreen(WorkScreen):
         known = self._architecture()
         return known.layers if known else 0
 
-    @property
-    def _verdict(self) -> Verdict:
-        """The verdict on the recipe."""
-        estimate = self._compared[precision_of(self.app.workbench.recipe)]
-        return check_fit(estimate, self.app.memory_budget.bytes)
-
     def _recipe_fits(self) -> bool:
-        return self._verdict.fits_even_if_tight
+        verdict = self.app.workbench.verdict(self.app.memory_budget)
+        return verdict is not None and verdict.fits_even_if_tight
 
     def _show_timeline(self) -> None:
         """Draw the timeline of the marked precision, if there is room for it."""
