@@ -41,7 +41,7 @@ GPU_GIB = 12.0
 WATCHED_SHARE = 0.87
 """How much of the recorded run the picture of the live screen shows."""
 QWEN = HERE.parent / "tests" / "configs" / "Qwen__Qwen2.5-7B.json"
-_PATIENCE_S = 30.0
+_PATIENCE_S = 90.0
 _ANSWER_PATIENCE_S = 300.0
 """Loading the model and two answers of a CPU."""
 
@@ -69,9 +69,9 @@ SMALL = "SmolLM2-135M-Instruct"
 """The demo's model."""
 PICTURES = (
     Picture("home", shows="▸ Enter"),
-    Picture("models", shows="Qwen2.5-7B"),
+    Picture("models", shows="Good first models"),
     Picture("data", shows="too few to learn much", model=SMALL),
-    Picture("memory", shows="Loading and a training step"),
+    Picture("memory", shows="exact (traced"),
     Picture("lora", shows="q_proj"),
     Picture("train", shows="validation"),
     Picture("train", size=(80, 24), shows="step"),

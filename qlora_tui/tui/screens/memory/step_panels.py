@@ -15,7 +15,7 @@ from textual.color import Color
 from textual.content import Content
 from textual.widget import Widget
 
-from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent
+from qlora_tui.formatting import GIB, capitalize, format_bytes, format_gib, format_percent
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
@@ -24,7 +24,7 @@ from qlora_tui.memory.step import PHASES, Moment, Phase
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, verdict_words
-from qlora_tui.tui.render.plot import Axis, bar, join_cells, ticks
+from qlora_tui.tui.render.plot import bar, join_cells, label, tick_step
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 
@@ -430,16 +430,13 @@ def timeline_lines(
     peak = max(moment.total_bytes for moment in moments)
     limit_is_shown = not is_far_above(limit_bytes, peak)
     high = max(peak * _ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * _ABOVE_PEAK
-    axis = Axis(0.0, high / (1 << 30), "GiB")
-    scale = ticks(axis, max(2, rows // 2))
-    # As many rows between any two labels.
-    step = scale[1][0] - scale[0][0]
-    high = rows * step / max(1, int(step / axis.high * rows)) * (1 << 30)
-    axis = Axis(0.0, high / (1 << 30), "GiB")
-    scale = ticks(axis, int(axis.high / step + 1e-9))
-    gutter = max(len(text) for _, text in scale) + 1
+    # As many rows between any two labels, so the axis ends where its rows do.
+    step_gib = tick_step(0.0, high / GIB, max(2, rows // 2))
+    step_rows = max(1, int(step_gib * GIB / high * rows))
+    high = rows / step_rows * step_gib * GIB
+    labels = {row: label(row // step_rows * step_gib, step_gib) for row in range(0, rows, step_rows)}
+    gutter = max(map(len, labels.values())) + 1
     columns = _columns(moments, max(len(PHASES), width - gutter))
-    labels = {row: text for value, text in scale if (row := round(value / axis.high * rows)) < rows}
     limit_row = min(rows - 1, int(limit_bytes / high * rows)) if limit_is_shown else None
     peak_column = max(range(len(columns)), key=lambda place: columns[place].total_bytes)
     lines, even = [], even_colors(widget)
