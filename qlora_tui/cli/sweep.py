@@ -42,7 +42,7 @@ from qlora_tui.sweeps.directory import SweepDir, all_sweeps, find_sweep
 from qlora_tui.sweeps.plan import Costs, plan_group
 from qlora_tui.sweeps.sheet import Sheet, build_sheet
 from qlora_tui.sweeps.space import apply_point, parse_vary, value_text
-from qlora_tui.sweeps.study import importances
+from qlora_tui.sweeps.study import FEWEST_RESULTS, importances
 from qlora_tui.sweeps.view import SweepView, Trial, read_sweep
 
 _SETTINGS = ("name", "method", "trials", "rounds", "seeds", "seed")
@@ -90,6 +90,8 @@ def _start(args: argparse.Namespace) -> CommandResult:
     if args.lasts:
         deadline = time.time() + actions.parse_duration(args.lasts)
     actions.check(sheet, has_time=deadline is not None)
+    if sheet.sweep.method == "tpe" and 0 < sheet.number_of_trials() <= FEWEST_RESULTS:
+        print(f"note: tpe draws the first {FEWEST_RESULTS} trials at random: here, all.", file=sys.stderr)
     for source in every_source(sheet.recipe.data):
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
     if args.dry_run:
