@@ -46,7 +46,7 @@ _READ_TOKENS = 40
 _ROUNDING = 1e-4
 """Largest difference of a loss from the plain loop's, and of a gradient norm as a share of it. Of 213 types,
 210 differ by less than 2e-5 in each of the steps."""
-_PERTURBATION, _DRAWS, _SENSITIVE = 2e-7, 3, 10
+_PERTURBATION, _DRAWS, _SENSITIVE = 2e-7, 16, 10
 """Rounding of the base's weights as a share of them, how often it is drawn, and how many times its effect on
 the plain loop a difference may be: a token that rounding sends to another expert shows in all later steps."""
 
