@@ -60,7 +60,7 @@ _EXTRAS = {"fla": "[cuda]"}
 """Extra that chooses a version for the installed torch and Triton (0.6.0 needs 2.7 and 3.3)."""
 _COMPILED = frozenset({"causal_conv1d", "mamba_ssm"})
 """Their setup.py (causal-conv1d 1.7.0, mamba-ssm 2.3.2) downloads a wheel for the installed torch from their
-releases on GitHub if there is one, and otherwise compiles."""
+releases on GitHub if there is one, and otherwise compiles. Without nvcc it ends with a NameError first."""
 
 
 @cache
@@ -108,10 +108,11 @@ def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
         fixes.append(f"Install with `{install_command(*wheels, options=(), keep=_KEEP)}`.")
     if compiled:
         command = install_command(*compiled, options=("--no-build-isolation",), keep=_KEEP)
-        compiler = "" if shutil.which("nvcc") else ", which is not installed"
+        begin = "Then" if wheels else "Install with"
+        if not shutil.which("nvcc"):
+            begin = "Install the CUDA toolkit, without whose nvcc their setup fails; then run"
         fixes.append(
-            f"{'Then' if wheels else 'Install with'} `{command}`, which downloads a build for this torch, or "
-            f"compiles one with nvcc{compiler}."
+            f"{begin} `{command}`, which downloads a build for this torch, or compiles one with nvcc."
         )
     return text, " ".join(fixes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_the_commands_keep_the_installed_torch(monkeypatch: pytest.MonkeyPatch) 
     wheels, _, compiled = fix.partition(" Then ")
     assert "'flash-linear-attention[cuda]' torch==2.13.0 transformers==2.13.0" in wheels
     assert "--no-build-isolation causal-conv1d torch==2.13.0" in compiled and "nvcc" in compiled
+
+
+@pytest.mark.parametrize(("nvcc", "needs"), [("/usr/bin/nvcc", False), (None, True)])
+def test_without_nvcc_the_toolkit_comes_first(
+    monkeypatch: pytest.MonkeyPatch, nvcc: str | None, needs: bool
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: nvcc)
+    _, fix = describe_missing((optional_kernels.KernelPackage("causal_conv1d"),))
+    assert fix.startswith("Install the CUDA toolkit" if needs else "Install with `")
 
 
 def test_installed_kernels_are_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
