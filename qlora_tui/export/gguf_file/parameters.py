@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qlora_tui.catalog.gguf_config import CONSTANTS, COUNTS, FIELDS
-from qlora_tui.gguf_format.conventions import Convention, cannot_compute
+from qlora_tui.gguf_format.computed_keys import cannot_compute
+from qlora_tui.gguf_format.conventions import Convention
 from qlora_tui.gguf_format.tensors import SourceTensor
 
 Value: TypeAlias = int | float | str | bool | list[bool] | list[int] | list[float]
