@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from bench.model_types.outcome import Estimated
 from bench.model_types.tiny_config import settings_of
-from qlora_tui.errors import first_line
 from qlora_tui.recipe.schema import Checkpointing, Data, Quantization, Recipe, Training
 
 _HEAD_WIDTH = 128
@@ -56,4 +55,4 @@ def compare_estimate(model_type: str) -> Estimated:
 
 
 def _reason(error: Exception) -> str:
-    return first_line(error).partition(". ")[0][:120] or type(error).__name__
+    return " ".join(str(error).split()).partition(". ")[0][:120] or type(error).__name__

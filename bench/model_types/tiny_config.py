@@ -79,9 +79,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
-    "dots3_note": {"audio_config.adapter_input_size": 64},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
-    "falcon_h1": {"mamba_d_ssm": 64},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 4},
     "inkling2_loop_text": _LOOP,
     "inkling2_loop": {f"text_config.{name}": value for name, value in _LOOP.items()},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
@@ -316,7 +315,7 @@ _SPREAD = re.compile(r"initializer_range|init_std")
 _SIZE = re.compile(
     r"hidden_size|intermediate|_dim$|^dim$|d_model|n_embd|ffn|d_ff$|^dff$|dim_ff|d_ssm|n_inner|_rank$|ff_dim"
     r"|embedding_size|size_per_layer|width$|dim_model|lowrank"
-    r"|_hidden$|embed_proj|_dims?_"
+    r"|_hidden$|embed_proj|_dims?_|adapter_input"
 )
 _RULES: list[tuple[re.Pattern[str], Callable[[_Shrinking, int], int]]] = [
     (re.compile(pattern), rule)
