@@ -185,6 +185,13 @@ def _run(argv: list[str]) -> int:
             from qlora_tui.settings import GPU_VARIABLE
 
             os.environ[GPU_VARIABLE] = args.gpu
+        if args.verb is None and args.host is not None and args.gpu:
+            raise UserError(
+                "The GPU is chosen on the box",
+                what="--gpu is about a command; an app on another box uses what that box has configured.",
+                fix="Set gpu in its config.toml, or use `qlora-tui --host BOX --gpu GPU train …`.",
+                exit_code=EXIT_USAGE,
+            )
         if args.verb is None:
             return open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse, host=args.host)
         result = args.run(args)

@@ -18,14 +18,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from uuid import uuid4
 
 import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
-from qlora_tui.errors import UserError
+from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.remote import calls, messages, uploads
@@ -35,6 +35,8 @@ from qlora_tui.remote.ssh import Box, Channel
 from qlora_tui.worker import JobStopped
 
 T = TypeVar("T")
+Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
+"""Name, size and time of each file."""
 _PING_S = 2.0
 _SILENT_S = 20.0
 """Seconds without a word from the box after which the connection is given up."""
@@ -77,8 +79,8 @@ class Link:
         self._heard_at = time.monotonic()
         self._channel: Channel | None = None
         self._requests: dict[str, _Request] = {}
-        self._sent: dict[str, tuple[tuple[int, int], str]] = {}
-        """Size and time of data files that were sent, and their path on the box, by the path here."""
+        self._sent: dict[str, tuple[Stamp, str]] = {}
+        """Data that were sent, as they were then, and their path on the box, by the path here."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._first_pass = threading.Event()
@@ -199,11 +201,10 @@ class Link:
         """Send the data files that sources in ``value`` name, if they are here. Raises UserError."""
         for path in dict.fromkeys(_data_paths(value)):
             local = Path(path).expanduser()
-            if "/" not in path or not local.exists() or local.is_relative_to(self._state_dir):
+            if "/" not in path or not local.exists() or local.is_relative_to(self._state_dir / "runs"):
                 continue
-            status = local.stat()
-            stamp = (status.st_size, status.st_mtime_ns)
-            if self._sent.get(path, ((0, 0), ""))[0] == stamp and not local.is_dir():
+            stamp = _stamp(local)
+            if self._sent.get(path, ((), ""))[0] == stamp:
                 continue
             try:
                 self._sent[path] = (stamp, uploads.send(self.box, local, self._progress_of(local)))
@@ -352,6 +353,14 @@ def work_on(box: Box) -> Link:
     link.open()
     calls.use(link)
     return link
+
+
+def _stamp(path: Path) -> Stamp:
+    """Return what tells whether a file, or a file of a folder, has changed. Raises UserError."""
+    with disk_problems("The data could not be read", path, "Check the path and your permission."):
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        statuses = [(str(file), file.stat()) for file in files]
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in statuses)
 
 
 def _data_paths(value: object) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -202,14 +202,18 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 def _error(record: Any) -> UserError:
-    """Return an error as its class, if that is an error of this program."""
-    module, _, name = str(record["class"]).partition(":")
-    kind: Any = getattr(import_module(module), name, UserError) if module.startswith(_PACKAGE) else UserError
-    if not (isinstance(kind, type) and issubclass(kind, UserError)):
-        kind = UserError
-    if record["made_of"]:
+    """Return an error as its class, if this process knows that; nothing is imported for a name from there."""
+    known: dict[str, Any] = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in _errors(UserError)}
+    kind = known.get(record["class"])
+    if kind is not None and record["made_of"]:
         made: UserError = kind(*record["made_of"])
         return made
     error = UserError(**record["fields"])
-    error.__class__ = kind
+    error.__class__ = kind or UserError
     return error
+
+
+def _errors(kind: type[UserError]) -> Iterator[type[UserError]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _errors(each)

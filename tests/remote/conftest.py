@@ -27,9 +27,10 @@ def sshd_binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def box(sshd_binaries: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBox]:
     """A box, reached by the name ``box``. Its folder has a short path, for the sockets of ssh."""
-    with TemporaryDirectory(prefix="box-") as folder:
+    with TemporaryDirectory(prefix="box-", ignore_cleanup_errors=True) as folder:
         fake = make_box(Path(folder), sshd_binaries, monkeypatch)
         monkeypatch.setenv("XDG_RUNTIME_DIR", f"{folder}/run")
         yield fake
-        # The shared connection ends with its line.
+        # The shared connection ends with its line, and what runs there goes on.
         fake.cut()
+        fake.switch_off()

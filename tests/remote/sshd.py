@@ -54,6 +54,18 @@ class FakeBox:
         """Return the processes that are lines to the box."""
         return [int(path.name) for path in (self.folder / "lines").iterdir() if _is_alive(int(path.name))]
 
+    def processes(self, words: str = "") -> list[int]:
+        """Return what runs on the box, with these words in its command."""
+        numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+        mark = f"XDG_STATE_HOME={self.state_home}"
+        return [pid for pid in numbers if mark in _environment_of(pid) and words in _command_of(pid)]
+
+    def switch_off(self) -> None:
+        """End whatever runs on the box."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def cut(self, number: signal.Signals = signal.SIGKILL) -> int:
         """Drop every line; return how many there were."""
         lines = self.connections()
@@ -61,6 +73,20 @@ class FakeBox:
             with suppress(ProcessLookupError):
                 os.killpg(pid, number)
         return len(lines)
+
+
+def _environment_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _is_alive(pid: int) -> bool:

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -180,17 +179,12 @@ def test_a_request_without_an_answer_is_carried_out_later_and_reported(
 
 def test_a_killed_store_is_started_again(link: Link, run_there: RunDir, box: FakeBox) -> None:
     (run,) = all_runs()
-    stores = subprocess.run(["pgrep", "-f", "qlora_tui store stream"], capture_output=True, text=True)
-    ours = [pid for pid in stores.stdout.split() if str(box.folder) in environment_of(pid)]
-    os.kill(int(ours[-1]), signal.SIGKILL)
+    (store,) = box.processes("-m qlora_tui store stream")
+    os.kill(store, signal.SIGKILL)
     wait_for(lambda: not link.is_connected, seconds=20)
     wait_for(lambda: link.is_connected, seconds=20)
     actions.rename(run, "later")
     assert run_there.name == "later"
-
-
-def environment_of(pid: str) -> str:
-    return Path(f"/proc/{pid}/environ").read_text()
 
 
 def test_an_outcome_that_is_not_known_is_said(private_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

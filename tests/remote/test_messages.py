@@ -1,0 +1,87 @@
+"""What a box says of itself arrives as it was: values as JSON, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qlora_tui.catalog.model_validation import MissingFilesError
+from qlora_tui.cli.main import main
+from qlora_tui.errors import UserError
+from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
+from qlora_tui.recipe.validation import InvalidRecipeError
+from qlora_tui.remote.messages import from_json, to_json
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.holds import Hold
+from qlora_tui.runs.notify import RunNotification
+from qlora_tui.runs.status import Status
+from qlora_tui.tui.system_monitor import BoxMonitor
+from qlora_tui.tui.system_status import Host, RunningExport, SystemStatus
+
+
+def test_the_status_of_a_box_arrives_whole() -> None:
+    gpu = GpuDevice(0, "NVIDIA GeForce RTX 4090", "GPU-1", 24 << 30, "8.9", "580")
+    news = RunNotification(
+        event="finished", run="a", name="a", text="a is finished.", step=1, total_steps=1, best_loss=None
+    )
+    said = SystemStatus(
+        is_known=True,
+        gpu=gpu,
+        gpu_metrics=GpuMetrics(at=1.0, index=0, memory_used_bytes=5, utilization_percent=99),
+        gpu_problem=UserError("a", what="b", fix="c"),
+        no_gpu=GpuUnavailableError(GpuUnavailableReason.LOST, "why"),
+        active=RunDir(Path("/there/runs/a")),
+        active_status=Status(state="running", at=1.0, step=3, hold=Hold(cause="hours")),
+        waiting_ids=("b",),
+        exports=(RunningExport("a", "Q8_0"),),
+        ended_runs=(news,),
+        host=Host(1, 2, None),
+    )
+    link: Any = SimpleNamespace(
+        machine_states=lambda: [to_json(said)],
+        here=lambda encoded: bytes(encoded).replace(b"/there", b"/here"),
+        box=SimpleNamespace(name="box"),
+        problem=None,
+        silent_s=0.0,
+        sending="",
+    )
+    heard = BoxMonitor(link).poll_and_recover()
+    assert heard.active == RunDir(Path("/here/runs/a"))
+    assert (heard.gpu, heard.gpu_metrics, heard.host) == (gpu, said.gpu_metrics, said.host)
+    assert (heard.active_status, heard.exports, heard.ended_runs) == (
+        said.active_status,
+        said.exports,
+        said.ended_runs,
+    )
+    assert heard.no_gpu is not None
+    assert heard.trains_on == said.trains_on == "none"
+    assert (heard.no_gpu.why, heard.box) == ("why", "box")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MissingFilesError("a", what="b", fix="c"), MissingFilesError),
+        # What it adds is not sent.
+        (InvalidRecipeError([]), UserError),
+    ],
+)
+def test_errors_keep_their_words(error: UserError, kind: type[UserError]) -> None:
+    arrived = from_json(to_json(error), UserError)
+    assert (type(arrived), arrived.fields()) == (kind, error.fields())
+
+
+def test_a_class_that_is_not_an_error_of_this_program_is_not_made() -> None:
+    fields = UserError("a", what="b").fields()
+    for name in ("os:system", "qlora_tui.remote.ssh:Box", "qlora_tui.no:Such"):
+        record = to_json({"class": name, "fields": fields, "made_of": []})
+        assert type(from_json(record, UserError)) is UserError
+
+
+def test_the_app_refuses_a_gpu_of_another_box(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--host", "box", "--gpu", "1"]) == 2
+    assert "chosen on the box" in capsys.readouterr().err
