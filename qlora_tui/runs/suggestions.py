@@ -436,10 +436,12 @@ def _compared_rates(alike: Collection[PastRun]) -> tuple[float, str] | None:
     groups: dict[bytes, list[PastRun]] = {}
     for run in alike:
         groups.setdefault(_all_but_the_rate(run), []).append(run)
-    runs = max(groups.values(), key=lambda group: len(set(map(_rate_of, group))), default=[])
-    rates = sorted(set(map(_rate_of, runs)))
-    if len(rates) < 2:
+    compared = [group for group in groups.values() if len(set(map(_rate_of, group))) > 1]
+    # The others were stopped earlier: by a sweep, because they were worse.
+    runs = max(compared, key=lambda group: group[0].last_epoch, default=[])
+    if not runs:
         return None
+    rates = sorted(set(map(_rate_of, runs)))
     best, *others = sorted(runs, key=lambda run: run.best_loss)
     rate = _rate_of(best)
     losses = ", ".join(
@@ -563,4 +565,4 @@ def _all_but_the_rate(run: PastRun) -> bytes:
     default = Recipe()
     for path in ("training.learning_rate", "training.optimizer", *WITHOUT_EFFECT_ON_WEIGHTS):
         recipe = replace_setting(recipe, path, get_setting(default, path))
-    return msgspec.json.encode((run.data_hash, recipe))
+    return msgspec.json.encode((run.data_hash, round(run.last_epoch, 2), recipe))
