@@ -92,8 +92,7 @@ class _Stream:
             return EXIT_FAILURE
         empty_trash(KEPT_S)
         _forget_old_requests()
-        host = os.uname().nodename
-        self._send(Hello(host=host, state_dir=str(paths.state_dir()), time=time.time()))
+        self._send(Hello(str(paths.state_dir())))
         threading.Thread(target=self._read, daemon=True).start()
         files, monitor = _RunFiles(known.files), SystemMonitor()
         while not self._ended.is_set():

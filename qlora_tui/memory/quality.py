@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from qlora_tui.formatting import format_bytes, format_nats, format_small_percent, join_words
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
-from qlora_tui.remote.calls import at_box
+from qlora_tui.remote.calls import changes_box
 from qlora_tui.worker import Progress, run_job
 
 NOTABLE_GAIN = 0.1
@@ -71,7 +71,7 @@ class Quality(Struct, frozen=True):
         return 1 - self.with_kept.divergence / whole if whole > 0 else 0.0
 
 
-@at_box
+@changes_box
 def measure_in_child(
     recipe: Recipe,
     *,

@@ -77,7 +77,10 @@ def at_box_once(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def changes_box(function: Callable[P, T]) -> Callable[P, T]:
-    """Call the function on the box, if there is one, and exactly once: it changes something there."""
+    """Call the function on the box, if there is one, and once: it changes something there, or is much work.
+
+    Asked again after the line dropped, the box waits for the first call and gives its result.
+    """
     return _marked(function, changes=True)
 
 

@@ -162,6 +162,8 @@ class Link:
                 self._requests.pop(call.id, None)
                 raise self.unreachable()
             request.is_given_up = True
+            if request.answered.is_set():
+                break
             raise self.unreachable().replace(
                 title=f"{self.box.name} has not confirmed the request",
                 why="It was sent, and the connection dropped before the answer.",

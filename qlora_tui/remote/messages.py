@@ -65,11 +65,8 @@ ToBox: TypeAlias = Known | Call | Ping
 class Hello(Struct, frozen=True, tag="hello"):
     """The box is there: its first line."""
 
-    host: str
     state_dir: str
     """Its state folder."""
-    time: float
-    """Unix time of its clock."""
 
 
 class Piece(Struct, frozen=True, tag="piece"):

@@ -20,7 +20,7 @@ from msgspec import Struct
 from qlora_tui.data.excluded_rows import RowPlace
 from qlora_tui.decoding import Count, read_json
 from qlora_tui.files import atomic_write
-from qlora_tui.remote.calls import at_box
+from qlora_tui.remote.calls import changes_box
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measure_in_child
 
@@ -158,7 +158,7 @@ def write_row_losses(run: RunDir, losses: RowLosses, tokens: array[float]) -> No
 _ROW_LOSSES = msgspec.json.Decoder(RowLosses)
 
 
-@at_box
+@changes_box
 def measure_row_losses(
     run: RunDir,
     progress: Callable[[int, int], None] = lambda done, total: None,

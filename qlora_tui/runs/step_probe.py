@@ -14,7 +14,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.remote.calls import at_box
+from qlora_tui.remote.calls import changes_box
 from qlora_tui.runs.doctor import Machine
 from qlora_tui.worker import Progress, run_job
 
@@ -41,7 +41,7 @@ class StepProbe(Struct, frozen=True, kw_only=True):
         return f"measured in {count}: {each} a step, peak {format_bytes(self.peak_bytes)}"
 
 
-@at_box
+@changes_box
 def probe_steps(
     recipe: Recipe,
     machine: Machine,

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import Raw
 
 from qlora_tui.catalog.model_validation import MissingFilesError
+from qlora_tui.cli import store
 from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
 from qlora_tui.recipe.validation import InvalidRecipeError
-from qlora_tui.remote.messages import from_json, to_json
+from qlora_tui.remote.messages import Call, Reply, from_json, to_json
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.notify import RunNotification
 from qlora_tui.runs.status import Status
 from qlora_tui.tui.system_monitor import BoxMonitor
 from qlora_tui.tui.system_status import Host, RunningExport, SystemStatus
+from tests.support.polling import wait_for
 
 
 def test_the_status_of_a_box_arrives_whole() -> None:
@@ -85,3 +90,23 @@ def test_a_class_that_is_not_an_error_of_this_program_is_not_made() -> None:
 def test_the_app_refuses_a_gpu_of_another_box(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--host", "box", "--gpu", "1"]) == 2
     assert "chosen on the box" in capsys.readouterr().err
+
+
+def test_a_request_that_is_repeated_while_it_runs_waits_for_its_result(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, go = list[str](), threading.Event()
+
+    def reply(call: Call) -> Reply:
+        calls.append(call.id)
+        go.wait(20)
+        return Reply(call.id)
+
+    monkeypatch.setattr(store, "_reply", reply)
+    call = Call("a1", "qlora_tui.runs.actions:stop", Raw(b"{}"), True)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(store._once, call) for _ in range(2)]
+        wait_for(lambda: calls)
+        go.set()
+        assert [each.result().id for each in both] == ["a1", "a1"]
+    assert calls == ["a1"]

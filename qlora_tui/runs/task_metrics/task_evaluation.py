@@ -23,7 +23,7 @@ from qlora_tui.formatting import (
     format_points,
     pluralize,
 )
-from qlora_tui.remote.calls import at_box
+from qlora_tui.remote.calls import changes_box
 from qlora_tui.runs.damage import WEIGHTS
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.measuring import measure_in_child
@@ -106,7 +106,7 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
 _EVALUATIONS = msgspec.json.Decoder(TaskEvaluation)
 
 
-@at_box
+@changes_box
 def evaluate_task(
     run: RunDir,
     prompts: int | None = None,
