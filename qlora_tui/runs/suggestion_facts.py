@@ -12,6 +12,7 @@ from qlora_tui.catalog.local_models import describe_model, find_files, load_arch
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.recipe.fields import fields, replace_setting
+from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import data_error, known_lengths
 from qlora_tui.runs.devices import wanted_devices
@@ -65,7 +66,8 @@ def read_facts(
             what="The data gives no sample to train on.",
             fix="See why on the Data screen, or with `qlora-tui data inspect`.",
         )
-    past, outdated = _past_runs(recipe)
+    # As runs have it.
+    past, outdated = _past_runs(with_absolute_paths(recipe))
     return SuggestionFacts(
         recipe=recipe,
         architecture=architecture,

@@ -88,7 +88,7 @@ _LION_SHARE = 1 / 3
 _ALPHAS = (16.0, 32.0)
 """The alphas of the QLoRA paper and of LoRA Without Regret; both scale by alpha / rank."""
 _DECIDES_RATE = (
-    *("model.id", "lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules"),
+    *("lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules"),
     *("lora.init_from", "lora.train_embeddings", "training.lora_plus_ratio", "data.preferences"),
 )
 """Settings with another value of which another learning rate is the best."""

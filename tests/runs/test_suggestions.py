@@ -19,6 +19,7 @@ from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.data_checks import KnownLengths
 from qlora_tui.runs.directory import create_run
@@ -209,19 +210,22 @@ def test_epochs_follow_the_best_checkpoint_of_earlier_runs_and_else_the_number_o
     assert epochs(TICKETS, 7, **{"training.max_steps": 50}) == 7
 
 
-def test_facts_are_counted_and_read_from_runs_whose_data_is_unchanged(tmp_path: Path) -> None:
+def test_facts_are_counted_and_read_from_runs_whose_data_is_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     path = write_rows(
         tmp_path / "rows.jsonl",
         [{"prompt": f"Where is parcel {n}?", "completion": "On its way. " * (n % 40)} for n in range(1, 200)],
     )
     recipe = Recipe(
-        model=Model(id=readable_model(tmp_path)),
-        data=Data(sources=(Source(path=str(path)),), max_length=64),
+        model=Model(id=str(Path(readable_model(tmp_path)).relative_to(tmp_path))),
+        data=Data(sources=(Source(path=path.name),), max_length=64),
     )
     later = path.stat().st_mtime + 100
 
     def trained(rate: float, at: float, data_hash: str = "one") -> str:
-        run = create_run(replace_setting(recipe, "training.learning_rate", rate))
+        run = create_run(with_absolute_paths(replace_setting(recipe, "training.learning_rate", rate)))
         with EventWriter(run.events_path) as log:
             log.append(
                 DataReady(
