@@ -19,8 +19,9 @@ def sshd_binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder below which sshd is."""
     if os.geteuid() or shutil.which("ssh") is None or shutil.which("unshare") is None:
         pytest.skip("a box needs root, ssh and unshare")
-    if subprocess.run(["unshare", "-m", "-n", "true"], capture_output=True).returncode:
-        pytest.skip("namespaces cannot be made here")
+    in_namespaces = ["unshare", "-m", "-n", "mount", "-t", "tmpfs", "tmpfs", "/run"]
+    if subprocess.run(in_namespaces, capture_output=True).returncode:
+        pytest.skip("namespaces of mounts and network cannot be made here")
     return sshd_root(tmp_path_factory.mktemp("sshd"))
 
 
