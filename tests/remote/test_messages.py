@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
 from qlora_tui.recipe.validation import InvalidRecipeError
+from qlora_tui.remote.link import _with_paths
 from qlora_tui.remote.messages import Call, Reply, from_json, to_json
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.holds import Hold
@@ -110,3 +112,11 @@ def test_a_request_that_is_repeated_while_it_runs_waits_for_its_result(
         go.set()
         assert [each.result().id for each in both] == ["a1", "a1"]
     assert calls == ["a1"]
+
+
+def test_paths_are_those_of_the_other_side() -> None:
+    said = b'{"/m/runs/a": ["/m", "/mm/x", "see /m/x", "/m/data.jsonl", 1]}'
+    there = _with_paths(said, {"/m": "/box", "/m/data.jsonl": "/box/uploads/1/data.jsonl"})
+    assert json.loads(bytes(there)) == {
+        "/box/runs/a": ["/box", "/mm/x", "see /m/x", "/box/uploads/1/data.jsonl", 1]
+    }
