@@ -10,8 +10,9 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.starter_models import StarterModel, starter_file
 from tests.catalog.configs import CONFIGS
 
-MODELS = starter_file().models
+MODELS = (starter_file().demo, *starter_file().models)
 PUBLISHED = {
+    "SmolLM2-135M-Instruct": "HuggingFaceTB__SmolLM2-135M",
     "Qwen/Qwen3-0.6B": "Qwen__Qwen3-0.6B",
     "Qwen/Qwen3.6-27B": "Qwen__Qwen3.5-27B",
     "Qwen/Qwen3.6-35B-A3B": "Qwen__Qwen3.5-35B-A3B",

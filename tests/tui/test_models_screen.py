@@ -155,6 +155,18 @@ async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) 
         assert app.workbench.recipe.model.id == TINY
 
 
+@pytest.mark.slow
+def test_good_first_models_begin_with_the_largest_that_leaves_half_of_the_memory() -> None:
+    budget = budget_for(None, 12 << 30)
+    demo, *listed = model_list.starters(Recipe(), budget)
+    assert demo.is_demo and demo.verdict.word == "fits"
+    is_small = [each.verdict.needed_bytes <= budget.bytes / 2 for each in listed]
+    assert is_small == sorted(is_small, reverse=True) and not all(is_small)
+    sizes = [each.architecture.total_params for each in listed]
+    count = sum(is_small)
+    assert sizes == sorted(sizes[:count], reverse=True) + sorted(sizes[count:])
+
+
 async def test_a_model_to_start_with_is_found_or_downloaded(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

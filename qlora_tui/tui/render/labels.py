@@ -31,7 +31,7 @@ from qlora_tui.runs.status import State, Status, held_words
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import cut_name
 from qlora_tui.tui.render.figures import Figure
-from qlora_tui.tui.render.plot import bar, level_style
+from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class FitLine:
         cells = free if max_bar is None else min(free, max_bar)
         drawn = f"{bar(self._share, cells)} " if cells >= _MIN_BAR else ""
         label = f"{self._label} " if self._label else ""
-        return Content.assemble(label, (drawn, level_style(self._share)), f"{figures} ", self._verdict)
+        return Content.assemble(label, (drawn, self._verdict[1]), f"{figures} ", self._verdict)
 
 
 def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:

@@ -271,7 +271,7 @@ def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
     The figures are in the panel next to it.
     """
     groups = [("length", fit.lengths), *([("micro-batch", fit.batches)] if with_batches else [])]
-    most = max(row.estimate.total_bytes for row in fit.lengths)
+    most = max(row.estimate.total_bytes for _, rows in groups for row in rows)
     limit = fit.budget.bytes
     full_bytes = most if is_far_above(limit, most) else limit
     bar_cells = max(10, width - _NAME_CELLS - 2)
