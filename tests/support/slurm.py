@@ -106,6 +106,12 @@ class Cluster:
         wait_for(lambda: self.states(job) == ["PENDING"], saying="the requeued job")
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
+    def kill(self, job: str) -> None:
+        """``kill -9`` of all processes of a job."""
+        for line in self.call("scontrol", "listpids", job).splitlines()[1:]:
+            with suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+
     def kill_node(self) -> None:
         """``kill -9`` of slurmd; what trains has another parent."""
         os.kill(int((self._folder / "slurmd.pid").read_text()), signal.SIGKILL)

@@ -130,8 +130,8 @@ def test_a_time_limit_pauses_and_a_cancelled_job_stops_its_run(
     cluster.call("scancel", job_of(run))
     wait_for(lambda: is_(run, "stopped"))
     assert (run.adapter_dir / "adapter_model.safetensors").exists()
-    # Killed with its job, the trainer can say nothing: Slurm does.
+    # A job whose processes are all killed can say nothing: Slurm does.
     assert main(["resume", run.id]) == 0
     reaches(run, last_step(run) + 1)
-    cluster.call("scancel", "--signal=KILL", "--full", job_of(run))
+    cluster.kill(job_of(run))
     wait_for(lambda: is_over(run))
