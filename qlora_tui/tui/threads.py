@@ -7,6 +7,10 @@ from collections.abc import Callable
 from threading import Event
 from typing import Any, TypeVar
 
+from textual.screen import Screen
+
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.slurm_runs import is_on_cluster
 from qlora_tui.worker import JobStopped
 
 T = TypeVar("T")
@@ -23,6 +27,22 @@ async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.to_thread(function, *arguments, should_stop=stop.is_set)
     finally:
         stop.set()
+
+
+def act_on_run(
+    screen: Screen[Any], run: RunDir, act: Callable[[RunDir], object], then: Callable[[], object]
+) -> None:
+    """Call ``act`` and then ``then``; for a run on a cluster in a thread, since its commands take a while."""
+    if not is_on_cluster(run):
+        act(run)
+        then()
+        return
+
+    async def act_and_go_on() -> None:
+        await asyncio.to_thread(act, run)
+        then()
+
+    screen.run_worker(act_and_go_on(), group="cluster")
 
 
 class Measurement:

@@ -260,6 +260,27 @@ def test_a_model_by_name_and_by_path_is_no_difference(three_runs: list[RunDir]) 
     assert differing([by_name, by_path]) == []
 
 
+async def test_a_run_that_waits_in_slurm_says_why_and_is_withdrawn(
+    three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, body in (("squeue", "exit 1"), ("scancel", f"echo $1 > {tmp_path}/cancelled"), ("sbatch", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    run = write_fake_run(FakeRun(name="elsewhere", state="queued", steps=0))
+    run.slurm_path.write_text('{"target": "gpus", "job": "12"}')
+    run.squeue_path.write_text('{"at": 1.0, "states": ["PENDING"], "reason": "Priority"}')
+    app = QloraApp()
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await open_runs(app)
+        await wait_for_text(pilot, "Waits in Slurm (Priority), as job 12.")
+        await pilot.press("g", "enter")
+        await wait_for_text(pilot, "▸ waiting", "Waits in Slurm (Priority), as job 12.")
+        await pilot.press("6", "w")
+        await wait_for_text(pilot, "Removed from the queue.")
+    assert (tmp_path / "cancelled").read_text() == "12\n" and read_status(run).state == "stopped"
+
+
 async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
     three_runs: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:

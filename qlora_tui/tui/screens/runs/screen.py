@@ -51,6 +51,7 @@ from qlora_tui.tui.screens.runs.run_list import (
 )
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.threads import act_on_run
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, TextField
 
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
@@ -167,7 +168,9 @@ class RunsScreen(EvaluationActions):
     def _works_on(self, summary: RunSummary, action: str) -> bool:
         """Return whether an action would do something with a run."""
         match action:
-            case "withdraw" | "move":
+            case "withdraw":
+                return summary.status.state == "queued"
+            case "move":
                 return self._is_waiting(summary)
             case "now":
                 return summary.status.hold is not None and summary.status.hold.has_left
@@ -252,7 +255,9 @@ class RunsScreen(EvaluationActions):
         """Refresh the footer if the keys that work have changed."""
         current = self.current
         key = (
-            None if current is None else (self._is_waiting(current), can_be_used(current, self._known_files))
+            None
+            if current is None
+            else (current.status.state, self._is_waiting(current), can_be_used(current, self._known_files))
         )
         if key != self._footer_key:
             self._footer_key = key
@@ -376,16 +381,15 @@ class RunsScreen(EvaluationActions):
         self.refresh_runs()
 
     def action_withdraw(self) -> None:
-        self._act_on(self._selected.run, run_actions.stop)
-        self.notify(f"Removed from the queue. Press {key_name('runs.resume')} to queue it again.")
+        done = f"Removed from the queue. Press {key_name('runs.resume')} to queue it again."
+        self._act_on_queue(run_actions.stop, done)
 
     def action_now(self) -> None:
-        self._act_on(self._selected.run, run_actions.train_now)
-        self.notify("The run will train until it ends.")
+        self._act_on_queue(run_actions.train_now, "The run will train until it ends.")
 
     def action_resume(self) -> None:
-        self._act_on(self._selected.run, run_actions.resume)
-        self.notify(f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue.")
+        done = f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue."
+        self._act_on_queue(run_actions.resume, done)
 
     async def action_rerun(self) -> None:
         await self._prepare(self._selected.run.recipe())
@@ -459,6 +463,15 @@ class RunsScreen(EvaluationActions):
             act(run)
         finally:
             self.refresh_runs()
+
+    def _act_on_queue(self, act: Callable[[RunDir], None], done: str) -> None:
+        """Call ``act`` with the selected run, reload the list, and say what was done."""
+
+        def then() -> None:
+            self.refresh_runs()
+            self.notify(done)
+
+        act_on_run(self, self._selected.run, act, then)
 
 
 def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: Order) -> list[RunSummary]:

@@ -525,8 +525,8 @@ def stage_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> l
     stages = snapshot.stages
     if snapshot.status.state == "queued":
         stages = ()
-        hold = snapshot.status.hold
-        what = hold_words(hold) if hold else "the runs before it in the queue"
+        hold, detail = snapshot.status.hold, snapshot.status.detail
+        what = hold_words(hold) if hold else detail or "the runs before it in the queue"
         lines = [_stage_line("▸", "waiting", what, "", width, "bold $primary")]
     elif not stages:
         lines = [_stage_line("▸", "starting", "the trainer's process", "", width, "bold $primary")]

@@ -45,7 +45,7 @@ from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.step_charts import zoom_start
 from qlora_tui.tui.screens.train.suggest_dialog import suggest_settings
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.threads import Measurement
+from qlora_tui.tui.threads import Measurement, act_on_run
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
 from qlora_tui.tui.workbench import draft_written_at
 
@@ -512,9 +512,11 @@ class TrainScreen(EvaluationActions):
         self.ask(question, lambda _yes: self._act_on_run(run, act, done))
 
     def _act_on_run(self, run: RunDir, act: Callable[[RunDir], None], done: str) -> None:
-        act(run)
-        self.notify(done)
-        self.poll_now()
+        def then() -> None:
+            self.notify(done)
+            self.poll_now()
+
+        act_on_run(self, run, act, then)
 
 
 def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
