@@ -18,6 +18,7 @@ from qlora_tui.runs.data_checks import data_error, known_lengths
 from qlora_tui.runs.devices import wanted_devices
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.doctor import Machine
+from qlora_tui.runs.events import Finished, Stopped
 from qlora_tui.runs.expected_time import count_data
 from qlora_tui.runs.suggestions import PastRun, SuggestionFacts
 from qlora_tui.runs.view import RunView, finite_losses
@@ -119,7 +120,9 @@ def _same_data(model: str, names: list[str]) -> Iterator[tuple[RunDir, Recipe]]:
 
 
 def _result(run: RunDir, recipe: Recipe, view: RunView) -> PastRun | None:
-    """Return the result of a run; None without a validation loss after training began."""
+    """Return the result of a run that has ended; None without a validation loss after training began."""
+    if not isinstance(view.ending, Finished | Stopped):
+        return None
     data, best = view.data, view.best
     losses = [(step, loss) for step, loss in finite_losses(view.evaluations) if step]
     if data is None or not data.steps_per_epoch or best is None or not losses:

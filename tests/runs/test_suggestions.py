@@ -25,7 +25,7 @@ from qlora_tui.runs.data_checks import KnownLengths
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import DataReady, Evaluated
+from qlora_tui.runs.events import DataReady, Evaluated, Finished
 from qlora_tui.runs.suggestion_facts import read_facts
 from qlora_tui.runs.suggestions import PastRun, Suggestion, SuggestionFacts, Topic, suggest
 from tests.tui.sample_data import readable_model, write_rows
@@ -224,7 +224,7 @@ def test_facts_are_counted_and_read_from_runs_whose_data_is_unchanged(
     )
     later = path.stat().st_mtime + 100
 
-    def trained(rate: float, at: float, data_hash: str = "one") -> str:
+    def trained(rate: float, at: float, data_hash: str = "one", *, has_ended: bool = True) -> str:
         run = create_run(with_absolute_paths(replace_setting(recipe, "training.learning_rate", rate)))
         with EventWriter(run.events_path) as log:
             log.append(
@@ -242,11 +242,14 @@ def test_facts_are_counted_and_read_from_runs_whose_data_is_unchanged(
             )
             for step, loss in ((0, 3.0), (10, 2.0), (20, 2.5)):
                 log.append(Evaluated(at=at, step=step, loss=loss + rate))
+            if has_ended:
+                log.append(Finished(at=at, step=20, seconds=1.0, tokens_per_s=1.0))
         return run.name
 
     trained(1e-3, later, "other rows")
     trained(1e-4, later - 1000)
     names = {trained(1e-4, later), trained(4e-4, later)}
+    trained(2e-4, later, has_ended=False)
     known = read_facts(recipe, Machine(budget_for(None)))
     assert known.known.is_exact and known.lengths[-1] > 64
     assert {run.name for run in known.past} == names and known.outdated == 1
