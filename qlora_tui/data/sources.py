@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -98,15 +99,25 @@ def first_prompt(data: Data) -> str:
 
     Nothing is downloaded.
     """
+    return prompt_at(data, len(every_source(data)) - 1, 1)
+
+
+def prompt_at(data: Data, source: int, row: int, file: str = "") -> str:
+    """Return the first user turn of a row, numbered from 1, of a file in a source; empty if it has none.
+
+    The rows before it are read too. Nothing is downloaded.
+    """
     sources = every_source(data)
-    if not sources or is_hub_dataset(sources[-1].path):
+    if not 0 <= source < len(sources) or is_hub_dataset(sources[source].path):
         return ""
     try:
-        file = open_file_of(sources[-1], data.preferences)
-        readable = [row for row in first_rows(file.path, 1) if not row.error]
-    except (UserError, OSError):
+        paths, _ = paths_of(sources[source])
+        path = paths[file_names(sources[source].path, paths).index(file)] if file else paths[0]
+        opened = open_file_of(sources[source], data.preferences, str(path))
+        readable = [each for each in islice(rows(path), row) if each.number == row and not each.error]
+    except (UserError, OSError, ValueError):
         return ""
-    turns = (conversation_of(row, file) for row in readable)
+    turns = (conversation_of(each, opened) for each in readable)
     messages = (message for each in turns if isinstance(each, Conversation) for message in each.messages)
     return next((message.content.strip() for message in messages if message.role == "user"), "")
 

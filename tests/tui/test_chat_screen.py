@@ -22,19 +22,26 @@ from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source, Training
 from qlora_tui.runs.status import read_status, write_status
+from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
+from qlora_tui.runs.task_metrics.task_evaluation import (
+    LossChange,
+    TaskEvaluation,
+    adapter_hash,
+    write_task_evaluation,
+)
 from qlora_tui.tui.screens.chat import conversation, turn
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.dialogs import PromptBox
-from qlora_tui.tui.screens.chat.panels import Starters
 from qlora_tui.tui.screens.chat.saved import append_exchange, transcript_path
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
+from qlora_tui.tui.screens.chat.start import Starters
 from qlora_tui.tui.screens.chat.turn import ChatTurn
 from tests.support.deciders import put_decider
 from tests.tui.chat_screen import chat_of, finished, rest, with_adapters
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import config_of, open_on
+from tests.tui.workstation import config_folder, config_of, open_on
 
 
 def ask_prompt(screen: ChatScreen) -> list[str]:
@@ -69,7 +76,9 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
     finished(ADAPTER, "step-800", "step-400")
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "qwen2.5-7b-tickets", "not loaded yet", "Enter: send")
+        await wait_for_text(
+            pilot, "qwen2.5-7b-tickets", "not loaded yet", "[i] writes a message", "Enter Ask"
+        )
         screen = chat_of(app)
         assert not isinstance(screen.focused, PromptBox), "digits go to other screens"
         await pilot.press("ctrl+t")
@@ -210,6 +219,7 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         turn = ChatTurn("one\ntwo", (BASE,))
         screen.conversation.turns.append(turn)
         await screen.query_one("#conversation").mount(turn)
+        screen.show_header()
         await wait_for_text(pilot, "▸ one")
         await pilot.press("i", "up")
         await wait_until(pilot, lambda: "▸ one" not in text_of(app))
@@ -231,13 +241,54 @@ async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, se
         await wait_for_text(pilot, "What is red?", "sample prompt", "Where is my parcel?", "unrelated")
         screen = chat_of(app)
         await wait_until(pilot, lambda: isinstance(screen.focused, Starters))
-        await pilot.press("i", "up", "down", "enter")
+        await pilot.press("i")
+        await wait_for_text(pilot, "Enter sends what you type", "Enter: send")
+        await pilot.press("up", "down", "enter")
         await wait_until(pilot, lambda: sent == ["Where is\nmy parcel?"])
         assert isinstance(screen.focused, PromptBox)
         assert not screen.query_one(Starters).display
         await rest(pilot, screen)
         await pilot.press("escape", "x")
         await wait_until(pilot, lambda: isinstance(screen.focused, Starters))
+
+
+async def test_before_the_first_message_the_runs_validation_questions_and_their_answers_are_shown(
+    private_home: Path, sent: list[str]
+) -> None:
+    rows = tickets(private_home / "tickets.jsonl")
+    model = config_folder(private_home, "Qwen__Qwen2.5-7B")
+    recipe = Recipe(model=Model(id=str(model)), data=Data(sources=(Source(path=str(rows)),)))
+    run = write_fake_run(FakeRun(state="finished", steps=300, total=300, recipe=recipe))
+    with_adapters(run, ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(200, 60)) as pilot:
+        await wait_for_text(pilot, "Recorded answers · step 20 and step 300", "from the data")
+        await wait_for_text(pilot, "Loading Qwen2.5-7B (NF4) takes about 19 s and needs up to", "best  ")
+        await app.switch_mode("home")
+        answered = TaskRow(
+            source=0,
+            row=3,
+            prompt="…",
+            reference="",
+            base="I cannot know.",
+            adapter="In Oslo.",
+            base_ended=True,
+            adapter_ended=True,
+        )
+        evaluation = TaskEvaluation(
+            run=run.id,
+            adapter=adapter_hash(run),
+            max_new_tokens=64,
+            validation_rows=1,
+            metrics=(),
+            loss=LossChange(rows=0, before=0.0, after=0.0, interval=None),
+            rows=(answered,),
+        )
+        write_task_evaluation(run, evaluation)
+        await show_chat(app, with_adapters(run, "step-200"))
+        await wait_for_text(pilot, "base: I cannot know.", "adapter: In Oslo.", "validation question")
+        await pilot.press("escape", "enter")
+        await wait_until(pilot, lambda: sent == ["Where is parcel 3?"])
 
 
 @pytest.fixture(scope="module")

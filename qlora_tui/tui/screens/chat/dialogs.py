@@ -69,16 +69,24 @@ class PromptBox(OwnKeysFirst, TextArea):
     class Recalled(Message):
         """Up was pressed in the empty field."""
 
-    def __init__(self, placeholder: str, *, id: str) -> None:
+    def __init__(self, hint: Content, unfocused_hint: Content, *, id: str) -> None:
+        """Create the field. Its hints are shown while it is empty."""
+        self._hint, self._unfocused_hint = hint, unfocused_hint
         super().__init__(
             id=id,
-            placeholder=Content(placeholder),
+            placeholder=unfocused_hint,
             soft_wrap=True,
             show_line_numbers=False,
             tab_behavior="focus",
         )
         self.cursor_blink = False
         self.highlight_cursor_line = False
+
+    def on_focus(self) -> None:
+        self.placeholder = self._hint
+
+    def on_blur(self) -> None:
+        self.placeholder = self._unfocused_hint
 
     def action_send(self) -> None:
         """Post ``Sent`` and clear the field."""

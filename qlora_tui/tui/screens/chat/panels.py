@@ -12,10 +12,8 @@ from textual import work
 from textual.containers import Vertical
 from textual.content import Content
 from textual.widget import Widget
-from textual.widgets.option_list import Option
 
 from qlora_tui.chat.chat_types import Effect, GenerationResult
-from qlora_tui.data.sources import first_prompt
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import (
     format_bytes,
@@ -28,7 +26,7 @@ from qlora_tui.formatting import (
     pluralize,
     truncate_middle,
 )
-from qlora_tui.recipe.schema import Recipe, Thinking
+from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
@@ -37,15 +35,16 @@ from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.plot import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
+from qlora_tui.tui.screens.chat.start import ChatStart, run_lines
 from qlora_tui.tui.screens.chat.turn import adapter_style
-from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
+from qlora_tui.tui.widgets.controls import Lines, Panel
 
 NOTHING_TO_CHAT_WITH = (
     "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
     "Press {go.train} to launch one.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
     "before any training."
 )
-START = "Ask something from your data, then something unrelated to it."
+UNFOCUSED_HINT = "{chat.write} writes a message"
 HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
@@ -56,53 +55,7 @@ _AGE = 10
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Rough value for English text."""
-_MAX_SAMPLE_PROMPTS, _MAX_PROMPTS = 2, 4
-"""Sample prompts of the run, and prompts in all, that are offered before the first message."""
-_UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
-"""Prompts that few data sets are about, to see whether the adapter changes other answers too."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
-
-
-class Starters(ViList):
-    """Prompts to begin with: some of the run's sample prompts, one of its data, and unrelated ones."""
-
-    def __init__(self) -> None:
-        super().__init__(id="starters")
-        self._recipe: Recipe | None = None
-        self._prompts: list[str] = []
-
-    def offer(self, recipe: Recipe) -> None:
-        """Show the prompts of a recipe."""
-        if recipe != self._recipe:
-            self._recipe = recipe
-            self._show_prompts(recipe, "")
-            self._add_data_prompt(recipe)
-
-    def prompt(self, option: Option) -> str:
-        """Return the whole prompt of an option."""
-        return self._prompts[int(option.id or 0)]
-
-    @work(exclusive=True)
-    async def _add_data_prompt(self, recipe: Recipe) -> None:
-        self._show_prompts(recipe, await asyncio.to_thread(first_prompt, recipe.data))
-
-    def _show_prompts(self, recipe: Recipe, data_prompt: str) -> None:
-        kinds = dict.fromkeys(recipe.training.sample_prompts[:_MAX_SAMPLE_PROMPTS], "sample prompt")
-        if data_prompt:
-            kinds.setdefault(data_prompt, "from the data")
-        offered = list((kinds | dict.fromkeys(_UNRELATED, "unrelated")).items())[:_MAX_PROMPTS]
-        self._prompts = [prompt for prompt, _ in offered]
-        self.show(lambda width: _starter_lines(offered, width))
-
-
-def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple[str, Content]]:
-    """Return a line for each (prompt, kind), with the kind at the right."""
-    lines = []
-    for number, (prompt, kind) in enumerate(offered):
-        room = max(0, width - len(kind) - 4)
-        shown = Content(" ".join(prompt.split())).truncate(room, ellipsis=True, pad=True)
-        lines.append((str(number), Content.assemble("▸ ", shown, "  ", (kind, "dim"))))
-    return lines
 
 
 def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
@@ -219,21 +172,24 @@ def effect_text(measured: Effect, width: int) -> Content:
 
 
 class ChatSide(Vertical):
-    """The column next to the conversation: sampling, tokens, saved conversations."""
+    """The column next to the conversation: run, sampling, tokens, saved conversations."""
 
     def __init__(self) -> None:
         super().__init__(id="chat-side")
 
     def compose(self) -> Iterable[Widget]:
-        keys = (("chat.settings", "change"), ("chat.source", "model"))
-        yield Panel("Sampling", Lines(id="side-settings"), keys=keys)
+        yield Panel("Run", Lines(id="side-run"), keys=(("chat.source", "model"),), id="chat-run-panel")
+        yield Panel("Sampling", Lines(id="side-settings"), keys=(("chat.settings", "change"),))
         yield Panel("Tokens", Lines(id="side-tokens"), id="tokens-panel")
         keys = (("chat.history", "open"), ("chat.clear", "new"))
         yield Panel("Conversations", Lines(id="side-history"), keys=keys, id="history-panel")
 
-    def show(self, chat: Conversation, transcript: Path | None) -> None:
-        """Show the state of a conversation and the path of its transcript."""
+    def show(self, chat: Conversation, start: ChatStart, transcript: Path | None) -> None:
+        """Show the run, the state of a conversation, and the path of its transcript."""
         width = max(20, self.query_one("#side-settings").content_size.width)
+        if chat.source is not None:
+            self.query_one("#chat-run-panel", Panel).show_title("Run" if chat.run_dir else "Recipe")
+            self._update("run", run_lines(start, chat.source.recipe, width))
         self._update(
             "settings", fact_lines([(label, value) for label, value, _ in session_rows(chat)], width)
         )

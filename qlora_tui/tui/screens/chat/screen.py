@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,6 +20,8 @@ from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, pluralize, short_model_name, truncate_middle
+from qlora_tui.memory.budget import budget_for
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
@@ -37,9 +40,8 @@ from qlora_tui.tui.screens.chat.dialogs import (
 from qlora_tui.tui.screens.chat.panels import (
     HINT,
     NOTHING_TO_CHAT_WITH,
-    START,
+    UNFOCUSED_HINT,
     ChatSide,
-    Starters,
     effect_text,
     loaded_text,
     prompt_title,
@@ -47,11 +49,19 @@ from qlora_tui.tui.screens.chat.panels import (
     session_line,
 )
 from qlora_tui.tui.screens.chat.saved import list_conversations, transcript_path
+from qlora_tui.tui.screens.chat.start import (
+    ChatStart,
+    Starters,
+    read_start,
+    recorded_lines,
+    recorded_title,
+    start_lines,
+)
 from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
 from qlora_tui.tui.screens.modals.dialogs import ask_search
 from qlora_tui.tui.screens.train.screen import prepare_run
 from qlora_tui.tui.ui_state import add_recent, recent
-from qlora_tui.tui.widgets.controls import Lines, Panel
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -64,6 +74,7 @@ _SIDE_CELLS = 120
 
 Next to two it needs a very wide window.
 """
+_HINTS = (HINT, UNFOCUSED_HINT)
 _COUNT_AFTER_S = 0.3
 """Seconds without a key press before the tokens of a prompt are counted."""
 _MAX_SEARCH = 24
@@ -84,13 +95,13 @@ class ChatScreen(WorkScreen):
         super().__init__()
         self.conversation = Conversation(
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
-            Static(START, id="chat-start"),
             # As high as the view: Textual would move what is shorter to its bottom.
             Static(id="chat-floor"),
         )
         self.source_name = ""
         self.search = ""
         """The text that exchanges are searched for; empty shows all."""
+        self._start = ChatStart()
         self._effect: str | Effect = ""
         self._held_by_server: tuple[int, int] | None = None
         """Port and memory of the server that is known to hold a model."""
@@ -104,10 +115,13 @@ class ChatScreen(WorkScreen):
             with Vertical(id="chat-main"):
                 with Panel("Chat", id="chat-panel"):
                     yield Lines(id="sampling-line")
+                    yield Lines(id="chat-start")
                     yield Lines(id="effect")
                     yield self.conversation
                     yield Lines(id="unloaded")
-                yield Panel("Message", Starters(), PromptBox(name_keys(HINT), id="prompt"), id="prompt-panel")
+                box = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
+                yield Panel("Message", Starters(), box, id="prompt-panel")
+                yield Panel("", Drawing(id="recorded"), id="recorded-panel")
             yield ChatSide()
 
     # Which model
@@ -155,8 +169,16 @@ class ChatScreen(WorkScreen):
 
     async def set_source(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
         await self.conversation.set_source(source, run)
-        self.source_name, self.search = name, ""
+        self.source_name, self.search, self._start = name, "", ChatStart()
         self.show_effect("")
+        self.show_header()
+        if source is not None:
+            self._read_start(source.recipe, run)
+
+    @work(group="start", exclusive=True)
+    async def _read_start(self, recipe: Recipe, run: RunDir | None) -> None:
+        device = budget_for(self.app.system_status.gpu).device
+        self._start = await asyncio.to_thread(read_start, recipe, run, device)
         self.show_header()
 
     def action_choose_source(self) -> None:
@@ -309,8 +331,8 @@ class ChatScreen(WorkScreen):
     @work(group="count", exclusive=True)
     async def _count_tokens(self, text: str) -> None:
         await asyncio.sleep(_COUNT_AFTER_S)
-        if self.conversation.ready is None:
-            # It was unloaded meanwhile, and asking would start the engine again.
+        if self.conversation.ready is None or text != self.query_one(PromptBox).text:
+            # It was unloaded meanwhile, and asking would start the engine again; or the prompt was sent.
             return
         try:
             tokens = await self.conversation.engine.ask(CountTokens(text=text)).result()
@@ -465,6 +487,11 @@ class ChatScreen(WorkScreen):
 
     # What is shown around the conversation
 
+    def on_descendant_focus(self) -> None:
+        """Say what Enter does now."""
+        if self.has_class("-start"):
+            self.call_later(self.show_header)
+
     def on_resize(self) -> None:
         self.call_after_refresh(self._show_all)
 
@@ -502,16 +529,28 @@ class ChatScreen(WorkScreen):
         """Show the model, its adapters, and the current state."""
         chat, has_source = self.conversation, self.conversation.source is not None
         # Two answers take the width of the window, unless there is enough for them and the column.
-        side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
+        starters, is_start = self.query_one(Starters), not chat.turns and not chat.busy
+        side_from = _SIDE_CELLS if is_start or len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
-        starters, is_start = self.query_one(Starters), not chat.turns and not chat.busy
         if starters.has_focus and not is_start:
             # Textual would focus the field, and keys would be text in it.
             self.set_focus(None)
+        self.set_class(has_source and is_start, "-start")
         self.query_one("#chat-start").display = starters.display = has_source and is_start
         if chat.source is not None:
-            starters.offer(chat.source.recipe)
+            starters.offer(self._start.prompts)
+            lines = start_lines(
+                self._start,
+                chat.source.recipe,
+                self._room,
+                is_loaded=chat.ready is not None,
+                is_writing=isinstance(self.focused, PromptBox),
+            )
+            self.query_one("#chat-start", Lines).show(lines)
+        self.query_one("#recorded-panel").display = is_start and bool(self._start.recorded)
+        self.query_one("#recorded-panel", Panel).show_title(recorded_title(self._start))
+        self.query_one("#recorded", Drawing).show(partial(recorded_lines, self._start))
         self.query_one("#prompt-panel").display = has_source
         self.query_one(ChatSide).display = has_source and has_side
         self.query_one("#sampling-line").display = has_source and not has_side
@@ -539,7 +578,7 @@ class ChatScreen(WorkScreen):
         path = transcript if transcript.exists() else None
         self.query_one("#sampling-line", Lines).show(sampling_line(chat, path, self._room))
         if has_side:
-            self.query_one(ChatSide).show(chat, path)
+            self.query_one(ChatSide).show(chat, self._start, path)
         self._focus_starters()
 
 

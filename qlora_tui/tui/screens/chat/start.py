@@ -1,0 +1,235 @@
+"""What Chat shows before the first message: prompts to begin with, what loading takes, and the run so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.widgets.option_list import Option
+
+from qlora_tui.chat.chat_sources import chat_bytes
+from qlora_tui.data.sources import first_prompt, prompt_at
+from qlora_tui.formatting import format_bytes, format_duration, format_loss, format_progress, short_model_name
+from qlora_tui.memory import Device
+from qlora_tui.memory.estimate import precision_of
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import EventTail
+from qlora_tui.runs.events import PhaseChanged, SampleGenerated, Started
+from qlora_tui.runs.run_summary import RunSummary, summarize
+from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
+from qlora_tui.tui.key_names import highlight_keys, name_keys
+from qlora_tui.tui.render.labels import PRECISION_NAMES, verdict_style
+from qlora_tui.tui.render.plot import labeled
+from qlora_tui.tui.screens.runs.run_list import settings_lines
+from qlora_tui.tui.widgets.controls import ViList
+
+_ASK = "▸ Enter asks the question under the cursor, {chat.write} writes your own."
+_WRITE = "▸ Enter sends what you type, {chat.leave} goes back to the questions."
+_MAX_OF_KIND, _MAX_PROMPTS = 2, 5
+"""Prompts of a kind, and in all, that are offered before the first message."""
+_UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
+"""Prompts that few data sets are about, to see whether the adapter changes other answers too."""
+_FIRST_ROWS = 2000
+"""Rows at the beginning of a file, in which a validation question is looked for without waiting."""
+_MAX_RECORDED = 4
+_LEAST_ROWS, _MOST_ROWS = 3, 8
+"""Minimum and maximum number of lines of a recorded answer."""
+_COLUMN_GAP, _INDENT = 3, 2
+_LABEL = 10
+
+
+@dataclass(frozen=True)
+class RecordedAnswers:
+    """A prompt that was answered before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatStart:
+    """What is known before the first message."""
+
+    prompts: tuple[tuple[str, str], ...] = ()
+    """(prompt, kind), such as ``sample prompt``."""
+    recorded: tuple[RecordedAnswers, ...] = ()
+    columns: tuple[str, str] = ("", "")
+    """Who gave the answers: ``base`` and ``adapter``, or ``step 0`` and ``step 60``."""
+    load_s: float | None = None
+    """Seconds that the run took to load the model on this machine; None if there is no run."""
+    load_bytes: int | None = None
+    """Memory of the chat, at the upper end; None if unknown."""
+    summary: RunSummary | None = None
+
+
+def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
+    """Read what is shown for a recipe or its run. Called in a thread."""
+    questions = _validation_answers(recipe, run) if run is not None else []
+    samples, load_s = _events(run) if run is not None else ([], None)
+    kinds = dict.fromkeys((each.prompt for each in questions[:_MAX_OF_KIND]), "validation question")
+    for prompt in recipe.training.sample_prompts[:_MAX_OF_KIND]:
+        kinds.setdefault(prompt, "sample prompt")
+    if not questions and (prompt := first_prompt(recipe.data)):
+        kinds.setdefault(prompt, "from the data")
+    offered = list(kinds.items())[: _MAX_PROMPTS - 1]
+    offered += [(prompt, "unrelated") for prompt in _UNRELATED][: _MAX_PROMPTS - len(offered)]
+    columns, recorded = ("base", "adapter"), questions
+    if not recorded:
+        recorded, columns = _before_and_after(samples)
+    return ChatStart(
+        prompts=tuple(offered),
+        recorded=tuple(recorded[:_MAX_RECORDED]),
+        columns=columns,
+        load_s=load_s,
+        load_bytes=chat_bytes(recipe, device),
+        summary=None if run is None else summarize(run),
+    )
+
+
+def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
+    """Return the first validation questions that the run's evaluation answered."""
+    evaluation = read_task_evaluation(run)
+    recorded: list[RecordedAnswers] = []
+    for row in evaluation.rows if evaluation is not None else ():
+        if row.row <= _FIRST_ROWS and (prompt := prompt_at(recipe.data, row.source, row.row, row.file)):
+            recorded.append(RecordedAnswers(prompt, row.base, row.adapter))
+        if len(recorded) == _MAX_RECORDED:
+            break
+    return recorded
+
+
+def _events(run: RunDir) -> tuple[list[SampleGenerated], float | None]:
+    """Return the answers to the sample prompts, and the seconds that the last attempt spent loading."""
+    samples: list[SampleGenerated] = []
+    began_at, load_s = None, 0.0
+    with suppress(OSError):
+        for event in EventTail(run.events_path).drain():
+            if isinstance(event, SampleGenerated):
+                samples.append(event)
+            elif isinstance(event, Started):
+                began_at, load_s = None, 0.0
+            elif isinstance(event, PhaseChanged):
+                if began_at is not None:
+                    load_s += event.at - began_at
+                began_at = event.at if event.phase == "loading" else None
+    return samples, load_s or None
+
+
+def _before_and_after(samples: Sequence[SampleGenerated]) -> tuple[list[RecordedAnswers], tuple[str, str]]:
+    """Return the first and the last answers to the sample prompts, and their steps."""
+    if not samples or samples[0].step == samples[-1].step:
+        return [], ("", "")
+    before, after = samples[0].step, samples[-1].step
+    first = {sample.prompt: sample.answer for sample in samples if sample.step == before}
+    last = {sample.prompt: sample.answer for sample in samples if sample.step == after}
+    recorded = [RecordedAnswers(prompt, first[prompt], last[prompt]) for prompt in first if prompt in last]
+    return recorded, (f"step {before:,}", f"step {after:,}")
+
+
+class Starters(ViList):
+    """Prompts to begin with: questions of the validation data, sample prompts of the run, and unrelated
+    ones.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Ask")]
+
+    def __init__(self) -> None:
+        super().__init__(id="starters", classes="quiet")
+        self._prompts: tuple[tuple[str, str], ...] = ()
+
+    def offer(self, prompts: tuple[tuple[str, str], ...]) -> None:
+        """Show these (prompt, kind) pairs, with the cursor on the first."""
+        if prompts != self._prompts:
+            self._prompts = prompts
+            self.show(lambda width: _starter_lines(prompts, width))
+
+    def prompt(self, option: Option) -> str:
+        """Return the whole prompt of an option."""
+        return self._prompts[int(option.id or 0)][0]
+
+
+def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple[str, Content]]:
+    """Return a line for each (prompt, kind), with the kind at the right."""
+    lines = []
+    for number, (prompt, kind) in enumerate(offered):
+        room = max(0, width - len(kind) - 4)
+        shown = Content(" ".join(prompt.split())).truncate(room, ellipsis=True, pad=True)
+        lines.append((str(number), Content.assemble("▸ ", shown, "  ", (kind, "dim"))))
+    return lines
+
+
+def start_lines(
+    start: ChatStart, recipe: Recipe, width: int, *, is_loaded: bool, is_writing: bool
+) -> list[Content]:
+    """Return what to press, and what the first message takes.
+
+    Args:
+        start: What was read.
+        recipe: The recipe whose model answers.
+        width: Width of a line, in cells.
+        is_loaded: Whether the model is loaded.
+        is_writing: Whether the prompt field has the focus.
+    """
+    lines = [highlight_keys(name_keys(_WRITE if is_writing else _ASK))]
+    if not is_loaded:
+        took = [] if start.load_s is None else [f"takes about {format_duration(start.load_s)}"]
+        took += [] if start.load_bytes is None else [f"needs up to {format_bytes(start.load_bytes)}"]
+        model = f"{short_model_name(recipe.model.id)} ({PRECISION_NAMES[precision_of(recipe)]})"
+        words = f"Loading {model} {' and '.join(took)}." if took else f"The first message loads {model}."
+        lines.append(Content.styled(words, "$text-muted").truncate(width, ellipsis=True))
+    return lines
+
+
+def recorded_title(start: ChatStart) -> Content:
+    """Return the title of the recorded answers."""
+    before, after = start.columns
+    return Content.assemble("Recorded answers", (f" · {before} and {after}", "not bold $text-muted"))
+
+
+def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
+    """Return each prompt, with the answers before and after training in two columns."""
+    cells = max(1, (width - _COLUMN_GAP) // 2)
+    count = max(1, min(len(start.recorded), height // (_LEAST_ROWS + 1)))
+    rows = min(_MOST_ROWS, max(_LEAST_ROWS, height // count - 1))
+    lines: list[Content] = []
+    for each in start.recorded[:count]:
+        lines.append(
+            Content.styled(f"▸ {' '.join(each.prompt.split())}", "bold").truncate(width, ellipsis=True)
+        )
+        columns = [
+            _column(each.before, start.columns[0], cells, rows, "$text-muted"),
+            _column(each.after, start.columns[1], cells, rows, ""),
+        ]
+        for number in range(max(map(len, columns))):
+            left, right = (column[number] if number < len(column) else Content("") for column in columns)
+            lines.append(left.pad_right(cells + _COLUMN_GAP - left.cell_length) + right)
+    return lines[:height]
+
+
+def _column(answer: str, name: str, cells: int, rows: int, style: str) -> list[Content]:
+    """Return an answer after the name of who gave it, in at most this many lines."""
+    head = Content.styled(f"{name}: ", "dim")
+    wrapped = (head + Content.styled(" ".join(answer.split()), style)).wrap(cells - _INDENT)
+    if len(wrapped) > rows:
+        wrapped = [*wrapped[: rows - 1], wrapped[rows - 1].truncate(cells - _INDENT - 1) + "…"]
+    return [Content(" " * _INDENT) + line for line in wrapped]
+
+
+def run_lines(start: ChatStart, recipe: Recipe, width: int) -> list[Content]:
+    """Return how the run was trained, and what it reached."""
+    lines, summary = settings_lines(recipe, width), start.summary
+    if summary is None:
+        return lines
+    lines.append(labeled("steps", format_progress(summary.step, summary.total_steps), _LABEL))
+    if summary.best is not None:
+        loss, step = summary.best
+        lines.append(labeled("best", f"validation {format_loss(loss)} at step {step:,}", _LABEL))
+    if summary.verdict is not None:
+        lines += Content.styled(summary.verdict.sentence, verdict_style(summary.verdict)).wrap(width)
+    return lines
