@@ -107,7 +107,7 @@ def type_problem(fields: ConfigFields) -> UserError | None:
         elif values.get("is_encoder_decoder") is True:
             reason = "which has an encoder next to its decoder"
         elif is_encoder(model_type) and values.get("is_decoder") is not True:
-            reason = "an encoder, whose tokens see those after them"
+            reason = "an encoder, whose tokens attend to later ones"
         else:
             return None
         return no_text_generator(f"{fields.where}: model_type is {model_type!r}, {reason}")

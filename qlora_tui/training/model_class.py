@@ -271,7 +271,7 @@ def _failed(config: Any, error: Exception) -> UserError:
             tuple(packages),
             "This model needs another package",
             what=f"model_type {config.model_type!r}: its class needs {' and '.join(packages)}.",
-            why="It is not installed.",
+            why=f"{'They are' if len(packages) > 1 else 'It is'} not installed.",
             fix=f"Install it with `{install_command(*packages)}`, or choose another model.",
         )
     if isinstance(error, KeyError) and (name := _setting_with(config.to_dict(), error.args[:1])):
@@ -300,7 +300,8 @@ def reason_of(error: Exception) -> str:
     if validation := _VALIDATION.match(text):
         types = [plain or generic for plain, generic in _TYPE.findall(validation["types"] or "")]
         expected = join_words(types or [validation["type"]], "or").replace("NoneType", "null")
-        value = _cut(validation["value"] or validation["other"])
+        value = validation["value"] or validation["other"]
+        value = "null" if value == "None" else _cut(value)
         return f"{validation['field']} is {value}, expected {expected}"
     if len(text) > _LONGEST_REASON:  # as far as a sentence goes, which a list of all types may follow
         text = text[:_LONGEST_REASON].rpartition(". ")[0] or text[:_LONGEST_REASON]
