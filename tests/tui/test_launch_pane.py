@@ -30,7 +30,7 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed() -> None:
         await pilot.press("5")
         await wait_for_text(pilot, "Gradient acc", "Passes over the data")
         await pilot.press("j", "j", "j")
-        await wait_for_text(pilot, "Forward passes per optimizer step", "the same memory at any value")
+        await wait_for_text(pilot, "Forward passes per optimizer step", "The same at any value")
         await pilot.press("l")
         training = app.workbench.recipe.training
         assert training.gradient_accumulation == 16
