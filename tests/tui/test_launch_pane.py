@@ -21,7 +21,7 @@ from qlora_tui.tui.widgets.settings_form import SettingsForm
 from qlora_tui.worker import JobStopped, Progress
 from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import open_on
+from tests.tui.workstation import open_on, settle
 
 
 async def test_the_form_edits_the_recipe_and_checks_what_is_typed() -> None:
@@ -140,6 +140,7 @@ async def test_a_recipe_edited_during_its_checks_is_launched_as_it_was_checked(
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
         await wait_for_text(pilot, "✓ Ready.", "[t] launch it")
+        await settle(pilot)  # the checks are made once more, with an exact estimate
 
         def edited(*_: object) -> tuple[Check, ...]:
             app.workbench.set("lora.rank", 256)
