@@ -48,6 +48,7 @@ from qlora_tui.runs.status import ACTIVE, Status, read_status
 from qlora_tui.worker import DETACHED, PROGRAM, module_argv, subprocess_env
 
 _TICK_S = 1.0
+_POLL_S = 0.1
 _SWEEP_S = 10.0
 """Seconds between two looks into the folders of runs that have ended."""
 _APP_GONE_S = 60.0
@@ -117,7 +118,7 @@ class _Stream:
 
     def _answer(self, call: Call) -> None:
         try:
-            reply = _once(call) if call.changes else _reply(call)
+            reply = _once(call, self._ended) if call.changes else _reply(call)
         except (OSError, ValueError) as error:
             what = f"The request could not be recorded on {os.uname().nodename}: {error}."
             problem = UserError("The request was not carried out", what=what, fix="Check its disk.")
@@ -125,9 +126,13 @@ class _Stream:
         self._send(reply)
 
     def _send(self, message: FromBox) -> None:
+        try:
+            line = messages.line(message)
+        except UnicodeEncodeError:
+            return  # about a file whose name is not UTF-8: it has no path in JSON
         with self._lock:
             try:
-                self._output.write(messages.line(message))
+                self._output.write(line)
                 self._output.flush()
             except (OSError, ValueError):
                 self._ended.set()
@@ -155,28 +160,35 @@ class _Record(Struct, frozen=True):
 _RECORDS = msgspec.json.Decoder(_Record)
 
 
-def _once(call: Call) -> Reply:
-    """Carry a request out, unless that was done before; return the outcome."""
+def _once(call: Call, app_gone: threading.Event) -> Reply:
+    """Carry a request out, unless that was done before; return the outcome. Raises OSError and ValueError."""
     if not call.id.isalnum():
         raise ValueError(call.id)
     handle = os.open(_requests_dir() / f"{call.id}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "r+b") as file:
-        # Another process, of the connection that dropped, may be at it.
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(msgspec.MsgspecError):
-            if (reply := _RECORDS.decode(file.read()).reply) is not None:
-                return reply
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            # Another process, of a connection that dropped, is at it. Waiting ends with the app that asked.
+            if app_gone.wait(_POLL_S):
+                raise InterruptedError(call.id)
+        if record := file.read():
+            with suppress(msgspec.MsgspecError):
+                if (reply := _RECORDS.decode(record).reply) is not None:
+                    return reply
             return Reply(call.id, error=messages.to_json(_interrupted(call)))
-        _write_record(file.fileno(), _Record(None))
+        _write_record(handle, _Record(None))
         reply = _reply(call)
-        _write_record(file.fileno(), _Record(reply))
+        # On a full disk the record stays that of a request whose outcome is not known.
+        with suppress(OSError):
+            _write_record(handle, _Record(reply))
     return reply
 
 
 def _write_record(handle: int, record: _Record) -> None:
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.truncate(handle, 0)
-    os.write(handle, msgspec.json.encode(record))
+    """Write over a shorter record, or none. Raises OSError."""
+    os.pwrite(handle, msgspec.json.encode(record), 0)
     os.fsync(handle)
 
 
@@ -274,7 +286,7 @@ class _RunFiles:
         offset = known.size if known is not None and continues else 0
         with file.open("rb") as opened:
             opened.seek(offset)
-            while offset < size or known is None:
+            while offset < size or known is None or size < known.size:
                 data = opened.read(min(_PIECE_BYTES, size - offset))
                 end = offset + len(data)
                 known = self._sent[path] = KnownFile(path, end, mtime_ns, end_crc(file, end))

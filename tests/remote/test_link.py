@@ -189,13 +189,13 @@ def test_a_killed_store_is_started_again(link: Link, run_there: RunDir, box: Fak
 
 def test_an_outcome_that_is_not_known_is_said(private_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call("abc", "qlora_tui.runs.actions:no_such", msgspec.Raw(b"{}"), True)
-    first = store._once(call)
-    assert b"bug" in bytes(first.error) and store._once(call) == first
-    store._write_record(
-        os.open(store._requests_dir() / "def.json", os.O_CREAT | os.O_RDWR), store._Record(None)
-    )
-    again = store._once(msgspec.structs.replace(call, id="def"))
-    assert b"may have been carried out" in bytes(again.error)
+    first = store._once(call, threading.Event())
+    assert b"bug" in bytes(first.error) and store._once(call, threading.Event()) == first
+    # Killed after the beginning, or with half an outcome written.
+    for number, record in enumerate((b'{"reply":null}', b'{"reply":{"type":"rep')):
+        (store._requests_dir() / f"d{number}.json").write_bytes(record)
+        again = store._once(msgspec.structs.replace(call, id=f"d{number}"), threading.Event())
+        assert b"may have been carried out" in bytes(again.error)
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "run/../../x", ".coming-x/y"])

@@ -18,10 +18,12 @@ from qlora_tui.cli.main import main
 from qlora_tui.errors import UserError
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import InvalidRecipeError
 from qlora_tui.remote.link import _with_paths
 from qlora_tui.remote.messages import Call, Reply, from_json, to_json
-from qlora_tui.runs.directory import RunDir
+from qlora_tui.remote.mirror import Mirror
+from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.notify import RunNotification
 from qlora_tui.runs.status import Status
@@ -107,11 +109,47 @@ def test_a_request_that_is_repeated_while_it_runs_waits_for_its_result(
     monkeypatch.setattr(store, "_reply", reply)
     call = Call("a1", "qlora_tui.runs.actions:stop", Raw(b"{}"), True)
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(store._once, call) for _ in range(2)]
+        both = [pool.submit(store._once, call, threading.Event()) for _ in range(2)]
         wait_for(lambda: calls)
+        app_gone = threading.Event()
+        app_gone.set()
+        with pytest.raises(InterruptedError):
+            store._once(call, app_gone)
         go.set()
         assert [each.result().id for each in both] == ["a1", "a1"]
     assert calls == ["a1"]
+
+
+def test_a_request_is_not_done_twice_though_its_outcome_could_not_be_kept(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[str]()
+
+    def reply(call: Call) -> Reply:
+        calls.append(call.id)
+        monkeypatch.setattr(store, "_write_record", full)
+        return Reply(call.id)
+
+    def full(handle: int, record: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_reply", reply)
+    call = Call("a1", "qlora_tui.runs.actions:stop", Raw(b"{}"), True)
+    assert not store._once(call, threading.Event()).failed
+    assert b"may have been carried out" in bytes(store._once(call, threading.Event()).error)
+    assert calls == ["a1"]
+
+
+def test_what_a_box_sends_of_a_log_is_what_it_has(private_home: Path) -> None:
+    run = create_run(Recipe())
+    files, mirror = store._RunFiles(()), Mirror(run.path.parent.parent / "copy")
+    for content in (b"one", b"one two", b"", b"x", b"xy"):
+        run.log_path.write_bytes(content)
+        files._changed_at.clear()
+        for change in files.changes():
+            mirror.apply(change)  # type: ignore[arg-type]
+        copy = RunDir(run.path.parent.parent / "copy/runs" / run.id)
+        assert copy.log_path.read_bytes() == content
 
 
 def test_paths_are_those_of_the_other_side() -> None:
