@@ -49,6 +49,7 @@ from qlora_tui.tui.screens.runs.run_list import (
     run_keys,
     settings_lines,
 )
+from qlora_tui.tui.screens.runs.sweep import show_sweeps
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.threads import act_on_run
@@ -160,7 +161,7 @@ class RunsScreen(EvaluationActions):
         if action == "restore":
             # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
             return bool(self.app.deleted_runs)
-        if action not in ("filter", "sort") and self.has_command(action):
+        if action not in ("filter", "sort", "sweeps") and self.has_command(action):
             current = self.current
             return current is not None and self._works_on(current, action)
         return super().check_action(action, parameters)
@@ -352,6 +353,10 @@ class RunsScreen(EvaluationActions):
             return
         known = {summary.id: summary.run for summary in self.listing.summaries} if self.listing else {}
         self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
+
+    def action_sweeps(self) -> None:
+        """Open the sweep of the run under the cursor, or the newest."""
+        show_sweeps(self, self.current.run.sweep if self.current is not None else "")
 
     def action_sort(self) -> None:
         self.order = ORDERS[(ORDERS.index(self.order) + 1) % len(ORDERS)]

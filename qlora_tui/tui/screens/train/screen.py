@@ -44,6 +44,7 @@ from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.step_charts import zoom_start
 from qlora_tui.tui.screens.train.suggest_dialog import suggest_settings
+from qlora_tui.tui.screens.train.sweep_dialog import start_sweep
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.threads import Measurement, act_on_run
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
@@ -68,9 +69,11 @@ _REQUEST_NOTICES: dict[control.Kind, str] = {
 
 
 RUN_POLL_INTERVAL_S = 1.0
-_PREPARING = frozenset(("launch", "suggest", "probe", "recheck", "watch_another", "next_tab", "level"))
+_PREPARING = frozenset(
+    ("launch", "suggest", "sweep", "probe", "recheck", "watch_another", "next_tab", "level")
+)
 """Actions available while a run is prepared; all others need a run to watch."""
-_PREPARING_ONLY = frozenset(("launch", "suggest", "probe", "recheck"))
+_PREPARING_ONLY = frozenset(("launch", "suggest", "sweep", "probe", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {
     "pause": ACTIVE,
     "now": (),
@@ -321,6 +324,9 @@ class TrainScreen(EvaluationActions):
 
     def action_suggest(self) -> None:
         suggest_settings(self)
+
+    def action_sweep(self) -> None:
+        start_sweep(self)
 
     def action_probe(self) -> None:
         """Measure three steps of the recipe, or stop measuring."""

@@ -1,0 +1,398 @@
+"""The window that shows a sweep, with what can be done with it."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import OptionList
+
+from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_loss, format_progress
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.remote.calls import refuse_on_box
+from qlora_tui.sweeps import actions
+from qlora_tui.sweeps.describe import (
+    Bought,
+    outcome_words,
+    ranked,
+    state_sentence,
+    verdict_sentence,
+    what_settings_bought,
+)
+from qlora_tui.sweeps.directory import SweepDir, all_sweeps
+from qlora_tui.sweeps.space import value_text
+from qlora_tui.sweeps.study import importances
+from qlora_tui.sweeps.view import Outcome, SweepView, Trial, read_sweep
+from qlora_tui.tui.key_names import dialog_keys, key_name
+from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.plot import Axis, Curve, Plot, loss_axis, no_plot, overall, plot
+from qlora_tui.tui.render.series import Envelope
+from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
+from qlora_tui.tui.screens.presets.screen import save_as
+from qlora_tui.tui.widgets.controls import HEADING, Drawing, Lines, ViList
+
+_INTERVAL_S = 2.0
+"""Seconds between reads of the sweep that is shown."""
+_STYLES: dict[Outcome, str] = {
+    "waiting": "$text-muted",
+    "training": "bold $primary",
+    "paused": "$warning",
+    "reached": "",
+    "dropped": "$text-muted",
+    "finished": "$success",
+    "failed": "$error",
+    "stopped": "$text-muted",
+}
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A sweep as it was read."""
+
+    view: SweepView
+    bought: tuple[Bought, ...]
+    shares: dict[str, float]
+    """Share of the differences that each setting explains; empty without Optuna or results."""
+
+
+def _read(sweep: SweepDir) -> _Shown:
+    """Read a sweep. Called in a thread. Raises UserError."""
+    view = read_sweep(sweep)
+    try:
+        shares = importances(view)
+    except UserError:  # Optuna is not installed
+        shares = {}
+    return _Shown(view, tuple(what_settings_bought(view)), shares)
+
+
+class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
+    """Covers the whole window: verdict, curves, trials, and what each setting bought. Escape closes it."""
+
+    DEFAULT_CSS = """
+    SweepScreen {
+        #sweep {
+            width: 100%;
+            height: 100%;
+            background: $background;
+            border: round $primary;
+            padding: 0 1;
+        }
+        #sweep-verdict, #sweep-bought {
+            height: auto;
+        }
+        #sweep-trials {
+            height: auto;
+            max-height: 45%;
+            margin-top: 1;
+        }
+        #sweep-bought {
+            max-height: 25%;
+            margin-top: 1;
+        }
+        &.-short #sweep-bought {
+            display: none;
+        }
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("z", "pause", "Pause"),
+        Binding("a", "add_time", "Time"),
+        Binding("s", "adopt", "Preset"),
+        Binding("x", "stop", "Stop"),
+        Binding("n", "next", "Next"),
+        Binding("y", "copy", "Copy"),
+        Binding("escape,q", "dismiss", "Close"),
+    ]
+
+    def __init__(self, sweeps: Sequence[SweepDir], number: int = 0) -> None:
+        """Create the window for one of the sweeps, of which there is at least one."""
+        super().__init__()
+        self._sweeps, self._number = sweeps, number
+        self._shown: _Shown | None = None
+
+    @property
+    def sweep(self) -> SweepDir:
+        """The sweep that is shown."""
+        return self._sweeps[self._number]
+
+    def compose(self) -> ComposeResult:
+        with Vertical(id="sweep") as dialog:
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter open")
+            yield Lines(id="sweep-verdict")
+            yield Drawing(partial(plot, no_plot("Reading the sweep…")), classes="graph")
+            yield ViList(id="sweep-trials")
+            yield Lines(id="sweep-bought")
+
+    def on_mount(self) -> None:
+        self.query_one(ViList).focus()
+        self.set_interval(_INTERVAL_S, self._refresh)
+        self._refresh()
+
+    @work(exclusive=True)
+    async def _refresh(self) -> None:
+        try:
+            shown = await asyncio.to_thread(_read, self.sweep)
+        except UserError as problem:
+            self.dismiss()
+            self.app.show_error(problem)
+            return
+        if shown != self._shown:
+            self._shown = shown
+            self._show(shown)
+
+    def _show(self, shown: _Shown) -> None:
+        view = shown.view
+        place = f" ({self._number + 1} of {len(self._sweeps)})" if len(self._sweeps) > 1 else ""
+        self.query_one("#sweep", Vertical).border_title = Content(f"Sweep {self.sweep.id}{place}")
+        self.query_one("#sweep-verdict", Lines).show(verdict_lines(view))
+        self.query_one(Drawing).show(partial(plot, sweep_plot(view)))
+        self.query_one(ViList).show(partial(trial_lines, view))
+        self.query_one("#sweep-bought", Lines).show(partial(bought_lines, shown.bought, shown.shares))
+
+    async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Open the run of the trial under the cursor."""
+        event.stop()
+        from qlora_tui.tui.screens.train.screen import show_run
+
+        trials = self._shown.view.trials if self._shown is not None else ()
+        trial = next((trial for trial in trials if str(trial.number) == event.option_id), None)
+        if trial is None or trial.run is None:
+            self.notify("This trial has no run yet.")
+            return
+        app = self.app
+        self.dismiss()
+        await show_run(app, trial.run)
+
+    def _change(self, change: Callable[[SweepDir], object], said: str) -> None:
+        try:
+            change(self.sweep)
+        except UserError as problem:
+            self.app.show_error(problem)
+        else:
+            self.notify(said)
+        self._refresh()
+
+    def action_pause(self) -> None:
+        """Pause the sweep, or continue it."""
+        if self._shown is not None and self._shown.view.state == "running":
+            self._change(actions.pause, "The sweep pauses once its run has saved.")
+        else:
+            self._change(actions.resume, "The sweep continues.")
+
+    def action_add_time(self) -> None:
+        """Ask for a time, by which the sweep goes on."""
+        text = "How much longer, such as 2h or 90m. A sweep that is over continues with further trials."
+        prompt = TextPromptScreen("Add time", text, validate=partial(_wrong, actions.parse_duration))
+        self.ask(prompt, self._add_time)
+
+    def _add_time(self, text: str) -> None:
+        until = actions.add_time(self.sweep, actions.parse_duration(text))
+        self.notify(f"The sweep continues until {time.strftime('%A %H:%M', time.localtime(until))}.")
+        self._refresh()
+
+    def action_adopt(self) -> None:
+        """Save the winner's settings as a preset."""
+        view = self._shown.view if self._shown is not None else None
+        winner = view.winner if view is not None else None
+        if view is None or winner is None:
+            self.notify("No trial has been trained to its end yet.")
+            return
+        recipe, note = view.recipe_of(winner), f"Trial {winner.number} of the sweep {self.sweep.id}."
+        text = f"Name of the preset with the settings of trial {winner.number}. Model and data are left out."
+        prompt = TextPromptScreen("Save the winner as a preset", text)
+        self.ask(prompt, lambda name: self._save(name, recipe, note))
+
+    @work
+    async def _save(self, name: str, recipe: Recipe, note: str) -> None:
+        if name and await write_or_ask(
+            self.app, lambda sure: save_as(name, recipe, note=note, overwrite=sure)
+        ):
+            self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
+
+    def action_stop(self) -> None:
+        """End the sweep, if the user confirms it."""
+        text = "The run in training saves and stops, the others leave the queue. Results stay."
+        question = ConfirmScreen("Stop the sweep?", text, "Stop", "Go on")
+        self.ask(question, lambda _yes: self._change(actions.stop, "The sweep is stopped."))
+
+    def action_next(self) -> None:
+        """Show the next older sweep, after the oldest the newest."""
+        self._number = (self._number + 1) % len(self._sweeps)
+        self._shown = None
+        self._refresh()
+
+    def action_copy(self) -> None:
+        """Copy the command that shows this sweep in a terminal."""
+        self.app.copy_to_clipboard(f"qlora-tui sweep show {shlex.quote(self.sweep.id)}")
+
+
+def verdict_lines(view: SweepView) -> list[Content]:
+    """Return what the sweep does, and whether it has found something better."""
+    style = "bold $success" if view.verdict.is_better and view.ended is not None else "bold"
+    word, colon, why = verdict_sentence(view).partition(":")
+    lines = [
+        Content.styled(state_sentence(view), "bold"),
+        Content.assemble((word + colon, style), why),
+    ]
+    if unequal := view.unequal_tokens():
+        names = ", ".join(str(trial.number) for trial in unequal)
+        lines.append(
+            Content.styled(
+                f"Trials {names} were compared after clearly more or fewer tokens than the others.",
+                "$warning",
+            )
+        )
+    return lines
+
+
+def sweep_plot(view: SweepView) -> Plot:
+    """Return the validation losses of all trials by the share of their steps, the best one brightest."""
+    winner, base = view.verdict.winner, view.base_trials[:1]
+    legend = {}
+    curves = []
+    for trial in view.trials:
+        if (
+            trial.role == "confirmation"
+            or not trial.evaluations
+            or (trial.role == "base" and trial not in base)
+        ):
+            continue
+        name, style, mark = "other trials", "$text-muted", "·"
+        if trial.role == "base":
+            name, style, mark = "the recipe as it is", "$text", "○"
+        elif trial.number == winner:
+            name, style, mark = f"trial {winner}", "$validation", "★"
+        legend[mark] = (f"{mark} {name}", style)
+        shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
+        envelope = Envelope.of_points(shares, [loss for _, loss in trial.evaluations])
+        curves.append(Curve(envelope, name, style, mark, look="thin" if mark == "·" else "line"))
+    # Later curves are drawn over earlier ones.
+    curves.sort(key=lambda curve: "·○★".index(curve.glyph))
+    reach = overall([curve.envelope for curve in curves])
+    return Plot(
+        x=Axis(0.0, 100.0, "% of the steps"),
+        y=loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss"),
+        curves=tuple(curves),
+        legend=tuple(legend[mark] for mark in "★○·" if mark in legend),
+        empty="No trial has been validated yet.",
+    )
+
+
+def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
+    """Return a heading, and a line for each run: its values, losses by round, steps and outcome."""
+    rounds = max((group.planned.rounds for group in view.groups), default=1)
+    columns = [
+        Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome])),
+        Column[Trial](text=_trial_name, title="trial", gap=1),
+        *(
+            Column[Trial](text=partial(_value, path), title=path.rpartition(".")[2], max_width=24)
+            for path in view.sheet.sweep.vary
+        ),
+        *(
+            Column[Trial](
+                text=partial(_loss, number, rounds),
+                title=f"loss {number}" if rounds > 1 else "loss",
+                right=True,
+                dropped=0 if number == rounds else 1 + number,
+            )
+            for number in range(1, rounds + 1)
+        ),
+        Column[Trial](text=_steps, title="steps", right=True, dropped=1),
+        Column[Trial](text=partial(_words, view), fills=True, min_width=16, is_sentence=True),
+    ]
+    rows = ranked(view)
+    if not rows:
+        return []
+    heading, *lines = table(columns, rows, width)
+    return [
+        (f"{HEADING}trials", heading),
+        *((str(trial.number), line) for trial, line in zip(rows, lines, strict=True)),
+    ]
+
+
+def _trial_name(trial: Trial) -> str:
+    return "as it is" if trial.role == "base" else str(trial.number)
+
+
+def _value(path: str, trial: Trial) -> str:
+    return value_text(trial.values[path]) if path in trial.values else "–"
+
+
+def _loss(number: int, rounds: int, trial: Trial) -> str:
+    if trial.role != "trial":
+        return format_loss(trial.final.loss) if number == rounds and trial.final is not None else ""
+    return format_loss(trial.results[number].loss) if number in trial.results else ""
+
+
+def _steps(trial: Trial) -> str:
+    return format_progress(trial.step, trial.total_steps) if trial.total_steps else ""
+
+
+def _words(view: SweepView, trial: Trial) -> Content:
+    words = outcome_words(trial)
+    if trial.role == "confirmation":
+        words += f", the winner with seed {trial.seed}"
+    elif trial.role == "base":
+        words += f", seed {trial.seed}"
+    elif trial.number == view.verdict.winner:
+        words += ", winner"
+    return Content.styled(words, _STYLES[trial.outcome])
+
+
+def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
+    """Return what each value of each setting reached at the end of the first round."""
+    first = {one.path: one for one in reversed(bought)}
+
+    def once(text: Callable[[str], str], one: Bought) -> str:
+        return text(one.path) if one is first[one.path] else ""
+
+    columns = [
+        Column[Bought](text=partial(once, str), title="what each setting bought"),
+        Column[Bought](text=lambda one: one.value, title="value"),
+        Column[Bought](text=lambda one: str(one.trials), title="trials", right=True),
+        Column[Bought](text=lambda one: format_loss(one.best), title="lowest loss", right=True),
+        Column[Bought](text=lambda one: format_loss(one.mean), title="mean", right=True),
+        Column[Bought](
+            text=partial(once, lambda path: f"{shares[path]:.0%}" if path in shares else ""),
+            title="of the differences",
+            right=True,
+            dropped=1,
+            shown_if_empty=False,
+        ),
+    ]
+    return table(columns, bought, width) if bought else []
+
+
+def _wrong(parse: Callable[[str], object], text: str) -> str:
+    """Return what is wrong with a typed text, in a sentence; empty if nothing is."""
+    try:
+        parse(text)
+    except UserError as problem:
+        return f"{problem.what} {problem.fix}"
+    return ""
+
+
+def show_sweeps(screen: OnQloraApp, sweep_id: str = "") -> None:
+    """Open a sweep, by default the newest. Raises UserError in an app that works on another machine."""
+    refuse_on_box("Sweeps are shown on the box", "sweep show last")
+    sweeps = all_sweeps()
+    if not sweeps:
+        screen.app.notify(
+            f"No sweeps yet. Press {key_name('train.sweep')} on the screen Train, before a launch."
+        )
+        return
+    number = next((number for number, sweep in enumerate(sweeps) if sweep.id == sweep_id), 0)
+    screen.app.push_screen(SweepScreen(sweeps, number))

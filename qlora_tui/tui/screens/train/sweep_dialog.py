@@ -1,0 +1,190 @@
+"""The dialog that starts a sweep: which settings to vary, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from qlora_tui.errors import UsageError, UserError
+from qlora_tui.recipe.layering import with_absolute_paths
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.remote.calls import refuse_on_box
+from qlora_tui.runs.doctor import Machine
+from qlora_tui.runs.expected_time import forecast
+from qlora_tui.runs.preflight import preflight
+from qlora_tui.sweeps import actions
+from qlora_tui.sweeps.describe import plan_sentence
+from qlora_tui.sweeps.directory import SweepDir, all_sweeps
+from qlora_tui.sweeps.plan import Costs, plan_group
+from qlora_tui.sweeps.sheet import AUTO_ROUNDS, Sheet, Sweep
+from qlora_tui.sweeps.space import parse_vary
+from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
+from qlora_tui.tui.screens.runs.sweep import SweepScreen
+from qlora_tui.tui.widgets.controls import TextField
+
+_RATES = (1 / 4, 4.0)
+"""Range of learning rates that is proposed, relative to the recipe's."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A sweep as it was typed."""
+
+    sheet: Sheet
+    deadline: float | None
+    """Unix time; None if the number of trials decides."""
+
+
+def parse_draft(recipe: Recipe, vary: str, end: str) -> Draft:
+    """Parse what was typed. Raises UserError.
+
+    Args:
+        recipe: The recipe that the trials start from.
+        vary: ``FIELD=VALUES``, several separated by semicolons.
+        end: ``8 trials``, ``3h`` or ``until 07:00``.
+    """
+    words, deadline, trials = end.split(), None, 0
+    if len(words) == 2 and words[0] == "until":
+        deadline = actions.parse_until(words[1])
+    elif words and words[0].isdecimal() and words[1:] in ([], ["trials"], ["trial"]):
+        trials = int(words[0])
+    elif words:
+        deadline = time.time() + actions.parse_duration("".join(words))
+    space = dict(parse_vary(part) for part in vary.split(";") if part.strip())
+    if not space:
+        raise UsageError(
+            "Nothing to vary", what="No setting is named.", fix="Write lora.rank=8,16,32, for example."
+        )
+    if not 0 <= trials <= 1000:
+        raise UsageError("Too many trials", what=f"{trials} trials are too many.", fix="Write at most 1,000.")
+    sheet = Sheet(recipe=recipe, sweep=Sweep(vary=space, trials=trials))
+    if trials and sheet.is_safe_to_halve:
+        sheet = Sheet(recipe=recipe, sweep=Sweep(vary=space, trials=trials, rounds=_rounds(trials)))
+    actions.check(sheet, has_time=deadline is not None)
+    return Draft(sheet, deadline)
+
+
+def _rounds(trials: int) -> int:
+    """Return how many rounds of halving this many trials are good for."""
+    return max(1, min(AUTO_ROUNDS, math.ceil(math.log2(trials)) if trials > 1 else 1))
+
+
+def draft_sentence(draft: Draft, costs: Costs | None) -> str:
+    """Say what the sweep would train, and how long that takes."""
+    sheet, deadline = draft.sheet, draft.deadline
+    trials, rounds = sheet.number_of_trials(), sheet.sweep.rounds or 1
+    why = "" if sheet.is_safe_to_halve else " Halving needs training.lr_scheduler wsd or constant."
+    if deadline is None:
+        return f"{plan_sentence(sheet, trials, rounds, costs)}{why}"
+    if costs is None:
+        return f"How many trials fit is unknown until a run has been trained here.{why}"
+    confirmations = 2 * (sheet.sweep.seeds - 1)
+    plan = plan_group(
+        costs,
+        deadline - time.time() - costs.of_whole_runs(1),
+        trials=0,
+        rounds=0,
+        can_halve=sheet.is_safe_to_halve,
+        confirmations=confirmations,
+    )
+    if plan is None:
+        return "The time is too short for a trial and its confirmation."
+    return f"{plan_sentence(sheet, plan.trials, plan.rounds, costs)}{why}"
+
+
+class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraApp):
+    """Returns the sweep to start; None if closed with Escape."""
+
+    CSS_PATH = Path(__file__).parents[1] / "modals/modal.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
+
+    def __init__(self, recipe: Recipe, machine: Machine) -> None:
+        super().__init__()
+        self._recipe, self._machine = recipe, machine
+        self._costs: Costs | None = None
+
+    def compose(self) -> ComposeResult:
+        rate = self._recipe.training.learning_rate
+        ranks = sorted(
+            {max(1, self._recipe.lora.rank // 2), self._recipe.lora.rank, self._recipe.lora.rank * 2}
+        )
+        vary = (
+            f"training.learning_rate={rate * _RATES[0]:.2g}..{rate * _RATES[1]:.2g}:log; "
+            f"lora.rank={','.join(map(str, ranks))}"
+        )
+        with VerticalScroll(classes="dialog wide", can_focus=False) as dialog:
+            dialog.border_title = "Find better settings"
+            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Tab next field", "Enter start")
+            yield Static(
+                "Trains this recipe with other settings, and says whether the best is better than chance.\n\n"
+                "Vary: settings with a range or values, separated by semicolons",
+                markup=False,
+            )
+            yield TextField(vary, id="sweep-vary", compact=True)
+            yield Static("\nHow long: 8 trials, 3h, or until 07:00", markup=False)
+            yield TextField("8 trials", id="sweep-end", compact=True)
+            yield Static("", id="sweep-plan", markup=False)
+
+    def on_mount(self) -> None:
+        self._measure()
+        self._show_plan()
+
+    @work
+    async def _measure(self) -> None:
+        expected = await asyncio.to_thread(forecast, self._recipe, self._machine)
+        if expected is not None and expected.time is not None:
+            self._costs = Costs(expected.time.seconds, 0.0)
+            self._show_plan()
+
+    def on_input_changed(self) -> None:
+        """Say what would be trained, or what is wrong with it."""
+        self._show_plan()
+
+    def _show_plan(self) -> None:
+        try:
+            text = draft_sentence(self._draft(), self._costs)
+        except UserError as problem:
+            text = f"✗ {problem.what} {problem.fix}"
+        self.query_one("#sweep-plan", Static).update(f"\n{text}")
+
+    def _draft(self) -> Draft:
+        vary, end = (self.query_one(name, Input).value for name in ("#sweep-vary", "#sweep-end"))
+        return parse_draft(self._recipe, vary, end)
+
+    def on_input_submitted(self) -> None:
+        """Start what was typed, unless something is wrong with it."""
+        try:
+            self.dismiss(self._draft())
+        except UserError:
+            self._show_plan()
+
+
+def start_sweep(screen: OnQloraApp) -> None:
+    """Ask what to vary, start the sweep, and show it. Raises UserError."""
+    refuse_on_box("Sweeps are started on the box", "sweep start RECIPE --vary …")
+    app, machine = screen.app, screen.app.system_status.machine
+    recipe = with_absolute_paths(app.workbench.recipe)
+
+    async def start(draft: Draft) -> None:
+        def create() -> SweepDir:
+            for check in preflight(recipe, machine):
+                if check.problem is not None:
+                    raise check.problem
+            return actions.start(draft.sheet, draft.deadline)
+
+        sweep = await asyncio.to_thread(create)
+        app.push_screen(SweepScreen([sweep, *(each for each in all_sweeps() if each != sweep)]))
+
+    screen.ask(StartSweepScreen(recipe, machine), start)

@@ -1,0 +1,104 @@
+"""The window of a sweep and the dialog that starts one, over sweeps whose runs are played."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from qlora_tui.recipe.presets import find_preset, list_presets
+from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.sweeps import actions
+from qlora_tui.sweeps.directory import all_sweeps
+from qlora_tui.sweeps.view import read_sweep
+from qlora_tui.tui import system_monitor
+from qlora_tui.tui.screens.runs.sweep import SweepScreen
+from tests.sweeps.conftest import best_at, no_runner, play_all, recipe, sheet
+from tests.tui.sample_data import readable_model, tickets
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.workstation import go_to, open_on
+
+__all__ = ["no_runner", "recipe"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def no_runner_of_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The app, too, starts no runner: it would train what is played here."""
+    monkeypatch.setattr(system_monitor, "ensure_runner", lambda: None)
+
+
+async def open_sweep(pilot: Pilot[Any]) -> None:
+    await go_to(pilot, "6", "Runs")
+    await pilot.press("W")
+    await wait_for_text(pilot, "learning_rate")
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)], ids=["80x24", "120x40", "200x60"])
+async def test_a_finished_sweep_is_judged_and_its_winner_adopted(
+    recipe: Recipe, size: tuple[int, int]
+) -> None:
+    sweep = actions.start(sheet(recipe, rounds=2))
+    view = play_all(sweep, best_at(4e-4))
+    assert view.winner is not None
+    app = open_on("runs")
+    async with app.run_test(size=size) as pilot:
+        await open_sweep(pilot)
+        await wait_for_text(pilot, "Finished.", "Better: ", "★ trial 3", "0.0004", "not kept", "loss 2")
+        assert ("what each setting bought" in text_of(app)) == (size[1] > 24)
+        await pilot.press("s")
+        await pilot.press(*"mine", "enter")
+        await wait_until(pilot, lambda: "mine" in [preset.name for preset in list_presets()])
+        assert find_preset("mine").recipe().training.learning_rate == 4e-4
+        # The first run in the list is the recipe as it is; the winner is the fourth line.
+        await pilot.press("down", "down", "down", "enter")
+        await wait_for_text(pilot, view.winner.run.name)
+
+
+async def test_a_running_sweep_is_paused_resumed_given_time_and_stopped(recipe: Recipe) -> None:
+    sweep = actions.start(sheet(recipe))
+    play_all(sweep, best_at(4e-4), most=3)
+    newer = actions.start(sheet(recipe))
+    app = open_on("runs")
+    async with app.run_test(size=(120, 40)) as pilot:
+        # The list begins with the queue, and that with a run of the older sweep.
+        await open_sweep(pilot)
+        await wait_for_text(pilot, f"{sweep.id} (2 of 2)", "finished, seed 42", "Not better so far")
+        await pilot.press("z")
+        await wait_for_text(pilot, "Paused.")
+        assert read_sweep(sweep).state == "paused"
+        await pilot.press("z")
+        await wait_for_text(pilot, "Running: ")
+        await pilot.press("a", *"tomorrow", "enter")
+        await wait_for_text(pilot, "'tomorrow' is not a time")
+        await pilot.press("ctrl+u", *"2h", "enter")
+        await wait_until(pilot, lambda: read_sweep(sweep).deadline is not None)
+        await pilot.press("x", "y")
+        await wait_for_text(pilot, "Stopped.")
+        assert read_sweep(sweep).state == "stopped"
+        await pilot.press("n")
+        await wait_for_text(pilot, f"{newer.id} (1 of 2)", "No result yet")
+
+
+async def test_a_sweep_is_started_from_the_recipe_on_screen(tmp_path: Path) -> None:
+    app = open_on("home", model=readable_model(tmp_path))
+    app.workbench.set("data.sources", (Source(path=str(tickets(tmp_path / "tickets.jsonl", 80))),))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await go_to(pilot, "5", "Sequence length")
+        await pilot.press("S")
+        await wait_for_text(pilot, "Find better settings", "8 trials in 1 round", "wsd or constant")
+        vary = app.screen.query_one("#sweep-vary", Input)
+        vary.value = "training.learning_rate=3e-4..1e-4"
+        await wait_for_text(pilot, "✗")
+        await pilot.press("enter")
+        assert all_sweeps() == []
+        vary.value = "lora.rank=8,16"
+        app.screen.query_one("#sweep-end", Input).value = "3h"
+        await wait_for_text(pilot, "How many trials fit is unknown")
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: isinstance(app.screen, SweepScreen))
+        assert read_sweep(all_sweeps()[0]).deadline is not None
