@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from threading import Event
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from textual.screen import Screen
 
-from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.slurm_runs import is_on_cluster
 from qlora_tui.worker import JobStopped
+
+if TYPE_CHECKING:
+    from qlora_tui.runs.directory import RunDir
 
 T = TypeVar("T")
 
@@ -33,6 +34,9 @@ def act_on_run(
     screen: Screen[Any], run: RunDir, act: Callable[[RunDir], object], then: Callable[[], object]
 ) -> None:
     """Call ``act`` and then ``then``; for a run on a cluster in a thread, since its commands take a while."""
+    # The first frame, which needs the rest of this module, does not wait for runs.
+    from qlora_tui.runs.slurm_runs import is_on_cluster
+
     if not is_on_cluster(run):
         act(run)
         then()

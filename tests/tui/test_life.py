@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from textual import events, work
 from textual.app import App, ComposeResult
+from textual.content import Content
 from textual.css import stylesheet
 from textual.css.parse import parse
 from textual.css.query import NoMatches
@@ -94,7 +95,7 @@ async def test_a_stylesheet_is_parsed_once_for_all_screens(
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "Next")
         monkeypatch.setattr(stylesheet, "parse", counted)
-        for key, text in (("5", "Not ready"), ("?", "Help: Train"), ("q", "Not ready"), ("6", "Compare")):
+        for key, text in (("5", "Not ready"), ("?", "Help: Train"), ("q", "Not ready"), ("6", "No runs yet")):
             await pilot.press(key)
             await wait_for_text(pilot, text)
     assert any("train.tcss" in one for one in read)
@@ -284,7 +285,7 @@ class Entries(App[None]):
 
     def compose(self) -> ComposeResult:
         yield TextField(id="line")
-        yield PromptBox("ask", id="prompt")
+        yield PromptBox(Content("ask"), Content("i ask"), id="prompt")
 
     def on_input_submitted(self, event: TextField.Submitted) -> None:
         self.sent = event.value

@@ -56,6 +56,7 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(
         assert find_preset("mine").recipe().training.learning_rate == 4e-4
         # The first run in the list is the recipe as it is; the winner is the fourth line.
         await pilot.press("down", "down", "down", "enter")
+        assert view.winner.run is not None
         await wait_for_text(pilot, view.winner.run.name)
 
 
