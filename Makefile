@@ -30,7 +30,7 @@ help:
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
 	@echo "make real-exports train the demo, export it as GGUF and LoRA, and compare the files through llama.cpp"
 	@echo "make real-bases   compare two real GGUF files, as bases and after training, with llama.cpp (fetches 0.3 GB)"
-	@echo "make real-sweep   find a better learning rate for the demo's model, with the verdict on the noise"
+	@echo "make real-sweep   a sweep of the learning rate on the demo's model, with its verdict"
 	@echo "make real-clients serve the demo's run to litellm and lm-evaluation-harness (fetches 0.2 GB)"
 	@echo "make lock         update the locked dependencies, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
@@ -94,7 +94,7 @@ real-bases: $(INSTALLED)
 real-sweep: $(INSTALLED)
 	$(BIN)/python -m bench.real_sweep
 
-# In an environment of their own: what they need must not decide our versions.
+# In a separate environment: the clients' requirements must not determine our versions.
 CLIENTS := litellm==1.110.2 lm_eval[api]==0.4.13 transformers<5.25
 
 .clients-venv/.installed: Makefile
