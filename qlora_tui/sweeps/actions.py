@@ -12,6 +12,7 @@ from pathlib import Path
 from qlora_tui.catalog.local_models import load_architecture
 from qlora_tui.errors import UsageError, UserError, disk_problems
 from qlora_tui.gpu.visible_devices import requested_gpus
+from qlora_tui.locks import locked
 from qlora_tui.memory import estimate
 from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe import presets
@@ -19,11 +20,11 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.status import ACTIVE, read_status, refuse_other_machines
 from qlora_tui.sweeps.directory import SweepDir, SweepEnded, SweepPaused, SweepResumed, create_sweep
-from qlora_tui.sweeps.driver import advance, stop_runs
+from qlora_tui.sweeps.driver import LOCK_S, advance, stop_runs
 from qlora_tui.sweeps.sheet import Sheet
 from qlora_tui.sweeps.space import Point, apply_point, extremes
 from qlora_tui.sweeps.study import require_optuna
-from qlora_tui.sweeps.view import SweepView, read_sweep
+from qlora_tui.sweeps.view import SweepView, read_sweep, time_left
 
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0}
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
@@ -48,8 +49,10 @@ def parse_until(text: str, now: float | None = None) -> float:
     if not match or int(match[1]) > 23 or int(match[2]) > 59:
         raise UsageError("Invalid time", what=f"{text!r} is not a time of day.", fix="Write 07:00 or 23:30.")
     start = datetime.fromtimestamp(time.time() if now is None else now)
-    end = start.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
-    return (end if end > start else end + timedelta(days=1)).timestamp()
+    end = start.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0, fold=0)
+    # When clocks are set back, a time occurs twice.
+    ends = [each.replace(fold=fold).timestamp() for each in (end, end + timedelta(days=1)) for fold in (0, 1)]
+    return next(each for each in ends if each > start.timestamp())
 
 
 @disk_problems()
@@ -68,8 +71,10 @@ def start(sheet: Sheet, deadline: float | None = None) -> SweepDir:
     sweep = create_sweep(sheet, deadline, requested_gpus())
     try:
         advance(sweep)
-    except (UserError, OSError):
-        sweep.append(SweepEnded(why="stopped"))
+    except BaseException:
+        # Also after Ctrl+C. A full disk has no room for the record.
+        with suppress(UserError, OSError):
+            stop(sweep)
         sweep.active_path.unlink(missing_ok=True)
         raise
     ensure_runner()
@@ -100,16 +105,22 @@ def heaviest_point(sheet: Sheet) -> Point:
 @disk_problems()
 def pause(sweep: SweepDir) -> None:
     """Pause a sweep: its runs save and free their devices. Raises UserError if it is not running."""
-    view = _require(sweep, "running", "waiting")
-    sweep.append(SweepPaused())
-    sweep.active_path.unlink(missing_ok=True)
-    _pause_runs(view)
+    with locked(sweep.lock_path, patience_s=LOCK_S):
+        view = _require(sweep, "running", "waiting")
+        sweep.append(SweepPaused())
+        sweep.active_path.unlink(missing_ok=True)
+        _pause_runs(view)
 
 
 @disk_problems()
 def resume(sweep: SweepDir) -> None:
     """Continue a paused sweep, or one that waits for a run that the user paused. Raises UserError."""
-    _require(sweep, "paused", "waiting")
+    if time_left(_require(sweep, "paused", "waiting")) <= 0:
+        raise UsageError(
+            "Its time is over",
+            what=f"{sweep.id} was to end at its time, which has passed.",
+            fix=f"Give it more: `qlora-tui sweep add-time {sweep.id} 2h`.",
+        )
     _go_on(sweep, None)
 
 
@@ -122,6 +133,8 @@ def add_time(sweep: SweepDir, seconds: float) -> float:
     Raises UserError.
     """
     view = _require(sweep, "running", "waiting", "paused", "finished", "stopped")
+    if view.state == "stopped" and any(trial.outcome == "training" for trial in view.trials):
+        raise UsageError("Not possible now", what="A run still saves.", fix="Wait until it has stopped.")
     deadline = max(view.deadline or 0.0, time.time()) + seconds
     _go_on(sweep, deadline)
     return deadline
@@ -133,10 +146,11 @@ def stop(sweep: SweepDir) -> None:
 
     Raises UserError if it is over.
     """
-    view = _require(sweep, "running", "waiting", "pausing", "paused")
-    sweep.append(SweepEnded(why="stopped"))
-    sweep.active_path.unlink(missing_ok=True)
-    stop_runs(view)
+    with locked(sweep.lock_path, patience_s=LOCK_S):
+        view = _require(sweep, "running", "waiting", "pausing", "paused")
+        sweep.append(SweepEnded(why="stopped"))
+        sweep.active_path.unlink(missing_ok=True)
+        stop_runs(view)
 
 
 @disk_problems()
@@ -156,8 +170,9 @@ def adopt(sweep: SweepDir, name: str, trial: int | None = None) -> Path:
 
 def _go_on(sweep: SweepDir, deadline: float | None) -> None:
     refuse_other_machines()
-    sweep.append(SweepResumed(deadline=deadline))
-    sweep.active_path.touch(mode=0o600)
+    with locked(sweep.lock_path, patience_s=LOCK_S):
+        sweep.append(SweepResumed(deadline=deadline))
+        sweep.active_path.touch(mode=0o600)
     advance(sweep)
     ensure_runner()
 

@@ -221,8 +221,12 @@ class _Step:
 
     def _end_round(self, group: Group, trials: list[Trial]) -> bool:
         in_round = [t for t in trials if not any(t.number in ended.dropped for ended in group.ended)]
+        # One that failed or was stopped after its validation cannot go on.
         losses = {
-            t.number: t.results[group.round].loss if group.round in t.results else None for t in in_round
+            t.number: t.results[group.round].loss
+            if group.round in t.results and t.outcome in ("reached", "finished")
+            else None
+            for t in in_round
         }
         costs = self._costs() if self._view.deadline is not None else None
         left = time_left(self._view)

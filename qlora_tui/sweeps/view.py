@@ -92,7 +92,8 @@ class Trial:
     failure: str = ""
     """What a failure is called; empty otherwise."""
     is_interrupted: bool = False
-    """Whether it is to go on: it paused, or was killed, before the user last started the sweep."""
+    """Whether it is to go on: it paused, was stopped with the sweep, or was killed, before the user last
+    started the sweep."""
     seconds: tuple[float, float] | None = None
     """Seconds that a finished run trained, and that it took besides."""
 
@@ -323,6 +324,7 @@ def _trial(
     is_interrupted = (
         (state == "paused" and not is_reached and view.status.at <= goes_from)
         or ((killed or state == "lost") and again < MOST_AGAIN)
+        or (state == "stopped" and dropped is None and _was_stopped(view.status.at, records))
     ) and state not in ("queued", *ACTIVE)
     return Trial(
         **facts,
@@ -368,6 +370,14 @@ def _go_times(number: int, records: list[AnyRecord]) -> Iterator[float]:
                 yield record.at
             case SweepResumed():
                 yield record.at
+
+
+def _was_stopped(at: float, records: list[AnyRecord]) -> bool:
+    """Whether the sweep was stopped at a time, and continues since."""
+    marks = [one for one in records if isinstance(one, SweepResumed | SweepEnded)]
+    before = [one for one in marks if one.at <= at]
+    is_stopped = bool(before) and isinstance(before[-1], SweepEnded) and before[-1].why == "stopped"
+    return is_stopped and isinstance(marks[-1], SweepResumed)
 
 
 def _last_step(view: RunView, share: float) -> int:

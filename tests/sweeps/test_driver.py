@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,10 @@ from qlora_tui.recipe.presets import find_preset
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import run_queue
-from qlora_tui.runs.directory import RunDir, all_runs
+from qlora_tui.runs.directory import RunDir, all_runs, create_run
 from qlora_tui.runs.status import read_status
 from qlora_tui.sweeps import actions, driver
-from qlora_tui.sweeps.directory import SweepDir, create_sweep
+from qlora_tui.sweeps.directory import SweepDir, SweepResumed, all_sweeps, create_sweep
 from qlora_tui.sweeps.driver import advance
 from qlora_tui.sweeps.space import Range, Space
 from qlora_tui.sweeps.study import importances
@@ -146,6 +147,49 @@ def test_pause_stop_and_what_the_user_pauses(recipe: Recipe) -> None:
         actions.pause(sweep)
 
 
+def test_a_stopped_sweep_goes_on_with_added_time(recipe: Recipe) -> None:
+    sweep = actions.start(sheet(recipe, seeds=1))
+    by_user = RunDir(run_path(run_queue.waiting()[-1]))
+    run_actions.stop(by_user)
+    actions.stop(sweep)
+    actions.add_time(sweep, 3600)
+    assert len(run_queue.waiting()) == 4, "all but the one that its user stopped"
+    view = play_all(sweep, best_at(4e-4))
+    assert view.state == "finished" and view.verdict.winner is not None
+    assert [trial.outcome for trial in view.trials].count("stopped") == 1
+
+
+def test_a_trial_that_was_stopped_at_the_end_of_a_round_is_not_kept(recipe: Recipe) -> None:
+    sweep = actions.start(sheet(recipe, rounds=2, seeds=1))
+    for name in run_queue.waiting():
+        play(run := RunDir(run_path(name)), best_at(8e-4))
+        if run.recipe().training.learning_rate == 8e-4:
+            run_actions.resume(run)
+            run_actions.stop(run)
+    advance(sweep)
+    assert rates(play_all(sweep, best_at(8e-4)), "finished") == [2e-4, 4e-4]
+
+
+def test_a_start_that_fails_leaves_nothing_in_the_queue(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full, or the user presses Ctrl+C, after some of its runs were queued."""
+    real = create_run
+    for error in (UserError("Disk full", what="It is full."), KeyboardInterrupt()):
+
+        def create(*args: Any, error: BaseException = error, **options: Any) -> RunDir:
+            if len(run_queue.waiting()) == 2:
+                raise error
+            return real(*args, **options)
+
+        monkeypatch.setattr(driver, "create_run", create)
+        with pytest.raises(type(error)):
+            actions.start(sheet(recipe))
+        sweep = all_sweeps()[0]
+        assert run_queue.waiting() == [] and not sweep.active_path.exists()
+        assert read_sweep(sweep).state == "stopped"
+
+
 def test_a_deadline_decides_trials_and_rounds_and_ends_the_sweep(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +206,12 @@ def test_a_deadline_decides_trials_and_rounds_and_ends_the_sweep(
     # 1,500 s less four whole runs to confirm: n trials take n × 35 + n/2 × 35 + n/4 × 60 s, and a tenth more.
     assert [plan.full_s, plan.extra_s, plan.rounds] == pytest.approx([100, 10, 3])
     assert 10 <= plan.trials <= 16
+    actions.pause(sweep)
     now["s"] += 1600
+    with pytest.raises(UserError, match="add-time"):
+        actions.resume(sweep)
+    sweep.active_path.touch()
+    sweep.append(SweepResumed())
     advance(sweep)
     view = read_sweep(sweep)
     assert view.state == "finished" and view.ended is not None and view.ended.why == "time"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,17 @@ def test_times() -> None:
     for wrong in ("25:00", "7", ""):
         with pytest.raises(UserError):
             actions.parse_until(wrong)
+
+
+def test_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next 02:30 is the same night's second one."""
+    with monkeypatch.context() as within:
+        within.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        first = datetime(2026, 10, 25, 2, 45).timestamp()
+        assert actions.parse_until("02:30", first) - first == 45 * 60
+        assert actions.parse_until("02:50", first) - first == 5 * 60
+        assert actions.parse_until("02:30", first + 3600) - first == 24.75 * 3600
+        before = datetime(2026, 3, 29, 1, 30).timestamp()
+        assert actions.parse_until("02:30", before) - before == 3600, "which that night does not have"
+    time.tzset()
