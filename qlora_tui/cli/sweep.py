@@ -27,6 +27,7 @@ from qlora_tui.errors import EXIT_FAILURE, UserError
 from qlora_tui.formatting import format_loss, format_path
 from qlora_tui.runs.doctor import CheckKind, Machine, read_machine
 from qlora_tui.runs.expected_time import count_data, forecast
+from qlora_tui.runs.holds import time_words
 from qlora_tui.runs.preflight import errors, preflight
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.sweeps import actions
@@ -64,13 +65,14 @@ def run(args: argparse.Namespace) -> CommandResult:
         case "add-time":
             sweep = find_sweep(args.sweep)
             deadline = actions.add_time(sweep, actions.parse_duration(args.time))
-            text = f"{sweep.id} goes on until {time.strftime('%A %H:%M', time.localtime(deadline))}."
+            text = f"{sweep.id} goes on until {time_words(deadline)}."
             return CommandResult({"sweep": sweep.id, "deadline": deadline}, text)
         case "adopt":
             sweep = find_sweep(args.sweep)
-            path = actions.adopt(sweep, args.name, args.trial)
-            text = f"Saved as the preset {args.name} ({format_path(path)})."
-            return CommandResult({"sweep": sweep.id, "preset": args.name, "path": str(path)}, text)
+            trial, path = actions.adopt(sweep, args.name, args.trial)
+            text = f"Trial {trial} is saved as the preset {args.name} ({format_path(path)})."
+            data = {"sweep": sweep.id, "trial": trial, "preset": args.name, "path": str(path)}
+            return CommandResult(data, text)
         case _:
             return _list()
 
@@ -103,9 +105,10 @@ def _start(args: argparse.Namespace) -> CommandResult:
     if note := _memory_note(sheet, machine):
         print(note, file=sys.stderr)
     sweep = actions.start(sheet, deadline)
+    end = "" if deadline is None else f", and ends at {time_words(deadline)}"
     return CommandResult(
         data={"sweep": sweep.id, "path": str(sweep.path), "deadline": deadline},
-        text=f"{sweep.id} is started. See how it is: `qlora-tui sweep show {sweep.id}`.",
+        text=f"{sweep.id} is started{end}. See how it is: `qlora-tui sweep show {sweep.id}`.",
     )
 
 

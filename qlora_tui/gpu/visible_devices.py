@@ -121,6 +121,11 @@ def set_device_variables() -> None:
         os.environ[name] = value
 
 
+def with_choice(gpu: str) -> dict[str, str]:
+    """Return the variables of this process, with the GPUs that the user chose for a run, if any."""
+    return dict(os.environ) | ({GPU_VARIABLE: gpu} if gpu else {})
+
+
 def without_choice(environ: Mapping[str, str]) -> dict[str, str]:
     """Return variables as they were before this process chose: for a process that chooses for itself."""
     before = {name: value for name, value in _variables_before.items() if value is not None}

@@ -24,7 +24,7 @@ from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.gpu.errors import GpuUnavailableError
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.gpu.nvml import list_gpus
-from qlora_tui.gpu.visible_devices import release_choice
+from qlora_tui.gpu.visible_devices import release_choice, with_choice
 from qlora_tui.locks import PATIENCE_S, is_locked, locked
 from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.devices import (
@@ -46,7 +46,7 @@ from qlora_tui.runs.process import runner_lock_path
 from qlora_tui.runs.slurm_runs import is_on_cluster
 from qlora_tui.runs.status import ACTIVE, is_stranded, read_status, refuse_other_machines
 from qlora_tui.runs.supervision import POLL_S, Supervisor, advance_sweeps, log
-from qlora_tui.settings import GPU_VARIABLE, Settings, current_settings
+from qlora_tui.settings import Settings, current_settings
 
 LOOK_S = 5.0
 """Seconds after which a waiting run's devices are looked at again, if nothing that is known has changed."""
@@ -219,7 +219,7 @@ def _queue_version() -> int | None:
 
 
 def _wanted(run: RunDir) -> Wanted:
-    environ = dict(os.environ) | ({GPU_VARIABLE: run.gpu} if run.gpu else {})
+    environ = with_choice(run.gpu)
     if not run.checkpoints():
         return wanted_devices(run.recipe(), environ)
     endings = (each for each in events_backwards(run.events_path) if isinstance(each, RunEnded))

@@ -154,8 +154,11 @@ def stop(sweep: SweepDir) -> None:
 
 
 @disk_problems()
-def adopt(sweep: SweepDir, name: str, trial: int | None = None) -> Path:
-    """Save a trial's recipe, by default the winner's, as a preset; return its path. Raises UserError."""
+def adopt(sweep: SweepDir, name: str, trial: int | None = None) -> tuple[int, Path]:
+    """Save a trial's recipe, by default the winner's, as a preset. Raises UserError.
+
+    Returns the trial's number and the preset's path.
+    """
     view = read_sweep(sweep)
     chosen = view.winner if trial is None else next((t for t in view.trials if t.number == trial), None)
     if chosen is None:
@@ -165,7 +168,8 @@ def adopt(sweep: SweepDir, name: str, trial: int | None = None) -> Path:
             what=f"{sweep.id}: {what}.",
             fix=f"`qlora-tui sweep show {sweep.id}` lists its trials.",
         )
-    return presets.save(name, view.recipe_of(chosen), note=f"Trial {chosen.number} of the sweep {sweep.id}.")
+    note = f"Trial {chosen.number} of the sweep {sweep.id}."
+    return chosen.number, presets.save(name, view.recipe_of(chosen), note=note)
 
 
 def _go_on(sweep: SweepDir, deadline: float | None) -> None:

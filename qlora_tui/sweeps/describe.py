@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from statistics import mean
 
 from qlora_tui.formatting import format_duration, format_float, format_loss, pluralize
+from qlora_tui.runs.holds import time_words
 from qlora_tui.sweeps.plan import Costs
 from qlora_tui.sweeps.sheet import Sheet
 from qlora_tui.sweeps.space import Range, value_text
@@ -30,9 +30,11 @@ def verdict_sentence(view: SweepView) -> str:
     verdict = view.verdict
     name = f"trial {verdict.winner}"
     if verdict.basis == "no_result":
-        return (
-            "No result yet." if view.ended is None else "No trial was trained to its end: there is no winner."
-        )
+        if view.ended is None:
+            return "No result yet."
+        if verdict.winner is not None:
+            return f"Unknown: {name} has the lowest loss, and the runs of the recipe as it is were deleted."
+        return "No trial was trained to its end: there is no winner."
     losses = f"{format_loss(verdict.found)} and {format_loss(verdict.base)}"
     if verdict.basis == "not_lower":
         if view.ended is None:
@@ -99,7 +101,7 @@ def _until(view: SweepView) -> str:
     left = view.seconds_left
     if view.deadline is None:
         return "" if left is None else f"; about {format_duration(left)} left"
-    return f"; until {time.strftime('%H:%M', time.localtime(view.deadline))}"
+    return f"; until {time_words(view.deadline)}"
 
 
 def _base_failure(view: SweepView) -> str:

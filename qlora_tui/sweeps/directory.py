@@ -73,6 +73,13 @@ class RunMade(Record, tag="run", frozen=True, kw_only=True):
     run: str
 
 
+class RunRefused(Record, tag="refused", frozen=True, kw_only=True):
+    """A trial that cannot be trained, and has no run."""
+
+    number: int
+    why: str
+
+
 class GroupPlanned(Record, tag="planned", frozen=True, kw_only=True):
     """A group of trials, and in how many rounds it is halved."""
 
@@ -121,6 +128,7 @@ AnyRecord: TypeAlias = (
     Began
     | TrialChosen
     | RunMade
+    | RunRefused
     | GroupPlanned
     | RoundEnded
     | RunAgain

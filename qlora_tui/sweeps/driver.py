@@ -18,12 +18,13 @@ from pathlib import Path
 
 import msgspec
 
-from qlora_tui.errors import EXIT_FAILURE, UserError
-from qlora_tui.gpu.errors import GpuUnavailableError
-from qlora_tui.gpu.nvml import list_gpus
+from qlora_tui.errors import EXIT_FAILURE, UsageError, UserError
+from qlora_tui.gpu.visible_devices import with_choice
 from qlora_tui.locks import locked
+from qlora_tui.recipe.conflicts import check_conflicts
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, notify, run_queue
+from qlora_tui.runs.devices import wanted_devices
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.status import ACTIVE, is_stranded, read_status
 from qlora_tui.sweeps.describe import verdict_sentence
@@ -34,6 +35,7 @@ from qlora_tui.sweeps.directory import (
     RoundEnded,
     RunAgain,
     RunMade,
+    RunRefused,
     SweepDir,
     SweepEnded,
     TrialChosen,
@@ -124,8 +126,16 @@ class _Step:
         if run is None:
             if trial.outcome != "waiting":
                 return False
+            try:
+                recipe = _recipe_of(self._view, trial)
+            except UsageError as problem:
+                if trial.number == 0:
+                    raise
+                # Its settings do not go together, or what it starts from was deleted: it never trains.
+                self._sweep.append(RunRefused(number=trial.number, why=problem.title))
+                return True
             run = create_run(
-                _recipe_of(self._view, trial),
+                recipe,
                 self._view.gpu,
                 sweep=f"{self._sweep.id} {trial.number}",
                 pause_at=trial.target if trial.target < 1 else None,
@@ -187,7 +197,7 @@ class _Step:
 
     def _costs(self) -> Costs | None:
         costs = self._view.costs
-        return None if costs is None else Costs(costs.full_s, costs.extra_s, _devices())
+        return None if costs is None else Costs(costs.full_s, costs.extra_s, _parallel_runs(self._view))
 
     def _fill(self, group: Group) -> bool:
         """Choose the trials of a group that are missing; return whether one was chosen."""
@@ -196,7 +206,7 @@ class _Step:
         if group.ended or missing <= 0:
             return False
         if self._is_sequential:
-            if sum(not trial.is_settled for trial in trials) >= _devices():
+            if sum(not trial.is_settled for trial in trials) >= _parallel_runs(self._view):
                 return False
             points = [propose(self._view, self._number_of_trials())]
         else:
@@ -308,7 +318,10 @@ def notify_end(folder: Path) -> None:
 
 
 def _recipe_of(view: SweepView, trial: Trial) -> Recipe:
-    """Return the recipe that a trial trains: without what costs time and changes nothing that is learned."""
+    """Return the recipe that a trial trains: without what costs time and changes nothing that is learned.
+
+    Raises UsageError if it cannot be trained.
+    """
     replace = msgspec.structs.replace
     recipe = view.recipe_of(trial)
     training = replace(
@@ -322,13 +335,16 @@ def _recipe_of(view: SweepView, trial: Trial) -> Recipe:
     # The same rows for every seed.
     data = replace(recipe.data, validation_seed=view.sheet.recipe.split_seed or 1)
     name = f"{view.sheet.name[:60]} {'base' if trial.role == 'base' else trial.role} {trial.number}"
-    return actions.with_initial_adapter(replace(recipe, name=name, training=training, data=data))
+    recipe = replace(recipe, name=name, training=training, data=data)
+    check_conflicts(recipe)
+    return actions.with_initial_adapter(recipe)
 
 
-def _devices() -> int:
-    """Number of GPUs that runs can train on at the same time; 1 without any."""
-    with suppress(GpuUnavailableError):
-        return max(1, len(list_gpus()))
+def _parallel_runs(view: SweepView) -> int:
+    """Return how many runs can train at the same time; 1 without a GPU, and if that is unknown."""
+    with suppress(UserError):
+        wanted = wanted_devices(view.sheet.recipe, with_choice(view.gpu))
+        return max(1, len(wanted.devices) // wanted.count)
     return 1
 
 

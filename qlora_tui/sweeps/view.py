@@ -25,6 +25,7 @@ from qlora_tui.sweeps.directory import (
     RoundEnded,
     RunAgain,
     RunMade,
+    RunRefused,
     SweepDir,
     SweepEnded,
     SweepPaused,
@@ -308,10 +309,10 @@ def _trial(
         "rounds": rounds,
     }
     if run is None or not run.path.is_dir():
-        outcome: Outcome = "waiting" if run is None else "stopped"
-        return Trial(
-            **facts, run=None, state="gone", outcome=outcome, failure="" if run is None else "Deleted"
-        )
+        refused = next((one.why for one in _of(records, RunRefused) if one.number == number), "")
+        outcome: Outcome = "failed" if refused else "waiting" if run is None else "stopped"
+        failure = refused or ("" if run is None else "Deleted")
+        return Trial(**facts, run=None, state="gone", outcome=outcome, failure=failure)
     view, _ = RunView.from_sample(run, _STEPS)
     results = dict(_results(view, rounds))
     # Also with a validation loss that is not a number.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_tui.errors import UserError
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.presets import find_preset
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
@@ -17,11 +18,13 @@ from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir, all_runs, create_run
 from qlora_tui.runs.status import read_status
 from qlora_tui.sweeps import actions, driver
+from qlora_tui.sweeps.describe import verdict_sentence
 from qlora_tui.sweeps.directory import SweepDir, SweepResumed, all_sweeps, create_sweep
 from qlora_tui.sweeps.driver import advance
 from qlora_tui.sweeps.space import Range, Space
 from qlora_tui.sweeps.study import importances
 from qlora_tui.sweeps.view import read_sweep
+from tests.support.nvml_stub import install_nvml_stub
 from tests.sweeps.conftest import best_at, play, play_all, rates, run_path, sheet
 
 
@@ -43,7 +46,8 @@ def test_halving_keeps_the_better_half_and_resumes_it(recipe: Recipe) -> None:
     assert dropped is not None and dropped.pause_at is None, "it trains to its end"
     assert (view.verdict.base_runs, view.verdict.found_runs) == (3, 2)
     assert {run.recipe().data.validation_seed for run in all_runs()} == {42}
-    path = actions.adopt(sweep, "fast-rate")
+    number, path = actions.adopt(sweep, "fast-rate")
+    assert number == view.verdict.winner
     assert find_preset("fast-rate").recipe().training.learning_rate == 8e-4 and path.exists()
 
 
@@ -104,6 +108,26 @@ def test_failed_and_deleted_trials_are_results(recipe: Recipe) -> None:
         *("finished", "failed", "stopped", "finished", "finished")
     ]
     assert view.winner is not None and view.winner.values == {"training.learning_rate": 4e-4}
+
+
+def test_a_trial_that_cannot_be_trained_fails_and_the_sweep_goes_on(recipe: Recipe) -> None:
+    vary: Space = {"training.warmup_ratio": [0.1, 0.5], "training.lr_decay_share": [0.2, 0.6]}
+    view = play_all(actions.start(sheet(recipe, vary=vary, seeds=1)), best_at(4e-4))
+    assert view.state == "finished" and [trial.outcome for trial in view.trials].count("finished") == 4
+    assert view.trials[-1].outcome == "failed" and view.trials[-1].failure == "Conflicting settings"
+    for trial in view.base_trials:
+        shutil.rmtree(trial.run.path)  # type: ignore[union-attr]  # it has one
+    assert "were deleted" in verdict_sentence(read_sweep(view.sweep))
+
+
+@pytest.mark.parametrize(("gpu", "gpus", "at_once"), [("", 1, 2), ("1", 1, 1), ("", 0, 1)])
+def test_runs_at_once_follow_from_the_gpus_of_a_run(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, gpu: str, gpus: int, at_once: int
+) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    recipe = replace_setting(recipe, "training.gpus", gpus)
+    sweep = create_sweep(sheet(recipe, method="tpe", trials=4, seeds=1), None, gpu)
+    assert driver._parallel_runs(read_sweep(sweep)) == at_once
 
 
 def test_a_trial_whose_loss_is_not_a_number_is_not_kept(recipe: Recipe) -> None:
