@@ -143,12 +143,19 @@ def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
 
 
 def ranked(view: SweepView) -> list[Trial]:
-    """Return all runs: those of the base, then the trials that went furthest with the lowest loss first."""
+    """Return all runs: the winner's, those of the base, then the trials that went furthest with the lowest
+    loss first.
+    """
+    winner = view.winner
 
     def rank(trial: Trial) -> tuple[int, int, float]:
         last = max(trial.results, default=0)
         loss = trial.results[last].loss if last else float("inf")
-        return ("base", "trial", "confirmation").index(trial.role), -last, loss
+        if winner is not None and trial.role == "confirmation" and trial.values == winner.values:
+            return 1, 0, trial.number
+        if trial is winner:
+            return 0, 0, 0.0
+        return ("base", "trial", "confirmation").index(trial.role) + 2, -last, loss
 
     return sorted(view.trials, key=rank)
 

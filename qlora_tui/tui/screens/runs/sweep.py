@@ -240,21 +240,25 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
 
 def verdict_lines(view: SweepView) -> list[Content]:
-    """Return what the sweep does, and whether it has found something better."""
-    style = "bold $success" if view.verdict.is_better and view.ended is not None else "bold"
-    word, colon, why = verdict_sentence(view).partition(":")
-    lines = [
-        Content.styled(state_sentence(view), "bold"),
-        Content.assemble((word + colon, style), why),
-    ]
+    """Return the verdict with the winner and both losses, then what the sweep does and how it was judged."""
+    verdict, winner = view.verdict, view.winner
+    word, colon, why = verdict_sentence(view).partition(": ")
+    if winner is None or verdict.found is None:
+        lines = [Content.styled(state_sentence(view), "bold"), Content(word + colon + why)]
+    else:
+        style = "bold $success" if verdict.is_better and view.ended is not None else "bold"
+        values = ", ".join(
+            f"{path.rpartition('.')[2]} {value_text(value)}" for path, value in winner.values.items()
+        )
+        losses = f"{format_loss(verdict.found)} instead of {format_loss(verdict.base)}"
+        lines = [
+            Content.styled(f"{word}: trial {winner.number} ({values}) has {losses}", style),
+            Content.styled(f"{state_sentence(view)} {why[:1].upper()}{why[1:]}", "$text-muted"),
+        ]
     if unequal := view.unequal_tokens():
         names = ", ".join(str(trial.number) for trial in unequal)
-        lines.append(
-            Content.styled(
-                f"Trials {names} were compared after clearly more or fewer tokens than the others.",
-                "$warning",
-            )
-        )
+        text = f"Trials {names} were compared after clearly more or fewer tokens than the others."
+        lines.append(Content.styled(text, "$warning"))
     return lines
 
 
@@ -343,10 +347,8 @@ def _steps(trial: Trial) -> str:
 
 def _words(view: SweepView, trial: Trial) -> Content:
     words = outcome_words(trial)
-    if trial.role == "confirmation":
-        words += f", the winner with seed {trial.seed}"
-    elif trial.role == "base":
-        words += f", seed {trial.seed}"
+    if trial.role != "trial":
+        words = f"seed {trial.seed}, {words}"
     elif trial.number == view.verdict.winner:
         words += ", winner"
     return Content.styled(words, _STYLES[trial.outcome])
