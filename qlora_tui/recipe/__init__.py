@@ -7,6 +7,7 @@ fields          the settings as data, for forms, ``--set``, comparisons and the 
 toml            a file or text to a layer (a partial recipe), a layer to a recipe, a recipe to TOML
 validation      every error in a layer, with its line and the closest valid name
 aliases         other spellings of settings: version 0.1's, other trainers'; what a misspelled one means
+trainers        what the keys of other trainers mean here
 imported        a recipe from axolotl, LLaMA-Factory, TRL, Unsloth or an adapter
 exported        a recipe for axolotl, or as a script of transformers, peft and trl
 script_arguments

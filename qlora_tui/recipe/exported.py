@@ -1,6 +1,6 @@
 """Recipes written for other trainers: a config of axolotl, and a script of transformers, peft and trl.
 
-The keys are those under ``writes`` in ``imported.toml``, whose rules are followed backwards; this module does
+The keys are those under ``writes`` in ``trainers.toml``, whose rules are followed backwards; this module does
 what takes more than one key. Settings without a counterpart are named. The rows are written as
 :mod:`qlora_tui.data.written_rows` writes them, in files next to the config.
 """
@@ -17,8 +17,8 @@ from msgspec import Struct
 
 from qlora_tui.errors import UsageError
 from qlora_tui.recipe.fields import fields, get_setting
-from qlora_tui.recipe.imported import TABLES, LeftOut, Rule, nested, rule_of
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
+from qlora_tui.recipe.trainers import TABLES, LeftOut, Rule, nested, rule_of
 
 Target = Literal["axolotl", "script"]
 """What a recipe can be written as."""

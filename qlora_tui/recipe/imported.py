@@ -1,6 +1,6 @@
 """Recipes of other trainers, read as ours: of axolotl, LLaMA-Factory, TRL, Unsloth, and adapters of peft.
 
-Files are parsed and never run. ``aliases.toml`` and ``imported.toml`` say what each key means here; this
+Files are parsed and never run. ``aliases.toml`` and ``trainers.toml`` say what each key means here; this
 module finds the keys, and does what takes more than one of them: the quantization, the data, the steps. What
 has no counterpart is named with its value, and a file that trains something else is refused.
 """
@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.files import read_regular
-from qlora_tui.recipe.aliases import ALIASES
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import ALL_LINEAR
 from qlora_tui.recipe.script_arguments import Expression, calls_of
 from qlora_tui.recipe.toml import read_text, to_recipe
+from qlora_tui.recipe.trainers import TABLES, LeftOut, Trainer, is_unneeded, nested, rule_of
 from qlora_tui.recipe.validation import find_issues
 
+_DATASETS = TABLES.datasets
 _MAX_BYTES = 4_000_000
 _SECRET_ENDINGS = ("token", "api_key", "password", "secret", "secrets")
 """Ends of keys whose values are never shown."""
@@ -40,69 +38,6 @@ _FOUR_BIT_TYPES = (
 )
 
 
-class Rule(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a key of another trainer means."""
-
-    to: str = ""
-    """The setting it sets, ``section.key``; empty if there is none."""
-    values: dict[str, Any] = {}
-    """Our spelling of their values, each written as text; empty if they are ours."""
-    off: list[Any] = []
-    """Values that mean that the feature is off."""
-    why: str = ""
-    """Why the key, or a value outside ``values``, has no counterpart."""
-    refuse: str = ""
-    """What a file with this key trains instead; such a file is not imported."""
-    same_as: str = ""
-    """Another key whose rule this one has."""
-
-
-class Trainer(Struct, frozen=True, forbid_unknown_fields=True):
-    """Another trainer: its keys, and what it does if a file says nothing."""
-
-    label: str
-    keys: dict[str, str | Rule]
-    required: str
-    """The key without which a file trains every weight, or nothing."""
-    marks: list[str] = []
-    """Keys by which its files are recognized."""
-    alpha_per_rank: float = 0.0
-    """Alpha of a file that names none, for each rank; 0: our default."""
-    defaults: dict[str, Any] = {}
-    """Its defaults, in our settings."""
-    calls: list[str] = []
-    """Functions and classes of a script whose arguments are settings."""
-    classes: dict[str, dict[str, Any]] = {}
-    """Keys that a script sets by calling a class."""
-    writes: dict[str, list[str]] = {}
-    """Keys with which a recipe is written for it, by the call whose arguments they are (see
-    :mod:`.exported`)."""
-
-
-class _Datasets(Struct, frozen=True, forbid_unknown_fields=True):
-    loaders: list[str]
-    formats: dict[str, str]
-    unneeded: list[str]
-    fields: dict[str, str]
-    columns: dict[str, str]
-    media: list[str]
-    why: dict[str, str]
-
-
-class _Tables(Struct, frozen=True, forbid_unknown_fields=True):
-    keys: dict[str, str | Rule]
-    unneeded: dict[str, list[str]]
-    trainers: dict[str, Trainer]
-    datasets: _Datasets
-
-
-TABLES = msgspec.convert(
-    tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")), _Tables
-)
-"""What the keys of other trainers mean: ``imported.toml``."""
-_DATASETS = TABLES.datasets
-
-
 class Taken(Struct, frozen=True):
     """A setting that was read from a key."""
 
@@ -110,15 +45,6 @@ class Taken(Struct, frozen=True):
     value: Any
     setting: str
     ours: Any
-
-
-class LeftOut(Struct, frozen=True):
-    """A key without a counterpart."""
-
-    key: str
-    value: Any
-    why: str
-    """Empty if the key is not known."""
 
 
 class ImportedRecipe(Struct, frozen=True, kw_only=True):
@@ -132,33 +58,6 @@ class ImportedRecipe(Struct, frozen=True, kw_only=True):
     left_out: tuple[LeftOut, ...]
     unneeded: tuple[str, ...]
     """Keys that change nothing of what is learned."""
-
-
-def rule_of(trainer: Trainer, key: str) -> Rule | None:
-    """Return what a key means to a trainer; None if it is not known."""
-    rules = TABLES.keys | trainer.keys
-    rule = rules.get(key)
-    if rule is None:
-        rule = next((rule for name, rule in rules.items() if "*" in name and fnmatchcase(key, name)), None)
-    if rule is None and not _is_unneeded(key):
-        rule = ALIASES.get(key)
-    if isinstance(rule, str):
-        return Rule(to=rule)
-    if rule is not None and rule.same_as:
-        return rule_of(trainer, rule.same_as)
-    return rule
-
-
-def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys with a dot as tables."""
-    tables: dict[str, Any] = {}
-    for key, value in keys.items():
-        table, _, inner = key.rpartition(".")
-        if table:
-            tables.setdefault(table, {})[inner] = value
-        else:
-            tables[key] = value
-    return tables
 
 
 def import_recipe(path: Path) -> ImportedRecipe:
@@ -293,7 +192,7 @@ class _Import:
         rule = rule_of(self._trainer, key)
         value = self._keys.pop(key)
         if rule is None:
-            if _is_unneeded(key):
+            if is_unneeded(key):
                 self._unneeded.append(key)
             else:
                 self._leave_out(key, value, "")
@@ -560,10 +459,6 @@ def _unknown_file(path: Path, why: str) -> UserError:
         what=f"{path}: {why}.",
         fix="Name a YAML file of axolotl or LLaMA-Factory, a script with TRL or Unsloth, or an adapter.",
     )
-
-
-def _is_unneeded(key: str) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in TABLES.unneeded["patterns"])
 
 
 def _names(value: Any) -> list[str] | None:
