@@ -19,13 +19,12 @@ from qlora_tui.catalog.local_models import (
     load_model_config,
 )
 from qlora_tui.cli.subcommand import (
-    GPU_GIB_HELP,
     CommandResult,
     Subcommand,
+    add_gpu_gib_argument,
     add_recipe_arguments,
     format_table,
     note_description,
-    positive_float,
     recipe_from_args,
 )
 from qlora_tui.data.sources import is_hub_dataset, open_source
@@ -229,14 +228,7 @@ def _trace_table(trace: dict[str, Any]) -> str:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    parser.add_argument(
-        "--gpu-gib",
-        type=positive_float,
-        # The same option exists before the command: keep the value given there.
-        default=argparse.SUPPRESS,
-        metavar="GIB",
-        help=GPU_GIB_HELP,
-    )
+    add_gpu_gib_argument(parser, default=argparse.SUPPRESS)
     parser.add_argument(
         "--quality",
         action="store_true",

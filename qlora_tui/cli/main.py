@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qlora_tui import __version__, paths
 from qlora_tui.cli.subcommand import (
-    GPU_GIB_HELP,
     GPU_HELP,
     HOST_HELP,
+    add_gpu_gib_argument,
     open_missing_streams,
-    positive_float,
     print_result,
     visible_output,
 )
@@ -279,7 +278,7 @@ def command_parser(name_called: str | None) -> argparse.ArgumentParser:
         description="Fine-tune language models with QLoRA on one GPU. Without a command it opens the app.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
-    parser.add_argument("--gpu-gib", type=positive_float, metavar="GIB", help=GPU_GIB_HELP)
+    add_gpu_gib_argument(parser)
     parser.add_argument("--gpu", metavar="GPU", help=GPU_HELP)
     parser.add_argument("--host", metavar="BOX", help=HOST_HELP)
     parser.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")

@@ -33,8 +33,6 @@ _BAR_CELLS = 30
 _TERMINAL_INTERVAL_S = 0.2
 _LOG_INTERVAL_S = 10.0
 """Seconds between lines of progress in a file or a pipe, where each is a separate line."""
-GPU_GIB_HELP = "estimate for a GPU with this many GiB of memory"
-"""Help of ``--gpu-gib``."""
 GPU_HELP = "GPU to use: number, UUID or part of its name (nvidia-smi -L), auto, or cpu; several with commas"
 """Help of ``--gpu``."""
 HOST_HELP = "work on this machine through ssh: what `ssh` takes, such as user@box"
@@ -100,6 +98,17 @@ def print_json(data: Any) -> None:
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--json`` to a subcommand, with no default, which would override the command's ``--json``."""
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
+
+
+def add_gpu_gib_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add ``--gpu-gib``; a subcommand suppresses its default, so that the value given before it counts."""
+    parser.add_argument(
+        "--gpu-gib",
+        type=positive_float,
+        default=default,
+        metavar="GIB",
+        help="estimate for a GPU with this many GiB of memory",
+    )
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:

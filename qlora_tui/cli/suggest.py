@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tui.cli.subcommand import (
-    GPU_GIB_HELP,
     CommandResult,
     ProgressLine,
     Subcommand,
+    add_gpu_gib_argument,
     add_recipe_arguments,
-    positive_float,
     recipe_from_args,
 )
 from qlora_tui.files import write_new
@@ -99,14 +98,7 @@ def _next(args: argparse.Namespace, changes: dict[str, Any]) -> str:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a recipe file")
     add_recipe_arguments(parser)
-    parser.add_argument(
-        "--gpu-gib",
-        type=positive_float,
-        # The same option exists before the command: keep the value given there.
-        default=argparse.SUPPRESS,
-        metavar="GIB",
-        help=GPU_GIB_HELP,
-    )
+    add_gpu_gib_argument(parser, default=argparse.SUPPRESS)
     parser.add_argument(
         "-o", "--output", metavar="RECIPE.toml", help="write the recipe with the suggestions to a new file"
     )

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import IO
 
 from msgspec import structs
 
@@ -29,7 +27,7 @@ from qlora_tui.runs.event_log import append_event
 from qlora_tui.runs.events import Paused, Queued
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.notify import notify
-from qlora_tui.runs.process import process_identity, spawn_detached, threads_variable, trainer_command
+from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import (
     ACTIVE,
     BEAT_S,
@@ -48,6 +46,8 @@ _BY_SIGNAL = 128
 
 class _Job(Supervisor):
     """Trains the run of this job."""
+
+    starts_through = _SRUN
 
     def __init__(self, job: str) -> None:
         super().__init__(self._limit)
@@ -78,17 +78,6 @@ class _Job(Supervisor):
         """Record that this job starts a trainer; no runner of another machine is to record its end."""
         record_devices(run, devices)
         run_queue.take(run, process_identity())
-
-    def start(
-        self, run: RunDir, devices: Devices, arguments: list[str], handles: tuple[int, ...], output: IO[bytes]
-    ) -> subprocess.Popen[bytes]:
-        """Start a trainer as a step of the job."""
-        return spawn_detached(
-            *trainer_command(run.path, devices.processes, *arguments),
-            output=output,
-            environ=threads_variable(devices.processes),
-            through=_SRUN,
-        )
 
     def code_of_trainer(self, exit_code: int) -> int:
         """Return the exit code of the trainer, from srun's."""

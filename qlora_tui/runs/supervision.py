@@ -49,6 +49,9 @@ _RELEASE_S = 2.0
 class Supervisor:
     """Trains runs of the queue to their ends. Safe in several threads, one for each run."""
 
+    starts_through: tuple[str, ...] = ()
+    """The command that starts a trainer, such as srun."""
+
     def __init__(self, hold: Callable[[RunDir, Iterable[RunDevice]], Hold | None]) -> None:
         """``hold`` says why a run in training on these devices must end now; None if it may go on."""
         self._hold = hold
@@ -171,6 +174,7 @@ class Supervisor:
             output=output,
             environ=threads_variable(devices.processes),
             inherited=handles,
+            through=self.starts_through,
         )
 
     def code_of_trainer(self, exit_code: int) -> int:
