@@ -19,8 +19,9 @@ from qlora_tui.data.render import RenderOptions, prompt_ids, render
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter, marks_in_template
 from qlora_tui.recipe.schema import Data, Recipe, Thinking
 from qlora_tui.runs.directory import RunDir, create_run
-from qlora_tui.runs.events import DataReady, encode
+from qlora_tui.runs.events import encode
 from tests.data.thinkers import DEEPSEEK_V31, GRANITE, SMOLLM3
+from tests.support.step_events import a_data_set
 
 THINK, GPT_OSS = marks_in_template(""), marks_in_template("<|channel|>analysis<|message|>")
 ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
@@ -118,12 +119,8 @@ TEMPLATES = {"smollm3": SMOLLM3, "deepseek-v3.1": DEEPSEEK_V31, "granite": GRANI
 
 def described(run: RunDir, thinking: Thinking) -> None:
     """Let a run have decided so."""
-    event = DataReady(
-        at=0.0, samples=1, validation_samples=0, tokens=9, trained_tokens=3, rows=1, steps_per_epoch=1,
-        total_steps=1, data_hash="x", thinking=thinking,
-    )  # fmt: skip
     with run.events_path.open("ab") as events:
-        events.write(encode(event))
+        events.write(encode(a_data_set(thinking=thinking)))
 
 
 def test_thinking_follows_the_runs_data_unless_its_recipe_decides() -> None:

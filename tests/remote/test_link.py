@@ -35,7 +35,6 @@ from qlora_tui.runs import actions, control, run_queue
 from qlora_tui.runs.directory import RunDir, all_runs, create_run
 from qlora_tui.runs.doctor import CheckKind, check_system
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import Step
 from qlora_tui.runs.expected_time import forecast
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.process import process_identity
@@ -44,6 +43,7 @@ from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.tui.system_status import SystemStatus
 from tests.remote.sshd import FakeBox
 from tests.support.polling import wait_for
+from tests.support.step_events import a_step
 
 pytestmark = pytest.mark.slow
 RECIPE = Recipe(model=Model(id="org/model"), data=Data(sources=(Source(path="rows.jsonl"),)), name="alpha")
@@ -57,19 +57,6 @@ def on_box(box: FakeBox, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     mark_not_queued(run, "Not queued.")
     monkeypatch.setenv("XDG_STATE_HOME", here)
     return run
-
-
-def step(number: int) -> Step:
-    return Step(
-        at=1.0,
-        step=number,
-        epoch=0.1,
-        loss=2.0,
-        learning_rate=1e-4,
-        grad_norm=1.0,
-        tokens=5,
-        tokens_per_s=1.0,
-    )
 
 
 @pytest.fixture
@@ -95,7 +82,7 @@ def test_runs_of_the_box_are_read_here(link: Link, run_there: RunDir) -> None:
     (run_there.path / "adapter").mkdir()
     (run_there.path / "adapter/adapter_model.safetensors").write_bytes(b"x" * 100_000)
     log = EventWriter(run_there.events_path)
-    log.append(step(1))
+    log.append(a_step(1))
     weights = run.adapter_dir / "adapter_model.safetensors"
     wait_for(lambda: run.events_path.read_bytes() == run_there.events_path.read_bytes(), seconds=20)
     wait_for(weights.exists, seconds=20)
@@ -142,7 +129,7 @@ def test_nothing_is_lost_or_done_twice_while_the_line_is_cut(
     cutter.start()
     try:
         for number in itertools.takewhile(lambda n: n < 10 or sum(cuts) < 3, itertools.count(1)):
-            log.append(step(number))
+            log.append(a_step(number))
             ask(run, number)
     finally:
         is_over.set()

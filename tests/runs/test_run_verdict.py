@@ -10,7 +10,6 @@ from qlora_tui.recipe.schema import Data, Lora, Preferences, Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import (
-    DataReady,
     Evaluated,
     Finished,
     Health,
@@ -21,7 +20,7 @@ from qlora_tui.runs.run_summary import PreferenceAccuracy, RunEvidence, gather_e
 from qlora_tui.runs.task_metrics.answer_metrics import Metric, TaskRow, measure_answers
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange, TaskEvaluation
 from qlora_tui.runs.view import RunView
-from tests.support.step_events import a_step
+from tests.support.step_events import a_data_set, a_step
 from tests.support.task_evaluations import a_row, put_evaluation
 
 
@@ -49,20 +48,6 @@ def answers(base: int, adapter: int, rows: int = 20) -> list[TaskRow]:
 def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
     """Accuracy of a base and an adapter that answer so many of the rows rightly."""
     return measure_answers(answers(base, adapter, rows))[0]
-
-
-def data_ready(validation_samples: int) -> DataReady:
-    return DataReady(
-        at=1.0,
-        samples=99,
-        validation_samples=validation_samples,
-        tokens=9,
-        trained_tokens=9,
-        rows=9,
-        steps_per_epoch=9,
-        total_steps=9,
-        data_hash="",
-    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +166,7 @@ def test_a_preference_run_is_judged_by_its_comparisons(
 ) -> None:
     now = time.time()
     with EventWriter(run.events_path) as log:
-        log.append(data_ready(20))
+        log.append(a_data_set(validation_samples=20))
         log.append(Evaluated(at=now, step=0, loss=1.0, reward_accuracy=before))
         log.append(Evaluated(at=now, step=9, loss=1.0, reward_accuracy=0.9))
     view = RunView(run)
@@ -198,7 +183,7 @@ def test_a_preference_run_is_judged_by_its_comparisons(
 def test_a_measurement_before_training_alone_is_no_verdict(run: RunDir, method: Preferences) -> None:
     recipe = Recipe(data=Data(preferences=method))
     with EventWriter(run.events_path) as log:
-        log.append(data_ready(20))
+        log.append(a_data_set(validation_samples=20))
         log.append(Evaluated(at=1.0, step=0, loss=6.26, reward_accuracy=0.0, forgetting=0.0))
     view = RunView(run)
     view.refresh()
@@ -210,7 +195,7 @@ def test_a_measurement_before_training_alone_is_no_verdict(run: RunDir, method: 
 @pytest.mark.parametrize(("first_step", "rows"), [(3, 20), (0, 0)])
 def test_comparisons_without_a_start_or_rows_are_no_evidence(run: RunDir, first_step: int, rows: int) -> None:
     with EventWriter(run.events_path) as log:
-        log.append(data_ready(rows))
+        log.append(a_data_set(validation_samples=rows))
         log.append(Evaluated(at=1.0, step=first_step, loss=1.0, reward_accuracy=0.5))
         log.append(Evaluated(at=1.0, step=9, loss=1.0, reward_accuracy=0.9))
     view = RunView(run)

@@ -25,9 +25,10 @@ from qlora_tui.runs.data_checks import KnownLengths
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.event_log import EventWriter
-from qlora_tui.runs.events import DataReady, Evaluated, Finished
+from qlora_tui.runs.events import Evaluated, Finished
 from qlora_tui.runs.suggestion_facts import read_facts
 from qlora_tui.runs.suggestions import PastRun, Suggestion, SuggestionFacts, Topic, suggest
+from tests.support.step_events import a_data_set
 from tests.tui.sample_data import readable_model, write_rows
 from tests.tui.workstation import config_of
 
@@ -228,17 +229,7 @@ def test_facts_are_counted_and_read_from_runs_whose_data_is_unchanged(
         run = create_run(with_absolute_paths(replace_setting(recipe, "training.learning_rate", rate)))
         with EventWriter(run.events_path) as log:
             log.append(
-                DataReady(
-                    at=at,
-                    samples=180,
-                    validation_samples=19,
-                    tokens=1,
-                    trained_tokens=1,
-                    rows=180,
-                    steps_per_epoch=10,
-                    total_steps=20,
-                    data_hash=data_hash,
-                )
+                a_data_set(at=at, samples=180, validation_samples=19, total_steps=20, data_hash=data_hash)
             )
             for step, loss in ((0, 3.0), (10, 2.0), (20, 2.5)):
                 log.append(Evaluated(at=at, step=step, loss=loss + rate))

@@ -9,7 +9,6 @@ from qlora_tui.runs.describe import describe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import (
-    DataReady,
     Evaluated,
     Failed,
     Finished,
@@ -22,6 +21,7 @@ from qlora_tui.runs.events import (
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.status import Status, read_status, write_status
 from qlora_tui.runs.view import RunView
+from tests.support.step_events import a_data_set
 
 
 def a_step(number: int, loss: float | None = 2.0, *, at: float | None = None) -> Step:
@@ -37,17 +37,7 @@ def a_step(number: int, loss: float | None = 2.0, *, at: float | None = None) ->
     )
 
 
-DATA = DataReady(
-    at=0.0,
-    samples=10,
-    validation_samples=1,
-    tokens=100,
-    trained_tokens=50,
-    rows=10,
-    steps_per_epoch=10,
-    total_steps=10,
-    data_hash="x",
-)
+DATA = a_data_set(samples=10)
 
 
 def test_the_first_steps_check_says_whether_it_is_fine() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import structs
 
-from qlora_tui.runs.events import Environment, Step
+from qlora_tui.runs.events import DataReady, Environment, Step
 
 
 def a_step(number: int = 1, **facts: Any) -> Step:
@@ -22,6 +22,22 @@ def a_step(number: int = 1, **facts: Any) -> Step:
         tokens_per_s=50.0,
     )
     return structs.replace(step, **facts)
+
+
+def a_data_set(**facts: Any) -> DataReady:
+    """100 samples in 10 steps for each epoch; ``facts`` are fields with other values."""
+    data = DataReady(
+        at=0.0,
+        samples=100,
+        validation_samples=10,
+        tokens=1000,
+        trained_tokens=500,
+        rows=100,
+        steps_per_epoch=10,
+        total_steps=10,
+        data_hash="x",
+    )
+    return structs.replace(data, **facts)
 
 
 def an_environment(device: str, at: float = 0.0) -> Environment:

@@ -16,7 +16,7 @@ from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import append_event
-from qlora_tui.runs.events import DataReady, Evaluated, Failed, Finished, Paused, RunEnded, Started
+from qlora_tui.runs.events import Evaluated, Failed, Finished, Paused, RunEnded, Started
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.process import process_identity
 from qlora_tui.runs.status import read_status
@@ -26,7 +26,7 @@ from qlora_tui.sweeps.driver import advance
 from qlora_tui.sweeps.sheet import Sheet, Sweep
 from qlora_tui.sweeps.space import Space
 from qlora_tui.sweeps.view import SweepView, read_sweep
-from tests.support.step_events import a_step
+from tests.support.step_events import a_data_set, a_step
 
 STEPS = 40
 Loss = Callable[[Recipe, float], float]
@@ -73,10 +73,7 @@ def play(run: RunDir, loss: Loss, *, fails: bool = False) -> RunEnded:
     step = math.ceil(share * STEPS)
     now = time.time()
     append_event(run.events_path, Started(at=now, attempt=1, pid=1, resumed_from_step=done))
-    data: dict[str, Any] = dict.fromkeys(
-        ("samples", "validation_samples", "tokens", "trained_tokens", "rows"), 9
-    )
-    append_event(run.events_path, DataReady(**data, steps_per_epoch=STEPS, total_steps=STEPS, data_hash=""))
+    append_event(run.events_path, a_data_set(steps_per_epoch=STEPS, total_steps=STEPS))
     for number in range(done + 1, step + 1):
         append_event(run.events_path, a_step(number, at=now))
     ending: RunEnded

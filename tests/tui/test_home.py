@@ -23,7 +23,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, doctor, run_queue
 from qlora_tui.runs.doctor import Check, CheckKind
-from qlora_tui.runs.events import DataReady, Failed
+from qlora_tui.runs.events import Failed
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.runs.run_summary import next_evaluation, summarize
 from qlora_tui.runs.status import State
@@ -38,6 +38,7 @@ from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
+from tests.support.step_events import a_data_set
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder
@@ -78,17 +79,7 @@ def test_the_next_evaluation_is_that_of_the_last_step_until_it_is_done(
     step: int, evaluated: int, following: int
 ) -> None:
     recipe = replace_setting(Recipe(), "training.eval_every", 10)
-    data = DataReady(
-        at=0.0,
-        samples=100,
-        validation_samples=10,
-        tokens=1,
-        trained_tokens=1,
-        rows=54,
-        steps_per_epoch=54,
-        total_steps=81,
-        data_hash="",
-    )
+    data = a_data_set(steps_per_epoch=54, total_steps=81)
     assert next_evaluation(recipe, data, step, evaluated) == following
 
 
