@@ -5,6 +5,7 @@ sync             flushes what was written so far to disk
 open_regular     opens a file, and refuses a pipe instead of waiting for it
 write_new        writes a file that the user named, if there is none yet
 open_foreign     opens a file of another program: a regular one, of limited size
+walk_files       lists a folder of the user's, with linked subfolders
 
 A rename alone is not enough: a file's content and a folder's list of names reach the disk only when
 synced. Otherwise a power cut leaves empty files on ext4 and XFS, and no files on btrfs.
@@ -204,3 +205,36 @@ def write_new(file: Path, content: bytes) -> None:
         raise UserError(
             "Not saved", what=f"{file} cannot be written: {error.strerror}.", fix="Choose another folder."
         ) from error
+
+
+def walk_files(folder: Path) -> list[Path]:
+    """Return all files in a folder and its subfolders, relative to it and sorted.
+
+    Linked subfolders are searched, each once; hidden ones, and links to a folder around this one, are
+    returned in place of their files.
+    Raises OSError for a subfolder that cannot be searched. One that disappears meanwhile is skipped.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    inside: list[Path] = []
+    searched = set()
+    top = folder.resolve()
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        relative = Path(place).relative_to(folder)
+        state = Path(place).stat()
+        if (state.st_dev, state.st_ino) in searched:  # a link to a folder that was searched, or around it
+            subfolders.clear()
+            continue
+        searched.add((state.st_dev, state.st_ino))
+        skipped = [
+            name
+            for name in subfolders
+            if name.startswith(".")
+            or (Path(place, name).is_symlink() and top.is_relative_to(Path(place, name).resolve()))
+        ]
+        subfolders[:] = sorted(name for name in subfolders if name not in skipped)
+        inside += [relative / name for name in (*names, *skipped)]
+    return sorted(inside)

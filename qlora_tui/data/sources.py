@@ -27,7 +27,7 @@ from qlora_tui.data.row import Row
 from qlora_tui.data.text_reader import Position
 from qlora_tui.decoding import read_json
 from qlora_tui.errors import UserError
-from qlora_tui.files import atomic_write, private_dir
+from qlora_tui.files import atomic_write, private_dir, walk_files
 from qlora_tui.formatting import uncapitalize
 from qlora_tui.gpu.torch_env import online_environ
 from qlora_tui.paths import cache_dir
@@ -247,36 +247,11 @@ def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
 
 
 def files_inside(folder: Path) -> list[Path]:
-    """Return all files in a folder and its subfolders, relative to it and sorted.
-
-    Linked subfolders are searched, each once; hidden ones, and links to a folder around this one, are
-    returned in place of their files.
-    Raises ``UserError`` for a subfolder that cannot be searched. One that disappears meanwhile is skipped.
-    """
-
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise cannot_read(Path(error.filename), error)
-
-    inside: list[Path] = []
-    searched = set()
-    top = folder.resolve()
-    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        relative = Path(place).relative_to(folder)
-        state = Path(place).stat()
-        if (state.st_dev, state.st_ino) in searched:  # a link to a folder that was searched, or around it
-            subfolders.clear()
-            continue
-        searched.add((state.st_dev, state.st_ino))
-        skipped = [
-            name
-            for name in subfolders
-            if name.startswith(".")
-            or (Path(place, name).is_symlink() and top.is_relative_to(Path(place, name).resolve()))
-        ]
-        subfolders[:] = sorted(name for name in subfolders if name not in skipped)
-        inside += [relative / name for name in (*names, *skipped)]
-    return sorted(inside)
+    """Return :func:`qlora_tui.files.walk_files`. Raises UserError for a subfolder that cannot be searched."""
+    try:
+        return walk_files(folder)
+    except OSError as error:
+        raise cannot_read(Path(error.filename), error) from error
 
 
 def _check_regular(path: Path) -> None:

@@ -11,18 +11,20 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Annotated
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from qlora_tui import paths
 from qlora_tui.errors import UserError, disk_problems
-from qlora_tui.files import private_dir
+from qlora_tui.files import private_dir, walk_files
 from qlora_tui.remote.ssh import Box
 
 _PIECE_BYTES = 1 << 18
+_LONGEST_ANSWER_BYTES = 1 << 16
 
 
 class Offer(Struct, frozen=True):
@@ -41,7 +43,7 @@ class Wanted(Struct, frozen=True):
 
     path: str
     """Where it is on the box."""
-    offset: int
+    offset: Annotated[int, Meta(ge=0)]
     """Bytes that are there already."""
     is_whole: bool = False
     """Whether nothing more is wanted."""
@@ -65,6 +67,8 @@ def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambd
     Raises:
         UserError: it cannot be read, changed meanwhile, or the box cannot be reached.
     """
+    # The name of "." is that of its folder.
+    path = path.resolve() if path.name in ("", "..") else path
     with disk_problems("The data could not be read", path, "Check the path and your permission."):
         offers = list(_offers(path))
     channel = box.open_program("store", "receive")
@@ -72,27 +76,24 @@ def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambd
     try:
         for file, offer in offers:
             channel.write(msgspec.json.encode(offer) + b"\n")
-            wanted = _WANTED.decode(channel.output.readline())
+            wanted = _WANTED.decode(channel.output.readline(_LONGEST_ANSWER_BYTES))
             if not wanted.is_whole:
                 with file.open("rb") as opened:
                     opened.seek(wanted.offset)
-                    left = offer.size - wanted.offset
+                    left = max(0, offer.size - wanted.offset)
                     while left and (piece := opened.read(min(left, _PIECE_BYTES))):
                         channel.write(piece)
                         left -= len(piece)
                         on_progress(done + offer.size - left, total)
                     if left:
                         raise _changed(file)
-                wanted = _WANTED.decode(channel.output.readline())
+                wanted = _WANTED.decode(channel.output.readline(_LONGEST_ANSWER_BYTES))
                 if not wanted.is_whole:
                     raise _changed(file)
             done += offer.size
             on_progress(done, total)
             # The path of a folder is that of its first file without what is below it.
-            depth = len(PurePosixPath(offer.name).parts) - 1
-            place = place or str(
-                PurePosixPath(wanted.path).parents[depth] / PurePosixPath(offer.name).parts[0]
-            )
+            place = place or wanted.path.removesuffix(offer.name.removeprefix(path.name))
     except (OSError, msgspec.MsgspecError) as error:
         raise channel.lost_error() from error
     finally:
@@ -109,18 +110,39 @@ def _changed(file: Path) -> UserError:
 
 
 def _offers(path: Path) -> Iterator[tuple[Path, Offer]]:
-    """Yield the files to send. Raises OSError."""
+    """Yield the files to send. Raises OSError, and UserError for what is not a file."""
+    files = files_of(path)
     if not path.is_dir():
         digest = file_hash(path)
         yield path, Offer(digest, path.name, path.stat().st_size, digest)
         return
-    files = sorted(file for file in path.rglob("*") if file.is_file())
     named = [(file, f"{path.name}/{file.relative_to(path).as_posix()}", file_hash(file)) for file in files]
     folder = hashlib.sha256("".join(f"{digest} {name}\n" for _, name, digest in named).encode()).hexdigest()
     for file, name, digest in named:
         yield file, Offer(folder, name, file.stat().st_size, digest)
     if not named:
         raise FileNotFoundError(2, "the folder has no files", str(path))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files to send for a path: itself, or those inside, without hidden folders.
+
+    Raises OSError, and UserError for one that is not a file or has no name in UTF-8.
+    """
+    files = [path / name for name in walk_files(path)] if path.is_dir() else [path]
+    files = [file for file in files if file == path or not file.is_dir()]
+    for file in files:
+        is_utf8 = os.fsencode(file).decode(errors="replace") == str(file)
+        if not (is_utf8 and file.is_file()):
+            raise UserError(
+                "The data cannot be sent",
+                what=f"{str(file)!r} is not a file." if is_utf8 else f"{str(file)!r} is not UTF-8.",
+                why="Data are read more than once, so that a pipe or a link to nothing will not do."
+                if is_utf8
+                else "Its name is sent as text.",
+                fix="Save its content to a file, or delete it." if is_utf8 else "Rename it.",
+            )
+    return files
 
 
 def file_hash(path: Path) -> str:
@@ -151,14 +173,18 @@ def receive(source: IO[bytes], answers: IO[bytes]) -> None:
                 left -= len(piece)
             opened.flush()
             os.fsync(opened.fileno())
+            opened.seek(0)
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if left:
             return
-        if file_hash(part) != offer.sha256:
+        if digest != offer.sha256:
             # Sent again from the beginning.
-            part.unlink()
+            part.unlink(missing_ok=True)
             _answer(answers, Wanted(str(file), 0))
             return
-        part.rename(file)
+        # Another app that sends the same data may have been faster.
+        with suppress(FileNotFoundError):
+            part.rename(file)
         _answer(answers, Wanted(str(file), offer.size, is_whole=True))
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui import __version__
 from qlora_tui.errors import UserError
-from qlora_tui.remote import uploads
+from qlora_tui.remote import ssh, uploads
 from qlora_tui.remote.ssh import Box
 from tests.remote.sshd import FakeBox
 
@@ -58,12 +59,19 @@ def test_why_a_box_cannot_be_reached_is_said_in_the_words_of_ssh(
         Box("-oProxyCommand=x")
 
 
-def test_data_arrive_once_and_whole(box: FakeBox, tmp_path: Path) -> None:
+def test_data_arrive_once_and_whole(box: FakeBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "rows"
-    (data / "more").mkdir(parents=True)
+    more, odd = tmp_path / "more", "it's \"a\nb.jsonl"
+    for folder in (data, more):
+        folder.mkdir()
     (data / "a.jsonl").write_text("a" * 1000)
-    (data / "more/b.jsonl").write_text("")
+    (more / "b.jsonl").write_text("")
+    (more / odd).write_text("odd")
+    (data / "more").symlink_to(more)
     there = uploads.send(Box("box", asks=False), data)
+    assert (Path(there) / "more" / odd).read_text() == "odd"
+    monkeypatch.chdir(data)
+    assert uploads.send(Box("box", asks=False), Path()) == there
     assert (Path(there) / "a.jsonl").read_text() == "a" * 1000 and (Path(there) / "more/b.jsonl").exists()
     # What a cut has left is continued, and what is wrong is sent again.
     (Path(there) / "a.jsonl").rename(Path(there) / "a.jsonl.part")
@@ -76,3 +84,46 @@ def test_data_arrive_once_and_whole(box: FakeBox, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="changed"):
         uploads.send(Box("box", asks=False), data)
     assert uploads.send(Box("box", asks=False), data) == there
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [(b"\xff.jsonl", "is not UTF-8"), (b"gone.jsonl", "not a file"), (b"pipe.jsonl", "not a file")],
+)
+def test_what_cannot_be_sent_is_named(name: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(name)
+    if name.startswith(b"gone"):
+        file.symlink_to("nowhere")
+    elif name.startswith(b"pipe"):
+        os.mkfifo(file)
+    else:
+        file.touch()
+    with pytest.raises(UserError, match=said):
+        uploads.send(Box("box"), tmp_path)
+
+
+def test_a_box_whose_disk_is_full_says_so(box: FakeBox, tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_bytes(os.urandom(3 << 20))
+    program = box.program.read_text()
+    box.program.write_text(program.replace("exec", "ulimit -f 100; exec"))
+    with pytest.raises(UserError, match="limit on file sizes") as error:
+        uploads.send(Box("box", asks=False), data)
+    assert "has ended on box" in error.value.title
+    box.program.write_text(program)
+    assert Path(uploads.send(Box("box", asks=False), data)).read_bytes() == data.read_bytes()
+
+
+@pytest.mark.parametrize("answer", ['{"path": "/x", "offset": -5}', "x" * (1 << 20)])
+def test_a_box_that_gives_nonsense_is_left(
+    answer: str, box: FakeBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "_END_S", 0.1)
+    version = f"qlora-tui {__version__}"
+    (box.folder / "answer").write_text(f"{answer}\n")
+    box.program.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\ncat {box.folder}/answer\nsleep 99\n'
+    )
+    (tmp_path / "a").write_text("a")
+    with pytest.raises(UserError):
+        uploads.send(Box("box", asks=False), tmp_path / "a")
