@@ -25,7 +25,7 @@ import msgspec
 from msgspec import Struct
 
 from qlora_tui import paths
-from qlora_tui.errors import UserError, disk_problems
+from qlora_tui.errors import UserError, disk_problem, disk_problems
 from qlora_tui.files import private_dir
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.remote import calls, messages, uploads
@@ -140,9 +140,19 @@ class Link:
         )
         reply = self._ask(call, should_stop)
         if reply.failed:
-            raise messages.from_json(self.here(reply.error), UserError)
-        result: T = messages.from_json(self.here(reply.value), messages.result_type(function))
+            raise self._error_of(reply)
+        try:
+            result: T = messages.from_json(self.here(reply.value), messages.result_type(function))
+        except ValueError as error:
+            raise _not_understood(self.box.name, str(error)) from error
         return result
+
+    def _error_of(self, reply: Reply) -> UserError:
+        try:
+            error: UserError = messages.from_json(self.here(reply.error), UserError)
+        except ValueError as problem:
+            return _not_understood(self.box.name, str(problem))
+        return error
 
     def _ask(self, call: Call, should_stop: Callable[[], bool]) -> Reply:
         request = self._requests[call.id] = _Request(messages.line(call))
@@ -248,14 +258,18 @@ class Link:
         pause_s = _FIRST_WAIT_S
         while not self._closed.is_set():
             began = time.monotonic()
+            problem: UserError | None = None
             refused: UserError | None = None
             try:
                 self._follow(channel)
             except UserError as error:
                 refused = error
-            except (OSError, msgspec.MsgspecError, ValueError):
-                pass  # the channel says more
-            problem = refused or channel.ended_because()
+            except OSError as error:
+                # The copy could not be written, or the connection has ended: the channel says why.
+                problem = disk_problem(error)
+            except ValueError:
+                pass
+            problem = refused or problem or channel.ended_because()
             with self._lock:
                 self._channel = None
             channel.close()
@@ -275,7 +289,9 @@ class Link:
         """Apply what the box sends until the connection ends. Raises OSError and MsgspecError."""
         self._heard_at = time.monotonic()
         channel.write(messages.line(Known(self._mirror.known())))
-        for line in channel.output:
+        while line := channel.output.readline(messages.LONGEST_LINE_BYTES):
+            if len(line) == messages.LONGEST_LINE_BYTES:
+                raise _not_understood(self.box.name, "A line of it has no end.")
             self._heard_at = time.monotonic()
             match messages.from_box_decoder.decode(line):
                 case Hello() as hello:
@@ -304,7 +320,7 @@ class Link:
             self._requests.pop(reply.id, None)
             done = "The request that was not confirmed has been carried out."
             if reply.failed:
-                done = str(messages.from_json(self.here(reply.error), UserError))
+                done = str(self._error_of(reply))
             self.late_replies.append(done)
 
     def _watch(self) -> None:
@@ -324,6 +340,14 @@ class Link:
                 # A connection that has ended is noticed where it is read.
                 with suppress(OSError, ValueError):
                     self._channel.write(line)
+
+
+def _not_understood(box: str, why: str) -> UserError:
+    return UserError(
+        f"{box} gives an answer that is not understood",
+        what=why,
+        fix="Do not work on this box if you do not trust it; else report it, as a bug in qlora-tui.",
+    )
 
 
 def mirror_home(box: str) -> Path:
@@ -360,7 +384,7 @@ def work_on(box: Box) -> Link:
 def _stamp(path: Path) -> Stamp:
     """Return what tells whether a file, or a file of a folder, has changed. Raises UserError."""
     with disk_problems("The data could not be read", path, "Check the path and your permission."):
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        files = uploads.files_of(path)
         statuses = [(str(file), file.stat()) for file in files]
     return tuple((name, status.st_size, status.st_mtime_ns) for name, status in statuses)
 

@@ -199,14 +199,20 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 def _error(record: Any) -> UserError:
-    """Return an error as its class, if this process knows that; nothing is imported for a name from there."""
+    """Return an error as its class, if this process knows that; nothing is imported for a name from there.
+
+    Raises msgspec.ValidationError for what is no error of this program.
+    """
     known: dict[str, Any] = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in _errors(UserError)}
-    kind = known.get(record["class"])
-    if kind is not None and record["made_of"]:
-        made: UserError = kind(*record["made_of"])
-        return made
-    error = UserError(**record["fields"])
-    error.__class__ = kind or UserError
+    try:
+        kind = known.get(record["class"])
+        if kind is not None and record["made_of"]:
+            made: UserError = kind(*record["made_of"])
+            return made
+        error = UserError(**record["fields"])
+        error.__class__ = kind or UserError
+    except (KeyError, TypeError, ValueError) as problem:
+        raise msgspec.ValidationError("an error without its fields") from problem
     return error
 
 

@@ -32,6 +32,9 @@ _SSH_FAILED = 255
 _KEEP_S = 600
 """Seconds that the shared connection stays open after the last channel."""
 _LAST_LINES = 3
+_LONGEST_TEXT_BYTES = 1 << 16
+_END_S = 20.0
+"""Seconds in which a program that has no more input ends, with what it says of its end."""
 _LONGEST_SOCKET = 60
 """Most characters of the folder of sockets: a name of 58 follows, and a socket's path has at most 108."""
 _SCRIPT = (
@@ -137,7 +140,7 @@ class Channel:
 
     def wait_for_program(self) -> str:
         """Return the path of the program once it runs. Raises UserError if it does not."""
-        for line in self.output:
+        while line := self.output.readline(_LONGEST_TEXT_BYTES):
             if line.startswith(_MARK.encode()):
                 # "@mark qlora-tui 0.3.0 /home/me/.local/bin/qlora-tui"
                 words = line.decode(errors="replace").rstrip("\n").split(" ", 3)
@@ -148,10 +151,22 @@ class Channel:
         raise self.lost_error()
 
     def lost_error(self) -> UserError:
-        """Return why the channel has ended, in the words of ssh."""
+        """End the channel and return why it is of no use, in the words of ssh or of the program."""
+        if self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
+        self.process.kill()
         code = self.process.wait()
         self._reader.join(1.0)
-        said = [line for line in self._errors if line.strip()][-_LAST_LINES:]
+        said = [line.strip() for line in self._errors if line.strip()][-_LAST_LINES:]
+        if self._is_started and 0 <= code < _SSH_FAILED:
+            return UserError(
+                f"qlora-tui has ended on {self._box.name}",
+                what=" ".join(said) or f"Its exit code is {code}.",
+                fix="Solve that there, and try again.",
+            )
         return UserError(
             f"{self._box.name} cannot be reached",
             what=" ".join(said) or f"ssh ended with exit code {code}.",
@@ -189,7 +204,7 @@ class Channel:
 
     def _read_errors(self, errors: IO[bytes]) -> None:
         with errors:
-            for line in errors:
+            while line := errors.readline(_LONGEST_TEXT_BYTES):
                 text = line.decode(errors="replace").rstrip()
                 self._errors = [*self._errors[-20:], text]
                 if self._is_started and self._box.asks:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from msgspec import Raw
+from msgspec import Raw, ValidationError
 
 from qlora_tui.catalog.model_validation import MissingFilesError
 from qlora_tui.cli import store
@@ -89,6 +89,9 @@ def test_a_class_that_is_not_an_error_of_this_program_is_not_made() -> None:
     for name in ("os:system", "qlora_tui.remote.ssh:Box", "qlora_tui.no:Such"):
         record = to_json({"class": name, "fields": fields, "made_of": []})
         assert type(from_json(record, UserError)) is UserError
+    for wrong in (1, {}, {"class": "", "fields": {"x": 1}, "made_of": []}, {"class": [], "made_of": 1}):
+        with pytest.raises(ValidationError):
+            from_json(to_json(wrong), UserError)
 
 
 def test_the_app_refuses_a_gpu_of_another_box(capsys: pytest.CaptureFixture[str]) -> None:
