@@ -218,10 +218,25 @@ class Link:
             stamp = _stamp(local)
             if self._sent.get(path, ((), ""))[0] == stamp:
                 continue
+            if path in self._mirror.texts_there:
+                self._check_same(path, local)
+                self._sent[path] = (stamp, path)
+                continue
             try:
                 self._sent[path] = (stamp, uploads.send(self.box, local, self._progress_of(local)))
             finally:
                 self.sending = ""
+
+    def _check_same(self, path: str, local: Path) -> None:
+        """Raise UserError if data that a run on the box names are others here: the box chooses no files."""
+        hash_there = self.call(uploads.data_hash, (path,), {}, changes=False)
+        if hash_there != uploads.data_hash(str(local)):
+            raise UserError(
+                "These data are not the run's",
+                what=f"A run on {self.box.name} names {path}. Here that path leads to other data.",
+                why="A file is not sent to a box only because a run there names it.",
+                fix="To send it, name it by another path: that of a copy, or of a link to it.",
+            )
 
     def _progress_of(self, local: Path) -> Callable[[int, int], None]:
         def show(sent: int, size: int) -> None:

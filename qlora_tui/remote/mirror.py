@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -17,10 +18,12 @@ import msgspec
 from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, private_dir, read_regular
 from qlora_tui.publishing import discard
+from qlora_tui.recipe.toml import parse
 from qlora_tui.remote.messages import Gone, KnownFile, Piece, Queue, Whole
 
 _COMING = ".coming-"
 """Begins the name of a run that is not complete yet."""
+_RECIPE = "recipe.toml"
 _END_BYTES = 4096
 _GROWING = (".jsonl", ".log")
 
@@ -42,9 +45,14 @@ class Mirror:
 
     def __init__(self, state_dir: Path) -> None:
         self._state = state_dir
+        self.texts_there: set[str] = set()
+        """Each text in a recipe that the box has sent: its paths are those of the box."""
         self._runs = private_dir(state_dir / "runs")
         for left in self._runs.glob(f"{_COMING}*"):
             discard(left)
+        for recipe in self._runs.glob(f"*/{_RECIPE}"):
+            with suppress(OSError):
+                self.texts_there.update(_texts_of(read_regular(recipe, _CARRIED_BYTES)))
 
     def known(self) -> tuple[KnownFile, ...]:
         """Return what is here already."""
@@ -77,11 +85,14 @@ class Mirror:
 
     def _write(self, piece: Piece) -> None:
         file = self._place(piece.path)
+        if file.name == _RECIPE:
+            self.texts_there.update(_texts_of(piece.data))
         private_dir(file.parent)
         if grows(piece.path):
             with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as opened:
-                opened.truncate(piece.offset)
-                opened.seek(piece.offset)
+                # Never a hole, which has no room on a disk and much in memory.
+                opened.truncate(min(piece.offset, opened.seek(0, os.SEEK_END)))
+                opened.seek(0, os.SEEK_END)
                 opened.write(piece.data)
         elif piece.size == len(piece.data):
             atomic_write(file, piece.data)
@@ -104,6 +115,22 @@ class Mirror:
         if run.is_dir():
             return self._runs / inside
         return self._runs / f"{_COMING}{inside}"
+
+
+def _texts_of(recipe: bytes) -> set[str]:
+    texts = set[str]()
+
+    def collect(value: object) -> None:
+        if isinstance(value, str):
+            texts.add(value)
+        elif isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                collect(item)
+
+    # What is damaged is nothing that could be launched again.
+    with suppress(UserError):
+        collect(parse(recipe.decode(errors="replace"), _RECIPE))
+    return texts
 
 
 def _inside(path: str) -> PurePosixPath:

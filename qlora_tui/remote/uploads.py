@@ -124,6 +124,14 @@ def _offers(path: Path) -> Iterator[tuple[Path, Offer]]:
         raise FileNotFoundError(2, "the folder has no files", str(path))
 
 
+def data_hash(path: str) -> str:
+    """Return what data would be named by if they were sent from here; empty if they cannot be."""
+    try:
+        return next(_offers(Path(path).expanduser()))[1].folder
+    except (OSError, UserError):
+        return ""
+
+
 def files_of(path: Path) -> list[Path]:
     """Return the files to send for a path: itself, or those inside, without hidden folders.
 

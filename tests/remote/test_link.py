@@ -23,9 +23,10 @@ from qlora_tui.data.dataset_report import Report
 from qlora_tui.engine.client import EngineClient
 from qlora_tui.engine.protocol import InspectData
 from qlora_tui.errors import UserError
+from qlora_tui.files import atomic_write
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
-from qlora_tui.remote import calls
+from qlora_tui.remote import calls, uploads
 from qlora_tui.remote import link as links
 from qlora_tui.remote.link import Link
 from qlora_tui.remote.messages import Call, Piece
@@ -111,6 +112,29 @@ def test_what_is_asked_for_is_done_on_the_box(
     assert [trashed.run.id for trashed in actions.trashed_runs()] == [run.id]
 
 
+def test_a_box_chooses_no_files_of_this_machine(
+    link: Link, run_there: RunDir, box: FakeBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, rows = tmp_path / "id_ed25519", tmp_path / "rows.jsonl"
+    for file in (secret, rows):
+        file.write_text("private")
+    recipe = run_there.recipe_path.read_text()
+    atomic_write(run_there.recipe_path, recipe.replace("rows.jsonl", str(secret)).encode())
+    (run,) = all_runs()
+    wait_for(lambda: run.recipe().data.sources[0].path == str(secret), seconds=20)
+    taken = run.recipe()
+    # This box has the files of this machine, so that the run's data are those here.
+    link.send_data(taken)
+    secret.write_text("private, changed")
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "call", lambda *_, **__: uploads.data_hash(str(rows)))
+        with pytest.raises(UserError, match="other data"):
+            link.send_data(taken)
+    assert not list(box.state_home.rglob("id_ed25519"))
+    link.send_data(Source(path=str(rows)))
+    assert list(box.state_home.rglob("rows.jsonl"))
+
+
 def test_nothing_is_lost_or_done_twice_while_the_line_is_cut(
     link: Link, run_there: RunDir, box: FakeBox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +213,11 @@ def test_an_outcome_that_is_not_known_is_said(private_home: Path, monkeypatch: p
 def test_a_box_cannot_write_out_of_the_copy(path: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run's"):
         Mirror(tmp_path).apply(Piece(path, 0, b"x", 0, 1))
+
+
+def test_a_box_cannot_make_a_log_of_holes(tmp_path: Path) -> None:
+    Mirror(tmp_path).apply(Piece("run/events.jsonl", 1 << 40, b"x", 0, 1))
+    assert (tmp_path / "runs/.coming-run/events.jsonl").read_bytes() == b"x"
 
 
 def test_checks_and_engine_are_those_of_the_box(link: Link, box: FakeBox, tmp_path: Path) -> None:
