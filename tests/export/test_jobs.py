@@ -12,6 +12,7 @@ import yaml
 
 from qlora_tui import __version__
 from qlora_tui.cli import main
+from tests.support.polling import wait_for
 
 INSTALL = f"pip install qlora-tui=={__version__}"
 DOWNLOAD, TRAIN = "qlora-tui download acme/tiny-1B --revision main", "qlora-tui train recipe.toml --json"
@@ -62,6 +63,28 @@ def test_the_files_of_dstack_modal_and_slurm(recipe_file: Path) -> None:
     script = exported(recipe_file, "slurm") / "job.sh"
     subprocess.run(["bash", "-n", script], check=True)
     assert "#SBATCH --gres=gpu:2\n" in script.read_text() and "@@" not in script.read_text()
+
+
+@pytest.mark.parametrize(("state", "is_requeued"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_job_of_slurm_starts_again_after_its_limit_and_not_once_it_is_cancelled(
+    recipe_file: Path, tmp_path: Path, state: str, is_requeued: bool
+) -> None:
+    folder, commands = exported(recipe_file, "slurm"), tmp_path / "commands"
+    commands.mkdir()
+    train = "echo $$ > part; mv part pid; exec sleep 60"
+    for name, body in (
+        ("qlora-tui", f'if [ "$1" = pause ]; then kill $(cat pid); else {train}; fi'),
+        ("squeue", f"echo {state}"),
+        ("scontrol", "touch requeued"),
+    ):
+        (commands / name).write_text(f"#!/bin/sh\n{body}\n")
+        (commands / name).chmod(0o755)
+    environ = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environ)
+    wait_for((folder / "pid").exists)
+    job.terminate()
+    job.wait(60)
+    assert (folder / "requeued").exists() == is_requeued
 
 
 @pytest.mark.parametrize(
