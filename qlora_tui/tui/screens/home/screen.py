@@ -235,9 +235,9 @@ class HomeScreen(WorkScreen):
     async def action_resume(self) -> None:
         """Queue the last run again, and watch it."""
         from qlora_tui.runs import actions as run_actions
+        from qlora_tui.tui.threads import act_on_run
 
-        run_actions.resume(self._last_run)
-        await self.action_watch()
+        act_on_run(self, self._last_run, run_actions.resume, lambda: self.call_next(self.action_watch))
 
     async def action_prepare(self) -> None:
         """Open Train to check and launch the recipe."""
