@@ -39,6 +39,11 @@ FRESH_S = 120.0
 _PROGRAM = "qlora_tui.runs.slurm_job"
 _CALL_S = 30.0
 """Seconds after which a command of Slurm counts as not answering."""
+SUBMITTING_S = 2 * _CALL_S
+"""Seconds after which a run that has no job counts as not submitted: the process was killed that did it."""
+_CANCEL_S = 15.0
+"""Seconds for which a job is cancelled again that waits in spite of it."""
+_AGAIN_S = 0.5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _OWN_OPTIONS = {
@@ -278,7 +283,8 @@ def job_script(run: RunDir, target: Target, limit_s: int | None, gpus: int) -> s
         options.append(f"--time={limit}")
     lines = [f"#SBATCH {shlex.quote(option)}" for option in (*options, *target.extra)]
     program = shlex.join(module_argv(_PROGRAM, str(run.path)))
-    return "\n".join(["#!/bin/bash", *lines, f"exec {program}", ""])
+    # A job that is taken away before the program listens is to start again, not to end.
+    return "\n".join(["#!/bin/bash", *lines, "trap '' TERM", f"exec {program}", ""])
 
 
 def submit(script: Path) -> str:
@@ -296,8 +302,21 @@ def submit(script: Path) -> str:
 
 
 def cancel(job: str) -> None:
-    """Cancel a job; its processes may save for the time that the cluster allows. Raises UserError."""
-    _call("scancel", job)
+    """Cancel a job that waits. Raises UserError.
+
+    While the processes of a requeued job end, Slurm accepts the command, and starts the job all the same.
+    """
+    deadline = time.monotonic() + _CANCEL_S
+    while True:
+        _call("scancel", job)
+        seen = list_jobs().get(job)
+        if seen is None or not seen.waits:
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                "The job was not cancelled", what=seen.words(job), fix="Try again when its node has left it."
+            )
+        time.sleep(_AGAIN_S)
 
 
 def requeue(job: str) -> None:

@@ -14,23 +14,27 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from msgspec import structs
 
 from qlora_tui.errors import EXIT_FAILURE, UserError, disk_problem
-from qlora_tui.runs import control, run_queue, slurm
+from qlora_tui.runs import run_queue, slurm
 from qlora_tui.runs.devices import Devices, RunDevice, choose, devices_of, record_devices, wanted_devices
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import append_event
+from qlora_tui.runs.event_log import append_event, last_event
 from qlora_tui.runs.events import Paused, Queued
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.notify import notify
 from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.slurm import SeenJob
+from qlora_tui.runs.slurm_runs import record_job
 from qlora_tui.runs.status import (
     ACTIVE,
     BEAT_S,
+    Status,
     has_live_trainer,
     read_status,
     recorded_status,
@@ -58,14 +62,6 @@ class _Job(Supervisor):
         """Leave on SIGTERM, which Slurm sends to the script alone."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
-    def ask_to_give_way(self, run: RunDir, devices: Devices) -> bool:
-        """Have the trainer save and leave if Slurm said so; a cancelled job stops its run instead."""
-        if self.is_told_to_leave and self._is_cancelled():
-            with suppress(UserError):
-                control.send_request(run, "stop_now")
-                return True
-        return super().ask_to_give_way(run, devices)
-
     def claim(self, devices: Devices) -> AbstractContextManager[tuple[int, ...] | None]:
         """Take what Slurm gave to the job: it gives a GPU to one at a time."""
         return nullcontext(())
@@ -83,21 +79,40 @@ class _Job(Supervisor):
         """Return the exit code of the trainer, from srun's."""
         return _BY_SIGNAL - exit_code if exit_code > _BY_SIGNAL else exit_code
 
+    def record_and_plan_retry(
+        self,
+        run: RunDir,
+        devices: Devices,
+        exit_code: int | None,
+        events_from: int | None = None,
+        log_from: int | None = None,
+        *,
+        host_out_of_memory: bool = False,
+    ) -> RetryPlan | None:
+        """Record how an attempt ended: Slurm's signal pauses a run before its trainer listens, too."""
+        if exit_code == -signal.SIGTERM:
+            append_event(run.events_path, Paused(step=recorded_status(run).step, hold=Hold(cause="limit")))
+        return super().record_and_plan_retry(
+            run, devices, exit_code, events_from, log_from, host_out_of_memory=host_out_of_memory
+        )
+
     def requeue(self, run: RunDir) -> None:
-        """Have Slurm start the job again, or leave the run paused if it refuses."""
-        paused = recorded_status(run)
+        """Have Slurm start the job again, or leave the run paused if it was cancelled or Slurm refuses."""
+        paused, seen = recorded_status(run), self._seen()
+        if seen is not None and "CANCELLED" in seen.states:
+            self._leave_paused(run, paused, f"Slurm job {self._job} was cancelled")
+            return
         # Before the request, which ends this process.
         append_event(run.events_path, Queued())
         write_status(run, structs.replace(paused.transition("queued"), hold=Hold(cause="limit")))
+        if seen is not None and seen.waits:
+            # Preempted, or requeued by an administrator.
+            return
         try:
             slurm.requeue(self._job)
         except UserError as problem:
             log(problem)
-            append_event(run.events_path, Paused(step=paused.step))
-            detail = (
-                f"Slurm did not start job {self._job} again: `qlora-tui resume {run.id}` submits it anew."
-            )
-            write_status(run, structs.replace(paused, at=time.time(), detail=detail))
+            self._leave_paused(run, paused, f"Slurm did not start job {self._job} again")
             return
         # Slurm ends this process; until then the job must not count as done.
         signal.pause()
@@ -109,14 +124,18 @@ class _Job(Supervisor):
     def _limit(self, run: RunDir, devices: Iterable[RunDevice]) -> Hold | None:
         return Hold(cause="limit") if self.is_told_to_leave else None
 
-    def _is_cancelled(self) -> bool:
-        """Whether the user has cancelled the job, as far as Slurm can be asked."""
+    def _leave_paused(self, run: RunDir, paused: Status, why: str) -> None:
+        append_event(run.events_path, Paused(step=paused.step))
+        detail = f"{why}: `qlora-tui resume {run.id}` submits it anew."
+        write_status(run, structs.replace(paused, at=time.time(), detail=detail))
+
+    def _seen(self) -> SeenJob | None:
+        """Return what Slurm says of this job; None if it cannot be asked."""
         try:
-            seen = slurm.list_jobs().get(self._job)
+            return slurm.list_jobs().get(self._job)
         except UserError as problem:
             log(problem)
-            return False
-        return seen is not None and "CANCELLED" in seen.states
+            return None
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.is_told_to_leave = True
@@ -127,11 +146,12 @@ def main() -> int:
     run, job = RunDir(Path(sys.argv[1])), _Job(os.environ.get("SLURM_JOB_ID", ""))
     job.listen()
     state = recorded_status(run).state
-    if state not in ("queued", *ACTIVE):
+    if state not in ("queued", *ACTIVE) and not (state == "paused" and _is_held(run)):
         # Started again by Slurm after its end, such as for a node that failed.
         log(f"{run.id} is {state}: there is nothing to do")
         return 0
     try:
+        record_job(run, os.environ.get("SLURM_JOB_ID", ""))
         _wait_for_last_trainer(run)
         devices = _devices(run)
         if isinstance(devices, UserError):
@@ -161,6 +181,12 @@ def _wait_for_last_trainer(run: RunDir) -> None:
                 fix="Wait for its end, then resume the run.",
             )
         time.sleep(POLL_S)
+
+
+def _is_held(run: RunDir) -> bool:
+    """Whether the job before this one left the run, and was killed before it could say that it goes on."""
+    ending = last_event(run.events_path)
+    return isinstance(ending, Paused) and ending.hold is not None
 
 
 def _devices(run: RunDir) -> Devices | UserError:

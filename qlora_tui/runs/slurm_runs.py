@@ -47,14 +47,13 @@ def submit(run: RunDir, name: str, target: Target, limit_s: int | None) -> str:
         UserError: Slurm refused it; the state of the run is what it was.
         OSError: a file could not be written.
     """
-    before = recorded_status(run)
-    is_again = bool(run.status_path.exists() and before.state != "queued")
+    before, is_again = recorded_status(run), run.status_path.exists()
+    last = slurm.submission_of(run)
     atomic_write(
         run.job_script_path, slurm.job_script(run, target, limit_s, run.recipe().training.gpus), durable=True
     )
-    run.squeue_path.unlink(missing_ok=True)
     submission = Submission(target=name, limit_s=limit_s)
-    atomic_write(run.slurm_path, msgspec.json.encode(submission), durable=True)
+    _record(run, submission)
     # Before the job can start, which changes it.
     write_status(run, before.transition("queued"))
     try:
@@ -62,12 +61,26 @@ def submit(run: RunDir, name: str, target: Target, limit_s: int | None) -> str:
     except UserError:
         if is_again:
             write_status(run, before)
+        if last is not None:
+            _record(run, last)
         raise
+    run.squeue_path.unlink(missing_ok=True)
     if is_again:
         run_queue.forget_requests(run)
         append_event(run.events_path, Queued())
-    atomic_write(run.slurm_path, msgspec.json.encode(structs.replace(submission, job=job)), durable=True)
+    _record(run, structs.replace(submission, job=job))
     return job
+
+
+def record_job(run: RunDir, job: str) -> None:
+    """Record the job that this process is, if the one that submitted it was killed before it knew."""
+    submission = slurm.submission_of(run)
+    if submission is not None and not submission.job:
+        _record(run, structs.replace(submission, job=job))
+
+
+def _record(run: RunDir, submission: Submission) -> None:
+    atomic_write(run.slurm_path, msgspec.json.encode(submission), durable=True)
 
 
 def resubmit(run: RunDir) -> None:
@@ -100,6 +113,10 @@ def cancel(run: RunDir, *, pauses: bool) -> bool:
     submission, status = slurm.submission_of(run), read_status(run)
     if submission is None or status.state != "queued":
         return False
+    if not submission.job:
+        raise UsageError(
+            "The job is being submitted", what=f"{run.id} has no job yet.", fix="Try again in a minute."
+        )
     slurm.cancel(submission.job)
     if pauses:
         ending = Paused(step=status.step)

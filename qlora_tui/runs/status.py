@@ -30,7 +30,7 @@ from qlora_tui.runs.directory import RunDir, all_runs, waiting
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.holds import Hold, hold_words
 from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
-from qlora_tui.runs.slurm import Submission, seen_job, submission_of, was_asked_lately
+from qlora_tui.runs.slurm import SUBMITTING_S, Submission, seen_job, submission_of, was_asked_lately
 
 BEAT_S = 60.0
 """Age in seconds after which a heartbeat counts as the last, if its process cannot be looked up."""
@@ -136,10 +136,14 @@ def _status_of_job(run: RunDir, status: Status, submission: Submission) -> Statu
     """Return the status of a run on a cluster, from its files and what Slurm last said of its job."""
     job, seen = submission.job, seen_job(run)
     if status.state == "queued":
+        if not job:
+            if abs(time.time() - status.at) < SUBMITTING_S:
+                return structs.replace(status, detail="It is being submitted to Slurm.")
+            return structs.replace(status, state="stopped", detail="It was not submitted to Slurm.")
         if seen is not None and seen.is_over and seen.at > status.at:
             return structs.replace(status, state="stopped", detail=seen.words(job))
         said = seen.words(job) if seen is not None else f"Slurm job {job} was submitted."
-        return structs.replace(status, detail=said if job else "It is being submitted to Slurm.")
+        return structs.replace(status, detail=said)
     status, trainer = _look_for_trainer(run, status)
     if trainer.alive:
         mark = status.process

@@ -26,7 +26,10 @@ class ControlRequests:
         """Whether a signal to end has come, taken as a request or not."""
 
     def listen_to_signals(self) -> None:
-        """Treat SIGTERM and SIGINT as a request to stop; a second one ends the process at once."""
+        """Treat SIGTERM and SIGINT as a request to stop; a second one ends the process at once.
+
+        On a cluster they are the end of the job, not of the run: it pauses, and does not wait for the step.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -90,12 +93,16 @@ class ControlRequests:
         requests = control.take_requests(self._run)
         if self._terminated:
             self._terminated = False
-            requests.append(ControlRequest(kind="stop"))
+            if self._run.slurm_path.exists():
+                requests.append(ControlRequest(kind="pause_now", hold=Hold(cause="limit")))
+            else:
+                requests.append(ControlRequest(kind="stop"))
         return requests
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._terminated = self.is_terminated = True
-        signal.signal(number, signal.SIG_DFL)
+        # On a cluster both Slurm and torchrun may send one.
+        signal.signal(number, signal.SIG_IGN if self._run.slurm_path.exists() else signal.SIG_DFL)
 
 
 class StepAbandoned(Exception):

@@ -101,6 +101,7 @@ def test_a_script_saves_before_the_limit_and_starts_again(run: RunDir) -> None:
     assert "#SBATCH --signal=B:TERM@120\n#SBATCH --requeue\n" in script
     assert "#SBATCH '--output=/home/a user/50%%/slurm.log'\n" in script
     assert "#SBATCH --gres=gpu:2\n#SBATCH --account=lab\n#SBATCH --time=01:30:00\n" in script
+    assert "\ntrap '' TERM\nexec " in script
     assert script.splitlines()[-1].startswith("exec ") and script.endswith(" '/home/a user/50%'\n")
 
 
@@ -175,6 +176,29 @@ def test_a_refused_job_leaves_no_run_and_a_refused_resume_no_change(
     with pytest.raises(UserError):
         actions.resume(run)
     assert read_status(run) == Status(state="paused", at=5.0, step=3)
+
+
+def test_a_submission_that_fails_or_is_killed_leaves_a_run_to_resume(run: RunDir, commands: Path) -> None:
+    program(commands, "squeue", "echo '{\"jobs\": []}'")
+    program(commands, "sbatch", "echo 'sbatch: error: no such account' >&2; exit 1")
+    target("")
+    on_cluster(run, SeenJob(at=2e9, states=("CANCELLED",)))
+    write_status(run, Status(state="queued", at=5.0))
+    with pytest.raises(UserError):
+        actions.resume(run)
+    assert read_status(run).state == "stopped" and "has ended" in read_status(run).detail
+    # Killed before sbatch had answered.
+    run.slurm_path.write_bytes(msgspec.json.encode(Submission(target="gpus")))
+    write_status(run, Status(state="queued", at=time.time()))
+    with pytest.raises(UserError) as error:
+        actions.stop(run)
+    assert "being submitted" in error.value.title
+    write_status(run, Status(state="queued", at=time.time() - 100))
+    assert read_status(run).state == "stopped" and "was not submitted" in read_status(run).detail
+    program(commands, "sbatch", "echo 13")
+    actions.resume(run)
+    submission = slurm.submission_of(run)
+    assert submission is not None and submission.job == "13" and read_status(run).state == "queued"
 
 
 def test_a_token_is_not_given_to_the_cluster(

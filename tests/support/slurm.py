@@ -66,10 +66,13 @@ SelectType=select/cons_tres
 GresTypes=gpu
 ReturnToService=2
 SlurmdParameters=config_overrides
-KillWait=20
+KillWait=60
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=1000 Gres=gpu:2 State=UNKNOWN
-PartitionName=gpu Nodes={host} Default=YES MaxTime=1-00:00:00 State=UP
+PartitionName=gpu Nodes={host} Default=YES MaxTime=1-00:00:00 GraceTime=60
+PartitionName=urgent Nodes={host} PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -104,7 +107,8 @@ class Cluster:
     def hurry(self, job: str) -> None:
         """Start a job that waits for two minutes, as one that was requeued does."""
         wait_for(lambda: self.states(job) == ["PENDING"], saying="the requeued job")
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # Within a second or so its node takes it for the job that has ended.
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
     def kill(self, job: str) -> None:
         """``kill -9`` of all processes of a job."""

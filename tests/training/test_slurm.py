@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import CheckpointSaved, Paused, Queued, Started
 from qlora_tui.runs.run_queue import waiting
 from qlora_tui.runs.slurm_runs import refresh
-from qlora_tui.runs.status import read_status
+from qlora_tui.runs.status import ACTIVE, read_status
 from tests.support.polling import wait_for
+from tests.support.quick_starts import TRAINING_MODULES
 from tests.support.slurm import Cluster, cluster
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
@@ -60,15 +63,20 @@ def is_(run: RunDir, state: str) -> bool:
     return read_status(run).state == state
 
 
-def is_over(run: RunDir) -> bool:
+def is_lost(run: RunDir) -> bool:
     refresh([run], is_due=True)
-    return read_status(run).state in ("lost", "failed")
+    return read_status(run).state == "lost"
 
 
-def test_a_run_whose_job_ends_goes_on_exactly(
+def pauses(run: RunDir) -> list[Paused]:
+    return [event for event in events_of(run, Paused) if event.hold is not None]
+
+
+def test_a_run_whose_job_is_taken_away_goes_on_exactly(
     cluster: Cluster,
     recipe: MakeRecipe,
     trainers: Trainers,
+    quick_trainers: None,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
@@ -86,52 +94,77 @@ def test_a_run_whose_job_ends_goes_on_exactly(
     assert f", Slurm job {job}." in listed and f"as job {job_of(behind)}." in listed
     # No queue of this machine has them, and nothing here takes them over.
     assert waiting() == [] and not run.unreported_path.exists()
-
-    # What a time limit sends to the script, here within a step.
-    cluster.call("scancel", "--batch", "--signal=TERM", job)
-    wait_for(lambda: events_of(run, Paused))
-    paused = events_of(run, Paused)[0]
-    assert paused.hold is not None and paused.hold.cause == "limit" and 2 <= paused.step < 10
-    assert events_of(run, CheckpointSaved)[-1].step == paused.step
     assert main(["stop", behind.id]) == 0
     assert is_(behind, "stopped") and cluster.states(job_of(behind)) == ["CANCELLED"]
 
-    # Slurm starts it again. Its daemon on the node is killed then, and started again.
+    # A job goes first: the grace time tells the trainer alone.
+    cluster.call("sbatch", "--partition=urgent", "--gres=gpu:2", "--output=/dev/null", "--wrap=true")
+    wait_for(lambda: pauses(run) and is_(run, "queued"), saying="the preemption")
+    assert events_of(run, CheckpointSaved)[-1].step == pauses(run)[0].step
     cluster.hurry(job)
-    wait_for(lambda: len(events_of(run, Started)) == 2)
-    assert events_of(run, Started)[1].resumed_from_step == paused.step
-    reaches(run, paused.step + 1)
+    reaches(run, pauses(run)[0].step + 1)
+    # An administrator takes it away: all processes are told.
+    cluster.call("scontrol", "requeue", job)
+    wait_for(lambda: len(pauses(run)) == 2 and is_(run, "queued"), saying="the requeue")
+    cluster.hurry(job)
+    reaches(run, pauses(run)[1].step + 1)
+    # Slurm's daemon on the node is killed, and started again.
     cluster.kill_node()
-    reaches(run, paused.step + 3)
+    reaches(run, pauses(run)[1].step + 2)
     cluster.start_node()
     wait_for(lambda: is_(run, "finished"))
+    assert [started.resumed_from_step for started in events_of(run, Started)][1:] == [
+        paused.step for paused in pauses(run)
+    ]
     assert losses(run) == losses(whole), "to the last bit"
+    # After a preemption Slurm starts a job once more that has completed.
+    cluster.hurry(job)
     wait_for(lambda: cluster.states(job) == ["COMPLETED"])
-    assert [type(event) for event in events(run)].count(Queued) == 2
+    assert is_(run, "finished")
+    assert [type(event) for event in events(run)].count(Queued) == 3
 
 
-def test_a_time_limit_pauses_and_a_cancelled_job_stops_its_run(
-    cluster: Cluster, recipe: MakeRecipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_a_job_that_does_not_start_again_leaves_its_run_paused_or_lost(
+    cluster: Cluster,
+    recipe: MakeRecipe,
+    trainers: Trainers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(dump(recipe(SETTINGS | {"training.max_steps": 1000})))
     write_target('gres = "gpu:1"\nextra = ["--mem=500", "--no-kill"]\n')
     run = train(file, capsys)
-    reaches(run, 2)
-    # Two minutes before the end of one minute have begun.
+    wait_for(lambda: read_status(run).state in ACTIVE)
+    # The last two minutes of one minute have begun, which Slurm notices within half a minute.
     cluster.call("scontrol", "update", f"JobId={job_of(run)}", "TimeLimit=1")
-    wait_for(lambda: events_of(run, Paused) and is_(run, "queued"), seconds=120)
+    wait_for(lambda: pauses(run) and is_(run, "queued"), seconds=120, saying="the time limit")
+    assert [paused.hold.cause for paused in pauses(run) if paused.hold] == ["limit"]
     assert main(["pause", run.id]) == 0 and is_(run, "paused")
+    # Its processes still end when it is cancelled, and Slurm was to start it again.
     wait_for(lambda: cluster.states(job_of(run)) == ["CANCELLED"])
+
     before = job_of(run)
+    trainers.server.serve(TRAINING_MODULES, monkeypatch)
     assert main(["resume", run.id]) == 0 and job_of(run) != before
-    step = events_of(run, Paused)[0].step
-    reaches(run, step + 2)
+    cluster.call("scontrol", "update", f"JobId={job_of(run)}", "Requeue=0")
+    reaches(run, last_step(run) + 1)
+    cluster.call("scancel", "--batch", "--signal=TERM", job_of(run))
+    wait_for(lambda: "did not start" in read_status(run).detail, saying="the refusal")
+    assert is_(run, "paused")
+
+    assert main(["resume", run.id]) == 0
+    reaches(run, last_step(run) + 1)
     cluster.call("scancel", job_of(run))
-    wait_for(lambda: is_(run, "stopped"))
-    assert (run.adapter_dir / "adapter_model.safetensors").exists()
+    wait_for(lambda: "was cancelled" in read_status(run).detail, saying="the cancellation")
+    assert is_(run, "paused") and events_of(run, CheckpointSaved)[-1].step == last_step(run)
+
     # A job whose processes are all killed can say nothing: Slurm does.
     assert main(["resume", run.id]) == 0
     reaches(run, last_step(run) + 1)
+    trainer = read_status(run).process
+    assert trainer is not None
     cluster.kill(job_of(run))
-    wait_for(lambda: is_over(run))
+    os.kill(trainer.pid, signal.SIGKILL)
+    wait_for(lambda: is_lost(run))
