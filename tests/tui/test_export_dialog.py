@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
@@ -22,6 +24,7 @@ from qlora_tui.tui.screens.runs import export_dialog
 from qlora_tui.tui.widgets.bars import TopBar
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
+from tests.tui.workstation import config_folder
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +49,9 @@ async def open_dialog(pilot: Pilot[None]) -> str:
 async def test_an_export_is_started_and_followed(run: RunDir, tmp_path: Path) -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
-        assert "Merged model" in await open_dialog(pilot)
+        # Neither the adapter's weights nor the base model are there.
+        assert "0 bytes" not in await open_dialog(pilot)
+        await wait_for_text(pilot, "Merged model, 16-bit        unknown  transformers, vLLM")
         await wait_for_text(pilot, "tickets-Q8_0")
         await pilot.press("enter")
         await wait_for_text(pilot, "Started", "Exports of this run", "Q8_0  Starting", "x cancel")
@@ -88,6 +93,25 @@ async def test_a_canceled_export_is_started_again_with_one_key(run: RunDir, tmp_
         # It is running now.
         await pilot.press("r")
         assert [export.folder for export in read_exports(run)] == [again.folder]
+
+
+def test_every_choice_has_a_size_and_the_disk_its_room(
+    monkeypatch: pytest.MonkeyPatch, private_home: Path
+) -> None:
+    architecture = resolve_model(str(config_folder(private_home, "Qwen__Qwen2.5-7B"))).architecture
+    budget = MemoryBudget("cuda", 24 << 30, "the GPU")
+    choices = {each.id: each for each in export_dialog.export_choices(architecture, budget, 155 << 20)}
+    sizes = {id_: choice.size for id_, choice in choices.items()}
+    assert sizes == {
+        "gguf": "~7.5 GiB",
+        "ollama": "~7.5 GiB",
+        "merge": "~14.2 GiB",
+        "adapter": "155 MiB",
+        "hub": "155 MiB",
+    }
+    monkeypatch.setattr(export_dialog, "disk_free_bytes", lambda folder: 10 << 30)
+    assert export_dialog._free_space(choices["gguf"]).startswith("10.0 GiB free for ")
+    assert export_dialog._free_space(choices["merge"]).startswith("✗ Only 10.0 GiB free")
 
 
 async def test_a_canceled_export_is_deleted_with_one_key(run: RunDir, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ from qlora_tui.runs.exports import (
     start_export,
 )
 from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.screens.models.model_facts import disk_free_bytes
 from qlora_tui.tui.widgets.controls import HEADING, TextField, ViList
 
 if TYPE_CHECKING:
@@ -91,12 +92,15 @@ class ExportChoice:
 
     id: str
     label: str
-    size: str
+    bytes: int | None
+    """Size of what is written; None if unknown."""
     note: str
-    """What it is for, in a few words."""
+    """What it is best for, in a few words."""
     detail: str
     """A description, in sentences."""
     form: Form
+    is_estimate: bool = True
+    """Whether the size is computed from the model's parameters rather than read from a file."""
     file_type: str = ""
     suffix: str = ""
     """Ending of the proposed file name."""
@@ -104,6 +108,13 @@ class ExportChoice:
     """What kind of target to ask for."""
     types: tuple[str, ...] = ()
     """Options that a key cycles through: types of a GGUF file, or what to upload; empty if there are none."""
+
+    @property
+    def size(self) -> str:
+        """Return the size to show: ``~7.6 GiB``, or ``155 MiB`` of what is copied."""
+        if self.bytes is None:
+            return "varies" if self.file_type == AUTO else "unknown"
+        return f"{'~' * self.is_estimate}{format_bytes(self.bytes)}"
 
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
@@ -121,11 +132,11 @@ def show_export_dialog(app: QloraApp, run: RunDir) -> None:
     app.push_screen(ExportScreen(run, choices, steps))
 
 
-def _size(adapter: Path) -> int:
+def _size(adapter: Path) -> int | None:
     try:
-        return (adapter / WEIGHTS).stat().st_size
+        return (adapter / WEIGHTS).stat().st_size or None
     except OSError:
-        return 0
+        return None
 
 
 class ExportScreen(ModalScreen[None]):
@@ -286,8 +297,9 @@ class ExportScreen(ModalScreen[None]):
 
     def _refresh_exports(self, *, select: Export | None = None) -> None:
         self._exports = {f"{_EARLIER}{e.folder.name}": e for e in read_exports(self._run_dir)}
-        lines = [
-            (each.id, Content.assemble(f"{each.label:<29}{each.size:>10}  ", (each.note, "dim")))
+        lines = [(f"{HEADING}choices", Content.styled(f"{'Format':<25}{'Size':>10}  Best for", "dim"))]
+        lines += [
+            (each.id, Content.assemble(f"{each.label:<25}{each.size:>10}  ", (each.note, "dim")))
             for each in self._choices.values()
         ]
         if self._exports:
@@ -299,7 +311,7 @@ class ExportScreen(ModalScreen[None]):
 
     def _show_detail(self) -> None:
         export, choice = self._current_export, self._current_choice
-        text = choice.detail if choice else ""
+        text = f"{choice.detail}\n{_free_space(choice)}".rstrip() if choice else ""
         if export is not None:
             text = export_detail(export)
         detail = self.query_one("#export-detail", Static)
@@ -340,7 +352,7 @@ class ExportScreen(ModalScreen[None]):
 def export_choices(
     architecture: Architecture | None,
     budget: MemoryBudget,
-    adapter_bytes: int,
+    adapter_bytes: int | None,
     file_type: str = _TYPES[0],
     hub_form: str = HUB_FORMS[0],
 ) -> list[ExportChoice]:
@@ -349,15 +361,14 @@ def export_choices(
     ``file_type``: the type of GGUF files. ``hub_form``: what is uploaded, one of :data:`HUB_FORMS` or a type.
     """
     types = tuple(kind for kind in _TYPES if is_installed() or kind not in _NEED_LLAMA_CPP)
-    adapter_size = format_bytes(adapter_bytes)
-    merged = "" if architecture is None else format_bytes(architecture.total_params * 2)
+    merged = None if architecture is None else architecture.total_params * 2
     size, about_type = _size_of_type(file_type, architecture), _about_type(file_type, architecture, budget)
     if is_installed():
         checked = "llama.cpp then compares the file with your adapter's answers."
     else:
         checked = f"Without llama.cpp, files are not checked and smaller types are missing. {install_hint()}"
-    uploads: dict[str, tuple[Form, str, str]] = {
-        "adapter": ("hub-adapter", "the adapter", adapter_size),
+    uploads: dict[str, tuple[Form, str, int | None]] = {
+        "adapter": ("hub-adapter", "the adapter", adapter_bytes),
         "merged": ("hub-merged", "the merged model", merged),
     }
     if hub_form not in uploads:
@@ -379,7 +390,7 @@ def export_choices(
             "ollama",
             f"Model in Ollama, {file_type}",
             size,
-            "ollama run NAME",
+            "chat with `ollama run`",
             "A GGUF file and its Modelfile in ~/models, given to `ollama create` if Ollama is "
             f"installed.{about_type}",
             "ollama",
@@ -400,10 +411,11 @@ def export_choices(
         ExportChoice(
             "adapter",
             "Adapter folder",
-            adapter_size,
-            "vLLM, peft",
+            adapter_bytes,
+            "several adapters in vLLM, peft",
             "A copy of the adapter, checked against what vLLM can serve.",
             "adapter",
+            is_estimate=False,
             suffix="-adapter",
             target="Folder",
         ),
@@ -411,10 +423,11 @@ def export_choices(
             "hub",
             f"Upload {uploaded}",
             uploaded_size,
-            "Hugging Face Hub",
+            "sharing on the Hugging Face Hub",
             "With a model card, to a private repository: name or owner/name. Needs HF_TOKEN or "
             "`hf auth login`.",
             form,
+            is_estimate=form != "hub-adapter",
             file_type=hub_form if form == "hub-gguf" else "",
             target="Repository",
             types=(*HUB_FORMS, *types),
@@ -422,11 +435,18 @@ def export_choices(
     ]
 
 
-def _size_of_type(kind: str, architecture: Architecture | None) -> str:
-    """Return the approximate size of a GGUF file; empty if unknown."""
-    if architecture is None or kind == AUTO:
+def _size_of_type(kind: str, architecture: Architecture | None) -> int | None:
+    """Return the approximate size of a GGUF file; None if unknown."""
+    return None if architecture is None or kind == AUTO else estimated_bytes(architecture, kind)
+
+
+def _free_space(choice: ExportChoice) -> str:
+    """Return how much space the proposed folder has for a choice; empty if unknown, or for an upload."""
+    free = disk_free_bytes(_folder())
+    if free is None or choice.target == "Repository":
         return ""
-    return f"≈ {format_bytes(estimated_bytes(architecture, kind))}"
+    room = f"{format_bytes(free)} free for {format_path(_folder())}"
+    return f"✗ Only {room}." if choice.bytes is not None and choice.bytes > free else f"{room}."
 
 
 def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
@@ -437,15 +457,20 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
             "most 0.03."
         )
     if architecture is None:
-        return ""
+        return " Sizes are unknown: the base model is not on this machine."
     needed = bytes_to_run(architecture, kind)
     verb = "Fits" if needed <= budget.bytes else "Does not fit"
-    text = f" {verb} {budget.name} at a context of 4,096 tokens (≈ {format_bytes(needed)})."
+    text = f" {verb} {budget.name} at a context of 4,096 tokens (~{format_bytes(needed)})."
     lengths = rows_without_k_blocks(architecture) if kind in K_QUANTS else ()
     if lengths:
         rows = join_words([f"{length:,}" for length in lengths])
         text += f" Rows of {rows} weights are not multiples of 256, so llama.cpp stores them as larger types."
     return text
+
+
+def _folder() -> Path:
+    """Return the folder that is proposed for exports."""
+    return Path.home() / "models"
 
 
 def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
@@ -455,7 +480,7 @@ def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None 
         stem += f"-step-{checkpoint}"
     if choice.target in _NAMES:
         return stem.lower()
-    folder = Path.home() / "models"
+    folder = _folder()
     path, number = folder / f"{stem}{choice.suffix}", 2
     while path.exists():
         path = folder / f"{stem}-{number}{choice.suffix}"
