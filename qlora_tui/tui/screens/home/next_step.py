@@ -80,7 +80,7 @@ def next_step(now: HomeState) -> NextStep:
     state = now.last_state
     if state in ACTIVE:
         return NextStep("", "watch", "Watch the run", f"{now.last_run} is running")
-    if now.last_is_news and state == "finished":
+    if state == "finished" and (now.last_is_news or not now.edited_since):
         return NextStep("", "chat", "Chat with the adapter", f"{now.last_run} has finished")
     if state == "paused" or (_can_resume(now) and not now.edited_since):
         return _resume(now)
@@ -97,7 +97,7 @@ def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
         resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
         return (*resume, *((_prepare(now),) if now.recipe.has_model_and_data else ()))
     if chosen.action == "chat":
-        return (EXPORT,)
+        return (EXPORT, *((_prepare(now),) if now.recipe.has_model_and_data else ()))
     if chosen.action in ("prepare", "app.go('data')", "app.go('models')") and _can_resume(now):
         return (_resume(now),)
     if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):
@@ -140,7 +140,8 @@ def _prepare(now: HomeState) -> NextStep:
     why = "the Train screen checks and launches it"
     if now.duration:
         why = f"{now.duration} of training here; {why}"
-    return NextStep("home.prepare", "prepare", "Check the recipe", why)
+    text = "Prepare a new run" if now.last_state == "finished" else "Check the recipe"
+    return NextStep("home.prepare", "prepare", text, why)
 
 
 def _ended(state: State | None) -> str:
