@@ -62,6 +62,16 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(
         await pilot.press(*"mine", "enter")
         await wait_until(pilot, lambda: "mine" in [preset.name for preset in list_presets()])
         assert find_preset("mine").recipe().training.learning_rate == 4e-4
+        # A name that is taken is asked about, for as long as the user thinks.
+        edited = find_preset("mine").path
+        edited.write_text("[lora]\nrank = 4\n")
+        await pilot.press("s", *"mine", "enter")
+        await wait_for_text(pilot, "replace it")
+        screen = next(each for each in app.screen_stack if isinstance(each, SweepScreen))
+        screen._refresh()
+        await pilot.pause()
+        await pilot.press("y")
+        await wait_until(pilot, lambda: "learning_rate" in edited.read_text())
         # The list begins with the winner.
         await pilot.press("enter")
         assert view.winner.run is not None

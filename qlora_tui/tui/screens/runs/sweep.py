@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_loss, format_progress
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
+from qlora_tui.runs.holds import time_words
 from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.describe import (
     Bought,
@@ -122,6 +122,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         super().__init__()
         self._sweeps, self._number = sweeps, number
         self._shown: _Shown | None = None
+        self._is_due, self._is_reading = False, False
 
     @property
     def sweep(self) -> SweepDir:
@@ -141,17 +142,27 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.set_interval(_INTERVAL_S, self._refresh)
         self._refresh()
 
-    @work(exclusive=True)
-    async def _refresh(self) -> None:
-        try:
-            shown = await asyncio.to_thread(_read, self.sweep)
-        except UserError as problem:
-            self.dismiss()
-            self.app.show_error(problem)
-            return
-        if shown != self._shown:
-            self._shown = shown
-            self._show(shown)
+    def _refresh(self) -> None:
+        """Read the sweep again, once at a time: hundreds of trials may take longer than the interval."""
+        self._is_due = True
+        if not self._is_reading:
+            self._is_reading = True
+            self._read_while_due()
+
+    @work
+    async def _read_while_due(self) -> None:
+        while self._is_due:
+            self._is_due, sweep = False, self.sweep
+            try:
+                shown = await asyncio.to_thread(_read, sweep)
+            except UserError as problem:
+                self.dismiss()
+                self.app.show_error(problem)
+                return
+            if sweep == self.sweep and shown != self._shown:
+                self._shown = shown
+                self._show(shown)
+        self._is_reading = False
 
     def _show(self, shown: _Shown) -> None:
         view = shown.view
@@ -176,9 +187,11 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.dismiss()
         await show_run(app, trial.run)
 
-    def _change(self, change: Callable[[SweepDir], object], said: str) -> None:
+    @work
+    async def _change(self, change: Callable[[SweepDir], object], said: str) -> None:
         try:
-            change(self.sweep)
+            # It writes a file for each run, and waits for the process that decides what is next.
+            await asyncio.to_thread(change, self.sweep)
         except UserError as problem:
             self.app.show_error(problem)
         else:
@@ -198,9 +211,9 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         prompt = TextPromptScreen("Add time", text, validate=partial(_wrong, actions.parse_duration))
         self.ask(prompt, self._add_time)
 
-    def _add_time(self, text: str) -> None:
-        until = actions.add_time(self.sweep, actions.parse_duration(text))
-        self.notify(f"The sweep continues until {time.strftime('%A %H:%M', time.localtime(until))}.")
+    async def _add_time(self, text: str) -> None:
+        until = await asyncio.to_thread(actions.add_time, self.sweep, actions.parse_duration(text))
+        self.notify(f"The sweep continues until {time_words(until)}.")
         self._refresh()
 
     def action_adopt(self) -> None:
